@@ -1,0 +1,47 @@
+# Everything runs inside .venv, which the first target to need it makes:
+# Python, git and make are all that must be there. `make` alone lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+setup: $(READY)  ## make .venv: the locked packages, then Arrowhead itself, editable
+
+# The lock holds a hash for every package; uv refuses one that differs.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps --editable .
+	touch $(READY)
+
+demo: $(READY)  ## the main job on images made here: fit, score, the next commands
+	$(BIN)/arrowhead demo
+
+test: $(READY)  ## every test, fast ones first (needs no GPU)
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and mypy, as in pre-commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## extraction against the plain torchvision loop, in one run
+	$(BIN)/python bench/extract.py
+
+# uv itself is removed by `pip sync` unless it is in the lock, so this fetches it anew.
+lock:  ## compile requirements.lock from pyproject.toml (hashes, no index addresses)
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "uv==0.13.9"
+	.venv-lock/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
+	rm -rf .venv-lock
+
+clean:  ## remove what the targets made (the environment too)
+	rm -rf .venv demo out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

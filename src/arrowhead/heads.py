@@ -1,0 +1,90 @@
+"""Heads: features (B, D) to logits (B, C).
+
+The same numbers on any number of workers: batch norm takes its statistics from the global
+batch, and dropout draws its mask for the global batch and takes this worker's rows of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed import is_available, is_initialized
+from torch.distributed.nn.functional import all_reduce
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which rows of which global batch a worker holds: step number, first row, rows in all."""
+
+    step: int
+    first: int
+    rows: int
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the rows of all workers (torch's SyncBatchNorm exists on GPUs only)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and is_available() and is_initialized()):
+            return super().forward(input)
+        wide = input.float()
+        ones = wide.new_ones(1)
+        sums = torch.cat([ones * len(wide), wide.sum(0)])
+        count, total = all_reduce(sums).split([1, wide.shape[1]])
+        mean = total / count
+        var = all_reduce((wide - mean).square().sum(0)) / count
+        with torch.no_grad():
+            share = self.momentum or 0.1
+            self.running_mean.lerp_(mean, share)  # type: ignore[union-attr]
+            self.running_var.lerp_(var * count / (count - 1).clamp(min=1), share)  # type: ignore[union-attr]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        return (wide - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
+class GlobalDropout(nn.Module):
+    """Dropout whose mask is a function of (seed, step): one mask for the global batch."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        super().__init__()
+        self.share, self.seed = share, seed
+        self.place = Place(0, 0, 0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.share == 0:
+            return input
+        mixed = np.random.SeedSequence((self.seed, self.place.step)).generate_state(1, np.uint64)
+        draw = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
+        kept = torch.rand((self.place.rows, input.shape[1]), generator=draw) >= self.share
+        mine = kept[self.place.first : self.place.first + len(input)].to(input.device)
+        return input * mine / (1 - self.share)
+
+
+def make(kind: str, width: int, classes: int, *, dropout: float = 0.0, seed: int = 0) -> nn.Sequential:
+    """A head of `kind` with weights drawn from `seed`.
+
+    linear: dropout, one linear layer. lesson: fast.ai's batch norm, dropout, linear to 512,
+    ReLU, batch norm, dropout, linear.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "linear":
+            return nn.Sequential(GlobalDropout(dropout, seed), nn.Linear(width, classes))
+        return nn.Sequential(
+            GlobalBatchNorm(width),
+            GlobalDropout(dropout / 2, seed),
+            nn.Linear(width, 512),
+            nn.ReLU(),
+            GlobalBatchNorm(512),
+            GlobalDropout(dropout, seed + 1),
+            nn.Linear(512, classes),
+        )
+
+
+def place(head: nn.Module, here: Place) -> None:
+    """Tell every dropout of the head which rows come next."""
+    for part in head.modules():
+        if isinstance(part, GlobalDropout):
+            part.place = here

@@ -1,0 +1,274 @@
+"""Bodies: torchvision networks without their final layer, pooled to one row per image.
+
+    name, weights          torchvision's, a file, or random on purpose
+      -> load              float32 tensors by name, their sha256, mean and std
+      -> Body              uint8 (B, 3, S, S) -> float32 (B, D), batch norm folded, channels last
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from arrowhead import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BodyConfig:
+    """The network that turns a picture into a feature."""
+
+    body: str = "resnet34"
+    """Any torchvision classification network, its final layer removed."""
+    weights: str = "auto"
+    """auto: torchvision's default ImageNet weights, from the torch hub cache or downloaded;
+    a torchvision weights name (IMAGENET1K_V1); a .safetensors or .pth file; random, knowingly."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means the weights were made with, of pixels scaled to 0..1. Default: ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """Channel deviations, likewise."""
+    pool: Literal["avg", "max", "concat"] = "avg"
+    """From the last feature map to one row; concat (avg and max) is the lesson's."""
+
+    def __post_init__(self) -> None:
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(
+                f"--std is {self.std}.", "three numbers above 0.", "give e.g. --std 0.5 0.5 0.5."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """A body's tensors by name, without the final layer, and what pixels they expect."""
+
+    state: dict[str, torch.Tensor]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of names, shapes and values: the same whichever file they came from."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.state.items()):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+
+# ------------------------------------------------------------------------------ weights
+
+
+def load(config: BodyConfig) -> Weights:
+    """The weights that `config` names.
+
+    Raises ConfigError for an unknown body or weights name, or when ImageNet weights can be had
+    neither from the cache nor by download; DataError for a file that does not fit the body.
+    """
+    import torch
+
+    net, final = _headless(config.body)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if config.weights == "random":
+        state = _random(config.body)
+    elif (suffix := Path(config.weights).suffix) in (".safetensors", ".pth", ".pt"):
+        state = _from_file(Path(config.weights), suffix)
+    else:
+        state, mean, std = _from_torchvision(config)
+    state = {name: t for name, t in state.items() if not name.startswith(f"{final}.")}
+    try:
+        with torch.no_grad():
+            net.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise DataError(
+            f"{config.weights} does not fit {config.body}: {_first_misfit(error)}",
+            f"the tensors of torchvision's {config.body}, by its names.",
+            "give the --body the weights were made for.",
+        ) from error
+    state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    return Weights(state=state, mean=config.mean or mean, std=config.std or std)
+
+
+def _first_misfit(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+    return lines[0][:200] if lines else str(error)[:200]
+
+
+def _random(body: str) -> dict[str, torch.Tensor]:
+    """Seed 0 on every machine: a random body must be the same body on every worker."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dict(_build(body).state_dict())
+
+
+def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
+    import safetensors.torch
+    import torch
+
+    if not path.is_file():
+        raise ConfigError(
+            f"--weights {path} is not there.",
+            "a .safetensors or .pth file of the body's weights.",
+            "check the path, or use --weights auto.",
+        )
+    try:
+        if suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read: {str(error).splitlines()[0][:200]}",
+            "tensors by name: safetensors, or a state dict saved by torch.save.",
+            "save it again with safetensors; whole pickled models are not opened.",
+        ) from error
+
+
+def _from_torchvision(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    from torchvision import models
+
+    known = models.get_model_weights(config.body)
+    try:
+        chosen = known["DEFAULT" if config.weights == "auto" else config.weights]
+    except KeyError:
+        raise ConfigError(
+            f"{config.body} has no weights called {config.weights!r}.",
+            f"auto, random, a .safetensors or .pth file, or {', '.join(known.__members__)}.",
+            "give one of these.",
+        ) from None
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # urllib would wait for a silent host for ever
+    try:
+        state = chosen.get_state_dict(check_hash=True, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"The {chosen.name} weights of {config.body} are not in torch's cache and could not be"
+            f" downloaded from {chosen.url}: {error}.",
+            "the file in the cache, or a connection.",
+            "give a file you have (--weights PATH.safetensors or PATH.pth), or choose untrained"
+            " weights knowingly (--weights random).",
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+    preset = chosen.transforms()
+    mean, std = getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD)
+    return dict(state), tuple(mean), tuple(std)
+
+
+# ----------------------------------------------------------------------------- networks
+
+
+def _build(body: str) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if body not in known:
+        close = difflib.get_close_matches(body, known, 3)
+        raise ConfigError(
+            f"torchvision has no classification network called {body!r}.",
+            f"one of its {len(known)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
+            f"did you mean {' or '.join(close)}?" if close else "see torchvision.models.",
+        )
+    extra = {"aux_logits": False, "init_weights": True} if body in ("googlenet", "inception_v3") else {}
+    return models.get_model(body, weights=None, **extra)  # type: ignore[no-any-return]
+
+
+def _headless(body: str) -> tuple[nn.Module, str]:
+    """The network with its final layer replaced by the identity, and that layer's name."""
+    from torch import nn
+
+    net = _build(body)
+    final = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)]
+    if not final:
+        raise ConfigError(
+            f"{body} ends in no linear layer that could be removed.",
+            "a network whose last layer is linear, as nearly all of torchvision's are.",
+            "give another --body.",
+        )
+    parent, _, leaf = final[-1].rpartition(".")
+    setattr(net.get_submodule(parent), leaf, nn.Identity())
+    return net.eval(), final[-1]
+
+
+def _trunk(net: nn.Module, body: str) -> nn.Module:
+    """The part of a headless network that ends in a feature map (B, C, H, W)."""
+    from torch import nn
+
+    if body.startswith("densenet"):  # its last activation is not a module
+        return nn.Sequential(net.features, nn.ReLU(inplace=True))  # type: ignore[arg-type]
+    if hasattr(net, "features") and not body.startswith("swin"):
+        return net.features  # type: ignore[return-value]
+    parts = dict(net.named_children())
+    if "avgpool" in parts and "encoder" not in parts:
+        return nn.Sequential(*list(parts.values())[: list(parts).index("avgpool")])
+    raise ConfigError(
+        f"{body} has no feature map to pool in another way.",
+        "a convolutional network for --pool max or concat.",
+        "use --pool avg.",
+    )
+
+
+class Body:
+    """uint8 pixels (B, 3, S, S) -> float32 features (B, D), on one device, for inference only."""
+
+    def __init__(
+        self,
+        body: str,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        pool: str,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        size: int = 224,
+        device: str = "cpu",
+    ) -> None:
+        import torch
+
+        net, _ = _headless(body)
+        net.load_state_dict(dict(weights))
+        self._pool = pool if pool != "avg" else None
+        self._net = _fused(net if pool == "avg" else _trunk(net, body)).to(
+            device, memory_format=torch.channels_last
+        )
+        self._device = torch.device(device)
+        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        blank = torch.zeros((16, 3, size, size), dtype=torch.uint8, device=device)
+        self.width = int(self(blank).shape[1])
+
+    def __call__(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Features of a batch; the order of rows is kept. float16 arithmetic on CUDA."""
+        import torch
+
+        on_gpu = self._device.type == "cuda"
+        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=on_gpu):
+            scaled = (pixels_BCHW.to(self._device).float() / 255 - self._mean) / self._std
+            out = self._net(scaled.contiguous(memory_format=torch.channels_last)).float()
+            if self._pool is None:
+                return out.flatten(1)
+            highest = out.amax((2, 3))
+            return highest if self._pool == "max" else torch.cat([out.mean((2, 3)), highest], 1)
+
+
+def _fused(net: nn.Module) -> nn.Module:
+    """The network with batch norms folded into the convolutions before them (1.24x to 1.29x).
+
+    Networks that cannot be traced (branches on values) stay as they are: same features, slower.
+    """
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        return fuse(net)
+    except Exception:
+        return net

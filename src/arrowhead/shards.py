@@ -1,0 +1,411 @@
+"""Rows to Arrow files and back.
+
+    rows of one chunk      path, image_id, view, feature, fault
+      -> write_shard       one Arrow IPC file, whole or absent
+    all shards             named by the manifest, their hashes checked
+      -> Store.features    float16 (N, D), gathered from the memory maps
+
+    store/
+      store.json           format, recipe, fingerprint, chunk size
+      catalog.arrow        paths, stamps, labels and splits, as of the last run
+      body.safetensors     the weights that made the features
+      shards/<name>.arrow  immutable
+      manifest.json        what is complete; replaced atomically, last
+
+A file gets its own name only when it is whole. What is done is read off the disk, so a
+stopped run goes on without a journal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import ConfigError, DataError
+
+FORMAT = 1
+
+
+# ------------------------------------------------------------------------------ recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a feature was made. Features of unequal recipes are never mixed."""
+
+    format: int = FORMAT
+    body: str
+    """torchvision's name of the network."""
+    weights: str
+    """sha256 of the body's tensors, whichever file they came from."""
+    pool: str
+    """avg, max or concat (both): from the last feature map to one row."""
+    width: int
+    """D, numbers per feature."""
+    size: int
+    """Side of the square the body sees, in pixels."""
+    resize: str
+    """crop (shorter side to 8/7 of size, middle cut out), squash, or pad."""
+    interpolation: str = "linear"
+    antialias: bool = True
+    mean: tuple[float, float, float]
+    """Per channel, of pixels scaled to 0..1."""
+    std: tuple[float, float, float]
+    views: int = 1
+    """Rows per image: view 0 is clean, the others augmented."""
+    augment: str = "none"
+    """Policy of the augmented views."""
+    augment_seed: int = 0
+    dtype: str = "float16"
+    decoder: str = "dali"
+
+    def json(self) -> str:
+        """Canonical: sorted keys, no spaces."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that stand for the recipe."""
+        return hashlib.blake2b(self.json().encode(), digest_size=8).hexdigest()
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any], where: str) -> Recipe:
+        """The recipe in `fields`, read from `where`; DataError if it is of another format."""
+        known = {field.name for field in dataclasses.fields(Recipe)}
+        if fields.get("format") != FORMAT or set(fields) != known:
+            raise DataError(
+                f"{where} holds a recipe of format {fields.get('format')}.",
+                f"format {FORMAT}, with the fields this version knows.",
+                "use the Arrowhead version that wrote it, or extract again into a new store.",
+            )
+        triples = {name: tuple(fields[name]) for name in ("mean", "std")}
+        return Recipe(**{**fields, **triples})
+
+    def must_equal(self, other: Recipe, ours: str, theirs: str) -> None:
+        """Refuse to mix features of this recipe (in `ours`) with those of `other` (`theirs`)."""
+        for field in dataclasses.fields(Recipe):
+            mine, its = getattr(self, field.name), getattr(other, field.name)
+            if mine != its:
+                raise ConfigError(
+                    f"{ours} was made with {field.name} = {mine}, {theirs} with {its}.",
+                    "one recipe: features made in two ways cannot be compared.",
+                    f"ask for {field.name} = {mine}, or write to another place.",
+                )
+
+
+# ------------------------------------------------------------------------- whole files
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there becomes `path` at the end, or nothing does.
+
+    The name carries the process id: two workers never write one draft.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sketch = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        yield sketch
+        _sync(sketch)
+        os.replace(sketch, path)
+        _sync(path.parent)
+    finally:
+        sketch.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One JSON file, whole or absent."""
+    with draft(path) as sketch:
+        sketch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; DataError if it is missing or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.",
+            "a JSON file written by Arrowhead.",
+            "check the path; if the folder was copied, copy it again.",
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------- tables of features
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """The rows of one chunk: R files x V views, in catalog order, views of a file together.
+
+    paths: R; image_ids: R of 16 bytes; features: float16 (R, V, D), zero where faulty;
+    faults: R, None when the image is well.
+    """
+
+    paths: Sequence[str]
+    image_ids: Sequence[bytes]
+    features: NDArray[np.float16]
+    faults: Sequence[str | None]
+
+
+def write_shard(path: Path, rows: Rows, recipe: Recipe) -> None:
+    """One Arrow IPC file; columns path, image_id, view, feature, fault."""
+    import pyarrow as pa
+
+    files, views, width = rows.features.shape
+    faults = [fault for fault in rows.faults for _ in range(views)]
+    absent = pa.array([fault is not None for fault in faults], pa.bool_())
+    table = pa.table(
+        {
+            "path": pa.array([path for path in rows.paths for _ in range(views)], pa.string()),
+            "image_id": pa.array([i for i in rows.image_ids for _ in range(views)], pa.binary(16)),
+            "view": pa.array(np.tile(np.arange(views, dtype=np.uint8), files)),
+            "feature": pa.FixedSizeListArray.from_arrays(
+                pa.array(rows.features.reshape(-1)), width, mask=absent
+            ),
+            "fault": pa.array(faults, pa.string()),
+        }
+    ).replace_schema_metadata({"arrowhead.recipe": recipe.json()})
+    write_arrow(path, table)
+
+
+def write_arrow(path: Path, table: Any) -> None:
+    """A pyarrow table as one record batch in one Arrow IPC file, whole or absent."""
+    import pyarrow as pa
+
+    with draft(path) as sketch, pa.OSFile(str(sketch), "wb") as file:
+        with pa.ipc.new_file(file, table.schema) as sink:
+            sink.write_table(table.combine_chunks())
+
+
+def write_parquet(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """One Parquet file (zstd), whole or absent; `columns` maps names to pyarrow arrays."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(dict(columns)).replace_schema_metadata(dict(metadata))
+    with draft(path) as sketch:
+        pq.write_table(table, sketch, compression="zstd")
+
+
+def read_arrow(path: Path) -> Any:
+    """The memory-mapped pyarrow table of an Arrow IPC file; DataError if it is not one."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.",
+            "an Arrow file written by Arrowhead.",
+            "delete the file and run precompute again: only its images are decoded again.",
+        ) from error
+
+
+def read_shard(path: Path, recipe: Recipe) -> Rows:
+    """The rows of a shard; its features are a view of the memory map, nothing is copied."""
+    table = read_arrow(path)
+    made = (table.schema.metadata or {}).get(b"arrowhead.recipe", b"{}")
+    Recipe.from_dict(json.loads(made), str(path)).must_equal(recipe, str(path), "the store")
+    views = recipe.views
+    flat = table["feature"].combine_chunks().values.to_numpy(zero_copy_only=True)
+    return Rows(
+        paths=table["path"].to_pylist()[::views],
+        image_ids=table["image_id"].to_pylist()[::views],
+        features=flat.reshape(-1, views, recipe.width),
+        faults=table["fault"].to_pylist()[::views],
+    )
+
+
+# ------------------------------------------------------------------------------- store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Features:
+    """Labelled features of one split, well images only; n rows.
+
+    feature: float16 (n, V, D); label: int64 (n,), numbers of `classes`;
+    row: int64 (n,), rows of the catalog.
+    """
+
+    feature: NDArray[np.float16]
+    label: NDArray[np.int64]
+    row: NDArray[np.int64]
+
+
+class Store:
+    """A directory of features made in one way. Open an existing one, or `create` it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "store.json").is_file():
+            raise ConfigError(
+                f"{path} is not a feature store: it has no store.json.",
+                "a folder written by `arrowhead precompute`.",
+                f"run `arrowhead precompute DATA {path}` first.",
+            )
+        head = read_json(path / "store.json")
+        self.recipe = Recipe.from_dict(head.get("recipe", {}), str(path / "store.json"))
+        self.chunk_size = int(head["chunk_size"])
+
+    @staticmethod
+    def create(path: Path, recipe: Recipe, chunk_size: int) -> Store:
+        """The store at `path` for this recipe: made, or opened if it is already there.
+
+        Raises ConfigError, naming the first differing field, if it was made in another way.
+        """
+        if (path / "store.json").is_file():
+            store = Store(path)
+            store.recipe.must_equal(recipe, str(path), "this run")
+            return store
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(
+                f"{path} holds files that are not a feature store's.",
+                "a new or empty folder, or an existing store.",
+                "give another folder.",
+            )
+        head = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
+        head |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
+        write_json(path / "store.json", head)
+        return Store(path)
+
+    @property
+    def weights(self) -> Path:
+        """Where the body's weights lie."""
+        return self.path / "body.safetensors"
+
+    def shard(self, name: str) -> Path:
+        """Where the shard of that name lies, or would lie."""
+        return self.path / "shards" / f"{name}.arrow"
+
+    def on_disk(self) -> list[str]:
+        """Names of all whole shards, live or left over from an earlier catalog."""
+        return sorted(path.stem for path in (self.path / "shards").glob("*.arrow"))
+
+    def manifest(self) -> dict[str, Any]:
+        """What is complete; DataError before the first complete run."""
+        if not (self.path / "manifest.json").is_file():
+            raise DataError(
+                f"{self.path} has no manifest: its extraction never finished.",
+                "a finished store.",
+                "run the same `arrowhead precompute` again: it goes on where it stopped.",
+            )
+        return dict(read_json(self.path / "manifest.json"))
+
+    def complete(self, names: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
+        """Write the manifest of these shards, hashed; the store is now readable."""
+        shards = []
+        for name in names:
+            rows = read_shard(self.shard(name), self.recipe)
+            faulty = sum(fault is not None for fault in rows.faults)
+            shards.append(
+                {
+                    "name": name,
+                    "files": len(rows.paths),
+                    "faults": faulty,
+                    "bytes": self.shard(name).stat().st_size,
+                    "sha256": sha256(self.shard(name)),
+                }
+            )
+        catalog = {"sha256": sha256(self.path / "catalog.arrow")}
+        manifest = {"format": FORMAT, "classes": list(classes), "catalog": catalog}
+        write_json(self.path / "manifest.json", manifest | {"shards": shards})
+        return manifest | {"shards": shards}
+
+    def verify(self) -> None:
+        """Compare every file the manifest names with its hash; DataError for the first misfit."""
+        manifest = self.manifest()
+        expected = {self.path / "catalog.arrow": manifest["catalog"]["sha256"]}
+        expected |= {self.shard(shard["name"]): shard["sha256"] for shard in manifest["shards"]}
+        for path, digest in expected.items():
+            if not path.is_file() or sha256(path) != digest:
+                raise DataError(
+                    f"{path} {'differs from' if path.is_file() else 'is missing, but named in'}"
+                    " the manifest.",
+                    f"the bytes whose sha256 is {digest}.",
+                    "delete the file and run precompute again: only its images are decoded again.",
+                )
+
+    def rows(self) -> Iterator[Rows]:
+        """The complete shards, in catalog order, memory-mapped."""
+        for shard in self.manifest()["shards"]:
+            yield read_shard(self.shard(shard["name"]), self.recipe)
+
+    def write_catalog(self, columns: Mapping[str, Any]) -> None:
+        """Replace catalog.arrow; `columns` as `read_catalog` gives them."""
+        write_catalog(self.path / "catalog.arrow", columns)
+
+    def read_catalog(self) -> dict[str, Any]:
+        """The columns of catalog.arrow: paths, sizes, mtimes, labels, splits, and root."""
+        return read_catalog(self.path / "catalog.arrow")
+
+    def features(self, split: str) -> Features:
+        """Features and labels of one split; images with a fault are left out."""
+        columns, classes = self.read_catalog(), self.manifest()["classes"]
+        number = {name: i for i, name in enumerate(classes)}
+        shards = list(self.rows())
+        well = np.concatenate([[fault is None for fault in rows.faults] for rows in shards])
+        wanted = well & np.array([one == split for one in columns["splits"]])
+        label = [number[names[0]] for names, take in zip(columns["labels"], wanted, strict=True) if take]
+        ends = np.cumsum([len(rows.paths) for rows in shards])[:-1]
+        parts = zip(shards, np.split(wanted, ends), strict=True)
+        return Features(
+            feature=np.concatenate([rows.features[take] for rows, take in parts]),
+            label=np.array(label, np.int64),
+            row=np.flatnonzero(wanted),
+        )
+
+
+def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
+    """A catalog as an Arrow file: path, size, mtime_ns, labels, split; its root as metadata."""
+    import pyarrow as pa
+
+    table = pa.table(
+        {
+            "path": pa.array(columns["paths"], pa.string()),
+            "size": pa.array(columns["sizes"], pa.int64()),
+            "mtime_ns": pa.array(columns["mtimes"], pa.int64()),
+            "labels": pa.array([list(names) for names in columns["labels"]], pa.list_(pa.string())),
+            "split": pa.array(columns["splits"], pa.string()).dictionary_encode(),
+        }
+    )
+    root = {"arrowhead.root": columns["root"], "arrowhead.ignored": str(columns["ignored"])}
+    write_arrow(path, table.replace_schema_metadata(root))
+
+
+def read_catalog(path: Path) -> dict[str, Any]:
+    """The columns that `write_catalog` wrote, as the fields of `plan.Catalog`."""
+    table = read_arrow(path)
+    return {
+        "root": table.schema.metadata[b"arrowhead.root"].decode(),
+        "paths": table["path"].to_pylist(),
+        "sizes": table["size"].to_numpy(),
+        "mtimes": table["mtime_ns"].to_numpy(),
+        "labels": [tuple(names) for names in table["labels"].to_pylist()],
+        "splits": table["split"].to_pylist(),
+        "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
+    }
