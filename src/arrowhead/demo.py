@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 CLASSES = ("baskets", "beads", "leaves")
 VALID_SHARE = 0.25
 NEW_IMAGES = 24
-SIZES = ((240, 180), (256, 256), (320, 240), (400, 225), (480, 320), (640, 480))  # width, height
+SIZES = ((240, 180), (256, 256), (320, 240), (400, 300), (480, 320), (640, 480))  # width, height
 
 Colour = tuple[int, int, int]
 Floats = NDArray[np.float32]
@@ -58,8 +58,8 @@ def _scene(label: int, rng: Generator) -> Image.Image:
     if rng.random() < 0.4:
         width, height = height, width
     image = _ground(width, height, rng)
-    _scatter(image, int(rng.integers(4, 9)), rng)
-    side = int(min(width, height) * rng.uniform(0.9, 1.15))
+    _scatter(image, int(rng.integers(3, 7)), rng)
+    side = int(min(width, height) * rng.uniform(0.95, 1.15))
     _place(image, SUBJECTS[CLASSES[label]](side, rng), rng)
     _scatter(image, int(rng.integers(0, 3)), rng)
     return _photograph(image, rng)
@@ -67,7 +67,7 @@ def _scene(label: int, rng: Generator) -> Image.Image:
 
 def _colour(rng: Generator) -> Colour:
     """One colour for anything in a scene: every class draws from this same distribution."""
-    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.6), rng.uniform(0.4, 0.95))
+    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.45, 0.9))
     return _shade((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])), 1.0)
 
 
@@ -87,8 +87,8 @@ def _ground(width: int, height: int, rng: Generator) -> Image.Image:
     first, second = np.array(_colour(rng), np.float32), np.array(_colour(rng), np.float32)
     mix = 0.5 + 0.4 * _smooth(width, height, (3, 3), rng)
     fine = (int(rng.integers(3, 60)), int(rng.integers(3, 60)))
-    grain = 1 + rng.uniform(0.03, 0.12) * _smooth(width, height, fine, rng)
-    pixels = (first + mix[..., None] * 0.6 * (second - first)) * grain[..., None]
+    grain = 1 + rng.uniform(0.02, 0.08) * _smooth(width, height, fine, rng)
+    pixels = (first + mix[..., None] * 0.5 * (second - first)) * grain[..., None]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -111,17 +111,18 @@ def _outline(radius: float, rng: Generator) -> NDArray[np.float64]:
     angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     stretch = rng.uniform(0.15, 1.0)
     points = radius / np.sqrt(stretch) * np.stack([np.cos(angles), stretch * np.sin(angles)], 1)
-    return points @ _rotation(rng.uniform(0, 2 * np.pi))
+    turned: NDArray[np.float64] = points @ _rotation(rng.uniform(0, 2 * np.pi))
+    return turned
 
 
 def _rotation(angle: float) -> NDArray[np.float64]:
     cos, sin = np.cos(angle), np.sin(angle)
-    return np.array([[cos, sin], [-sin, cos]])
+    return np.array([[cos, sin], [-sin, cos]], np.float64)
 
 
 def _place(image: Image.Image, tile: Image.Image, rng: Generator) -> None:
     """Turn an RGBA tile by any angle and paste it with a soft shadow, mostly inside the image."""
-    tile = tile.rotate(rng.uniform(0, 360), Image.Resampling.BICUBIC, expand=True)
+    tile = tile.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR, expand=True)
     room = np.array(image.size) - tile.size
     x, y = (room * rng.uniform(0.1, 0.9, 2)).astype(int).tolist()
     mask = tile.getchannel("A")
@@ -133,16 +134,16 @@ def _place(image: Image.Image, tile: Image.Image, rng: Generator) -> None:
 
 def _basket(side: int, rng: Generator) -> Image.Image:
     """A round or oval basket seen from above, RGBA [side, side]: strands over and under."""
-    strands = rng.uniform(15, 20)
-    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
-    # Each cell shows either the strand along x or the one along y, bulging across its own width.
-    over = (np.floor(x * strands) + np.floor(y * strands)) % 2 == 0
-    across = np.where(over, x, y) * strands % 1
-    along = np.where(over, y, x) * strands % 1
-    light = 0.4 + 0.45 * np.sin(np.pi * across) + 0.25 * np.sin(np.pi * along)
+    strands = rng.uniform(18, 24)
+    x = np.arange(side, dtype=np.float32)[None] / side
+    cell, within = np.divmod(x * strands, 1)
+    bulge = np.sin(np.pi * within)
+    # Each cell shows either the strand along y or the one along x, round across its own width.
+    over = (cell + cell.T) % 2 == 0
+    light = 0.4 + np.where(over, 0.45 * bulge + 0.25 * bulge.T, 0.25 * bulge + 0.45 * bulge.T)
     colours = np.array([_colour(rng), _colour(rng)], np.float32)
-    pixels = colours[over.astype(int)] * light[..., None]
-    reach = np.hypot((x - 0.5) * 2, (y - 0.5) * 2 / rng.uniform(0.7, 1.0))
+    pixels = colours[over.astype(np.intp)] * light[..., None]
+    reach = np.hypot(2 * x - 1, (2 * x.T - 1) / rng.uniform(0.75, 1.0))
     pixels[reach > 0.9] *= 0.75
     tile = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     tile.putalpha(Image.fromarray(((reach < 1) * 255).astype(np.uint8)))
@@ -151,17 +152,17 @@ def _basket(side: int, rng: Generator) -> Image.Image:
 
 def _beads(side: int, rng: Generator) -> Image.Image:
     """A string of glossy beads laid in a coil, RGBA [side, side]."""
-    turns, radius = rng.uniform(2.2, 3.4), 0.0
+    turns = rng.uniform(2.7, 3.6)
     pitch = side / 2 / (turns + 0.5)
-    bead = max(2, int(pitch * 0.46))
-    sprites = [_bead(bead, _colour(rng)) for _ in range(2)]
+    ball = max(2, int(pitch * 0.46))
+    sprites = [_bead(ball, _colour(rng)) for _ in range(2)]
     tile = Image.new("RGBA", (side, side))
     angle = np.pi
     while angle < 2 * np.pi * turns:
         radius = pitch * angle / (2 * np.pi)
         x, y = side / 2 + radius * np.cos(angle), side / 2 + radius * np.sin(angle)
-        tile.alpha_composite(sprites[rng.integers(2)], (round(x) - bead, round(y) - bead))
-        angle += 2 * bead / radius
+        tile.alpha_composite(sprites[rng.integers(2)], (round(x) - ball, round(y) - ball))
+        angle += 2 * ball / radius
     return tile
 
 
@@ -181,14 +182,14 @@ def _sprig(side: int, rng: Generator) -> Image.Image:
     tile = Image.new("RGBA", (side, side))
     pen = ImageDraw.Draw(tile)
     colours = [_colour(rng), _colour(rng)]
-    pairs = int(rng.integers(3, 5))
-    pen.line((side / 2, side * 0.98, side / 2, side * 0.2), _shade(colours[0], 0.5), side // 50 + 1)
-    for pair in range(pairs):
-        foot = np.array([0.5, 0.9 - 0.55 * pair / (pairs - 1)]) * side
+    middle, top = side / 2, side * 0.42
+    pen.line((middle, side * 0.98, middle, top), _shade(colours[0], 0.5), side // 50 + 1)
+    for pair in reversed(range(int(rng.integers(2, 4)))):
+        foot = np.array([middle, top + side * 0.25 * pair])
         for turn in (-1, 1):
-            angle = turn * rng.uniform(0.7, 1.2)
-            _leaf(pen, foot, angle, side * rng.uniform(0.36, 0.46), colours[rng.integers(2)])
-    _leaf(pen, np.array([0.5, 0.36]) * side, 0.0, side * 0.36, colours[0])
+            length = side * rng.uniform(0.42, 0.5)
+            _leaf(pen, foot, turn * rng.uniform(0.7, 1.2), length, colours[rng.integers(2)])
+    _leaf(pen, np.array([middle, top]), 0.0, side * 0.4, colours[0])
     return tile
 
 
@@ -207,10 +208,10 @@ def _leaf(
         return [float(value) for value in points.ravel()]
 
     along = np.linspace(0, 1, 15)
-    half = 0.24 * np.sin(np.pi * along**0.8)
-    outline = placed(np.concatenate([half, -half[::-1]]), np.concatenate([along, along[::-1]]))
-    pen.polygon(outline, fill=colour, outline=_shade(colour, 0.45))
-    pen.polygon(outline[: len(outline) // 2], fill=_shade(colour, 0.7))
+    half = 0.27 * np.sin(np.pi * along**0.8)
+    sides = placed(half, along), placed(-half, along)
+    for points, light in zip(sides, (1.0, 0.7), strict=True):
+        pen.polygon(points, fill=_shade(colour, light), outline=_shade(colour, 0.45))
     thick = max(1, round(length / 40))
     pen.line(placed(0 * along, along), _shade(colour, 1.5), thick)
     for rib, reach in zip(along[1:-3:2], half[3:-1:2], strict=True):
@@ -220,10 +221,13 @@ def _leaf(
 
 def _photograph(image: Image.Image, rng: Generator) -> Image.Image:
     """The same scene under light from one side, slightly out of focus, with sensor noise; RGB."""
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
     width, height = image.size
+    blur = rng.uniform(0.4, 1.2) * min(width, height) / 320
+    image = image.filter(ImageFilter.GaussianBlur(blur))
     slope = rng.uniform(-0.2, 0.2, 2)
-    light = 1 + slope[0] * np.linspace(-1, 1, width) + slope[1] * np.linspace(-1, 1, height)[:, None]
+    light = (
+        1 + slope[0] * np.linspace(-1, 1, width) + slope[1] * np.linspace(-1, 1, height)[:, None]
+    )
     noise = rng.standard_normal((height, width, 1), np.float32) * rng.uniform(2, 6)
     pixels = np.asarray(image) * light.astype(np.float32)[..., None] + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

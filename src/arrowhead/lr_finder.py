@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError
-from arrowhead.train import Data, Team, TrainConfig, Trainer, batches, view_of
+from arrowhead.train import Data, Team, TrainConfig, Trainer, batches, together, view_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,8 @@ def _one(data: Data, config: TrainConfig, tested: NDArray[np.float64], team: Tea
         if batch is None:
             waiting = batches(rows, config.batch_size, config.seed, epoch)
             batch, epoch = next(waiting), epoch + 1
-        loss = _loss(trainer.move(batch, view_of(batch, views, config.seed, epoch), rate), team)
+        view = view_of(batch, views, config.seed, epoch)
+        loss = together(trainer.move(batch, view, rate), team).loss
         mean = 0.9 * mean + 0.1 * loss
         smooth = mean / (1 - 0.9 ** (number + 1))
         best = min(best, smooth)
@@ -103,12 +104,6 @@ def _one(data: Data, config: TrainConfig, tested: NDArray[np.float64], team: Tea
             break
         losses[number] = smooth
     return losses
-
-
-def _loss(sums: Any, team: Team) -> float:
-    from arrowhead.train import _together
-
-    return _together(sums, team).loss
 
 
 def suggest(tested: NDArray[np.float64], losses: NDArray[np.float64]) -> Curve:

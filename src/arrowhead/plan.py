@@ -16,8 +16,9 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,14 @@ class Catalog:
     def classes(self) -> list[str]:
         """Names of the classes, sorted: position is the label's number."""
         return sorted({name for names in self.labels for name in names})
+
+    def file(self, row: int) -> bytes:
+        """The name under which the file system knows this row's file."""
+        return os.path.join(raw(self.root), raw(self.paths[row]))
+
+    def columns(self) -> dict[str, Any]:
+        """The fields by name, as `shards.write_catalog` takes them."""
+        return {name.name: getattr(self, name.name) for name in fields(self)}
 
     def digest(self) -> str:
         """Hash of what is in the catalog, whoever lists it and wherever the root lies."""
@@ -152,7 +161,7 @@ def _catalog(
         ("", ()) if has_splits is None else _place(raw(str(path)), has_splits) for path, *_ in rows
     ]
     return Catalog(
-        root=str(root.resolve()),
+        root=text(os.fsencode(root.resolve())),
         paths=[str(path) for path, *_ in rows],
         sizes=np.array([size for _, size, _ in rows], np.int64),
         mtimes=np.array([mtime for *_, mtime in rows], np.int64),

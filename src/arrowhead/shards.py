@@ -202,14 +202,41 @@ def write_arrow(path: Path, table: Any) -> None:
             sink.write_table(table.combine_chunks())
 
 
-def write_parquet(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """One Parquet file (zstd), whole or absent; `columns` maps names to pyarrow arrays."""
+def write_parquet(
+    path: Path, columns: Mapping[str, Sequence[Any]], metadata: Mapping[str, str]
+) -> None:
+    """One Parquet file (zstd) of scores, whole or absent; each column has one value per row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(dict(columns)).replace_schema_metadata(dict(metadata))
+    pair = pa.struct([("label", pa.string()), ("probability", pa.float32())])
+    types = {
+        "path": pa.string(),
+        "image_id": pa.binary(16),
+        "label": pa.string(),
+        "probability": pa.float32(),
+        "top_k": pa.list_(pair),
+        "probabilities": pa.list_(pa.float32()),
+        "fault": pa.string(),
+    }
+    table = pa.table({name: pa.array(column, types[name]) for name, column in columns.items()})
     with draft(path) as sketch:
-        pq.write_table(table, sketch, compression="zstd")
+        pq.write_table(table.replace_schema_metadata(dict(metadata)), sketch, compression="zstd")
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Some columns of a Parquet file as lists; DataError if it is not one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return dict(pq.read_table(path, columns=list(columns)).to_pydict())
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.",
+            "a Parquet file written by `arrowhead score`.",
+            "delete the file and run the same score command again.",
+        ) from error
 
 
 def read_arrow(path: Path) -> Any:

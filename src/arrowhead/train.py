@@ -184,10 +184,11 @@ def validate(head: nn.Module, feature_ND: torch.Tensor, label_N: torch.Tensor, t
             logit, label = head(feature_ND[rows].float()), label_N[rows]
             total += tally_of(logit, label, F.cross_entropy(logit, label, reduction="none"))
     head.train()
-    return _together(total, team)
+    return together(total, team)
 
 
-def _together(sums: torch.Tensor, team: Team) -> Tally:
+def together(sums: torch.Tensor, team: Team) -> Tally:
+    """The tally of all workers: their sums (see `tally_of`) added up."""
     import torch.distributed as dist
 
     if team.world > 1:
@@ -321,7 +322,7 @@ def train(
             share = (epoch + number / len(todo)) / config.epochs
             view = view_of(batch, views, config.seed, epoch)
             total += trainer.move(batch, view, rate_at(share, config, rate))
-        trained = _together(total, team)
+        trained = together(total, team)
         valid = validate(trainer.head, data.valid_feature, data.valid_label, team)
         line = {
             "epoch": epoch,

@@ -1,0 +1,441 @@
+"""The command line: flags in, exit code out.
+
+Every flag is a field of the dataclass that uses it; `--config FILE.toml` sets the same fields in
+a table named after the verb. Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 bad
+request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to go on).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.config import Toml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from arrowhead import ConfigError, DataError, Refusal, __version__
+from arrowhead.decode import PixelConfig
+from arrowhead.extract import ExtractConfig
+from arrowhead.launch import LaunchConfig
+from arrowhead.lr_finder import FinderConfig
+from arrowhead.model import BodyConfig
+from arrowhead.plan import SourceConfig
+from arrowhead.score import ScoreConfig
+from arrowhead.tracking import TrackingConfig
+from arrowhead.train import TrainConfig
+
+app = App(
+    name="arrowhead",
+    version=__version__,
+    default_parameter=Parameter(negative=""),
+    help="A folder of images becomes a trained, examined, deployable classifier.\n\n"
+    "Each image is decoded once; every experiment after that takes seconds."
+    " Start with `arrowhead demo`, or `arrowhead fit DATA OUT` on your own folder.",
+)
+app.meta.group_parameters = Group("Everywhere", sort_key=9)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """How the result is given."""
+
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print the result as one JSON object, last on standard output; all else goes to stderr."""
+
+
+Data = Annotated[Path, Parameter(help="Folder of images: train/CLASS/… and valid/CLASS/…, or CLASS/….")]
+StorePath = Annotated[Path, Parameter(help="Feature store: a folder that `precompute` made, or will make.")]
+BundlePath = Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote, or will write.")]
+
+
+def _flags(group: str, key: int) -> Any:
+    return Parameter(name="*", group=Group(group, sort_key=key))
+
+
+Source = Annotated[SourceConfig, _flags("Labels", 2)]
+Body = Annotated[BodyConfig, _flags("Body", 3)]
+Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
+Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
+NamedExtract = Annotated[
+    ExtractConfig, Parameter(name="extract", group=Group("Extraction", sort_key=5))
+]
+Head = Annotated[TrainConfig, _flags("Training", 6)]
+Finder = Annotated[FinderConfig, _flags("LR finder", 7)]
+NamedFinder = Annotated[
+    FinderConfig, Parameter(name="lr-find", group=Group("LR finder", sort_key=7))
+]
+Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
+Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
+Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]
+Out = Annotated[Output, _flags("Output", 10)]
+
+
+# ------------------------------------------------------------------------------- verbs
+
+
+@app.command(sort_key=1)
+def fit(
+    data: Data,
+    out: Annotated[Path, Parameter(help="Folder for the results: OUT/store and OUT/bundle.")],
+    *,
+    source: Source = SourceConfig(),
+    body: Body = BodyConfig(),
+    pixels: Pixels = PixelConfig(),
+    extract: NamedExtract = ExtractConfig(),
+    head: Head = TrainConfig(),
+    finder: NamedFinder = FinderConfig(),
+    launch: Launch = LaunchConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """The main job: a folder of images becomes a trained classifier.
+
+    Catalog, features, learning rate, head, evaluation, bundle; recorded in MLflow. Run it again
+    with other training flags: no image is decoded a second time.
+
+    Example: arrowhead fit photos/ out/ --body resnet34 --epochs 10
+    """
+    from arrowhead import pipeline
+
+    images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    with _means("fit", launch, tracking, output) as means:
+        result = pipeline.fit(data, out, images, head, finder, means)
+        _next(means.screen, [f"arrowhead score {result['bundle']} IMAGES SCORES", _ui(tracking)])
+    return _end(result, output)
+
+
+@app.command(sort_key=2)
+def precompute(
+    data: Data,
+    store: StorePath,
+    *,
+    source: Source = SourceConfig(),
+    body: Body = BodyConfig(),
+    pixels: Pixels = PixelConfig(),
+    extract: Extract = ExtractConfig(),
+    launch: Launch = LaunchConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Decode every image once and store what the body sees in it.
+
+    A stopped run goes on where it was; a second run decodes only what is new or changed.
+
+    Example: arrowhead precompute photos/ store/ --workers 2
+    """
+    from arrowhead import pipeline
+
+    images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    with _means("precompute", launch, tracking, output) as means:
+        result = pipeline.precompute(data, store, images, means)
+        _next(means.screen, [f"arrowhead lr-find {store}", f"arrowhead train {store} BUNDLE"])
+    return _end(result, output)
+
+
+@app.command(sort_key=3)
+def lr_find(
+    store: StorePath,
+    *,
+    head: Head = TrainConfig(),
+    finder: Finder = FinderConfig(),
+    launch: Launch = LaunchConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Try a rising learning rate on stored features and suggest one.
+
+    Writes lr_finder.png and lr_finder.csv into the store's folder and to MLflow.
+
+    Example: arrowhead lr-find out/store --head lesson
+    """
+    from arrowhead import pipeline
+
+    with _means("lr-find", launch, tracking, output) as means:
+        curve = pipeline.find_rate(store, head, finder, means)
+        result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
+        run_id = means.run.run_id if means.run else None
+        _next(means.screen, [f"arrowhead train {store} BUNDLE --rate {curve.rate:.2g}"])
+    return _end(result | {"store": str(store), "run_id": run_id}, output)
+
+
+@app.command(sort_key=4)
+def train(
+    store: StorePath,
+    bundle: BundlePath,
+    *,
+    head: Head = TrainConfig(),
+    finder: NamedFinder = FinderConfig(),
+    launch: Launch = LaunchConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Train a head on stored features and save it with its body as a bundle.
+
+    Example: arrowhead train out/store out/bundle --head lesson --epochs 5 --rate 0.01
+    """
+    from arrowhead import pipeline
+
+    with _means("train", launch, tracking, output) as means:
+        result = pipeline.fit_head(store, bundle, head, finder, means)
+        _next(means.screen, [f"arrowhead score {bundle} IMAGES SCORES"])
+    return _end(result, output)
+
+
+@app.command(sort_key=5)
+def score(
+    bundle: BundlePath,
+    images: Annotated[Path, Parameter(help="Folder of images, with or without folders inside.")],
+    out: Annotated[Path, Parameter(help="Folder for the Parquet parts and score.json.")],
+    *,
+    scores: Scores = ScoreConfig(),
+    extract: Extract = ExtractConfig(),
+    launch: Launch = LaunchConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Label every image below a folder: one row per file, faults included, in path order.
+
+    A stopped run goes on where it was. The images are made ready exactly as in training; a few
+    golden images in the bundle are replayed first to prove it.
+
+    Example: arrowhead score out/bundle new-photos/ scores/
+    """
+    from arrowhead import pipeline
+
+    with _means("score", launch, tracking, output) as means:
+        result = pipeline.score(bundle, images, out, scores, extract, means)
+        found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
+        means.screen.say(f"labels: {found}")
+        _next(means.screen, [f"python -c \"import polars; print(polars.read_parquet('{out}/*.parquet'))\""])
+    return _end(result, output)
+
+
+@app.command(sort_key=0)
+def demo(
+    out: Annotated[Path, Parameter(help="Folder for the images and the results.")] = Path("demo"),
+    *,
+    head: Head = TrainConfig(),
+    launch: Launch = LaunchConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """The main job on images made here: draw, fit, score.
+
+    Needs no data and no network. With ImageNet weights in torch's cache or a connection the body
+    is a trained one; without, it says so and goes on with a random one.
+    """
+    from arrowhead import demo as drawing
+    from arrowhead import pipeline
+
+    with _means("demo", launch, tracking, output) as means:
+        if not (out / "images").is_dir():
+            count = drawing.draw(out / "images")
+            means.screen.say(f"{count} images of {', '.join(drawing.CLASSES)} drawn in {out}/images")
+        images = pipeline.FeatureConfig(body=_demo_body(means.screen))
+        result = pipeline.fit(out / "images", out / "fit", images, head, FinderConfig(), means)
+        scored = pipeline.score(
+            out / "fit" / "bundle",
+            out / "images" / "new",
+            out / "scores",
+            ScoreConfig(),
+            ExtractConfig(),
+            means,
+        )
+        found = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
+        means.screen.say(f"labels of the images in {out}/images/new: {found}")
+        _next(
+            means.screen,
+            [
+                f"{_me()} train {out}/fit/store {out}/lesson --head lesson --epochs 5",
+                f"{_me()} score {out}/lesson {out}/images/valid {out}/valid-scores --probabilities",
+                _ui(tracking),
+            ],
+        )
+    return _end(result | {"scores": str(out / "scores"), "labels": scored["labels"]}, output)
+
+
+def _demo_body(screen: Screen) -> BodyConfig:
+    """A trained body where one can be had, else, said aloud, a random one."""
+    from arrowhead import model
+
+    try:
+        model.load(BodyConfig())
+    except ConfigError:
+        screen.say(
+            "No ImageNet weights in torch's cache and none could be downloaded: the body is RANDOM."
+            " It still sees textures; expect far less than with trained weights."
+        )
+        return BodyConfig(weights="random")
+    return BodyConfig()
+
+
+@app.command(sort_key=6)
+def doctor(*, output: Out = Output()) -> int:
+    """Look this machine over: what is installed, what it can do, what to mend. Exit code 0 when
+    nothing that Arrowhead needs is missing."""
+    from arrowhead import doctor as examination
+
+    checks = examination.checks()
+    if output.json:
+        print(json.dumps({"checks": [check.plain() for check in checks]}))
+    else:
+        console = Console(highlight=False)
+        for check in checks:
+            console.print(check.line(), markup=False, soft_wrap=True)
+    return 1 if any(check.state == "missing" for check in checks) else 0
+
+
+# ----------------------------------------------------------------------- what is shown
+
+
+class Screen:
+    """Lines and progress bars on a terminal; plain lines elsewhere."""
+
+    def __init__(self, to_stderr: bool) -> None:
+        self.console = Console(stderr=to_stderr, highlight=False)
+
+    def say(self, line: str) -> None:
+        """One line, as it is."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        """A live bar with img/s, time left and faults; on a pipe a line every ten seconds."""
+        with self._live(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
+            yield advance
+
+    @contextmanager
+    def _live(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        columns = "{task.fields[rate]:.1f} img/s", "{task.fields[faults]} faults"
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            *(TextColumn(column) for column in columns),
+            TimeRemainingColumn(),
+            console=self.console,
+        ) as progress:
+            task = progress.add_task(title, total=total, rate=0.0, faults=0)
+            began, faults = monotonic(), 0
+
+            def advance(done: int, more_faults: int) -> None:
+                nonlocal faults
+                faults += more_faults
+                so_far = progress.tasks[0].completed + done
+                rate = so_far / max(monotonic() - began, 1e-9)
+                progress.update(task, advance=done, rate=rate, faults=faults)
+
+            yield advance
+
+    @contextmanager
+    def _lines(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        began = said = monotonic()
+        so_far = faults = 0
+
+        def advance(done: int, more_faults: int) -> None:
+            nonlocal so_far, faults, said
+            so_far, faults = so_far + done, faults + more_faults
+            if monotonic() - said > 10 or so_far == total:
+                said = monotonic()
+                rate = so_far / max(said - began, 1e-9)
+                self.say(f"{title} {so_far}/{total} · {rate:.1f} img/s · {faults} faults")
+
+        yield advance
+
+
+@contextmanager
+def _means(verb: str, launch: LaunchConfig, tracking: TrackingConfig, output: Output) -> Iterator[Any]:
+    """What the stages are run with; the MLflow run is open inside."""
+    from arrowhead import pipeline
+    from arrowhead.tracking import start
+
+    screen = Screen(to_stderr=output.json)
+    with start(tracking, verb) as run:
+        yield pipeline.Means(launch=launch, screen=screen, run=run)
+
+
+def _me() -> str:
+    """How the user called us, so that the next command can be pasted."""
+    return sys.argv[0] if "/" in sys.argv[0] and not _on_path() else "arrowhead"
+
+
+def _on_path() -> bool:
+    import shutil
+
+    found = shutil.which("arrowhead")
+    return found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve()
+
+
+def _ui(tracking: TrackingConfig) -> str:
+    return f"mlflow ui --backend-store-uri {tracking.uri}"
+
+
+def _next(screen: Any, commands: list[str]) -> None:
+    screen.say("next:")
+    for command in commands:
+        screen.say(f"  {command.replace('arrowhead', _me(), 1) if command.startswith('arrowhead') else command}")
+
+
+def _end(result: dict[str, Any], output: Output) -> int:
+    """Print the result if it was asked for; the exit code."""
+    if output.json:
+        print(json.dumps(result))
+    if not result.get("too_many_faults"):
+        return 0
+    print(
+        f"arrowhead: {result['counts']['faults']} of {result['counts']['inputs']} images could not be"
+        " read, more than --max-faults allows. Everything else is written.",
+        file=sys.stderr,
+    )
+    return 3
+
+
+# ------------------------------------------------------------------------------ the door
+
+
+@app.meta.default
+def _entry(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[
+        Path | None, Parameter(help="TOML file with the same flags, in a table named after the verb.")
+    ] = None,
+) -> Any:
+    if config is not None:
+        if not config.is_file():
+            raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
+        app.config = Toml(config, must_exist=True, search_parents=False)
+    return app(tokens, exit_on_error=False, print_error=False)
+
+
+def main() -> None:
+    """The console script: run a verb, say what went wrong, exit with the code that tells it."""
+    try:
+        code = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        code = _refuse(str(error).strip(), "see below.", f"{_me()} {_verb()}--help lists every flag.")
+    except Refusal as error:
+        code = _refuse(error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2)
+    except KeyboardInterrupt:
+        print("\narrowhead: interrupted. Run the same command again to go on.", file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verb() -> str:
+    known = {"fit", "precompute", "lr-find", "train", "score", "demo", "doctor"}
+    return next((f"{word} " for word in sys.argv[1:] if word in known), "")
+
+
+def _refuse(found: str, wanted: str, do: str, code: int = 2) -> int:
+    console = Console(stderr=True, highlight=False)
+    for line in (f"arrowhead: {found}", f"  wanted  {wanted}", f"  do      {do}"):
+        console.print(line, markup=False, soft_wrap=True)
+    return code

@@ -1,0 +1,258 @@
+"""A function onto N workers: in this process, or a Ray Train worker group.
+
+    stage(worker, *args)     an ordinary function; args are small plain values and paths
+      -> workers 0           Ray Train's local mode: the same train function, in this process
+      -> workers N           one Ray Train worker per GPU or CPU; gloo or nccl between them
+      -> rank 0's result
+
+Tasks (chunk numbers) are claimed one by one, not dealt, so a slow worker holds nobody up. What
+workers report reaches the driver while they run; only the driver talks to people and to MLflow.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arrowhead import ConfigError
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchConfig:
+    """Where the work is done."""
+
+    workers: int = 0
+    """0: in this process. N: a Ray Train group of N workers, one per GPU, or per CPU."""
+    address: str | None = None
+    """Of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a Ray of our own."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError(
+                f"--workers is {self.workers}.", "0 (this process) or more.", "give e.g. 2."
+            )
+        if self.address and not self.workers:
+            raise ConfigError(
+                f"--address {self.address} needs workers.",
+                "--workers of 1 or more with an address.",
+                "add --workers N.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What a stage knows of where it runs.
+
+    device: cpu or cuda:K; threads: CPU threads it may use; claim: the next task's number, None
+    when all are taken; report: sends one small dict of plain values to the driver.
+    """
+
+    rank: int
+    world: int
+    device: str
+    threads: int
+    claim: Callable[[], int | None]
+    report: Callable[[Report], None]
+
+
+class Desk:
+    """Hands out task numbers and keeps reports until the driver reads them."""
+
+    def __init__(self, tasks: list[int]) -> None:
+        self._tasks = iter(tasks)
+        self._reports: list[Report] = []
+
+    def claim(self) -> int | None:
+        """The next task's number, None when all are taken."""
+        return next(self._tasks, None)
+
+    def report(self, message: Report) -> None:
+        """Keep a report for the driver."""
+        self._reports.append(message)
+
+    def read(self) -> list[Report]:
+        """The reports since the last reading."""
+        reports, self._reports = self._reports, []
+        return reports
+
+
+def run(
+    stage: Callable[..., Any],
+    *args: Any,
+    config: LaunchConfig = LaunchConfig(),
+    tasks: list[int] | None = None,
+    listen: Callable[[Report], None] = lambda report: None,
+) -> Any:
+    """Run `stage(worker, *args)` on every worker; rank 0's return value.
+
+    tasks: the numbers that workers claim. listen: gets every report, here, in order of arrival.
+    """
+    if config.workers == 0:
+        return _fit(_here(stage, args, tasks or [], listen), workers=0)
+    return _on_ray(stage, args, config, tasks or [], listen)
+
+
+def _here(
+    stage: Callable[..., Any], args: tuple[Any, ...], tasks: list[int], listen: Callable[[Report], None]
+) -> Callable[[dict[str, Any]], Any]:
+    def train_function(_: dict[str, Any]) -> Any:
+        import torch
+
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        threads = len(os.sched_getaffinity(0))
+        return stage(Worker(0, 1, device, threads, Desk(tasks).claim, listen), *args)
+
+    return train_function
+
+
+def _on_ray(
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    config: LaunchConfig,
+    tasks: list[int],
+    listen: Callable[[Report], None],
+) -> Any:
+    import ray
+
+    _connect(config)
+    desk = ray.remote(num_cpus=0)(Desk).remote(tasks)
+
+    def train_function(_: dict[str, Any]) -> Any:
+        import ray.train
+        import torch
+
+        context = ray.train.get_context()
+        device = str(ray.train.torch.get_device())
+        worker = Worker(
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            device=device,
+            threads=torch.get_num_threads(),
+            claim=lambda: ray.get(desk.claim.remote()),
+            report=lambda message: ray.get(desk.report.remote(message)),
+        )
+        return stage(worker, *args)
+
+    ended = threading.Event()
+
+    def pass_on() -> None:
+        for report in ray.get(desk.read.remote()):
+            listen(report)
+
+    def keep_reading() -> None:
+        while not ended.wait(0.25):
+            pass_on()
+
+    reader = threading.Thread(target=keep_reading, daemon=True)
+    reader.start()
+    try:
+        return _fit(train_function, workers=config.workers)
+    finally:
+        ended.set()
+        reader.join()
+        pass_on()
+        ray.kill(desk)
+
+
+def _fit(train_function: Callable[[dict[str, Any]], Any], workers: int) -> Any:
+    """Ray Train runs the function on a group of this size (0: here); rank 0's return value."""
+    import logging
+
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    scratch = tempfile.mkdtemp(prefix="arrowhead-ray-")  # Ray Train wants a place for checkpoints
+    on_gpu = torch.cuda.is_available() if workers == 0 else _gpus() >= workers
+    try:
+        trainer = ray.train.torch.TorchTrainer(
+            train_function,
+            train_loop_config={},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=on_gpu and workers > 0,
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpu and workers else {}),
+            ),
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            run_config=ray.train.RunConfig(storage_path=scratch, name="stage"),
+        )
+        return trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The worker's own exception inside Ray's, where it can be had."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        return getattr(failure, "cause", None) or failure  # type: ignore[no-any-return]
+    return error
+
+
+def _gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _connect(config: LaunchConfig) -> None:
+    """Join the cluster, or start a Ray of our own: loopback dashboard, token on."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    secure()
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {"num_cpus": max(config.workers, os.cpu_count() or 1)}
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,  # workers report through the desk; Ray's own lines drown it
+            logging_level="warning",
+            **({} if address else own | {"include_dashboard": False}),
+        )
+    except ConnectionError as error:
+        raise ConfigError(
+            f"No Ray cluster answers at {address}: {error}.",
+            "the address of a running head node.",
+            "start one (`ray start --head`), or leave --address out for a Ray of this machine.",
+        ) from error
+    atexit.register(ray.shutdown)
+
+
+def secure() -> Path:
+    """Switch Ray's token authentication on; the token file, made (mode 0600) if there is none.
+
+    Without it anyone who reaches the job port runs code here (CVE-2023-48022).
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.exists() and "RAY_AUTH_TOKEN" not in os.environ:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+    elif path.exists():
+        path.chmod(0o600)
+    return path
+
+
+def cluster() -> str | None:
+    """Address of the Ray cluster this machine belongs to, None without one."""
+    from ray._private import services
+
+    found = services.find_gcs_addresses()
+    return os.environ.get("RAY_ADDRESS") or (sorted(found)[0] if found else None)

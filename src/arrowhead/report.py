@@ -1,0 +1,75 @@
+"""Figures: what a person looks at.
+
+    Curve              -> lr_figure         log rate against loss, suggestions marked
+    counts (C, C)      -> confusion_figure  labels against guesses
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from arrowhead.lr_finder import Curve
+
+
+def lr_figure(curve: Curve) -> Figure:
+    """The loss under a rising rate: mean of the seeds, their spread shaded, suggestions marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    alive = np.isfinite(curve.losses).all(0)
+    rates, losses = curve.rates[alive], curve.losses[:, alive]
+    mean, spread = losses.mean(0), losses.std(0)
+    axes.fill_between(rates, mean - spread, mean + spread, alpha=0.2, linewidth=0)
+    axes.plot(rates, mean, label=f"mean of {len(losses)} seeds")
+    for (name, rate), mark in zip(curve.suggestions.items(), "osD", strict=False):
+        axes.plot(rate, np.interp(np.log(rate), np.log(rates), mean), mark, label=f"{name} {rate:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats, smoothed)")
+    low, high = float((mean - spread).min()), float(mean[0] + spread[0])
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.35 * (high - low))
+    axes.set_title(f"LR finder: {curve.verdict}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def lr_csv(curve: Curve, path: Path) -> None:
+    """rate, then the loss of each seed, one line per step; empty where a seed had diverged."""
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["rate", *(f"loss_seed_{i}" for i in range(len(curve.losses)))])
+        for rate, *losses in zip(curve.rates, *curve.losses, strict=True):
+            out.writerow([f"{rate:.6g}", *("" if np.isnan(x) else f"{x:.6g}" for x in losses)])
+
+
+def confusion_figure(counts_CC: NDArray[np.int64], classes: list[str]) -> Figure:
+    """Counts of labels (rows) against guesses (columns); shades are shares of the label."""
+    from matplotlib.figure import Figure
+
+    side = min(14.0, 2.6 + 0.7 * len(classes))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    share = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="guessed", ylabel="label", title="Validation images")
+    if len(classes) <= 30:
+        for (row, column), count in np.ndenumerate(counts_CC):
+            shade = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=shade)
+    return figure
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG (or by its suffix); the path."""
+    figure.savefig(path, dpi=120)
+    return path
