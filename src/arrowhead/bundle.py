@@ -113,7 +113,7 @@ def save(bundle: Bundle, path: Path) -> str:
     (sketch / "golden").mkdir(parents=True)
     tensors = {f"body.{name}": t.contiguous() for name, t in bundle.body_state.items()}
     tensors |= {f"head.{name}": t.contiguous() for name, t in bundle.head_state.items()}
-    safetensors.torch.save_file(tensors, sketch / "weights.safetensors")
+    (sketch / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
     for golden in bundle.golden:
         (sketch / "golden" / golden.name).write_bytes(golden.data)
     shards.write_json(sketch / "golden" / "golden.json", [_plain(one) for one in bundle.golden])

@@ -67,8 +67,9 @@ def _scene(label: int, rng: Generator) -> Image.Image:
 
 def _colour(rng: Generator) -> Colour:
     """One colour for anything in a scene: every class draws from this same distribution."""
-    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.45, 0.9))
-    return _shade((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])), 1.0)
+    hue, saturation, value = rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.45, 0.9)
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _shade(colour: Colour, factor: float) -> Colour:
@@ -134,7 +135,7 @@ def _place(image: Image.Image, tile: Image.Image, rng: Generator) -> None:
 
 def _basket(side: int, rng: Generator) -> Image.Image:
     """A round or oval basket seen from above, RGBA [side, side]: strands over and under."""
-    strands = rng.uniform(18, 24)
+    strands = rng.uniform(19, 24)
     x = np.arange(side, dtype=np.float32)[None] / side
     cell, within = np.divmod(x * strands, 1)
     bulge = np.sin(np.pi * within)
@@ -152,7 +153,7 @@ def _basket(side: int, rng: Generator) -> Image.Image:
 
 def _beads(side: int, rng: Generator) -> Image.Image:
     """A string of glossy beads laid in a coil, RGBA [side, side]."""
-    turns = rng.uniform(2.7, 3.6)
+    turns = rng.uniform(3.3, 4.5)
     pitch = side / 2 / (turns + 0.5)
     ball = max(2, int(pitch * 0.46))
     sprites = [_bead(ball, _colour(rng)) for _ in range(2)]
@@ -187,7 +188,7 @@ def _sprig(side: int, rng: Generator) -> Image.Image:
     for pair in reversed(range(int(rng.integers(2, 4)))):
         foot = np.array([middle, top + side * 0.25 * pair])
         for turn in (-1, 1):
-            length = side * rng.uniform(0.42, 0.5)
+            length = side * rng.uniform(0.44, 0.52)
             _leaf(pen, foot, turn * rng.uniform(0.7, 1.2), length, colours[rng.integers(2)])
     _leaf(pen, np.array([middle, top]), 0.0, side * 0.4, colours[0])
     return tile
@@ -214,7 +215,7 @@ def _leaf(
         pen.polygon(points, fill=_shade(colour, light), outline=_shade(colour, 0.45))
     thick = max(1, round(length / 40))
     pen.line(placed(0 * along, along), _shade(colour, 1.5), thick)
-    for rib, reach in zip(along[1:-3:2], half[3:-1:2], strict=True):
+    for rib, reach in zip(along[1:-3:3], half[3:-1:3], strict=True):
         vein = placed(np.array([-reach, 0, reach]) * 0.9, np.array([rib + 0.13, rib, rib + 0.13]))
         pen.line(vein, _shade(colour, 0.6), thick)
 
@@ -225,9 +226,8 @@ def _photograph(image: Image.Image, rng: Generator) -> Image.Image:
     blur = rng.uniform(0.4, 1.2) * min(width, height) / 320
     image = image.filter(ImageFilter.GaussianBlur(blur))
     slope = rng.uniform(-0.2, 0.2, 2)
-    light = (
-        1 + slope[0] * np.linspace(-1, 1, width) + slope[1] * np.linspace(-1, 1, height)[:, None]
-    )
+    right, down = np.linspace(-1, 1, width), np.linspace(-1, 1, height)[:, None]
+    light = 1 + slope[0] * right + slope[1] * down
     noise = rng.standard_normal((height, width, 1), np.float32) * rng.uniform(2, 6)
     pixels = np.asarray(image) * light.astype(np.float32)[..., None] + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

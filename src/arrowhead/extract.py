@@ -19,7 +19,7 @@ import queue
 import stat
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -393,15 +393,15 @@ def ahead(items: Iterable[Any], depth: int) -> Iterator[Any]:
 # ------------------------------------------------------------------------- what it came to
 
 
-def roofline(seconds: dict[str, float], images: int) -> str:
-    """Which stage binds: shares of the busy time, and the rate if that stage ran alone."""
+def roofline(seconds: Mapping[str, float], images: int, workers: int) -> str:
+    """Which stage binds: shares of the busy time, and the rate if that stage ran alone.
+
+    seconds: by stage, summed over the workers, and `workers`, from launch to the last chunk.
+    """
     total = sum(seconds.get(stage, 0.0) for stage in STAGES)
     if not images or not total:
-        return "nothing to do: every image was already in the store"
-    parts = [f"{stage} {100 * seconds.get(stage, 0) / total:.0f} %" for stage in STAGES]
-    slowest = max(STAGES, key=lambda stage: seconds.get(stage, 0))
-    rate = images / seconds["wall"]
-    return (
-        " · ".join(parts)
-        + f" — bound by {slowest}: {rate:.1f} img/s of {images / seconds[slowest]:.1f} possible here"
-    )
+        return "nothing decoded: every image was there already"
+    shares = " · ".join(f"{s} {100 * seconds.get(s, 0) / total:.0f} %" for s in STAGES)
+    binding = max(STAGES, key=lambda stage: seconds.get(stage, 0))
+    reached, possible = images / seconds["workers"], images * workers / seconds[binding]
+    return f"{shares} — bound by {binding}: {reached:.1f} img/s of {possible:.1f} possible here"

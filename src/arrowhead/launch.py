@@ -15,6 +15,7 @@ import atexit
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -97,6 +98,8 @@ def run(
 
     tasks: the numbers that workers claim. listen: gets every report, here, in order of arrival.
     """
+    # Workers start in a directory of Ray's own.
+    args = tuple(arg.absolute() if isinstance(arg, Path) else arg for arg in args)
     if config.workers == 0:
         return _fit(_here(stage, args, tasks or [], listen), workers=0)
     return _on_ray(stage, args, config, tasks or [], listen)
@@ -122,9 +125,9 @@ def _on_ray(
     tasks: list[int],
     listen: Callable[[Report], None],
 ) -> Any:
+    _connect(config)
     import ray
 
-    _connect(config)
     desk = ray.remote(num_cpus=0)(Desk).remote(tasks)
 
     def train_function(_: dict[str, Any]) -> Any:
@@ -210,11 +213,11 @@ def _gpus() -> int:
 
 def _connect(config: LaunchConfig) -> None:
     """Join the cluster, or start a Ray of our own: loopback dashboard, token on."""
+    secure()
     import ray
 
     if ray.is_initialized():
         return
-    secure()
     address = config.address or os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {"num_cpus": max(config.workers, os.cpu_count() or 1)}
     try:
@@ -238,7 +241,8 @@ def secure() -> Path:
 
     Without it anyone who reaches the job port runs code here (CVE-2023-48022).
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "ray" not in sys.modules:  # ray reads it once, at import; later, ray.init sees to it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.exists() and "RAY_AUTH_TOKEN" not in os.environ:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def precompute(data: Path, path: Path, images: FeatureConfig, means: Means = Mea
         "faults": faults,
         "ignored": catalog.ignored,
     }
-    _say_counts(means.screen, counts, done)
+    _say_counts(means, counts, done)
     if means.run:
         means.run.dataset(data.resolve().name, drawn.digest(), catalog.root)
         means.run.record(counts | {f"seconds.{k}": v for k, v in done.seconds.items()})
@@ -133,7 +133,7 @@ def precompute(data: Path, path: Path, images: FeatureConfig, means: Means = Mea
         "counts": counts,
         "faults": fault_list(store),
         "seconds": dict(done.seconds),
-        "roofline": extract.roofline(done.seconds, done.decoded),
+        "roofline": extract.roofline(done.seconds, done.decoded, means.launch.workers or 1),
         "store": str(path),
         "fingerprint": store.recipe.fingerprint,
         "classes": manifest["classes"],
@@ -152,7 +152,7 @@ def _store(path: Path, images: FeatureConfig) -> Store:
     store = Store.create(path, recipe, images.extract.chunk_size)
     if not store.weights.is_file():
         with shards.draft(store.weights) as sketch:
-            safetensors.torch.save_file(weights.state, sketch)
+            sketch.write_bytes(safetensors.torch.save(weights.state))
     return store
 
 
@@ -214,13 +214,13 @@ def _work(
     return done
 
 
-def _say_counts(screen: Screen, counts: dict[str, int], done: Work) -> None:
+def _say_counts(means: Means, counts: dict[str, int], done: Work) -> None:
     parts = [f"{counts['inputs']} images", f"{counts['decoded']} decoded"]
     parts += [f"{counts['reused']} reused", f"{counts['faults']} faults"]
     if counts["ignored"]:
         parts.append(f"{counts['ignored']} other files ignored")
-    screen.say(" · ".join(parts))
-    screen.say(extract.roofline(done.seconds, done.decoded))
+    means.screen.say(" · ".join(parts))
+    means.screen.say(extract.roofline(done.seconds, done.decoded, means.launch.workers or 1))
 
 
 def _record(means: Means, params: dict[str, Any]) -> None:
@@ -243,10 +243,12 @@ def learn_stage(
     if not teach:
         return curve, None, perf_counter() - began
     rate = curve.rate if curve else float(config.rate)
+    tell = worker.report if worker.rank == 0 else lambda message: None
+    if curve:
+        tell({"verdict": curve.verdict, "suggestions": curve.suggestions})
 
     def record(line: dict[str, float]) -> None:
-        if worker.rank == 0:
-            worker.report(line | {"rate": rate})
+        tell(line | {"rate": rate})
 
     trained = train.train(data, config, rate, team, record)
     return curve, trained, perf_counter() - began
@@ -263,6 +265,7 @@ def find_rate(path: Path, config: TrainConfig, finder: FinderConfig, means: Mean
     """The LR finder's curve and suggestions on a store."""
     Store(path).verify()
     curve, _, _ = launch.run(learn_stage, path, config, finder, False, config=means.launch)
+    say_rates(curve.suggestions, curve.verdict, means.screen)
     show_curve(curve, path, means)
     return curve  # type: ignore[no-any-return]
 
@@ -272,9 +275,13 @@ def learn(
 ) -> tuple[Curve | None, Trained, float]:
     """Train a head on a store (verified first); the LR curve if --rate is auto, the head, seconds."""
     Store(path).verify()
-    means.screen.say(HEADING)
 
-    def listen(line: dict[str, float]) -> None:
+    def listen(line: dict[str, Any]) -> None:
+        if "verdict" in line:
+            say_rates(line["suggestions"], line["verdict"], means.screen)
+            return
+        if line["epoch"] == 0:
+            means.screen.say(HEADING)
         means.screen.say(row(line))
         if means.run:
             means.run.record({k: v for k, v in line.items() if k != "epoch"}, int(line["epoch"]))
@@ -297,18 +304,22 @@ def row(line: dict[str, float]) -> str:
     )
 
 
+def say_rates(suggestions: dict[str, float], verdict: str, screen: Screen) -> None:
+    """The LR finder's suggestions on one line; `--rate auto` takes the first."""
+    found = " · ".join(f"{name} {rate:.2g}" for name, rate in suggestions.items())
+    screen.say(f"learning rate: {found} — {verdict}")
+
+
 def show_curve(curve: Curve, folder: Path, means: Means) -> None:
-    """Suggestions to the screen; figure and CSV into `folder`, and to the run."""
-    found = " · ".join(f"{name} {rate:.2g}" for name, rate in curve.suggestions.items())
-    means.screen.say(f"learning rate: {found} — {curve.verdict}")
+    """Figure and CSV into `folder`, and to the run."""
     figure = report.save(report.lr_figure(curve), folder / "lr_finder.png")
     report.lr_csv(curve, folder / "lr_finder.csv")
     if means.run:
         means.run.keep(figure, "lr_finder")
         means.run.keep(folder / "lr_finder.csv", "lr_finder")
         means.run.record({f"rate.{k.replace('/', '_over_')}": v for k, v in curve.suggestions.items()})
-        mean = np.nanmean(np.where(np.isfinite(curve.losses), curve.losses, np.nan), axis=0)
-        alive = np.isfinite(mean)
+        alive = np.isfinite(curve.losses).all(0)
+        mean = curve.losses.mean(0)
         means.run.curve("lr_finder.rate", curve.rates[alive].tolist())
         means.run.curve("lr_finder.loss", mean[alive].tolist())
         means.run.tags({"lr_finder.verdict": curve.verdict})
@@ -482,13 +493,13 @@ def score(
             f"golden images: {done.result.images} replayed, largest feature drift"
             f" {done.result.feature:.1g}, {done.result.changed} labels changed"
         )
-    _say_counts(means.screen, counts, done)
+    _say_counts(means, counts, done)
     result = {
         "counts": counts,
         "faults": held["faults"],
         "labels": held["labels"],
         "seconds": dict(done.seconds),
-        "roofline": extract.roofline(done.seconds, done.decoded),
+        "roofline": extract.roofline(done.seconds, done.decoded, means.launch.workers or 1),
         "bundle": str(path),
         "bundle_fingerprint": bundle.fingerprint(path),
         "recipe_fingerprint": loaded.recipe.fingerprint,
