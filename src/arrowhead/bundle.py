@@ -64,9 +64,8 @@ class Bundle:
         """The head, ready for inference: float32 (B, D) to logits (B, C)."""
         from arrowhead import heads
 
-        head = heads.make(self.head, self.recipe.width, len(self.classes))
-        head.load_state_dict(dict(self.head_state))
-        return head.eval().to(device)
+        head = heads.restore(self.head, self.recipe.width, len(self.classes), self.head_state)
+        return head.to(device)
 
     def make_body(self, device: str = "cpu") -> Body:
         """The body, ready for inference."""
@@ -82,7 +81,9 @@ class Bundle:
         )
 
 
-def probabilities(head: nn.Module, feature_ND: NDArray[Any], temperature: float) -> NDArray[np.float32]:
+def probabilities(
+    head: nn.Module, feature_ND: NDArray[Any], temperature: float
+) -> NDArray[np.float32]:
     """float32 (N, C) from features of any float type: softmax(head(feature) / temperature)."""
     import torch
 

@@ -51,9 +51,15 @@ class Output:
     """Print the result as one JSON object, last on standard output; all else goes to stderr."""
 
 
-Data = Annotated[Path, Parameter(help="Folder of images: train/CLASS/… and valid/CLASS/…, or CLASS/….")]
-StorePath = Annotated[Path, Parameter(help="Feature store: a folder that `precompute` made, or will make.")]
-BundlePath = Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote, or will write.")]
+Data = Annotated[
+    Path, Parameter(help="Folder of images: train/CLASS/… and valid/CLASS/…, or CLASS/….")
+]
+StorePath = Annotated[
+    Path, Parameter(help="Feature store: a folder that `precompute` made, or will make.")
+]
+BundlePath = Annotated[
+    Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote, or will write.")
+]
 
 
 def _flags(group: str, key: int) -> Any:
@@ -214,7 +220,10 @@ def score(
         result = pipeline.score(bundle, images, out, scores, extract, means)
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
         means.screen.say(f"labels: {found}")
-        _next(means.screen, [f"python -c \"import polars; print(polars.read_parquet('{out}/*.parquet'))\""])
+        _next(
+            means.screen,
+            [f"python -c \"import polars; print(polars.read_parquet('{out}/*.parquet'))\""],
+        )
     return _end(result, output)
 
 
@@ -238,7 +247,9 @@ def demo(
     with _means("demo", launch, tracking, output) as means:
         if not (out / "images").is_dir():
             count = drawing.draw(out / "images")
-            means.screen.say(f"{count} images of {', '.join(drawing.CLASSES)} drawn in {out}/images")
+            means.screen.say(
+                f"{count} images of {', '.join(drawing.CLASSES)} drawn in {out}/images"
+            )
         images = pipeline.FeatureConfig(body=_demo_body(means.screen))
         result = pipeline.fit(out / "images", out / "fit", images, head, FinderConfig(), means)
         scored = pipeline.score(
@@ -309,7 +320,11 @@ class Screen:
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
         """A live bar with img/s, time left and faults; on a pipe a line every ten seconds."""
-        with self._live(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
+        with (
+            self._live(title, total)
+            if self.console.is_terminal
+            else self._lines(title, total) as advance
+        ):
             yield advance
 
     @contextmanager
@@ -352,7 +367,9 @@ class Screen:
 
 
 @contextmanager
-def _means(verb: str, launch: LaunchConfig, tracking: TrackingConfig, output: Output) -> Iterator[Any]:
+def _means(
+    verb: str, launch: LaunchConfig, tracking: TrackingConfig, output: Output
+) -> Iterator[Any]:
     """What the stages are run with; the MLflow run is open inside."""
     from arrowhead import pipeline
     from arrowhead.tracking import start
@@ -381,7 +398,9 @@ def _ui(tracking: TrackingConfig) -> str:
 def _next(screen: Any, commands: list[str]) -> None:
     screen.say("next:")
     for command in commands:
-        screen.say(f"  {command.replace('arrowhead', _me(), 1) if command.startswith('arrowhead') else command}")
+        screen.say(
+            f"  {command.replace('arrowhead', _me(), 1) if command.startswith('arrowhead') else command}"
+        )
 
 
 def _end(result: dict[str, Any], output: Output) -> int:
@@ -405,7 +424,8 @@ def _end(result: dict[str, Any], output: Output) -> int:
 def _entry(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[
-        Path | None, Parameter(help="TOML file with the same flags, in a table named after the verb.")
+        Path | None,
+        Parameter(help="TOML file with the same flags, in a table named after the verb."),
     ] = None,
 ) -> Any:
     if config is not None:
@@ -420,9 +440,13 @@ def main() -> None:
     try:
         code = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        code = _refuse(str(error).strip(), "see below.", f"{_me()} {_verb()}--help lists every flag.")
+        code = _refuse(
+            str(error).strip(), "see below.", f"{_me()} {_verb()}--help lists every flag."
+        )
     except Refusal as error:
-        code = _refuse(error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2)
+        code = _refuse(
+            error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2
+        )
     except KeyboardInterrupt:
         print("\narrowhead: interrupted. Run the same command again to go on.", file=sys.stderr)
         code = 130

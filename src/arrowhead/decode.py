@@ -176,9 +176,7 @@ class Decoder:
 
         if not rows:
             return
-        shots = [
-            [shot(self.config, image_ids[i], v) for i in rows] for v in range(1, len(views))
-        ]
+        shots = [[shot(self.config, image_ids[i], v) for i in rows] for v in range(1, len(views))]
         self._fed = [[np.frombuffer(encoded[i], np.uint8) for i in rows]]
         for of_view in shots:
             self._fed += [[s.anchor for s in of_view], [s.shape for s in of_view]]
@@ -205,13 +203,17 @@ class Decoder:
                 view[i] = turned.flip(1) if taken.mirrored else turned.clone()
 
 
-def _pipeline(config: PixelConfig, batch_size: int, threads: int, device: int | None, feed: Any) -> Any:
+def _pipeline(
+    config: PixelConfig, batch_size: int, threads: int, device: int | None, feed: Any
+) -> Any:
     from nvidia.dali import fn, pipeline_def, types
 
     chip = "cpu" if device is None else "gpu"
     side, views = config.size, config.views
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1)
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1
+    )
     def images_to_views() -> Any:
         kinds = [types.UINT8] + [types.FLOAT] * (4 * (views - 1))
         fed = fn.external_source(feed, num_outputs=len(kinds), dtype=kinds, ndim=[1] * len(kinds))
@@ -229,9 +231,7 @@ def _pipeline(config: PixelConfig, batch_size: int, threads: int, device: int | 
             square = fn.resize(cut, size=[side, side], **smooth)
             turned = fn.rotate(square, angle=angle, keep_size=True, fill_value=None, device=chip)
             out.append(
-                fn.brightness_contrast(
-                    turned, brightness=light[0], contrast=light[1], device=chip
-                )
+                fn.brightness_contrast(turned, brightness=light[0], contrast=light[1], device=chip)
             )
         return tuple(out)
 
@@ -250,7 +250,23 @@ def _clean(image: Any, config: PixelConfig, smooth: dict[str, Any]) -> Any:
         fitted = fn.resize(image, size=[side, side], mode="not_larger", **smooth)
         return fn.crop(fitted, crop=[side, side], out_of_bounds_policy="pad", device=chip)
     shorter = round(side * 8 / 7)
-    return fn.crop(fn.resize(image, resize_shorter=shorter, **smooth), crop=[side, side], device=chip)
+    return fn.crop(
+        fn.resize(image, resize_shorter=shorter, **smooth), crop=[side, side], device=chip
+    )
+
+
+def works() -> list[str]:
+    """Kinds of files that the decoder opens here, found by decoding one small image of each."""
+    from PIL import Image
+
+    kinds = ["JPEG", "PNG", "WebP", "BMP", "TIFF"]
+    images = []
+    for kind in kinds:
+        sheet = io.BytesIO()
+        Image.new("RGB", (32, 32), (200, 100, 50)).save(sheet, kind)
+        images.append(sheet.getvalue())
+    _, faults = Decoder(PixelConfig(size=32), batch_size=16, threads=1)(images, [b""] * len(images))
+    return [kind for kind, fault in zip(kinds, faults, strict=True) if fault is None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +300,9 @@ def shot(config: PixelConfig, image_id: bytes, view: int) -> Shot:
     angle = draw.uniform(-10, 10, 1).astype(np.float32)
     light = draw.uniform(0.9, 1.1, 2).astype(np.float32)
     mirrored, quarters = bool(draw.integers(2)), int(draw.integers(4))
-    return Shot(anchor, shape, angle, light, quarters if config.augment == "top-down" else 0, mirrored)
+    return Shot(
+        anchor, shape, angle, light, quarters if config.augment == "top-down" else 0, mirrored
+    )
 
 
 def _upright(image_HWC: torch.Tensor, orientation: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import os
 import queue
 import stat
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -78,7 +78,8 @@ class Clock:
     """Busy seconds by stage, added up by several threads."""
 
     def __init__(self) -> None:
-        self._lock, self._seconds = threading.Lock(), Counter[str]()
+        self._lock = threading.Lock()
+        self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -93,7 +94,7 @@ class Clock:
     def read(self) -> dict[str, float]:
         """The seconds since the last reading, which therefore add up."""
         with self._lock:
-            seconds, self._seconds = dict(self._seconds), Counter()
+            seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
 

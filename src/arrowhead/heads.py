@@ -6,6 +6,7 @@ batch, and dropout draws its mask for the global batch and takes this worker's r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,9 @@ class GlobalDropout(nn.Module):
         return input * mine / (1 - self.share)
 
 
-def make(kind: str, width: int, classes: int, *, dropout: float = 0.0, seed: int = 0) -> nn.Sequential:
+def make(
+    kind: str, width: int, classes: int, *, dropout: float = 0.0, seed: int = 0
+) -> nn.Sequential:
     """A head of `kind` with weights drawn from `seed`.
 
     linear: dropout, one linear layer. lesson: fast.ai's batch norm, dropout, linear to 512,
@@ -88,3 +91,10 @@ def place(head: nn.Module, here: Place) -> None:
     for part in head.modules():
         if isinstance(part, GlobalDropout):
             part.place = here
+
+
+def restore(kind: str, width: int, classes: int, state: Mapping[str, Tensor]) -> nn.Sequential:
+    """A trained head, ready for inference: float32 (B, width) to logits (B, classes)."""
+    head = make(kind, width, classes)
+    head.load_state_dict(dict(state))
+    return head.eval()

@@ -106,7 +106,10 @@ def run(
 
 
 def _here(
-    stage: Callable[..., Any], args: tuple[Any, ...], tasks: list[int], listen: Callable[[Report], None]
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    tasks: list[int],
+    listen: Callable[[Report], None],
 ) -> Callable[[dict[str, Any]], Any]:
     def train_function(_: dict[str, Any]) -> Any:
         import torch
@@ -243,7 +246,7 @@ def secure() -> Path:
     """
     if "ray" not in sys.modules:  # ray reads it once, at import; later, ray.init sees to it
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = token_file()
     if not path.exists() and "RAY_AUTH_TOKEN" not in os.environ:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -252,6 +255,11 @@ def secure() -> Path:
     elif path.exists():
         path.chmod(0o600)
     return path
+
+
+def token_file() -> Path:
+    """Where Ray looks for the token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def cluster() -> str | None:

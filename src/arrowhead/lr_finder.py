@@ -9,6 +9,7 @@ The range test of Smith (arXiv:1506.01186, section 3.3), with the very step that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,12 +85,15 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
     return suggest(tested, losses)
 
 
-def _one(data: Data, config: TrainConfig, tested: NDArray[np.float64], team: Team) -> NDArray[np.float64]:
+def _one(
+    data: Data, config: TrainConfig, tested: NDArray[np.float64], team: Team
+) -> NDArray[np.float64]:
     """The bias-corrected running mean of the loss at each rate; nan after it has diverged."""
     trainer = Trainer(data, config, team)
     rows, views = data.train_feature.shape[:2]
     losses, mean, best = np.full(len(tested), np.nan), 0.0, np.inf
-    epoch, waiting = 0, iter(())
+    epoch = 0
+    waiting: Iterator[NDArray[np.int64]] = iter(())
     for number, rate in enumerate(tested):
         batch = next(waiting, None)
         if batch is None:

@@ -28,9 +28,7 @@ class Tally:
     nats: float = 0.0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.seen + other.seen, self.correct + other.correct, self.nats + other.nats
-        )
+        return Tally(self.seen + other.seen, self.correct + other.correct, self.nats + other.nats)
 
     @property
     def loss(self) -> float:
@@ -43,7 +41,9 @@ class Tally:
         return self.correct / self.seen if self.seen else float("nan")
 
 
-def confusion(label_N: NDArray[np.int64], guess_N: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+def confusion(
+    label_N: NDArray[np.int64], guess_N: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
     """Counts, int64 (C, C): row = the label, column = the guess."""
     return np.bincount(label_N * classes + guess_N, minlength=classes**2).reshape(classes, classes)
 

@@ -1,8 +1,8 @@
 """Bodies: torchvision networks without their final layer, pooled to one row per image.
 
-    name, weights          torchvision's, a file, or random on purpose
-      -> load              float32 tensors by name, their sha256, mean and std
-      -> Body              uint8 (B, 3, S, S) -> float32 (B, D), batch norm folded, channels last
+name, weights          torchvision's, a file, or random on purpose
+  -> load              float32 tensors by name, their sha256, mean and std
+  -> Body              uint8 (B, 3, S, S) -> float32 (B, D), batch norm folded, channels last
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ def _build(body: str) -> nn.Module:
             f"one of its {len(known)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
             f"did you mean {' or '.join(close)}?" if close else "see torchvision.models.",
         )
-    extra = {"aux_logits": False, "init_weights": True} if body in ("googlenet", "inception_v3") else {}
+    extra = (
+        {"aux_logits": False, "init_weights": True} if body in ("googlenet", "inception_v3") else {}
+    )
     return models.get_model(body, weights=None, **extra)  # type: ignore[no-any-return]
 
 
@@ -238,9 +240,8 @@ class Body:
         net, _ = _headless(body)
         net.load_state_dict(dict(weights))
         self._pool = pool if pool != "avg" else None
-        self._net = _fused(net if pool == "avg" else _trunk(net, body)).to(
-            device, memory_format=torch.channels_last
-        )
+        self._net = _fused(net if pool == "avg" else _trunk(net, body)).to(device)
+        self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device = torch.device(device)
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)

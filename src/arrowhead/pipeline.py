@@ -13,7 +13,7 @@ they report goes to `tracking` and to the screen.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -96,7 +96,9 @@ class FeatureConfig:
     extract: ExtractConfig = ExtractConfig()
 
 
-def precompute(data: Path, path: Path, images: FeatureConfig, means: Means = Means()) -> dict[str, Any]:
+def precompute(
+    data: Path, path: Path, images: FeatureConfig, means: Means = Means()
+) -> dict[str, Any]:
     """Make the store at `path` hold a feature of every image below `data`.
 
     Images whose features are there already are not decoded again. Returns counts {inputs,
@@ -111,9 +113,13 @@ def precompute(data: Path, path: Path, images: FeatureConfig, means: Means = Mea
     shards.write_catalog(extract.pending(store), catalog.columns())
     missing = [i for i, name in enumerate(names) if not store.shard(name).is_file()]
     total = sum(len(runs[i]) for i in missing)
-    done = _work(
-        extract.extract, (path, images.pixels, images.extract), missing, total, "extract", means
-    ) if missing else Work()
+    done = (
+        _work(
+            extract.extract, (path, images.pixels, images.extract), missing, total, "extract", means
+        )
+        if missing
+        else Work()
+    )
     manifest, drawn = _complete(store, catalog, names, images.source)
     done.seconds["wall"] = perf_counter() - began
     faults = sum(shard["faults"] for shard in manifest["shards"])
@@ -146,8 +152,14 @@ def _store(path: Path, images: FeatureConfig) -> Store:
     import safetensors.torch
 
     weights = model.load(images.body)
-    sizes = {"pool": images.body.pool, "mean": weights.mean, "std": weights.std}
-    body = model.Body(images.body.body, weights.state, size=images.pixels.size, **sizes)
+    body = model.Body(
+        images.body.body,
+        weights.state,
+        pool=images.body.pool,
+        mean=weights.mean,
+        std=weights.std,
+        size=images.pixels.size,
+    )
     recipe = extract.recipe_of(images.pixels, images.body, weights, body.width)
     store = Store.create(path, recipe, images.extract.chunk_size)
     if not store.weights.is_file():
@@ -190,12 +202,17 @@ class Work:
     reused: int = 0
     faults: Counter[str] = dataclasses.field(default_factory=Counter)
     labels: Counter[int] = dataclasses.field(default_factory=Counter)
-    seconds: Counter[str] = dataclasses.field(default_factory=Counter)
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     result: Any = None
 
 
 def _work(
-    stage: Callable[..., Any], args: tuple[Any, ...], tasks: list[int], total: int, title: str, means: Means
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    tasks: list[int],
+    total: int,
+    title: str,
+    means: Means,
 ) -> Work:
     """Run a chunk-claiming stage on all workers, shown as one bar."""
     done = Work()
@@ -205,7 +222,8 @@ def _work(
             done.decoded += message["decoded"]
             done.reused += message["reused"]
             done.faults.update(message["faults"])
-            done.seconds.update(message["seconds"])
+            for stage_name, seconds in message["seconds"].items():
+                done.seconds[stage_name] += seconds
             advance(message["files"], sum(message["faults"].values()))
 
         began = perf_counter()
@@ -261,7 +279,9 @@ def data_of(store: Store, device: str) -> Data:
     return Data.of(pairs["train"], pairs["valid"], store.manifest()["classes"], device)
 
 
-def find_rate(path: Path, config: TrainConfig, finder: FinderConfig, means: Means = Means()) -> Curve:
+def find_rate(
+    path: Path, config: TrainConfig, finder: FinderConfig, means: Means = Means()
+) -> Curve:
     """The LR finder's curve and suggestions on a store."""
     Store(path).verify()
     curve, _, _ = launch.run(learn_stage, path, config, finder, False, config=means.launch)
@@ -317,7 +337,9 @@ def show_curve(curve: Curve, folder: Path, means: Means) -> None:
     if means.run:
         means.run.keep(figure, "lr_finder")
         means.run.keep(folder / "lr_finder.csv", "lr_finder")
-        means.run.record({f"rate.{k.replace('/', '_over_')}": v for k, v in curve.suggestions.items()})
+        means.run.record(
+            {f"rate.{k.replace('/', '_over_')}": v for k, v in curve.suggestions.items()}
+        )
         alive = np.isfinite(curve.losses).all(0)
         mean = curve.losses.mean(0)
         means.run.curve("lr_finder.rate", curve.rates[alive].tolist())
@@ -337,7 +359,7 @@ def save(
 
     valid = store.features("valid")
     classes = store.manifest()["classes"]
-    head_state = {name: torch.from_numpy(value) for name, value in trained.state.items()}
+    head_state = {name: torch.tensor(value) for name, value in trained.state.items()}
     made = Bundle(
         recipe=store.recipe,
         classes=classes,
@@ -385,19 +407,26 @@ def save(
 def _golden(store: Store, valid: shards.Features, chances: Any, screen: Screen) -> list[Golden]:
     """A few validation images, evenly spaced, with the features and probabilities they gave."""
     catalog = Catalog(**store.read_catalog())
-    kept = []
+    kept: list[Golden] = []
     for at in np.unique(np.linspace(0, len(valid.row) - 1, GOLDEN).astype(int)):
         data, fault = extract.read(catalog.file(int(valid.row[at])), ExtractConfig().max_bytes)
         if fault:
             screen.say(f"not kept as a golden image: {catalog.paths[valid.row[at]]} ({fault})")
             continue
         feature = valid.feature[at, 0].astype(np.float32)
-        kept.append(Golden(name=f"{len(kept)}.img", data=data, feature=feature, probabilities=chances[at]))
+        kept.append(
+            Golden(name=f"{len(kept)}.img", data=data, feature=feature, probabilities=chances[at])
+        )
     return kept
 
 
 def _show_evaluation(
-    figures: dict[str, Any], temperature: float, counts_CC: Any, classes: list[str], out: Path, means: Means
+    figures: dict[str, Any],
+    temperature: float,
+    counts_CC: Any,
+    classes: list[str],
+    out: Path,
+    means: Means,
 ) -> None:
     right = round(figures["accuracy"] * figures["images"])
     means.screen.say(
@@ -419,7 +448,12 @@ def _show_evaluation(
 
 
 def fit(
-    data: Path, out: Path, images: FeatureConfig, config: TrainConfig, finder: FinderConfig, means: Means
+    data: Path,
+    out: Path,
+    images: FeatureConfig,
+    config: TrainConfig,
+    finder: FinderConfig,
+    means: Means,
 ) -> dict[str, Any]:
     """The main job: features, learning rate, head, evaluation, bundle, in OUT/store and OUT/bundle."""
     with _child(means, "extract") as part:
@@ -447,7 +481,9 @@ def fit_head(
     return {
         "epochs": trained.epochs,
         "rate": curve.rate if curve else config.rate,
-        "lr_finder": {"suggestions": curve.suggestions, "verdict": curve.verdict} if curve else None,
+        "lr_finder": {"suggestions": curve.suggestions, "verdict": curve.verdict}
+        if curve
+        else None,
         "metrics": figures,
         "train_seconds": seconds,
         "bundle": str(out),
@@ -516,6 +552,8 @@ def score(
         means.run.dataset(images.resolve().name, catalog.digest(), catalog.root)
         means.run.record(counts | {f"labels.{i}": n for i, n in enumerate(held["labels"].values())})
         means.run.record({f"seconds.{k}": v for k, v in done.seconds.items()})
-        means.run.tags({"bundle": result["bundle_fingerprint"], "recipe": loaded.recipe.fingerprint})
+        means.run.tags(
+            {"bundle": result["bundle_fingerprint"], "recipe": loaded.recipe.fingerprint}
+        )
         means.run.keep(out / "score.json")
     return result

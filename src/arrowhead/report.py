@@ -1,7 +1,7 @@
 """Figures: what a person looks at.
 
-    Curve              -> lr_figure         log rate against loss, suggestions marked
-    counts (C, C)      -> confusion_figure  labels against guesses
+Curve              -> lr_figure         log rate against loss, suggestions marked
+counts (C, C)      -> confusion_figure  labels against guesses
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def lr_figure(curve: Curve) -> Figure:
     axes.fill_between(rates, mean - spread, mean + spread, alpha=0.2, linewidth=0)
     axes.plot(rates, mean, label=f"mean of {len(losses)} seeds")
     for (name, rate), mark in zip(curve.suggestions.items(), "osD", strict=False):
-        axes.plot(rate, np.interp(np.log(rate), np.log(rates), mean), mark, label=f"{name} {rate:.2g}")
+        axes.plot(
+            rate, np.interp(np.log(rate), np.log(rates), mean), mark, label=f"{name} {rate:.2g}"
+        )
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats, smoothed)")
     low, high = float((mean - spread).min()), float(mean[0] + spread[0])
     axes.set_ylim(low - 0.05 * (high - low), high + 0.35 * (high - low))
@@ -67,6 +69,17 @@ def confusion_figure(counts_CC: NDArray[np.int64], classes: list[str]) -> Figure
             shade = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=shade)
     return figure
+
+
+def display(figure: Figure) -> None:
+    """Draw a figure where a notebook can show one; nothing elsewhere."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display as show
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        show(figure)
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -129,7 +129,9 @@ def table(
     return {"path": chunk.paths, "image_id": chunk.image_ids, **shown, "fault": chunk.faults}
 
 
-def prepare(out: Path, path: Path, catalog: Catalog, config: ScoreConfig, chunk_size: int) -> list[int]:
+def prepare(
+    out: Path, path: Path, catalog: Catalog, config: ScoreConfig, chunk_size: int
+) -> list[int]:
     """Make `out` ready for these inputs and settings; numbers of the parts that are missing.
 
     Raises ConfigError if `out` holds other scores.
@@ -152,7 +154,9 @@ def prepare(out: Path, path: Path, catalog: Catalog, config: ScoreConfig, chunk_
     if not note.is_file():
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(
-                f"{out} holds files that are not scores.", "a new or empty folder.", "give another OUT."
+                f"{out} holds files that are not scores.",
+                "a new or empty folder.",
+                "give another OUT.",
             )
         out.mkdir(parents=True, exist_ok=True)
         shards.write_catalog(inputs(out), catalog.columns())

@@ -397,7 +397,9 @@ class Store:
         shards = list(self.rows())
         well = np.concatenate([[fault is None for fault in rows.faults] for rows in shards])
         wanted = well & np.array([one == split for one in columns["splits"]])
-        label = [number[names[0]] for names, take in zip(columns["labels"], wanted, strict=True) if take]
+        label = [
+            number[names[0]] for names, take in zip(columns["labels"], wanted, strict=True) if take
+        ]
         ends = np.cumsum([len(rows.paths) for rows in shards])[:-1]
         parts = zip(shards, np.split(wanted, ends), strict=True)
         return Features(

@@ -112,9 +112,7 @@ def start(config: TrackingConfig, name: str) -> Iterator[Run]:
 
 
 @contextmanager
-def _open(
-    client: MlflowClient, experiment: str, name: str, parent: str | None
-) -> Iterator[Run]:
+def _open(client: MlflowClient, experiment: str, name: str, parent: str | None) -> Iterator[Run]:
     tags = {"mlflow.parentRunId": parent} if parent else {}
     info = client.create_run(experiment, run_name=name, tags=tags).info
     status = "FAILED"
@@ -146,21 +144,22 @@ def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
             return client, client.create_experiment(config.experiment)
     except (MlflowException, OSError) as error:
         raise ConfigError(
-            f"The tracking store {_without_secret(config.uri)} cannot be used:"
+            f"The tracking store {without_secret(config.uri)} cannot be used:"
             f" {str(error).splitlines()[0][:300]}",
             "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
             "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
         ) from error
     if found.lifecycle_stage != "active":
         raise ConfigError(
-            f"The experiment {config.experiment!r} was deleted in {_without_secret(config.uri)}.",
+            f"The experiment {config.experiment!r} was deleted in {without_secret(config.uri)}.",
             "an active experiment, or a new name.",
             "give another --experiment, or restore it in the MLflow UI.",
         )
     return client, found.experiment_id
 
 
-def _without_secret(uri: str) -> str:
+def without_secret(uri: str) -> str:
+    """A store's address without the name and password in it."""
     import re
 
     return re.sub(r"//[^@/]+@", "//…@", uri)

@@ -1,0 +1,124 @@
+"""This machine, looked over: one line per thing that Arrowhead stands on.
+
+    checks   -> ok, warning (works, but…) or missing, each with what to do
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from arrowhead import decode, launch, tracking
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; `fix` is empty when all is well."""
+
+    name: str
+    state: Literal["ok", "warning", "missing"]
+    found: str
+    fix: str = ""
+
+    def plain(self) -> dict[str, str]:
+        """As a dict, for JSON."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """As a line for a person."""
+        fix = f"  → {self.fix}" if self.fix else ""
+        return f"{self.state:<8} {self.name:<10} {self.found}{fix}"
+
+
+def checks() -> list[Check]:
+    """Every check; one that breaks is itself a finding."""
+    return [check for examine in EXAMINED for check in _safely(examine)]
+
+
+def _safely(examine: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    name = examine.__name__.strip("_")
+    try:
+        yield from examine()
+    except Exception as error:  # a broken install can fail in any way; that is what is looked for
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        yield Check(name, "missing", words, f"reinstall the package that {name} needs")
+
+
+def _python() -> Iterator[Check]:
+    version = platform.python_version()
+    fine = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    fix = "" if fine else "use Python 3.11, 3.12 or 3.13"
+    yield Check("python", "ok" if fine else "warning", f"{version}, {os.cpu_count()} cores", fix)
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    build = f"{torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}"
+    yield Check("torch", "ok", f"{build}, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        yield Check("gpu", "warning", "none", "fine for thousands of images; slow for millions")
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        found = f"{about.name}, compute capability {about.major}.{about.minor}"
+        yield Check("gpu", "ok", f"{found}, {about.total_memory / GIB:.0f} GiB")
+
+
+def _decoder() -> Iterator[Check]:
+    version = importlib.metadata.version("nvidia-dali-cuda130")
+    works = ", ".join(decode.works())
+    yield Check("dali", "ok", f"{version}, decodes {works} on the CPU")
+
+
+def _ray() -> Iterator[Check]:
+    version = importlib.metadata.version("ray")
+    address = launch.cluster()
+    yield Check("ray", "ok", f"{version}, {f'cluster at {address}' if address else 'no cluster running'}")
+    token = launch.token_file()
+    if token.is_file() and token.stat().st_mode & 0o077:
+        yield Check("ray token", "warning", f"{token} can be read by others", f"chmod 600 {token}")
+
+
+def _mlflow() -> Iterator[Check]:
+    version = importlib.metadata.version("mlflow")
+    config = tracking.TrackingConfig()
+    yield Check("mlflow", "ok", f"{version}, store {tracking.without_secret(config.uri)}")
+
+
+def _weights() -> Iterator[Check]:
+    home = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch")
+    files = sorted((home / "hub" / "checkpoints").glob("*.pth"))
+    if files:
+        yield Check("weights", "ok", f"{len(files)} in {home}: {', '.join(f.name for f in files[:5])}")
+    else:
+        fix = "--weights auto downloads them, or give --weights FILE"
+        yield Check("weights", "warning", f"none cached in {home}", fix)
+
+
+def _memory() -> Iterator[Check]:
+    if Path("/dev/shm").is_dir():  # noqa: S108 - looked at, not written to
+        free = shutil.disk_usage("/dev/shm").free / GIB  # noqa: S108
+        fix = "" if free >= 1 else "give the container more (docker run --shm-size=8g): Ray keeps objects there"
+        yield Check("/dev/shm", "ok" if free >= 1 else "warning", f"{free:.1f} GiB free", fix)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = "" if soft >= 4096 else f"ulimit -n {hard}: Ray opens many files"
+    yield Check("open files", "ok" if soft >= 4096 else "warning", f"at most {soft} (hard {hard})", fix)
+
+
+def _disk() -> Iterator[Check]:
+    free = shutil.disk_usage(Path.cwd()).free / GIB
+    fix = "" if free >= 5 else "a million images need 1 to 4 GiB of features: free some space"
+    yield Check("disk", "ok" if free >= 5 else "warning", f"{free:.0f} GiB free in {Path.cwd()}", fix)
+
+
+EXAMINED = (_python, _torch, _decoder, _ray, _mlflow, _weights, _memory, _disk)
