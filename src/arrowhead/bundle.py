@@ -90,7 +90,8 @@ def probabilities(
     device = next(head.parameters()).device
     with torch.inference_mode():
         logits = head(torch.from_numpy(feature_ND.astype(np.float32)).to(device))
-        return (logits / temperature).softmax(1).cpu().numpy()  # type: ignore[no-any-return]
+        chances: NDArray[np.float32] = (logits / temperature).softmax(1).cpu().numpy()
+    return chances
 
 
 # -------------------------------------------------------------------------------- saving
@@ -261,4 +262,4 @@ def features(
     views, faults = decoder(images, [b""] * len(images))
     out = body(views[0])[: len(images)].cpu().numpy().astype(np.float16).astype(np.float32)
     out[[fault is not None for fault in faults]] = np.nan
-    return out  # type: ignore[no-any-return]
+    return out

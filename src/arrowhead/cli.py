@@ -114,7 +114,7 @@ def fit(
     images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
     with _means("fit", launch, tracking, output) as means:
         result = pipeline.fit(data, out, images, head, finder, means)
-        _next(means.screen, [f"arrowhead score {result['bundle']} IMAGES SCORES", _ui(tracking)])
+        _next(means.screen, [f"{_me()} score {result['bundle']} IMAGES SCORES", _ui(tracking)])
     return _end(result, output)
 
 
@@ -142,7 +142,7 @@ def precompute(
     images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
     with _means("precompute", launch, tracking, output) as means:
         result = pipeline.precompute(data, store, images, means)
-        _next(means.screen, [f"arrowhead lr-find {store}", f"arrowhead train {store} BUNDLE"])
+        _next(means.screen, [f"{_me()} lr-find {store}", f"{_me()} train {store} BUNDLE"])
     return _end(result, output)
 
 
@@ -168,7 +168,7 @@ def lr_find(
         curve = pipeline.find_rate(store, head, finder, means)
         result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
         run_id = means.run.run_id if means.run else None
-        _next(means.screen, [f"arrowhead train {store} BUNDLE --rate {curve.rate:.2g}"])
+        _next(means.screen, [f"{_me()} train {store} BUNDLE --rate {curve.rate:.2g}"])
     return _end(result | {"store": str(store), "run_id": run_id}, output)
 
 
@@ -191,7 +191,7 @@ def train(
 
     with _means("train", launch, tracking, output) as means:
         result = pipeline.fit_head(store, bundle, head, finder, means)
-        _next(means.screen, [f"arrowhead score {bundle} IMAGES SCORES"])
+        _next(means.screen, [f"{_me()} score {bundle} IMAGES SCORES"])
     return _end(result, output)
 
 
@@ -291,7 +291,8 @@ def _demo_body(screen: Screen) -> BodyConfig:
 @app.command(sort_key=6)
 def doctor(*, output: Out = Output()) -> int:
     """Look this machine over: what is installed, what it can do, what to mend. Exit code 0 when
-    nothing that Arrowhead needs is missing."""
+    nothing that Arrowhead needs is missing.
+    """
     from arrowhead import doctor as examination
 
     checks = examination.checks()
@@ -398,9 +399,7 @@ def _ui(tracking: TrackingConfig) -> str:
 def _next(screen: Any, commands: list[str]) -> None:
     screen.say("next:")
     for command in commands:
-        screen.say(
-            f"  {command.replace('arrowhead', _me(), 1) if command.startswith('arrowhead') else command}"
-        )
+        screen.say(f"  {command}")
 
 
 def _end(result: dict[str, Any], output: Output) -> int:
@@ -409,9 +408,10 @@ def _end(result: dict[str, Any], output: Output) -> int:
         print(json.dumps(result))
     if not result.get("too_many_faults"):
         return 0
+    counts = result["counts"]
     print(
-        f"arrowhead: {result['counts']['faults']} of {result['counts']['inputs']} images could not be"
-        " read, more than --max-faults allows. Everything else is written.",
+        f"arrowhead: {counts['faults']} of {counts['inputs']} images could not be read, more than"
+        " --max-faults allows. Everything else is written.",
         file=sys.stderr,
     )
     return 3
@@ -440,9 +440,8 @@ def main() -> None:
     try:
         code = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        code = _refuse(
-            str(error).strip(), "see below.", f"{_me()} {_verb()}--help lists every flag."
-        )
+        wanted = "a verb, its arguments and its flags, as --help lists them."
+        code = _refuse(str(error).strip(), wanted, f"run {_me()} {_verb()}--help.")
     except Refusal as error:
         code = _refuse(
             error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2

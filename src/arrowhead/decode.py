@@ -192,7 +192,7 @@ class Decoder:
             self._decode(rows[half:], encoded, image_ids, views, faults)
             return
         for view, batch in zip(views, made, strict=True):
-            view[rows] = torch.from_dlpack(batch.as_tensor())
+            view[rows] = torch.utils.dlpack.from_dlpack(batch.as_tensor())
 
     def _mirror(self, views: list[torch.Tensor], image_ids: Sequence[bytes]) -> None:
         # After the image is upright: left and right are the viewer's.
@@ -272,7 +272,8 @@ def works() -> list[str]:
 @dataclass(frozen=True, slots=True)
 class Shot:
     """One augmented view: what is cut out (float32 (y, x) and (h, w), shares of the image), by how
-    many degrees it is turned, its (brightness, contrast), quarter turns, whether it is mirrored."""
+    many degrees it is turned, its (brightness, contrast), quarter turns, whether it is mirrored.
+    """
 
     anchor: NDArray[np.float32]
     shape: NDArray[np.float32]

@@ -1,6 +1,6 @@
 """This machine, looked over: one line per thing that Arrowhead stands on.
 
-    checks   -> ok, warning (works, but…) or missing, each with what to do
+checks   -> ok, warning (works, but…) or missing, each with what to do
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _decoder() -> Iterator[Check]:
 def _ray() -> Iterator[Check]:
     version = importlib.metadata.version("ray")
     address = launch.cluster()
-    yield Check("ray", "ok", f"{version}, {f'cluster at {address}' if address else 'no cluster running'}")
+    yield Check(
+        "ray", "ok", f"{version}, {f'cluster at {address}' if address else 'no cluster running'}"
+    )
     token = launch.token_file()
     if token.is_file() and token.stat().st_mode & 0o077:
         yield Check("ray token", "warning", f"{token} can be read by others", f"chmod 600 {token}")
@@ -99,26 +101,36 @@ def _weights() -> Iterator[Check]:
     home = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch")
     files = sorted((home / "hub" / "checkpoints").glob("*.pth"))
     if files:
-        yield Check("weights", "ok", f"{len(files)} in {home}: {', '.join(f.name for f in files[:5])}")
+        yield Check(
+            "weights", "ok", f"{len(files)} in {home}: {', '.join(f.name for f in files[:5])}"
+        )
     else:
         fix = "--weights auto downloads them, or give --weights FILE"
         yield Check("weights", "warning", f"none cached in {home}", fix)
 
 
 def _memory() -> Iterator[Check]:
-    if Path("/dev/shm").is_dir():  # noqa: S108 - looked at, not written to
-        free = shutil.disk_usage("/dev/shm").free / GIB  # noqa: S108
-        fix = "" if free >= 1 else "give the container more (docker run --shm-size=8g): Ray keeps objects there"
+    if Path("/dev/shm").is_dir():
+        free = shutil.disk_usage("/dev/shm").free / GIB
+        fix = (
+            ""
+            if free >= 1
+            else "give the container more (docker run --shm-size=8g): Ray keeps objects there"
+        )
         yield Check("/dev/shm", "ok" if free >= 1 else "warning", f"{free:.1f} GiB free", fix)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fix = "" if soft >= 4096 else f"ulimit -n {hard}: Ray opens many files"
-    yield Check("open files", "ok" if soft >= 4096 else "warning", f"at most {soft} (hard {hard})", fix)
+    yield Check(
+        "open files", "ok" if soft >= 4096 else "warning", f"at most {soft} (hard {hard})", fix
+    )
 
 
 def _disk() -> Iterator[Check]:
     free = shutil.disk_usage(Path.cwd()).free / GIB
     fix = "" if free >= 5 else "a million images need 1 to 4 GiB of features: free some space"
-    yield Check("disk", "ok" if free >= 5 else "warning", f"{free:.0f} GiB free in {Path.cwd()}", fix)
+    yield Check(
+        "disk", "ok" if free >= 5 else "warning", f"{free:.0f} GiB free in {Path.cwd()}", fix
+    )
 
 
 EXAMINED = (_python, _torch, _decoder, _ray, _mlflow, _weights, _memory, _disk)

@@ -221,7 +221,7 @@ class Chunk:
         self.features[row] = 0
 
     def counts(self) -> dict[str, Any]:
-        """files = decoded + reused + all faults."""
+        """Files = decoded + reused + all faults."""
         kinds = Counter(fault.partition(":")[0] for fault in self.faults if fault)
         decoded = len(self.paths) - self.reused - kinds.total()
         return {

@@ -29,20 +29,22 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     """Batch norm over the rows of all workers (torch's SyncBatchNorm exists on GPUs only)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """(B, D) to (B, D), float32 when several workers train together."""
         if not (self.training and is_available() and is_initialized()):
             return super().forward(input)
         wide = input.float()
         ones = wide.new_ones(1)
         sums = torch.cat([ones * len(wide), wide.sum(0)])
-        count, total = all_reduce(sums).split([1, wide.shape[1]])
+        count, total = all_reduce(sums).split([1, wide.shape[1]])  # type: ignore[no-untyped-call]
         mean = total / count
-        var = all_reduce((wide - mean).square().sum(0)) / count
+        var = all_reduce((wide - mean).square().sum(0)) / count  # type: ignore[no-untyped-call]
         with torch.no_grad():
             share = self.momentum or 0.1
             self.running_mean.lerp_(mean, share)  # type: ignore[union-attr]
             self.running_var.lerp_(var * count / (count - 1).clamp(min=1), share)  # type: ignore[union-attr]
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        return (wide - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        normal: Tensor = (wide - mean) * (var + self.eps).rsqrt()
+        return normal * self.weight + self.bias
 
 
 class GlobalDropout(nn.Module):
@@ -54,6 +56,7 @@ class GlobalDropout(nn.Module):
         self.place = Place(0, 0, 0)
 
     def forward(self, input: Tensor) -> Tensor:
+        """(B, D) to (B, D); the rows are those of `place`."""
         if not self.training or self.share == 0:
             return input
         mixed = np.random.SeedSequence((self.seed, self.place.step)).generate_state(1, np.uint64)

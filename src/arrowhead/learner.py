@@ -25,7 +25,7 @@ from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import Catalog
 from arrowhead.shards import Store
-from arrowhead.train import Trained, TrainConfig
+from arrowhead.train import TrainConfig, Trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,9 +115,11 @@ class Learner:
 
         knobs: other fields of `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
         """
-        wanted = {"rate": rate, "epochs": epochs, "schedule": "constant"} | knobs
-        self._config = dataclasses.replace(self._config, **wanted)
-        _, self._trained, _ = pipeline.learn(self.store.path, self._config, FinderConfig(), self._means)
+        knobs.setdefault("schedule", "constant")
+        self._config = dataclasses.replace(self._config, rate=rate, epochs=epochs, **knobs)
+        _, self._trained, _ = pipeline.learn(
+            self.store.path, self._config, FinderConfig(), self._means
+        )
         return self._trained.epochs
 
     def predict(self) -> NDArray[np.float32]:

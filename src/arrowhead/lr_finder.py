@@ -46,7 +46,8 @@ class FinderConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
     """rates: float64 (S,); losses: float64 (R, S), smoothed, nan where a seed had diverged;
-    suggestions: rates by name; verdict: good, "flat: no signal" or unstable."""
+    suggestions: rates by name; verdict: good, "flat: no signal" or unstable.
+    """
 
     rates: NDArray[np.float64]
     losses: NDArray[np.float64]
@@ -136,7 +137,7 @@ def suggest(tested: NDArray[np.float64], losses: NDArray[np.float64]) -> Curve:
 
 
 def _longest_fall(mean: NDArray[np.float64]) -> tuple[int, int]:
-    """First and last index of the longest run of falling losses (longest decreasing subsequence)."""
+    """Ends of the longest decreasing subsequence: where the loss falls, bumps left out."""
     length, start = np.ones(len(mean), int), np.arange(len(mean))
     for i in range(1, len(mean)):
         longer = np.flatnonzero((mean[:i] > mean[i]) & (length[:i] + 1 > length[i]))

@@ -241,7 +241,7 @@ class Body:
         net.load_state_dict(dict(weights))
         self._pool = pool if pool != "avg" else None
         self._net = _fused(net if pool == "avg" else _trunk(net, body)).to(device)
-        self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._net.to(memory_format=torch.channels_last)
         self._device = torch.device(device)
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
@@ -255,7 +255,9 @@ class Body:
         on_gpu = self._device.type == "cuda"
         with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=on_gpu):
             scaled = (pixels_BCHW.to(self._device).float() / 255 - self._mean) / self._std
-            out = self._net(scaled.contiguous(memory_format=torch.channels_last)).float()
+            out: torch.Tensor = self._net(
+                scaled.contiguous(memory_format=torch.channels_last)
+            ).float()
             if self._pool is None:
                 return out.flatten(1)
             highest = out.amax((2, 3))

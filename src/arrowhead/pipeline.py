@@ -293,7 +293,7 @@ def find_rate(
 def learn(
     path: Path, config: TrainConfig, finder: FinderConfig, means: Means = Means()
 ) -> tuple[Curve | None, Trained, float]:
-    """Train a head on a store (verified first); the LR curve if --rate is auto, the head, seconds."""
+    """Train a head on a verified store; LR curve (if rate is auto), head, seconds taken."""
     Store(path).verify()
 
     def listen(line: dict[str, Any]) -> None:
@@ -455,7 +455,7 @@ def fit(
     finder: FinderConfig,
     means: Means,
 ) -> dict[str, Any]:
-    """The main job: features, learning rate, head, evaluation, bundle, in OUT/store and OUT/bundle."""
+    """The main job: features to OUT/store; rate, head and evaluation to OUT/bundle."""
     with _child(means, "extract") as part:
         result = precompute(data, out / "store", images, part)
     return result | fit_head(out / "store", out / "bundle", config, finder, means)

@@ -105,8 +105,11 @@ def _must_agree(drift: Drift, config: ScoreConfig) -> None:
 def table(
     bundle: Bundle, chunk: extract.Chunk, scores_NC: NDArray[np.float32], config: ScoreConfig
 ) -> dict[str, list[Any]]:
-    """The columns of one part (types in `shards.write_parquet`); at a fault all but path, image_id and
-    fault are None. `probabilities`, on request, are in the order of the bundle's classes."""
+    """The columns of one part, with the types of `shards.write_parquet`.
+
+    At a fault all but path, image_id and fault are None; `probabilities`, on request, are in the
+    order of the bundle's classes.
+    """
     count = min(config.top_k, len(bundle.classes))
     order_NK = np.argsort(-scores_NC, axis=1, kind="stable")[:, :count]
     best_NK = np.take_along_axis(scores_NC, order_NK, 1).tolist()

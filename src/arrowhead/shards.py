@@ -197,9 +197,12 @@ def write_arrow(path: Path, table: Any) -> None:
     """A pyarrow table as one record batch in one Arrow IPC file, whole or absent."""
     import pyarrow as pa
 
-    with draft(path) as sketch, pa.OSFile(str(sketch), "wb") as file:
-        with pa.ipc.new_file(file, table.schema) as sink:
-            sink.write_table(table.combine_chunks())
+    with (
+        draft(path) as sketch,
+        pa.OSFile(str(sketch), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as sink,
+    ):
+        sink.write_table(table.combine_chunks())
 
 
 def write_parquet(

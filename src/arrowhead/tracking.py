@@ -122,6 +122,9 @@ def _open(client: MlflowClient, experiment: str, name: str, parent: str | None) 
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except ConfigError:
+        client.delete_run(info.run_id)  # a request that was refused is no run
+        raise
     finally:
         client.set_terminated(info.run_id, status)
 

@@ -89,7 +89,7 @@ class Data:
         classes: list[str],
         device: str = "cpu",
     ) -> Data:
-        """From arrays of (feature (n, V, D), label (n,)) per split; DataError if a class is absent."""
+        """From (feature (n, V, D), label (n,)) per split; DataError if a class is absent."""
         import torch
 
         for split, (_, label) in (("training", train), ("validation", valid)):
