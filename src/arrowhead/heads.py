@@ -25,6 +25,25 @@ class Place:
     rows: int
 
 
+class Standardize(nn.Module):
+    """Features minus their training mean, over their training deviation; nothing to learn.
+
+    Without it a linear head on a body whose features are large and alike hardly learns.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, D) to (B, D)."""
+        return (input - self.mean) / self.deviation
+
+
 class GlobalBatchNorm(nn.BatchNorm1d):
     """Batch norm over the rows of all workers (torch's SyncBatchNorm exists on GPUs only)."""
 
@@ -71,13 +90,15 @@ def make(
 ) -> nn.Sequential:
     """A head of `kind` with weights drawn from `seed`.
 
-    linear: dropout, one linear layer. lesson: fast.ai's batch norm, dropout, linear to 512,
+    linear: standardized, dropout, one linear layer. lesson: fast.ai's batch norm, dropout, linear to 512,
     ReLU, batch norm, dropout, linear.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "linear":
-            return nn.Sequential(GlobalDropout(dropout, seed), nn.Linear(width, classes))
+            return nn.Sequential(
+                Standardize(width), GlobalDropout(dropout, seed), nn.Linear(width, classes)
+            )
         return nn.Sequential(
             GlobalBatchNorm(width),
             GlobalDropout(dropout / 2, seed),
@@ -87,6 +108,14 @@ def make(
             GlobalDropout(dropout, seed + 1),
             nn.Linear(512, classes),
         )
+
+
+def standardize(head: nn.Module, mean_D: Tensor, deviation_D: Tensor) -> None:
+    """Give a head that standardizes the training split's mean and deviation."""
+    for part in head.modules():
+        if isinstance(part, Standardize):
+            part.mean.copy_(mean_D)
+            part.deviation.copy_(deviation_D)
 
 
 def place(head: nn.Module, here: Place) -> None:

@@ -73,7 +73,7 @@ class Data:
     """What a head learns from; tensors on one device. n training and m validation rows.
 
     train_feature: float16 (n, V, D); train_label: int64 (n,); valid_feature: float16 (m, D);
-    valid_label: int64 (m,); classes: C.
+    valid_label: int64 (m,); classes: C; mean, deviation: float32 (D,), of clean training features.
     """
 
     train_feature: torch.Tensor
@@ -81,6 +81,8 @@ class Data:
     valid_feature: torch.Tensor
     valid_label: torch.Tensor
     classes: int
+    mean: torch.Tensor
+    deviation: torch.Tensor
 
     @staticmethod
     def of(
@@ -102,13 +104,31 @@ class Data:
                     "add images, or hold out another share (--valid-share).",
                 )
         tensors = [torch.from_numpy(array).to(device) for pair in (train, valid) for array in pair]
+        mean, deviation = spread(tensors[0][:, 0])
         return Data(
+            mean=mean,
+            deviation=deviation,
             train_feature=tensors[0],
             train_label=tensors[1],
             valid_feature=tensors[2][:, 0],
             valid_label=tensors[3],
             classes=len(classes),
         )
+
+
+def spread(feature_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of each column, float32 (D,); a column that never varies counts as 1."""
+    import torch
+
+    sums = torch.zeros(2, feature_ND.shape[1], dtype=torch.float64, device=feature_ND.device)
+    for part in torch.split(feature_ND, 65536):
+        sums[0] += part.double().sum(0)
+    mean = sums[0] / len(feature_ND)
+    for part in torch.split(feature_ND, 65536):  # a second pass: squares of large means would cancel
+        sums[1] += (part.double() - mean).square().sum(0)
+    deviation = (sums[1] / len(feature_ND)).sqrt()
+    deviation[deviation == 0] = 1
+    return mean.float(), deviation.float()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,6 +270,7 @@ class Trainer:
         self.head: nn.Module = heads.make(
             config.head, width, data.classes, dropout=config.dropout, seed=config.seed
         ).to(device)
+        heads.standardize(self.head, data.mean, data.deviation)
         self.model: nn.Module = self.head
         if team.world > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.head)

@@ -1,0 +1,341 @@
+"""The decoder's promises: rows never move, pictures come out upright, views are functions."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as reference
+from PIL import Image, ImageOps
+
+from arrowhead import ConfigError
+from arrowhead.decode import Decoder, PixelConfig, header
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def photos(drawn: Path) -> list[bytes]:
+    """64 drawn JPEGs of many shapes."""
+    return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:64]]
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(PixelConfig(size=SIDE), batch_size=64, threads=2)
+
+
+@pytest.fixture(scope="module")
+def clean(decoder: Decoder, photos: list[bytes]) -> torch.Tensor:
+    """What the 64 photos come out as, among themselves."""
+    (pixels,), faults = decoder(photos, _ids(photos))
+    assert faults == [None] * 64
+    return pixels
+
+
+def _ids(files: list[bytes]) -> list[bytes]:
+    return [zlib.crc32(data).to_bytes(16, "big") for data in files]
+
+
+def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean absolute difference, in steps of 255."""
+    return float((a.double() - b.double()).abs().mean())
+
+
+# --------------------------------------------------------------------------- bad images
+
+HOSTILE = {
+    "empty": b"",
+    "page": b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 20,
+    "text": b"not an image at all\n" * 50,
+    "half a header": b"\xff\xd8\xff\xe0\x00\x10JFIF",
+    "signature only": b"\x89PNG\r\n\x1a\n",
+}
+
+
+def _spoilt(photo: bytes) -> dict[str, bytes]:
+    torn = photo[: len(photo) // 2]
+    return HOSTILE | {
+        "truncated": torn,
+        "torn, then padded": torn + bytes(len(photo) - len(torn)),
+        "torn png": _encode(Image.open(io.BytesIO(photo)), "PNG")[:5000],
+    }
+
+
+def test_a_bad_image_does_not_change_its_neighbours(
+    decoder: Decoder, photos: list[bytes], clean: torch.Tensor
+) -> None:
+    batch, places = list(photos), {}
+    for number, (name, data) in enumerate(_spoilt(photos[0]).items()):
+        places[3 + 8 * number % 61] = name
+        batch[3 + 8 * number % 61] = data
+    (pixels,), faults = decoder(batch, _ids(batch))
+    for row in range(64):
+        if row in places:
+            assert faults[row], f"{places[row]} was not noticed"
+            assert not pixels[row].any(), f"{places[row]} left pixels behind"
+        else:
+            assert faults[row] is None
+            assert torch.equal(pixels[row], clean[row]), f"row {row} changed"
+
+
+def test_a_fault_names_its_kind(decoder: Decoder, photos: list[bytes]) -> None:
+    files = list(_spoilt(photos[0]).values())
+    _, faults = decoder(files, _ids(files))
+    kinds = [fault.partition(":")[0] for fault in faults if fault]
+    assert kinds == [
+        "empty",
+        "not an image",
+        "not an image",
+        "unsupported",
+        "unsupported",
+        "truncated",
+        "truncated",
+        kinds[-1],  # a torn PNG shows at its header or in its data
+    ]
+    assert all("\n" not in fault for fault in faults if fault)
+
+
+def test_a_batch_of_nothing_but_bad_images_comes_out_black_and_the_next_is_well(
+    decoder: Decoder, photos: list[bytes], clean: torch.Tensor
+) -> None:
+    torn = [photo[: len(photo) // 2] for photo in photos]
+    (pixels,), faults = decoder(torn, _ids(torn))
+    assert all(faults)
+    assert not pixels.any()
+    (pixels,), faults = decoder(photos, _ids(photos))
+    assert not any(faults)
+    assert torch.equal(pixels, clean)
+
+
+def test_a_short_batch_is_padded_with_black_rows_to_a_multiple_of_16(
+    decoder: Decoder, photos: list[bytes], clean: torch.Tensor
+) -> None:
+    for count, rows in ((1, 16), (16, 16), (17, 32)):
+        (pixels,), faults = decoder(photos[:count], _ids(photos[:count]))
+        assert (len(pixels), len(faults)) == (rows, count)
+        assert torch.equal(pixels[:count], clean[:count])
+        assert not pixels[count:].any()
+
+
+def test_pixels_do_not_depend_on_threads_or_batch_size(
+    photos: list[bytes], clean: torch.Tensor
+) -> None:
+    alone = Decoder(PixelConfig(size=SIDE), batch_size=4, threads=1)
+    for first in range(0, 16, 4):
+        some = photos[first : first + 4]
+        (pixels,), _ = alone(some, _ids(some))
+        assert torch.equal(pixels[:4], clean[first : first + 4])
+
+
+# ----------------------------------------------------------------------- claims of size
+
+
+def _png_claiming(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_an_image_claiming_too_many_pixels_is_refused_undecoded(
+    decoder: Decoder, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bombs = [_png_claiming(20_000, 20_000), _png_claiming(2**31 - 1, 2**31 - 1)]
+
+    def fail(self: object, rows: list[int], *rest: object) -> None:
+        assert rows == [], "a bomb reached the decoder"
+
+    monkeypatch.setattr(Decoder, "_decode", fail)
+    (pixels,), faults = decoder(bombs, _ids(bombs))
+    assert all(fault and fault.startswith(("too large:", "unsupported:")) for fault in faults)
+    assert faults[0] == "too large: 20000 x 20000 pixels, more than 100000000"
+    assert not pixels.any()
+
+
+def test_the_limit_on_pixels_is_exact(photos: list[bytes]) -> None:
+    width, height = Image.open(io.BytesIO(photos[0])).size
+    assert not isinstance(header(photos[0], width * height), str)
+    assert isinstance(header(photos[0], width * height - 1), str)
+
+
+def _peak_megabytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
+def test_a_thread_thin_image_does_not_fill_the_memory(decoder: Decoder) -> None:
+    # One pixel wide, so "shorter side to 73" makes it 73 times as long: from 48 kB of pixels,
+    # 256 MB. A strip of 65,500 pixels at size 224 would take 13 GB.
+    strip = _encode(Image.new("RGB", (1, 16_000), (200, 100, 50)), "PNG")
+    decoder([strip[:100]], [bytes(16)])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _peak_megabytes()
+    decoder([strip], [bytes(16)])
+    assert _peak_megabytes() - before < 50
+
+
+# ------------------------------------------------------------------- which way is up
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_every_orientation_comes_out_upright(kind: str, resize: str, photos: list[bytes]) -> None:
+    # Tolerance: mean absolute difference 1 of 255 for the same pixels in another order; for crop
+    # 8, since the middle of an odd remainder lies one pixel to the side when the image is turned.
+    # A wrong turn is more than 20 away.
+    photo = Image.open(io.BytesIO(photos[0])).convert("RGB")
+    options = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}.get(kind, {})
+    files, upright = [], []
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        files.append(_encode(photo, kind, exif=exif, **options))
+        turned = ImageOps.exif_transpose(Image.open(io.BytesIO(files[-1]))).convert("RGB")
+        upright.append(_encode(turned, "PNG"))
+    decoder = Decoder(PixelConfig(size=SIDE, resize=resize), batch_size=8, threads=1)
+    (wanted,), _ = decoder(upright, _ids(upright))
+    (pixels,), faults = decoder(files, _ids(files))
+    assert faults == [None] * 8
+    apart = [_apart(pixels[row], wanted[row]) for row in range(8)]
+    assert max(apart) < (1 if resize == "squash" else 8), apart
+    sideways = [_apart(wanted[0], wanted[0].rot90(turns, (1, 2))) for turns in (1, 2, 3)]
+    assert min(sideways) > 20
+
+
+def test_a_torn_exif_block_leaves_the_picture_as_it_is_stored(
+    decoder: Decoder, photos: list[bytes], clean: torch.Tensor
+) -> None:
+    for block in (b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"):
+        segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
+        torn = photos[0][:2] + segment + photos[0][2:]
+        (pixels,), faults = decoder([torn], _ids([torn]))
+        assert faults == [None]
+        assert torch.equal(pixels[0], clean[0])
+
+
+# -------------------------------------------------------------------------------- sizes
+
+
+def _torchvision(image: Image.Image, resize: str, side: int) -> torch.Tensor:
+    """The square that torchvision's antialiased bilinear makes, uint8 (3, S, S)."""
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    if resize == "squash":
+        return reference.resize(pixels, [side, side], antialias=True)
+    if resize == "crop":
+        smaller = reference.resize(pixels, [round(side * 8 / 7)], antialias=True)
+        return reference.center_crop(smaller, [side, side])
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    left, top = (side - width) // 2, (side - height) // 2
+    black = (left, top, side - width - left, side - height - top)
+    return reference.pad(reference.resize(pixels, [height, width], antialias=True), list(black))
+
+
+@pytest.mark.parametrize("side", [64, 224])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_resize_rules_match_torchvision_within_tolerance(
+    resize: str, side: int, photos: list[bytes]
+) -> None:
+    # Tolerance: mean absolute difference 1.5 of 255 over each image, which rounding of sizes and
+    # coordinates stays below; a picture one pixel out of place does not.
+    images = [Image.open(io.BytesIO(photo)).convert("RGB") for photo in photos[:24]]
+    files = [_encode(image, "PNG") for image in images]  # lossless: the decoders cannot differ
+    decoder = Decoder(PixelConfig(size=side, resize=resize), batch_size=24, threads=2)
+    (pixels,), faults = decoder(files, _ids(files))
+    assert faults == [None] * 24
+    apart = {
+        images[row].size: round(_apart(pixels[row], _torchvision(images[row], resize, side)), 2)
+        for row in range(24)
+    }
+    assert max(apart.values()) < 1.5, apart
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_grey_palette_and_cmyk_images_become_the_colours_they_show(
+    mode: str, photos: list[bytes]
+) -> None:
+    image = Image.open(io.BytesIO(photos[0])).convert(mode)
+    data = _encode(image, "TIFF" if mode == "CMYK" else "PNG")
+    decoder = Decoder(PixelConfig(size=SIDE, resize="squash"), batch_size=1, threads=1)
+    (pixels,), faults = decoder([data], [bytes(16)])
+    assert faults == [None]
+    assert _apart(pixels[0], _torchvision(image.convert("RGB"), "squash", SIDE)) < 3
+
+
+# -------------------------------------------------------------------------------- views
+
+
+def test_augmented_views_depend_on_seed_image_and_view_only(
+    photos: list[bytes], clean: torch.Tensor
+) -> None:
+    some, ids = photos[:12], _ids(photos[:12])
+    config = PixelConfig(size=SIDE, views=3)
+    views, _ = Decoder(config, batch_size=12, threads=2)(some, ids)
+    assert torch.equal(views[0][:12], clean[:12])
+
+    backwards, _ = Decoder(config, batch_size=5, threads=1)(some[4::-1], ids[4::-1])
+    for view, again in zip(views, backwards, strict=True):
+        assert torch.equal(view[:5], again[:5].flip(0))
+
+    other, _ = Decoder(PixelConfig(size=SIDE, views=3, augment_seed=1), batch_size=12, threads=2)(
+        some, ids
+    )
+    assert torch.equal(other[0], views[0])
+    for row in range(12):
+        assert _apart(views[1][row], views[2][row]) > 1
+        assert _apart(views[1][row], views[0][row]) > 1
+        assert _apart(views[1][row], other[1][row]) > 1
+
+
+def test_an_augmented_view_is_the_same_beside_a_bad_image(photos: list[bytes]) -> None:
+    decoder = Decoder(PixelConfig(size=SIDE, views=2), batch_size=8, threads=2)
+    files, ids = photos[:8], _ids(photos[:8])
+    well, _ = decoder(files, ids)
+    spoilt = [*files[:3], files[3][: len(files[3]) // 2], b"", *files[5:]]
+    views, faults = decoder(spoilt, ids)
+    assert [row for row, fault in enumerate(faults) if fault] == [3, 4]
+    for row in range(8):
+        for view, before in zip(views, well, strict=True):
+            assert not view[row].any() if row in (3, 4) else torch.equal(view[row], before[row])
+
+
+def test_top_down_views_also_turn_by_quarters(photos: list[bytes]) -> None:
+    files = photos[:1] * 24
+    ids = [bytes([n]) * 16 for n in range(24)]
+    turned = Decoder(
+        PixelConfig(size=SIDE, views=2, augment="top-down"), batch_size=24, threads=2
+    )(files, ids)[0][1]
+    upright = Decoder(PixelConfig(size=SIDE, views=2), batch_size=24, threads=2)(files, ids)[0][1]
+    same = sum(torch.equal(turned[row], upright[row]) for row in range(24))
+    assert 0 < same < 16
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_without_augmentation_every_view_repeats_the_clean_one(
+    resize: str, photos: list[bytes]
+) -> None:
+    config = PixelConfig(size=SIDE, views=2, augment="none", resize=resize)
+    views, _ = Decoder(config, batch_size=8, threads=2)(photos[:8], _ids(photos[:8]))
+    assert _apart(views[0][:8], views[1][:8]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "bad", [{"size": 8}, {"size": 4096}, {"views": 0}, {"views": 256}, {"max_pixels": 0}]
+)
+def test_pixel_settings_out_of_range_are_refused_in_three_parts(bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        PixelConfig(**bad)
+    assert all((refusal.value.found, refusal.value.wanted, refusal.value.do))

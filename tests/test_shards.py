@@ -1,0 +1,267 @@
+"""The store's promises: shards are whole or absent, plain Arrow, checked, and never mixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arrowhead import ConfigError, DataError, shards
+from arrowhead.shards import Recipe, Rows, Store
+
+RECIPE = Recipe(
+    body="resnet18",
+    weights="0" * 64,
+    pool="avg",
+    width=4,
+    size=64,
+    resize="crop",
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
+    views=2,
+    augment="side-on",
+)
+
+
+def _rows(first: int = 0, files: int = 3) -> Rows:
+    """Rows whose features tell file, view and column; the second file is a fault."""
+    number = np.arange(first, first + files)[:, None, None]
+    features = (100 * number + 10 * np.arange(2)[:, None] + np.arange(4)).astype(np.float16)
+    features[1] = 0
+    return Rows(
+        paths=[f"train/a/{first + i}.jpg" for i in range(files)],
+        image_ids=[bytes([first + i]) * 16 for i in range(files)],
+        features=features,
+        faults=[None, "truncated: cut", *[None] * (files - 2)],
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two shards of three files; the catalog puts files 0, 1, 3 into train, the others aside."""
+    made = Store.create(tmp_path / "store", RECIPE, 3)
+    for name, first in (("one", 0), ("two", 3)):
+        shards.write_shard(made.shard(name), _rows(first), RECIPE)
+    columns = {
+        "root": r"/data/bl\xf6d",
+        "paths": [f"train/a/{i}.jpg" for i in range(6)],
+        "sizes": np.arange(6) - 1,
+        "mtimes": np.arange(6) + 2**60,
+        "labels": [("a",), ("a",), ("b",), ("b",), ("b",), ("a",)],
+        "splits": ["train", "train", "valid", "train", "test", "valid"],
+        "ignored": 7,
+    }
+    made.write_catalog(columns)
+    made.complete(["one", "two"], ["a", "b"])
+    return made
+
+
+# ------------------------------------------------------------------------- whole files
+
+
+def test_a_shard_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+
+    path = tmp_path / "shards" / "one.arrow"
+
+    def torn(self: object, table: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pa.RecordBatchFileWriter, "write_table", torn)
+        with pytest.raises(OSError, match="No space"):
+            shards.write_shard(path, _rows(), RECIPE)
+    assert list(path.parent.iterdir()) == []
+    shards.write_shard(path, _rows(), RECIPE)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
+    shards.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(TypeError):
+        shards.write_json(tmp_path / "a.json", {"new": object()})
+    with pytest.raises(KeyboardInterrupt), shards.draft(tmp_path / "a.json") as sketch:
+        sketch.write_text('{"new"')
+        raise KeyboardInterrupt
+    assert shards.read_json(tmp_path / "a.json") == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_path: Path) -> None:
+    made = Store.create(tmp_path / "store", RECIPE, 3)
+    code = (
+        "import os, signal, sys; from pathlib import Path; from arrowhead import shards\n"
+        "with shards.draft(Path(sys.argv[1])) as sketch:\n"
+        "    sketch.write_bytes(b'ARROW1 half a shard')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, made.shard("one")], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert made.on_disk() == []
+    shards.write_shard(made.shard("one"), _rows(), RECIPE)
+    assert made.on_disk() == ["one"]
+
+
+def test_every_torn_shard_is_a_data_error_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "one.arrow"
+    shards.write_shard(path, _rows(), RECIPE)
+    whole = path.read_bytes()
+    for length in [0, 1, 7, 8, *range(50, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError) as refusal:
+            shards.read_shard(path, RECIPE)
+        assert str(path) in refusal.value.found
+
+
+def test_json_that_is_missing_torn_or_not_text_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "torn.json").write_text('{"a": 1')
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    for name in ("missing.json", "torn.json", "bytes.json"):
+        with pytest.raises(DataError, match=name):
+            shards.read_json(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------ shards
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    path, rows = tmp_path / "one.arrow", _rows()
+    shards.write_shard(path, rows, RECIPE)
+    back = shards.read_shard(path, RECIPE)
+    assert back.features.dtype == np.float16
+    np.testing.assert_array_equal(back.features, rows.features)
+    assert (list(back.paths), list(back.image_ids)) == (rows.paths, rows.image_ids)
+    assert list(back.faults) == rows.faults
+
+
+def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shards.write_shard(tmp_path / name, _rows(), RECIPE)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_polars_opens_a_shard_without_arrowhead(tmp_path: Path) -> None:
+    path = tmp_path / "one.arrow"
+    shards.write_shard(path, _rows(), RECIPE)
+    code = """
+import sys, polars
+table = polars.read_ipc(sys.argv[1])
+assert table.columns == ["path", "image_id", "view", "feature", "fault"], table.columns
+assert table["view"].to_list() == [0, 1] * 3
+assert table["feature"].to_list()[5] == [210, 211, 212, 213], table["feature"].to_list()
+assert table["feature"].to_list()[2] is None
+assert table["fault"].to_list()[2:4] == ["truncated: cut"] * 2
+assert "arrowhead" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+
+
+# ------------------------------------------------------------------------------- store
+
+
+def test_features_are_the_well_rows_of_a_split_under_their_catalog_numbers(store: Store) -> None:
+    train, valid, test = (store.features(split) for split in ("train", "valid", "test"))
+    assert (train.row.tolist(), train.label.tolist()) == ([0, 3], [0, 1])
+    assert (valid.row.tolist(), valid.label.tolist()) == ([2, 5], [1, 0])
+    assert (test.row.tolist(), test.label.tolist()) == ([], [])
+    assert train.feature.shape == (2, 2, 4)
+    assert valid.feature[:, :, 0].tolist() == [[200, 210], [500, 510]]
+
+
+def test_the_catalog_comes_back_as_it_was_written(store: Store) -> None:
+    columns = store.read_catalog()
+    assert columns["root"] == r"/data/bl\xf6d"
+    assert columns["ignored"] == 7
+    assert columns["sizes"].tolist() == [-1, 0, 1, 2, 3, 4]
+    assert columns["mtimes"].tolist() == [2**60 + i for i in range(6)]
+    assert columns["labels"][2:] == [("b",), ("b",), ("b",), ("a",)]
+    assert columns["splits"] == ["train", "train", "valid", "train", "test", "valid"]
+
+
+def test_the_manifest_counts_files_and_faults(store: Store) -> None:
+    entries = store.manifest()["shards"]
+    assert [(e["name"], e["files"], e["faults"]) for e in entries] == [("one", 3, 1), ("two", 3, 1)]
+
+
+def test_a_flipped_byte_is_found_before_training(store: Store) -> None:
+    store.verify()
+    for path in (store.shard("two"), store.path / "catalog.arrow"):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = bytes([whole[middle] ^ 1])
+        path.write_bytes(whole[:middle] + flipped + whole[middle + 1 :])
+        with pytest.raises(DataError, match=path.name):
+            store.verify()
+        path.write_bytes(whole)
+    store.verify()
+
+
+def test_a_missing_shard_is_found_before_training(store: Store) -> None:
+    store.shard("one").unlink()
+    with pytest.raises(DataError, match=r"one\.arrow is missing"):
+        store.verify()
+
+
+def test_a_store_that_never_finished_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="never finished"):
+        Store.create(tmp_path / "store", RECIPE, 3).manifest()
+
+
+def test_unequal_recipes_are_refused_by_the_first_differing_field(store: Store) -> None:
+    for changes, field in (
+        ({"size": 224}, "size"),
+        ({"mean": (0.0, 0.0, 0.0), "augment_seed": 5}, "mean"),
+        ({"weights": "1" * 64, "pool": "max"}, "weights"),
+    ):
+        other = dataclasses.replace(RECIPE, **changes)
+        with pytest.raises(ConfigError) as refusal:
+            Store.create(store.path, other, 3)
+        assert f"made with {field} =" in refusal.value.found
+        with pytest.raises(ConfigError, match=f"made with {field} ="):
+            shards.read_shard(store.shard("one"), other)
+
+
+def test_every_field_of_the_recipe_changes_its_fingerprint() -> None:
+    seen = {RECIPE.fingerprint}
+    for field in dataclasses.fields(Recipe):
+        value = getattr(RECIPE, field.name)
+        other = (9.0, 9.0, 9.0) if isinstance(value, tuple) else f"{value}1"
+        seen.add(dataclasses.replace(RECIPE, **{field.name: other}).fingerprint)
+    assert len(seen) == len(dataclasses.fields(Recipe)) + 1
+
+
+def test_a_store_is_opened_again_with_the_recipe_it_was_made_with(store: Store) -> None:
+    assert Store.create(store.path, RECIPE, 3).recipe == RECIPE
+    assert Store(store.path).recipe == RECIPE
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError):
+        Store.create(tmp_path, RECIPE, 3)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+    with pytest.raises(ConfigError):
+        Store(tmp_path)
+
+
+def test_a_store_of_another_format_is_refused(store: Store) -> None:
+    head = shards.read_json(store.path / "store.json")
+    head["recipe"]["format"] = 99
+    shards.write_json(store.path / "store.json", head)
+    with pytest.raises(DataError, match="format 99"):
+        Store(store.path)
+
+
+def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    shards.write_parquet(path, {"path": ["a", "b"], "probability": [0.5, 1.0]}, {"made": "here"})
+    assert shards.read_parquet(path, ["path"]) == {"path": ["a", "b"]}
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"scores\.parquet"):
+        shards.read_parquet(path, ["path"])
