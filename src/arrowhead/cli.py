@@ -393,7 +393,8 @@ def _on_path() -> bool:
 
 
 def _ui(tracking: TrackingConfig) -> str:
-    return f"mlflow ui --backend-store-uri {tracking.uri}"
+    mlflow = _me().replace("arrowhead", "mlflow")
+    return f"{mlflow} ui --backend-store-uri {tracking.uri}"
 
 
 def _next(screen: Any, commands: list[str]) -> None:
@@ -435,13 +436,14 @@ def _entry(
     return app(tokens, exit_on_error=False, print_error=False)
 
 
-def main() -> None:
-    """The console script: run a verb, say what went wrong, exit with the code that tells it."""
+def main(words: list[str] | None = None) -> None:
+    """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
+    words = sys.argv[1:] if words is None else words
     try:
-        code = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
+        code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         wanted = "a verb, its arguments and its flags, as --help lists them."
-        code = _refuse(str(error).strip(), wanted, f"run {_me()} {_verb()}--help.")
+        code = _refuse(str(error).strip(), wanted, f"run {_me()} {_verb(words)}--help.")
     except Refusal as error:
         code = _refuse(
             error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2
@@ -452,9 +454,9 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _verb() -> str:
-    known = {"fit", "precompute", "lr-find", "train", "score", "demo", "doctor"}
-    return next((f"{word} " for word in sys.argv[1:] if word in known), "")
+def _verb(words: list[str]) -> str:
+    """The verb among `words` and a blank, if there is one."""
+    return next((f"{word} " for word in words if word in app and not word.startswith("-")), "")
 
 
 def _refuse(found: str, wanted: str, do: str, code: int = 2) -> int:

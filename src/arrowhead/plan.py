@@ -182,20 +182,21 @@ def _place(path: bytes, has_splits: bool) -> tuple[str, tuple[str, ...]]:
 
 def _files(root: Path) -> tuple[list[tuple[bytes, int, int]], int]:
     """(path below root, size, mtime in ns) of every file that may be an image; number ignored."""
-    found, ignored, seen = [], 0, set()
-    waiting = [(os.fsencode(root), b"")]
+    found, ignored = [], 0
+    waiting: list[tuple[bytes, bytes, frozenset[tuple[int, int]]]]
+    waiting = [(os.fsencode(root), b"", frozenset())]
     while waiting:
-        folder, below = waiting.pop()
+        folder, below, above = waiting.pop()
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up the tree
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link back up the tree
             continue
-        seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(b".") or entry.name in JUNK:
                     ignored += 1
                 elif _is_folder(entry):
-                    waiting.append((entry.path, below + entry.name + b"/"))
+                    waiting.append((entry.path, below + entry.name + b"/", above | {here}))
                 else:
                     found.append((below + entry.name, *_stamp(entry)))
     return found, ignored

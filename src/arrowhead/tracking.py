@@ -37,7 +37,8 @@ class TrackingConfig:
     @property
     def uri(self) -> str:
         """The store that will be written to."""
-        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        own = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
 class Run:
@@ -115,7 +116,7 @@ def start(config: TrackingConfig, name: str) -> Iterator[Run]:
 def _open(client: MlflowClient, experiment: str, name: str, parent: str | None) -> Iterator[Run]:
     tags = {"mlflow.parentRunId": parent} if parent else {}
     info = client.create_run(experiment, run_name=name, tags=tags).info
-    status = "FAILED"
+    status, refused = "FAILED", False
     try:
         yield Run(client, info.run_id, experiment)
         status = "FINISHED"
@@ -123,10 +124,12 @@ def _open(client: MlflowClient, experiment: str, name: str, parent: str | None) 
         status = "KILLED"
         raise
     except ConfigError:
-        client.delete_run(info.run_id)  # a request that was refused is no run
+        refused = True
         raise
     finally:
         client.set_terminated(info.run_id, status)
+        if refused:  # a request that was refused is no run
+            client.delete_run(info.run_id)
 
 
 def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:

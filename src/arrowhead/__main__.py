@@ -1,0 +1,6 @@
+"""`python -m arrowhead` is the same as `arrowhead`."""
+
+from arrowhead.cli import main
+
+if __name__ == "__main__":
+    main()

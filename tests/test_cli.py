@@ -1,0 +1,170 @@
+"""The command line as a stranger meets it: help that teaches, refusals in three parts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arrowhead import cli
+
+VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "doctor"]
+
+
+def run(*args: object) -> int:
+    """The exit code of a command, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(arg) for arg in args])
+    return int(ended.value.code or 0)
+
+
+def test_help_and_version_bring_no_heavy_library():
+    script = (
+        "import sys; sys.argv = ['arrowhead', '--help']\n"
+        "from arrowhead import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'mlflow', 'nvidia', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_that_says_what_it_does(capsys, verb):
+    assert run(verb, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"Usage: arrowhead {verb}" in shown
+    assert "--json" in shown
+    assert verb in ("doctor", "demo") or "Example: arrowhead" in shown
+    assert verb == "doctor" or "--workers" in shown
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs a command that must be refused; its three lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args: object, code: int = 2) -> tuple[str, str, str]:
+        assert run(*args) == code
+        found, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
+        assert found.startswith("arrowhead: ")
+        assert wanted.startswith("  wanted  ")
+        assert do.startswith("  do      ")
+        return found, wanted, do
+
+    return command
+
+
+def test_a_missing_folder_is_refused(refused):
+    found, _, _ = refused("fit", "nowhere", "out")
+    assert "nowhere is not there" in found
+
+
+def test_a_folder_without_images_is_refused(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    found, _, _ = refused("precompute", "empty", "store")
+    assert "no images" in found
+
+
+def test_one_class_is_refused(refused, tmp_path, drawn):
+    (tmp_path / "one" / "leaves").mkdir(parents=True)
+    file = next((drawn / "train" / "leaves").iterdir())
+    (tmp_path / "one" / "leaves" / "a.jpg").write_bytes(file.read_bytes())
+    found, wanted, _ = refused("fit", "one", "out")
+    assert "one class, 'leaves'" in found
+    assert "two classes" in wanted
+
+
+def test_a_class_that_training_never_sees_is_refused(refused, tmp_path, drawn):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(drawn / "train")
+    (tmp_path / "data" / "valid").mkdir()
+    for name in ("leaves", "ferns"):
+        (tmp_path / "data" / "valid" / name).symlink_to(drawn / "valid" / "leaves")
+    found, _, _ = refused("fit", "data", "out")
+    assert "no images of ferns" in found
+
+
+def test_an_unknown_body_is_refused_with_the_near_miss(refused, drawn):
+    found, _, do = refused("fit", drawn, "out", "--body", "resnet43", "--weights", "random")
+    assert "resnet43" in found
+    assert "resnet34" in do
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rate", "fast"],
+        ["--rate", "-1"],
+        ["--epochs", "0"],
+        ["--size", "3"],
+        ["--pool", "median"],
+        ["--workers", "-2"],
+        ["--address", "10.0.0.1:6379"],
+        ["--valid-share", "1.5"],
+        ["--bodi", "resnet34"],
+        ["--std", "0", "1", "1"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_a_bad_flag_is_refused_by_name(refused, drawn, flags):
+    found, _, _ = refused("fit", drawn, "out", *flags)
+    assert flags[0] in found
+
+
+@pytest.mark.parametrize(
+    "words", [["score", "nothing", "x", "y"], ["train", "nothing", "x"], ["lr-find", "nothing"]]
+)
+def test_what_is_no_store_or_bundle_is_refused(refused, words):
+    found, _, _ = refused(*words)
+    assert "nothing is not a" in found
+
+
+def test_a_missing_argument_is_refused(refused):
+    found, _, do = refused("fit")
+    assert "--data" in found
+    assert "fit --help" in do
+
+
+def test_a_refused_request_leaves_no_run_behind(refused, tmp_path):
+    from mlflow import MlflowClient
+
+    refused("fit", "nowhere", "out")
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("arrowhead")
+    assert client.search_runs([experiment.experiment_id]) == []
+
+
+def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(refused, drawn):
+    found, _, do = refused("fit", drawn, "out", "--tracking-uri", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9" in found
+    assert "--tracking-uri" in do
+    assert not Path("out").exists()
+
+
+def test_doctor_finds_this_machine_fit(capsys):
+    assert run("doctor", "--json") == 0
+    checks = json.loads(capsys.readouterr().out.splitlines()[-1])["checks"]
+    names = {check["name"] for check in checks}
+    assert {"python", "torch", "gpu", "dali", "ray", "mlflow", "weights", "disk"} <= names
+    assert all(check["fix"] for check in checks if check["state"] != "ok")
+    assert "JPEG" in next(check["found"] for check in checks if check["name"] == "dali")
+
+
+def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
+    refused, drawn, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr("arrowhead.pipeline.fit_head", lambda *args: seen.append(args[2]) or {})
+    toml = tmp_path / "train.toml"
+    toml.write_text('[train]\nrate = 0.5\nepochs = 3\nhead = "lesson"\n')
+    assert run("train", "s", "b", "--config", toml, "--epochs", "4") == 0
+    assert (seen[0].rate, seen[0].epochs, seen[0].head) == (0.5, 4, "lesson")
+    toml.write_text("[train]\nepoch = 3\n")
+    found, _, _ = refused("train", "s", "b", "--config", toml)
+    assert "epoch" in found
+

@@ -1,0 +1,325 @@
+"""A body's promises: torchvision's features, the same in any batch, weights that are checked."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import urllib.error
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torchvision import models
+
+from arrowhead import ConfigError, DataError
+from arrowhead.model import IMAGENET_MEAN, IMAGENET_STD, Body, BodyConfig, Weights, load
+
+BODIES = {"resnet18": "fc", "mobilenet_v2": "classifier"}
+
+
+@pytest.fixture(scope="module")
+def random_weights() -> dict[str, Weights]:
+    return {body: load(BodyConfig(body=body, weights="random")) for body in BODIES}
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    small = torch.randint(0, 256, (32, 3, 8, 8), generator=draw).float()
+    return nn.functional.interpolate(small, size=64, mode="bilinear").to(torch.uint8)
+
+
+def _body(weights: Weights, name: str, pool: str = "avg") -> Body:
+    return Body(name, weights.state, pool=pool, mean=weights.mean, std=weights.std, size=64)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_features_are_those_of_the_plain_network_without_its_last_layer(
+    name: str, random_weights: dict[str, Weights], pixels: torch.Tensor
+) -> None:
+    plain = models.get_model(name, weights=None)
+    setattr(plain, BODIES[name], nn.Identity())
+    weights = random_weights[name]
+    plain.load_state_dict(weights.state)
+    mean, std = (torch.tensor(triple).view(1, 3, 1, 1) for triple in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.inference_mode():
+        wanted = plain.eval()((pixels.float() / 255 - mean) / std)
+    made = _body(weights, name)(pixels)
+    assert made.dtype == torch.float32
+    assert nn.functional.cosine_similarity(made, wanted).min() > 0.9999
+    torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-4)
+    others = nn.functional.cosine_similarity(made, wanted.roll(1, 0))
+    assert others.max() < 0.9999  # or the comparison above could not fail
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("mobilenet_v2", 1280)])
+def test_pools_have_their_widths_and_concat_is_avg_then_max(
+    name: str, width: int, random_weights: dict[str, Weights], pixels: torch.Tensor
+) -> None:
+    made = {}
+    for pool, columns in (("avg", width), ("max", width), ("concat", 2 * width)):
+        body = _body(random_weights[name], name, pool)
+        made[pool] = body(pixels)
+        assert body.width == columns
+        assert made[pool].shape == (32, columns)
+    torch.testing.assert_close(
+        made["concat"], torch.cat([made["avg"], made["max"]], 1), rtol=1e-4, atol=1e-5
+    )
+    assert (made["max"] >= made["avg"] - 1e-4).all()
+
+
+def test_same_features_in_any_batch_of_16_or_more(
+    random_weights: dict[str, Weights], pixels: torch.Tensor
+) -> None:
+    body = _body(random_weights["resnet18"], "resnet18")
+    alone = body(pixels[:16])
+    assert torch.equal(body(pixels)[:16], alone)
+    assert torch.equal(body(pixels.flip(0)).flip(0)[:16], alone)
+
+
+def test_weights_belong_to_the_tensors_not_to_the_file(
+    random_weights: dict[str, Weights], tmp_path: Path
+) -> None:
+    made = random_weights["resnet18"]
+    safetensors.torch.save_file(made.state, tmp_path / "a.safetensors")
+    whole = models.resnet18(weights=None).state_dict() | made.state  # with its final layer
+    torch.save(whole, tmp_path / "b.pth")
+    for name in ("a.safetensors", "b.pth"):
+        again = load(BodyConfig(body="resnet18", weights=str(tmp_path / name)))
+        assert again.sha256 == made.sha256
+    changed = {name: tensor + (name == "bn1.bias") for name, tensor in made.state.items()}
+    assert Weights(state=changed, mean=made.mean, std=made.std).sha256 != made.sha256
+
+
+def test_random_weights_are_the_same_twice_and_leave_the_callers_generator_alone(
+    random_weights: dict[str, Weights],
+) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    again = load(BodyConfig(body="resnet18", weights="random"))
+    assert again.sha256 == random_weights["resnet18"].sha256
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_mean_and_std_are_imagenets_unless_given(random_weights: dict[str, Weights]) -> None:
+    assert random_weights["resnet18"].mean == IMAGENET_MEAN
+    half = (0.5, 0.5, 0.5)
+    given = load(BodyConfig(body="resnet18", weights="random", mean=half, std=half))
+    assert (given.mean, given.std) == (half, half)
+
+
+# ----------------------------------------------------------------------------- refusals
+
+
+def test_an_unknown_body_suggests_the_near_miss() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load(BodyConfig(body="resnet43"))
+    assert "resnet34" in refusal.value.do
+    assert "'resnet43'" in refusal.value.found
+
+
+def test_a_body_without_a_linear_layer_and_a_pool_without_a_map_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no linear layer"):
+        load(BodyConfig(body="squeezenet1_0", weights="random"))
+    weights = load(BodyConfig(body="shufflenet_v2_x0_5", weights="random"))
+    with pytest.raises(ConfigError, match="--pool"):
+        _body(weights, "shufflenet_v2_x0_5", "max")
+
+
+def test_a_weights_file_that_does_not_fit_is_a_data_error_naming_a_tensor(
+    random_weights: dict[str, Weights], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    state = random_weights["resnet18"].state
+    without = {name: t for name, t in state.items() if name != "layer3.0.conv1.weight"}
+    for wrong, body, tensor in (
+        (without, "resnet18", "layer3.0.conv1.weight"),
+        (state | {"surplus.weight": torch.ones(1)}, "resnet18", "surplus.weight"),
+        (state | {"conv1.weight": torch.ones(2, 2)}, "resnet18", "conv1.weight"),
+        (state, "mobilenet_v2", "features.0.0.weight"),
+    ):
+        safetensors.torch.save_file(wrong, path)
+        with pytest.raises(DataError) as refusal:
+            load(BodyConfig(body=body, weights=str(path)))
+        assert tensor in refusal.value.found
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_weights_file_that_is_torn_or_missing_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    with pytest.raises(ConfigError, match="not there"):
+        load(BodyConfig(body="resnet18", weights=str(path)))
+    for content in (b"", b"\x80\x02garbage", b"<html>404</html>"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            load(BodyConfig(body="resnet18", weights=str(path)))
+
+
+class _Evil:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_weights_file_cannot_run_code(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": _Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(DataError):
+        load(BodyConfig(body="resnet18", weights=str(tmp_path / "evil.pth")))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unknown_weights_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load(BodyConfig(body="resnet18", weights="IMAGENET1K_V7"))
+    assert "IMAGENET1K_V1" in refusal.value.wanted
+
+
+@pytest.mark.parametrize("std", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (float("nan"), 1.0, 1.0)])
+def test_a_deviation_that_cannot_be_divided_by_is_refused(std: tuple[float, float, float]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        BodyConfig(std=std)
+    assert all((refusal.value.found, refusal.value.wanted, refusal.value.do))
+
+
+# ------------------------------------------------------------------------------- download
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty torch cache; the folder where weights arrive."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the address under which a server on loopback serves it."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def published(site: tuple[Path, str], cache: Path) -> Iterator[tuple[Path, str]]:
+    """A resnet18 file, named after its hash, where torchvision now looks; and its tensors' hash."""
+    folder, address = site
+    torch.manual_seed(1)
+    state = models.resnet18(weights=None).state_dict()
+    torch.save(state, folder / "draft")
+    digest = hashlib.sha256((folder / "draft").read_bytes()).hexdigest()
+    path = (folder / "draft").rename(folder / f"resnet18-{digest[:8]}.pth")
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    entry = models.ResNet18_Weights.IMAGENET1K_V1.value
+    before = entry.url
+    object.__setattr__(entry, "url", f"{address}/{path.name}")  # frozen, and shared by the process
+    yield path, Weights(state=body, mean=IMAGENET_MEAN, std=IMAGENET_STD).sha256
+    object.__setattr__(entry, "url", before)
+
+
+def test_auto_downloads_the_weights_once_and_then_needs_no_network(
+    published: tuple[Path, str], cache: Path
+) -> None:
+    path, digest = published
+    assert load(BodyConfig(body="resnet18")).sha256 == digest
+    assert [file.name for file in cache.iterdir()] == [path.name]
+    path.unlink()
+    assert load(BodyConfig(body="resnet18")).sha256 == digest
+
+
+def test_a_download_whose_hash_is_wrong_is_refused_and_not_kept(
+    published: tuple[Path, str], cache: Path
+) -> None:
+    path, _ = published
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ConfigError, match="hash"):
+        load(BodyConfig(body="resnet18"))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_torn_file_in_the_cache_is_refused_by_its_name(
+    published: tuple[Path, str], cache: Path
+) -> None:
+    path, _ = published
+    cache.mkdir(parents=True)
+    for content in (b"", path.read_bytes()[:5000], b"<html>sign in first</html>"):
+        (cache / path.name).write_bytes(content)
+        with pytest.raises((ConfigError, DataError)) as refusal:
+            load(BodyConfig(body="resnet18"))
+        assert str(cache / path.name) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("no route to host"),
+        urllib.error.HTTPError("http://x", 503, "Unavailable", None, None),
+        TimeoutError("timed out"),
+    ],
+)
+def test_weights_auto_without_cache_and_network_names_the_two_ways_on(
+    failure: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(ConfigError) as refusal:
+        load(BodyConfig(body="resnet34"))
+    assert "resnet34" in refusal.value.found
+    assert "--weights random" in refusal.value.do
+    assert ".safetensors" in refusal.value.do
+
+
+def test_a_proxy_that_answers_nonsense_is_no_network(
+    published: tuple[Path, str], cache: Path
+) -> None:
+    import socket
+
+    entry = models.ResNet18_Weights.IMAGENET1K_V1.value
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        object.__setattr__(
+            entry, "url", f"http://127.0.0.1:{server.getsockname()[1]}/{published[0].name}"
+        )
+
+        def answer() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(b"nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConfigError, match="--weights random"):
+            load(BodyConfig(body="resnet18"))
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_own_file_fits_bodies_with_auxiliary_heads(name: str, tmp_path: Path) -> None:
+    # Its files hold the auxiliary heads: they were trained, and torchvision drops them on loading.
+    full = models.get_model(name, weights=None, aux_logits=True, init_weights=False)
+    torch.save(full.state_dict(), tmp_path / "full.pth")
+    made = load(BodyConfig(body=name, weights=str(tmp_path / "full.pth")))
+    assert not any(tensor.startswith(("aux", "Aux", "fc.")) for tensor in made.state)
