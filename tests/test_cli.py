@@ -29,7 +29,9 @@ def test_help_and_version_bring_no_heavy_library():
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'ray', 'mlflow', 'nvidia', 'pyarrow'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip().endswith("[]")
 
 
@@ -167,4 +169,3 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     toml.write_text("[train]\nepoch = 3\n")
     found, _, _ = refused("train", "s", "b", "--config", toml)
     assert "epoch" in found
-

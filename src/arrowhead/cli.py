@@ -393,7 +393,7 @@ def _on_path() -> bool:
 
 
 def _ui(tracking: TrackingConfig) -> str:
-    mlflow = _me().replace("arrowhead", "mlflow")
+    mlflow = Path(_me()).with_name("mlflow")
     return f"{mlflow} ui --backend-store-uri {tracking.uri}"
 
 

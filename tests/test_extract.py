@@ -1,0 +1,380 @@
+"""Extraction's promises: no file stops it, nothing is lost or done twice, threads end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from arrowhead import ConfigError, plan, shards
+from arrowhead.decode import PixelConfig
+from arrowhead.extract import (
+    Chunk,
+    ExtractConfig,
+    Pump,
+    ahead,
+    extract,
+    known,
+    load_body,
+    pending,
+    pixels_of,
+    read,
+    recipe_of,
+    roofline,
+)
+from arrowhead.launch import Desk, Report, Worker
+from arrowhead.model import Body, BodyConfig, load
+from arrowhead.plan import Catalog
+from arrowhead.shards import Recipe, Store
+
+PIXELS = PixelConfig(size=64, views=2)
+CONFIG = ExtractConfig(batch_size=16, chunk_size=12, readers=2)
+
+
+def _worker(tasks: int = 0, reports: list[Report] | None = None) -> Worker:
+    heard = [] if reports is None else reports
+    return Worker(0, 1, "cpu", 2, Desk(list(range(tasks))).claim, heard.append)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Body, Recipe, Path]:
+    """A random resnet18 on 64 pixels, its recipe and its weights file."""
+    config = BodyConfig(body="resnet18", weights="random")
+    weights = load(config)
+    path = tmp_path_factory.mktemp("weights") / "body.safetensors"
+    safetensors.torch.save_file(weights.state, path)
+    recipe = recipe_of(PIXELS, config, weights, 512)
+    return load_body(recipe, path, "cpu"), recipe, path
+
+
+@pytest.fixture(scope="module")
+def pump(made: tuple[Body, Recipe, Path]) -> Pump:
+    return Pump(_worker(), made[0], made[1], PIXELS, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 drawn images, loose."""
+    made = tmp_path_factory.mktemp("folder") / "images"
+    made.mkdir()
+    for path in sorted(drawn.glob("train/*/*.jpg"))[:30]:
+        shutil.copy(path, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def chunks(pump: Pump, folder: Path) -> list[Chunk]:
+    """What the pump makes of the folder."""
+    return _pumped(pump, plan.unlabelled(folder))
+
+
+def _pumped(pump: Pump, catalog: Catalog, known: dict[bytes, np.ndarray] | None = None) -> list:
+    runs = plan.chunks(catalog.paths, CONFIG.chunk_size)
+    return list(pump(catalog, enumerate(runs), known or {}))
+
+
+def _by_path(chunks: list[Chunk]) -> dict[str, np.ndarray]:
+    return {p: f for chunk in chunks for p, f in zip(chunk.paths, chunk.features, strict=True)}
+
+
+def _ids(chunks: list[Chunk]) -> dict[bytes, np.ndarray]:
+    pairs = [zip(chunk.image_ids, chunk.features, strict=True) for chunk in chunks]
+    return {image_id: feature for pair in pairs for image_id, feature in pair}
+
+
+def _total(chunks: list[Chunk]) -> dict[str, int]:
+    counts = [chunk.counts() for chunk in chunks]
+    total = {name: sum(c[name] for c in counts) for name in ("files", "decoded", "reused")}
+    return total | {"faults": sum(sum(c["faults"].values()) for c in counts)}
+
+
+# ------------------------------------------------------------------------------ one file
+
+
+def _promptly(file: bytes, max_bytes: int = 100) -> tuple[bytes, str | None]:
+    """What `read` gives, or a failure if it waits."""
+    answers: list[tuple[bytes, str | None]] = []
+    thread = threading.Thread(target=lambda: answers.append(read(file, max_bytes)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert answers, f"reading {file!r} never ended"
+    return answers[0]
+
+
+def test_reading_never_waits_and_gives_a_fault_for_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    (tmp_path / "to pipe").symlink_to(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.fsencode(tmp_path / "socket"))
+        for name, kind in (
+            ("folder", "not a file"),
+            ("pipe", "not a file"),
+            ("to pipe", "not a file"),
+            ("socket", "unreadable"),
+            ("dangling", "unreadable"),
+            ("ring", "unreadable"),
+            ("missing", "unreadable"),
+            ("file/below", "unreadable"),
+            ("n" * 300, "unreadable"),
+            ("/dev/zero", "not a file"),
+        ):
+            data, fault = _promptly(os.fsencode(tmp_path / name))
+            assert data == b""
+            assert fault and fault.partition(":")[0] == kind, (name, fault)
+    assert _promptly(os.fsencode(tmp_path / "file")) == (b"12345", None)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"12345")
+    (tmp_path / "secret").chmod(0)
+    assert read(os.fsencode(tmp_path / "secret"), 100) == (b"", "unreadable: Permission denied")
+
+
+def test_the_limit_on_bytes_is_exact_and_larger_files_are_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read(os.fsencode(tmp_path / "file"), 5) == (b"12345", None)
+    assert read(os.fsencode(tmp_path / "file"), 4) == (b"", "too large: 5 bytes, more than 4")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    data, fault = _promptly(os.fsencode(tmp_path / "sparse"), 2**28)
+    assert (data, fault) == (b"", f"too large: {2**40} bytes, more than {2**28}")
+
+
+def test_reading_leaks_no_handles(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        for name in ("file", ".", "missing"):
+            read(os.fsencode(tmp_path / name), 3)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ------------------------------------------------------------------------------ the pump
+
+
+def test_every_file_is_decoded_reused_or_a_fault(chunks: list[Chunk], folder: Path) -> None:
+    assert _total(chunks) == {"files": 30, "decoded": 30, "reused": 0, "faults": 0}
+    assert [path for chunk in chunks for path in chunk.paths] == sorted(os.listdir(folder))
+    assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
+    assert len(chunks) > 1
+
+
+def test_features_are_the_bodys_of_the_decoders_pixels(
+    chunks: list[Chunk], made: tuple[Body, Recipe, Path], folder: Path
+) -> None:
+    from arrowhead.decode import Decoder
+
+    decoder = Decoder(PIXELS, batch_size=1, threads=1)
+    for chunk in chunks:
+        image_id, path = chunk.image_ids[-1], folder / chunk.paths[-1]
+        views, _ = decoder([path.read_bytes()], [image_id])
+        wanted = np.stack([made[0](view)[0].numpy() for view in views]).astype(np.float16)
+        assert np.array_equal(chunk.features[-1], wanted)
+    features = np.stack(list(_by_path(chunks).values()))
+    assert len(np.unique(features.reshape(60, -1), axis=0)) == 60
+
+
+def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_features(
+    pump: Pump, chunks: list[Chunk], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    for path in list(renamed.iterdir()):
+        path.rename(renamed / f"other-{path.name}")
+
+    def fail(*args: object) -> None:
+        raise AssertionError("an image that was known was decoded again")
+
+    monkeypatch.setattr(pump, "_decoder", fail)
+    again = _pumped(pump, plan.unlabelled(renamed), _ids(chunks))
+    assert _total(again) == {"files": 30, "decoded": 0, "reused": 30, "faults": 0}
+    first = _by_path(chunks)
+    for path, feature in _by_path(again).items():
+        assert np.array_equal(feature, first[path.removeprefix("other-")])
+
+
+def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_identical(
+    pump: Pump, chunks: list[Chunk], folder: Path, tmp_path: Path
+) -> None:
+    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
+    names = sorted(os.listdir(spoilt))
+    whole = (folder / names[0]).read_bytes()
+    (spoilt / "0-empty.jpg").write_bytes(b"")
+    (spoilt / f"{names[3]}-page.jpg").write_bytes(b"<html>404</html>" * 50)
+    (spoilt / f"{names[7]}-torn.jpg").write_bytes(whole[: len(whole) // 2])
+    (spoilt / f"{names[9]}-gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(spoilt / "zz-pipe.jpg")
+    after = _pumped(pump, plan.unlabelled(spoilt))
+    assert _total(after) == {"files": 35, "decoded": 30, "reused": 0, "faults": 5}
+    clean = _by_path(chunks)
+    kinds = {}
+    for chunk in after:
+        for path, fault, feature in zip(chunk.paths, chunk.faults, chunk.features, strict=True):
+            if path in clean:
+                assert fault is None
+                assert np.array_equal(feature, clean[path])
+            else:
+                kinds[path.rpartition("-")[2]] = str(fault).partition(":")[0]
+                assert not feature.any()
+    assert kinds == {
+        "empty.jpg": "empty",
+        "page.jpg": "not an image",
+        "torn.jpg": "truncated",
+        "gone.jpg": "unreadable",
+        "pipe.jpg": "not a file",
+    }
+
+
+def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
+    made: tuple[Body, Recipe, Path], folder: Path
+) -> None:
+    def huge(pixels: torch.Tensor) -> torch.Tensor:
+        out = torch.ones(len(pixels), 512)
+        out[1] = 1e6
+        return out
+
+    pump = Pump(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
+    catalog = plan.unlabelled(folder)
+    (chunk,) = pump(catalog, [(0, range(4))], {})
+    assert [bool(fault) for fault in chunk.faults] == [False, True, False, False]
+    assert str(chunk.faults[1]).startswith("not finite")
+    assert not chunk.features[1].any()
+    assert (chunk.features[[0, 2, 3]] == 1).all()
+
+
+def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
+    made: tuple[Body, Recipe, Path], pump: Pump, folder: Path
+) -> None:
+    catalog, before = plan.unlabelled(folder), set(threading.enumerate())
+    runs = [(number, range(5 * number, 5 * number + 5)) for number in range(6)]
+    taken = pump(catalog, runs, {})
+    next(taken)
+    taken.close()
+    del taken
+    assert set(threading.enumerate()) <= before
+
+    def fail(pixels: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    broken = Pump(_worker(), fail, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError, match="no room"):
+        list(broken(catalog, runs, {}))
+    assert set(threading.enumerate()) <= before
+
+
+# ----------------------------------------------------------------------------- the stage
+
+
+def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_them(
+    made: tuple[Body, Recipe, Path], folder: Path, tmp_path: Path
+) -> None:
+    _, recipe, weights = made
+    store = Store.create(tmp_path / "store", recipe, CONFIG.chunk_size)
+    shutil.copy(weights, store.weights)
+    catalog = plan.unlabelled(folder)
+    runs = plan.chunks(catalog.paths, CONFIG.chunk_size)
+    names = [plan.chunk_name(catalog, rows, recipe.fingerprint) for rows in runs]
+    reports: list[list[Report]] = [[], []]
+    contents = []
+    for heard in reports:
+        shards.write_catalog(pending(store), catalog.columns())
+        extract(_worker(len(runs), heard), store.path, PIXELS, CONFIG)
+        assert store.on_disk() == sorted(names)
+        contents.append([store.shard(name).read_bytes() for name in names])
+    assert contents[0] == contents[1]
+    assert [sum(r["decoded"] for r in heard) for heard in reports] == [30, 0]
+    assert [sum(r["reused"] for r in heard) for heard in reports] == [0, 30]
+    assert [sum(r["files"] for r in heard) for heard in reports] == [30, 30]
+    assert set(reports[0][0]["seconds"]) == {"read", "decode", "forward", "write"}
+    assert len(known(store)) == 30
+
+
+# --------------------------------------------------------------------------------- ahead
+
+
+def test_ahead_gives_the_items_in_order_and_then_the_exception() -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise ValueError("the sixth")
+
+    made = []
+    with pytest.raises(ValueError, match="the sixth"):
+        made.extend(ahead(items(), 2))
+        made.append(-1)
+    taken = []
+    with pytest.raises(ValueError, match="the sixth"):
+        for item in ahead(items(), 2):
+            taken.append(item)
+    assert taken == [0, 1, 2, 3, 4]
+    assert list(ahead(range(100), 1)) == list(range(100))
+    assert list(ahead([], 3)) == []
+
+
+def test_ahead_stops_its_thread_when_the_taker_quits() -> None:
+    before = set(threading.enumerate())
+    drawn = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield drawn
+
+    for item in ahead(endless(), 2):
+        assert drawn <= item + 3  # two in the line, one in the maker's hand
+        if item == 20:
+            break
+    assert set(threading.enumerate()) <= before
+    assert drawn <= 23
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+def test_a_recipe_and_its_pixels_lead_to_each_other(made: tuple[Body, Recipe, Path]) -> None:
+    assert pixels_of(made[1]) == PIXELS
+    assert made[1].augment == "side-on"
+
+
+def test_the_limit_on_faults_is_a_share_below_one_and_a_count_from_one_on() -> None:
+    share, count = ExtractConfig(max_faults=0.01), ExtractConfig(max_faults=3)
+    assert [share.too_many(faults, 1000) for faults in (10, 11)] == [False, True]
+    assert [count.too_many(faults, 1000) for faults in (3, 4)] == [False, True]
+    assert ExtractConfig(max_faults=0).too_many(1, 1000)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"batch_size": 0},
+        {"chunk_size": 0},
+        {"readers": 0},
+        {"max_bytes": 0},
+        {"max_faults": -0.1},
+        {"max_faults": float("nan")},
+    ],
+)
+def test_settings_that_cannot_extract_are_refused_in_three_parts(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        ExtractConfig(**bad)  # type: ignore[arg-type]
+    assert all((refusal.value.found, refusal.value.wanted, refusal.value.do))
+
+
+def test_the_roofline_names_the_stage_that_binds() -> None:
+    seconds = {"read": 1.0, "decode": 2.0, "forward": 6.0, "write": 1.0, "workers": 8.0}
+    line = roofline(seconds, images=120, workers=2)
+    assert "forward 60 %" in line
+    assert "bound by forward: 15.0 img/s of 40.0 possible" in line
+    assert roofline({"workers": 1.0}, 0, 1).startswith("nothing decoded")

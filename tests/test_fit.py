@@ -1,0 +1,241 @@
+"""The main job, run as its user runs it: a folder in, a bundle and scores out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pyarrow as pa
+import pytest
+
+from arrowhead import cli
+
+Command = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a verb with --json; its result."""
+
+    def run(*words: object, code: int = 0) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, words), "--json"])
+        out = capsys.readouterr()
+        assert ended.value.code == code, out.err
+        return dict(json.loads(out.out.splitlines()[-1]))
+
+    return run
+
+
+RANDOM = ["--body", "resnet34", "--weights", "random", "--size", "96"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory that the tests of this file share, in order."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(autouse=True)
+def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture(scope="module")
+def data(drawn: Path, place: Path) -> Path:
+    """A copy of the drawn images that tests may change."""
+    shutil.copytree(drawn, place / "data")
+    shutil.rmtree(place / "data" / "new")
+    return place / "data"
+
+
+@pytest.fixture(scope="module")
+def fitted(data: Path, place: Path, drawn: Path) -> Path:
+    """OUT of a first fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["fit", str(data), "out", *RANDOM, "--epochs", "4"])
+    assert ended.value.code == 0
+    return place / "out"
+
+
+def test_a_folder_becomes_a_store_and_a_bundle(fitted):
+    assert (fitted / "store" / "manifest.json").is_file()
+    assert (fitted / "bundle" / "bundle.json").is_file()
+    bundle = json.loads((fitted / "bundle" / "bundle.json").read_text())
+    assert bundle["classes"] == ["baskets", "beads", "leaves"]
+    assert bundle["recipe"]["size"] == 96
+    assert 0.34 < bundle["metrics"]["accuracy"] <= 1
+
+
+def test_the_second_fit_decodes_nothing_and_gives_the_same_numbers(fitted, data, command):
+    before = json.loads((fitted / "bundle" / "bundle.json").read_text())
+    result = command("fit", data, "out", *RANDOM, "--epochs", "4")
+    assert result["counts"]["decoded"] == 0
+    assert result["counts"]["reused"] == result["counts"]["inputs"] == 72
+    assert result["metrics"]["loss"] == before["metrics"]["loss"]
+    assert [line["epoch"] for line in result["epochs"]] == [0, 1, 2, 3]
+    assert {"train_loss", "valid_loss", "accuracy"} <= result["epochs"][0].keys()
+
+
+def test_only_what_is_new_is_decoded(fitted, data, command, drawn):
+    new = sorted((drawn / "new").iterdir())[0]
+    (data / "train" / "beads" / "one_more.jpg").write_bytes(new.read_bytes())
+    (data / "train" / "leaves").rename(data / "train" / "ferns")
+    (data / "valid" / "leaves").rename(data / "valid" / "ferns")
+    result = command("precompute", data, "out/store", *RANDOM)
+    assert result["counts"]["decoded"] == 1
+    assert result["counts"]["inputs"] == 73
+    assert result["classes"] == ["baskets", "beads", "ferns"]
+
+
+def test_another_recipe_is_refused_by_the_first_differing_field(fitted, data, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["precompute", str(data), "out/store", *RANDOM, "--resize", "squash"])
+    assert ended.value.code == 2
+    assert "resize = crop" in capsys.readouterr().err
+
+
+def test_a_flipped_byte_is_found_before_training(fitted, capsys):
+    shard = sorted((fitted / "store" / "shards").iterdir())[0]
+    good = shard.read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 1
+    shard.write_bytes(bytes(bad))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
+    shard.write_bytes(good)
+    assert ended.value.code == 4
+    assert shard.name in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_lr_find_draws_writes_and_suggests(fitted, command):
+    result = command("lr-find", "out/store")
+    assert result["verdict"] in ("good", "unstable", "flat: no signal")
+    assert result["suggestions"].keys() == {"valley", "steepest", "minimum/10"}
+    assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
+    assert len((fitted / "store" / "lr_finder.csv").read_text().splitlines()) == 101
+
+
+def test_both_heads_train_on_the_same_store(fitted, command):
+    result = command("train", "out/store", "lesson", "--head", "lesson", "--epochs", "2")
+    assert len(result["epochs"]) == 2
+    assert json.loads(Path("lesson/bundle.json").read_text())["head"] == "lesson"
+
+
+def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, command, place):
+    images = place / "mixed"
+    shutil.copytree(drawn / "new", images / "deep" / "er")
+    (images / "page.jpg").write_text("<html>not here</html>")
+    (images / "empty.jpg").touch()
+    cut = sorted((drawn / "new").iterdir())[0].read_bytes()
+    (images / "cut.jpg").write_bytes(cut[: len(cut) // 2])
+    (images / "new\nline \N{CAT FACE} \x1b[31m.jpg").write_bytes(cut)
+    (images / ".hidden.jpg").write_bytes(cut)
+    result = command("score", "out/bundle", images, "scores", "--probabilities", code=3)
+    counts = result["counts"]
+    assert counts["inputs"] == 28 == counts["scored"] + counts["faults"]
+    assert result["faults"] == {"not an image": 1, "empty": 1, "truncated": 1}
+    rows = polars.read_parquet("scores/*.parquet")
+    assert rows["path"].to_list() == sorted(rows["path"].to_list())
+    assert rows.height == 28
+    good = rows.filter(polars.col("fault").is_null())
+    sums = good["probabilities"].list.sum().to_numpy()
+    np.testing.assert_allclose(sums, 1, atol=1e-5)
+    same = good.filter(polars.col("path").str.contains("line"))
+    assert same["path"].to_list() == ["new\\x0aline \N{CAT FACE} \\x1b[31m.jpg"]
+    bad = rows.filter(polars.col("fault").is_not_null())
+    assert bad["label"].is_null().all() and bad["top_k"].is_null().all()
+
+
+def test_a_stopped_scoring_goes_on_and_other_requests_are_refused(fitted, drawn, command, capsys):
+    command("score", "out/bundle", drawn / "new", "again", "--chunk-size", "6")
+    parts = sorted(Path("again").glob("part-*.parquet"))
+    before = [part.read_bytes() for part in parts]
+    assert len(parts) > 1
+    parts[0].unlink()
+    result = command("score", "out/bundle", drawn / "new", "again", "--chunk-size", "6")
+    assert [part.read_bytes() for part in parts] == before
+    assert 0 < result["counts"]["decoded"] < result["counts"]["scored"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["score", "lesson", str(drawn / "new"), "again", "--chunk-size", "6"])
+    assert ended.value.code == 2
+    assert "bundle differs" in capsys.readouterr().err
+
+
+def test_a_bundle_with_one_changed_byte_is_refused(fitted, drawn, capsys, place):
+    shutil.copytree(fitted / "bundle", place / "torn")
+    weights = place / "torn" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["score", "torn", str(drawn / "new"), "never"])
+    assert ended.value.code == 4
+    assert "weights.safetensors" in capsys.readouterr().err
+
+
+def test_drift_from_the_machine_that_trained_is_refused(fitted, drawn, capsys, place):
+    """The recipe in a copied bundle is changed, and its hash kept right: pixels come out others."""
+    shutil.copytree(fitted / "bundle", place / "drifted")
+    file = place / "drifted" / "bundle.json"
+    content = json.loads(file.read_text())
+    content["recipe"]["mean"] = [0.1, 0.9, 0.5]
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["score", "drifted", str(drawn / "new"), "never"])
+    assert ended.value.code == 4
+    assert "golden images come out differently" in capsys.readouterr().err
+
+
+def test_shards_open_without_arrowhead(fitted):
+    for file in (fitted / "store" / "shards").iterdir():
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        assert table.column_names == ["path", "image_id", "view", "feature", "fault"]
+        assert table.schema.field("feature").type == pa.list_(pa.float16(), 512)
+        frame = polars.read_ipc(file)
+        assert frame.height == table.num_rows
+
+
+def test_the_run_can_be_read_back_from_mlflow(fitted, place):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    experiment = client.get_experiment_by_name("arrowhead").experiment_id
+    parents = client.search_runs([experiment], "tags.`mlflow.runName` = 'fit'")
+    first = min(parents, key=lambda run: run.info.start_time)
+    assert first.info.status == "FINISHED"
+    assert 0 < first.data.metrics["accuracy"] <= 1
+    assert json.loads(first.data.params["recipe"])["body"] == "resnet34"
+    names = {file.path for file in client.list_artifacts(first.info.run_id)}
+    assert {"bundle", "evaluation"} <= names
+    below = f"tags.`mlflow.parentRunId` = '{first.info.run_id}'"
+    children = {run.info.run_name: run for run in client.search_runs([experiment], below)}
+    assert children.keys() == {"extract", "lr-find", "train"}
+    history = client.get_metric_history(children["train"].info.run_id, "valid_loss")
+    assert [point.step for point in history] == [0, 1, 2, 3]
+    assert children["extract"].data.metrics["decoded"] == 72
+    assert children["extract"].inputs.dataset_inputs[0].dataset.name == "data"
+    found = {f.path for f in client.list_artifacts(children["lr-find"].info.run_id, "lr_finder")}
+    assert found == {"lr_finder/lr_finder.png", "lr_finder/lr_finder.csv"}
+
+
+def test_real_photos_are_told_apart(dogscats, mobilenet, command):
+    result = command("fit", dogscats, "real", *mobilenet)
+    assert result["counts"]["decoded"] == 800
+    assert result["metrics"]["accuracy"] >= 0.96
+    again = command("fit", dogscats, "real", *mobilenet, "--head", "lesson", "--epochs", "5")
+    assert again["counts"]["decoded"] == 0
+    assert again["metrics"]["accuracy"] >= 0.96
+    scored = command("score", "real/bundle", dogscats / "valid", "real-scores")
+    rows = polars.read_parquet("real-scores/*.parquet")
+    right = rows["label"] == rows["path"].str.split("/").list.first()
+    assert right.mean() == pytest.approx(again["metrics"]["accuracy"])
+    assert scored["labels"].keys() == {"cats", "dogs"}

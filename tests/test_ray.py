@@ -1,0 +1,75 @@
+"""A real Ray Train group of two gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--extract.chunk-size", "16"]
+
+
+def arrowhead(folder: Path, *words: object) -> dict[str, Any]:
+    """The result of a command in a process of its own, as its user would run it."""
+    command = [sys.executable, "-m", "arrowhead", *map(str, words), "--json"]
+    home = {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | home, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, drawn) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The same fit with the lesson's head in this process's way and on two Ray workers."""
+    folder = tmp_path_factory.mktemp("ray")
+    flags = [*FLAGS, "--head", "lesson", "--dropout", "0.25", "--epochs", "3", "--batch-size", "13"]
+    alone = arrowhead(folder, "fit", drawn, "alone", *flags)
+    group = arrowhead(folder, "fit", drawn, "group", *flags, "--workers", "2")
+    return folder, alone, group
+
+
+def shard_bytes(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (store / "shards").iterdir()}
+
+
+def test_two_workers_write_the_same_shards_as_one_process(both):
+    folder, alone, group = both
+    expected = shard_bytes(folder / "alone" / "store")
+    assert len(expected) > 2
+    assert shard_bytes(folder / "group" / "store") == expected
+    assert group["counts"] == alone["counts"]
+    manifests = [
+        (folder / out / "store" / "manifest.json").read_bytes() for out in ("alone", "group")
+    ]
+    assert manifests[0] == manifests[1]
+
+
+def test_two_workers_reach_the_same_figures_in_every_epoch(both):
+    """The lesson's head: batch norm and dropout are those of the global batch; 13 rows a step."""
+    _, alone, group = both
+    assert len(group["epochs"]) == 3
+    for one, two in zip(alone["epochs"], group["epochs"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    assert group["rate"] == pytest.approx(alone["rate"], rel=1e-6)
+
+
+def test_two_workers_score_the_same(both, drawn):
+    folder, _, _ = both
+    for name, more in (("one", []), ("two", ["--workers", "2"])):
+        arrowhead(folder, "score", "alone/bundle", drawn / "new", name, "--chunk-size", "8", *more)
+    parts = sorted((folder / "one").glob("*.parquet"))
+    assert len(parts) > 1
+    for part in parts:
+        assert (folder / "two" / part.name).read_bytes() == part.read_bytes()
+
+
+def test_the_token_of_a_ray_of_our_own_is_for_its_owner_only(both):
+    folder, _, _ = both
+    assert (folder / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
