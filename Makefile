@@ -35,7 +35,7 @@ lint: $(READY)  ## ruff and mypy, as in pre-commit
 bench: $(READY)  ## extraction against the plain torchvision loop, in one run
 	$(BIN)/python bench/extract.py
 
-# uv itself is removed by `pip sync` unless it is in the lock, so this fetches it anew.
+# In an environment of its own: the lock must not depend on what happens to be installed.
 lock:  ## compile requirements.lock from pyproject.toml (hashes, no index addresses)
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "uv==0.13.9"

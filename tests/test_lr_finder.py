@@ -16,7 +16,7 @@ from arrowhead.train import Data, TrainConfig, train
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """On matrices this small, two threads on busy cores wait for each other longer than they work."""
+    """On matrices this small and cores this busy, threads wait for each other more than work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -124,7 +124,9 @@ def spread(feature_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for part in torch.split(feature_ND, 65536):
         sums[0] += part.double().sum(0)
     mean = sums[0] / len(feature_ND)
-    for part in torch.split(feature_ND, 65536):  # a second pass: squares of large means would cancel
+    for part in torch.split(
+        feature_ND, 65536
+    ):  # a second pass: squares of large means would cancel
         sums[1] += (part.double() - mean).square().sum(0)
     deviation = (sums[1] / len(feature_ND)).sqrt()
     deviation[deviation == 0] = 1
