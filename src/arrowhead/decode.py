@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +110,10 @@ def header(data: bytes, max_pixels: int) -> Header | str:
 
 
 def _orientation(data: bytes) -> int:
-    if b"Exif" not in data[: 1 << 16] and not data.startswith((b"II*\0", b"MM\0*")):
+    # JPEG and TIFF name it near the start; PNG has a chunk eXIf, WebP one at the end, EXIF.
+    jpeg = data.startswith(b"\xff\xd8")
+    tags = (b"Exif",) if jpeg else (b"Exif", b"eXIf", b"EXIF", b"*\0", b"\0*")
+    if not any(tag in data for tag in tags):
         return 1
     from PIL import Image
 
@@ -155,7 +159,7 @@ class Decoder:
             for _ in range(self.config.views)
         ]
         well = [i for i, fault in enumerate(faults) if fault is None]
-        self._decode(well, encoded, image_ids, views, faults)
+        self._decode(well, encoded, image_ids, headers, views, faults)
         for i, found in enumerate(headers):
             if isinstance(found, Header) and found.orientation != 1:
                 for view in views:
@@ -168,6 +172,7 @@ class Decoder:
         rows: list[int],
         encoded: Sequence[bytes],
         image_ids: Sequence[bytes],
+        headers: list[Any],
         views: list[torch.Tensor],
         faults: list[str | None],
     ) -> None:
@@ -176,11 +181,14 @@ class Decoder:
 
         if not rows:
             return
-        shots = [[shot(self.config, image_ids[i], v) for i in rows] for v in range(1, len(views))]
         self._fed = [[np.frombuffer(encoded[i], np.uint8) for i in rows]]
-        for of_view in shots:
-            self._fed += [[s.anchor for s in of_view], [s.shape for s in of_view]]
-            self._fed += [[s.angle for s in of_view], [s.light for s in of_view]]
+        if self.config.resize != "pad":
+            frames = [frame(self.config, headers[i]) for i in rows]
+            self._fed += [[start for start, _ in frames], [end for _, end in frames]]
+        for number in range(1, self.config.views if self.config.policy != "none" else 1):
+            shots = [shot(self.config, image_ids[i], number) for i in rows]
+            self._fed += [[s.anchor for s in shots], [s.shape for s in shots]]
+            self._fed += [[s.angle for s in shots], [s.light for s in shots]]
         try:
             made = self._pipeline.run()
         except RuntimeError as error:
@@ -188,10 +196,10 @@ class Decoder:
                 faults[rows[0]] = _verdict(encoded[rows[0]], error)
                 return
             half = len(rows) // 2
-            self._decode(rows[:half], encoded, image_ids, views, faults)
-            self._decode(rows[half:], encoded, image_ids, views, faults)
+            self._decode(rows[:half], encoded, image_ids, headers, views, faults)
+            self._decode(rows[half:], encoded, image_ids, headers, views, faults)
             return
-        for view, batch in zip(views, made, strict=True):
+        for view, batch in zip(views, itertools.cycle(made), strict=False):
             view[rows] = torch.utils.dlpack.from_dlpack(batch.as_tensor())
 
     def _mirror(self, views: list[torch.Tensor], image_ids: Sequence[bytes]) -> None:
@@ -209,13 +217,15 @@ def _pipeline(
     from nvidia.dali import fn, pipeline_def, types
 
     chip = "cpu" if device is None else "gpu"
-    side, views = config.size, config.views
+    side = config.size
+    augmented = config.views - 1 if config.policy != "none" else 0
+    framed = config.resize != "pad"
+    kinds = [types.UINT8] + [types.FLOAT] * (2 * framed + 4 * augmented)
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1
     )
     def images_to_views() -> Any:
-        kinds = [types.UINT8] + [types.FLOAT] * (4 * (views - 1))
         fed = fn.external_source(feed, num_outputs=len(kinds), dtype=kinds, ndim=[1] * len(kinds))
         image = fn.decoders.image(
             fed[0],
@@ -224,15 +234,19 @@ def _pipeline(
             adjust_orientation=False,  # two EXIF blocks that disagree overrun DALI's buffer
         )
         smooth = {"interp_type": types.INTERP_LINEAR, "antialias": True, "device": chip}
-        out = [_clean(image, config, smooth)]
-        for v in range(1, views):
-            anchor, shape, angle, light = fed[4 * v - 3 : 4 * v + 1]
+        if not framed:
+            fitted = fn.resize(image, size=[side, side], mode="not_larger", **smooth)
+            out = [fn.crop(fitted, crop=[side, side], out_of_bounds_policy="pad", device=chip)]
+        else:
+            region = {"roi_start": fed[1], "roi_end": fed[2]}
+            out = [fn.resize(image, size=[side, side], **region, **smooth)]
+        for at in range(1 + 2 * framed, len(kinds), 4):
+            anchor, shape, angle, light = fed[at : at + 4]
             cut = fn.slice(image, anchor, shape, axis_names="HW", device=chip)
             square = fn.resize(cut, size=[side, side], **smooth)
             turned = fn.rotate(square, angle=angle, keep_size=True, fill_value=None, device=chip)
-            out.append(
-                fn.brightness_contrast(turned, brightness=light[0], contrast=light[1], device=chip)
-            )
+            lit = {"brightness": light[0], "contrast": light[1]}
+            out.append(fn.brightness_contrast(turned, **lit, device=chip))
         return tuple(out)
 
     pipeline = images_to_views()
@@ -240,19 +254,20 @@ def _pipeline(
     return pipeline
 
 
-def _clean(image: Any, config: PixelConfig, smooth: dict[str, Any]) -> Any:
-    from nvidia.dali import fn
+def frame(config: PixelConfig, header: Header) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The region of an image that the clean view shows: float32 (y, x) of two corners, in pixels.
 
-    side, chip = config.size, smooth["device"]
-    if config.resize == "squash":
-        return fn.resize(image, size=[side, side], **smooth)
-    if config.resize == "pad":
-        fitted = fn.resize(image, size=[side, side], mode="not_larger", **smooth)
-        return fn.crop(fitted, crop=[side, side], out_of_bounds_policy="pad", device=chip)
-    shorter = round(side * 8 / 7)
-    return fn.crop(
-        fn.resize(image, resize_shorter=shorter, **smooth), crop=[side, side], device=chip
-    )
+    crop is torchvision's Resize(8/7 size), CenterCrop(size), whole pixels included: what it would
+    cut out of the resized image is traced back, so only that much is ever resized.
+    """
+    whole = np.array([header.height, header.width], np.float64)
+    if config.resize != "crop":
+        return np.zeros(2, np.float32), whole.astype(np.float32)
+    shorter = round(config.size * 8 / 7)
+    resized = np.floor(shorter * whole / whole.min())
+    start = np.round((resized - config.size) / 2)
+    scale = whole / resized
+    return (start * scale).astype(np.float32), ((start + config.size) * scale).astype(np.float32)
 
 
 def works() -> list[str]:

@@ -63,9 +63,10 @@ class ExtractConfig:
             ("batch-size", self.batch_size, 1),
             ("chunk-size", self.chunk_size, 1),
             ("readers", self.readers, 1),
+            ("max-bytes", self.max_bytes, 1),
             ("max-faults", self.max_faults, 0),
         ):
-            if value < low:
+            if not value >= low:  # true of nan, too
                 raise ConfigError(f"--{knob} is {value}.", f"{low} or more.", "raise it.")
 
     def too_many(self, faults: int, inputs: int) -> bool:

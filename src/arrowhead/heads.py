@@ -90,8 +90,8 @@ def make(
 ) -> nn.Sequential:
     """A head of `kind` with weights drawn from `seed`.
 
-    linear: standardized, dropout, one linear layer. lesson: fast.ai's batch norm, dropout, linear to 512,
-    ReLU, batch norm, dropout, linear.
+    linear: standardized, dropout, one linear layer. lesson: fast.ai's batch norm, dropout, linear
+    to 512, ReLU, batch norm, dropout, linear.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

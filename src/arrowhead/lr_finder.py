@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError
-from arrowhead.train import Data, Team, TrainConfig, Trainer, batches, together, view_of
+from arrowhead.train import (
+    Data,
+    Team,
+    TrainConfig,
+    Trainer,
+    batches,
+    together,
+    validate,
+    view_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +43,11 @@ class FinderConfig:
     """Tests with different first weights and orders; suggestions are taken from their mean."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.low < self.high and self.steps >= 20 and self.seeds >= 1):
+        if not (0 < self.low < self.high <= 1e38 and self.steps >= 20 and self.seeds >= 1):
             raise ConfigError(
                 f"The range test asked for is {self.low} to {self.high} in {self.steps} steps with"
                 f" {self.seeds} seeds.",
-                "0 < low < high, 20 steps or more, 1 seed or more.",
+                "0 < low < high (1e38 at most), 20 steps or more, 1 seed or more.",
                 "leave --low, --high, --steps and --seeds at their defaults, or mend them.",
             )
 
@@ -81,15 +90,31 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
     """
     tested = rates(finder)
     losses = np.full((finder.seeds, finder.steps), np.nan)
+    held_out = np.inf
     for seed in range(finder.seeds):
-        losses[seed] = _one(data, replace(config, seed=config.seed + seed), tested, team)
-    return suggest(tested, losses)
+        one = replace(config, seed=config.seed + seed)
+        losses[seed], lowest = _one(data, one, tested, team)
+        held_out = min(held_out, lowest)
+    return suggest(tested, losses, held_out / _entropy(data))
+
+
+def _entropy(data: Data) -> float:
+    """Loss, in nats, of a guess that knows how common each class is and nothing of the image."""
+    import torch
+
+    share = torch.bincount(data.valid_label, minlength=data.classes).double()
+    share = share[share > 0] / share.sum()
+    return max(float(-(share * share.log()).sum()), 1e-12)
 
 
 def _one(
     data: Data, config: TrainConfig, tested: NDArray[np.float64], team: Team
-) -> NDArray[np.float64]:
-    """The bias-corrected running mean of the loss at each rate; nan after it has diverged."""
+) -> tuple[NDArray[np.float64], float]:
+    """The bias-corrected running mean of the loss at each rate, nan after it has diverged; and
+    the lowest loss on rows held out, since a head can always learn its own rows by heart.
+    """
+    held = data.valid_feature[:2048], data.valid_label[:2048]
+    lowest = np.inf
     trainer = Trainer(data, config, team)
     rows, views = data.train_feature.shape[:2]
     losses, mean, best = np.full(len(tested), np.nan), 0.0, np.inf
@@ -108,30 +133,38 @@ def _one(
         if not np.isfinite(loss) or (number > 10 and smooth > 4 * best + 0.1):
             break
         losses[number] = smooth
-    return losses
+        if number % 5 == 4:
+            lowest = min(lowest, validate(trainer.head, *held, team).loss)
+    return losses, lowest
 
 
-def suggest(tested: NDArray[np.float64], losses: NDArray[np.float64]) -> Curve:
+def suggest(
+    tested: NDArray[np.float64], losses: NDArray[np.float64], held_out: float = 0.0
+) -> Curve:
     """Rates read off the mean curve of the seeds, up to where the first of them diverged.
 
     minimum/10: a tenth of the rate of the lowest loss; steepest: where the loss falls fastest per
     factor of rate; valley: two thirds into the longest fall (as fastai 2 does).
+    held_out: the lowest loss on held-out rows, as a share of what blind guessing costs. The verdict
+    is flat where that is not below 0.98 or the curve hardly falls.
     """
     alive = np.flatnonzero(np.isfinite(losses).all(0))
+    if len(alive) < 3:  # diverged at once: nothing below the first rate is known
+        lowest_rate = dict.fromkeys(("valley", "steepest", "minimum/10"), float(tested[0]))
+        return Curve(rates=tested, losses=losses, suggestions=lowest_rate, verdict="unstable")
     mean = losses[:, alive].mean(0)
-    x = np.log(tested[alive])
     lowest = int(mean.argmin())
-    slope = np.gradient(mean, x)
-    steepest = int(slope[: lowest + 1].argmin())
+    slope = np.gradient(mean, np.log(tested[alive]))
     start, stop = _longest_fall(mean)
     chosen = {
         "valley": tested[alive[start + (stop - start) * 2 // 3]],
-        "steepest": tested[alive[steepest]],
+        "steepest": tested[alive[int(slope[: lowest + 1].argmin())]],
         "minimum/10": tested[alive[lowest]] / 10,
     }
-    fall = (mean[0] - mean[lowest]) / max(abs(mean[0]), 1e-12)
-    spread = losses[:, alive[lowest]].std() / max(mean[0] - mean[lowest], 1e-12)
-    verdict = "flat: no signal" if fall < 0.05 else "unstable" if spread > 0.5 else "good"
+    fall = mean[0] - mean[lowest]
+    spread = losses[:, alive[lowest]].std() / max(fall, 1e-12)
+    flat = held_out > 0.98 or fall < 0.05 * abs(mean[0])
+    verdict = "flat: no signal" if flat else "unstable" if spread > 0.5 else "good"
     suggestions = {name: float(value) for name, value in chosen.items()}
     return Curve(rates=tested, losses=losses, suggestions=suggestions, verdict=verdict)
 

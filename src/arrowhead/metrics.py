@@ -65,20 +65,17 @@ def per_class(counts_CC: NDArray[np.int64], names: list[str]) -> dict[str, dict[
 def temperature(logit_NC: torch.Tensor, label_N: torch.Tensor) -> float:
     """The T that makes softmax(logits / T) fit the labels best (Guo et al., arXiv:1706.04599, 4.2).
 
-    One number, found by golden section on log T between 1/20 and 20: the loss has one
-    minimum in 1/T. On very few rows, or rows that are all right, it would run off to the
-    border; half a row of every class is added as if guessed at random, which keeps it inside.
+    One number, found by golden section on log T between 1/20 and 20. Where all rows are right, T
+    would run to the border; so half a row of every class, spread over the rows, counts as well.
     """
-    import torch
+    import torch.nn.functional as F
 
-    rows, classes = logit_NC.shape
-    logits = torch.cat([logit_NC.double(), logit_NC.double().mean(0).expand(classes, -1)])
-    labels = torch.cat([label_N, torch.arange(classes, device=label_N.device)])
-    weight = torch.cat([torch.ones(rows), torch.full((classes,), 0.5)]).to(logits)
+    logits = logit_NC.double()
 
     def nats(log_t: float) -> float:
-        losses = torch.nn.functional.cross_entropy(logits / np.exp(log_t), labels, reduction="none")
-        return float((losses * weight).sum())
+        chances = F.log_softmax(logits / np.exp(log_t), 1)
+        spread = -0.5 * chances.mean(0).sum()
+        return float(F.nll_loss(chances, label_N, reduction="sum") + spread)
 
     low, high, golden = -np.log(20), np.log(20), (np.sqrt(5) - 1) / 2
     for _ in range(40):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +44,7 @@ class BodyConfig:
     """From the last feature map to one row; concat (avg and max) is the lesson's."""
 
     def __post_init__(self) -> None:
-        if self.std is not None and min(self.std) <= 0:
+        if self.std is not None and not all(value > 0 for value in self.std):
             raise ConfigError(
                 f"--std is {self.std}.", "three numbers above 0.", "give e.g. --std 0.5 0.5 0.5."
             )
@@ -80,12 +82,13 @@ def load(config: BodyConfig) -> Weights:
     net, final = _headless(config.body)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if config.weights == "random":
-        state = _random(config.body)
+        state = dict(_build(config.body).state_dict())
     elif (suffix := Path(config.weights).suffix) in (".safetensors", ".pth", ".pt"):
         state = _from_file(Path(config.weights), suffix)
     else:
         state, mean, std = _from_torchvision(config)
-    state = {name: t for name, t in state.items() if not name.startswith(f"{final}.")}
+    unused = (f"{final}.", "aux1.", "aux2.", "AuxLogits.")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     try:
         with torch.no_grad():
             net.load_state_dict(state, strict=True)
@@ -104,15 +107,6 @@ def _first_misfit(error: RuntimeError) -> str:
     return lines[0][:200] if lines else str(error)[:200]
 
 
-def _random(body: str) -> dict[str, torch.Tensor]:
-    """Seed 0 on every machine: a random body must be the same body on every worker."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return dict(_build(body).state_dict())
-
-
 def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
     import safetensors.torch
     import torch
@@ -129,13 +123,14 @@ def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise DataError(
-            f"{path} cannot be read: {str(error).splitlines()[0][:200]}",
+            f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0][:200]}",
             "tensors by name: safetensors, or a state dict saved by torch.save.",
             "save it again with safetensors; whole pickled models are not opened.",
         ) from error
 
 
 def _from_torchvision(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    import torch
     from torchvision import models
 
     known = models.get_model_weights(config.body)
@@ -147,23 +142,51 @@ def _from_torchvision(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any,
             f"auto, random, a .safetensors or .pth file, or {', '.join(known.__members__)}.",
             "give one of these.",
         ) from None
+    name = chosen.url.rpartition("/")[2]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not cached.is_file():
+        _download(config.body, chosen.url, cached)
+    _must_match_its_name(cached)
+    preset = chosen.transforms()
+    mean, std = getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD)
+    return _from_file(cached, ".pth"), tuple(mean), tuple(std)
+
+
+def _download(body: str, url: str, cached: Path) -> None:
+    """Fetch torchvision's file into torch's cache; it appears there only if its hash is right."""
+    import torch
+
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # urllib would wait for a silent host for ever
     try:
-        state = chosen.get_state_dict(check_hash=True, progress=False)
-    except (OSError, RuntimeError) as error:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        digest = re.search(r"-([0-9a-f]{8,})\.", cached.name)
+        torch.hub.download_url_to_file(
+            url, str(cached), hash_prefix=digest[1] if digest else None, progress=False
+        )
+    except (OSError, RuntimeError, HTTPException) as error:
         raise ConfigError(
-            f"The {chosen.name} weights of {config.body} are not in torch's cache and could not be"
-            f" downloaded from {chosen.url}: {error}.",
+            f"The ImageNet weights of {body} are not in torch's cache ({cached}) and could not be"
+            f" downloaded from {url}: {error or type(error).__name__}.",
             "the file in the cache, or a connection.",
             "give a file you have (--weights PATH.safetensors or PATH.pth), or choose untrained"
             " weights knowingly (--weights random).",
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-    preset = chosen.transforms()
-    mean, std = getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD)
-    return dict(state), tuple(mean), tuple(std)
+
+
+def _must_match_its_name(cached: Path) -> None:
+    """Torchvision's file names carry the start of the sha256; torch never looks a second time."""
+    digest = re.search(r"-([0-9a-f]{8,})\.", cached.name)
+    with cached.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest and not found.startswith(digest[1]):
+        raise DataError(
+            f"{cached} is torn: its sha256 starts with {found[:8]}.",
+            f"{digest[1]}, as its name says.",
+            "delete the file; it is downloaded again.",
+        )
 
 
 # ----------------------------------------------------------------------------- networks
@@ -180,10 +203,15 @@ def _build(body: str) -> nn.Module:
             f"one of its {len(known)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
             f"did you mean {' or '.join(close)}?" if close else "see torchvision.models.",
         )
-    extra = (
-        {"aux_logits": False, "init_weights": True} if body in ("googlenet", "inception_v3") else {}
-    )
-    return models.get_model(body, weights=None, **extra)  # type: ignore[no-any-return]
+    import torch
+
+    # These two carry auxiliary heads for training, and shift their input to other statistics.
+    inception = body in ("googlenet", "inception_v3")
+    extra = {"aux_logits": False, "init_weights": False, "transform_input": True}
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they are
+        torch.manual_seed(0)  # and a random body is the same body on every worker
+        net: nn.Module = models.get_model(body, weights=None, **extra if inception else {})
+        return net
 
 
 def _headless(body: str) -> tuple[nn.Module, str]:
@@ -212,7 +240,7 @@ def _trunk(net: nn.Module, body: str) -> nn.Module:
     if hasattr(net, "features") and not body.startswith("swin"):
         return net.features  # type: ignore[return-value]
     parts = dict(net.named_children())
-    if "avgpool" in parts and "encoder" not in parts:
+    if "avgpool" in parts and body not in ("googlenet", "inception_v3"):
         return nn.Sequential(*list(parts.values())[: list(parts).index("avgpool")])
     raise ConfigError(
         f"{body} has no feature map to pool in another way.",

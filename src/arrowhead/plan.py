@@ -11,11 +11,12 @@ alone, so any number of workers, at any time, agree on it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -271,24 +272,22 @@ def drawn(catalog: Catalog, image_ids: Sequence[bytes], valid_share: float) -> C
 
 
 def chunks(paths: Sequence[str], size: int) -> list[range]:
-    """Runs of rows, size/2 to 2 x size long, that cover all rows once.
+    """Runs of rows over all of them, `size` long on average; only the last is shorter than half.
 
-    A run ends after a path whose CRC-32 is a multiple of `size`, so a file added or removed
-    moves the borders next to it and no others: every other shard stays as it is.
+    A row ends its run when the CRC-32 of its path is the smallest of all rows up to size/2 away.
+    Nothing further off counts: a file added or removed moves borders up to that far away, so it
+    changes three chunks at most, and every other shard stays as it is.
     """
-    return list(_runs(paths, size))
-
-
-def _runs(paths: Sequence[str], size: int) -> Iterator[range]:
-    start = 0
-    for row, path in enumerate(paths, 1):
-        length = row - start
-        at_border = 2 * length >= size and zlib.crc32(path.encode()) % size == 0
-        if at_border or length == 2 * size:
-            yield range(start, row)
-            start = row
-    if start < len(paths):
-        yield range(start, len(paths))
+    if not paths:
+        return []
+    reach = size // 2
+    codes = np.array([zlib.crc32(path.encode()) for path in paths], np.int64)
+    codes = (codes << 20) + np.arange(len(codes)) % 2**20  # no two neighbours alike
+    padded = np.pad(codes, reach, constant_values=np.iinfo(np.int64).max)
+    lowest = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1).min(1)
+    ends = np.flatnonzero(codes == lowest) + 1
+    borders = [0, *ends[(ends > reach) & (ends < len(paths))].tolist(), len(paths)]
+    return [range(start, stop) for start, stop in itertools.pairwise(borders)]
 
 
 def chunk_name(catalog: Catalog, rows: range, fingerprint: str) -> str:

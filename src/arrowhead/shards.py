@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,10 +111,10 @@ class Recipe:
 def draft(path: Path) -> Iterator[Path]:
     """A path to write to; what is there becomes `path` at the end, or nothing does.
 
-    The name carries the process id: two workers never write one draft.
+    The draft's name is drawn: process ids repeat on machines that share a disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sketch = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    sketch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
     try:
         yield sketch
         _sync(sketch)
