@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,10 +89,23 @@ def probabilities(
     import torch
 
     device = next(head.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         logits = head(torch.from_numpy(feature_ND.astype(np.float32)).to(device))
         chances: NDArray[np.float32] = (logits / temperature).softmax(1).cpu().numpy()
     return chances
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A small matrix product whose last bits do not depend on how many threads share it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # -------------------------------------------------------------------------------- saving

@@ -8,6 +8,7 @@ request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -252,14 +253,10 @@ def demo(
             )
         images = pipeline.FeatureConfig(body=_demo_body(means.screen))
         result = pipeline.fit(out / "images", out / "fit", images, head, FinderConfig(), means)
-        scored = pipeline.score(
-            out / "fit" / "bundle",
-            out / "images" / "new",
-            out / "scores",
-            ScoreConfig(),
-            ExtractConfig(),
-            means,
-        )
+        bundle, new, scores = out / "fit" / "bundle", out / "images" / "new", out / "scores"
+        shutil.rmtree(scores, ignore_errors=True)  # of an earlier demo, with another bundle
+        with pipeline.child(means, "score") as part:
+            scored = pipeline.score(bundle, new, scores, ScoreConfig(), ExtractConfig(), part)
         found = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
         means.screen.say(f"labels of the images in {out}/images/new: {found}")
         _next(
@@ -386,8 +383,6 @@ def _me() -> str:
 
 
 def _on_path() -> bool:
-    import shutil
-
     found = shutil.which("arrowhead")
     return found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve()
 
@@ -429,6 +424,7 @@ def _entry(
         Parameter(help="TOML file with the same flags, in a table named after the verb."),
     ] = None,
 ) -> Any:
+    app.config = ()  # main may be called more than once in a process
     if config is not None:
         if not config.is_file():
             raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")

@@ -81,6 +81,13 @@ class Means:
     launch: LaunchConfig = LaunchConfig()
     screen: Screen = Silence()
     run: Run | None = None
+    parent: Run | None = None
+    """The run above `run`: what the whole command read is recorded there."""
+
+    @property
+    def top(self) -> Run | None:
+        """The parent run, or the only one."""
+        return self.parent or self.run
 
 
 # -------------------------------------------------------------------------- the first pass
@@ -131,8 +138,9 @@ def precompute(
         "ignored": catalog.ignored,
     }
     _say_counts(means, counts, done)
+    if means.top:
+        means.top.dataset(data.resolve().name, drawn.digest(), catalog.root, "training")
     if means.run:
-        means.run.dataset(data.resolve().name, drawn.digest(), catalog.root)
         means.run.record(counts | {f"seconds.{k}": v for k, v in done.seconds.items()})
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
     return {
@@ -456,7 +464,7 @@ def fit(
     means: Means,
 ) -> dict[str, Any]:
     """The main job: features to OUT/store; rate, head and evaluation to OUT/bundle."""
-    with _child(means, "extract") as part:
+    with child(means, "extract") as part:
         result = precompute(data, out / "store", images, part)
     return result | fit_head(out / "store", out / "bundle", config, finder, means)
 
@@ -472,10 +480,10 @@ def fit_head(
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
         means.run.params({"recipe": store.recipe.json()})
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _child(means, "train") as part:
+    with child(means, "train") as part:
         curve, trained, seconds = learn(path, config, finder, part)
     if curve:
-        with _child(means, "lr-find") as part:
+        with child(means, "lr-find") as part:
             show_curve(curve, out.parent, part)
     figures = save(store, config, trained, out, means)
     return {
@@ -493,12 +501,13 @@ def fit_head(
 
 
 @contextmanager
-def _child(means: Means, name: str) -> Iterator[Means]:
+def child(means: Means, name: str) -> Iterator[Means]:
+    """The same means with a run of their own below the run, if there is one."""
     if means.run is None:
         yield means
         return
     with means.run.child(name) as run:
-        yield dataclasses.replace(means, run=run)
+        yield dataclasses.replace(means, run=run, parent=means.top)
 
 
 def score(
@@ -549,7 +558,7 @@ def score(
     if done.result or not (out / "score.json").is_file():
         shards.write_json(out / "score.json", result)
     if means.run:
-        means.run.dataset(images.resolve().name, catalog.digest(), catalog.root)
+        means.run.dataset(images.resolve().name, catalog.digest(), catalog.root, "scoring")
         means.run.record(counts | {f"labels.{i}": n for i, n in enumerate(held["labels"].values())})
         means.run.record({f"seconds.{k}": v for k, v in done.seconds.items()})
         means.run.tags(

@@ -9,6 +9,7 @@ artefacts in mlruns/ beside it: `mlflow ui` there shows everything.
 
 from __future__ import annotations
 
+import getpass
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -86,12 +87,12 @@ class Run:
         else:
             self._client.log_artifact(self.run_id, str(path), folder)
 
-    def dataset(self, name: str, digest: str, source: str) -> None:
-        """Record what the run read: a name, a digest of at most 36 characters, where it lies."""
+    def dataset(self, name: str, digest: str, source: str, use: str) -> None:
+        """Record what the run read: name, digest (at most 36 characters), place, and what for."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
-        tag = InputTag(key="mlflow.data.context", value="training")
+        tag = InputTag(key="mlflow.data.context", value=use)
         self._client.log_inputs(self.run_id, [DatasetInput(dataset=data, tags=[tag])])
 
     @contextmanager
@@ -114,7 +115,13 @@ def start(config: TrackingConfig, name: str) -> Iterator[Run]:
 
 @contextmanager
 def _open(client: MlflowClient, experiment: str, name: str, parent: str | None) -> Iterator[Run]:
-    tags = {"mlflow.parentRunId": parent} if parent else {}
+    tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": f"arrowhead {name}",
+        "mlflow.source.type": "LOCAL",
+    }
+    if parent:
+        tags["mlflow.parentRunId"] = parent
     info = client.create_run(experiment, run_name=name, tags=tags).info
     status, refused = "FAILED", False
     try:
@@ -147,7 +154,8 @@ def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
         client = MlflowClient(tracking_uri=config.uri)
         found = client.get_experiment_by_name(config.experiment)
         if found is None:
-            return client, client.create_experiment(config.experiment)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
+            return client, client.create_experiment(config.experiment, tags=kind)
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"The tracking store {without_secret(config.uri)} cannot be used:"
