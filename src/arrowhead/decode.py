@@ -145,15 +145,15 @@ class Decoder:
     ) -> tuple[list[torch.Tensor], list[str | None]]:
         """Pixels and faults of up to `batch_size` files.
 
-        Returns one uint8 (b, 3, S, S) tensor per view, b the number of files rounded up to a
-        multiple of 16 (networks compute a row the same way in every batch of 16 or more), and
-        one fault or None per file. Rows with a fault, and rows past the last file, are black.
+        Returns one uint8 (b, 3, S, S) tensor per view, b the number of files but at least 16
+        (networks compute a row to the same last bit in every batch of 16 or more), and one fault
+        or None per file. Rows with a fault, and rows past the last file, are black.
         """
         import torch
 
         headers = [header(data, self.config.max_pixels) for data in encoded]
         faults: list[str | None] = [h if isinstance(h, str) else None for h in headers]
-        side, rows = self.config.size, -(-len(encoded) // 16) * 16
+        side, rows = self.config.size, max(16, len(encoded))
         views = [
             torch.zeros((rows, side, side, 3), dtype=torch.uint8, device=self._where)
             for _ in range(self.config.views)

@@ -279,6 +279,8 @@ class Pump:
             blank = np.zeros((len(paths), *shape), np.float16)
             chunk = Chunk(number, paths, blank, [None] * len(paths))
             batch = Batch([], [], [], chunk, last=False)
+            # Even batches: a last one of a few rows would be filled up with black ones.
+            full = -(-len(rows) // -(-len(rows) // self._config.batch_size))
             files = [catalog.file(row) for row in rows]
             for row, (data, fault) in enumerate(self._in_order(files, readers)):
                 image_id = hashlib.blake2b(data, digest_size=16).digest()
@@ -292,7 +294,7 @@ class Pump:
                     batch.rows.append(row)
                     batch.encoded.append(data)
                     batch.image_ids.append(image_id)
-                if len(batch.rows) == self._config.batch_size:
+                if len(batch.rows) == full:
                     yield batch
                     batch = Batch([], [], [], chunk, last=False)
             yield replace(batch, last=True)
