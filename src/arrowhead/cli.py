@@ -37,10 +37,12 @@ app = App(
     name="arrowhead",
     version=__version__,
     default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,  # ours says how to go on
     help="A folder of images becomes a trained, examined, deployable classifier.\n\n"
     "Each image is decoded once; every experiment after that takes seconds."
     " Start with `arrowhead demo`, or `arrowhead fit DATA OUT` on your own folder.",
 )
+app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = Group("Everywhere", sort_key=9)
 
 
@@ -221,9 +223,10 @@ def score(
         result = pipeline.score(bundle, images, out, scores, extract, means)
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
         means.screen.say(f"labels: {found}")
+        first = out / "part-000000.parquet"
         _next(
             means.screen,
-            [f"python -c \"import polars; print(polars.read_parquet('{out}/*.parquet'))\""],
+            [f"{_sibling('python')} -c \"import pandas; print(pandas.read_parquet('{first}'))\""],
         )
     return _end(result, output)
 
@@ -387,9 +390,13 @@ def _on_path() -> bool:
     return found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve()
 
 
+def _sibling(program: str) -> str:
+    """Another program of the same environment, called as the user called us."""
+    return str(Path(_me()).with_name(program))
+
+
 def _ui(tracking: TrackingConfig) -> str:
-    mlflow = Path(_me()).with_name("mlflow")
-    return f"{mlflow} ui --backend-store-uri {tracking.uri}"
+    return f"{_sibling('mlflow')} ui --backend-store-uri {tracking.uri}"
 
 
 def _next(screen: Any, commands: list[str]) -> None:

@@ -1,0 +1,52 @@
+"""What a stopped extraction leaves behind, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = ["--body", "resnet34", "--weights", "random", "--size", "224", "--chunk-size", "8"]
+
+
+def start(folder: Path, data: Path, store: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "arrowhead", "precompute", str(data), store, *FLAGS, "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, text=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_a_stopped_extraction_goes_on_and_ends_with_the_same_bytes(drawn, tmp_path, blow):
+    whole = finish(start(tmp_path, drawn, "whole"))
+    assert whole["counts"]["decoded"] == 72
+    stopped = start(tmp_path, drawn, "stopped")
+    shards = tmp_path / "stopped" / "shards"
+    while stopped.poll() is None and not list(shards.glob("*.arrow")):
+        time.sleep(0.02)
+    stopped.send_signal(blow)
+    _, err = stopped.communicate(timeout=60)
+    if blow is signal.SIGINT:
+        assert stopped.returncode == 130, err
+        assert "Run the same command again" in err
+    done = list(shards.glob("*.arrow"))
+    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    again = finish(start(tmp_path, drawn, "stopped"))
+    assert again["counts"]["decoded"] < 72
+    assert again["counts"]["decoded"] + again["counts"]["reused"] == 72
+    assert {shard.name for shard in done} < {shard.name for shard in shards.glob("*.arrow")}
+    for name in ("manifest.json", *(f"shards/{file.name}" for file in shards.glob("*.arrow"))):
+        assert (tmp_path / "stopped" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes()
