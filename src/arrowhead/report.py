@@ -7,6 +7,7 @@ counts (C, C)      -> confusion_figure  labels against guesses
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +76,14 @@ def display(figure: Figure) -> None:
     """Draw a figure where a notebook can show one; nothing elsewhere."""
     try:
         from IPython import get_ipython
+        from IPython.display import Image
         from IPython.display import display as show
     except ImportError:
         return
-    if get_ipython() is not None:
-        show(figure)
+    if get_ipython() is not None:  # as bytes: a bare Figure shows only where pyplot was set up
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=100)
+        show(Image(picture.getvalue()))
 
 
 def save(figure: Any, path: Path) -> Path:
