@@ -148,6 +148,14 @@ def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(refus
     assert not Path("out").exists()
 
 
+def test_an_address_where_no_cluster_listens_is_refused_at_once(refused, drawn):
+    flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
+    away = ["--workers", "1", "--address", "127.0.0.1:9"]
+    found, _, do = refused("precompute", drawn, "store", *flags, *away)
+    assert "No Ray cluster answers at 127.0.0.1:9" in found
+    assert "ray start --head" in do
+
+
 def test_doctor_finds_this_machine_fit(capsys):
     assert run("doctor", "--json") == 0
     checks = json.loads(capsys.readouterr().out.splitlines()[-1])["checks"]

@@ -15,6 +15,7 @@ import atexit
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -222,6 +223,8 @@ def _connect(config: LaunchConfig) -> None:
     if ray.is_initialized():
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _must_answer(address)
     own: dict[str, Any] = {"num_cpus": max(config.workers, os.cpu_count() or 1)}
     try:
         ray.init(
@@ -231,12 +234,27 @@ def _connect(config: LaunchConfig) -> None:
             **({} if address else own | {"include_dashboard": False}),
         )
     except ConnectionError as error:
-        raise ConfigError(
-            f"No Ray cluster answers at {address}: {error}.",
-            "the address of a running head node.",
-            "start one (`ray start --head`), or leave --address out for a Ray of this machine.",
-        ) from error
+        raise _no_cluster(str(address), error) from error
     atexit.register(ray.shutdown)
+
+
+def _must_answer(address: str) -> None:
+    """Refuse a HOST:PORT where nothing listens; Ray itself would wait there for ever."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():  # auto, local: Ray finds these without waiting
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"No Ray cluster answers at {address}: {error}.",
+        "the address of a running head node.",
+        "start one (`ray start --head`), or leave --address out for a Ray of this machine.",
+    )
 
 
 def secure() -> Path:
