@@ -274,7 +274,7 @@ def learn_stage(
         tell({"verdict": curve.verdict, "suggestions": curve.suggestions})
 
     def record(line: dict[str, float]) -> None:
-        tell(line | {"rate": rate})
+        tell(line | {"rate": train.rate_at(line["epoch"] / config.epochs, config, rate)})
 
     trained = train.train(data, config, rate, team, record)
     return curve, trained, perf_counter() - began
