@@ -102,8 +102,14 @@ def test_another_recipe_is_refused_by_the_first_differing_field(fitted, data, ca
     assert "resize = crop" in capsys.readouterr().err
 
 
+def live_shard(store: Path) -> Path:
+    """A shard that the manifest names: others may be left over from an earlier catalog."""
+    name = json.loads((store / "manifest.json").read_text())["shards"][0]["name"]
+    return store / "shards" / f"{name}.arrow"
+
+
 def test_a_flipped_byte_is_found_before_training(fitted, capsys):
-    shard = sorted((fitted / "store" / "shards").iterdir())[0]
+    shard = live_shard(fitted / "store")
     good = shard.read_bytes()
     bad = bytearray(good)
     bad[len(bad) // 2] ^= 1
@@ -113,6 +119,32 @@ def test_a_flipped_byte_is_found_before_training(fitted, capsys):
     shard.write_bytes(good)
     assert ended.value.code == 4
     assert shard.name in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_a_second_fit_does_not_vouch_for_a_changed_shard(fitted, data, command, capsys):
+    shard = live_shard(fitted / "store")
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-200] + bytes([good[-200] ^ 1]) + good[-199:])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", str(data), "out", *RANDOM])
+    assert ended.value.code == 4
+    assert shard.name in capsys.readouterr().err
+    shard.unlink()  # what the refusal says to do
+    result = command("precompute", data, "out/store", *RANDOM)
+    assert result["counts"]["decoded"] + result["counts"]["reused"] == 73
+    assert shard.read_bytes() == good
+
+
+def test_a_changed_body_in_the_store_is_found_before_it_gets_into_a_bundle(fitted, capsys):
+    weights = fitted / "store" / "body.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
+    weights.write_bytes(good)
+    assert ended.value.code == 4
+    assert "body.safetensors" in capsys.readouterr().err
     assert not Path("other").exists()
 
 

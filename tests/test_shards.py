@@ -58,7 +58,7 @@ def store(tmp_path: Path) -> Store:
         "ignored": 7,
     }
     made.write_catalog(columns)
-    made.complete(["one", "two"], ["a", "b"])
+    made.complete(["one", "two"], ["a", "b"], {})
     return made
 
 

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from arrowhead import ConfigError, plan, shards
+from arrowhead import ConfigError, DataError, plan, shards
 from arrowhead.decode import Decoder, PixelConfig
 from arrowhead.launch import Worker
 from arrowhead.model import Body, BodyConfig, Weights
@@ -153,17 +154,34 @@ def pending(store: Store) -> Path:
 
 def load_body(recipe: Recipe, weights: Path, device: str) -> Body:
     """The body of a recipe, from its weights file."""
-    import safetensors.torch
-
     return Body(
         recipe.body,
-        safetensors.torch.load_file(weights),
+        load_weights(recipe, weights),
         pool=recipe.pool,
         mean=recipe.mean,
         std=recipe.std,
         size=recipe.size,
         device=device,
     )
+
+
+def load_weights(recipe: Recipe, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a recipe's body; DataError if the file no longer holds them."""
+    import safetensors.torch
+
+    try:
+        state = dict(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError) as error:
+        state, found = {}, str(error)
+    else:
+        found = Weights(state=state, mean=recipe.mean, std=recipe.std).sha256
+    if found != recipe.weights:
+        raise DataError(
+            f"{path} is not the body that made the features: {found}.",
+            f"tensors whose sha256 is {recipe.weights}.",
+            "delete the file and run precompute again: it is written anew, nothing is decoded.",
+        )
+    return state
 
 
 def known(store: Store) -> dict[bytes, NDArray[np.float16]]:

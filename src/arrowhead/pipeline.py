@@ -13,7 +13,7 @@ they report goes to `tracking` and to the screen.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -114,6 +114,7 @@ def precompute(
     began = perf_counter()
     catalog = plan.labelled(data)
     store = _store(path, images)
+    intact = store.intact()
     _record(means, {f"recipe.{k}": v for k, v in dataclasses.asdict(store.recipe).items()})
     runs = plan.chunks(catalog.paths, store.chunk_size)
     names = [plan.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
@@ -127,7 +128,7 @@ def precompute(
         if missing
         else Work()
     )
-    manifest, drawn = _complete(store, catalog, names, images.source)
+    manifest, drawn = _complete(store, catalog, names, images.source, intact)
     done.seconds["wall"] = perf_counter() - began
     faults = sum(shard["faults"] for shard in manifest["shards"])
     counts = {
@@ -177,7 +178,11 @@ def _store(path: Path, images: FeatureConfig) -> Store:
 
 
 def _complete(
-    store: Store, catalog: Catalog, names: list[str], source: SourceConfig
+    store: Store,
+    catalog: Catalog,
+    names: list[str],
+    source: SourceConfig,
+    intact: dict[str, str],
 ) -> tuple[dict[str, Any], Catalog]:
     """Check that every file has its row, draw the splits, write catalog and manifest."""
     rows = [shards.read_shard(store.shard(name), store.recipe) for name in names]
@@ -186,7 +191,7 @@ def _complete(
     ids = [image_id for part in rows for image_id in part.image_ids]
     drawn = plan.drawn(catalog, ids, source.valid_share)
     store.write_catalog(drawn.columns())
-    manifest = store.complete(names, drawn.classes)
+    manifest = store.complete(names, drawn.classes, intact)
     extract.pending(store).unlink()
     return manifest, drawn
 
@@ -207,9 +212,6 @@ class Work:
     """What workers reported, added up."""
 
     decoded: int = 0
-    reused: int = 0
-    faults: Counter[str] = dataclasses.field(default_factory=Counter)
-    labels: Counter[int] = dataclasses.field(default_factory=Counter)
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     result: Any = None
 
@@ -228,8 +230,6 @@ def _work(
 
         def listen(message: dict[str, Any]) -> None:
             done.decoded += message["decoded"]
-            done.reused += message["reused"]
-            done.faults.update(message["faults"])
             for stage_name, seconds in message["seconds"].items():
                 done.seconds[stage_name] += seconds
             advance(message["files"], sum(message["faults"].values()))
@@ -362,7 +362,6 @@ def save(
     store: Store, config: TrainConfig, trained: Trained, out: Path, means: Means = Means()
 ) -> dict[str, Any]:
     """Evaluate a head on the validation split and save it as a bundle; its metrics."""
-    import safetensors.torch
     import torch
 
     valid = store.features("valid")
@@ -373,7 +372,7 @@ def save(
         classes=classes,
         head=config.head,
         temperature=1.0,
-        body_state=safetensors.torch.load_file(store.weights),
+        body_state=extract.load_weights(store.recipe, store.weights),
         head_state=head_state,
         metrics={},
         lineage={},

@@ -347,8 +347,27 @@ class Store:
             )
         return dict(read_json(self.path / "manifest.json"))
 
-    def complete(self, names: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
-        """Write the manifest of these shards, hashed; the store is now readable."""
+    def intact(self) -> dict[str, str]:
+        """sha256 by name of the manifest's shards that are on the disk; {} before the first one.
+
+        Raises DataError if one has changed: rows are looked up in them, and a new manifest would
+        vouch for it. A missing shard is no error here: it is extracted again.
+        """
+        if not (self.path / "manifest.json").is_file():
+            return {}
+        named = {shard["name"]: shard["sha256"] for shard in self.manifest()["shards"]}
+        there = {name: digest for name, digest in named.items() if self.shard(name).is_file()}
+        for name, digest in there.items():
+            _must_hash_to(self.shard(name), digest)
+        return there
+
+    def complete(
+        self, names: Sequence[str], classes: Sequence[str], intact: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Write the manifest of these shards; the store is now readable.
+
+        intact: digests that are known already, as `intact` gave them.
+        """
         shards = []
         for name in names:
             rows = read_shard(self.shard(name), self.recipe)
@@ -359,7 +378,7 @@ class Store:
                     "files": len(rows.paths),
                     "faults": faulty,
                     "bytes": self.shard(name).stat().st_size,
-                    "sha256": sha256(self.shard(name)),
+                    "sha256": intact.get(name) or sha256(self.shard(name)),
                 }
             )
         catalog = {"sha256": sha256(self.path / "catalog.arrow")}
@@ -373,13 +392,7 @@ class Store:
         expected = {self.path / "catalog.arrow": manifest["catalog"]["sha256"]}
         expected |= {self.shard(shard["name"]): shard["sha256"] for shard in manifest["shards"]}
         for path, digest in expected.items():
-            if not path.is_file() or sha256(path) != digest:
-                raise DataError(
-                    f"{path} {'differs from' if path.is_file() else 'is missing, but named in'}"
-                    " the manifest.",
-                    f"the bytes whose sha256 is {digest}.",
-                    "delete the file and run precompute again: only its images are decoded again.",
-                )
+            _must_hash_to(path, digest)
 
     def rows(self) -> Iterator[Rows]:
         """The complete shards, in catalog order, memory-mapped."""
@@ -410,6 +423,16 @@ class Store:
             feature=np.concatenate([rows.features[take] for rows, take in parts]),
             label=np.array(label, np.int64),
             row=np.flatnonzero(wanted),
+        )
+
+
+def _must_hash_to(path: Path, digest: str) -> None:
+    if not path.is_file() or sha256(path) != digest:
+        raise DataError(
+            f"{path} {'differs from' if path.is_file() else 'is missing, but named in'}"
+            " the manifest.",
+            f"the bytes whose sha256 is {digest}.",
+            "delete the file and run precompute again: only its images are decoded again.",
         )
 
 
