@@ -85,7 +85,7 @@ def first(catalog: Catalog, images: int) -> Catalog:
         root=catalog.root,
         paths=catalog.paths[:images],
         sizes=catalog.sizes[:images],
-        mtimes=catalog.mtimes[:images],
+        stamps=catalog.stamps[:images],
         labels=catalog.labels[:images],
         splits=catalog.splits[:images],
     )

@@ -52,7 +52,7 @@ def store(tmp_path: Path) -> Store:
         "root": r"/data/bl\xf6d",
         "paths": [f"train/a/{i}.jpg" for i in range(6)],
         "sizes": np.arange(6) - 1,
-        "mtimes": np.arange(6) + 2**60,
+        "stamps": np.arange(6) + 2**60,
         "labels": [("a",), ("a",), ("b",), ("b",), ("b",), ("a",)],
         "splits": ["train", "train", "valid", "train", "test", "valid"],
         "ignored": 7,
@@ -179,7 +179,7 @@ def test_the_catalog_comes_back_as_it_was_written(store: Store) -> None:
     assert columns["root"] == r"/data/bl\xf6d"
     assert columns["ignored"] == 7
     assert columns["sizes"].tolist() == [-1, 0, 1, 2, 3, 4]
-    assert columns["mtimes"].tolist() == [2**60 + i for i in range(6)]
+    assert columns["stamps"].tolist() == [2**60 + i for i in range(6)]
     assert columns["labels"][2:] == [("b",), ("b",), ("b",), ("a",)]
     assert columns["splits"] == ["train", "train", "valid", "train", "test", "valid"]
 

@@ -53,7 +53,7 @@ class Catalog:
     """One row per file, sorted by path; N rows.
 
     paths: text of each path below `root` (see `text`); sizes: int64 (N,) bytes, -1 where the
-    file could not be looked at; mtimes: int64 (N,) nanoseconds; labels: tuples of class names,
+    file could not be looked at; stamps: int64 (N,) nanoseconds; labels: tuples of class names,
     empty without labels; splits: train, valid, test, or "" until it is drawn; ignored: number of
     files seen and left out (hidden files, system files, files outside any class folder).
     """
@@ -61,7 +61,7 @@ class Catalog:
     root: str
     paths: list[str]
     sizes: NDArray[np.int64]
-    mtimes: NDArray[np.int64]
+    stamps: NDArray[np.int64]
     labels: list[tuple[str, ...]]
     splits: list[str]
     ignored: int = 0
@@ -165,7 +165,7 @@ def _catalog(
         root=text(os.fsencode(root.resolve())),
         paths=[str(path) for path, *_ in rows],
         sizes=np.array([size for _, size, _ in rows], np.int64),
-        mtimes=np.array([mtime for *_, mtime in rows], np.int64),
+        stamps=np.array([mtime for *_, mtime in rows], np.int64),
         labels=[labels for _, labels in places],
         splits=[split for split, _ in places],
         ignored=ignored,
@@ -297,7 +297,7 @@ def chunk_name(catalog: Catalog, rows: range, fingerprint: str) -> str:
     """
     total = hashlib.blake2b(fingerprint.encode(), digest_size=12)
     for row in rows:
-        stamp = f"{catalog.sizes[row]}\t{catalog.mtimes[row]}\n"
+        stamp = f"{catalog.sizes[row]}\t{catalog.stamps[row]}\n"
         total.update(catalog.paths[row].encode() + b"\t" + stamp.encode())
     return total.hexdigest()
 

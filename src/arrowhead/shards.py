@@ -404,7 +404,7 @@ class Store:
         write_catalog(self.path / "catalog.arrow", columns)
 
     def read_catalog(self) -> dict[str, Any]:
-        """The columns of catalog.arrow: paths, sizes, mtimes, labels, splits, and root."""
+        """The columns of catalog.arrow: paths, sizes, stamps, labels, splits, and root."""
         return read_catalog(self.path / "catalog.arrow")
 
     def features(self, split: str) -> Features:
@@ -437,14 +437,14 @@ def _must_hash_to(path: Path, digest: str) -> None:
 
 
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
-    """A catalog as an Arrow file: path, size, mtime_ns, labels, split; its root as metadata."""
+    """A catalog as an Arrow file: path, size, stamp, labels, split; its root as metadata."""
     import pyarrow as pa
 
     table = pa.table(
         {
             "path": pa.array(columns["paths"], pa.string()),
             "size": pa.array(columns["sizes"], pa.int64()),
-            "mtime_ns": pa.array(columns["mtimes"], pa.int64()),
+            "stamp": pa.array(columns["stamps"], pa.int64()),
             "labels": pa.array([list(names) for names in columns["labels"]], pa.list_(pa.string())),
             "split": pa.array(columns["splits"], pa.string()).dictionary_encode(),
         }
@@ -460,7 +460,7 @@ def read_catalog(path: Path) -> dict[str, Any]:
         "root": table.schema.metadata[b"arrowhead.root"].decode(),
         "paths": table["path"].to_pylist(),
         "sizes": table["size"].to_numpy(),
-        "mtimes": table["mtime_ns"].to_numpy(),
+        "stamps": table["stamp"].to_numpy(),
         "labels": [tuple(names) for names in table["labels"].to_pylist()],
         "splits": table["split"].to_pylist(),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
