@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test chaos lint bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -26,6 +26,9 @@ demo: $(READY)  ## the main job on images made here: fit, score, the next comman
 
 test: $(READY)  ## every test, fast ones first (needs no GPU)
 	$(BIN)/python -m pytest
+
+chaos: $(READY)  ## twenty kills of drivers, workers, raylets and GCS at random moments
+	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py
 
 lint: $(READY)  ## ruff and mypy, as in pre-commit
 	$(BIN)/ruff check .

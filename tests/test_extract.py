@@ -14,22 +14,22 @@ import pytest
 import safetensors.torch
 import torch
 
-from arrowhead import ConfigError, plan, shards
+from arrowhead import ConfigError, files, plan, shards
 from arrowhead.decode import PixelConfig
 from arrowhead.extract import (
     Chunk,
     ExtractConfig,
+    Known,
     Pump,
     ahead,
     extract,
-    known,
     load_body,
     pending,
     pixels_of,
-    read,
     recipe_of,
     roofline,
 )
+from arrowhead.guard import GuardedDecoder
 from arrowhead.launch import Desk, Report, Worker
 from arrowhead.model import Body, BodyConfig, load
 from arrowhead.plan import Catalog
@@ -56,8 +56,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Body, Recipe, Path]:
 
 
 @pytest.fixture(scope="module")
-def pump(made: tuple[Body, Recipe, Path]) -> Pump:
-    return Pump(_worker(), made[0], made[1], PIXELS, CONFIG)
+def pump(made: tuple[Body, Recipe, Path]) -> Iterator[Pump]:
+    with Pump(_worker(), made[0], made[1], PIXELS, CONFIG) as ready:
+        yield ready
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +77,27 @@ def chunks(pump: Pump, folder: Path) -> list[Chunk]:
     return _pumped(pump, plan.unlabelled(folder))
 
 
-def _pumped(pump: Pump, catalog: Catalog, known: dict[bytes, np.ndarray] | None = None) -> list:
+def _pumped(pump: Pump, catalog: Catalog, known: Known | None = None) -> list[Chunk]:
     runs = plan.chunks(catalog.paths, CONFIG.chunk_size)
-    return list(pump(catalog, enumerate(runs), known or {}))
+    return list(pump(catalog, enumerate(runs), known or Known()))
 
 
 def _by_path(chunks: list[Chunk]) -> dict[str, np.ndarray]:
     return {p: f for chunk in chunks for p, f in zip(chunk.paths, chunk.features, strict=True)}
 
 
-def _ids(chunks: list[Chunk]) -> dict[bytes, np.ndarray]:
-    pairs = [zip(chunk.image_ids, chunk.features, strict=True) for chunk in chunks]
-    return {image_id: feature for pair in pairs for image_id, feature in pair}
-
-
 def _total(chunks: list[Chunk]) -> dict[str, int]:
     counts = [chunk.counts() for chunk in chunks]
-    total = {name: sum(c[name] for c in counts) for name in ("files", "decoded", "reused")}
+    total = {name: sum(c[name] for c in counts) for name in ("files", "decoded", "looked_up")}
     return total | {"faults": sum(sum(c["faults"].values()) for c in counts)}
 
 
 # ------------------------------------------------------------------------------ one file
+
+
+def read(file: bytes, max_bytes: int) -> tuple[bytes, str | None]:
+    folder, name = os.path.split(file)
+    return files.read(files.text(folder), files.text(name), max_bytes)
 
 
 def _promptly(file: bytes, max_bytes: int = 100) -> tuple[bytes, str | None]:
@@ -122,7 +123,7 @@ def test_reading_never_waits_and_gives_a_fault_for_what_is_no_file(tmp_path: Pat
             ("folder", "not a file"),
             ("pipe", "not a file"),
             ("to pipe", "not a file"),
-            ("socket", "unreadable"),
+            ("socket", "not a file"),
             ("dangling", "unreadable"),
             ("ring", "unreadable"),
             ("missing", "unreadable"),
@@ -166,7 +167,7 @@ def test_reading_leaks_no_handles(tmp_path: Path) -> None:
 
 
 def test_every_file_is_decoded_reused_or_a_fault(chunks: list[Chunk], folder: Path) -> None:
-    assert _total(chunks) == {"files": 30, "decoded": 30, "reused": 0, "faults": 0}
+    assert _total(chunks) == {"files": 30, "decoded": 30, "looked_up": 0, "faults": 0}
     assert [path for chunk in chunks for path in chunk.paths] == sorted(os.listdir(folder))
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
     assert len(chunks) > 1
@@ -175,14 +176,13 @@ def test_every_file_is_decoded_reused_or_a_fault(chunks: list[Chunk], folder: Pa
 def test_features_are_the_bodys_of_the_decoders_pixels(
     chunks: list[Chunk], made: tuple[Body, Recipe, Path], folder: Path
 ) -> None:
-    from arrowhead.decode import Decoder
-
-    decoder = Decoder(PIXELS, batch_size=1, threads=1)
-    for chunk in chunks:
-        image_id, path = chunk.image_ids[-1], folder / chunk.paths[-1]
-        views, _ = decoder([path.read_bytes()], [image_id])
-        wanted = np.stack([made[0](view)[0].numpy() for view in views]).astype(np.float16)
-        assert np.array_equal(chunk.features[-1], wanted)
+    with GuardedDecoder(PIXELS, batch_size=1, threads=1) as decoder:
+        for chunk in chunks:
+            image_id, path = chunk.image_ids[-1], folder / chunk.paths[-1]
+            views = decoder([path.read_bytes()], [image_id]).views
+            pixels = [torch.from_numpy(view).permute(0, 3, 1, 2) for view in views]
+            wanted = np.stack([made[0](view)[0].numpy() for view in pixels]).astype(np.float16)
+            assert np.array_equal(chunk.features[-1], wanted)
     features = np.stack(list(_by_path(chunks).values()))
     assert len(np.unique(features.reshape(60, -1), axis=0)) == 60
 
@@ -197,9 +197,9 @@ def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_feat
     def fail(*args: object) -> None:
         raise AssertionError("an image that was known was decoded again")
 
-    monkeypatch.setattr(pump, "_decoder", fail)
-    again = _pumped(pump, plan.unlabelled(renamed), _ids(chunks))
-    assert _total(again) == {"files": 30, "decoded": 0, "reused": 30, "faults": 0}
+    monkeypatch.setattr(pump._decoder, "_start", fail)
+    again = _pumped(pump, plan.unlabelled(renamed), Known([chunk.rows() for chunk in chunks]))
+    assert _total(again) == {"files": 30, "decoded": 0, "looked_up": 30, "faults": 0}
     first = _by_path(chunks)
     for path, feature in _by_path(again).items():
         assert np.array_equal(feature, first[path.removeprefix("other-")])
@@ -217,7 +217,7 @@ def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_i
     (spoilt / f"{names[9]}-gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(spoilt / "zz-pipe.jpg")
     after = _pumped(pump, plan.unlabelled(spoilt))
-    assert _total(after) == {"files": 35, "decoded": 30, "reused": 0, "faults": 5}
+    assert _total(after) == {"files": 35, "decoded": 30, "looked_up": 0, "faults": 5}
     clean = _by_path(chunks)
     kinds = {}
     for chunk in after:
@@ -247,7 +247,7 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
 
     pump = Pump(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     catalog = plan.unlabelled(folder)
-    (chunk,) = pump(catalog, [(0, range(4))], {})
+    (chunk,) = pump(catalog, [(0, range(4))], Known())
     assert [bool(fault) for fault in chunk.faults] == [False, True, False, False]
     assert str(chunk.faults[1]).startswith("not finite")
     assert not chunk.features[1].any()
@@ -259,7 +259,7 @@ def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
 ) -> None:
     catalog, before = plan.unlabelled(folder), set(threading.enumerate())
     runs = [(number, range(5 * number, 5 * number + 5)) for number in range(6)]
-    taken = pump(catalog, runs, {})
+    taken = pump(catalog, runs, Known())
     next(taken)
     taken.close()
     del taken
@@ -270,7 +270,7 @@ def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
 
     broken = Pump(_worker(), fail, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     with pytest.raises(MemoryError, match="no room"):
-        list(broken(catalog, runs, {}))
+        list(broken(catalog, runs, Known()))
     assert set(threading.enumerate()) <= before
 
 
@@ -295,10 +295,15 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
         contents.append([store.shard(name).read_bytes() for name in names])
     assert contents[0] == contents[1]
     assert [sum(r["decoded"] for r in heard) for heard in reports] == [30, 0]
-    assert [sum(r["reused"] for r in heard) for heard in reports] == [0, 30]
+    assert [sum(r["looked_up"] for r in heard) for heard in reports] == [0, 30]
     assert [sum(r["files"] for r in heard) for heard in reports] == [30, 30]
     assert set(reports[0][0]["seconds"]) == {"read", "decode", "forward", "write"}
-    assert len(known(store)) == 30
+    found = Known.of(store)
+    for rows in map(store.read, names):
+        for image_id, feature in zip(rows.image_ids, rows.features, strict=True):
+            assert np.array_equal(found.get(image_id), feature)
+    assert found.get(bytes(16)) is None
+    assert found.get(b"\xff" * 16) is None
 
 
 # --------------------------------------------------------------------------------- ahead

@@ -9,9 +9,10 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
 FLOORS = [
-    {"plan", "decode", "model", "heads", "shards", "metrics", "tracking", "launch", "demo"},
+    {"files", "decode", "model", "heads", "shards", "metrics", "tracking", "launch", "demo"},
+    {"plan", "guard"},
     {"extract", "doctor"},
-    {"bundle", "train"},
+    {"bundle", "train", "inventory"},
     {"score", "lr_finder"},
     {"report"},
     {"pipeline"},
@@ -26,6 +27,7 @@ DOORS = {
     "mlflow": {"tracking"},
     "ray": {"launch"},
     "matplotlib": {"report"},
+    "fsspec": {"files"},
     "cyclopts": {"cli"},
     "rich": {"cli"},
 }

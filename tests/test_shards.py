@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -55,28 +56,33 @@ def store(tmp_path: Path) -> Store:
         "stamps": np.arange(6) + 2**60,
         "labels": [("a",), ("a",), ("b",), ("b",), ("b",), ("a",)],
         "splits": ["train", "train", "valid", "train", "test", "valid"],
+        "tries": np.zeros(6, np.uint8),
         "ignored": 7,
     }
-    made.write_catalog(columns)
-    made.complete(["one", "two"], ["a", "b"], {})
+    made.complete(["one", "two"], columns, {})
     return made
 
 
 # ------------------------------------------------------------------------- whole files
 
 
-def test_a_shard_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_leaves_a_shard_whole_or_absent_and_says_what_to_do(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow as pa
 
     path = tmp_path / "shards" / "one.arrow"
 
     def torn(self: object, table: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as broken:
         broken.setattr(pa.RecordBatchFileWriter, "write_table", torn)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(ConfigError, match="cannot be written") as refusal:
             shards.write_shard(path, _rows(), RECIPE)
+    assert str(path) in refusal.value.found
+    assert "run the same command again" in refusal.value.do
     assert list(path.parent.iterdir()) == []
     shards.write_shard(path, _rows(), RECIPE)
     assert list(path.parent.iterdir()) == [path]
@@ -146,20 +152,61 @@ def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_polars_opens_a_shard_without_arrowhead(tmp_path: Path) -> None:
+READERS = {
+    "pyarrow": """
+import pyarrow as pa
+table = pa.ipc.open_file(pa.memory_map(PATH)).read_all()
+columns, features = table.schema.names, table["feature"].to_pylist()
+faults = table["fault"].to_pylist()
+""",
+    "pandas": """
+import pandas
+table = pandas.read_feather(PATH)
+columns, features = list(table), list(table["feature"])
+faults = [fault if isinstance(fault, str) else None for fault in table["fault"]]
+""",
+    "polars": """
+import polars
+table = polars.read_ipc(PATH)
+columns, features, faults = table.columns, table["feature"].to_list(), table["fault"].to_list()
+""",
+    "datasets": """
+import datasets
+table = datasets.load_dataset("arrow", data_files=PATH, split="train")
+columns, features, faults = table.column_names, table["feature"], table["fault"]
+""",
+    "duckdb": """
+import duckdb, pyarrow as pa
+shard = pa.ipc.open_file(pa.memory_map(PATH)).read_all()
+wide = pa.list_(pa.float32(), shard.schema.field("feature").type.list_size)
+shard = shard.set_column(3, "feature", shard["feature"].cast(wide))
+rows = duckdb.sql("select path, image_id, view, feature, fault from shard").fetchall()
+columns, features, faults = shard.schema.names, [row[3] for row in rows], [row[4] for row in rows]
+""",
+}
+
+
+@pytest.mark.parametrize("program", READERS)
+def test_other_programs_open_a_shard_without_arrowhead(program: str, tmp_path: Path) -> None:
     path = tmp_path / "one.arrow"
     shards.write_shard(path, _rows(), RECIPE)
-    code = """
-import sys, polars
-table = polars.read_ipc(sys.argv[1])
-assert table.columns == ["path", "image_id", "view", "feature", "fault"], table.columns
-assert table["view"].to_list() == [0, 1] * 3
-assert table["feature"].to_list()[5] == [210, 211, 212, 213], table["feature"].to_list()
-assert table["feature"].to_list()[2] is None
-assert table["fault"].to_list()[2:4] == ["truncated: cut"] * 2
+    code = f"""
+import sys
+PATH = sys.argv[1]
+{READERS[program]}
+assert list(columns) == ["path", "image_id", "view", "feature", "fault"], columns
+features = list(features)
+assert len(features) == 6
+assert list(features[5]) == [210, 211, 212, 213], features
+assert features[2] is None, features[2]
+assert list(faults) == [None, None, "truncated: cut", "truncated: cut", None, None], faults
 assert "arrowhead" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code, path], check=True)
+    home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, path], env=os.environ | home, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 # ------------------------------------------------------------------------------- store
@@ -189,17 +236,59 @@ def test_the_manifest_counts_files_and_faults(store: Store) -> None:
     assert [(e["name"], e["files"], e["faults"]) for e in entries] == [("one", 3, 1), ("two", 3, 1)]
 
 
-def test_a_flipped_byte_is_found_before_training(store: Store) -> None:
-    store.verify()
-    for path in (store.shard("two"), store.path / "catalog.arrow"):
+def _flipped(path: Path, bit: int) -> bytes:
+    whole = bytearray(path.read_bytes())
+    whole[bit // 8] ^= 1 << bit % 8
+    return bytes(whole)
+
+
+def test_any_flipped_bit_of_the_papers_is_found_before_training(store: Store) -> None:
+    """Every single bit of the manifest and of store.json."""
+    for path in (store.path / "manifest.json", store.path / "store.json"):
         whole = path.read_bytes()
-        middle = len(whole) // 2
-        flipped = bytes([whole[middle] ^ 1])
-        path.write_bytes(whole[:middle] + flipped + whole[middle + 1 :])
-        with pytest.raises(DataError, match=path.name):
-            store.verify()
-        path.write_bytes(whole)
+        for bit in range(8 * len(whole)):
+            path.write_bytes(_flipped(path, bit))
+            with pytest.raises(DataError) as refusal:
+                Store(store.path).verify()
+            assert path.name in refusal.value.found
+            path.write_bytes(whole)
+    Store(store.path).verify()
+
+
+def test_any_flipped_bit_of_shards_and_catalog_is_found_before_training(store: Store) -> None:
+    """One bit of every byte."""
+    catalog = store.path / store.manifest()["catalog"]["name"]
+    for path in (store.shard("two"), catalog):
+        whole = path.read_bytes()
+        for byte in range(len(whole)):
+            path.write_bytes(_flipped(path, 8 * byte + byte % 8))
+            with pytest.raises(DataError, match=path.name):
+                store.verify()
+            path.write_bytes(whole)
     store.verify()
+
+
+def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: Store) -> None:
+    """What a killed run left is used by the next one: a changed feature must not be."""
+    path = store.shard("one")
+    whole = path.read_bytes()
+    feature = np.arange(4, dtype=np.float16).tobytes()  # of file 0, view 0
+    at = whole.index(feature)
+    path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
+    assert store.read("one").features[0, 0, 0] != 0
+    with pytest.raises(DataError, match=r"one\.arrow differs"):
+        store.read("one", check=True)
+
+
+def test_a_second_writer_is_refused_while_the_first_is_at_work(store: Store) -> None:
+    with (
+        store.locked(),
+        pytest.raises(ConfigError, match="being written"),
+        Store(store.path).locked(),
+    ):
+        pass
+    with store.locked():  # and given back
+        pass
 
 
 def test_a_missing_shard_is_found_before_training(store: Store) -> None:
@@ -252,7 +341,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_store_of_another_format_is_refused(store: Store) -> None:
     head = shards.read_json(store.path / "store.json")
-    head["recipe"]["format"] = 99
+    head["format"] = 99
     shards.write_json(store.path / "store.json", head)
     with pytest.raises(DataError, match="format 99"):
         Store(store.path)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError, DataError, extract, shards
-from arrowhead.decode import Decoder
+from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
 from arrowhead.shards import Recipe
 
@@ -270,10 +270,10 @@ def features(
     """float32 (N, D): clean features of a few images, NaN where one cannot be decoded."""
     clean = dataclasses.replace(recipe, views=1, augment="none", augment_seed=0)
     number = int(device.partition(":")[2] or 0) if "cuda" in device else None
-    decoder = Decoder(
-        extract.pixels_of(clean), batch_size=max(16, len(images)), threads=threads, device=number
-    )
-    views, faults = decoder(images, [b""] * len(images))
-    out = body(views[0])[: len(images)].cpu().numpy().astype(np.float16).astype(np.float32)
-    out[[fault is not None for fault in faults]] = np.nan
+    pixels, most = extract.pixels_of(clean), max(16, len(images))
+    with GuardedDecoder(pixels, batch_size=most, threads=threads, device=number) as decoder:
+        made = decoder(images, [bytes(16)] * len(images))
+    view = torch.from_numpy(made.views[0]).permute(0, 3, 1, 2)
+    out = body(view)[: len(images)].cpu().numpy().astype(np.float16).astype(np.float32)
+    out[[fault is not None for fault in made.faults]] = np.nan
     return out

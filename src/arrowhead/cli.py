@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -55,7 +55,12 @@ class Output:
 
 
 Data = Annotated[
-    Path, Parameter(help="Folder of images: train/CLASS/… and valid/CLASS/…, or CLASS/….")
+    str,
+    Parameter(
+        help="Images: a folder or URI (s3://…, gs://…) of train/CLASS/… and valid/CLASS/…, or of"
+        " CLASS/…; or a table, FILE.csv or FILE.tsv, with columns path, labels and, if you like,"
+        " split."
+    ),
 ]
 StorePath = Annotated[
     Path, Parameter(help="Feature store: a folder that `precompute` made, or will make.")
@@ -201,7 +206,9 @@ def train(
 @app.command(sort_key=5)
 def score(
     bundle: BundlePath,
-    images: Annotated[Path, Parameter(help="Folder of images, with or without folders inside.")],
+    images: Annotated[
+        str, Parameter(help="Folder or URI of images, with or without folders inside; or a table.")
+    ],
     out: Annotated[Path, Parameter(help="Folder for the Parquet parts and score.json.")],
     *,
     scores: Scores = ScoreConfig(),
@@ -305,6 +312,101 @@ def doctor(*, output: Out = Output()) -> int:
     return 1 if any(check.state == "missing" for check in checks) else 0
 
 
+# ---------------------------------------------------------------------------- features
+
+features = App(
+    name="features",
+    help="Look into a feature store, check it, clean it.",
+    sort_key=7,
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
+)
+app.command(features)
+Finished = Annotated[Path, Parameter(help="Feature store: a folder that `precompute` made.")]
+
+
+@features.command
+def info(store: Finished, *, output: Out = Output()) -> int:
+    """What is in a store: images by class and split, faults by kind, recipe, size.
+
+    Example: arrowhead features info out/store
+    """
+    from arrowhead import inventory
+
+    held = inventory.info(store)
+    if output.json:
+        print(json.dumps(held))
+        return 0
+    screen = Screen(to_stderr=False)
+    faults = sum(held["faults"].values())
+    screen.say(
+        f"{store}: {held['images']} images = {held['features']} features + {faults} faults ·"
+        f" {held['distinct']} different contents · {held['shards']} shards ·"
+        f" {held['bytes'] / 1e6:.1f} MB"
+    )
+    recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
+    screen.say(f"recipe {held['fingerprint']}: {recipe}")
+    splits = sorted({split for counts in held["by_class"].values() for split in counts})
+    wide = max([5, *map(len, held["by_class"])])
+    screen.say(f"{'class':<{wide}}" + "".join(f"{split:>9}" for split in splits))
+    for name, counts in held["by_class"].items():
+        screen.say(f"{name:<{wide}}" + "".join(f"{counts.get(split, 0):>9}" for split in splits))
+    for kind, count in held["faults"].items():
+        screen.say(f"fault: {kind} {count}")
+    return 0
+
+
+@features.command
+def verify(store: Finished, *, output: Out = Output()) -> int:
+    """Check a store from end to end: hashes, schema, row counts, duplicates, classes.
+
+    Exit code 4 when something in it cannot be trusted. Nothing is repaired.
+
+    Example: arrowhead features verify out/store
+    """
+    from arrowhead import inventory
+
+    found = inventory.verify(store)
+    _show_findings(found, output)
+    damaged = any(one.damage for one in found)
+    if not output.json:
+        Screen(to_stderr=False).say(f"{store} {'is DAMAGED' if damaged else 'is whole'}")
+    return 4 if damaged else 0
+
+
+@features.command
+def gc(
+    store: Finished,
+    *,
+    yes: Annotated[bool, Parameter(help="Remove them; without it they are only listed.")] = False,
+    output: Out = Output(),
+) -> int:
+    """List what nothing refers to any more: drafts, shards and catalogs of earlier runs.
+
+    Shards left from an earlier catalog are still looked up by content: keep them if those images
+    may come back.
+
+    Example: arrowhead features gc out/store --yes
+    """
+    from arrowhead import inventory
+
+    found = inventory.gc(store, remove=yes)
+    _show_findings(found, output)
+    if not output.json:
+        hint = "" if yes or not found else "; --yes removes them"
+        done = "removed" if yes else "found"
+        Screen(to_stderr=False).say(f"{len(found)} files {done}{hint}")
+    return 0
+
+
+def _show_findings(found: list[Any], output: Output) -> None:
+    if output.json:
+        print(json.dumps({"findings": [{**asdict(one), "damage": one.damage} for one in found]}))
+        return
+    for one in found:
+        Screen(to_stderr=False).say(f"{one.kind}: {one.path}: {one.words}")
+
+
 # ----------------------------------------------------------------------- what is shown
 
 
@@ -319,7 +421,7 @@ class Screen:
         self.console.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
         """A live bar with img/s, time left and faults; on a pipe a line every ten seconds."""
         with (
             self._live(title, total)
@@ -329,8 +431,12 @@ class Screen:
             yield advance
 
     @contextmanager
-    def _live(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-        columns = "{task.fields[rate]:.1f} img/s", "{task.fields[faults]} faults"
+    def _live(self, title: str, total: int) -> Iterator[Advance]:
+        columns = (
+            "{task.fields[rate]:.1f} img/s",
+            "{task.fields[faults]} faults",
+            "bound by {task.fields[binding]}",
+        )
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -339,32 +445,38 @@ class Screen:
             TimeRemainingColumn(),
             console=self.console,
         ) as progress:
-            task = progress.add_task(title, total=total, rate=0.0, faults=0)
+            task = progress.add_task(title, total=total, rate=0.0, faults=0, binding="…")
             began, faults = monotonic(), 0
 
-            def advance(done: int, more_faults: int) -> None:
+            def advance(done: int, more_faults: int, binding: str) -> None:
                 nonlocal faults
                 faults += more_faults
                 so_far = progress.tasks[0].completed + done
                 rate = so_far / max(monotonic() - began, 1e-9)
-                progress.update(task, advance=done, rate=rate, faults=faults)
+                progress.update(task, advance=done, rate=rate, faults=faults, binding=binding)
 
             yield advance
 
     @contextmanager
-    def _lines(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    def _lines(self, title: str, total: int) -> Iterator[Advance]:
         began = said = monotonic()
         so_far = faults = 0
 
-        def advance(done: int, more_faults: int) -> None:
+        def advance(done: int, more_faults: int, binding: str) -> None:
             nonlocal so_far, faults, said
             so_far, faults = so_far + done, faults + more_faults
             if monotonic() - said > 10 or so_far == total:
                 said = monotonic()
                 rate = so_far / max(said - began, 1e-9)
-                self.say(f"{title} {so_far}/{total} · {rate:.1f} img/s · {faults} faults")
+                self.say(
+                    f"{title} {so_far}/{total} · {rate:.1f} img/s · {faults} faults"
+                    f" · bound by {binding}"
+                )
 
         yield advance
+
+
+Advance = Callable[[int, int, str], None]
 
 
 @contextmanager

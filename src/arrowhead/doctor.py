@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from arrowhead import decode, launch, tracking
+from arrowhead import guard, launch, tracking
 
 GIB = 2**30
 
@@ -76,7 +76,7 @@ def _torch() -> Iterator[Check]:
 
 def _decoder() -> Iterator[Check]:
     version = importlib.metadata.version("nvidia-dali-cuda130")
-    works = ", ".join(decode.works())
+    works = ", ".join(guard.works())
     yield Check("dali", "ok", f"{version}, decodes {works} on the CPU")
 
 

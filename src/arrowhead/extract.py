@@ -3,7 +3,7 @@
     chunk of the plan      up to 2 x chunk_size rows of the catalog
       -> read              bytes and their hash; unreadable files become faults
       -> known features    looked up by hash: a renamed or touched image is not decoded again
-      -> decode            uint8 (B, 3, S, S) per view, and the faults
+      -> decode            in a process of its own: uint8 (B, S, S, 3) per view, and the faults
       -> body              float32 (B, D)
       -> shard             one file, whole or absent
 
@@ -14,12 +14,10 @@ the unit of restart: a stopped run repeats at most one chunk per worker.
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
-import stat
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +30,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from arrowhead import ConfigError, DataError, plan, shards
-from arrowhead.decode import Decoder, PixelConfig
+from arrowhead.decode import PixelConfig
+from arrowhead.guard import GuardedDecoder
 from arrowhead.launch import Worker
 from arrowhead.model import Body, BodyConfig, Weights
 from arrowhead.plan import Catalog
@@ -57,7 +56,10 @@ class ExtractConfig:
     max_bytes: int = 256 * 2**20
     """Larger files are refused unread."""
     max_faults: float = 0.01
-    """Exit code 3 above this: a share of the inputs below 1, a count from 1 on."""
+    """Exit code 3 above this: a share of the images below 1, a count from 1 on."""
+    patience: float = 60.0
+    """Seconds a batch may take to decode (and one more per megabyte of files) before the decoder is
+    taken for hung, its process replaced, and the batch tried file by file."""
 
     def __post_init__(self) -> None:
         for knob, value, low in (
@@ -66,6 +68,7 @@ class ExtractConfig:
             ("readers", self.readers, 1),
             ("max-bytes", self.max_bytes, 1),
             ("max-faults", self.max_faults, 0),
+            ("patience", self.patience, 1),
         ):
             if not value >= low:  # true of nan, too
                 raise ConfigError(f"--{knob} is {value}.", f"{low} or more.", "raise it.")
@@ -90,8 +93,12 @@ class Clock:
         try:
             yield
         finally:
-            with self._lock:
-                self._seconds[name] += perf_counter() - began
+            self.add(name, perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds measured elsewhere as `name`'s."""
+        with self._lock:
+            self._seconds[name] += seconds
 
     def read(self) -> dict[str, float]:
         """The seconds since the last reading, which therefore add up."""
@@ -118,7 +125,7 @@ def recipe_of(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: in
 
 
 def pixels_of(recipe: Recipe, max_pixels: int = PixelConfig().max_pixels) -> PixelConfig:
-    """The pixel settings that a recipe stands for."""
+    """The pixel settings that a recipe stands for; the limits are not part of it."""
     return PixelConfig(
         size=recipe.size,
         resize=recipe.resize,  # type: ignore[arg-type]
@@ -139,12 +146,12 @@ def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConf
     runs = plan.chunks(catalog.paths, store.chunk_size)
     names = [plan.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
     body = load_body(store.recipe, store.weights, worker.device)
-    pump = Pump(worker, body, store.recipe, pixels, config)
     claimed = ((number, runs[number]) for number in iter(worker.claim, None))
-    for chunk in pump(catalog, claimed, known(store)):
-        with pump.clock.stage("write"):
-            shards.write_shard(store.shard(names[chunk.number]), chunk.rows(), store.recipe)
-        worker.report(chunk.counts() | {"seconds": pump.clock.read()})
+    with Pump(worker, body, store.recipe, pixels, config) as pump:
+        for chunk in pump(catalog, claimed, Known.of(store)):
+            with pump.clock.stage("write"):
+                shards.write_shard(store.shard(names[chunk.number]), chunk.rows(), store.recipe)
+            worker.report(chunk.counts() | {"seconds": pump.clock.read()})
 
 
 def pending(store: Store) -> Path:
@@ -184,15 +191,39 @@ def load_weights(recipe: Recipe, path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def known(store: Store) -> dict[bytes, NDArray[np.float16]]:
-    """Features (V, D) of all well images on the disk, by image id; memory-mapped."""
-    found = {}
-    for name in store.on_disk():
-        rows = shards.read_shard(store.shard(name), store.recipe)
-        for i, fault in enumerate(rows.faults):
-            if fault is None:
-                found[rows.image_ids[i]] = rows.features[i]
-    return found
+class Known:
+    """Features (V, D) of the well images that are on the disk, by image id; memory-mapped.
+
+    Holds 32 bytes per image in memory.
+    """
+
+    def __init__(self, parts: Sequence[Rows] = ()) -> None:
+        self._features = [rows.features for rows in parts]
+        well = [(i, j) for i, rows in enumerate(parts) for j, f in enumerate(rows.faults) if not f]
+        ids = np.array([parts[i].image_ids[j] for i, j in well], "V16")
+        order = np.argsort(ids, kind="stable") if len(ids) else np.zeros(0, np.int64)
+        self._ids, self._places = ids[order], np.array(well, np.int64).reshape(-1, 2)[order]
+
+    @staticmethod
+    def of(store: Store) -> Known:
+        """What a store's shards hold, also those that no manifest names (yet, or any more).
+
+        The manifest's are taken as they are: `Store.intact` compares them with their hashes.
+        Raises DataError if another one differs from what was written.
+        """
+        finished = (store.path / "manifest.json").is_file()
+        named = {one["name"] for one in store.manifest()["shards"]} if finished else set()
+        return Known([store.read(name, check=name not in named) for name in store.on_disk()])
+
+    def get(self, image_id: bytes) -> NDArray[np.float16] | None:
+        """The image's features, None if it has never been decoded."""
+        wanted = np.array(image_id, "V16")
+        at = int(np.searchsorted(self._ids, wanted))
+        if at == len(self._ids) or self._ids[at] != wanted:
+            return None
+        shard, row = self._places[at]
+        found: NDArray[np.float16] = self._features[shard][row]
+        return found
 
 
 # ------------------------------------------------------------------------------ the pump
@@ -223,7 +254,8 @@ class Chunk:
     features: NDArray[np.float16]
     faults: list[str | None]
     image_ids: list[bytes] = field(default_factory=list)
-    reused: int = 0
+    looked_up: int = 0
+    fallback: int = 0
 
     def rows(self) -> Rows:
         """The rows as the shard takes them."""
@@ -240,13 +272,14 @@ class Chunk:
         self.features[row] = 0
 
     def counts(self) -> dict[str, Any]:
-        """Files = decoded + reused + all faults."""
+        """Files = decoded + looked_up + all faults; fallback: how many of the decoded by Pillow."""
         kinds = Counter(fault.partition(":")[0] for fault in self.faults if fault)
-        decoded = len(self.paths) - self.reused - kinds.total()
         return {
+            "task": self.number,
             "files": len(self.paths),
-            "decoded": decoded,
-            "reused": self.reused,
+            "decoded": len(self.paths) - self.looked_up - kinds.total(),
+            "looked_up": self.looked_up,
+            "fallback": self.fallback,
             "faults": dict(kinds),
         }
 
@@ -263,32 +296,42 @@ class Pump:
     ) -> None:
         self.clock = Clock()
         self._body, self._recipe, self._config = body, recipe, config
-        self._decoder = Decoder(
+        self._device = worker.device
+        self._copies: torch.cuda.Stream | None = None
+        self._decoder = GuardedDecoder(
             pixels,
             batch_size=config.batch_size,
             threads=worker.threads,
             device=int(worker.device.partition(":")[2] or 0) if "cuda" in worker.device else None,
+            patience=config.patience,
         )
 
+    def __enter__(self) -> Pump:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._decoder.close()
+
     def __call__(
-        self,
-        catalog: Catalog,
-        chunks: Iterable[tuple[int, range]],
-        known: dict[bytes, NDArray[np.float16]],
+        self, catalog: Catalog, chunks: Iterable[tuple[int, range]], known: Known
     ) -> Iterator[Chunk]:
-        """Each chunk (number, rows), filled in; images whose id is in `known` are not decoded."""
+        """Each chunk (number, rows), filled in; images that are `known` are not decoded."""
         with ThreadPoolExecutor(self._config.readers, "read") as readers:
             read = ahead(self._read(catalog, chunks, known, readers), 2)
+            under_way: deque[tuple[Batch, list[torch.Tensor]]] = deque()
             for batch in ahead(self._decode(read), 2):
-                self._forward(batch)
-                if batch.last:
-                    yield batch.chunk
+                under_way.append((batch, self._forward(batch)))
+                # On a GPU the next batch is queued before the last one's features are waited for.
+                if len(under_way) > (self._device != "cpu"):
+                    yield from self._finish(*under_way.popleft())
+            for last in under_way:
+                yield from self._finish(*last)
 
     def _read(
         self,
         catalog: Catalog,
         chunks: Iterable[tuple[int, range]],
-        known: dict[bytes, NDArray[np.float16]],
+        known: Known,
         readers: ThreadPoolExecutor,
     ) -> Iterator[Batch]:
         shape = self._recipe.views, self._recipe.width
@@ -299,15 +342,14 @@ class Pump:
             batch = Batch([], [], [], chunk, last=False)
             # Even batches: a last one of a few rows would be filled up with black ones.
             full = -(-len(rows) // -(-len(rows) // self._config.batch_size))
-            files = [catalog.file(row) for row in rows]
-            for row, (data, fault) in enumerate(self._in_order(files, readers)):
+            for row, (data, fault) in enumerate(self._in_order(catalog, rows, readers)):
                 image_id = hashlib.blake2b(data, digest_size=16).digest()
                 chunk.image_ids.append(image_id)
                 if fault:
                     chunk.spoil(row, fault)
-                elif image_id in known:
-                    chunk.features[row] = known[image_id]
-                    chunk.reused += 1
+                elif (there := known.get(image_id)) is not None:
+                    chunk.features[row] = there
+                    chunk.looked_up += 1
                 else:
                     batch.rows.append(row)
                     batch.encoded.append(data)
@@ -318,12 +360,12 @@ class Pump:
             yield replace(batch, last=True)
 
     def _in_order(
-        self, files: list[bytes], readers: ThreadPoolExecutor
+        self, catalog: Catalog, rows: range, readers: ThreadPoolExecutor
     ) -> Iterator[tuple[bytes, str | None]]:
         """Contents and faults of files, in order, at most two batches ahead of the taker."""
         waiting: deque[Future[tuple[bytes, str | None]]] = deque()
-        for file in files:
-            waiting.append(readers.submit(read, file, self._config.max_bytes))
+        for row in rows:
+            waiting.append(readers.submit(catalog.read, row, self._config.max_bytes))
             if len(waiting) > 2 * self._config.batch_size:
                 yield self._arrived(waiting.popleft())
         while waiting:
@@ -334,44 +376,52 @@ class Pump:
             return coming.result()
 
     def _decode(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if batch.rows:
-                with self.clock.stage("decode"):
-                    batch.views, batch.faults = self._decoder(batch.encoded, batch.image_ids)
-                batch.encoded = []
+        for batch, pixels in self._decoder.stream(batches):
+            self.clock.add("decode", pixels.seconds)
+            batch.views = [self._placed(view) for view in pixels.views if batch.rows]
+            batch.faults, batch.encoded = pixels.faults, []
+            batch.chunk.fallback += sum(pixels.fallback)
             yield batch
 
-    def _forward(self, batch: Batch) -> None:
+    def _placed(self, view_BHWC: NDArray[np.uint8]) -> torch.Tensor:
+        """Pixels where the body takes them: uint8 (B, 3, S, S), on its device."""
+        import torch
+
+        pixels = torch.from_numpy(view_BHWC).permute(0, 3, 1, 2)
+        if self._device == "cpu":
+            return pixels
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copies):  # beside the forward pass of the batch before
+            return pixels.pin_memory().to(self._device, non_blocking=True)
+
+    def _forward(self, batch: Batch) -> list[torch.Tensor]:
+        """The features (B, D) of each view; on a GPU they are on their way when this returns."""
+        import torch
+
+        with self.clock.stage("forward"):
+            if self._copies is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._copies)
+                for pixels in batch.views:
+                    pixels.record_stream(torch.cuda.current_stream(self._device))
+            made = [self._body(pixels)[: len(batch.rows)] for pixels in batch.views]
+        batch.views = []
+        return made
+
+    def _finish(self, batch: Batch, made: list[torch.Tensor]) -> Iterator[Chunk]:
+        """Put a batch's features into its chunk; the chunk, when this batch was its last."""
         features = batch.chunk.features
         with self.clock.stage("forward"):
-            for view, pixels in enumerate(batch.views):
-                made = self._body(pixels)[: len(batch.rows)].cpu().numpy()
+            for view, feature in enumerate(made):
                 with np.errstate(over="ignore"):  # what float16 cannot hold is a fault below
-                    features[batch.rows, view] = made.astype(np.float16)
+                    features[batch.rows, view] = feature.cpu().numpy().astype(np.float16)
         for row, fault in zip(batch.rows, batch.faults, strict=True):
             if fault is None and not np.isfinite(features[row]).all():
                 fault = "not finite: the body gave a number beyond float16"
             if fault:
                 batch.chunk.spoil(row, fault)
-        batch.views = []
-
-
-def read(file: bytes, max_bytes: int) -> tuple[bytes, str | None]:
-    """A file's bytes and None, or no bytes and the fault. Pipes and devices are never waited on."""
-    try:
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                return b"", "not a file: a pipe, socket or device"
-            if status.st_size > max_bytes:
-                return b"", f"too large: {status.st_size} bytes, more than {max_bytes}"
-            with os.fdopen(handle, "rb", closefd=False) as stream:
-                return stream.read(), None
-        finally:
-            os.close(handle)
-    except OSError as error:
-        return b"", f"unreadable: {error.strerror}"
+        if batch.last:
+            yield batch.chunk
 
 
 def ahead(items: Iterable[Any], depth: int) -> Iterator[Any]:
@@ -415,6 +465,12 @@ def ahead(items: Iterable[Any], depth: int) -> Iterator[Any]:
 # ------------------------------------------------------------------------- what it came to
 
 
+def binding(seconds: Mapping[str, float]) -> str:
+    """The stage that was busy longest, "" before any was."""
+    busy = {stage: seconds.get(stage, 0.0) for stage in STAGES}
+    return max(busy, key=lambda stage: busy[stage]) if any(busy.values()) else ""
+
+
 def roofline(seconds: Mapping[str, float], images: int, workers: int) -> str:
     """Which stage binds: shares of the busy time, and the rate if that stage ran alone.
 
@@ -424,6 +480,6 @@ def roofline(seconds: Mapping[str, float], images: int, workers: int) -> str:
     if not images or not total:
         return "nothing decoded: every image was there already"
     shares = " · ".join(f"{s} {100 * seconds.get(s, 0) / total:.0f} %" for s in STAGES)
-    binding = max(STAGES, key=lambda stage: seconds.get(stage, 0))
-    reached, possible = images / seconds["workers"], images * workers / seconds[binding]
-    return f"{shares} — bound by {binding}: {reached:.1f} img/s of {possible:.1f} possible here"
+    stage = binding(seconds)
+    reached, possible = images / seconds["workers"], images * workers / seconds[stage]
+    return f"{shares} — bound by {stage}: {reached:.1f} img/s of {possible:.1f} possible here"

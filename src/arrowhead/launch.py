@@ -7,6 +7,8 @@
 
 Tasks (chunk numbers) are claimed one by one, not dealt, so a slow worker holds nobody up. What
 workers report reaches the driver while they run; only the driver talks to people and to MLflow.
+When a worker dies the group is started again; tasks that were claimed and not reported as done
+are claimed anew.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import socket
 import sys
 import tempfile
 import threading
+import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +41,12 @@ class LaunchConfig:
     """0: in this process. N: a Ray Train group of N workers, one per GPU, or per CPU."""
     address: str | None = None
     """Of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a Ray of our own."""
+    restarts: int = 3
+    """How often a group that lost a worker is started again before the command gives up."""
 
     def __post_init__(self) -> None:
+        if self.restarts < 0:
+            raise ConfigError(f"--restarts is {self.restarts}.", "0 or more.", "give e.g. 3.")
         if self.workers < 0:
             raise ConfigError(
                 f"--workers is {self.workers}.", "0 (this process) or more.", "give e.g. 2."
@@ -68,18 +76,34 @@ class Worker:
 
 
 class Desk:
-    """Hands out task numbers and keeps reports until the driver reads them."""
+    """Hands out task numbers and keeps reports until the driver reads them.
+
+    A rank that claims under a new name has died and come back: what it had claimed and not
+    reported (`task` in a report) is handed out again.
+    """
 
     def __init__(self, tasks: list[int]) -> None:
-        self._tasks = iter(tasks)
+        self._waiting = deque(tasks)
+        self._claimed: dict[int, tuple[str, list[int]]] = {}
         self._reports: list[Report] = []
 
-    def claim(self) -> int | None:
+    def claim(self, rank: int = 0, name: str = "") -> int | None:
         """The next task's number, None when all are taken."""
-        return next(self._tasks, None)
+        known, tasks = self._claimed.get(rank, (name, []))
+        if known != name:
+            self._waiting.extendleft(reversed(tasks))
+            tasks = []
+        self._claimed[rank] = (name, tasks)
+        if not self._waiting:
+            return None
+        tasks.append(self._waiting.popleft())
+        return tasks[-1]
 
     def report(self, message: Report) -> None:
         """Keep a report for the driver."""
+        for _, tasks in self._claimed.values():
+            if message.get("task") in tasks:
+                tasks.remove(message["task"])
         self._reports.append(message)
 
     def read(self) -> list[Report]:
@@ -117,7 +141,8 @@ def _here(
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         threads = len(os.sched_getaffinity(0))
-        return stage(Worker(0, 1, device, threads, Desk(tasks).claim, listen), *args)
+        desk = Desk(tasks)
+        return stage(Worker(0, 1, device, threads, desk.claim, listen), *args)
 
     return train_function
 
@@ -140,12 +165,13 @@ def _on_ray(
 
         context = ray.train.get_context()
         device = str(ray.train.torch.get_device())
+        rank, name = context.get_world_rank(), uuid.uuid4().hex
         worker = Worker(
-            rank=context.get_world_rank(),
+            rank=rank,
             world=context.get_world_size(),
             device=device,
             threads=torch.get_num_threads(),
-            claim=lambda: ray.get(desk.claim.remote()),
+            claim=lambda: ray.get(desk.claim.remote(rank, name)),
             report=lambda message: ray.get(desk.report.remote(message)),
         )
         return stage(worker, *args)
@@ -163,7 +189,13 @@ def _on_ray(
     reader = threading.Thread(target=keep_reading, daemon=True)
     reader.start()
     try:
-        return _fit(train_function, workers=config.workers)
+        for restarts_left in range(config.restarts, -1, -1):
+            try:
+                return _fit(train_function, workers=config.workers)
+            except LostWorkerError as lost:
+                if not restarts_left:
+                    raise
+                listen({"restart": str(lost)})
     finally:
         ended.set()
         reader.join()
@@ -201,12 +233,21 @@ def _fit(train_function: Callable[[dict[str, Any]], Any], workers: int) -> Any:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The worker's own exception inside Ray's, where it can be had."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        return getattr(failure, "cause", None) or failure  # type: ignore[no-any-return]
-    return error
+class LostWorkerError(RuntimeError):
+    """A worker process or its machine is gone."""
+
+
+def _cause(error: Any) -> BaseException:
+    """What really happened: a worker lost, or the worker's own exception inside Ray's."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for rank, failure in getattr(error, "worker_failures", {}).items():
+        if type(failure).__name__.startswith("WorkerHealthCheck"):  # Ray keeps the class private
+            return LostWorkerError(f"worker {rank} is gone: {str(failure).splitlines()[0]}")
+    if not failures:  # the controller's own end, or a machine taken back
+        return LostWorkerError(str(error).splitlines()[0])
+    failure = failures[0]
+    inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
+    return inner or failure  # type: ignore[no-any-return]
 
 
 def _gpus() -> int:

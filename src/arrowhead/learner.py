@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import pipeline, plan, report
+from arrowhead import files, pipeline, plan, report
 from arrowhead.decode import PixelConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
@@ -52,7 +52,7 @@ class Images:
 
         Raises ConfigError for a missing or empty folder, or fewer than two classes.
         """
-        return Images(Path(path), plan.labelled(Path(path)))
+        return Images(Path(path), plan.labelled(path))
 
     @property
     def classes(self) -> list[str]:
@@ -78,7 +78,8 @@ class Images:
             rows = [i for i, split in enumerate(self.catalog.splits) if split == "valid"]
         else:
             rows = self._store.features("valid").row.tolist()
-        return [Path(os.fsdecode(self.catalog.file(row))) for row in rows]
+        names = [files.raw(f"{self.catalog.root}/{self.catalog.paths[row]}") for row in rows]
+        return [Path(os.fsdecode(name)) for name in names]
 
 
 class Learner:

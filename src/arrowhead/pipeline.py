@@ -12,6 +12,7 @@ they report goes to `tracking` and to the screen.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ from arrowhead.tracking import Run
 from arrowhead.train import Data, Team, TrainConfig, Trained
 
 GOLDEN = 8
+Advance = Callable[[int, int, str], None]
 
 
 class Screen(Protocol):
@@ -58,8 +60,10 @@ class Screen(Protocol):
     def say(self, line: str) -> None:
         """One line for a person."""
 
-    def bar(self, title: str, total: int) -> AbstractContextManager[Callable[[int, int], None]]:
-        """A progress line of `total` images; inside, call with (more done, more faults)."""
+    def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """A progress line of `total` images; inside, call with (more done, more faults, the stage
+        that binds).
+        """
 
 
 class Silence:
@@ -69,9 +73,9 @@ class Silence:
         """Nothing."""
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
         """Nothing."""
-        yield lambda done, faults: None
+        yield lambda done, faults, binding: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,43 +108,41 @@ class FeatureConfig:
 
 
 def precompute(
-    data: Path, path: Path, images: FeatureConfig, means: Means = Means()
+    data: str | Path, path: Path, images: FeatureConfig, means: Means = Means()
 ) -> dict[str, Any]:
-    """Make the store at `path` hold a feature of every image below `data`.
+    """Make the store at `path` hold a feature of every image of `data` (see `plan.labelled`).
 
     Images whose features are there already are not decoded again. Returns counts {inputs,
-    decoded, reused, faults, ignored}, faults by kind, seconds by stage, store, fingerprint.
+    features, decoded, looked_up, skipped, reused, fallback, faults, ignored}, faults with their
+    paths, seconds by stage, store, fingerprint. Raises ConfigError if the store was made in
+    another way or another command is writing it, DataError if something in it has changed.
     """
     began = perf_counter()
-    catalog = plan.labelled(data)
+    catalog = plan.labelled(data, images.source)
     store = _store(path, images)
-    intact = store.intact()
-    _record(means, {f"recipe.{k}": v for k, v in dataclasses.asdict(store.recipe).items()})
-    runs = plan.chunks(catalog.paths, store.chunk_size)
-    names = [plan.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
-    shards.write_catalog(extract.pending(store), catalog.columns())
-    missing = [i for i, name in enumerate(names) if not store.shard(name).is_file()]
-    total = sum(len(runs[i]) for i in missing)
-    done = (
-        _work(
-            extract.extract, (path, images.pixels, images.extract), missing, total, "extract", means
-        )
-        if missing
-        else Work()
-    )
-    manifest, drawn = _complete(store, catalog, names, images.source, intact)
+    with store.locked():
+        intact = store.intact()
+        _say_classes(store, catalog, means.screen)
+        catalog = _tried_again(store, catalog, images.extract.max_bytes)
+        _record(means, {f"recipe.{k}": v for k, v in dataclasses.asdict(store.recipe).items()})
+        runs = plan.chunks(catalog.paths, store.chunk_size)
+        names = [plan.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
+        shards.write_catalog(extract.pending(store), catalog.columns())
+        missing = [i for i, name in enumerate(names) if not store.shard(name).is_file()]
+        total = sum(len(runs[i]) for i in missing)
+        args = path, images.pixels, images.extract
+        done = _work(extract.extract, args, missing, total, "extract", means) if missing else Work()
+        manifest, drawn = _complete(store, catalog, names, images.source, intact)
     done.seconds["wall"] = perf_counter() - began
-    faults = sum(shard["faults"] for shard in manifest["shards"])
-    counts = {
-        "inputs": len(catalog),
-        "decoded": done.decoded,
-        "reused": len(catalog) - done.decoded - faults,
-        "faults": faults,
-        "ignored": catalog.ignored,
-    }
+    redone = {names[i] for i in missing}
+    skipped = sum(
+        one["files"] - one["faults"] for one in manifest["shards"] if one["name"] not in redone
+    )
+    faults = sum(one["faults"] for one in manifest["shards"])
+    counts = _balance(catalog, faults, done, skipped)
     _say_counts(means, counts, done)
     if means.top:
-        means.top.dataset(data.resolve().name, drawn.digest(), catalog.root, "training")
+        means.top.dataset(_name(catalog), drawn.digest(), catalog.root, "training")
     if means.run:
         means.run.record(counts | {f"seconds.{k}": v for k, v in done.seconds.items()})
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
@@ -154,6 +156,83 @@ def precompute(
         "classes": manifest["classes"],
         "too_many_faults": images.extract.too_many(faults, len(catalog)),
     }
+
+
+def _balance(catalog: Catalog, faults: int, done: Work, skipped: int) -> dict[str, int]:
+    """The account of all files that were seen: inputs = features + faults + ignored."""
+    features = done.decoded + done.looked_up + skipped
+    if features + faults != len(catalog):
+        raise AssertionError(
+            f"{len(catalog)} images, but {features} features and {faults} faults: {done}"
+        )
+    return {
+        "inputs": features + faults + catalog.ignored,
+        "features": features,
+        "decoded": done.decoded,
+        "looked_up": done.looked_up,
+        "skipped": skipped,
+        "reused": done.looked_up + skipped,
+        "fallback": done.fallback,
+        "faults": faults,
+        "ignored": catalog.ignored,
+    }
+
+
+def _say_classes(store: Store, catalog: Catalog, screen: Screen) -> None:
+    """Say what is no class though it looks like one, and how the classes changed since last."""
+    for folder in catalog.empty:
+        screen.say(f"{folder}/ holds no image: it is not a class")
+    if not (store.path / "manifest.json").is_file():
+        return
+    before, now = set(store.manifest()["classes"]), set(catalog.classes)
+    if before != now:
+        gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
+        screen.say(
+            f"the classes of {store.path} change: {f'gone {gone}' if gone else ''}"
+            f"{'; ' if gone and new else ''}{f'new {new}' if new else ''}."
+            " Heads trained before keep the classes they were trained with."
+        )
+
+
+def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
+    """The catalog, with one more try for each file that could not be read and now can.
+
+    Its stamp is as before (a permission given leaves it), so only the count of tries gives its
+    shard another name.
+    """
+    if not (store.path / "manifest.json").is_file():
+        return catalog
+    manifest = store.manifest()
+    kept = store.path / manifest["catalog"]["name"]
+    if not kept.is_file():
+        return catalog
+    shards.must_hash_to(kept, manifest["catalog"]["sha256"])
+    old = Catalog(**store.read_catalog())
+    unreadable = {
+        path
+        for one in manifest["shards"]
+        if one["kinds"].get("unreadable")
+        for rows in [store.read(one["name"])]
+        for path, fault in zip(rows.paths, rows.faults, strict=True)
+        if fault and fault.startswith("unreadable")
+    }
+    tries = catalog.tries.copy()
+    for was in np.flatnonzero(
+        [n > 0 or p in unreadable for n, p in zip(old.tries, old.paths, strict=True)]
+    ):
+        row = bisect.bisect_left(catalog.paths, old.paths[was])
+        same = row < len(catalog) and catalog.paths[row] == old.paths[was]
+        if same and (catalog.sizes[row], catalog.stamps[row]) == (old.sizes[was], old.stamps[was]):
+            tries[row] = old.tries[was]
+            if old.paths[was] in unreadable:
+                _, fault = catalog.read(row, max_bytes)
+                tries[row] += not (fault or "").startswith("unreadable")
+    return dataclasses.replace(catalog, tries=tries)
+
+
+def _name(catalog: Catalog) -> str:
+    """What a data set is called: the last part of where it lies."""
+    return catalog.root.rstrip("/").rpartition("/")[2] or catalog.root
 
 
 def _store(path: Path, images: FeatureConfig) -> Store:
@@ -185,13 +264,12 @@ def _complete(
     intact: dict[str, str],
 ) -> tuple[dict[str, Any], Catalog]:
     """Check that every file has its row, draw the splits, write catalog and manifest."""
-    rows = [shards.read_shard(store.shard(name), store.recipe) for name in names]
-    if [path for part in rows for path in part.paths] != catalog.paths:
+    parts = [store.read(name) for name in names]
+    if [path for rows in parts for path in rows.paths] != catalog.paths:
         raise AssertionError("the shards do not hold every file of the catalog once, in order")
-    ids = [image_id for part in rows for image_id in part.image_ids]
+    ids = [image_id for rows in parts for image_id in rows.image_ids]
     drawn = plan.drawn(catalog, ids, source.valid_share)
-    store.write_catalog(drawn.columns())
-    manifest = store.complete(names, drawn.classes, intact)
+    manifest = store.complete(names, drawn.columns(), intact)
     extract.pending(store).unlink()
     return manifest, drawn
 
@@ -212,6 +290,8 @@ class Work:
     """What workers reported, added up."""
 
     decoded: int = 0
+    looked_up: int = 0
+    fallback: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     result: Any = None
 
@@ -229,10 +309,16 @@ def _work(
     with means.screen.bar(title, total) as advance:
 
         def listen(message: dict[str, Any]) -> None:
+            if "restart" in message:
+                _say_restart(message, means.screen)
+                return
             done.decoded += message["decoded"]
+            done.looked_up += message["looked_up"]
+            done.fallback += message["fallback"]
             for stage_name, seconds in message["seconds"].items():
                 done.seconds[stage_name] += seconds
-            advance(message["files"], sum(message["faults"].values()))
+            faults = sum(message["faults"].values())
+            advance(message["files"], faults, extract.binding(done.seconds))
 
         began = perf_counter()
         done.result = launch.run(stage, *args, config=means.launch, tasks=tasks, listen=listen)
@@ -240,11 +326,19 @@ def _work(
     return done
 
 
+def _say_restart(message: dict[str, Any], screen: Screen) -> None:
+    screen.say(f"{message['restart']}. The workers are started again; what is done stays.")
+
+
 def _say_counts(means: Means, counts: dict[str, int], done: Work) -> None:
-    parts = [f"{counts['inputs']} images", f"{counts['decoded']} decoded"]
-    parts += [f"{counts['reused']} reused", f"{counts['faults']} faults"]
-    if counts["ignored"]:
-        parts.append(f"{counts['ignored']} other files ignored")
+    means.screen.say(
+        f"{counts['inputs']} inputs = {counts['features']} features + {counts['faults']} faults"
+        f" + {counts['ignored']} ignored"
+    )
+    parts = [f"{counts['decoded']} decoded", f"{counts['looked_up']} looked up"]
+    parts += [f"{counts['skipped']} skipped: done before"]
+    if counts["fallback"]:
+        parts.append(f"{counts['fallback']} by the fallback decoder")
     means.screen.say(" · ".join(parts))
     means.screen.say(extract.roofline(done.seconds, done.decoded, means.launch.workers or 1))
 
@@ -305,6 +399,9 @@ def learn(
     Store(path).verify()
 
     def listen(line: dict[str, Any]) -> None:
+        if "restart" in line:
+            _say_restart(line, means.screen)
+            return
         if "verdict" in line:
             say_rates(line["suggestions"], line["verdict"], means.screen)
             return
@@ -416,7 +513,7 @@ def _golden(store: Store, valid: shards.Features, chances: Any, screen: Screen) 
     catalog = Catalog(**store.read_catalog())
     kept: list[Golden] = []
     for at in np.unique(np.linspace(0, len(valid.row) - 1, GOLDEN).astype(int)):
-        data, fault = extract.read(catalog.file(int(valid.row[at])), ExtractConfig().max_bytes)
+        data, fault = catalog.read(int(valid.row[at]), ExtractConfig().max_bytes)
         if fault:
             screen.say(f"not kept as a golden image: {catalog.paths[valid.row[at]]} ({fault})")
             continue
@@ -455,7 +552,7 @@ def _show_evaluation(
 
 
 def fit(
-    data: Path,
+    data: str | Path,
     out: Path,
     images: FeatureConfig,
     config: TrainConfig,
@@ -510,9 +607,11 @@ def child(means: Means, name: str) -> Iterator[Means]:
 
 
 def score(
-    path: Path, images: Path, out: Path, config: ScoreConfig, how: ExtractConfig, means: Means
+    path: Path, images: str | Path, out: Path, config: ScoreConfig, how: ExtractConfig, means: Means
 ) -> dict[str, Any]:
-    """Score every file below `images` with a bundle; counts, labels, drift, seconds."""
+    """Score every file of `images` (see `plan.unlabelled`) with a bundle; counts, labels, drift,
+    seconds.
+    """
     began = perf_counter()
     loaded = bundle.load(path)
     catalog = plan.unlabelled(images)
@@ -524,14 +623,8 @@ def score(
     held = scoring.count_parts(out, loaded.classes, catalog)
     faults = sum(held["faults"].values())
     done.seconds["wall"] = perf_counter() - began
-    counts = {
-        "inputs": len(catalog),
-        "scored": len(catalog) - faults,
-        "decoded": done.decoded,
-        "reused": len(catalog) - faults - done.decoded,
-        "faults": faults,
-        "ignored": catalog.ignored,
-    }
+    skipped = len(catalog) - faults - done.decoded
+    counts = _balance(catalog, faults, done, skipped) | {"scored": len(catalog) - faults}
     if done.result:
         means.screen.say(
             f"golden images: {done.result.images} replayed, largest feature drift"
@@ -557,7 +650,7 @@ def score(
     if done.result or not (out / "score.json").is_file():
         shards.write_json(out / "score.json", result)
     if means.run:
-        means.run.dataset(images.resolve().name, catalog.digest(), catalog.root, "scoring")
+        means.run.dataset(_name(catalog), catalog.digest(), catalog.root, "scoring")
         means.run.record(counts | {f"labels.{i}": n for i, n in enumerate(held["labels"].values())})
         means.run.record({f"seconds.{k}": v for k, v in done.seconds.items()})
         means.run.tags(

@@ -1,7 +1,7 @@
-"""Folders of images to a catalog, and the catalog to chunks.
+"""Folders and tables of images to a catalog, and the catalog to chunks.
 
-    a folder on disk       names and sizes; no file is opened
-      -> catalog           one row per file, sorted by path: path, size, mtime, labels, split
+    a folder or a table    names and sizes; no image is opened
+      -> catalog           one row per file, sorted by path: path, size, stamp, labels, split
       -> chunks            runs of neighbouring rows, cut where a path's own hash says so
 
 Everything after the listing is arithmetic: who extracts what is a function of the catalog
@@ -10,34 +10,45 @@ alone, so any number of workers, at any time, agree on it.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import itertools
 import os
-import re
-import stat
+import posixpath
+import unicodedata
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, files
 
-JUNK = {b"Thumbs.db", b"desktop.ini", b"__MACOSX"}
 SPLITS = ("train", "valid", "test")
-_ESCAPED = re.compile(r"\\(?:\\|x[0-9a-f]{2})")
+TABLES = {".csv": ",", ".tsv": "\t"}
+# First place where each pair of split and labels was seen, in words.
+Places = dict[tuple[str, tuple[str, ...]], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """Where the labels come from when a folder does not say which images validate."""
+    """Where labels and splits come from when folders do not say, and how a table is read."""
 
     valid_share: float = 0.2
-    """Share of images held out for validation, 0 to 1, when DATA has no train/ and valid/.
+    """Share of images held out for validation, 0 to 1, when DATA does not say which validate.
     Drawn from each file's content, so copies of one image never fall on both sides."""
+    images: str | None = None
+    """Folder or address that the paths in a CSV or TSV start from; its own folder if not given."""
+    suffix: str = ""
+    """Added to every path in a CSV or TSV that names images without it, such as .jpg."""
+    label_separator: str = " "
+    """Stands between several labels of one image in a CSV or TSV. An empty one means one label
+    each, which may hold spaces."""
 
     def __post_init__(self) -> None:
         if not 0 < self.valid_share < 1:
@@ -52,10 +63,13 @@ class SourceConfig:
 class Catalog:
     """One row per file, sorted by path; N rows.
 
-    paths: text of each path below `root` (see `text`); sizes: int64 (N,) bytes, -1 where the
-    file could not be looked at; stamps: int64 (N,) nanoseconds; labels: tuples of class names,
-    empty without labels; splits: train, valid, test, or "" until it is drawn; ignored: number of
-    files seen and left out (hidden files, system files, files outside any class folder).
+    root: text of the resolved folder, or a URI; paths: text of each path below it (see
+    `files.text`); sizes: int64 (N,) bytes, -1 where the file could not be looked at; stamps: int64
+    (N,), see `files`; labels: tuples of class names, sorted, empty without labels; splits: train,
+    valid, test, or "" until it is drawn; tries: uint8 (N,), how often a file that could not be read
+    became readable later: part of its shard's name; ignored: number of files seen and left out
+    (hidden files, system files, files outside any class folder); empty: class folders without an
+    image, such as train/fox.
     """
 
     root: str
@@ -64,7 +78,13 @@ class Catalog:
     stamps: NDArray[np.int64]
     labels: list[tuple[str, ...]]
     splits: list[str]
+    tries: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     ignored: int = 0
+    empty: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.tries) == 0:
+            object.__setattr__(self, "tries", np.zeros(len(self.paths), np.uint8))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,162 +92,313 @@ class Catalog:
     @property
     def classes(self) -> list[str]:
         """Names of the classes, sorted: position is the label's number."""
-        return sorted({name for names in self.labels for name in names})
+        return sorted({name for names in set(self.labels) for name in names})
 
-    def file(self, row: int) -> bytes:
-        """The name under which the file system knows this row's file."""
-        return os.path.join(raw(self.root), raw(self.paths[row]))
+    @property
+    def multi(self) -> bool:
+        """Whether any image has more than one label."""
+        return any(len(names) > 1 for names in set(self.labels))
+
+    def read(self, row: int, max_bytes: int) -> tuple[bytes, str | None]:
+        """A row's bytes and None, or no bytes and the fault: also if it changed since the listing.
+
+        May be called from many threads at once.
+        """
+        size, stamp = int(self.sizes[row]), int(self.stamps[row])
+        return files.read(self.root, self.paths[row], max_bytes, size, stamp)
 
     def columns(self) -> dict[str, Any]:
         """The fields by name, as `shards.write_catalog` takes them."""
-        return {name.name: getattr(self, name.name) for name in fields(self)}
+        return {
+            name.name: getattr(self, name.name) for name in fields(self) if name.name != "empty"
+        }
 
     def digest(self) -> str:
         """Hash of what is in the catalog, whoever lists it and wherever the root lies."""
         total = hashlib.blake2b(digest_size=16)
-        for row in zip(self.paths, self.sizes.tolist(), self.labels, self.splits, strict=True):
-            total.update(repr(row).encode())
+        rows = zip(self.paths, self.sizes.tolist(), self.labels, self.splits, strict=True)
+        while part := "".join(map(repr, itertools.islice(rows, 4096))):
+            total.update(part.encode())
         return total.hexdigest()
 
 
-# ------------------------------------------------------------------ names of files, as text
+# -------------------------------------------------------------------- folders and tables
 
 
-def text(raw: bytes) -> str:
-    r"""A file name as text that is valid UTF-8, safe on a screen, and leads back to the name.
+def labelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Catalog:
+    """Images with labels.
 
-    Bytes that are not UTF-8, control characters and the backslash become \xNN or \\.
+    source: ROOT/{train,valid[,test]}/<class>/… or ROOT/<class>/…, on a disk or in a store; or a
+    .csv or .tsv file with the columns path, labels (or label) and, if you like, split. Where the
+    split is not given it is "", to be drawn with `drawn` once the contents have been read.
+    Raises ConfigError for a source that is missing, empty or torn, for one class, classes unknown
+    to the train split, and class names that differ only in case or Unicode form.
     """
-    out = []
-    for char in raw.decode("utf-8", "surrogateescape"):
-        if char == "\\":
-            out.append("\\\\")
-        elif "\udc80" <= char <= "\udcff":
-            out.append(f"\\x{ord(char) - 0xDC00:02x}")
-        elif char.isprintable():
-            out.append(char)
-        else:  # control characters, line separators, marks that turn writing around
-            out.extend(f"\\x{byte:02x}" for byte in char.encode())
-    return "".join(out)
-
-
-def raw(path: str) -> bytes:
-    """The file name that `text` was made from."""
-    out, at = bytearray(), 0
-    for match in _ESCAPED.finditer(path):
-        out += path[at : match.start()].encode()
-        out += b"\\" if match[0] == "\\\\" else bytes.fromhex(match[0][2:])
-        at = match.end()
-    return bytes(out + path[at:].encode())
-
-
-# ----------------------------------------------------------------------------- listing
-
-
-def labelled(root: Path) -> Catalog:
-    """Images with labels: ROOT/{train,valid[,test]}/<class>/… or ROOT/<class>/….
-
-    With the second layout `splits` is "" in every row, to be drawn with `drawn` once the
-    contents have been read.
-    Raises ConfigError for a missing or empty folder, one class, classes unknown to train/.
-    """
-    _must_be_folder(root)
-    has_splits = (root / "train").is_dir()
-    if has_splits and not (root / "valid").is_dir():
-        raise ConfigError(
-            f"{root} has train/ but no valid/.",
-            "both, with one folder per class in each; or one folder per class and no train/.",
-            f"make {root}/valid, or give {root}/train: a share of it is then held out.",
-        )
-    found, ignored = _files(root)
-    rows = [row for row in found if len(_place(row[0], has_splits)[1]) > 0]
-    catalog = _catalog(root, rows, ignored + len(found) - len(rows), has_splits)
-    _must_have_classes(catalog)
+    catalog, places = _table(source, config) if _is_table(source) else _tree(files.resolve(source))
+    _must_teach(str(source), places)
     return catalog
 
 
-def unlabelled(root: Path) -> Catalog:
-    """Every file below a folder, whatever the folders are called; no labels, no split."""
-    _must_be_folder(root)
-    rows, ignored = _files(root)
-    _must_have_images(root, len(rows))
-    return _catalog(root, rows, ignored, None)
+def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Catalog:
+    """Every file below a folder, whatever the folders are called, or every path in a table.
 
-
-def _catalog(
-    root: Path, rows: list[tuple[bytes, int, int]], ignored: int, has_splits: bool | None
-) -> Catalog:
-    rows = sorted((text(path), size, mtime) for path, size, mtime in rows)  # type: ignore[misc]
-    places = [
-        ("", ()) if has_splits is None else _place(raw(str(path)), has_splits) for path, *_ in rows
-    ]
+    No labels, no splits. Raises ConfigError for a source that is missing, empty or torn.
+    """
+    if _is_table(source):
+        return _table(source, config, labelled=False)[0]
+    root = files.resolve(source)
+    found = files.listing(root)
+    _must_have_images(root, len(found.paths))
     return Catalog(
-        root=text(os.fsencode(root.resolve())),
-        paths=[str(path) for path, *_ in rows],
-        sizes=np.array([size for _, size, _ in rows], np.int64),
-        stamps=np.array([mtime for *_, mtime in rows], np.int64),
-        labels=[labels for _, labels in places],
-        splits=[split for split, _ in places],
-        ignored=ignored,
+        root=root,
+        paths=found.paths,
+        sizes=found.sizes,
+        stamps=found.stamps,
+        labels=[()] * len(found.paths),
+        splits=[""] * len(found.paths),
+        ignored=found.ignored,
     )
 
 
-def _place(path: bytes, has_splits: bool) -> tuple[str, tuple[str, ...]]:
-    """Split and labels that a path's folders give; no labels where it lies in no class folder."""
-    *folders, _ = path.split(b"/")
-    if not has_splits:
-        return "", tuple(text(folder) for folder in folders[:1])
-    split = text(folders[0]) if folders else ""
-    return split, tuple(text(f) for f in folders[1:2]) if split in SPLITS else ()
+def _tree(root: str) -> tuple[Catalog, Places]:
+    """The catalog of a tree of class folders."""
+    found = files.listing(root)
+    paths, count = found.paths, len(found.paths)
+    bare = [folder.split("/") for folder in found.folders]
+    tops = {folder[0] for folder in bare}
+    tops |= {name for name, *_ in _folders(paths, "")}
+    has_splits = "train" in tops
+    _must_be_laid_out(root, tops)
+    labels: list[tuple[str, ...]] = [()] * count
+    splits = [""] * count
+    places: Places = {}
+    for split in SPLITS if has_splits else ("",):
+        above = f"{split}/" if split else ""
+        for name, first, last in _folders(paths, above):
+            labels[first:last] = [(name,)] * (last - first)
+            splits[first:last] = [split] * (last - first)
+            places[split, (name,)] = above + name
+    depth = 2 if has_splits else 1
+    empty = {"/".join(folder[:depth]) for folder in bare if len(folder) >= depth}
+    if has_splits:
+        empty = {folder for folder in empty if folder.partition("/")[0] in SPLITS}
+    sizes, stamps = found.sizes, found.stamps
+    inside = [names != () for names in labels]
+    if not all(inside):
+        paths = list(itertools.compress(paths, inside))
+        labels = list(itertools.compress(labels, inside))
+        splits = list(itertools.compress(splits, inside))
+        sizes, stamps = sizes[inside], stamps[inside]
+    return Catalog(
+        root=root,
+        paths=paths,
+        sizes=sizes,
+        stamps=stamps,
+        labels=labels,
+        splits=splits,
+        ignored=found.ignored + count - len(paths),
+        empty=tuple(sorted(empty - set(places.values()))),
+    ), places
 
 
-def _files(root: Path) -> tuple[list[tuple[bytes, int, int]], int]:
-    """(path below root, size, mtime in ns) of every file that may be an image; number ignored."""
-    found, ignored = [], 0
-    waiting: list[tuple[bytes, bytes, frozenset[tuple[int, int]]]]
-    waiting = [(os.fsencode(root), b"", frozenset())]
-    while waiting:
-        folder, below, above = waiting.pop()
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:  # a link back up the tree
-            continue
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b".") or entry.name in JUNK:
-                    ignored += 1
-                elif _is_folder(entry):
-                    waiting.append((entry.path, below + entry.name + b"/", above | {here}))
-                else:
-                    found.append((below + entry.name, *_stamp(entry)))
-    return found, ignored
+def _folders(paths: list[str], above: str) -> Iterator[tuple[str, int, int]]:
+    """Name and rows (from, to) of each folder that stands in `above`, which ends in / or is ""."""
+    row = bisect_left(paths, above)
+    while row < len(paths) and paths[row].startswith(above):
+        name, slash, _ = paths[row][len(above) :].partition("/")
+        # Sorted: what lies in a folder stands together. 0 is the character after /.
+        end = bisect_left(paths, f"{above}{name}0", row) if slash else row + 1
+        if slash:
+            yield name, row, end
+        row = end
 
 
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a ring: listed, and a fault when it is read
-        return False
+# --------------------------------------------------------------------------------- tables
 
 
-def _stamp(entry: os.DirEntry[bytes]) -> tuple[int, int]:
-    try:
-        status = entry.stat()
-    except OSError:
-        return -1, 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else -1, status.st_mtime_ns
+def _is_table(source: str | Path) -> bool:
+    name = os.fspath(source)
+    return name.lower().endswith(tuple(TABLES)) and not Path(name).is_dir()
 
 
-def _must_be_folder(root: Path) -> None:
-    if not root.is_dir():
+def _table(
+    source: str | Path, config: SourceConfig, *, labelled: bool = True
+) -> tuple[Catalog, Places]:
+    """The catalog of a CSV or TSV file."""
+    table = _absolute(os.fspath(source))
+    base = _absolute(config.images) if config.images else table.rpartition(b"/")[0]
+    lines: dict[bytes, int] = {}
+    labels: list[tuple[str, ...]] = []
+    splits: list[str] = []
+    places: Places = {}
+    for line, path, names, split in _rows(str(source), table, config, labelled):
+        full = _joined(base, path)
+        if (before := lines.setdefault(full, line)) != line:
+            raise ConfigError(
+                f"{source} names {files.text(path)} twice, in lines {before} and {line}.",
+                "one line for each image.",
+                "take one of them out; several labels of an image stand in one line.",
+            )
+        labels.append(names)
+        splits.append(split)
+        places.setdefault((split, names), f"line {line}")
+    _must_have_images(str(source), len(lines))
+    top = _common(str(source), base, lines)
+    shown = [files.text(full[len(top) :]) for full in lines]
+    order = sorted(range(len(shown)), key=shown.__getitem__)
+    paths = [shown[row] for row in order]
+    root = files.text(top[:-1] if files.in_store(files.text(top)) else os.path.realpath(top))
+    sizes, stamps = files.look(root, paths)
+    if not (sizes >= 0).any():
         raise ConfigError(
-            f"{root} is {'a file' if root.exists() else 'not there'}.",
-            "a folder of images.",
-            "check the spelling; `arrowhead demo` makes a folder to try.",
+            f"none of the {len(paths)} files that {source} names is there, such as"
+            f" {files.text(next(iter(lines)))}.",
+            "paths of image files, from the table's own folder on.",
+            "give their folder with --images, or what the paths lack at the end with --suffix.",
         )
+    catalog = Catalog(
+        root=root,
+        paths=paths,
+        sizes=sizes,
+        stamps=stamps,
+        labels=[labels[row] for row in order],
+        splits=[splits[row] for row in order],
+    )
+    return catalog, places
 
 
-def _must_have_images(root: Path, count: int) -> None:
+def _rows(
+    source: str, table: bytes, config: SourceConfig, labelled: bool
+) -> Iterator[tuple[int, bytes, tuple[str, ...], str]]:
+    """Line number, path with its suffix, labels and split of each row of a table."""
+    folder, _, leaf = table.rpartition(b"/")
+    content, fault = files.read(files.text(folder or b"/"), files.text(leaf), 2**31)
+    if fault:
+        raise ConfigError(
+            f"{source} cannot be read: {fault}.",
+            "a folder of images, or a table of them with the columns path and labels.",
+            "check the spelling.",
+        )
+    decoded = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
+    reader = csv.reader(decoded, delimiter=TABLES[source[-4:].lower()], strict=True)
+    line = 1
+    try:
+        columns = [cell.strip().lower() for cell in next(reader, [])]
+        path_at, label_at, split_at = _columns(source, columns, labelled)
+        known: dict[str, tuple[str, ...]] = {}
+        for line, row in _numbered(reader):
+            if not row:
+                continue
+            if len(row) != len(columns):
+                raise _refused(source, line, f"has {len(row)} cells, the header {len(columns)}")
+            if not row[path_at] or "\0" in row[path_at]:
+                raise _refused(source, line, "has no path, or one that no file can have")
+            names: tuple[str, ...] = ()
+            if label_at is not None and not (names := known.get(row[label_at], ())):
+                names = known[row[label_at]] = _names(row[label_at], config.label_separator)
+                if not names:
+                    raise _refused(source, line, "has no label")
+            split = row[split_at].strip() if split_at is not None else ""
+            if split not in ("", *SPLITS):
+                raise _refused(source, line, f"has the split {split!r}, not train, valid or test")
+            path = (row[path_at] + config.suffix).encode("utf-8", "surrogateescape")
+            yield line, path, names, split
+    except csv.Error as error:
+        raise _refused(source, line, f"or a line after it is no CSV: {error}") from error
+
+
+def _numbered(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows with the numbers of the lines that they start in: quoted ones may take several."""
+    start = reader.line_num + 1
+    for row in reader:
+        yield start, row
+        start = reader.line_num + 1
+
+
+def _columns(source: str, columns: list[str], labelled: bool) -> tuple[int, int | None, int | None]:
+    """Where path, labels and split stand; None: not asked for, or not there."""
+    named = {"path": ["path"], "labels": ["labels", "label"], "split": ["split"]}
+    found = {
+        key: [at for at, name in enumerate(columns) if name in names]
+        for key, names in named.items()
+    }
+    need = ("path", "labels") if labelled else ("path",)
+    if any(len(at) > 1 for at in found.values()) or any(not found[key] for key in need):
+        raise ConfigError(
+            f"the first line of {source} names the columns {', '.join(columns) or '(none)'}.",
+            f"{' and '.join(need)}, each once{', and split if you like' if labelled else ''}.",
+            "name them in the first line; other columns do no harm.",
+        )
+    path, labels, split = (found[key][0] if found[key] else None for key in named)
+    assert path is not None
+    return path, labels if labelled else None, split if labelled else None
+
+
+def _refused(source: str, line: int, what: str) -> ConfigError:
+    return ConfigError(
+        f"{source}, line {line}: it {what}.",
+        "a path and its labels in every line, as many cells as the header has.",
+        "mend the line; quote a cell that holds the separator or a line break.",
+    )
+
+
+def _names(cell: str, separator: str) -> tuple[str, ...]:
+    """The labels in a cell, sorted, each once."""
+    names = {name.strip() for name in (cell.split(separator) if separator else [cell])}
+    return tuple(sorted(files.text(n.encode("utf-8", "surrogateescape")) for n in names if n))
+
+
+def _absolute(name: str) -> bytes:
+    """A folder or file as a path from the top, or as a URI."""
+    if files.in_store(name):
+        return files.raw(files.resolve(name))
+    # Not what a link leads to: paths start where the table lies.
+    return posixpath.normpath(os.fsencode(Path(name).absolute()))
+
+
+def _joined(base: bytes, path: bytes) -> bytes:
+    """A path of a table from the top, . and .. worked out."""
+    odd = path[:1] == b"/" or path[-1:] in (b"/", b".") or b"./" in path or b"//" in path
+    if not odd:
+        return base.rstrip(b"/") + b"/" + path
+    origin, below = _origin(base)
+    if files.in_store(shown := files.text(path)):
+        origin, below = _origin(files.raw(files.resolve(shown)))
+        path = b""
+    return origin + b"/" + posixpath.normpath(posixpath.join(b"/" + below, path)).lstrip(b"/")
+
+
+def _origin(full: bytes) -> tuple[bytes, bytes]:
+    """The store of a URI, such as s3://bucket (b"" on a disk), and the path in it."""
+    if not files.in_store(files.text(full)):
+        return b"", full
+    scheme, _, rest = full.partition(b"://")
+    store, slash, path = rest.partition(b"/")
+    return scheme + b"://" + store, slash + path
+
+
+def _common(source: str, base: bytes, lines: Mapping[bytes, int]) -> bytes:
+    """The folder that holds all paths, ending in /: the base, unless one leaves it."""
+    first, last = min(lines), max(lines)  # what these two share, all share
+    top = base.rstrip(b"/") + b"/"
+    if first.startswith(top) and last.startswith(top):
+        return top
+    if _origin(first)[0] != _origin(last)[0]:
+        raise ConfigError(
+            f"{source} names files in several places: {files.text(first)} in line {lines[first]},"
+            f" {files.text(last)} in line {lines[last]}.",
+            "files on one disk or in one bucket.",
+            "split the table, or copy the files together; --images says where paths start.",
+        )
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    shared = bytes(byte for byte, _ in alike)
+    return shared[: shared.rindex(b"/") + 1]
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+def _must_have_images(root: str, count: int) -> None:
     if count == 0:
         raise ConfigError(
             f"{root} holds no images.",
@@ -236,26 +407,63 @@ def _must_have_images(root: Path, count: int) -> None:
         )
 
 
-def _must_have_classes(catalog: Catalog) -> None:
-    _must_have_images(Path(catalog.root), len(catalog))
-    in_train = {
-        name
-        for names, split in zip(catalog.labels, catalog.splits, strict=True)
-        if split in ("train", "")
-        for name in names
-    }
-    if len(catalog.classes) < 2:
+def _must_be_laid_out(root: str, tops: set[str]) -> None:
+    """Folders of splits that are not quite so would become classes."""
+    if "train" in tops and "valid" not in tops:
         raise ConfigError(
-            f"{catalog.root} has one class, {catalog.classes[0]!r}.",
+            f"{root} has train/ but no valid/.",
+            "both, with one folder per class in each; or one folder per class and no train/.",
+            f"make {root}/valid, or give {root}/train: a share of it is then held out.",
+        )
+    if "train" not in tops and tops and all(_alike(top) in SPLITS for top in tops):
+        raise ConfigError(
+            f"{root} has {', '.join(f'{top}/' for top in sorted(tops))} but no train/.",
+            "train/ and valid/, in small letters, with one folder per class in each.",
+            "rename the folders, or give the one that holds the class folders.",
+        )
+
+
+def _must_teach(source: str, places: Places) -> None:
+    _must_have_images(source, len(places))
+    where: dict[str, str] = {}
+    for (_, names), place in places.items():
+        for name in names:
+            where.setdefault(name, place)
+    twins: dict[str, str] = {}
+    for name in sorted(where):
+        if (twin := twins.setdefault(_alike(name), name)) != name:
+            raise ConfigError(
+                f"{source} has two classes that look alike: {twin!a} ({where[twin]}) and"
+                f" {name!a} ({where[name]}).",
+                "names that differ in more than case or the Unicode form of a letter.",
+                "rename one, so that both are the same class or clearly not.",
+            )
+    if len(where) < 2:
+        raise ConfigError(
+            f"{source} has one class, {next(iter(where))!r}.",
             "two classes or more: a classifier chooses between them.",
-            "add a folder of images of something else beside it.",
+            "add images of something else beside it.",
         )
-    if unknown := sorted(set(catalog.classes) - in_train):
+    splits = {split for split, _ in places}
+    if splits <= {"train", "test"}:
         raise ConfigError(
-            f"{catalog.root}/train has no images of {', '.join(unknown)}.",
-            "every class of valid/ and test/ also in train/.",
-            "move some of its images to train/, or remove or rename that folder.",
+            f"{source} has no image in the split valid.",
+            "train and valid; or no splits: a share is then held out.",
+            "mark some images valid, or leave the split out.",
         )
+    taught = {name for split, names in places if split in ("train", "") for name in names}
+    if unknown := sorted(set(where) - taught):
+        raise ConfigError(
+            f"{source} has no images of {', '.join(unknown)} in train.",
+            "every class of valid and test also in train.",
+            "move some of its images to train, or remove or rename that class.",
+        )
+
+
+def _alike(name: str) -> str:
+    """What names share that differ in case or Unicode form: a canonical caseless match (UAX 21)."""
+    plain = files.raw(name).decode("utf-8", "surrogateescape")
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", plain).casefold())
 
 
 # -------------------------------------------------------------------------- arithmetic
@@ -281,10 +489,14 @@ def chunks(paths: Sequence[str], size: int) -> list[range]:
     if not paths:
         return []
     reach = size // 2
-    codes = np.array([zlib.crc32(path.encode()) for path in paths], np.int64)
+    codes = np.fromiter(map(zlib.crc32, map(str.encode, paths)), np.int64, len(paths))
     codes = (codes << 20) + np.arange(len(codes)) % 2**20  # no two neighbours alike
-    padded = np.pad(codes, reach, constant_values=np.iinfo(np.int64).max)
-    lowest = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1).min(1)
+    lowest = np.pad(codes, reach, constant_values=np.iinfo(np.int64).max)
+    width, full = 1, 2 * reach + 1
+    while width < full:  # lowest of `width` rows from each row on; two such windows make a longer
+        step = min(width, full - width)
+        lowest = np.minimum(lowest[:-step], lowest[step:])
+        width += step
     ends = np.flatnonzero(codes == lowest) + 1
     borders = [0, *ends[(ends > reach) & (ends < len(paths))].tolist(), len(paths)]
     return [range(start, stop) for start, stop in itertools.pairwise(borders)]
@@ -293,12 +505,18 @@ def chunks(paths: Sequence[str], size: int) -> list[range]:
 def chunk_name(catalog: Catalog, rows: range, fingerprint: str) -> str:
     """Name of the shard that holds these rows: a hash of the files' stamps and the recipe.
 
-    Size and mtime count: a file replaced under its old name belongs to another shard.
+    Size and stamp count: a file replaced under its old name belongs to another shard. So does one
+    that could be read at last, which leaves no trace in either: that is what `tries` is for.
     """
+    here = slice(rows.start, rows.stop)
+    columns = (catalog.sizes[here], catalog.stamps[here], catalog.tries[here])
+    stamps = zip(*(column.tolist() for column in columns), strict=True)
+    lines = [
+        f"{path}\t{size}\t{stamp}\n" if not tries else f"{path}\t{size}\t{stamp}\t{tries}\n"
+        for path, (size, stamp, tries) in zip(catalog.paths[here], stamps, strict=True)
+    ]
     total = hashlib.blake2b(fingerprint.encode(), digest_size=12)
-    for row in rows:
-        stamp = f"{catalog.sizes[row]}\t{catalog.stamps[row]}\n"
-        total.update(catalog.paths[row].encode() + b"\t" + stamp.encode())
+    total.update("".join(lines).encode())
     return total.hexdigest()
 
 

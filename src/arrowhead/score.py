@@ -69,19 +69,22 @@ def score(
     catalog = Catalog(**shards.read_catalog(inputs(out)))
     runs = plan.chunks(catalog.paths, how.chunk_size)
     clean = extract.pixels_of(one_view(bundle.recipe), config.max_pixels)
-    pump = extract.Pump(worker, body, one_view(bundle.recipe), clean, how)
     mark = {
         "arrowhead.recipe": bundle.recipe.json(),
         "arrowhead.bundle": bundles.fingerprint(path),
         "arrowhead.run_id": str(bundle.lineage.get("run_id")),
         "arrowhead.version": __version__,
     }
-    for chunk in pump(catalog, ((n, runs[n]) for n in iter(worker.claim, None)), {}):
-        with pump.clock.stage("write"):
-            scores = bundles.probabilities(head, chunk.features[:, 0], bundle.temperature)
-            columns = table(bundle, chunk, scores, config)
-            shards.write_parquet(part(out, chunk.number), columns, mark)
-        worker.report(chunk.counts() | {"seconds": pump.clock.read()})
+    recipe = one_view(bundle.recipe)
+    clean = extract.pixels_of(recipe, config.max_pixels)
+    claimed = ((number, runs[number]) for number in iter(worker.claim, None))
+    with extract.Pump(worker, body, recipe, clean, how) as pump:
+        for chunk in pump(catalog, claimed, extract.Known()):
+            with pump.clock.stage("write"):
+                scores = bundles.probabilities(head, chunk.features[:, 0], bundle.temperature)
+                columns = table(bundle, chunk, scores, config)
+                shards.write_parquet(part(out, chunk.number), columns, mark)
+            worker.report(chunk.counts() | {"seconds": pump.clock.read()})
     return drift
 
 

@@ -7,22 +7,28 @@
 
     store/
       store.json           format, recipe, fingerprint, chunk size
-      catalog.arrow        paths, stamps, labels and splits, as of the last run
+      catalog-<hash>.arrow paths, stamps, labels and splits; immutable
       body.safetensors     the weights that made the features
       shards/<name>.arrow  immutable
-      manifest.json        what is complete; replaced atomically, last
+      manifest.json        what is complete: catalog, shards, their hashes; replaced atomically
+      catalog.arrow        another name of the newest catalog, for people
 
 A file gets its own name only when it is whole. What is done is read off the disk, so a
-stopped run goes on without a journal.
+stopped run goes on without a journal. Whoever reads starts at the manifest: what it names never
+changes, so a reader sees the last whole state or the next one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +40,7 @@ from numpy.typing import NDArray
 
 from arrowhead import ConfigError, DataError
 
-FORMAT = 1
+FORMAT = 2
 
 
 # ------------------------------------------------------------------------------ recipe
@@ -112,6 +118,7 @@ def draft(path: Path) -> Iterator[Path]:
     """A path to write to; what is there becomes `path` at the end, or nothing does.
 
     The draft's name is drawn: process ids repeat on machines that share a disk.
+    Raises ConfigError when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sketch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
@@ -120,6 +127,14 @@ def draft(path: Path) -> Iterator[Path]:
         _sync(sketch)
         os.replace(sketch, path)
         _sync(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ConfigError(
+            f"{path} cannot be written: {os.strerror(error.errno)}.",
+            "room on the disk; what was written before is whole and stays.",
+            "free some space and run the same command again: it goes on where it stopped.",
+        ) from error
     finally:
         sketch.unlink(missing_ok=True)
 
@@ -148,6 +163,35 @@ def read_json(path: Path) -> Any:
             "a JSON file written by Arrowhead.",
             "check the path; if the folder was copied, copy it again.",
         ) from error
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """One JSON file, whole or absent, with a hash of its content inside."""
+    write_json(path, {**content, "seal": _seal(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote; DataError if it is missing, changed, or of another format."""
+    content = dict(read_json(path))
+    if content.get("format") != FORMAT:
+        raise DataError(
+            f"{path} is of format {content.get('format')}.",
+            f"format {FORMAT}, which this version writes.",
+            "use the Arrowhead version that wrote it, or extract again into a new store.",
+        )
+    if content.pop("seal", None) != _seal(content):
+        raise DataError(
+            f"{path} has changed since it was written: its seal does not fit.",
+            "the bytes that Arrowhead wrote.",
+            "restore the file from a copy, or delete it and run the same precompute again:"
+            " features that are there are not decoded again.",
+        )
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -190,8 +234,20 @@ def write_shard(path: Path, rows: Rows, recipe: Recipe) -> None:
             ),
             "fault": pa.array(faults, pa.string()),
         }
-    ).replace_schema_metadata({"arrowhead.recipe": recipe.json()})
-    write_arrow(path, table)
+    )
+    notes = {"arrowhead.recipe": recipe.json(), "arrowhead.digest": _digest(rows, recipe)}
+    write_arrow(path, table.replace_schema_metadata(notes))
+
+
+def _digest(rows: Rows, recipe: Recipe) -> str:
+    """Hash of a shard's content: vouches for a shard that no manifest names yet."""
+    total = hashlib.blake2b(recipe.json().encode(), digest_size=16)
+    total.update(json.dumps([list(rows.paths), list(rows.faults)]).encode())
+    total.update(b"".join(rows.image_ids))
+    for row, fault in zip(rows.features, rows.faults, strict=True):
+        if fault is None:
+            total.update(row.tobytes())
+    return total.hexdigest()
 
 
 def write_arrow(path: Path, table: Any) -> None:
@@ -257,19 +313,26 @@ def read_arrow(path: Path) -> Any:
         ) from error
 
 
-def read_shard(path: Path, recipe: Recipe) -> Rows:
-    """The rows of a shard; its features are a view of the memory map, nothing is copied."""
+def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
+    """The rows of a shard; its features are a view of the memory map, nothing is copied.
+
+    check: compare the content with the digest inside. DataError if they differ.
+    """
     table = read_arrow(path)
-    made = (table.schema.metadata or {}).get(b"arrowhead.recipe", b"{}")
-    Recipe.from_dict(json.loads(made), str(path)).must_equal(recipe, str(path), "the store")
+    notes = table.schema.metadata or {}
+    made = Recipe.from_dict(json.loads(notes.get(b"arrowhead.recipe", b"{}")), str(path))
+    made.must_equal(recipe, str(path), "the store")
     views = recipe.views
     flat = table["feature"].combine_chunks().values.to_numpy(zero_copy_only=True)
-    return Rows(
+    rows = Rows(
         paths=table["path"].to_pylist()[::views],
         image_ids=table["image_id"].to_pylist()[::views],
         features=flat.reshape(-1, views, recipe.width),
         faults=table["fault"].to_pylist()[::views],
     )
+    if check and notes.get(b"arrowhead.digest", b"").decode() != _digest(rows, recipe):
+        raise _changed(path, "the digest inside it")
+    return rows
 
 
 # ------------------------------------------------------------------------------- store
@@ -299,7 +362,7 @@ class Store:
                 "a folder written by `arrowhead precompute`.",
                 f"run `arrowhead precompute DATA {path}` first.",
             )
-        head = read_json(path / "store.json")
+        head = read_sealed(path / "store.json")
         self.recipe = Recipe.from_dict(head.get("recipe", {}), str(path / "store.json"))
         self.chunk_size = int(head["chunk_size"])
 
@@ -313,7 +376,7 @@ class Store:
             store = Store(path)
             store.recipe.must_equal(recipe, str(path), "this run")
             return store
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(path.iterdir()) and not (path / "shards").is_dir():
             raise ConfigError(
                 f"{path} holds files that are not a feature store's.",
                 "a new or empty folder, or an existing store.",
@@ -321,8 +384,25 @@ class Store:
             )
         head = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
         head |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
-        write_json(path / "store.json", head)
+        write_sealed(path / "store.json", head)
         return Store(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One writer at a time; ConfigError if another process is writing here."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path} is being written by another Arrowhead command.",
+                    "one writer at a time.",
+                    "wait for it to end, or stop it; then run this again.",
+                ) from None
+            except OSError as error:  # some network disks know no locks
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+            yield
 
     @property
     def weights(self) -> Path:
@@ -337,6 +417,10 @@ class Store:
         """Names of all whole shards, live or left over from an earlier catalog."""
         return sorted(path.stem for path in (self.path / "shards").glob("*.arrow"))
 
+    def read(self, name: str, *, check: bool = False) -> Rows:
+        """The rows of the shard of that name."""
+        return read_shard(self.shard(name), self.recipe, check=check)
+
     def manifest(self) -> dict[str, Any]:
         """What is complete; DataError before the first complete run."""
         if not (self.path / "manifest.json").is_file():
@@ -345,7 +429,7 @@ class Store:
                 "a finished store.",
                 "run the same `arrowhead precompute` again: it goes on where it stopped.",
             )
-        return dict(read_json(self.path / "manifest.json"))
+        return read_sealed(self.path / "manifest.json")
 
     def intact(self) -> dict[str, str]:
         """sha256 by name of the manifest's shards that are on the disk; {} before the first one.
@@ -358,86 +442,124 @@ class Store:
         named = {shard["name"]: shard["sha256"] for shard in self.manifest()["shards"]}
         there = {name: digest for name, digest in named.items() if self.shard(name).is_file()}
         for name, digest in there.items():
-            _must_hash_to(self.shard(name), digest)
+            must_hash_to(self.shard(name), digest)
         return there
 
     def complete(
-        self, names: Sequence[str], classes: Sequence[str], intact: Mapping[str, str]
+        self, names: Sequence[str], columns: Mapping[str, Any], intact: Mapping[str, str]
     ) -> dict[str, Any]:
-        """Write the manifest of these shards; the store is now readable.
+        """Write the catalog (`columns` as `read_catalog` gives them) and the manifest of these
+        shards; the store is now readable.
 
-        intact: digests that are known already, as `intact` gave them.
+        intact: digests that are known already, as `intact` gave them. Raises DataError if another
+        shard differs from what was written.
         """
-        shards = []
+        entries = []
         for name in names:
-            rows = read_shard(self.shard(name), self.recipe)
-            faulty = sum(fault is not None for fault in rows.faults)
-            shards.append(
+            rows = self.read(name, check=name not in intact)
+            kinds = Counter(fault.partition(":")[0] for fault in rows.faults if fault)
+            entries.append(
                 {
                     "name": name,
                     "files": len(rows.paths),
-                    "faults": faulty,
+                    "faults": kinds.total(),
+                    "kinds": dict(kinds),
                     "bytes": self.shard(name).stat().st_size,
                     "sha256": intact.get(name) or sha256(self.shard(name)),
                 }
             )
-        catalog = {"sha256": sha256(self.path / "catalog.arrow")}
-        manifest = {"format": FORMAT, "classes": list(classes), "catalog": catalog}
-        write_json(self.path / "manifest.json", manifest | {"shards": shards})
-        return manifest | {"shards": shards}
+        catalog = self._keep_catalog(columns)
+        classes = sorted({name for names in columns["labels"] for name in names})
+        manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
+        write_sealed(self.path / "manifest.json", manifest)
+        with draft(self.path / "catalog.arrow") as sketch:
+            shutil.copyfile(self.path / catalog["name"], sketch)
+        return manifest
+
+    def _keep_catalog(self, columns: Mapping[str, Any]) -> dict[str, str]:
+        """Write a catalog under the name its content gives it."""
+        new = self.path / f".catalog.{secrets.token_hex(4)}.draft"
+        try:
+            write_catalog(new, columns)
+            digest = sha256(new)
+            kept = self.path / f"catalog-{digest[:16]}.arrow"
+            os.replace(new, kept)
+        finally:
+            new.unlink(missing_ok=True)
+        return {"name": kept.name, "sha256": digest}
 
     def verify(self) -> None:
         """Compare every file the manifest names with its hash; DataError for the first misfit."""
+        for path, digest in self.hashes().items():
+            must_hash_to(path, digest)
+
+    def hashes(self) -> dict[Path, str]:
+        """sha256 of every file the manifest names."""
         manifest = self.manifest()
-        expected = {self.path / "catalog.arrow": manifest["catalog"]["sha256"]}
-        expected |= {self.shard(shard["name"]): shard["sha256"] for shard in manifest["shards"]}
-        for path, digest in expected.items():
-            _must_hash_to(path, digest)
+        expected = {self.path / manifest["catalog"]["name"]: manifest["catalog"]["sha256"]}
+        return expected | {self.shard(one["name"]): one["sha256"] for one in manifest["shards"]}
 
     def rows(self) -> Iterator[Rows]:
         """The complete shards, in catalog order, memory-mapped."""
         for shard in self.manifest()["shards"]:
-            yield read_shard(self.shard(shard["name"]), self.recipe)
-
-    def write_catalog(self, columns: Mapping[str, Any]) -> None:
-        """Replace catalog.arrow; `columns` as `read_catalog` gives them."""
-        write_catalog(self.path / "catalog.arrow", columns)
+            yield self.read(shard["name"])
 
     def read_catalog(self) -> dict[str, Any]:
-        """The columns of catalog.arrow: paths, sizes, stamps, labels, splits, and root."""
-        return read_catalog(self.path / "catalog.arrow")
+        """The columns of the manifest's catalog: the fields of `plan.Catalog`."""
+        return read_catalog(self.path / self.manifest()["catalog"]["name"])
 
     def features(self, split: str) -> Features:
-        """Features and labels of one split; images with a fault are left out."""
-        columns, classes = self.read_catalog(), self.manifest()["classes"]
-        number = {name: i for i, name in enumerate(classes)}
-        shards = list(self.rows())
-        well = np.concatenate([[fault is None for fault in rows.faults] for rows in shards])
+        """Features and labels of one split; images with a fault are left out.
+
+        Raises ConfigError where an image has several labels: heads choose one, so far.
+        """
+        manifest = self.manifest()
+        columns = read_catalog(self.path / manifest["catalog"]["name"])
+        number = {name: i for i, name in enumerate(manifest["classes"])}
+        parts = [self.read(shard["name"]) for shard in manifest["shards"]]
+        well = np.concatenate([[fault is None for fault in rows.faults] for rows in parts])
         wanted = well & np.array([one == split for one in columns["splits"]])
+        several = next((i for i, names in enumerate(columns["labels"]) if len(names) > 1), None)
+        if several is not None:
+            raise ConfigError(
+                f"{columns['paths'][several]} has {len(columns['labels'][several])} labels.",
+                "one label per image: heads for several are not built yet.",
+                "train on a table with one label per image; the features stay as they are.",
+            )
         label = [
             number[names[0]] for names, take in zip(columns["labels"], wanted, strict=True) if take
         ]
-        ends = np.cumsum([len(rows.paths) for rows in shards])[:-1]
-        parts = zip(shards, np.split(wanted, ends), strict=True)
+        ends = np.cumsum([len(rows.paths) for rows in parts])[:-1]
+        taken = zip(parts, np.split(wanted, ends), strict=True)
         return Features(
-            feature=np.concatenate([rows.features[take] for rows, take in parts]),
+            feature=np.concatenate([rows.features[take] for rows, take in taken]),
             label=np.array(label, np.int64),
             row=np.flatnonzero(wanted),
         )
 
 
-def _must_hash_to(path: Path, digest: str) -> None:
-    if not path.is_file() or sha256(path) != digest:
+def must_hash_to(path: Path, digest: str) -> None:
+    """DataError if a file is missing or its bytes are not those of this sha256."""
+    if not path.is_file():
         raise DataError(
-            f"{path} {'differs from' if path.is_file() else 'is missing, but named in'}"
-            " the manifest.",
+            f"{path} is missing, but named in the manifest.",
             f"the bytes whose sha256 is {digest}.",
-            "delete the file and run precompute again: only its images are decoded again.",
+            "run the same precompute again: only its images are decoded again.",
         )
+    if sha256(path) != digest:
+        raise _changed(path, "the manifest")
+
+
+def _changed(path: Path, witness: str) -> DataError:
+    return DataError(
+        f"{path} differs from {witness}: its bytes have changed since they were written.",
+        "the bytes that Arrowhead wrote.",
+        "delete the file and run the same precompute again: only its images are decoded again.",
+    )
 
 
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
-    """A catalog as an Arrow file: path, size, stamp, labels, split; its root as metadata."""
+    """A catalog as an Arrow file: path, size, stamp, labels, split, tries; its root as metadata."""
     import pyarrow as pa
 
     table = pa.table(
@@ -447,6 +569,7 @@ def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
             "stamp": pa.array(columns["stamps"], pa.int64()),
             "labels": pa.array([list(names) for names in columns["labels"]], pa.list_(pa.string())),
             "split": pa.array(columns["splits"], pa.string()).dictionary_encode(),
+            "tries": pa.array(columns["tries"], pa.uint8()),
         }
     )
     root = {"arrowhead.root": columns["root"], "arrowhead.ignored": str(columns["ignored"])}
@@ -463,5 +586,6 @@ def read_catalog(path: Path) -> dict[str, Any]:
         "stamps": table["stamp"].to_numpy(),
         "labels": [tuple(names) for names in table["labels"].to_pylist()],
         "splits": table["split"].to_pylist(),
+        "tries": table["tries"].to_numpy(),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
     }

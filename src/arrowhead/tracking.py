@@ -9,6 +9,7 @@ artefacts in mlruns/ beside it: `mlflow ui` there shows everything.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 from collections.abc import Iterator, Mapping
@@ -123,20 +124,17 @@ def _open(client: MlflowClient, experiment: str, name: str, parent: str | None) 
     if parent:
         tags["mlflow.parentRunId"] = parent
     info = client.create_run(experiment, run_name=name, tags=tags).info
-    status, refused = "FAILED", False
     try:
         yield Run(client, info.run_id, experiment)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+    except BaseException as error:
+        # Whatever the store says now (its disk may be full, too) must not hide what went wrong.
+        with contextlib.suppress(Exception):
+            interrupted = isinstance(error, KeyboardInterrupt)
+            client.set_terminated(info.run_id, "KILLED" if interrupted else "FAILED")
+            if isinstance(error, ConfigError):  # a request that was refused is no run
+                client.delete_run(info.run_id)
         raise
-    except ConfigError:
-        refused = True
-        raise
-    finally:
-        client.set_terminated(info.run_id, status)
-        if refused:  # a request that was refused is no run
-            client.delete_run(info.run_id)
+    client.set_terminated(info.run_id, "FINISHED")
 
 
 def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:

@@ -1,0 +1,690 @@
+"""Names and bytes of files, on a disk or in an object store.
+
+    a root                 a folder, or a URI such as s3://bucket/prefix
+      -> listing           every file below it: path, size, stamp; no file is opened
+      -> read              the bytes of one of them, or why there are none
+
+A *stamp* tells that a file changed: its mtime in ns on a disk, 63 bits of a hash of its ETag in a
+store. Names of files are bytes on a disk; here they travel as text that leads back to them.
+
+This room imports only what starts fast: listing a large folder, Python processes that need
+nothing else import it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import marshal
+import os
+import re
+import stat
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import compress, islice, repeat
+from operator import lt
+from resource import RUSAGE_THREAD, getrusage
+from subprocess import DEVNULL, PIPE, Popen
+from time import perf_counter, sleep
+from typing import IO, TYPE_CHECKING, Any
+
+from arrowhead import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+JUNK = {b"Thumbs.db", b"desktop.ini", b"__MACOSX"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+ALONE = 0.05  # seconds before helpers are called: as long as they take to come
+FEW, PART = 1024, 8192  # names looked at in one go, alone and by a helper
+STORE_THREADS = 16
+LISTED, COUNTED, NAMED = range(3)  # wanted: rows; a count of the files; rows of names that we know
+FOLDER, FILE = stat.S_IFDIR >> 12, stat.S_IFREG >> 12
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)(.*)", re.DOTALL)
+_ESCAPED = re.compile(r"\\(?:\\|x[0-9a-f]{2})")
+
+# A folder to look into: its path below the root, ending in "/" (b"" is the root), the names in it
+# (None: all), device and inode of the folders above it, and what is wanted.
+Visit = tuple[bytes, list[bytes] | None, tuple[tuple[int, int], ...], int]
+# What was found: the texts of the paths in a row, joined by NUL, int64 sizes, int64 stamps.
+Block = tuple[str, bytes, bytes]
+# Blocks, number of files left out, folders that hold no file of their own, visits still to make.
+Found = tuple[list[Block], int, list[str], list[Visit]]
+# Makes visits, up to a number of names.
+Explorer = Callable[[list[Visit], int], Found]
+# What the names in an open folder are (bits 12 to 15 of st_mode, 0: none), sizes, stamps.
+Looks = tuple[list[int], "array[int]", "array[int]"]
+Looker = Callable[[int, list[bytes]], Looks]
+# Key below the root, bytes, stamp.
+Object = tuple[str, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """Every file below a root; N rows, sorted by path.
+
+    paths: text of each path below the root; sizes: int64 (N,) bytes, -1 where there is no
+    ordinary file to be read; stamps: int64 (N,); ignored: number of files seen and left out
+    (hidden ones and system files, also inside hidden folders); folders: text of the folders that
+    hold no file of their own. A folder that cannot be listed is a row of size -1.
+    """
+
+    paths: list[str]
+    sizes: NDArray[np.int64]
+    stamps: NDArray[np.int64]
+    ignored: int
+    folders: list[str]
+
+
+# ------------------------------------------------------------------ names of files, as text
+
+
+def text(raw: bytes) -> str:
+    r"""A file name as text that is valid UTF-8, safe on a screen, and leads back to the name.
+
+    Bytes that are not UTF-8, control characters and the backslash become \xNN or \\.
+    """
+    name = raw.decode("utf-8", "surrogateescape")
+    if name.isprintable() and "\\" not in name:
+        return name
+    out = []
+    for char in name:
+        if char == "\\":
+            out.append("\\\\")
+        elif "\udc80" <= char <= "\udcff":
+            out.append(f"\\x{ord(char) - 0xDC00:02x}")
+        elif char.isprintable():
+            out.append(char)
+        else:  # control characters, line separators, marks that turn writing around
+            out.extend(f"\\x{byte:02x}" for byte in char.encode())
+    return "".join(out)
+
+
+def raw(path: str) -> bytes:
+    """The file name that `text` was made from."""
+    if "\\" not in path:
+        return path.encode()
+    out, at = bytearray(), 0
+    for match in _ESCAPED.finditer(path):
+        out += path[at : match.start()].encode()
+        out += b"\\" if match[0] == "\\\\" else bytes.fromhex(match[0][2:])
+        at = match.end()
+    return bytes(out + path[at:].encode())
+
+
+def resolve(source: str | Path) -> str:
+    """The root that a user's `source` names, as text: what every other function here takes.
+
+    Raises ConfigError for a URI that holds a password: URIs are written to files and screens.
+    """
+    given = os.fspath(source)
+    if not (uri := _URI.fullmatch(given)):
+        return text(os.path.realpath(os.fsencode(given)))
+    scheme, host, path = uri.groups()
+    if scheme.lower() == "file":
+        from urllib.parse import unquote_to_bytes
+
+        return text(os.path.realpath(unquote_to_bytes(path or "/")))
+    if "@" in host:
+        raise ConfigError(
+            f"the {scheme}:// address of the images holds a name or a password.",
+            "an address without them: it is written to catalogs and to the screen.",
+            "leave them out; put credentials into the environment (AWS_*, GOOGLE_*).",
+        )
+    return text(os.fsencode(f"{scheme.lower()}://{host}{path.rstrip('/')}"))
+
+
+def in_store(root: str) -> bool:
+    """Whether a root is in an object store, not on a disk."""
+    return _URI.match(root) is not None
+
+
+# ----------------------------------------------------------------------------- listing
+
+
+def listing(root: str) -> Listing:
+    """Every file below a root (as `resolve` gives it), whatever the folders are called.
+
+    Links are followed; a link back up its own path is not. Files are listed, not opened.
+    Raises ConfigError for a root that is not there, is no folder, or cannot be listed.
+    """
+    if in_store(root):
+        return _stored(root)
+    top = raw(root)
+    try:
+        os.listdir(top)
+    except OSError as error:
+        found = {
+            FileNotFoundError: f"{root} is not there.",
+            NotADirectoryError: f"{root} is a file.",
+        }
+        raise ConfigError(
+            found.get(type(error), f"{root} cannot be listed: {error.strerror}."),
+            "a folder of images.",
+            "check the spelling; `arrowhead demo` makes a folder to try.",
+        ) from error
+    paths, sizes, stamps, ignored, folders = _explored(top, [(b"", None, (), LISTED)])
+    return Listing(paths=paths, sizes=sizes, stamps=stamps, ignored=ignored, folders=folders)
+
+
+def look(root: str, paths: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sizes and stamps, int64 (N,) each, of these files below a root; size -1 where none is there.
+
+    paths: text, sorted, each once. Raises ConfigError for a store that cannot be listed.
+    """
+    import numpy as np
+
+    if in_store(root):
+        there = {text(_encoded(key)): (size, stamp) for key, size, stamp in _objects(root)}
+        rows = [there.get(path, (-1, 0)) for path in paths]
+        columns = np.array(rows, np.int64).reshape(-1, 2)
+        return columns[:, 0].copy(), columns[:, 1].copy()
+    visits: dict[bytes, list[bytes]] = {}
+    for path in paths:
+        folder, slash, name = raw(path).rpartition(b"/")
+        visits.setdefault(folder + slash, []).append(name)
+    named: list[Visit] = [(folder, names, (), NAMED) for folder, names in visits.items()]
+    found, sizes, stamps, *_ = _explored(raw(root), named)
+    assert found == paths
+    return sizes, stamps
+
+
+def _explored(
+    root: bytes, visits: list[Visit]
+) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64], int, list[str]]:
+    """All that these visits and those they lead to find: a Listing's fields in their order.
+
+    A large folder is shared out. On a disk a file costs the kernel a microsecond and Python half of
+    one, so helpers are processes, one per core; on a network file system it costs a round trip, so
+    they are threads, and many. How often the first files were waited for shows which it is.
+    """
+    import numpy as np
+
+    explore = partial(_explore, root, _look_each)
+    began, waits = perf_counter(), getrusage(RUSAGE_THREAD).ru_nvcsw
+    arrived = [explore(visits, FEW)]
+    while (visits := arrived[-1][-1]) and perf_counter() - began < ALONE:
+        arrived.append(explore(visits, FEW))
+    seen = sum(len(sizes) // 8 for more, *_ in arrived for _, sizes, _ in more)
+    far = getrusage(RUSAGE_THREAD).ru_nvcsw - waits > seen // 8
+    count = 32 if far else min(len(os.sched_getaffinity(0)), 8)
+    busy: dict[Future[Found], Explorer] = {}
+    blocks: list[tuple[list[str], bytes, bytes]] = []
+    folders: list[str] = []
+    ignored, ascending = 0, True
+    with ExitStack() as stack:
+        idle: list[Explorer] = []
+        if visits:
+            pool = stack.enter_context(ThreadPoolExecutor(count))
+            idle = [explore if far else stack.enter_context(_helper(root)) for _ in range(count)]
+        while arrived:
+            while visits and idle:
+                names = 0
+                given: list[Visit] = []
+                most = 1 + len(visits) // (2 * count)
+                while visits and len(given) < most and names < PART:
+                    given.append(visits.pop())
+                    names += len(given[-1][1] or ())
+                explorer = idle.pop()
+                busy[pool.submit(explorer, given, PART)] = explorer
+            for more, left_out, bare, _ in arrived:
+                for joined, sizes, stamps in more:
+                    paths = joined.split("\0")
+                    ascending = ascending and all(map(lt, paths, islice(paths, 1, None)))
+                    blocks.append((paths, sizes, stamps))
+                ignored += left_out
+                folders += bare
+            arrived = []
+            for done in wait(busy, return_when=FIRST_COMPLETED).done if busy else ():
+                idle.append(busy.pop(done))
+                arrived.append(done.result())
+                visits += arrived[-1][-1]
+    blocks.sort(key=lambda block: block[0][0])
+    pairs = zip(blocks, islice(blocks, 1, None), strict=False)
+    ascending = ascending and all(one[0][-1] < other[0][0] for one, other in pairs)
+    paths = [path for block in blocks for path in block[0]]
+    size_N = np.frombuffer(b"".join([block[1] for block in blocks]), np.int64)
+    stamp_N = np.frombuffer(b"".join([block[2] for block in blocks]), np.int64)
+    if not ascending:  # files beside folders, or names that are escaped
+        order = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64)
+        paths.sort()
+        size_N, stamp_N = size_N[order], stamp_N[order]
+    return paths, size_N, stamp_N, ignored, sorted(folders)
+
+
+def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Found:
+    """What these visits find, until some `limit` names were looked at, and the visits left over."""
+    blocks: list[Block] = []
+    folders: list[str] = []
+    ignored, seen, waiting = 0, 0, list(visits)
+    while waiting and seen < limit:
+        below, names, above, wanted = waiting.pop()
+        whole = names is None
+        folder = os.path.join(root, below)
+        try:
+            # O_PATH: looking at a file takes no leave to list its folder.
+            handle = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                status = os.fstat(handle)
+                here = (status.st_dev, status.st_ino)
+                if here in above:  # a link back up the tree
+                    continue
+                if names is None:
+                    names = sorted(os.listdir(folder))
+                    if wanted == LISTED and (junk := _junk(names)):
+                        waiting.append((below, junk, above, COUNTED))
+                parts = range(limit, len(names), PART)
+                waiting += [(below, names[i : i + PART], above, wanted) for i in parts]
+                names = names[:limit]
+                kinds, sizes, stamps = look(handle, names)
+            finally:
+                os.close(handle)
+        except (OSError, ValueError):  # gone, or not ours to see: a row for each name we have
+            if names is None:
+                parent, slash, name = below[:-1].rpartition(b"/")
+                below, names = parent + slash, [name]
+            kinds = [0] * len(names)
+            sizes, stamps = array("q", [-1]) * len(names), array("q", [0]) * len(names)
+        seen += 1 + len(names)
+        if FOLDER in kinds and wanted != NAMED:
+            inner = [name for name, kind in zip(names, kinds, strict=True) if kind == FOLDER]
+            waiting += [(below + name + b"/", None, (*above, here), wanted) for name in inner]
+            files = [kind != FOLDER for kind in kinds]
+            names = list(compress(names, files))
+            sizes, stamps = array("q", compress(sizes, files)), array("q", compress(stamps, files))
+        if wanted == COUNTED:
+            ignored += len(names)
+        elif names:
+            blocks.append((_texts(below, names), sizes.tobytes(), stamps.tobytes()))
+        elif whole and below:
+            folders.append(text(below[:-1]))
+    return blocks, ignored, folders, waiting
+
+
+def _junk(names: list[bytes]) -> list[bytes]:
+    """Take the names that are hidden or the system's out of a sorted list."""
+    junk = []
+    for low, high in ((b".", b"/"), *((name, name + b"\0") for name in JUNK)):
+        start, stop = bisect_left(names, low), bisect_left(names, high)
+        junk += names[start:stop]
+        del names[start:stop]
+    return junk
+
+
+def _look_each(handle: int, names: list[bytes]) -> Looks:
+    """Kinds, sizes and stamps of the names in an open folder; links are followed."""
+    kinds, sizes, stamps = [], array("q"), array("q")
+    for name in names:
+        try:
+            status = os.stat(name, dir_fd=handle)
+        except (OSError, ValueError):  # a ring of links, a link to nowhere
+            kind, size, stamp = 0, -1, 0
+        else:
+            kind, size, stamp = status.st_mode >> 12, status.st_size, status.st_mtime_ns
+        kinds.append(kind)
+        sizes.append(size if kind == FILE else -1)
+        stamps.append(stamp)
+    return kinds, sizes, stamps
+
+
+def _look_all() -> Looker:
+    """`_look_each` at a third of Python's share of the time: statx into one buffer.
+
+    Not for threads: the interpreter is held meanwhile. struct statx is the same on every machine
+    (statx(2)); its words of 8 bytes used here: 3 holds the mode, 5 is the size, 14 and 15 are
+    seconds and nanoseconds of the mtime.
+    """
+    import ctypes
+
+    call = getattr(ctypes.PyDLL(None), "statx", None)
+    if call is None or sys.byteorder != "little":
+        return _look_each
+    words = array("q", bytes(256 * PART))
+    start, _ = words.buffer_info()
+    slots = [ctypes.c_size_t.from_param(start + 256 * i) for i in range(PART)]
+
+    def look(handle: int, names: list[bytes]) -> Looks:
+        count = len(names)
+        if b"\0".join(names).count(b"\0") >= count or count > PART:  # C would end a name there
+            return _look_each(handle, names)
+        # 0x800: as stat(2), mount nothing; 0x241: type, size, mtime.
+        failed = list(map(call, repeat(handle), names, repeat(0x800), repeat(0x241), slots))
+        kinds = [word >> 44 & 15 for word in words[3 : 32 * count : 32]]
+        sizes = words[5 : 32 * count : 32]
+        times = zip(words[14 : 32 * count : 32], words[15 : 32 * count : 32], strict=True)
+        stamps = array("q", [10**9 * seconds + rest for seconds, rest in times])
+        if any(failed) or kinds.count(FILE) < count:
+            for i in (i for i in range(count) if failed[i] or kinds[i] != FILE):
+                (kinds[i],), sizes[i : i + 1], stamps[i : i + 1] = _look_each(handle, [names[i]])
+        return kinds, sizes, stamps
+
+    return look
+
+
+def _texts(below: bytes, names: list[bytes]) -> str:
+    """The texts of these paths, joined by NUL."""
+    joined, prefix = b"/".join(names).decode("utf-8", "surrogateescape"), text(below)
+    if joined.isprintable() and "\\" not in joined:
+        return prefix + joined.replace("/", "\0" + prefix)
+    return "\0".join([prefix + text(name) for name in names])
+
+
+@contextmanager
+def _helper(root: bytes) -> Iterator[Explorer]:
+    """`_explore` in a process of its own, or in the calling thread where that cannot be."""
+    from pathlib import Path
+
+    # Isolated and without site packages it starts in 30 ms.
+    code = "import sys; sys.path.append(sys.argv[1]); from arrowhead import files; files.serve()"
+    here = str(Path(__file__).resolve().parents[1])
+    command: list[str | bytes] = [sys.executable, "-I", "-S", "-c", code, here, root]
+    try:
+        process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)  # noqa: S603 - ourselves
+    except OSError:
+        yield partial(_explore, root, _look_each)
+        return
+    say, hear = process.stdin, process.stdout
+    assert say and hear
+
+    def explore(visits: list[Visit], limit: int) -> Found:
+        try:
+            _send(say, (visits, limit))
+            found: Found = _receive(hear)
+        except (OSError, EOFError):  # it was killed: its work is done here
+            return _explore(root, _look_each, visits, limit)
+        return found
+
+    try:
+        yield explore
+    finally:
+        process.kill()
+        process.wait()
+        hear.close()
+        with suppress(OSError):
+            say.close()
+
+
+def serve() -> None:
+    """The far end of `_helper`: explores what it is sent until nothing more comes."""
+    explore = partial(_explore, os.fsencode(sys.argv[2]), _look_all())
+    with suppress(OSError, EOFError):
+        while True:
+            _send(sys.stdout.buffer, explore(*_receive(sys.stdin.buffer)))
+
+
+def _send(pipe: IO[bytes], message: Any) -> None:
+    data = marshal.dumps(message)
+    pipe.write(len(data).to_bytes(8, "big") + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> Any:
+    size = int.from_bytes(pipe.read(8), "big")
+    data = pipe.read(size)
+    if not size or len(data) < size:
+        raise EOFError
+    return marshal.loads(data)  # noqa: S302 - it comes from our own process
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def read(
+    root: str, path: str, max_bytes: int, size: int | None = None, stamp: int | None = None
+) -> tuple[bytes, str | None]:
+    """A file's bytes and None, or no bytes and the fault, in words.
+
+    size, stamp: as listed; a file that differs from them is a fault. Pipes and devices are never
+    waited on. May be called from many threads at once.
+    """
+    if in_store(root):
+        try:
+            return _fetched(root, path, max_bytes, size, stamp)
+        except FileNotFoundError:
+            return b"", "unreadable: No such file or directory"
+        except PermissionError:
+            return b"", "unreadable: Permission denied"
+        except Exception as error:  # stores raise what they like
+            return b"", f"unreadable: {_words(error)}"
+    file = os.path.join(raw(root), raw(path))
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            before = os.fstat(handle)
+            if not stat.S_ISREG(before.st_mode):
+                return b"", "not a file: a folder, pipe, socket or device"
+            if fault := _changed(before.st_size, before.st_mtime_ns, size, stamp):
+                return b"", fault
+            if before.st_size > max_bytes:
+                return b"", _too_large(before.st_size, max_bytes)
+            with os.fdopen(handle, "rb", closefd=False) as stream:
+                data = stream.read(before.st_size + 1)
+            after = os.fstat(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # how a socket, or a device without a driver, answers
+            return b"", "not a file: a folder, pipe, socket or device"
+        return b"", f"unreadable: {error.strerror}"
+    except ValueError as error:  # a NUL in the name
+        return b"", f"unreadable: {error}"
+    if len(data) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+        return b"", "changed: it was written to while it was read"
+    return data, None
+
+
+def _changed(size: int, stamp: int, old_size: int | None, old_stamp: int | None) -> str | None:
+    """The fault of a file that differs from what was listed; None of sizes and stamps fit all."""
+    if old_size == -1:
+        return f"changed: it could not be looked at when it was listed, now it has {size} bytes"
+    if old_size is not None and size != old_size:
+        return f"changed: it had {old_size} bytes when it was listed, now it has {size}"
+    if old_stamp is not None and stamp != old_stamp:
+        return "changed: it was written again after it was listed"
+    return None
+
+
+def _too_large(size: int, max_bytes: int) -> str:
+    return f"too large: {size} bytes, more than {max_bytes}"
+
+
+# ------------------------------------------------------------------------ object stores
+
+
+def _stored(root: str) -> Listing:
+    import numpy as np
+
+    rows, folders, ignored = [], [], 0
+    for key, size, stamp in _objects(root):
+        name = _encoded(key)
+        *above, last = name.split(b"/")
+        if any(part[:1] == b"." or part in JUNK for part in (*above, last)):
+            ignored += last != b""
+        elif last:
+            rows.append((text(name), size, stamp))
+        else:  # a marker, as consoles make them for a new folder: no file
+            folders.append(text(name[:-1]))
+    if not rows and not ignored and not folders:
+        raise ConfigError(
+            f"{root} holds nothing.",
+            "a bucket, or a prefix of keys followed by /.",
+            "check the spelling of bucket and prefix.",
+        )
+    rows.sort()
+    return Listing(
+        paths=[path for path, *_ in rows],
+        sizes=np.array([size for _, size, _ in rows], np.int64),
+        stamps=np.array([stamp for *_, stamp in rows], np.int64),
+        ignored=ignored,
+        folders=sorted(folders),
+    )
+
+
+def _objects(root: str) -> list[Object]:
+    """Every object below a root in a store; ConfigError if it cannot be listed."""
+    try:
+        store, top = _store(root)
+        if not hasattr(store, "call_s3"):
+            found = store.find(top, detail=True).items()
+            return [
+                (name[len(top) + 1 :], int(info["size"] or 0), _stamp(info))
+                for name, info in found
+                if info["type"] == "file" and name.startswith(f"{top}/")
+            ]
+        bucket, _, prefix = top.partition("/")
+        return _s3_objects(store, bucket, prefix and f"{prefix}/")
+    except ConfigError:
+        raise
+    except Exception as error:  # stores raise what they like
+        raise ConfigError(
+            f"{root} cannot be listed: {_words(error)}.",
+            "a bucket or prefix that exists and that these credentials may list.",
+            "check its spelling, the credentials (AWS_*, GOOGLE_*) and, for a store of your own,"
+            " AWS_ENDPOINT_URL.",
+        ) from error
+
+
+def _s3_objects(store: Any, bucket: str, prefix: str) -> list[Object]:
+    """Every object below a prefix, page by page, prefixes side by side.
+
+    s3fs's own `find` keeps all pages and trips over keys such as a//b.
+    """
+
+    def page_through(below: str, delimiter: str) -> tuple[list[Object], list[str]]:
+        objects: list[Object] = []
+        prefixes: list[str] = []
+        asked = {"Bucket": bucket, "Prefix": below, "Delimiter": delimiter}
+        more = True
+        while more:
+            page = store.call_s3("list_objects_v2", **asked)
+            prefixes += [each["Prefix"] for each in page.get("CommonPrefixes", ())]
+            objects += [
+                (each["Key"][len(prefix) :], int(each["Size"]), _stamp(each))
+                for each in page.get("Contents", ())
+            ]
+            if more := page.get("IsTruncated", False):
+                asked["ContinuationToken"] = page["NextContinuationToken"]
+        return objects, prefixes
+
+    with ThreadPoolExecutor(STORE_THREADS) as pool:
+        found: list[Object] = []
+        prefixes = [prefix]
+        for _ in range(3):  # ROOT, train/, train/cat/: enough to share out
+            if not 0 < len(prefixes) < 2 * STORE_THREADS:
+                break
+            pages = list(pool.map(page_through, prefixes, repeat("/")))
+            below = [each for _, inner in pages for each in inner]
+            if len(below) > 1000:  # a request each would take longer than to walk through them
+                break
+            found += [each for objects, _ in pages for each in objects]
+            prefixes = below
+        for objects, _ in pool.map(page_through, prefixes, repeat("")):
+            found += objects
+    return found
+
+
+def _fetched(
+    root: str, path: str, max_bytes: int, size: int | None, stamp: int | None
+) -> tuple[bytes, str | None]:
+    """As `read`, from a store; raises what the store raises."""
+    store, top = _store(root)
+    key = raw(path).decode()
+    if not hasattr(store, "call_s3"):
+        if (there := int(store.size(f"{top}/{key}") or 0)) > max_bytes:
+            return b"", _too_large(there, max_bytes)
+        data: bytes = store.cat_file(f"{top}/{key}")
+        fault = _changed(len(data), 0, size, None)
+        return (b"" if fault else data), fault
+
+    from fsspec.asyn import sync
+
+    bucket, _, prefix = f"{top}/{key}".partition("/")
+
+    async def get() -> tuple[bytes, str | None]:
+        answer = await store._call_s3("get_object", Bucket=bucket, Key=prefix)
+        async with answer["Body"] as body:
+            there = int(answer["ContentLength"])
+            if fault := _changed(there, _stamp(answer), size, stamp):
+                return b"", fault
+            if there > max_bytes:
+                return b"", _too_large(there, max_bytes)
+            return await body.read(), None
+
+    for pause in (0.5, 2.0, None):  # the client asks again, but not when an answer breaks off
+        try:
+            found: tuple[bytes, str | None] = sync(store.loop, get)
+            break
+        except Exception as error:
+            if pause is None or isinstance(error, FileNotFoundError | PermissionError):
+                raise
+            sleep(pause)
+    return found
+
+
+def _store(root: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI and where the root is in it."""
+    uri = raw(root).decode("utf-8", "surrogateescape")
+    scheme = uri.partition(":")[0]
+    # A changed environment (another profile, another endpoint) makes another connection.
+    names = sorted(name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "STORAGE_")))
+    store = _connected(scheme, os.getpid(), tuple((name, os.environ[name]) for name in names))
+    return store, store._strip_protocol(uri)
+
+
+@lru_cache(maxsize=8)
+def _connected(scheme: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """The fsspec file system of a scheme; its credentials are those of the environment."""
+    settings: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if EXTRAS.get(scheme) == "s3":
+        # A store that is not there is refused within half a minute.
+        retries = {"mode": "standard", "total_max_attempts": 4}
+        times = {"connect_timeout": 5, "read_timeout": 30}
+        settings["config_kwargs"] = {"retries": retries, "max_pool_connections": 64, **times}
+    elif EXTRAS.get(scheme) == "gcs":
+        settings["requests_timeout"] = 30
+    try:
+        import fsspec
+
+        store = fsspec.filesystem(scheme, **settings)
+    except ImportError as error:
+        extra = EXTRAS.get(scheme)
+        raise ConfigError(
+            f"{scheme}:// cannot be opened: {_words(error)}.",
+            "the library that reads such a store.",
+            f"pip install 'arrowhead[{extra}]'." if extra else "install it beside Arrowhead.",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{scheme}:// cannot be opened: {_words(error)}.",
+            "a folder, or an address that fsspec opens, such as s3://bucket/prefix.",
+            "check the spelling.",
+        ) from error
+    if EXTRAS.get(scheme) == "s3":
+        store.retries = 1  # botocore's own are enough: the two would multiply
+    return store
+
+
+def _stamp(info: Mapping[str, Any]) -> int:
+    """63 bits that change with an object: of its ETag's hash, or of the time it was written."""
+    keys = ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created")
+    mark = next((str(info[key]) for key in keys if info.get(key)), "")
+    return int.from_bytes(hashlib.blake2b(mark.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _encoded(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
+
+
+def _words(error: Exception) -> str:
+    """What a library says, on one line; not the query of an address, which may be a signature."""
+    words = re.sub(r"\?\S+", "", str(error).strip() or type(error).__name__)
+    return text(_encoded(" ".join(words.split())[:300])).rstrip(".")

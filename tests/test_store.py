@@ -1,0 +1,462 @@
+"""The store's properties, end to end: nothing lost, nothing wrong, nothing recomputed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from arrowhead import ConfigError, DataError, cli, shards
+from arrowhead.shards import Store
+
+FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--chunk-size", "16"]
+Command = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a verb with --json; its result."""
+
+    def run(*words: object, code: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, words), "--json"])
+        out = capsys.readouterr()
+        assert ended.value.code == code, out.err
+        return dict(json.loads(out.out.splitlines()[-1]))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ (72 drawn images in train/ and valid/) and the finished store/ of them."""
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(drawn, folder / "data", ignore=shutil.ignore_patterns("new"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["precompute", str(folder / "data"), str(folder / "store"), *FLAGS])
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One MLflow store for all tests here: making its schema takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(made: Path, tmp_path: Path) -> Path:
+    """A copy of the images, to be changed; names, bytes and times as in `made`."""
+    shutil.copytree(made / "data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """A copy of the finished store."""
+    shutil.copytree(made / "store", tmp_path / "store")
+    return tmp_path / "store"
+
+
+def features_by_path(path: Path) -> dict[str, np.ndarray]:
+    return {
+        name: np.array(feature)
+        for rows in Store(path).rows()
+        for name, feature, fault in zip(rows.paths, rows.features, rows.faults, strict=True)
+        if fault is None
+    }
+
+
+def work(result: dict[str, Any]) -> tuple[int, int, int]:
+    counts = result["counts"]
+    assert counts["inputs"] == counts["features"] + counts["faults"] + counts["ignored"]
+    assert counts["features"] == counts["decoded"] + counts["looked_up"] + counts["skipped"]
+    return counts["decoded"], counts["looked_up"], counts["skipped"]
+
+
+# ------------------------------------------------------------------------ incremental
+
+
+def test_a_second_run_skips_everything(store, data, command):
+    assert work(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
+
+
+def test_a_few_more_images_cost_only_themselves(store, data, command, drawn):
+    before = features_by_path(store)
+    for number, photo in enumerate(sorted((drawn / "new").iterdir())[:2]):
+        shutil.copy(photo, data / "train" / "beads" / f"more{number}.jpg")
+    decoded, looked_up, skipped = work(command("precompute", data, store, *FLAGS))
+    assert decoded == 2
+    assert skipped > 0
+    assert looked_up <= 3 * 24  # three chunks at most change their borders
+    after = features_by_path(store)
+    assert len(after) == 74
+    assert all((after[path] == feature).all() for path, feature in before.items())
+
+
+def test_a_renamed_class_is_looked_up_not_decoded(store, data, command):
+    before = features_by_path(store)
+    for split in ("train", "valid"):
+        (data / split / "leaves").rename(data / split / "ferns")
+    result = command("precompute", data, store, *FLAGS)
+    assert work(result)[0] == 0
+    assert result["classes"] == ["baskets", "beads", "ferns"]
+    after = features_by_path(store)
+    for path, feature in before.items():
+        assert (after[path.replace("/leaves/", "/ferns/")] == feature).all()
+
+
+def test_a_touched_image_is_looked_up_and_a_changed_one_is_decoded(store, data, command, drawn):
+    names = sorted((data / "train" / "beads").iterdir())[:2]
+    os.utime(names[0], (1, 1))
+    assert work(command("precompute", data, store, *FLAGS))[0] == 0
+    other = sorted((drawn / "new").iterdir())[0].read_bytes()
+    status = names[1].stat()
+    names[1].write_bytes(other)
+    assert names[1].stat().st_mtime_ns != status.st_mtime_ns
+    before = features_by_path(store)
+    assert work(command("precompute", data, store, *FLAGS))[0] == 1
+    path = str(names[1].relative_to(data))
+    assert (features_by_path(store)[path] != before[path]).any()
+
+
+def test_a_copy_of_an_image_is_looked_up(store, data, command):
+    photo = sorted((data / "train" / "beads").iterdir())[0]
+    shutil.copy(photo, photo.with_name("copy.jpg"))
+    assert work(command("precompute", data, store, *FLAGS))[0] == 0
+    after = features_by_path(store)
+    assert (after["train/beads/copy.jpg"] == after[str(photo.relative_to(data))]).all()
+
+
+def test_two_copies_in_one_fresh_run_get_the_same_feature(data, command, tmp_path):
+    photo = sorted((data / "train" / "beads").iterdir())[0]
+    shutil.copy(photo, data / "valid" / "beads" / "copy.jpg")
+    work(command("precompute", data, "fresh", *FLAGS))
+    after = features_by_path(tmp_path / "fresh")
+    assert (after["valid/beads/copy.jpg"] == after[str(photo.relative_to(data))]).all()
+
+
+def test_removed_images_leave_no_row(store, data, command):
+    gone = sorted((data / "train" / "beads").iterdir())[:3]
+    for photo in gone:
+        photo.unlink()
+    assert work(command("precompute", data, store, *FLAGS))[0] == 0
+    assert not {str(photo.relative_to(data)) for photo in gone} & features_by_path(store).keys()
+
+
+def test_a_file_that_could_not_be_read_is_tried_again_by_itself(data, command, monkeypatch):
+    """A permission given, a disk back: neither size nor mtime tells of it."""
+    victim = sorted((data / "train" / "beads").iterdir())[0]
+    really, shut = os.open, [True]
+
+    def sick(path: Any, *rest: Any, **more: Any) -> int:
+        if shut[0] and os.fsencode(path).endswith(os.fsencode(victim.name)):
+            raise OSError(5, "Input/output error")
+        return really(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", sick)
+    first = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
+    assert first["faults"] == [
+        {
+            "path": str(victim.relative_to(data)),
+            "fault": "unreadable: Input/output error",
+        }
+    ]
+    still = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
+    assert work(still) == (0, 0, 71)
+    shut[0] = False
+    healed = command("precompute", data, "s", *FLAGS)
+    assert work(healed)[0] == 1
+    assert healed["counts"]["faults"] == 0
+    assert work(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
+
+
+def test_bad_files_are_rows_and_too_many_of_them_are_exit_code_3(store, data, command):
+    (data / "train" / "beads" / "page.jpg").write_text("<html>not found</html>")
+    (data / "train" / "beads" / "empty.jpg").touch()
+    (data / ".DS_Store").touch()
+    result = command("precompute", data, store, *FLAGS, code=3)
+    counts = result["counts"]
+    assert (counts["inputs"], counts["features"], counts["faults"], counts["ignored"]) == (
+        75,
+        72,
+        2,
+        1,
+    )
+    assert [fault["fault"].partition(":")[0] for fault in result["faults"]] == [
+        "empty",
+        "not an image",
+    ]
+    work(command("precompute", data, store, *FLAGS, "--max-faults", "2"))
+
+
+# --------------------------------------------------------------------------- readers
+
+
+READER = """
+import sys, time
+from pathlib import Path
+from arrowhead import ConfigError, DataError
+from arrowhead.shards import Store
+path, seen = Path(sys.argv[1]), {}
+while not Path(sys.argv[2]).exists():
+    try:
+        store = Store(path)
+        manifest = store.manifest()
+    except (ConfigError, DataError) as error:
+        assert not seen, f"a finished store vanished: {error}"
+        assert "no store.json" in error.found or "no manifest" in error.found, error
+        continue
+    store.verify()
+    rows = sum(len(store.features(split).row) for split in ("train", "valid"))
+    seen[rows] = seen.get(rows, 0) + 1
+print(sorted(seen))
+"""
+
+
+def test_a_reader_that_polls_all_the_while_sees_only_whole_sets(data, command, tmp_path, drawn):
+    done = tmp_path / "done"
+    reading = [sys.executable, "-c", READER, str(tmp_path / "store"), str(done)]
+    reader = subprocess.Popen(reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        command("precompute", data, "store", *FLAGS)
+        for number, photo in enumerate(sorted((drawn / "new").iterdir())[:3]):
+            shutil.copy(photo, data / "train" / "beads" / f"more{number}.jpg")
+            command("precompute", data, "store", *FLAGS)
+    finally:
+        done.touch()
+    out, err = reader.communicate(timeout=60)
+    assert reader.returncode == 0, err
+    assert set(json.loads(out)) <= {72, 73, 74, 75}, out
+    assert len(json.loads(out)) > 1, "the reader saw nothing change"
+
+
+# ------------------------------------------------------------------ stopped and damaged
+
+
+def test_what_a_killed_run_left_is_checked_before_it_is_used(data, command, tmp_path):
+    work(command("precompute", data, "s", *FLAGS))
+    (tmp_path / "s" / "manifest.json").unlink()  # as if killed before it
+    shard = sorted((tmp_path / "s" / "shards").glob("*.arrow"))[0]
+    rows = shards.read_shard(shard, Store(tmp_path / "s").recipe)
+    at = shard.read_bytes().index(np.ascontiguousarray(rows.features[0]).tobytes())
+    whole = bytearray(shard.read_bytes())
+    whole[at] ^= 1
+    shard.write_bytes(whole)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["precompute", str(data), "s", *FLAGS])
+    assert ended.value.code == 4
+    shard.unlink()
+    result = command("precompute", data, "s", *FLAGS)
+    assert work(result)[0] == len(rows.paths)
+
+
+def test_two_runs_on_one_store_do_not_meet(store, data, capsys):
+    with Store(store).locked(), pytest.raises(SystemExit) as ended:
+        cli.main(["precompute", str(data), str(store), *FLAGS])
+    assert ended.value.code == 2
+    assert "being written by another" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, tmp_path):
+    """RLIMIT_FSIZE stands in for the full disk: the third and later shards do not fit."""
+    code = (
+        "import resource, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from arrowhead import cli\n"
+        "def fill():\n"
+        "    while len(list(Path('s/shards').glob('*.arrow'))) < 2: time.sleep(0.001)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "threading.Thread(target=fill, daemon=True).start()\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    words = ["precompute", str(data), "s", *FLAGS]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 2, ended.stderr
+    said = ended.stderr.splitlines()[-3:]
+    assert said[0].startswith("arrowhead: ") and said[0].endswith(
+        "cannot be written: File too large."
+    )
+    assert "run the same command again" in said[2]
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    assert not list((tmp_path / "s").rglob("*.draft"))
+    there = list((tmp_path / "s" / "shards").glob("*.arrow"))
+    assert len(there) >= 2
+    command = [sys.executable, "-m", "arrowhead", *words, "--json"]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert work(result)[2] > 0
+    assert sum(work(result)) == 72
+
+
+# --------------------------------------------------------------------------- inventory
+
+
+def findings(command: Command, store: Path, code: int = 0) -> dict[str, str]:
+    found = command("features", "verify", store, code=code)["findings"]
+    return {Path(one["path"]).name: one["kind"] for one in found}
+
+
+def test_info_tells_what_is_in_a_store(store, command):
+    held = command("features", "info", store)
+    assert (held["images"], held["features"], held["faults"]) == (72, 72, {})
+    assert held["classes"] == ["baskets", "beads", "leaves"]
+    assert sum(sum(counts.values()) for counts in held["by_class"].values()) == 72
+    assert held["recipe"]["body"] == "resnet18"
+    assert held["distinct"] == 72
+
+
+def test_info_is_for_people_too(store, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["features", "info", str(store)])
+    shown = capsys.readouterr().out
+    assert "72 images = 72 features + 0 faults" in shown
+    assert "baskets" in shown
+
+
+def test_verify_finds_a_whole_store_whole(store, command):
+    assert findings(command, store) == {}
+
+
+def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(store, command):
+    names = [one["name"] for one in Store(store).manifest()["shards"]]
+    flipped, missing = (Store(store).shard(name) for name in names[:2])
+    whole = bytearray(flipped.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    flipped.write_bytes(whole)
+    missing.unlink()
+    draft = store / "shards" / f".{names[2]}.arrow.0123abcd.draft"
+    draft.write_bytes(b"half")
+    stray = store / "shards" / "0123.arrow"
+    shutil.copy(Store(store).shard(names[2]), stray)
+    body = bytearray((store / "body.safetensors").read_bytes())
+    body[-1] ^= 1
+    (store / "body.safetensors").write_bytes(body)
+    before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    assert findings(command, store, code=4) == {
+        flipped.name: "changed",
+        missing.name: "missing",
+        "body.safetensors": "changed",
+        draft.name: "draft",
+        stray.name: "leftover",
+    }
+    after = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    assert {f: b for f, b in after.items() if f.name != ".lock"} == {
+        f: b for f, b in before.items() if f.name != ".lock"
+    }
+
+
+def test_verify_finds_rows_that_the_hashes_vouch_for_and_the_catalog_does_not(store, command):
+    """A shard twice in a manifest that was sealed again: hashes fit, rows do not."""
+    manifest = Store(store).manifest()
+    manifest["shards"].append(manifest["shards"][0])
+    shards.write_sealed(store / "manifest.json", manifest)
+    assert "misfit" in findings(command, store, code=4).values()
+
+
+def test_a_store_of_a_newer_format_is_named_and_left_alone(store, capsys):
+    head = shards.read_json(store / "store.json")
+    shards.write_json(store / "store.json", head | {"format": shards.FORMAT + 1})
+    for verb in ("info", "verify", "gc"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["features", verb, str(store)])
+        assert ended.value.code == 4
+        assert f"of format {shards.FORMAT + 1}" in capsys.readouterr().err
+
+
+def test_gc_removes_what_no_catalog_refers_to_and_only_on_yes(store, data, command):
+    (data / "train" / "leaves").rename(data / "train" / "ferns")
+    (data / "valid" / "leaves").rename(data / "valid" / "ferns")
+    command("precompute", data, store, *FLAGS)
+    draft = store / "shards" / ".x.arrow.0123abcd.draft"
+    draft.write_bytes(b"half")
+    listed = command("features", "gc", store)["findings"]
+    assert draft.exists()
+    assert all(Path(one["path"]).exists() for one in listed)
+    assert {one["kind"] for one in listed} == {"draft", "leftover"}
+    removed = command("features", "gc", store, "--yes")["findings"]
+    assert removed == listed
+    assert not any(Path(one["path"]).exists() for one in removed)
+    assert findings(command, store) == {}
+    assert work(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
+
+
+def test_gc_keeps_what_a_stopped_extraction_will_go_on_with(store, data, command, drawn):
+    shutil.copy(sorted((drawn / "new").iterdir())[0], data / "train" / "beads" / "more.jpg")
+    old = {path.name for path in (store / "shards").glob("*.arrow")}
+    manifest = (store / "manifest.json").read_bytes()
+    command("precompute", data, store, *FLAGS)
+    new = {path.name for path in (store / "shards").glob("*.arrow")} - old
+    (store / "manifest.json").write_bytes(manifest)  # as if killed before the manifest
+    shutil.copy(store / "catalog.arrow", store / "pending.arrow")
+    kept = {Path(one["path"]).name for one in command("features", "gc", store, "--yes")["findings"]}
+    assert not kept & new
+    assert work(command("precompute", data, store, *FLAGS))[0] == 0
+
+
+def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
+    from arrowhead import inventory
+
+    with Store(store).locked(), pytest.raises(ConfigError, match="being written"):
+        inventory.gc(store, remove=True)
+    (store / "manifest.json").unlink()
+    with pytest.raises(DataError, match="no manifest"):
+        inventory.gc(store, remove=True)
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def peak_megabytes(folder: Path, data: Path, store: str) -> float:
+    """Largest resident set of a precompute and of its decoder, in MB."""
+    code = (
+        "import resource, sys\n"
+        "from arrowhead import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "finally:\n"
+        "    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):\n"
+        "        print(resource.getrusage(who).ru_maxrss, file=sys.stderr)\n"
+    )
+    words = ["precompute", str(data), store, *FLAGS]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    return sum(map(int, ended.stderr.split()[-2:])) / 1024
+
+
+def test_memory_does_not_grow_with_the_number_of_images(drawn, tmp_path):
+    """10 times the images (other names, other bytes): at most 40 MB more of several hundred."""
+    photos = sorted(drawn.glob("train/*/*.jpg"))[:40]
+    for name, times in (("once", 1), ("ten", 10)):
+        for label in ("a", "b"):
+            (tmp_path / name / label).mkdir(parents=True)
+        for copy in range(times):
+            for number, photo in enumerate(photos):
+                label = "ab"[number % 2]
+                tail = copy.to_bytes(2, "big")  # other bytes, so that nothing is looked up
+                target = tmp_path / name / label / f"{copy}-{number}.jpg"
+                target.write_bytes(photo.read_bytes() + tail)
+    once = peak_megabytes(tmp_path, tmp_path / "once", "s1")
+    ten = peak_megabytes(tmp_path, tmp_path / "ten", "s10")
+    assert ten - once < 40, (once, ten)
