@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-FLAGS = ["--body", "resnet34", "--weights", "random", "--size", "224", "--chunk-size", "8"]
+FLAGS = ["--body", "resnet34", "--weights", "random", "--size", "320", "--chunk-size", "8"]
 IMAGES = 192
 
 
@@ -147,8 +147,8 @@ def test_a_killed_cluster_ends_the_command_and_the_next_one_goes_on(data, whole,
     until_shards(command, folder / "s", 2)
     assert strike(command, folder, victim, random.Random(0))
     _, err = command.communicate(timeout=300)
-    if command.returncode:  # a GCS may die after the last chunk was claimed
-        assert "run the same command again" in err.lower(), err[-4000:]
+    assert command.returncode == 130, err[-4000:]
+    assert "run the same command again: it goes on" in err
     settled(folder)
     there = len(list((folder / "s" / "shards").glob("*.arrow")))
     result = finish(start(folder, data, "s", workers=0))
@@ -177,7 +177,8 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(data, whole, folder
             print(f"killed {kinds.pop()} with {before} shards there, {workers} workers", flush=True)
         _, err = command.communicate(timeout=600)
         settled(folder)
-        assert "Traceback" not in err or "ray" in err, err[-4000:]
+        wanted = (0, 130, -signal.SIGKILL)
+        assert command.returncode in wanted, (command.returncode, err[-4000:])
         if command.returncode == 0:
             finished += 1
             assert files(folder / "s") == whole

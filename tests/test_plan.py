@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,43 +34,6 @@ def _contents(paths: list[str], size: int) -> set[tuple[str, ...]]:
     return {tuple(paths[row] for row in rows) for rows in plan.chunks(paths, size)}
 
 
-# ------------------------------------------------------------------------------- names
-
-
-@given(NAMES)
-@settings(max_examples=500, deadline=None)
-def test_a_name_survives_to_text_and_back(name: bytes) -> None:
-    shown = files.text(name)
-    assert files.raw(shown) == name
-    assert shown.isprintable()
-    shown.encode("utf-8")
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        (b"caf\xc3\xa9.jpg", "café.jpg"),
-        (b"caf\xe9.jpg", r"caf\xe9.jpg"),
-        (rb"a\x41.jpg", r"a\\x41.jpg"),
-        ("ab\u202egpj.exe".encode(), r"ab\xe2\x80\xaegpj.exe"),
-        (b"one\ntwo\t.jpg", r"one\x0atwo\x09.jpg"),
-    ],
-)
-def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
-    name: bytes, shown: str
-) -> None:
-    assert files.text(name) == shown
-
-
-def test_a_file_whose_name_is_not_utf8_is_listed_and_found_again(tmp_path: Path) -> None:
-    handle = os.open(os.fsencode(tmp_path) + b"/bl\xf6d\\name\n.jpg", os.O_WRONLY | os.O_CREAT)
-    os.write(handle, b"12345")
-    os.close(handle)
-    catalog = plan.unlabelled(tmp_path)
-    assert catalog.sizes.tolist() == [5]
-    assert catalog.read(0, 100) == (b"12345", None)
-
-
 # ----------------------------------------------------------------------------- listing
 
 
@@ -95,47 +59,62 @@ def test_class_folders_alone_leave_the_split_to_be_drawn(tmp_path: Path) -> None
 
 def test_hidden_system_and_unlabelled_files_are_counted_and_left_out(tmp_path: Path) -> None:
     _put(tmp_path, "cat/1.jpg", "dog/2.jpg", "loose.jpg", ".DS_Store")
-    _put(tmp_path, "cat/Thumbs.db", "cat/.hidden", "cat/.ipynb_checkpoints/1.jpg")
+    _put(tmp_path, "cat/Thumbs.db", "cat/.hidden", ".ipynb_checkpoints/1.jpg", "__MACOSX/dog/._2")
+    _put(tmp_path, ".git/config", ".git/objects/ab", ".git/objects/cd")
     catalog = plan.labelled(tmp_path)
     assert catalog.paths == ["cat/1.jpg", "dog/2.jpg"]
-    assert catalog.ignored == 5  # a hidden folder counts once
-
-
-def test_links_back_up_the_tree_end_and_dangling_links_stay_rows(tmp_path: Path) -> None:
-    _put(tmp_path, "cat/1.jpg")
-    (tmp_path / "cat" / "up").symlink_to(tmp_path)
-    (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "cat" / "ring").symlink_to(tmp_path / "cat" / "ring")
-    catalog = plan.unlabelled(tmp_path)
-    assert dict(zip(catalog.paths, catalog.sizes.tolist(), strict=True)) == {
-        "cat/1.jpg": 9,
-        "cat/gone.jpg": -1,
-        "cat/ring": -1,
-    }
+    assert catalog.classes == ["cat", "dog"]
+    assert catalog.ignored == 9  # every file, also in folders that are hidden
 
 
 def test_a_folder_linked_under_two_names_is_listed_the_same_whatever_the_disk_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _put(tmp_path, "a/1.jpg")
+    _put(tmp_path, "a/1.jpg", "a/2.jpg")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    scandir, found = os.scandir, []
+    listdir, found = os.listdir, []
     for backwards in (False, True):
 
-        class Listing:
-            def __init__(self, folder: bytes, backwards: bool = backwards) -> None:
-                with scandir(folder) as entries:
-                    self.entries = sorted(entries, key=lambda e: e.name, reverse=backwards)
+        def names(folder: bytes, backwards: bool = backwards) -> list[bytes]:
+            return sorted(listdir(folder), reverse=backwards)
 
-            def __enter__(self) -> list[os.DirEntry[bytes]]:
-                return self.entries
-
-            def __exit__(self, *error: object) -> None:
-                pass
-
-        monkeypatch.setattr(os, "scandir", Listing)
+        monkeypatch.setattr(os, "listdir", names)
         found.append(plan.unlabelled(tmp_path).paths)
-    assert found[0] == found[1]
+    assert found[0] == found[1] == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
+
+
+def test_an_empty_class_folder_is_named_and_changes_no_label(tmp_path: Path) -> None:
+    _put(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "valid/cat/3.jpg", "valid/dog/4.jpg")
+    before = plan.labelled(tmp_path)
+    _put(tmp_path, "train/ant/.hidden")
+    (tmp_path / "train/cow/deep").mkdir(parents=True)
+    (tmp_path / "valid/cow").mkdir()
+    (tmp_path / "other").mkdir()
+    after = plan.labelled(tmp_path)
+    assert after.empty == ("train/ant", "train/cow", "valid/cow")
+    assert (after.classes, after.labels) == (before.classes, before.labels)
+    assert after.digest() == before.digest()
+    assert plan.labelled(_put(tmp_path / "flat", "a/1", "b/2", "c/.3")).empty == ("c",)
+
+
+@pytest.mark.parametrize(
+    "names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("Stra\u00dfe", "STRASSE")]
+)
+@pytest.mark.parametrize(
+    "places", [("{}", "{}"), ("train/{}", "train/{}"), ("train/{}", "valid/{}")]
+)
+def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_places(
+    tmp_path: Path, names: tuple[str, str], places: tuple[str, str]
+) -> None:
+    folders = [place.format(name) for place, name in zip(places, names, strict=True)]
+    if "train" in places[0]:
+        _put(tmp_path, "valid/dog/1.jpg", "train/dog/1.jpg")
+    _put(tmp_path, *(f"{folder}/1.jpg" for folder in folders), "dog/1.jpg")
+    with pytest.raises(ConfigError) as refusal:
+        plan.labelled(tmp_path)
+    for said in (*map(ascii, names), *folders):
+        assert said in refusal.value.found
+    assert refusal.value.do
 
 
 @pytest.mark.parametrize(
@@ -145,6 +124,10 @@ def test_a_folder_linked_under_two_names_is_listed_the_same_whatever_the_disk_or
         (("cat/1.jpg",), "one class"),
         (("train/cat/1.jpg", "train/dog/1.jpg"), "no valid/"),
         (("train/cat/1.jpg", "valid/cat/1.jpg", "valid/emu/1.jpg"), "emu"),
+        (("train/cat/1.jpg", "train/emu/.no", "valid/cat/1.jpg", "valid/emu/1.jpg"), "emu"),
+        (("train/cat/1.jpg", "train/dog/1.jpg", "valid/.no", "valid/cat/.no"), "valid"),
+        (("Train/cat/1.jpg", "Valid/cat/1.jpg"), "Train/, Valid/"),
+        (("valid/cat/1.jpg", "test/cat/1.jpg"), "no train/"),
     ],
 )
 def test_folders_that_cannot_teach_are_refused_with_what_to_do(
@@ -155,13 +138,6 @@ def test_folders_that_cannot_teach_are_refused_with_what_to_do(
     assert word in refusal.value.found
     assert refusal.value.wanted
     assert refusal.value.do
-
-
-def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
-    _put(tmp_path, "file.jpg")
-    for name in ("nowhere", "file.jpg"):
-        with pytest.raises(ConfigError):
-            plan.unlabelled(tmp_path / name)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
@@ -216,6 +192,48 @@ def test_a_replaced_file_a_touched_file_and_another_recipe_belong_to_another_sha
     assert plan.chunk_name(before, range(1), "recipe") != name
     os.utime(tmp_path / "a/2.jpg", ns=(1, 1))
     assert plan.chunk_name(plan.unlabelled(tmp_path), range(2), "recipe") != name
+
+
+def test_tries_rename_the_shards_they_are_in_and_no_other(tmp_path: Path) -> None:
+    before = plan.unlabelled(_put(tmp_path, "a/1.jpg", "a/2.jpg"))
+    assert before.tries.tolist() == [0, 0]
+    after = replace(before, tries=np.array([0, 1], np.uint8))
+    names = [
+        [plan.chunk_name(each, range(row, row + 1), "r") for row in (0, 1)]
+        for each in (before, after)
+    ]
+    assert names[0][0] == names[1][0]
+    assert names[0][1] != names[1][1]
+    assert after.digest() == before.digest()
+
+
+def test_names_of_shards_are_those_of_earlier_versions() -> None:
+    catalog = plan.Catalog(
+        root="/",
+        paths=["a", "b\\\\c"],
+        sizes=np.array([1, -1]),
+        stamps=np.array([5, 0]),
+        labels=[("x",), ("y",)],
+        splits=["train", ""],
+    )
+    assert plan.chunk_name(catalog, range(2), "recipe") == "0b377998edba97ea4ee04c00"
+    assert catalog.digest() == "90e06a84e21bcee5091b25880e16b069"
+
+
+def test_columns_make_the_same_catalog_again(tmp_path: Path) -> None:
+    catalog = plan.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
+    assert "empty" not in catalog.columns()
+    again = plan.Catalog(**catalog.columns())
+    assert again.digest() == catalog.digest()
+    assert again.read(1, 99) == (b"dog/2.jpg", None)
+
+
+def test_a_row_whose_file_has_changed_since_the_listing_is_a_fault(tmp_path: Path) -> None:
+    catalog = plan.unlabelled(_put(tmp_path, "1.jpg", "2.jpg"))
+    (tmp_path / "2.jpg").write_bytes(b"other")
+    assert catalog.read(0, 99) == (b"1.jpg", None)
+    os.utime(tmp_path / "2.jpg", ns=(0, 0))
+    assert catalog.read(1, 99) == (b"", "changed: it was written again after it was listed")
 
 
 def test_splits_are_drawn_from_content_so_copies_stay_together(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from arrowhead.learner import Images, Learner
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "DataError", "Images", "Learner", "__version__"]
+__all__ = ["ConfigError", "DataError", "Images", "Learner", "LostError", "__version__"]
 
 
 class Refusal(Exception):
@@ -35,6 +35,10 @@ class ConfigError(Refusal):
 
 class DataError(Refusal):
     """The files are not what they should be: mend or replace them (exit code 4)."""
+
+
+class LostError(Refusal):
+    """What ran the work is gone; the same command goes on with what is left (exit code 130)."""
 
 
 def __getattr__(name: str) -> Any:

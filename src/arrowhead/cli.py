@@ -8,6 +8,7 @@ request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from cyclopts.config import Toml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from arrowhead import ConfigError, DataError, Refusal, __version__
+from arrowhead import ConfigError, DataError, LostError, Refusal, __version__
 from arrowhead.decode import PixelConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.launch import LaunchConfig
@@ -559,6 +560,10 @@ def main(words: list[str] | None = None) -> None:
     except CycloptsError as error:
         wanted = "a verb, its arguments and its flags, as --help lists them."
         code = _refuse(str(error).strip(), wanted, f"run {_me()} {_verb(words)}--help.")
+    except LostError as error:
+        _refuse(error.found, error.wanted, error.do)
+        sys.stdout.flush()
+        os._exit(130)  # leaving a Ray that is dead takes a minute
     except Refusal as error:
         code = _refuse(
             error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2

@@ -44,7 +44,7 @@ PILLOW = ("GIF", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG", "MPO")
 # Start-of-frame markers beyond baseline, extended and progressive (ITU T.81, table B.1).
 FRAMES = dict.fromkeys((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF), "arithmetic-coded")
 FRAMES |= {0xC3: "lossless", **dict.fromkeys((0xC5, 0xC6, 0xC7), "hierarchical")}
-GROUP = 50_000_000  # pixels decoded before they are resized: 150 MB
+GROUP = 50_000_000  # pixels decoded before they are resized: 150 MB; on a GPU ten times as many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +293,12 @@ class Decoder:
         self._said, self._device = said, device
         self._fed: list[list[Any]] = []
         self._pipeline = _pipeline(config, batch_size, threads, device, lambda: self._fed)
-        self._codec, self._params = _codec(threads, device)
+        self._codec = self._judge = _codec(threads, None)
+        if device is not None:
+            import torch
+
+            torch.cuda.set_device(device)
+            self._codec = _codec(threads, device)
         said()
 
     def __call__(self, encoded: Sequence[bytes], image_ids: Sequence[bytes]) -> Pixels:
@@ -305,7 +310,7 @@ class Decoder:
             np.zeros((len(encoded), side, side, 3), np.uint8) for _ in range(self.config.views)
         ]
         well = [i for i, fault in enumerate(faults) if fault is None]
-        for rows in _groups(well, headers):
+        for rows in _groups(well, headers, GROUP if self._device is None else 10 * GROUP):
             images = self._images(rows, encoded, headers, faults)
             self._shape(images, image_ids, headers, views)
         fallback = [
@@ -327,11 +332,14 @@ class Decoder:
         self._said()
         ours = [i for i in rows if headers[i].stream is not None]
         images |= dict(zip(ours, self._decode([headers[i] for i in ours]), strict=True))
-        # One complaint in a batch does not say whose it is: the suspects are asked one by one.
+        # One complaint in a batch does not say whose it is: the suspects are asked one by one, on
+        # the CPU, whose decoders say what they found. The GPU's keep silent of a JPEG cut short.
         doubted = _damaged(self._said())
         for i in ours:
-            if images[i] is None or (doubted and encoded[i].startswith(b"\xff\xd8")):
-                images[i], words = self._decode([headers[i]])[0], self._said()
+            jpeg = encoded[i].startswith(b"\xff\xd8")
+            cut = self._device is not None and not _ends(encoded[i])
+            if images[i] is None or (jpeg and (doubted or cut)):
+                images[i], words = _on_cpu(self._judge, [headers[i]])[0], self._said()
                 if images[i] is None or _damaged(words):
                     images[i] = _verdict(encoded[i], words)
         for i in rows:
@@ -341,19 +349,14 @@ class Decoder:
 
     def _decode(self, headers: list[Header]) -> list[Any]:
         """One image (H, W, 3) per header, None where decoding failed; on the device asked for."""
-        from nvidia import nvimgcodec
-
         if not headers:
             return []
-        streams = [found.stream for found in headers]
         if self._device is None:
-            arrays = [np.empty((found.height, found.width, 3), np.uint8) for found in headers]
-            into = [nvimgcodec.as_image(array) for array in arrays]
-            made = self._codec.decode(streams, images=into, params=self._params)
-            return [a if m is not None else None for a, m in zip(arrays, made, strict=True)]
+            return _on_cpu(self._codec, headers)
         import torch
 
-        made = self._codec.decode(streams, params=self._params)
+        decoder, params = self._codec
+        made = decoder.decode([found.stream for found in headers], params=params)
         return [None if m is None else torch.utils.dlpack.from_dlpack(m) for m in made]
 
     def _shape(
@@ -380,11 +383,12 @@ class Decoder:
             for i, square in zip(rows, batch.as_array(), strict=True):
                 upright = _upright(square, headers[i].orientation)
                 # Mirrored after it is upright: left and right are the viewer's.
-                taken = shot(self.config, image_ids[i], number)
-                view[i] = _turned(upright, taken) if number else upright
+                if number:
+                    upright = _turned(upright, shot(self.config, image_ids[i], number))
+                view[i] = upright
 
     def _placed(self, image: Any) -> Any:
-        """An image where the pipeline takes it from."""
+        """An image on the device that resizes it."""
         if self._device is None or not isinstance(image, np.ndarray):
             return image
         import torch
@@ -398,26 +402,41 @@ def _codec(threads: int, device: int | None) -> tuple[Any, Any]:
 
     # Two EXIF blocks that disagree overrun a buffer where the library turns the image.
     params = nv.DecodeParams(apply_exif_orientation=False, color_spec=nv.ColorSpec.SRGB)
+    options = ":fancy_upsampling=1"  # its default differs between versions
     if device is not None:
-        kinds = (nv.HW_GPU_ONLY, nv.GPU_ONLY, nv.HYBRID_CPU_GPU, nv.CPU_ONLY)
-        backends = [nv.Backend(kind) for kind in kinds]
-        return nv.Decoder(device_id=device, max_num_cpu_threads=threads, backends=backends), params
+        # A share below 1 for the hardware engine would let an image's mates choose its decoder.
+        hardware = nv.Backend(nv.HW_GPU_ONLY, load_hint=1.0)
+        kinds = (nv.GPU_ONLY, nv.HYBRID_CPU_GPU, nv.CPU_ONLY)
+        backends = [hardware, *(nv.Backend(kind) for kind in kinds)]
+        return nv.Decoder(device, threads, backends, options), params
     workers = max(1, min(threads, len(os.sched_getaffinity(0)) - 1))  # the caller works too
-    decoder = nv.Decoder(
-        device_id=nv.NVIMGCODEC_DEVICE_CPU_ONLY,
-        max_num_cpu_threads=workers,
-        backends=[nv.Backend(nv.CPU_ONLY)],
-    )
-    return decoder, params
+    cpu = nv.NVIMGCODEC_DEVICE_CPU_ONLY
+    return nv.Decoder(cpu, workers, [nv.Backend(nv.CPU_ONLY)], options), params
 
 
-def _groups(rows: list[int], headers: list[Any]) -> Iterator[list[int]]:
-    """The rows in runs of at most GROUP pixels, so that big images do not fill the memory."""
+def _on_cpu(codec: tuple[Any, Any], headers: list[Header]) -> list[NDArray[np.uint8] | None]:
+    """One image (H, W, 3) per header in host memory, None where decoding failed."""
+    from nvidia import nvimgcodec
+
+    decoder, params = codec
+    arrays = [np.empty((found.height, found.width, 3), np.uint8) for found in headers]
+    into = [nvimgcodec.as_image(array) for array in arrays]
+    made = decoder.decode([found.stream for found in headers], images=into, params=params)
+    return [a if m is not None else None for a, m in zip(arrays, made, strict=True)]
+
+
+def _ends(data: bytes) -> bool:
+    """Whether a JPEG has its end marker."""
+    return data.rstrip(b"\0").endswith(b"\xff\xd9")
+
+
+def _groups(rows: list[int], headers: list[Any], most: int) -> Iterator[list[int]]:
+    """The rows in runs of at most so many pixels, so that big images do not fill the memory."""
     group: list[int] = []
     pixels = 0
     for row in rows:
         size = headers[row].height * headers[row].width
-        if group and pixels + size > GROUP:
+        if group and pixels + size > most:
             yield group
             group, pixels = [], 0
         group.append(row)
@@ -440,7 +459,7 @@ def _verdict(data: bytes, words: str) -> str:
     # OpenCV, asked last, stamps its lines with the time; the summary names a position only.
     told = [line for line in lines if line.strip() and "@" not in line and "position" not in line]
     why = _plain(told[0]) if told else "the decoder gave up"
-    cut = data.startswith(b"\xff\xd8") and not data.rstrip(b"\0").endswith(b"\xff\xd9")
+    cut = data.startswith(b"\xff\xd8") and not _ends(data)
     return f"{'truncated' if cut or _cut_short(why) else 'corrupt'}: {why}"
 
 

@@ -243,6 +243,8 @@ class Batch:
     last: bool
     views: list[torch.Tensor] = field(default_factory=list)
     faults: list[str | None] = field(default_factory=list)
+    made: torch.cuda.Event | None = None
+    """On a GPU: its features have arrived."""
 
 
 @dataclass(slots=True)
@@ -396,7 +398,7 @@ class Pump:
             return pixels.pin_memory().to(self._device, non_blocking=True)
 
     def _forward(self, batch: Batch) -> list[torch.Tensor]:
-        """The features (B, D) of each view; on a GPU they are on their way when this returns."""
+        """The features (B, D) of each view; from a GPU they are on their way when this returns."""
         import torch
 
         with self.clock.stage("forward"):
@@ -405,6 +407,10 @@ class Pump:
                 for pixels in batch.views:
                     pixels.record_stream(torch.cuda.current_stream(self._device))
             made = [self._body(pixels)[: len(batch.rows)] for pixels in batch.views]
+            if self._device != "cpu":
+                made = [feature.to("cpu", non_blocking=True) for feature in made]
+                batch.made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                batch.made.record()
         batch.views = []
         return made
 
@@ -412,9 +418,11 @@ class Pump:
         """Put a batch's features into its chunk; the chunk, when this batch was its last."""
         features = batch.chunk.features
         with self.clock.stage("forward"):
+            if batch.made is not None:
+                batch.made.synchronize()
             for view, feature in enumerate(made):
                 with np.errstate(over="ignore"):  # what float16 cannot hold is a fault below
-                    features[batch.rows, view] = feature.cpu().numpy().astype(np.float16)
+                    features[batch.rows, view] = feature.numpy().astype(np.float16)
         for row, fault in zip(batch.rows, batch.faults, strict=True):
             if fault is None and not np.isfinite(features[row]).all():
                 fault = "not finite: the body gave a number beyond float16"

@@ -7,13 +7,14 @@
 
 Tasks (chunk numbers) are claimed one by one, not dealt, so a slow worker holds nobody up. What
 workers report reaches the driver while they run; only the driver talks to people and to MLflow.
-When a worker dies the group is started again; tasks that were claimed and not reported as done
-are claimed anew.
+When a worker dies the group is started again with the tasks that were not reported as done (`task`
+in a report). When Ray itself dies, LostError says how to go on.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import secrets
 import shutil
@@ -21,14 +22,13 @@ import socket
 import sys
 import tempfile
 import threading
-import uuid
-from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, LostError
 
 Report = dict[str, Any]
 
@@ -76,34 +76,18 @@ class Worker:
 
 
 class Desk:
-    """Hands out task numbers and keeps reports until the driver reads them.
-
-    A rank that claims under a new name has died and come back: what it had claimed and not
-    reported (`task` in a report) is handed out again.
-    """
+    """Hands out task numbers and keeps reports until the driver reads them."""
 
     def __init__(self, tasks: list[int]) -> None:
-        self._waiting = deque(tasks)
-        self._claimed: dict[int, tuple[str, list[int]]] = {}
+        self._tasks = iter(tasks)
         self._reports: list[Report] = []
 
-    def claim(self, rank: int = 0, name: str = "") -> int | None:
+    def claim(self) -> int | None:
         """The next task's number, None when all are taken."""
-        known, tasks = self._claimed.get(rank, (name, []))
-        if known != name:
-            self._waiting.extendleft(reversed(tasks))
-            tasks = []
-        self._claimed[rank] = (name, tasks)
-        if not self._waiting:
-            return None
-        tasks.append(self._waiting.popleft())
-        return tasks[-1]
+        return next(self._tasks, None)
 
     def report(self, message: Report) -> None:
         """Keep a report for the driver."""
-        for _, tasks in self._claimed.values():
-            if message.get("task") in tasks:
-                tasks.remove(message["task"])
         self._reports.append(message)
 
     def read(self) -> list[Report]:
@@ -154,7 +138,33 @@ def _on_ray(
     tasks: list[int],
     listen: Callable[[Report], None],
 ) -> Any:
+    """Run on a worker group, and again with what is left to do when a worker was lost."""
+    left = list(tasks)
+
+    def hear(report: Report) -> None:
+        if report.get("task") in left:
+            left.remove(report["task"])
+        listen(report)
+
     _connect(config)
+    for restarts_left in range(config.restarts, -1, -1):
+        try:
+            return _group(stage, args, config, left, hear)
+        except _WorkerGoneError as gone:
+            if not restarts_left:
+                raise _lost(f"{gone} It was started again {config.restarts} times.") from gone
+            listen({"restart": str(gone)})
+    return None
+
+
+def _group(
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    config: LaunchConfig,
+    tasks: list[int],
+    listen: Callable[[Report], None],
+) -> Any:
+    """One worker group, from its start to its end."""
     import ray
 
     desk = ray.remote(num_cpus=0)(Desk).remote(tasks)
@@ -164,43 +174,62 @@ def _on_ray(
         import torch
 
         context = ray.train.get_context()
-        device = str(ray.train.torch.get_device())
-        rank, name = context.get_world_rank(), uuid.uuid4().hex
         worker = Worker(
-            rank=rank,
+            rank=context.get_world_rank(),
             world=context.get_world_size(),
-            device=device,
+            device=str(ray.train.torch.get_device()),
             threads=torch.get_num_threads(),
-            claim=lambda: ray.get(desk.claim.remote(rank, name)),
+            claim=lambda: ray.get(desk.claim.remote()),
             report=lambda message: ray.get(desk.report.remote(message)),
         )
         return stage(worker, *args)
-
-    ended = threading.Event()
 
     def pass_on() -> None:
         for report in ray.get(desk.read.remote()):
             listen(report)
 
-    def keep_reading() -> None:
-        while not ended.wait(0.25):
-            pass_on()
+    # Ray is waited for in a thread: where it has died it would hang for a minute, then end us.
+    fitted: Future[Any] = Future()
 
-    reader = threading.Thread(target=keep_reading, daemon=True)
-    reader.start()
+    def fit() -> None:
+        try:
+            fitted.set_result(_fit(train_function, workers=config.workers))
+        except BaseException as error:
+            fitted.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    while not fitted.done():
+        if _is_dead():
+            raise _lost("The Ray that ran this command has died.")
+        wait([fitted], timeout=0.25)
+        with contextlib.suppress(ray.exceptions.RayError):
+            pass_on()
     try:
-        for restarts_left in range(config.restarts, -1, -1):
-            try:
-                return _fit(train_function, workers=config.workers)
-            except LostWorkerError as lost:
-                if not restarts_left:
-                    raise
-                listen({"restart": str(lost)})
+        return fitted.result()
+    except ray.exceptions.RayError as error:
+        if _is_dead():
+            raise _lost("The Ray that ran this command has died.") from error
+        raise _WorkerGoneError(str(error).splitlines()[0]) from error
     finally:
-        ended.set()
-        reader.join()
-        pass_on()
-        ray.kill(desk)
+        with contextlib.suppress(ray.exceptions.RayError):
+            pass_on()
+            ray.kill(desk)
+
+
+def _lost(what: str) -> LostError:
+    return LostError(
+        what,
+        "workers and a Ray that live to the end; what they had finished is kept.",
+        "run the same command again: it goes on where it stopped.",
+    )
+
+
+def _is_dead() -> bool:
+    """Whether a process of a Ray that we started (raylet, GCS) has died."""
+    import ray._private.worker as inside
+
+    node = getattr(inside, "_global_node", None)  # there is no public way to ask
+    return bool(node and node.dead_processes())
 
 
 def _fit(train_function: Callable[[dict[str, Any]], Any], workers: int) -> Any:
@@ -233,7 +262,7 @@ def _fit(train_function: Callable[[dict[str, Any]], Any], workers: int) -> Any:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class LostWorkerError(RuntimeError):
+class _WorkerGoneError(RuntimeError):
     """A worker process or its machine is gone."""
 
 
@@ -242,9 +271,9 @@ def _cause(error: Any) -> BaseException:
     failures = list(getattr(error, "worker_failures", {}).values())
     for rank, failure in getattr(error, "worker_failures", {}).items():
         if type(failure).__name__.startswith("WorkerHealthCheck"):  # Ray keeps the class private
-            return LostWorkerError(f"worker {rank} is gone: {str(failure).splitlines()[0]}")
+            return _WorkerGoneError(f"Worker {rank} is gone: {str(failure).splitlines()[0]}")
     if not failures:  # the controller's own end, or a machine taken back
-        return LostWorkerError(str(error).splitlines()[0])
+        return _WorkerGoneError(str(error).splitlines()[0])
     failure = failures[0]
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
     return inner or failure  # type: ignore[no-any-return]

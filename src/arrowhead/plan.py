@@ -281,38 +281,38 @@ def _rows(
         )
     decoded = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
     reader = csv.reader(decoded, delimiter=TABLES[source[-4:].lower()], strict=True)
-    line = 1
-    try:
-        columns = [cell.strip().lower() for cell in next(reader, [])]
-        path_at, label_at, split_at = _columns(source, columns, labelled)
-        known: dict[str, tuple[str, ...]] = {}
-        for line, row in _numbered(reader):
-            if not row:
-                continue
-            if len(row) != len(columns):
-                raise _refused(source, line, f"has {len(row)} cells, the header {len(columns)}")
-            if not row[path_at] or "\0" in row[path_at]:
-                raise _refused(source, line, "has no path, or one that no file can have")
-            names: tuple[str, ...] = ()
-            if label_at is not None and not (names := known.get(row[label_at], ())):
-                names = known[row[label_at]] = _names(row[label_at], config.label_separator)
-                if not names:
-                    raise _refused(source, line, "has no label")
-            split = row[split_at].strip() if split_at is not None else ""
-            if split not in ("", *SPLITS):
-                raise _refused(source, line, f"has the split {split!r}, not train, valid or test")
-            path = (row[path_at] + config.suffix).encode("utf-8", "surrogateescape")
-            yield line, path, names, split
-    except csv.Error as error:
-        raise _refused(source, line, f"or a line after it is no CSV: {error}") from error
+    numbered = _numbered(source, reader)
+    columns = [cell.strip().lower() for cell in next(numbered, (1, []))[1]]
+    path_at, label_at, split_at = _columns(source, columns, labelled)
+    known: dict[str, tuple[str, ...]] = {}
+    for line, row in numbered:
+        if not row:
+            continue
+        if len(row) != len(columns):
+            raise _refused(source, line, f"has {len(row)} cells, the header {len(columns)}")
+        if not row[path_at] or "\0" in row[path_at]:
+            raise _refused(source, line, "has no path, or one that no file can have")
+        names: tuple[str, ...] = ()
+        if label_at is not None and not (names := known.get(row[label_at], ())):
+            names = known[row[label_at]] = _names(row[label_at], config.label_separator)
+            if not names:
+                raise _refused(source, line, "has no label")
+        split = row[split_at].strip() if split_at is not None else ""
+        if split not in ("", *SPLITS):
+            raise _refused(source, line, f"has the split {split!r}, not train, valid or test")
+        path = (row[path_at] + config.suffix).encode("utf-8", "surrogateescape")
+        yield line, path, names, split
 
 
-def _numbered(reader: Any) -> Iterator[tuple[int, list[str]]]:
+def _numbered(source: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
     """The rows with the numbers of the lines that they start in: quoted ones may take several."""
-    start = reader.line_num + 1
-    for row in reader:
-        yield start, row
-        start = reader.line_num + 1
+    start = 1
+    try:
+        for row in reader:
+            yield start, row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise _refused(source, start, f"is no CSV: {error}") from error
 
 
 def _columns(source: str, columns: list[str], labelled: bool) -> tuple[int, int | None, int | None]:

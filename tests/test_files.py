@@ -1,0 +1,332 @@
+"""The promises of `files`: names survive, no file is lost or counted twice, changes are noticed."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arrowhead import ConfigError, files
+
+NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & {0, ord("/")})
+NOT_A_FILE = "not a file: a folder, pipe, socket or device"
+WAYS = ("alone", "processes", "no processes", "threads")
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Listing in each of the ways a large folder may be shared out, with few files."""
+    if request.param != "alone":
+        monkeypatch.setattr(files, "ALONE", 0.0)
+        monkeypatch.setattr(files, "FEW", 1)
+        monkeypatch.setattr(files, "PART", 7)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    if request.param == "no processes":
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+    if request.param == "threads":  # as if every file had been waited for
+        ticks = iter(range(0, 10**9, 10**6))
+        monkeypatch.setattr(files, "getrusage", lambda who: SimpleNamespace(ru_nvcsw=next(ticks)))
+    return str(request.param)
+
+
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that an ordinary user may reach, and the test being one: root may read anything."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    user = os.geteuid()
+    if user == 0:
+        os.chown(tmp_path, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield tmp_path
+    finally:
+        os.seteuid(user)
+
+
+def _put(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def _listed(root: Path) -> files.Listing:
+    return files.listing(files.resolve(root))
+
+
+def _grown(root: Path, seed: int) -> Path:
+    """A tree with all that trees have: hidden things, junk, links, rings, odd names, pipes."""
+    draw = random.Random(seed)
+    folders = [root]
+    names = (
+        "a",
+        "B",
+        "caf\u00e9",
+        "x y",
+        "back\\slash",
+        "new\nline",
+        "\udcff\udcfe",
+        "0",
+        "-",
+        ".h",
+    )
+    junk = ("Thumbs.db", "desktop.ini", "__MACOSX", "._a", ".DS_Store", "...")
+    for number in range(60):
+        place = draw.choice(folders)
+        name = f"{draw.choice(names)}{number}"
+        target = place / (draw.choice(junk) if draw.random() < 0.2 else name)
+        if target.is_symlink() or target.exists():
+            continue
+        kind = draw.random()
+        if kind < 0.3:
+            target.mkdir()
+            folders.append(target)
+        elif kind < 0.4:
+            target.symlink_to(draw.choice([root, place, *folders, root / "nowhere", target]))
+        elif kind < 0.45:
+            os.mkfifo(target)
+        else:
+            target.write_bytes(bytes(draw.randrange(50)))
+            os.utime(target, ns=(1, draw.randrange(10**18)))
+    for number in range(40):  # one folder that is shared out itself
+        (folders[-1] / f"many{number}").touch()
+    return root
+
+
+def _walked(folder: bytes, above: tuple[tuple[int, int], ...] = ()) -> Iterator[bytes]:
+    """Every file by its path, as a plain walk that follows links and ends in rings finds it."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here not in above:
+        for name in os.listdir(folder):
+            path = folder + b"/" + name
+            if Path(os.fsdecode(path)).is_dir():
+                yield from _walked(path, (*above, here))
+            else:
+                yield path
+
+
+# ------------------------------------------------------------------------------- names
+
+
+@given(NAMES)
+@settings(max_examples=500, deadline=None)
+def test_a_name_survives_to_text_and_back(name: bytes) -> None:
+    shown = files.text(name)
+    assert files.raw(shown) == name
+    assert shown.isprintable()
+    shown.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"caf\xc3\xa9.jpg", "café.jpg"),
+        (b"caf\xe9.jpg", r"caf\xe9.jpg"),
+        (rb"a\x41.jpg", r"a\\x41.jpg"),
+        ("ab\u202egpj.exe".encode(), r"ab\xe2\x80\xaegpj.exe"),
+        (b"one\ntwo\t.jpg", r"one\x0atwo\x09.jpg"),
+    ],
+)
+def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
+    name: bytes, shown: str
+) -> None:
+    assert files.text(name) == shown
+
+
+@given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
+@settings(max_examples=50, deadline=None)
+def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
+    there = [name for name in names if name[:1] != b"." and name not in files.JUNK]
+    with tempfile.TemporaryDirectory() as root:
+        for name in there:
+            handle = os.open(os.fsencode(root) + b"/" + name, os.O_WRONLY | os.O_CREAT)
+            os.write(handle, name)
+            os.close(handle)
+        found = _listed(Path(root))
+        assert [files.raw(path) for path in found.paths] == sorted(there, key=files.text)
+        for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
+            name = files.raw(path)
+            assert files.read(files.resolve(root), path, 99, size, stamp) == (name, None)
+
+
+# ----------------------------------------------------------------------------- listing
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_listing_has_every_file_once_however_it_is_shared_out(
+    tmp_path: Path, way: str, seed: int
+) -> None:
+    found = _listed(_grown(tmp_path, seed))
+    top = os.fsencode(tmp_path.resolve())
+    all_paths = sorted(path[len(top) + 1 :] for path in _walked(top))
+    shown = [
+        path
+        for path in all_paths
+        if not any(p[:1] == b"." or p in files.JUNK for p in path.split(b"/"))
+    ]
+    assert found.paths == sorted(map(files.text, shown))
+    assert len(found.paths) + found.ignored == len(all_paths)
+    for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
+        try:
+            status = os.stat(top + b"/" + files.raw(path))
+        except OSError:
+            assert (size, stamp) == (-1, 0)
+        else:
+            ordinary = stat.S_ISREG(status.st_mode)
+            assert (size, stamp) == (status.st_size if ordinary else -1, status.st_mtime_ns)
+
+
+def test_files_beside_folders_come_in_the_order_of_their_paths(tmp_path: Path, way: str) -> None:
+    _put(tmp_path, "m/1", "a", "z", "m-", "m0", "n/1", "m/o/1", "m/a", "m/z")
+    paths = _listed(tmp_path).paths
+    assert paths == ["a", "m-", "m/1", "m/a", "m/o/1", "m/z", "m0", "n/1", "z"]
+
+
+def test_a_folder_called_like_an_image_is_a_folder(tmp_path: Path) -> None:
+    assert _listed(_put(tmp_path, "dog.jpg/1.jpg")).paths == ["dog.jpg/1.jpg"]
+
+
+def test_links_back_up_the_tree_end_and_dangling_links_stay_rows(tmp_path: Path) -> None:
+    _put(tmp_path, "cat/1.jpg")
+    (tmp_path / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "cat" / "ring").symlink_to(tmp_path / "cat" / "ring")
+    found = _listed(tmp_path)
+    assert dict(zip(found.paths, found.sizes.tolist(), strict=True)) == {
+        "cat/1.jpg": 9,
+        "cat/gone.jpg": -1,
+        "cat/ring": -1,
+    }
+    root = files.resolve(tmp_path)
+    assert files.read(root, "cat/gone.jpg", 9) == (b"", "unreadable: No such file or directory")
+    assert files.read(root, "cat/ring", 9)[1] == "unreadable: Too many levels of symbolic links"
+
+
+def test_a_folder_that_may_not_be_listed_is_a_row_and_a_fault(open_folder: Path, way: str) -> None:
+    root = _put(open_folder / "tree", "cat/1.jpg", "shut/2.jpg", "shut/deep/3.jpg", ".shut/4.jpg")
+    (root / "shut").chmod(0)
+    (root / ".shut").chmod(0)
+    try:
+        found = _listed(root)
+        assert found.paths == ["cat/1.jpg", "shut"]
+        assert found.sizes.tolist() == [9, -1]
+        assert found.ignored == 1
+        assert files.read(str(root), "shut", 9) == (b"", "unreadable: Permission denied")
+        with pytest.raises(ConfigError, match="Permission denied"):
+            _listed(root / "shut")
+    finally:
+        (root / "shut").chmod(0o755)
+        (root / ".shut").chmod(0o755)
+
+
+def test_folders_without_a_file_of_their_own_are_named(tmp_path: Path, way: str) -> None:
+    _put(tmp_path, "train/cat/1.jpg", "train/dog/.hidden", "train/emu/deep/1.jpg", ".git/a/b")
+    (tmp_path / "train/fox/deep").mkdir(parents=True)
+    folders = ["train", "train/dog", "train/emu", "train/fox", "train/fox/deep"]
+    assert _listed(tmp_path).folders == folders
+
+
+def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
+    _put(tmp_path, "file.jpg")
+    for name, word in (("nowhere", "not there"), ("file.jpg", "is a file")):
+        with pytest.raises(ConfigError, match=word):
+            _listed(tmp_path / name)
+
+
+def test_a_file_uri_is_the_folder_it_names(tmp_path: Path) -> None:
+    root = tmp_path / "a b%c\u00e9"
+    _put(root, "1.jpg")
+    assert files.resolve(root.as_uri()) == files.resolve(root)
+    assert files.listing(files.resolve(root.as_uri())).paths == ["1.jpg"]
+
+
+def test_looking_at_named_files_gives_what_a_listing_gives(tmp_path: Path, way: str) -> None:
+    found, root = _listed(_grown(tmp_path, 3)), files.resolve(tmp_path)
+    sizes, stamps = files.look(root, found.paths)
+    np.testing.assert_array_equal(sizes, found.sizes)
+    np.testing.assert_array_equal(stamps, found.stamps)
+    absent = ["no", "no/such/file", files.text(b"a\0b")]
+    mixed = sorted([*absent, *found.paths[:3]])
+    sizes, _ = files.look(root, mixed)
+    assert [sizes[mixed.index(path)] for path in absent] == [-1, -1, -1]
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    root = files.resolve(_put(tmp_path, "four"))
+    assert files.read(root, "four", 4) == (b"four", None)
+    assert files.read(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
+    assert files.read(root, "gone", 3) == (b"", "unreadable: No such file or directory")
+    assert files.read(root, files.text(b"a\0b"), 3)[1] == "unreadable: no file can have this name"
+
+
+def test_pipes_sockets_devices_and_folders_are_no_files_and_never_waited_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)  # names of sockets must be short
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind("socket")
+        for name in ("pipe", "folder", "device", "socket"):
+            assert files.read(files.resolve(tmp_path), name, 99) == (b"", NOT_A_FILE), name
+
+
+def test_a_file_that_differs_from_its_listing_is_a_fault(tmp_path: Path) -> None:
+    root, found = files.resolve(_put(tmp_path, "1.jpg")), _listed(tmp_path)
+    size, stamp = int(found.sizes[0]), int(found.stamps[0])
+    assert files.read(root, "1.jpg", 99, size, stamp) == (b"1.jpg", None)
+    os.utime(tmp_path / "1.jpg", ns=(0, stamp + 1))
+    assert files.read(root, "1.jpg", 99, size, stamp)[1] == (
+        "changed: it was written again after it was listed"
+    )
+    (tmp_path / "1.jpg").write_bytes(b"longer than it was")
+    data, fault = files.read(root, "1.jpg", 99, size, stamp)
+    assert (data, fault) == (b"", "changed: it had 5 bytes when it was listed, now it has 18")
+    data, fault = files.read(root, "1.jpg", 99, -1, 0)
+    assert data == b""
+    assert fault
+    assert fault.startswith("changed: it could not be looked at")
+
+
+def test_a_file_that_grows_or_is_cut_while_it_is_read_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _put(tmp_path, "1.jpg") / "1.jpg"
+    fdopen = os.fdopen
+
+    for spoil in (lambda: file.write_bytes(b"longer than it was"), lambda: os.truncate(file, 2)):
+
+        def opened(*args: object, spoil: object = spoil, **more: object) -> object:
+            spoil()  # type: ignore[operator]
+            return fdopen(*args, **more)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(os, "fdopen", opened)
+        assert files.read(files.resolve(tmp_path), "1.jpg", 99) == (
+            b"",
+            "changed: it was written to while it was read",
+        )
+
+
+def test_eight_threads_read_their_own_files(tmp_path: Path) -> None:
+    root = files.resolve(_put(tmp_path, *(f"{n}.jpg" for n in range(100))))
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda n: files.read(root, f"{n % 100}.jpg", 99), range(2000)))
+    assert read == [(f"{n % 100}.jpg".encode(), None) for n in range(2000)]

@@ -1,0 +1,412 @@
+"""Tables and object stores as sources: what a CSV says is what the catalog holds, on S3 as on disk.
+
+The S3 here is a real server (moto) that the tests start; `memory://` stands for every other store
+that fsspec opens.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arrowhead import ConfigError, files, plan
+from arrowhead.plan import SourceConfig
+
+NAMES = st.binary(min_size=1, max_size=20).filter(
+    lambda name: not set(name) & {0, ord("/")} and name not in (b".", b"..")
+)
+ODD = (
+    "a b.jpg",
+    "caf\u00e9 \U0001f415.jpg",
+    "back\\slash.jpg",
+    "100%25+&#.jpg",
+    "q?versionId=7.jpg",
+)
+
+
+def _put(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def _table(root: Path, content: str | bytes, name: str = "t.csv") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return root / name
+
+
+def _rows(catalog: plan.Catalog) -> list[tuple[str, tuple[str, ...], str]]:
+    return list(zip(catalog.paths, catalog.labels, catalog.splits, strict=True))
+
+
+# --------------------------------------------------------------------------------- tables
+
+
+def test_a_table_gives_paths_labels_and_splits(tmp_path: Path) -> None:
+    _put(tmp_path, "b/2.jpg", "a/1.jpg", "3.jpg")
+    table = "path,labels,split\nb/2.jpg,dog,train\na/1.jpg,cat,valid\n3.jpg,cat,train\n"
+    catalog = plan.labelled(_table(tmp_path, table))
+    assert _rows(catalog) == [
+        ("3.jpg", ("cat",), "train"),
+        ("a/1.jpg", ("cat",), "valid"),
+        ("b/2.jpg", ("dog",), "train"),
+    ]
+    assert catalog.root == files.resolve(tmp_path)
+    assert catalog.sizes.tolist() == [5, 7, 7]
+    assert catalog.stamps.tolist() == [(tmp_path / p).stat().st_mtime_ns for p in catalog.paths]
+    assert catalog.read(2, 99) == (b"b/2.jpg", None)
+    assert not catalog.multi
+
+
+def test_several_labels_of_an_image_are_a_set_and_may_be_separated_otherwise(
+    tmp_path: Path,
+) -> None:
+    _put(tmp_path, "1.jpg", "2.jpg")
+    catalog = plan.labelled(
+        _table(tmp_path, "path,labels\n1.jpg,haze  primary haze\n2.jpg,water\n")
+    )
+    assert catalog.labels == [("haze", "primary"), ("water",)]
+    assert catalog.multi
+    assert catalog.splits == ["", ""]
+    table = _table(tmp_path, "path,label\n1.jpg,golden retriever; dog\n2.jpg,tabby cat\n")
+    assert plan.labelled(table, SourceConfig(label_separator=";")).labels == [
+        ("dog", "golden retriever"),
+        ("tabby cat",),
+    ]
+    assert plan.labelled(table, SourceConfig(label_separator="")).labels == [
+        ("golden retriever; dog",),
+        ("tabby cat",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"\xef\xbb\xbfpath,labels\r\na b.jpg,cat\r\n\r\nb.jpg,dog\r\n"),
+        ("t.CSV", b'other,Labels, Path \n"x\ny",cat,a b.jpg\n"",dog,b.jpg'),
+        ("t.tsv", b"path\tlabels\na b.jpg\tcat\nb.jpg\tdog\n"),
+    ],
+)
+def test_the_dialects_of_spreadsheets_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    _put(tmp_path, "a b.jpg", "b.jpg")
+    catalog = plan.labelled(_table(tmp_path, content, name))
+    assert _rows(catalog) == [("a b.jpg", ("cat",), ""), ("b.jpg", ("dog",), "")]
+
+
+@given(st.dictionaries(NAMES, st.sampled_from(["cat", "dog", "\U0001f98a fox"]), min_size=1))
+@settings(max_examples=100, deadline=None)
+def test_a_name_of_any_bytes_survives_a_table(labels: dict[bytes, str]) -> None:
+    labels |= {b"first.jpg": "cat", b"second.jpg": "dog"}
+    with tempfile.TemporaryDirectory() as folder:
+        content = io.StringIO(newline="")
+        rows = csv.writer(content)
+        rows.writerow(["path", "labels"])
+        for name, label in labels.items():
+            rows.writerow([name.decode("utf-8", "surrogateescape"), label])
+            handle = os.open(os.fsencode(folder) + b"/" + name, os.O_WRONLY | os.O_CREAT)
+            os.write(handle, b"12345")
+            os.close(handle)
+        with tempfile.TemporaryDirectory() as elsewhere:
+            encoded = content.getvalue().encode("utf-8", "surrogateescape")
+            table = _table(Path(elsewhere), encoded)
+            config = SourceConfig(images=folder, label_separator="")
+            catalog = plan.labelled(table, config)
+        assert {
+            files.raw(p): x for p, (x,) in zip(catalog.paths, catalog.labels, strict=True)
+        } == labels
+        assert catalog.paths == sorted(catalog.paths)
+        assert set(catalog.sizes.tolist()) == {5}
+        assert catalog.read(0, 9) == (b"12345", None)
+
+
+def test_paths_start_at_the_folder_of_images_and_take_a_suffix(tmp_path: Path) -> None:
+    _put(tmp_path, "pics/1.jpg", "pics/2.jpg")
+    table = _table(tmp_path / "tables", "path,labels\n1,cat\n2,dog\n")
+    config = SourceConfig(images=str(tmp_path / "pics"), suffix=".jpg")
+    catalog = plan.labelled(table, config)
+    assert catalog.paths == ["1.jpg", "2.jpg"]
+    assert catalog.root == files.resolve(tmp_path / "pics")
+    assert plan.unlabelled(table, config).paths == catalog.paths
+
+
+def test_paths_that_leave_the_folder_move_the_root_up(tmp_path: Path) -> None:
+    _put(tmp_path, "here/1.jpg", "there/2.jpg", "here/sub/3.jpg")
+    content = (
+        f"path,labels\n./1.jpg,cat\n../there/2.jpg,dog\n{tmp_path}/here/sub/../sub//3.jpg,cat\n"
+    )
+    catalog = plan.labelled(_table(tmp_path / "here", content))
+    assert catalog.root == files.resolve(tmp_path)
+    assert catalog.paths == ["here/1.jpg", "here/sub/3.jpg", "there/2.jpg"]
+    assert catalog.sizes.min() > 0
+    inside = plan.labelled(
+        _table(tmp_path / "here", f"path,labels\nsub/../1.jpg,a\n{tmp_path}/here/sub/3.jpg,b\n")
+    )
+    assert (inside.root, inside.paths) == (files.resolve(tmp_path / "here"), ["1.jpg", "sub/3.jpg"])
+
+
+def test_a_file_that_is_not_there_stays_a_row(tmp_path: Path) -> None:
+    _put(tmp_path, "1.jpg")
+    catalog = plan.labelled(
+        _table(tmp_path, "path,labels\n1.jpg,cat\ngone.jpg,dog\nno/2.jpg,dog\n")
+    )
+    assert catalog.sizes.tolist() == [5, -1, -1]
+    assert catalog.read(1, 99) == (b"", "unreadable: No such file or directory")
+
+
+def test_a_table_may_name_hidden_files_and_odd_ones(tmp_path: Path) -> None:
+    _put(tmp_path, ".a.jpg", "__MACOSX/b.jpg")
+    catalog = plan.labelled(_table(tmp_path, "path,labels\n.a.jpg,cat\n__MACOSX/b.jpg,dog\n"))
+    assert catalog.sizes.tolist() == [6, 14]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["(none)"]),
+        ("path,labels\n", ["no images"]),
+        ("file,class\n1.jpg,cat\n", ["file, class"]),
+        ("path,labels,label\n1.jpg,cat,cat\n", ["path, labels, label"]),
+        ("path,labels\n1.jpg,cat\n2.jpg,dog\n./1.jpg,dog\n", ["twice", "lines 2 and 4", "1.jpg"]),
+        ('path,labels\n"1\n.jpg",cat\n2.jpg,dog\n2.jpg,dog\n', ["lines 4 and 5"]),
+        ("path,labels\n1.jpg,cat\n,dog\n", ["line 3", "no path"]),
+        ("path,labels\n1.jpg,cat\n2.jpg, \n", ["line 3", "no label"]),
+        ("path,labels\n1.jpg,cat\n2.jpg\n", ["line 3", "1 cells"]),
+        ("path,labels\n1.jpg,cat\n2,3.jpg,dog\n", ["line 3", "3 cells"]),
+        ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,val\n", ["line 3", "'val'"]),
+        ('path,labels\n1.jpg,cat\n"2.jpg,dog\n3.jpg,dog\n', ["line 3", "no CSV", "end of data"]),
+        ("path,labels\n1.jpg,cat\n2.jpg,cat\n", ["one class", "'cat'"]),
+        ("path,labels\n1.jpg,cat\n2.jpg,Cat\n3.jpg,dog\n", ["'cat' (line 2)", "'Cat' (line 3)"]),
+        ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,train\n", ["no image", "valid"]),
+        ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,valid\n", ["dog", "train"]),
+        ("path,labels\n8.jpg,cat\n9.jpg,dog\n", ["none of the 2 files", "8.jpg"]),
+        ("path,labels\n1.jpg,cat\ns3://b/2.jpg,dog\n", ["several places", "line 3", "line 2"]),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_refused_with_file_and_line(
+    tmp_path: Path, content: str, words: list[str]
+) -> None:
+    _put(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    table = _table(tmp_path, content)
+    with pytest.raises(ConfigError) as refusal:
+        plan.labelled(table)
+    for word in (*words, str(table)):
+        assert word in refusal.value.found
+    assert refusal.value.wanted
+    assert refusal.value.do
+
+
+def test_a_missing_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        plan.labelled(tmp_path / "no.csv")
+
+
+def test_a_folder_called_like_a_table_is_a_folder(tmp_path: Path) -> None:
+    _put(tmp_path / "set.csv", "cat/1.jpg", "dog/2.jpg")
+    assert plan.labelled(tmp_path / "set.csv").classes == ["cat", "dog"]
+
+
+# ------------------------------------------------------------------------- object stores
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of an S3 server of our own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-p", str(port)]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
+        try:
+            for _ in range(600):
+                assert process.poll() is None
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """An empty bucket as a boto3 resource, and an environment in which it is found."""
+    boto3 = pytest.importorskip("boto3")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    made = boto3.resource("s3").Bucket(f"b{abs(hash(request.node.name))}")
+    made.create()
+    return made
+
+
+def _upload(bucket: Any, *keys: str) -> None:
+    for key in keys:
+        bucket.put_object(Key=key, Body=key.encode())
+
+
+def test_class_folders_in_s3_are_class_folders(bucket: Any) -> None:
+    _upload(bucket, "d/train/cat/1.jpg", "d/train/dog/deep/2.jpg", "d/valid/cat/3.jpg")
+    _upload(bucket, "d/valid/dog/", "d/train/fox/", "d/loose.jpg", "d/.git/x", "d/train/cat/._1")
+    _upload(bucket, "data/train/cat/other.jpg")
+    root = f"s3://{bucket.name}/d"
+    catalog = plan.labelled(f"{root}/")
+    assert _rows(catalog) == [
+        ("train/cat/1.jpg", ("cat",), "train"),
+        ("train/dog/deep/2.jpg", ("dog",), "train"),
+        ("valid/cat/3.jpg", ("cat",), "valid"),
+    ]
+    assert catalog.root == root
+    assert catalog.sizes.tolist() == [17, 22, 17]
+    assert (catalog.stamps > 0).all()
+    assert (catalog.ignored, catalog.empty) == (3, ("train/fox", "valid/dog"))
+    assert catalog.read(1, 99) == (b"d/train/dog/deep/2.jpg", None)
+    assert plan.labelled(root).stamps.tolist() == catalog.stamps.tolist()
+
+
+def test_every_key_of_a_bucket_is_listed_once_and_read(bucket: Any) -> None:
+    keys = [*ODD, "a//b.jpg", "/top.jpg", "a/b/c/d/e.jpg", "a", *(f"many/{n}" for n in range(1100))]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: _upload(bucket, key), keys))
+    catalog = plan.unlabelled(f"s3://{bucket.name}")
+    assert catalog.paths == sorted(files.text(key.encode()) for key in keys)
+    rows = [row for row, path in enumerate(catalog.paths) if not path.startswith("many")]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda row: catalog.read(row, 999), rows))
+    assert read == [(files.raw(catalog.paths[row]), None) for row in rows]
+
+
+def test_an_object_written_again_changes_its_stamp_and_is_a_fault(bucket: Any) -> None:
+    _upload(bucket, "1.jpg", "2.jpg", "3.jpg")
+    before = plan.unlabelled(f"s3://{bucket.name}")
+    bucket.put_object(Key="1.jpg", Body=b"other")
+    bucket.put_object(Key="2.jpg", Body=b"longer than it was")
+    bucket.Object("3.jpg").delete()
+    assert before.read(0, 99) == (b"", "changed: it was written again after it was listed")
+    assert before.read(1, 99)[1] == "changed: it had 5 bytes when it was listed, now it has 18"
+    assert before.read(2, 99) == (b"", "unreadable: No such file or directory")
+    after = plan.unlabelled(f"s3://{bucket.name}")
+    assert after.sizes[0] == before.sizes[0]
+    assert after.stamps[0] != before.stamps[0]
+    assert plan.chunk_name(after, range(1), "r") != plan.chunk_name(before, range(1), "r")
+    assert after.read(1, 4) == (b"", "too large: 18 bytes, more than 4")
+
+
+def test_a_table_in_s3_names_objects_beside_it_or_anywhere_in_the_bucket(bucket: Any) -> None:
+    _upload(bucket, "d/1.jpg", "d/a b.jpg", "e/3.jpg")
+    base = f"s3://{bucket.name}"
+    bucket.put_object(Key="d/t.csv", Body=b"path,labels\n1.jpg,cat\na b.jpg,dog\ngone.jpg,dog\n")
+    catalog = plan.labelled(f"{base}/d/t.csv")
+    assert (catalog.root, catalog.paths) == (f"{base}/d", ["1.jpg", "a b.jpg", "gone.jpg"])
+    assert catalog.sizes.tolist() == [7, 9, -1]
+    assert catalog.read(0, 99) == (b"d/1.jpg", None)
+    assert catalog.stamps[0] == plan.unlabelled(f"{base}/d").stamps[0]
+    far = f"path,labels\n1.jpg,cat\n../e/3.jpg,dog\n{base}/d/a b.jpg,dog\n"
+    bucket.put_object(Key="d/t.csv", Body=far.encode())
+    catalog = plan.labelled(f"{base}/d/t.csv")
+    assert (catalog.root, catalog.paths) == (base, ["d/1.jpg", "d/a b.jpg", "e/3.jpg"])
+    assert catalog.sizes.min() > 0
+
+
+def test_a_local_table_may_name_objects_in_s3(bucket: Any, tmp_path: Path) -> None:
+    _upload(bucket, "d/1.jpg", "d/2.jpg")
+    table = _table(tmp_path, "path,labels\n1.jpg,cat\n2.jpg,dog\n")
+    catalog = plan.labelled(table, SourceConfig(images=f"s3://{bucket.name}/d"))
+    assert catalog.sizes.tolist() == [7, 7]
+    uris = "".join(f"s3://{bucket.name}/d/{n}.jpg,{label}\n" for n, label in ((1, "a"), (2, "b")))
+    catalog = plan.labelled(_table(tmp_path, f"path,labels\n{uris}"))
+    assert (catalog.root, catalog.paths) == (f"s3://{bucket.name}/d", ["1.jpg", "2.jpg"])
+
+
+def test_a_store_that_cannot_be_listed_is_refused_soon_and_without_secrets(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.monotonic()
+    for uri, word in (
+        ("s3://no-such-bucket/d", "does not exist"),
+        (f"s3://{bucket.name}/no/such", "holds nothing"),
+        ("s3://name:secret@bucket/d", "password"),
+        ("nostore://x/y", "not known"),
+    ):
+        with pytest.raises(ConfigError, match=word) as refusal:
+            plan.unlabelled(uri)
+        assert "secret" not in str(refusal.value)
+    with pytest.raises(ConfigError, match="No such file"):
+        plan.labelled(f"s3://{bucket.name}/no.csv")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="Could not connect"):
+        plan.unlabelled(f"s3://{bucket.name}")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(ConfigError, match="credentials"):
+        plan.unlabelled(f"s3://{bucket.name}")
+    assert time.monotonic() - began < 60
+
+
+def test_a_store_whose_library_is_missing_is_refused_with_the_extra_to_install() -> None:
+    code = (
+        "import sys; sys.modules['s3fs'] = None; from arrowhead import ConfigError, plan\n"
+        "try: plan.unlabelled('s3://bucket/d')\n"
+        "except ConfigError as refusal: print(refusal.do)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "pip install 'arrowhead[s3]'" in said.stdout
+
+
+def test_any_other_store_that_fsspec_opens_is_listed_and_read() -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    store = MemoryFileSystem()
+    keys = [f"cat/{name}" for name in (*ODD, "new\nline.jpg", ".hidden")] + ["dog/1.jpg"]
+    store.pipe({f"/here/{key}": key.encode() for key in keys})
+    try:
+        catalog = plan.labelled("memory://here")
+        assert catalog.paths == sorted(files.text(k.encode()) for k in keys if ".hidden" not in k)
+        assert catalog.ignored == 1
+        assert catalog.classes == ["cat", "dog"]
+        for row, path in enumerate(catalog.paths):
+            assert catalog.read(row, 99) == (files.raw(path), None)
+        assert catalog.read(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
+        store.pipe({"/here/dog/1.jpg": b"longer than it was"})
+        assert catalog.read(len(catalog) - 1, 99)[1].startswith("changed: it had 9 bytes")
+        store.rm("/here/dog/1.jpg")
+        assert catalog.read(len(catalog) - 1, 99)[1] == "unreadable: No such file or directory"
+    finally:
+        store.rm("/here", recursive=True)
+    with pytest.raises(ConfigError, match="holds nothing"):
+        plan.unlabelled("memory://nowhere")
+
+
+def test_local_sources_never_import_the_store_library(tmp_path: Path) -> None:
+    _put(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    code = (
+        "import sys; from arrowhead import plan; c = plan.labelled(sys.argv[1]); c.read(0, 99);"
+        " assert not {'fsspec', 's3fs', 'botocore'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
