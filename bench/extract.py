@@ -71,12 +71,12 @@ def pump(folder: Path, body: str, images: int) -> tuple[float, dict[str, float]]
     catalog = first(plan.labelled(folder), images)
     chunks = list(enumerate(plan.chunks(catalog.paths, 256)))
     worker = Worker(0, 1, "cpu", CORES, lambda: None, lambda report: None)
-    through = extract.Pump(worker, net, recipe, PixelConfig(), extract.ExtractConfig())
-    began = perf_counter()
-    rows = sum(len(chunk.paths) for chunk in through(catalog, chunks, {}))
-    seconds = perf_counter() - began
-    assert rows == images
-    return seconds, through.clock.read() | {"workers": seconds}
+    with extract.Pump(worker, net, recipe, PixelConfig(), extract.ExtractConfig()) as through:
+        began = perf_counter()
+        rows = sum(len(chunk.paths) for chunk in through(catalog, chunks, extract.Known()))
+        seconds = perf_counter() - began
+        assert rows == images
+        return seconds, through.clock.read() | {"workers": seconds}
 
 
 def first(catalog: Catalog, images: int) -> Catalog:

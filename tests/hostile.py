@@ -676,8 +676,8 @@ def _claims(photo: bytes) -> Cases:
         ("2147483647 x 2147483647", 2**31 - 1, 2**31 - 1),
         ("1 x 2147483647", 1, 2**31 - 1),
     ):
-        yield f"PNG claiming {name}", _png(width, height), OUTSIZED
-        yield f"grey PNG with alpha claiming {name}", _png(width, height, colour=4), OUTSIZED
+        yield f"PNG claiming {name}", png(width, height), OUTSIZED
+        yield f"grey PNG with alpha claiming {name}", png(width, height, colour=4), OUTSIZED
     yield "BMP claiming 30000 x 30000", _bmp(side, side), TOO_LARGE
     yield "BMP claiming 2147483647 lines", _bmp(9, 2**31 - 1), OUTSIZED
     yield "GIF claiming 30000 x 30000", _gif(side, side), TOO_LARGE
@@ -692,14 +692,14 @@ def _claims(photo: bytes) -> Cases:
     yield "lossless WebP claiming 16384 x 16384", _riff(b"VP8L", lossless + bytes(9)), OUTSIZED
     flat = zlib.compress(bytes(10_001 * 10_000), 9)
     grey = zlib.compress(bytes(5001 * 4000))
-    yield "a PNG of 20 million pixels in 20 kB", _png(5000, 4000, colour=0, data=grey), WELL
-    tall = _png(10_000, 10_001, colour=0, data=flat)
+    yield "a PNG of 20 million pixels in 20 kB", png(5000, 4000, colour=0, data=grey), WELL
+    tall = png(10_000, 10_001, colour=0, data=flat)
     yield "a PNG of one line too many in 100 kB", tall, TOO_LARGE
-    yield "a PNG inflating to 100 MB for 9 pixels", _png(9, 1, data=flat), EITHER
+    yield "a PNG inflating to 100 MB for 9 pixels", png(9, 1, data=flat), EITHER
     text = b"Comment\0\0" + zlib.compress(bytes(50_000_000), 9)
-    yield "a PNG with 50 MB of text in 50 kB", _png(9, 9, before=chunk(b"zTXt", text)), EITHER
+    yield "a PNG with 50 MB of text in 50 kB", png(9, 9, before=chunk(b"zTXt", text)), EITHER
     profile = b"profile\0\0" + zlib.compress(bytes(50_000_000), 9)
-    yield "a PNG with a profile of 50 MB", _png(9, 9, before=chunk(b"iCCP", profile)), EITHER
+    yield "a PNG with a profile of 50 MB", png(9, 9, before=chunk(b"iCCP", profile)), EITHER
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -710,7 +710,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 PARTS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by PNG's colour type
 
 
-def _png(
+def png(
     width: int,
     height: int,
     *,
@@ -721,6 +721,9 @@ def _png(
     pixels: bytes | None = None,
     data: bytes | None = None,
 ) -> bytes:
+    """A PNG of 8 bits and three colours, or not; its pixels are black, if not given filtered
+    (`pixels`) or filtered and deflated (`data`). before: chunks between its header and its pixels.
+    """
     if data is None:
         line = 1 + -(-width * PARTS.get(colour, 1) * depth // 8)
         data = zlib.compress(
@@ -738,7 +741,7 @@ def interlaced(image: Image.Image) -> bytes:
     lines = b""
     for left, top, across, down in (*passes, (0, 1, 1, 2)):
         lines += b"".join(b"\0" + line.tobytes() for line in pixels_HWC[top::down, left::across])
-    return _png(*image.size, interlaced=1, pixels=lines)
+    return png(*image.size, interlaced=1, pixels=lines)
 
 
 def _pngs(image: Image.Image) -> Cases:
@@ -750,12 +753,12 @@ def _pngs(image: Image.Image) -> Cases:
     yield "PNG with a wrong checksum", _patched(photo, crc, b"\0\0\0\0"), EITHER
     head = photo.find(b"IHDR")
     yield "PNG with a wrong checksum of its header", _patched(photo, head + 17, b"\0\0\0\0"), EITHER
-    yield "PNG of broken deflate", _png(40, 40, data=b"\x78\x9c" + b"\xff" * 300), BROKEN
-    yield "PNG of no deflate", _png(40, 40, data=b"nothing deflated at all"), BROKEN
-    yield "PNG without pixels", _png(40, 40, data=b""), BROKEN
-    yield "PNG of too few lines", _png(40, 40, pixels=bytes(121 * 9)), BROKEN
-    yield "PNG of too many lines", _png(40, 40, pixels=bytes(121 * 99)), EITHER
-    yield "PNG of unknown filters", _png(40, 40, pixels=b"\x09" * 121 * 40), BROKEN
+    yield "PNG of broken deflate", png(40, 40, data=b"\x78\x9c" + b"\xff" * 300), BROKEN
+    yield "PNG of no deflate", png(40, 40, data=b"nothing deflated at all"), BROKEN
+    yield "PNG without pixels", png(40, 40, data=b""), BROKEN
+    yield "PNG of too few lines", png(40, 40, pixels=bytes(121 * 9)), BROKEN
+    yield "PNG of too many lines", png(40, 40, pixels=bytes(121 * 99)), EITHER
+    yield "PNG of unknown filters", png(40, 40, pixels=b"\x09" * 121 * 40), BROKEN
     yield "PNG without its end", photo[:-12], EITHER
     yield "PNG without IDAT", photo[: data - 4] + chunk(b"IEND", b""), BROKEN
     yield (
@@ -770,24 +773,24 @@ def _pngs(image: Image.Image) -> Cases:
     for depth, colour in ((3, 2), (8, 5), (16, 3), (1, 6), (0, 0), (255, 255)):
         yield (
             f"PNG of depth {depth}, colour {colour}",
-            _png(9, 9, depth=depth, colour=colour),
+            png(9, 9, depth=depth, colour=colour),
             REFUSED,
         )
-    yield "PNG of no size", _png(0, 0), REFUSED
-    yield "palette PNG without palette", _png(9, 9, colour=3), REFUSED
+    yield "PNG of no size", png(0, 0), REFUSED
+    yield "palette PNG without palette", png(9, 9, colour=3), REFUSED
     short = chunk(b"PLTE", b"\1\2\3")
     yield (
         "palette PNG of one colour, using more",
-        (_png(9, 9, colour=3, before=short, pixels=b"\0\1\2\3\4\5\6\7\x08\x09" * 9)),
+        (png(9, 9, colour=3, before=short, pixels=b"\0\1\2\3\4\5\6\7\x08\x09" * 9)),
         EITHER,
     )
     yield (
         "palette PNG with more alphas than colours",
-        (_png(9, 9, colour=3, before=short + chunk(b"tRNS", bytes(99)))),
+        (png(9, 9, colour=3, before=short + chunk(b"tRNS", bytes(99)))),
         EITHER,
     )
-    yield "PNG with a bad tRNS", _png(9, 9, before=chunk(b"tRNS", b"\0")), EITHER
-    yield "PNG with a critical chunk no one knows", _png(9, 9, before=chunk(b"WHAT", b"?")), EITHER
+    yield "PNG with a bad tRNS", png(9, 9, before=chunk(b"tRNS", b"\0")), EITHER
+    yield "PNG with a critical chunk no one knows", png(9, 9, before=chunk(b"WHAT", b"?")), EITHER
     yield (
         "PNG with a chunk longer than itself",
         (photo[:33] + struct.pack(">I", 2**31 - 1) + b"tEXt" + photo[33:]),

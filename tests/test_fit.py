@@ -173,7 +173,7 @@ def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, comma
     (images / ".hidden.jpg").write_bytes(cut)
     result = command("score", "out/bundle", images, "scores", "--probabilities", code=3)
     counts = result["counts"]
-    assert counts["inputs"] == 28 == counts["scored"] + counts["faults"]
+    assert counts["inputs"] == 29 == counts["scored"] + counts["faults"] + counts["ignored"]
     assert result["faults"] == {"not an image": 1, "empty": 1, "truncated": 1}
     rows = polars.read_parquet("scores/*.parquet")
     assert rows["path"].to_list() == sorted(rows["path"].to_list())

@@ -54,7 +54,7 @@ def test_a_second_learner_on_the_same_store_decodes_nothing(learn, images, capsy
     pixels = PixelConfig(size=64, views=2)
     body = BodyConfig(body="resnet18", weights="random")
     Learner(body, images, store=learn.store.path, pixels=pixels)
-    assert " 0 decoded" in capsys.readouterr().out
+    assert "\n0 decoded" in capsys.readouterr().out
 
 
 def test_lr_find_returns_the_curve_and_its_suggestions(learn):

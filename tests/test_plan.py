@@ -84,7 +84,7 @@ def test_a_folder_linked_under_two_names_is_listed_the_same_whatever_the_disk_or
 
 
 def test_an_empty_class_folder_is_named_and_changes_no_label(tmp_path: Path) -> None:
-    _put(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "valid/cat/3.jpg", "valid/dog/4.jpg")
+    _put(tmp_path, "train/cat/1.jpg", "train/dog/deep/2.jpg", "valid/cat/3.jpg", "valid/dog/4.jpg")
     before = plan.labelled(tmp_path)
     _put(tmp_path, "train/ant/.hidden")
     (tmp_path / "train/cow/deep").mkdir(parents=True)

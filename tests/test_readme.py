@@ -46,11 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
 def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    monkeypatch.setenv("HF_HOME", str(folder / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "hub"))
 
 
 def test_the_commands_run_as_written(capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 11
     for command in commands:
         program, *words = shlex.split(command)
         if program == "mlflow":  # a server: tests/test_fit.py reads what it would show

@@ -191,7 +191,7 @@ def test_a_table_may_name_hidden_files_and_odd_ones(tmp_path: Path) -> None:
         ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,val\n", ["line 3", "'val'"]),
         ('path,labels\n1.jpg,cat\n"2.jpg,dog\n3.jpg,dog\n', ["line 3", "no CSV", "end of data"]),
         ("path,labels\n1.jpg,cat\n2.jpg,cat\n", ["one class", "'cat'"]),
-        ("path,labels\n1.jpg,cat\n2.jpg,Cat\n3.jpg,dog\n", ["'cat' (line 2)", "'Cat' (line 3)"]),
+        ("path,labels\n1.jpg,cat\n2.jpg,Cat\n3.jpg,Cat\n", ["'cat' (line 2)", "'Cat' (line 3)"]),
         ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,train\n", ["no image", "valid"]),
         ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,valid\n", ["dog", "train"]),
         ("path,labels\n8.jpg,cat\n9.jpg,dog\n", ["none of the 2 files", "8.jpg"]),
@@ -274,7 +274,15 @@ def _upload(bucket: Any, *keys: str) -> None:
 
 def test_class_folders_in_s3_are_class_folders(bucket: Any) -> None:
     _upload(bucket, "d/train/cat/1.jpg", "d/train/dog/deep/2.jpg", "d/valid/cat/3.jpg")
-    _upload(bucket, "d/valid/dog/", "d/train/fox/", "d/loose.jpg", "d/.git/x", "d/train/cat/._1")
+    _upload(
+        bucket,
+        "d/valid/dog/",
+        "d/train/fox/",
+        "d/loose.jpg",
+        "d/.git/",
+        "d/.git/x",
+        "d/train/cat/._1",
+    )
     _upload(bucket, "data/train/cat/other.jpg")
     root = f"s3://{bucket.name}/d"
     catalog = plan.labelled(f"{root}/")

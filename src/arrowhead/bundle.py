@@ -268,6 +268,8 @@ def features(
     recipe: Recipe, body: Body, images: Sequence[bytes], device: str, threads: int
 ) -> NDArray[np.float32]:
     """float32 (N, D): clean features of a few images, NaN where one cannot be decoded."""
+    import torch
+
     clean = dataclasses.replace(recipe, views=1, augment="none", augment_seed=0)
     number = int(device.partition(":")[2] or 0) if "cuda" in device else None
     pixels, most = extract.pixels_of(clean), max(16, len(images))

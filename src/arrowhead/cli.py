@@ -174,6 +174,7 @@ def lr_find(
     from arrowhead import pipeline
 
     with _means("lr-find", launch, tracking, output) as means:
+        pipeline.say_account(store, means.screen)
         curve = pipeline.find_rate(store, head, finder, means)
         result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
         run_id = means.run.run_id if means.run else None
@@ -199,6 +200,7 @@ def train(
     from arrowhead import pipeline
 
     with _means("train", launch, tracking, output) as means:
+        pipeline.say_account(store, means.screen)
         result = pipeline.fit_head(store, bundle, head, finder, means)
         _next(means.screen, [f"{_me()} score {bundle} IMAGES SCORES"])
     return _end(result, output)

@@ -285,6 +285,7 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
                     names = sorted(os.listdir(folder))
                     if wanted == LISTED and (junk := _junk(names)):
                         waiting.append((below, junk, above, COUNTED))
+                whole = whole and len(names) <= limit
                 parts = range(limit, len(names), PART)
                 waiting += [(below, names[i : i + PART], above, wanted) for i in parts]
                 names = names[:limit]

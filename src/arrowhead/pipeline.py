@@ -331,10 +331,7 @@ def _say_restart(message: dict[str, Any], screen: Screen) -> None:
 
 
 def _say_counts(means: Means, counts: dict[str, int], done: Work) -> None:
-    means.screen.say(
-        f"{counts['inputs']} inputs = {counts['features']} features + {counts['faults']} faults"
-        f" + {counts['ignored']} ignored"
-    )
+    means.screen.say(_account(counts["features"], counts["faults"], counts["ignored"]))
     parts = [f"{counts['decoded']} decoded", f"{counts['looked_up']} looked up"]
     parts += [f"{counts['skipped']} skipped: done before"]
     if counts["fallback"]:
@@ -416,6 +413,22 @@ def learn(
         learn_stage, path, config, asked, True, config=means.launch, listen=listen
     )
     return curve, trained, seconds
+
+
+def say_account(path: Path, screen: Screen) -> None:
+    """What a finished store holds, on one line."""
+    store = Store(path)
+    manifest, ignored = store.manifest(), store.read_catalog()["ignored"]
+    files = sum(one["files"] for one in manifest["shards"])
+    faults = sum(one["faults"] for one in manifest["shards"])
+    screen.say(_account(files - faults, faults, ignored))
+
+
+def _account(features: int, faults: int, ignored: int) -> str:
+    return (
+        f"{features + faults + ignored} inputs = {features} features + {faults} faults"
+        f" + {ignored} ignored"
+    )
 
 
 HEADING = f"{'epoch':>5}  {'train loss':>10}  {'valid loss':>10}  {'accuracy':>8}"

@@ -1,0 +1,397 @@
+"""The guard's promises: what kills or hangs the decoder costs one row, two deaths and nothing else.
+
+The decoder is made to die without hooks of its own: Python runs a `sitecustomize.py` that it finds
+on PYTHONPATH when it starts, and ours makes the child end when it meets a file with a mark.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arrowhead.decode import PixelConfig
+from arrowhead.guard import GuardedDecoder
+
+PIXELS = PixelConfig(size=32, views=2)
+
+# Behind its end marker a JPEG may carry anything: these files are well but for the mark.
+SABOTAGE = """
+import os, resource, signal, sys, time
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+if sys.argv[0] == "-c":
+    from arrowhead import decode
+
+    def give_up():
+        raise MemoryError("marked")
+
+    ENDS = {
+        b"mark: segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        b"mark: killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        b"mark: abort": os.abort,
+        b"mark: exit": lambda: os._exit(1),
+        b"mark: raise": give_up,
+        b"mark: hang": lambda: time.sleep(3600),
+    }
+    header = decode.header
+
+    def sabotaged(data, config):
+        for mark, end in ENDS.items():
+            if data.endswith(mark):
+                end()
+        return header(data, config)
+
+    decode.header = sabotaged
+"""
+
+
+@pytest.fixture
+def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make every decoder's process that starts from now on run this first."""
+
+    def arrange(program: str) -> None:
+        (tmp_path / "sitecustomize.py").write_text(program)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    arrange(SABOTAGE)
+    return arrange
+
+
+@pytest.fixture(scope="module")
+def photos(drawn: Path) -> list[bytes]:
+    """32 drawn JPEGs."""
+    return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:32]]
+
+
+@pytest.fixture(scope="module")
+def clean(photos: list[bytes]) -> dict[bytes, bytes]:
+    """All views of each photo, from a decoder that nothing happens to."""
+    with GuardedDecoder(PIXELS, batch_size=32, threads=2) as decoder:
+        made = decoder(photos, _ids(photos))
+    assert made.faults == [None] * 32
+    return {photo: _pixels(made.views, row) for row, photo in enumerate(photos)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    encoded: Sequence[bytes]
+
+    @property
+    def image_ids(self) -> list[bytes]:
+        return _ids(self.encoded)
+
+
+def _ids(files: Sequence[bytes]) -> list[bytes]:
+    return [zlib.crc32(data).to_bytes(16, "big") for data in files]
+
+
+def _pixels(views: Sequence[np.ndarray], row: int) -> bytes:
+    return b"".join(view[row].tobytes() for view in views)
+
+
+def _marked(photo: bytes, way: str) -> bytes:
+    return photo + b"mark: " + way.encode()
+
+
+def _decoder(size: int = 8, patience: float = 60.0) -> GuardedDecoder:
+    return GuardedDecoder(PIXELS, batch_size=size, threads=2, patience=patience)
+
+
+def _streamed(
+    decoder: GuardedDecoder, batches: Iterable[Batch], clean: dict[bytes, bytes]
+) -> list[str]:
+    """The faults of these batches; every photo in them has to come out as it does alone."""
+    batches = list(batches)
+    faults = []
+    for batch, (its_own, made) in zip(batches, decoder.stream(batches), strict=True):
+        assert its_own is batch
+        assert len(made.faults) == len(made.fallback) == len(batch.encoded)
+        for row, data in enumerate(batch.encoded):
+            if data in clean:
+                assert made.faults[row] is None
+                assert _pixels(made.views, row) == clean[data]
+            else:
+                assert made.faults[row]
+                assert not any(_pixels(made.views, row))
+                faults.append(made.faults[row])
+    return faults
+
+
+def _gone(process: int, seconds: float = 20.0) -> bool:
+    """Whether a process ends (or is a corpse that its new parent has not buried yet)."""
+    for _ in range(int(seconds / 0.05)):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# ---------------------------------------------------------------------- files that kill
+
+
+@pytest.mark.usefixtures("sabotaged")
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("segfault", "killed by SIGSEGV"),
+        ("abort", "killed by SIGABRT"),
+        ("killed", "killed by SIGKILL"),
+        ("exit", "exit code 1"),
+        ("raise", "exit code 1"),
+    ],
+)
+def test_a_file_that_kills_the_decoder_is_quarantined_after_two_deaths(
+    way: str, words: str, photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    batch = [*photos[:3], _marked(photos[3], way), *photos[4:8]]
+    with _decoder() as decoder:
+        assert _streamed(decoder, [Batch(batch)], clean) == [f"decoder_crash: {words}"]
+        assert decoder.deaths == 2
+        assert _streamed(decoder, [Batch(photos[8:16])], clean) == []
+        assert decoder.deaths == 2
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_a_file_that_hangs_the_decoder_is_quarantined_and_no_process_stays(
+    photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    batches = [Batch([*photos[:2], _marked(photos[2], "hang"), photos[3]]), Batch(photos[4:8])]
+    children = set()
+    with _decoder(patience=3) as decoder:
+        decoder(photos[:1], _ids(photos[:1]))
+        children.add(decoder._child.pid)
+        assert _streamed(decoder, batches, clean) == ["decoder_crash: no answer in 3 s"]
+        children.add(decoder._child.pid)
+        assert decoder.deaths == 2
+    assert len(children) == 2
+    assert all(_gone(child) for child in children)
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_marked_files_anywhere_cost_their_rows_only(
+    photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    def marked(number: int) -> bytes:
+        return _marked(photos[number], "segfault")
+
+    batches = [
+        Batch([marked(0), *photos[1:8]]),  # its first file, with the next batch under way
+        Batch(photos[8:16]),
+        Batch([marked(16)]),  # alone
+        Batch([]),
+        Batch([*photos[17:20], marked(20), marked(21), *photos[22:23], marked(23)]),
+        Batch([marked(24), marked(25)]),  # two batches under way, both deadly
+        Batch([*photos[26:31], marked(31)]),  # the last file of the last batch
+    ]
+    with _decoder() as decoder:
+        faults = _streamed(decoder, batches, clean)
+        assert faults == ["decoder_crash: killed by SIGSEGV"] * 8
+        # One death for each batch that holds such files, one for each of the files.
+        assert decoder.deaths <= 5 + 8
+        assert _streamed(decoder, [Batch(photos[:8])], clean) == []
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_every_batch_after_a_death_comes_in_order(
+    photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    files = [_marked(p, "killed") if n % 9 == 4 else p for n, p in enumerate(photos)]
+    batches = [Batch(files[first : first + 3]) for first in range(0, 32, 3)]
+    with _decoder(size=3) as decoder:
+        assert len(_streamed(decoder, batches, clean)) == 4
+        assert decoder.deaths == 8
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_a_quarantined_file_has_the_same_fault_alone_and_among_others(photos: list[bytes]) -> None:
+    marked = _marked(photos[0], "abort")
+    with _decoder() as decoder:
+        alone = decoder([marked], _ids([marked])).faults[0]
+        among = decoder([*photos[1:4], marked], _ids([*photos[1:4], marked])).faults[3]
+    assert alone == among == "decoder_crash: killed by SIGABRT"
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_twenty_deaths_leave_no_file_descriptor_and_no_process_behind(
+    photos: list[bytes],
+) -> None:
+    deadly = [_marked(photo, "killed") for photo in photos[:9]]
+    children = set()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with _decoder(size=9) as decoder:
+        decoder(photos[:1], _ids(photos[:1]))
+        held = len(os.listdir("/proc/self/fd"))
+        while decoder.deaths < 20:
+            decoder(deadly, _ids(deadly))
+            decoder(photos[:1], _ids(photos[:1]))
+            children.add(decoder._child.pid)
+            assert len(os.listdir("/proc/self/fd")) == held
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert all(_gone(child) for child in children)
+
+
+# -------------------------------------------------------------------- the child's own end
+
+
+def test_a_child_killed_between_batches_costs_nothing(
+    photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    with _decoder() as decoder:
+        for first in (0, 8, 16):
+            assert _streamed(decoder, [Batch(photos[first : first + 8])], clean) == []
+            os.kill(decoder._child.pid, signal.SIGKILL)
+            assert _gone(decoder._child.pid)
+        assert _streamed(decoder, [Batch(photos[24:])], clean) == []
+        assert decoder.deaths == 3
+
+
+def test_a_child_killed_at_any_moment_of_a_stream_costs_nothing(
+    photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    batches = [Batch(photos[first : first + 4]) for first in range(0, 32, 4)]
+    with _decoder(size=4) as decoder:
+
+        def shot_at() -> Iterator[Batch]:
+            for number, batch in enumerate(batches):
+                if number in (2, 3, 6):  # while the one or two before are under way
+                    os.kill(decoder._child.pid, signal.SIGKILL)
+                yield batch
+
+        rows = [
+            _pixels(made.views, row)
+            for batch, made in decoder.stream(shot_at())
+            for row in range(len(batch.encoded))
+        ]
+        assert rows == [clean[photo] for photo in photos]
+        assert 1 <= decoder.deaths <= 3
+
+
+def test_a_stream_left_early_does_not_answer_for_the_next(
+    photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    batches = [Batch(photos[first : first + 4]) for first in range(0, 16, 4)]
+    with _decoder(size=4) as decoder:
+        for _ in decoder.stream(batches):
+            break
+        assert _streamed(decoder, [Batch(photos[20:24])], clean) == []
+
+        def failing() -> Iterator[Batch]:
+            yield from batches[:2]
+            raise OSError("the disk is gone")
+
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(decoder.stream(failing()))
+        assert _streamed(decoder, [Batch(photos[28:])], clean) == []
+
+
+def test_a_decoder_that_was_closed_leaves_no_process(photos: list[bytes]) -> None:
+    decoder = _decoder()
+    decoder(photos[:1], _ids(photos[:1]))
+    child = decoder._child.pid
+    assert Path(f"/proc/{child}").exists()
+    decoder.close()
+    assert not Path(f"/proc/{child}").exists()
+    decoder.close()  # a second time is no harm
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from arrowhead.decode import PixelConfig
+from arrowhead.guard import GuardedDecoder
+
+data = Path(sys.argv[1]).read_bytes()
+decoder = GuardedDecoder(PixelConfig(size=32), batch_size=1, threads=1)
+decoder([data], [bytes(16)])
+print(decoder._child.pid, flush=True)
+if len(sys.argv) > 2:
+    decoder([data + b"mark: hang"], [bytes(16)])
+time.sleep(600)
+"""
+
+
+@pytest.mark.usefixtures("sabotaged")
+@pytest.mark.parametrize("doing", ["idle", "at work"])
+def test_the_child_does_not_outlive_a_parent_killed_outright(
+    doing: str, photos: list[bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(photos[0])
+    program = tmp_path / "parent.py"
+    program.write_text(PARENT)
+    told = [str(tmp_path / "photo.jpg"), *(["hang"] if doing == "at work" else [])]
+    parent = subprocess.Popen([sys.executable, program, *told], stdout=subprocess.PIPE, text=True)
+    child = 0
+    try:
+        child = int(parent.stdout.readline())
+        assert not _gone(child, 0.5)
+        parent.kill()
+        parent.wait()
+        assert _gone(child)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        with suppress(ProcessLookupError):
+            os.kill(child or parent.pid, signal.SIGKILL)
+
+
+def test_a_child_that_cannot_start_is_a_clear_error(
+    sabotaged: Callable[[str], None], photos: list[bytes]
+) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    sabotaged("import sys; sys.modules['nvidia.dali'] = None")
+    with _decoder() as decoder:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="does not start") as error:
+                decoder(photos[:1], _ids(photos[:1]))
+            assert "nvidia.dali" in str(error.value)
+        sabotaged("")
+        assert decoder(photos[:1], _ids(photos[:1])).faults == [None]
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+# ------------------------------------------------------------------------------ the slots
+
+
+def test_files_of_50_megabytes_pass(photos: list[bytes], clean: dict[bytes, bytes]) -> None:
+    # A photo with a film behind it, as telephones make them.
+    film = np.random.default_rng(0).bytes(50_000_000)
+    heavy = [photos[0] + film, photos[1] + film]
+    with _decoder(size=4) as decoder:
+        made = decoder([*heavy, photos[2]], _ids(photos[:3]))
+        assert made.faults == [None] * 3
+        assert [_pixels(made.views, row) for row in range(3)] == [clean[p] for p in photos[:3]]
+        # The child gives the memory of the encoded bytes back once it has read them.
+        assert all(os.fstat(slot.encoded).st_size == 0 for slot in decoder._slots)
+
+
+def test_a_batch_of_nothing_has_no_rows_and_starts_nothing() -> None:
+    with _decoder() as decoder:
+        made = decoder([], [])
+        assert [len(view) for view in made.views] == [0, 0]
+        assert (made.faults, made.fallback) == ([], [])
+        assert decoder._child is None
+
+
+def test_what_the_child_says_stays_within_bounds(photos: list[bytes]) -> None:
+    # Each of these makes libjpeg and nvImageCodec complain in many words.
+    torn = [photo[: len(photo) // 2] for photo in photos]
+    with _decoder(size=32) as decoder:
+        for _ in range(60):
+            assert all(decoder(torn, _ids(torn)).faults)
+        assert os.fstat(decoder._stderr.fileno()).st_size < 2 * 2**20
+        assert decoder.deaths == 0
