@@ -1,14 +1,17 @@
-"""Seconds for a catalog of a million files, against a walk that only counts them, in one run.
+"""Seconds for a catalog of a million files, against bare walks over the same files, in one run.
 
     python bench/listing.py [--files N] [--folder DIR] [--rounds R]
 
-Two ways take turns, each in a fresh process, so that a busy machine slows both:
+Three ways take turns, each in a fresh process, so that a busy machine slows all of them:
 
-    walk        a bare recursive os.scandir: names and kinds only, nothing is kept
+    count       a recursive os.scandir that only counts: the least that a walk can do
+    walk        the same as a generator that hands out every entry (as in PEP 471)
     labelled    plan.labelled: path, size, mtime, label and split of every file, sorted
 
-The tree is made below DIR (default: the system's folder for temporary files) and deleted
-afterwards; files hold one byte. The file system's cache is warm: a first walk is not counted.
+The bare walks look at no file; `labelled` asks the kernel about each one, on all cores.
+
+Files hold one byte. The tree is deleted afterwards; with --folder it is made in DIR, unless it is
+there from an earlier run, and stays. The file system's cache is warm: a first walk is not counted.
 Medians and their ratio are printed and written to bench/results/. Memory is the largest resident
 set of the process and, times their number, of its helpers.
 """
@@ -24,16 +27,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from time import perf_counter
 
 CORES = len(os.sched_getaffinity(0))
 PER_FOLDER = 1000
+WAYS = ("count", "walk", "labelled")
 
 
-def grow(root: Path, files: int) -> int:
-    """A tree of train/ and valid/, five classes of many folders in each; the number of folders."""
+def grow(root: Path, files: int) -> None:
+    """A tree of train/ and valid/, five classes of many folders in each."""
     folders = -(-files // PER_FOLDER)
     for number in range(folders):
         split = "valid" if number // 5 % 5 == 4 else "train"
@@ -47,24 +53,38 @@ def grow(root: Path, files: int) -> int:
             os.write(file, b"x")
             os.close(file)
         os.close(handle)
-    return folders
 
 
-def walk(folder: str) -> int:
+def count(folder: str) -> int:
     """How many files lie below a folder."""
-    count = 0
+    found = 0
     with os.scandir(folder) as entries:
         for entry in entries:
-            count += walk(entry.path) if entry.is_dir() else 1
-    return count
+            found += count(entry.path) if entry.is_dir() else 1
+    return found
+
+
+def walk(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Every file below a folder."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from walk(entry.path)
+            else:
+                yield entry
 
 
 def measure(way: str, folder: str) -> None:
     """One way, in this process: files, seconds and MiB as one line of JSON."""
     from arrowhead import plan
 
+    ways: dict[str, Callable[[], int]] = {
+        "count": lambda: count(folder),
+        "walk": lambda: sum(1 for _ in walk(folder)),
+        "labelled": lambda: len(plan.labelled(folder)),
+    }
     began = perf_counter()
-    rows = walk(folder) if way == "walk" else len(plan.labelled(folder))
+    rows = ways[way]()
     seconds = perf_counter() - began
     mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     helpers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * min(CORES, 8)
@@ -72,39 +92,45 @@ def measure(way: str, folder: str) -> None:
 
 
 def main() -> None:
-    """Make the tree, measure, print, write."""
+    """Make the tree and compare."""
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--files", type=int, default=1_000_000)
-    asked.add_argument("--folder", type=Path, help="where the tree is made")
+    asked.add_argument("--folder", type=Path, help="where the tree is, or is to be")
     asked.add_argument("--rounds", type=int, default=5)
-    asked.add_argument("--measure", choices=("walk", "labelled"), help=argparse.SUPPRESS)
+    asked.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     args = asked.parse_args()
     if args.measure:
         measure(args.measure, str(args.folder))
         return
-    taken: dict[str, list[dict[str, float]]] = {"walk": [], "labelled": []}
-    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        folders = grow(Path(scratch), args.files)
-        walk(scratch)
-        for _ in range(args.rounds):
-            for way, results in taken.items():
-                command = [sys.executable, __file__, "--measure", way, "--folder", scratch]
-                answer = subprocess.run(command, capture_output=True, text=True, check=True)
-                results.append(json.loads(answer.stdout))
-                assert results[-1]["files"] == args.files
+    with ExitStack() as stack:
+        kept = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not (kept / "train").is_dir():
+            grow(kept, args.files)
+        compare(kept, count(str(kept)), args.rounds)
+
+
+def compare(tree: Path, files: int, rounds: int) -> None:
+    """Let the ways take turns over a tree of so many files; print and write what came out."""
+    taken: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, results in taken.items():
+            command = [sys.executable, __file__, "--measure", way, "--folder", str(tree)]
+            answer = subprocess.run(command, capture_output=True, text=True, check=True)
+            results.append(json.loads(answer.stdout))
+            assert results[-1]["files"] == files
     seconds = {way: [result["seconds"] for result in results] for way, results in taken.items()}
     median = {way: statistics.median(each) for way, each in seconds.items()}
-    ratio = median["labelled"] / median["walk"]
+    ratios = {way: median["labelled"] / median[way] for way in ("count", "walk")}
     mib = max(result["mib"] for result in taken["labelled"])
     for way, each in median.items():
-        print(f"{way:<10} {each:6.2f} s  {args.files / each / 1e6:.2f} million files/s")
-    print(f"labelled takes {ratio:.2f} x the walk, {mib:.0f} MiB at most")
+        print(f"{way:<10} {each:6.2f} s  {files / each / 1e6:.2f} million files/s")
+    print(f"labelled takes {ratios['count']:.2f} x count, {ratios['walk']:.2f} x walk")
+    print(f"and {mib:.0f} MiB at most, its helpers' included")
     result = {
-        "command": f"python bench/listing.py --files {args.files} --rounds {args.rounds}",
+        "command": f"python bench/listing.py --files {files} --rounds {rounds}",
         "machine": f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}",
-        "folders": folders,
         "seconds": seconds,
-        "ratio": ratio,
+        "labelled_over": ratios,
         "mib": mib,
     }
     file = Path(__file__).parent / "results" / f"listing_{date.today()}.json"

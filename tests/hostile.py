@@ -1031,10 +1031,10 @@ def on_disk(folder: Path, photo: bytes) -> dict[bytes, frozenset[str] | None]:
     os.mkfifo(put(b"pipe.jpg", "not a file"))
     put(b"link to a pipe.jpg", "not a file").symlink_to("pipe.jpg")
     put(b"link to a device.jpg", "not a file").symlink_to("/dev/zero")
-    put(b"link to a folder.jpg", "not a file").symlink_to("dog.jpg")
+    put(b"link to a folder.jpg/inside.jpg", None).parent.symlink_to("dog.jpg")
     with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
         server.bind("socket.jpg")  # from here: a socket's path must be short
-    put(b"socket.jpg", "unreadable")
+    put(b"socket.jpg", "not a file")
     put(b"dangling.jpg", "unreadable").symlink_to("nowhere.jpg")
     put(b"ring one.jpg", "unreadable").symlink_to("ring two.jpg")
     put(b"ring two.jpg", "unreadable").symlink_to("ring one.jpg")

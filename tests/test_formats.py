@@ -311,8 +311,8 @@ def test_decoded_photos_equal_pillows_to_the_last_bit_before_they_are_resized(
 def test_features_equal_those_of_plain_torchvision_code(
     dogscats: Path, mobilenet: list[str], tmp_path: Path
 ) -> None:
-    # Tolerances, as cosines. For the same pixels: 0.9999 (the store holds float16, and we fold batch
-    # norms). For torchvision's resize of tensors: 0.999. For that of PIL images, which rounds
+    # Tolerances, as cosines. For the same pixels: 0.9999 (the store holds float16, batch norms are
+    # folded). For torchvision's resize of tensors: 0.999. For that of PIL images, which rounds
     # twice: 0.998, and 0.999 for 95 % (torchvision's own two ways are as far apart).
     paths = sorted((dogscats / "valid").rglob("*.jpg"))[::2][:100]
     for path in paths:

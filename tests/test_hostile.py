@@ -10,11 +10,26 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hostile import KINDS, Case, animated, chunk, encoded, hostile, interlaced, mutants, ycck
+from hostile import (
+    KINDS,
+    Case,
+    animated,
+    chunk,
+    encoded,
+    hostile,
+    interlaced,
+    mutants,
+    on_disk,
+    ycck,
+)
 from PIL import Image
 
+from arrowhead import files, plan
 from arrowhead.decode import PixelConfig, Pixels
+from arrowhead.extract import ExtractConfig, Known, Pump, recipe_of
 from arrowhead.guard import GuardedDecoder
+from arrowhead.launch import Worker
+from arrowhead.model import Body, BodyConfig, load
 
 PIXELS = PixelConfig(size=32, views=2)
 
@@ -298,3 +313,28 @@ def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
         assert other.deaths == 0
     changed = [int(place) for place, row in zip(order, again, strict=True) if row != rows[place]]
     assert not changed, [(n, broken[n][:4], rows[n].fault) for n in changed[:9]]
+
+
+# ------------------------------------------------------------------------------- on disk
+
+
+def test_what_cannot_be_read_is_a_row_and_odd_names_come_back_as_they_were(
+    photos: list[bytes], tmp_path: Path
+) -> None:
+    outcomes = on_disk(tmp_path, photos[0])
+    config = BodyConfig(body="resnet18", weights="random")
+    weights = load(config)
+    body = Body(config.body, weights.state, pool="avg", mean=weights.mean, std=weights.std, size=32)
+    catalog = plan.unlabelled(tmp_path)
+    recipe = recipe_of(PIXELS, config, weights, body.width)
+    worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
+    with Pump(worker, body, recipe, PIXELS, ExtractConfig(batch_size=16)) as pump:
+        runs = enumerate(plan.chunks(catalog.paths, 256))
+        chunks = list(pump(catalog, runs, Known()))
+    faults = {path: fault for c in chunks for path, fault in zip(c.paths, c.faults, strict=True)}
+    assert all(path.isprintable() for path in faults)
+    ended = {files.raw(path): fault for path, fault in faults.items()}
+    assert ended.keys() == outcomes.keys()
+    for name, outcome in outcomes.items():
+        kind = ended[name].partition(":")[0] if ended[name] else None
+        assert kind in (outcome or {None}), name

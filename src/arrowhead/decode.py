@@ -44,6 +44,7 @@ PILLOW = ("GIF", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG", "MPO")
 # Start-of-frame markers beyond baseline, extended and progressive (ITU T.81, table B.1).
 FRAMES = dict.fromkeys((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF), "arithmetic-coded")
 FRAMES |= {0xC3: "lossless", **dict.fromkeys((0xC5, 0xC6, 0xC7), "hierarchical")}
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not one of those that stand inside a scan
 GROUP = 50_000_000  # pixels decoded before they are resized: 150 MB; on a GPU ten times as many
 
 
@@ -166,11 +167,22 @@ def _walk(data: bytes, max_scans: int) -> int | str:
         if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
             orientations.append(_exif(segment))
         at += 2 + length
-    if (scans := data.count(b"\xff\xda", at)) > max_scans:
+    # Whatever follows the picture (a telephone's film) is not counted, but costs a closer look.
+    if data.count(b"\xff\xda", at) > max_scans and (scans := _scans(data, at)) > max_scans:
         return f"too large: {scans} scans, more than {max_scans}"
     if len(named := set(orientations) - {0}) > 1:
         return f"corrupt: its EXIF segments contradict one another: orientations {sorted(named)}"
     return max(named, default=1)
+
+
+def _scans(data: bytes, at: int) -> int:
+    """Number of scans of a JPEG whose first one starts at `at`."""
+    count = 0
+    while (marker := data[at + 1 : at + 2]) not in (b"", b"\xd9"):
+        count += marker == b"\xda"
+        found = MARKER.search(data, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
+        at = found.end() - 2 if found else len(data)
+    return count
 
 
 def _exif(block: bytes) -> int:
@@ -301,18 +313,28 @@ class Decoder:
             self._codec = _codec(threads, device)
         said()
 
-    def __call__(self, encoded: Sequence[bytes], image_ids: Sequence[bytes]) -> Pixels:
-        """Pixels and faults of up to `batch_size` files; exactly as many rows as files."""
+    def __call__(
+        self,
+        encoded: Sequence[bytes],
+        image_ids: Sequence[bytes],
+        into: NDArray[np.uint8] | None = None,
+    ) -> Pixels:
+        """Pixels and faults of up to `batch_size` files; exactly as many rows as files.
+
+        into: uint8 (views, b or more, S, S, 3), memory to write them to.
+        """
         headers = [header(data, self.config) for data in encoded]
         faults: list[str | None] = [h if isinstance(h, str) else None for h in headers]
         side = self.config.size
-        views = [
-            np.zeros((len(encoded), side, side, 3), np.uint8) for _ in range(self.config.views)
-        ]
+        if into is None:
+            into = np.empty((self.config.views, len(encoded), side, side, 3), np.uint8)
+        views = [view[: len(encoded)] for view in into]
         well = [i for i, fault in enumerate(faults) if fault is None]
         for rows in _groups(well, headers, GROUP if self._device is None else 10 * GROUP):
             images = self._images(rows, encoded, headers, faults)
             self._shape(images, image_ids, headers, views)
+        for view in views:
+            view[[fault is not None for fault in faults]] = 0
         fallback = [
             isinstance(found, Header) and found.stream is None and fault is None
             for found, fault in zip(headers, faults, strict=True)

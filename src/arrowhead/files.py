@@ -22,12 +22,12 @@ import stat
 import sys
 from array import array
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import compress, islice, repeat
-from operator import lt
 from resource import RUSAGE_THREAD, getrusage
 from time import perf_counter
 from typing import IO, TYPE_CHECKING, Any
@@ -54,8 +54,9 @@ _ESCAPED = re.compile(r"\\(?:\\|x[0-9a-f]{2})")
 # A folder to look into: its path below the root, ending in "/" (b"" is the root), the names in it
 # (None: all), device and inode of the folders above it, and what is wanted.
 Visit = tuple[bytes, list[bytes] | None, tuple[tuple[int, int], ...], int]
-# What was found: the texts of paths, joined by NUL; sizes, seconds and nanoseconds as int64.
-Block = tuple[str, list[bytes]]
+# What was found: texts of paths, joined by NUL; whether they ascend; columns of int64: sizes,
+# seconds and nanoseconds.
+Block = tuple[str, bool, list[bytes]]
 # Blocks, number of files left out, folders that hold no file of their own, visits still to make.
 Found = tuple[list[Block], int, list[str], list[Visit]]
 # Makes visits, up to a number of names.
@@ -215,7 +216,7 @@ def _explored(
     arrived = [explore(visits, FEW)]
     while (visits := arrived[-1][-1]) and perf_counter() - began < ALONE:
         arrived.append(explore(visits, FEW))
-    seen = sum(len(columns[0]) // 8 for more, *_ in arrived for _, columns in more)
+    seen = sum(len(columns[0]) // 8 for more, *_ in arrived for *_, columns in more)
     far = getrusage(RUSAGE_THREAD).ru_nvcsw - waits > seen // 8
     count = 32 if far else min(len(os.sched_getaffinity(0)), 8)
     busy: dict[Future[Found], Explorer] = {}
@@ -238,10 +239,9 @@ def _explored(
                 explorer = idle.pop()
                 busy[pool.submit(explorer, given, PART)] = explorer
             for more, left_out, bare, _ in arrived:
-                for joined, columns in more:
-                    paths = joined.split("\0")
-                    ascending = ascending and all(map(lt, paths, islice(paths, 1, None)))
-                    blocks.append((paths, columns))
+                for joined, sound, columns in more:
+                    ascending = ascending and sound
+                    blocks.append((joined.split("\0"), columns))
                 ignored += left_out
                 folders += bare
             arrived = []
@@ -252,9 +252,12 @@ def _explored(
     blocks.sort(key=lambda block: block[0][0])
     pairs = zip(blocks, islice(blocks, 1, None), strict=False)
     ascending = ascending and all(one[0][-1] < other[0][0] for one, other in pairs)
-    paths = [path for block in blocks for path in block[0]]
+    paths: list[str] = []
+    for some, _ in blocks:
+        paths += some
     size_N, second_N, nano_N = (
-        np.frombuffer(b"".join([columns[at] for _, columns in blocks]), np.int64) for at in range(3)
+        np.frombuffer(bytearray().join([columns[at] for _, columns in blocks]), np.int64)
+        for at in range(3)
     )
     stamp_N = 10**9 * second_N + nano_N
     if not ascending:  # files beside folders, or names that are escaped
@@ -289,7 +292,9 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
                 parts = range(limit, len(names), PART)
                 waiting += [(below, names[i : i + PART], above, wanted) for i in parts]
                 names = names[:limit]
-                kinds, columns = look(handle, names)
+                # Only a name that we were given can hold a NUL, where C would end it.
+                safe = wanted != NAMED or not any(b"\0" in name for name in names)
+                kinds, columns = (look if safe else _look_each)(handle, names)
             finally:
                 os.close(handle)
         except (OSError, ValueError):  # gone, or not ours to see: a row for each name we have
@@ -308,7 +313,7 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
         if wanted == COUNTED:
             ignored += len(names)
         elif names:
-            blocks.append((_texts(below, names), [column.tobytes() for column in columns]))
+            blocks.append((*_texts(below, names), [column.tobytes() for column in columns]))
         elif whole and below:
             folders.append(text(below[:-1]))
     return blocks, ignored, folders, waiting
@@ -354,41 +359,41 @@ def _look_all() -> Looker:
     call = getattr(ctypes.PyDLL(None), "statx", None)
     if call is None or sys.byteorder != "little":
         return _look_each
-    words = array("q", bytes(256 * FEW))
+    call.restype = None
+    blank = bytes(256 * FEW)
+    words = array("q", blank)
     octets = memoryview(words).cast("B")
     start, _ = words.buffer_info()
     slots = [ctypes.c_size_t.from_param(start + 256 * i) for i in range(FEW)]
     upper_half = bytes(octet >> 4 for octet in range(256))
 
     def look(handle: int, names: list[bytes]) -> Looks:
-        if b"\0".join(names).count(b"\0") >= len(names):  # C would end a name there
-            return _look_each(handle, names)
         kinds, columns = bytearray(), [array("q") for _ in range(3)]
-        failed: list[int] = []
         for first in range(0, len(names), FEW):
             part = names[first : first + FEW]
+            octets[:] = blank  # where the call fails, the kind stays 0
             # 0x800: as stat(2), mount nothing; 0x241: type, size, mtime.
-            failed += map(call, repeat(handle), part, repeat(0x800), repeat(0x241), slots)
+            deque(map(call, repeat(handle), part, repeat(0x800), repeat(0x241), slots), 0)
             kinds += octets[29 : 256 * len(part) : 256].tobytes().translate(upper_half)
             for column, word in zip(columns, (5, 14, 15), strict=True):
                 column += words[word : 32 * len(part) : 32]
-        if any(failed) or kinds.count(FILE) < len(kinds):
-            for i in range(len(kinds)):
-                if failed[i] or kinds[i] != FILE:
-                    kinds[i : i + 1], row = _look_each(handle, names[i : i + 1])
-                    for column, value in zip(columns, row, strict=True):
-                        column[i : i + 1] = value
+        if kinds.count(FILE) < len(names):
+            for i in [i for i, kind in enumerate(kinds) if kind != FILE]:
+                kinds[i : i + 1], row = _look_each(handle, names[i : i + 1])
+                for column, value in zip(columns, row, strict=True):
+                    column[i : i + 1] = value
         return kinds, columns
 
     return look
 
 
-def _texts(below: bytes, names: list[bytes]) -> str:
-    """The texts of these paths, joined by NUL."""
+def _texts(below: bytes, names: list[bytes]) -> tuple[str, bool]:
+    """The texts of these paths, joined by NUL, and whether they ascend as the names do."""
     joined, prefix = b"/".join(names).decode("utf-8", "surrogateescape"), text(below)
-    if joined.isprintable() and "\\" not in joined:
-        return prefix + joined.replace("/", "\0" + prefix)
-    return "\0".join([prefix + text(name) for name in names])
+    if joined.isprintable() and "\\" not in joined:  # UTF-8 sorts as what it stands for
+        return prefix + joined.replace("/", "\0" + prefix), True
+    texts = [prefix + text(name) for name in names]
+    return "\0".join(texts), texts == sorted(texts)
 
 
 @contextmanager
@@ -400,11 +405,9 @@ def _helper(root: bytes) -> Iterator[Explorer]:
     # Isolated and without site packages it starts in 20 ms.
     code = "import sys; sys.path.append(sys.argv[1]); from arrowhead import files; files.serve()"
     here = str(Path(__file__).resolve().parents[1])
-    command: list[str | bytes] = [sys.executable, "-I", "-S", "-c", code, here, root]
+    command: list[str | bytes] = [sys.executable or "", "-I", "-S", "-c", code, here, root]
     try:
-        process = Popen(  # noqa: S603 - ourselves
-            command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, pipesize=2**20
-        )
+        process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)  # noqa: S603 - ourselves
     except OSError:
         yield partial(_explore, root, _look_each)
         return

@@ -24,7 +24,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -62,11 +62,22 @@ class Died(Exception):
 class Slot:
     """Memory shared with the child: encoded bytes one way, pixels the other."""
 
-    encoded: int = field(default_factory=lambda: os.memfd_create("arrowhead-encoded"))
-    pixels: int = field(default_factory=lambda: os.memfd_create("arrowhead-pixels"))
+    encoded: int
+    pixels: int
+    squares: NDArray[np.uint8]
+    """(views, B, S, S, 3): what lies in `pixels`."""
+
+    @staticmethod
+    def of(shape: tuple[int, ...]) -> Slot:
+        """Memory for pixels of this shape, and as much as is needed for encoded bytes."""
+        encoded, pixels = os.memfd_create("ah-encoded"), os.memfd_create("ah-pixels")
+        os.ftruncate(pixels, int(np.prod(shape)))
+        memory = mmap.mmap(pixels, 0, prot=mmap.PROT_READ)
+        return Slot(encoded, pixels, np.frombuffer(memory, np.uint8).reshape(shape))
 
     def close(self) -> None:
         """Give the memory back."""
+        self.squares = np.empty(0, np.uint8)  # the map goes with the array
         os.close(self.encoded)
         os.close(self.pixels)
 
@@ -97,9 +108,7 @@ class GuardedDecoder:
             "device": device,
         }
         self._patience = patience
-        self._slots = [Slot() for _ in range(UNDER_WAY)]
-        for slot in self._slots:
-            os.ftruncate(slot.pixels, int(np.prod(self._shape)))
+        self._slots = [Slot.of(self._shape) for _ in range(UNDER_WAY)]
         self._child: subprocess.Popen[bytes] | None = None
         self._line: Connection | None = None
         self.deaths = 0
@@ -188,13 +197,11 @@ class GuardedDecoder:
             said = json.loads(self._line.recv_bytes())
         except (EOFError, OSError):
             raise self._autopsy() from None
-        pixels = self._blank(len(batch.encoded), said["faults"], said["fallback"], said["seconds"])
-        with mmap.mmap(slot.pixels, 0, prot=mmap.PROT_READ) as memory:
-            there = np.frombuffer(memory, np.uint8).reshape(self._shape)
-            for view, made in zip(pixels.views, there, strict=True):
-                view[: len(batch.encoded)] = made[: len(batch.encoded)]
-            del there, made
-        return pixels
+        count = len(batch.encoded)
+        blank = self._blank(count, filled=count)
+        for view, made in zip(blank.views, slot.squares, strict=True):
+            view[:count] = made[:count]
+        return Pixels(blank.views, **said)
 
     def _one_by_one(self, batch: Encoded, slot: Slot) -> Pixels:
         """The files of a batch that a child died over, each in a batch of its own."""
@@ -212,17 +219,14 @@ class GuardedDecoder:
                 view[row] = its_view[0]
         return pixels
 
-    def _blank(
-        self,
-        count: int,
-        faults: list[str | None] | None = None,
-        fallback: list[bool] | None = None,
-        seconds: float = 0.0,
-    ) -> Pixels:
+    def _blank(self, count: int, filled: int = 0) -> Pixels:
+        """Pixels of `count` files without a fault, black but for the first `filled` rows."""
         views, _, *square = self._shape
         rows = max(LEAST, count) if count else 0
-        black: list[NDArray[np.uint8]] = [np.zeros((rows, *square), np.uint8) for _ in range(views)]
-        return Pixels(black, faults or [None] * count, fallback or [False] * count, seconds)
+        made = [np.empty((rows, *square), np.uint8) for _ in range(views)]
+        for view in made:
+            view[filled:] = 0
+        return Pixels(made, [None] * count, [False] * count)
 
     # ---- the child
 
@@ -341,9 +345,8 @@ def serve() -> None:
         began = perf_counter()
         slot = request["slot"]
         ids = [bytes.fromhex(name) for name in request["ids"]]
-        pixels = decoder(_files(settings["slots"][2 * slot], request["sizes"]), ids)
-        for square, view in zip(squares[slot], pixels.views, strict=True):
-            square[: len(view)] = view
+        files = _files(settings["slots"][2 * slot], request["sizes"])
+        pixels = decoder(files, ids, squares[slot])
         said: dict[str, Any] = {"faults": pixels.faults, "fallback": pixels.fallback}
         line.send_bytes(json.dumps(said | {"seconds": perf_counter() - began}).encode())
 

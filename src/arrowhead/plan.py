@@ -183,8 +183,8 @@ def _tree(root: str) -> tuple[Catalog, Places]:
     if has_splits:
         empty = {folder for folder in empty if folder.partition("/")[0] in SPLITS}
     sizes, stamps = found.sizes, found.stamps
-    inside = [names != () for names in labels]
-    if not all(inside):
+    if () in set(labels):
+        inside = [names != () for names in labels]
         paths = list(itertools.compress(paths, inside))
         labels = list(itertools.compress(labels, inside))
         splits = list(itertools.compress(splits, inside))

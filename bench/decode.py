@@ -1,0 +1,188 @@
+"""Images per second through the guarded decoder and through a bare DALI pipeline, in one run.
+
+    python bench/decode.py [--data FOLDER] [--images N] [--rounds R] [--threads T] [--size S]
+
+Three ways take turns, round by round, so that a busy machine slows all of them:
+
+    bare            one DALI pipeline in this process: fn.decoders.image, the same resize. It has
+                    no header check, no process of its own, and dies of the first bad file
+    guarded         guard.GuardedDecoder.stream on the same files, all good
+    1 % bad         the same with every 100th file cut short
+
+Each way gets the same bytes in memory, batches of 32, and gives NumPy arrays of its own. Medians
+and ratios are printed and written to bench/results/, of the rates and of the seconds of processor
+time, which a busy machine disturbs less. Without --data, images are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from hashlib import blake2b
+from itertools import cycle, islice
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+
+from arrowhead import demo
+from arrowhead.decode import PixelConfig, frame, header
+from arrowhead.guard import GuardedDecoder
+
+CORES = len(os.sched_getaffinity(0))
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Files' bytes and their names, as the guarded decoder takes them."""
+
+    encoded: Sequence[bytes]
+    image_ids: Sequence[bytes]
+
+
+def batches(files: Sequence[bytes]) -> list[Batch]:
+    """The files in batches of 32."""
+    ids = [blake2b(data, digest_size=16).digest() for data in files]
+    starts = range(0, len(files), BATCH)
+    return [Batch(files[at : at + BATCH], ids[at : at + BATCH]) for at in starts]
+
+
+def bare(all_batches: Sequence[Batch], config: PixelConfig, threads: int) -> Callable[[], int]:
+    """What decodes and resizes these batches by DALI alone, and counts the images.
+
+    The regions that are resized come from the headers, as in the guarded decoder; they are read
+    beforehand, so that this way does nothing but decode and resize.
+    """
+    fed = []
+    for batch in all_batches:
+        arrays = [np.frombuffer(data, np.uint8) for data in batch.encoded]
+        regions = [frame(config, header(data, config)) for data in batch.encoded]
+        fed.append((arrays, *map(list, zip(*regions, strict=True))))
+
+    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2)
+    def plain() -> Any:
+        kinds = {"dtype": [types.UINT8, types.FLOAT, types.FLOAT], "ndim": [1, 1, 1]}
+        encoded, start, end = fn.external_source(fed, num_outputs=3, cycle="raise", **kinds)
+        exact = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
+        image = fn.decoders.image(encoded, device="cpu", **exact)
+        smooth = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+        side = [config.size, config.size]
+        return fn.resize(image, size=side, roi_start=start, roi_end=end, **smooth)
+
+    pipeline = plain()
+    pipeline.build()
+
+    def run() -> int:
+        count = 0
+        try:
+            while True:
+                (made,) = pipeline.run()
+                count += len(made.as_array().copy())
+        except StopIteration:
+            pipeline.reset()
+        return count
+
+    return run
+
+
+def ratios(taken: dict[str, list[float]]) -> dict[str, float]:
+    """The median, over the rounds, of how much less each way took than bare."""
+    return {
+        name: statistics.median(b / t for b, t in zip(taken["bare"], own, strict=True))
+        for name, own in taken.items()
+    }
+
+
+def busy(process: int | None) -> float:
+    """Seconds of processor time that we and another process have had."""
+    theirs = 0.0
+    if process:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        theirs = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return process_time() + theirs
+
+
+def main() -> None:
+    """Measure, print, write."""
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("--data", type=Path, help="folder of JPEGs, at any depth")
+    asked.add_argument("--images", type=int, default=1024)
+    asked.add_argument("--rounds", type=int, default=7)
+    asked.add_argument("--threads", type=int, default=CORES)
+    asked.add_argument("--size", type=int, default=224)
+    args = asked.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.data is None:
+            demo.draw(Path(scratch), per_class=100)
+        paths = sorted((args.data or Path(scratch)).rglob("*.jpg"))
+        files = [path.read_bytes() for path in islice(cycle(paths), args.images)]
+    config = PixelConfig(size=args.size)
+    good = batches(files)
+    cut = [data[: len(data) // 2] if n % 100 == 50 else data for n, data in enumerate(files)]
+    bad = batches(cut)
+    plain = bare(good, config, args.threads)
+
+    times: dict[str, list[float]] = {"bare": [], "guarded": [], "1 % bad": []}
+    with GuardedDecoder(config, batch_size=BATCH, threads=args.threads) as guarded:
+
+        def ours(all_batches: Sequence[Batch], faults: int) -> None:
+            made = [
+                (len(b.encoded), sum(map(bool, p.faults))) for b, p in guarded.stream(all_batches)
+            ]
+            assert np.sum(made, axis=0).tolist() == [len(files), faults]
+
+        def theirs() -> None:
+            assert plain() == len(files)
+
+        ways: dict[str, Callable[[], None]] = {
+            "bare": theirs,
+            "guarded": lambda: ours(good, 0),
+            "1 % bad": lambda: ours(bad, len(range(50, len(files), 100))),
+        }
+        work: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(args.rounds + 1):
+            for name, way in ways.items():
+                child = guarded._child.pid if guarded._child else None
+                had, began = busy(child), perf_counter()
+                way()
+                if number:  # the first round warms up
+                    times[name].append(perf_counter() - began)
+                    work[name].append(busy(child) - had)
+        assert guarded.deaths == 0
+    rates = {name: len(files) / statistics.median(taken) for name, taken in times.items()}
+    share, work_share = ratios(times), ratios(work)
+    for name, rate in rates.items():
+        each = statistics.median(work[name]) / len(files) * 1000
+        print(
+            f"{name:<10} {rate:7.1f} img/s, {share[name]:.3f} of bare"
+            f"   {each:.3f} ms of a core per image, {work_share[name]:.3f} of bare"
+        )
+    result = {
+        "command": f"python bench/decode.py --images {args.images} --rounds {args.rounds}"
+        f" --threads {args.threads} --size {args.size}"
+        + (" --data (real photos)" if args.data else ""),
+        "machine": f"{platform.machine()}, {CORES} cores",
+        "images_per_second": rates,
+        "share_of_bare_rate": share,
+        "share_of_bare_processor_time": work_share,
+        "rounds_seconds": times,
+        "rounds_processor_seconds": work,
+    }
+    file = Path(__file__).parent / "results" / f"decode_cpu_{date.today()}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()
