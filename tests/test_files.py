@@ -344,3 +344,14 @@ def test_eight_threads_read_their_own_files(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda n: files.read(root, f"{n % 100}.jpg", 99), range(2000)))
     assert read == [(f"{n % 100}.jpg".encode(), None) for n in range(2000)]
+
+
+def test_a_folder_named_like_an_image_is_a_row_when_nothing_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "cat" / "dog.JPG").mkdir(parents=True)
+    (tmp_path / "cat" / "full.png").mkdir()
+    (tmp_path / "cat" / "full.png" / "1.jpg").write_bytes(b"1")
+    found = files.listing(files.resolve(str(tmp_path)))
+    assert found.paths == ["cat/dog.JPG", "cat/full.png/1.jpg"]
+    assert found.sizes.tolist() == [-1, 1]
+    data, fault = files.read(files.resolve(str(tmp_path)), found.paths[0], 100, -1, 0)
+    assert (data, fault) == (b"", "not a file: a folder, pipe, socket or device")

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 JUNK = {b"Thumbs.db", b"desktop.ini", b"__MACOSX"}
+IMAGES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".gif", b".avif")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 ALONE = 0.01  # seconds before helpers are called, which need twice as long to come
 FEW, PART = 512, 16384  # names looked at in one go, alone and by a helper
@@ -75,7 +76,8 @@ class Listing:
     paths: text of each path below the root; sizes: int64 (N,) bytes, -1 where there is no
     ordinary file to be read; stamps: int64 (N,); ignored: number of files seen and left out
     (hidden ones and system files, also inside hidden folders); folders: text of the folders that
-    hold no file of their own. A folder that cannot be listed is a row of size -1.
+    hold no file of their own. A folder that cannot be listed is a row of size -1, and so is one
+    without a file that is named like an image.
     """
 
     paths: list[str]
@@ -315,7 +317,12 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
         elif names:
             blocks.append((*_texts(below, names), [column.tobytes() for column in columns]))
         elif whole and below:
-            folders.append(text(below[:-1]))
+            parent, slash, name = below[:-1].rpartition(b"/")
+            if name.lower().endswith(IMAGES):  # somebody will miss it: it is a row, and a fault
+                nothing = [array("q", [number]).tobytes() for number in (-1, 0, 0)]
+                blocks.append((*_texts(parent + slash, [name]), nothing))
+            else:
+                folders.append(text(below[:-1]))
     return blocks, ignored, folders, waiting
 
 
