@@ -170,6 +170,9 @@ def _other_kinds(image: Image.Image) -> Cases:
     # No browser shows these, and their readers are the weakest: OpenJPEG dies of a flipped bit.
     foreign = NO_IMAGE | UNSUPPORTED
     yield "JPEG 2000", encoded(small, "JPEG2000"), foreign
+    waves = encoded(small, "JPEG2000")
+    tile = waves.find(b"\xff\x51") + 22  # in its segment SIZ; nvImageCodec divides by it
+    yield "JPEG 2000 of tiles of 0", _patched(waves, tile, bytes(8)), foreign
     yield "PPM", encoded(small, "PPM"), foreign
     yield "PPM with fewer pixels than it says", b"P6\n64 64\n255\n" + bytes(900), foreign
     yield "PPM claiming 30000 x 30000", b"P6\n30000 30000\n255\n" + bytes(900), foreign

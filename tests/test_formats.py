@@ -159,17 +159,6 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
             4, (nibbles[:, ::2] << 4 | nibbles[:, 1::2]).tobytes(), behind=bgr0[:64]
         ),
         "run-length BMP": _bmp(8, runs + b"\0\1", way=1, behind=bgr0),
-        "TIFF": encoded(photo, "TIFF"),
-        "grey TIFF": encoded(photo.convert("L"), "TIFF"),
-        "16-bit grey TIFF": encoded(Image.fromarray(deep), "TIFF"),
-        "palette TIFF": encoded(palette, "TIFF"),
-        "fax TIFF": encoded(photo.convert("1"), "TIFF", compression="group4"),
-        "YCbCr TIFF": encoded(photo.convert("YCbCr"), "TIFF"),
-        "BigTIFF": encoded(photo, "TIFF", big_tiff=True),
-        "TIFF of many pages": animated(photo, "TIFF"),
-    } | {
-        f"TIFF, {way}": encoded(photo, "TIFF", compression=way)
-        for way in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd")
     }
     pillows = {
         "PNG with alpha": encoded(glass, "PNG"),
@@ -191,6 +180,14 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
         "16-bit BMP, masked": _bmp(
             16, (red >> 3 << 11 | green >> 2 << 5 | blue >> 3).tobytes(), way=3, behind=masks
         ),
+        "TIFF": encoded(photo, "TIFF"),
+        "grey TIFF": encoded(photo.convert("L"), "TIFF"),
+        "16-bit grey TIFF": encoded(Image.fromarray(deep), "TIFF"),
+        "palette TIFF": encoded(palette, "TIFF"),
+        "fax TIFF": encoded(photo.convert("1"), "TIFF", compression="group4"),
+        "YCbCr TIFF": encoded(photo.convert("YCbCr"), "TIFF"),
+        "BigTIFF": encoded(photo, "TIFF", big_tiff=True),
+        "TIFF of many pages": animated(photo, "TIFF"),
         "TIFF with alpha": encoded(glass, "TIFF"),
         "CMYK TIFF": encoded(photo.convert("CMYK"), "TIFF"),
         "GIF": encoded(photo, "GIF"),
@@ -198,8 +195,12 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
         "GIF, one colour clear": encoded(palette, "GIF", transparency=3),
         "AVIF": encoded(photo, "AVIF"),
         "AVIF with alpha": encoded(glass, "AVIF"),
+    } | {
+        f"TIFF, {way}": encoded(photo, "TIFF", compression=way)
+        for way in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd")
     }
-    found = {name: (data, False) for name, data in ours.items()}
+    pillow_too = ("TIFF", "BMP")
+    found = {n: (data, any(k in n for k in pillow_too)) for n, data in ours.items()}
     return found | {name: (data, True) for name, data in pillows.items()}
 
 

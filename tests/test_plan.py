@@ -128,6 +128,7 @@ def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_
         (("train/cat/1.jpg", "train/dog/1.jpg", "valid/.no", "valid/cat/.no"), "valid"),
         (("Train/cat/1.jpg", "Valid/cat/1.jpg"), "Train/, Valid/"),
         (("valid/cat/1.jpg", "test/cat/1.jpg"), "no train/"),
+        (("train/cat/1", "train/dog/1", "valid/cat/1", "Valid/cat/1"), "Valid/ beside train/"),
     ],
 )
 def test_folders_that_cannot_teach_are_refused_with_what_to_do(

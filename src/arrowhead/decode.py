@@ -22,7 +22,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,11 +40,12 @@ SIGNATURES = {
     b"MM\0*": "TIFF",
 }
 # What Pillow may open here: formats whose readers are its own or those of a browser.
-PILLOW = ("GIF", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG", "MPO")
+PILLOW = ("GIF", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG")
 # Start-of-frame markers beyond baseline, extended and progressive (ITU T.81, table B.1).
 FRAMES = dict.fromkeys((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF), "arithmetic-coded")
 FRAMES |= {0xC3: "lossless", **dict.fromkeys((0xC5, 0xC6, 0xC7), "hierarchical")}
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not one of those that stand inside a scan
+FLOOD = 65536  # words of decoders that are kept; after so many, every file of the batch is asked
 GROUP = 50_000_000  # pixels decoded before they are resized: 150 MB; on a GPU ten times as many
 
 
@@ -127,8 +128,12 @@ def header(data: bytes, config: PixelConfig) -> Header | str:
 
     if not data:
         return "empty: the file has no bytes"
+    # Of a damaged TIFF nvImageCodec shows memory that nothing was written to, of a BMP of 16 bits
+    # other colours, and its reader of JPEG 2000 can be made to die: Pillow opens those, or nobody.
     jpeg = data.startswith(b"\xff\xd8\xff")
-    walked = _walk(data, config.max_scans) if jpeg else 1
+    if not jpeg and not data.startswith((b"\x89PNG", b"RIFF")):
+        return _pillow_header(data, config)
+    walked = _walk(data, config.max_scans) if jpeg else _torn(data) or 1
     if isinstance(walked, str):
         return walked
     try:
@@ -142,8 +147,8 @@ def header(data: bytes, config: PixelConfig) -> Header | str:
     if min(height, width, channels) < 1:
         return f"unsupported: {width} x {height} pixels in {channels} channels"
     orientation = walked if jpeg else _orientation(data)
-    see_through = not jpeg and (channels in (2, 4) or _colour_key(data))
-    return Header(height, width, orientation, None if see_through else stream)
+    by_pillow = not jpeg and (channels in (2, 4) or _special(data))
+    return Header(height, width, orientation, None if by_pillow else stream)
 
 
 def _walk(data: bytes, max_scans: int) -> int | str:
@@ -204,20 +209,39 @@ def _orientation(data: bytes) -> int:
     # TIFF names it near the start; PNG has a chunk eXIf, WebP one at the end, EXIF.
     if not any(tag in data for tag in (b"Exif", b"eXIf", b"EXIF", b"*\0", b"\0*")):
         return 1
-    from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = Image.open(io.BytesIO(data), formats=PILLOW).getexif().get(0x0112, 1)
+            value = _opened(data).getexif().get(0x0112, 1)
     except Exception:
         return 1
     return value if value in range(1, 9) else 1
 
 
-def _colour_key(data: bytes) -> bool:
-    """Whether a PNG makes one of its colours transparent (chunk tRNS, before the first IDAT)."""
-    return data.startswith(b"\x89PNG") and b"tRNS" in data[: data.find(b"IDAT")]
+def _torn(data: bytes) -> str | None:
+    """The fault of a PNG or WebP that claims more than it holds: decoders make room for it."""
+    png = data.startswith(b"\x89PNG")
+    end = len(data) if png else 8 + int.from_bytes(data[4:8], "little")
+    at = 8 if png else 12
+    while at + 8 <= end <= len(data):
+        if png:
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+            if data[at - 8 : at - 4] == b"IEND":
+                return None
+        else:
+            length = int.from_bytes(data[at + 4 : at + 8], "little")
+            at += 8 + length + length % 2
+    claimed = max(at, end)
+    return "truncated: its last chunk ends after the file" if claimed > len(data) + 1 else None
+
+
+def _special(data: bytes) -> bool:
+    """Whether a PNG makes one of its colours transparent, or moves: of a damaged one that moves
+    nvImageCodec shows memory that nothing was written to.
+    """
+    head = data[: data.find(b"IDAT")] if data.startswith(b"\x89PNG") else b""
+    return b"tRNS" in head or b"acTL" in head
 
 
 def _too_large(width: int, height: int, config: PixelConfig) -> str:
@@ -227,6 +251,14 @@ def _too_large(width: int, height: int, config: PixelConfig) -> str:
 # ------------------------------------------------------------------------------- Pillow
 
 
+def _opened(data: bytes) -> Any:
+    """Pillow's image of a file, not decoded yet."""
+    from PIL import Image
+
+    Image.init()  # else a format named in PILLOW may not be there yet
+    return Image.open(io.BytesIO(data), formats=PILLOW)
+
+
 def _pillow_header(data: bytes, config: PixelConfig) -> Header | str:
     from PIL import Image
 
@@ -234,7 +266,10 @@ def _pillow_header(data: bytes, config: PixelConfig) -> Header | str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            width, height = Image.open(io.BytesIO(data), formats=PILLOW).size
+            image = _opened(data)
+            width, height = image.size
+            # A TIFF is turned by Pillow itself; what turns an AVIF is not in its EXIF block.
+            turn = image.getexif().get(0x0112, 1) if kind != "TIFF" else 1
     except Image.DecompressionBombError:
         return f"too large: more than {config.max_pixels} pixels"
     except Exception as error:
@@ -244,7 +279,7 @@ def _pillow_header(data: bytes, config: PixelConfig) -> Header | str:
         return f"{'truncated' if _cut_short(words) else 'unsupported'}: {kind}, {words}"
     if height * width > config.max_pixels:
         return _too_large(width, height, config)
-    return Header(height, width, _orientation(data))
+    return Header(height, width, turn if turn in range(1, 9) else 1)
 
 
 def _by_pillow(data: bytes) -> NDArray[np.uint8] | str:
@@ -254,7 +289,7 @@ def _by_pillow(data: bytes) -> NDArray[np.uint8] | str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=PILLOW)
+            image = _opened(data)
             image.load()
             if image.mode.startswith("I;16"):  # convert would clip at 255
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -367,6 +402,9 @@ class Decoder:
         for i in rows:
             if isinstance(images[i], str):
                 faults[i] = images.pop(i)
+            elif headers[i].stream is None:
+                height, width, _ = images[i].shape
+                headers[i] = replace(headers[i], height=height, width=width)
         return images
 
     def _decode(self, headers: list[Header]) -> list[Any]:
@@ -441,7 +479,8 @@ def _on_cpu(codec: tuple[Any, Any], headers: list[Header]) -> list[NDArray[np.ui
     from nvidia import nvimgcodec
 
     decoder, params = codec
-    arrays = [np.empty((found.height, found.width, 3), np.uint8) for found in headers]
+    # Zeros: some damaged files leave part of the picture unwritten.
+    arrays = [np.zeros((found.height, found.width, 3), np.uint8) for found in headers]
     into = [nvimgcodec.as_image(array) for array in arrays]
     made = decoder.decode([found.stream for found in headers], images=into, params=params)
     return [a if m is not None else None for a, m in zip(arrays, made, strict=True)]
@@ -468,11 +507,12 @@ def _groups(rows: list[int], headers: list[Any], most: int) -> Iterator[list[int
 
 
 def _damaged(words: str) -> bool:
-    """Whether libjpeg saw damage it decoded past. Bytes left over hurt no pixel: browsers and we
-    show such an image.
+    """Whether libjpeg saw damage it decoded past. It says the first only: bytes left over before
+    the end marker are the last, and hurt no pixel; browsers and we show such an image.
     """
-    said = (line for line in words.splitlines() if line.startswith("Corrupt JPEG data"))
-    return any("extraneous bytes" not in line for line in said)
+    said = [line for line in words.splitlines() if line.startswith("Corrupt JPEG data")]
+    end = "extraneous bytes before marker 0xd9"
+    return len(words) >= FLOOD or any(not line.endswith(end) for line in said)
 
 
 def _verdict(data: bytes, words: str) -> str:

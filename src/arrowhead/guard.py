@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead.decode import Decoder, PixelConfig, Pixels
+from arrowhead.decode import FLOOD, Decoder, PixelConfig, Pixels
 
 UNDER_WAY = 2  # batches: the child has its next one while we take the last
 LEAST = 16  # rows: networks compute a row to the same last bit in every batch of 16 or more
@@ -375,7 +375,7 @@ class _Stderr:
     def since(self) -> str:
         """The words since the last call."""
         end = os.lseek(2, 0, os.SEEK_END)
-        words = os.pread(2, min(end - self._at, 65536), self._at)
+        words = os.pread(2, min(end - self._at, FLOOD), self._at)
         if end > 2**20:  # a bad folder says a lot
             os.ftruncate(2, 0)
             os.lseek(2, 0, os.SEEK_SET)

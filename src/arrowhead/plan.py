@@ -415,9 +415,12 @@ def _must_be_laid_out(root: str, tops: set[str]) -> None:
             "both, with one folder per class in each; or one folder per class and no train/.",
             f"make {root}/valid, or give {root}/train: a share of it is then held out.",
         )
-    if "train" not in tops and tops and all(_alike(top) in SPLITS for top in tops):
+    whole = "train" in tops
+    odd = sorted(top for top in tops if _alike(top) in SPLITS and not (whole and top in SPLITS))
+    if odd and (whole or len(odd) == len(tops)):
         raise ConfigError(
-            f"{root} has {', '.join(f'{top}/' for top in sorted(tops))} but no train/.",
+            f"{root} has {', '.join(f'{top}/' for top in odd)}"
+            f" {'beside' if whole else 'but no'} train/.",
             "train/ and valid/, in small letters, with one folder per class in each.",
             "rename the folders, or give the one that holds the class folders.",
         )
