@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+Command = Callable[..., dict[str, Any]]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Before anything imports torch: tests measure promises, not this machine's core count.
@@ -42,3 +46,19 @@ def mobilenet() -> list[str]:
     half = ["0.5", "0.5", "0.5"]
     flags = ["--body", "mobilenet_v2", "--weights", str(weights)]
     return [*flags, "--mean", *half, "--std", *half]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a verb with --json; its result."""
+    from arrowhead import cli
+
+    def run(*words: object, code: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, words), "--json"])
+        out = capsys.readouterr()
+        assert ended.value.code == code, out.err
+        return dict(json.loads(out.out.splitlines()[-1]))
+
+    return run

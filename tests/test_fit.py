@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars
@@ -14,23 +12,6 @@ import pyarrow as pa
 import pytest
 
 from arrowhead import cli
-
-Command = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a verb with --json; its result."""
-
-    def run(*words: object, code: int = 0) -> dict[str, Any]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*map(str, words), "--json"])
-        out = capsys.readouterr()
-        assert ended.value.code == code, out.err
-        return dict(json.loads(out.out.splitlines()[-1]))
-
-    return run
-
 
 RANDOM = ["--body", "resnet34", "--weights", "random", "--size", "96"]
 

