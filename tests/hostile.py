@@ -801,7 +801,13 @@ def _pngs(image: Image.Image) -> Cases:
     )
     longer = _patched(photo, data - 4, struct.pack(">I", 2**31 - 1))
     yield "PNG with pixels longer than itself", longer, EITHER
-    yield "PNG with torn EXIF", photo[:33] + chunk(b"eXIf", b"MM\0*\xff\xff") + photo[33:], WELL
+    clear = encoded(image.resize((96, 80)).convert("RGBA"), "PNG")
+    for name, data in (("PNG", photo), ("PNG with alpha", clear)):
+        for number, block in enumerate(
+            (b"", b"MM\0*\xff\xff", b"XX\0*\0\0\0\x08", b"II*\0\0\0\0\0")
+        ):
+            torn = data[:33] + chunk(b"eXIf", block) + data[33:]
+            yield f"{name} and torn EXIF {number}", torn, WELL
     film = animated(image.resize((60, 50)), "PNG")
     yield "APNG", film, WELL
     for number, share in enumerate((0.4, 0.6, 0.8)):
