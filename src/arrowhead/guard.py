@@ -357,7 +357,8 @@ def _files(memory: int, sizes: list[int]) -> list[bytes]:
     for size in sizes:
         files.append(os.pread(memory, size, at))
         at += size
-    os.ftruncate(memory, 0)
+    if at > 2**25:
+        os.ftruncate(memory, 0)
     return files
 
 
