@@ -211,14 +211,16 @@ def _exif(block: bytes) -> int:
 
 
 def _orientation(data: bytes) -> int:
-    # TIFF names it near the start; PNG has a chunk eXIf, WebP one at the end, EXIF.
-    if not any(tag in data for tag in (b"Exif", b"eXIf", b"EXIF", b"*\0", b"\0*")):
-        return 1
+    """The orientation of a PNG or WebP. Only where it names one: Pillow decodes a PNG to look."""
+    return _turn(_opened(data)) if b"eXIf" in data or b"EXIF" in data else 1
 
+
+def _turn(image: Any) -> int:
+    """The EXIF orientation of an image that Pillow has opened, 1 if it names none or is torn."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = _opened(data).getexif().get(0x0112, 1)
+            value = image.getexif().get(0x0112, 1)
     except Exception:
         return 1
     return value if value in range(1, 9) else 1
@@ -273,8 +275,6 @@ def _pillow_header(data: bytes, config: PixelConfig) -> Header | str:
             warnings.simplefilter("ignore")
             image = _opened(data)
             width, height = image.size
-            # A TIFF is turned by Pillow itself; what turns an AVIF is not in its EXIF block.
-            turn = image.getexif().get(0x0112, 1) if kind != "TIFF" else 1
     except Image.DecompressionBombError:
         return f"too large: more than {config.max_pixels} pixels"
     except Exception as error:
@@ -284,7 +284,8 @@ def _pillow_header(data: bytes, config: PixelConfig) -> Header | str:
         return f"{'truncated' if _cut_short(words) else 'unsupported'}: {kind}, {words}"
     if height * width > config.max_pixels:
         return _too_large(width, height, config)
-    return Header(height, width, turn if turn in range(1, 9) else 1)
+    # A TIFF is turned by Pillow itself; what turns an AVIF is not in its EXIF block.
+    return Header(height, width, 1 if kind == "TIFF" else _turn(image))
 
 
 def _by_pillow(data: bytes) -> NDArray[np.uint8] | str:
@@ -345,12 +346,12 @@ class Decoder:
         self._said, self._device = said, device
         self._fed: list[list[Any]] = []
         self._pipeline = _pipeline(config, batch_size, threads, device, lambda: self._fed)
-        self._codec = self._judge = _codec(threads, None)
+        self._cpu = _cpu_codec(threads if device is None else 1)
         if device is not None:
             import torch
 
             torch.cuda.set_device(device)
-            self._codec = _codec(threads, device)
+            self._gpu = _gpu_codec(threads, device)
         said()
 
     def __call__(
@@ -401,7 +402,7 @@ class Decoder:
             jpeg = encoded[i].startswith(b"\xff\xd8")
             cut = self._device is not None and not _ends(encoded[i])
             if images[i] is None or (jpeg and (doubted or cut)):
-                again, words = _on_cpu(self._judge, [headers[i]])[0], self._said()
+                again, words = _on_cpu(self._cpu, [headers[i]])[0], self._said()
                 if again is None or _damaged(words):
                     images[i] = _verdict(encoded[i], words)
                 elif images[i] is None:  # else a bad mate would choose who decodes this one
@@ -419,11 +420,10 @@ class Decoder:
         if not headers:
             return []
         if self._device is None:
-            return _on_cpu(self._codec, headers)
+            return _on_cpu(self._cpu, headers)
         import torch
 
-        decoder, params = self._codec
-        made = decoder.decode([found.stream for found in headers], params=params)
+        made = self._gpu.decode([found.stream for found in headers], params=_params())
         return [None if m is None else torch.utils.dlpack.from_dlpack(m) for m in made]
 
     def _shape(
@@ -463,32 +463,43 @@ class Decoder:
         return torch.from_numpy(image.copy()).to(f"cuda:{self._device}")
 
 
-def _codec(threads: int, device: int | None) -> tuple[Any, Any]:
-    """The decoder of nvImageCodec, and its parameters."""
+FANCY = ":fancy_upsampling=1"  # nvImageCodec's default differs between its versions
+
+
+def _params() -> Any:
     from nvidia import nvimgcodec as nv
 
     # Two EXIF blocks that disagree overrun a buffer where the library turns the image.
-    params = nv.DecodeParams(apply_exif_orientation=False, color_spec=nv.ColorSpec.SRGB)
-    options = ":fancy_upsampling=1"  # its default differs between versions
-    if device is not None:
-        # A share below 1 for the hardware engine would let an image's mates choose its decoder.
-        hardware = nv.Backend(nv.HW_GPU_ONLY, load_hint=1.0)
-        others = (nv.GPU_ONLY, nv.HYBRID_CPU_GPU, nv.CPU_ONLY)
-        backends = [hardware, *(nv.Backend(kind) for kind in others)]
-        return nv.Decoder(device, threads, backends, options), params
-    # The library takes one thread less than there are cores, and its caller only waits: on two
-    # cores that is one. So we hold a decoder of one thread for each of ours.
+    return nv.DecodeParams(apply_exif_orientation=False, color_spec=nv.ColorSpec.SRGB)
+
+
+def _gpu_codec(threads: int, device: int) -> Any:
+    """The decoder of nvImageCodec on a GPU."""
+    from nvidia import nvimgcodec as nv
+
+    # A share below 1 for the hardware engine would let an image's mates choose its decoder.
+    hardware = nv.Backend(nv.HW_GPU_ONLY, load_hint=1.0)
+    others = (nv.GPU_ONLY, nv.HYBRID_CPU_GPU, nv.CPU_ONLY)
+    return nv.Decoder(device, threads, [hardware, *(nv.Backend(kind) for kind in others)], FANCY)
+
+
+def _cpu_codec(threads: int) -> list[Any]:
+    """A decoder of nvImageCodec for each thread: one of several threads takes a thread less than
+    there are cores, and its caller only waits.
+    """
+    from nvidia import nvimgcodec as nv
+
     cpu, backends = nv.NVIMGCODEC_DEVICE_CPU_ONLY, [nv.Backend(nv.CPU_ONLY)]
-    return [nv.Decoder(cpu, 1, backends, options) for _ in range(threads)], params
+    return [nv.Decoder(cpu, 1, backends, FANCY) for _ in range(threads)]
 
 
-def _on_cpu(codec: tuple[Any, Any], headers: list[Header]) -> list[NDArray[np.uint8] | None]:
+def _on_cpu(decoders: list[Any], headers: list[Header]) -> list[NDArray[np.uint8] | None]:
     """One image (H, W, 3) per header in host memory, None where decoding failed."""
     from nvidia import nvimgcodec
 
-    decoders, params = codec
-    # Zeros: some damaged files leave part of the picture unwritten.
-    arrays = [np.empty((found.height, found.width, 3), np.uint8) for found in headers]
+    params = _params()
+    # Zeros: a decoder that stops half-way without a word must not show what lay there before.
+    arrays = [np.zeros((found.height, found.width, 3), np.uint8) for found in headers]
     made: list[Any] = [None] * len(headers)
 
     def decode(number: int) -> None:
@@ -562,7 +573,12 @@ def _pipeline(
     )
     def images_to_views() -> Any:
         image = fn.external_source(
-            lambda: feed()[0], device=chip, dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True
+            lambda: feed()[0],
+            device=chip,
+            dtype=types.UINT8,
+            ndim=3,
+            layout="HWC",
+            no_copy=device is None,
         )
         fed: Any = ()
         if count:

@@ -124,7 +124,7 @@ def recipe_of(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: in
     )
 
 
-def pixels_of(recipe: Recipe, max_pixels: int = PixelConfig().max_pixels) -> PixelConfig:
+def pixels_of(recipe: Recipe) -> PixelConfig:
     """The pixel settings that a recipe stands for; the limits are not part of it."""
     return PixelConfig(
         size=recipe.size,
@@ -132,7 +132,6 @@ def pixels_of(recipe: Recipe, max_pixels: int = PixelConfig().max_pixels) -> Pix
         views=recipe.views,
         augment=recipe.augment,  # type: ignore[arg-type]
         augment_seed=recipe.augment_seed,
-        max_pixels=max_pixels,
     )
 
 

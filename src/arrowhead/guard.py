@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from arrowhead.decode import FLOOD, Decoder, PixelConfig, Pixels
 
 UNDER_WAY = 2  # batches: the child has its next one while we take the last
+START = 120.0  # seconds; two on a quiet machine
 LEAST = 16  # rows: networks compute a row to the same last bit in every batch of 16 or more
 
 
@@ -58,7 +59,7 @@ class Died(Exception):
     """The child is gone, and how."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """Memory shared with the child: encoded bytes one way, pixels the other."""
 
@@ -254,6 +255,8 @@ class GuardedDecoder:
         self._hold = hold
         self._line = Connection(ours)
         try:
+            if not self._line.poll(START):
+                raise EOFError
             self._line.recv_bytes()  # ready
         except (EOFError, OSError):
             self._stderr.seek(0)

@@ -40,9 +40,9 @@ class _Notebook(pipeline.Silence):
 
 
 class Images:
-    """A folder of labelled images; nothing is opened before a Learner needs it."""
+    """Labelled images; nothing is opened before a Learner needs it."""
 
-    def __init__(self, path: Path, catalog: Catalog) -> None:
+    def __init__(self, path: str, catalog: Catalog) -> None:
         self.path, self.catalog = path, catalog
         self._store: Store | None = None
 
@@ -50,9 +50,10 @@ class Images:
     def from_folder(path: str | Path) -> Images:
         """Images below PATH/train/<class> and PATH/valid/<class>, or PATH/<class>.
 
+        PATH may be an address such as s3://bucket/photos, or a table (see `plan.labelled`).
         Raises ConfigError for a missing or empty folder, or fewer than two classes.
         """
-        return Images(Path(path), plan.labelled(path))
+        return Images(os.fspath(path), plan.labelled(path))
 
     @property
     def classes(self) -> list[str]:
@@ -72,14 +73,17 @@ class Images:
         return np.array([number[names[0]] for split, names in rows if split == "valid"], np.int64)
 
     @property
-    def valid_paths(self) -> list[Path]:
-        """Files of the readable validation images, in the order of `valid_labels`."""
+    def valid_paths(self) -> list[Path] | list[str]:
+        """Files of the readable validation images, in the order of `valid_labels`; in an object
+        store their addresses.
+        """
         if self._store is None:
             rows = [i for i, split in enumerate(self.catalog.splits) if split == "valid"]
         else:
             rows = self._store.features("valid").row.tolist()
         names = [files.raw(f"{self.catalog.root}/{self.catalog.paths[row]}") for row in rows]
-        return [Path(os.fsdecode(name)) for name in names]
+        shown = [os.fsdecode(name) for name in names]
+        return shown if files.in_store(self.catalog.root) else [Path(name) for name in shown]
 
 
 class Learner:
@@ -101,8 +105,9 @@ class Learner:
     ) -> None:
         body = BodyConfig(body=body) if isinstance(body, str) else body
         self.images = images
-        place = hashlib.blake2b(os.fsencode(images.path.resolve()), digest_size=4).hexdigest()
-        own = Path(".arrowhead") / f"{images.path.resolve().name}-{place}-{body.body}"
+        origin = files.resolve(images.path)
+        place = hashlib.blake2b(files.raw(origin), digest_size=4).hexdigest()
+        own = Path(".arrowhead") / f"{origin.rpartition('/')[2]}-{place}-{body.body}"
         folder = Path(store) if store else own
         self._config = TrainConfig(head=head)  # type: ignore[arg-type]
         self._means = pipeline.Means(screen=_Notebook())

@@ -204,14 +204,14 @@ def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
         return catalog
     manifest = store.manifest()
     kept = store.path / manifest["catalog"]["name"]
-    if not kept.is_file():
+    sick = [one for one in manifest["shards"] if one["kinds"].get("unreadable")]
+    if not kept.is_file() or not (sick or manifest["catalog"]["tries"]):
         return catalog
     shards.must_hash_to(kept, manifest["catalog"]["sha256"])
     old = Catalog(**store.read_catalog())
     unreadable = {
         path
-        for one in manifest["shards"]
-        if one["kinds"].get("unreadable")
+        for one in sick
         for rows in [store.read(one["name"])]
         for path, fault in zip(rows.paths, rows.faults, strict=True)
         if fault and fault.startswith("unreadable")

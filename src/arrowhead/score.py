@@ -39,6 +39,8 @@ class ScoreConfig:
     what it was where the bundle was made."""
     max_pixels: int = 100_000_000
     """Images whose header claims more pixels are refused before they are decoded."""
+    max_scans: int = 100
+    """JPEGs with more scans are refused before they are decoded (usual progressive ones: 10)."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -68,7 +70,6 @@ def score(
     _must_agree(drift, config)
     catalog = Catalog(**shards.read_catalog(inputs(out)))
     runs = plan.chunks(catalog.paths, how.chunk_size)
-    clean = extract.pixels_of(one_view(bundle.recipe), config.max_pixels)
     mark = {
         "arrowhead.recipe": bundle.recipe.json(),
         "arrowhead.bundle": bundles.fingerprint(path),
@@ -76,7 +77,9 @@ def score(
         "arrowhead.version": __version__,
     }
     recipe = one_view(bundle.recipe)
-    clean = extract.pixels_of(recipe, config.max_pixels)
+    clean = replace(
+        extract.pixels_of(recipe), max_pixels=config.max_pixels, max_scans=config.max_scans
+    )
     claimed = ((number, runs[number]) for number in iter(worker.claim, None))
     with extract.Pump(worker, body, recipe, clean, how) as pump:
         for chunk in pump(catalog, claimed, extract.Known()):

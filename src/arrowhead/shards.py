@@ -468,7 +468,7 @@ class Store:
                     "sha256": intact.get(name) or sha256(self.shard(name)),
                 }
             )
-        catalog = self._keep_catalog(columns)
+        catalog = self._keep_catalog(columns) | {"tries": int(columns["tries"].sum())}
         classes = sorted({name for names in columns["labels"] for name in names})
         manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
         write_sealed(self.path / "manifest.json", manifest)
@@ -476,7 +476,7 @@ class Store:
             shutil.copyfile(self.path / catalog["name"], sketch)
         return manifest
 
-    def _keep_catalog(self, columns: Mapping[str, Any]) -> dict[str, str]:
+    def _keep_catalog(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Write a catalog under the name its content gives it."""
         new = self.path / f".catalog.{secrets.token_hex(4)}.draft"
         try:
