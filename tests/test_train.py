@@ -1,19 +1,49 @@
-"""Training's promises: plain PyTorch's numbers, every row once, the same numbers twice."""
+"""Training's promises: plain PyTorch's numbers for every head of a stack, whoever learns beside it,
+however often it was interrupted, and on any number of workers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from arrowhead import ConfigError, DataError, heads
-from arrowhead.train import Data, Team, TrainConfig, batches, rate_at, train, validate, view_of
+from arrowhead import ConfigError, DataError, descent, heads
+from arrowhead import train as training_room
+from arrowhead.train import (
+    Data,
+    Held,
+    Lane,
+    Mapped,
+    Member,
+    Saved,
+    Team,
+    TrainConfig,
+    Trained,
+    Training,
+    batches,
+    precision,
+    spread,
+    train,
+    train_stack,
+    view_of,
+)
+
+KINDS = ["linear", "lesson"]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+Losers = Callable[[int, Sequence[int], Sequence[list[dict[str, float]]]], set[int]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,18 +55,139 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _toy(rows: int, *, width: int = 16, classes: int = 3, views: int = 1, apart: float = 3) -> Data:
-    """Gaussian clouds `apart` times their width from each other; a fifth of them validates."""
+# ------------------------------------------------------------------------------------ toys
+
+
+def _toy(
+    rows: int,
+    *,
+    width: int = 16,
+    classes: int = 3,
+    views: int = 1,
+    apart: float = 1,
+    multi: bool = False,
+    device: str = "cpu",
+) -> Data:
+    """Gaussian clouds `apart` times their width from each other, the first the largest; a fifth of
+    the rows validates.
+    """
     draw = np.random.default_rng(0)
-    label = np.arange(rows) % classes
+    label = draw.integers(0, 2 * classes, rows) % (classes + 1) % classes
+    label[:classes] = range(classes)
     centre = apart * draw.normal(size=(classes, 1, width)) / 2
     feature = (centre[label] + draw.normal(size=(rows, views, width))).astype(np.float16)
-    cut = rows * 4 // 5
+    several = (label[:, None] == range(classes)) | (draw.random((rows, classes)) < 0.2)
+    shown = several.astype(np.uint8) if multi else label
+    cut = max(rows * 4 // 5, classes)
     names = [f"class {n}" for n in range(classes)]
-    return Data.of((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
+    return Data.of((feature[:cut], shown[:cut]), (feature[cut:], shown[cut:]), names, device)
 
 
-# -------------------------------------------------------------------------------- order
+def _config(**knobs: Any) -> TrainConfig:
+    plain = {"epochs": 3, "batch_size": 33, "schedule": "constant", "precision": "fp32"}
+    return TrainConfig(**(plain | knobs))
+
+
+def _member(data: Data, rate: float, *, rows: Any = None, **knobs: Any) -> Member:
+    mine = data.train if rows is None else rows
+    return Member(config=_config(**knobs), rate=rate, train=mine, valid=data.valid)
+
+
+def _clean(data: Data, rows: NDArray[np.int64]) -> Tensor:
+    """View 0, float32 (n, D)."""
+    return data.feature.take(torch.from_numpy(rows * data.feature.shape[1])).float()
+
+
+def _through(training: Training) -> list[Trained]:
+    while not training.over:
+        training.epoch()
+    return training.trained()
+
+
+def _assert_near(made: Trained, wanted: Trained, near: float) -> None:
+    """Losses and weights; nan where the other has nan."""
+    assert len(made.epochs) == len(wanted.epochs)
+    for line, other in zip(made.epochs, wanted.epochs, strict=True):
+        for what in ("train_loss", "valid_loss"):
+            assert line[what] == pytest.approx(other[what], rel=near, nan_ok=True)
+    for name, value in wanted.state.items():
+        scale = max(1, np.abs(np.nan_to_num(value)).max())  # of a head that diverged
+        np.testing.assert_allclose(made.state[name], value, rtol=near, atol=near * scale)
+
+
+def _assert_same(made: Trained, wanted: Trained) -> None:
+    """Bit for bit."""
+    assert json.dumps(made.epochs) == json.dumps(wanted.epochs)
+    assert made.epoch == wanted.epoch
+    for name, value in wanted.state.items():
+        assert made.state[name].tobytes() == value.tobytes(), name
+
+
+# -------------------------------------------------------------------------------- features
+
+
+def test_features_left_in_their_shards_train_the_very_same_head(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    parts: list[NDArray[np.float16]] = []
+    for number, rows in enumerate((7, 1, 40, 12)):
+        file = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            tmp_path / f"{number}.npy", mode="w+", dtype=np.float16, shape=(rows, 2, 5)
+        )
+        file[:] = draw.normal(size=file.shape)
+        parts.append(file)
+    row = draw.permutation(60)[:50]
+    label = torch.from_numpy(draw.integers(0, 2, 50))
+    whole = torch.from_numpy(np.concatenate(parts)[row])
+    held, mapped = Held(whole), Mapped(parts, row, torch.device("cpu"))
+    assert tuple(mapped.shape) == tuple(held.shape) == (50, 2, 5)
+    flat = torch.tensor([99, 0, 0, 3, 42])
+    assert torch.equal(mapped.take(flat), held.take(flat))
+    assert torch.equal(mapped.take(flat), whole.flatten(0, 1)[flat])
+    made = []
+    for feature in (held, mapped):
+        data = Data(
+            feature=feature,
+            label=label,
+            key=np.arange(50).astype(np.uint64),
+            train=np.arange(40),
+            valid=np.arange(40, 50),
+            classes=["a", "b"],
+        ).must_teach()
+        made.append(train(data, _config(batch_size=7), 0.01))
+    _assert_same(made[1], made[0])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6000), st.sampled_from([0.0, 1.0, 500.0, -3000.0]))
+@settings(deadline=None, max_examples=20)
+def test_standardizing_takes_the_mean_and_deviation_of_view_0_of_its_own_rows(
+    seed: int, count: int, far: float
+) -> None:
+    draw = np.random.default_rng(seed)
+    feature = (far + 8 * draw.normal(size=(count + 5, 2, 3))).astype(np.float16)
+    feature[:, 1] = np.nan
+    feature[:, 0, 2] = 7
+    rows = draw.permutation(count + 5)[:count]
+    mean, deviation = spread(Held(torch.from_numpy(feature)), rows)
+    mine = feature[rows, 0].astype(np.float64)
+    np.testing.assert_allclose(mean, mine.mean(0), rtol=1e-5, atol=1e-5)
+    wanted = mine.std(0) if count > 1 else np.ones(3)
+    np.testing.assert_allclose(deviation[:2], wanted[:2], rtol=1e-4)
+    assert float(deviation[2]) == 1  # a column that never varies
+
+
+def test_a_class_without_images_to_learn_from_is_named() -> None:
+    feature = np.zeros((4, 1, 2), np.float16)
+    some, none = np.array([0, 2, 0, 2]), np.array([], np.int64)
+    with pytest.raises(DataError, match="of bee"):
+        Data.of((feature, some), (feature, some), ["ant", "bee", "cat"])
+    with pytest.raises(DataError, match="validation split has no readable image"):
+        Data.of((feature, some % 2 + some // 2), (feature[:0], none), ["ant", "bee"])
+    several = np.array([[1, 0], [1, 0], [0, 0], [1, 0]], np.uint8)
+    with pytest.raises(DataError, match="of bee"):
+        Data.of((feature, several), (feature, several), ["ant", "bee"])
+
+
+# ------------------------------------------------------------------------ order and views
 
 
 @given(st.integers(1, 500), st.integers(2, 70), st.integers(0, 5), st.integers(0, 5))
@@ -53,173 +204,913 @@ def test_batches_cover_all_rows_once_and_never_leave_a_batch_of_one(
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return np.concatenate(list(batches(100, 16, seed, epoch))).tolist()
+        return list(np.concatenate(list(batches(100, 16, seed, epoch))))
 
     assert order(1, 2) == order(1, 2)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-def test_the_view_of_a_row_changes_by_epoch_not_by_batch() -> None:
-    rows = np.arange(300)
-    first = view_of(rows, 4, seed=0, epoch=0)
-    assert sorted(set(first.tolist())) == [0, 1, 2, 3]
-    assert (view_of(rows, 4, seed=0, epoch=1) != first).mean() > 0.5
-    some = np.array([7, 250, 3])
-    assert view_of(some, 4, seed=0, epoch=0).tolist() == first[some].tolist()
-    assert not view_of(rows, 1, seed=0, epoch=0).any()
+@given(
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=30, unique=True),
+    st.lists(st.integers(0, 2**64 - 1), max_size=30),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
+def test_more_images_change_nobody_elses_view(
+    images: list[int], more: list[int], views: int, seed: int, epoch: int
+) -> None:
+    few = view_of(np.array(images, np.uint64), views, seed, epoch)
+    many = view_of(np.array([*more, *images[::-1]], np.uint64), views, seed, epoch)
+    assert many[len(more) :].tolist() == few[::-1].tolist()
+    assert ((few >= 0) & (few < views)).all()
 
 
-def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing() -> None:
-    config = TrainConfig()
-    rates = [rate_at(share, config, 2.0) for share in np.linspace(0, 1, 101)]
-    assert rates[0] == pytest.approx(2.0 / 25)
-    assert rates[25] == max(rates) == pytest.approx(2.0)
-    assert rates[100] == pytest.approx(0, abs=1e-12)
-    assert rates[:26] == sorted(rates[:26])
-    assert rates[25:] == sorted(rates[25:], reverse=True)
-    constant = TrainConfig(schedule="constant")
-    assert {rate_at(share, constant, 2.0) for share in (0, 0.1, 0.9)} == {2.0}
+@pytest.mark.parametrize("views", [2, 3, 4, 7])
+@pytest.mark.parametrize("keys", ["in a row", "at random", "apart by a power of two"])
+def test_all_views_come_equally_often_and_each_epoch_anew(views: int, keys: str) -> None:
+    count = 30_000
+    key = {
+        "in a row": np.arange(count).astype(np.uint64),
+        "at random": np.random.default_rng(0).integers(0, 2**64, count, np.uint64),
+        "apart by a power of two": np.arange(count).astype(np.uint64) << np.uint64(40),
+    }[keys]
+    for seed in range(5):
+        pair = view_of(key, views, seed, 4) * views + view_of(key, views, seed, 5)
+        seen, wanted = np.bincount(pair, minlength=views**2), count / views**2
+        chi_square, free, t = ((seen - wanted) ** 2 / wanted).sum(), views**2 - 1, 20
+        # Laurent & Massart, Ann. Statist. 28 (2000), lemma 1: passed by chance e^-20 of the time.
+        assert chi_square < free + 2 * np.sqrt(free * t) + 2 * t
 
 
-# ------------------------------------------------------------------------------ the loop
+def test_a_pass_over_a_lane_shows_each_row_once_in_the_view_its_image_drew() -> None:
+    data = _toy(100, views=4)
+    rows = data.train[3:60]
+    lane = Lane(data, rows, 5, 8)
+    for number in range(3):
+        pairs = [lane.batch(step) for step in range(number * lane.steps, (number + 1) * lane.steps)]
+        flat, label = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+        row, view = np.divmod(flat.numpy(), 4)
+        order = np.concatenate(list(batches(len(rows), 8, 5, number)))
+        assert row.tolist() == rows[order].tolist()
+        assert view.tolist() == view_of(data.key[row], 4, 5, number).tolist()
+        assert torch.equal(label, data.label[row])
+    again = Lane(data, rows, 5, 8)  # a step is a function of its number alone
+    for step in (2 * lane.steps + 3, 1):
+        assert torch.equal(again.batch(step)[0], lane.batch(step)[0])
 
 
-def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Linear, float]:
-    """Weights and mean training loss after `config.epochs`, as anyone would write it."""
-    features = data.train_feature[:, 0].float()
-    features = (features - features.mean(0)) / features.std(0, correction=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        head = nn.Linear(features.shape[1], data.classes)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=config.weight_decay)
-    loss_of = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
+# -------------------------------------------------------------------- plain PyTorch's numbers
+
+
+class _Drop(nn.Module):
+    """Dropout whose mask is the one Arrowhead draws."""
+
+    def __init__(self, share: float, seed: int, layer: int) -> None:
+        super().__init__()
+        self.share, self.seed, self.layer, self.step = share, seed, layer, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.share:
+            return x
+        place = heads.Place(self.step, 0, len(x))
+        return x * heads.kept(self.seed, self.layer, place, len(x), x.shape[1], self.share)
+
+
+def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential, list[float]]:
+    """The head, and the mean training loss of each epoch, as anyone would write it."""
+    feature, label = _clean(data, data.train), data.label[data.train]
+    head = heads.make(config.head, feature.shape[1], len(data.classes), seed=config.seed)
+    drops = []
+    for at, part in enumerate(head):
+        if isinstance(part, nn.Dropout):
+            half = config.head == "lesson" and not drops
+            drops.append(_Drop(config.dropout / (2 if half else 1), config.seed, len(drops)))
+            head[at] = drops[-1]
+    if config.head == "linear":
+        head[0].mean.copy_(feature.mean(0))
+        head[0].deviation.copy_(feature.std(0, correction=0))
+    own: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(head.parameters(), **own)
+        if config.optimizer == "adamw"
+        else torch.optim.SGD(head.parameters(), momentum=config.momentum, **own)
+    )
+    weights = None
+    if config.class_weights == "balanced":
+        weights = descent.balance(label, len(data.classes))
+    bent = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.smoothing)
+    losses, step = [], 0
     for epoch in range(config.epochs):
-        losses = 0.0
-        for rows in batches(len(data.train_label), config.batch_size, config.seed, epoch):
-            loss = loss_of(head(features[rows]), data.train_label[rows])
+        nats = heavy = 0.0
+        order = list(batches(len(label), config.batch_size, config.seed, epoch))
+        for rows in map(torch.from_numpy, order):
+            share = step / (len(order) * config.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * descent.factor(share, config, config.epochs)
+            for drop in drops:
+                drop.step = step
+            logit, truth = head(feature[rows]), label[rows]
+            weight = float(len(rows))
+            if data.multi:
+                wanted = truth.float() * (1 - config.smoothing) + config.smoothing / 2
+                loss = nn.functional.binary_cross_entropy_with_logits(
+                    logit, wanted, pos_weight=weights
+                )
+            else:
+                loss = bent(logit, truth)
+                weight = weight if weights is None else float(weights[truth].sum())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses += loss.item() * len(rows)
-    return head, losses / len(data.train_label)
+            nats, heavy, step = nats + loss.item() * weight, heavy + weight, step + 1
+        losses.append(nats / heavy)
+    return head.eval(), losses
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_training_equals_a_plain_hand_written_pytorch_loop(epochs: int, smoothing: float) -> None:
-    data = _toy(500, apart=1)
-    config = TrainConfig(
-        epochs=epochs, schedule="constant", precision="fp32", smoothing=smoothing, batch_size=64
-    )
-    plain, loss = _plain(data, config, 0.01)
-    made = train(data, config, 0.01)
-    weight, bias = list(made.state.values())[-2:]
-    np.testing.assert_allclose(weight, plain.weight.detach().numpy(), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(bias, plain.bias.detach().numpy(), rtol=0, atol=1e-6)
-    assert made.epochs[-1]["train_loss"] == pytest.approx(loss, abs=1e-6)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "strong decay": {"weight_decay": 1.0},
+    "sgd": {"optimizer": "sgd"},
+    "sgd without momentum": {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.1},
+    "smoothing": {"smoothing": 0.1},
+    "class weights": {"class_weights": "balanced"},
+    "smoothing and class weights": {"smoothing": 0.2, "class_weights": "balanced"},
+    "one-cycle": {"schedule": "one-cycle"},
+    "restarts": {"schedule": "cosine", "cycle_len": 1, "cycle_mult": 2},
+    "warm-up": {"warmup": 0.3, "optimizer": "sgd"},
+    "dropout": {"dropout": 0.4},
+    "one batch": {"batch_size": 400, "optimizer": "sgd"},
+}
+
+
+def _apart(data: Data, config: TrainConfig, rate: float) -> float:
+    """How far, at most, our weights, losses and last validation are from the plain loop's."""
+    head, losses = _plain(data, config, rate)
+    made = train(data, config, rate)
+    assert [line["epoch"] for line in made.epochs] == list(range(config.epochs))
     with torch.inference_mode():
-        clean = data.train_feature[:, 0].float()
-        valid = (data.valid_feature.float() - clean.mean(0)) / clean.std(0, correction=0)
-        logit = plain(valid)
-    wanted = nn.functional.cross_entropy(logit, data.valid_label)
-    assert made.epochs[-1]["valid_loss"] == pytest.approx(float(wanted), abs=1e-6)
-    hits = (logit.argmax(1) == data.valid_label).double().mean()
-    assert made.epochs[-1]["accuracy"] == pytest.approx(float(hits))
+        logit = head(_clean(data, data.valid))
+    truth = data.label[data.valid]
+    last = (
+        nn.functional.binary_cross_entropy_with_logits(logit, truth.float())
+        if data.multi
+        else nn.functional.cross_entropy(logit, truth)
+    )
+    pairs = [(line["train_loss"], loss) for line, loss in zip(made.epochs, losses, strict=True)]
+    pairs.append((made.epochs[-1]["valid_loss"], float(last)))
+    weights = [np.abs(made.state[k] - v.numpy()).max() for k, v in head.state_dict().items()]
+    return float(max(*weights, *(abs(ours / theirs - 1) for ours, theirs in pairs)))
 
 
-@pytest.mark.parametrize("kind", ["linear", "lesson"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labels", ["two classes", "three classes", "several labels"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_equals_a_plain_hand_written_pytorch_loop(
+    kind: str, labels: str, variant: str
+) -> None:
+    rows = 401 if kind == "linear" else 121
+    data = _toy(rows, classes=2 if labels == "two classes" else 3, multi=labels == "several labels")
+    # An input of a ReLU that is nothing but rounding goes one way here and the other way there, and
+    # from there the two part. That is chance, and does not happen with every seed.
+    far = []
+    for seed in range(1 if kind == "linear" else 4):
+        config = _config(**({"head": kind, "seed": seed} | VARIANTS[variant]))
+        far.append(_apart(data, config, 0.01 if kind == "linear" else 0.002))
+        if far[-1] < 1e-5:
+            return
+    raise AssertionError(f"apart by {far}")
+
+
+def test_a_step_gives_the_loss_of_its_batch_before_it() -> None:
+    data = _toy(200)
+    training = Training(data, [_member(data, 0.1)])
+    head = heads.restore("linear", 16, 3, training.stack.state(0, 0))
+    rows = next(batches(len(data.train), 33, 0, 0))
+    with torch.inference_mode():
+        wanted = nn.functional.cross_entropy(head(_clean(data, rows)), data.label[rows])
+    assert float(training.move(0, 1.0)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(training.move(0, 0.0)) < float(wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("multi", [False, True])
 @pytest.mark.parametrize("views", [1, 3])
-def test_both_heads_learn_a_separable_toy_set(kind: str, views: int) -> None:
-    data = _toy(600, views=views)
-    config = TrainConfig(head=kind, epochs=5, dropout=0.25)  # type: ignore[arg-type]
+def test_both_heads_learn_a_separable_toy_set(kind: str, multi: bool, views: int) -> None:
+    data = _toy(600, views=views, apart=4, multi=multi)
+    config = _config(head=kind, epochs=8, dropout=0.25, schedule="one-cycle")
     lines = train(data, config, 0.02).epochs
-    assert [line["epoch"] for line in lines] == list(range(5))
-    assert lines[-1]["accuracy"] > 0.97
+    # A fifth of several labels is drawn at random and cannot be learned.
+    assert lines[-1]["accuracy"] > (0.83 if multi else 0.97)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
-@pytest.mark.parametrize("kind", ["linear", "lesson"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_gives_the_same_numbers_twice(kind: str) -> None:
-    data = _toy(300, apart=1, views=2)
+    data = _toy(300, views=2)
 
-    def run(seed: int) -> tuple[list[dict[str, float]], np.ndarray]:
-        config = TrainConfig(head=kind, epochs=2, dropout=0.5, seed=seed)  # type: ignore[arg-type]
-        made = train(data, config, 0.01)
-        return made.epochs, np.concatenate([value.ravel() for value in made.state.values()])
+    def run(seed: int) -> Trained:
+        return train(data, _config(head=kind, epochs=2, dropout=0.5, seed=seed), 0.01)
 
     torch.manual_seed(1)
-    first, weights = run(3)
+    first = run(3)
     torch.manual_seed(2)  # the caller's generator plays no part
-    again, same = run(3)
-    assert first == again
-    assert np.array_equal(weights, same)
-    assert run(4)[0] != first
+    _assert_same(run(3), first)
+    assert run(4).epochs != first.epochs
 
 
 def test_a_linear_head_learns_from_features_that_are_large_alike_and_partly_constant() -> None:
-    data = _toy(600)
-    far = (data.train_feature[:, 0].double().numpy(), data.valid_feature.double().numpy())
-    arrays = [np.pad(500 + 0.5 * array, ((0, 0), (0, 4)))[:, None] for array in far]
-    train_pair, valid_pair = (
-        (array.astype(np.float16), label.numpy())
-        for array, label in zip(arrays, (data.train_label, data.valid_label), strict=True)
-    )
-    shifted = Data.of(train_pair, valid_pair, ["a", "b", "c"])
-    made = train(shifted, TrainConfig(epochs=5), 0.02)
+    data = _toy(600, apart=4)
+    pairs = []
+    for rows in (data.train, data.valid):
+        far = np.pad(500 + 0.5 * _clean(data, rows).numpy(), ((0, 0), (0, 4)))[:, None]
+        pairs.append((far.astype(np.float16), data.label[rows].numpy()))
+    made = train(Data.of(pairs[0], pairs[1], data.classes), _config(epochs=5), 0.02)
     assert made.epochs[-1]["accuracy"] > 0.97
     assert all(np.isfinite(value).all() for value in made.state.values())
 
 
 def test_every_epoch_is_recorded_as_it_comes() -> None:
     lines: list[dict[str, float]] = []
-    made = train(_toy(60), TrainConfig(epochs=3), 0.01, record=lines.append)
+    made = train(_toy(60), _config(), 0.01, record=lines.append)
     assert lines == made.epochs
-    assert set(lines[0]) == {"epoch", "train_loss", "valid_loss", "accuracy"}
+    figures = {"epoch", "train_loss", "valid_loss"}
+    assert set(lines[0]) == figures | {"accuracy", "balanced_accuracy"}
+    made = train(_toy(60, multi=True), _config(), 0.01)
+    assert set(made.epochs[0]) == figures | {"accuracy", "f1", "f2"}
 
 
-def test_one_row_too_many_for_the_batches_does_not_stop_batch_norm() -> None:
-    data = _toy(81)  # 64 rows to learn from
-    one_over = replace(
-        data,
-        train_feature=torch.cat([data.train_feature, data.train_feature[:1]]),
-        train_label=torch.cat([data.train_label, data.train_label[:1]]),
-    )
-    assert len(one_over.train_label) == 65
-    lines = train(one_over, TrainConfig(head="lesson", epochs=1, batch_size=64), 0.01).epochs
-    assert np.isfinite(lines[0]["train_loss"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 65])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_rows_trains(kind: str, rows: int) -> None:
+    draw = np.random.default_rng(0)
+    feature, label = draw.normal(size=(rows, 1, 4)).astype(np.float16), np.zeros(rows, np.int64)
+    data = Data.of((feature, label), (feature, label), ["only"])
+    made = train(data, _config(head=kind, epochs=2, batch_size=2 if rows < 9 else 64), 0.01)
+    assert all(np.isfinite(value).all() for value in made.state.values())
+    assert np.isfinite(made.epochs[-1]["train_loss"])
 
 
-def test_validation_counts_every_row_once_in_eval_mode() -> None:
-    data = _toy(60_000, width=4)  # more validation rows than one pass takes
-    head = heads.make("lesson", 4, 3, dropout=0.5)
-    tally = validate(head, data.valid_feature, data.valid_label, Team())
-    assert tally.seen == len(data.valid_label) == 12_000
+# ------------------------------------------------------------------------------ validation
+
+
+def _figures(data: Data, rows: NDArray[np.int64], head: nn.Sequential) -> dict[str, float]:
+    """What scikit-learn says of a head over the clean view of these rows."""
+    from sklearn import metrics
+
     with torch.inference_mode():
-        guess = head.eval()(data.valid_feature.float()).argmax(1)
-    assert tally.correct == (guess == data.valid_label).sum()
+        logit = head(_clean(data, rows))
+    label = data.label[rows]
+    truth = label.numpy()
+    if data.multi:
+        nats = nn.functional.binary_cross_entropy_with_logits(logit, label.float())
+        guess = (logit.numpy() > 0).astype(np.uint8)
+        both = {
+            f"f{beta}": metrics.fbeta_score(
+                truth, guess, beta=beta, average="samples", zero_division=0
+            )
+            for beta in (1, 2)
+        }
+        return both | {"valid_loss": float(nats), "accuracy": float((guess == truth).mean())}
+    guess = logit.numpy().argmax(1)
+    recall = metrics.recall_score(
+        truth, guess, labels=np.unique(truth), average="macro", zero_division=0
+    )
+    return {
+        "valid_loss": float(nn.functional.cross_entropy(logit, label)),
+        "accuracy": float((guess == truth).mean()),
+        "balanced_accuracy": float(recall),
+    }
 
 
-def test_dropout_keeps_the_share_and_the_mean_and_repeats_by_step() -> None:
-    drop = heads.GlobalDropout(0.25, seed=1)
-    ones = torch.ones(400, 50)
-    drop.place = heads.Place(step=3, first=0, rows=400)
-    made = drop(ones)
-    assert float((made == 0).double().mean()) == pytest.approx(0.25, abs=0.02)
-    assert float(made.mean()) == pytest.approx(1, abs=0.03)
-    halves = []
-    for first in (0, 200):  # two workers draw the rows that one would have drawn
-        drop.place = heads.Place(step=3, first=first, rows=400)
-        halves.append(drop(ones[:200]))
-    assert torch.equal(torch.cat(halves), made)
-    drop.place = heads.Place(step=4, first=0, rows=400)
-    assert not torch.equal(drop(ones), made)
-    assert torch.equal(drop.eval()(ones), ones)
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    st.sampled_from([1, 2000, 10_000, 1 << 24]),
+    st.booleans(),
+    st.sampled_from(KINDS),
+    st.sampled_from([2, 4]),
+)
+@settings(deadline=None, max_examples=40)
+def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
+    counts: list[int], most: int, multi: bool, kind: str, classes: int
+) -> None:
+    data = _toy(150, width=6, classes=classes, views=2, multi=multi)
+    assert isinstance(data.feature, Held)
+    feature = torch.stack([_clean(data, np.arange(150)), torch.full((150, 6), torch.nan)], 1)
+    data = replace(data, feature=Held(feature.half()))
+    draw = np.random.default_rng(counts[0])
+    members = [
+        Member(
+            config=_config(head=kind, seed=seed),
+            rate=0.1,
+            train=data.train,
+            valid=draw.permutation(150)[:count],
+        )
+        for seed, count in enumerate(counts)
+    ]
+    training = Training(data, members)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_room, "MOST", most)
+        made = training.validate()
+    for number, (member, line) in enumerate(zip(members, made, strict=True)):
+        state = training.stack.state(*training.seat_of[number])
+        head = heads.restore(kind, 6, classes, state)
+        wanted = _figures(data, member.valid, head)
+        assert line == pytest.approx(wanted, rel=1e-5, abs=1e-7)
 
 
-def test_the_lesson_head_is_the_lessons() -> None:
-    parts = [type(part) for part in heads.make("lesson", 16, 3)]
-    norm, drop = heads.GlobalBatchNorm, heads.GlobalDropout
-    assert parts == [norm, drop, nn.Linear, nn.ReLU, norm, drop, nn.Linear]
+def test_validation_can_be_asked_for_the_first_rows_only() -> None:
+    data = _toy(200)
+    training = Training(data, [_member(data, 0.1)])
+    head = heads.restore("linear", 16, 3, training.stack.state(0, 0))
+    assert training.validate(7)[0] == pytest.approx(_figures(data, data.valid[:7], head))
+
+
+def test_validation_changes_nothing() -> None:
+    data = _toy(100)
+    for kind in KINDS:
+        members = [_member(data, 0.1, head=kind, dropout=0.5)]
+        asked, left = Training(data, members), Training(data, members)
+        for step in range(4):
+            for _ in range(2):
+                asked.validate()
+            asked.move(step, 1.0)
+            left.move(step, 1.0)
+        assert torch.equal(asked.stack.theta, left.stack.theta)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validation_of_many_heads_holds_no_more_numbers_than_it_says(kind: str) -> None:
+    data = _toy(3000, width=32)
+    members = [_member(data, 0.1 + n, head=kind) for n in range(16)]
+    training = Training(data, members)
+    logits, sizes = training.stack.logits, []
+
+    def watched(feature_LBD: Tensor, *others: Any) -> Tensor:
+        sizes.append(feature_LBD.shape[1])
+        return logits(feature_LBD, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_room, "MOST", 1 << 20)
+        patch.setattr(training.stack, "logits", watched)
+        training.validate()
+    assert sum(sizes) == len(data.valid)
+    hidden = 512 if kind == "lesson" else 0
+    assert max(sizes) <= max(16, (1 << 20) // (16 * (3 + hidden)))
+
+
+# ------------------------------------------------------------------------ stacks of heads
+
+
+def _alone(data: Data, member: Member, steps: int) -> Trained:
+    """The head by itself, with as many steps per epoch as the stack takes."""
+    training = Training(data, [member])
+    training.steps = steps
+    return _through(training)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("labels", ["two classes", "three classes", "several labels"])
+def test_each_stacked_head_equals_the_same_head_trained_alone(
+    kind: str, optimizer: str, labels: str
+) -> None:
+    data = _toy(
+        300, views=2, classes=2 if labels == "two classes" else 3, multi=labels == "several labels"
+    )
+    some = data.train[::2]
+    rates = [1e-3, 1e-2, 1e30]  # of which the last diverges
+    grid = [
+        {"rate": rate, "rows": rows, "seed": seed, "dropout": dropout, "weight_decay": decay}
+        for seed, dropout, rows in [(0, 0.0, None), (1, 0.5, None), (1, 0.0, some), (0, 0.5, some)]
+        for rate in rates
+        for decay in (0, 0.1)
+        # Lanes of different numbers of heads.
+        if seed == 0 or decay == 0
+    ]
+    members = [_member(data, head=kind, optimizer=optimizer, batch_size=40, **one) for one in grid]
+    training = Training(data, members)
+    assert training.stack.shape == (4, 6)
+    for member, made in zip(members, _through(training), strict=True):
+        alone = _alone(data, member, training.steps)
+        _assert_near(made, alone, 1e-4)
+        ended = made.epochs[-1]["train_loss"]
+        assert np.isfinite(ended) if member.rate < 1 else not ended < 10
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=20)
+def test_heads_on_row_sets_of_any_sizes_learn_side_by_side_as_they_learn_alone(
+    drawn: st.DataObject,
+) -> None:
+    multi = drawn.draw(st.booleans(), "several labels")
+    data = _toy(200, width=6, multi=multi, views=2)
+    size = drawn.draw(st.integers(2, 50), "batch size")
+    weights = drawn.draw(st.sampled_from(["none", "balanced"]), "class weights")
+    draw = np.random.default_rng(0)
+    members = []
+    for seed, count in enumerate(drawn.draw(st.lists(st.integers(2, 160), min_size=2, max_size=4))):
+        rows = np.sort(draw.permutation(160)[:count])
+        valid = draw.permutation(200)[: max(1, count // 3)]
+        config = _config(epochs=2, batch_size=size, seed=seed % 2, class_weights=weights)
+        for rate in (0.001, 0.01)[: 1 + seed % 2]:
+            members.append(Member(config=config, rate=rate, train=rows, valid=valid))
+    training = Training(data, members)
+    for member, made in zip(members, _through(training), strict=True):
+        _assert_near(made, _alone(data, member, training.steps), 1e-4)
+
+
+def test_a_lane_with_fewer_rows_goes_through_them_more_often() -> None:
+    data = _toy(200)
+    members = [_member(data, 0.01), _member(data, 0.01, rows=data.train[:40])]
+    training = Training(data, members)
+    assert training.steps == 5
+    short = _through(training)[1]
+    alone = Training(data, [members[1]])
+    assert alone.steps == 2
+    for step in range(15):  # three epochs of the stack: its rows were seen 7.5 times
+        alone.move(step, 1.0)
+    for name, value in alone.stack.state(0, 0).items():
+        np.testing.assert_allclose(short.state[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_lines_are_recorded_by_member_in_their_order() -> None:
+    data = _toy(80)
+    members = [_member(data, 0.01, seed=seed % 2) for seed in range(4)]
+    lines: list[dict[int, dict[str, float]]] = []
+    made = train_stack(data, members, record=lines.append)
+    assert [list(line) for line in lines] == [[0, 1, 2, 3]] * 3
+    for number, one in enumerate(made):
+        assert one.epochs == [line[number] for line in lines]
+    _assert_near(made[0], made[2], 1e-6)
+
+
+# --------------------------------------------------------------------------- stopping
+
+
+def _halving(
+    done: int, learning: Sequence[int], lines: Sequence[list[dict[str, float]]]
+) -> set[int]:
+    """The worse half by validation loss, after epochs 2 and 3."""
+    if done not in (2, 3):
+        return set()
+    ranked = sorted(learning, key=lambda n: np.nan_to_num(lines[n][-1]["valid_loss"], nan=1e9))
+    return set(ranked[(len(ranked) + 1) // 2 :])
+
+
+def _all_after(epoch: int) -> Losers:
+    """Everybody, after that many epochs."""
+    return lambda done, learning, lines: set(learning) if done == epoch else set()
+
+
+def _many(data: Data, kind: str = "linear", **knobs: Any) -> list[Member]:
+    """Heads in ragged lanes, one of them lost from the start."""
+    rows = [data.train, data.train[:90]]
+    return [
+        _member(data, rate, rows=rows[seed % 2], head=kind, seed=seed, epochs=5, **knobs)
+        for seed in range(3)
+        for rate in ((0.001, 0.01, 1e30) if seed == 1 else (0.003, 0.03))
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_stopping_losers_changes_nothing_for_the_rest(kind: str, optimizer: str) -> None:
+    data = _toy(200)
+    members = _many(data, kind, optimizer=optimizer, dropout=0.3)
+    whole = train_stack(data, members)
+    fewer = train_stack(data, members, losers=_halving)
+    lengths = [len(one.epochs) for one in fewer]
+    assert sorted(lengths) == [2, 2, 2, 3, 3, 5, 5]
+    at_end = {epoch: train_stack(data, members, losers=_all_after(epoch)) for epoch in (2, 3)}
+    for number, (made, ended) in enumerate(zip(fewer, lengths, strict=True)):
+        assert made.epoch == ended - 1
+        # Who was stopped keeps what it had then.
+        wanted = at_end[ended][number] if ended < 5 else whole[number]
+        _assert_near(made, wanted, 1e-4)
+
+
+def test_stopping_everybody_ends_the_training() -> None:
+    data = _toy(100)
+    members = _many(data)
+    made = train_stack(data, members, losers=_all_after(1))
+    assert [len(one.epochs) for one in made] == [1] * 7
+    once = train_stack(data, [replace(m, config=replace(m.config, epochs=1)) for m in members])
+    for one, other in zip(made, once, strict=True):
+        _assert_same(one, other)
+
+
+# ----------------------------------------------------------------- best epoch, early stopping
+
+SINGLE = ["valid_loss", "accuracy", "balanced_accuracy"]
+SEVERAL = ["valid_loss", "accuracy", "f1", "f2"]
+CASES = [*((figure, False) for figure in SINGLE), *((figure, True) for figure in SEVERAL)]
+
+
+@pytest.mark.parametrize(("figure", "multi"), CASES)
+def test_the_epoch_that_is_best_by_the_named_figure_is_kept(figure: str, multi: bool) -> None:
+    data = _toy(120, width=40, apart=0.3, multi=multi)  # too few rows: it overfits
+    knobs: dict[str, Any] = {"epochs": 12, "batch_size": 16}
+    full = train(data, _config(**knobs), 0.01)
+    values = [line[figure] * (-1 if figure == "valid_loss" else 1) for line in full.epochs]
+    best = int(np.argmax(values))
+    made = train(data, _config(**knobs, best=figure), 0.01)
+    assert made.epoch == best < 11
+    assert made.epochs == full.epochs
+    knobs["epochs"] = best + 1
+    short = train(data, _config(**knobs), 0.01)
+    for name, value in short.state.items():
+        assert np.array_equal(made.state[name], value)
+
+
+@pytest.mark.parametrize(("figure", "multi"), CASES)
+@pytest.mark.parametrize("patience", [1, 3])
+def test_training_ends_when_the_named_figure_has_not_improved_for_that_long(
+    figure: str, multi: bool, patience: int
+) -> None:
+    data = _toy(120, width=40, apart=0.3, multi=multi)
+    knobs: dict[str, Any] = {"epochs": 15, "batch_size": 16}
+    full = train(data, _config(**knobs), 0.01)
+    values = [line[figure] * (-1 if figure == "valid_loss" else 1) for line in full.epochs]
+    best = 0
+    for epoch, value in enumerate(values):
+        best = epoch if value > values[best] else best
+        if epoch - best >= patience:
+            break
+    lines: list[dict[str, float]] = []
+    config = _config(**knobs, best=figure, patience=patience)
+    made = train(data, config, 0.01, record=lines.append)
+    assert made.epochs == lines == full.epochs[: epoch + 1]
+    assert made.epoch == best
+    assert epoch < 14
+
+
+def test_each_head_of_a_stack_ends_by_its_own_patience() -> None:
+    data = _toy(120, width=40, apart=0.3)
+    knobs: dict[str, Any] = {"epochs": 12, "batch_size": 16, "best": "valid_loss", "patience": 2}
+    members = [_member(data, rate, **knobs) for rate in (1e-4, 3e-3, 1e-2, 0.1)]
+    made = train_stack(data, members)
+    assert len({len(one.epochs) for one in made}) > 2
+    for one, member in zip(made, members, strict=True):
+        alone = train(data, member.config, member.rate)
+        assert one.epoch == alone.epoch
+        _assert_near(one, alone, 1e-4)
+
+
+@pytest.mark.parametrize(("figure", "multi"), [("f1", False), ("balanced_accuracy", True)])
+def test_a_figure_these_labels_do_not_have_is_refused_before_anything_is_trained(
+    figure: str, multi: bool
+) -> None:
+    data = _toy(60, multi=multi)
+    with pytest.raises(ConfigError, match=f"--best {figure}"):
+        Training(data, [_member(data, 0.01, best=figure)])
+
+
+def test_an_epoch_without_a_figure_is_never_the_best() -> None:
+    data = _toy(60)
+    training = Training(data, [_member(data, 0.01, best="valid_loss", patience=2)])
+    theta = training.stack.theta.clone()
+    training.stack.theta.fill_(float("nan"))
+    training.epoch()
+    training.optimizer.first.zero_()
+    training.optimizer.second.zero_()
+    training.stack.theta.copy_(theta)
+    training.epoch()
+    training.epoch()
+    made = training.trained()[0]
+    assert np.isnan(made.epochs[0]["valid_loss"])
+    assert made.epoch > 0
+    assert np.isfinite(made.state["2.weight"]).all()
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+class _Keep:
+    """Keeps what can be saved after each epoch, as a checkpoint would."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, Saved] = {}
+
+    def __call__(self, save: Callable[[], Saved], done: int, over: bool) -> None:
+        self.after[done] = _through_files(save())
+        self.over = over
+
+
+def _through_files(saved: Saved) -> Saved:
+    """As a checkpoint keeps it: safetensors, and JSON."""
+    import safetensors.torch
+
+    tensors, facts = saved
+    return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(facts))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("optimizer", "knobs"),
+    [
+        ("adamw", {"schedule": "one-cycle", "dropout": 0.4}),
+        ("sgd", {"schedule": "cosine", "best": "valid_loss", "patience": 2}),
+        ("adamw", {"precision": "fp16", "best": "accuracy", "patience": 3}),
+    ],
+    ids=["one-cycle", "patience", "fp16"],
+)
+@pytest.mark.parametrize("losers", [None, _halving], ids=["all", "halving"])
+def test_a_training_resumed_after_any_epoch_ends_in_the_very_same_weights(
+    kind: str, optimizer: str, knobs: dict[str, Any], losers: Losers | None
+) -> None:
+    data = _toy(200, views=2)
+    members = _many(data, kind, optimizer=optimizer, **knobs)
+    keep = _Keep()
+    whole = train_stack(data, members, losers=losers, keep=keep)
+    assert list(keep.after) == [1, 2, 3, 4, 5]
+    assert keep.over
+    for epoch, saved in keep.after.items():
+        again = _Keep()
+        resumed = train_stack(data, members, losers=losers, saved=saved, keep=again)
+        for one, other in zip(resumed, whole, strict=True):
+            _assert_same(one, other)
+        assert list(again.after) == list(range(epoch + 1, 6))
+        for later, (tensors, facts) in again.after.items():  # and so after a second stop
+            assert json.dumps(facts) == json.dumps(keep.after[later][1])
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor.nan_to_num(), keep.after[later][0][name].nan_to_num())
+
+
+def test_a_training_whose_heads_have_all_ended_is_over_when_resumed() -> None:
+    data, keep = _toy(60), _Keep()
+    whole = train_stack(data, _many(data), losers=_all_after(2), keep=keep)
+    assert keep.over
+    again = train_stack(data, _many(data), saved=keep.after[2])
+    for one, other in zip(again, whole, strict=True):
+        _assert_same(one, other)
+
+
+def test_what_was_saved_does_not_move_when_the_training_goes_on() -> None:
+    data = _toy(60)
+    members = [_member(data, 0.01, best="valid_loss") for _ in range(2)]
+    training = Training(data, members)
+    training.epoch()
+    saved = training.save()
+    wanted = _through_files(saved)
+    training.epoch()
+    training.stop({0})
+    for name, tensor in wanted[0].items():
+        assert torch.equal(saved[0][name], tensor), name
+    assert saved[1] == wanted[1]
+    for _ in range(2):  # nor when somebody goes on from it
+        again = Training(data, members)
+        again.load(saved)
+        again.epoch()
+    for name, tensor in wanted[0].items():
+        assert torch.equal(saved[0][name], tensor), name
+    assert saved[1] == wanted[1]
+
+
+# ----------------------------------------------------------------------------- precision
+
+
+def _halves() -> None:
+    try:
+        torch.bmm(torch.ones(1, 2, 2).half(), torch.ones(1, 2, 2).half())
+    except RuntimeError as error:
+        pytest.skip(f"this torch has no fp16 products on the CPU: {error}")
+
+
+def test_auto_is_full_precision_on_a_cpu() -> None:
+    assert precision("auto", torch.device("cpu")) is None
+    assert precision("bf16", torch.device("cpu")) is torch.bfloat16
+    assert precision("fp16", torch.device("cpu")) is torch.float16
+
+
+def _assert_precise_enough(kind: str, asked: str, device: str) -> None:
+    for multi in (False, True):
+        data = _toy(600, apart=4, multi=multi, device=device)
+        plain, made = (
+            train(data, _config(head=kind, epochs=6, dropout=0.2, precision=one), 0.01).epochs[-1]
+            for one in ("fp32", asked)
+        )
+        assert made["accuracy"] == pytest.approx(plain["accuracy"], abs=0.01)
+        for what in ("train_loss", "valid_loss"):
+            assert made[what] == pytest.approx(plain[what], rel=0.05, abs=0.002)
+            assert made[what] != plain[what]  # or nothing was asked for
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked", ["bf16", "fp16"])
+def test_half_precision_learns_as_well_as_full(kind: str, asked: str) -> None:
+    if asked == "fp16":
+        _halves()
+    _assert_precise_enough(kind, asked, "cpu")
+
+
+def _assert_overflow_stays_at_home(kind: str, device: str) -> None:
+    data = _toy(300, device=device)
+    rates = [1e-3, 1e7, 1e-2]  # after a step the second one's weights are beyond fp16
+    members = [
+        _member(data, rate, head=kind, precision="fp16", seed=seed, batch_size=64)
+        for seed in range(2)
+        for rate in rates
+    ]
+    training = Training(data, members)
+    made = _through(training)
+    optimizer = training.optimizer
+    assert optimizer.scale_LG is not None
+    assert training.stack.theta.isfinite().all()
+    for number, member in enumerate(members):
+        seat = training.seat_of[number]
+        skipped = int(optimizer.skipped_LG[seat])
+        assert float(optimizer.scale_LG[seat]) == 65536 / 2**skipped
+        if member.rate > 1:
+            assert skipped > 0
+            continue
+        alone = Training(data, [member])
+        (wanted,) = _through(alone)
+        assert int(alone.optimizer.skipped_LG) == skipped < training.steps * 3
+        _assert_near(made[number], wanted, 1e-3)
+        assert made[number].epochs[-1]["train_loss"] < made[number].epochs[0]["train_loss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_overflows_in_fp16_leaves_its_steps_out_and_the_others_alone(kind: str) -> None:
+    _halves()
+    _assert_overflow_stays_at_home(kind, "cpu")
+
+
+# -------------------------------------------------------------------------------- the GPU
+
+
+@CUDA
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked", ["bf16", "fp16", "auto"])
+def test_half_precision_learns_as_well_as_full_on_the_gpu(kind: str, asked: str) -> None:
+    _assert_precise_enough(kind, asked, "cuda")
+
+
+@CUDA
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_overflows_on_the_gpu_leaves_the_others_alone(kind: str) -> None:
+    _assert_overflow_stays_at_home(kind, "cuda")
+
+
+@CUDA
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("multi", [False, True])
+@pytest.mark.parametrize("left", [False, True], ids=["on the device", "in the map"])
+def test_several_lanes_on_the_gpu_learn_as_on_the_cpu(kind: str, multi: bool, left: bool) -> None:
+    made = []
+    for device in ("cpu", "cuda"):
+        data = _toy(200, views=2, multi=multi, device=device)
+        if left:
+            whole = _toy(200, views=2, multi=multi).feature.take(torch.arange(400))
+            parts = [whole.view(200, 2, -1).numpy()]
+            data = replace(data, feature=Mapped(parts, np.arange(200), torch.device(device)))
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        keep = _Keep()
+        members = _many(data, kind, dropout=0.3, class_weights="balanced")
+        made.append(train_stack(data, members, losers=_halving, keep=keep))
+        again = train_stack(data, members, losers=_halving, saved=keep.after[3])
+        torch.backends.cuda.matmul.allow_tf32 = before
+        for one, other in zip(again, made[-1], strict=True):
+            _assert_near(one, other, 1e-5)
+    for one, other in zip(made[1], made[0], strict=True):
+        _assert_near(one, other, 1e-3)
+
+
+# ------------------------------------------------------------------------- many workers
+
+
+def _jobs() -> dict[str, tuple[Data, list[Member]]]:
+    """What one and several workers train, by name."""
+    odd = _toy(197)  # 157 rows to learn from: 12 batches of 13 and one row more
+    assert len(odd.train) == 12 * 13 + 1
+    few = _toy(14, width=5, classes=2)
+    assert len(few.train) == 11
+    several = _toy(120, multi=True, views=2)
+    pieces = [odd.train, odd.train[:50], odd.train[:31]]
+    jobs = {}
+    for kind in KINDS:
+        own = {"head": kind, "epochs": 2, "dropout": 0.5}
+        jobs[f"{kind}, odd sizes"] = (
+            odd,
+            [_member(odd, 0.01, batch_size=13, class_weights="balanced", smoothing=0.1, **own)],
+        )
+        # Batches of 3 rows and one of 2: of four workers some have none. Batch norm makes signs of
+        # so few rows, and adamw makes steps of any slope: together, noise of rounding.
+        jobs[f"{kind}, few rows"] = few, [_member(few, 0.01, batch_size=3, optimizer="sgd", **own)]
+        jobs[f"{kind}, one row"] = few, [_member(few, 0.01, rows=few.train[:1], **own)]
+        jobs[f"{kind}, ragged lanes"] = (
+            odd,
+            [
+                _member(odd, rate, rows=rows, batch_size=11, seed=seed, **own)
+                for seed, rows in enumerate(pieces)
+                for rate in (0.001, 0.01)
+            ],
+        )
+        jobs[f"{kind}, several labels"] = (
+            several,
+            [
+                _member(several, 0.01, batch_size=17, seed=seed, class_weights="balanced", **own)
+                for seed in range(2)
+            ],
+        )
+    knobs: dict[str, Any] = {"epochs": 5, "best": "valid_loss", "patience": 1, "batch_size": 13}
+    jobs["linear, stopped early"] = odd, [_member(odd, rate, **knobs) for rate in (1e-3, 0.03, 1)]
+    return jobs
+
+
+RESUMED = ["linear, ragged lanes", "lesson, odd sizes"]
+
+
+def _together(rank: int, folder: Path) -> None:
+    """One of four workers, and then of two; leaves what it came to in the folder."""
+    import safetensors.torch
+    import torch.distributed as dist
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    for world in (4, 2):
+        if rank >= world:
+            continue
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/met-{world}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
+        )
+        team, came = Team(rank, world), {}
+        for name, (data, members) in _jobs().items():
+            came[name] = _told(train_stack(data, members, team))
+            if name in RESUMED:
+                tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
+                facts = json.loads((folder / f"{name}.json").read_text())
+                made = train_stack(data, members, team, saved=(tensors, facts))
+                came[f"{name}, resumed"] = _told(made)
+        (folder / f"{world}-{rank}.json").write_text(json.dumps(came))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _told(made: Sequence[Trained]) -> list[dict[str, Any]]:
+    """Lines, weights and kept epoch, as JSON."""
+    return [
+        {
+            "epochs": one.epochs,
+            "epoch": one.epoch,
+            "state": {name: value.tolist() for name, value in one.state.items()},
+        }
+        for one in made
+    ]
+
+
+@pytest.fixture(scope="module")
+def by_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each worker came to, by number of workers: [1] in this process, [2] and [4] gloo."""
+    import safetensors.torch
+    import torch.multiprocessing as processes
+
+    folder = tmp_path_factory.mktemp("workers")
+    first: dict[str, Any] = {}
+    for name, (data, members) in _jobs().items():
+        keep = _Keep()
+        first[name] = _told(train_stack(data, members, keep=keep))
+        if name in RESUMED:
+            tensors, facts = keep.after[1]
+            safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(facts))
+            first[f"{name}, resumed"] = first[name]
+    processes.spawn(_together, args=(folder,), nprocs=4, join=True)
+    return {1: [first]} | {
+        world: [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+        for world in (2, 4)
+    }
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", [*_jobs(), *(f"{name}, resumed" for name in RESUMED)])
+def test_several_workers_come_to_the_numbers_of_one(
+    by_world: dict[int, list[dict[str, Any]]], world: int, name: str
+) -> None:
+    near = 1e-4 if name.startswith("lesson") else 1e-5
+    wanted, made = by_world[1][0][name], by_world[world][0][name]
+    for one, other in zip(made, wanted, strict=True):
+        assert one["epoch"] == other["epoch"]
+        assert len(one["epochs"]) == len(other["epochs"])
+        for line, true in zip(one["epochs"], other["epochs"], strict=True):
+            assert line == pytest.approx(true, rel=near)
+        for part, value in other["state"].items():
+            np.testing.assert_allclose(one["state"][part], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_workers_hold_the_same_weights_and_figures_to_the_last_bit(
+    by_world: dict[int, list[dict[str, Any]]], world: int
+) -> None:
+    # Each decides by its own figures who is stopped: were they to differ, they would part.
+    for other in by_world[world][1:]:
+        assert json.dumps(other) == json.dumps(by_world[world][0])
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -240,6 +1131,8 @@ def test_the_lesson_head_is_the_lessons() -> None:
         {"dropout": -0.1},
         {"smoothing": 1.0},
         {"seed": -1},
+        {"patience": -1},
+        {"patience": 2},
     ],
 )
 def test_settings_that_cannot_train_are_refused_in_three_parts(bad: dict[str, float]) -> None:
@@ -249,10 +1142,8 @@ def test_settings_that_cannot_train_are_refused_in_three_parts(bad: dict[str, fl
     assert f"--{next(iter(bad)).replace('_', '-')}" in refusal.value.found
 
 
-def test_a_class_without_images_to_learn_from_is_named() -> None:
-    feature = np.zeros((4, 1, 2), np.float16)
-    some, none = np.array([0, 2, 0, 2]), np.array([], np.int64)
-    with pytest.raises(DataError, match="of bee"):
-        Data.of((feature, some), (feature, some), ["ant", "bee", "cat"])
-    with pytest.raises(DataError, match="validation split has no readable image"):
-        Data.of((feature, some % 2 + some // 2), (feature[:0], none), ["ant", "bee"])
+def test_epochs_that_cut_the_last_cosine_are_refused_with_those_that_do_not() -> None:
+    knobs: dict[str, Any] = {"schedule": "cosine", "cycle_len": 1, "cycle_mult": 2}
+    TrainConfig(epochs=7, **knobs)
+    with pytest.raises(ConfigError, match="give --epochs 7 or 15"):
+        TrainConfig(epochs=8, **knobs)

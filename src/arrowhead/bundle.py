@@ -1,7 +1,8 @@
 """All that scoring needs, in one directory.
 
     bundle/
-      bundle.json          format, recipe, classes, head, temperature, metrics, lineage, hashes
+      bundle.json          format, task, recipe, classes, head, temperature, thresholds, metrics,
+                           lineage, hashes
       weights.safetensors  body.* and head.*
       golden/              a few images, and the probabilities they gave where the bundle was made
 
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FORMAT = 1
+FORMAT = 2
+TASKS = {
+    "single-label": "An image is given the class with the largest softmax(logits / temperature).",
+    "multi-label": "An image is given every label whose sigmoid(logit / temperature) is at or above"
+    " its threshold; that may be none.",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +59,34 @@ class Bundle:
     head: str
     """linear or lesson."""
     temperature: float
-    """Logits are divided by it before the softmax."""
+    """Logits are divided by it before the softmax or sigmoid."""
+    multi: bool = False
+    """Whether an image may have several labels, or none."""
+    thresholds: list[float] | None = None
+    """Of a multi-label bundle: the probability at which each of `classes` is given (None: 0.5)."""
     body_state: Mapping[str, torch.Tensor]
     head_state: Mapping[str, torch.Tensor]
     metrics: dict[str, Any]
     lineage: dict[str, Any]
     """Arrowhead's version, MLflow run id, digest of the data, and the like."""
     golden: Sequence[Golden] = ()
+
+    def __post_init__(self) -> None:
+        assert self.thresholds is None or (
+            self.multi and len(self.thresholds) == len(self.classes)
+        ), "a threshold for every label, and only where an image may have several"
+
+    def given(self, probability_NC: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which labels these probabilities give each image, bool (N, C): one, or where it may have
+        several those that reach their thresholds. A row that is not numbers is given none.
+        """
+        if self.multi:
+            cut_C = np.array(self.thresholds or [0.5] * len(self.classes))
+            several_NC: NDArray[np.bool_] = probability_NC >= cut_C
+            return several_NC
+        best_N1 = probability_NC.argmax(1)[:, None]
+        one_NC: NDArray[np.bool_] = np.arange(len(self.classes)) == best_N1
+        return one_NC & ~np.isnan(probability_NC)
 
     def make_head(self, device: str = "cpu") -> nn.Module:
         """The head, ready for inference: float32 (B, D) to logits (B, C)."""
@@ -83,16 +110,20 @@ class Bundle:
 
 
 def probabilities(
-    head: nn.Module, feature_ND: NDArray[Any], temperature: float
+    head: nn.Module, feature_ND: NDArray[Any], temperature: float, *, multi: bool = False
 ) -> NDArray[np.float32]:
-    """float32 (N, C) from features of any float type: softmax(head(feature) / temperature)."""
+    """float32 (N, C) from features of any float type: softmax(head(feature) / temperature), or its
+    sigmoid where an image may have several labels.
+    """
     import torch
 
     device = next(head.parameters()).device
     with torch.inference_mode(), one_thread():
         logits = head(torch.from_numpy(feature_ND.astype(np.float32)).to(device))
-        chances: NDArray[np.float32] = (logits / temperature).softmax(1).cpu().numpy()
-    return chances
+        cooled = logits / temperature
+        chances = cooled.sigmoid() if multi else cooled.softmax(1)
+        made: NDArray[np.float32] = chances.cpu().numpy()
+    return made
 
 
 @contextmanager
@@ -136,11 +167,14 @@ def save(bundle: Bundle, path: Path) -> str:
     files = sorted(file for file in sketch.rglob("*") if file.is_file())
     content = {
         "format": FORMAT,
+        "task": (task := "multi-label" if bundle.multi else "single-label"),
+        "decision": TASKS[task],
         "recipe": dataclasses.asdict(bundle.recipe),
         "recipe_fingerprint": bundle.recipe.fingerprint,
         "classes": bundle.classes,
         "head": bundle.head,
         "temperature": bundle.temperature,
+        "thresholds": _by_label(bundle),
         "metrics": bundle.metrics,
         "lineage": bundle.lineage,
         "sha256": {str(file.relative_to(sketch)): shards.sha256(file) for file in files},
@@ -148,6 +182,14 @@ def save(bundle: Bundle, path: Path) -> str:
     shards.write_json(sketch / "bundle.json", content)
     _replace(sketch, path)
     return fingerprint(path)
+
+
+def _by_label(bundle: Bundle) -> dict[str, float] | None:
+    """The thresholds as a person reads them."""
+    if not bundle.multi:
+        return None
+    cuts = bundle.thresholds or [0.5] * len(bundle.classes)
+    return dict(zip(bundle.classes, cuts, strict=True))
 
 
 def _plain(golden: Golden) -> dict[str, Any]:
@@ -207,11 +249,14 @@ def load(path: Path) -> Bundle:
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
+    classes, multi = content["classes"], content["task"] == "multi-label"
     return Bundle(
         recipe=Recipe.from_dict(content["recipe"], str(path)),
-        classes=content["classes"],
+        classes=classes,
         head=content["head"],
         temperature=content["temperature"],
+        multi=multi,
+        thresholds=[content["thresholds"][name] for name in classes] if multi else None,
         body_state=parts["body"],
         head_state=parts["head"],
         metrics=content["metrics"],
@@ -237,7 +282,7 @@ class Drift:
     """How far this machine is from the one that made the bundle.
 
     images: golden images replayed; feature: largest cosine distance of a feature (0: none);
-    probability: largest change of a probability; changed: images whose label differs.
+    probability: largest change of a probability; changed: images whose labels differ.
     """
 
     images: int
@@ -253,14 +298,18 @@ def replay(bundle: Bundle, body: Body, head: nn.Module, device: str, threads: in
     feature_ND = features(bundle.recipe, body, [one.data for one in bundle.golden], device, threads)
     before_ND = np.stack([one.feature for one in bundle.golden])
     before_NC = np.stack([one.probabilities for one in bundle.golden])
-    now_NC = probabilities(head, feature_ND, bundle.temperature)
+    now_NC = probabilities(head, feature_ND, bundle.temperature, multi=bundle.multi)
     norms = np.linalg.norm(feature_ND, axis=1) * np.linalg.norm(before_ND, axis=1)
     cosine = (feature_ND * before_ND).sum(1) / np.maximum(norms, 1e-12)
+    # An image that cannot be decoded here is as far away as can be.
+    lost = np.isnan(feature_ND).any(1)
+    cosine[lost], now_NC[lost] = -1, 1 - before_NC[lost]
+    changed = lost | (bundle.given(now_NC) != bundle.given(before_NC)).any(1)
     return Drift(
         images=len(bundle.golden),
         feature=float(max(0.0, 1 - cosine.min())),
         probability=float(np.abs(now_NC - before_NC).max()),
-        changed=int((now_NC.argmax(1) != before_NC.argmax(1)).sum()),
+        changed=int(changed.sum()),
     )
 
 

@@ -8,6 +8,7 @@ request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -31,6 +32,8 @@ from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import SourceConfig
 from arrowhead.score import ScoreConfig
+from arrowhead.study import Study
+from arrowhead.sweep import SweepConfig
 from arrowhead.tracking import TrackingConfig
 from arrowhead.train import TrainConfig
 
@@ -87,6 +90,7 @@ Finder = Annotated[FinderConfig, _flags("LR finder", 7)]
 NamedFinder = Annotated[
     FinderConfig, Parameter(name="lr-find", group=Group("LR finder", sort_key=7))
 ]
+Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
 Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]
@@ -107,6 +111,7 @@ def fit(
     extract: NamedExtract = ExtractConfig(),
     head: Head = TrainConfig(),
     finder: NamedFinder = FinderConfig(),
+    many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
@@ -121,8 +126,10 @@ def fit(
     from arrowhead import pipeline
 
     images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
-    with _means("fit", launch, tracking, output) as means:
-        result = pipeline.fit(data, out, images, head, finder, means)
+    asked = Study(head=head, finder=finder, sweep=many)
+    place = pipeline.unfinished(out / "bundle", data, images, asked)
+    with _means("fit", launch, tracking, output, place) as means:
+        result = pipeline.fit(data, out, images, asked, means)
         _next(means.screen, [f"{_me()} score {result['bundle']} IMAGES SCORES", _ui(tracking)])
     return _end(result, output)
 
@@ -189,6 +196,7 @@ def train(
     *,
     head: Head = TrainConfig(),
     finder: NamedFinder = FinderConfig(),
+    many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
@@ -199,9 +207,11 @@ def train(
     """
     from arrowhead import pipeline
 
-    with _means("train", launch, tracking, output) as means:
+    asked = Study(head=head, finder=finder, sweep=many)
+    place = pipeline.unfinished(bundle, store.absolute(), asked)
+    with _means("train", launch, tracking, output, place) as means:
         pipeline.say_account(store, means.screen)
-        result = pipeline.fit_head(store, bundle, head, finder, means)
+        result = pipeline.fit_head(store, bundle, asked, means)
         _next(means.screen, [f"{_me()} score {bundle} IMAGES SCORES"])
     return _end(result, output)
 
@@ -265,7 +275,8 @@ def demo(
                 f"{count} images of {', '.join(drawing.CLASSES)} drawn in {out}/images"
             )
         images = pipeline.FeatureConfig(body=_demo_body(means.screen))
-        result = pipeline.fit(out / "images", out / "fit", images, head, FinderConfig(), means)
+        asked = Study(head=head)
+        result = pipeline.fit(out / "images", out / "fit", images, asked, means)
         bundle, new, scores = out / "fit" / "bundle", out / "images" / "new", out / "scores"
         shutil.rmtree(scores, ignore_errors=True)  # of an earlier demo, with another bundle
         with pipeline.child(means, "score") as part:
@@ -484,15 +495,29 @@ Advance = Callable[[int, int, str], None]
 
 @contextmanager
 def _means(
-    verb: str, launch: LaunchConfig, tracking: TrackingConfig, output: Output
+    verb: str,
+    launch: LaunchConfig,
+    tracking: TrackingConfig,
+    output: Output,
+    place: Path | None = None,
 ) -> Iterator[Any]:
-    """What the stages are run with; the MLflow run is open inside."""
+    """What the stages are run with; the MLflow run is open inside. place: a file that stands for
+    the run while it is unfinished, in the folder of its checkpoints; both go with the run's end.
+    """
     from arrowhead import pipeline
     from arrowhead.tracking import start
 
     screen = Screen(to_stderr=output.json)
-    with start(tracking, verb) as run:
-        yield pipeline.Means(launch=launch, screen=screen, run=run)
+    if place:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with start(tracking, verb, place, say=screen.say) as run:
+            yield pipeline.Means(launch=launch, screen=screen, run=run)
+        if place:
+            shutil.rmtree(place.parent, ignore_errors=True)
+    finally:
+        if place and place.parent.is_dir() and not any(place.parent.iterdir()):
+            place.parent.rmdir()
 
 
 def _me() -> str:
@@ -523,7 +548,7 @@ def _next(screen: Any, commands: list[str]) -> None:
 def _end(result: dict[str, Any], output: Output) -> int:
     """Print the result if it was asked for; the exit code."""
     if output.json:
-        print(json.dumps(result))
+        print(json.dumps(_plain(result), allow_nan=False))
     if not result.get("too_many_faults"):
         return 0
     counts = result["counts"]
@@ -533,6 +558,15 @@ def _end(result: dict[str, Any], output: Output) -> int:
         file=sys.stderr,
     )
     return 3
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON can hold it: None for what is not a finite number."""
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------ the door

@@ -3,12 +3,17 @@
     stage(worker, *args)     an ordinary function; args are small plain values and paths
       -> workers 0           Ray Train's local mode: the same train function, in this process
       -> workers N           one Ray Train worker per GPU or CPU; gloo or nccl between them
+      -> workers MIN:MAX     as many of these as the cluster has room for
       -> rank 0's result
 
 Tasks (chunk numbers) are claimed one by one, not dealt, so a slow worker holds nobody up. What
 workers report reaches the driver while they run; only the driver talks to people and to MLflow.
 When a worker dies the group is started again with the tasks that were not reported as done (`task`
 in a report). When Ray itself dies, LostError says how to go on.
+
+A stage that wants to go on in its middle keeps checkpoints (`worker.keep`); it is started anew, on
+all ranks, whenever the group is, and looks for the newest one itself. Ray Train is told of each,
+but what it notes is never read again: every start of a group has an attempt's folder of its own.
 """
 
 from __future__ import annotations
@@ -16,29 +21,34 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from arrowhead import ConfigError, LostError
 
 Report = dict[str, Any]
+Keep = Callable[[Path | None, str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchConfig:
     """Where the work is done."""
 
-    workers: int = 0
-    """0: in this process. N: a Ray Train group of N workers, one per GPU, or per CPU."""
+    workers: int | str = 0
+    """0: in this process. N: a Ray Train group of N workers, one per GPU, or per CPU. MIN:MAX (e.g.
+    1:2): as many as there is room for, and on with fewer when some are lost."""
     address: str | None = None
     """Of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a Ray of our own."""
     restarts: int = 3
@@ -47,16 +57,40 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         if self.restarts < 0:
             raise ConfigError(f"--restarts is {self.restarts}.", "0 or more.", "give e.g. 3.")
-        if self.workers < 0:
+        if not re.fullmatch(r"[0-9]{1,6}(:[0-9]{1,6})?", str(self.workers)):
             raise ConfigError(
-                f"--workers is {self.workers}.", "0 (this process) or more.", "give e.g. 2."
+                f"--workers is {self.workers}.",
+                "0 (this process) or more, or a range of at least 1.",
+                "give e.g. 2, or 1:2.",
             )
-        if self.address and not self.workers:
+        if ":" in str(self.workers) and not 1 <= self.least <= self.most:
+            raise ConfigError(
+                f"--workers is {self.workers}.",
+                "MIN:MAX with MIN of 1 or more and MAX not below it.",
+                "give e.g. 1:2.",
+            )
+        if self.address and not self.most:
             raise ConfigError(
                 f"--address {self.address} needs workers.",
                 "--workers of 1 or more with an address.",
                 "add --workers N.",
             )
+
+    @property
+    def least(self) -> int:
+        """Workers without which no group is started; 0: this process."""
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def most(self) -> int:
+        """Workers of a group that has all the room it asks for; 0: this process."""
+        return int(str(self.workers).rpartition(":")[2])
+
+
+def _forget(draft: Path | None, name: str) -> None:
+    """Keep nothing: what a worker does that nobody gave a place."""
+    if draft is not None:
+        shutil.rmtree(draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +99,9 @@ class Worker:
 
     device: cpu or cuda:K; threads: CPU threads it may use; claim: the next task's number, None
     when all are taken; report: sends one small dict of plain values to the driver.
+
+    keep(draft, name): all ranks together give the finished folder `draft` its name below the place
+    of checkpoints; rank 0 passes the folder, which must lie on the place's disk, the others None.
     """
 
     rank: int
@@ -73,21 +110,32 @@ class Worker:
     threads: int
     claim: Callable[[], int | None]
     report: Callable[[Report], None]
+    keep: Keep = _forget
 
 
 class Desk:
     """Hands out task numbers and keeps reports until the driver reads them."""
 
     def __init__(self, tasks: list[int]) -> None:
+        self._left = list(tasks)  # not reported as done
         self._tasks = iter(tasks)
         self._reports: list[Report] = []
+
+    def open(self, workers: int) -> None:
+        """A group of this size begins: what an earlier one claimed and did not do is free again."""
+        self._tasks = iter(list(self._left))
+        self._reports.append({"workers": workers})
 
     def claim(self) -> int | None:
         """The next task's number, None when all are taken."""
         return next(self._tasks, None)
 
     def report(self, message: Report) -> None:
-        """Keep a report for the driver."""
+        """Keep a report for the driver; a task is done once, whoever says so again."""
+        if "task" in message:
+            if message["task"] not in self._left:
+                return
+            self._left.remove(message["task"])
         self._reports.append(message)
 
     def read(self) -> list[Report]:
@@ -102,16 +150,27 @@ def run(
     config: LaunchConfig = LaunchConfig(),
     tasks: list[int] | None = None,
     listen: Callable[[Report], None] = lambda report: None,
+    place: Path | None = None,
+    sized: Callable[[int], None] = lambda workers: None,
 ) -> Any:
     """Run `stage(worker, *args)` on every worker; rank 0's return value.
 
     tasks: the numbers that workers claim. listen: gets every report, here, in order of arrival.
+    place: the folder that `worker.keep` fills, on a disk that all workers share; without one, what
+    is kept lives as long as this call. sized: told how many workers there are, at every start.
     """
     # Workers start in a directory of Ray's own.
     args = tuple(arg.absolute() if isinstance(arg, Path) else arg for arg in args)
-    if config.workers == 0:
-        return _fit(_here(stage, args, tasks or [], listen), workers=0)
-    return _on_ray(stage, args, config, tasks or [], listen)
+    scratch = Path(tempfile.mkdtemp(prefix="arrowhead-ray-"))  # Ray Train always wants storage
+    place = place.absolute() if place else scratch
+    try:
+        if config.most == 0:
+            sized(1)
+            here = _here(stage, args, tasks or [], listen, place)
+            return _fit(here, 0, scratch, "here")
+        return _on_ray(stage, args, config, tasks or [], listen, place, sized)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _here(
@@ -119,6 +178,7 @@ def _here(
     args: tuple[Any, ...],
     tasks: list[int],
     listen: Callable[[Report], None],
+    place: Path,
 ) -> Callable[[dict[str, Any]], Any]:
     def train_function(_: dict[str, Any]) -> Any:
         import torch
@@ -126,9 +186,56 @@ def _here(
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         threads = len(os.sched_getaffinity(0))
         desk = Desk(tasks)
-        return stage(Worker(0, 1, device, threads, desk.claim, listen), *args)
+        # Ray Train's local mode persists nothing that is reported to it.
+        worker = Worker(0, 1, device, threads, desk.claim, listen, partial(_keep_here, place))
+        return stage(worker, *args)
 
     return train_function
+
+
+def _keep_here(place: Path, draft: Path | None, name: str) -> None:
+    if draft is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        _name(draft, place / name)
+
+
+def _keep_in_group(draft: Path | None, name: str) -> None:
+    """Rank 0 names its folder, and Ray Train, which needs to hear it of all ranks, is told."""
+    import ray.train
+
+    attempt = Path(ray.train.get_context().get_storage().experiment_fs_path)
+    if draft is not None and not attempt.is_dir():
+        raise ConfigError(
+            f"{attempt.parent} on {socket.gethostname()} is not the folder that the command sees.",
+            "a place for checkpoints on a disk that all machines share.",
+            "write to a shared folder, or run with --workers 0.",
+        )
+
+    def settle(written: Any, name: str) -> Any:
+        # Ray's own way copies file by file and flushes nothing: a kill leaves half a checkpoint.
+        return ray.train.Checkpoint.from_directory(_name(Path(written.path), attempt / name))
+
+    ray.train.report(
+        {},
+        checkpoint=None if draft is None else ray.train.Checkpoint.from_directory(draft),
+        checkpoint_dir_name=name,
+        checkpoint_upload_fn=settle,
+    )
+
+
+def _name(draft: Path, target: Path) -> Path:
+    """Give a finished folder its name, on the disk too; what had the name goes only afterwards."""
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.draft")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(draft, target)
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
 
 
 def _on_ray(
@@ -137,11 +244,16 @@ def _on_ray(
     config: LaunchConfig,
     tasks: list[int],
     listen: Callable[[Report], None],
+    place: Path,
+    sized: Callable[[int], None],
 ) -> Any:
     """Run on a worker group, and again with what is left to do when a worker was lost."""
     left = list(tasks)
 
     def hear(report: Report) -> None:
+        if report.keys() == {"workers"}:
+            sized(report["workers"])
+            return
         if report.get("task") in left:
             left.remove(report["task"])
         listen(report)
@@ -149,7 +261,7 @@ def _on_ray(
     _connect(config)
     for restarts_left in range(config.restarts, -1, -1):
         try:
-            return _group(stage, args, config, left, hear)
+            return _group(stage, args, config, left, hear, place)
         except _WorkerGoneError as gone:
             if not restarts_left:
                 raise _lost(f"{gone} It was started again {config.restarts} times.") from gone
@@ -163,6 +275,7 @@ def _group(
     config: LaunchConfig,
     tasks: list[int],
     listen: Callable[[Report], None],
+    place: Path,
 ) -> Any:
     """One worker group, from its start to its end."""
     import ray
@@ -171,6 +284,7 @@ def _group(
 
     def train_function(_: dict[str, Any]) -> Any:
         import ray.train
+        import ray.train.collective
         import torch
 
         context = ray.train.get_context()
@@ -181,7 +295,13 @@ def _group(
             threads=torch.get_num_threads(),
             claim=lambda: ray.get(desk.claim.remote()),
             report=lambda message: ray.get(desk.report.remote(message)),
+            keep=_keep_in_group,
         )
+        # Ray starts this again, on all ranks, when it resizes the group or loses a machine that
+        # was announced to go: nobody may claim before the desk knows.
+        if worker.rank == 0:
+            ray.get(desk.open.remote(worker.world))
+        ray.train.collective.barrier()
         return stage(worker, *args)
 
     def pass_on() -> None:
@@ -190,10 +310,13 @@ def _group(
 
     # Ray is waited for in a thread: where it has died it would hang for a minute, then end us.
     fitted: Future[Any] = Future()
+    # Never an old name: Ray would read its own notes there, which a kill may have torn.
+    attempt = f"{ATTEMPT}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+    _sweep(place)
 
     def fit() -> None:
         try:
-            fitted.set_result(_fit(train_function, workers=config.workers))
+            fitted.set_result(_fit(train_function, _size(config), place, attempt))
         except BaseException as error:
             fitted.set_exception(error)
 
@@ -214,6 +337,47 @@ def _group(
         with contextlib.suppress(ray.exceptions.RayError):
             pass_on()
             ray.kill(desk)
+        _sweep(place)
+
+
+ATTEMPT = "attempt-"
+
+
+def _sweep(place: Path) -> None:
+    """Remove attempts' folders that hold nothing but Ray's notes."""
+    for attempt in place.glob(f"{ATTEMPT}*"):
+        if attempt.is_dir() and not any(inside.is_dir() for inside in attempt.iterdir()):
+            shutil.rmtree(attempt, ignore_errors=True)
+
+
+SETTLED = 5.0  # seconds that Ray may take to give back what a lost group held
+
+
+def _size(config: LaunchConfig) -> int | tuple[int, int]:
+    """What Ray Train is asked for: so many workers, or from so many to so many.
+
+    Ray's elastic groups follow what the machines have, not what is free of it, and then wait for
+    room that others hold. So the range ends where the free room does, unless all of it is free:
+    then machines that join later make the group larger.
+    """
+    if config.least == config.most:
+        return config.most
+    until = time.monotonic() + SETTLED
+    while (free := _room(config, free=True)) < config.most and time.monotonic() < until:
+        time.sleep(0.25)
+    most = config.most
+    if free < min(most, _room(config, free=False)):
+        most = max(free, config.least)
+    return (config.least, most) if config.least < most else most
+
+
+def _room(config: LaunchConfig, free: bool) -> int:
+    """Workers that the cluster can hold: in its free room, or in all of it."""
+    import ray
+
+    there = ray.available_resources() if free else ray.cluster_resources()
+    kinds = ("CPU", "GPU") if _gpus() >= config.least else ("CPU",)
+    return int(min(there.get(kind, 0) for kind in kinds))
 
 
 def _lost(what: str) -> LostError:
@@ -232,7 +396,12 @@ def _is_dead() -> bool:
     return bool(node and node.dead_processes())
 
 
-def _fit(train_function: Callable[[dict[str, Any]], Any], workers: int) -> Any:
+def _fit(
+    train_function: Callable[[dict[str, Any]], Any],
+    workers: int | tuple[int, int],
+    storage: Path,
+    name: str,
+) -> Any:
     """Ray Train runs the function on a group of this size (0: here); rank 0's return value."""
     import logging
 
@@ -241,25 +410,33 @@ def _fit(train_function: Callable[[dict[str, Any]], Any], workers: int) -> Any:
     import torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    scratch = tempfile.mkdtemp(prefix="arrowhead-ray-")  # Ray Train wants a place for checkpoints
-    on_gpu = torch.cuda.is_available() if workers == 0 else _gpus() >= workers
+    least = workers if isinstance(workers, int) else workers[0]
+    on_gpu = torch.cuda.is_available() if least == 0 else _gpus() >= least
     try:
         trainer = ray.train.torch.TorchTrainer(
             train_function,
             train_loop_config={},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
-                use_gpu=on_gpu and workers > 0,
-                resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpu and workers else {}),
+                use_gpu=on_gpu and least > 0,
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpu and least else {}),
             ),
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            run_config=ray.train.RunConfig(storage_path=scratch, name="stage"),
+            # All checkpoints stay, as far as Ray goes: where it thins them out, its controller
+            # fails on one that `checkpoint.prune` has removed before.
+            run_config=ray.train.RunConfig(
+                storage_path=str(storage),
+                name=name,
+                # Room for an elastic group may be gone before Ray takes it. Alone it would wait
+                # for that room for ever; here the loop above counts again.
+                failure_config=ray.train.FailureConfig(
+                    controller_failure_limit=-1 if isinstance(workers, int) else 0
+                ),
+            ),
         )
         return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _WorkerGoneError(RuntimeError):
@@ -288,6 +465,8 @@ def _gpus() -> int:
 def _connect(config: LaunchConfig) -> None:
     """Join the cluster, or start a Ray of our own: loopback dashboard, token on."""
     secure()
+    # A rank's second report waits until Ray has asked for its first, every 2 s if left alone.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     import ray
 
     if ray.is_initialized():
@@ -295,7 +474,7 @@ def _connect(config: LaunchConfig) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         _must_answer(address)
-    own: dict[str, Any] = {"num_cpus": max(config.workers, os.cpu_count() or 1)}
+    own: dict[str, Any] = {"num_cpus": max(config.most, os.cpu_count() or 1)}
     try:
         ray.init(
             address=address or "local",

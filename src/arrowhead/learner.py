@@ -25,6 +25,7 @@ from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import Catalog
 from arrowhead.shards import Store
+from arrowhead.study import Study
 from arrowhead.train import TrainConfig, Trained
 
 if TYPE_CHECKING:
@@ -61,16 +62,20 @@ class Images:
         return self.catalog.classes
 
     @property
-    def valid_labels(self) -> NDArray[np.int64]:
-        """int64 (n_valid,): labels of the readable validation images, in path order.
+    def valid_labels(self) -> NDArray[np.int64] | NDArray[np.uint8]:
+        """int64 (n_valid,): labels of the readable validation images, in path order; uint8
+        (n_valid, C), 1 where an image has the label, if images have several.
 
         Where PATH has no valid/, they are known once a Learner has read the images.
         """
         if self._store is not None:
             return self._store.features("valid").label
-        number = {name: i for i, name in enumerate(self.classes)}
         rows = zip(self.catalog.splits, self.catalog.labels, strict=True)
-        return np.array([number[names[0]] for split, names in rows if split == "valid"], np.int64)
+        valid = [names for split, names in rows if split == "valid"]
+        if self.catalog.multi:
+            return np.array([[name in names for name in self.classes] for names in valid], np.uint8)
+        number = {name: i for i, name in enumerate(self.classes)}
+        return np.array([number[names[0]] for names in valid], np.int64)
 
     @property
     def valid_paths(self) -> list[Path] | list[str]:
@@ -123,18 +128,20 @@ class Learner:
         """
         knobs.setdefault("schedule", "constant")
         self._config = dataclasses.replace(self._config, rate=rate, epochs=epochs, **knobs)
-        _, self._trained, _ = pipeline.learn(
-            self.store.path, self._config, FinderConfig(), self._means
-        )
+        made = pipeline.learn(self.store.path, Study(head=self._config), self._means)
+        self._trained = made.heads[0]
         return self._trained.epochs
 
     def predict(self) -> NDArray[np.float32]:
         """float32 (n_valid, C): log-probabilities of the validation images, in path order."""
         import torch
 
-        feature_ND = self.store.features("valid").feature[:, 0].astype(np.float32)
+        valid = self.store.features("valid")
+        feature_ND = torch.from_numpy(valid.feature[:, 0].astype(np.float32))
         with torch.inference_mode():
-            return self._head()(torch.from_numpy(feature_ND)).log_softmax(1).numpy()  # type: ignore[no-any-return]
+            logit_NC = self._head()(feature_ND)
+            log_NC = logit_NC.sigmoid().log() if valid.multi else logit_NC.log_softmax(1)
+        return log_NC.numpy()  # type: ignore[no-any-return]
 
     def lr_find(self, **knobs: Any) -> Curve:
         """The loss under a rising rate, and the rates it suggests; drawn in a notebook.

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,26 +30,27 @@ from arrowhead import (
     bundle,
     extract,
     launch,
-    lr_finder,
     metrics,
     model,
     plan,
     report,
     shards,
-    train,
+    study,
+    sweep,
 )
 from arrowhead import score as scoring
 from arrowhead.bundle import Bundle, Golden
 from arrowhead.decode import PixelConfig
 from arrowhead.extract import ExtractConfig
-from arrowhead.launch import LaunchConfig, Worker
+from arrowhead.launch import LaunchConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import Catalog, SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.shards import Store
+from arrowhead.study import Learned, OutOfFold, Study
 from arrowhead.tracking import Run
-from arrowhead.train import Data, Team, TrainConfig, Trained
+from arrowhead.train import TrainConfig, Trained
 
 GOLDEN = 8
 Advance = Callable[[int, int, str], None]
@@ -150,7 +152,7 @@ def precompute(
         "counts": counts,
         "faults": fault_list(store),
         "seconds": dict(done.seconds),
-        "roofline": extract.roofline(done.seconds, done.decoded, means.launch.workers or 1),
+        "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
         "store": str(path),
         "fingerprint": store.recipe.fingerprint,
         "classes": manifest["classes"],
@@ -293,6 +295,7 @@ class Work:
     looked_up: int = 0
     fallback: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    workers: int = 1
     result: Any = None
 
 
@@ -320,8 +323,13 @@ def _work(
             faults = sum(message["faults"].values())
             advance(message["files"], faults, extract.binding(done.seconds))
 
+        def sized(workers: int) -> None:
+            done.workers = workers
+
         began = perf_counter()
-        done.result = launch.run(stage, *args, config=means.launch, tasks=tasks, listen=listen)
+        done.result = launch.run(
+            stage, *args, config=means.launch, tasks=tasks, listen=listen, sized=sized
+        )
         done.seconds["workers"] = perf_counter() - began
     return done
 
@@ -337,7 +345,7 @@ def _say_counts(means: Means, counts: dict[str, int], done: Work) -> None:
     if counts["fallback"]:
         parts.append(f"{counts['fallback']} by the fallback decoder")
     means.screen.say(" · ".join(parts))
-    means.screen.say(extract.roofline(done.seconds, done.decoded, means.launch.workers or 1))
+    means.screen.say(extract.roofline(done.seconds, done.decoded, done.workers))
 
 
 def _record(means: Means, params: dict[str, Any]) -> None:
@@ -348,71 +356,78 @@ def _record(means: Means, params: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------ learning
 
 
-def learn_stage(
-    worker: Worker, path: Path, config: TrainConfig, finder: FinderConfig | None, teach: bool
-) -> tuple[Curve | None, Trained | None, float]:
-    """On every worker: the LR finder, if asked for, then training at the rate; seconds of both."""
-    store = Store(path)
-    data = data_of(store, worker.device)
-    team = Team(worker.rank, worker.world)
-    began = perf_counter()
-    curve = lr_finder.find(data, config, finder, team) if finder else None
-    if not teach:
-        return curve, None, perf_counter() - began
-    rate = curve.rate if curve else float(config.rate)
-    tell = worker.report if worker.rank == 0 else lambda message: None
-    if curve:
-        tell({"verdict": curve.verdict, "suggestions": curve.suggestions})
-
-    def record(line: dict[str, float]) -> None:
-        tell(line | {"rate": train.rate_at(line["epoch"] / config.epochs, config, rate)})
-
-    trained = train.train(data, config, rate, team, record)
-    return curve, trained, perf_counter() - began
-
-
-def data_of(store: Store, device: str) -> Data:
-    """Training and validation features of a store, on a device."""
-    parts = {split: store.features(split) for split in ("train", "valid")}
-    pairs = {split: (part.feature, part.label) for split, part in parts.items()}
-    return Data.of(pairs["train"], pairs["valid"], store.manifest()["classes"], device)
-
-
 def find_rate(
     path: Path, config: TrainConfig, finder: FinderConfig, means: Means = Means()
 ) -> Curve:
     """The LR finder's curve and suggestions on a store."""
-    Store(path).verify()
-    curve, _, _ = launch.run(learn_stage, path, config, finder, False, config=means.launch)
-    say_rates(curve.suggestions, curve.verdict, means.screen)
+    asked = Study(head=config, finder=finder, teach=False)
+    curve = learn(path, asked, means).curve
+    assert curve is not None
     show_curve(curve, path, means)
-    return curve  # type: ignore[no-any-return]
+    return curve
 
 
-def learn(
-    path: Path, config: TrainConfig, finder: FinderConfig, means: Means = Means()
-) -> tuple[Curve | None, Trained, float]:
-    """Train a head on a verified store; LR curve (if rate is auto), head, seconds taken."""
+def learn(path: Path, asked: Study, means: Means = Means(), place: Path | None = None) -> Learned:
+    """Train on a verified store. place: a folder of checkpoints, where a stopped study goes on."""
     Store(path).verify()
-
-    def listen(line: dict[str, Any]) -> None:
-        if "restart" in line:
-            _say_restart(line, means.screen)
-            return
-        if "verdict" in line:
-            say_rates(line["suggestions"], line["verdict"], means.screen)
-            return
-        if line["epoch"] == 0:
-            means.screen.say(HEADING)
-        means.screen.say(row(line))
-        if means.run:
-            means.run.record({k: v for k, v in line.items() if k != "epoch"}, int(line["epoch"]))
-
-    asked = finder if config.rate == "auto" else None
-    curve, trained, seconds = launch.run(
-        learn_stage, path, config, asked, True, config=means.launch, listen=listen
+    told = _Told(asked, means)
+    run = means.top.run_id if means.top else None
+    args = path, asked, place, run
+    made: Learned = launch.run(
+        study.learn, *args, config=means.launch, listen=told, place=place, sized=told.sized
     )
-    return curve, trained, seconds
+    return made
+
+
+class _Told:
+    """What workers report of a study, shown and recorded; once, however often they start again."""
+
+    def __init__(self, asked: Study, means: Means) -> None:
+        self._asked, self._means = asked, means
+        self._done: set[Any] = set()
+        self._said = 0.0
+
+    def sized(self, workers: int) -> None:
+        """How many workers there are now."""
+        if str(self._means.launch.workers) not in ("0", str(workers)):
+            self._means.screen.say(f"{workers} workers")
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        screen = self._means.screen
+        if "restart" in message:
+            _say_restart(message, screen)
+        elif "warning" in message:
+            screen.say(message["warning"])
+        elif "goes_on" in message:
+            done = message["goes_on"]
+            screen.say(f"{message['part']}: {done} epochs are done; going on from their checkpoint")
+        elif "rates" in message and "rates" not in self._done:
+            self._done.add("rates")
+            say_rates(message["rates"], message["verdict"], screen)
+        elif "lines" in message and (message["part"], message["epoch"]) not in self._done:
+            self._done.add((message["part"], message["epoch"]))
+            self._epoch(message)
+
+    def _epoch(self, message: dict[str, Any]) -> None:
+        part, epoch, lines = message["part"], message["epoch"], message["lines"]
+        screen, config = self._means.screen, self._asked.head
+        if part == "heads" and not self._asked.sweep.grid:
+            if epoch == 0:
+                screen.say(HEADING)
+            screen.say(row(lines[0]))
+            if self._means.run:
+                figures = {name: value for name, value in lines[0].items() if name != "epoch"}
+                self._means.run.record(figures | {"rate": message["rate"]}, epoch)
+            return
+        last = epoch + 1 == config.epochs
+        if last or epoch == 0 or monotonic() - self._said > 2:
+            self._said = monotonic()
+            name = sweep.figure(config)
+            pick = min if name == "valid_loss" else max
+            best = pick(line[name] for line in lines.values())
+            screen.say(
+                f"{part} · epoch {epoch} · {len(lines)} heads learn · best {name} {best:.4f}"
+            )
 
 
 def say_account(path: Path, screen: Screen) -> None:
@@ -469,56 +484,61 @@ def show_curve(curve: Curve, folder: Path, means: Means) -> None:
 
 
 def save(
-    store: Store, config: TrainConfig, trained: Trained, out: Path, means: Means = Means()
+    store: Store,
+    config: TrainConfig,
+    trained: Trained,
+    out: Path,
+    means: Means = Means(),
+    lineage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a head on the validation split and save it as a bundle; its metrics."""
     import torch
 
     valid = store.features("valid")
     classes = store.manifest()["classes"]
-    head_state = {name: torch.tensor(value) for name, value in trained.state.items()}
     made = Bundle(
         recipe=store.recipe,
         classes=classes,
         head=config.head,
         temperature=1.0,
+        multi=valid.multi,
         body_state=extract.load_weights(store.recipe, store.weights),
-        head_state=head_state,
+        head_state={name: torch.tensor(value) for name, value in trained.state.items()},
         metrics={},
         lineage={},
     )
-    head, label_N = made.make_head(), torch.from_numpy(valid.label)
+    head = made.make_head()
     with torch.inference_mode():
         logit_NC = head(torch.from_numpy(valid.feature[:, 0].astype(np.float32)))
-    nats = torch.nn.functional.cross_entropy(logit_NC, label_N).item()
-    guess_N = logit_NC.argmax(1).numpy()
-    counts_CC = metrics.confusion(valid.label, guess_N, len(classes))
-    figures = {
-        "accuracy": float((guess_N == valid.label).mean()),
-        "loss": nats,
-        "images": len(valid.label),
-    }
-    temperature = metrics.temperature(logit_NC, label_N)
-    by_class = metrics.per_class(counts_CC, classes)
-    chances = (logit_NC / temperature).softmax(1).numpy()
-    lineage = {
+    heat = metrics.temperature(logit_NC, torch.from_numpy(valid.label))
+    cooled = logit_NC / heat
+    chances = (cooled.sigmoid() if valid.multi else cooled.softmax(1)).numpy()
+    cuts = metrics.thresholds(chances, valid.label.astype(np.uint8)) if valid.multi else None
+    figures = metrics.evaluate(
+        logit_NC.numpy(), valid.label, classes, temperature=heat, thresholds=cuts
+    ) | {"temperature": heat}
+    lineage = (lineage or {}) | {
         "arrowhead": __version__,
         "run_id": means.run.run_id if means.run else None,
         "data": Catalog(**store.read_catalog()).digest(),
         "training": dataclasses.asdict(config),
+        "epoch": trained.epoch,
     }
     bundle.save(
         dataclasses.replace(
             made,
-            temperature=temperature,
-            metrics=figures | {"per_class": by_class, "confusion": counts_CC.tolist()},
+            temperature=heat,
+            thresholds=None if cuts is None else cuts.tolist(),
+            metrics=figures,
             lineage=lineage,
             golden=_golden(store, valid, chances, means.screen),
         ),
         out,
     )
-    _show_evaluation(figures, temperature, counts_CC, classes, out, means)
-    return figures | {"temperature": temperature, "per_class": by_class}
+    if config.best != "last":
+        means.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
+    _show_evaluation(figures, classes, out, means)
+    return figures
 
 
 def _golden(store: Store, valid: shards.Features, chances: Any, screen: Screen) -> list[Golden]:
@@ -537,28 +557,137 @@ def _golden(store: Store, valid: shards.Features, chances: Any, screen: Screen) 
     return kept
 
 
-def _show_evaluation(
-    figures: dict[str, Any],
-    temperature: float,
-    counts_CC: Any,
-    classes: list[str],
-    out: Path,
-    means: Means,
-) -> None:
-    right = round(figures["accuracy"] * figures["images"])
-    means.screen.say(
-        f"accuracy {figures['accuracy']:.4f} ({right} of {figures['images']} validation images) ·"
-        f" loss {figures['loss']:.4f} · temperature {temperature:.2f}"
-    )
+def _show_evaluation(figures: dict[str, Any], classes: list[str], out: Path, means: Means) -> None:
+    means.screen.say(_evaluation(figures))
     if not means.run:
         return
-    means.run.record({"accuracy": figures["accuracy"], "loss": figures["loss"]})
-    means.run.record({"temperature": temperature})
-    figure = report.save(
-        report.confusion_figure(counts_CC, classes), out.with_name(f"{out.name}-confusion.png")
-    )
-    means.run.keep(figure, "evaluation")
+    means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
+    if "confusion" in figures:
+        counts_CC = np.array(figures["confusion"])
+        picture = out.with_name(f"{out.name}-confusion.png")
+        means.run.keep(
+            report.save(report.confusion_figure(counts_CC, classes), picture), "evaluation"
+        )
     means.run.keep(out, "bundle")
+    means.run.model(out)
+
+
+def _evaluation(figures: dict[str, Any]) -> str:
+    """The head's figures on one line."""
+    head = f"loss {figures['loss']:.4f} · temperature {figures['temperature']:.2f}"
+    if "f2_samples" in figures:
+        return (
+            f"F2 {figures['f2_samples']:.4f} (mean over {figures['images']} validation images, at"
+            f" thresholds tuned on them) · decisions right {figures['accuracy']:.4f} · {head}"
+        )
+    right = round(figures["accuracy"] * figures["images"])
+    return (
+        f"accuracy {figures['accuracy']:.4f} ({right} of {figures['images']} validation images) ·"
+        f" {head}"
+    )
+
+
+# --------------------------------------------------------------------------- many heads
+
+
+def _show_grid(asked: Study, made: Learned, out: Path, means: Means) -> dict[str, Any]:
+    """Rank the heads of a grid: on the screen, as a table, each as a child run."""
+    knobs, heads = asked.knobs, made.heads
+    lines = [one.epochs[one.epoch] for one in heads]
+    ranked = sweep.summary(knobs, lines, asked.head, made.images)
+    means.screen.say(
+        f"{len(heads)} heads, {len(ranked['settings'])} settings, by {ranked['figure']}:"
+    )
+    for setting in ranked["settings"][:5]:
+        spread = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
+        means.screen.say(
+            f"  {setting['mean']:.4f}{spread}  loss {setting['valid_loss']:.4f}"
+            f"  {sweep.words(setting['knobs'])}"
+        )
+    means.screen.say(ranked["words"])
+    table = report.grid_csv(ranked, out.with_name(f"{out.name}-grid.csv"))
+    if means.run:
+        means.run.keep(table, "grid")
+        means.run.tags({"grid.verdict": ranked["words"]})
+        means.run.children(
+            [sweep.words(one) for one in knobs],
+            [{f"train.{name}": value for name, value in one.items()} for one in knobs],
+            [_by_epoch(one) for one in heads],
+            {"part": "grid"},
+        )
+    return ranked
+
+
+def _by_epoch(head: Trained) -> dict[str, list[tuple[int, float]]]:
+    """A head's figures as MLflow wants them, those of the epoch that was kept last."""
+    names = [name for name in head.epochs[0] if name != "epoch"]
+    made = {name: [(int(line["epoch"]), line[name]) for line in head.epochs] for name in names}
+    kept = head.epochs[head.epoch]
+    return made | {f"kept.{name}": [(head.epoch, kept[name])] for name in names}
+
+
+def _show_folds(path: Path, asked: Study, found: OutOfFold, means: Means) -> dict[str, Any]:
+    """Out-of-fold probabilities beside the store; mean and spread of the folds' figures."""
+    store = Store(path)
+    catalog = store.read_catalog()
+    target = path.with_name(f"{path.name}-folds.arrow")
+    classes = store.manifest()["classes"]
+    shards.write_folds(
+        target,
+        {
+            "path": [catalog["paths"][at] for at in found.row],
+            "labels": [catalog["labels"][at] for at in found.row],
+            "fold": found.fold,
+            "probability": _chances(found.logit, found.multi),
+        },
+        {
+            "classes": classes,
+            "recipe": store.recipe.fingerprint,
+            "catalog": store.manifest()["catalog"]["sha256"],
+            "training": dataclasses.asdict(asked.head),
+        },
+    )
+    table = {
+        name: {"mean": float(np.mean(values)), "spread": float(np.std(values, ddof=1))}
+        for name in found.last[0]
+        if name not in ("epoch", "train_loss")
+        for values in [[line[name] for line in found.last]]
+    }
+    shown = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
+    means.screen.say(f"{len(found.last)} folds: {shown}")
+    means.screen.say(f"a probability for every image, from a head that has not seen it: {target}")
+    if means.run:
+        means.run.record(
+            {f"folds.{k}.{kind}": v for k, pair in table.items() for kind, v in pair.items()}
+        )
+        means.run.keep(target, "folds")
+    return {"figures": table, "folds": found.last, "file": str(target)}
+
+
+def _chances(logit_NC: Any, multi: bool) -> Any:
+    """Probabilities, float32 (N, C), uncalibrated."""
+    import torch
+
+    logit = torch.from_numpy(logit_NC)
+    return (logit.sigmoid() if multi else logit.softmax(1)).numpy()
+
+
+def _show_shares(curve: dict[str, Any], out: Path, means: Means) -> None:
+    """The learning curve: on the screen, as figure and table."""
+    for point in curve["points"]:
+        spread = "" if point["spread"] is None else f" ± {point['spread']:.4f}"
+        share = f"{100 * point['share']:.0f} %"
+        means.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{spread}")
+    means.screen.say(curve["words"])
+    stem = out.with_name(f"{out.name}-learning-curve")
+    picture = report.save(report.learning_figure(curve), stem.with_suffix(".png"))
+    table = report.learning_csv(curve, stem.with_suffix(".csv"))
+    if means.run:
+        means.run.keep(picture, "learning_curve")
+        means.run.keep(table, "learning_curve")
+        means.run.tags({"learning_curve.verdict": curve["words"]})
+        for point in curve["points"]:
+            means.run.record({f"learning_curve.{curve['figure']}": point["mean"]}, point["images"])
 
 
 # ------------------------------------------------------------------------------- verbs
@@ -568,41 +697,67 @@ def fit(
     data: str | Path,
     out: Path,
     images: FeatureConfig,
-    config: TrainConfig,
-    finder: FinderConfig,
+    asked: Study,
     means: Means,
 ) -> dict[str, Any]:
     """The main job: features to OUT/store; rate, head and evaluation to OUT/bundle."""
     with child(means, "extract") as part:
         result = precompute(data, out / "store", images, part)
-    return result | fit_head(out / "store", out / "bundle", config, finder, means)
+    return result | fit_head(out / "store", out / "bundle", asked, means)
 
 
-def fit_head(
-    path: Path, out: Path, config: TrainConfig, finder: FinderConfig, means: Means
-) -> dict[str, Any]:
-    """From a store to a bundle: rate, head, evaluation."""
+def training_of(out: Path) -> Path:
+    """Where the training of a bundle keeps its checkpoints until it is done."""
+    return out.with_name(f".{out.name}.training")
+
+
+def unfinished(out: Path, *request: Any) -> Path:
+    """The file that stands for the unfinished run of a request, beside its checkpoints."""
+    word = hashlib.blake2b(repr(request).encode("utf-8", "surrogateescape"), digest_size=6)
+    return training_of(out.absolute()) / f"run-{word.hexdigest()}.json"
+
+
+def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any]:
+    """From a store to a bundle: rate, heads, evaluation."""
+    config = asked.head
     _record(means, {f"train.{k}": v for k, v in dataclasses.asdict(config).items()})
+    _record(means, {f"sweep.{k}": v for k, v in dataclasses.asdict(asked.sweep).items() if v})
     _record(means, {"workers": means.launch.workers, "arrowhead": __version__})
     store = Store(path)
     if means.run:
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
         means.run.params({"recipe": store.recipe.json()})
+        catalog = Catalog(**store.read_catalog())
+        means.run.dataset(_name(catalog), catalog.digest(), catalog.root, "training")
+        means.run.tags({"dataset": _name(catalog)})
     out.parent.mkdir(parents=True, exist_ok=True)
     with child(means, "train") as part:
-        curve, trained, seconds = learn(path, config, finder, part)
-    if curve:
+        made = learn(path, asked, part, training_of(out))
+    if made.curve:
         with child(means, "lr-find") as part:
-            show_curve(curve, out.parent, part)
-    figures = save(store, config, trained, out, means)
-    return {
-        "epochs": trained.epochs,
-        "rate": curve.rate if curve else config.rate,
-        "lr_finder": {"suggestions": curve.suggestions, "verdict": curve.verdict}
-        if curve
+            show_curve(made.curve, out.parent, part)
+    result: dict[str, Any] = {"epochs": made.heads[0].epochs}
+    best, rate = made.heads[0], made.curve.rate if made.curve else config.rate
+    if asked.sweep.grid:
+        ranked = result["grid"] = _show_grid(asked, made, out, means)
+        best, knobs = made.heads[ranked["best"]], asked.knobs[ranked["best"]]
+        config = dataclasses.replace(config, **({"rate": rate} | knobs))
+        rate = config.rate
+        result["epochs"] = best.epochs
+    if made.folds:
+        result["folds"] = _show_folds(path, asked, made.folds, means)
+    if made.shares:
+        _show_shares(made.shares, out, means)
+        result["learning_curve"] = made.shares
+    figures = save(store, config, best, out, means, {"rate": rate})
+    return result | {
+        "rate": rate,
+        "lr_finder": {"suggestions": made.curve.suggestions, "verdict": made.curve.verdict}
+        if made.curve
         else None,
+        "epoch": best.epoch,
         "metrics": figures,
-        "train_seconds": seconds,
+        "train_seconds": made.seconds,
         "bundle": str(out),
         "store": str(path),
         "run_id": means.run.run_id if means.run else None,
@@ -633,7 +788,7 @@ def score(
     total = sum(len(runs[number]) for number in missing)
     args = path, out, config, how
     done = _work(scoring.score, args, missing, total, "score", means) if missing else Work()
-    held = scoring.count_parts(out, loaded.classes, catalog)
+    held = scoring.count_parts(out, loaded.classes, catalog, multi=loaded.multi)
     faults = sum(held["faults"].values())
     done.seconds["wall"] = perf_counter() - began
     skipped = len(catalog) - faults - done.decoded
@@ -649,7 +804,7 @@ def score(
         "faults": held["faults"],
         "labels": held["labels"],
         "seconds": dict(done.seconds),
-        "roofline": extract.roofline(done.seconds, done.decoded, means.launch.workers or 1),
+        "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
         "bundle": str(path),
         "bundle_fingerprint": bundle.fingerprint(path),
         "recipe_fingerprint": loaded.recipe.fingerprint,

@@ -2,6 +2,8 @@
 
 Curve              -> lr_figure         log rate against loss, suggestions marked
 counts (C, C)      -> confusion_figure  labels against guesses
+points             -> learning_figure   images against accuracy
+ranked settings    -> grid_csv          a table, the best first
 """
 
 from __future__ import annotations
@@ -70,6 +72,60 @@ def confusion_figure(counts_CC: NDArray[np.int64], classes: list[str]) -> Figure
             shade = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=shade)
     return figure
+
+
+def learning_figure(curve: dict[str, Any]) -> Figure:
+    """The figure heads are compared by, against the images they learned from: every head, the mean,
+    and its spread shaded.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    points = curve["points"]
+    images = np.array([point["images"] for point in points])
+    mean = np.array([point["mean"] for point in points])
+    spread = np.array([point["spread"] or 0.0 for point in points])
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.fill_between(images, mean - spread, mean + spread, alpha=0.2, linewidth=0)
+    axes.plot(images, mean, "o-", label=f"mean of {len(points[0]['values'])} heads")
+    for point in points:
+        axes.plot([point["images"]] * len(point["values"]), point["values"], "k.", markersize=3)
+    axes.set_xscale("log")
+    axes.set_xticks(images, [f"{count}" for count in images])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="images to learn from", ylabel=f"validation {curve['figure']}")
+    axes.set_title(curve["words"], fontsize="small", wrap=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best")
+    return figure
+
+
+def learning_csv(curve: dict[str, Any], path: Path) -> Path:
+    """share, images, mean, spread, then each head's figure, one line per share; the path."""
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        heads = len(curve["points"][0]["values"])
+        name = curve["figure"]
+        out.writerow(["share", "images", name, "spread", *(f"head_{i}" for i in range(heads))])
+        for one in curve["points"]:
+            out.writerow(
+                [one[key] for key in ("share", "images", "mean", "spread")] + one["values"]
+            )
+    return path
+
+
+def grid_csv(ranked: dict[str, Any], path: Path) -> Path:
+    """One line per setting of a grid, the best first: its knobs, seeds, mean, spread; the path."""
+    names = list(ranked["settings"][0]["knobs"])
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow([*names, "seeds", ranked["figure"], "spread", "valid_loss"])
+        for one in ranked["settings"]:
+            seeds = " ".join(map(str, one["seeds"]))
+            figures = [one["mean"], one["spread"], one["valid_loss"]]
+            out.writerow([*(one["knobs"][name] for name in names), seeds, *figures])
+    return path
 
 
 def display(figure: Figure) -> None:

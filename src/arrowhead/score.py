@@ -2,7 +2,7 @@
 
     unlabelled catalog     one row per file, in path order
       -> extract.Pump      features, by the recipe of the bundle
-      -> head              calibrated probabilities
+      -> head              calibrated probabilities; the labels they give
       -> part              one Parquet file per chunk, whole or absent
       -> score.json        counts, lineage, seconds by stage; written last
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def score(
     with extract.Pump(worker, body, recipe, clean, how) as pump:
         for chunk in pump(catalog, claimed, extract.Known()):
             with pump.clock.stage("write"):
-                scores = bundles.probabilities(head, chunk.features[:, 0], bundle.temperature)
+                scores = bundles.probabilities(
+                    head, chunk.features[:, 0], bundle.temperature, multi=bundle.multi
+                )
                 columns = table(bundle, chunk, scores, config)
                 shards.write_parquet(part(out, chunk.number), columns, mark)
             worker.report(chunk.counts() | {"seconds": pump.clock.read()})
@@ -112,8 +115,9 @@ def table(
 ) -> dict[str, list[Any]]:
     """The columns of one part, with the types of `shards.write_parquet`.
 
-    At a fault all but path, image_id and fault are None; `probabilities`, on request, are in the
-    order of the bundle's classes.
+    At a fault all but path, image_id and fault are None. Where an image may have several labels,
+    `labels` are those it is given (see `Bundle.given`), and `label` is the most probable one, given
+    or not. `probabilities`, on request, are in the order of the bundle's classes.
     """
     count = min(config.top_k, len(bundle.classes))
     order_NK = np.argsort(-scores_NC, axis=1, kind="stable")[:, :count]
@@ -123,11 +127,15 @@ def table(
         [{"label": bundle.classes[i], "probability": p} for i, p in zip(*row, strict=True)]
         for row in zip(order_NK.tolist(), best_NK, strict=True)
     ]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "label": [row[0]["label"] for row in top],
         "probability": [row[0]["probability"] for row in top],
-        "top_k": top,
     }
+    if bundle.multi:
+        columns["labels"] = [
+            list(compress(bundle.classes, row)) for row in bundle.given(scores_NC).tolist()
+        ]
+    columns["top_k"] = top
     if config.probabilities:
         columns["probabilities"] = scores_NC.tolist()
     shown = {
@@ -173,17 +181,23 @@ def prepare(
     return [number for number in range(count) if not part(out, number).is_file()]
 
 
-def count_parts(out: Path, classes: list[str], catalog: Catalog) -> dict[str, Any]:
+def count_parts(
+    out: Path, classes: list[str], catalog: Catalog, *, multi: bool = False
+) -> dict[str, Any]:
     """What the parts of `out` hold: faults by kind, images by label.
 
+    multi: an image counts under each label it is given; of a single-label bundle under its one.
     Raises DataError unless they hold every file of the catalog once, in its order.
     """
     paths, kinds, labels = [], Counter[str](), Counter[str](dict.fromkeys(classes, 0))
     for file in sorted(out.glob("part-*.parquet")):
-        columns = shards.read_parquet(file, ["path", "label", "fault"])
+        columns = shards.read_parquet(file, ["path", "labels" if multi else "label", "fault"])
         paths += columns["path"]
         kinds.update(fault.partition(":")[0] for fault in columns["fault"] if fault)
-        labels.update(label for label in columns["label"] if label is not None)
+        if multi:
+            labels.update(label for given in columns["labels"] for label in given or ())
+        else:
+            labels.update(label for label in columns["label"] if label is not None)
     if paths != catalog.paths:
         raise DataError(
             f"{out} holds {len(paths)} rows for {len(catalog)} files.",

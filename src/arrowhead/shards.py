@@ -275,6 +275,7 @@ def write_parquet(
         "image_id": pa.binary(16),
         "label": pa.string(),
         "probability": pa.float32(),
+        "labels": pa.list_(pa.string()),
         "top_k": pa.list_(pair),
         "probabilities": pa.list_(pa.float32()),
         "fault": pa.string(),
@@ -318,21 +319,46 @@ def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
 
     check: compare the content with the digest inside. DataError if they differ.
     """
+    table = _shard_table(path, recipe)
+    views = recipe.views
+    rows = Rows(
+        paths=table["path"].to_pylist()[::views],
+        image_ids=table["image_id"].to_pylist()[::views],
+        features=_feature_column(table, recipe),
+        faults=table["fault"].to_pylist()[::views],
+    )
+    digest = table.schema.metadata.get(b"arrowhead.digest", b"").decode()
+    if check and digest != _digest(rows, recipe):
+        raise _changed(path, "the digest inside it")
+    return rows
+
+
+def _shard_table(path: Path, recipe: Recipe) -> Any:
+    """The memory-mapped pyarrow table of a shard made by this recipe."""
     table = read_arrow(path)
     notes = table.schema.metadata or {}
     made = Recipe.from_dict(json.loads(notes.get(b"arrowhead.recipe", b"{}")), str(path))
     made.must_equal(recipe, str(path), "the store")
-    views = recipe.views
-    flat = table["feature"].combine_chunks().values.to_numpy(zero_copy_only=True)
-    rows = Rows(
-        paths=table["path"].to_pylist()[::views],
-        image_ids=table["image_id"].to_pylist()[::views],
-        features=flat.reshape(-1, views, recipe.width),
-        faults=table["fault"].to_pylist()[::views],
-    )
-    if check and notes.get(b"arrowhead.digest", b"").decode() != _digest(rows, recipe):
-        raise _changed(path, "the digest inside it")
-    return rows
+    return table
+
+
+def _feature_column(table: Any, recipe: Recipe) -> NDArray[np.float16]:
+    """float16 (R, V, D): a view of the memory map, zero where faulty."""
+    flat = _whole(table["feature"]).values.to_numpy(zero_copy_only=True)
+    feature: NDArray[np.float16] = flat.reshape(-1, recipe.views, recipe.width)
+    return feature
+
+
+def _id_column(table: Any) -> NDArray[np.uint64]:
+    """uint64 (rows of the shard,): the first 8 bytes of every image id, big endian."""
+    ids = _whole(table["image_id"])
+    words = np.frombuffer(ids.buffers()[1], ">u8").reshape(-1, 2)
+    return words[ids.offset : ids.offset + len(ids), 0].astype(np.uint64)
+
+
+def _whole(column: Any) -> Any:
+    """A column as one array; what Arrowhead writes is one already, and combining would copy it."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 # ------------------------------------------------------------------------------- store
@@ -340,15 +366,24 @@ def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Features:
-    """Labelled features of one split, well images only; n rows.
+    """Labelled features of one split, or of all; well images only, in catalog order; n rows.
 
-    feature: float16 (n, V, D); label: int64 (n,), numbers of `classes`;
-    row: int64 (n,), rows of the catalog.
+    feature: float16 (n, V, D); label: int64 (n,), numbers of `classes`, where every image of the
+    store has one label; else uint8 (n, C), 1 where the image has the label; row: int64 (n,), rows
+    of the catalog; image_id: uint64 (n,), the first 8 bytes of the image id, big endian; split: str
+    (n,), train, valid or test.
     """
 
     feature: NDArray[np.float16]
-    label: NDArray[np.int64]
+    label: NDArray[np.int64] | NDArray[np.uint8]
     row: NDArray[np.int64]
+    image_id: NDArray[np.uint64]
+    split: NDArray[np.str_]
+
+    @property
+    def multi(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.label.ndim == 2
 
 
 class Store:
@@ -508,33 +543,49 @@ class Store:
         """The columns of the manifest's catalog: the fields of `plan.Catalog`."""
         return read_catalog(self.path / self.manifest()["catalog"]["name"])
 
-    def features(self, split: str) -> Features:
-        """Features and labels of one split; images with a fault are left out.
+    def maps(self) -> list[NDArray[np.float16]]:
+        """The features of every shard where they lie, memory-mapped: float16 (R, V, D) each, in
+        catalog order, zero where faulty.
+        """
+        names = [shard["name"] for shard in self.manifest()["shards"]]
+        tables = [_shard_table(self.shard(name), self.recipe) for name in names]
+        return [_feature_column(table, self.recipe) for table in tables]
 
-        Raises ConfigError where an image has several labels: heads choose one, so far.
+    def features(self, split: str | None = None, *, mapped: bool = False) -> Features:
+        """Features and labels of one split, or of every image; those with a fault are left out.
+
+        Takes the memory of what it returns: shards are mapped one at a time, and copied from there.
+        mapped: leave `feature` empty, (n, V, 0): `row` finds them in `maps`.
         """
         manifest = self.manifest()
-        columns = read_catalog(self.path / manifest["catalog"]["name"])
-        number = {name: i for i, name in enumerate(manifest["classes"])}
-        parts = [self.read(shard["name"]) for shard in manifest["shards"]]
-        well = np.concatenate([[fault is None for fault in rows.faults] for rows in parts])
-        wanted = well & np.array([one == split for one in columns["splits"]])
-        several = next((i for i, names in enumerate(columns["labels"]) if len(names) > 1), None)
-        if several is not None:
-            raise ConfigError(
-                f"{columns['paths'][several]} has {len(columns['labels'][several])} labels.",
-                "one label per image: heads for several are not built yet.",
-                "train on a table with one label per image; the features stay as they are.",
-            )
-        label = [
-            number[names[0]] for names, take in zip(columns["labels"], wanted, strict=True) if take
-        ]
-        ends = np.cumsum([len(rows.paths) for rows in parts])[:-1]
-        taken = zip(parts, np.split(wanted, ends), strict=True)
+        table = read_arrow(self.path / manifest["catalog"]["name"])
+        split_N = _split_column(table)
+        asked = np.ones(len(split_N), bool) if split is None else split_N == split
+        # As many rows as the split has: its faults are not counted before they are met.
+        most, views = int(asked.sum()), self.recipe.views
+        feature = np.empty((most, views, 0 if mapped else self.recipe.width), np.float16)
+        row, image_id = np.empty(most, np.int64), np.empty(most, np.uint64)
+        done = first = 0
+        for shard in manifest["shards"]:
+            rows = _shard_table(self.shard(shard["name"]), self.recipe)
+            well = np.asarray(rows["fault"].is_null())[::views]
+            mine = np.flatnonzero(well & asked[first : first + len(well)])
+            here = slice(done, done + len(mine))
+            whole = _feature_column(rows, self.recipe)[:, :, : feature.shape[2]]
+            if len(mine) == len(whole):
+                feature[here] = whole
+            else:
+                whole.take(mine, axis=0, out=feature[here], mode="clip")  # "raise" copies twice
+            row[here] = first + mine
+            image_id[here] = _id_column(rows)[::views][mine]
+            done, first = here.stop, first + len(well)
+        row = row[:done]
         return Features(
-            feature=np.concatenate([rows.features[take] for rows, take in taken]),
-            label=np.array(label, np.int64),
-            row=np.flatnonzero(wanted),
+            feature=feature[:done],
+            label=_label_column(table, manifest["classes"], row),
+            row=row,
+            image_id=image_id[:done],
+            split=split_N[row],
         )
 
 
@@ -556,6 +607,26 @@ def _changed(path: Path, witness: str) -> DataError:
         "the bytes that Arrowhead wrote.",
         "delete the file and run the same precompute again: only its images are decoded again.",
     )
+
+
+def write_folds(path: Path, columns: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Out-of-fold probabilities as an Arrow file: path, labels, fold, probability
+    (float32 of every class, in the order of `arrowhead.classes`); notes as JSON in the metadata.
+    """
+    import pyarrow as pa
+
+    chance_NC = np.ascontiguousarray(columns["probability"], np.float32)
+    flat = pa.array(chance_NC.ravel(), pa.float32())
+    table = pa.table(
+        {
+            "path": pa.array(columns["path"], pa.string()),
+            "labels": pa.array([list(one) for one in columns["labels"]], pa.list_(pa.string())),
+            "fold": pa.array(columns["fold"], pa.int32()),
+            "probability": pa.FixedSizeListArray.from_arrays(flat, chance_NC.shape[1]),
+        }
+    )
+    marks = {f"arrowhead.{name}": json.dumps(value) for name, value in notes.items()}
+    write_arrow(path, table.replace_schema_metadata(marks))
 
 
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
@@ -589,3 +660,34 @@ def read_catalog(path: Path) -> dict[str, Any]:
         "tries": table["tries"].to_numpy(),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
     }
+
+
+def _split_column(table: Any) -> NDArray[np.str_]:
+    """The splits of a catalog's table, str (N,)."""
+    column = _whole(table["split"])
+    names = np.array(column.dictionary.to_pylist(), np.str_)
+    split_N: NDArray[np.str_] = names[column.indices.to_numpy()]
+    return split_N
+
+
+def _label_column(
+    table: Any, classes: Sequence[str], row: NDArray[np.int64]
+) -> NDArray[np.int64] | NDArray[np.uint8]:
+    """The labels of some rows of a catalog's table, as `Features` holds them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = _whole(table["labels"])
+    ends = column.offsets.to_numpy()
+    known = pa.array(classes, pa.string())
+    number = pc.index_in(column.values, value_set=known).to_numpy(zero_copy_only=False)
+    number, count = number[ends[0] : ends[-1]], np.diff(ends)
+    if (count == 1).all():
+        only: NDArray[np.int64] = number[row].astype(np.int64)
+        return only
+    place = np.full(len(count), -1)
+    place[row] = np.arange(len(row))
+    owner = np.repeat(place, count)
+    label = np.zeros((len(row), len(classes)), np.uint8)
+    label[owner[owner >= 0], number[owner >= 0]] = 1
+    return label

@@ -1,28 +1,86 @@
 """A run, recorded in MLflow.
 
-    start          one parent run per command; children per stage
-      -> Run       record metrics by step, params, figures, files, data sets
+    start          one parent run per command; children per stage, or one per head of a grid
+      -> Run       metrics by step, params, tags, files, data sets, the bundle as a model
+    send           what earlier runs could not write is written now (`start` does it, too)
 
 Only the driver writes. The default store is mlflow.db in the working directory, with the
 artefacts in mlruns/ beside it: `mlflow ui` there shows everything.
+
+Work never dies of tracking. A store that cannot be reached is refused before any work; when it
+goes away later, writes are kept in order in a *spool*, a folder of JSON lines and copied files,
+and sent when it is back, at the end, or by the next command:
+
+    unsent/<run id>/run.json       store (no password in it), experiment, run
+                    writes.jsonl   one write per line; a line that was cut is left out
+                    files/N/…      copies of what was to be stored
+
+Every write can be carried out twice with one result (metrics carry their first timestamp, a child
+its start), so nobody has to know how far a killed sender came.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
+import hashlib
+import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+from uuid import uuid4
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, LostError, __version__
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as Recorded
+
+UNSENT = Path(".arrowhead") / "unsent"
+COPIED = 64 << 20  # bytes: what is larger is not copied to the spool, its place is noted
+AGAIN = 5.0, 60.0  # seconds between tries while the store is away: the first, the longest
+PROBE = 2.0  # seconds an address gets to answer in mid-run; at the start it gets twice that
+OTHERS = 30.0  # seconds at the start for what earlier runs left unsent
+LONGEST = 6000  # characters of a param's value that MLflow keeps
+SOONEST, USUAL = (
+    0.5,
+    10.0,
+)  # seconds between samples of system metrics: a run's first, its later ones
+UNSERVED = {"cyclopts", "matplotlib", "ray", "rich"}  # dependencies that scoring never imports
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+# What the store itself says of a write that it will never take. Any other failure may pass.
+REFUSED = {
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "MALFORMED_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+}
+
+Say = Callable[[str], None]
+Write = dict[str, Any]
+"""One write as it lies in a spool: `do` names a method of `_Store`, the rest are its arguments."""
+Points = Mapping[str, Sequence[tuple[int, float]]]
+"""Metrics of one head: name to (step, value)."""
+Kin = dict[str, list[tuple[str, str]]]
+"""Children that a resumed run has: name to (run id, status), oldest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +93,8 @@ class TrackingConfig:
     """Name of the MLflow experiment."""
     run_name: str | None = None
     """Name of the run. Default: the command."""
+    system_metrics: bool = True
+    """Record this machine's processor, memory, disk, network and NVIDIA GPUs while a run lasts."""
 
     @property
     def uri(self) -> str:
@@ -43,124 +103,855 @@ class TrackingConfig:
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
-class Run:
-    """One MLflow run that is being written."""
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
-    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str) -> None:
-        self._client, self.run_id, self._experiment_id = client, run_id, experiment_id
+
+# ------------------------------------------------------------------------------- the face
+
+
+class Run:
+    """One MLflow run that is being written. Nothing in here raises because a store is gone."""
+
+    def __init__(self, post: _Post, run_id: str, kin: Kin | None = None) -> None:
+        self._post, self._id = post, run_id
+        self._kin: Kin = kin or {}
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id. A child made while the store is away has one of ours until it is sent."""
+        return self._post.store.ids.get(self._id, self._id)
 
     def record(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at a step, in one request; what is not a number is left out."""
-        from mlflow.entities import Metric
-
-        now = int(time() * 1000)
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        batch = [Metric(name, value, now, step) for name, value in numbers.items()]
-        self._client.log_batch(self.run_id, metrics=batch)
+        self._batch(points={name: [(step, value)] for name, value in numbers.items()})
 
     def curve(self, name: str, values: list[float]) -> None:
         """Log one metric at steps 0, 1, 2 …, in requests of 1,000."""
-        from mlflow.entities import Metric
-
-        now = int(time() * 1000)
-        for at in range(0, len(values), 1000):
-            part = enumerate(values[at : at + 1000], at)
-            batch = [Metric(name, float(value), now, step) for step, value in part]
-            self._client.log_batch(self.run_id, metrics=batch)
+        self._batch(points={name: list(enumerate(values))})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters, as text."""
-        from mlflow.entities import Param
-
-        self._client.log_batch(
-            self.run_id, params=[Param(name, str(value)) for name, value in values.items()]
-        )
+        """Log parameters, as text. One that a resumed run has with another value stays; the new
+        value is said, and kept as the tag `resumed.<name>`.
+        """
+        self._batch(params=values)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags, as text."""
-        for name, value in values.items():
-            self._client.set_tag(self.run_id, name, str(value))
+        self._batch(tags=values)
+
+    def _batch(
+        self,
+        points: Points | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._post.write({"do": "batch", "run": self._id} | _batch(points, params, tags))
 
     def keep(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or a directory's files, to the run's artefacts."""
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder or path.name)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        if not path.exists():
+            self._post.say(f"not kept with the run, it is not there: {path}")
+            return
+        inside = (folder or path.name) if path.is_dir() else folder
+        self._post.write(
+            {"do": "file", "run": self._id, "path": str(path.absolute()), "folder": inside}
+        )
 
     def dataset(self, name: str, digest: str, source: str, use: str) -> None:
         """Record what the run read: name, digest (at most 36 characters), place, and what for."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        place = urlsplit(source).scheme if "://" in source else ""
+        kind = "local" if place in ("", "file") else place
+        # MLflow reads a source back from JSON with a URI in it.
+        where = json.dumps({"uri": without_secret(source)})
+        data = {"name": name, "digest": digest[:36], "source_type": kind, "source": where}
+        self._post.write({"do": "inputs", "run": self._id, "data": data, "use": use})
 
-        data = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
-        tag = InputTag(key="mlflow.data.context", value=use)
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset=data, tags=[tag])])
+    def model(self, bundle: Path, name: str = "model") -> str | None:
+        """Log a bundle as a pyfunc model with signature and input example; its address.
+
+        In: `image`, the bytes of an encoded image (base64 in JSON). Bytes and not a path: whoever
+        asks a served model has no files on its disk, and must not choose which of them it opens.
+        Out: `label` (the most probable), its `probability`, `labels` (those given: one, or where
+        an image may have several any number), `probabilities` in the order of the metadata's
+        `classes`; of an image that cannot be decoded None, NaN, [] and NaNs. Nothing in it is
+        pickled: the bundle, `served.py`, Arrowhead's own source. None, with a message, if the
+        store does not take it.
+        """
+        return self._post.model(self.run_id, bundle, name)
 
     @contextmanager
     def child(self, name: str) -> Iterator[Run]:
-        """A run below this one, ended FINISHED, or FAILED when the block raises."""
-        with _open(self._client, self._experiment_id, name, self.run_id) as run:
-            yield run
+        """A run below this one, ended FINISHED, or FAILED when the block raises (KILLED by an
+        interrupt). A resumed run takes up the child of that name that it has.
+        """
+        if self._kin.get(name):
+            below, _ = self._kin[name].pop(0)
+            self._post.write({"do": "status", "run": below, "status": "RUNNING", "end": None})
+            new = False
+        else:
+            made = _made(name, self._id, _facts(name))
+            self._post.write({"do": "make", "made": made})
+            below, new = made["local"], True
+        with _ended(self._post, below, new):
+            yield Run(self._post, below)
+
+    def children(
+        self,
+        names: Sequence[str],
+        params: Sequence[Mapping[str, Any]],
+        metrics: Sequence[Points],
+        tags: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """One FINISHED child per name with its params and metrics, three requests each; their ids.
+
+        `tags` are set on all. A resumed run's finished children of these names are left as they
+        are, unfinished ones are completed.
+        """
+        facts = _facts("head") | {name: str(value) for name, value in (tags or {}).items()}
+        ids: list[str] = []
+        writes: list[Write] = []
+        for name, values, points in zip(names, params, metrics, strict=True):
+            made = _made(name, self._id, facts)
+            if self._kin.get(name):
+                below, status = self._kin[name].pop(0)
+                self._post.store.ids[made["local"]] = below
+                if status == "FINISHED":
+                    ids.append(below)
+                    continue
+            ids.append(made["local"])
+            writes.append({"do": "head", "made": made, "end": _now(), **_batch(points, values)})
+        self._post.write(*writes)
+        return [self._post.store.ids.get(one, one) for one in ids]
 
 
 @contextmanager
-def start(config: TrackingConfig, name: str) -> Iterator[Run]:
-    """A new parent run; ended FINISHED, or FAILED when the block raises.
+def start(
+    config: TrackingConfig,
+    name: str,
+    place: Path | None = None,
+    *,
+    spool: Path | None = None,
+    say: Say = _to_stderr,
+) -> Iterator[Run]:
+    """A parent run; ended FINISHED, FAILED when the block raises, KILLED when it is interrupted.
 
-    Raises ConfigError when the store cannot be opened, before any work is done.
+    place: a file that is there while the run is unfinished; with it the same command (`name`) on
+    the same store and experiment takes that run up again. spool: a folder for what cannot be sent,
+    one folder in it per run; default .arrowhead/unsent. say: takes one line for a person, once
+    per trouble.
+
+    Raises ConfigError when the store cannot be used, before any work is done.
     """
-    client, experiment = _client(config)
-    with _open(client, experiment, config.run_name or name, None) as run:
-        yield run
+    base = (spool or UNSENT).absolute()
+    with _usable(config):
+        client, experiment = _client(config)
+        store = _Store(client, experiment, say)
+        mark = {"store": without_secret(config.uri), "experiment": experiment}
+        taken = _taken_up(client, place, mark | {"verb": name}, say) if place else None
+        _send_all(store, base, mark["store"], taken.info.run_id if taken else None)
+        if taken:
+            run_id, kin = taken.info.run_id, _kin(client, taken)
+            times = int(taken.data.tags.get("arrowhead.resumed", 0)) + 1
+            client.update_run(run_id, status="RUNNING")
+            client.set_tag(run_id, "arrowhead.resumed", str(times))
+            say(f"goes on in MLflow run {run_id}, which was left {taken.info.status}")
+        else:
+            made = _made(config.run_name or name, None, _facts(name))
+            if place:  # before the run is there: a kill in between must not leave two
+                _write_whole(place, mark | {"verb": name, "run_id": None, "start": made["start"]})
+            run_id, kin = store.make(made), {}
+    if place:
+        _write_whole(place, mark | {"verb": name, "run_id": run_id})
+    post = _Post(store, _Spool(base / run_id, mark | {"run_id": run_id}), config.uri)
+    done = False
+    try:
+        with _ended(post, run_id, taken is None), _gauge(config, post, run_id):
+            yield Run(post, run_id, kin)
+        done = True
+    except ConfigError:
+        done = taken is None
+        raise
+    finally:
+        post.close()
+        if place and done:
+            place.unlink(missing_ok=True)
 
 
 @contextmanager
-def _open(client: MlflowClient, experiment: str, name: str, parent: str | None) -> Iterator[Run]:
-    tags = {
-        "mlflow.user": getpass.getuser(),
-        "mlflow.source.name": f"arrowhead {name}",
-        "mlflow.source.type": "LOCAL",
-    }
-    if parent:
-        tags["mlflow.parentRunId"] = parent
-    info = client.create_run(experiment, run_name=name, tags=tags).info
+def _ended(post: _Post, run_id: str, new: bool) -> Iterator[None]:
+    """Sets how the run ended. A request that was refused is no run: a new one is deleted."""
     try:
-        yield Run(client, info.run_id, experiment)
+        yield
     except BaseException as error:
-        # Whatever the store says now (its disk may be full, too) must not hide what went wrong.
-        with contextlib.suppress(Exception):
-            interrupted = isinstance(error, KeyboardInterrupt)
-            client.set_terminated(info.run_id, "KILLED" if interrupted else "FAILED")
-            if isinstance(error, ConfigError):  # a request that was refused is no run
-                client.delete_run(info.run_id)
+        stopped = isinstance(error, KeyboardInterrupt | LostError)
+        how = "KILLED" if stopped else "FAILED"
+        post.write({"do": "status", "run": run_id, "status": how, "end": _now()})
+        if isinstance(error, ConfigError) and new:
+            post.write({"do": "delete", "run": run_id})
         raise
-    client.set_terminated(info.run_id, "FINISHED")
+    post.write({"do": "status", "run": run_id, "status": "FINISHED", "end": _now()})
+
+
+def send(config: TrackingConfig, spool: Path | None = None, say: Say = _to_stderr) -> None:
+    """Send what earlier runs could not. Raises ConfigError when the store cannot be used."""
+    with _usable(config):
+        client, experiment = _client(config)
+        store = _Store(client, experiment, say)
+        _send_all(store, (spool or UNSENT).absolute(), without_secret(config.uri), None, math.inf)
+
+
+def without_secret(text: str) -> str:
+    """A store's address, or a line with one in it, without names and passwords."""
+    text = re.sub(r"//[^/\s]*@", "//…@", text)
+    named = r"([?&][^=&\s]*(?:key|pass|pwd|secret|sig|token)[^=&\s]*=)[^&\s]*"
+    return re.sub(named, r"\1…", text, flags=re.IGNORECASE)
+
+
+# --------------------------------------------------------------------- writes, as plain values
+
+
+def _now() -> int:
+    return int(time() * 1000)
+
+
+def _made(name: str, parent: str | None, tags: Mapping[str, str]) -> dict[str, Any]:
+    """A run to be made. Until it is, it goes by an id of ours."""
+    local = f"unsent-{uuid4().hex}"
+    return {"local": local, "name": name, "parent": parent, "start": _now(), "tags": dict(tags)}
+
+
+def _batch(
+    points: Points | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Metrics as [name, value, milliseconds, step], params and tags as text.
+
+    What is no finite number goes as text: JSON has no word for it.
+    """
+    now = _now()
+    rows = [
+        [_name(name), value if math.isfinite(value) else str(value), now, int(step)]
+        for name, pairs in (points or {}).items()
+        for step, value in pairs
+    ]
+    words = ({_name(k): str(v) for k, v in (part or {}).items()} for part in (params, tags))
+    return {"metrics": rows, "params": next(words), "tags": next(words)}
+
+
+def _name(name: str) -> str:
+    """A name that MLflow takes: a class called `a?b` must not cost the metrics beside it."""
+    return re.sub(r"[^\w.\-: /]", "_", name)[:250]
+
+
+def _facts(verb: str) -> dict[str, str]:
+    """Tags that MLflow's own tools set and filter by."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        user = str(os.getuid())
+    facts = {
+        "mlflow.user": user,
+        "mlflow.source.name": f"arrowhead {verb}",
+        "mlflow.source.type": "LOCAL",
+        "arrowhead.version": __version__,
+    }
+    commit = _commit(Path.cwd())
+    return facts | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+@cache
+def _commit(folder: Path) -> str | None:
+    """The commit that is checked out in a folder, if git is installed and there is one."""
+    git = shutil.which("git")
+    if not git:
+        return None
+    words = [git, "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=5, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+# ---------------------------------------------------------------------------- carrying out
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a run has already and is not given again."""
+
+    params: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, set[int]] = field(default_factory=dict)
+    inputs: set[tuple[str, str, str]] = field(default_factory=set)
+
+
+class _Store:
+    """Carries writes out. Each may come twice, from this process or another, and counts once."""
+
+    def __init__(self, client: MlflowClient, experiment: str, say: Say) -> None:
+        self.client, self.experiment, self.say = client, experiment, say
+        self.ids: dict[str, str] = {}
+        """Our id of a run that was made here, to MLflow's."""
+        self._held: dict[str, _Held] = {}
+
+    def do(self, write: Write, folder: Path) -> None:
+        """Carry one write out; relative paths of files are under `folder`."""
+        if write["do"] == "make":
+            self.make(write["made"])
+            return
+        if write["do"] == "head":
+            run = self.make(write["made"])
+            self._log(run, write)
+            self.client.set_terminated(run, "FINISHED", write["end"])
+            return
+        run = self._real(write["run"])
+        match write["do"]:
+            case "batch":
+                self._log(run, write)
+            case "file":
+                self._file(run, folder / write["path"], write)
+            case "inputs":
+                self._inputs(run, write["data"], write["use"])
+            case "status" if write["status"] == "RUNNING":
+                self.client.update_run(run, status="RUNNING")
+            case "status":
+                self.client.set_terminated(run, write["status"], write["end"])
+            case "delete":
+                self.client.delete_run(run)
+
+    def make(self, made: Mapping[str, Any]) -> str:
+        """The id of a run, made unless it is there."""
+        if made["local"] in self.ids:
+            return self.ids[made["local"]]
+        tags = dict(made["tags"])
+        if made["parent"]:
+            tags["mlflow.parentRunId"] = self._real(made["parent"])
+        run_id = self._twin(made, tags) if made.get("tried") else None
+        if run_id is None:
+            info = self.client.create_run(
+                self.experiment, start_time=made["start"], tags=tags, run_name=made["name"]
+            ).info
+            run_id = info.run_id
+            self._held[run_id] = _Held()
+        self.ids[made["local"]] = run_id
+        return run_id
+
+    def _twin(self, made: Mapping[str, Any], tags: Mapping[str, str]) -> str | None:
+        """The run that an earlier try made, though its answer did not come back."""
+        below = f"tags.mlflow.parentRunId = '{tags['mlflow.parentRunId']}'"
+        same = f"{below} and attributes.start_time = {made['start']}"
+        for run in _search(self.client, self.experiment, same):
+            if run.info.run_name == made["name"]:
+                return str(run.info.run_id)
+        return None
+
+    def answers(self) -> bool:
+        """Whether the store carries out the simplest request."""
+        try:
+            self.client.get_experiment(self.experiment)
+        except Exception:
+            return False
+        return True
+
+    def samples(self, run_id: str) -> int:
+        """How many samples of system metrics the run has."""
+        history = self.client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+        return max((point.step + 1 for point in history), default=0)
+
+    def _real(self, run: str) -> str:
+        if run.startswith("unsent-") and run not in self.ids:
+            raise LookupError(f"the run {run} is not made yet")
+        return self.ids.get(run, run)
+
+    def _has(self, run_id: str) -> _Held:
+        """What the run has: nothing if it was made here, else read once."""
+        if run_id not in self._held:
+            run = self.client.get_run(run_id)
+            given = run.inputs.dataset_inputs if run.inputs else []
+            self._held[run_id] = _Held(
+                params=dict(run.data.params),
+                steps={
+                    name: {point.step for point in self.client.get_metric_history(run_id, name)}
+                    for name in run.data.metrics
+                    if not name.startswith("system/")  # those go on from their last step
+                },
+                inputs={
+                    (one.dataset.name, one.dataset.digest, tag.value)
+                    for one in given
+                    for tag in one.tags
+                    if tag.key == "mlflow.data.context"
+                },
+            )
+        return self._held[run_id]
+
+    def _log(self, run_id: str, write: Write) -> None:
+        """Metrics, params and tags in as few requests as MLflow allows."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        held = self._has(run_id)
+        metrics = [
+            Metric(name, float(value), at, step)
+            for name, value, at, step in write["metrics"]
+            if step not in held.steps.get(name, ())
+        ]
+        new = {k: v for k, v in write["params"].items() if k not in held.params}
+        other = {
+            k: v
+            for k, v in write["params"].items()
+            if k in held.params and held.params[k] != v[:LONGEST]
+        }
+        tags = write["tags"] | {f"resumed.{name}": value for name, value in other.items()}
+        params = [Param(name, value) for name, value in new.items()]
+        marks = [RunTag(name, value) for name, value in tags.items()]
+        while metrics or params or marks:
+            some, params = params[:100], params[100:]
+            few, marks = ([], marks) if some else (marks[:100], marks[100:])
+            room = 1000 - len(some) - len(few)
+            part, metrics = metrics[:room], metrics[room:]
+            self.client.log_batch(run_id, metrics=part, params=some, tags=few)
+        held.params |= {name: value[:LONGEST] for name, value in new.items()}
+        for name, value in other.items():
+            self.say(
+                f"param {name} of run {run_id} was {held.params[name][:80]} and is now"
+                f" {value[:80]}: the new value is the tag resumed.{name}"
+            )
+
+    def _file(self, run_id: str, path: Path, write: Write) -> None:
+        if write.get("stamp") and _stamp(path) != write["stamp"]:
+            self.say(f"not sent, it is not there any more as it was: {path}")
+            return
+        several = path.is_dir()
+        with _patience(_stamp(path)[0]):
+            log = self.client.log_artifacts if several else self.client.log_artifact
+            log(run_id, str(path), write["folder"])
+
+    def _inputs(self, run_id: str, data: Mapping[str, str], use: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        key = data["name"], data["digest"], use
+        if key in self._has(run_id).inputs:
+            return
+        tag = InputTag(key="mlflow.data.context", value=use)
+        self.client.log_inputs(run_id, [DatasetInput(dataset=Dataset(**data), tags=[tag])])
+        self._has(run_id).inputs.add(key)
+
+    def model(self, run_id: str, bundle: Path, name: str) -> str:
+        """The address of the run's model of that name, made of the bundle unless it is there."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        digest = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
+        run = self.client.get_run(run_id)
+        for output in run.outputs.model_outputs if run.outputs else []:
+            there = self.client.get_logged_model(output.model_id)
+            same = there.name == name and there.tags.get("bundle") == digest
+            if same and there.status == LoggedModelStatus.READY:
+                return f"models:/{there.model_id}"
+        made = self.client.create_logged_model(
+            run.info.experiment_id, name, run_id, tags={"bundle": digest}, params=run.data.params
+        )
+        try:
+            with tempfile.TemporaryDirectory(prefix="arrowhead-model-") as draft:
+                _save_model(bundle, Path(draft) / "model", made, run_id)
+                self.client.log_model_artifacts(made.model_id, str(Path(draft) / "model"))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.client.finalize_logged_model(made.model_id, "FAILED")
+            raise
+        self.client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
+        self.client.finalize_logged_model(made.model_id, "READY")
+        return f"models:/{made.model_id}"
+
+
+def _search(client: MlflowClient, experiment: str, wanted: str) -> Iterator[Recorded]:
+    """All runs that fit, oldest first."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            wanted,
+            max_results=1000,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
+    """An MLflow pyfunc model folder: bundle, `served.py` and this package's source; no pickle."""
+    import pandas  # type: ignore[import-untyped]
+
+    with warnings.catch_warnings():  # of MLflow, about the type hints of its own classes
+        warnings.simplefilter("ignore", UserWarning)
+        from mlflow.pyfunc import save_model
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+
+    answer = [
+        ColSpec(DataType.string, "label"),
+        ColSpec(DataType.double, "probability"),
+        ColSpec(Array(DataType.string), "labels"),
+        ColSpec(Array(DataType.double), "probabilities"),
+    ]
+    golden = sorted((bundle / "golden").glob("*.img"), key=lambda file: file.stat().st_size)
+    example = pandas.DataFrame({"image": [golden[0].read_bytes()]}) if golden else None
+    here = Path(__file__).parent
+    content = json.loads((bundle / "bundle.json").read_bytes())
+    about = Model(
+        artifact_path=made.artifact_location,
+        model_uuid=made.model_id,
+        run_id=run_id,
+        model_id=made.model_id,
+    )
+    save_model(
+        str(target),
+        python_model=str(here / "served.py"),
+        artifacts={"bundle": str(bundle.absolute())},
+        # Arrowhead's own source goes along: the model gives the same where another version of it,
+        # or none, is installed.
+        code_paths=[str(here)],
+        signature=ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(answer)),
+        input_example=example,
+        pip_requirements=_requirements(),
+        metadata={"classes": content["classes"], "recipe": content["recipe_fingerprint"]},
+        mlflow_model=about,
+    )
+    for compiled in target.rglob("__pycache__"):
+        shutil.rmtree(compiled, ignore_errors=True)
+
+
+def _requirements() -> list[str]:
+    """What scoring needs, pinned to what is installed. MLflow's own guess takes minutes."""
+    from importlib.metadata import requires, version
+
+    names = [
+        re.split(r"[\[<>=!~; ]", line)[0]
+        for line in requires("arrowhead") or []
+        if "extra ==" not in line
+    ]
+    return [f"{one}=={version(one).partition('+')[0]}" for one in names if one not in UNSERVED]
+
+
+# --------------------------------------------------------------------------- now or later
+
+
+class _Spool:
+    """Writes of one run that are to be sent later, on the disk, in order."""
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        self.folder, self._header = folder, header
+        self._lines = folder / "writes.jsonl"
+        self._lock: int | None = None
+        self._unkept: list[Write] = []
+
+    def __len__(self) -> int:
+        return len(self.read())
+
+    def lock(self) -> bool:
+        """Whether this process has the folder to itself."""
+        if self._lock is None:
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.release()
+                return False
+        return True
+
+    def release(self) -> None:
+        """Let another process have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def add(self, write: Write) -> str | None:
+        """Keep a write; why it is only in memory, if the disk does not take it."""
+        try:
+            if not self._lines.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock()
+                _write_whole(self.folder / "run.json", self._header)
+            # The break comes first: a line that a full disk cut does not spoil the next.
+            line = b"\n" + _json(self._copied(write))
+            with self._lines.open("ab") as sink:
+                sink.write(line)
+                sink.flush()
+                os.fsync(sink.fileno())
+        except OSError as error:
+            self._unkept.append(write)
+            return str(error)
+        return None
+
+    def _copied(self, write: Write) -> Write:
+        """A write whose file lies in the spool, or, if it is large, is named with its stamp."""
+        if write["do"] != "file" or not Path(write["path"]).is_absolute() or "stamp" in write:
+            return write
+        source = Path(write["path"])
+        stamp = _stamp(source)
+        if stamp[0] > COPIED:
+            return write | {"stamp": stamp}
+        target = self.folder / "files" / uuid4().hex[:12] / source.name
+        target.parent.mkdir(parents=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
+        return write | {"path": str(target.relative_to(self.folder))}
+
+    def read(self) -> list[Write]:
+        """What is kept; a torn line is left out, metrics that follow each other are one write."""
+        writes: list[Write] = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self._lines.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    writes.append(json.loads(line))
+        joined: list[Write] = []
+        for one in [*writes, *self._unkept]:
+            last = joined[-1] if joined else None
+            if last and _only_metrics(last) and _only_metrics(one) and last["run"] == one["run"]:
+                joined[-1] = last | {"metrics": last["metrics"] + one["metrics"]}
+            else:
+                joined.append(one)
+        return joined
+
+    def replace(self, writes: Sequence[Write]) -> None:
+        """Keep only these. With none the folder goes."""
+        self._unkept = []
+        if writes:
+            _write_lines(self._lines, writes)
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+
+def _only_metrics(write: Write) -> bool:
+    return write["do"] == "batch" and not write["params"] and not write["tags"]
+
+
+def _stamp(path: Path) -> list[int]:
+    """Bytes and newest change of a file, or of all files of a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    facts = [file.stat() for file in files if file.exists()]
+    return [sum(one.st_size for one in facts), max((one.st_mtime_ns for one in facts), default=0)]
+
+
+class _Post:
+    """The way to the store: each write is carried out, or kept until the store is back."""
+
+    def __init__(self, store: _Store, spool: _Spool, uri: str) -> None:
+        self.store, self.say = store, store.say
+        self._spool, self._uri = spool, uri
+        self._turn = threading.RLock()  # system metrics come from a thread of their own
+        self._away = False
+        self._wait = AGAIN[0]
+        self._next = monotonic() if len(spool) else math.inf
+        self._said: set[str] = set()
+
+    def write(self, *writes: Write) -> None:
+        """Carry these out in order, or keep them. Raises nothing but an interrupt."""
+        for one in writes:
+            with self._turn:
+                if self._away or not self._tried(one):
+                    self._keep(one)
+                if monotonic() >= self._next:
+                    self._resend()
+
+    def _tried(self, write: Write) -> bool:
+        """Whether that write is dealt with; if not, the store has gone away."""
+        try:
+            self.store.do(write, self._spool.folder)
+        except Exception as error:
+            if _refused(error):
+                self._once(f"MLflow refuses what is written to it: {_first_line(error)}")
+            elif self._answers():
+                self._once(
+                    f"not recorded yet, though {self._place} answers: {_first_line(error)}."
+                    f" It is kept in {self._spool.folder} and tried again"
+                )
+                self._keep(write)
+            else:
+                self._away = True
+                self.say(
+                    f"{self._place} is gone ({_first_line(error)}). The work goes on; what is to"
+                    f" be recorded is kept in {self._spool.folder} and sent when it is back"
+                )
+                return False
+        return True
+
+    def _keep(self, write: Write) -> None:
+        why = self._spool.add(_plain(write, self.store.ids))
+        if why:
+            self._once(f"{self._spool.folder} cannot be written, only memory is left: {why}")
+        if self._next == math.inf:
+            self._next = monotonic() + self._wait
+
+    def _answers(self) -> bool:
+        return _silence(self._uri, PROBE) is None and self.store.answers()
+
+    def _resend(self) -> None:
+        """Try what is kept; if that fails, not again for a while."""
+        gone = _silence(self._uri, PROBE) is not None or not self.store.answers()
+        left = len(self._spool) if gone else _send(self.store, self._spool, math.inf)
+        if left:
+            self._wait = min(2 * self._wait, AGAIN[1])
+            self._next = monotonic() + self._wait
+        else:
+            self._wait, self._next = AGAIN[0], math.inf
+        if self._away and not gone:
+            self._away = not self.store.answers()
+            if not self._away:
+                still = f", but for {left} writes" if left else ""
+                self.say(f"{self._place} is back; what was kept has been sent to it{still}")
+
+    def close(self) -> None:
+        """Try once more what is left, and say where it stays."""
+        with self._turn:
+            if len(self._spool):
+                self._resend()
+            if left := len(self._spool):
+                self.say(
+                    f"{left} writes to {self._place} are not sent. They are kept in"
+                    f" {self._spool.folder}; the next arrowhead command with this store sends them"
+                    " first (in Python: arrowhead.tracking.send)"
+                )
+            self._spool.release()
+
+    def model(self, run_id: str, bundle: Path, name: str) -> str | None:
+        """See `Run.model`."""
+        why = "the tracking store is away"
+        if not self._away and not run_id.startswith("unsent-"):
+            try:
+                with _patience(_stamp(bundle)[0]):
+                    return self.store.model(run_id, bundle, name)
+            except Exception as error:
+                why = _first_line(error)
+        self.say(f"no MLflow model is made of {bundle} ({why}): the bundle is whole on the disk")
+        return None
+
+    def _once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+    @property
+    def _place(self) -> str:
+        return f"the tracking store {without_secret(self._uri)}"
+
+
+def _send(store: _Store, spool: _Spool, until: float) -> int:
+    """Send what a spool holds, in order, until a time; how many writes are left in it.
+
+    A write that fails while the store answers is passed over, and stays.
+    """
+    writes, left = spool.read(), []
+    for at, one in enumerate(writes):
+        if monotonic() > until:
+            left += writes[at:]
+            break
+        try:
+            store.do(one, spool.folder)
+        except Exception as error:
+            if _refused(error):
+                store.say(f"MLflow refuses what was kept in {spool.folder}: {_first_line(error)}")
+            elif store.answers():
+                left.append(one)
+            else:
+                left += writes[at:]
+                break
+    spool.replace([_plain(one, store.ids) for one in left])
+    return len(left)
+
+
+def _send_all(
+    store: _Store, base: Path, place: str, own: str | None, patience: float = OTHERS
+) -> None:
+    """Send what runs in this store left unsent; all of run `own`, the others for some seconds."""
+    until = monotonic() + patience
+    for file in sorted(base.glob("*/run.json")):
+        try:
+            header = json.loads(file.read_bytes())
+            run_id, experiment = str(header["run_id"]), str(header["experiment"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        spool = _Spool(file.parent, header)
+        if header.get("store") != place or file.parent.name != run_id or not spool.lock():
+            continue
+        try:
+            run = _run(store.client, run_id)
+            if run is None or run.info.lifecycle_stage != "active":
+                aside = file.parent.with_suffix(".refused")
+                store.say(f"{place} has no run {run_id} any more: its unsent writes go to {aside}")
+                file.parent.rename(aside)
+                continue
+            theirs = _Store(store.client, experiment, store.say)
+            if left := _send(theirs, spool, math.inf if run_id == own else until):
+                store.say(f"{left} writes of run {run_id} are still to be sent: {file.parent}")
+            else:
+                store.say(f"sent to {place}: what was kept of run {run_id}")
+        finally:
+            spool.release()
+
+
+def _plain(write: Write, ids: Mapping[str, str]) -> Write:
+    """A write that another process understands: MLflow's ids where they are known."""
+    if "run" in write:
+        return write | {"run": ids.get(write["run"], write["run"])}
+    made = write["made"]
+    parent = made["parent"] and ids.get(made["parent"], made["parent"])
+    return write | {"made": made | {"parent": parent, "tried": True}}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    """A JSON file that is there whole or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_lines(path, [content])
+
+
+def _write_lines(path: Path, lines: Sequence[Any]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    with draft.open("wb") as sink:
+        sink.write(b"\n".join(map(_json, lines)))
+        sink.flush()
+        os.fsync(sink.fileno())
+    os.replace(draft, path)
+
+
+# ------------------------------------------------------------------------- opening a store
 
 
 def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
+    """A client, and the id of the experiment, made if need be."""
     import logging
 
-    # MLflow asks an unreachable server again for minutes; one refusal is enough to say so.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    # A write that fails is kept and sent later: one retry, and no minutes in front of a dead host.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if why := _silence(config.uri, 2 * PROBE):
+        raise OSError(why)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    for noisy in ("mlflow.store.db.utils", "alembic"):
+    for noisy in ("mlflow.system_metrics", "mlflow.pyfunc", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        client = MlflowClient(tracking_uri=config.uri)
-        found = client.get_experiment_by_name(config.experiment)
-        if found is None:
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
+    # It prints the traceback of every database error that we catch and say in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    client = MlflowClient(tracking_uri=config.uri)
+    found = client.get_experiment_by_name(config.experiment)
+    if found is None:
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
+        try:
             return client, client.create_experiment(config.experiment, tags=kind)
-    except (MlflowException, OSError) as error:
-        raise ConfigError(
-            f"The tracking store {without_secret(config.uri)} cannot be used:"
-            f" {str(error).splitlines()[0][:300]}",
-            "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
-            "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
-        ) from error
+        except MlflowException:  # another command was quicker
+            found = client.get_experiment_by_name(config.experiment)
+            if found is None:
+                raise
     if found.lifecycle_stage != "active":
         raise ConfigError(
             f"The experiment {config.experiment!r} was deleted in {without_secret(config.uri)}.",
@@ -170,8 +961,198 @@ def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
     return client, found.experiment_id
 
 
-def without_secret(uri: str) -> str:
-    """A store's address without the name and password in it."""
-    import re
+@contextmanager
+def _usable(config: TrackingConfig) -> Iterator[None]:
+    """Turns what a store answers when it cannot be used into a refusal."""
+    from mlflow.exceptions import MlflowException
 
-    return re.sub(r"//[^@/]+@", "//…@", uri)
+    try:
+        yield
+    except Exception as error:
+        foreign = type(error).__module__.startswith("sqlalchemy")
+        if not foreign and not isinstance(error, MlflowException | OSError | ImportError):
+            raise
+        raise ConfigError(
+            f"The tracking store {without_secret(config.uri)} cannot be used: {_first_line(error)}",
+            "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
+            "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
+        ) from error
+
+
+def _silence(uri: str, seconds: float) -> str | None:
+    """Why nobody answers at a store's address; None if somebody does, or if it is no address.
+
+    MLflow itself asks a dead server again for minutes, and a dead database for more.
+    """
+    if uri.startswith("sqlite:"):
+        return _locked(uri, seconds)
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+        if not parts.hostname or not port:
+            return None
+        if parts.scheme.startswith("http"):
+            return _no_answer(f"{parts.scheme}://{parts.hostname}:{port}{parts.path}", seconds)
+        with socket.create_connection((parts.hostname, port), seconds):
+            return None
+    except (OSError, ValueError) as error:
+        return _first_line(error)
+
+
+def _no_answer(url: str, seconds: float) -> str | None:
+    """Why a web server gives no answer at all; which one it gives is left to MLflow."""
+    import ssl
+    from http.client import HTTPException
+    from urllib.error import HTTPError, URLError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(f"{url.rstrip('/')}/health", timeout=seconds):  # noqa: S310
+            return None
+    except HTTPError:
+        return None
+    except URLError as error:
+        return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
+    except (OSError, HTTPException) as error:
+        return _first_line(error)
+
+
+def _locked(uri: str, seconds: float) -> str | None:
+    """Why an SQLite file cannot be written; one that is not there yet is MLflow's to make."""
+    path = Path(uri.partition("///")[2].partition("?")[0])
+    if not path.name or path.name == ":memory:":
+        return None
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return None if os.access(path.parent, os.W_OK) else f"{path.parent} is not writable"
+        address = f"file:{quote(str(path.absolute()))}?mode=rw"
+        with contextlib.closing(sqlite3.connect(address, seconds, uri=True)) as file:
+            file.execute("BEGIN IMMEDIATE")
+            file.rollback()
+    except (OSError, sqlite3.Error) as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _patience(size: int) -> Iterator[None]:
+    """A second more per megabyte: a server may be slow to store what it is sent."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ[name]
+    os.environ[name] = str(int(float(before)) + size // 1_000_000)
+    try:
+        yield
+    finally:
+        os.environ[name] = before
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the store itself says that it will never take a write."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return False
+    # A gateway before a server that is down answers too, but not in MLflow's words.
+    return error.error_code in REFUSED and not str(error).startswith("API request to")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return without_secret(text.splitlines()[0][:300])
+
+
+def _run(client: MlflowClient, run_id: str) -> Recorded | None:
+    """A run, or None if the store does not know it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in (*REFUSED, "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
+
+
+# -------------------------------------------------------------------------- taken up again
+
+
+def _taken_up(
+    client: MlflowClient, place: Path, mark: Mapping[str, Any], say: Say
+) -> Recorded | None:
+    """The unfinished run that a file names, if it is of this store, experiment and verb."""
+    try:
+        kept = json.loads(place.read_bytes())
+        same = all(kept[name] == value for name, value in mark.items())
+        run_id, began = kept["run_id"], kept.get("start")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        say(f"{place} is torn or not ours: a new MLflow run is started")
+        return None
+    if not same:
+        say(f"{place} is of another store, experiment or command: a new MLflow run is started")
+        return None
+    if run_id is None:  # killed while the run was being made
+        made = _search(client, mark["experiment"], f"attributes.start_time = {int(began)}")
+        ours = (run for run in made if "mlflow.parentRunId" not in run.data.tags)
+        return next(ours, None)
+    run = _run(client, run_id)
+    if run is None or run.info.lifecycle_stage != "active":
+        say(f"MLflow run {run_id} of {place} was deleted: a new one is started")
+        return None
+    return None if run.info.status == "FINISHED" else run
+
+
+def _kin(client: MlflowClient, run: Recorded) -> Kin:
+    """The children of a run."""
+    kin: Kin = {}
+    below = f"tags.mlflow.parentRunId = '{run.info.run_id}'"
+    for child in _search(client, run.info.experiment_id, below):
+        kin.setdefault(child.info.run_name, []).append((child.info.run_id, child.info.status))
+    return kin
+
+
+# ------------------------------------------------------------------------- system metrics
+
+
+@contextmanager
+def _gauge(config: TrackingConfig, post: _Post, run_id: str) -> Iterator[None]:
+    """System metrics of this process's machine, under MLflow's names, while the block lasts.
+
+    The collectors are MLflow's, the thread is ours: MLflow's own ends for good at the first
+    answer that fails, and stopping it waits for the server without a limit.
+    """
+    if not config.system_metrics:
+        yield
+        return
+    stop = threading.Event()
+    watch = threading.Thread(target=_watch, args=(post, run_id, stop), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watch.join(5.0)
+
+
+def _watch(post: _Post, run_id: str, stop: threading.Event) -> None:
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        usual = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or USUAL)
+        collect = SystemMetricsMonitor(run_id, tracking_uri=post.store.client.tracking_uri)
+        collect.collect_metrics()  # the first figures are of the time since the machine started
+        began, step = monotonic(), post.store.samples(run_id)
+        while not stop.is_set():
+            for one in collect.monitors:
+                one.clear_metrics()
+            # Short runs get a few samples, long ones no more than MLflow's usual.
+            stop.wait(min(usual, max(SOONEST, (monotonic() - began) / 4)))
+            collect.collect_metrics()
+            found = {f"system/{k}": v for k, v in collect.aggregate_metrics().items()}
+            points = {name: [(step, float(value))] for name, value in found.items()}
+            post.write({"do": "batch", "run": run_id} | _batch(points))
+            step += 1
+    except Exception as error:
+        post.say(f"no system metrics are recorded: {_first_line(error)}")

@@ -1,35 +1,38 @@
-"""Features to a trained head.
+"""Features to trained heads.
 
-    float16 (n, D), labels     one split's rows, on the device
-      -> batches               index-selects; the order comes from (seed, epoch)
-      -> step                  one move downhill; a Tally of sums
-      -> validate              every validation row once
-      -> Trained               weights, and one line of figures per epoch
+    float16 (N, V, D), labels     all images of the store, on the device or in the map
+      -> lanes                    whose rows, in which order: drawn from (seed, pass)
+      -> Training.move            one step downhill for every head
+      -> Training.validate        every validation row once
+      -> Trained                  weights, and one line of figures per epoch
 
-With several workers every rank takes its slice of every global batch, and gradients are
-averaged by DistributedDataParallel: 1 and N workers walk the same path.
+One head is a stack of one. With several workers every rank takes its slice of every global batch
+and slopes are summed: 1 and N workers walk the same path. Nothing is drawn from a generator that
+lives on: order, view and dropout are functions of (seed, pass or step), so a checkpoint holds no
+random state.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, plan
-from arrowhead.metrics import Tally
+from arrowhead import ConfigError, DataError, descent, plan
+from arrowhead.descent import DescentConfig
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor
+
+MOST = 1 << 24  # numbers that validation holds at once: 64 MiB of float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(DescentConfig):
     """How a head is trained on features."""
 
     head: Literal["linear", "lesson"] = "linear"
@@ -38,200 +41,189 @@ class TrainConfig:
     """Passes over the training split."""
     rate: float | Literal["auto"] = "auto"
     """Learning rate at its highest; auto asks the LR finder."""
-    schedule: Literal["one-cycle", "constant"] = "one-cycle"
-    """one-cycle rises to the rate for a quarter of all steps, then falls by a cosine to nothing."""
     batch_size: int = 64
     """Rows per step, over all workers together."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
     dropout: float = 0.0
     """Share of inputs dropped before the last layer, 0 up to 1 (the lesson's head: half of it
     before its first)."""
-    smoothing: float = 0.0
-    """Label smoothing, 0 up to 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs with bf16 units, fp16 on older ones, fp32 on CPUs."""
     seed: int = 0
     """Of the head's first weights, the order of rows, and dropout."""
+    best: Literal["last", "valid_loss", "accuracy", "balanced_accuracy", "f1", "f2"] = "last"
+    """Which epoch's weights are kept: the last, or the best by this figure of the validation split
+    (f1, f2: several labels per image)."""
+    patience: int = 0
+    """End when --best has not improved for this many epochs; 0: never."""
+    checkpoint_seconds: float = 5.0
+    """Seconds of training between checkpoints; 0: one after every epoch."""
 
     def __post_init__(self) -> None:
+        DescentConfig.__post_init__(self)
+        descent.must_fit(self, self.epochs)
         for knob, value, fine, wanted in (
             ("epochs", self.epochs, self.epochs >= 1, "1 or more"),
             ("batch-size", self.batch_size, self.batch_size >= 2, "2 or more"),
             ("rate", self.rate, self.rate == "auto" or 0 < self.rate < 1e3, "auto, or above 0"),
-            ("weight-decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
             ("dropout", self.dropout, 0 <= self.dropout < 1, "from 0 up to 1"),
-            ("smoothing", self.smoothing, 0 <= self.smoothing < 1, "from 0 up to 1"),
             ("seed", self.seed, self.seed >= 0, "0 or more"),
+            ("patience", self.patience, self.patience >= 0, "0 or more"),
+            (
+                "checkpoint-seconds",
+                self.checkpoint_seconds,
+                self.checkpoint_seconds >= 0,
+                "0 or more",
+            ),
         ):
             if not fine:
                 raise ConfigError(f"--{knob} is {value}.", f"{wanted}.", f"give another --{knob}.")
+        if self.patience and self.best == "last":
+            raise ConfigError(
+                f"--patience {self.patience} waits for nothing: --best is last.",
+                "a figure that should improve.",
+                "add --best valid_loss or --best accuracy.",
+            )
+
+
+# ------------------------------------------------------------------------------- features
+
+
+class Held:
+    """Features in memory, on the device they are used on: float16 (N, V, D)."""
+
+    def __init__(self, feature_NVD: Tensor) -> None:
+        self._flat = feature_NVD.flatten(0, 1)
+        self.shape: Sequence[int] = feature_NVD.shape
+        self.device = feature_NVD.device
+
+    def take(self, flat_B: Tensor) -> Tensor:
+        """float16 (B, D), on the device; flat_B: int64, row x V + view."""
+        return self._flat.index_select(0, flat_B)
+
+
+class Mapped:
+    """Features left in memory-mapped shards, float16 (n, V, D) each, for stores larger than memory.
+
+    row: which row of all shards each of ours is, int64 (N,).
+    """
+
+    def __init__(
+        self, parts: Sequence[NDArray[np.float16]], row: NDArray[np.int64], device: torch.device
+    ) -> None:
+        self._parts, self._row, self.device = parts, row, device
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.shape: Sequence[int] = (len(row), *parts[0].shape[1:])
+
+    def take(self, flat_B: Tensor) -> Tensor:
+        """As `Held.take`."""
+        import torch
+
+        ours, view = np.divmod(flat_B.cpu().numpy(), self.shape[1])
+        row = self._row[ours]
+        home = np.searchsorted(self._starts, row, "right") - 1
+        made = np.empty((len(row), self.shape[2]), np.float16)
+        for part in np.unique(home):
+            here = home == part
+            made[here] = self._parts[part][row[here] - self._starts[part], view[here]]
+        return torch.from_numpy(made).to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """What a head learns from; tensors on one device. n training and m validation rows.
+    """What heads learn from: N images, of which some train and some validate.
 
-    train_feature: float16 (n, V, D); train_label: int64 (n,); valid_feature: float16 (m, D);
-    valid_label: int64 (m,); classes: C; mean, deviation: float32 (D,), of clean training features.
+    feature: float16 (N, V, D). label: int64 (N,), or uint8 (N, C) where images have several; on
+    the device. key: uint64 (N,), of the image's content. train, valid: int64 rows.
     """
 
-    train_feature: torch.Tensor
-    train_label: torch.Tensor
-    valid_feature: torch.Tensor
-    valid_label: torch.Tensor
-    classes: int
-    mean: torch.Tensor
-    deviation: torch.Tensor
+    feature: Held | Mapped
+    label: Tensor
+    key: NDArray[np.uint64]
+    train: NDArray[np.int64]
+    valid: NDArray[np.int64]
+    classes: Sequence[str]
+
+    @property
+    def multi(self) -> bool:
+        """Whether images have several labels."""
+        return self.label.dim() == 2
 
     @staticmethod
     def of(
-        train: tuple[NDArray[np.float16], NDArray[np.int64]],
-        valid: tuple[NDArray[np.float16], NDArray[np.int64]],
-        classes: list[str],
+        train: tuple[NDArray[np.float16], NDArray[Any]],
+        valid: tuple[NDArray[np.float16], NDArray[Any]],
+        classes: Sequence[str],
         device: str = "cpu",
     ) -> Data:
-        """From (feature (n, V, D), label (n,)) per split; DataError if a class is absent."""
+        """From (feature (n, V, D), label (n,) or (n, C)) per split; see `must_teach`."""
         import torch
 
-        for split, (_, label) in (("training", train), ("validation", valid)):
-            absent = sorted(set(range(len(classes))) - set(label.tolist()))
+        feature = torch.from_numpy(np.concatenate([train[0], valid[0]])).to(device)
+        rows = np.arange(len(feature))
+        return Data(
+            feature=Held(feature),
+            label=torch.from_numpy(np.concatenate([train[1], valid[1]])).to(device),
+            key=rows.astype(np.uint64),
+            train=rows[: len(train[1])],
+            valid=rows[len(train[1]) :],
+            classes=classes,
+        ).must_teach()
+
+    def must_teach(self) -> Data:
+        """Itself; DataError if a split is empty or nothing teaches one of the classes."""
+        for split, rows in (("training", self.train), ("validation", self.valid)):
+            label = self.label[rows].cpu().numpy()
+            seen = np.flatnonzero(label.any(0)) if self.multi else label
+            absent = sorted(set(range(len(self.classes))) - set(seen.tolist()))
             if len(label) == 0 or (absent and split == "training"):
                 raise DataError(
                     f"The {split} split has no readable image"
-                    + (f" of {', '.join(classes[i] for i in absent)}." if len(label) else "."),
+                    + (f" of {', '.join(self.classes[i] for i in absent)}." if len(label) else "."),
                     "at least one of every class to learn from, and some to check with.",
                     "add images, or hold out another share (--valid-share).",
                 )
-        tensors = [torch.from_numpy(array).to(device) for pair in (train, valid) for array in pair]
-        mean, deviation = spread(tensors[0][:, 0])
-        return Data(
-            mean=mean,
-            deviation=deviation,
-            train_feature=tensors[0],
-            train_label=tensors[1],
-            valid_feature=tensors[2][:, 0],
-            valid_label=tensors[3],
-            classes=len(classes),
-        )
+        return self
 
 
-def spread(feature_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of each column, float32 (D,); a column that never varies counts as 1."""
+def spread(feature: Held | Mapped, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each column over the clean view of some rows, float32 (D,); a column
+    that never varies counts as 1.
+    """
     import torch
 
-    sums = torch.zeros(2, feature_ND.shape[1], dtype=torch.float64, device=feature_ND.device)
-    for part in torch.split(feature_ND, 65536):
-        sums[0] += part.double().sum(0)
-    mean = sums[0] / len(feature_ND)
-    for part in torch.split(
-        feature_ND, 65536
-    ):  # a second pass: squares of large means would cancel
-        sums[1] += (part.double() - mean).square().sum(0)
-    deviation = (sums[1] / len(feature_ND)).sqrt()
-    deviation[deviation == 0] = 1
-    return mean.float(), deviation.float()
+    views, width = feature.shape[1:]
+    flat = torch.from_numpy(rows * views).to(feature.device)
+    first = feature.take(flat[:4096]).float().mean(0)  # squares of large means would cancel
+    sums = torch.zeros(2, width, dtype=torch.float64, device=feature.device)
+    for part in torch.split(flat, 4096):
+        away = feature.take(part).float() - first
+        sums[0] += away.sum(0)
+        sums[1] += away.square().sum(0)
+    mean = sums[0] / len(rows)
+    deviation = (sums[1] / len(rows) - mean.square()).clamp(min=0).sqrt()
+    deviation[deviation < 1e-6 * first.abs() + 1e-12] = 1
+    return (first + mean).float(), deviation.float()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
-    """A head's weights by name (numpy), and one dict of figures per epoch."""
+# ----------------------------------------------------------------------------------- lanes
 
-    state: dict[str, NDArray[Any]]
-    epochs: list[dict[str, float]]
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Member:
+    """One head of a stack: how it is trained, at which rate, on which rows."""
+
+    config: TrainConfig
+    rate: float
+    train: NDArray[np.int64]
+    valid: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """This worker's rank among `world` workers that train one head together."""
+    """This worker's rank among `world` workers that train together."""
 
     rank: int = 0
     world: int = 1
-
-
-# ---------------------------------------------------------------------------- the step
-
-
-def step(
-    head: nn.Module,
-    feature_BD: torch.Tensor,
-    label_B: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    *,
-    share: float = 1.0,
-    dtype: torch.dtype | None = None,
-    smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Move the head once, downhill on one batch.
-
-    share: what the mean over these rows weighs in the gradient; with W workers and b of the
-    global B rows here it is W b / B, since DDP divides by W. dtype: of autocast, None for fp32.
-    Returns float64 (3,): seen, correct, nats, still on the device.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    with torch.autocast(feature_BD.device.type, dtype, enabled=dtype is not None):
-        logit_BC = head(feature_BD.float()).float()
-    nats_B = F.cross_entropy(logit_BC, label_B, reduction="none", label_smoothing=smoothing)
-    # A worker without rows still takes part in the exchange of gradients.
-    loss = nats_B.mean() * share if len(label_B) else logit_BC.sum() * 0
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return tally_of(logit_BC.detach(), label_B, nats_B.detach())
-
-
-def tally_of(logit: torch.Tensor, label: torch.Tensor, nats: torch.Tensor) -> torch.Tensor:
-    """float64 (3,) on the device: rows seen, rows right, nats of loss."""
-    import torch
-
-    seen = torch.full((), len(label), dtype=torch.float64, device=label.device)
-    return torch.stack([seen, (logit.argmax(1) == label).sum().double(), nats.double().sum()])
-
-
-def validate(head: nn.Module, feature_ND: torch.Tensor, label_N: torch.Tensor, team: Team) -> Tally:
-    """Loss and accuracy of the head over all rows; each worker counts its own share once."""
-    import torch
-    import torch.nn.functional as F
-
-    mine = plan.share(len(label_N), team.rank, team.world)
-    head.eval()
-    total = torch.zeros(3, dtype=torch.float64, device=label_N.device)
-    with torch.inference_mode():
-        for at in range(mine.start, mine.stop, 4096):
-            rows = slice(at, min(at + 4096, mine.stop))
-            logit, label = head(feature_ND[rows].float()), label_N[rows]
-            total += tally_of(logit, label, F.cross_entropy(logit, label, reduction="none"))
-    head.train()
-    return together(total, team)
-
-
-def together(sums: torch.Tensor, team: Team) -> Tally:
-    """The tally of all workers: their sums (see `tally_of`) added up."""
-    import torch.distributed as dist
-
-    if team.world > 1:
-        dist.all_reduce(sums)
-    return Tally(*sums.tolist())
-
-
-# ---------------------------------------------------------------------------- schedules
-
-
-def rate_at(share: float, config: TrainConfig, peak: float) -> float:
-    """The learning rate when `share` (0 to 1) of all steps is done.
-
-    one-cycle (Smith & Topin, arXiv:1708.07120): here a cosine both up and down, from peak/25.
-    """
-    if config.schedule == "constant":
-        return peak
-    warm = 0.25
-    if share < warm:
-        return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * share / warm)) / 2)
-    return peak * (1 + math.cos(math.pi * (share - warm) / (1 - warm))) / 2
 
 
 def batches(rows: int, size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
@@ -240,89 +232,467 @@ def batches(rows: int, size: int, seed: int, epoch: int) -> Iterator[NDArray[np.
     One row left over joins the batch before it: batch norm needs two.
     """
     order = np.random.default_rng((seed, epoch)).permutation(rows)
-    starts = list(range(0, rows, size))
-    if len(starts) > 1 and rows - starts[-1] == 1:
-        starts.pop()
-    for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+    ends = _ends(rows, size)
+    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
         yield order[start:stop]
 
 
-def view_of(rows: NDArray[np.int64], views: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which view of each row this epoch uses: a function of (seed, epoch, row)."""
+def _ends(rows: int, size: int) -> list[int]:
+    ends = [*range(size, rows, size), rows]
+    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+        del ends[-2]
+    return ends
+
+
+def view_of(key: NDArray[np.uint64], views: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Which view of each image this epoch uses: a function of (seed, epoch, image)."""
     if views == 1:
-        return np.zeros(len(rows), np.int64)
-    drawn = np.random.default_rng((seed, epoch, views)).integers(views, size=int(rows.max()) + 1)
-    return drawn[rows]
+        return np.zeros(len(key), np.int64)
+    mixed = key ^ np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)  # SplitMix64's mixing
+    return ((mixed >> np.uint64(32)) * np.uint64(views) >> np.uint64(32)).astype(np.int64)
 
 
-# ------------------------------------------------------------------------------ the loop
+class Lane:
+    """Batches of one row set in one order, pass after pass; a function of the step's number."""
 
+    def __init__(self, data: Data, rows: NDArray[np.int64], seed: int, size: int) -> None:
+        self._data, self._rows, self._seed, self._size = data, rows, seed, size
+        self._ends = _ends(len(rows), size)
+        self.steps = len(self._ends)
+        self._pass = -1
 
-class Trainer:
-    """A head with its optimizer on one device: what the loop and the LR finder share."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Rows for `Held.take`, int64 (B,), `Held.take`, and the labels, (B,) or (B, C)."""
+        if self._pass != step // self.steps:
+            self._begin(step // self.steps)
+        end = step % self.steps
+        span = slice(self._ends[end - 1] if end else 0, self._ends[end])
+        return self._flat[span], self._label[span]
 
-    def __init__(self, data: Data, config: TrainConfig, team: Team) -> None:
+    def _begin(self, number: int) -> None:
         import torch
 
-        from arrowhead import heads
+        data, views = self._data, self._data.feature.shape[1]
+        order = np.random.default_rng((self._seed, number)).permutation(len(self._rows))
+        rows = self._rows[order]
+        flat = rows * views + view_of(data.key[rows], views, self._seed, number)
+        at = torch.from_numpy(rows).to(data.label.device)
+        self._flat = torch.from_numpy(flat).to(data.feature.device)
+        self._label = data.label.index_select(0, at)
+        self._pass = number
 
-        self.data, self.config, self.team = data, config, team
-        device = data.train_feature.device
-        width = data.train_feature.shape[2]
-        self.head: nn.Module = heads.make(
-            config.head, width, data.classes, dropout=config.dropout, seed=config.seed
-        ).to(device)
-        heads.standardize(self.head, data.mean, data.deviation)
-        self.model: nn.Module = self.head
-        if team.world > 1:
-            self.model = torch.nn.parallel.DistributedDataParallel(self.head)
-        self.optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=1e-3, weight_decay=config.weight_decay
-        )
-        self.dtype = precision(config.precision, device)
-        scaled = self.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+
+# -------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """A head's weights by name (numpy), one dict of figures per epoch, and which epoch's weights
+    these are.
+    """
+
+    state: dict[str, NDArray[Any]]
+    epochs: list[dict[str, float]]
+    epoch: int
+
+
+Saved = tuple[dict[str, "Tensor"], dict[str, Any]]
+"""Tensors, and plain values for JSON: all that a training needs to go on."""
+
+
+class Training:
+    """Heads on their way: what the loop, the LR finder and a checkpoint share.
+
+    Members that differ in rate and weight decay only share a lane; other rows, seeds or dropout
+    make lanes of their own, in the same batched products. All else must be equal.
+    """
+
+    def __init__(self, data: Data, members: Sequence[Member], team: Team = Team()) -> None:
+        self.data, self.members, self.team = data, list(members), team
+        self.config = members[0].config
+        self.device = data.feature.device
+        self.dtype = precision(self.config.precision, self.device)
+        balanced = self.config.class_weights == "balanced"
+        weights = descent.balance(data.label[data.train], len(data.classes)) if balanced else None
+        smoothing = self.config.smoothing
+        self.loss = descent.Loss(multi=data.multi, smoothing=smoothing, classes=weights)
+        sizes = {len(member.train) for member in members}
+        self.steps = max(len(_ends(size, self.config.batch_size)) for size in sizes)
         self.done = 0
+        self.lines: list[list[dict[str, float]]] = [[] for _ in members]
+        self.best: dict[int, tuple[float, int]] = {}
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        spreads: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seat(range(len(members)), [self._fresh(member, spreads) for member in members])
 
-    def move(self, rows: NDArray[np.int64], views: NDArray[np.int64], rate: float) -> torch.Tensor:
-        """One step on these rows of the training split (all workers together) at this rate."""
-        import torch
-
+    def _fresh(
+        self, member: Member, spreads: dict[int, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """A new head's weights."""
         from arrowhead import heads
 
-        mine = plan.share(len(rows), self.team.rank, self.team.world)
-        heads.place(self.head, heads.Place(self.done, mine.start, len(rows)))
-        at = torch.from_numpy(rows[mine.start : mine.stop])
-        view = torch.from_numpy(views[mine.start : mine.stop])
-        device = self.data.train_label.device
-        at, view = at.to(device), view.to(device)
-        flat = self.data.train_feature.flatten(0, 1)
-        feature_BD = flat.index_select(0, at * self.data.train_feature.shape[1] + view)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.done += 1
-        return step(
-            self.model,
-            feature_BD,
-            self.data.train_label.index_select(0, at),
-            self.optimizer,
-            self.scaler,
-            share=len(mine) * self.team.world / len(rows),
-            dtype=self.dtype,
-            smoothing=self.config.smoothing,
+        config, width = member.config, self.data.feature.shape[2]
+        made = heads.make(config.head, width, len(self.data.classes), seed=config.seed)
+        state = made.state_dict()
+        if config.head == "linear":
+            if id(member.train) not in spreads:
+                spreads[id(member.train)] = spread(self.data.feature, member.train)
+            state["0.mean"], state["0.deviation"] = spreads[id(member.train)]
+        return {name: value.to(self.device) for name, value in state.items()}
+
+    def _seat(self, numbers: Sequence[int], states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Give these members their places in a stack, lane by lane. Short lanes are filled up with
+        copies that stand still.
+        """
+        import torch
+
+        from arrowhead.heads import Stack
+
+        lanes: dict[Any, list[int]] = {}
+        for number in numbers:
+            one = self.members[number]
+            key = id(one.train), id(one.valid), one.config.seed, one.config.dropout
+            lanes.setdefault(key, []).append(number)
+        each = max(map(len, lanes.values()))
+        seats = [lane + lane[:1] * (each - len(lane)) for lane in lanes.values()]
+        state_of = dict(zip(numbers, states, strict=True))
+        first = [self.members[lane[0]] for lane in seats]
+        self.numbers = list(numbers)
+        self.seat_of = {
+            n: (i, k) for i, lane in enumerate(lanes.values()) for k, n in enumerate(lane)
+        }
+        self.stack = Stack.of(
+            self.config.head,
+            [[state_of[number] for number in lane] for lane in seats],
+            [one.config.dropout for one in first],
+            [one.config.seed for one in first],
+            multi=self.data.multi,
         )
+        rate_LG = torch.zeros(len(seats), each, device=self.device)
+        decay_LG = torch.zeros_like(rate_LG)
+        for number, seat in self.seat_of.items():
+            rate_LG[seat] = self.members[number].rate
+            decay_LG[seat] = self.members[number].config.weight_decay
+        scaled = self.dtype is torch.float16
+        self.optimizer = descent.Optimizer(
+            self.stack, self.config, rate_LG, decay_LG, scaled=scaled
+        )
+        size = self.config.batch_size
+        self._lanes = [Lane(self.data, one.train, one.config.seed, size) for one in first]
+        shared = len({id(one.valid) for one in first}) == 1
+        self._valid = [one.valid for one in (first[:1] if shared else first)]
+        self._nats = torch.zeros(self.stack.shape, dtype=torch.float64, device=self.device)
+        self._total = torch.zeros(len(seats), dtype=torch.float64, device=self.device)
+
+    # ------------------------------------------------------------------------- one step
+
+    def move(self, step: int, factor: float) -> Tensor:
+        """One step of every head, at `factor` of its rate; the loss of this worker's rows before
+        it, float32 (L, G), summed, over the global batch's weight: the workers' sum is the loss.
+        """
+        import torch.distributed as dist
+
+        from arrowhead.heads import Place
+
+        flat_LB, label, real_LB, total = self._batch(step)
+        mine = plan.share(flat_LB.shape[1], self.team.rank, self.team.world)
+        here = slice(mine.start, mine.stop)
+        feature = self.data.feature.take(flat_LB[:, here].reshape(-1))
+        feature_LBD = feature.view(len(flat_LB), len(mine), -1)
+        real_LB = None if real_LB is None else real_LB[:, here]
+        place = Place(step, mine.start, flat_LB.shape[1])
+        logit_LGCB = self.stack.logits(feature_LBD, place, real_LB, self.dtype)
+        nats_LG, slope_LGCB = self.loss.of(logit_LGCB, label[..., here], real_LB, total)
+        self.stack.descend(self.optimizer.scaled(slope_LGCB))
+        if self.team.world > 1:
+            dist.all_reduce(self.stack.grad)
+        self.optimizer.move(factor)
+        self._nats += nats_LG
+        self._total += total
+        return nats_LG / (total if isinstance(total, float) else total[:, None])
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:
+        """The global batch of every lane: flat (L, B), label (L, B) or (L, C, B), which rows are
+        real, and what they weigh, a number or (L,).
+        """
+        import torch
+
+        pairs = [lane.batch(step) for lane in self._lanes]
+        counts = [len(flat) for flat, _ in pairs]
+        real_LB = None
+        if min(counts) < max(counts):
+            fill = [torch.arange(max(counts), device=self.device) for _ in counts]
+            real_LB = torch.stack([rows < n for rows, n in zip(fill, counts, strict=True)])
+            fill = [rows.clamp(max=n - 1) for rows, n in zip(fill, counts, strict=True)]
+            pairs = [
+                (a[rows.to(a.device)], b[rows]) for (a, b), rows in zip(pairs, fill, strict=True)
+            ]
+        flat_LB = torch.stack([flat for flat, _ in pairs])
+        label = torch.stack([label for _, label in pairs])
+        if self.data.multi:
+            label = label.mT.float()
+        weight = self.loss.weight(label)
+        if weight is not None:
+            return flat_LB, label, real_LB, (weight if real_LB is None else weight * real_LB).sum(1)
+        if real_LB is not None:
+            return flat_LB, label, real_LB, real_LB.sum(1).float()
+        return flat_LB, label, None, float(counts[0])
+
+    # -------------------------------------------------------------------------- validation
+
+    def validate(self, most: int | None = None) -> list[dict[str, float]]:
+        """Figures of each head over the validation rows it is given (the first `most`); every row
+        counts once. With one label: valid_loss (nats), accuracy, balanced_accuracy; with several:
+        valid_loss (mean over labels), accuracy (of single decisions), f1, f2 (mean over images, a
+        label is given where its probability is above a half).
+        """
+        import torch
+        import torch.distributed as dist
+
+        rows = [torch.from_numpy(one[:most]) for one in self._valid]
+        device, classes = self.data.label.device, len(self.data.classes)
+        kinds = 4 if self.data.multi else 2 + classes
+        sums = torch.zeros(*self.stack.shape, kinds, dtype=torch.float64, device=device)
+        shares = [plan.share(len(one), self.team.rank, self.team.world) for one in rows]
+        size = max(16, MOST // (self.stack.shape[0] * (self.stack.shape[1] * classes + 1024)))
+        for at in range(0, max(map(len, shares)), size):
+            parts = [
+                one[share.start : share.stop][at : at + size]
+                for one, share in zip(rows, shares, strict=True)
+            ]
+            counts = [len(part) for part in parts]
+            filled = [torch.nn.functional.pad(part, (0, max(counts) - len(part))) for part in parts]
+            at_LB = torch.stack(filled)
+            flat = (at_LB * self.data.feature.shape[1]).to(self.device)
+            feature = self.data.feature.take(flat.flatten()).view(*at_LB.shape, -1)
+            label = self.data.label[at_LB.to(device)]
+            real = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+            sums += self._tally(self.stack.logits(feature), label, real.to(device))
+        if self.team.world > 1:
+            dist.all_reduce(sums)
+        return [self._figures(sums[self.seat_of[n]], self._rows_of(n, rows)) for n in self.numbers]
+
+    def _rows_of(self, number: int, rows: Sequence[Tensor]) -> Tensor:
+        return rows[self.seat_of[number][0] if len(rows) > 1 else 0]
+
+    def _tally(self, logit_LGCB: Tensor, label: Tensor, real_LB: Tensor) -> Tensor:
+        """Sums over rows, float64 (L, G, kinds); label (L | 1, B) or (L | 1, B, C)."""
+        import torch
+
+        lanes, each, classes, rows = logit_LGCB.shape
+        if self.data.multi:
+            wanted = label.mT[:, None] > 0
+            given = logit_LGCB > 0
+            nats = torch.nn.functional.softplus(torch.where(wanted, -logit_LGCB, logit_LGCB)).mean(
+                2
+            )
+            hit, both = (given & wanted).sum(2), given.sum(2) + 0 * nats
+            there = wanted.sum(2)
+            f1 = 2 * hit / (there + both).clamp(min=1)
+            f2 = 5 * hit / (4 * there + both).clamp(min=1)
+            kinds = [nats, (given == wanted).double().mean(2), f1, f2]
+            return torch.stack([(one * real_LB[:, None]).double().sum(2) for one in kinds], 2)
+        index = label[:, None, None].expand(lanes, each, 1, rows)
+        nats = -logit_LGCB.log_softmax(2).gather(2, index)[:, :, 0]
+        right = (logit_LGCB.argmax(2) == label[:, None]) & real_LB[:, None]
+        by_class = torch.zeros(lanes, each, classes, dtype=torch.float64, device=label.device)
+        by_class.scatter_add_(2, index[:, :, 0], right.double())
+        sums = [torch.where(real_LB[:, None], nats, 0), right]
+        return torch.cat([torch.stack([one.double().sum(2) for one in sums], 2), by_class], 2)
+
+    def _figures(self, sums: Tensor, rows: Tensor) -> dict[str, float]:
+        import torch
+
+        first = {"valid_loss": float(sums[0] / len(rows)), "accuracy": float(sums[1] / len(rows))}
+        if self.data.multi:
+            return first | {"f1": float(sums[2] / len(rows)), "f2": float(sums[3] / len(rows))}
+        label = self.data.label[rows.to(self.data.label.device)]
+        counts = torch.bincount(label, minlength=len(self.data.classes))
+        there = counts > 0
+        recall = sums[2:][there] / counts[there]
+        return first | {"balanced_accuracy": float(recall.mean())}
+
+    # --------------------------------------------------------------------------- the loop
+
+    def epoch(self) -> list[dict[str, float]]:
+        """Every head once over its rows, then validated; the line of each that still learns, in
+        the order of `numbers`.
+        """
+        import torch.distributed as dist
+
+        for step in range(self.done * self.steps, (self.done + 1) * self.steps):
+            share = step / (self.steps * self.config.epochs)
+            self.move(step, descent.factor(share, self.config, self.config.epochs))
+        if self.team.world > 1:
+            dist.all_reduce(self._nats)
+        losses = self._nats / self._total[:, None]
+        self._nats, self._total = self._nats * 0, self._total * 0
+        lines = [
+            {"epoch": self.done, "train_loss": float(losses[self.seat_of[number]])} | figures
+            for number, figures in zip(self.numbers, self.validate(), strict=True)
+        ]
+        self.done += 1
+        for number, line in zip(self.numbers, lines, strict=True):
+            self.lines[number].append(line)
+            self._judge(number, line)
+        return lines
+
+    def _judge(self, number: int, line: Mapping[str, float]) -> None:
+        """Keep these weights if they are the best so far."""
+        if self.config.best == "last":
+            return
+        value = line[self.config.best] * (-1 if self.config.best == "valid_loss" else 1)
+        if number not in self.best or value > self.best[number][0]:
+            self.best[number] = value, self.done - 1
+            self._kept[number] = self.stack.state(*self.seat_of[number])
+
+    def stale(self) -> set[int]:
+        """Heads whose best figure is --patience epochs old."""
+        patience = self.config.patience
+        if not patience:
+            return set()
+        return {n for n in self.numbers if self.done - 1 - self.best[n][1] >= patience}
+
+    def stop(self, losers: set[int]) -> None:
+        """These heads learn no more; the others go on as if they had never been there."""
+        import torch
+
+        stay = [number for number in self.numbers if number not in losers]
+        for number in set(self.numbers) - set(stay):
+            self._kept.setdefault(number, self.stack.state(*self.seat_of[number]))
+        if not stay:
+            self.numbers = []
+            return
+        stack, optimizer, seat_of = self.stack, self.optimizer, self.seat_of
+        self._seat(stay, [stack.state(*seat_of[number]) for number in stay])
+        by_seat = {seat: number for number, seat in self.seat_of.items()}
+        each = self.stack.shape[1]
+        was = torch.zeros(self.stack.shape, dtype=torch.int64, device=self.device)
+        for lane in range(len(was)):
+            for seat in range(each):
+                old = seat_of[by_seat.get((lane, seat), by_seat[lane, 0])]
+                was[lane, seat] = old[0] * stack.shape[1] + old[1]
+        moved = {
+            name: stack.taken(one, was) if one.dim() == 1 else one.flatten()[was]
+            for name, one in optimizer.tensors().items()
+        }
+        self.optimizer.load(moved, optimizer.steps)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to learn."""
+        return self.done == self.config.epochs or not self.numbers
+
+    def trained(self) -> list[Trained]:
+        """Every head with its last or best weights."""
+        made = []
+        for number, lines in enumerate(self.lines):
+            kept = self._kept.get(number)
+            state = self.stack.state(*self.seat_of[number]) if kept is None else kept
+            epoch = self.best[number][1] if number in self.best else len(lines) - 1
+            plain = {name: value.cpu().numpy() for name, value in state.items()}
+            made.append(Trained(state=plain, epochs=lines, epoch=epoch))
+        return made
+
+    # ------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> Saved:
+        """All that `load` needs."""
+        import torch
+
+        names = self.stack.buffers
+        tensors = {"theta": self.stack.theta}
+        tensors |= {f"buffer.{name}": self.stack.buffers[name] for name in names}
+        tensors |= {f"optimizer.{name}": one for name, one in self.optimizer.tensors().items()}
+        kept = list(self._kept)
+        for name in self._kept[kept[0]] if kept else ():
+            tensors[f"kept.{name}"] = torch.stack([self._kept[number][name] for number in kept])
+        facts = {
+            "done": self.done,
+            "numbers": self.numbers,
+            "lines": self.lines,
+            "best": [[number, *one] for number, one in self.best.items()],
+            "kept": kept,
+            "steps": self.optimizer.steps,
+        }
+        return {name: one.cpu().contiguous() for name, one in tensors.items()}, facts
+
+    def load(self, saved: Saved) -> None:
+        """Go on where `save` was called, on any number of workers."""
+        tensors, facts = saved
+        here = {name: one.to(self.device) for name, one in tensors.items()}
+        self.done, self.lines = facts["done"], facts["lines"]
+        self.best = {number: (value, epoch) for number, value, epoch in facts["best"]}
+        self._kept = {
+            number: {
+                name.removeprefix("kept."): one[at]
+                for name, one in here.items()
+                if name.startswith("kept.")
+            }
+            for at, number in enumerate(facts["kept"])
+        }
+        if set(facts["numbers"]) != set(self.numbers):
+            stay = facts["numbers"]
+            if not stay:
+                self.numbers = []
+                return
+            self._seat(stay, [self.stack.state(*self.seat_of[number]) for number in stay])
+        self.stack.theta.copy_(here["theta"])
+        for name, buffer in self.stack.buffers.items():
+            buffer.copy_(here[f"buffer.{name}"])
+        prefix = "optimizer."
+        own = {n.removeprefix(prefix): one for n, one in here.items() if n.startswith(prefix)}
+        self.optimizer.load(own, facts["steps"])
 
 
 def precision(asked: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for fp32: bf16 only where the GPU has it in silicon."""
+    """The dtype of matrix products, None for fp32: bf16 only where the GPU has it in silicon."""
     import torch
 
     if asked == "auto":
         if device.type != "cuda":
-            return None  # a head is too small for autocast to pay on a CPU
+            return None  # a head is too small for it to pay on a CPU
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_units else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[asked]
+
+
+Record = Callable[[dict[int, dict[str, float]]], None]
+Keep = Callable[[Callable[[], Saved], int, bool], None]
+
+
+def train_stack(
+    data: Data,
+    members: Sequence[Member],
+    team: Team = Team(),
+    record: Record = lambda lines: None,
+    *,
+    losers: Callable[[int, Sequence[int], Sequence[list[dict[str, float]]]], set[int]]
+    | None = None,
+    saved: Saved | None = None,
+    keep: Keep = lambda save, epoch, over: None,
+) -> list[Trained]:
+    """Train many heads at once; one Trained per member, in their order.
+
+    record: gets each epoch's lines by member. losers: of (epochs done, who still learns, all lines
+    by member), whom to stop. keep: called after every epoch with the means to save, the number of
+    epochs done, and whether it was the last. saved: what was saved then, to go on from there.
+    """
+    training = Training(data, members, team)
+    if saved:
+        training.load(saved)
+    while not training.over:
+        training.epoch()
+        record({number: training.lines[number][-1] for number in training.numbers})
+        out = training.stale()
+        if losers:
+            out |= losers(training.done, training.numbers, training.lines)
+        if out and not training.over:
+            training.stop(out)
+        keep(training.save, training.done, training.over)
+    return training.trained()
 
 
 def train(
@@ -331,29 +701,12 @@ def train(
     rate: float,
     team: Team = Team(),
     record: Callable[[dict[str, float]], None] = lambda line: None,
+    *,
+    saved: Saved | None = None,
+    keep: Keep = lambda save, epoch, over: None,
 ) -> Trained:
     """Train one head for `config.epochs`; `record` gets each epoch's figures as they come."""
-    import torch
-
-    rows, views = data.train_feature.shape[:2]
-    trainer = Trainer(data, config, team)
-    lines: list[dict[str, float]] = []
-    for epoch in range(config.epochs):
-        total = torch.zeros(3, dtype=torch.float64, device=data.train_label.device)
-        todo = list(batches(rows, config.batch_size, config.seed, epoch))
-        for number, batch in enumerate(todo):
-            share = (epoch + number / len(todo)) / config.epochs
-            view = view_of(batch, views, config.seed, epoch)
-            total += trainer.move(batch, view, rate_at(share, config, rate))
-        trained = together(total, team)
-        valid = validate(trainer.head, data.valid_feature, data.valid_label, team)
-        line = {
-            "epoch": epoch,
-            "train_loss": trained.loss,
-            "valid_loss": valid.loss,
-            "accuracy": valid.accuracy,
-        }
-        lines.append(line)
-        record(line)
-    state = {name: t.detach().cpu().numpy() for name, t in trainer.head.state_dict().items()}
-    return Trained(state=state, epochs=lines)
+    member = Member(config=config, rate=rate, train=data.train, valid=data.valid)
+    return train_stack(
+        data, [member], team, lambda lines: record(lines[0]), saved=saved, keep=keep
+    )[0]

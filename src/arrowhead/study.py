@@ -1,0 +1,338 @@
+"""What every worker does when heads are trained on a store.
+
+    store, settings       the same on every worker
+      -> data_of          features on the device, or left in the map
+      -> learn            LR finder, then heads: one or a grid, folds, a learning curve
+      -> Learned          on rank 0: the curve, every head, what was asked about them
+
+Each part keeps checkpoints under a key of its own, the last one when it is done, so a stopped
+study goes on in the part and after the epoch where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import __version__, checkpoint, descent, lr_finder, sweep
+from arrowhead.launch import Worker
+from arrowhead.lr_finder import Curve, FinderConfig
+from arrowhead.shards import Store
+from arrowhead.sweep import SweepConfig
+from arrowhead.train import (
+    Data,
+    Held,
+    Mapped,
+    Member,
+    Saved,
+    Team,
+    TrainConfig,
+    Trained,
+    train_stack,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """All that is asked of the heads of one store."""
+
+    head: TrainConfig = TrainConfig()
+    finder: FinderConfig = FinderConfig()
+    sweep: SweepConfig = SweepConfig()
+    teach: bool = True
+    """False: the LR finder alone."""
+
+    @property
+    def knobs(self) -> list[dict[str, float]]:
+        """What each head of the grid is given; one empty dict without a grid."""
+        return sweep.settings(self.sweep.grid) if self.sweep.grid else [{}]
+
+    def finds(self) -> bool:
+        """Whether the LR finder is needed."""
+        return not self.teach or (self.head.rate == "auto" and "rate" not in self.knobs[0])
+
+    def key(self, store: Store) -> str:
+        """Stands for these settings and the store's content: what a checkpoint belongs to."""
+        asked = dataclasses.asdict(self)
+        del asked["head"]["checkpoint_seconds"]
+        held = {str(path): digest for path, digest in store.hashes().items()}
+        text = json.dumps([__version__, asked, sorted(held.values())], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(kw_only=True, slots=True)
+class Learned:
+    """What came of a study. heads: one, or one per setting of the grid, in its order.
+
+    images: validation images. folds: see `OutOfFold`. shares: the learning curve, see
+    `sweep.curve`.
+    """
+
+    curve: Curve | None = None
+    heads: list[Trained] = field(default_factory=list)
+    images: int = 0
+    folds: OutOfFold | None = None
+    shares: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutOfFold:
+    """row: int64 (n,), of the catalog; fold: int64 (n,); logit: float32 (n, C), of the head that
+    was trained without this fold; last: what each fold's head ended with.
+    """
+
+    multi: bool
+    row: NDArray[np.int64]
+    fold: NDArray[np.int64]
+    logit: NDArray[np.float32]
+    last: list[dict[str, float]]
+
+
+def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str | None) -> Learned:
+    """The study, on every worker; what rank 0 returns counts.
+
+    place: the folder of checkpoints; None keeps none. run: the MLflow run's id, noted in them.
+    Rank 0 reports {"rates", "verdict"}, then {"part", "epoch", "lines"} after every epoch, those of
+    before a stop too, and {"warning"} for a checkpoint that is torn.
+    """
+    began = perf_counter()
+    store = Store(path)
+    data, row = data_of(store, worker.device, worker.world)
+    team = Team(worker.rank, worker.world)
+    note = {"key": study.key(store), "run_id": run}
+    log = _Log(worker, place, note, study.head.checkpoint_seconds)
+    made = Learned(curve=_curve(log, data, study, team), images=len(data.valid))
+    rate = made.curve.rate if made.curve else study.head.rate
+    if not study.teach:
+        made.seconds = perf_counter() - began
+        return made
+    grid = study.sweep.grid
+    members = sweep.members(data, study.head, 1.0 if rate == "auto" else float(rate), grid)
+    losers = sweep.loser_of(study.knobs, study.head) if study.sweep.halving else None
+    made.heads = log.train("heads", data, members, team, losers)
+    rate = rate if rate != "auto" else _best_rate(members, made.heads, study.head)
+    if study.sweep.folds:
+        made.folds = _folds(log, data, row, study, float(rate), team)
+    if study.sweep.learning_curve:
+        shares = sweep.share_members(data, study.head, float(rate), study.sweep.curve_seeds)
+        ended = log.train("learning-curve", data, [one for _, one in shares], team)
+        lines = [one.epochs[one.epoch] for one in ended]
+        made.shares = sweep.curve(shares, lines, study.head)
+    made.seconds = perf_counter() - began
+    return made
+
+
+def _curve(log: _Log, data: Data, study: Study, team: Team) -> Curve | None:
+    """The LR finder's curve, from the checkpoint where there is one: on another number of workers
+    its last bits, and so the rate, might differ.
+    """
+    if not study.finds():
+        return None
+    kept = log.newest("heads") if study.teach else None
+    curve = (
+        _again(kept.facts["curve"])
+        if kept
+        else lr_finder.find(data, study.head, study.finder, team)
+    )
+    log.curve = curve
+    log.tell({"rates": curve.suggestions, "verdict": curve.verdict})
+    return curve
+
+
+def _again(plain: dict[str, Any]) -> Curve:
+    """The curve that `Curve.plain` wrote."""
+    race = plain["race"] and {k: np.inf if v is None else v for k, v in plain["race"].items()}
+    held_out = plain["held_out"] and np.array(plain["held_out"], np.float64)
+    return Curve(
+        rates=np.array(plain["rates"]),
+        losses=np.array(plain["losses"], np.float64),  # None becomes nan
+        held_out=held_out,
+        suggestions=plain["suggestions"],
+        spreads=plain["spreads"],
+        race=race,
+        verdict=plain["verdict"],
+    )
+
+
+def _best_rate(members: Sequence[Member], heads: Sequence[Trained], config: TrainConfig) -> float:
+    """The rate of the grid's best head, for what is trained besides it."""
+    lines = [one.epochs[one.epoch] for one in heads]
+    knobs = [{"rate": one.rate, "at": float(at)} for at, one in enumerate(members)]
+    best: int = sweep.summary(knobs, lines, config, len(members[0].valid))["best"]
+    return members[best].rate
+
+
+def _folds(
+    log: _Log, data: Data, row: NDArray[np.int64], study: Study, rate: float, team: Team
+) -> OutOfFold:
+    import torch
+
+    from arrowhead import heads
+
+    pool = np.sort(np.concatenate([data.train, data.valid]))
+    label = data.label.cpu().numpy()[pool]
+    part = sweep.folds(data.key[pool], label, study.sweep.folds, data.classes)
+    members = sweep.fold_members(data, study.head, rate, part)
+    ended = log.train("folds", data, members, team)
+    logit = np.empty((len(pool), len(data.classes)), np.float32)
+    views, width = data.feature.shape[1:]
+    for number, one in enumerate(ended):
+        state = {name: torch.from_numpy(value) for name, value in one.state.items()}
+        head = heads.restore(study.head.head, width, len(data.classes), state)
+        with torch.inference_mode():
+            for at in np.array_split(np.flatnonzero(part == number), 1 + len(pool) // 65536):
+                flat = torch.from_numpy(pool[at] * views).to(data.feature.device)
+                logit[at] = head(data.feature.take(flat).float().cpu()).numpy()
+    last = [one.epochs[one.epoch] for one in ended]
+    return OutOfFold(multi=data.multi, row=row[pool], fold=part, logit=logit, last=last)
+
+
+class _Log:
+    """Checkpoints and reports of one worker."""
+
+    def __init__(
+        self, worker: Worker, place: Path | None, note: dict[str, Any], seconds: float
+    ) -> None:
+        self._worker, self._place, self._note, self._seconds = worker, place, note, seconds
+        self.curve: Curve | None = None
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """A report to the driver, from one worker only."""
+        if self._worker.rank == 0:
+            self._worker.report(message)
+
+    def newest(self, part: str) -> checkpoint.Checkpoint | None:
+        """Where this part of the study can go on."""
+        if self._place is None:
+            return None
+
+        def warn(words: str) -> None:
+            self.tell({"warning": words})
+
+        return checkpoint.newest(self._place, f"{self._note['key']}:{part}", warn)
+
+    def train(
+        self,
+        part: str,
+        data: Data,
+        members: Sequence[Member],
+        team: Team,
+        losers: Callable[..., set[int]] | None = None,
+    ) -> list[Trained]:
+        """Train a stack, from its last checkpoint on."""
+        config = members[0].config
+
+        def rate_at(epoch: int) -> dict[str, float]:
+            if len(members) > 1:
+                return {}
+            factor = descent.factor(epoch / config.epochs, config, config.epochs)
+            return {"rate": members[0].rate * factor}
+
+        kept = self.newest(part)
+        saved: Saved | None = None
+        if kept:
+            saved = kept.tensors, kept.facts
+            lines = kept.facts["lines"]
+            for epoch in range(max(map(len, lines))):
+                told = {n: one[epoch] for n, one in enumerate(lines) if len(one) > epoch}
+                self.tell({"part": part, "epoch": epoch, "lines": told} | rate_at(epoch))
+            self.tell({"part": part, "goes_on": kept.facts["done"]})
+        last = [monotonic()]
+
+        def record(lines: dict[int, dict[str, float]]) -> None:
+            epoch = int(next(iter(lines.values()))["epoch"])
+            self.tell({"part": part, "epoch": epoch, "lines": lines} | rate_at(epoch))
+
+        def keep(save: Callable[[], Saved], epoch: int, over: bool) -> None:
+            due = over or monotonic() - last[0] >= self._seconds
+            if self._place is not None and _agreed(due, team, data.feature.device):
+                self._keep(part, save, epoch)
+                last[0] = monotonic()
+
+        return train_stack(data, members, team, record, losers=losers, saved=saved, keep=keep)
+
+    def _keep(self, part: str, save: Callable[[], Saved], epoch: int) -> None:
+        assert self._place is not None
+        sketch = None
+        key = f"{self._note['key']}:{part}"
+        if self._worker.rank == 0:
+            self._place.mkdir(parents=True, exist_ok=True)
+            sketch = checkpoint.draft(self._place)
+            sketch.mkdir()
+            tensors, facts = save()
+            curve = self.curve.plain() if self.curve else None
+            noted = facts | self._note | {"key": key, "number": epoch, "curve": curve}
+            checkpoint.write(sketch, tensors, noted)
+        self._worker.keep(sketch, f"{part}-{epoch:06d}")
+        if self._worker.rank == 0:
+            checkpoint.prune(self._place, key)
+
+
+def _agreed(due: bool, team: Team, device: torch.device) -> bool:
+    """Rank 0's clock decides for all: a rank that kept alone would wait for ever."""
+    import torch
+    import torch.distributed as dist
+
+    if team.world == 1:
+        return due
+    flag = torch.tensor([float(due)], device=device)
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+# ---------------------------------------------------------------------------------- data
+
+
+def data_of(store: Store, device: str, world: int = 1) -> tuple[Data, NDArray[np.int64]]:
+    """All well images of a store on a device, and which row of the catalog each is.
+
+    Features are copied to the device where they fill less than half of what is free there, shared
+    with as many workers; else they stay in the memory map.
+    """
+    import torch
+
+    chip, recipe = torch.device(device), store.recipe
+    files = sum(one["files"] for one in store.manifest()["shards"])
+    size = files * recipe.views * recipe.width * 2
+    fits = size * (world if chip.type == "cpu" else 1) < _free(chip) // 2
+    part = store.features(mapped=not fits)
+    feature: Held | Mapped
+    if fits:
+        feature = Held(torch.from_numpy(part.feature).to(chip))
+    else:
+        feature = Mapped(store.maps(), part.row, chip)
+    data = Data(
+        feature=feature,
+        label=torch.from_numpy(part.label).to(chip),
+        key=part.image_id,
+        train=np.flatnonzero(part.split == "train"),
+        valid=np.flatnonzero(part.split == "valid"),
+        classes=store.manifest()["classes"],
+    )
+    return data.must_teach(), part.row
+
+
+def _free(device: torch.device) -> int:
+    """Bytes free on a device."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

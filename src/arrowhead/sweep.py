@@ -1,0 +1,378 @@
+"""Many heads in one pass: a grid of settings, folds, shares of the images.
+
+"rate=1e-4..1e-1:16 seed=0,1,2"  -> grid       members of a stack, losers stopped early
+lines of all heads               -> summary    settings ranked, seeds together, with what the
+                                               ranking is worth
+image keys, labels               -> folds      each image validates once, copies together
+image keys, labels               -> shares     5, 10, 20, 50, 100 % of the images, nested
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import ConfigError, DataError
+from arrowhead.train import Data, Member, TrainConfig
+
+KNOBS = {"rate": "geometric", "weight_decay": "geometric", "dropout": "even", "seed": "whole"}
+SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
+MOST = 4096
+Lines = Sequence[list[dict[str, float]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """Many heads on the same features, in one pass."""
+
+    grid: str | None = None
+    """All combinations of these, such as "rate=1e-4..1e-1:16 weight_decay=0,1e-2 dropout=0,0.5
+    seed=0,1,2". LOW..HIGH:N is N values, by equal factors (dropout: equal steps). The best head
+    becomes the bundle."""
+    halving: bool = False
+    """Of a grid, the worse half of the settings stops after a quarter of the epochs, and again
+    after half of them."""
+    folds: int = 0
+    """Also train on all but one of N parts, N times: a probability for every image from a head
+    that has not seen it."""
+    learning_curve: bool = False
+    """Also train on 5, 10, 20, 50 and 100 % of the images: would more of them help?"""
+    curve_seeds: int = 3
+    """Heads per share of the learning curve."""
+
+    def __post_init__(self) -> None:
+        if self.folds < 0 or self.folds == 1 or self.folds > 100:
+            raise ConfigError(f"--folds is {self.folds}.", "0 (none), or 2 to 100.", "give 5.")
+        if self.halving and not self.grid:
+            raise ConfigError("--halving has no --grid.", "a grid to halve.", "add --grid.")
+        if not 1 <= self.curve_seeds <= 100:
+            raise ConfigError(
+                f"--curve-seeds is {self.curve_seeds}.", "1 to 100.", "give another --curve-seeds."
+            )
+        if self.grid:
+            settings(self.grid)
+
+
+# ----------------------------------------------------------------------------------- grid
+
+
+def settings(words: str) -> list[dict[str, float]]:
+    """Every combination in a grid, the first knob slowest: "rate=1e-3,1e-2 seed=0,1" gives four.
+
+    Raises ConfigError for a knob that does not exist or that heads of one stack must share.
+    """
+    values: dict[str, list[float]] = {}
+    for word in words.split():
+        name, _, listed = word.partition("=")
+        name = name.replace("-", "_")
+        if name not in KNOBS or name in values or not listed:
+            raise ConfigError(
+                f"--grid has {word!r}.",
+                f"NAME=VALUES, each NAME once, of {', '.join(KNOBS)} (heads of one pass share all"
+                " else).",
+                'write e.g. --grid "rate=1e-4..1e-1:16 dropout=0,0.5 seed=0,1,2".',
+            )
+        values[name] = [value for part in listed.split(",") for value in _values(name, part)]
+    count = math.prod(len(some) for some in values.values())
+    if not values or count > MOST:
+        raise ConfigError(
+            f"--grid makes {count if values else 'no'} heads.",
+            f"1 to {MOST} in one pass.",
+            "give fewer values.",
+        )
+    return [dict(zip(values, some, strict=True)) for some in itertools.product(*values.values())]
+
+
+def _values(name: str, words: str) -> list[float]:
+    """One value, or LOW..HIGH:N."""
+    low, dots, rest = words.partition("..")
+    high, colon, count = rest.partition(":")
+    try:
+        if not dots:
+            made = [float(words)]
+        elif KNOBS[name] == "whole" and not colon:
+            made = [float(n) for n in range(int(low), int(high) + 1)]
+        else:
+            if KNOBS[name] == "geometric" and not 0 < float(low) <= float(high):
+                raise ValueError
+            space = np.geomspace if KNOBS[name] == "geometric" else np.linspace
+            made = [float(f"{x:.6g}") for x in space(float(low), float(high), int(count))]
+        if not made or (KNOBS[name] == "whole" and any(value != int(value) for value in made)):
+            raise ValueError
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"--grid has {words!r} for {name}.",
+            "a number, or LOW..HIGH:N"
+            + (" above 0" if KNOBS[name] == "geometric" else "")
+            + (" (whole numbers)" if KNOBS[name] == "whole" else "")
+            + ".",
+            f"write e.g. {name}={'0,1,2' if name == 'seed' else '0.1..0.5:3'}.",
+        ) from error
+    return [int(value) if KNOBS[name] == "whole" else value for value in made]
+
+
+def members(data: Data, config: TrainConfig, rate: float, grid: str | None) -> list[Member]:
+    """The heads of a grid (one without), over the training split. rate: where the grid has none."""
+    made = []
+    for knobs in settings(grid) if grid else [{}]:
+        own: dict[str, Any] = dict(knobs)
+        one = replace(config, **({"rate": rate} | own))
+        made.append(Member(config=one, rate=float(one.rate), train=data.train, valid=data.valid))
+    return made
+
+
+def loser_of(
+    knobs: Sequence[Mapping[str, float]], config: TrainConfig
+) -> Callable[[int, Sequence[int], Lines], set[int]]:
+    """For `train_stack`: the worse half of the settings, after a quarter and half of the epochs.
+
+    Successive halving (Jamieson & Talwalkar, arXiv:1502.07943). Seeds of a setting go together.
+    """
+    rungs = {math.ceil(config.epochs / 4), math.ceil(config.epochs / 2)}
+
+    def losers(done: int, numbers: Sequence[int], lines: Lines) -> set[int]:
+        if done not in rungs:
+            return set()
+        groups = _groups([knobs[number] for number in numbers])
+        ranked = sorted(
+            groups, key=lambda group: _mean([lines[numbers[at]][-1] for at in group], config)
+        )
+        return {numbers[at] for group in ranked[(len(ranked) + 1) // 2 :] for at in group}
+
+    return losers
+
+
+def _groups(knobs: Sequence[Mapping[str, float]]) -> list[list[int]]:
+    """Positions that differ in their seed only."""
+    groups: dict[Any, list[int]] = {}
+    for at, one in enumerate(knobs):
+        groups.setdefault(tuple((k, v) for k, v in one.items() if k != "seed"), []).append(at)
+    return list(groups.values())
+
+
+def _mean(lines: Sequence[Mapping[str, float]], config: TrainConfig) -> tuple[float, float]:
+    """What settings are ranked by, lower is better: the figure named, then the loss."""
+    name = figure(config)
+    sign = 1 if name == "valid_loss" else -1
+    pair = [
+        float(np.mean([_worst(line[name], sign) for line in lines])) * sign,
+        float(np.mean([_worst(line["valid_loss"], 1) for line in lines])),
+    ]
+    return pair[0], pair[1]
+
+
+def _worst(value: float, sign: int) -> float:
+    """A head that has diverged ranks last."""
+    return value if math.isfinite(value) else 1e30 * sign
+
+
+def figure(config: TrainConfig) -> str:
+    """The figure that heads are compared by: --best, or accuracy."""
+    return "accuracy" if config.best == "last" else config.best
+
+
+def summary(
+    knobs: Sequence[Mapping[str, float]],
+    lines: Sequence[Mapping[str, float]],
+    config: TrainConfig,
+    images: int,
+) -> dict[str, Any]:
+    """Settings ranked by the figure asked for; seeds together.
+
+    lines: what each head ended with. images: validation images. Returns `figure`; `settings`
+    [{knobs, heads, seeds, mean, spread, valid_loss}], the best first; `best`, the head to keep;
+    `alike`, how many settings cannot be told from the best (fewer than two standard errors, of
+    seeds and of so few images, between their means), and `words` that say so.
+    """
+    name = figure(config)
+    ranked = sorted(_groups(knobs), key=lambda group: _mean([lines[at] for at in group], config))
+    table: list[dict[str, Any]] = []
+    for group in ranked:
+        values = [lines[at][name] for at in group]
+        table.append(
+            {
+                "knobs": {k: v for k, v in knobs[group[0]].items() if k != "seed"},
+                "heads": group,
+                "seeds": [int(knobs[at].get("seed", config.seed)) for at in group],
+                "mean": float(np.mean(values)),
+                "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "valid_loss": float(np.mean([lines[at]["valid_loss"] for at in group])),
+            }
+        )
+    errors = [_error(row, name, images) for row in table]
+    alike = sum(
+        errors[0] is not None
+        and error is not None
+        and abs(table[0]["mean"] - row["mean"]) < 2 * math.hypot(errors[0], error)
+        for row, error in zip(table[1:], errors[1:], strict=True)
+    )
+    top = min(ranked[0], key=lambda at: _mean([lines[at]], config))
+    return {
+        "figure": name,
+        "settings": table,
+        "best": top,
+        "alike": None if errors[0] is None else alike,
+        "words": _verdict(len(table), alike, name, errors[0]),
+    }
+
+
+def _error(row: Mapping[str, Any], name: str, images: int) -> float | None:
+    """Standard error of a mean: of its seeds and, if it is a share of images, of their number."""
+    if not math.isfinite(row["mean"]):
+        return None
+    seeds = (row["spread"] or 0.0) / math.sqrt(len(row["heads"]))
+    if name == "valid_loss":
+        return seeds if row["spread"] is not None else None
+    share = min(max(row["mean"], 0.5 / images), 1 - 0.5 / images)
+    return math.hypot(seeds, math.sqrt(share * (1 - share) / images))
+
+
+def _verdict(settings: int, alike: int, name: str, error: float | None) -> str:
+    if settings == 1:
+        return "one setting: nothing to compare"
+    if error is None:
+        return "one seed each: differences cannot be judged (add seed=0,1,2 to the grid)"
+    if not alike:
+        return f"the best is distinguishable from the next by {name}"
+    return (
+        f"the best is not distinguishable from {alike} other setting{'s' if alike > 1 else ''}:"
+        f" {name} differs by less than two standard errors"
+    )
+
+
+def words(knobs: Mapping[str, float]) -> str:
+    """A setting as one writes it in a grid."""
+    return " ".join(f"{name}={value:.6g}" for name, value in knobs.items()) or "as given"
+
+
+# ---------------------------------------------------------------------------------- folds
+
+
+def folds(
+    key: NDArray[np.uint64], label: NDArray[Any], count: int, classes: Sequence[str]
+) -> NDArray[np.int64]:
+    """Which of `count` parts each image belongs to, int64 (N,): a function of contents and labels.
+
+    Parts hold every class alike, and copies of one image together. Raises DataError if a class has
+    fewer than two different images: the part that holds it would have nothing to learn it from.
+    """
+    different, first, where = np.unique(key, return_index=True, return_inverse=True)
+    home = label[first] if label.ndim == 1 else np.zeros(len(first), np.int64)
+    counts = np.bincount(home)
+    alone = np.flatnonzero(counts == 1)
+    if label.ndim == 1 and len(alone):
+        raise DataError(
+            f"The class {classes[alone[0]]} has one different image for --folds.",
+            "two or more of every class.",
+            "add images, or train without --folds.",
+        )
+    order = np.lexsort((_mixed(different, "folds"), home))
+    dealt = np.empty(len(different), np.int64)
+    dealt[order] = np.arange(len(different)) % count
+    part: NDArray[np.int64] = dealt[where]
+    return part
+
+
+def _by_class(label: NDArray[Any]) -> list[NDArray[np.int64]]:
+    """Rows of each class; with several labels per image all rows together."""
+    if label.ndim == 2:
+        return [np.arange(len(label))]
+    return [np.flatnonzero(label == one) for one in range(int(label.max(initial=-1)) + 1)]
+
+
+def _mixed(key: NDArray[np.uint64], use: str) -> NDArray[np.uint64]:
+    """Keys in an order of their own for each use: splits were drawn from the same hashes."""
+    word = np.uint64(int.from_bytes(use.encode()[:8], "big"))
+    return (key ^ word) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def fold_members(
+    data: Data, config: TrainConfig, rate: float, part: NDArray[np.int64]
+) -> list[Member]:
+    """One head per part: it learns from the images of all others. Splits other than train and valid
+    take no part.
+    """
+    pool = np.sort(np.concatenate([data.train, data.valid]))
+    return [
+        Member(config=config, rate=rate, train=pool[part != one], valid=pool[part == one])
+        for one in range(int(part.max()) + 1)
+    ]
+
+
+# ------------------------------------------------------------------------- learning curve
+
+
+def share_members(
+    data: Data, config: TrainConfig, rate: float, seeds: int
+) -> list[tuple[float, Member]]:
+    """Heads on growing shares of the training images, each share containing the one before, with
+    every class alike; all take the same number of steps. Shares without two images or without one
+    of each class are left out.
+    """
+    label = data.label[data.train].cpu().numpy()
+    place = np.empty(len(label))
+    for rows in _by_class(label):
+        order = np.argsort(_mixed(data.key[data.train[rows]], "shares"), kind="stable")
+        place[rows[order]] = (np.arange(len(rows)) + 0.5) / max(len(rows), 1)
+    made = []
+    for share in SHARES:
+        rows = data.train[place < share]
+        there = label[place < share]
+        seen = there.any(0).sum() if data.multi else len(np.unique(there))
+        if len(rows) < 2 or seen < len(data.classes):
+            continue
+        for seed in range(seeds):
+            one = replace(config, seed=config.seed + seed)
+            made.append((share, Member(config=one, rate=rate, train=rows, valid=data.valid)))
+    return made
+
+
+def curve(
+    shares: Sequence[tuple[float, Member]],
+    lines: Sequence[Mapping[str, float]],
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """The learning curve: `points` [{share, images, mean, spread, values}], `figure`, `words`."""
+    name = figure(config)
+    points: list[dict[str, Any]] = []
+    for share in dict.fromkeys(share for share, _ in shares):
+        at = [i for i, (one, _) in enumerate(shares) if one == share]
+        values = [lines[i][name] for i in at]
+        points.append(
+            {
+                "share": share,
+                "images": len(shares[at[0]][1].train),
+                "mean": float(np.mean(values)),
+                "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "values": values,
+            }
+        )
+    return {"figure": name, "points": points, "words": _more(points, name, shares[0][1].valid)}
+
+
+def _more(points: Sequence[Mapping[str, Any]], name: str, valid: NDArray[np.int64]) -> str:
+    """Whether the last doubling of the images paid, in words."""
+    if len(points) < 2:
+        return "too few images for a curve"
+    before, last = points[-2], points[-1]
+    gain = (last["mean"] - before["mean"]) * (-1 if name == "valid_loss" else 1)
+    errors = [
+        one
+        for point in (before, last)
+        if (one := _error({**point, "heads": point["values"]}, name, len(valid))) is not None
+    ]
+    if len(errors) < 2:
+        return f"from {before['images']} to {last['images']} images {name} moved by {gain:.4f}"
+    sure = 2 * math.hypot(*errors)
+    span = f"from {before['images']} to {last['images']} images {name} improved by {gain:.4f}"
+    if gain > sure:
+        return f"{span}, more than chance explains ({sure:.4f}): more images would probably help"
+    return (
+        f"{span}, within what chance explains ({sure:.4f}): it cannot be said that more would help"
+    )

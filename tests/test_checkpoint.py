@@ -1,0 +1,307 @@
+"""A checkpoint is whole, or it is found out and the one before it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from arrowhead import checkpoint
+
+KEY = "a1b2"
+
+
+def tensors(number: int) -> dict[str, torch.Tensor]:
+    """What a trainer of that epoch would keep; every number has other bytes."""
+    draw = torch.Generator().manual_seed(number)
+    weight = torch.randn(3, 5, generator=draw)
+    return {"head.weight": weight, "step": torch.tensor(number), "half": weight.half()}
+
+
+def facts(number: int, key: str = KEY) -> dict[str, object]:
+    return {"key": key, "number": number, "run": "r1", "rates": [0.1, number / 3]}
+
+
+def keep(place: Path, number: int, name: str = "", key: str = KEY) -> Path:
+    folder = place / (name or f"epoch-{number:04}")
+    checkpoint.write(folder, tensors(number), facts(number, key))
+    return folder
+
+
+def same(found: checkpoint.Checkpoint | None, number: int, key: str = KEY) -> bool:
+    """Whether it is the checkpoint of that number, to the last bit."""
+    wanted = tensors(number)
+    return (
+        found is not None
+        and (found.number, found.facts) == (number, facts(number, key))
+        and found.tensors.keys() == wanted.keys()
+        and all(torch.equal(found.tensors[name], wanted[name]) for name in wanted)
+        and all(found.tensors[name].dtype == wanted[name].dtype for name in wanted)
+    )
+
+
+def must_be_well(message: str) -> None:
+    raise AssertionError(message)
+
+
+# ----------------------------------------------------------------------- written and found
+
+
+def test_what_is_written_comes_back_to_the_last_bit(tmp_path):
+    odd = {
+        "nan": torch.tensor([float("nan"), float("-inf"), -0.0]),
+        "view": torch.arange(12).reshape(3, 4).t(),
+        "none": torch.empty(0, 7),
+        "bf16": torch.tensor(1.5, dtype=torch.bfloat16),
+        "rng": torch.get_rng_state(),
+    }
+    odd["tied"] = odd["view"][0]  # shares memory
+    grad = torch.nn.Parameter(torch.ones(2))
+    checkpoint.write(tmp_path / "one", {**odd, "grad": grad}, facts(4) | {"shape": (1, 2), 7: "x"})
+    found = checkpoint.newest(tmp_path, KEY, must_be_well)
+    assert found is not None
+    assert found.facts == facts(4) | {"shape": [1, 2], "7": "x"}
+    for name, tensor in odd.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert torch.equal(
+            found.tensors[name].reshape(-1).view(torch.uint8),
+            tensor.contiguous().reshape(-1).view(torch.uint8),
+        ), name
+    assert torch.equal(found.tensors["grad"], torch.ones(2))
+
+
+def test_the_highest_number_is_the_newest_whatever_folders_are_called(tmp_path):
+    keep(tmp_path, 9, "attempt-1/epoch-0009")
+    keep(tmp_path, 11, "attempt-1/a")
+    keep(tmp_path, 10, "z")
+    keep(tmp_path, 12, "b/c/d")
+    assert same(checkpoint.newest(tmp_path, KEY, must_be_well), 12)
+    shutil.rmtree(tmp_path / "b")
+    assert same(checkpoint.newest(tmp_path, KEY, must_be_well), 11)
+
+
+def test_another_trainings_checkpoints_are_neither_used_nor_spoken_of(tmp_path):
+    keep(tmp_path, 1)
+    other = keep(tmp_path, 2, key="other")
+    os.truncate(other / checkpoint.STATE, 5)
+    assert same(checkpoint.newest(tmp_path, KEY, must_be_well), 1)
+    assert checkpoint.newest(tmp_path, "third", must_be_well) is None
+    checkpoint.prune(tmp_path, KEY)
+    assert other.is_dir()
+
+
+def test_an_empty_place_or_none_has_no_checkpoint(tmp_path):
+    assert checkpoint.newest(tmp_path, KEY, must_be_well) is None
+    assert checkpoint.newest(tmp_path / "not there", KEY, must_be_well) is None
+    checkpoint.prune(tmp_path / "not there", KEY)
+
+
+@pytest.mark.parametrize("wrong", [{"number": 1}, {"key": KEY}, {"key": KEY, "number": "1"}])
+def test_facts_without_key_and_number_are_not_written(tmp_path, wrong):
+    with pytest.raises(TypeError):
+        checkpoint.write(tmp_path / "one", {}, wrong)
+
+
+# ------------------------------------------------------------------------------------ torn
+
+
+def falls_back(place: Path, bad: Path) -> None:
+    """The torn checkpoint is passed over with one warning, which names it and the other."""
+    said: list[str] = []
+    assert same(checkpoint.newest(place, KEY, said.append), 1)
+    assert len(said) == 1
+    assert str(bad) in said[0]
+    assert "the whole one before it" in said[0]
+    assert "epoch-0001" in said[0]
+
+
+@pytest.mark.parametrize("name", [checkpoint.LABEL, checkpoint.STATE])
+def test_a_file_cut_at_any_length_is_found_out(tmp_path, name):
+    keep(tmp_path, 1)
+    bad = keep(tmp_path, 2)
+    data = (bad / name).read_bytes()
+    for length in range(len(data) - (data[-1:] == b"\n")):  # the last line end says nothing
+        (bad / name).write_bytes(data[:length])
+        falls_back(tmp_path, bad)
+    (bad / name).write_bytes(data + b"0")
+    falls_back(tmp_path, bad)
+    (bad / name).unlink()
+    falls_back(tmp_path, bad)
+
+
+@pytest.mark.parametrize("name", [checkpoint.LABEL, checkpoint.STATE])
+def test_a_flipped_bit_anywhere_is_found_out(tmp_path, name):
+    keep(tmp_path, 1)
+    bad = keep(tmp_path, 2)
+    data = (bad / name).read_bytes()
+    for place in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            (bad / name).write_bytes(changed)
+            said: list[str] = []
+            found = checkpoint.newest(tmp_path, KEY, said.append)
+            # A bit of the label's layout may change nothing that it says.
+            assert (same(found, 1) and len(said) == 1) or (same(found, 2) and not said)
+            if name == checkpoint.STATE:
+                assert same(found, 1)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(st.binary(max_size=60) | st.sampled_from([b"[]", b"3", b'"x"', b"null", b'{"format": 2}']))
+def test_a_label_of_any_other_content_is_found_out(tmp_path_factory, content):
+    place = tmp_path_factory.mktemp("place")
+    keep(place, 1)
+    bad = keep(place, 2)
+    (bad / checkpoint.LABEL).write_bytes(content)
+    falls_back(place, bad)
+
+
+def test_with_nothing_whole_there_is_one_warning_each_and_no_checkpoint(tmp_path):
+    for number in (1, 2):
+        os.truncate(keep(tmp_path, number) / checkpoint.STATE, 9)
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, KEY, said.append) is None
+    assert [("none is whole" in one) for one in said] == [True, True]
+
+
+def test_the_tensors_of_another_checkpoint_are_not_taken_for_its_own(tmp_path):
+    first, second = keep(tmp_path, 1), keep(tmp_path, 2)
+    shutil.copyfile(first / checkpoint.STATE, second / checkpoint.STATE)
+    falls_back(tmp_path, second)
+
+
+# ---------------------------------------------------------------------------------- pruned
+
+
+def names(place: Path) -> list[str]:
+    return sorted(path.parent.name for path in place.rglob(checkpoint.STATE))
+
+
+def test_the_two_newest_whole_ones_stay_and_a_torn_one_is_not_counted(tmp_path):
+    for number in range(1, 6):
+        keep(tmp_path, number, f"attempt-{number % 2}/epoch-{number:04}")
+    os.truncate(tmp_path / "attempt-1" / "epoch-0005" / checkpoint.STATE, 40)
+    os.truncate(tmp_path / "attempt-1" / "epoch-0003" / checkpoint.LABEL, 40)
+    checkpoint.prune(tmp_path, KEY)
+    assert names(tmp_path) == ["epoch-0002", "epoch-0004"]
+
+
+def test_while_nothing_is_whole_nothing_but_drafts_is_removed(tmp_path):
+    for number in (1, 2, 3):
+        os.truncate(keep(tmp_path, number) / checkpoint.STATE, 9)
+    checkpoint.write(checkpoint.draft(tmp_path), tensors(4), facts(4))
+    checkpoint.prune(tmp_path, KEY)
+    assert names(tmp_path) == ["epoch-0001", "epoch-0002", "epoch-0003"]
+
+
+def test_a_draft_is_no_checkpoint_and_is_removed(tmp_path):
+    keep(tmp_path, 1)
+    checkpoint.write(checkpoint.draft(tmp_path), tensors(2), facts(2))
+    (tmp_path / "attempt-1" / ".epoch-0003.0badcafe.draft").mkdir(parents=True)
+    assert same(checkpoint.newest(tmp_path, KEY, must_be_well), 1)
+    checkpoint.prune(tmp_path, KEY)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "attempt-1",
+        checkpoint.LABEL,
+        "epoch-0001",
+        checkpoint.STATE,
+    ]
+
+
+def test_pruning_stopped_after_any_step_loses_nothing(tmp_path, monkeypatch):
+    """The disk fails at the first, second, … removal; what was newest still is."""
+    steps = 0
+
+    class Stopped(Exception):
+        pass
+
+    def counted(real):
+        def step(*args, **more):
+            nonlocal steps
+            steps -= 1
+            if steps < 0:
+                raise Stopped
+            return real(*args, **more)
+
+        return step
+
+    finished = False
+    stop = 0
+    while not finished:
+        place = tmp_path / str(stop)
+        for number in range(1, 6):
+            keep(place, number)
+        steps, stop = stop, stop + 1
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "replace")):
+                patch.setattr(owner, name, counted(getattr(os, name)))
+            try:
+                checkpoint.prune(place, KEY)
+                finished = True
+            except Stopped:
+                pass
+        assert same(checkpoint.newest(place, KEY, must_be_well), 5)
+        checkpoint.prune(place, KEY)
+        assert names(place) == ["epoch-0004", "epoch-0005"]
+        assert len(list(place.iterdir())) == 2
+    assert stop > 10
+
+
+# ---------------------------------------------------------------------------------- killed
+
+
+def write_for_ever(place: Path) -> None:
+    """Checkpoint after checkpoint, as a trainer in this process keeps them; says each number."""
+    from arrowhead import launch
+
+    def stage(worker: launch.Worker) -> None:
+        last = checkpoint.newest(place, KEY, must_be_well)
+        number = last.number if last else 0
+        while True:
+            number += 1
+            draft = checkpoint.draft(place)
+            checkpoint.write(draft, tensors(number), facts(number))
+            worker.keep(draft, f"epoch-{number % 3}")  # names come again: one replaces another
+            print(number, flush=True)
+            checkpoint.prune(place, KEY)
+
+    launch.run(stage, place=place)
+
+
+def test_after_a_kill_at_any_moment_the_last_one_kept_is_there(tmp_path):
+    draw = random.Random(0)
+    for _ in range(3):
+        words = [sys.executable, __file__, str(tmp_path)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        time.sleep(0.2 + draw.random() / 2)
+        process.kill()
+        out, err = process.communicate(timeout=60)
+        assert first, err[-4000:]
+        last = int((first + out).split()[-1])
+        found = checkpoint.newest(tmp_path, KEY, must_be_well)
+        assert found is not None
+        assert found.number in (last, last + 1)
+        assert same(found, found.number)
+
+
+def test_a_label_can_be_read_by_people(tmp_path):
+    label = json.loads((keep(tmp_path, 3) / checkpoint.LABEL).read_text())
+    assert label["facts"] == facts(3)
+    assert set(label) == {"format", "checkpoint", "facts", "sha256", "seal"}
+
+
+if __name__ == "__main__":
+    write_for_ever(Path(sys.argv[1]))

@@ -1,0 +1,372 @@
+"""The descent's promises: torch's losses, slopes and optimizers, schedules as their papers draw
+them, and in fp16 a head that overflows harms nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor, nn
+
+from arrowhead import ConfigError, heads
+from arrowhead.descent import DescentConfig, Loss, Optimizer, balance, factor, must_fit
+from arrowhead.heads import Stack
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On matrices this small and cores this busy, threads wait for each other more than work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------ schedules
+
+
+def _rates(config: DescentConfig, epochs: int, steps: int) -> np.ndarray:
+    """The factor at each step, (epochs, steps)."""
+    count = epochs * steps
+    made = [factor(step / count, config, epochs) for step in range(count)]
+    return np.array(made).reshape(epochs, steps)
+
+
+def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing() -> None:
+    rates = [factor(share, DescentConfig(), 7) for share in np.linspace(0, 1, 101)]
+    assert rates[0] == pytest.approx(1 / 25)
+    assert rates[25] == max(rates) == pytest.approx(1)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert rates[:26] == sorted(rates[:26])
+    assert rates[25:] == sorted(rates[25:], reverse=True)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
+def test_one_cycle_has_its_highest_rate_where_its_warm_up_ends(warmup: float) -> None:
+    config = DescentConfig(warmup=warmup)
+    rates = [factor(step / 1000, config, 3) for step in range(1000)]
+    assert int(np.argmax(rates)) == round(warmup * 1000)
+    assert max(rates) == pytest.approx(1)
+
+
+def test_constant_is_constant_and_its_warm_up_a_straight_line() -> None:
+    assert (_rates(DescentConfig(schedule="constant"), 3, 10) == 1).all()
+    rates = _rates(DescentConfig(schedule="constant", warmup=0.2), 1, 100)[0]
+    assert rates[0] == pytest.approx(1 / 25)
+    assert np.diff(rates[:21]) == pytest.approx(np.full(20, (1 - 1 / 25) / 20))
+    assert rates[20:] == pytest.approx(np.ones(80))
+
+
+def test_sgdr_restarts_at_full_rate_after_1_2_and_4_epochs() -> None:
+    config = DescentConfig(schedule="cosine", cycle_len=1, cycle_mult=2)
+    rates = _rates(config, 7, 50).flatten()
+    starts = np.flatnonzero(np.diff(rates, prepend=0) > 0)
+    assert starts.tolist() == [0, 50, 150]
+    for start, length in zip(starts, (50, 100, 200), strict=True):
+        wanted = (1 + np.cos(np.pi * np.arange(length) / length)) / 2  # arXiv:1608.03983, (5)
+        assert rates[start : start + length] == pytest.approx(wanted, abs=1e-9)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 70))
+@settings(deadline=None)
+def test_each_cosine_starts_at_the_first_step_of_its_epoch_however_the_shares_round(
+    length: int, mult: int, cycles: int, steps: int
+) -> None:
+    lengths = [length * mult**number for number in range(cycles)]
+    config = DescentConfig(schedule="cosine", cycle_len=length, cycle_mult=mult)
+    must_fit(config, sum(lengths))
+    rates = _rates(config, sum(lengths), steps)
+    for start in np.cumsum([0, *lengths[:-1]]):
+        assert rates[start, 0] == pytest.approx(1, abs=1e-6)
+    assert ((rates >= 0) & (rates <= 1)).all()
+
+
+def test_one_cosine_falls_over_all_epochs_and_a_warm_up_only_lowers_it() -> None:
+    plain = _rates(DescentConfig(schedule="cosine"), 5, 20).flatten()
+    assert plain == pytest.approx((1 + np.cos(np.pi * np.arange(100) / 100)) / 2)
+    warm = _rates(DescentConfig(schedule="cosine", warmup=0.3), 5, 20).flatten()
+    assert warm[30:] == pytest.approx(plain[30:])
+    assert (warm[:30] < plain[:30]).all()
+    assert factor(1.0, DescentConfig(schedule="cosine"), 5) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "near"), [(2, "1 or 3"), (5, "3 or 7"), (6, "3 or 7"), (14, "7 or 15")]
+)
+def test_a_cosine_that_would_be_cut_is_refused_with_the_epochs_that_fit(
+    epochs: int, near: str
+) -> None:
+    config = DescentConfig(schedule="cosine", cycle_len=1, cycle_mult=2)
+    with pytest.raises(ConfigError, match=f"--epochs {near}"):
+        must_fit(config, epochs)
+    with pytest.raises(ConfigError, match="--epochs 3,"):
+        must_fit(DescentConfig(schedule="cosine", cycle_len=3), 2)
+
+
+@pytest.mark.parametrize(
+    ("knob", "bad"),
+    [
+        ("weight_decay", -0.1),
+        ("weight_decay", float("nan")),
+        ("weight_decay", float("inf")),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("warmup", 1.0),
+        ("warmup", float("nan")),
+        ("smoothing", 1.0),
+        ("cycle_len", 0),
+        ("cycle_mult", 0),
+    ],
+)
+def test_a_descent_that_leads_nowhere_is_refused_in_three_parts(knob: str, bad: float) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        DescentConfig(schedule="cosine", **{knob: bad})  # type: ignore[arg-type]
+    assert f"--{knob.replace('_', '-')} is" in refusal.value.found
+    assert all((refusal.value.wanted, refusal.value.do))
+
+
+def test_restarts_are_refused_where_there_is_no_cosine_to_restart() -> None:
+    with pytest.raises(ConfigError, match="--cycle-len 2"):
+        DescentConfig(cycle_len=2)
+
+
+# --------------------------------------------------------------------------------- losses
+
+
+def _torchs(loss: Loss, logit_CB: Tensor, label: Tensor) -> Tensor:
+    """Each row's loss, (B,), by torch's own functions."""
+    if not loss.multi:
+        own = {"weight": loss.classes, "label_smoothing": loss.smoothing, "reduction": "none"}
+        return nn.functional.cross_entropy(logit_CB.mT, label, **own)  # type: ignore[arg-type]
+    wanted = label * (1 - loss.smoothing) + loss.smoothing / 2
+    gain = None if loss.classes is None else loss.classes[:, None]
+    every = nn.functional.binary_cross_entropy_with_logits(
+        logit_CB, wanted, pos_weight=gain, reduction="none"
+    )
+    return every.mean(0)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(1, 7)),
+    st.booleans(),
+    st.sampled_from([0.0, 0.1, 0.5]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_losses_and_slopes_are_those_of_torchs_own_functions(
+    seed: int,
+    shape: tuple[int, int, int, int],
+    multi: bool,
+    smoothing: float,
+    weighted: bool,
+    padded: bool,
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    lanes, each, classes, rows = shape
+    logit = 5 * torch.randn(shape, generator=draw)
+    weights = torch.rand(classes, generator=draw) + 0.1 if weighted else None
+    loss = Loss(multi=multi, smoothing=smoothing, classes=weights)
+    label = torch.randint(classes, (lanes, rows), generator=draw)
+    if multi:
+        label = torch.randint(2, (lanes, classes, rows), generator=draw).float()
+    real = torch.rand(lanes, rows, generator=draw) < 0.7 if padded else None
+    total = torch.rand(lanes, generator=draw) + 1
+    nats, slope = loss.of(logit.clone(), label, real, total)
+    for lane in range(lanes):
+        for head in range(each):
+            leaf = logit[lane, head].clone().requires_grad_()
+            each_B = _torchs(loss, leaf, label[lane])
+            wanted = (each_B if real is None else each_B[real[lane]]).sum()
+            (wanted / total[lane]).backward()
+            torch.testing.assert_close(nats[lane, head], wanted.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(slope[lane, head], leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_certain_and_wrong_row_has_a_finite_loss_and_slope(multi: bool) -> None:
+    logit = torch.tensor([1e4, -1e4]).view(1, 1, 2, 1)
+    label = torch.tensor([0.0, 1.0]).view(1, 2, 1) if multi else torch.tensor([[1]])
+    nats, slope = Loss(multi=multi).of(logit.clone(), label, None, 1.0)
+    assert float(nats) == pytest.approx(1e4 if multi else 2e4)
+    assert slope.flatten().tolist() == ([0.5, -0.5] if multi else [1, -1])
+
+
+@given(st.lists(st.integers(0, 4), min_size=5, max_size=60))
+@settings(deadline=None)
+def test_balanced_weights_are_scikit_learns(some: list[int]) -> None:
+    label = np.array([*range(5), *some])
+    wanted = compute_class_weight("balanced", classes=np.arange(5), y=label)
+    np.testing.assert_allclose(balance(torch.from_numpy(label), 5), wanted, rtol=1e-6)
+
+
+def test_a_balanced_label_weighs_as_much_by_its_presence_as_by_its_absence() -> None:
+    label = torch.tensor([[1, 0], [0, 0], [0, 1], [0, 1], [0, 1]], dtype=torch.uint8)
+    weights = balance(label, 2)
+    present, absent = label.sum(0), (1 - label).sum(0)
+    torch.testing.assert_close(weights * present, absent.float())
+    never, always = balance(torch.tensor([[0, 1]] * 9, dtype=torch.uint8), 2).tolist()
+    assert np.isfinite([never, always]).all()
+    assert min(never, always) > 0
+
+
+# ------------------------------------------------------------------------------ optimizers
+
+CLASSES, WIDTH = 3, 5
+RATES = torch.tensor([[0.1, 0.01, 0.3], [0.02, 0.1, 0.0]])
+DECAYS = torch.tensor([[0.0, 0.1, 0.01], [0.5, 0.0, 0.0]])
+
+
+def _stack(shape: tuple[int, int]) -> tuple[Stack, list[list[nn.Sequential]]]:
+    """A stack of different heads, and the heads themselves."""
+    lanes, each = shape
+    single = [
+        [heads.make("linear", WIDTH, CLASSES, seed=10 * lane + head) for head in range(each)]
+        for lane in range(lanes)
+    ]
+    states = [[head.state_dict() for head in lane] for lane in single]
+    made = Stack.of("linear", states, [0.0] * lanes, [0] * lanes)
+    return made, single
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DescentConfig(optimizer="adamw"),
+        DescentConfig(optimizer="sgd"),
+        DescentConfig(optimizer="sgd", momentum=0.0),
+    ],
+    ids=["adamw", "sgd", "sgd without momentum"],
+)
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "scaled"])
+@pytest.mark.parametrize("alike", [False, True], ids=["own rates", "one rate"])
+def test_each_head_moves_as_torchs_own_optimizer_moves_it(
+    config: DescentConfig, scaled: bool, alike: bool
+) -> None:
+    rates = torch.full_like(RATES, 0.05) if alike else RATES
+    decays = torch.full_like(DECAYS, 0.1) if alike else DECAYS
+    stack, single = _stack((2, 3))
+    ours = Optimizer(stack, config, rates, decays, scaled=scaled)
+    theirs: dict[tuple[int, int], torch.optim.Optimizer] = {}
+    for lane, head in np.ndindex(2, 3):
+        own: dict[str, Any] = {
+            "lr": float(rates[lane, head]),
+            "weight_decay": float(decays[lane, head]),
+        }
+        learned = single[lane][head].parameters()
+        theirs[lane, head] = (
+            torch.optim.AdamW(learned, **own)
+            if config.optimizer == "adamw"
+            else torch.optim.SGD(learned, momentum=config.momentum, **own)
+        )
+    draw = torch.Generator().manual_seed(0)
+    for share in (1.0, 0.5, 0.9, 0.1):
+        stack.grad.copy_(torch.randn(len(stack.grad), generator=draw))
+        for (lane, head), optimizer in theirs.items():
+            slopes = stack.state(lane, head, stack.grad)
+            for name, weight in single[lane][head].named_parameters():
+                weight.grad = slopes[name].clone()
+            optimizer.param_groups[0]["lr"] = float(rates[lane, head]) * share
+            optimizer.step()
+        if scaled:
+            stack.grad.mul_(65536)
+        ours.move(share)
+    for lane, head in theirs:
+        made = stack.state(lane, head)
+        for name, weight in single[lane][head].named_parameters():
+            torch.testing.assert_close(made[name], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("spoiled", [float("inf"), float("nan")])
+def test_a_step_that_overflows_is_left_out_and_halves_the_scale_of_its_head_alone(
+    kind: str, spoiled: float
+) -> None:
+    config = DescentConfig(optimizer=kind, weight_decay=0.1)  # type: ignore[arg-type]
+
+    def run(shape: tuple[int, int], steps: list[bool]) -> tuple[Stack, Optimizer]:
+        """Steps with the same slopes for every head; True: head (0, 1) overflows."""
+        stack, _ = _stack(shape)
+        ones = torch.ones(shape)
+        optimizer = Optimizer(stack, config, ones * 0.1, ones * 0.1, scaled=True)
+        draw = torch.Generator().manual_seed(0)
+        for bad in steps:
+            drawn = torch.randn(CLASSES, WIDTH, generator=draw)
+            stack.slopes["2.weight"].copy_(drawn.expand(*shape, -1, -1))
+            stack.slopes["2.bias"].copy_(drawn[:, 0].expand(*shape, -1))
+            assert optimizer.scale_LG is not None
+            stack.grad.mul_(stack.spread(optimizer.scale_LG))
+            if bad:
+                stack.slopes["2.bias"][0, 1, 2] = spoiled
+            optimizer.move(1.0)
+        return stack, optimizer
+
+    stack, optimizer = run((2, 2), [False, True, False])
+    undisturbed, _ = run((2, 2), [False, False, False])
+    assert optimizer.scale_LG is not None
+    assert optimizer.scale_LG.tolist() == [[65536, 32768], [65536, 65536]]
+    assert optimizer.skipped_LG.tolist() == [[0, 1], [0, 0]]
+    for lane, head in [(0, 0), (1, 0), (1, 1)]:
+        for name, value in undisturbed.state(lane, head).items():
+            assert torch.equal(stack.state(lane, head)[name], value)
+    # The head that overflowed is where it would be had the step never been asked for.
+    single, _ = _stack((2, 2))
+    alone = Optimizer(
+        single, config, torch.full((2, 2), 0.1), torch.full((2, 2), 0.1), scaled=False
+    )
+    draw = torch.Generator().manual_seed(0)
+    for bad in (False, True, False):
+        drawn = torch.randn(CLASSES, WIDTH, generator=draw)
+        if not bad:
+            single.slopes["2.weight"].copy_(drawn.expand(2, 2, -1, -1))
+            single.slopes["2.bias"].copy_(drawn[:, 0].expand(2, 2, -1))
+            alone.move(1.0)
+    for name, value in single.state(0, 1).items():
+        torch.testing.assert_close(stack.state(0, 1)[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scale_doubles_after_2000_good_steps_as_torchs_scaler_does() -> None:
+    stack, _ = _stack((1, 2))
+    zeros = torch.zeros(1, 2)
+    optimizer = Optimizer(stack, DescentConfig(), zeros, zeros, scaled=True)
+    assert optimizer.scale_LG is not None
+    for step in range(2003):
+        stack.grad.zero_()
+        if step == 2:
+            stack.slopes["2.bias"][0, 1, 0] = float("inf")
+        optimizer.move(1.0)
+        if step == 1999:
+            assert optimizer.scale_LG.tolist() == [[131072, 32768]]
+    assert optimizer.scale_LG.tolist() == [[131072, 65536]]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_optimizer_goes_on_where_another_was_left(scaled: bool) -> None:
+    def fresh() -> tuple[Stack, Optimizer]:
+        stack, _ = _stack((2, 3))
+        return stack, Optimizer(stack, DescentConfig(), RATES, DECAYS, scaled=scaled)
+
+    def walk(stack: Stack, optimizer: Optimizer, steps: range) -> None:
+        for step in steps:
+            draw = torch.Generator().manual_seed(step)
+            stack.grad.copy_(torch.randn(len(stack.grad), generator=draw))
+            optimizer.move(1.0)
+
+    stack, optimizer = fresh()
+    walk(stack, optimizer, range(3))
+    tensors = {name: one.clone() for name, one in optimizer.tensors().items()}
+    theta, steps = stack.theta.clone(), optimizer.steps
+    walk(stack, optimizer, range(3, 6))
+    again, resumed = fresh()
+    again.theta.copy_(theta)
+    resumed.load(tensors, steps)
+    walk(again, resumed, range(3, 6))
+    assert torch.equal(again.theta, stack.theta)

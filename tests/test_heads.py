@@ -1,0 +1,291 @@
+"""The heads' promises: in a stack each does what plain torch modules would do, rows that only fill
+a lane up are not there, and dropout is drawn for the row, whoever holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from arrowhead import heads
+from arrowhead.heads import Place, Stack
+
+KINDS = ["linear", "lesson"]
+WIDTH = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On matrices this small and cores this busy, threads wait for each other more than work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _heads(kind: str, classes: int, lanes: int, each: int) -> list[list[nn.Sequential]]:
+    """Heads with weights of their own; those of a lane share the mean and deviation."""
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for lane in range(lanes):
+        made.append([heads.make(kind, WIDTH, classes, seed=lane * each + n) for n in range(each)])
+        mean = torch.randn(WIDTH, generator=draw)
+        deviation = torch.rand(WIDTH, generator=draw) + 0.5
+        for head in made[-1]:
+            if isinstance(head[0], heads.Standardize):
+                head[0].mean.copy_(mean)
+                head[0].deviation.copy_(deviation)
+            for part in head:
+                if isinstance(part, nn.Dropout):
+                    part.p = 0.0
+    return made
+
+
+def _stack(kind: str, single: list[list[nn.Sequential]], *, multi: bool = False) -> Stack:
+    states = [[head.state_dict() for head in lane] for lane in single]
+    return Stack.of(kind, states, [0.0] * len(states), [0] * len(states), multi=multi)
+
+
+def _batch(lanes: int, rows: int) -> Tensor:
+    drawn = np.random.default_rng(1).normal(size=(lanes, rows, WIDTH)).astype(np.float16)
+    return torch.from_numpy(drawn)
+
+
+def _centred(logit_CB: Tensor, *, multi: bool) -> Tensor:
+    """Where a row has one label, a constant added to all its logits means nothing."""
+    return logit_CB if multi else logit_CB - logit_CB.mean(-2, keepdim=True)
+
+
+# ------------------------------------------------------------------------------ one head
+
+
+def test_the_lesson_head_is_the_lessons() -> None:
+    parts = [type(part) for part in heads.make("lesson", 16, 3)]
+    norm, drop = nn.BatchNorm1d, nn.Dropout
+    assert parts == [norm, drop, nn.Linear, nn.ReLU, norm, drop, nn.Linear]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_weights_are_a_function_of_the_seed_and_of_nothing_else(kind: str) -> None:
+    def weights(seed: int) -> Tensor:
+        return nn.utils.parameters_to_vector(heads.make(kind, 5, 3, seed=seed).parameters())
+
+    torch.manual_seed(1)
+    first = weights(3)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)  # the caller's generator was not used up
+    assert torch.equal(weights(3), first)
+    assert not torch.equal(weights(4), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_head_out_of_a_stack_says_what_it_said_in_the_stack(
+    kind: str, classes: int, multi: bool
+) -> None:
+    stack = _stack(kind, _heads(kind, classes, 2, 3), multi=multi)
+    feature = _batch(2, 9)
+    logit = stack.logits(feature)
+    assert logit.shape == (2, 3, classes, 9)
+    for lane, head in np.ndindex(2, 3):
+        single = heads.restore(kind, WIDTH, classes, stack.state(lane, head))
+        assert not single.training
+        with torch.inference_mode():
+            wanted = single(feature[lane].float()).mT
+        made = _centred(logit[lane, head], multi=multi)
+        torch.testing.assert_close(made, _centred(wanted, multi=multi), rtol=1e-5, atol=1e-5)
+    same = stack.logits(feature[:1])  # one batch for all lanes
+    torch.testing.assert_close(same[0], logit[0])
+    torch.testing.assert_close(same[1], stack.logits(feature[:1].expand(2, -1, -1))[1])
+
+
+# ------------------------------------------------------------------------------- a stack
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("multi", [False, True])
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(
+    ("lanes", "each", "rows"), [(1, 1, 2), (1, 1, 1), (2, 3, 20), (2, 5, 3), (1, 6, 6)]
+)
+def test_logits_slopes_and_statistics_are_those_autograd_finds_for_each_head(
+    kind: str, multi: bool, classes: int, lanes: int, each: int, rows: int
+) -> None:
+    single = _heads(kind, classes, lanes, each)
+    stack = _stack(kind, single, multi=multi)
+    feature = _batch(lanes, rows)
+    logit = stack.logits(feature, Place(0, 0, rows))
+    slope = torch.randn(logit.shape, generator=torch.Generator().manual_seed(2))
+    if not multi:
+        slope -= slope.mean(2, keepdim=True)  # as every loss of one label has it
+    stack.descend(slope.clone())
+    if kind == "lesson" and rows == 1:  # torch's batch norm refuses it; a store may have it
+        assert stack.grad.isfinite().all()
+        return
+    for lane, number in np.ndindex(lanes, each):
+        head = single[lane][number].train()
+        plain = head(feature[lane].float()).mT
+        plain.backward(slope[lane, number])
+        made = _centred(logit[lane, number], multi=multi)
+        wanted = _centred(plain.detach(), multi=multi)
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+        slopes = stack.state(lane, number, stack.grad)
+        for name, weight in head.named_parameters():
+            torch.testing.assert_close(slopes[name], weight.grad, rtol=1e-4, atol=1e-4)
+        for name, buffer in head.named_buffers():
+            torch.testing.assert_close(stack.state(lane, number)[name], buffer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_worker_without_a_row_of_the_batch_adds_nothing(kind: str, classes: int) -> None:
+    stack = _stack(kind, _heads(kind, classes, 2, 3))
+    stack.grad.fill_(1)
+    if kind == "linear":  # alone: the lesson's statistics would be those of no row at all
+        logit = stack.logits(_batch(2, 0), Place(0, 3, 3))
+        assert logit.shape == (2, 3, classes, 0)
+        stack.descend(logit)
+        assert not stack.grad.any()
+    assert stack.logits(_batch(2, 0)).shape == (2, 3, classes, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(counts=st.lists(st.integers(2, 8), min_size=2, max_size=4))
+@settings(deadline=None, max_examples=15)
+def test_rows_that_fill_a_lane_up_change_nothing(kind: str, counts: list[int]) -> None:
+    lanes, rows = len(counts), max(counts)
+    single = _heads(kind, 3, lanes, 2)
+    stack = _stack(kind, single)
+    feature = _batch(lanes, rows)
+    real = torch.arange(rows) < torch.tensor(counts)[:, None]
+    stack.logits(feature, Place(0, 0, rows), real)
+    slope = torch.ones(lanes, 2, 3, rows)
+    slope[:, :, 0] = -2
+    stack.descend(slope * real[:, None, None])
+    for lane, count in enumerate(counts):
+        alone = _stack(kind, [single[lane]])
+        alone.logits(feature[lane : lane + 1, :count], Place(0, 0, count))
+        alone.descend(slope[lane : lane + 1, :, :, :count].clone())
+        for head in range(2):
+            for flat, own in ((stack.grad, alone.grad), (None, None)):
+                wanted = alone.state(0, head, own)
+                for name, value in stack.state(lane, head, flat).items():
+                    torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flat_tensors_of_a_stack_fall_into_parts_and_heads(kind: str) -> None:
+    single = _heads(kind, 3, 2, 3)
+    stack = _stack(kind, single)
+    for lane, head in np.ndindex(2, 3):
+        for name, value in single[lane][head].state_dict().items():
+            assert torch.equal(stack.state(lane, head)[name], value)
+    numbers = stack.spread(torch.arange(6.0).view(2, 3))
+    for lane, head in np.ndindex(2, 3):
+        own = stack.state(lane, head, numbers)
+        assert all((own[name] == 3 * lane + head).all() for name in stack.learned)
+    picked = torch.tensor([[4, 0]])
+    some = stack.taken(stack.theta, picked)
+    fewer = _stack(kind, [[single[1][1], single[0][0]]])
+    assert torch.equal(some, fewer.theta)
+    flat = stack.theta.clone()
+    stack.views(flat)[stack.learned[0]][1, 2].view(-1)[0] = float("nan")
+    stack.views(flat)[stack.learned[-1]][0, 1, 0] = float("-inf")
+    assert stack.finite(flat).tolist() == [[True, False, True], [True, True, False]]
+    assert stack.finite(stack.theta).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_taken_from_a_stack_stays_as_it_was(kind: str) -> None:
+    stack = _stack(kind, _heads(kind, 2, 1, 1))
+    taken = stack.state(0, 0)
+    before = {name: value.clone() for name, value in taken.items()}
+    stack.theta.add_(1)
+    for buffer in stack.buffers.values():
+        buffer.add_(1)
+    assert all(torch.equal(taken[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_with_weights_that_are_not_numbers_disturbs_nobody(kind: str) -> None:
+    single = _heads(kind, 2, 2, 2)
+    feature, place = _batch(2, 6), Place(0, 0, 6)
+    slope = torch.ones(2, 2, 2, 6)
+    slope[:, :, 0] = -1
+    well, sick = _stack(kind, single), _stack(kind, single)
+    for part in sick.parts.values():
+        part[0, 1] = float("nan")
+    logits = []
+    for stack in (well, sick):
+        logits.append(stack.logits(feature, place))
+        stack.descend(slope.clone())
+    assert logits[1][0, 1, 1].isnan().all()
+    for lane, head in [(0, 0), (1, 0), (1, 1)]:
+        torch.testing.assert_close(logits[1][lane, head], logits[0][lane, head])
+        for name, value in well.state(lane, head, well.grad).items():
+            torch.testing.assert_close(sick.state(lane, head, sick.grad)[name], value)
+
+
+# ------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
+    mask = heads.kept(1, 0, Place(3, 0, 400), 400, 50, share)
+    assert mask.dtype == torch.float32
+    assert float((mask == 0).double().mean()) == pytest.approx(share, abs=0.02)
+    assert float(mask.mean()) == pytest.approx(1, abs=0.06)
+    assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - share)])
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 99), st.integers(0, 1))
+@settings(deadline=None, max_examples=40)
+def test_workers_together_drop_what_one_would_have_dropped(
+    rows: int, world: int, step: int, layer: int
+) -> None:
+    whole = heads.kept(5, layer, Place(step, 0, rows), rows, 6, 0.5)
+    cuts = [rows * rank // world for rank in range(world + 1)]
+    parts = [
+        heads.kept(5, layer, Place(step, start, rows), stop - start, 6, 0.5)
+        for start, stop in pairwise(cuts)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_each_seed_layer_and_step_has_a_mask_of_its_own() -> None:
+    made = [
+        heads.kept(seed, layer, Place(step, 0, 20), 20, 20, 0.5)
+        for seed in range(2)
+        for layer in range(2)
+        for step in range(2)
+    ]
+    for number, one in enumerate(made):
+        for other in made[:number]:
+            assert 0.3 < float((one == other).double().mean()) < 0.7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_lane_has_dropout_of_its_own_and_only_while_it_trains(kind: str) -> None:
+    single = _heads(kind, 3, 1, 1)
+    state = single[0][0].state_dict()
+    feature = _batch(1, 50).expand(3, -1, -1)
+    stack = Stack.of(kind, [[state]] * 3, [0.0, 0.5, 0.5], [0, 0, 1])
+    still = stack.logits(feature)
+    torch.testing.assert_close(still[1:], still[:1].expand(2, -1, -1, -1))
+    made = stack.logits(feature, Place(0, 0, 50))
+    torch.testing.assert_close(
+        made[0], Stack.of(kind, [[state]], [0.0], [0]).logits(feature[:1], Place(0, 0, 50))[0]
+    )
+    for one, other in [(0, 1), (0, 2), (1, 2)]:
+        assert not torch.allclose(made[one], made[other], atol=1e-3)
+    again = Stack.of(kind, [[state]], [0.5], [1]).logits(feature[:1], Place(0, 0, 50))
+    torch.testing.assert_close(again[0], made[2])

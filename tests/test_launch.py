@@ -1,0 +1,293 @@
+"""A stage onto workers: started again where it stopped, on fewer workers if need be.
+
+Run as a program, this file is one command: `test_launch.py SCENARIO FOLDER`, so that drivers and
+workers can be killed without harm to the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arrowhead import ConfigError, launch
+from arrowhead.launch import Desk, LaunchConfig, Worker
+
+EPOCHS, ROWS, KEY = 12, 40, "k"
+
+
+def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any]:
+    """Adds up rows over all ranks, epoch by epoch; goes on from the newest checkpoint."""
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    from arrowhead import checkpoint
+
+    said: list[str] = []
+    last = checkpoint.newest(place, KEY, said.append)
+    total = last.tensors["total"] if last else torch.zeros(ROWS, dtype=torch.float64)
+    first = last.number + 1 if last else 0
+    worker.report({"pid": os.getpid(), "rank": worker.rank, "first": first})
+    spent = []
+    for epoch in range(first, epochs):
+        task = worker.claim()
+        time.sleep(nap)  # long against the rest: a kill finds tasks claimed and not done
+        rows = torch.zeros(ROWS, dtype=torch.float64)
+        mine = range(worker.rank, ROWS, worker.world)
+        rows[list(mine)] = torch.tensor([float(row * (epoch + 1)) for row in mine]).double()
+        if worker.world > 1:
+            dist.all_reduce(rows)
+        total += rows
+        if task is not None:
+            worker.report({"task": task, "rank": worker.rank})
+        draft = checkpoint.draft(place) if worker.rank == 0 else None
+        if draft is not None:
+            checkpoint.write(draft, {"total": total}, {"key": KEY, "number": epoch})
+        began = time.perf_counter()
+        worker.keep(draft, f"epoch-{epoch:04}")
+        spent.append(time.perf_counter() - began)
+        if worker.rank == 0:
+            checkpoint.prune(place, KEY)
+            worker.report({"epoch": epoch, "world": worker.world})
+    while (task := worker.claim()) is not None:
+        worker.report({"task": task, "rank": worker.rank})
+    return {"total": total.tolist(), "first": first, "said": said, "keep": sorted(spent)}
+
+
+def expected(epochs: int = EPOCHS) -> list[float]:
+    return [float(row * sum(range(1, epochs + 1))) for row in range(ROWS)]
+
+
+# ------------------------------------------------------------------- this file as a command
+
+
+def alone(folder: Path) -> dict[str, Any]:
+    """In one process, slowly enough to be killed."""
+    return dict(launch.run(count, folder / "place", EPOCHS, 0.2, place=folder / "place"))
+
+
+def shrink(folder: Path) -> dict[str, Any]:
+    """On 1:2 workers; one is killed, and its CPU is given to somebody else."""
+    import ray
+
+    heard: list[dict[str, Any]] = []
+    sizes: list[int] = []
+    hog: list[Any] = []
+
+    @ray.remote(num_cpus=1)
+    class Hog:
+        pass
+
+    def listen(report: dict[str, Any]) -> None:
+        heard.append(report)
+        if report.get("epoch") == 4 and not hog:
+            hog.append(Hog.remote())  # waits until the group gives its room back
+            victim = next(one["pid"] for one in heard if one.get("rank") == 1 and "pid" in one)
+            os.kill(victim, signal.SIGKILL)
+
+    result = launch.run(
+        count,
+        folder / "place",
+        EPOCHS,
+        0.3,
+        config=LaunchConfig(workers="1:2"),
+        tasks=list(range(20)),
+        listen=listen,
+        place=folder / "place",
+        sized=sizes.append,
+    )
+    return {**result, "sizes": sizes, "heard": heard}
+
+
+def grow(folder: Path) -> dict[str, Any]:
+    """On 1:2 workers of a cluster of one CPU; another machine joins in mid-run."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    launch.secure()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+    heard: list[dict[str, Any]] = []
+    sizes: list[int] = []
+
+    def listen(report: dict[str, Any]) -> None:
+        heard.append(report)
+        if report.get("epoch") == 2 and len(sizes) == 1:
+            cluster.add_node(num_cpus=1)
+
+    result = launch.run(
+        count,
+        folder / "place",
+        150,
+        1.0,
+        config=LaunchConfig(workers="1:2"),
+        tasks=list(range(60)),
+        listen=listen,
+        place=folder / "place",
+        sized=sizes.append,
+    )
+    return {**result, "sizes": sizes, "heard": heard}
+
+
+def command(folder: Path, scenario: str) -> subprocess.Popen[str]:
+    (folder / "r").mkdir(exist_ok=True)
+    short = Path("/tmp") / f"ahl{abs(hash(str(folder))) % 10**8}"  # Unix sockets: short paths
+    if not short.is_symlink():
+        short.symlink_to(folder / "r")
+    home = {"HOME": str(folder), "RAY_TMPDIR": str(short), "RAY_USAGE_STATS_ENABLED": "0"}
+    return subprocess.Popen(
+        [sys.executable, __file__, scenario, str(folder)],
+        env=os.environ | home,
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=580)
+    assert process.returncode == 0, err[-4000:]
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+# ------------------------------------------------------------------------------- promises
+
+
+def test_what_is_kept_here_lies_in_the_place_under_its_name(tmp_path):
+    place = tmp_path / "place"
+    result = launch.run(count, place, 3, 0.0, place=place)
+    assert result["total"] == expected(3)
+    assert sorted(path.name for path in place.iterdir()) == ["epoch-0001", "epoch-0002"]
+    again = launch.run(count, place, 5, 0.0, place=place)
+    assert (again["first"], again["total"]) == (3, expected(5))
+
+
+def test_a_name_kept_twice_is_the_later_folder_and_leaves_no_other(tmp_path):
+    place = tmp_path / "place"
+
+    def twice(worker: Worker) -> None:
+        for word in ("old", "new"):
+            draft = place / ".x.draft"
+            draft.mkdir(parents=True)
+            (draft / "word").write_text(word)
+            worker.keep(draft, "same")
+
+    launch.run(twice, place=place)
+    assert [path.name for path in place.iterdir()] == ["same"]
+    assert (place / "same" / "word").read_text() == "new"
+
+
+def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
+    draft = tmp_path / "draft"
+
+    def once(worker: Worker) -> bool:
+        draft.mkdir()
+        worker.keep(draft, "name")
+        return draft.exists()
+
+    assert launch.run(once) is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
+    first = command(tmp_path, "alone")
+    while first.poll() is None and not list((tmp_path / "place").glob("epoch-*")):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    first.kill()
+    first.communicate(timeout=60)
+    again = finish(command(tmp_path, "alone"))
+    assert 0 < again["first"] < EPOCHS
+    assert again["total"] == expected()
+
+
+def test_after_a_killed_worker_a_range_goes_on_with_the_workers_there_is_room_for(tmp_path):
+    result = finish(command(tmp_path, "shrink"))
+    assert result["sizes"] == [2, 1]
+    assert result["total"] == expected()
+    assert result["first"] >= 4  # not from the beginning
+    worlds = {one["epoch"]: one["world"] for one in result["heard"] if "epoch" in one}
+    assert sorted(worlds) == list(range(EPOCHS))
+    assert worlds[3] == 2
+    assert worlds[EPOCHS - 1] == 1
+    done = Counter(one["task"] for one in result["heard"] if "task" in one)
+    assert done == Counter(range(20))
+    assert sum("restart" in one for one in result["heard"]) == 1
+    left = list((tmp_path / "place").rglob("checkpoint.json"))
+    assert [path.parent.name for path in sorted(left)] == ["epoch-0010", "epoch-0011"]
+
+
+@pytest.mark.chaos
+def test_a_range_takes_in_a_machine_that_joins(tmp_path):
+    result = finish(command(tmp_path, "grow"))
+    assert result["sizes"] == [1, 2]
+    assert result["total"] == expected(150)
+    assert result["first"] > 2
+    done = Counter(one["task"] for one in result["heard"] if "task" in one)
+    assert done == Counter(range(60))
+    assert not any("restart" in one for one in result["heard"])
+
+
+def test_what_was_claimed_and_not_done_is_claimed_again_when_the_group_begins_anew():
+    desk = Desk([3, 5, 7])
+    desk.open(2)
+    assert [desk.claim(), desk.claim()] == [3, 5]
+    desk.report({"task": 3})
+    desk.open(1)
+    assert [desk.claim(), desk.claim(), desk.claim()] == [5, 7, None]
+    desk.report({"task": 5})
+    desk.report({"task": 5})  # of a worker that was already given up
+    assert desk.read() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"), [(0, 0, 0), (2, 2, 2), ("2", 2, 2), ("1:2", 1, 2), ("3:3", 3, 3)]
+)
+def test_workers_are_a_number_or_a_range(asked, least, most):
+    config = LaunchConfig(workers=asked)
+    assert (config.least, config.most) == (least, most)
+
+
+@pytest.mark.parametrize("asked", [-1, "-1", "0:2", "2:1", "1:", ":2", "1:2:3", "two", "", "1.5"])
+def test_what_is_neither_is_refused(asked):
+    with pytest.raises(ConfigError, match="--workers is"):
+        LaunchConfig(workers=asked)
+
+
+def test_flags_and_files_give_workers_either_way(tmp_path):
+    import cyclopts
+
+    seen: list[LaunchConfig] = []
+    (tmp_path / "number.toml").write_text("[launch]\nworkers = 2\n")
+    (tmp_path / "range.toml").write_text('[launch]\nworkers = "1:2"\n')
+    for name, words in {
+        "number.toml": [],
+        "range.toml": [],
+        "none.toml": ["--launch.workers", "1:2"],
+        "no.toml": ["--launch.workers", "2"],
+    }.items():
+        config = cyclopts.config.Toml(tmp_path / name, must_exist=False)
+        app = cyclopts.App(config=config, result_action="return_value")
+
+        @app.default
+        def verb(launch: LaunchConfig = LaunchConfig()) -> None:
+            seen.append(launch)
+
+        app(words)
+    assert [one.workers for one in seen] == [2, "1:2", "1:2", 2]
+
+
+if __name__ == "__main__":
+    scenarios = {"alone": alone, "shrink": shrink, "grow": grow}
+    print(json.dumps(scenarios[sys.argv[1]](Path(sys.argv[2]))))

@@ -1,0 +1,479 @@
+"""Several labels per image: what a table says of an image is what the features hold, what a bundle
+decides by, and what is written to the scores.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from arrowhead import DataError, bundle, extract, metrics, plan, shards
+from arrowhead import score as scoring
+from arrowhead.bundle import Bundle, Golden
+from arrowhead.decode import PixelConfig
+from arrowhead.launch import Desk, Worker
+from arrowhead.model import BodyConfig
+from arrowhead.score import ScoreConfig
+from arrowhead.shards import Recipe, Rows, Store
+
+RECIPE = Recipe(
+    body="resnet18",
+    weights="0" * 64,
+    pool="avg",
+    width=3,
+    size=64,
+    resize="crop",
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
+)
+
+
+def _store(
+    path: Path,
+    labels: list[tuple[str, ...]],
+    splits: list[str],
+    *,
+    views: int = 1,
+    sick: float = 0,
+    seed: int = 0,
+) -> Store:
+    """A store of random features in shards of one to four files, a share of them faulty."""
+    draw = np.random.default_rng(seed)
+    recipe = dataclasses.replace(RECIPE, views=views, augment="none" if views == 1 else "side-on")
+    made = Store.create(path, recipe, 3)
+    paths, names = [f"{number:04}.jpg" for number in range(len(labels))], []
+    while (first := sum(len(made.read(name).paths) for name in names)) < len(paths):
+        here = paths[first : first + int(draw.integers(1, 5))]
+        faults = ["empty" if drawn < sick else None for drawn in draw.random(len(here))]
+        features = draw.normal(size=(len(here), views, 3)).astype(np.float16)
+        features[[fault is not None for fault in faults]] = 0
+        ids = [draw.bytes(16) for _ in here]
+        names.append(f"shard{len(names)}")
+        rows = Rows(paths=here, image_ids=ids, features=features, faults=faults)
+        shards.write_shard(made.shard(names[-1]), rows, recipe)
+    columns = {
+        "root": "/data",
+        "paths": paths,
+        "sizes": np.zeros(len(paths), np.int64),
+        "stamps": np.zeros(len(paths), np.int64),
+        "labels": labels,
+        "splits": splits,
+        "tries": np.zeros(len(paths), np.uint8),
+        "ignored": 0,
+    }
+    made.complete(names, columns, {})
+    return made
+
+
+# ------------------------------------------------------------------------------ features
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sets(st.sampled_from(["sun", "haze", "sea"])),
+            st.sampled_from(["train", "valid", "test"]),
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+    st.integers(1, 2),
+    st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_features_hold_what_shards_and_catalog_say_row_by_row(
+    images: list[tuple[set[str], str]], views: int, seed: int
+) -> None:
+    labels = [tuple(sorted(names)) for names, _ in images]
+    splits = [split for _, split in images]
+    with tempfile.TemporaryDirectory() as folder:
+        store = _store(Path(folder) / "store", labels, splits, views=views, sick=0.3, seed=seed)
+        classes = store.manifest()["classes"]
+        rows = [
+            row
+            for part in store.rows()
+            for row in zip(part.image_ids, part.features.copy(), part.faults, strict=True)
+        ]
+        several = any(len(names) != 1 for names in labels)
+        for split in ("train", "valid", "test", None):
+            found = store.features(split)
+            well = [
+                row
+                for row, (_, _, fault) in enumerate(rows)
+                if fault is None and split in (None, splits[row])
+            ]
+            assert found.row.tolist() == well
+            lean = store.features(split, mapped=True)
+            assert lean.feature.shape == (len(well), views, 0)
+            assert np.array_equal(np.concatenate(store.maps())[lean.row], found.feature)
+            assert np.array_equal(lean.label, found.label)
+            assert found.multi == several
+            assert found.feature.shape == (len(well), views, 3)
+            assert found.split.tolist() == [splits[row] for row in well]
+            assert found.image_id.tolist() == [int.from_bytes(rows[row][0][:8]) for row in well]
+            for at, row in enumerate(well):
+                assert np.array_equal(found.feature[at], rows[row][1])
+                if several:
+                    hot = [int(name in labels[row]) for name in classes]
+                    assert found.label[at].tolist() == hot
+                else:
+                    assert classes[found.label[at]] == labels[row][0]
+
+
+def test_an_image_without_a_label_is_a_row_of_zeros_where_others_have_several(
+    tmp_path: Path,
+) -> None:
+    found = _store(tmp_path / "s", [("a", "b"), (), ("b",)], ["train"] * 3).features()
+    assert found.multi
+    assert found.label.dtype == np.uint8
+    assert found.label.tolist() == [[1, 1], [0, 0], [0, 1]]
+
+
+def test_a_split_has_the_shape_of_its_store(tmp_path: Path) -> None:
+    """One label each in the validation rows does not make them another task."""
+    labels = [("a", "b"), ("a",), ("b",)]
+    store = _store(tmp_path / "s", labels, ["train", "valid", "valid"])
+    assert store.features("valid").label.tolist() == [[1, 0], [0, 1]]
+    plain = _store(tmp_path / "p", [("a",), ("b",)], ["train", "valid"]).features()
+    assert (plain.label.dtype, plain.label.tolist(), plain.multi) == (np.int64, [0, 1], False)
+    assert plain.image_id.dtype == np.uint64
+
+
+def test_rows_read_from_a_shard_are_a_view_of_the_file_and_features_are_not(
+    tmp_path: Path,
+) -> None:
+    store = _store(tmp_path / "s", [("a",), ("b",)], ["train", "train"])
+    (part, *_), found = store.rows(), store.features("train")
+    address, inside = part.features.ctypes.data, []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".arrow"):
+            low, high = (int(edge, 16) for edge in line.split()[0].split("-"))
+            inside.append(low <= address < high)
+    assert any(inside)
+    for name in store.on_disk():
+        store.shard(name).write_bytes(b"")  # what was read does not hang on it
+    assert found.feature.flags.writeable
+    assert np.isfinite(found.feature).all()
+
+
+# --------------------------------------------------------------------- real files, decoded
+
+
+LABELS = {"baskets": "woven brown", "beads": "round", "leaves": "green round"}
+
+
+@pytest.fixture(scope="module")
+def table(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TSV of the drawn images with one to three labels each, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("several")
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff no image")
+    with (folder / "labels.tsv").open("w", newline="") as file:
+        out = csv.writer(file, delimiter="\t")
+        out.writerow(["path", "labels", "split"])
+        for split in ("train", "valid"):
+            for number, image in enumerate(sorted((drawn / split).glob("*/*"))):
+                extra = " even" if number % 2 else ""
+                out.writerow([str(image), LABELS[image.parent.name] + extra, split])
+        out.writerow([str(folder / "torn.jpg"), "brown even", "train"])
+    return folder / "labels.tsv"
+
+
+@pytest.fixture(scope="module")
+def store(table: Path) -> Store:
+    """The features of the table's images, by a random body."""
+    from arrowhead import pipeline
+
+    images = pipeline.FeatureConfig(
+        body=BodyConfig(body="resnet18", weights="random"),
+        pixels=PixelConfig(size=64),
+        extract=extract.ExtractConfig(chunk_size=16),
+    )
+    result = pipeline.precompute(table, table.parent / "store", images)
+    assert result["counts"]["faults"] == 1
+    return Store(table.parent / "store")
+
+
+@pytest.fixture(scope="module")
+def made(store: Store) -> Bundle:
+    """A bundle whose head is a least-squares fit to the training features."""
+    train, valid = store.features("train"), store.features("valid")
+    classes = store.manifest()["classes"]
+    feature = train.feature[:, 0].astype(np.float64)
+    mean, deviation = feature.mean(0), feature.std(0) + 1e-3
+    x = (feature - mean) / deviation
+    weight = np.linalg.solve(x.T @ x + 100 * np.eye(x.shape[1]), x.T @ (8.0 * train.label - 4))
+    head = {
+        "0.mean": torch.from_numpy(mean.astype(np.float32)),
+        "0.deviation": torch.from_numpy(deviation.astype(np.float32)),
+        "2.weight": torch.from_numpy(weight.T.astype(np.float32)),
+        "2.bias": torch.zeros(len(classes)),
+    }
+    bare = Bundle(
+        recipe=store.recipe,
+        classes=classes,
+        head="linear",
+        temperature=1.0,
+        multi=True,
+        body_state=extract.load_weights(store.recipe, store.weights),
+        head_state=head,
+        metrics={},
+        lineage={"run_id": "none"},
+    )
+    feature_ND = valid.feature[:, 0].astype(np.float32)
+    with torch.inference_mode():
+        logit = bare.make_head()(torch.from_numpy(feature_ND))
+    heat = metrics.temperature(logit, torch.from_numpy(valid.label))
+    chance = bundle.probabilities(bare.make_head(), feature_ND, heat, multi=True)
+    cut = metrics.thresholds(chance, valid.label)
+    figures = metrics.evaluate(
+        logit.numpy(), valid.label, classes, temperature=heat, thresholds=cut
+    )
+    catalog = plan.Catalog(**store.read_catalog())
+    golden = [
+        Golden(
+            name=f"{at}.img",
+            data=catalog.read(int(valid.row[at]), 2**20)[0],
+            feature=feature_ND[at],
+            probabilities=chance[at],
+        )
+        for at in (0, 5, 10)
+    ]
+    return dataclasses.replace(
+        bare, temperature=heat, thresholds=cut.tolist(), metrics=figures, golden=golden
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where that bundle lies."""
+    path = tmp_path_factory.mktemp("bundle") / "bundle"
+    bundle.save(made, path)
+    return path
+
+
+def _score(path: Path, images: Path, out: Path, **knobs: Any) -> tuple[Bundle, plan.Catalog]:
+    """What the score verb does, in this process."""
+    config, how = ScoreConfig(**knobs), extract.ExtractConfig(chunk_size=16)
+    catalog = plan.unlabelled(images)
+    tasks = scoring.prepare(out, path, catalog, config, how.chunk_size)
+    worker = Worker(0, 1, "cpu", 2, Desk(tasks).claim, lambda report: None)
+    scoring.score(worker, path, out, config, how)
+    return bundle.load(path), catalog
+
+
+def test_the_labels_of_a_table_are_the_rows_of_its_features(store: Store, table: Path) -> None:
+    with table.open(newline="") as file:
+        said = {Path(row["path"]).name: row for row in csv.DictReader(file, delimiter="\t")}
+    classes, catalog = store.manifest()["classes"], plan.Catalog(**store.read_catalog())
+    assert classes == ["brown", "even", "green", "round", "woven"]
+    for split in ("train", "valid"):
+        found = store.features(split)
+        assert found.multi
+        names = [Path(catalog.paths[row]).name for row in found.row]
+        expected = [name for name, row in said.items() if row["split"] == split]
+        assert sorted(names) == sorted(set(expected) - {"torn.jpg"})
+        for name, hot in zip(names, found.label, strict=True):
+            given = [label for label, one in zip(classes, hot, strict=True) if one]
+            assert given == sorted(said[name]["labels"].split())
+
+
+def test_a_bundle_comes_back_and_says_in_words_what_it_decides(made: Bundle, saved: Path) -> None:
+    back = bundle.load(saved)
+    for field in ("classes", "head", "temperature", "multi", "thresholds", "metrics", "recipe"):
+        assert getattr(back, field) == getattr(made, field)
+    content = json.loads((saved / "bundle.json").read_text())
+    assert (content["format"], content["task"]) == (2, "multi-label")
+    assert "threshold" in content["decision"]
+    assert content["thresholds"] == dict(zip(made.classes, made.thresholds or [], strict=True))
+
+
+def test_a_bundle_of_one_label_says_so_and_has_no_thresholds(made: Bundle, tmp_path: Path) -> None:
+    one = dataclasses.replace(made, multi=False, thresholds=None, golden=())
+    bundle.save(one, tmp_path / "one")
+    content = json.loads((tmp_path / "one" / "bundle.json").read_text())
+    assert (content["task"], content["thresholds"]) == ("single-label", None)
+    back = bundle.load(tmp_path / "one")
+    assert (back.multi, back.thresholds) == (False, None)
+    chance = bundle.probabilities(back.make_head(), np.ones((2, 512), np.float16), 1.0)
+    np.testing.assert_allclose(chance.sum(1), 1, rtol=1e-5)
+
+
+def test_thresholds_that_were_never_tuned_are_one_half(made: Bundle, tmp_path: Path) -> None:
+    bundle.save(dataclasses.replace(made, thresholds=None, golden=()), tmp_path / "half")
+    back = bundle.load(tmp_path / "half")
+    assert back.thresholds == [0.5] * 5
+    chance = np.array([[0.5, 0.4999, 1, 0, np.nan]], np.float32)
+    assert back.given(chance).tolist() == [[True, False, True, False, False]]
+
+
+def test_a_bundle_of_the_first_format_is_refused_and_has_to_be_trained_again(
+    saved: Path, tmp_path: Path
+) -> None:
+    content = json.loads((saved / "bundle.json").read_text())
+    shards.write_json(tmp_path / "bundle.json", content | {"format": 1})
+    with pytest.raises(DataError, match="format 1") as refusal:
+        bundle.load(tmp_path)
+    assert "train again" in refusal.value.do
+
+
+@pytest.fixture(scope="module")
+def scored(
+    saved: Path, drawn: Path, table: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Bundle, plan.Catalog, polars.DataFrame]]:
+    """Parts, bundle, catalog and rows: all validation images and a file that is none."""
+    images = tmp_path_factory.mktemp("images")
+    for image in (drawn / "valid").glob("*/*"):
+        (images / image.name).write_bytes(image.read_bytes())
+    (images / "torn.jpg").write_bytes((table.parent / "torn.jpg").read_bytes())
+    out = tmp_path_factory.mktemp("out") / "scores"
+    loaded, catalog = _score(saved, images, out, probabilities=True, top_k=2)
+    yield out, loaded, catalog, polars.read_parquet(out / "part-*.parquet")
+
+
+def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
+    scored: tuple[Path, Bundle, plan.Catalog, polars.DataFrame], store: Store, table: Path
+) -> None:
+    _, loaded, catalog, rows = scored
+    assert rows["path"].to_list() == catalog.paths
+    cut = dict(zip(loaded.classes, loaded.thresholds or [], strict=True))
+    for row in rows.iter_rows(named=True):
+        if row["path"] == "torn.jpg":
+            assert row["fault"]
+            assert {row[name] for name in ("label", "labels", "probability", "top_k")} == {None}
+            continue
+        chance = dict(zip(loaded.classes, row["probabilities"], strict=True))
+        assert row["labels"] == [name for name in loaded.classes if chance[name] >= cut[name]]
+        best = sorted(loaded.classes, key=lambda name: -chance[name])[:2]
+        assert [one["label"] for one in row["top_k"]] == best
+        assert (row["label"], row["probability"]) == (best[0], chance[best[0]])
+    # Sigmoids do not add up to 1, and the head has learnt what the table taught.
+    sums = rows["probabilities"].list.sum().drop_nulls().to_numpy()
+    assert np.ptp(sums) > 0.1
+    said = {
+        Path(store.read_catalog()["paths"][row]).name: hot
+        for part in [store.features("valid")]
+        for row, hot in zip(part.row, part.label, strict=True)
+    }
+    well = rows.filter(polars.col("fault").is_null())
+    given = np.array([[name in labels for name in loaded.classes] for labels in well["labels"]])
+    truth = np.array([said[path] for path in well["path"]])
+    best = metrics.evaluate(np.where(given, 9.0, -9.0), truth, loaded.classes)
+    assert best["f2_samples"] > 0.6
+
+
+def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
+    scored: tuple[Path, Bundle, plan.Catalog, polars.DataFrame], store: Store
+) -> None:
+    _, loaded, _, rows = scored
+    valid, paths = store.features("valid"), store.read_catalog()["paths"]
+    feature = valid.feature[:, 0]
+    there = bundle.probabilities(loaded.make_head(), feature, loaded.temperature, multi=True)
+    by_name = dict(zip([Path(paths[row]).name for row in valid.row], there, strict=True))
+    for path, chance in zip(rows["path"], rows["probabilities"], strict=True):
+        if chance is not None:
+            np.testing.assert_allclose(chance, by_name[path], atol=2e-3)
+
+
+def test_parts_are_counted_by_every_label_given(
+    scored: tuple[Path, Bundle, plan.Catalog, polars.DataFrame],
+) -> None:
+    out, loaded, catalog, rows = scored
+    held = scoring.count_parts(out, loaded.classes, catalog, multi=True)
+    assert list(held["faults"].values()) == [1]
+    counted = {
+        name: sum(name in labels for labels in rows["labels"] if labels is not None)
+        for name in loaded.classes
+    }
+    assert held["labels"] == counted
+
+
+def _chunk(faults: list[str | None]) -> extract.Chunk:
+    paths, ids = [f"{n}.jpg" for n in range(len(faults))], [bytes([n]) * 16 for n in range(9)]
+    blank = np.zeros((len(faults), 1, 512), np.float16)
+    return extract.Chunk(0, paths, blank, faults, ids[: len(faults)])
+
+
+def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
+    made: Bundle, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(made, thresholds=[0.5, 0.25, 0.5, 0.5, 0.5])
+    chance = np.full((3, 5), 0.2, np.float32)
+    chance[0, :2] = 0.3, 0.25
+    columns = scoring.table(one, _chunk([None, None, "empty"]), chance, ScoreConfig(top_k=1))
+    shards.write_parquet(scoring.part(tmp_path, 0), columns, {})
+    rows = polars.read_parquet(tmp_path / "part-000000.parquet")
+    assert rows["labels"].dtype == polars.List(polars.String)
+    assert rows["labels"].to_list() == [["even"], [], None]
+    assert rows["label"].to_list() == ["brown", "brown", None]
+    catalog = plan.Catalog(
+        root="/",
+        paths=["0.jpg", "1.jpg", "2.jpg"],
+        sizes=np.zeros(3, np.int64),
+        stamps=np.zeros(3, np.int64),
+        labels=[()] * 3,
+        splits=[""] * 3,
+    )
+    held = scoring.count_parts(tmp_path, one.classes, catalog, multi=True)
+    assert held == {"faults": {"empty": 1}, "labels": dict.fromkeys(one.classes, 0) | {"even": 1}}
+
+
+def test_parts_of_a_bundle_with_one_label_each_have_the_columns_they_always_had(
+    made: Bundle, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(made, multi=False, thresholds=None)
+    chance = np.array([[0.1, 0.2, 0.4, 0.2, 0.1]], np.float32)
+    columns = scoring.table(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
+    names = ["path", "image_id", "label", "probability", "top_k", "probabilities", "fault"]
+    assert list(columns) == names
+    assert columns["label"] == ["green"]
+
+
+def _moved(made: Bundle, shift: NDArray[np.float32]) -> Bundle:
+    """The bundle, its first golden image having given other probabilities."""
+    first, *others = made.golden
+    moved = dataclasses.replace(first, probabilities=shift)
+    return dataclasses.replace(made, golden=[moved, *others])
+
+
+def test_a_golden_image_that_gains_or_loses_a_label_stops_scoring(
+    made: Bundle, drawn: Path, tmp_path: Path
+) -> None:
+    """Even where its most probable label stays the same."""
+    cut, chance = np.array(made.thresholds), made.golden[0].probabilities
+    other = int(np.argsort(chance)[0])
+    moved = chance.copy()
+    moved[other] = cut[other] + 0.01 if chance[other] < cut[other] else cut[other] - 0.01
+    path = tmp_path / "bundle"
+    bundle.save(_moved(made, moved), path)
+    with pytest.raises(DataError, match="1 of 3 labels changed"):
+        _score(path, drawn / "new", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("part-*"))
+    near = np.clip(chance + np.where(chance < cut, -1e-3, 1e-3), 0, 1).astype(np.float32)
+    bundle.save(_moved(made, near), path)
+    _score(path, drawn / "new", tmp_path / "again")
+
+
+@pytest.mark.parametrize("multi", [True, False])
+def test_a_golden_image_that_cannot_be_decoded_here_is_no_agreement(
+    multi: bool, made: Bundle
+) -> None:
+    thresholds = made.thresholds if multi else None
+    torn = dataclasses.replace(
+        made.golden[0], data=made.golden[0].data[:200], probabilities=np.zeros(5, np.float32)
+    )
+    here = dataclasses.replace(made, multi=multi, thresholds=thresholds, golden=[torn])
+    drift = bundle.replay(here, here.make_body(), here.make_head(), "cpu", 1)
+    assert (drift.images, drift.changed, drift.feature) == (1, 1, 2.0)

@@ -1,0 +1,183 @@
+"""The promises of many heads at once: grids as they are written, folds, shares, honest ranking."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from arrowhead import ConfigError, DataError, sweep
+from arrowhead.sweep import SweepConfig
+from arrowhead.train import Data, TrainConfig, train_stack
+
+
+def _toy(rows: int = 600, *, width: int = 16, classes: int = 3, apart: float = 1.0) -> Data:
+    draw = np.random.default_rng(0)
+    label = np.arange(rows) % classes
+    centre = apart * draw.normal(size=(classes, 1, width)) / 2
+    feature = (centre[label] + draw.normal(size=(rows, 1, width))).astype(np.float16)
+    cut = rows * 4 // 5
+    names = [f"class {n}" for n in range(classes)]
+    return Data.of((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
+
+
+# ----------------------------------------------------------------------------------- grids
+
+
+def test_a_grid_is_all_combinations_of_its_values() -> None:
+    made = sweep.settings("rate=1e-4..1e-1:4 weight-decay=0,1e-2 dropout=0..0.5:3 seed=0..2")
+    assert len(made) == 4 * 2 * 3 * 3
+    assert sorted({one["rate"] for one in made}) == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert sorted({one["dropout"] for one in made}) == [0, 0.25, 0.5]
+    assert sorted({one["seed"] for one in made}) == [0, 1, 2]
+    assert len({tuple(one.items()) for one in made}) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("rates=1", "rates=1"),
+        ("rate", "rate"),
+        ("rate=", "rate="),
+        ("rate=1e-3 rate=1e-2", "each NAME once"),
+        ("epochs=1,2", "share all"),
+        ("rate=fast", "fast"),
+        ("rate=0..1:3", "0..1:3"),
+        ("rate=1e-3..1e-1", "1e-3..1e-1"),
+        ("seed=0.5", "0.5"),
+        ("dropout=0..1:0", "0..1:0"),
+        ("seed=0..9999", "10000 heads"),
+        ("   ", "no heads"),
+    ],
+)
+def test_a_grid_that_cannot_be_read_is_refused_with_its_word(words: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        SweepConfig(grid=words)
+    assert says in f"{refusal.value.found} {refusal.value.wanted}"
+
+
+def test_a_setting_no_head_can_have_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="dropout"):
+        sweep.members(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
+
+
+def test_the_best_setting_wins_and_one_that_diverges_ranks_last() -> None:
+    data = _toy()
+    words = "rate=1e-6,1e-2,9e2 seed=0,1,2"
+    config = TrainConfig(epochs=5, optimizer="sgd", schedule="constant")
+    heads = train_stack(data, sweep.members(data, config, 1.0, words))
+    lines = [one.epochs[one.epoch] for one in heads]
+    ranked = sweep.summary(sweep.settings(words), lines, config, len(data.valid))
+    assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-2, 1e-6, 9e2]
+    assert sweep.settings(words)[ranked["best"]]["rate"] == 1e-2
+    assert ranked["alike"] == 0
+    assert "distinguishable from the next" in ranked["words"]
+    assert "not" not in ranked["words"]
+
+
+def test_settings_that_differ_by_chance_only_are_said_to_be_alike() -> None:
+    data = _toy()
+    words = "weight_decay=0.01,0.0101,0.0102 seed=0,1,2"
+    config = TrainConfig(epochs=3)
+    heads = train_stack(data, sweep.members(data, config, 1e-2, words))
+    lines = [one.epochs[one.epoch] for one in heads]
+    ranked = sweep.summary(sweep.settings(words), lines, config, len(data.valid))
+    assert ranked["alike"] == 2
+    assert "not distinguishable from 2 other settings" in ranked["words"]
+
+
+def test_halving_stops_the_worse_half_twice_and_keeps_the_best() -> None:
+    data = _toy()
+    words = "rate=1e-6,1e-5,1e-4,1e-3,1e-2,3e-2,1e-1,3e-1 seed=0,1"
+    config = TrainConfig(epochs=8, schedule="constant")
+    losers = sweep.loser_of(sweep.settings(words), config)
+    halved = train_stack(data, sweep.members(data, config, 1.0, words), losers=losers)
+    whole = train_stack(data, sweep.members(data, config, 1.0, words))
+    lengths = sorted(len(one.epochs) for one in halved)
+    assert lengths == [2] * 8 + [4] * 4 + [8] * 4
+    for one, other in zip(halved, whole, strict=True):  # who stays is not disturbed
+        for line, same in zip(one.epochs, other.epochs, strict=False):
+            assert line == pytest.approx(same, rel=1e-5)
+    stayed = {
+        sweep.settings(words)[at]["rate"] for at, one in enumerate(halved) if len(one.epochs) == 8
+    }
+    assert not stayed & {1e-6, 1e-5, 1e-4}
+
+
+# ----------------------------------------------------------------------------------- folds
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=30, max_size=200),
+    st.integers(2, 7),
+)
+def test_folds_keep_copies_together_and_are_of_equal_size(rows: list[int], count: int) -> None:
+    key = np.array(rows, np.uint64)
+    assume(len(np.unique(key)) > 1)
+    label = np.zeros(len(rows), np.int64)
+    part = sweep.folds(key, label, count, ["one"])
+    homes = {int(one): {int(p) for p in part[key == one]} for one in np.unique(key)}
+    assert all(len(home) == 1 for home in homes.values())
+    sizes = np.bincount([next(iter(home)) for home in homes.values()], minlength=count)
+    assert sizes.max() - sizes.min() <= 1
+    shuffled = np.random.default_rng(0).permutation(len(rows))
+    assert np.array_equal(sweep.folds(key[shuffled], label, count, ["one"]), part[shuffled])
+
+
+def test_folds_hold_every_class_alike_and_refuse_a_class_of_one_image() -> None:
+    key = np.random.default_rng(0).integers(1 << 60, size=100).astype(np.uint64)
+    label = np.repeat([0, 1, 2], [50, 40, 10])
+    part = sweep.folds(key, label, 5, ["a", "b", "c"])
+    for one in range(5):
+        assert np.bincount(label[part == one]).tolist() == [10, 8, 2]
+    label[:] = 0
+    label[7] = 1
+    with pytest.raises(DataError, match="b has one different image"):
+        sweep.folds(key, label, 5, ["a", "b"])
+
+
+def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
+    data = _toy(100)
+    pool = np.arange(100)
+    part = sweep.folds(pool.astype(np.uint64), data.label.numpy(), 4, data.classes)
+    made = sweep.fold_members(data, TrainConfig(), 0.1, part)
+    assert sorted(np.concatenate([one.valid for one in made]).tolist()) == pool.tolist()
+    for one in made:
+        assert not set(one.train.tolist()) & set(one.valid.tolist())
+        assert len(one.train) + len(one.valid) == 100
+
+
+# ------------------------------------------------------------------------- learning curve
+
+
+def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
+    data = _toy(1000)
+    made = sweep.share_members(data, TrainConfig(), 0.1, seeds=2)
+    sets = [set(one.train.tolist()) for _, one in made[::2]]
+    assert [len(one) for one in sets] == pytest.approx([40, 80, 160, 400, 800], abs=3)
+    assert all(small < large for small, large in itertools.pairwise(sets))
+    for one in sets:
+        counts = np.bincount(data.label.numpy()[list(one)])
+        assert counts.max() - counts.min() <= 2
+    assert len(made) == 10
+
+
+def test_the_learning_curve_says_whether_more_images_would_help() -> None:
+    def said(apart: float, rows: int) -> dict[str, Any]:
+        data, config = _toy(rows, width=64, apart=apart), TrainConfig(epochs=5)
+        shares = sweep.share_members(data, config, 3e-3, seeds=3)
+        heads = train_stack(data, [one for _, one in shares])
+        return sweep.curve(shares, [one.epochs[one.epoch] for one in heads], config)
+
+    easy = said(3.0, 4000)
+    assert "cannot be said" in easy["words"]
+    assert easy["points"][-1]["mean"] > 0.99
+    hard = said(0.25, 4000)
+    assert hard["points"][0]["mean"] < hard["points"][-1]["mean"] - 0.05
+    assert all(math.isfinite(point["mean"]) for point in hard["points"])

@@ -1,0 +1,660 @@
+"""A run is recorded once and whole, whatever happens to the server, the process or the disk."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+
+from arrowhead import ConfigError, tracking
+from arrowhead.tracking import TrackingConfig, start
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an SQLite store that the tests of this file share: its schema takes seconds."""
+    return tmp_path_factory.mktemp("tracking")
+
+
+@pytest.fixture(autouse=True)
+def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(workshop: Path) -> TrackingConfig:
+    """The shared store; system metrics only where they are the subject."""
+    return TrackingConfig(tracking_uri=f"sqlite:///{workshop}/mlflow.db", system_metrics=False)
+
+
+@pytest.fixture
+def client(config: TrackingConfig) -> Any:
+    return client_of(config)
+
+
+def client_of(config: TrackingConfig) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=config.uri)
+
+
+class Server:
+    """A real `mlflow server` on loopback that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.process = folder, None
+        self.log = (folder / "server.log").open("wb")
+
+    def __enter__(self) -> Server:
+        place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        data = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        files = ["--artifacts-destination", str(self.folder / "artifacts")]
+        words = [sys.executable, "-m", "mlflow", "server", *place, *data, *files]
+        # Its job runner is a process for things that nobody asks for here.
+        lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        out: dict[str, Any] = {"stdout": self.log, "stderr": self.log, "env": lean}
+        self.process = subprocess.Popen(words, cwd=self.folder, start_new_session=True, **out)
+        until = time.monotonic() + 120
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                with urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
+                    return self
+            except OSError:
+                time.sleep(0.1)
+        pytest.fail((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, workshop: Path) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("server"))
+    if (workshop / "mlflow.db").exists():  # its schema saves the server making one
+        shutil.copy(workshop / "mlflow.db", made.folder / "server.db")
+    with made:
+        yield made
+    made.log.close()
+
+
+def points(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every line of a metric, doubled ones too."""
+    return sorted((one.step, one.value) for one in client.get_metric_history(run_id, name))
+
+
+def below(client: Any, run_id: str) -> dict[str, Any]:
+    """Children by name; two of one name fail here."""
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
+    names = [run.info.run_name for run in found]
+    assert len(set(names)) == len(names)
+    return dict(zip(names, found, strict=True))
+
+
+# ------------------------------------------------------------------------ what is recorded
+
+
+def test_importing_the_room_does_not_import_mlflow():
+    code = "import sys; from arrowhead import tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_that_is_recorded_can_be_read_back(config, client, tmp_path):
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "a.txt").write_text("a")
+    (tmp_path / "figure.png").write_bytes(b"png")
+    with start(config, "fit") as run:
+        run.params({"rate": 0.1, **{f"p{i}": i for i in range(150)}, "long": "x" * 7000})
+        run.tags({f"t{i}": i for i in range(120)})
+        run.record({"loss": 2.5, "bad": float("nan"), "text": "no number"}, 3)
+        run.curve("curve", [float(i) for i in range(2500)])
+        run.record({"accuracy.what? ü": 1})
+        run.keep(tmp_path / "figure.png", "figures")
+        run.keep(tmp_path / "folder")
+        with run.child("train") as child:
+            child.record({"loss": 1.0})
+    made = client.get_run(run.run_id)
+    assert made.info.status == "FINISHED"
+    assert len(made.data.params) == 152
+    assert made.data.params["rate"] == "0.1"
+    assert {k: made.data.tags[k] for k in ("t0", "t119")} == {"t0": "0", "t119": "119"}
+    assert points(client, run.run_id, "loss") == [(3, 2.5)]
+    assert np.isnan(made.data.metrics["bad"])
+    assert made.data.metrics["accuracy.what_ ü"] == 1
+    assert points(client, run.run_id, "curve") == [(i, float(i)) for i in range(2500)]
+    assert [f.path for f in client.list_artifacts(run.run_id, "figures")] == ["figures/figure.png"]
+    deep = client.list_artifacts(run.run_id, "folder/deep")
+    assert [file.path for file in deep] == ["folder/deep/a.txt"]
+    assert below(client, run.run_id)["train"].data.metrics == {"loss": 1.0}
+    assert below(client, run.run_id)["train"].info.status == "FINISHED"
+
+
+def test_a_run_is_found_by_commit_user_command_and_version(config, client, tmp_path):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *words], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    with start(config, "precompute") as run, run.child("extract") as child:
+        pass
+    wanted = {
+        "mlflow.source.git.commit": head.stdout.strip(),
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "arrowhead precompute",
+        "mlflow.source.type": "LOCAL",
+        "arrowhead.version": "0.1.0",
+    }
+    tags = client.get_run(run.run_id).data.tags
+    assert {name: tags.get(name) for name in wanted} == wanted
+    below_tags = client.get_run(child.run_id).data.tags
+    assert below_tags["mlflow.source.git.commit"] == head.stdout.strip()
+
+
+@pytest.mark.parametrize(("place", "kind"), [("s3://bucket/dogs", "s3"), ("/data/dogs", "local")])
+def test_mlflow_itself_resolves_the_source_of_a_data_set(config, client, place, kind):
+    import mlflow.data
+
+    with start(config, "fit") as run:
+        run.dataset(f"dogs-{kind}", "0123456789abcdef" * 4, place, "training")
+    (given,) = client.get_run(run.run_id).inputs.dataset_inputs
+    assert given.dataset.source_type == kind
+    assert given.dataset.digest == "0123456789abcdef0123456789abcdef0123"
+    assert mlflow.data.get_source(given.dataset).uri == place
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+
+
+def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client):
+    said: list[str] = []
+    with start(config, "fit", say=said.append) as run:
+        run.record({"../x": 1.0})
+        run.record({"../x": 2.0})
+        run.record({"loss": 1.0})
+    assert points(client, run.run_id, "loss") == [(0, 1.0)]
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert len(said) == 1
+    assert "refuses" in said[0]
+
+
+def test_system_metrics_of_a_short_run_have_samples_and_go_on_when_it_is_resumed(config, client):
+    measured = TrackingConfig(tracking_uri=config.uri)
+    name = "system/cpu_utilization_percentage"
+    with pytest.raises(RuntimeError), start(measured, "fit", Path("run.json")) as run:
+        time.sleep(2.5)
+        raise RuntimeError
+    first = points(client, run.run_id, name)
+    assert len(first) >= 2
+    with start(measured, "fit", Path("run.json"), say=lambda line: None) as run:
+        time.sleep(1)
+    steps = [step for step, _ in points(client, run.run_id, name)]
+    assert steps == list(range(len(steps)))
+    assert len(steps) > len(first)
+    with start(config, "fit") as without:
+        time.sleep(1)
+    assert points(client, without.run_id, name) == []
+
+
+# ----------------------------------------------------------------------------- many heads
+
+
+def heads(count: int, epochs: int = 3) -> dict[str, Any]:
+    return {
+        "names": [f"head-{i}" for i in range(count)],
+        "params": [{"rate": 10.0**-i, "seed": i} for i in range(count)],
+        "metrics": [
+            {"loss": [(e, i + e / 10) for e in range(epochs)], "accuracy": [(0, i / count)]}
+            for i in range(count)
+        ],
+    }
+
+
+def test_each_head_of_a_grid_is_a_finished_child_with_its_numbers(config, client):
+    with start(config, "train") as run:
+        ids = run.children(**heads(5, 1200), tags={"grid": "g1"})
+    made = below(client, run.run_id)
+    assert [made[f"head-{i}"].info.run_id for i in range(5)] == ids
+    assert {one.info.status for one in made.values()} == {"FINISHED"}
+    assert made["head-2"].data.params == {"rate": "0.01", "seed": "2"}
+    assert made["head-2"].data.tags["grid"] == "g1"
+    assert points(client, ids[2], "loss") == [(e, 2 + e / 10) for e in range(1200)]
+    best = client.search_runs(
+        [made["head-0"].info.experiment_id],
+        "tags.grid = 'g1'",
+        order_by=["metrics.accuracy DESC"],
+        max_results=1,
+    )
+    assert best[0].info.run_name == "head-4"
+
+
+def test_a_resumed_grid_makes_only_the_heads_that_are_missing(config, client):
+    with pytest.raises(RuntimeError), start(config, "train", Path("run.json")) as run:
+        before = run.children(**heads(3))
+        with run.child("head-3") as child:  # half written when the process died
+            child.record({"loss": 3.0})
+            raise RuntimeError
+    with start(config, "train", Path("run.json"), say=lambda line: None) as run:
+        after = run.children(**heads(5))
+    assert after[:3] == before
+    assert after[3] == child.run_id
+    made = below(client, run.run_id)
+    assert made.keys() == {f"head-{i}" for i in range(5)}
+    assert {one.info.status for one in made.values()} == {"FINISHED"}
+    for i, run_id in enumerate(after):
+        assert points(client, run_id, "loss") == [(e, i + e / 10) for e in range(3)]
+
+
+# ----------------------------------------------------------------- one run through crashes
+
+
+def write_epochs(run: tracking.Run, count: int, **params: object) -> str:
+    """What a command does each time it is run; the id of its child."""
+    run.params({"rate": 0.1, "text": "x" * 6500, **params})
+    run.dataset("dogs", "abc", "/data/dogs", "training")
+    with run.child("train") as child:
+        child.curve("curve", [1.0, 2.0, 3.0])
+        for epoch in range(count):
+            child.record({"loss": 1 / (epoch + 1)}, epoch)
+    return child.run_id
+
+
+def test_a_run_that_failed_is_taken_up_and_nothing_is_logged_twice(config, client):
+    place, said = Path("out/run.json"), []
+    with pytest.raises(RuntimeError), start(config, "fit", place) as first:
+        child = write_epochs(first, 60, workers=2)
+        raise RuntimeError
+    assert client.get_run(first.run_id).info.status == "FAILED"
+    assert json.loads(place.read_text())["run_id"] == first.run_id
+    with start(config, "fit", place, say=said.append) as again:
+        assert client.get_run(first.run_id).info.status == "RUNNING"
+        assert write_epochs(again, 150, workers=4) == child
+    assert again.run_id == first.run_id
+    assert not place.exists()
+    made = client.get_run(first.run_id)
+    assert made.info.status == "FINISHED"
+    assert made.data.params["workers"] == "2"
+    assert made.data.tags["resumed.workers"] == "4"
+    assert sum("param workers" in line for line in said) == 1
+    assert not any("param text" in line or "param rate" in line for line in said)
+    assert len(made.inputs.dataset_inputs) == 1
+    assert below(client, first.run_id).keys() == {"train"}
+    assert points(client, child, "loss") == [(e, 1 / (e + 1)) for e in range(150)]
+    assert points(client, child, "curve") == [(0, 1.0), (1, 2.0), (2, 3.0)]
+    with start(config, "fit", place) as third:
+        pass
+    assert third.run_id != first.run_id
+
+
+def test_a_killed_process_leaves_a_run_that_the_next_one_finishes(config, client, tmp_path):
+    program = f"""
+import os, signal
+from pathlib import Path
+from arrowhead.tracking import TrackingConfig, start
+config = TrackingConfig(tracking_uri={config.uri!r}, experiment="killed", system_metrics=False)
+with start(config, "fit", Path("run.json")) as run:
+    for step in range(4):
+        run.record({{"loss": step}}, step)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    killed = TrackingConfig(tracking_uri=config.uri, experiment="killed", system_metrics=False)
+    with start(killed, "fit", Path("run.json"), say=lambda line: None) as run:
+        for step in range(8):
+            run.record({"loss": step}, step)
+    (only,) = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
+    assert only.info.run_id == run.run_id
+    assert points(client, run.run_id, "loss") == [(e, e) for e in range(8)]
+
+
+def test_a_process_killed_while_its_run_was_being_made_leaves_one_run(config, client):
+    place = Path("run.json")
+    with pytest.raises(RuntimeError), start(config, "fit", place) as run:
+        raise RuntimeError
+    made = json.loads(place.read_text())
+    began = client.get_run(run.run_id).info.start_time
+    place.write_text(json.dumps(made | {"run_id": None, "start": began}))
+    with start(config, "fit", place, say=lambda line: None) as again:
+        pass
+    assert again.run_id == run.run_id
+    place.write_text(json.dumps(made | {"run_id": None, "start": 1}))
+    with start(config, "fit", place) as other:
+        pass
+    assert other.run_id != run.run_id
+
+
+def test_an_interrupted_run_is_killed_and_its_place_stays(config, client):
+    place = Path("run.json")
+    stop = pytest.raises(KeyboardInterrupt)
+    with stop, start(config, "fit", place) as run, run.child("train") as child:
+        raise KeyboardInterrupt
+    assert client.get_run(run.run_id).info.status == "KILLED"
+    assert client.get_run(child.run_id).info.status == "KILLED"
+    with start(config, "fit", place, say=lambda line: None) as again:
+        assert again.run_id == run.run_id
+
+
+def test_a_refused_request_leaves_no_run_unless_there_was_work_in_it(config, client):
+    place = Path("run.json")
+    with pytest.raises(ConfigError), start(config, "fit", place) as run, run.child("a") as child:
+        raise ConfigError("a", "b", "c")
+    for one in (run, child):
+        assert client.get_run(one.run_id).info.lifecycle_stage == "deleted"
+    assert not place.exists()
+    with pytest.raises(RuntimeError), start(config, "fit", place) as run:
+        raise RuntimeError
+    with pytest.raises(ConfigError), start(config, "fit", place, say=lambda line: None):
+        raise ConfigError("a", "b", "c")
+    assert client.get_run(run.run_id).info.lifecycle_stage == "active"
+    assert place.exists()
+
+
+@pytest.mark.parametrize("how", ["torn", "foreign", "verb", "deleted", "finished"])
+def test_a_place_that_does_not_fit_starts_a_new_run_and_says_so(config, client, how):
+    place, said = Path("run.json"), []
+    with pytest.raises(RuntimeError), start(config, "fit", place) as old:
+        raise RuntimeError
+    whole = place.read_bytes()
+    if how == "torn":
+        place.write_bytes(whole[:-1])
+    if how == "foreign":
+        place.write_text("[1, 2]")
+    if how == "deleted":
+        client.delete_run(old.run_id)
+    if how == "finished":
+        client.set_terminated(old.run_id, "FINISHED")
+    with start(config, "train" if how == "verb" else "fit", place, say=said.append) as new:
+        pass
+    assert new.run_id != old.run_id
+    assert bool(said) == (how != "finished")
+    assert not place.exists()
+
+
+# --------------------------------------------------------------------- a store that is gone
+
+
+def test_an_address_where_nobody_answers_is_refused(tmp_path):
+    with socket.socket() as mute:  # takes the connection, says nothing
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        for port in (mute.getsockname()[1], 9):
+            uri = f"http://me:hush@127.0.0.1:{port}"
+            with (
+                pytest.raises(ConfigError) as refusal,
+                start(TrackingConfig(tracking_uri=uri), "fit"),
+            ):
+                pass
+            assert f"127.0.0.1:{port}" in refusal.value.found
+            assert "hush" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_database_that_cannot_be_written_is_refused(tmp_path, workshop, config):
+    import sqlite3
+
+    (tmp_path / "not.db").write_bytes(b"this is no database" * 100)
+    with pytest.raises(ConfigError, match="not a database"):
+        start(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/not.db"), "fit").__enter__()
+    holder = sqlite3.connect(workshop / "mlflow.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ConfigError, match="locked"):
+        start(config, "fit").__enter__()
+    holder.close()
+
+
+def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_path, monkeypatch):
+    said: list[str] = []
+    there = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
+    (tmp_path / "report.html").write_text("report")
+    (tmp_path / "large.bin").write_bytes(bytes(2000))
+    monkeypatch.setattr(tracking, "COPIED", 1000)
+    with start(there, "fit", tmp_path / "run.json", say=said.append) as run:
+        with run.child("early") as early:
+            early.record({"loss": 5.0})
+            run.record({"loss": 0.0}, 0)
+            server.kill()
+            for step in range(1, 30):
+                run.record({"loss": float(step), "odd": float("nan")}, step)
+            early.record({"loss": 4.0}, 1)
+        run.params({"rate": 0.5})
+        run.tags({"verdict": "good"})
+        run.dataset("dogs", "abc", "/data/dogs", "training")
+        with run.child("late") as late:
+            late.record({"loss": 3.0})
+        ids = run.children(**heads(3))
+        run.keep(tmp_path / "report.html", "reports")
+        run.keep(tmp_path / "large.bin")
+        assert run.model(tmp_path) is None
+    (tmp_path / "report.html").unlink()
+    folder = tmp_path / ".arrowhead" / "unsent" / run.run_id
+    assert len(said) == 3, said
+    assert "is gone" in said[0]
+    assert "whole on the disk" in said[1]
+    assert str(folder) in said[2]
+    assert not (tmp_path / "run.json").exists()
+    assert b"hush" not in b"".join(f.read_bytes() for f in folder.rglob("*") if f.is_file())
+    with pytest.raises(ConfigError):
+        start(there, "fit").__enter__()
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    server.__enter__()
+    client = client_of(there)
+
+    def check() -> None:
+        made = client.get_run(run.run_id)
+        assert made.info.status == "FINISHED"
+        assert points(client, run.run_id, "loss") == [(e, float(e)) for e in range(30)]
+        assert made.data.params == {"rate": "0.5"}
+        assert made.data.tags["verdict"] == "good"
+        assert len(made.inputs.dataset_inputs) == 1
+        below_it = below(client, run.run_id)
+        assert below_it.keys() == {"early", "late", "head-0", "head-1", "head-2"}
+        assert {one.info.status for one in below_it.values()} == {"FINISHED"}
+        assert points(client, early.run_id, "loss") == [(0, 5.0), (1, 4.0)]
+        assert points(client, below_it["late"].info.run_id, "loss") == [(0, 3.0)]
+        head = below_it["head-2"]
+        assert points(client, head.info.run_id, "loss") == [(e, 2 + e / 10) for e in range(3)]
+        assert head.info.run_id not in ids
+        files = {file.path for file in client.list_artifacts(run.run_id)}
+        assert files == {"reports", "large.bin"}
+        local = client.download_artifacts(run.run_id, "reports/report.html", str(tmp_path))
+        assert Path(local).read_text() == "report"
+
+    with start(there, "score", say=said.append):
+        check()
+    assert "sent to" in said[3]
+    assert not folder.exists()
+    shutil.copytree(kept, folder)  # as if the sender had died before it could remove it
+    tracking.send(there, say=said.append)
+    check()
+    assert not folder.exists()
+
+
+def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(tracking, "AGAIN", (0.2, 0.5))
+    there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
+    with start(there, "fit", say=said.append) as run:
+        run.record({"loss": 0.0}, 0)
+        server.kill()
+        run.record({"loss": 1.0}, 1)
+        with run.child("train") as child:
+            server.__enter__()
+            time.sleep(0.5)
+            run.record({"loss": 2.0}, 2)
+            assert not child.run_id.startswith("unsent")
+            child.record({"loss": 7.0})
+        run.record({"loss": 3.0}, 3)
+    client = client_of(there)
+    assert points(client, run.run_id, "loss") == [(e, float(e)) for e in range(4)]
+    assert points(client, child.run_id, "loss") == [(0, 7.0)]
+    assert below(client, run.run_id)["train"].info.status == "FINISHED"
+    assert len(said) == 2, said
+    assert "is back" in said[1]
+    assert not list(Path(".arrowhead/unsent").iterdir())
+
+
+def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
+    config, client, workshop, monkeypatch
+):
+    import sqlite3
+
+    said: list[str] = []
+    monkeypatch.setattr(tracking, "AGAIN", (0.1, 0.1))
+    database = sqlite3.connect(workshop / "mlflow.db")
+    with start(config, "fit", say=said.append, spool=Path("spool")) as run:
+        database.execute("ALTER TABLE metrics RENAME TO away")
+        run.record({"loss": 1.0}, 1)
+        run.tags({"verdict": "good"})
+        assert client.get_run(run.run_id).data.tags["verdict"] == "good"
+        assert len(list(Path("spool").iterdir())) == 1
+        database.execute("ALTER TABLE away RENAME TO metrics")
+        time.sleep(0.2)
+        run.record({"loss": 2.0}, 2)
+        assert points(client, run.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    database.close()
+    assert len(said) == 1, said
+    assert "not recorded yet" in said[0]
+    assert not list(Path("spool").iterdir())
+
+
+def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, tmp_path):
+    said: list[str] = []
+    with start(config, "fit") as run:
+        pass
+    experiment = client.get_run(run.run_id).info.experiment_id
+    lines = [
+        {"do": "batch", "run": "RUN", "metrics": [["loss", e / 2, 5, e]], "params": {}, "tags": {}}
+        for e in range(4)
+    ]
+    whole = b"".join(b"\n" + json.dumps(line).encode() for line in lines)
+    ends = [found.end() for found in re.finditer(rb"\}\}", whole)]
+    cuts = sorted({0, 1, 7, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)})
+    for cut in cuts:
+        new = client.create_run(experiment).info.run_id
+        folder = tmp_path / "spool" / new
+        folder.mkdir(parents=True)
+        header = {"store": config.uri, "experiment": experiment, "run_id": new}
+        (folder / "run.json").write_text(json.dumps(header))
+        (folder / "writes.jsonl").write_bytes(whole[:cut].replace(b"RUN", new.encode()))
+        tracking.send(config, tmp_path / "spool", said.append)
+        left = sum(end <= cut for end in ends)
+        assert points(client, new, "loss") == [(e, e / 2) for e in range(left)], cut
+        assert not folder.exists()
+
+
+def test_what_was_kept_of_a_deleted_run_is_set_aside(config, client, tmp_path):
+    said: list[str] = []
+    with start(config, "fit") as run:
+        pass
+    folder = tmp_path / "spool" / run.run_id
+    folder.mkdir(parents=True)
+    header = {"store": config.uri, "experiment": "1", "run_id": run.run_id}
+    (folder / "run.json").write_text(json.dumps(header))
+    (folder / "writes.jsonl").write_text('{"do": "delete"}')
+    client.delete_run(run.run_id)
+    tracking.send(config, tmp_path / "spool", said.append)
+    assert folder.with_suffix(".refused").is_dir()
+    tracking.send(config, tmp_path / "spool", said.append)
+    assert len(said) == 1
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
+    """A bundle of a random body and head with three golden images."""
+    from arrowhead import bundle, extract, heads, model
+    from arrowhead.decode import PixelConfig
+
+    body, pixels = model.BodyConfig(body="resnet18", weights="random"), PixelConfig(size=64)
+    weights = model.load(body)
+    recipe = extract.recipe_of(pixels, body, weights, 512)
+    made = bundle.Bundle(
+        recipe=recipe,
+        classes=["baskets", "beads", "leaves"],
+        head="linear",
+        temperature=1.5,
+        body_state=weights.state,
+        head_state=heads.make("linear", 512, 3, seed=4).state_dict(),
+        metrics={},
+        lineage={},
+    )
+    images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
+    feature_ND = bundle.features(recipe, made.make_body(), images, "cpu", 1)
+    chance_NC = bundle.probabilities(made.make_head(), feature_ND, made.temperature)
+    golden = [
+        bundle.Golden(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=chance_NC[i])
+        for i, data in enumerate(images)
+    ]
+    from dataclasses import replace
+
+    path = tmp_path_factory.mktemp("model") / "bundle"
+    bundle.save(replace(made, golden=golden), path)
+    return path
+
+
+def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(config, client, bundle, tmp_path):
+    import pandas
+
+    from arrowhead.bundle import load
+
+    with start(config, "fit") as run:
+        address = run.model(bundle)
+        assert run.model(bundle) == address
+    import mlflow
+    from mlflow.pyfunc import scoring_server
+
+    (output,) = client.get_run(run.run_id).outputs.model_outputs
+    assert f"models:/{output.model_id}" == address
+    assert client.get_logged_model(output.model_id).source_run_id == run.run_id
+    mlflow.set_tracking_uri(config.uri)
+    local = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(tmp_path / "model")))
+    kinds = {file.suffix for file in local.rglob("*") if file.is_file()}
+    assert not kinds & {".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
+    served = mlflow.pyfunc.load_model(str(local))
+    flavor = served.metadata.flavors["python_function"]
+    assert Path(flavor["model_code_path"]).name == "served.py"
+    assert "python_model" not in flavor
+    golden = load(bundle).golden
+    rows = pandas.DataFrame({"image": [one.data for one in golden] + [b"no image"]})
+    answer = served.predict(rows)
+    wanted = np.stack([one.probabilities for one in golden])
+    np.testing.assert_allclose(np.stack(answer["probabilities"][:3]), wanted, rtol=0, atol=1e-6)
+    classes = served.metadata.metadata["classes"]
+    assert answer["label"][:3].tolist() == [classes[i] for i in wanted.argmax(1)]
+    assert answer["labels"].tolist() == [[label] for label in answer["label"][:3]] + [[]]
+    assert answer["label"][3] is None
+    assert np.isnan(answer["probability"][3])
+    assert served.metadata.get_input_schema().input_names() == ["image"]
+    names = served.metadata.get_output_schema().input_names()
+    assert names == answer.columns.tolist()
+    example = (local / "serving_input_example.json").read_text()
+    over_http = scoring_server.infer_and_parse_data(
+        json.loads(example), served.metadata.get_input_schema()
+    )
+    again = served.predict(over_http)
+    smallest = min(range(3), key=lambda i: len(golden[i].data))
+    np.testing.assert_allclose(again["probabilities"][0], wanted[smallest], rtol=0, atol=1e-6)
