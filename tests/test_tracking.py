@@ -491,7 +491,7 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     assert not folder.exists()
 
 
-def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch):
+def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch, capsys):
     said: list[str] = []
     monkeypatch.setattr(tracking, "AGAIN", (0.2, 0.5))
     there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
@@ -512,6 +512,7 @@ def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypat
     assert below(client, run.run_id)["train"].info.status == "FINISHED"
     assert len(said) == 2, said
     assert "is back" in said[1]
+    assert capsys.readouterr().out == ""
     assert not list(Path(".arrowhead/unsent").iterdir())
 
 

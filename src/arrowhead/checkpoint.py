@@ -103,7 +103,7 @@ def newest(place: Path, key: str, warn: Callable[[str], None]) -> Checkpoint | N
             break
         torn.append(one.folder)
     before = f"the whole one before it, {one.folder}, is used" if used else "none is whole"
-    for folder in torn:
+    for folder in filter(Path.is_dir, torn):  # rank 0 may be pruning while other ranks look
         warn(f"The checkpoint {folder} is torn or has changed: {before}.")
     return used
 

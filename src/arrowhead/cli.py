@@ -508,16 +508,27 @@ def _means(
     from arrowhead.tracking import start
 
     screen = Screen(to_stderr=output.json)
+    with _alone(place), start(tracking, verb, place, say=screen.say) as run:
+        yield pipeline.Means(launch=launch, screen=screen, run=run)
     if place:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place.parent, ignore_errors=True)
+
+
+@contextmanager
+def _alone(place: Path | None) -> Iterator[None]:
+    """Nobody else trains to the same bundle; a folder of checkpoints with none in it goes again."""
+    if place is None:
+        yield
+        return
+    from arrowhead import shards
+
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with start(tracking, verb, place, say=screen.say) as run:
-            yield pipeline.Means(launch=launch, screen=screen, run=run)
-        if place:
-            shutil.rmtree(place.parent, ignore_errors=True)
+        with shards.locked(place.parent):
+            yield
     finally:
-        if place and place.parent.is_dir() and not any(place.parent.iterdir()):
-            place.parent.rmdir()
+        if [one.name for one in place.parent.iterdir()] == [".lock"]:
+            shutil.rmtree(place.parent, ignore_errors=True)
 
 
 def _me() -> str:

@@ -373,9 +373,12 @@ def learn(path: Path, asked: Study, means: Means = Means(), place: Path | None =
     told = _Told(asked, means)
     run = means.top.run_id if means.top else None
     args = path, asked, place, run
-    made: Learned = launch.run(
-        study.learn, *args, config=means.launch, listen=told, place=place, sized=told.sized
-    )
+    try:
+        made: Learned = launch.run(
+            study.learn, *args, config=means.launch, listen=told, place=place, sized=told.sized
+        )
+    finally:
+        told.send()
     return made
 
 
@@ -385,7 +388,14 @@ class _Told:
     def __init__(self, asked: Study, means: Means) -> None:
         self._asked, self._means = asked, means
         self._done: set[Any] = set()
-        self._said = 0.0
+        self._said = self._sent = 0.0
+        self._points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+
+    def send(self) -> None:
+        """Record the epochs that were not recorded yet: one request for all of them."""
+        if self._points and self._means.run:
+            self._means.run.series(self._points)
+        self._points, self._sent = defaultdict(list), monotonic()
 
     def sized(self, workers: int) -> None:
         """How many workers there are now."""
@@ -415,9 +425,11 @@ class _Told:
             if epoch == 0:
                 screen.say(HEADING)
             screen.say(row(lines[0]))
-            if self._means.run:
-                figures = {name: value for name, value in lines[0].items() if name != "epoch"}
-                self._means.run.record(figures | {"rate": message["rate"]}, epoch)
+            for name, value in (lines[0] | {"rate": message["rate"]}).items():
+                if name != "epoch":
+                    self._points[name].append((epoch, value))
+            if monotonic() - self._sent > 1:  # a request for each of many short epochs costs more
+                self.send()  # than the epochs
             return
         last = epoch + 1 == config.epochs
         if last or epoch == 0 or monotonic() - self._said > 2:
@@ -568,8 +580,8 @@ def _show_evaluation(figures: dict[str, Any], classes: list[str], out: Path, mea
         means.run.keep(
             report.save(report.confusion_figure(counts_CC, classes), picture), "evaluation"
         )
-    means.run.keep(out, "bundle")
-    means.run.model(out)
+    if means.run.model(out) is None:  # the model holds the bundle
+        means.run.keep(out, "bundle")
 
 
 def _evaluation(figures: dict[str, Any]) -> str:

@@ -23,27 +23,72 @@ if TYPE_CHECKING:
 
 
 def lr_figure(curve: Curve) -> Figure:
-    """The loss under a rising rate: mean of the seeds, their spread shaded, suggestions marked."""
+    """The loss under a rising rate. Above: each suggestion, and how far single seeds differ from
+    it. Below: the loss, mean of the seeds with their spread shaded, each seed as a thin line, and
+    the same for held-out rows.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    alive = np.isfinite(curve.losses).all(0)
-    rates, losses = curve.rates[alive], curve.losses[:, alive]
-    mean, spread = losses.mean(0), losses.std(0)
-    axes.fill_between(rates, mean - spread, mean + spread, alpha=0.2, linewidth=0)
-    axes.plot(rates, mean, label=f"mean of {len(losses)} seeds")
-    for (name, rate), mark in zip(curve.suggestions.items(), "osD", strict=False):
-        axes.plot(
-            rate, np.interp(np.log(rate), np.log(rates), mean), mark, label=f"{name} {rate:.2g}"
-        )
-    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats, smoothed)")
-    low, high = float((mean - spread).min()), float(mean[0] + spread[0])
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.35 * (high - low))
-    axes.set_title(f"LR finder: {curve.verdict}")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    names = list(curve.suggestions)
+    # A row for each suggestion: labels cannot meet, however close the rates.
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(0.26 * len(names) + 0.2, 3.4))
+    for row, (name, rate) in enumerate(curve.suggestions.items()):
+        colour, factor = f"C{row + 2}", curve.spreads.get(name, 1.0)
+        above.plot([rate / factor, rate * factor], [row, row], color=colour, lw=4, alpha=0.35)
+        above.plot(rate, row, "D" if name == curve.chosen else "o", color=colour)
+        for axes in (above, below):
+            axes.axvline(rate, color=colour, lw=0.8, ls=":", zorder=0)
+    marks = [f"{name}  {rate:.1e}" for name, rate in curve.suggestions.items()]
+    above.set_yticks(range(len(names)), marks)
+    above.set_ylim(len(names) - 0.4, -0.6)
+    for label, name in zip(above.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name == curve.chosen else "normal")
+    above.set_title(f"LR finder: {curve.verdict}")
+    _losses(below, curve)
+    above.set(xscale="log", xlim=(curve.rates[0], curve.rates[-1]))
+    below.set(xlabel="learning rate", ylabel=f"loss (nats), mean of {len(curve.losses)}")
+    below.grid(alpha=0.3)
     return figure
+
+
+def _losses(axes: Any, curve: Curve) -> None:
+    """Lines of the losses. What leaves at the top is marked there: one diverged seed would press
+    all that matters into a line.
+    """
+    lines = [("training, smoothed", "C0", "-", curve.losses)]
+    if curve.held_out is not None:
+        lines.append(("held-out rows", "C1", "--", curve.held_out))
+    drawn = []
+    for name, colour, dashes, losses in lines:
+        there = np.isfinite(losses)
+        some = there.any(0)
+        if not some.any():
+            continue
+        rates, counted = curve.rates[some], np.where(there, losses, np.nan)[:, some]
+        middle, spread = np.nanmean(counted, 0), np.nanstd(counted, 0)
+        axes.plot(rates, middle, dashes, color=colour, label=name)
+        axes.plot(rates, counted.T, dashes, color=colour, lw=0.6, alpha=0.4)
+        axes.fill_between(
+            rates, middle - spread, middle + spread, color=colour, alpha=0.2, linewidth=0
+        )
+        gone = np.flatnonzero(~there.all(0))
+        if name.startswith("training") and len(gone):
+            first = curve.rates[gone[0]]
+            axes.axvspan(first, curve.rates[-1], color="0.5", alpha=0.12, lw=0, label="diverged")
+        drawn.append((rates, counted, middle, spread, colour))
+    if not drawn:
+        axes.text(0.5, 0.5, "every seed diverged at once", transform=axes.transAxes, ha="center")
+        return
+    low = min(float((middle - spread).min()) for *_, middle, spread, _ in drawn)
+    high = max(float(middle[0] + spread[0]) for *_, middle, spread, _ in drawn)
+    reach = max(high - low, 0.02 * abs(high), 1e-6)
+    top = high + 0.35 * reach
+    for rates, counted, _, _, colour in drawn:
+        over = rates[np.nanmax(counted, 0) > top]
+        axes.plot(over, np.full(len(over), top), "^", color=colour, clip_on=False, ms=5)
+    axes.set_ylim(low - 0.05 * reach, top)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
 
 
 def lr_csv(curve: Curve, path: Path) -> None:

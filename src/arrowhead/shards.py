@@ -30,7 +30,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -386,6 +386,24 @@ class Features:
         return self.label.ndim == 2
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer of a folder at a time; ConfigError if another process is writing there."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is being written by another Arrowhead command.",
+                "one writer at a time.",
+                "wait for it to end, or stop it; then run this again.",
+            ) from None
+        except OSError as error:  # some network disks know no locks
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        yield
+
+
 class Store:
     """A directory of features made in one way. Open an existing one, or `create` it."""
 
@@ -422,22 +440,9 @@ class Store:
         write_sealed(path / "store.json", head)
         return Store(path)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """One writer at a time; ConfigError if another process is writing here."""
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path} is being written by another Arrowhead command.",
-                    "one writer at a time.",
-                    "wait for it to end, or stop it; then run this again.",
-                ) from None
-            except OSError as error:  # some network disks know no locks
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise
-            yield
+        return locked(self.path)
 
     @property
     def weights(self) -> Path:

@@ -270,9 +270,7 @@ class _Log:
         sketch = None
         key = f"{self._note['key']}:{part}"
         if self._worker.rank == 0:
-            self._place.mkdir(parents=True, exist_ok=True)
             sketch = checkpoint.draft(self._place)
-            sketch.mkdir()
             tensors, facts = save()
             curve = self.curve.plain() if self.curve else None
             noted = facts | self._note | {"key": key, "number": epoch, "curve": curve}

@@ -370,7 +370,8 @@ def _more(points: Sequence[Mapping[str, Any]], name: str, valid: NDArray[np.int6
     if len(errors) < 2:
         return f"from {before['images']} to {last['images']} images {name} moved by {gain:.4f}"
     sure = 2 * math.hypot(*errors)
-    span = f"from {before['images']} to {last['images']} images {name} improved by {gain:.4f}"
+    moved = "got better" if gain > 0 else "got worse" if gain < 0 else "moved"
+    span = f"from {before['images']} to {last['images']} images {name} {moved} by {abs(gain):.4f}"
     if gain > sure:
         return f"{span}, more than chance explains ({sure:.4f}): more images would probably help"
     return (

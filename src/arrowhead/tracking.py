@@ -127,6 +127,10 @@ class Run:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         self._batch(points={name: [(step, value)] for name, value in numbers.items()})
 
+    def series(self, points: Points) -> None:
+        """Log numbers at many steps: (step, value) by name, in requests of 1,000."""
+        self._batch(points=points)
+
     def curve(self, name: str, values: list[float]) -> None:
         """Log one metric at steps 0, 1, 2 …, in requests of 1,000."""
         self._batch(points={name: list(enumerate(values))})
@@ -765,19 +769,21 @@ class _Post:
         except Exception as error:
             if _refused(error):
                 self._once(f"MLflow refuses what is written to it: {_first_line(error)}")
-            elif self._answers():
+                return True
+            silent = _silence(self._uri, PROBE)
+            if silent is None and self.store.answers():
                 self._once(
                     f"not recorded yet, though {self._place} answers: {_first_line(error)}."
                     f" It is kept in {self._spool.folder} and tried again"
                 )
                 self._keep(write)
-            else:
-                self._away = True
-                self.say(
-                    f"{self._place} is gone ({_first_line(error)}). The work goes on; what is to"
-                    f" be recorded is kept in {self._spool.folder} and sent when it is back"
-                )
-                return False
+                return True
+            self._away = True
+            self.say(
+                f"{self._place} is gone ({silent or _first_line(error)}). The work goes on; what is"
+                f" to be recorded is kept in {self._spool.folder} and sent when it is back"
+            )
+            return False
         return True
 
     def _keep(self, write: Write) -> None:
@@ -786,9 +792,6 @@ class _Post:
             self._once(f"{self._spool.folder} cannot be written, only memory is left: {why}")
         if self._next == math.inf:
             self._next = monotonic() + self._wait
-
-    def _answers(self) -> bool:
-        return _silence(self._uri, PROBE) is None and self.store.answers()
 
     def _resend(self) -> None:
         """Try what is kept; if that fails, not again for a while."""
@@ -932,6 +935,8 @@ def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
     # A write that fails is kept and sent later: one retry, and no minutes in front of a dead host.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Standard output is for what the command was asked for, a JSON line perhaps.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if why := _silence(config.uri, 2 * PROBE):
         raise OSError(why)

@@ -15,6 +15,7 @@ random state.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -647,6 +648,24 @@ class Training:
         self.optimizer.load(own, facts["steps"])
 
 
+@contextmanager
+def threads_for(training: Training) -> Iterator[None]:
+    """One thread where a step is small: on a busy machine threads wait longer for each other than
+    such a step takes.
+    """
+    import torch
+
+    lanes, each = training.stack.shape
+    rows, width = training.config.batch_size, training.data.feature.shape[2]
+    before = torch.get_num_threads()
+    if lanes * rows * width * (4 + each * len(training.data.classes)) < 1 << 21:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def precision(asked: str, device: torch.device) -> torch.dtype | None:
     """The dtype of matrix products, None for fp32: bf16 only where the GPU has it in silicon."""
     import torch
@@ -684,7 +703,8 @@ def train_stack(
     if saved:
         training.load(saved)
     while not training.over:
-        training.epoch()
+        with threads_for(training):
+            training.epoch()
         record({number: training.lines[number][-1] for number in training.numbers})
         out = training.stale()
         if losers:

@@ -1,0 +1,247 @@
+"""Training as its user runs it: many heads, folds, a learning curve, stops at any moment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pytest
+import safetensors.numpy
+
+from arrowhead import study
+from arrowhead.shards import Store
+
+BODY = ["--body", "resnet18", "--weights", "random", "--size", "64"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory that the tests of this file share."""
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(autouse=True)
+def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture(scope="module")
+def store(drawn: Path, place: Path) -> Path:
+    """Features of the drawn images."""
+    words = ["precompute", str(drawn), str(place / "store"), *BODY]
+    subprocess.run([sys.executable, "-m", "arrowhead", *words], cwd=place, check=True)
+    return place / "store"
+
+
+def runs(place: Path, name: str) -> list[Any]:
+    """MLflow runs of this name, the newest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    experiment = client.get_experiment_by_name("arrowhead").experiment_id
+    return list(client.search_runs([experiment], f"tags.`mlflow.runName` = '{name}'"))
+
+
+def children(place: Path, parent: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    experiment = client.get_experiment_by_name("arrowhead").experiment_id
+    words = f"tags.`mlflow.parentRunId` = '{parent}'"
+    return list(client.search_runs([experiment], words, order_by=["metrics.accuracy DESC"]))
+
+
+# ------------------------------------------------------------------------------ many heads
+
+
+def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, command):
+    grid = "rate=1e-5,1e-2 weight_decay=0,0.1 seed=0,1"
+    result = command("train", store, "best", "--grid", grid, "--epochs", 4)
+    heads = children(place, result["run_id"])
+    found = [run for run in heads if run.info.run_name != "train"]
+    assert len(found) == 8
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert found[0].data.params["train.rate"] == "0.01"
+    best = result["grid"]["settings"][0]
+    assert best["knobs"]["rate"] == result["rate"] == 0.01
+    assert best["mean"] >= result["grid"]["settings"][-1]["mean"]
+    with Path("best-grid.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["rate"] for row in table[:2]] == ["0.01", "0.01"]
+    assert table[0]["seeds"] == "0 1"
+    made = json.loads(Path("best/bundle.json").read_text())
+    assert made["metrics"]["accuracy"] == pytest.approx(result["epochs"][-1]["accuracy"])
+    assert made["lineage"]["training"]["rate"] == 0.01
+
+
+def test_folds_give_every_image_one_probability_from_a_head_that_has_not_seen_it(
+    store, place, command
+):
+    result = command("train", store, "folded", "--rate", 0.01, "--epochs", 3, "--folds", 4)
+    table = polars.read_ipc(result["folds"]["file"])
+    catalog = Store(store).read_catalog()
+    used = [p for p, s in zip(catalog["paths"], catalog["splits"], strict=True) if s != "test"]
+    assert table["path"].to_list() == used
+    assert sorted(set(table["fold"])) == [0, 1, 2, 3]
+    chance = np.array(table["probability"].to_list())
+    assert np.abs(chance.sum(1) - 1).max() < 1e-5
+    classes = Store(store).manifest()["classes"]
+    label = np.array([classes.index(names[0]) for names in table["labels"].to_list()])
+    by_fold = [
+        float((chance.argmax(1) == label)[table["fold"].to_numpy() == fold].mean())
+        for fold in range(4)
+    ]
+    assert result["folds"]["figures"]["accuracy"]["mean"] == pytest.approx(np.mean(by_fold))
+    assert [line["accuracy"] for line in result["folds"]["folds"]] == pytest.approx(by_fold)
+
+
+def test_the_learning_curve_is_drawn_and_recorded(store, place, command):
+    flags = ["--rate", 0.01, "--epochs", 3, "--learning-curve", "--curve-seeds", 2]
+    result = command("train", store, "curved", *flags)
+    points = result["learning_curve"]["points"]
+    assert points[-1]["share"] == 1.0
+    assert [point["images"] for point in points] == sorted({point["images"] for point in points})
+    assert Path("curved-learning-curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len(Path("curved-learning-curve.csv").read_text().splitlines()) == 1 + len(points)
+
+
+def test_a_store_larger_than_memory_is_left_in_the_map_and_gives_the_same_numbers(
+    store, command, monkeypatch
+):
+    flags = ["--rate", 0.01, "--epochs", 2]
+    held = command("train", store, "held", *flags)
+    monkeypatch.setattr(study, "_free", lambda device: 1000)
+    mapped = command("train", store, "mapped", *flags)
+    assert mapped["epochs"] == held["epochs"]
+
+
+def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
+    rows = ["path\tlabels\tsplit"]
+    for file in sorted(drawn.glob("*/*/*.jpg")):
+        split, name = file.relative_to(drawn).parts[:2]
+        both = f"{name} woven" if name == "baskets" else name
+        if split in ("train", "valid"):
+            rows.append(f"{file}\t{both}\t{split}")
+    Path("several.tsv").write_text("\n".join(rows) + "\n")
+    result = command("fit", "several.tsv", "several", *BODY, "--epochs", 8, "--best", "f2")
+    assert {"valid_loss", "accuracy", "f1", "f2"} <= result["epochs"][0].keys()
+    assert result["epoch"] == int(np.argmax([line["f2"] for line in result["epochs"]]))
+    assert result["metrics"]["f2_samples"] > 0.6
+    made = json.loads(Path("several/bundle/bundle.json").read_text())
+    assert made["task"] == "multi-label"
+    assert made["thresholds"].keys() == {"baskets", "beads", "leaves", "woven"}
+    command("score", "several/bundle", drawn / "valid", "several-scores", "--probabilities")
+    table = polars.read_parquet("several-scores/part-*.parquet")
+    cuts = np.array([made["thresholds"][name] for name in made["classes"]])
+    for chances, labels in zip(table["probabilities"], table["labels"].to_list(), strict=True):
+        given = np.array(made["classes"])[chances.to_numpy() >= cuts]
+        assert labels == given.tolist()
+    assert table["labels"].list.len().max() >= 2
+
+
+# --------------------------------------------------------------------------------- stops
+
+
+def weights(bundle: Path) -> dict[str, np.ndarray]:
+    found = safetensors.numpy.load_file(bundle / "weights.safetensors")
+    return {name: value for name, value in found.items() if name.startswith("head.")}
+
+
+def start(place: Path, *words: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "arrowhead", *map(str, words), "--json"]
+    out = (place / "killed.out").open("wb")
+    return subprocess.Popen(command, cwd=place, stdout=out, stderr=out)
+
+
+FLAGS = ["--head", "lesson", "--dropout", 0.3, "--rate", 0.003, "--epochs", 60, "--batch-size", 9]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Path, place: Path) -> Path:
+    """A bundle whose training nobody stopped."""
+    assert start(place, "train", store, place / "calm", *FLAGS).wait(300) == 0
+    return place / "calm"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_training_goes_on_to_the_same_weights_in_the_same_run(
+    undisturbed, store, place, how
+):
+    before = len(runs(place, "train"))
+    name = f"stopped-{how.name}"
+    words = ["train", store, place / name, *FLAGS, "--checkpoint-seconds", 0]
+    first = start(place, *words)
+    until = time.monotonic() + 120
+    while not list(place.glob(f".{name}.training/heads-0000[1-4]*")):
+        assert first.poll() is None, (place / "killed.out").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(first.pid, how)
+    assert first.wait(60) == (130 if how is signal.SIGINT else -9)
+    assert not (place / name).exists()
+    assert start(place, *words).wait(300) == 0
+    assert "going on from their checkpoint" in (place / "killed.out").read_text()
+    calm, made = weights(undisturbed), weights(place / name)
+    assert all(np.array_equal(calm[part], made[part]) for part in calm)
+    assert not (place / f".{name}.training").exists()
+    every = runs(place, "train")
+    parent = next(run for run in every if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == "FINISHED"
+    assert len(every) == before + 2  # one parent and its child, both taken up again
+    (child,) = children(place, parent.info.run_id)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    history = client.get_metric_history(child.info.run_id, "train_loss")
+    assert Counter(point.step for point in history) == Counter(range(60))
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before_it_and_says_so(undisturbed, store, place):
+    name = "torn"  # at every length: test_checkpoint.py
+    words = ["train", store, place / name, *FLAGS, "--checkpoint-seconds", 0]
+    first = start(place, *words)
+    until = time.monotonic() + 120
+    while not list(place.glob(f".{name}.training/heads-00000[4-9]")):
+        assert first.poll() is None, (place / "killed.out").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    newest = max(place.glob(f".{name}.training/heads-*"))
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert start(place, *words).wait(300) == 0
+    said = (place / "killed.out").read_text()
+    assert newest.name in said
+    assert "torn or has changed" in said
+    calm, made = weights(undisturbed), weights(place / name)
+    assert all(np.array_equal(calm[part], made[part]) for part in calm)
+
+
+def test_two_commands_do_not_train_to_the_same_bundle(store, place):
+    first = start(place, "train", store, place / "shared", *FLAGS, "--checkpoint-seconds", 0)
+    until = time.monotonic() + 120
+    while not list(place.glob(".shared.training/heads-*")):
+        assert first.poll() is None, (place / "killed.out").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = [sys.executable, "-m", "arrowhead", "train", store, place / "shared", *FLAGS]
+    done = subprocess.run(
+        [*map(str, second)], cwd=place, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "being written by another Arrowhead command" in done.stderr
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait(300) == 0
+    assert (place / "shared" / "bundle.json").is_file()
