@@ -51,7 +51,7 @@ class DescentConfig:
     def __post_init__(self) -> None:
         warmup = 0.0 if self.warmup is None else self.warmup
         for knob, value, fine, wanted in (
-            ("weight-decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
+            ("weight-decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more"),
             ("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 up to 1"),
             ("warmup", warmup, 0 <= warmup < 1, "from 0 up to 1"),
             ("smoothing", self.smoothing, 0 <= self.smoothing < 1, "from 0 up to 1"),
@@ -65,6 +65,12 @@ class DescentConfig:
         ):
             if not fine:
                 raise ConfigError(f"--{knob} is {value}.", f"{wanted}.", f"give another --{knob}.")
+        if self.cycle_mult > 1 and not self.cycle_len:
+            raise ConfigError(
+                f"--cycle-mult {self.cycle_mult} has no --cycle-len.",
+                "the length of the first cosine.",
+                "add e.g. --schedule cosine --cycle-len 1.",
+            )
         if self.cycle_len and self.schedule != "cosine":
             raise ConfigError(
                 f"--cycle-len {self.cycle_len} goes with --schedule cosine, not {self.schedule}.",
@@ -164,7 +170,7 @@ class Loss:
         if self.classes is None and not self.smoothing:
             slope = log.exp_()
             return nats, slope.scatter_add_(2, index, slope.new_full((), -1.0).expand_as(index))
-        weights = log.new_ones(classes) if self.classes is None else self.classes
+        weights = log.new_ones(classes) if self.classes is None else self.classes.to(log.dtype)
         mine_LB, s = weights[label_LB], self.smoothing
         even = (weights * (s / classes)).view(1, 1, -1, 1)
         hard = mine_LB[:, None] * (1 - s)
@@ -266,8 +272,9 @@ class Optimizer:
         slope, room = self.stack.grad, self._room
         if self.config.optimizer == "sgd":
             _add(slope, self.stack.theta, self._decay, 1.0)
-            self.first.mul_(self.config.momentum).add_(slope)
-            _add(self.stack.theta, self.first, self._rate, -factor)
+            if self.config.momentum:
+                slope = self.first.mul_(self.config.momentum).add_(slope)
+            _add(self.stack.theta, slope, self._rate, -factor)
             return
         self.first.lerp_(slope, 0.1)
         self.second.mul_(0.999).addcmul_(slope, slope, value=0.001)

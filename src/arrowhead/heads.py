@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import is_available, is_initialized
 from torch.distributed.nn.functional import all_reduce
 
 State = Mapping[str, Tensor]
@@ -27,11 +26,14 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which rows of which global batch a worker holds: step number, first row, rows in all."""
+    """Which rows of which global batch a worker holds: step number, first row, rows in all; and
+    whether other workers hold the rest.
+    """
 
     step: int
     first: int
     rows: int
+    shared: bool = False
 
 
 # ------------------------------------------------------------------------------ one head
@@ -173,6 +175,10 @@ class Stack:
         """
         raise NotImplementedError
 
+    def held(self, width: int) -> int:
+        """Numbers that `logits` holds at once for each row of width `width`."""
+        raise NotImplementedError
+
     def descend(self, slope_LGCB: Tensor) -> None:
         """Fill `grad`, given the loss's slope at the logits that were made last."""
         raise NotImplementedError
@@ -232,15 +238,19 @@ class Linear(Stack):
             logit = torch.baddbmm(bias, weight, x_LBD.mT)
         else:
             logit = torch.bmm(weight.to(dtype), self._x.mT).float() + bias
-        logit = logit.view(lanes, each, -1, rows)
+        logit = logit.view(lanes, each, weight.shape[1] // each, rows)
         return nn.functional.pad(logit, (0, 0, 1, 0)) if self._pair else logit
+
+    def held(self, width: int) -> int:
+        """See `Stack.held`."""
+        return self.shape[0] * width + self.parts["2.bias"].numel()
 
     @torch.no_grad()
     def descend(self, slope_LGCB: Tensor) -> None:
         """See `Stack.descend`."""
         lanes, each = self.shape
         slope = slope_LGCB[:, :, 1:] if self._pair else slope_LGCB
-        slope = slope.reshape(lanes, -1, slope.shape[3])
+        slope = slope.flatten(1, 2)
         made = torch.bmm(slope.to(self._x.dtype), self._x).float()
         if not self._scaled:
             made.mul_(self._scale)
@@ -271,7 +281,7 @@ class Lesson(Stack):
     ) -> Tensor:
         """See `Stack.logits`."""
         leaves = self._leaves() if place else self.parts
-        wide = feature_LBD.float().expand(self.shape[0], -1, -1)[:, None]
+        wide = feature_LBD.to(self.theta.dtype).expand(self.shape[0], -1, -1)[:, None]
         with (
             torch.set_grad_enabled(place is not None),
             torch.autocast(wide.device.type, dtype, enabled=dtype is not None),
@@ -279,15 +289,20 @@ class Lesson(Stack):
             x = self._norm(wide, "0", leaves, place, real_LB)
             x = self._drop(x, 0, place)
             x = (x @ leaves["2.weight"].mT + leaves["2.bias"][:, :, None]).relu()
-            x = self._norm(x.float(), "4", leaves, place, real_LB)
+            x = self._norm(x.to(wide), "4", leaves, place, real_LB)
             x = self._drop(x, 1, place)
-            self._made = (leaves["6.weight"] @ x.mT).float() + leaves["6.bias"][..., None]
+            self._made = (leaves["6.weight"] @ x.mT).to(wide) + leaves["6.bias"][..., None]
         return self._made.detach()
+
+    def held(self, width: int) -> int:
+        """See `Stack.held`."""
+        return self.shape[0] * self.shape[1] * (width + 512) + self.parts["6.bias"].numel()
 
     def descend(self, slope_LGCB: Tensor) -> None:
         """See `Stack.descend`."""
         self.grad.zero_()
-        self._made.backward(slope_LGCB)  # type: ignore[no-untyped-call]
+        # Not .backward(slope): torch then imports sympy, 1.7 s at the first step.
+        (self._made * slope_LGCB).sum().backward()  # type: ignore[no-untyped-call]
         del self._made
 
     def _leaves(self) -> dict[str, Tensor]:
@@ -314,9 +329,9 @@ class Lesson(Stack):
             here = torch.ones_like(x_LGBD[..., :1])
             if real_LB is not None:
                 here = here * real_LB[:, None, :, None]
-            count, total = _over_workers(here.sum(2), (x_LGBD * here).sum(2))
+            count, total = _over_workers(place, here.sum(2), (x_LGBD * here).sum(2))
             mean = (total / count)[:, :, None]
-            (squares,) = _over_workers(((x_LGBD - mean).square() * here).sum(2))
+            (squares,) = _over_workers(place, ((x_LGBD - mean).square() * here).sum(2))
             var = (squares / count)[:, :, None]
             with torch.no_grad():  # 0.1 and the unbiased variance: as torch's BatchNorm1d
                 running[0].lerp_(mean[:, :, 0].expand_as(running[0]), 0.1)
@@ -336,9 +351,9 @@ class Lesson(Stack):
         return x_LGBD * torch.stack(masks)[:, None].to(x_LGBD)
 
 
-def _over_workers(*sums: Tensor) -> list[Tensor]:
+def _over_workers(place: Place, *sums: Tensor) -> list[Tensor]:
     """Sums over the rows here as sums over those of all workers; autograd passes through."""
-    if not (is_available() and is_initialized()):
+    if not place.shared:
         return list(sums)
     flat = all_reduce(torch.cat([one.flatten() for one in sums]))  # type: ignore[no-untyped-call]
     pieces: Any = flat.split([one.numel() for one in sums])

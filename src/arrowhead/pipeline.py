@@ -411,9 +411,9 @@ class _Told:
         elif "goes_on" in message:
             done = message["goes_on"]
             screen.say(f"{message['part']}: {done} epochs are done; going on from their checkpoint")
-        elif "rates" in message and "rates" not in self._done:
-            self._done.add("rates")
-            say_rates(message["rates"], message["verdict"], screen)
+        elif "curve" in message and "curve" not in self._done:
+            self._done.add("curve")
+            say_rates(message["curve"], screen)
         elif "lines" in message and (message["part"], message["epoch"]) not in self._done:
             self._done.add((message["part"], message["epoch"]))
             self._epoch(message)
@@ -469,10 +469,17 @@ def row(line: dict[str, float]) -> str:
     )
 
 
-def say_rates(suggestions: dict[str, float], verdict: str, screen: Screen) -> None:
-    """The LR finder's suggestions on one line; `--rate auto` takes the first."""
-    found = " · ".join(f"{name} {rate:.2g}" for name, rate in suggestions.items())
-    screen.say(f"learning rate: {found} — {verdict}")
+def say_rates(curve: Curve, screen: Screen) -> None:
+    """The LR finder's suggestions on one line, each with the factor by which seeds differ."""
+    found = " · ".join(
+        f"{name} {rate:.2g}" + (f" ×÷{curve.spreads[name]:.2g}" if name in curve.spreads else "")
+        for name, rate in curve.suggestions.items()
+    )
+    screen.say(f"learning rate: {found} — {curve.verdict}")
+    if curve.race:
+        ran = " · ".join(f"{name} {loss:.4f}" for name, loss in curve.race.items())
+        screen.say(f"race, by validation loss: {ran}")
+    screen.say(f"rate {curve.rate:.2g} ({curve.chosen})")
 
 
 def show_curve(curve: Curve, folder: Path, means: Means) -> None:
@@ -482,9 +489,15 @@ def show_curve(curve: Curve, folder: Path, means: Means) -> None:
     if means.run:
         means.run.keep(figure, "lr_finder")
         means.run.keep(folder / "lr_finder.csv", "lr_finder")
-        means.run.record(
-            {f"rate.{k.replace('/', '_over_')}": v for k, v in curve.suggestions.items()}
-        )
+        named = {k.replace("/", "_over_"): k for k in curve.suggestions}
+        found = {f"rate.{name}": curve.suggestions[k] for name, k in named.items()}
+        found |= {
+            f"spread.{name}": curve.spreads[k] for name, k in named.items() if k in curve.spreads
+        }
+        for name, k in named.items():
+            if curve.race and np.isfinite(curve.race[k]):
+                found[f"race.{name}"] = curve.race[k]
+        means.run.record(found | {"rate": curve.rate})
         alive = np.isfinite(curve.losses).all(0)
         mean = curve.losses.mean(0)
         means.run.curve("lr_finder.rate", curve.rates[alive].tolist())
@@ -600,6 +613,12 @@ def _evaluation(figures: dict[str, Any]) -> str:
 
 
 # --------------------------------------------------------------------------- many heads
+
+
+def _advice(curve: Curve) -> dict[str, Any]:
+    """What a curve comes to, without its points."""
+    kept = ("suggestions", "spreads", "race", "chosen", "verdict")
+    return {name: value for name, value in curve.plain().items() if name in kept}
 
 
 def _show_grid(asked: Study, made: Learned, out: Path, means: Means) -> dict[str, Any]:
@@ -764,9 +783,7 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
     figures = save(store, config, best, out, means, {"rate": rate})
     return result | {
         "rate": rate,
-        "lr_finder": {"suggestions": made.curve.suggestions, "verdict": made.curve.verdict}
-        if made.curve
-        else None,
+        "lr_finder": _advice(made.curve) if made.curve else None,
         "epoch": best.epoch,
         "metrics": figures,
         "train_seconds": made.seconds,

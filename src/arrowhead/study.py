@@ -149,7 +149,7 @@ def _curve(log: _Log, data: Data, study: Study, team: Team) -> Curve | None:
         else lr_finder.find(data, study.head, study.finder, team)
     )
     log.curve = curve
-    log.tell({"rates": curve.suggestions, "verdict": curve.verdict})
+    log.tell({"curve": curve})
     return curve
 
 

@@ -14,6 +14,7 @@ random state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,10 +197,10 @@ def spread(feature: Held | Mapped, rows: NDArray[np.int64]) -> tuple[Tensor, Ten
     flat = torch.from_numpy(rows * views).to(feature.device)
     first = feature.take(flat[:4096]).float().mean(0)  # squares of large means would cancel
     sums = torch.zeros(2, width, dtype=torch.float64, device=feature.device)
-    for part in torch.split(flat, 4096):
-        away = feature.take(part).float() - first
+    for part in torch.split(flat, 512):  # in place, and small enough for the cache: 4 x as fast
+        away = feature.take(part).float().sub_(first)
         sums[0] += away.sum(0)
-        sums[1] += away.square().sum(0)
+        sums[1] += away.square_().sum(0)
     mean = sums[0] / len(rows)
     deviation = (sums[1] / len(rows) - mean.square()).clamp(min=0).sqrt()
     deviation[deviation < 1e-6 * first.abs() + 1e-12] = 1
@@ -313,6 +314,14 @@ class Training:
     def __init__(self, data: Data, members: Sequence[Member], team: Team = Team()) -> None:
         self.data, self.members, self.team = data, list(members), team
         self.config = members[0].config
+        figures = ("f1", "f2") if data.multi else ("balanced_accuracy",)
+        if self.config.best not in ("last", "valid_loss", "accuracy", *figures):
+            raise ConfigError(
+                f"--best {self.config.best}: images here have"
+                f" {'several labels' if data.multi else 'one label'} each.",
+                f"last, valid_loss, accuracy, {', '.join(figures)}.",
+                "give another --best.",
+            )
         self.device = data.feature.device
         self.dtype = precision(self.config.precision, self.device)
         balanced = self.config.class_weights == "balanced"
@@ -341,7 +350,15 @@ class Training:
             if id(member.train) not in spreads:
                 spreads[id(member.train)] = spread(self.data.feature, member.train)
             state["0.mean"], state["0.deviation"] = spreads[id(member.train)]
-        return {name: value.to(self.device) for name, value in state.items()}
+        # The lesson's head multiplies last bits a thousandfold in a few epochs: in float32 another
+        # number of workers would end elsewhere. On a CPU doubles cost it twice the time.
+        wide = config.head == "lesson" and self.dtype is None and self.device.type == "cpu"
+        return {
+            name: value.to(self.device).double()
+            if wide and value.is_floating_point()
+            else value.to(self.device)
+            for name, value in state.items()
+        }
 
     def _seat(self, numbers: Sequence[int], states: Sequence[Mapping[str, Tensor]]) -> None:
         """Give these members their places in a stack, lane by lane. Short lanes are filled up with
@@ -371,7 +388,7 @@ class Training:
             [one.config.seed for one in first],
             multi=self.data.multi,
         )
-        rate_LG = torch.zeros(len(seats), each, device=self.device)
+        rate_LG = torch.zeros(len(seats), each, device=self.device, dtype=self.stack.theta.dtype)
         decay_LG = torch.zeros_like(rate_LG)
         for number, seat in self.seat_of.items():
             rate_LG[seat] = self.members[number].rate
@@ -401,9 +418,9 @@ class Training:
         mine = plan.share(flat_LB.shape[1], self.team.rank, self.team.world)
         here = slice(mine.start, mine.stop)
         feature = self.data.feature.take(flat_LB[:, here].reshape(-1))
-        feature_LBD = feature.view(len(flat_LB), len(mine), -1)
+        feature_LBD = feature.view(len(flat_LB), len(mine), self.data.feature.shape[2])
         real_LB = None if real_LB is None else real_LB[:, here]
-        place = Place(step, mine.start, flat_LB.shape[1])
+        place = Place(step, mine.start, flat_LB.shape[1], self.team.world > 1)
         logit_LGCB = self.stack.logits(feature_LBD, place, real_LB, self.dtype)
         nats_LG, slope_LGCB = self.loss.of(logit_LGCB, label[..., here], real_LB, total)
         self.stack.descend(self.optimizer.scaled(slope_LGCB))
@@ -457,7 +474,7 @@ class Training:
         kinds = 4 if self.data.multi else 2 + classes
         sums = torch.zeros(*self.stack.shape, kinds, dtype=torch.float64, device=device)
         shares = [plan.share(len(one), self.team.rank, self.team.world) for one in rows]
-        size = max(16, MOST // (self.stack.shape[0] * (self.stack.shape[1] * classes + 1024)))
+        size = max(16, MOST // self.stack.held(self.data.feature.shape[2]))
         for at in range(0, max(map(len, shares)), size):
             parts = [
                 one[share.start : share.stop][at : at + size]
@@ -545,6 +562,7 @@ class Training:
         if self.config.best == "last":
             return
         value = line[self.config.best] * (-1 if self.config.best == "valid_loss" else 1)
+        value = -math.inf if math.isnan(value) else value
         if number not in self.best or value > self.best[number][0]:
             self.best[number] = value, self.done - 1
             self._kept[number] = self.stack.state(*self.seat_of[number])
@@ -593,7 +611,7 @@ class Training:
             kept = self._kept.get(number)
             state = self.stack.state(*self.seat_of[number]) if kept is None else kept
             epoch = self.best[number][1] if number in self.best else len(lines) - 1
-            plain = {name: value.cpu().numpy() for name, value in state.items()}
+            plain = {name: _single(value).cpu().numpy() for name, value in state.items()}
             made.append(Trained(state=plain, epochs=lines, epoch=epoch))
         return made
 
@@ -613,18 +631,18 @@ class Training:
         facts = {
             "done": self.done,
             "numbers": self.numbers,
-            "lines": self.lines,
+            "lines": [list(one) for one in self.lines],
             "best": [[number, *one] for number, one in self.best.items()],
             "kept": kept,
             "steps": self.optimizer.steps,
         }
-        return {name: one.cpu().contiguous() for name, one in tensors.items()}, facts
+        return {name: one.to("cpu", copy=True) for name, one in tensors.items()}, facts
 
     def load(self, saved: Saved) -> None:
         """Go on where `save` was called, on any number of workers."""
         tensors, facts = saved
         here = {name: one.to(self.device) for name, one in tensors.items()}
-        self.done, self.lines = facts["done"], facts["lines"]
+        self.done, self.lines = facts["done"], [list(one) for one in facts["lines"]]
         self.best = {number: (value, epoch) for number, value, epoch in facts["best"]}
         self._kept = {
             number: {
@@ -646,6 +664,11 @@ class Training:
         prefix = "optimizer."
         own = {n.removeprefix(prefix): one for n, one in here.items() if n.startswith(prefix)}
         self.optimizer.load(own, facts["steps"])
+
+
+def _single(value: Tensor) -> Tensor:
+    """A weight as a bundle holds it: float32; counts stay."""
+    return value.float() if value.is_floating_point() else value
 
 
 @contextmanager
