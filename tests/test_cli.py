@@ -174,7 +174,7 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     toml = tmp_path / "train.toml"
     toml.write_text('[train]\nrate = 0.5\nepochs = 3\nhead = "lesson"\n')
     assert run("train", "s", "b", "--config", toml, "--epochs", "4") == 0
-    assert (seen[0].rate, seen[0].epochs, seen[0].head) == (0.5, 4, "lesson")
+    assert (seen[0].head.rate, seen[0].head.epochs, seen[0].head.head) == (0.5, 4, "lesson")
     toml.write_text("[train]\nepoch = 3\n")
     found, _, _ = refused("train", "s", "b", "--config", toml)
     assert "epoch" in found

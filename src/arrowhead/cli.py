@@ -7,6 +7,7 @@ request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -522,6 +523,7 @@ def _alone(place: Path | None) -> Iterator[None]:
         return
     from arrowhead import shards
 
+    new = [one for one in (place.parent, *place.parent.parents) if not one.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with shards.locked(place.parent):
@@ -529,6 +531,9 @@ def _alone(place: Path | None) -> Iterator[None]:
     finally:
         if [one.name for one in place.parent.iterdir()] == [".lock"]:
             shutil.rmtree(place.parent, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: something else was written there
+                for one in new[1:]:
+                    one.rmdir()
 
 
 def _me() -> str:

@@ -23,7 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError
-from arrowhead.train import Data, Member, Team, TrainConfig, Training, train_stack
+from arrowhead.train import (
+    Data,
+    Member,
+    Team,
+    TrainConfig,
+    Training,
+    threads_for,
+    train_stack,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
 MOST = 2048  # held-out rows: enough to tell 2 % of the loss, few enough to check 25 times
 SIGNAL = 3.5  # deviations; 600 stores of shuffled labels came to 3.1 at most, 25 looks at each
 ASTRAY = 4.0  # factor; seeds whose rates spread further than this do not mean the same thing
+
+HUGE = 1e30  # nats: what squares of it would overflow has diverged, in doubles too
 
 Floats = NDArray[np.float64]
 
@@ -146,11 +156,13 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
     every = max(1, finder.steps // 25)
     waiting: list[Tensor] = []
     for number, rate in enumerate(tested):
-        waiting.append(training.move(number, float(rate)))
+        with threads_for(training):
+            waiting.append(training.move(number, float(rate)))
         if len(waiting) < every and number + 1 < finder.steps:
             continue
         # One sum for several steps: asking after each would wait for the device each time.
         found = _summed(torch.stack(waiting).double(), team).cpu().numpy()
+        found[np.abs(found) > HUGE] = np.inf
         seats = [training.seat_of[seed] for seed in range(finder.seeds)]
         raw[:, number + 1 - len(waiting) : number + 1] = [found[:, i, k] for i, k in seats]
         waiting = []
@@ -210,6 +222,7 @@ def _checked(
     )
     found = _summed(found if team.rank == 0 else torch.zeros_like(found), team).cpu()
     losses = found[:-2].numpy()
+    losses[losses > HUGE] = np.inf
     total, squares = found[-2:].tolist()
     freedom = len(rows) - 1
     if freedom < 1 or not total > 0:

@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -762,7 +762,8 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         means.run.dataset(_name(catalog), catalog.digest(), catalog.root, "training")
         means.run.tags({"dataset": _name(catalog)})
     out.parent.mkdir(parents=True, exist_ok=True)
-    with child(means, "train") as part:
+    # The heads of a grid are children themselves.
+    with nullcontext(means) if asked.sweep.grid else child(means, "train") as part:
         made = learn(path, asked, part, training_of(out))
     if made.curve:
         with child(means, "lr-find") as part:
