@@ -28,7 +28,7 @@ test: $(READY)  ## every test, fast ones first (needs no GPU)
 	$(BIN)/python -m pytest
 
 chaos: $(READY)  ## twenty kills of drivers, workers, raylets and GCS at random moments
-	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py
+	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_launch.py
 
 lint: $(READY)  ## ruff and mypy, as in pre-commit
 	$(BIN)/ruff check .

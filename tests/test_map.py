@@ -9,8 +9,8 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
 FLOORS = [
-    {"files", "decode", "model", "heads", "shards", "metrics", "tracking", "launch", "demo"},
-    {"plan", "guard", "descent", "checkpoint"},
+    {"files", "decode", "model", "heads", "shards", "metrics", "spool", "launch", "demo"},
+    {"plan", "guard", "descent", "checkpoint", "tracking"},
     {"extract", "doctor"},
     {"bundle", "train", "inventory"},
     {"score", "lr_finder", "sweep"},

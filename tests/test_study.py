@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import polars
+import psutil
 import pytest
 import safetensors.numpy
 
@@ -245,3 +247,34 @@ def test_two_commands_do_not_train_to_the_same_bundle(store, place):
     os.kill(first.pid, signal.SIGCONT)
     assert first.wait(300) == 0
     assert (place / "shared" / "bundle.json").is_file()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(4))
+def test_a_training_on_two_workers_survives_any_kills_with_the_same_weights(
+    undisturbed, store, place, seed
+):
+    draw = np.random.default_rng(seed)
+    name = f"chaos-{seed}"
+    words = ["train", store, place / name, *FLAGS, "--checkpoint-seconds", 0, "--workers", 2]
+    before = len(runs(place, "train"))
+    for victim in draw.permutation(["driver", "driver", "worker"]):
+        driver = start(place, *words)
+        time.sleep(float(draw.uniform(8, 40)))
+        ours = psutil.Process(driver.pid)
+        with contextlib.suppress(psutil.Error):
+            workers = [p for p in ours.children(recursive=True) if "RayTrainWorker" in p.name()]
+            if victim == "driver":
+                driver.kill()
+            elif workers:
+                workers[int(draw.integers(len(workers)))].kill()
+        if victim == "worker":
+            assert driver.wait(400) == 0, (place / "killed.out").read_text()
+            break
+        driver.wait(60)
+    if not (place / name / "bundle.json").is_file():
+        assert start(place, *words).wait(400) == 0, (place / "killed.out").read_text()
+    calm, made = weights(undisturbed), weights(place / name)
+    for part in calm:  # two workers sum in another order than one
+        np.testing.assert_allclose(made[part], calm[part], rtol=1e-5, atol=1e-6)
+    assert len(runs(place, "train")) == before + 2

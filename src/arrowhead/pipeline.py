@@ -621,7 +621,9 @@ def _advice(curve: Curve) -> dict[str, Any]:
     return {name: value for name, value in curve.plain().items() if name in kept}
 
 
-def _show_grid(asked: Study, made: Learned, out: Path, means: Means) -> dict[str, Any]:
+def _show_grid(
+    store: Store, asked: Study, made: Learned, out: Path, means: Means
+) -> dict[str, Any]:
     """Rank the heads of a grid: on the screen, as a table, each as a child run."""
     knobs, heads = asked.knobs, made.heads
     lines = [one.epochs[one.epoch] for one in heads]
@@ -644,7 +646,8 @@ def _show_grid(asked: Study, made: Learned, out: Path, means: Means) -> dict[str
             [sweep.words(one) for one in knobs],
             [{f"train.{name}": value for name, value in one.items()} for one in knobs],
             [_by_epoch(one) for one in heads],
-            {"part": "grid"},
+            {"part": "grid", "dataset": _name(Catalog(**store.read_catalog()))}
+            | {"body": store.recipe.body, "recipe": store.recipe.fingerprint},
         )
     return ranked
 
@@ -771,7 +774,7 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
     result: dict[str, Any] = {"epochs": made.heads[0].epochs}
     best, rate = made.heads[0], made.curve.rate if made.curve else config.rate
     if asked.sweep.grid:
-        ranked = result["grid"] = _show_grid(asked, made, out, means)
+        ranked = result["grid"] = _show_grid(store, asked, made, out, means)
         best, knobs = made.heads[ranked["best"]], asked.knobs[ranked["best"]]
         config = dataclasses.replace(config, **({"rate": rate} | knobs))
         rate = config.rate

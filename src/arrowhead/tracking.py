@@ -22,7 +22,6 @@ its start), so nobody has to know how far a killed sender came.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import hashlib
 import json
@@ -48,13 +47,13 @@ from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 from arrowhead import ConfigError, LostError, __version__
+from arrowhead.spool import Spool, Write, stamp, write_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Recorded
 
 UNSENT = Path(".arrowhead") / "unsent"
-COPIED = 64 << 20  # bytes: what is larger is not copied to the spool, its place is noted
 AGAIN = 5.0, 60.0  # seconds between tries while the store is away: the first, the longest
 PROBE = 2.0  # seconds an address gets to answer in mid-run; at the start it gets twice that
 OTHERS = 30.0  # seconds at the start for what earlier runs left unsent
@@ -75,7 +74,6 @@ REFUSED = {
 }
 
 Say = Callable[[str], None]
-Write = dict[str, Any]
 """One write as it lies in a spool: `do` names a method of `_Store`, the rest are its arguments."""
 Points = Mapping[str, Sequence[tuple[int, float]]]
 """Metrics of one head: name to (step, value)."""
@@ -264,11 +262,11 @@ def start(
         else:
             made = _made(config.run_name or name, None, _facts(name))
             if place:  # before the run is there: a kill in between must not leave two
-                _write_whole(place, mark | {"verb": name, "run_id": None, "start": made["start"]})
+                write_whole(place, mark | {"verb": name, "run_id": None, "start": made["start"]})
             run_id, kin = store.make(made), {}
     if place:
-        _write_whole(place, mark | {"verb": name, "run_id": run_id})
-    post = _Post(store, _Spool(base / run_id, mark | {"run_id": run_id}), config.uri)
+        write_whole(place, mark | {"verb": name, "run_id": run_id})
+    post = _Post(store, Spool(base / run_id, mark | {"run_id": run_id}), config.uri)
     done = False
     try:
         with _ended(post, run_id, taken is None), _gauge(config, post, run_id):
@@ -524,11 +522,11 @@ class _Store:
             )
 
     def _file(self, run_id: str, path: Path, write: Write) -> None:
-        if write.get("stamp") and _stamp(path) != write["stamp"]:
+        if write.get("stamp") and stamp(path) != write["stamp"]:
             self.say(f"not sent, it is not there any more as it was: {path}")
             return
         several = path.is_dir()
-        with _patience(_stamp(path)[0]):
+        with _patience(stamp(path)[0]):
             log = self.client.log_artifacts if several else self.client.log_artifact
             log(run_id, str(path), write["folder"])
 
@@ -644,107 +642,10 @@ def _requirements() -> list[str]:
 # --------------------------------------------------------------------------- now or later
 
 
-class _Spool:
-    """Writes of one run that are to be sent later, on the disk, in order."""
-
-    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        self.folder, self._header = folder, header
-        self._lines = folder / "writes.jsonl"
-        self._lock: int | None = None
-        self._unkept: list[Write] = []
-
-    def __len__(self) -> int:
-        return len(self.read())
-
-    def lock(self) -> bool:
-        """Whether this process has the folder to itself."""
-        if self._lock is None:
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.release()
-                return False
-        return True
-
-    def release(self) -> None:
-        """Let another process have it."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def add(self, write: Write) -> str | None:
-        """Keep a write; why it is only in memory, if the disk does not take it."""
-        try:
-            if not self._lines.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock()
-                _write_whole(self.folder / "run.json", self._header)
-            # The break comes first: a line that a full disk cut does not spoil the next.
-            line = b"\n" + _json(self._copied(write))
-            with self._lines.open("ab") as sink:
-                sink.write(line)
-                sink.flush()
-                os.fsync(sink.fileno())
-        except OSError as error:
-            self._unkept.append(write)
-            return str(error)
-        return None
-
-    def _copied(self, write: Write) -> Write:
-        """A write whose file lies in the spool, or, if it is large, is named with its stamp."""
-        if write["do"] != "file" or not Path(write["path"]).is_absolute() or "stamp" in write:
-            return write
-        source = Path(write["path"])
-        stamp = _stamp(source)
-        if stamp[0] > COPIED:
-            return write | {"stamp": stamp}
-        target = self.folder / "files" / uuid4().hex[:12] / source.name
-        target.parent.mkdir(parents=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
-        return write | {"path": str(target.relative_to(self.folder))}
-
-    def read(self) -> list[Write]:
-        """What is kept; a torn line is left out, metrics that follow each other are one write."""
-        writes: list[Write] = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self._lines.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):
-                    writes.append(json.loads(line))
-        joined: list[Write] = []
-        for one in [*writes, *self._unkept]:
-            last = joined[-1] if joined else None
-            if last and _only_metrics(last) and _only_metrics(one) and last["run"] == one["run"]:
-                joined[-1] = last | {"metrics": last["metrics"] + one["metrics"]}
-            else:
-                joined.append(one)
-        return joined
-
-    def replace(self, writes: Sequence[Write]) -> None:
-        """Keep only these. With none the folder goes."""
-        self._unkept = []
-        if writes:
-            _write_lines(self._lines, writes)
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.release()
-
-
-def _only_metrics(write: Write) -> bool:
-    return write["do"] == "batch" and not write["params"] and not write["tags"]
-
-
-def _stamp(path: Path) -> list[int]:
-    """Bytes and newest change of a file, or of all files of a folder."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    facts = [file.stat() for file in files if file.exists()]
-    return [sum(one.st_size for one in facts), max((one.st_mtime_ns for one in facts), default=0)]
-
-
 class _Post:
     """The way to the store: each write is carried out, or kept until the store is back."""
 
-    def __init__(self, store: _Store, spool: _Spool, uri: str) -> None:
+    def __init__(self, store: _Store, spool: Spool, uri: str) -> None:
         self.store, self.say = store, store.say
         self._spool, self._uri = spool, uri
         self._turn = threading.RLock()  # system metrics come from a thread of their own
@@ -826,7 +727,7 @@ class _Post:
         why = "the tracking store is away"
         if not self._away and not run_id.startswith("unsent-"):
             try:
-                with _patience(_stamp(bundle)[0]):
+                with _patience(stamp(bundle)[0]):
                     return self.store.model(run_id, bundle, name)
             except Exception as error:
                 why = _first_line(error)
@@ -843,7 +744,7 @@ class _Post:
         return f"the tracking store {without_secret(self._uri)}"
 
 
-def _send(store: _Store, spool: _Spool, until: float) -> int:
+def _send(store: _Store, spool: Spool, until: float) -> int:
     """Send what a spool holds, in order, until a time; how many writes are left in it.
 
     A write that fails while the store answers is passed over, and stays.
@@ -878,7 +779,7 @@ def _send_all(
             run_id, experiment = str(header["run_id"]), str(header["experiment"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        spool = _Spool(file.parent, header)
+        spool = Spool(file.parent, header)
         if header.get("store") != place or file.parent.name != run_id or not spool.lock():
             continue
         try:
@@ -904,25 +805,6 @@ def _plain(write: Write, ids: Mapping[str, str]) -> Write:
     made = write["made"]
     parent = made["parent"] and ids.get(made["parent"], made["parent"])
     return write | {"made": made | {"parent": parent, "tried": True}}
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _write_whole(path: Path, content: Any) -> None:
-    """A JSON file that is there whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_lines(path, [content])
-
-
-def _write_lines(path: Path, lines: Sequence[Any]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    with draft.open("wb") as sink:
-        sink.write(b"\n".join(map(_json, lines)))
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(draft, path)
 
 
 # ------------------------------------------------------------------------- opening a store

@@ -49,7 +49,8 @@ class TrainConfig(DescentConfig):
     """Share of inputs dropped before the last layer, 0 up to 1 (the lesson's head: half of it
     before its first)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs with bf16 units, fp16 on older ones, fp32 on CPUs."""
+    """auto: bf16 on GPUs with bf16 units, fp16 on older ones, fp32 on CPUs (where the lesson's head
+    computes fp32 in doubles: the same numbers on any number of workers)."""
     seed: int = 0
     """Of the head's first weights, the order of rows, and dropout."""
     best: Literal["last", "valid_loss", "accuracy", "balanced_accuracy", "f1", "f2"] = "last"
@@ -490,6 +491,7 @@ class Training:
             sums += self._tally(self.stack.logits(feature), label, real.to(device))
         if self.team.world > 1:
             dist.all_reduce(sums)
+        sums = sums.cpu()
         return [self._figures(sums[self.seat_of[n]], self._rows_of(n, rows)) for n in self.numbers]
 
     def _rows_of(self, number: int, rows: Sequence[Tensor]) -> Tensor:
@@ -527,7 +529,7 @@ class Training:
         if self.data.multi:
             return first | {"f1": float(sums[2] / len(rows)), "f2": float(sums[3] / len(rows))}
         label = self.data.label[rows.to(self.data.label.device)]
-        counts = torch.bincount(label, minlength=len(self.data.classes))
+        counts = torch.bincount(label, minlength=len(self.data.classes)).cpu()
         there = counts > 0
         recall = sums[2:][there] / counts[there]
         return first | {"balanced_accuracy": float(recall.mean())}
@@ -545,7 +547,7 @@ class Training:
             self.move(step, descent.factor(share, self.config, self.config.epochs))
         if self.team.world > 1:
             dist.all_reduce(self._nats)
-        losses = self._nats / self._total[:, None]
+        losses = (self._nats / self._total[:, None]).cpu()
         self._nats, self._total = self._nats * 0, self._total * 0
         lines = [
             {"epoch": self.done, "train_loss": float(losses[self.seat_of[number]])} | figures
