@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from arrowhead import ConfigError, tracking
+from arrowhead import ConfigError, spool, tracking
 from arrowhead.tracking import TrackingConfig, start
 
 
@@ -428,7 +428,7 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     there = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
     (tmp_path / "report.html").write_text("report")
     (tmp_path / "large.bin").write_bytes(bytes(2000))
-    monkeypatch.setattr(tracking, "COPIED", 1000)
+    monkeypatch.setattr(spool, "COPIED", 1000)
     with start(there, "fit", tmp_path / "run.json", say=said.append) as run:
         with run.child("early") as early:
             early.record({"loss": 5.0})
@@ -617,7 +617,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
     return path
 
 
-def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(config, client, bundle, tmp_path):
+def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
+    config, client, bundle, tmp_path, monkeypatch
+):
     import pandas
 
     from arrowhead.bundle import load
@@ -631,7 +633,7 @@ def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(config, client
     (output,) = client.get_run(run.run_id).outputs.model_outputs
     assert f"models:/{output.model_id}" == address
     assert client.get_logged_model(output.model_id).source_run_id == run.run_id
-    mlflow.set_tracking_uri(config.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", config.uri)
     local = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(tmp_path / "model")))
     kinds = {file.suffix for file in local.rglob("*") if file.is_file()}
     assert not kinds & {".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
