@@ -400,7 +400,7 @@ class _Told:
     def sized(self, workers: int) -> None:
         """How many workers there are now."""
         if str(self._means.launch.workers) not in ("0", str(workers)):
-            self._means.screen.say(f"{workers} workers")
+            self._means.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
 
     def __call__(self, message: dict[str, Any]) -> None:
         screen = self._means.screen
