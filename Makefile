@@ -27,7 +27,7 @@ demo: $(READY)  ## the main job on images made here: fit, score, the next comman
 test: $(READY)  ## every test, fast ones first (needs no GPU)
 	$(BIN)/python -m pytest
 
-chaos: $(READY)  ## twenty kills of drivers, workers, raylets and GCS at random moments
+chaos: $(READY)  ## kills of drivers, workers, raylets and GCS at random moments
 	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_launch.py
 
 lint: $(READY)  ## ruff and mypy, as in pre-commit

@@ -1,11 +1,10 @@
-"""The figures' promises: sums that add up, every figure as scikit-learn or its own formula has it,
+"""The figures' promises: every figure as scikit-learn or its own formula has it,
 thresholds that are the best there are, a temperature that fits.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -16,21 +15,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from arrowhead.metrics import Tally, confusion, evaluate, per_class, temperature, thresholds
+from arrowhead.metrics import confusion, evaluate, per_class, temperature, thresholds
 
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def test_tallies_add_so_ragged_batches_cannot_bend_a_mean() -> None:
-    whole = Tally(64, 32, 6.4) + Tally(1, 1, 65.0)
-    assert whole == Tally(65, 33, 71.4)
-    assert whole.accuracy == 33 / 65
-    assert whole.loss == 71.4 / 65  # not the mean of 0.1 and 65
-
-
-def test_an_empty_tally_has_no_mean_and_does_not_divide_by_zero() -> None:
-    assert math.isnan(Tally().loss)
-    assert math.isnan(Tally().accuracy)
 
 
 def test_confusion_counts_labels_in_rows_and_guesses_in_columns() -> None:

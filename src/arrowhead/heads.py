@@ -12,6 +12,7 @@ batch, and dropout draws its mask for the global batch and takes this worker's r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ def restore(kind: str, width: int, classes: int, state: State) -> nn.Sequential:
 # ------------------------------------------------------------------------------- a stack
 
 
-class Stack:
+class Stack(ABC):
     """L x G heads of one kind; those of a lane see the same batches under the same dropout.
 
     theta, grad: float32 (P,), all that is learned, and the loss's slope there. `views` names the
@@ -160,6 +161,7 @@ class Stack:
         parts = self.parts if flat is None else self.views(flat)
         return {name: part[lane, head].clone() for name, part in (parts | self.buffers).items()}
 
+    @abstractmethod
     def logits(
         self,
         feature_LBD: Tensor,
@@ -173,15 +175,14 @@ class Stack:
         heads as they are. real_LB: bool, the rows that count (others fill a lane up), None: all.
         dtype: of matrix products, None for float32.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def held(self, width: int) -> int:
         """Numbers that `logits` holds at once for each row of width `width`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def descend(self, slope_LGCB: Tensor) -> None:
         """Fill `grad`, given the loss's slope at the logits that were made last."""
-        raise NotImplementedError
 
 
 class Linear(Stack):

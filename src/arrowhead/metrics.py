@@ -1,13 +1,10 @@
-"""Tallies that add across batches and workers, and the figures they come to.
+"""Every figure of a head, from its logits for rows it was not trained on.
 
-    logits, labels          -> Tally        sums and counts, added up on the way
-    Tally                   -> loss, accuracy
     all logits, labels      -> evaluate     every figure of a head, ready for JSON
                             -> temperature  one number that makes probabilities honest
     probabilities, labels   -> thresholds   from where on an image is given a label
 
-Ratios are taken last, so ragged last batches and uneven workers cannot bend a mean. Labels are
-int64 (N,), or uint8 (N, C) of zeros and ones where an image may have several.
+Labels are int64 (N,), or uint8 (N, C) of zeros and ones where an image may have several.
 
 Whatever goes by rank (AUROC, average precision, thresholds) needs one sort of a class's scores and
 the places of its positives in it: 5 s for all of them at 200,000 x 1,000, where scikit-learn's
@@ -18,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,28 +26,6 @@ if TYPE_CHECKING:
 Labels = NDArray[np.int64] | NDArray[np.uint8]
 TOP = 5
 BINS = 15
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """Rows seen, rows right, and nats of loss, as sums."""
-
-    seen: float = 0.0
-    correct: float = 0.0
-    nats: float = 0.0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.seen + other.seen, self.correct + other.correct, self.nats + other.nats)
-
-    @property
-    def loss(self) -> float:
-        """Mean cross entropy per row, in nats."""
-        return self.nats / self.seen if self.seen else float("nan")
-
-    @property
-    def accuracy(self) -> float:
-        """Share of rows whose largest logit is the label's, 0 to 1."""
-        return self.correct / self.seen if self.seen else float("nan")
 
 
 # ---------------------------------------------------------------------------- evaluation

@@ -234,10 +234,14 @@ def batches(rows: int, size: int, seed: int, epoch: int) -> Iterator[NDArray[np.
 
     One row left over joins the batch before it: batch norm needs two.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(rows)
+    order = _order(rows, seed, epoch)
     ends = _ends(rows, size)
     for start, stop in zip([0, *ends[:-1]], ends, strict=True):
         yield order[start:stop]
+
+
+def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 def _ends(rows: int, size: int) -> list[int]:
@@ -278,8 +282,7 @@ class Lane:
         import torch
 
         data, views = self._data, self._data.feature.shape[1]
-        order = np.random.default_rng((self._seed, number)).permutation(len(self._rows))
-        rows = self._rows[order]
+        rows = self._rows[_order(len(self._rows), self._seed, number)]
         flat = rows * views + view_of(data.key[rows], views, self._seed, number)
         at = torch.from_numpy(rows).to(data.label.device)
         self._flat = torch.from_numpy(flat).to(data.feature.device)
