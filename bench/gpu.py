@@ -550,8 +550,9 @@ def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float
 
         def through(rows: int) -> list[Any]:
             catalog = repeated(found, rows)
-            chunks = list(enumerate(plan.chunks(catalog.paths, config.chunk_size)))
-            return list(pump(catalog, chunks, extract.Known()))
+            runs = plan.chunks(catalog.paths, config.chunk_size)
+            chunks = [(at, catalog.part(rows)) for at, rows in enumerate(runs)]
+            return list(pump(chunks, extract.Known()))
 
         for _ in through(2 * batch):
             pass

@@ -79,7 +79,7 @@ def chunks(pump: Pump, folder: Path) -> list[Chunk]:
 
 def _pumped(pump: Pump, catalog: Catalog, known: Known | None = None) -> list[Chunk]:
     runs = plan.chunks(catalog.paths, CONFIG.chunk_size)
-    return list(pump(catalog, enumerate(runs), known or Known()))
+    return list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), known or Known()))
 
 
 def _by_path(chunks: list[Chunk]) -> dict[str, np.ndarray]:
@@ -247,7 +247,7 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
 
     pump = Pump(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     catalog = plan.unlabelled(folder)
-    (chunk,) = pump(catalog, [(0, range(4))], Known())
+    (chunk,) = pump([(0, catalog.part(range(4)))], Known())
     assert [bool(fault) for fault in chunk.faults] == [False, True, False, False]
     assert str(chunk.faults[1]).startswith("not finite")
     assert not chunk.features[1].any()
@@ -258,8 +258,8 @@ def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
     made: tuple[Body, Recipe, Path], pump: Pump, folder: Path
 ) -> None:
     catalog, before = plan.unlabelled(folder), set(threading.enumerate())
-    runs = [(number, range(5 * number, 5 * number + 5)) for number in range(6)]
-    taken = pump(catalog, runs, Known())
+    runs = [(at, catalog.part(range(5 * at, 5 * at + 5))) for at in range(6)]
+    taken = pump(runs, Known())
     next(taken)
     taken.close()
     del taken
@@ -270,7 +270,7 @@ def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
 
     broken = Pump(_worker(), fail, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     with pytest.raises(MemoryError, match="no room"):
-        list(broken(catalog, runs, Known()))
+        list(broken(runs, Known()))
     assert set(threading.enumerate()) <= before
 
 

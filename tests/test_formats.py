@@ -326,8 +326,8 @@ def test_features_equal_those_of_plain_torchvision_code(
     catalog = plan.unlabelled(tmp_path)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
     with Pump(worker, body, recipe, pixels, ExtractConfig()) as pump:
-        runs = enumerate(plan.chunks(catalog.paths, 256))
-        chunks = list(pump(catalog, runs, Known()))
+        runs = plan.chunks(catalog.paths, 256)
+        chunks = list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), Known()))
     ours = {
         path: row[0] for done in chunks for path, row in zip(done.paths, done.features, strict=True)
     }

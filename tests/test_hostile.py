@@ -329,8 +329,8 @@ def test_what_cannot_be_read_is_a_row_and_odd_names_come_back_as_they_were(
     recipe = recipe_of(PIXELS, config, weights, body.width)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
     with Pump(worker, body, recipe, PIXELS, ExtractConfig(batch_size=16)) as pump:
-        runs = enumerate(plan.chunks(catalog.paths, 256))
-        chunks = list(pump(catalog, runs, Known()))
+        runs = plan.chunks(catalog.paths, 256)
+        chunks = list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), Known()))
     faults = {path: fault for c in chunks for path, fault in zip(c.paths, c.faults, strict=True)}
     assert all(path.isprintable() for path in faults)
     ended = {files.raw(path): fault for path, fault in faults.items()}

@@ -9,7 +9,18 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
 FLOORS = [
-    {"files", "decode", "model", "heads", "shards", "metrics", "spool", "launch", "demo"},
+    {
+        "files",
+        "decode",
+        "model",
+        "heads",
+        "shards",
+        "metrics",
+        "novelty",
+        "spool",
+        "launch",
+        "demo",
+    },
     {"plan", "guard", "descent", "checkpoint", "tracking"},
     {"extract", "doctor"},
     {"bundle", "train", "inventory"},

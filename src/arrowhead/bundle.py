@@ -2,8 +2,8 @@
 
     bundle/
       bundle.json          format, task, recipe, classes, head, temperature, thresholds, metrics,
-                           lineage, hashes
-      weights.safetensors  body.* and head.*
+                           novelty, lineage, hashes; sealed
+      weights.safetensors  body.*, head.* and novelty.*
       golden/              a few images, and the probabilities they gave where the bundle was made
 
 Nothing in it can execute. It is saved whole or not at all, and checked when it is loaded.
@@ -26,13 +26,15 @@ from numpy.typing import NDArray
 from arrowhead import ConfigError, DataError, extract, shards
 from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
+from arrowhead.novelty import Novelty
 from arrowhead.shards import Recipe
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FORMAT = 2
+FORMAT = 3
+PARTS = {"body", "head", "novelty"}
 TASKS = {
     "single-label": "An image is given the class with the largest softmax(logits / temperature).",
     "multi-label": "An image is given every label whose sigmoid(logit / temperature) is at or above"
@@ -69,6 +71,7 @@ class Bundle:
     metrics: dict[str, Any]
     lineage: dict[str, Any]
     """Arrowhead's version, MLflow run id, digest of the data, and the like."""
+    novelty: Novelty | None = None
     golden: Sequence[Golden] = ()
 
     def __post_init__(self) -> None:
@@ -92,21 +95,44 @@ class Bundle:
         """The head, ready for inference: float32 (B, D) to logits (B, C)."""
         from arrowhead import heads
 
-        head = heads.restore(self.head, self.recipe.width, len(self.classes), self.head_state)
+        with _fitting("head"):
+            head = heads.restore(self.head, self.recipe.width, len(self.classes), self.head_state)
         return head.to(device)
 
     def make_body(self, device: str = "cpu") -> Body:
         """The body, ready for inference."""
         recipe = self.recipe
-        return Body(
-            recipe.body,
-            self.body_state,
-            pool=recipe.pool,
-            mean=recipe.mean,
-            std=recipe.std,
-            size=recipe.size,
-            device=device,
-        )
+        with _fitting("body"):
+            body = Body(
+                recipe.body,
+                self.body_state,
+                pool=recipe.pool,
+                mean=recipe.mean,
+                std=recipe.std,
+                size=recipe.size,
+                device=device,
+            )
+        if body.width != recipe.width:
+            raise _torn(f"the body gives {body.width} numbers, its recipe says {recipe.width}")
+        return body
+
+
+@contextmanager
+def _fitting(part: str) -> Iterator[None]:
+    """Tensors of other names or shapes than bundle.json speaks of are damage."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's word for both
+        words = " ".join(str(error).split())[:300]
+        raise _torn(f"the tensors of the {part} do not fit it: {words}") from error
+
+
+def _torn(what: str) -> DataError:
+    return DataError(
+        f"The bundle is not whole: {what}.",
+        "a bundle as `arrowhead fit` or `arrowhead train` writes it.",
+        "copy it again from where it was made, or train again.",
+    )
 
 
 def probabilities(
@@ -160,6 +186,9 @@ def save(bundle: Bundle, path: Path) -> str:
     (sketch / "golden").mkdir(parents=True)
     tensors = {f"body.{name}": t.contiguous() for name, t in bundle.body_state.items()}
     tensors |= {f"head.{name}": t.contiguous() for name, t in bundle.head_state.items()}
+    if bundle.novelty:
+        kept = bundle.novelty.tensors().items()
+        tensors |= {f"novelty.{name}": t.contiguous() for name, t in kept}
     (sketch / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
     for golden in bundle.golden:
         (sketch / "golden" / golden.name).write_bytes(golden.data)
@@ -175,11 +204,12 @@ def save(bundle: Bundle, path: Path) -> str:
         "head": bundle.head,
         "temperature": bundle.temperature,
         "thresholds": _by_label(bundle),
+        "novelty": bundle.novelty and bundle.novelty.about(),
         "metrics": bundle.metrics,
         "lineage": bundle.lineage,
         "sha256": {str(file.relative_to(sketch)): shards.sha256(file) for file in files},
     }
-    shards.write_json(sketch / "bundle.json", content)
+    shards.write_sealed(sketch / "bundle.json", content)
     _replace(sketch, path)
     return fingerprint(path)
 
@@ -217,41 +247,59 @@ def fingerprint(path: Path) -> str:
 # ------------------------------------------------------------------------------- loading
 
 
-def load(path: Path) -> Bundle:
-    """The bundle at `path`, every file compared with its hash.
+def read(path: Path) -> dict[str, Any]:
+    """What bundle.json says, every file it names compared with its hash.
 
     Raises ConfigError if there is no bundle, DataError if it is torn or of another format.
     """
-    import safetensors.torch
-
     if not (path / "bundle.json").is_file():
         raise ConfigError(
             f"{path} is not a bundle: it has no bundle.json.",
             "a folder written by `arrowhead fit` or `arrowhead train`.",
             "check the path (fit writes OUT/bundle).",
         )
-    content = shards.read_json(path / "bundle.json")
-    if content.get("format") != FORMAT:
-        raise DataError(
-            f"{path} is a bundle of format {content.get('format')}.",
-            f"format {FORMAT}.",
-            "use the Arrowhead version that wrote it, or train again.",
-        )
+    mend = "copy the bundle again from where it was made, or train again."
+    content = shards.read_sealed(path / "bundle.json", FORMAT, "train again", mend)
     for name, digest in content["sha256"].items():
+        if not _inside(name):
+            raise _torn(f"it names {name!r}, which is not one of its files")
         if not (path / name).is_file() or shards.sha256(path / name) != digest:
             raise DataError(
                 f"{path / name} is not the file this bundle was saved with.",
                 f"the bytes whose sha256 is {digest}.",
-                "copy the bundle again from where it was made, or train again.",
+                mend,
             )
-    tensors = safetensors.torch.load_file(path / "weights.safetensors")
-    parts: dict[str, dict[str, torch.Tensor]] = {"body": {}, "head": {}}
+    return content
+
+
+def _inside(name: str) -> bool:
+    """Whether a name that a bundle gives is one that `save` gives: no way out of the folder."""
+    folder, _, leaf = name.rpartition("/")
+    return folder in ("", "golden") and leaf not in ("", ".", "..") and "\0" not in leaf
+
+
+def load(path: Path) -> Bundle:
+    """The bundle at `path`, checked as `read` does, and that its parts are of one piece."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    content = read(path)
+    try:
+        tensors = safetensors.torch.load_file(path / "weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _torn(f"{path / 'weights.safetensors'} cannot be read: {error}") from error
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
+        if part not in PARTS:
+            raise _torn(f"weights.safetensors holds {name!r}, which belongs to no part of it")
         parts[part][rest] = tensor
+    recipe = Recipe.from_dict(content["recipe"], str(path))
     classes, multi = content["classes"], content["task"] == "multi-label"
+    if content["task"] not in TASKS or (multi and content["thresholds"].keys() != set(classes)):
+        raise _torn(f"{path / 'bundle.json'} is of no task this version knows, or lacks thresholds")
     return Bundle(
-        recipe=Recipe.from_dict(content["recipe"], str(path)),
+        recipe=recipe,
         classes=classes,
         head=content["head"],
         temperature=content["temperature"],
@@ -261,16 +309,47 @@ def load(path: Path) -> Bundle:
         head_state=parts["head"],
         metrics=content["metrics"],
         lineage=content["lineage"],
-        golden=[_golden(path, one) for one in shards.read_json(path / "golden" / "golden.json")],
+        novelty=_novelty(parts["novelty"], recipe.width),
+        golden=list(_golden(path, recipe.width, len(classes))),
     )
 
 
-def _golden(path: Path, one: Mapping[str, Any]) -> Golden:
-    return Golden(
-        name=one["name"],
-        data=(path / "golden" / one["name"]).read_bytes(),
-        feature=np.array(one["feature"], np.float32),
-        probabilities=np.array(one["probabilities"], np.float32),
+def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:
+    if not tensors:
+        return None
+    try:
+        found = Novelty.from_tensors(tensors)
+    except KeyError as error:
+        raise _torn(f"it lacks novelty.{error.args[0]}") from error
+    sizes = [tuple(one.shape) for one in (found.mean, found.deviation, found.bank[:1])]
+    if sizes != [(width,), (width,), (1, width)] or found.known.dim() != 1:
+        raise _torn(f"the tensors of novelty are not of features of {width} numbers")
+    return found
+
+
+def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
+    for one in shards.read_json(path / "golden" / "golden.json"):
+        if not _inside(f"golden/{one['name']}") or "/" in one["name"]:
+            raise _torn(f"golden.json names {one['name']!r}, which is not one of its images")
+        feature = np.array(one["feature"], np.float32)
+        chance = np.array(one["probabilities"], np.float32)
+        if (feature.shape, chance.shape) != ((width,), (classes,)):
+            raise _torn("golden.json is of another recipe or other classes")
+        data = (path / "golden" / one["name"]).read_bytes()
+        yield Golden(name=one["name"], data=data, feature=feature, probabilities=chance)
+
+
+def info(path: Path) -> dict[str, Any]:
+    """What a bundle is, for a person: bundle.json without its hashes, its fingerprint and size."""
+    content = read(path)
+    files = [path / "bundle.json", *(path / name for name in content.pop("sha256"))]
+    return (
+        {"bundle": str(path), "fingerprint": fingerprint(path)}
+        | content
+        | {
+            "bytes": sum(file.stat().st_size for file in files),
+            "golden_images": len(shards.read_json(path / "golden" / "golden.json")),
+        }
     )
 
 
@@ -289,6 +368,20 @@ class Drift:
     feature: float
     probability: float
     changed: int
+
+
+def must_agree(drift: Drift, most: float) -> None:
+    """DataError when golden images came out differently: a feature further off than `most`, or
+    another label.
+    """
+    if drift.changed or not drift.feature <= most:
+        raise DataError(
+            f"The bundle's golden images come out differently on this machine: largest feature"
+            f" drift {drift.feature:.2g}, {drift.changed} of {drift.images} labels changed.",
+            f"a drift of at most {most:g} and the same labels.",
+            "check that decoder, weights and recipe are the bundle's. --max-drift allows more"
+            " drift, but never other labels.",
+        )
 
 
 def replay(bundle: Bundle, body: Body, head: nn.Module, device: str, threads: int) -> Drift:

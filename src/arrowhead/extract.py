@@ -145,9 +145,9 @@ def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConf
     runs = plan.chunks(catalog.paths, store.chunk_size)
     names = [plan.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
     body = load_body(store.recipe, store.weights, worker.device)
-    claimed = ((number, runs[number]) for number in iter(worker.claim, None))
+    claimed = ((number, catalog.part(runs[number])) for number in iter(worker.claim, None))
     with Pump(worker, body, store.recipe, pixels, config) as pump:
-        for chunk in pump(catalog, claimed, Known.of(store)):
+        for chunk in pump(claimed, Known.of(store)):
             with pump.clock.stage("write"):
                 shards.write_shard(store.shard(names[chunk.number]), chunk.rows(), store.recipe)
             worker.report(chunk.counts() | {"seconds": pump.clock.read()})
@@ -313,12 +313,12 @@ class Pump:
     def __exit__(self, *error: object) -> None:
         self._decoder.close()
 
-    def __call__(
-        self, catalog: Catalog, chunks: Iterable[tuple[int, range]], known: Known
-    ) -> Iterator[Chunk]:
-        """Each chunk (number, rows), filled in; images that are `known` are not decoded."""
+    def __call__(self, chunks: Iterable[tuple[int, Catalog]], known: Known) -> Iterator[Chunk]:
+        """Each chunk (number, the rows of its files), filled in; images that are `known` are not
+        decoded.
+        """
         with ThreadPoolExecutor(self._config.readers, "read") as readers:
-            read = ahead(self._read(catalog, chunks, known, readers), 2)
+            read = ahead(self._read(chunks, known, readers), 2)
             under_way: deque[tuple[Batch, list[torch.Tensor]]] = deque()
             for batch in ahead(self._decode(read), 2):
                 under_way.append((batch, self._forward(batch)))
@@ -330,26 +330,24 @@ class Pump:
 
     def _read(
         self,
-        catalog: Catalog,
-        chunks: Iterable[tuple[int, range]],
+        chunks: Iterable[tuple[int, Catalog]],
         known: Known,
         readers: ThreadPoolExecutor,
     ) -> Iterator[Batch]:
         shape = self._recipe.views, self._recipe.width
-        for number, rows in chunks:
-            paths = [catalog.paths[row] for row in rows]
-            blank = np.zeros((len(paths), *shape), np.float16)
-            chunk = Chunk(number, paths, blank, [None] * len(paths))
+        for number, files in chunks:
+            blank = np.zeros((len(files), *shape), np.float16)
+            chunk = Chunk(number, list(files.paths), blank, [None] * len(files))
             batch = Batch([], [], [], chunk, last=False)
             # Even batches: a last one of a few rows would be filled up with black ones.
-            full = -(-len(rows) // -(-len(rows) // self._config.batch_size))
-            for row, (data, fault) in enumerate(self._in_order(catalog, rows, readers)):
+            full = -(-len(files) // -(-len(files) // self._config.batch_size))
+            for row, (data, fault) in enumerate(self._in_order(files, readers)):
                 image_id = hashlib.blake2b(data, digest_size=16).digest()
                 chunk.image_ids.append(image_id)
                 if fault:
                     chunk.spoil(row, fault)
                 elif (there := known.get(image_id)) is not None:
-                    chunk.features[row] = there
+                    chunk.features[row] = there[: self._recipe.views]
                     chunk.looked_up += 1
                 else:
                     batch.rows.append(row)
@@ -361,12 +359,12 @@ class Pump:
             yield replace(batch, last=True)
 
     def _in_order(
-        self, catalog: Catalog, rows: range, readers: ThreadPoolExecutor
+        self, files: Catalog, readers: ThreadPoolExecutor
     ) -> Iterator[tuple[bytes, str | None]]:
         """Contents and faults of files, in order, at most two batches ahead of the taker."""
         waiting: deque[Future[tuple[bytes, str | None]]] = deque()
-        for row in rows:
-            waiting.append(readers.submit(catalog.read, row, self._config.max_bytes))
+        for row in range(len(files)):
+            waiting.append(readers.submit(files.read, row, self._config.max_bytes))
             if len(waiting) > 2 * self._config.batch_size:
                 yield self._arrived(waiting.popleft())
         while waiting:

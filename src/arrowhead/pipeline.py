@@ -32,6 +32,7 @@ from arrowhead import (
     launch,
     metrics,
     model,
+    novelty,
     plan,
     report,
     shards,
@@ -45,6 +46,7 @@ from arrowhead.extract import ExtractConfig
 from arrowhead.launch import LaunchConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
+from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog, SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.shards import Store
@@ -53,6 +55,7 @@ from arrowhead.tracking import Run
 from arrowhead.train import TrainConfig, Trained
 
 GOLDEN = 8
+CLEAR = 0.1  # of probability, from the next decision
 Advance = Callable[[int, int, str], None]
 
 
@@ -296,7 +299,8 @@ class Work:
     fallback: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     workers: int = 1
-    result: Any = None
+    drift: dict[str, Any] | None = None
+    """The largest that a worker found (see `bundle.Drift`)."""
 
 
 def _work(
@@ -315,6 +319,11 @@ def _work(
             if "restart" in message:
                 _say_restart(message, means.screen)
                 return
+            if "drift" in message:
+                if done.drift is None:  # the others are machines like this one, or refuse
+                    _say_drift(message["drift"], means.screen)
+                done.drift = max(done.drift or {}, message["drift"], key=_far)
+                return
             done.decoded += message["decoded"]
             done.looked_up += message["looked_up"]
             done.fallback += message["fallback"]
@@ -327,11 +336,20 @@ def _work(
             done.workers = workers
 
         began = perf_counter()
-        done.result = launch.run(
-            stage, *args, config=means.launch, tasks=tasks, listen=listen, sized=sized
-        )
+        launch.run(stage, *args, config=means.launch, tasks=tasks, listen=listen, sized=sized)
         done.seconds["workers"] = perf_counter() - began
     return done
+
+
+def _far(drift: dict[str, Any]) -> tuple[int, float]:
+    return drift.get("changed", -1), drift.get("feature", -1.0)
+
+
+def _say_drift(drift: dict[str, Any], screen: Screen) -> None:
+    screen.say(
+        f"golden images: {drift['images']} replayed, largest feature drift {drift['feature']:.1g},"
+        f" {drift['changed']} labels changed"
+    )
 
 
 def _say_restart(message: dict[str, Any], screen: Screen) -> None:
@@ -340,12 +358,17 @@ def _say_restart(message: dict[str, Any], screen: Screen) -> None:
 
 def _say_counts(means: Means, counts: dict[str, int], done: Work) -> None:
     means.screen.say(_account(counts["features"], counts["faults"], counts["ignored"]))
+    _say_ways(means.screen, counts, done)
+
+
+def _say_ways(screen: Screen, counts: dict[str, int], done: Work) -> None:
+    """How the images came to features, and what that was bound by."""
     parts = [f"{counts['decoded']} decoded", f"{counts['looked_up']} looked up"]
     parts += [f"{counts['skipped']} skipped: done before"]
     if counts["fallback"]:
         parts.append(f"{counts['fallback']} by the fallback decoder")
-    means.screen.say(" · ".join(parts))
-    means.screen.say(extract.roofline(done.seconds, done.decoded, done.workers))
+    screen.say(" · ".join(parts))
+    screen.say(extract.roofline(done.seconds, done.decoded, done.workers))
 
 
 def _record(means: Means, params: dict[str, Any]) -> None:
@@ -542,7 +565,9 @@ def save(
     figures = metrics.evaluate(
         logit_NC.numpy(), valid.label, classes, temperature=heat, thresholds=cuts
     ) | {"temperature": heat}
-    lineage = (lineage or {}) | {
+    known, told = _novelty(store, valid), lineage or {}
+    means.screen.say(_threshold(known))
+    lineage = told | {
         "arrowhead": __version__,
         "run_id": means.run.run_id if means.run else None,
         "data": Catalog(**store.read_catalog()).digest(),
@@ -556,7 +581,8 @@ def save(
             thresholds=None if cuts is None else cuts.tolist(),
             metrics=figures,
             lineage=lineage,
-            golden=_golden(store, valid, chances, means.screen),
+            novelty=known,
+            golden=_golden(store, valid, chances, cuts, means.screen),
         ),
         out,
     )
@@ -566,20 +592,54 @@ def save(
     return figures
 
 
-def _golden(store: Store, valid: shards.Features, chances: Any, screen: Screen) -> list[Golden]:
-    """A few validation images, evenly spaced, with the features and probabilities they gave."""
+def _novelty(store: Store, valid: shards.Features) -> Novelty:
+    """What the bundle remembers of the training images, from their clean view."""
+    train = store.features("train", mapped=True)
+    row_M = train.row[novelty.sample(train.image_id)]
+    bank, first = [], 0
+    for part in store.maps():
+        here = row_M[(row_M >= first) & (row_M < first + len(part))] - first
+        bank.append(part[here, 0])
+        first += len(part)
+    return Novelty.of(np.concatenate(bank), valid.feature[:, 0])
+
+
+def _threshold(known: Novelty) -> str:
+    cut = known.threshold(0.05)
+    if not np.isfinite(cut):
+        return f"novelty: {len(known.known)} validation images are too few for a threshold"
+    return f"novelty: 5 % of images like these are further than {cut:.3f} from the training images"
+
+
+def _golden(
+    store: Store, valid: shards.Features, chance_NC: Any, cuts: Any, screen: Screen
+) -> list[Golden]:
+    """A few validation images with the features and probabilities they gave.
+
+    Of each stretch of rows the first that is clearly decided, else the clearest: a label that hangs
+    by a thousandth would change on any other machine.
+    """
     catalog = Catalog(**store.read_catalog())
+    clear_N = _margin(chance_NC, cuts)
     kept: list[Golden] = []
-    for at in np.unique(np.linspace(0, len(valid.row) - 1, GOLDEN).astype(int)):
-        data, fault = catalog.read(int(valid.row[at]), ExtractConfig().max_bytes)
-        if fault:
-            screen.say(f"not kept as a golden image: {catalog.paths[valid.row[at]]} ({fault})")
-            continue
-        feature = valid.feature[at, 0].astype(np.float32)
-        kept.append(
-            Golden(name=f"{len(kept)}.img", data=data, feature=feature, probabilities=chances[at])
-        )
+    for rows in np.array_split(np.arange(len(valid.row)), GOLDEN):
+        for at in rows[np.argsort(-np.minimum(clear_N[rows], CLEAR), kind="stable")][:1]:
+            data, fault = catalog.read(int(valid.row[at]), ExtractConfig().max_bytes)
+            if fault:
+                screen.say(f"not kept as a golden image: {catalog.paths[valid.row[at]]} ({fault})")
+                continue
+            feature, chance = valid.feature[at, 0].astype(np.float32), chance_NC[at]
+            name = f"{len(kept)}.img"
+            kept.append(Golden(name=name, data=data, feature=feature, probabilities=chance))
     return kept
+
+
+def _margin(chance_NC: Any, cuts: Any) -> Any:
+    """How far each image's probabilities are from another decision, (N,)."""
+    if cuts is not None:
+        return np.abs(chance_NC - cuts).min(1)
+    second, best = np.sort(chance_NC, 1)[:, -2:].T
+    return best - second
 
 
 def _show_evaluation(figures: dict[str, Any], classes: list[str], out: Path, means: Means) -> None:
@@ -810,52 +870,101 @@ def child(means: Means, name: str) -> Iterator[Means]:
 def score(
     path: Path, images: str | Path, out: Path, config: ScoreConfig, how: ExtractConfig, means: Means
 ) -> dict[str, Any]:
-    """Score every file of `images` (see `plan.unlabelled`) with a bundle; counts, labels, drift,
-    seconds.
+    """Score every file of `images` (see `plan.unlabelled`) with a bundle.
+
+    Returns counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel,
+    ignored} with inputs = scored + faults, faults by kind, labels, drift, seconds by stage.
     """
     began = perf_counter()
     loaded = bundle.load(path)
-    catalog = plan.unlabelled(images)
-    runs = plan.chunks(catalog.paths, how.chunk_size)
-    missing = scoring.prepare(out, path, catalog, config, how.chunk_size)
-    total = sum(len(runs[number]) for number in missing)
-    args = path, out, config, how
-    done = _work(scoring.score, args, missing, total, "score", means) if missing else Work()
-    held = scoring.count_parts(out, loaded.classes, catalog, multi=loaded.multi)
-    faults = sum(held["faults"].values())
+    catalog = plan.unlabelled(images, SourceConfig(images=config.base, suffix=config.suffix))
+    name, root, digest = _name(catalog), catalog.root, catalog.digest()
+    files, ignored = len(catalog), catalog.ignored
+    out.mkdir(parents=True, exist_ok=True)
+    with shards.locked(out):
+        request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
+        del catalog  # of a million files; from here on nobody holds more than some chunks
+        missing = request.missing()
+        total = sum(len(request.runs[number]) for number in missing)
+        args = request, how
+        done = _work(scoring.score, args, missing, total, "score", means) if missing else Work()
+        found = scoring.held(request, loaded)
+        table = scoring.write_csv(request, loaded) if config.csv else None
+    faults = found.faults.total()
     done.seconds["wall"] = perf_counter() - began
-    skipped = len(catalog) - faults - done.decoded
-    counts = _balance(catalog, faults, done, skipped) | {"scored": len(catalog) - faults}
-    if done.result:
-        means.screen.say(
-            f"golden images: {done.result.images} replayed, largest feature drift"
-            f" {done.result.feature:.1g}, {done.result.changed} labels changed"
-        )
-    _say_counts(means, counts, done)
+    counts = {
+        "inputs": files,
+        "scored": files - faults,
+        "decoded": done.decoded,
+        "looked_up": done.looked_up,
+        "skipped": files - total,
+        "reused": files - total + done.looked_up,
+        "fallback": done.fallback,
+        "faults": faults,
+        "novel": found.novel,
+        "ignored": ignored,
+    }
+    _say_scores(means, counts, done, loaded, config)
     result = {
         "counts": counts,
-        "faults": held["faults"],
-        "labels": held["labels"],
+        "faults": dict(found.faults),
+        "labels": dict(found.labels),
         "seconds": dict(done.seconds),
         "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
         "bundle": str(path),
         "bundle_fingerprint": bundle.fingerprint(path),
         "recipe_fingerprint": loaded.recipe.fingerprint,
-        "drift": dataclasses.asdict(done.result) if done.result else None,
+        "drift": done.drift,
+        "novelty_threshold": _cut(loaded, config),
         "out": str(out),
+        "csv": str(table) if table else None,
         "arrowhead": __version__,
         "trained_by": loaded.lineage.get("run_id"),
         "run_id": means.run.run_id if means.run else None,
-        "too_many_faults": how.too_many(faults, len(catalog)),
+        "too_many_faults": how.too_many(faults, files),
     }
-    if done.result or not (out / "score.json").is_file():
+    if missing or not (out / "score.json").is_file():
         shards.write_json(out / "score.json", result)
     if means.run:
-        means.run.dataset(_name(catalog), catalog.digest(), catalog.root, "scoring")
-        means.run.record(counts | {f"labels.{i}": n for i, n in enumerate(held["labels"].values())})
+        means.run.dataset(name, digest, root, "scoring")
+        means.run.record(counts | {f"labels.{label}": n for label, n in found.labels.items()})
         means.run.record({f"seconds.{k}": v for k, v in done.seconds.items()})
         means.run.tags(
             {"bundle": result["bundle_fingerprint"], "recipe": loaded.recipe.fingerprint}
+            | {"dataset": name, "body": loaded.recipe.body}
         )
         means.run.keep(out / "score.json")
+        figure = report.scores_figure(found.labels, found.chances, found.novelties)
+        means.run.keep(report.save(figure, out / "scores.png"), "scores")
     return result
+
+
+def _cut(loaded: Bundle, config: ScoreConfig) -> float | None:
+    """The novelty above which an image is marked; None if nothing is."""
+    if not (loaded.novelty and config.flag_novel):
+        return None
+    cut = loaded.novelty.threshold(config.false_alarms)
+    return cut if np.isfinite(cut) else None
+
+
+def _say_scores(
+    means: Means, counts: dict[str, int], done: Work, loaded: Bundle, config: ScoreConfig
+) -> None:
+    say = means.screen.say
+    ignored = f" ({counts['ignored']} other files ignored)" if counts["ignored"] else ""
+    account = f"{counts['scored']} scored + {counts['faults']} faults"
+    say(f"{counts['inputs']} inputs = {account}{ignored}")
+    _say_ways(means.screen, counts, done)
+    if not (loaded.novelty and config.flag_novel):
+        return
+    cut, share = _cut(loaded, config), f"{100 * config.false_alarms:g} %"
+    if cut is None:
+        say(
+            f"no image can be called novel at {share} false alarms: the bundle was validated on"
+            f" {len(loaded.novelty.known)} images, too few to say so"
+        )
+    else:
+        say(
+            f"{counts['novel']} images are novel: further than {cut:.3f} from the training images"
+            f" ({share} of images like them are, too)"
+        )

@@ -19,7 +19,7 @@ import posixpath
 import unicodedata
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from arrowhead import ConfigError, files
 
 SPLITS = ("train", "valid", "test")
 TABLES = {".csv": ",", ".tsv": "\t"}
+LISTS = (".txt", ".lst")
 # First place where each pair of split and labels was seen, in words.
 Places = dict[tuple[str, tuple[str, ...]], str]
 
@@ -99,6 +100,12 @@ class Catalog:
         """Whether any image has more than one label."""
         return any(len(names) > 1 for names in set(self.labels))
 
+    def part(self, rows: range) -> Catalog:
+        """Some of its rows, as a catalog of their own."""
+        here = slice(rows.start, rows.stop)
+        names = ("paths", "sizes", "stamps", "labels", "splits", "tries")
+        return replace(self, **{name: getattr(self, name)[here] for name in names})
+
     def read(self, row: int, max_bytes: int) -> tuple[bytes, str | None]:
         """A row's bytes and None, or no bytes and the fault: also if it changed since the listing.
 
@@ -140,12 +147,14 @@ def labelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Catal
 
 
 def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Catalog:
-    """Every file below a folder, whatever the folders are called, or every path in a table.
+    """Every file below a folder, whatever the folders are called, sorted by path; or every path in
+    a table (.csv, .tsv: a column `path`) or a list (.txt, .lst: a path per line), in its order, as
+    often as it is named there.
 
     No labels, no splits. Raises ConfigError for a source that is missing, empty or torn.
     """
     if _is_table(source):
-        return _table(source, config, labelled=False)[0]
+        return _listed(source, config)
     root = files.resolve(source)
     found = files.listing(root)
     _must_have_images(root, len(found.paths))
@@ -218,20 +227,65 @@ def _folders(paths: list[str], above: str) -> Iterator[tuple[str, int, int]]:
 
 def _is_table(source: str | Path) -> bool:
     name = os.fspath(source)
-    return name.lower().endswith(tuple(TABLES)) and not Path(name).is_dir()
+    return name.lower().endswith((*TABLES, *LISTS)) and not Path(name).is_dir()
 
 
-def _table(
-    source: str | Path, config: SourceConfig, *, labelled: bool = True
-) -> tuple[Catalog, Places]:
+def _listed(source: str | Path, config: SourceConfig) -> Catalog:
+    """The catalog of a table or list of images without labels, in its order."""
+    table = _absolute(os.fspath(source))
+    base = _absolute(config.images) if config.images else table.rpartition(b"/")[0]
+    if os.fspath(source).lower().endswith(LISTS):
+        rows: Iterable[tuple[int, bytes]] = enumerate(_lines(str(source), table, config.suffix), 1)
+    else:
+        rows = ((line, path) for line, path, *_ in _rows(str(source), table, config, False))
+    lines: dict[bytes, int] = {}
+    named: list[bytes] = []
+    for line, path in rows:
+        if path:
+            named.append(_joined(base, path))
+            lines.setdefault(named[-1], line)
+    root, top, order, sizes, stamps = _found(str(source), base, lines)
+    at = {path: row for row, path in enumerate(order)}
+    paths = [files.text(full[top:]) for full in named]
+    row = np.fromiter((at[path] for path in paths), np.int64, len(paths))
+    return Catalog(
+        root=root,
+        paths=paths,
+        sizes=sizes[row],
+        stamps=stamps[row],
+        labels=[()] * len(paths),
+        splits=[""] * len(paths),
+    )
+
+
+def _lines(source: str, table: bytes, suffix: str) -> Iterator[bytes]:
+    """The path in each line of a list, with its suffix; b"" for an empty line."""
+    for line in _content(source, table).removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        path = line.removesuffix(b"\r")
+        if b"\0" in path:
+            raise ConfigError(
+                f"{source} holds NUL bytes: it is no list of paths.",
+                "a path in each line.",
+                "write one path per line; names with line breaks fit into a CSV.",
+            )
+        yield path + suffix.encode("utf-8", "surrogateescape") if path.strip() else b""
+
+
+def _table(source: str | Path, config: SourceConfig) -> tuple[Catalog, Places]:
     """The catalog of a CSV or TSV file."""
+    if os.fspath(source).lower().endswith(LISTS):
+        raise ConfigError(
+            f"{source} is a list of paths: it has no labels.",
+            "a folder with one folder per class, or a .csv or .tsv with the columns path, labels.",
+            "write the labels beside the paths.",
+        )
     table = _absolute(os.fspath(source))
     base = _absolute(config.images) if config.images else table.rpartition(b"/")[0]
     lines: dict[bytes, int] = {}
     labels: list[tuple[str, ...]] = []
     splits: list[str] = []
     places: Places = {}
-    for line, path, names, split in _rows(str(source), table, config, labelled):
+    for line, path, names, split in _rows(str(source), table, config, True):
         full = _joined(base, path)
         if (before := lines.setdefault(full, line)) != line:
             raise ConfigError(
@@ -242,20 +296,9 @@ def _table(
         labels.append(names)
         splits.append(split)
         places.setdefault((split, names), f"line {line}")
-    _must_have_images(str(source), len(lines))
-    top = _common(str(source), base, lines)
-    shown = [files.text(full[len(top) :]) for full in lines]
+    root, top, paths, sizes, stamps = _found(str(source), base, lines)
+    shown = [files.text(full[top:]) for full in lines]
     order = sorted(range(len(shown)), key=shown.__getitem__)
-    paths = [shown[row] for row in order]
-    root = files.text(top[:-1] if files.in_store(files.text(top)) else os.path.realpath(top))
-    sizes, stamps = files.look(root, paths)
-    if not (sizes >= 0).any():
-        raise ConfigError(
-            f"none of the {len(paths)} files that {source} names is there, such as"
-            f" {files.text(next(iter(lines)))}.",
-            "paths of image files, from the table's own folder on.",
-            "give their folder with --images, or what the paths lack at the end with --suffix.",
-        )
     catalog = Catalog(
         root=root,
         paths=paths,
@@ -267,10 +310,30 @@ def _table(
     return catalog, places
 
 
-def _rows(
-    source: str, table: bytes, config: SourceConfig, labelled: bool
-) -> Iterator[tuple[int, bytes, tuple[str, ...], str]]:
-    """Line number, path with its suffix, labels and split of each row of a table."""
+def _found(
+    source: str, base: bytes, lines: Mapping[bytes, int]
+) -> tuple[str, int, list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """Of the files that a table or list names (full path: line): the root that holds them, the
+    length of its part of their paths, and sorted: paths below it, sizes, stamps.
+    """
+    _must_have_images(source, len(lines))
+    top = _common(source, base, lines)
+    root = files.text(top[:-1] if files.in_store(files.text(top)) else os.path.realpath(top))
+    paths = sorted(files.text(full[len(top) :]) for full in lines)
+    sizes, stamps = files.look(root, paths)
+    if not (sizes >= 0).any():
+        raise ConfigError(
+            f"none of the {len(paths)} files that {source} names is there, such as"
+            f" {files.text(next(iter(lines)))}.",
+            "paths of image files, from its own folder on.",
+            "give their folder with --images (in score --base), or what the paths lack at the end"
+            " with --suffix.",
+        )
+    return root, len(top), paths, sizes, stamps
+
+
+def _content(source: str, table: bytes) -> bytes:
+    """The bytes of a table or list."""
     folder, _, leaf = table.rpartition(b"/")
     content, fault = files.read(files.text(folder or b"/"), files.text(leaf), 2**31)
     if fault:
@@ -279,7 +342,16 @@ def _rows(
             "a folder of images, or a table of them with the columns path and labels.",
             "check the spelling.",
         )
-    decoded = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
+    return content
+
+
+def _rows(
+    source: str, table: bytes, config: SourceConfig, labelled: bool
+) -> Iterator[tuple[int, bytes, tuple[str, ...], str]]:
+    """Line number, path with its suffix, labels and split of each row of a table."""
+    decoded = io.StringIO(
+        _content(source, table).decode("utf-8-sig", "surrogateescape"), newline=""
+    )
     reader = csv.reader(decoded, delimiter=TABLES[source[-4:].lower()], strict=True)
     numbered = _numbered(source, reader)
     columns = [cell.strip().lower() for cell in next(numbered, (1, []))[1]]

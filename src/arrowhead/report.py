@@ -2,6 +2,7 @@
 
 Curve              -> lr_figure         log rate against loss, suggestions marked
 counts (C, C)      -> confusion_figure  labels against guesses
+histograms         -> scores_figure     what a scoring came to
 points             -> learning_figure   images against accuracy
 ranked settings    -> grid_csv          a table, the best first
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +118,32 @@ def confusion_figure(counts_CC: NDArray[np.int64], classes: list[str]) -> Figure
         for (row, column), count in np.ndenumerate(counts_CC):
             shade = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=shade)
+    return figure
+
+
+def scores_figure(
+    labels: Mapping[str, int], chances: NDArray[np.int64], novelties: NDArray[np.int64]
+) -> Figure:
+    """Predictions at a glance: images by label (the 20 most frequent), and histograms of the best
+    label's probability (0 to 1) and of novelty (0 to 2).
+    """
+    from matplotlib.figure import Figure
+
+    shown = sorted(labels.items(), key=lambda pair: -pair[1])[:20]
+    figure = Figure(figsize=(10, 1.8 + 0.22 * max(8, len(shown))), layout="constrained")
+    by_label, by_chance, by_novelty = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
+    by_label.barh(range(len(shown)), [count for _, count in shown])
+    by_label.set_yticks(range(len(shown)), [name[:24] for name, _ in shown])
+    by_label.invert_yaxis()
+    rest = len(labels) - len(shown)
+    by_label.set(xlabel="images", title="label" + (f" (and {rest} more)" if rest else ""))
+    for axes, counts, end, name in (
+        (by_chance, chances, 1, "probability of the label"),
+        (by_novelty, novelties, 2, "novelty"),
+    ):
+        step = end / len(counts)
+        axes.bar(np.arange(len(counts)) * step, counts, width=step, align="edge")
+        axes.set(xlim=(0, end), ylabel="images", title=name)
     return figure
 
 

@@ -36,7 +36,7 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
         """
         import torch
 
-        from arrowhead import DataError, bundle, extract, score
+        from arrowhead import bundle, extract, score
         from arrowhead.guard import GuardedDecoder
 
         self._bundle = bundle.load(Path(context.artifacts["bundle"]))
@@ -44,12 +44,7 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
         self._body, self._head = self._bundle.make_body(device), self._bundle.make_head(device)
         threads = len(os.sched_getaffinity(0))
         drift = bundle.replay(self._bundle, self._body, self._head, device, threads)
-        if drift.changed or not drift.feature <= score.ScoreConfig().max_drift:
-            raise DataError(
-                f"The model's golden images come out differently on this machine: {drift}.",
-                "the same labels and features as where it was trained.",
-                "install the versions of requirements.txt in the model's folder.",
-            )
+        bundle.must_agree(drift, score.ScoreConfig().max_drift)
         self._decoder = GuardedDecoder(
             extract.pixels_of(score.one_view(self._bundle.recipe)),
             batch_size=BATCH,

@@ -170,21 +170,30 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     write_json(path, {**content, "seal": _seal(content)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote; DataError if it is missing, changed, or of another format."""
-    content = dict(read_json(path))
-    if content.get("format") != FORMAT:
+def read_sealed(
+    path: Path,
+    number: int = FORMAT,
+    anew: str = "extract again into a new store",
+    mend: str = "restore the file from a copy, or delete it and run the same precompute again:"
+    " features that are there are not decoded again.",
+) -> dict[str, Any]:
+    """What `write_sealed` wrote; DataError if it is missing, changed, or not of format `number`.
+
+    anew, mend: what to do about another format and about a change.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != number:
+        found = content.get("format") if isinstance(content, dict) else None
         raise DataError(
-            f"{path} is of format {content.get('format')}.",
-            f"format {FORMAT}, which this version writes.",
-            "use the Arrowhead version that wrote it, or extract again into a new store.",
+            f"{path} is of format {found}.",
+            f"format {number}, which this version writes.",
+            f"use the Arrowhead version that wrote it, or {anew}.",
         )
     if content.pop("seal", None) != _seal(content):
         raise DataError(
             f"{path} has changed since it was written: its seal does not fit.",
             "the bytes that Arrowhead wrote.",
-            "restore the file from a copy, or delete it and run the same precompute again:"
-            " features that are there are not decoded again.",
+            mend,
         )
     return content
 
@@ -262,27 +271,84 @@ def write_arrow(path: Path, table: Any) -> None:
         sink.write_table(table.combine_chunks())
 
 
-def write_parquet(
-    path: Path, columns: Mapping[str, Sequence[Any]], metadata: Mapping[str, str]
-) -> None:
-    """One Parquet file (zstd) of scores, whole or absent; each column has one value per row."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """The scores of one chunk: N files, C classes.
+
+    classes: C names; paths: N; image_ids: N of 16 bytes; faults: N, None when the image is well;
+    top: int64 (N, K), the best classes, best first; chance: float32 (N, C), their probabilities.
+    The rest is not written where it is None. given: bool (N, C), the labels an image is given;
+    novelty: float32 (N,); novel: bool (N,); feature: float16 (N, D). every: write all of `chance`.
+    """
+
+    classes: Sequence[str]
+    paths: Sequence[str]
+    image_ids: Sequence[bytes]
+    faults: Sequence[str | None]
+    top: NDArray[np.int64]
+    chance: NDArray[np.float32]
+    every: bool = False
+    given: NDArray[np.bool_] | None = None
+    novelty: NDArray[np.float32] | None = None
+    novel: NDArray[np.bool_] | None = None
+    feature: NDArray[np.float16] | None = None
+
+
+def write_scores(path: Path, scores: Scores, metadata: Mapping[str, str]) -> None:
+    """One Parquet file (zstd), whole or absent; at a fault all but path and image_id are null.
+
+    Columns: path, image_id, label and probability (the best ones), labels (list, with `given`),
+    top_k (list of label and probability), probabilities (list, with `every`), novelty, novel,
+    feature (list of float32), fault.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pair = pa.struct([("label", pa.string()), ("probability", pa.float32())])
-    types = {
-        "path": pa.string(),
-        "image_id": pa.binary(16),
-        "label": pa.string(),
-        "probability": pa.float32(),
-        "labels": pa.list_(pa.string()),
-        "top_k": pa.list_(pair),
-        "probabilities": pa.list_(pa.float32()),
-        "fault": pa.string(),
+    well_N = np.array([fault is None for fault in scores.faults], bool)
+    count, classes = len(well_N), pa.array(scores.classes, pa.string())
+
+    def plain(value_N: NDArray[Any], kind: Any) -> Any:
+        return pa.array(value_N, kind, mask=~well_N)
+
+    def lists(value: Any, length_N: NDArray[np.int64]) -> Any:
+        """Lists of these lengths, 0 at a fault, filled from the flat `value`."""
+        ends = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int32)
+        return pa.ListArray.from_arrays(ends, value, mask=pa.array(~well_N))
+
+    def wide(value_NX: NDArray[Any]) -> Any:
+        flat = pa.array(value_NX[well_N].astype(np.float32).ravel())
+        return lists(flat, well_N * value_NX.shape[1])
+
+    best_NK = np.take_along_axis(scores.chance, scores.top, 1)
+    pairs = [
+        classes.take(pa.array(scores.top[well_N].ravel())),
+        pa.array(best_NK[well_N].ravel(), pa.float32()),
+    ]
+    columns = {
+        "path": pa.array(scores.paths, pa.string()),
+        "image_id": pa.array(scores.image_ids, pa.binary(16)),
+        "label": classes.take(plain(scores.top[:, 0], pa.int64())),
+        "probability": plain(best_NK[:, 0], pa.float32()),
     }
-    table = pa.table({name: pa.array(column, types[name]) for name, column in columns.items()})
+    if scores.given is not None:
+        given_NC = scores.given & well_N[:, None]
+        names = classes.take(pa.array(np.nonzero(given_NC)[1]))
+        columns["labels"] = lists(names, given_NC.sum(1))
+    top_k = pa.StructArray.from_arrays(pairs, ["label", "probability"])
+    columns["top_k"] = lists(top_k, well_N * scores.top.shape[1])
+    if scores.every:
+        columns["probabilities"] = wide(scores.chance)
+    if scores.novelty is not None:
+        columns["novelty"] = plain(scores.novelty, pa.float32())
+    if scores.novel is not None:
+        columns["novel"] = plain(scores.novel, pa.bool_())
+    if scores.feature is not None:
+        columns["feature"] = wide(scores.feature)
+    columns["fault"] = pa.array(scores.faults, pa.string())
+    assert all(len(column) == count for column in columns.values())
+    table = pa.table(columns).replace_schema_metadata(dict(metadata))
     with draft(path) as sketch:
-        pq.write_table(table.replace_schema_metadata(dict(metadata)), sketch, compression="zstd")
+        pq.write_table(table, sketch, compression="zstd")
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
@@ -652,9 +718,13 @@ def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
     write_arrow(path, table.replace_schema_metadata(root))
 
 
-def read_catalog(path: Path) -> dict[str, Any]:
-    """The columns that `write_catalog` wrote, as the fields of `plan.Catalog`."""
+def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
+    """The columns that `write_catalog` wrote, as the fields of `plan.Catalog`; some rows of them,
+    or all.
+    """
     table = read_arrow(path)
+    if rows is not None:
+        table = table.slice(rows.start, len(rows))
     return {
         "root": table.schema.metadata[b"arrowhead.root"].decode(),
         "paths": table["path"].to_pylist(),
