@@ -384,6 +384,19 @@ def must_agree(drift: Drift, most: float) -> None:
         )
 
 
+def verify(path: Path) -> Drift:
+    """Load the bundle at `path` and replay its golden images here; how far they drift.
+
+    Raises DataError if it is torn.
+    """
+    import torch
+
+    bundle = load(path)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    body, head = bundle.make_body(device), bundle.make_head(device)
+    return replay(bundle, body, head, device, len(os.sched_getaffinity(0)))
+
+
 def replay(bundle: Bundle, body: Body, head: nn.Module, device: str, threads: int) -> Drift:
     """Decode and score the golden images here and compare with what they gave at first."""
     if not bundle.golden:

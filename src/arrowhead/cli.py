@@ -7,7 +7,6 @@ request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -422,6 +421,87 @@ def _show_findings(found: list[Any], output: Output) -> None:
         Screen(to_stderr=False).say(f"{one.kind}: {one.path}: {one.words}")
 
 
+# ------------------------------------------------------------------------------ bundle
+
+bundles = App(
+    name="bundle",
+    help="Look into a bundle, check it.",
+    sort_key=8,
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
+)
+app.command(bundles)
+Made = Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote.")]
+
+
+@bundles.command(name="info")
+def bundle_info(bundle: Made, *, output: Out = Output()) -> int:
+    """What a bundle is: classes, recipe, head, figures, where it comes from.
+
+    Example: arrowhead bundle info out/bundle
+    """
+    from arrowhead.bundle import info
+
+    held = info(bundle)
+    if output.json:
+        print(json.dumps(_plain(held)))
+        return 0
+    screen = Screen(to_stderr=False)
+    screen.say(
+        f"{bundle}: {held['task']}, {len(held['classes'])} classes ·"
+        f" {held['bytes'] / 1e6:.1f} MB · fingerprint {held['fingerprint']}"
+    )
+    screen.say(f"classes: {', '.join(held['classes'][:20])}{' …' * (len(held['classes']) > 20)}")
+    recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
+    screen.say(f"recipe {held['recipe_fingerprint']}: {recipe}")
+    screen.say(f"head: {held['head']} · temperature {held['temperature']:.3f}")
+    figures = {k: v for k, v in held["metrics"].items() if isinstance(v, int | float)}
+    screen.say("figures: " + " · ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if known := held["novelty"]:
+        cut = known["threshold_at_5_percent_false_alarms"]
+        screen.say(
+            f"novelty: {known['training_images']} training images kept; threshold at 5 % false"
+            f" alarms {'unknown (too few validation images)' if cut is None else f'{cut:.3f}'}"
+        )
+    lineage = held["lineage"]
+    screen.say(
+        f"made by arrowhead {lineage.get('arrowhead')}, MLflow run {lineage.get('run_id')},"
+        f" data {lineage.get('data')}"
+    )
+    screen.say(f"{held['golden_images']} golden images")
+    return 0
+
+
+@bundles.command(name="verify")
+def bundle_verify(
+    bundle: Made,
+    *,
+    max_drift: Annotated[
+        float, Parameter(help="Largest cosine distance of a golden image's feature.")
+    ] = ScoreConfig().max_drift,
+    output: Out = Output(),
+) -> int:
+    """Check a bundle: seal, hashes, shapes; then replay its golden images on this machine.
+
+    Exit code 4 when something in it cannot be trusted, or when this machine sees the images
+    differently.
+
+    Example: arrowhead bundle verify out/bundle
+    """
+    from arrowhead.bundle import must_agree, verify
+
+    drift = verify(bundle)
+    if output.json:
+        print(json.dumps({"bundle": str(bundle), "drift": asdict(drift)}))
+    else:
+        Screen(to_stderr=False).say(
+            f"{bundle} is whole; {drift.images} golden images replayed: largest feature drift"
+            f" {drift.feature:.1g}, {drift.changed} labels changed"
+        )
+    must_agree(drift, max_drift)
+    return 0
+
+
 # ----------------------------------------------------------------------- what is shown
 
 
@@ -523,17 +603,8 @@ def _alone(place: Path | None) -> Iterator[None]:
         return
     from arrowhead import shards
 
-    new = [one for one in (place.parent, *place.parent.parents) if not one.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with shards.locked(place.parent):
-            yield
-    finally:
-        if [one.name for one in place.parent.iterdir()] == [".lock"]:
-            shutil.rmtree(place.parent, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: something else was written there
-                for one in new[1:]:
-                    one.rmdir()
+    with shards.occupied(place.parent):
+        yield
 
 
 def _me() -> str:

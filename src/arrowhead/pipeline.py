@@ -880,8 +880,7 @@ def score(
     catalog = plan.unlabelled(images, SourceConfig(images=config.base, suffix=config.suffix))
     name, root, digest = _name(catalog), catalog.root, catalog.digest()
     files, ignored = len(catalog), catalog.ignored
-    out.mkdir(parents=True, exist_ok=True)
-    with shards.locked(out):
+    with shards.occupied(out):
         request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
         del catalog  # of a million files; from here on nobody holds more than some chunks
         missing = request.missing()

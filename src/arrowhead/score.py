@@ -58,10 +58,10 @@ class ScoreConfig:
     given."""
     suffix: str = ""
     """Added to every path in a list or table that names images without it, such as .jpg."""
-    max_drift: float = 0.01
+    max_drift: float = 0.005
     """Refuse to score when a golden image's feature is further than this cosine distance from what
-    it was where the bundle was made. Another decoder or device is 0.002 away at most, another
-    resize rule or mean 0.03 and more (bench/drift.py)."""
+    it was where the bundle was made. Another decoder is 0.003 away at most, another resize rule or
+    deviation 0.1 and more (bench/drift.py)."""
     max_pixels: int = 100_000_000
     """Images whose header claims more pixels are refused before they are decoded."""
     max_scans: int = 100

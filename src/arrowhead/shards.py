@@ -30,7 +30,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -468,6 +468,24 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
         yield
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """A folder that is made if need be, and locked; if nothing was put into it, it goes again, and
+    so do the folders above it that were made for it.
+    """
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        if [one.name for one in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: something else was written there
+                for one in new[1:]:
+                    one.rmdir()
 
 
 class Store:

@@ -1,0 +1,555 @@
+"""Scoring: every input accounted for, in its order, with the numbers of training."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pyarrow.parquet as pq
+import pytest
+
+from arrowhead import ConfigError, DataError, bundle, plan, shards
+from arrowhead import cli as command_line
+from arrowhead import score as scoring
+from arrowhead.shards import Store
+
+FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
+    """A folder with a fitted bundle, its store, and images to score."""
+    folder = tmp_path_factory.mktemp("score")
+    shutil.copytree(drawn, folder / "photos", ignore=shutil.ignore_patterns("new"))
+    shutil.copytree(drawn / "new", folder / "new")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as ended:
+            command_line.main(["fit", "photos", "out", *FLAGS, "--epochs", "4", "--rate", "0.01"])
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "scores"
+
+
+def rows(out: Path) -> polars.DataFrame:
+    return polars.read_parquet(out / "part-*.parquet")
+
+
+def refused(*words: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([*map(str, words)])
+    return int(ended.value.code or 0)
+
+
+# ------------------------------------------------------------------------- inputs, in order
+
+
+def test_a_list_is_scored_in_its_order_as_often_as_it_names_a_file(command, out, tmp_path, place):
+    names = [file.name for file in sorted((place / "new").iterdir())][:5]
+    listed = [
+        names[3],
+        names[0],
+        "gone.jpg",
+        str(place / "new" / names[1]),
+        names[0],
+        "./" + names[2],
+    ]
+    (tmp_path / "some.txt").write_text("\n".join(listed) + "\n\n")
+    found = command(
+        "score", "out/bundle", tmp_path / "some.txt", out, "--base", place / "new", code=3
+    )
+    assert found["counts"]["inputs"] == 6 == found["counts"]["scored"] + found["counts"]["faults"]
+    table = rows(out)
+    assert table["path"].to_list() == [names[3], names[0], "gone.jpg", names[1], names[0], names[2]]
+    assert table["fault"].is_null().to_list() == [True, True, False, True, True, True]
+    alone = command("score", "out/bundle", place / "new", tmp_path / "all")
+    assert alone["counts"]["faults"] == 0
+    known = {row["path"]: row["probability"] for row in rows(tmp_path / "all").to_dicts()}
+    for row in table.to_dicts():
+        if row["fault"] is None:
+            assert row["probability"] == known[row["path"]]
+
+
+def test_a_table_with_other_columns_is_scored_in_its_order(command, out, tmp_path, place):
+    names = [file.stem for file in sorted((place / "new").iterdir())][:4][::-1]
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        sheet = csv.writer(file)
+        sheet.writerow(["shop", "path"])
+        sheet.writerows([["a, b", name] for name in names])
+    flags = ["--base", place / "new", "--suffix", ".jpg"]
+    command("score", "out/bundle", tmp_path / "t.csv", out, *flags)
+    assert rows(out)["path"].to_list() == [f"{name}.jpg" for name in names]
+
+
+def test_a_list_of_nothing_that_is_there_is_refused(out, tmp_path, capsys):
+    (tmp_path / "none.txt").write_text("a.jpg\nb.jpg\n")
+    assert refused("score", "out/bundle", tmp_path / "none.txt", out) == 2
+    assert "a.jpg" in capsys.readouterr().err
+
+
+def test_a_list_cannot_teach(out, tmp_path, capsys):
+    (tmp_path / "some.txt").write_text("a.jpg\n")
+    assert refused("precompute", tmp_path / "some.txt", out, *FLAGS) == 2
+    assert "no labels" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- what is written
+
+
+def test_each_part_says_what_made_it_and_the_account_balances(command, out):
+    found = command("score", "out/bundle", "new", out, "--chunk-size", "8")
+    made, counts = json.loads(Path("out/bundle/bundle.json").read_text()), found["counts"]
+    assert counts["inputs"] == counts["scored"] + counts["faults"] == 24
+    assert json.loads((out / "score.json").read_text())["counts"] == counts
+    assert found["roofline"] and found["seconds"]["forward"] > 0
+    parts = sorted(out.glob("part-*.parquet"))
+    assert len(parts) > 1
+    for part in parts:
+        notes = pq.read_schema(part).metadata
+        assert json.loads(notes[b"arrowhead.recipe"]) == made["recipe"]
+        assert notes[b"arrowhead.bundle"].decode() == bundle.fingerprint(Path("out/bundle"))
+        assert notes[b"arrowhead.run_id"].decode() == made["lineage"]["run_id"]
+        assert notes[b"arrowhead.version"].decode() == made["lineage"]["arrowhead"]
+        codecs = {pq.read_metadata(part).row_group(0).column(i).compression for i in range(3)}
+        assert codecs == {"ZSTD"}
+
+
+def test_features_are_those_of_the_store_and_a_store_saves_the_decoding(command, out, tmp_path):
+    """One pump: what `precompute` stored is what `score` sees, to the last bit."""
+    plain = command("score", "out/bundle", "photos", out, "--features", "--chunk-size", "20")
+    flags = ["--features", "--chunk-size", "20", "--store", "out/store"]
+    lean = command("score", "out/bundle", "photos", tmp_path / "lean", *flags)
+    assert plain["counts"]["decoded"] == 72
+    assert lean["counts"]["decoded"] == 0 and lean["counts"]["looked_up"] == 72
+    parts = sorted(out.glob("part-*.parquet"))
+    assert len(parts) > 2
+    for part in parts:
+        assert (tmp_path / "lean" / part.name).read_bytes() == part.read_bytes()
+    held = {
+        path: feature[0]
+        for shard in Store(Path("out/store")).rows()
+        for path, feature in zip(shard.paths, shard.features, strict=True)
+    }
+    for row in rows(out).to_dicts():
+        assert np.array_equal(np.array(row["feature"], np.float32), held[row["path"]])
+
+
+def test_a_store_of_another_recipe_is_refused_by_the_first_differing_field(out, command, capsys):
+    command("precompute", "photos", "squashed", *FLAGS, "--resize", "squash")
+    assert refused("score", "out/bundle", "new", out, "--store", "squashed") == 2
+    assert "resize" in capsys.readouterr().err
+
+
+def test_raw_probabilities_are_those_before_the_temperature(command, out, tmp_path):
+    command("score", "out/bundle", "new", out, "--probabilities")
+    command("score", "out/bundle", "new", tmp_path / "raw", "--probabilities", "--raw")
+    heat = bundle.load(Path("out/bundle")).temperature
+    assert abs(heat - 1) > 0.01
+    raw = np.log(np.array(rows(tmp_path / "raw")["probabilities"].to_list())) / heat
+    cooled = np.exp(raw) / np.exp(raw).sum(1, keepdims=True)
+    np.testing.assert_allclose(rows(out)["probabilities"].to_list(), cooled, atol=1e-5)
+
+
+def test_the_csv_says_what_the_parquet_says(command, out):
+    (Path("new") / "torn, and odd.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    found = command("score", "out/bundle", "new", out, "--csv", "--chunk-size", "8", code=3)
+    (Path("new") / "torn, and odd.jpg").unlink()
+    with Path(found["csv"]).open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    table = rows(out).to_dicts()
+    assert len(lines) == len(table) == 25
+    for line, row in zip(lines, table, strict=True):
+        assert (line["path"], line["image_id"]) == (row["path"], row["image_id"].hex())
+        assert (line["label"] or None, line["fault"] or None) == (row["label"], row["fault"])
+        if row["fault"] is None:
+            assert float(line["probability"]) == row["probability"]
+            assert float(line["novelty"]) == row["novelty"]
+    assert [row["fault"] is None for row in table].count(False) == 1
+
+
+def test_the_scoring_run_holds_inputs_counts_and_a_picture(command, out, place):
+    from mlflow import MlflowClient
+
+    found = command("score", "out/bundle", "new", out)
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    run = client.get_run(found["run_id"])
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.name == "new" and data.tags[0].value == "scoring"
+    assert run.data.metrics["scored"] == 24
+    labels = {k: v for k, v in run.data.metrics.items() if k.startswith("labels.")}
+    assert labels == {f"labels.{name}": count for name, count in found["labels"].items()}
+    (picture,) = client.list_artifacts(found["run_id"], "scores")
+    assert picture.path == "scores/scores.png"
+
+
+def test_labels_are_those_of_plain_torchvision_with_the_bundles_weights(command, out, place):
+    """A second opinion: Pillow, torchvision's transforms and network, our weights."""
+    import safetensors.torch
+    import torch
+    from PIL import Image
+    from torchvision import models
+    from torchvision.transforms import v2
+
+    command("score", "out/bundle", "new", out, "--probabilities")
+    tensors = safetensors.torch.load_file("out/bundle/weights.safetensors")
+    about = json.loads(Path("out/bundle/bundle.json").read_text())
+    net = models.resnet18(weights=None)
+    net.fc = torch.nn.Identity()
+    state = {k.removeprefix("body."): v for k, v in tensors.items() if k.startswith("body.")}
+    net.load_state_dict(state)
+    recipe = about["recipe"]
+    steps = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(round(recipe["size"] * 8 / 7), antialias=True),
+            v2.CenterCrop(recipe["size"]),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(recipe["mean"], recipe["std"]),
+        ]
+    )
+    table = rows(out).to_dicts()
+    pixels = torch.stack(
+        [steps(Image.open(place / "new" / r["path"]).convert("RGB")) for r in table]
+    )
+    with torch.inference_mode():
+        feature = net.eval()(pixels)
+        feature = (feature - tensors["head.0.mean"]) / tensors["head.0.deviation"]
+        logit = feature @ tensors["head.2.weight"].T + tensors["head.2.bias"]
+        chance = (logit / about["temperature"]).softmax(1).numpy()
+    ours = np.array([row["probabilities"] for row in table])
+    assert np.abs(ours - chance).max() < 0.05
+    sure = np.sort(chance, 1)[:, -1] - np.sort(chance, 1)[:, -2] > 0.1
+    assert sure.sum() > 12
+    for row, guess, fine in zip(table, chance.argmax(1), sure, strict=True):
+        assert not fine or row["label"] == about["classes"][guess]
+
+
+# ------------------------------------------------------------------------- going on, refusing
+
+
+@pytest.mark.parametrize("flags", [["--raw"], ["--top-k", "2"], ["--flag-novel"], ["--features"]])
+def test_scores_of_another_request_are_not_mixed(command, tmp_path_factory, flags, capsys, place):
+    out = place / "asked"
+    if not out.exists():
+        command("score", "out/bundle", "new", out)
+    assert refused("score", "out/bundle", "new", out, *flags) == 2
+    assert flags[0].strip("-").replace("-", "_") in capsys.readouterr().err
+
+
+def test_a_finished_scoring_is_not_done_again_but_can_be_written_as_csv(command, out):
+    first = command("score", "out/bundle", "new", out)
+    again = command("score", "out/bundle", "new", out, "--csv")
+    assert first["counts"]["decoded"] == 24
+    assert again["counts"]["decoded"] == 0 and again["counts"]["skipped"] == 24
+    assert len(Path(again["csv"]).read_text().splitlines()) == 25
+    assert json.loads((out / "score.json").read_text())["counts"] == first["counts"]
+
+
+def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, out):
+    """As if one file had been written to between the listing and its reading."""
+    listed = plan.unlabelled
+
+    def early(source: Any, config: Any) -> plan.Catalog:
+        catalog = listed(source, config)
+        stamps = catalog.stamps.copy()
+        stamps[7] -= 10**9
+        return dataclasses.replace(catalog, stamps=stamps)
+
+    words = ["score", "out/bundle", "new", out, "--chunk-size", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "unlabelled", early)
+        first = command(*words, code=3)
+    assert first["faults"] == {"changed": 1}
+    again = command(*words)
+    assert again["faults"] == {} and again["counts"]["scored"] == 24
+    assert 0 < again["counts"]["decoded"] < 24
+    assert rows(out)["fault"].is_null().all()
+
+
+def test_two_commands_do_not_write_the_same_scores(out, capsys):
+    out.mkdir()
+    with shards.locked(out):
+        assert refused("score", "out/bundle", "new", out) == 2
+    assert "being written" in capsys.readouterr().err
+
+
+def salted(folder: Path, photos: Path) -> int:
+    """A folder of photos, copies of them, odd names and files that are no images; how many."""
+    from PIL import Image
+
+    shutil.copytree(photos, folder / "deep" / "er")
+    images = sorted((folder / "deep" / "er").iterdir())
+    whole = images[0].read_bytes()
+    for copy in range(12):
+        (folder / f"copy {copy}.jpg").write_bytes(images[copy % 3].read_bytes() + bytes([copy]))
+    (folder / "same.jpg").write_bytes(whole)
+    (folder / "page.jpg").write_text("<html>not here</html>")
+    (folder / "empty.png").touch()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "noise.webp").write_bytes(b"RIFF\x10\x00\x00\x00WEBP" + bytes(64))
+    Image.new("L", (40, 30), 90).save(folder / "grey.png")
+    Image.new("P", (40, 30)).save(folder / "moving.gif")
+    (folder / "new\nline \N{CAT FACE}.jpg").write_bytes(whole)
+    Path(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.jpg")).write_bytes(whole)
+    (folder / "dangling.jpg").symlink_to("nowhere")
+    return sum(1 for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
+
+
+def test_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(command, tmp_path, place):
+    count = salted(tmp_path / "salted", place / "new")
+    flags = ["--chunk-size", "4", "--batch-size", "4", "--features", "--flag-novel"]
+    calm = command("score", "out/bundle", tmp_path / "salted", tmp_path / "calm", *flags, code=3)
+    assert calm["counts"]["inputs"] == count == calm["counts"]["scored"] + calm["counts"]["faults"]
+    assert calm["counts"]["faults"] == 5
+    out, draw = tmp_path / "killed", random.Random(0)
+    words = ["score", place / "out/bundle", tmp_path / "salted", out, *flags]
+    program = [sys.executable, "-m", "arrowhead", *map(str, words)]
+    running = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=-3)
+    while len(list(out.glob("part-*.parquet"))) < 3:
+        assert running.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
+    time.sleep(draw.random() / 20)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    before = {file.name: file.read_bytes() for file in out.glob("part-*.parquet")}
+    ended = command(*words, code=3)
+    assert 0 < ended["counts"]["skipped"] < count
+    parts = {file.name: file.read_bytes() for file in out.glob("part-*.parquet")}
+    assert before.items() <= parts.items()
+    assert parts == {f.name: f.read_bytes() for f in (tmp_path / "calm").glob("part-*.parquet")}
+    left = [file.name for file in out.iterdir() if file.name.startswith(".part")]
+    assert left == [] or all(name.endswith(".draft") for name in left)
+    same = rows(tmp_path / "calm").filter(polars.col("path").is_in(["same.jpg"]))
+    twin = rows(tmp_path / "calm").filter(polars.col("image_id") == same["image_id"][0])
+    assert len(twin) == 4 and twin["probability"].n_unique() == 1
+
+
+# ---------------------------------------------------------------------------------- novelty
+
+
+def test_a_threshold_is_passed_by_no_more_of_like_images_than_it_says():
+    """Training, validation and new rows of one distribution; 60 draws of each."""
+    from arrowhead.novelty import Novelty
+
+    draw, passed = np.random.default_rng(0), []
+    for _ in range(60):
+        train, valid, new = (draw.normal(size=(n, 8)).astype(np.float16) for n in (80, 60, 200))
+        known = Novelty.of(train, valid)
+        passed.append((known(new) > known.threshold(0.1)).mean())
+    assert 0.06 < np.mean(passed) < 0.105
+
+
+def test_with_too_few_validation_images_nothing_is_called_novel():
+    from arrowhead.novelty import Novelty
+
+    train = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float16)
+    known = Novelty.of(train[:20], train[20:])
+    assert np.isinf(known.threshold(0.05))
+    assert known.about()["threshold_at_5_percent_false_alarms"] is None
+    assert np.isfinite(known.threshold(0.2))
+
+
+def test_novelty_is_the_distance_to_the_fifth_neighbour_on_the_sphere():
+    from arrowhead.novelty import Novelty
+
+    draw = np.random.default_rng(1)
+    train, valid = (draw.normal(size=(n, 6)).astype(np.float16) for n in (50, 9))
+    wide, new = train.astype(np.float64), valid.astype(np.float64)
+    mean, deviation = wide.mean(0), wide.std(0)
+
+    def unit(rows: Any) -> Any:
+        moved = (rows - mean) / deviation
+        return moved / np.linalg.norm(moved, axis=1, keepdims=True)
+
+    apart = np.linalg.norm(unit(new)[:, None] - unit(wide)[None], axis=2)
+    expected = np.sort(apart, axis=1)[:, 4]
+    np.testing.assert_allclose(Novelty.of(train, valid)(valid), expected, atol=2e-3)
+
+
+def test_the_bank_is_the_same_whatever_the_order_of_the_images(monkeypatch):
+    from arrowhead import novelty
+
+    monkeypatch.setattr(novelty, "ROWS", 50)
+    ids = np.random.default_rng(0).integers(0, 2**63, 400).astype(np.uint64)
+    turn = np.random.default_rng(1).permutation(400)
+    kept, others = novelty.sample(ids), novelty.sample(ids[turn])
+    assert len(kept) == 50
+    assert set(ids[kept]) == set(ids[turn][others])
+
+
+def test_pictures_of_other_things_are_found_among_cats_and_dogs(
+    dogscats, mobilenet, drawn, command, tmp_path
+):
+    """AUROC above 0.95 between validation photos and drawn textures; the flags hold their word."""
+    from sklearn.metrics import roc_auc_score
+
+    command("fit", dogscats, tmp_path / "fit", *mobilenet, "--epochs", "5", "--rate", "0.003")
+    table = {}
+    for name, images in (("pets", dogscats / "valid"), ("others", drawn)):
+        flags = ["--flag-novel", "--store", tmp_path / "fit" / "store"]
+        command("score", tmp_path / "fit/bundle", images, tmp_path / name, *flags)
+        table[name] = rows(tmp_path / name)
+    novelty = np.concatenate([table["pets"]["novelty"], table["others"]["novelty"]])
+    strange = np.arange(len(novelty)) >= len(table["pets"])
+    assert roc_auc_score(strange, novelty) > 0.95
+    assert table["pets"]["novel"].mean() <= 0.05
+    assert table["others"]["novel"].mean() > 0.8
+
+
+def test_a_bundle_that_knows_no_training_images_cannot_flag(out, tmp_path, capsys, place):
+    plain = dataclasses.replace(bundle.load(Path("out/bundle")), novelty=None)
+    bundle.save(plain, tmp_path / "plain")
+    assert refused("score", tmp_path / "plain", "new", out, "--flag-novel") == 2
+    assert "does not know its training images" in capsys.readouterr().err
+    assert not out.exists()
+    assert refused("score", tmp_path / "plain", "new", out) == 0
+    assert "novelty" not in rows(out).columns
+
+
+# ----------------------------------------------------------------------------------- parity
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Change a copied bundle's bundle.json as its maker would have: the seal fits."""
+    content = json.loads((folder / "bundle.json").read_text())
+    del content["seal"]
+    for name, value in changes.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    shards.write_sealed(folder / "bundle.json", content)
+
+
+@pytest.mark.parametrize(
+    "other", [{"resize": "squash"}, {"mean": [0.1, 0.9, 0.5]}, {"std": [0.5, 0.5, 0.5]}], ids=str
+)
+def test_a_machine_that_sees_the_golden_images_otherwise_does_not_score(
+    tmp_path, out, capsys, other
+):
+    """The recipe of a copied bundle is changed: its pixels come out other than they did."""
+    shutil.copytree("out/bundle", tmp_path / "b")
+    reseal(tmp_path / "b", recipe=other)
+    assert refused("score", tmp_path / "b", "new", out) == 4
+    said = capsys.readouterr().err
+    assert "golden images come out differently" in said and "drift" in said
+    assert not list(out.glob("part-*"))
+    assert refused("bundle", "verify", tmp_path / "b") == 4
+
+
+def test_the_drift_is_said_before_the_first_image_is_scored(out, capsys):
+    assert refused("score", "out/bundle", "new", out) == 0
+    said = capsys.readouterr().out
+    assert said.index("golden images: 8 replayed") < said.index("score 24/24")
+    assert "0 labels changed" in said
+
+
+def test_golden_images_are_clearly_decided_where_there_are_such():
+    from arrowhead.pipeline import _margin
+
+    chance = np.array([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]])
+    np.testing.assert_allclose(_margin(chance, None), [0, 0.8, 0.4])
+    np.testing.assert_allclose(_margin(chance, np.array([0.5, 0.4])), [0, 0.3, 0.2])
+
+
+@pytest.fixture
+def worn(tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree("out/bundle", tmp_path / "worn")
+    yield tmp_path / "worn"
+
+
+def test_a_bundle_says_what_it_is_and_proves_it(command):
+    about = command("bundle", "info", "out/bundle")
+    assert about["classes"] == ["baskets", "beads", "leaves"]
+    assert about["golden_images"] == 8 and about["novelty"]["k"] == 5
+    assert about["fingerprint"] == bundle.fingerprint(Path("out/bundle"))
+    drift = command("bundle", "verify", "out/bundle")["drift"]
+    assert drift["images"] == 8 and drift["changed"] == 0 and drift["feature"] < 1e-5
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors", "golden/3.img"])
+def test_a_flipped_bit_anywhere_in_a_bundle_is_found(worn, file, capsys):
+    content = bytearray((worn / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (worn / file).write_bytes(bytes(content))
+    assert refused("bundle", "verify", worn) == 4
+    assert Path(file).name in capsys.readouterr().err
+
+
+def test_a_bundle_cannot_name_files_outside_itself(worn, tmp_path):
+    (tmp_path / "secret").write_text("s")
+    golden = json.loads((worn / "golden/golden.json").read_text())
+    golden[0]["name"] = "../../secret"
+    shards.write_json(worn / "golden/golden.json", golden)
+    digests = json.loads((worn / "bundle.json").read_text())["sha256"]
+    digests |= {"golden/golden.json": shards.sha256(worn / "golden/golden.json")}
+    reseal(worn, sha256=digests)
+    with pytest.raises(DataError, match="not one of its images"):
+        bundle.load(worn)
+    reseal(worn, sha256={"../secret": shards.sha256(tmp_path / "secret")})
+    with pytest.raises(DataError, match="not one of its files"):
+        bundle.load(worn)
+
+
+def test_tensors_that_do_not_fit_are_refused_not_half_loaded(worn):
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(worn / "weights.safetensors")
+    tensors["head.2.weight"] = tensors["head.2.weight"][:, :7].contiguous()
+    safetensors.torch.save_file(tensors, worn / "weights.safetensors")
+    reseal(worn, sha256={"weights.safetensors": shards.sha256(worn / "weights.safetensors")})
+    with pytest.raises(DataError, match="head do not fit"):
+        bundle.load(worn).make_head()
+
+
+def test_a_bundle_loads_without_ray_and_mlflow(place):
+    code = (
+        "import sys\n"
+        "sys.modules.update(ray=None, mlflow=None)\n"  # importing either raises
+        "from pathlib import Path\n"
+        "from arrowhead import bundle\n"
+        "made = bundle.load(Path('out/bundle'))\n"
+        "print(made.make_head(), bundle.verify(Path('out/bundle')).changed)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.endswith(" 0\n")
+
+
+def test_a_bundle_holds_nothing_that_could_be_unpickled():
+    import pickletools
+
+    for file in Path("out/bundle").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert not content.startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"))
+            with pytest.raises(Exception):  # noqa: B017 - whatever a pickle reader says
+                list(pickletools.genops(content))
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ConfigError, match="top-k"):
+        scoring.ScoreConfig(top_k=0)
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match="false-alarms"):
+            scoring.ScoreConfig(false_alarms=share)
