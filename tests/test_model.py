@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import threading
 import urllib.error
 from collections.abc import Iterator
@@ -326,3 +328,20 @@ def test_torchvisions_own_file_fits_bodies_with_auxiliary_heads(name: str, tmp_p
     torch.save(full.state_dict(), tmp_path / "full.pth")
     made = load(BodyConfig(body=name, weights=str(tmp_path / "full.pth")))
     assert not any(tensor.startswith(("aux", "Aux", "fc.")) for tensor in made.state)
+
+
+def test_a_body_is_built_without_torchs_compiler():
+    """Its import takes longer than all others of a command together."""
+    code = (
+        "import sys\n"
+        "from arrowhead.model import Body, BodyConfig, load\n"
+        "made = load(BodyConfig(body='resnet18', weights='random'))\n"
+        "body = Body('resnet18', made.state, pool='avg', mean=made.mean, std=made.std, size=32)\n"
+        "assert body.width == 512\n"
+        "assert 'torchvision.models' in sys.modules\n"
+        "print([name for name in sys.modules if name.startswith('torch._dynamo')])\n"
+        "import torch._dynamo.utils\n"  # and whoever wants it gets the real one
+        "print(torch._dynamo.utils.is_compile_supported('cpu'))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == ["[]", "True"], ended.stdout

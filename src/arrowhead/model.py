@@ -11,10 +11,12 @@ import difflib
 import hashlib
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from arrowhead import ConfigError, DataError
@@ -131,8 +133,8 @@ def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
 
 def _from_torchvision(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
     import torch
-    from torchvision import models
 
+    models = _torchvision()
     known = models.get_model_weights(config.body)
     try:
         chosen = known["DEFAULT" if config.weights == "auto" else config.weights]
@@ -192,9 +194,31 @@ def _must_match_its_name(cached: Path) -> None:
 # ----------------------------------------------------------------------------- networks
 
 
-def _build(body: str) -> nn.Module:
-    from torchvision import models
+def _torchvision() -> Any:
+    """torchvision.models, imported without torch's compiler.
 
+    One predicate of torchvision's detection operators brings the compiler in: 5 of the 6 s that the
+    import takes on two cores, in every command. Classification networks never ask it.
+    """
+    name = "torch._dynamo.utils"
+    if "torchvision" not in sys.modules and name not in sys.modules:
+        stand_in = ModuleType(name)
+        stand_in.is_compile_supported = lambda device: False  # type: ignore[attr-defined]
+        sys.modules[name] = stand_in
+        try:
+            import torchvision
+        except ImportError:  # another torchvision, which asks for more
+            for half in [one for one in sys.modules if one.partition(".")[0] == "torchvision"]:
+                del sys.modules[half]
+        finally:
+            del sys.modules[name]
+    import torchvision.models
+
+    return torchvision.models
+
+
+def _build(body: str) -> nn.Module:
+    models = _torchvision()
     known = models.list_models(module=models)
     if body not in known:
         close = difflib.get_close_matches(body, known, 3)
