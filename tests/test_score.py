@@ -463,6 +463,22 @@ def test_the_drift_is_said_before_the_first_image_is_scored(out, capsys):
     assert "0 labels changed" in said
 
 
+def test_features_of_zeros_have_not_drifted(place):
+    """As a random body at a small size may give them in half precision."""
+    made = bundle.load(Path("out/bundle"))
+    blank = [dataclasses.replace(one, feature=np.zeros(512, np.float32)) for one in made.golden]
+    head = made.make_head()
+    chance = bundle.probabilities(head, np.zeros((8, 512), np.float32), made.temperature)
+    blank = [dataclasses.replace(b, probabilities=c) for b, c in zip(blank, chance, strict=True)]
+
+    class Nothing:
+        def __call__(self, pixels: Any) -> Any:
+            return pixels.new_zeros((len(pixels), 512)).float()
+
+    drift = bundle.replay(dataclasses.replace(made, golden=blank), Nothing(), head, "cpu", 1)
+    assert (drift.feature, drift.changed) == (0, 0)
+
+
 def test_golden_images_are_clearly_decided_where_there_are_such():
     from arrowhead.pipeline import _margin
 

@@ -407,6 +407,7 @@ def replay(bundle: Bundle, body: Body, head: nn.Module, device: str, threads: in
     now_NC = probabilities(head, feature_ND, bundle.temperature, multi=bundle.multi)
     norms = np.linalg.norm(feature_ND, axis=1) * np.linalg.norm(before_ND, axis=1)
     cosine = (feature_ND * before_ND).sum(1) / np.maximum(norms, 1e-12)
+    cosine[(feature_ND == before_ND).all(1)] = 1  # also where both are zeros, without direction
     # An image that cannot be decoded here is as far away as can be.
     lost = np.isnan(feature_ND).any(1)
     cosine[lost], now_NC[lost] = -1, 1 - before_NC[lost]
