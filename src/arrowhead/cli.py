@@ -35,7 +35,7 @@ from arrowhead.plan import SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
-from arrowhead.tracking import TrackingConfig
+from arrowhead.tracking import RegistryConfig, TrackingConfig
 from arrowhead.train import TrainConfig
 
 app = App(
@@ -95,6 +95,7 @@ Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
 Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]
+Registry = Annotated[RegistryConfig, _flags("Tracking", 9)]
 Out = Annotated[Output, _flags("Output", 10)]
 
 
@@ -115,6 +116,7 @@ def fit(
     many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
+    registry: Registry = RegistryConfig(),
     output: Out = Output(),
 ) -> int:
     """The main job: a folder of images becomes a trained classifier.
@@ -129,7 +131,7 @@ def fit(
     images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(out / "bundle", data, images, asked)
-    with _means("fit", launch, tracking, output, place) as means:
+    with _means("fit", launch, tracking, output, place, registry) as means:
         result = pipeline.fit(data, out, images, asked, means)
         _next(means.screen, [f"{_me()} score {result['bundle']} IMAGES SCORES", _ui(tracking)])
     return _end(result, output)
@@ -200,6 +202,7 @@ def train(
     many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
+    registry: Registry = RegistryConfig(),
     output: Out = Output(),
 ) -> int:
     """Train a head on stored features and save it with its body as a bundle.
@@ -210,7 +213,7 @@ def train(
 
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(bundle, store.absolute(), asked)
-    with _means("train", launch, tracking, output, place) as means:
+    with _means("train", launch, tracking, output, place, registry) as means:
         pipeline.say_account(store, means.screen)
         result = pipeline.fit_head(store, bundle, asked, means)
         _next(means.screen, [f"{_me()} score {bundle} IMAGES SCORES"])
@@ -422,6 +425,42 @@ def _show_findings(found: list[Any], output: Output) -> None:
         Screen(to_stderr=False).say(f"{one.kind}: {one.path}: {one.words}")
 
 
+# ------------------------------------------------------------------------------ bundle
+
+bundles = App(
+    name="bundle",
+    help="What to do with a finished bundle.",
+    sort_key=8,
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
+)
+app.command(bundles)
+
+
+@bundles.command
+def register(
+    bundle: Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote.")],
+    name: Annotated[str, Parameter(help="Name of the registered model.")],
+    *,
+    alias: Annotated[str, Parameter(help="Alias that is moved to the new version.")] = "champion",
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Make a bundle a version of a registered model in MLflow, as --register of `fit` does. Done
+    before, it only moves the alias.
+
+    Example: arrowhead bundle register out/bundle dogs --alias challenger
+    """
+    from arrowhead.bundle import load
+    from arrowhead.tracking import register as enter
+
+    load(bundle)  # whole, or refused
+    screen = Screen(to_stderr=output.json)
+    asked = RegistryConfig(register=name, alias=alias)
+    address = enter(bundle, tracking, asked, say=screen.say)
+    return _end({"registered": address, "bundle": str(bundle)}, output)
+
+
 # ----------------------------------------------------------------------- what is shown
 
 
@@ -501,6 +540,7 @@ def _means(
     tracking: TrackingConfig,
     output: Output,
     place: Path | None = None,
+    registry: RegistryConfig = RegistryConfig(),
 ) -> Iterator[Any]:
     """What the stages are run with; the MLflow run is open inside. place: a file that stands for
     the run while it is unfinished, in the folder of its checkpoints; both go with the run's end.
@@ -509,7 +549,8 @@ def _means(
     from arrowhead.tracking import start
 
     screen = Screen(to_stderr=output.json)
-    with _alone(place), start(tracking, verb, place, say=screen.say) as run:
+    opened = start(tracking, verb, place, registry=registry, say=screen.say)
+    with _alone(place), opened as run:
         yield pipeline.Means(launch=launch, screen=screen, run=run)
     if place:
         shutil.rmtree(place.parent, ignore_errors=True)

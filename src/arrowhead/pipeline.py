@@ -785,6 +785,7 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         _show_shares(made.shares, out, means)
         result["learning_curve"] = made.shares
     figures = save(store, config, best, out, means, {"rate": rate})
+    registered = means.run.register(out) if means.run else None
     return result | {
         "rate": rate,
         "lr_finder": _advice(made.curve) if made.curve else None,
@@ -792,6 +793,7 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         "metrics": figures,
         "train_seconds": made.seconds,
         "bundle": str(out),
+        "registered": registered,
         "store": str(path),
         "run_id": means.run.run_id if means.run else None,
     }
