@@ -66,9 +66,12 @@ def client(config: TrackingConfig) -> Any:
     return MlflowClient(tracking_uri=config.uri)
 
 
-def versions(client: Any, name: str) -> list[str]:
-    found = client.search_model_versions(f"name = '{name}'")
-    return sorted(one.version for one in found)
+def versions(client: Any, name: str) -> list[int]:
+    return sorted(int(one.version) for one in client.search_model_versions(f"name = '{name}'"))
+
+
+def version_of(client: Any, name: str, alias: str) -> int:
+    return int(client.get_model_version_by_alias(name, alias).version)
 
 
 def run_of(bundle: Path) -> str:
@@ -242,13 +245,16 @@ def test_nothing_in_the_model_can_be_unpickled(folder):
 # -------------------------------------------------------------------------------- its versions
 
 
-def test_the_version_says_which_bundle_and_run_it_is_of(client, fitted):
+def test_the_version_says_which_bundle_run_and_model_it_is_of(client, fitted):
     found = client.get_model_version_by_alias("weave", "champion")
-    assert found.version == "1"
-    assert found.run_id == run_of(fitted)
-    assert found.tags == {"bundle": bundles.fingerprint(fitted), "run_id": run_of(fitted)}
-    (output,) = client.get_run(found.run_id).outputs.model_outputs
-    assert found.model_id == output.model_id
+    (output,) = client.get_run(run_of(fitted)).outputs.model_outputs
+    address = f"models:/{output.model_id}"
+    assert (int(found.version), found.run_id) == (1, run_of(fitted))
+    assert found.tags == {
+        "bundle": bundles.fingerprint(fitted),
+        "run_id": run_of(fitted),
+        "model": address,
+    }
     noted = client.get_logged_model(output.model_id).tags["mlflow.modelVersions"]
     assert json.loads(noted) == [{"name": "weave", "version": "1"}]
 
@@ -256,13 +262,13 @@ def test_the_version_says_which_bundle_and_run_it_is_of(client, fitted):
 def test_the_alias_moves_to_the_next_training_and_back_on_request(fitted, client, command):
     result = command("train", "out/store", "next", *SHORT, "--seed", "1", "--register", "weave")
     assert result["registered"] == "models:/weave/2"
-    assert client.get_model_version_by_alias("weave", "champion").version == "2"
+    assert version_of(client, "weave", "champion") == 2
     result = command("bundle", "register", fitted, "weave")
     assert result["registered"] == "models:/weave/1"
-    assert client.get_model_version_by_alias("weave", "champion").version == "1"
+    assert version_of(client, "weave", "champion") == 1
     command("bundle", "register", "next", "weave", "--alias", "challenger")
-    assert client.get_model_version_by_alias("weave", "challenger").version == "2"
-    assert versions(client, "weave") == ["1", "2"]
+    assert version_of(client, "weave", "challenger") == 2
+    assert versions(client, "weave") == [1, 2]
 
 
 def test_a_run_that_is_taken_up_again_registers_once(fitted, config, client):
@@ -282,7 +288,7 @@ def test_a_run_that_is_taken_up_again_registers_once(fitted, config, client):
             train()
     train()
     assert addresses == ["models:/again/1"] * 3
-    assert versions(client, "again") == ["1"]
+    assert versions(client, "again") == [1]
 
 
 def test_a_registry_that_fails_in_mid_run_costs_a_line_that_names_the_command(
@@ -356,7 +362,7 @@ def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client
     for address in (
         "models:/weave@champion",
         "models:/weave/1",
-        f"models:/{version.model_id}",
+        version.tags["model"],
         f"runs:/{version.run_id}/model",
     ):
         found = bundles.local(address, config, tmp_path)

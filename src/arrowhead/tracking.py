@@ -422,7 +422,8 @@ def opened(uri: str, config: TrackingConfig) -> Fetch:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         source = get_artifact_repository(_placed(client, uri, where), tracking_uri=config.uri)
-        for inside in ("artifacts/bundle/", ""):
+        within = [f"{one.path}/" for one in source.list_artifacts("artifacts") if one.is_dir]
+        for inside in ("", *within):  # a folder of a run; in a model, under the name that it had
             names = {file.path for file in source.list_artifacts(inside.rstrip("/") or None)}
             if f"{inside}bundle.json" in names:
                 break
@@ -843,7 +844,7 @@ class _Store:
                 # Not models:/m-…: a database would ask the process's store for it, not this one.
                 model.artifact_location,
                 run_id,
-                tags={"bundle": digest, "run_id": run_id},
+                tags={"bundle": digest, "run_id": run_id, "model": f"models:/{model.model_id}"},
                 model_id=model.model_id,
             )
             version = str(made.version)
