@@ -448,7 +448,7 @@ def test_a_bundle_in_an_object_store_comes_whole_or_not_at_all(stored, fitted, c
     assert contents(found) == contents(fitted)
     before = contents(tmp_path)
     stored("golden/0.img", b"other")
-    with pytest.raises(DataError, match="is not the file"):
+    with pytest.raises(DataError, match=r"bundle/golden/0\.img is not the file"):
         bundles.local("memory://shelf/bundle", config, tmp_path)
     stored("golden/0.img", None)
     with pytest.raises(DataError, match=r"golden/0.img is missing"):

@@ -229,7 +229,7 @@ def load(path: Path) -> Bundle:
         raise _no_bundle(str(path))
     content = _content(path / "bundle.json", str(path))
     for name, digest in content["sha256"].items():
-        _must_be(path / name, digest)
+        _must_be(path / name, digest, f"{path / name}")
     tensors = safetensors.torch.load_file(path / "weights.safetensors")
     parts: dict[str, dict[str, torch.Tensor]] = {"body": {}, "head": {}}
     for name, tensor in tensors.items():
@@ -280,10 +280,10 @@ def _content(file: Path, where: str) -> dict[str, Any]:
     return content
 
 
-def _must_be(file: Path, digest: str) -> None:
+def _must_be(file: Path, digest: str, where: str) -> None:
     if not file.is_file() or shards.sha256(file) != digest:
         raise DataError(
-            f"{file} is not the file this bundle was saved with.",
+            f"{where} is not the file this bundle was saved with.",
             f"the bytes whose sha256 is {digest}.",
             "copy the bundle again from where it was made, or train again.",
         )
@@ -327,7 +327,7 @@ def _fetched(fetch: tracking.Fetch, address: str, target: Path) -> Path:
                     "every file that bundle.json names.",
                     "copy the bundle there again, or train again.",
                 ) from error
-            _must_be(sketch / name, digest)
+            _must_be(sketch / name, digest, f"{address}/{name}")
         _replace(sketch, target)
     finally:
         shutil.rmtree(sketch, ignore_errors=True)

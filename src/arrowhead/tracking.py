@@ -1176,7 +1176,8 @@ def _usable(config: TrackingConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        foreign = type(error).__module__.startswith("sqlalchemy")
+        # What the libraries of databases and of artefact stores raise is no class of Python's.
+        foreign = type(error).__module__.startswith(("sqlalchemy", "botocore", "google"))
         if not foreign and not isinstance(error, MlflowException | OSError | ImportError):
             raise
         raise ConfigError(
