@@ -343,6 +343,20 @@ def test_a_table_in_s3_names_objects_beside_it_or_anywhere_in_the_bucket(bucket:
     assert catalog.sizes.min() > 0
 
 
+def test_a_file_in_s3_is_copied_to_the_disk_or_named_as_missing(
+    bucket: Any, tmp_path: Path
+) -> None:
+    data = os.urandom(6 << 20)
+    bucket.put_object(Key="shelf/bundle/weights", Body=data)
+    root = f"s3://{bucket.name}/shelf/bundle"
+    files.fetch(root, "weights", tmp_path / "weights")
+    assert (tmp_path / "weights").read_bytes() == data
+    for place in (root, f"{root}/weights", "s3://no-such-bucket/d"):
+        with pytest.raises(FileNotFoundError):
+            files.fetch(place, "bundle.json", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_local_table_may_name_objects_in_s3(bucket: Any, tmp_path: Path) -> None:
     _upload(bucket, "d/1.jpg", "d/2.jpg")
     table = _table(tmp_path, "path,labels\n1.jpg,cat\n2.jpg,dog\n")

@@ -651,7 +651,7 @@ def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
     assert answer["labels"].tolist() == [[label] for label in answer["label"][:3]] + [[]]
     assert answer["label"][3] is None
     assert np.isnan(answer["probability"][3])
-    assert served.metadata.get_input_schema().input_names() == ["image"]
+    assert served.metadata.get_input_schema().input_names() == ["image", "path"]
     names = served.metadata.get_output_schema().input_names()
     assert names == answer.columns.tolist()
     example = (local / "serving_input_example.json").read_text()
@@ -661,3 +661,26 @@ def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
     again = served.predict(over_http)
     smallest = min(range(3), key=lambda i: len(golden[i].data))
     np.testing.assert_allclose(again["probabilities"][0], wanted[smallest], rtol=0, atol=1e-6)
+
+
+def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server, bundle, tmp_path):
+    from arrowhead.bundle import local
+
+    there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
+    with start(there, "fit", registry=tracking.RegistryConfig(register="far")) as run:
+        model = run.model(bundle)
+        assert run.register(bundle) == "models:/far/1"
+        assert run.register(bundle) == "models:/far/1"
+    wanted = {file.name: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
+    for address in ("models:/far@champion", "models:/far/1", model, f"runs:/{run.run_id}/model"):
+        found = local(address, there, tmp_path / "scratch")
+        assert {f.name: f.read_bytes() for f in found.rglob("*") if f.is_file()} == wanted
+    for address, words in {
+        "models:/fat@champion": "far",
+        "models:/far@champoin": "champion",
+        "models:/far/7": "no models:/far/7",
+        f"runs:/{'0' * 32}/model": "no run",
+    }.items():
+        with pytest.raises(ConfigError) as refused:
+            local(address, there, tmp_path / "scratch")
+        assert words in str(refused.value)

@@ -17,13 +17,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, extract, shards
+from arrowhead import ConfigError, DataError, extract, files, shards, tracking
 from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
 from arrowhead.novelty import Novelty
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 PARTS = {"body", "head", "novelty"}
+MEND = "copy the bundle again from where it was made, or train again."
 TASKS = {
     "single-label": "An image is given the class with the largest softmax(logits / temperature).",
     "multi-label": "An image is given every label whose sigmoid(logit / temperature) is at or above"
@@ -253,29 +255,48 @@ def read(path: Path) -> dict[str, Any]:
     Raises ConfigError if there is no bundle, DataError if it is torn or of another format.
     """
     if not (path / "bundle.json").is_file():
-        raise ConfigError(
-            f"{path} is not a bundle: it has no bundle.json.",
-            "a folder written by `arrowhead fit` or `arrowhead train`.",
-            "check the path (fit writes OUT/bundle).",
-        )
-    mend = "copy the bundle again from where it was made, or train again."
-    content = shards.read_sealed(path / "bundle.json", FORMAT, "train again", mend)
+        raise _no_bundle(str(path))
+    content = _content(path / "bundle.json", str(path))
     for name, digest in content["sha256"].items():
+        _must_be(path / name, digest, f"{path / name}")
+    return content
+
+
+def _no_bundle(where: str) -> ConfigError:
+    return ConfigError(
+        f"{where} is not a bundle: it has no bundle.json.",
+        "a folder written by `arrowhead fit` or `arrowhead train`.",
+        "check the path (fit writes OUT/bundle).",
+    )
+
+
+def _content(file: Path, where: str) -> dict[str, Any]:
+    """What bundle.json says. where: the bundle, in words."""
+    content = shards.read_sealed(file, FORMAT, "train again", MEND, f"{where}/bundle.json")
+    for name in content["sha256"]:
         if not _inside(name):
-            raise _torn(f"it names {name!r}, which is not one of its files")
-        if not (path / name).is_file() or shards.sha256(path / name) != digest:
             raise DataError(
-                f"{path / name} is not the file this bundle was saved with.",
-                f"the bytes whose sha256 is {digest}.",
-                mend,
+                f"{where} names a file outside of itself: {name!r}.",
+                "names of files in the bundle's own folder.",
+                "do not use it; ask where it comes from.",
             )
     return content
+
+
+def _must_be(file: Path, digest: str, where: str) -> None:
+    if not file.is_file() or shards.sha256(file) != digest:
+        raise DataError(
+            f"{where} is not the file this bundle was saved with.",
+            f"the bytes whose sha256 is {digest}.",
+            MEND,
+        )
 
 
 def _inside(name: str) -> bool:
     """Whether a name that a bundle gives is one that `save` gives: no way out of the folder."""
     folder, _, leaf = name.rpartition("/")
-    return folder in ("", "golden") and leaf not in ("", ".", "..") and "\0" not in leaf
+    fine = name.isprintable() and "\\" not in name
+    return fine and folder in ("", "golden") and leaf not in ("", ".", "..")
 
 
 def load(path: Path) -> Bundle:
@@ -312,6 +333,51 @@ def load(path: Path) -> Bundle:
         novelty=_novelty(parts["novelty"], recipe.width),
         golden=list(_golden(path, recipe.width, len(classes))),
     )
+
+
+def local(address: str, config: tracking.TrackingConfig, scratch: Path) -> Path:
+    """The folder of the bundle that a user named.
+
+    address: a folder, which is returned as it is; else a model in the tracking store, as
+    `tracking.opened` takes it, or a URI such as s3://bucket/bundle. Of these every file that
+    bundle.json names is fetched into scratch/bundle and compared with its hash: that folder is
+    whole or absent, and an older one there is replaced. Raises ConfigError if there is no bundle,
+    DataError if it is torn, of another format, or wants to write elsewhere.
+    """
+    if Path(address).is_dir():
+        return Path(address)
+    if address.startswith(("models:/", "runs:/")):
+        return _fetched(tracking.opened(address, config), address, scratch / "bundle")
+    root = files.resolve(address)
+    if files.in_store(root):
+        return _fetched(partial(files.fetch, root), address, scratch / "bundle")
+    return Path(os.fsdecode(files.raw(root))) if "://" in address else Path(address)
+
+
+def _fetched(fetch: tracking.Fetch, address: str, target: Path) -> Path:
+    sketch = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    shutil.rmtree(sketch, ignore_errors=True)
+    sketch.mkdir(parents=True)
+    try:
+        try:
+            fetch("bundle.json", sketch / "bundle.json")
+        except FileNotFoundError as error:
+            raise _no_bundle(address) from error
+        for name, digest in _content(sketch / "bundle.json", address)["sha256"].items():
+            (sketch / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fetch(name, sketch / name)
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{address} is not whole: {name} is missing.",
+                    "every file that bundle.json names.",
+                    "copy the bundle there again, or train again.",
+                ) from error
+            _must_be(sketch / name, digest, f"{address}/{name}")
+        _replace(sketch, target)
+    finally:
+        shutil.rmtree(sketch, ignore_errors=True)
+    return target
 
 
 def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:

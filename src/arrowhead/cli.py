@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ from arrowhead.plan import SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
-from arrowhead.tracking import TrackingConfig
+from arrowhead.tracking import RegistryConfig, TrackingConfig
 from arrowhead.train import TrainConfig
 
 app = App(
@@ -72,6 +73,13 @@ StorePath = Annotated[
 BundlePath = Annotated[
     Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote, or will write.")
 ]
+BundleAddress = Annotated[
+    str,
+    Parameter(
+        help="Bundle: a folder that `fit` or `train` wrote; a URI of one (s3://…, gs://…); or a"
+        " model in MLflow (models:/NAME@ALIAS, models:/NAME/3, runs:/RUN/model)."
+    ),
+]
 
 
 def _flags(group: str, key: int) -> Any:
@@ -94,6 +102,7 @@ Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
 Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]
+Registry = Annotated[RegistryConfig, _flags("Tracking", 9)]
 Out = Annotated[Output, _flags("Output", 10)]
 
 
@@ -114,6 +123,7 @@ def fit(
     many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
+    registry: Registry = RegistryConfig(),
     output: Out = Output(),
 ) -> int:
     """The main job: a folder of images becomes a trained classifier.
@@ -128,7 +138,7 @@ def fit(
     images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(out / "bundle", data, images, asked)
-    with _means("fit", launch, tracking, output, place) as means:
+    with _means("fit", launch, tracking, output, place, registry) as means:
         result = pipeline.fit(data, out, images, asked, means)
         _next(means.screen, [f"{_me()} score {result['bundle']} IMAGES SCORES", _ui(tracking)])
     return _end(result, output)
@@ -199,6 +209,7 @@ def train(
     many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
+    registry: Registry = RegistryConfig(),
     output: Out = Output(),
 ) -> int:
     """Train a head on stored features and save it with its body as a bundle.
@@ -209,7 +220,7 @@ def train(
 
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(bundle, store.absolute(), asked)
-    with _means("train", launch, tracking, output, place) as means:
+    with _means("train", launch, tracking, output, place, registry) as means:
         pipeline.say_account(store, means.screen)
         result = pipeline.fit_head(store, bundle, asked, means)
         _next(means.screen, [f"{_me()} score {bundle} IMAGES SCORES"])
@@ -218,9 +229,13 @@ def train(
 
 @app.command(sort_key=5)
 def score(
-    bundle: BundlePath,
+    bundle: BundleAddress,
     images: Annotated[
-        str, Parameter(help="Folder or URI of images, with or without folders inside; or a table.")
+        str,
+        Parameter(
+            help="Images: a folder or URI, with or without folders inside; a table (.csv, .tsv:"
+            " column path); or a list (.txt: a path per line)."
+        ),
     ],
     out: Annotated[Path, Parameter(help="Folder for the Parquet parts and score.json.")],
     *,
@@ -230,17 +245,17 @@ def score(
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
 ) -> int:
-    """Label every image below a folder: one row per file, faults included, in path order.
+    """Label every image of a folder or list: one row per file, faults included, in its order.
 
     A stopped run goes on where it was. The images are made ready exactly as in training; a few
     golden images in the bundle are replayed first to prove it.
 
-    Example: arrowhead score out/bundle new-photos/ scores/
+    Example: arrowhead score out/bundle new-photos/ scores/ --flag-novel --csv
     """
     from arrowhead import pipeline
 
     with _means("score", launch, tracking, output) as means:
-        result = pipeline.score(bundle, images, out, scores, extract, means)
+        result = pipeline.score(bundle, images, out, scores, extract, means, tracking)
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
         means.screen.say(f"labels: {found}")
         first = out / "part-000000.parquet"
@@ -425,24 +440,26 @@ def _show_findings(found: list[Any], output: Output) -> None:
 
 bundles = App(
     name="bundle",
-    help="Look into a bundle, check it.",
+    help="Look into a bundle, check it, register it.",
     sort_key=8,
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
 )
 app.command(bundles)
-Made = Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote.")]
 
 
 @bundles.command(name="info")
-def bundle_info(bundle: Made, *, output: Out = Output()) -> int:
+def bundle_info(
+    bundle: BundleAddress, *, tracking: Tracking = TrackingConfig(), output: Out = Output()
+) -> int:
     """What a bundle is: classes, recipe, head, figures, where it comes from.
 
     Example: arrowhead bundle info out/bundle
     """
     from arrowhead.bundle import info
 
-    held = info(bundle)
+    with _fetched(bundle, tracking) as folder:
+        held = info(folder) | {"bundle": bundle}
     if output.json:
         print(json.dumps(_plain(held)))
         return 0
@@ -474,11 +491,12 @@ def bundle_info(bundle: Made, *, output: Out = Output()) -> int:
 
 @bundles.command(name="verify")
 def bundle_verify(
-    bundle: Made,
+    bundle: BundleAddress,
     *,
     max_drift: Annotated[
         float, Parameter(help="Largest cosine distance of a golden image's feature.")
     ] = ScoreConfig().max_drift,
+    tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
 ) -> int:
     """Check a bundle: seal, hashes, shapes; then replay its golden images on this machine.
@@ -490,9 +508,10 @@ def bundle_verify(
     """
     from arrowhead.bundle import must_agree, verify
 
-    drift = verify(bundle)
+    with _fetched(bundle, tracking) as folder:
+        drift = verify(folder)
     if output.json:
-        print(json.dumps({"bundle": str(bundle), "drift": asdict(drift)}))
+        print(json.dumps({"bundle": bundle, "drift": asdict(drift)}))
     else:
         Screen(to_stderr=False).say(
             f"{bundle} is whole; {drift.images} golden images replayed: largest feature drift"
@@ -500,6 +519,39 @@ def bundle_verify(
         )
     must_agree(drift, max_drift)
     return 0
+
+
+@contextmanager
+def _fetched(bundle: str, tracking: TrackingConfig) -> Iterator[Path]:
+    """The bundle's folder; one that had to be fetched is there only inside."""
+    from arrowhead.bundle import local
+
+    with tempfile.TemporaryDirectory(prefix="arrowhead-bundle-") as scratch:
+        yield local(bundle, tracking, Path(scratch))
+
+
+@bundles.command
+def register(
+    bundle: Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote.")],
+    name: Annotated[str, Parameter(help="Name of the registered model.")],
+    *,
+    alias: Annotated[str, Parameter(help="Alias that is moved to the new version.")] = "champion",
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Make a bundle a version of a registered model in MLflow, as --register of `fit` does. Done
+    before, it only moves the alias.
+
+    Example: arrowhead bundle register out/bundle dogs --alias challenger
+    """
+    from arrowhead.bundle import load
+    from arrowhead.tracking import register as enter
+
+    load(bundle)  # whole, or refused
+    screen = Screen(to_stderr=output.json)
+    asked = RegistryConfig(register=name, alias=alias)
+    address = enter(bundle, tracking, asked, say=screen.say)
+    return _end({"registered": address, "bundle": str(bundle)}, output)
 
 
 # ----------------------------------------------------------------------- what is shown
@@ -581,6 +633,7 @@ def _means(
     tracking: TrackingConfig,
     output: Output,
     place: Path | None = None,
+    registry: RegistryConfig = RegistryConfig(),
 ) -> Iterator[Any]:
     """What the stages are run with; the MLflow run is open inside. place: a file that stands for
     the run while it is unfinished, in the folder of its checkpoints; both go with the run's end.
@@ -589,7 +642,8 @@ def _means(
     from arrowhead.tracking import start
 
     screen = Screen(to_stderr=output.json)
-    with _alone(place), start(tracking, verb, place, say=screen.say) as run:
+    opened = start(tracking, verb, place, registry=registry, say=screen.say)
+    with _alone(place), opened as run:
         yield pipeline.Means(launch=launch, screen=screen, run=run)
     if place:
         shutil.rmtree(place.parent, ignore_errors=True)

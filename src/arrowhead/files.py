@@ -138,7 +138,7 @@ def resolve(source: str | Path) -> str:
         return text(os.path.realpath(unquote_to_bytes(path or "/")))
     if "@" in host:
         raise ConfigError(
-            f"the {scheme}:// address of the images holds a name or a password.",
+            f"the {scheme}:// address holds a name or a password.",
             "an address without them: it is written to catalogs and to the screen.",
             "leave them out; put credentials into the environment (AWS_*, GOOGLE_*).",
         )
@@ -658,6 +658,24 @@ def _fetched(
 
     found: tuple[bytes, str | None] = sync(store.loop, get)
     return found
+
+
+def fetch(root: str, path: str, target: Path) -> None:
+    """Copy a file below a root in a store to the disk. Raises FileNotFoundError if it is not there,
+    ConfigError if the store does not give it.
+    """
+    try:
+        store, top = _store(root)
+        store.get_file(f"{top}/{raw(path).decode()}", os.fspath(target))
+    except (ConfigError, FileNotFoundError):
+        raise
+    except Exception as error:  # stores raise what they like
+        raise ConfigError(
+            f"{root}/{path} cannot be fetched: {_words(error)}.",
+            "an address that exists and that these credentials may read.",
+            "check its spelling, the credentials (AWS_*, GOOGLE_*) and, for a store of your own,"
+            " AWS_ENDPOINT_URL.",
+        ) from error
 
 
 def _store(root: str) -> tuple[Any, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -51,7 +52,7 @@ from arrowhead.plan import Catalog, SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.shards import Store
 from arrowhead.study import Learned, OutOfFold, Study
-from arrowhead.tracking import Run
+from arrowhead.tracking import Run, TrackingConfig
 from arrowhead.train import TrainConfig, Trained
 
 GOLDEN = 8
@@ -845,6 +846,7 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         _show_shares(made.shares, out, means)
         result["learning_curve"] = made.shares
     figures = save(store, config, best, out, means, {"rate": rate})
+    registered = means.run.register(out) if means.run else None
     return result | {
         "rate": rate,
         "lr_finder": _advice(made.curve) if made.curve else None,
@@ -852,6 +854,7 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         "metrics": figures,
         "train_seconds": made.seconds,
         "bundle": str(out),
+        "registered": registered,
         "store": str(path),
         "run_id": means.run.run_id if means.run else None,
     }
@@ -868,19 +871,26 @@ def child(means: Means, name: str) -> Iterator[Means]:
 
 
 def score(
-    path: Path, images: str | Path, out: Path, config: ScoreConfig, how: ExtractConfig, means: Means
+    address: str | Path,
+    images: str | Path,
+    out: Path,
+    config: ScoreConfig,
+    how: ExtractConfig,
+    means: Means,
+    tracking: TrackingConfig = TrackingConfig(),
 ) -> dict[str, Any]:
-    """Score every file of `images` (see `plan.unlabelled`) with a bundle.
+    """Score every file of `images` (see `plan.unlabelled`) with a bundle (see `bundle.local`).
 
     Returns counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel,
     ignored} with inputs = scored + faults, faults by kind, labels, drift, seconds by stage.
     """
     began = perf_counter()
-    loaded = bundle.load(path)
-    catalog = plan.unlabelled(images, SourceConfig(images=config.base, suffix=config.suffix))
-    name, root, digest = _name(catalog), catalog.root, catalog.digest()
-    files, ignored = len(catalog), catalog.ignored
-    with shards.occupied(out):
+    with shards.occupied(out), _at_hand(str(address), tracking, out) as path:
+        loaded, mark = bundle.load(path), bundle.fingerprint(path)
+        source = SourceConfig(images=config.base, suffix=config.suffix)
+        catalog = plan.unlabelled(images, source)
+        name, root, digest = _name(catalog), catalog.root, catalog.digest()
+        files, ignored = len(catalog), catalog.ignored
         request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
         del catalog  # of a million files; from here on nobody holds more than some chunks
         missing = request.missing()
@@ -910,8 +920,8 @@ def score(
         "labels": dict(found.labels),
         "seconds": dict(done.seconds),
         "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
-        "bundle": str(path),
-        "bundle_fingerprint": bundle.fingerprint(path),
+        "bundle": str(address),
+        "bundle_fingerprint": mark,
         "recipe_fingerprint": loaded.recipe.fingerprint,
         "drift": done.drift,
         "novelty_threshold": _cut(loaded, config),
@@ -936,6 +946,18 @@ def score(
         figure = report.scores_figure(found.labels, found.chances, found.novelties)
         means.run.keep(report.save(figure, out / "scores.png"), "scores")
     return result
+
+
+@contextmanager
+def _at_hand(address: str, tracking: TrackingConfig, out: Path) -> Iterator[Path]:
+    """The bundle's folder. One that had to be fetched lies in `out` meanwhile: wherever a worker
+    runs, it sees that.
+    """
+    scratch = out / ".bundle"
+    try:
+        yield bundle.local(address, tracking, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _cut(loaded: Bundle, config: ScoreConfig) -> float | None:

@@ -246,7 +246,7 @@ def prepare(
     return Request(out=out.absolute(), bundle=path.absolute(), config=config, runs=runs)
 
 
-STRANGERS = {".lock", "inputs.arrow"}  # what may lie in OUT before there is a request
+STRANGERS = {".lock", ".bundle", "inputs.arrow"}  # what may lie in OUT before there is a request
 
 
 @dataclass(kw_only=True, slots=True)

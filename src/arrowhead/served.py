@@ -1,25 +1,31 @@
 """A bundle, as MLflow serves it.
 
     column `image`       bytes of encoded images
+    or `path`            where they lie, if the host allows it
       -> decoder         in its own process, kept running between requests
       -> body, head      as `score` does
       -> columns         label, probability, labels, probabilities
 
 MLflow runs this file itself (a "model from code": nothing is pickled); no other room imports it.
 `tracking` puts it into the model beside the bundle.
+
+Paths come from whoever asks, files from the host. So they are read only if the host's environment
+has ARROWHEAD_SERVE_PATHS when the model is loaded: a folder, or a URI, and nothing that lies
+elsewhere is opened.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas  # type: ignore[import-untyped]
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
@@ -36,7 +42,7 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
         """
         import torch
 
-        from arrowhead import bundle, extract, score
+        from arrowhead import bundle, extract, files, score
         from arrowhead.guard import GuardedDecoder
 
         self._bundle = bundle.load(Path(context.artifacts["bundle"]))
@@ -52,14 +58,16 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
             device=0 if torch.cuda.is_available() else None,
         )
         self._turn = threading.Lock()
+        root = os.environ.get("ARROWHEAD_SERVE_PATHS")
+        self._root = files.resolve(root) if root else None
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> pandas.DataFrame:
-        """A row per row of `model_input`, which has the column `image`."""
+        """A row per row of `model_input`, which has the column `image` or `path`."""
         from arrowhead import bundle
 
-        images = [bytes(one) for one in model_input["image"]]
+        images = self._images(model_input)
         with self._turn:  # one decoder, whatever the server's threads
             parts = [self._features(images[at : at + BATCH]) for at in range(0, len(images), BATCH)]
         feature_ND = np.concatenate(parts)
@@ -80,6 +88,40 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
             index=model_input.index,
         )
 
+    def _images(self, rows: pandas.DataFrame) -> list[bytes]:
+        """The bytes of each row's image, none where they cannot be had: that row gets no label."""
+        given = [name for name in ("image", "path") if name in rows and rows[name].notna().any()]
+        if given == ["image"]:
+            return [bytes(one) if there else b"" for one, there in _cells(rows["image"])]
+        if given == ["path"] and self._root is not None:
+            return [
+                self._read(self._root, one) if there else b"" for one, there in _cells(rows["path"])
+            ]
+        if given == ["path"]:
+            found = "the rows have paths, and this server opens no files"
+        else:
+            found = f"the rows have {' and '.join(given) or 'no image'}"
+        raise MlflowException.invalid_parameter_value(
+            f"{found}. Send the column `image` (the bytes of encoded images) or, where the host was"
+            " started with ARROWHEAD_SERVE_PATHS=FOLDER, `path`; one of the two, filled."
+        )
+
+    @staticmethod
+    def _read(root: str, path: str) -> bytes:
+        """The file at a path, as score parts write it: below the root, or whole."""
+        from arrowhead import extract, files
+
+        most = extract.ExtractConfig().max_bytes
+        if files.in_store(root):
+            return files.read(root, path, most)[0]
+        top = files.raw(root)
+        file = os.path.realpath(os.path.join(top, files.raw(path)))
+        if os.path.commonpath([top, file]) != top:
+            raise MlflowException.invalid_parameter_value(
+                f"{path} is not below the folder that this server may read."
+            )
+        return files.read(root, files.text(os.path.relpath(file, top)), most)[0]
+
     def _features(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         """float32 (N, D), NaN where an image cannot be decoded; as `bundle.features` gives them."""
         import torch
@@ -90,6 +132,11 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
         feature_ND: NDArray[np.float32] = out.astype(np.float16).astype(np.float32)
         feature_ND[[fault is not None for fault in made.faults]] = np.nan
         return feature_ND
+
+
+def _cells(column: pandas.Series) -> Iterator[tuple[Any, bool]]:
+    """Each value of a column, and whether there is one: None may have become NaN."""
+    return zip(column, column.notna(), strict=True)
 
 
 set_model(Served())

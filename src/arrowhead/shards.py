@@ -176,22 +176,24 @@ def read_sealed(
     anew: str = "extract again into a new store",
     mend: str = "restore the file from a copy, or delete it and run the same precompute again:"
     " features that are there are not decoded again.",
+    where: str | None = None,
 ) -> dict[str, Any]:
     """What `write_sealed` wrote; DataError if it is missing, changed, or not of format `number`.
 
-    anew, mend: what to do about another format and about a change.
+    anew, mend: what to do about another format and about a change. where: what a person knows the
+    file as, if not by its path.
     """
-    content = read_json(path)
+    content, where = read_json(path), where or str(path)
     if not isinstance(content, dict) or content.get("format") != number:
         found = content.get("format") if isinstance(content, dict) else None
         raise DataError(
-            f"{path} is of format {found}.",
+            f"{where} is of format {found}.",
             f"format {number}, which this version writes.",
             f"use the Arrowhead version that wrote it, or {anew}.",
         )
     if content.pop("seal", None) != _seal(content):
         raise DataError(
-            f"{path} has changed since it was written: its seal does not fit.",
+            f"{where} has changed since it was written: its seal does not fit.",
             "the bytes that Arrowhead wrote.",
             mend,
         )

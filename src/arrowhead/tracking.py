@@ -1,8 +1,10 @@
 """A run, recorded in MLflow.
 
     start          one parent run per command; children per stage, or one per head of a grid
-      -> Run       metrics by step, params, tags, files, data sets, the bundle as a model
+      -> Run       metrics by step, params, tags, files, data sets, the bundle as a model,
+                   the model as a version of a registered one
     send           what earlier runs could not write is written now (`start` does it, too)
+    opened         a bundle that is in a store, by its address there
 
 Only the driver writes. The default store is mlflow.db in the working directory, with the
 artefacts in mlruns/ beside it: `mlflow ui` there shows everything.
@@ -22,12 +24,14 @@ its start), so nobody has to know how far a killed sender came.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import getpass
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -39,7 +43,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -73,6 +77,9 @@ REFUSED = {
     "RESOURCE_ALREADY_EXISTS",
 }
 
+Fetch = Callable[[str, Path], None]
+"""Copies one file of a folder elsewhere to the disk: its name in the folder, and the place here.
+Raises FileNotFoundError if the folder has none of that name."""
 Say = Callable[[str], None]
 """One write as it lies in a spool: `do` names a method of `_Store`, the rest are its arguments."""
 Points = Mapping[str, Sequence[tuple[int, float]]]
@@ -99,6 +106,51 @@ class TrackingConfig:
         """The store that will be written to."""
         own = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegistryConfig:
+    """Under which name what was trained can be fetched and served."""
+
+    register: str | None = None
+    """Name in MLflow's model registry: what is trained becomes the next version of that model."""
+    alias: str = "champion"
+    """Alias that --register moves to the new version, for models:/NAME@ALIAS. By MLflow's custom
+    champion is what is used, challenger what is tried beside it."""
+
+    def __post_init__(self) -> None:
+        given = self.register
+        if given is None:
+            if self.alias != "champion":
+                raise ConfigError(
+                    f"--alias is {self.alias}, but nothing is registered.",
+                    "--register NAME beside it.",
+                    "give both or neither.",
+                )
+            return
+        name, at, alias = given.partition("@")
+        if at or not given.strip() or set(given) & set("/:") or given.startswith("."):
+            raise ConfigError(
+                f"--register is {given!r}.",
+                "a name without / : @ that does not start with a dot.",
+                f"give --register {name} --alias {alias or 'champion'}."
+                if at
+                else "give e.g. dogs.",
+            )
+        taken = self.alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", self.alias)
+        if taken or not re.fullmatch(r"[\w-]{1,255}", self.alias):
+            raise ConfigError(
+                f"--alias is {self.alias!r}.",
+                "letters, digits, _ and -; not latest and not v1, which MLflow keeps to itself.",
+                "give champion or challenger.",
+            )
+
+    def later(self, bundle: Path) -> str:
+        """The command that registers a bundle afterwards."""
+        alias = [] if self.alias == "champion" else ["--alias", self.alias]
+        return shlex.join(
+            ["arrowhead", "bundle", "register", str(bundle), str(self.register), *alias]
+        )
 
 
 def _to_stderr(line: str) -> None:
@@ -173,8 +225,9 @@ class Run:
     def model(self, bundle: Path, name: str = "model") -> str | None:
         """Log a bundle as a pyfunc model with signature and input example; its address.
 
-        In: `image`, the bytes of an encoded image (base64 in JSON). Bytes and not a path: whoever
-        asks a served model has no files on its disk, and must not choose which of them it opens.
+        In: `image`, the bytes of an encoded image (base64 in JSON), or `path`. Whoever asks a
+        served model must not choose which files of its host are opened: paths are refused unless
+        the host itself names a folder for them (ARROWHEAD_SERVE_PATHS, see `served`).
         Out: `label` (the most probable), its `probability`, `labels` (those given: one, or where
         an image may have several any number), `probabilities` in the order of the metadata's
         `classes`; of an image that cannot be decoded None, NaN, [] and NaNs. Nothing in it is
@@ -182,6 +235,13 @@ class Run:
         store does not take it.
         """
         return self._post.model(self.run_id, bundle, name)
+
+    def register(self, bundle: Path) -> str | None:
+        """Make the model that was logged of a bundle a version of the registered model that
+        `start` was given, once, and give it the alias; models:/NAME/VERSION. None if no name was
+        given or, with a message that says how to do it later, if the registry does not take it.
+        """
+        return self._post.register(self.run_id, bundle) if self._post.registry.register else None
 
     @contextmanager
     def child(self, name: str) -> Iterator[Run]:
@@ -234,21 +294,25 @@ def start(
     name: str,
     place: Path | None = None,
     *,
+    registry: RegistryConfig = RegistryConfig(),
     spool: Path | None = None,
     say: Say = _to_stderr,
 ) -> Iterator[Run]:
     """A parent run; ended FINISHED, FAILED when the block raises, KILLED when it is interrupted.
 
     place: a file that is there while the run is unfinished; with it the same command (`name`) on
-    the same store and experiment takes that run up again. spool: a folder for what cannot be sent,
-    one folder in it per run; default .arrowhead/unsent. say: takes one line for a person, once
-    per trouble.
+    the same store and experiment takes that run up again. registry: what `Run.register` does.
+    spool: a folder for what cannot be sent, one folder in it per run; default .arrowhead/unsent.
+    say: takes one line for a person, once per trouble.
 
-    Raises ConfigError when the store cannot be used, before any work is done.
+    Raises ConfigError when the store, or the registry that is asked for, cannot be used, before any
+    work is done.
     """
     base = (spool or UNSENT).absolute()
     with _usable(config):
         client, experiment = _client(config)
+        if registry.register:
+            _must_take(client, registry.register)
         store = _Store(client, experiment, say)
         mark = {"store": without_secret(config.uri), "experiment": experiment}
         taken = _taken_up(client, place, mark | {"verb": name}, say) if place else None
@@ -266,7 +330,7 @@ def start(
             run_id, kin = store.make(made), {}
     if place:
         write_whole(place, mark | {"verb": name, "run_id": run_id})
-    post = _Post(store, Spool(base / run_id, mark | {"run_id": run_id}), config.uri)
+    post = _Post(store, Spool(base / run_id, mark | {"run_id": run_id}), config.uri, registry)
     done = False
     try:
         with _ended(post, run_id, taken is None), _gauge(config, post, run_id):
@@ -302,6 +366,196 @@ def send(config: TrackingConfig, spool: Path | None = None, say: Say = _to_stder
         client, experiment = _client(config)
         store = _Store(client, experiment, say)
         _send_all(store, (spool or UNSENT).absolute(), without_secret(config.uri), None, math.inf)
+
+
+def register(
+    bundle: Path,
+    config: TrackingConfig,
+    registry: RegistryConfig,
+    *,
+    spool: Path | None = None,
+    say: Say = _to_stderr,
+) -> str:
+    """Make a finished bundle a version of a registered model; models:/NAME/VERSION.
+
+    Its model is logged first if it is not: with the run that trained it or, if this store does not
+    know that, with a new one. Raises ConfigError if the store or its registry cannot be used.
+    """
+    assert registry.register, "a name"
+    with _usable(config):
+        client, experiment = _client(config)
+        _must_take(client, registry.register)
+        store = _Store(client, experiment, say)
+        _send_all(store, (spool or UNSENT).absolute(), without_secret(config.uri), None)
+        if _version(client, registry.register, _digest(bundle)) is None:
+            trained = json.loads((bundle / "bundle.json").read_bytes())["lineage"].get("run_id")
+            known = _run(client, trained) if trained else None
+            if known is None or known.info.lifecycle_stage != "active":
+                trained = store.make(_made("register", None, _facts("bundle register")))
+                client.set_terminated(trained, "FINISHED")
+            with _patience(stamp(bundle)[0]):
+                store.model(trained, bundle, "model")
+            return store.register(trained, bundle, registry)
+        return store.register("", bundle, registry)
+
+
+# ---------------------------------------------------------------- bundles, by their addresses
+
+
+def opened(uri: str, config: TrackingConfig) -> Fetch:
+    """How the files of a bundle in a store are got.
+
+    uri: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, models:/m-… or
+    runs:/RUN/model. Nothing of the model but the files that are asked for is read. Raises
+    ConfigError if nothing is there, if it holds no bundle, or if the store cannot be used; so does
+    what is returned.
+    """
+    where = without_secret(config.uri)
+    if config.uri.startswith("sqlite:") and not _database(config.uri).exists():
+        raise ConfigError(
+            f"{uri} is looked for in {where}, and no such database is there.",
+            "the store that the model was logged in.",
+            "give it with --tracking-uri or MLFLOW_TRACKING_URI.",
+        )
+    with _usable(config):
+        client = _connected(config)
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        source = get_artifact_repository(_placed(client, uri, where), tracking_uri=config.uri)
+        within = [f"{one.path}/" for one in source.list_artifacts("artifacts") if one.is_dir]
+        for inside in ("", *within):  # a folder of a run; in a model, under the name that it had
+            names = {file.path for file in source.list_artifacts(inside.rstrip("/") or None)}
+            if f"{inside}bundle.json" in names:
+                break
+        else:
+            raise ConfigError(
+                f"{uri} is in {where}, but holds no bundle of Arrowhead's.",
+                "a model that `arrowhead fit` or `train` logged.",
+                "give another model; load this one with the program that made it.",
+            )
+
+    def fetch(name: str, target: Path) -> None:
+        with _usable(config), tempfile.TemporaryDirectory(dir=target.parent) as draft:
+            os.replace(source.download_artifacts(inside + name, draft), target)
+
+    return fetch
+
+
+def _placed(client: MlflowClient, uri: str, where: str) -> str:
+    """Where the files of a model lie. where: the store, in words."""
+    kind, _, rest = uri.partition(":/")
+    rest = rest.strip("/")
+    if kind == "runs":
+        run_id, _, name = rest.partition("/")
+        return _placed_in_run(client, run_id, name or "model", where)
+    if re.fullmatch(r"m-\w+", rest):
+        return str(_known(client.get_logged_model, rest, uri, where).artifact_location)
+    found = re.fullmatch(r"(?P<name>[^/:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))", rest)
+    if not found:
+        raise ConfigError(
+            f"{uri} does not say which model.",
+            "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-… or runs:/RUN/model.",
+            f"give e.g. models:/{rest.split('/')[0].split('@')[0] or 'NAME'}@champion.",
+        )
+    name, alias, version = found["name"], found["alias"], found["version"]
+    model = _registered(client, name)
+    if model is None:
+        names = [one.name for one in client.search_registered_models(max_results=1000)]
+        raise _unknown(f"No model is registered as {name} in {where}", name, names)
+    if alias and alias not in model.aliases:
+        raise _unknown(f"The model {name} has no alias {alias}", alias, list(model.aliases))
+    if alias:
+        version = model.aliases[alias]
+    elif version == "latest":
+        version = str(max((int(one.version) for one in model.latest_versions), default=0))
+    _known(partial(client.get_model_version, name), version, uri, where)
+    source: str = client.get_model_version_download_uri(name, version)
+    return _placed(client, source, where) if source.startswith(("models:", "runs:")) else source
+
+
+def _placed_in_run(client: MlflowClient, run_id: str, name: str, where: str) -> str:
+    """Where a run's model of that name lies, the newest of several; or its artefacts of that name:
+    a bundle whose model could not be logged is kept there.
+    """
+    run = _run(client, run_id)
+    if run is None:
+        raise _unknown(f"There is no run {run_id} in {where}", run_id, [])
+    outputs = run.outputs.model_outputs if run.outputs else []
+    models = [client.get_logged_model(output.model_id) for output in outputs]
+    if named := [one for one in models if one.name == name]:
+        return str(max(named, key=lambda one: one.creation_timestamp).artifact_location)
+    kept = [file.path for file in client.list_artifacts(run_id) if file.is_dir]
+    if name not in kept:
+        names = sorted({one.name for one in models} | ({"bundle"} & set(kept)))
+        raise _unknown(f"The run {run_id} has no model {name}", name, names)
+    return f"{run.info.artifact_uri.rstrip('/')}/{name}"
+
+
+def _known(get: Callable[[str], Any], key: str, uri: str, where: str) -> Any:
+    """What a store has under a key."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return get(key)
+    except MlflowException as error:
+        if not _missing(error):
+            raise
+        raise _unknown(f"There is no {uri} in {where}", key, []) from error
+
+
+def _unknown(found: str, name: str, there: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(name, there, 3) or sorted(there)[:5]
+    return ConfigError(
+        f"{found}.",
+        f"one that is there: {', '.join(close)}." if close else "one that is there.",
+        "check the spelling, and --tracking-uri; `mlflow ui` lists what a store has.",
+    )
+
+
+def _registered(client: MlflowClient, name: str) -> Any:
+    """A registered model, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if _missing(error):
+            return None
+        raise
+
+
+def _missing(error: Exception) -> bool:
+    """Whether a store says that it has not got what was asked for."""
+    code = getattr(error, "error_code", "")
+    # A server that does not know the question answers 404, too, but not in MLflow's words.
+    return code == "RESOURCE_DOES_NOT_EXIST" and not str(error).startswith("API request to")
+
+
+def _must_take(client: MlflowClient, name: str) -> None:
+    """Raises ConfigError if no model can be registered under that name."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = _registered(client, name)
+    except MlflowException as error:
+        raise ConfigError(
+            f"Nothing can be registered as {name}: {_first_line(error)}",
+            "a store with a model registry: a database, or an MLflow server on one.",
+            "check --tracking-uri and MLFLOW_REGISTRY_URI, or leave out --register.",
+        ) from error
+    if model is not None and "mlflow.prompt.is_prompt" in model.tags:
+        raise ConfigError(
+            f"{name} is the name of a prompt in that registry.",
+            "the name of a model, or a new one.",
+            "give another --register.",
+        )
+
+
+def _version(client: MlflowClient, name: str, digest: str) -> str | None:
+    """The newest version of a registered model that was made of a bundle."""
+    found = client.search_model_versions(f"tags.bundle = '{digest}'")
+    numbers = [int(one.version) for one in found if one.name == name and one.status == "READY"]
+    return str(max(numbers)) if numbers else None
 
 
 def without_secret(text: str) -> str:
@@ -542,15 +796,11 @@ class _Store:
 
     def model(self, run_id: str, bundle: Path, name: str) -> str:
         """The address of the run's model of that name, made of the bundle unless it is there."""
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+        from mlflow.entities import LoggedModelOutput
 
-        digest = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
-        run = self.client.get_run(run_id)
-        for output in run.outputs.model_outputs if run.outputs else []:
-            there = self.client.get_logged_model(output.model_id)
-            same = there.name == name and there.tags.get("bundle") == digest
-            if same and there.status == LoggedModelStatus.READY:
-                return f"models:/{there.model_id}"
+        digest, run = _digest(bundle), self.client.get_run(run_id)
+        if there := self._logged(run, digest, name):
+            return f"models:/{there.model_id}"
         made = self.client.create_logged_model(
             run.info.experiment_id, name, run_id, tags={"bundle": digest}, params=run.data.params
         )
@@ -565,6 +815,52 @@ class _Store:
         self.client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
         self.client.finalize_logged_model(made.model_id, "READY")
         return f"models:/{made.model_id}"
+
+    def _logged(self, run: Recorded, digest: str, name: str = "model") -> Any:
+        """The run's model of that name and bundle, or None."""
+        from mlflow.entities import LoggedModelStatus
+
+        for output in run.outputs.model_outputs if run.outputs else []:
+            there = self.client.get_logged_model(output.model_id)
+            same = there.name == name and there.tags.get("bundle") == digest
+            if same and there.status == LoggedModelStatus.READY:
+                return there
+        return None
+
+    def register(self, run_id: str, bundle: Path, registry: RegistryConfig) -> str:
+        """The address of the bundle's version of a registered model, made of the run's model unless
+        it is there. LookupError if the run has no model of it.
+        """
+        name, digest = str(registry.register), _digest(bundle)
+        version = _version(self.client, name, digest)
+        if version is None:
+            model = self._logged(self.client.get_run(run_id), digest)
+            if model is None:
+                raise LookupError("the run has no MLflow model of it")
+            if _registered(self.client, name) is None:
+                self.client.create_registered_model(name)
+            made = self.client.create_model_version(
+                name,
+                # Not models:/m-…: a database would ask the process's store for it, not this one.
+                model.artifact_location,
+                run_id,
+                tags={"bundle": digest, "run_id": run_id, "model": f"models:/{model.model_id}"},
+                model_id=model.model_id,
+            )
+            version = str(made.version)
+            # As `mlflow.register_model` notes it, for the UI.
+            noted = json.loads(model.tags.get("mlflow.modelVersions", "[]"))
+            entry = json.dumps([*noted, {"name": name, "version": version}])
+            self.client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": entry})
+        self.client.set_registered_model_alias(name, registry.alias, version)
+        address = f"models:/{name}/{version}"
+        self.say(f"registered: {address}, and as models:/{name}@{registry.alias}")
+        return address
+
+
+def _digest(bundle: Path) -> str:
+    """What stands for a bundle here: `bundle.fingerprint`."""
+    return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
 
 
 def _search(client: MlflowClient, experiment: str, wanted: str) -> Iterator[Recorded]:
@@ -600,6 +896,10 @@ def _save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
         ColSpec(Array(DataType.string), "labels"),
         ColSpec(Array(DataType.double), "probabilities"),
     ]
+    either = [
+        ColSpec(DataType.binary, "image", required=False),
+        ColSpec(DataType.string, "path", required=False),
+    ]
     golden = sorted((bundle / "golden").glob("*.img"), key=lambda file: file.stat().st_size)
     example = pandas.DataFrame({"image": [golden[0].read_bytes()]}) if golden else None
     here = Path(__file__).parent
@@ -617,7 +917,7 @@ def _save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
         # Arrowhead's own source goes along: the model gives the same where another version of it,
         # or none, is installed.
         code_paths=[str(here)],
-        signature=ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(answer)),
+        signature=ModelSignature(Schema(either), Schema(answer)),
         input_example=example,
         pip_requirements=_requirements(),
         metadata={"classes": content["classes"], "recipe": content["recipe_fingerprint"]},
@@ -645,8 +945,8 @@ def _requirements() -> list[str]:
 class _Post:
     """The way to the store: each write is carried out, or kept until the store is back."""
 
-    def __init__(self, store: _Store, spool: Spool, uri: str) -> None:
-        self.store, self.say = store, store.say
+    def __init__(self, store: _Store, spool: Spool, uri: str, registry: RegistryConfig) -> None:
+        self.store, self.say, self.registry = store, store.say, registry
         self._spool, self._uri = spool, uri
         self._turn = threading.RLock()  # system metrics come from a thread of their own
         self._away = False
@@ -734,6 +1034,20 @@ class _Post:
         self.say(f"no MLflow model is made of {bundle} ({why}): the bundle is whole on the disk")
         return None
 
+    def register(self, run_id: str, bundle: Path) -> str | None:
+        """See `Run.register`."""
+        why = "the tracking store is away"
+        if not self._away and not run_id.startswith("unsent-"):
+            try:
+                return self.store.register(run_id, bundle, self.registry)
+            except Exception as error:
+                why = _first_line(error)
+        self.say(
+            f"not registered as {self.registry.register} ({why}). This does it when all is well:"
+            f" {self.registry.later(bundle)}"
+        )
+        return None
+
     def _once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
@@ -810,8 +1124,8 @@ def _plain(write: Write, ids: Mapping[str, str]) -> Write:
 # ------------------------------------------------------------------------- opening a store
 
 
-def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
-    """A client, and the id of the experiment, made if need be."""
+def _connected(config: TrackingConfig) -> MlflowClient:
+    """A client of a store that answers."""
     import logging
 
     # A write that fails is kept and sent later: one retry, and no minutes in front of a dead host.
@@ -823,13 +1137,19 @@ def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
     if why := _silence(config.uri, 2 * PROBE):
         raise OSError(why)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     for noisy in ("mlflow.system_metrics", "mlflow.pyfunc", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It prints the traceback of every database error that we catch and say in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    client = MlflowClient(tracking_uri=config.uri)
+    return MlflowClient(tracking_uri=config.uri)
+
+
+def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
+    """A client, and the id of the experiment, made if need be."""
+    client = _connected(config)
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(config.experiment)
     if found is None:
         kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
@@ -856,7 +1176,8 @@ def _usable(config: TrackingConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        foreign = type(error).__module__.startswith("sqlalchemy")
+        # What the libraries of databases and of artefact stores raise is no class of Python's.
+        foreign = type(error).__module__.startswith(("sqlalchemy", "botocore", "google"))
         if not foreign and not isinstance(error, MlflowException | OSError | ImportError):
             raise
         raise ConfigError(
@@ -906,7 +1227,7 @@ def _no_answer(url: str, seconds: float) -> str | None:
 
 def _locked(uri: str, seconds: float) -> str | None:
     """Why an SQLite file cannot be written; one that is not there yet is MLflow's to make."""
-    path = Path(uri.partition("///")[2].partition("?")[0])
+    path = _database(uri)
     if not path.name or path.name == ":memory:":
         return None
     try:
@@ -920,6 +1241,11 @@ def _locked(uri: str, seconds: float) -> str | None:
     except (OSError, sqlite3.Error) as error:
         return str(error)
     return None
+
+
+def _database(uri: str) -> Path:
+    """The file of an SQLite store."""
+    return Path(uri.partition("///")[2].partition("?")[0])
 
 
 @contextmanager

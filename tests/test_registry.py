@@ -1,0 +1,475 @@
+"""A trained bundle is found, fetched, loaded and served under the name it was registered by."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import pickletools
+import shutil
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pytest
+
+from arrowhead import ConfigError, DataError, cli
+from arrowhead import bundle as bundles
+from arrowhead.tracking import RegistryConfig, TrackingConfig, start
+
+SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
+SHORT = ["--epochs", "2", "--rate", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory, with its store, that the tests of this file share, in order."""
+    return tmp_path_factory.mktemp("registry")
+
+
+@pytest.fixture(autouse=True)
+def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("ARROWHEAD_SERVE_PATHS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def fitted(place: Path, drawn: Path) -> Path:
+    """The bundle of a first fit, registered as `weave`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        data = place / "data"
+        shutil.copytree(drawn, data, ignore=shutil.ignore_patterns("new"))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["fit", str(data), "out", *SMALL, *SHORT, "--register", "weave"])
+    assert ended.value.code == 0
+    return place / "out" / "bundle"
+
+
+@pytest.fixture
+def config(place: Path) -> TrackingConfig:
+    return TrackingConfig(tracking_uri=f"sqlite:///{place}/mlflow.db", system_metrics=False)
+
+
+@pytest.fixture
+def client(config: TrackingConfig) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=config.uri)
+
+
+def versions(client: Any, name: str) -> list[int]:
+    return sorted(int(one.version) for one in client.search_model_versions(f"name = '{name}'"))
+
+
+def version_of(client: Any, name: str, alias: str) -> int:
+    return int(client.get_model_version_by_alias(name, alias).version)
+
+
+def run_of(bundle: Path) -> str:
+    return str(json.loads((bundle / "bundle.json").read_text())["lineage"]["run_id"])
+
+
+@pytest.fixture(scope="module")
+def folder(fitted: Path) -> Path:
+    """The folder of the MLflow model that the fit logged."""
+    (found,) = fitted.parents[1].glob("mlruns/**/MLmodel")
+    return found.parent
+
+
+# ---------------------------------------------------------------------------- what it gives
+
+
+@pytest.fixture(scope="module")
+def mixed(place: Path, drawn: Path) -> Path:
+    """Eight images and a broken one, in the middle."""
+    images = place / "mixed"
+    images.mkdir()
+    for i, file in enumerate(sorted((drawn / "new").iterdir())[:8]):
+        shutil.copy(file, images / f"{i}.jpg")
+    whole = (images / "3.jpg").read_bytes()
+    (images / "3b.jpg").write_bytes(whole[: len(whole) // 2])
+    return images
+
+
+@pytest.fixture
+def scored(fitted: Path, mixed: Path, command: Any) -> polars.DataFrame:
+    if not Path("scores").exists():
+        command("score", fitted, mixed, "scores", "--probabilities", code=3)
+    return polars.read_parquet("scores/*.parquet")
+
+
+def test_a_fresh_process_with_mlflow_alone_gives_what_score_gives(config, scored, mixed, place):
+    program = """
+import json, sys
+from pathlib import Path
+import mlflow, pandas
+rows = pandas.DataFrame({"image": [p.read_bytes() for p in sorted(Path(sys.argv[1]).iterdir())]})
+made = mlflow.pyfunc.load_model("models:/weave@champion").predict(rows)
+made.to_json(sys.argv[2], orient="records", double_precision=15)
+"""
+    words = [sys.executable, "-c", program, str(mixed), str(place / "fresh.json")]
+    subprocess.run(words, check=True, env=os.environ | {"MLFLOW_TRACKING_URI": config.uri})
+    fresh = json.loads((place / "fresh.json").read_text())
+    assert [Path(path).name for path in scored["path"]] == sorted(p.name for p in mixed.iterdir())
+    assert [one["label"] for one in fresh] == scored["label"].to_list()
+    assert [one["label"] is None for one in fresh] == [i == 4 for i in range(9)]
+    for one, row in zip(fresh, scored.iter_rows(named=True), strict=True):
+        if row["fault"] is None:
+            gap = np.abs(np.array(one["probabilities"]) - np.array(row["probabilities"]))
+            assert gap.max() <= 1e-6
+            assert abs(one["probability"] - row["probability"]) <= 1e-6
+
+
+def test_mlflow_models_predict_takes_the_input_example(config, folder, fitted, place):
+    words = ["models", "predict", "-m", "models:/weave@champion", "-t", "json"]
+    files = ["-i", str(folder / "serving_input_example.json"), "-o", str(place / "answer.json")]
+    local = ["--env-manager", "local"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlflow", *words, *files, *local],
+        env=os.environ | {"MLFLOW_TRACKING_URI": config.uri},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads((place / "answer.json").read_text())["predictions"]
+    golden = min(bundles.load(fitted).golden, key=lambda one: len(one.data))
+    np.testing.assert_allclose(answer["probabilities"], golden.probabilities, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Any:
+    """The model in this process, on a host that allows no paths."""
+    import mlflow
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ARROWHEAD_SERVE_PATHS", raising=False)
+        return mlflow.pyfunc.load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"path": ["mixed/0.jpg"]}, "opens no files"),
+        ({"image": [b"x"], "path": ["mixed/0.jpg"]}, "image and path"),
+        ({"image": [None]}, "no image"),
+        ({"photo": [b"x"]}, "image"),
+    ],
+    ids=str,
+)
+def test_a_request_without_images_is_answered_with_what_to_send(loaded, columns, named):
+    import pandas
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match=named) as refused:
+        loaded.predict(pandas.DataFrame(columns))
+    assert refused.value.get_http_status_code() == 400
+
+
+def test_paths_are_read_only_below_the_folder_that_the_host_names(
+    loaded, folder, mixed, scored, place, monkeypatch
+):
+    import mlflow
+    import pandas
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setenv("ARROWHEAD_SERVE_PATHS", str(mixed))
+    with pytest.raises(MlflowException, match="opens no files"):  # it was not there at the loading
+        loaded.predict(pandas.DataFrame({"path": ["0.jpg"]}))
+    allowed = mlflow.pyfunc.load_model(str(folder))
+    names = [*scored["path"].to_list(), str(mixed / "0.jpg"), "missing.jpg", None]
+    answer = allowed.predict(pandas.DataFrame({"path": names}))
+    assert answer["label"].tolist() == [*scored["label"], scored["label"][0], None, None]
+    for outside in ("../data", "/etc/passwd", str(place / "out" / "bundle" / "golden" / "0.img")):
+        with pytest.raises(MlflowException, match="not below"):
+            allowed.predict(pandas.DataFrame({"path": ["0.jpg", outside]}))
+    (mixed / "link.jpg").symlink_to(next((place / "data").glob("train/*/*")))
+    with pytest.raises(MlflowException, match="not below"):
+        allowed.predict(pandas.DataFrame({"path": ["link.jpg"]}))
+    (mixed / "link.jpg").unlink()
+
+
+# ------------------------------------------------------------------------------ what it holds
+
+
+def test_the_model_says_what_it_takes_gives_and_needs(folder):
+    from importlib.metadata import version
+
+    from mlflow.models import Model
+
+    about = Model.load(str(folder))
+    taken = {column.name: (str(column.type), column.required) for column in about.signature.inputs}
+    assert taken == {
+        "image": ("DataType.binary", False),
+        "path": ("DataType.string", False),
+    }
+    given = about.signature.outputs.input_names()
+    assert given == ["label", "probability", "labels", "probabilities"]
+    example = json.loads((folder / "serving_input_example.json").read_text())
+    assert example["dataframe_split"]["columns"] == ["image"]
+    needs = (folder / "requirements.txt").read_text().splitlines()
+    assert {f"torch=={version('torch').partition('+')[0]}"} <= set(needs)
+    names = {line.partition("==")[0] for line in needs}
+    assert {"torch", "torchvision", "mlflow", "safetensors"} <= names
+    assert not {"ray", "matplotlib", "cyclopts"} & names
+
+
+def is_pickle(data: bytes) -> bool:
+    """Whether all of it reads as one pickle of more than nothing."""
+    try:
+        return sum(1 for _ in pickletools.genops(io.BytesIO(data))) > 1
+    except Exception:
+        return False
+
+
+def test_nothing_in_the_model_can_be_unpickled(folder):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert is_pickle(pickle.dumps({"a": [1]}, protocol))
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert {"served.py", "weights.safetensors"} <= {file.name for file in files}
+    assert not {file.suffix for file in files} & {".pkl", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
+    assert [file for file in files if zipfile.is_zipfile(file)] == []  # as torch.save writes
+    assert [file for file in files if is_pickle(file.read_bytes())] == []
+    assert list(folder.rglob("__pycache__")) == []
+
+
+# -------------------------------------------------------------------------------- its versions
+
+
+def test_the_version_says_which_bundle_run_and_model_it_is_of(client, fitted):
+    found = client.get_model_version_by_alias("weave", "champion")
+    (output,) = client.get_run(run_of(fitted)).outputs.model_outputs
+    address = f"models:/{output.model_id}"
+    assert (int(found.version), found.run_id) == (1, run_of(fitted))
+    assert found.tags == {
+        "bundle": bundles.fingerprint(fitted),
+        "run_id": run_of(fitted),
+        "model": address,
+    }
+    noted = client.get_logged_model(output.model_id).tags["mlflow.modelVersions"]
+    assert json.loads(noted) == [{"name": "weave", "version": "1"}]
+
+
+def test_the_alias_moves_to_the_next_training_and_back_on_request(fitted, client, command):
+    result = command("train", "out/store", "next", *SHORT, "--seed", "1", "--register", "weave")
+    assert result["registered"] == "models:/weave/2"
+    assert version_of(client, "weave", "champion") == 2
+    result = command("bundle", "register", fitted, "weave")
+    assert result["registered"] == "models:/weave/1"
+    assert version_of(client, "weave", "champion") == 1
+    command("bundle", "register", "next", "weave", "--alias", "challenger")
+    assert version_of(client, "weave", "challenger") == 2
+    assert versions(client, "weave") == [1, 2]
+
+
+def test_a_run_that_is_taken_up_again_registers_once(fitted, config, client):
+    said: list[str] = []
+    asked = RegistryConfig(register="again")
+
+    def train() -> None:
+        with start(config, "fit", Path("again.json"), registry=asked, say=said.append) as run:
+            run.model(fitted)
+            addresses.append(run.register(fitted))
+            if len(addresses) < 3:
+                raise RuntimeError
+
+    addresses: list[str | None] = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            train()
+    train()
+    assert addresses == ["models:/again/1"] * 3
+    assert versions(client, "again") == [1]
+
+
+def test_a_registry_that_fails_in_mid_run_costs_a_line_that_names_the_command(
+    fitted, config, client, place, command
+):
+    said: list[str] = []
+    asked = RegistryConfig(register="later on", alias="challenger")
+    with sqlite3.connect(place / "mlflow.db") as database:
+        with start(config, "fit", registry=asked, say=said.append) as run:
+            run.model(fitted)
+            database.execute("ALTER TABLE registered_models RENAME TO away")
+            database.commit()
+            assert run.register(fitted) is None
+        with pytest.raises(ConfigError, match="Nothing can be registered"):
+            start(config, "fit", registry=asked).__enter__()
+        database.execute("ALTER TABLE away RENAME TO registered_models")
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    words = f"arrowhead bundle register {fitted} 'later on' --alias challenger"
+    assert len(said) == 1
+    assert said[0].endswith(words)
+    result = command("bundle", "register", fitted, "later on", "--alias", "challenger")
+    assert result["registered"] == "models:/later on/1"
+
+
+def test_a_bundle_from_elsewhere_is_registered_with_a_run_of_its_own(
+    fitted, client, command, place
+):
+    copy = place / "elsewhere"
+    shutil.copytree(fitted, copy)
+    file = copy / "bundle.json"
+    file.write_text(file.read_text().replace(run_of(fitted), "f" * 32))
+    assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
+    assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
+    (made,) = client.search_model_versions("name = 'guest'")
+    assert client.get_run(made.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--register", "a/b"], "a/b"),
+        (["--register", "dogs:1"], "dogs:1"),
+        (["--register", "dogs@best"], "--alias best"),
+        (["--register", " "], "--register"),
+        (["--register", "dogs", "--alias", "latest"], "latest"),
+        (["--register", "dogs", "--alias", "v2"], "v2"),
+        (["--register", "dogs", "--alias", "a b"], "a b"),
+        (["--alias", "challenger"], "--register"),
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_no_registry_takes_is_refused_before_any_work(flags, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", "data", "never", *SMALL, *flags])
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
+    assert not Path("never").exists()
+
+
+# ------------------------------------------------------------------------------- its addresses
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client, tmp_path):
+    version = client.get_model_version("weave", "1")
+    wanted = contents(fitted)
+    for address in (
+        "models:/weave@champion",
+        "models:/weave/1",
+        version.tags["model"],
+        f"runs:/{version.run_id}/model",
+    ):
+        found = bundles.local(address, config, tmp_path)
+        assert found.parent == tmp_path
+        assert contents(found) == wanted
+    found = bundles.local("models:/weave/latest", config, tmp_path)
+    assert contents(found) == contents(Path("next"))
+    assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
+    assert bundles.local(str(fitted), config, tmp_path) == fitted
+    assert bundles.local(fitted.as_uri(), config, tmp_path) == fitted
+    assert bundles.local("nowhere", config, tmp_path) == Path("nowhere")
+
+
+@pytest.fixture
+def strangers(client: Any, config: TrackingConfig, tmp_path: Path) -> dict[str, str]:
+    """A run without a model, a run that kept its bundle as a file, a model that is not ours."""
+    with start(config, "fit") as bare, start(config, "fit") as kept:
+        kept.keep(Path("next"), "bundle")
+    model = client.create_logged_model(client.get_run(bare.run_id).info.experiment_id, "alien")
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+    client.log_model_artifacts(model.model_id, str(tmp_path))
+    return {"BARE": bare.run_id, "KEPT": kept.run_id, "ALIEN": model.model_id}
+
+
+@pytest.mark.parametrize(
+    ("address", "found", "hint"),
+    [
+        ("models:/weaves@champion", "registered as weaves", "weave"),
+        ("models:/weave@champoin", "no alias champoin", "champion"),
+        ("models:/weave/99", "no models:/weave/99", ""),
+        ("models:/weave", "which model", "models:/weave@champion"),
+        ("models:/weave/1/artifacts/../..", "which model", ""),
+        ("models:/m-" + "0" * 32, "no models:/m-0", ""),
+        ("runs:/" + "0" * 32 + "/model", "no run 0", ""),
+        ("runs:/BARE/model", "has no model model", ""),
+        ("runs:/KEPT/model", "has no model model", "bundle"),
+        ("models:/ALIEN", "holds no bundle", "arrowhead fit"),
+    ],
+)
+def test_an_address_with_no_bundle_is_refused_with_what_is_there(
+    fitted, config, strangers, tmp_path, address, found, hint
+):
+    for name, real in strangers.items():
+        address = address.replace(name, real)
+    with pytest.raises(ConfigError) as refused:
+        bundles.local(address, config, tmp_path / "scratch")
+    assert found in refused.value.found
+    assert hint in f"{refused.value.wanted} {refused.value.do}"
+    assert not list((tmp_path / "scratch").glob("*"))
+
+
+def test_the_bundle_that_a_run_kept_as_a_file_has_an_address_too(config, strangers, tmp_path):
+    found = bundles.local(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
+    assert contents(found) == contents(Path("next"))
+
+
+def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
+    for uri in (f"sqlite:///{tmp_path}/no.db", "http://127.0.0.1:9"):
+        with pytest.raises(ConfigError, match=uri):
+            bundles.local("models:/weave@champion", TrackingConfig(tracking_uri=uri), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def stored(fitted: Path) -> Any:
+    """The bundle in an object store; a function that changes a file of it."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(str(fitted), "/shelf/bundle", recursive=True)
+
+    def change(name: str, data: bytes | None) -> None:
+        store.rm(f"/shelf/bundle/{name}")
+        if data is not None:
+            store.pipe(f"/shelf/bundle/{name}", data)
+
+    yield change
+    store.rm("/shelf", recursive=True)
+
+
+def test_a_bundle_in_an_object_store_comes_whole_or_not_at_all(stored, fitted, config, tmp_path):
+    found = bundles.local("memory://shelf/bundle", config, tmp_path)
+    assert contents(found) == contents(fitted)
+    before = contents(tmp_path)
+    stored("golden/0.img", b"other")
+    with pytest.raises(DataError, match=r"bundle/golden/0\.img is not the file"):
+        bundles.local("memory://shelf/bundle", config, tmp_path)
+    stored("golden/0.img", None)
+    with pytest.raises(DataError, match=r"golden/0.img is missing"):
+        bundles.local("memory://shelf/bundle", config, tmp_path)
+    with pytest.raises(ConfigError, match="not a bundle"):
+        bundles.local("memory://shelf", config, tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/tmp/evil", "a/../../evil", "a//b", "a\\b", "a\nb"]
+)
+def test_a_bundle_that_wants_to_write_elsewhere_is_refused(stored, fitted, config, tmp_path, name):
+    content = json.loads((fitted / "bundle.json").read_text())
+    content["sha256"][name] = "0" * 64
+    stored("bundle.json", json.dumps(content).encode())
+    with pytest.raises(DataError, match="outside of itself"):
+        bundles.local("memory://shelf/bundle", config, tmp_path / "scratch")
+    assert list(tmp_path.rglob("*evil*")) == []
+    with pytest.raises(DataError, match="outside of itself"):
+        copy = tmp_path / "copy"
+        shutil.copytree(fitted, copy)
+        (copy / "bundle.json").write_text(json.dumps(content))
+        bundles.load(copy)
