@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 20
-TRACED = 3  # images; neither 1, which torch may take for a constant, nor what is checked
-TOLERANCE = 2e-3
+TRACED = 2  # images; not 1, which torch may take for a constant
+TOLERANCE = 1e-3
 MOST = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB, and the graph needs some too
 RESIZE = {
     "crop": "shorter side to round(8 / 7 size), then the middle size x size",
@@ -62,8 +62,10 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
 
     The file must give every golden image the labels the bundle gives it here, and probabilities
     within TOLERANCE, image by image and all at once; the result has the largest difference.
-    Where a feature lies between two float16 numbers, another order of sums picks the other one:
-    that is nearly all of the difference. TOLERANCE is ten times and more the largest one measured.
+    Where a feature lies between two float16 numbers, another order of sums may pick the other one:
+    that is nearly all of the difference. Measured: ONNX at most 6e-6 on 300 photos with trained
+    heads, 3e-5 with random ones (ResNet18, ConvNeXt, ViT); pt2 1e-5; trained heads whose features
+    are shaken by 1e-6 before they are rounded, 7e-5. TOLERANCE is ten times that.
 
     Raises ConfigError for what cannot be written so, DataError where the file disagrees.
     """
@@ -83,11 +85,12 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
             run = (_onnx if config.format == "onnx" else _pt2)(program, about, sketch)
         sizes = sorted({1, len(pixels_BCHW)})
         worst = max(_difference(bundle, run, pixels_BCHW, wanted_BC, size) for size in sizes)
+        written = sketch.stat().st_size
     side = bundle.recipe.size
     return {
         "format": config.format,
         "file": str(file),
-        "bytes": file.stat().st_size,
+        "bytes": written,
         "inputs": {"pixels": ["uint8", "batch", 3, side, side]},
         "outputs": {"probabilities": ["float32", "batch", len(bundle.classes)]},
         "images": len(pixels_BCHW),
