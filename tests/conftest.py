@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 Command = Callable[..., dict[str, Any]]
+Bundled = Callable[..., Path]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Before anything imports torch: tests measure promises, not this machine's core count.
@@ -46,6 +48,52 @@ def mobilenet() -> list[str]:
     half = ["0.5", "0.5", "0.5"]
     flags = ["--body", "mobilenet_v2", "--weights", str(weights)]
     return [*flags, "--mean", *half, "--std", *half]
+
+
+@pytest.fixture(scope="session")
+def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
+    """Saves a bundle of a random ResNet18 and a drawn head with three golden images; its path."""
+
+    def save(head: str = "linear", *, pool: str = "avg", **fields: Any) -> Path:
+        import torch
+
+        from arrowhead import bundle, extract, heads, model
+        from arrowhead.decode import PixelConfig
+
+        body = model.BodyConfig(body="resnet18", weights="random", pool=pool)
+        weights, width = model.load(body), 1024 if pool == "concat" else 512
+        state = heads.make(head, width, 3, seed=4).state_dict()
+        if head == "lesson":  # as if it had been trained: norms that do something
+            draw = torch.Generator().manual_seed(1)
+            for tensor in state.values():
+                if tensor.dim() == 1 and tensor.is_floating_point():
+                    tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
+        made = bundle.Bundle(
+            recipe=extract.recipe_of(PixelConfig(size=64), body, weights, width),
+            classes=["baskets", "beads", "leaves"],
+            head=head,
+            body_state=weights.state,
+            head_state=state,
+            metrics={},
+            lineage={},
+            **{"temperature": 0.5} | fields,
+        )
+        images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
+        feature_ND = bundle.features(made.recipe, made.make_body(), images, "cpu", 1)
+        chance_NC = bundle.probabilities(
+            made.make_head(), feature_ND, made.temperature, multi=made.multi
+        )
+        golden = [
+            bundle.Golden(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
+            for i, (data, feature, chance) in enumerate(
+                zip(images, feature_ND, chance_NC, strict=True)
+            )
+        ]
+        path = tmp_path_factory.mktemp("bundled") / "bundle"
+        bundle.save(replace(made, golden=golden), path)
+        return path
+
+    return save
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from arrowhead import cli
 
-VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "doctor"]
+VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor"]
 
 
 def run(*args: object) -> int:
@@ -42,7 +42,7 @@ def test_every_verb_has_help_that_says_what_it_does(capsys, verb):
     assert f"Usage: arrowhead {verb}" in shown
     assert "--json" in shown
     assert verb in ("doctor", "demo") or "Example: arrowhead" in shown
-    assert verb == "doctor" or "--workers" in shown
+    assert verb in ("doctor", "export") or "--workers" in shown
 
 
 @pytest.fixture

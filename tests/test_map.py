@@ -24,9 +24,9 @@ FLOORS = [
     {"plan", "guard", "descent", "checkpoint", "tracking"},
     {"extract", "doctor"},
     {"bundle", "train", "inventory"},
-    {"score", "lr_finder", "sweep"},
-    {"report", "study", "served"},
-    {"pipeline"},
+    {"score", "export", "lr_finder", "sweep"},
+    {"report", "study", "predict"},
+    {"pipeline", "served"},
     {"learner"},
     {"cli"},
 ]
@@ -39,10 +39,13 @@ DOORS = {
     "ray": {"launch"},
     "matplotlib": {"report"},
     "fsspec": {"files"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "onnxscript": {"export"},
     "cyclopts": {"cli"},
     "rich": {"cli"},
 }
-HEAVY = {"torch", "torchvision", "nvidia", "ray", "mlflow", "pyarrow", "matplotlib"}
+HEAVY = {"torch", "torchvision", "nvidia", "ray", "mlflow", "pyarrow", "matplotlib", "onnx"}
 
 
 def imports(room: str, *, at_the_top: bool = False) -> set[str]:

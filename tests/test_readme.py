@@ -52,17 +52,21 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commands_run_as_written(capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 15
+    assert len(commands) == 18
     for command in commands:
         program, *words = shlex.split(command)
         if program == "mlflow":  # a server: tests/test_fit.py reads what it would show
             assert Path("mlflow.db").is_file()
+            continue
+        if program in ("python", "curl"):  # a server and its client: tests/test_serve.py
+            assert program == "curl" or (Path(__file__).parents[1] / words[0]).is_file()
             continue
         assert program == "arrowhead"
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 0, (command, capsys.readouterr().err)
     assert "0 decoded" in capsys.readouterr().out
+    assert Path("model.onnx").is_file()
 
 
 def test_the_python_runs_as_written(capsys):

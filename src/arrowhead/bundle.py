@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError, DataError, extract, files, shards, tracking
+from arrowhead.decode import Pixels
 from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
 from arrowhead.novelty import Novelty
@@ -436,17 +437,21 @@ class Drift:
     changed: int
 
 
-def must_agree(drift: Drift, most: float) -> None:
+def must_agree(
+    drift: Drift,
+    most: float,
+    do: str = "check that decoder, weights and recipe are the bundle's. --max-drift allows more"
+    " drift, but never other labels.",
+) -> None:
     """DataError when golden images came out differently: a feature further off than `most`, or
-    another label.
+    another label. do: what to do about it.
     """
     if drift.changed or not drift.feature <= most:
         raise DataError(
             f"The bundle's golden images come out differently on this machine: largest feature"
             f" drift {drift.feature:.2g}, {drift.changed} of {drift.images} labels changed.",
             f"a drift of at most {most:g} and the same labels.",
-            "check that decoder, weights and recipe are the bundle's. --max-drift allows more"
-            " drift, but never other labels.",
+            do,
         )
 
 
@@ -490,14 +495,24 @@ def features(
     recipe: Recipe, body: Body, images: Sequence[bytes], device: str, threads: int
 ) -> NDArray[np.float32]:
     """float32 (N, D): clean features of a few images, NaN where one cannot be decoded."""
-    import torch
+    with decoder(recipe, device, threads, max(16, len(images))) as decode:
+        return seen(body, decode(images, [bytes(16)] * len(images)))
 
+
+def decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> GuardedDecoder:
+    """What makes the clean view of images, whatever views the recipe trained on."""
     clean = dataclasses.replace(recipe, views=1, augment="none", augment_seed=0)
     number = int(device.partition(":")[2] or 0) if "cuda" in device else None
-    pixels, most = extract.pixels_of(clean), max(16, len(images))
-    with GuardedDecoder(pixels, batch_size=most, threads=threads, device=number) as decoder:
-        made = decoder(images, [bytes(16)] * len(images))
-    view = torch.from_numpy(made.views[0]).permute(0, 3, 1, 2)
-    out = body(view)[: len(images)].cpu().numpy().astype(np.float16).astype(np.float32)
-    out[[fault is not None for fault in made.faults]] = np.nan
+    return GuardedDecoder(
+        extract.pixels_of(clean), batch_size=batch_size, threads=threads, device=number
+    )
+
+
+def seen(body: Body, pixels: Pixels) -> NDArray[np.float32]:
+    """float32 (N, D): the features of decoded images, NaN where there is a fault."""
+    import torch
+
+    view = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
+    out = body(view)[: len(pixels.faults)].cpu().numpy().astype(np.float16).astype(np.float32)
+    out[[fault is not None for fault in pixels.faults]] = np.nan
     return out

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from arrowhead import ConfigError, DataError, LostError, Refusal, __version__
 from arrowhead.decode import PixelConfig
+from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.launch import LaunchConfig
 from arrowhead.lr_finder import FinderConfig
@@ -100,6 +101,7 @@ NamedFinder = Annotated[
 ]
 Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
 Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
+Export = Annotated[ExportConfig, _flags("Export", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]
 Registry = Annotated[RegistryConfig, _flags("Tracking", 9)]
@@ -266,6 +268,39 @@ def score(
     return _end(result, output)
 
 
+@app.command(sort_key=6)
+def export(
+    bundle: BundleAddress,
+    out: Annotated[
+        Path,
+        Parameter(help="File that ends in .onnx or .pt2; or a folder for model.onnx, model.pt2."),
+    ],
+    *,
+    what: Export = ExportConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Write a bundle as one file for programs without Arrowhead: uint8 pixels in, calibrated
+    probabilities out, for any number of images.
+
+    How pixels are made and what the probabilities mean is in the file's metadata. The file is run
+    on the golden images; one that gives other numbers than the bundle is not kept.
+
+    Example: arrowhead export out/bundle model.onnx
+    """
+    from arrowhead import export as exporting
+
+    with _fetched(bundle, tracking) as folder:
+        result = exporting.export(folder, out, what) | {"bundle": bundle}
+    if not output.json:
+        Screen(to_stderr=False).say(
+            f"{result['file']}: {result['bytes'] / 1e6:.1f} MB · {result['images']} golden images"
+            f" in batches of {' and '.join(map(str, result['batch_sizes']))}: largest difference"
+            f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
+        )
+    return _end(result, output)
+
+
 @app.command(sort_key=0)
 def demo(
     out: Annotated[Path, Parameter(help="Folder for the images and the results.")] = Path("demo"),
@@ -324,7 +359,7 @@ def _demo_body(screen: Screen) -> BodyConfig:
     return BodyConfig()
 
 
-@app.command(sort_key=6)
+@app.command(sort_key=7)
 def doctor(*, output: Out = Output()) -> int:
     """Look this machine over: what is installed, what it can do, what to mend. Exit code 0 when
     nothing that Arrowhead needs is missing.
@@ -346,7 +381,7 @@ def doctor(*, output: Out = Output()) -> int:
 features = App(
     name="features",
     help="Look into a feature store, check it, clean it.",
-    sort_key=7,
+    sort_key=8,
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
 )

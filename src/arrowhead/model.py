@@ -274,7 +274,10 @@ def _trunk(net: nn.Module, body: str) -> nn.Module:
 
 
 class Body:
-    """uint8 pixels (B, 3, S, S) -> float32 features (B, D), on one device, for inference only."""
+    """uint8 pixels (B, 3, S, S) -> float32 features (B, D), on one device, for inference only.
+
+    module: what it runs, as one torch module, for those who build on it.
+    """
 
     def __init__(
         self,
@@ -291,12 +294,10 @@ class Body:
 
         net, _ = _headless(body)
         net.load_state_dict(dict(weights))
-        self._pool = pool if pool != "avg" else None
-        self._net = _fused(net if pool == "avg" else _trunk(net, body)).to(device)
-        self._net.to(memory_format=torch.channels_last)
+        fused = _fused(net if pool == "avg" else _trunk(net, body))
+        fused.to(memory_format=torch.channels_last)
+        self.module = _sight(fused, pool, mean, std).to(device)
         self._device = torch.device(device)
-        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
         blank = torch.zeros((16, 3, size, size), dtype=torch.uint8, device=device)
         self.width = int(self(blank).shape[1])
 
@@ -306,14 +307,38 @@ class Body:
 
         on_gpu = self._device.type == "cuda"
         with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=on_gpu):
-            scaled = (pixels_BCHW.to(self._device).float() / 255 - self._mean) / self._std
-            out: torch.Tensor = self._net(
+            out: torch.Tensor = self.module(pixels_BCHW.to(self._device))
+            return out
+
+
+def _sight(
+    net: nn.Module, pool: str, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> nn.Module:
+    """The way from pixels to features as one module; net: headless, or a trunk if it is pooled."""
+    import torch
+    from torch import nn
+
+    class Sight(nn.Module):
+        mean: torch.Tensor
+        std: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+        def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+            scaled = (pixels_BCHW.float() / 255 - self.mean) / self.std
+            out: torch.Tensor = self.net(
                 scaled.contiguous(memory_format=torch.channels_last)
             ).float()
-            if self._pool is None:
+            if pool == "avg":
                 return out.flatten(1)
             highest = out.amax((2, 3))
-            return highest if self._pool == "max" else torch.cat([out.mean((2, 3)), highest], 1)
+            return highest if pool == "max" else torch.cat([out.mean((2, 3)), highest], 1)
+
+    return Sight().eval()
 
 
 def _fused(net: nn.Module) -> nn.Module:

@@ -1,0 +1,245 @@
+"""A bundle as a file for other programs: it gives what `score` gives, or it is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import polars
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from arrowhead import ConfigError, DataError, bundle, cli, export, extract, plan
+from arrowhead import score as scoring
+from arrowhead.export import ExportConfig
+from arrowhead.launch import Desk, Worker
+
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {"head": "linear"},
+    "lesson on concat": {"head": "lesson", "pool": "concat"},
+    "several labels": {"multi": True, "thresholds": [0.2, 0.5, 0.7], "temperature": 0.8},
+}
+FORMATS = ["onnx", "pt2"]
+
+
+@pytest.fixture(scope="module")
+def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty drawn images."""
+    folder = tmp_path_factory.mktemp("twenty")
+    for path in sorted((drawn / "new").iterdir())[:20]:
+        shutil.copy(path, folder)
+    assert len(list(folder.iterdir())) == 20
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(bundled: Callable[..., Path]) -> Path:
+    """A bundle for refusals, which nobody changes."""
+    return bundled()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request: pytest.FixtureRequest, bundled: Callable[..., Path]) -> Path:
+    """A bundle of each kind."""
+    return bundled(**KINDS[request.param])
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(
+    request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the command says, alone on standard output, of the file it wrote of `made`."""
+    out = tmp_path_factory.mktemp("exported") / "new" / "folder"
+    words = ["export", str(made), str(out), "--format", request.param, "--json"]
+    said = io.StringIO()
+    with redirect_stdout(said), pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 0
+    return dict(json.loads(said.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def scored(
+    made: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> NDArray[np.float32]:
+    """The probabilities that `score` writes of the twenty images, (20, 3)."""
+    out = tmp_path_factory.mktemp("scored") / "scores"
+    config, how = scoring.ScoreConfig(probabilities=True), extract.ExtractConfig(chunk_size=100)
+    tasks = scoring.prepare(out, made, plan.unlabelled(images), config, how.chunk_size)
+    worker = Worker(0, 1, "cpu", 2, Desk(tasks).claim, lambda report: None)
+    scoring.score(worker, made, out, config, how)
+    column = polars.read_parquet(out / "part-*.parquet").sort("path")["probabilities"]
+    return np.array(column.to_list(), np.float32)
+
+
+@pytest.fixture(scope="module")
+def pixels(images: Path, plain: Path) -> NDArray[np.uint8]:
+    """The twenty images as our decoder shows them, (20, 3, 64, 64)."""
+    files = [path.read_bytes() for path in sorted(images.iterdir())]
+    recipe = bundle.load(plain).recipe
+    with bundle.decoder(recipe, "cpu", 2, 20) as decode:
+        return decode(files, [bytes(16)] * 20).views[0].transpose(0, 3, 1, 2).copy()
+
+
+def opened(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """The file as its user runs it, without Arrowhead."""
+    if file.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda batch: np.asarray(session.run(None, {"pixels": batch})[0])
+    module = torch.export.load(file).module()
+    return lambda batch: np.asarray(module(torch.from_numpy(batch)).detach().numpy())
+
+
+def test_the_file_gives_what_score_gives_whatever_the_batch(
+    exported: dict[str, Any], scored: NDArray[np.float32], pixels: NDArray[np.uint8]
+) -> None:
+    run = opened(Path(exported["file"]))
+    assert np.ptp(scored, axis=0).max() > 10 * export.TOLERANCE  # images differ by more than that
+    for size in (1, 3, 20):
+        batches = [run(pixels[at : at + size]) for at in range(0, 20, size)]
+        assert all(one.dtype == np.float32 for one in batches)
+        np.testing.assert_allclose(
+            np.concatenate(batches), scored, rtol=0, atol=export.TOLERANCE, err_msg=f"by {size}"
+        )
+
+
+def test_the_file_is_one_and_says_all_that_its_caller_must_know(
+    exported: dict[str, Any], made: Path
+) -> None:
+    file, loaded = Path(exported["file"]), bundle.load(made)
+    assert [one.name for one in file.parent.iterdir()] == [f"model.{exported['format']}"]
+    assert exported["bytes"] == file.stat().st_size > 40e6  # ResNet18's weights are inside
+    if file.suffix == ".onnx":
+        model = onnx.load(file)
+        (text,) = [one.value for one in model.metadata_props if one.key == "arrowhead"]
+        assert [one.version for one in model.opset_import if not one.domain] == [export.OPSET]
+    else:
+        extra = {"arrowhead.json": ""}
+        torch.export.load(file, extra_files=extra)
+        text = extra["arrowhead.json"]
+    said = json.loads(text)
+    assert said["classes"] == loaded.classes
+    assert said["task"] == ("multi-label" if loaded.multi else "single-label")
+    assert said["decision"] == bundle.TASKS[said["task"]]
+    assert said["temperature"] == loaded.temperature
+    cuts = loaded.thresholds
+    assert said["thresholds"] == (dict(zip(loaded.classes, cuts, strict=True)) if cuts else None)
+    assert said["recipe_fingerprint"] == loaded.recipe.fingerprint
+    assert said["bundle"] == bundle.fingerprint(made)
+    assert said["arrowhead"] == export.__version__
+    assert said["recipe"]["mean"] == list(loaded.recipe.mean)
+    how = said["preprocessing"]
+    assert (how["size"], how["resize"], how["antialias"]) == (64, "crop", True)
+    assert {"pixels", "rule", "interpolation", "orientation", "transparency"} < how.keys()
+
+
+def test_no_path_of_this_machine_is_in_the_file(exported: dict[str, Any]) -> None:
+    data = Path(exported["file"]).read_bytes()
+    for folder in (Path(export.__file__).parent, Path(torch.__file__).parents[1]):
+        assert str(folder).encode() not in data
+
+
+def test_features_pass_through_float16_inside_the_graph(exported: dict[str, Any]) -> None:
+    file = Path(exported["file"])
+    if file.suffix == ".onnx":
+        casts = [node for node in onnx.load(file).graph.node if node.op_type == "Cast"]
+        assert onnx.TensorProto.FLOAT16 in [node.attribute[0].i for node in casts]
+    else:
+        assert "torch.float16" in str(torch.export.load(file).graph)
+
+
+def test_the_account_names_what_was_checked(exported: dict[str, Any]) -> None:
+    assert exported["batch_sizes"] == [1, 3]
+    assert export.TRACED not in exported["batch_sizes"]
+    assert exported["images"] == 3
+    assert 0 <= exported["largest_difference"] <= exported["tolerance"] == export.TOLERANCE
+    assert exported["inputs"] == {"pixels": ["uint8", "batch", 3, 64, 64]}
+    assert exported["outputs"] == {"probabilities": ["float32", "batch", 3]}
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def tampered(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """The graph is made of a bundle that is another than the one it is checked against."""
+    whole = export.whole
+    monkeypatch.setattr(
+        export,
+        "whole",
+        lambda loaded, *parts: whole(dataclasses.replace(loaded, **fields), *parts),
+    )
+
+
+def test_a_file_that_gives_other_probabilities_is_not_kept_and_the_one_before_stays(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tampered(monkeypatch, temperature=0.6)
+    (tmp_path / "model.onnx").write_bytes(b"the one before")
+    with pytest.raises(DataError, match=r"largest difference 0\.0\d+, 0 of 3 labels changed"):
+        export.export(plain, tmp_path, ExportConfig())
+    assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"the one before"
+
+
+def test_a_file_that_gives_another_label_is_not_kept_however_near_it_is(
+    bundled: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = bundled(multi=True, thresholds=[0.5] * 3), tmp_path / "out"
+    loaded = bundle.load(path)
+    chance_C = loaded.golden[0].probabilities.astype(float)
+    label = int(np.abs(chance_C - 0.5).argmax())
+    # Hotter is nearer to a half: what lies below its threshold now rises above it, or falls.
+    side = 2e-5 if chance_C[label] < 0.5 else -2e-5
+    cuts = [float(chance + side) if i == label else 0.01 for i, chance in enumerate(chance_C)]
+    bundle.save(dataclasses.replace(loaded, thresholds=cuts), path)
+    tampered(monkeypatch, temperature=loaded.temperature * 1.001)
+    with pytest.raises(DataError, match=r"largest difference 0\.000\d+, 1 of 3 labels changed"):
+        export.export(path, out, ExportConfig(format="pt2"))
+    assert not list(out.iterdir())
+
+
+def test_a_bundle_without_golden_images_cannot_be_checked(plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    bundle.save(dataclasses.replace(bundle.load(plain), golden=()), path)
+    with pytest.raises(DataError, match="golden images"):
+        export.export(path, tmp_path / "out", ExportConfig(format="pt2"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_onnx_packages_are_named_with_the_command_that_installs_them(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"pip install 'arrowhead\[onnx\]'"):
+        export.export(plain, tmp_path / "model.onnx", ExportConfig())
+
+
+def test_weights_beyond_what_onnx_holds_are_refused_before_anything_is_traced(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "MOST", 40_000_000)
+    monkeypatch.setattr(torch.export, "export", None)
+    with pytest.raises(ConfigError, match=r"0\.0 GB, .* ends at 2 GB"):
+        export.export(plain, tmp_path / "model.onnx", ExportConfig())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "notes"])
+def test_a_name_that_promises_something_else_is_refused(
+    name: str, plain: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match=r"ends in \.onnx"):
+        export.export(plain, tmp_path / name, ExportConfig())
+    assert (tmp_path / "notes").read_text() == "mine"
