@@ -122,6 +122,8 @@ def score(worker: Worker, request: Request, how: extract.ExtractConfig) -> None:
     """
     config, bundle = request.config, bundles.load(request.bundle)
     body, head = bundle.make_body(worker.device), bundle.make_head(worker.device)
+    if bundle.novelty:
+        bundle = replace(bundle, novelty=bundle.novelty.to(worker.device))
     drift = bundles.replay(bundle, body, head, worker.device, worker.threads)
     worker.report({"drift": asdict(drift)})
     bundles.must_agree(drift, config.max_drift)
