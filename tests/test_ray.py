@@ -63,7 +63,8 @@ def test_two_workers_reach_the_same_figures_in_every_epoch(both):
 def test_two_workers_score_the_same(both, drawn):
     folder, _, _ = both
     for name, more in (("one", []), ("two", ["--workers", "2"])):
-        arrowhead(folder, "score", "alone/bundle", drawn / "new", name, "--chunk-size", "8", *more)
+        flags = ["--chunk-size", "8", "--features", "--flag-novel", "--probabilities"]
+        arrowhead(folder, "score", "alone/bundle", drawn / "new", name, *flags, *more)
     parts = sorted((folder / "one").glob("*.parquet"))
     assert len(parts) > 1
     for part in parts:

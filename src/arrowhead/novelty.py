@@ -100,7 +100,9 @@ class Novelty:
             likeness_BM = normalize((feature_BD - self.mean) / self.deviation) @ bank_DM
             nearest = likeness_BM.topk(near, dim=1).values[:, -1]
             made.append((2 - 2 * nearest).clamp(min=0).sqrt())
-        found: NDArray[np.float32] = torch.cat(made).cpu().numpy() if made else np.zeros(0, np.float32)
+        found: NDArray[np.float32] = (
+            torch.cat(made).cpu().numpy() if made else np.zeros(0, np.float32)
+        )
         return found
 
     def threshold(self, false_alarms: float) -> float:
