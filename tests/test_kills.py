@@ -162,19 +162,9 @@ def test_a_killed_cluster_ends_the_command_and_the_next_one_goes_on(data, whole,
 
 @pytest.mark.chaos
 def test_scores_survive_kills_of_workers_cluster_and_driver(data, folder):
-    """The pump is the same as in extraction; the parts of an undisturbed scoring are the measure."""
-    fit = [
-        str(data),
-        "fit",
-        *FLAGS[:-2],
-        "--extract.chunk-size",
-        "8",
-        "--epochs",
-        "1",
-        "--rate",
-        "0.01",
-    ]
-    finish(run(folder, ["fit", *fit]))
+    """The parts of an undisturbed scoring are the measure."""
+    few = ["--extract.chunk-size", "8", "--epochs", "1", "--rate", "0.01"]
+    finish(run(folder, ["fit", str(data), "fit", *FLAGS[:-2], *few]))
     words = ["score", "fit/bundle", str(data), "calm", "--chunk-size", "8", "--flag-novel"]
     finish(run(folder, words))
     calm = {file.name: file.read_bytes() for file in (folder / "calm").glob("part-*")}
