@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 
 Command = Callable[..., dict[str, Any]]
 Bundled = Callable[..., Path]
+Tracked = Callable[[Path], Path]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Before anything imports torch: tests measure promises, not this machine's core count.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Two tests at a time share the cores: threads that wait for each other spinning cost five times
+# what the work does. Asleep they change neither their number nor a result.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +33,21 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
     demo.draw(folder, per_class=24)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """Gives a folder an empty mlflow.db, and the folder back: MLflow takes seconds to make one."""
+    from mlflow import MlflowClient
+
+    made = tmp_path_factory.mktemp("schema") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments()
+
+    def track(folder: Path) -> Path:
+        shutil.copy(made, folder)
+        return folder
+
+    return track
 
 
 @pytest.fixture(scope="session")
