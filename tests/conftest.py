@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-Command = Callable[..., dict[str, Any]]
 Bundled = Callable[..., Path]
 Tracked = Callable[[Path], Path]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -116,17 +115,26 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
     return save
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
+class Command:
     """Runs a verb with --json; its result."""
-    from arrowhead import cli
 
-    def run(*words: object, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.said = ""  # on standard error, by the last one
+
+    def __call__(self, *words: object, code: int = 0) -> dict[str, Any]:
+        from arrowhead import cli
+
+        self._capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main([*map(str, words), "--json"])
-        out = capsys.readouterr()
+        out = self._capsys.readouterr()
+        self.said = out.err
         assert ended.value.code == code, out.err
         return dict(json.loads(out.out.splitlines()[-1]))
 
-    return run
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a verb with --json, in this process; its result."""
+    return Command(capsys)

@@ -10,7 +10,6 @@ import numpy as np
 import polars
 import pyarrow as pa
 import pytest
-
 from conftest import Tracked
 
 from arrowhead import cli

@@ -227,7 +227,7 @@ def test_a_reader_that_polls_all_the_while_sees_only_whole_sets(data, command, t
             command("precompute", data, "store", *FLAGS)
     finally:
         done.touch()
-    out, err = reader.communicate(timeout=60)
+    out, err = reader.communicate(timeout=300)
     assert reader.returncode == 0, err
     assert set(json.loads(out)) <= {72, 73, 74, 75}, out
     assert len(json.loads(out)) > 1, "the reader saw nothing change"
