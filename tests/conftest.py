@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 
-Command = Callable[..., dict[str, Any]]
 Bundled = Callable[..., Path]
+Tracked = Callable[[Path], Path]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Before anything imports torch: tests measure promises, not this machine's core count.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Two tests at a time share the cores: threads that wait for each other spinning cost five times
+# what the work does. Asleep they change neither their number nor a result.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,21 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
     demo.draw(folder, per_class=24)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """Gives a folder an empty mlflow.db, and the folder back: MLflow takes seconds to make one."""
+    from mlflow import MlflowClient
+
+    made = tmp_path_factory.mktemp("schema") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments()
+
+    def track(folder: Path) -> Path:
+        shutil.copy(made, folder)
+        return folder
+
+    return track
 
 
 @pytest.fixture(scope="session")
@@ -96,17 +115,26 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
     return save
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
+class Command:
     """Runs a verb with --json; its result."""
-    from arrowhead import cli
 
-    def run(*words: object, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.said = ""  # on standard error, by the last one
+
+    def __call__(self, *words: object, code: int = 0) -> dict[str, Any]:
+        from arrowhead import cli
+
+        self._capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main([*map(str, words), "--json"])
-        out = capsys.readouterr()
+        out = self._capsys.readouterr()
+        self.said = out.err
         assert ended.value.code == code, out.err
         return dict(json.loads(out.out.splitlines()[-1]))
 
-    return run
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a verb with --json, in this process; its result."""
+    return Command(capsys)

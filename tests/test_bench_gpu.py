@@ -29,7 +29,7 @@ def settings(folder: Path) -> Any:
 
 def started(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(PROGRAM), "--cpu", *flags], capture_output=True, text=True, timeout=180
+        [sys.executable, str(PROGRAM), "--cpu", *flags], capture_output=True, text=True, timeout=600
     )
 
 

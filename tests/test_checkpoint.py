@@ -288,7 +288,7 @@ def test_after_a_kill_at_any_moment_the_last_one_kept_is_there(tmp_path):
         first = process.stdout.readline()
         time.sleep(0.2 + draw.random() / 2)
         process.kill()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert first, err[-4000:]
         last = int((first + out).split()[-1])
         found = checkpoint.newest(tmp_path, KEY, must_be_well)

@@ -46,9 +46,9 @@ def test_every_verb_has_help_that_says_what_it_does(capsys, verb):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
+def refused(monkeypatch, capsys, tmp_path, tracked):
     """Runs a command that must be refused; its three lines."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tracked(tmp_path))
 
     def command(*args: object, code: int = 2) -> tuple[str, str, str]:
         assert run(*args) == code

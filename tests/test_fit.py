@@ -10,16 +10,17 @@ import numpy as np
 import polars
 import pyarrow as pa
 import pytest
+from conftest import Tracked
 
 from arrowhead import cli
 
-RANDOM = ["--body", "resnet34", "--weights", "random", "--size", "96"]
+RANDOM = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
     """A working directory that the tests of this file share, in order."""
-    return tmp_path_factory.mktemp("work")
+    return tracked(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_a_folder_becomes_a_store_and_a_bundle(fitted):
     assert (fitted / "bundle" / "bundle.json").is_file()
     bundle = json.loads((fitted / "bundle" / "bundle.json").read_text())
     assert bundle["classes"] == ["baskets", "beads", "leaves"]
-    assert bundle["recipe"]["size"] == 96
+    assert bundle["recipe"]["size"] == 64
     assert 0.34 < bundle["metrics"]["accuracy"] <= 1
 
 
@@ -214,7 +215,7 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, place):
     first = min(parents, key=lambda run: run.info.start_time)
     assert first.info.status == "FINISHED"
     assert 0 < first.data.metrics["accuracy"] <= 1
-    assert json.loads(first.data.params["recipe"])["body"] == "resnet34"
+    assert json.loads(first.data.params["recipe"])["body"] == "resnet18"
     names = {file.path for file in client.list_artifacts(first.info.run_id)}
     assert "evaluation" in names
     (model,) = client.search_logged_models([experiment], f"source_run_id = '{first.info.run_id}'")

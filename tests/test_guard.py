@@ -127,7 +127,7 @@ def _streamed(
     return faults
 
 
-def _gone(process: int, seconds: float = 20.0) -> bool:
+def _gone(process: int, seconds: float = 120.0) -> bool:
     """Whether a process ends (or is a corpse that its new parent has not buried yet)."""
     for _ in range(int(seconds / 0.05)):
         try:

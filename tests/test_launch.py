@@ -206,7 +206,7 @@ def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
         time.sleep(0.02)
     time.sleep(0.5)
     first.kill()
-    first.communicate(timeout=60)
+    first.communicate(timeout=300)
     again = finish(command(tmp_path, "alone"))
     assert 0 < again["first"] < EPOCHS
     assert again["total"] == expected()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import polars
 import pytest
+from conftest import Tracked
 
 from arrowhead import ConfigError, DataError, cli
 from arrowhead import bundle as bundles
@@ -28,9 +29,9 @@ SHORT = ["--epochs", "2", "--rate", "0.01"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
     """A working directory, with its store, that the tests of this file share, in order."""
-    return tmp_path_factory.mktemp("registry")
+    return tracked(tmp_path_factory.mktemp("registry"))
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ import numpy as np
 import polars
 import pyarrow.parquet as pq
 import pytest
+from conftest import Tracked
 
 from arrowhead import ConfigError, DataError, bundle, plan, shards
 from arrowhead import cli as command_line
@@ -30,9 +31,9 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracked) -> Path:
     """A folder with a fitted bundle, its store, and images to score."""
-    folder = tmp_path_factory.mktemp("score")
+    folder = tracked(tmp_path_factory.mktemp("score"))
     shutil.copytree(drawn, folder / "photos", ignore=shutil.ignore_patterns("new"))
     shutil.copytree(drawn / "new", folder / "new")
     with pytest.MonkeyPatch.context() as patch:

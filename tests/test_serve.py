@@ -52,7 +52,7 @@ def port(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     finally:
         server.send_signal(signal.SIGINT)
         try:
-            server.wait(30)
+            server.wait(120)
         finally:
             server.kill()
             server.wait()

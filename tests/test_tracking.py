@@ -71,10 +71,10 @@ class Server:
         lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         out: dict[str, Any] = {"stdout": self.log, "stderr": self.log, "env": lean}
         self.process = subprocess.Popen(words, cwd=self.folder, start_new_session=True, **out)
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while time.monotonic() < until and self.process.poll() is None:
             try:
-                with urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
+                with urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return self
             except OSError:
                 time.sleep(0.1)
