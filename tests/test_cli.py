@@ -169,7 +169,7 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     refused, drawn, tmp_path, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr("arrowhead.pipeline.say_account", lambda *args: None)
+    monkeypatch.setattr("arrowhead.account.say_account", lambda *args: None)
     monkeypatch.setattr("arrowhead.pipeline.fit_head", lambda *args: seen.append(args[2]) or {})
     toml = tmp_path / "train.toml"
     toml.write_text('[train]\nrate = 0.5\nepochs = 3\nhead = "lesson"\n')

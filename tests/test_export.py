@@ -76,9 +76,10 @@ def scored(
     """The probabilities that `score` writes of the twenty images, (20, 3)."""
     out = tmp_path_factory.mktemp("scored") / "scores"
     config, how = scoring.ScoreConfig(probabilities=True), extract.ExtractConfig(chunk_size=100)
-    tasks = scoring.prepare(out, made, plan.unlabelled(images), config, how.chunk_size)
-    worker = Worker(0, 1, "cpu", 2, Desk(tasks).claim, lambda report: None)
-    scoring.score(worker, made, out, config, how)
+    loaded, catalog = bundle.load(made), plan.unlabelled(images)
+    request = scoring.prepare(out, made, loaded, catalog, config, how.chunk_size)
+    worker = Worker(0, 1, "cpu", 2, Desk(request.missing()).claim, lambda report: None)
+    scoring.score(worker, request, how)
     column = polars.read_parquet(out / "part-*.parquet").sort("path")["probabilities"]
     return np.array(column.to_list(), np.float32)
 

@@ -155,7 +155,8 @@ def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, comma
     (images / ".hidden.jpg").write_bytes(cut)
     result = command("score", "out/bundle", images, "scores", "--probabilities", code=3)
     counts = result["counts"]
-    assert counts["inputs"] == 29 == counts["scored"] + counts["faults"] + counts["ignored"]
+    assert counts["inputs"] == 28 == counts["scored"] + counts["faults"]
+    assert counts["ignored"] == 1
     assert result["faults"] == {"not an image": 1, "empty": 1, "truncated": 1}
     rows = polars.read_parquet("scores/*.parquet")
     assert rows["path"].to_list() == sorted(rows["path"].to_list())
@@ -194,19 +195,6 @@ def test_a_bundle_with_one_changed_byte_is_refused(fitted, drawn, capsys, place)
         cli.main(["score", "torn", str(drawn / "new"), "never"])
     assert ended.value.code == 4
     assert "weights.safetensors" in capsys.readouterr().err
-
-
-def test_drift_from_the_machine_that_trained_is_refused(fitted, drawn, capsys, place):
-    """The recipe in a copied bundle is changed, and its hash kept right: pixels come out others."""
-    shutil.copytree(fitted / "bundle", place / "drifted")
-    file = place / "drifted" / "bundle.json"
-    content = json.loads(file.read_text())
-    content["recipe"]["mean"] = [0.1, 0.9, 0.5]
-    file.write_text(json.dumps(content))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["score", "drifted", str(drawn / "new"), "never"])
-    assert ended.value.code == 4
-    assert "golden images come out differently" in capsys.readouterr().err
 
 
 def test_shards_open_without_arrowhead(fitted):

@@ -55,7 +55,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(folder: Path, data: Path, store: str, workers: int) -> subprocess.Popen[str]:
-    words = ["precompute", str(data), store, *FLAGS, "--workers", str(workers), "--json"]
+    return run(folder, ["precompute", str(data), store, *FLAGS, "--workers", str(workers)])
+
+
+def run(folder: Path, words: list[str]) -> subprocess.Popen[str]:
     scratch = folder / "r"
     scratch.mkdir(exist_ok=True)
     # A name that tells our processes from others', short enough for a Unix socket.
@@ -64,7 +67,7 @@ def start(folder: Path, data: Path, store: str, workers: int) -> subprocess.Pope
         short.symlink_to(scratch)
     home = {"HOME": str(folder), "RAY_TMPDIR": str(short), "RAY_USAGE_STATS_ENABLED": "0"}
     return subprocess.Popen(
-        [sys.executable, "-m", "arrowhead", *words],
+        [sys.executable, "-m", "arrowhead", *words, "--json"],
         cwd=folder,
         env=os.environ | home | {"KILLS_FOLDER": str(folder)},
         text=True,
@@ -156,6 +159,32 @@ def test_a_killed_cluster_ends_the_command_and_the_next_one_goes_on(data, whole,
     assert files(folder / "s") == whole
     assert result["counts"]["skipped"] >= 8 * 2
     assert there >= 2
+
+
+@pytest.mark.chaos
+def test_scores_survive_kills_of_workers_cluster_and_driver(data, folder):
+    """The parts of an undisturbed scoring are the measure."""
+    few = ["--extract.chunk-size", "8", "--epochs", "1", "--rate", "0.01"]
+    finish(run(folder, ["fit", str(data), "fit", *FLAGS[:-2], *few]))
+    words = ["score", "fit/bundle", str(data), "calm", "--chunk-size", "8", "--flag-novel"]
+    finish(run(folder, words))
+    calm = {file.name: file.read_bytes() for file in (folder / "calm").glob("part-*")}
+    words[3], draw = "shaken", random.Random(0)
+    for victim in ("driver", "worker", "gcs", "driver", "worker", "raylet"):
+        before = len(list((folder / "shaken").glob("part-*")))
+        if before == len(calm):
+            shutil.rmtree(folder / "shaken")
+            before = 0
+        command = run(folder, [*words, "--workers", "2"])
+        while command.poll() is None and before + 2 > len(list((folder / "shaken").glob("part-*"))):
+            time.sleep(0.05)
+        assert strike(command, folder, victim, draw)
+        _, err = command.communicate(timeout=600)
+        settled(folder)
+        assert command.returncode in (0, 130, -signal.SIGKILL), err[-4000:]
+        print(f"killed {victim} with {before} parts there: exit code {command.returncode}")
+    finish(run(folder, words))
+    assert {file.name: file.read_bytes() for file in (folder / "shaken").glob("part-*")} == calm
 
 
 @pytest.mark.chaos

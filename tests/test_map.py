@@ -26,7 +26,8 @@ FLOORS = [
     {"bundle", "train", "inventory"},
     {"score", "export", "lr_finder", "sweep"},
     {"report", "study", "predict"},
-    {"pipeline", "served"},
+    {"account", "served"},
+    {"pipeline"},
     {"learner"},
     {"cli"},
 ]

@@ -264,14 +264,14 @@ def saved(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _score(path: Path, images: Path, out: Path, **knobs: Any) -> tuple[Bundle, plan.Catalog]:
+def _score(path: Path, images: Path, out: Path, **knobs: Any) -> tuple[Bundle, scoring.Request]:
     """What the score verb does, in this process."""
     config, how = ScoreConfig(**knobs), extract.ExtractConfig(chunk_size=16)
-    catalog = plan.unlabelled(images)
-    tasks = scoring.prepare(out, path, catalog, config, how.chunk_size)
-    worker = Worker(0, 1, "cpu", 2, Desk(tasks).claim, lambda report: None)
-    scoring.score(worker, path, out, config, how)
-    return bundle.load(path), catalog
+    loaded, catalog = bundle.load(path), plan.unlabelled(images)
+    request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
+    worker = Worker(0, 1, "cpu", 2, Desk(request.missing()).claim, lambda report: None)
+    scoring.score(worker, request, how)
+    return loaded, request
 
 
 def test_the_labels_of_a_table_are_the_rows_of_its_features(store: Store, table: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_bundle_comes_back_and_says_in_words_what_it_decides(made: Bundle, sav
     for field in ("classes", "head", "temperature", "multi", "thresholds", "metrics", "recipe"):
         assert getattr(back, field) == getattr(made, field)
     content = json.loads((saved / "bundle.json").read_text())
-    assert (content["format"], content["task"]) == (2, "multi-label")
+    assert (content["format"], content["task"]) == (3, "multi-label")
     assert "threshold" in content["decision"]
     assert content["thresholds"] == dict(zip(made.classes, made.thresholds or [], strict=True))
 
@@ -332,22 +332,23 @@ def test_a_bundle_of_the_first_format_is_refused_and_has_to_be_trained_again(
 @pytest.fixture(scope="module")
 def scored(
     saved: Path, drawn: Path, table: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Bundle, plan.Catalog, polars.DataFrame]]:
-    """Parts, bundle, catalog and rows: all validation images and a file that is none."""
+) -> Iterator[tuple[Bundle, scoring.Request, polars.DataFrame]]:
+    """Bundle, request and rows: all validation images and a file that is none."""
     images = tmp_path_factory.mktemp("images")
     for image in (drawn / "valid").glob("*/*"):
         (images / image.name).write_bytes(image.read_bytes())
     (images / "torn.jpg").write_bytes((table.parent / "torn.jpg").read_bytes())
     out = tmp_path_factory.mktemp("out") / "scores"
-    loaded, catalog = _score(saved, images, out, probabilities=True, top_k=2)
-    yield out, loaded, catalog, polars.read_parquet(out / "part-*.parquet")
+    loaded, request = _score(saved, images, out, probabilities=True, top_k=2)
+    yield loaded, request, polars.read_parquet(out / "part-*.parquet")
 
 
 def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
-    scored: tuple[Path, Bundle, plan.Catalog, polars.DataFrame], store: Store, table: Path
+    scored: tuple[Bundle, scoring.Request, polars.DataFrame], store: Store, table: Path
 ) -> None:
-    _, loaded, catalog, rows = scored
-    assert rows["path"].to_list() == catalog.paths
+    loaded, request, rows = scored
+    paths = [path for part in range(len(request.runs)) for path in request.rows(part).paths]
+    assert rows["path"].to_list() == paths == sorted(paths)
     cut = dict(zip(loaded.classes, loaded.thresholds or [], strict=True))
     for row in rows.iter_rows(named=True):
         if row["path"] == "torn.jpg":
@@ -375,9 +376,9 @@ def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
 
 
 def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
-    scored: tuple[Path, Bundle, plan.Catalog, polars.DataFrame], store: Store
+    scored: tuple[Bundle, scoring.Request, polars.DataFrame], store: Store
 ) -> None:
-    _, loaded, _, rows = scored
+    loaded, _, rows = scored
     valid, paths = store.features("valid"), store.read_catalog()["paths"]
     feature = valid.feature[:, 0]
     there = bundle.probabilities(loaded.make_head(), feature, loaded.temperature, multi=True)
@@ -388,16 +389,16 @@ def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
 
 
 def test_parts_are_counted_by_every_label_given(
-    scored: tuple[Path, Bundle, plan.Catalog, polars.DataFrame],
+    scored: tuple[Bundle, scoring.Request, polars.DataFrame],
 ) -> None:
-    out, loaded, catalog, rows = scored
-    held = scoring.count_parts(out, loaded.classes, catalog, multi=True)
-    assert list(held["faults"].values()) == [1]
+    loaded, request, rows = scored
+    held = scoring.held(request, loaded)
+    assert list(held.faults.values()) == [1]
     counted = {
         name: sum(name in labels for labels in rows["labels"] if labels is not None)
         for name in loaded.classes
     }
-    assert held["labels"] == counted
+    assert held.labels == counted
 
 
 def _chunk(faults: list[str | None]) -> extract.Chunk:
@@ -412,8 +413,9 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
     one = dataclasses.replace(made, thresholds=[0.5, 0.25, 0.5, 0.5, 0.5])
     chance = np.full((3, 5), 0.2, np.float32)
     chance[0, :2] = 0.3, 0.25
-    columns = scoring.table(one, _chunk([None, None, "empty"]), chance, ScoreConfig(top_k=1))
-    shards.write_parquet(scoring.part(tmp_path, 0), columns, {})
+    config, chunk = ScoreConfig(top_k=1), _chunk([None, None, "empty"])
+    judged = scoring.judged(one, chunk, chance, config)
+    shards.write_scores(tmp_path / "part-000000.parquet", judged, {})
     rows = polars.read_parquet(tmp_path / "part-000000.parquet")
     assert rows["labels"].dtype == polars.List(polars.String)
     assert rows["labels"].to_list() == [["even"], [], None]
@@ -426,8 +428,11 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
         labels=[()] * 3,
         splits=[""] * 3,
     )
-    held = scoring.count_parts(tmp_path, one.classes, catalog, multi=True)
-    assert held == {"faults": {"empty": 1}, "labels": dict.fromkeys(one.classes, 0) | {"even": 1}}
+    shards.write_catalog(scoring.inputs(tmp_path), catalog.columns())
+    asked = scoring.Request(out=tmp_path, bundle=tmp_path, config=config, runs=[range(3)])
+    held = scoring.held(asked, one)
+    assert held.faults == {"empty": 1}
+    assert held.labels == dict.fromkeys(one.classes, 0) | {"even": 1}
 
 
 def test_parts_of_a_bundle_with_one_label_each_have_the_columns_they_always_had(
@@ -435,10 +440,13 @@ def test_parts_of_a_bundle_with_one_label_each_have_the_columns_they_always_had(
 ) -> None:
     one = dataclasses.replace(made, multi=False, thresholds=None)
     chance = np.array([[0.1, 0.2, 0.4, 0.2, 0.1]], np.float32)
-    columns = scoring.table(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
+    judged = scoring.judged(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
+    shards.write_scores(tmp_path / "one.parquet", judged, {})
+    rows = polars.read_parquet(tmp_path / "one.parquet")
     names = ["path", "image_id", "label", "probability", "top_k", "probabilities", "fault"]
-    assert list(columns) == names
-    assert columns["label"] == ["green"]
+    assert rows.columns == names
+    assert rows["label"].to_list() == ["green"]
+    np.testing.assert_allclose(rows["probabilities"].to_list(), chance)
 
 
 def _moved(made: Bundle, shift: NDArray[np.float32]) -> Bundle:

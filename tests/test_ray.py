@@ -51,7 +51,14 @@ def both(tmp_path_factory, drawn, tracked) -> tuple[Path, dict[str, Any], dict[s
     """
     folder = tracked(tmp_path_factory.mktemp("ray"))
     flags = [*FLAGS, "--head", "lesson", "--dropout", "0.25", "--epochs", "3", "--batch-size", "13"]
-    score = ["score", "alone/bundle", drawn / "new"]
+    score = [
+        "score",
+        "alone/bundle",
+        drawn / "new",
+        "--features",
+        "--flag-novel",
+        "--probabilities",
+    ]
     results = []
     for fitted, scored, more in (("alone", "one", []), ("group", "two", ["--workers", "2"])):
         fit = ["fit", drawn, fitted, *flags, *more]

@@ -52,7 +52,7 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commands_run_as_written(capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 18
+    assert len(commands) == 22
     for command in commands:
         program, *words = shlex.split(command)
         if program == "mlflow":  # a server: tests/test_fit.py reads what it would show

@@ -289,6 +289,33 @@ def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, ou
     assert rows(out)["fault"].is_null().all()
 
 
+def test_a_file_that_was_replaced_is_scored_again_and_no_other_part(command, out, tmp_path):
+    """By an image of the same size, so that only the time of writing tells."""
+    shutil.copytree("new", tmp_path / "images")
+    files = sorted((tmp_path / "images").iterdir())
+    size = max(files[3].stat().st_size, files[9].stat().st_size)
+    for file in (files[3], files[9]):  # what follows the end of an image is not looked at
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    words = ["score", "out/bundle", tmp_path / "images", out, "--chunk-size", "8"]
+    first = command(*words)
+    before = rows(out)
+    files[3].write_bytes(files[9].read_bytes())
+    again = command(*words)
+    after = rows(out)
+    assert 0 < again["counts"]["decoded"] < first["counts"]["decoded"]
+    assert after["probability"][3] == after["probability"][9] == before["probability"][9]
+    assert after["probability"].to_list()[4:] == before["probability"].to_list()[4:]
+
+
+def test_other_images_of_the_same_names_and_sizes_are_another_request(
+    command, out, tmp_path, capsys
+):
+    shutil.copytree("new", tmp_path / "copy")
+    command("score", "out/bundle", "new", out)
+    assert refused("score", "out/bundle", tmp_path / "copy", out) == 2
+    assert "images differs" in capsys.readouterr().err
+
+
 def test_two_commands_do_not_write_the_same_scores(out, capsys):
     out.mkdir()
     with shards.locked(out):

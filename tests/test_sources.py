@@ -432,3 +432,30 @@ def test_local_sources_never_import_the_store_library(tmp_path: Path) -> None:
         " assert not {'fsspec', 's3fs', 'botocore'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_images_and_a_bundle_in_s3_are_scored_as_those_on_the_disk(
+    bucket: Any, bundled: Any, drawn: Path, tmp_path: Path, command: Any
+) -> None:
+    made, images = bundled(), sorted((drawn / "new").iterdir())[:6]
+    for file in images:
+        bucket.put_object(Key=f"photos/{file.name}", Body=file.read_bytes())
+    bucket.put_object(Key="photos/page.jpg", Body=b"<html>not here</html>")
+    for file in made.rglob("*"):
+        if file.is_file():
+            key = f"models/one/{file.relative_to(made)}"
+            bucket.put_object(Key=key, Body=file.read_bytes())
+    (tmp_path / "here").mkdir()
+    for file in images:
+        (tmp_path / "here" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "here" / "page.jpg").write_text("<html>not here</html>")
+    flags = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    near = command("score", made, tmp_path / "here", tmp_path / "near", *flags, code=3)
+    address, photos = f"s3://{bucket.name}/models/one", f"s3://{bucket.name}/photos"
+    far = command("score", address, photos, tmp_path / "far", *flags, code=3)
+    assert far["counts"] == near["counts"] and far["counts"]["faults"] == 1
+    name = "part-000000.parquet"
+    assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
+    assert not (tmp_path / "far" / ".bundle").exists()
+    about = command("bundle", "info", address)
+    assert about["fingerprint"] == far["bundle_fingerprint"] == near["bundle_fingerprint"]

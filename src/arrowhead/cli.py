@@ -190,10 +190,10 @@ def lr_find(
 
     Example: arrowhead lr-find out/store --head lesson
     """
-    from arrowhead import pipeline
+    from arrowhead import account, pipeline
 
     with _means("lr-find", launch, tracking, output) as means:
-        pipeline.say_account(store, means.screen)
+        account.say_account(store, means.screen)
         curve = pipeline.find_rate(store, head, finder, means)
         result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
         run_id = means.run.run_id if means.run else None
@@ -218,12 +218,12 @@ def train(
 
     Example: arrowhead train out/store out/bundle --head lesson --epochs 5 --rate 0.01
     """
-    from arrowhead import pipeline
+    from arrowhead import account, pipeline
 
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(bundle, store.absolute(), asked)
     with _means("train", launch, tracking, output, place, registry) as means:
-        pipeline.say_account(store, means.screen)
+        account.say_account(store, means.screen)
         result = pipeline.fit_head(store, bundle, asked, means)
         _next(means.screen, [f"{_me()} score {bundle} IMAGES SCORES"])
     return _end(result, output)
@@ -315,8 +315,8 @@ def demo(
     Needs no data and no network. With ImageNet weights in torch's cache or a connection the body
     is a trained one; without, it says so and goes on with a random one.
     """
+    from arrowhead import account, pipeline
     from arrowhead import demo as drawing
-    from arrowhead import pipeline
 
     with _means("demo", launch, tracking, output) as means:
         if not (out / "images").is_dir():
@@ -329,7 +329,7 @@ def demo(
         result = pipeline.fit(out / "images", out / "fit", images, asked, means)
         bundle, new, scores = out / "fit" / "bundle", out / "images" / "new", out / "scores"
         shutil.rmtree(scores, ignore_errors=True)  # of an earlier demo, with another bundle
-        with pipeline.child(means, "score") as part:
+        with account.child(means, "score") as part:
             scored = pipeline.score(bundle, new, scores, ScoreConfig(), ExtractConfig(), part)
         found = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
         means.screen.say(f"labels of the images in {out}/images/new: {found}")
@@ -673,13 +673,13 @@ def _means(
     """What the stages are run with; the MLflow run is open inside. place: a file that stands for
     the run while it is unfinished, in the folder of its checkpoints; both go with the run's end.
     """
-    from arrowhead import pipeline
+    from arrowhead import account
     from arrowhead.tracking import start
 
     screen = Screen(to_stderr=output.json)
     opened = start(tracking, verb, place, registry=registry, say=screen.say)
     with _alone(place), opened as run:
-        yield pipeline.Means(launch=launch, screen=screen, run=run)
+        yield account.Means(launch=launch, screen=screen, run=run)
     if place:
         shutil.rmtree(place.parent, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import files, pipeline, plan, report
+from arrowhead import account, files, pipeline, plan, report
 from arrowhead.decode import PixelConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class _Notebook(pipeline.Silence):
+class _Notebook(account.Silence):
     """A screen that prints."""
 
     def say(self, line: str) -> None:
@@ -115,7 +115,7 @@ class Learner:
         own = Path(".arrowhead") / f"{origin.rpartition('/')[2]}-{place}-{body.body}"
         folder = Path(store) if store else own
         self._config = TrainConfig(head=head)  # type: ignore[arg-type]
-        self._means = pipeline.Means(screen=_Notebook())
+        self._means = account.Means(screen=_Notebook())
         settings = pipeline.FeatureConfig(body=body, pixels=pixels)
         pipeline.precompute(images.path, folder, settings, self._means)
         self.store = images._store = Store(folder)

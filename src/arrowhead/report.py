@@ -128,6 +128,7 @@ def scores_figure(
     label's probability (0 to 1) and of novelty (0 to 2).
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     shown = sorted(labels.items(), key=lambda pair: -pair[1])[:20]
     figure = Figure(figsize=(10, 1.8 + 0.22 * max(8, len(shown))), layout="constrained")
@@ -144,6 +145,8 @@ def scores_figure(
         step = end / len(counts)
         axes.bar(np.arange(len(counts)) * step, counts, width=step, align="edge")
         axes.set(xlim=(0, end), ylabel="images", title=name)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    by_label.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

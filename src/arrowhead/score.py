@@ -89,8 +89,8 @@ class Request:
     """Rows of inputs.arrow by part."""
 
     def part(self, number: int) -> Path:
-        """Where the scores of one chunk lie; names sort in input order."""
-        return self.out / f"part-{number:06d}.parquet"
+        """Where a chunk's scores lie."""
+        return part(self.out, number)
 
     def rows(self, number: int) -> Catalog:
         """The files that a part is of."""
@@ -105,6 +105,11 @@ class Request:
             return False
         faults = shards.read_parquet(self.part(number), ["fault"])["fault"]
         return not any(fault and fault.startswith(PASSING) for fault in faults)
+
+
+def part(out: Path, number: int) -> Path:
+    """Where the scores of one chunk lie; names sort in input order."""
+    return out / f"part-{number:06d}.parquet"
 
 
 def inputs(out: Path) -> Path:
@@ -122,6 +127,8 @@ def score(worker: Worker, request: Request, how: extract.ExtractConfig) -> None:
     """
     config, bundle = request.config, bundles.load(request.bundle)
     body, head = bundle.make_body(worker.device), bundle.make_head(worker.device)
+    if bundle.novelty:
+        bundle = replace(bundle, novelty=bundle.novelty.to(worker.device))
     drift = bundles.replay(bundle, body, head, worker.device, worker.threads)
     worker.report({"drift": asdict(drift)})
     bundles.must_agree(drift, config.max_drift)
@@ -208,6 +215,7 @@ def prepare(
         known.intact()
     asked = {
         "bundle": bundles.fingerprint(path),
+        "images": catalog.root,
         "inputs": catalog.digest(),
         "top_k": config.top_k,
         "probabilities": config.probabilities,
@@ -226,8 +234,12 @@ def prepare(
                 "the same bundle, images and settings, to go on; or a new folder.",
                 "give another OUT, or delete that folder.",
             )
-        runs = [range(*ends) for ends in found["runs"]]
-        new = False
+        runs, new = [range(*ends) for ends in found["runs"]], False
+        before = shards.read_stamps(inputs(out))
+        for number, run in enumerate(runs):  # a file of the same size may hold another image now
+            here = slice(run.start, run.stop)
+            if not np.array_equal(before[here], catalog.stamps[here]):
+                part(out, number).unlink(missing_ok=True)
     else:
         if out.is_dir() and any(one.name not in STRANGERS for one in out.iterdir()):
             raise ConfigError(
@@ -236,7 +248,6 @@ def prepare(
                 "give another OUT.",
             )
         runs = plan.chunks(catalog.paths, chunk_size)
-    # Also of an old request: what a file was stamped with may have changed since.
     shards.write_catalog(inputs(out), catalog.columns())
     if new:
         shards.write_json(note, asked | {"runs": [[run.start, run.stop] for run in runs]})

@@ -757,6 +757,12 @@ def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
     }
 
 
+def read_stamps(path: Path) -> NDArray[np.int64]:
+    """The stamps of a catalog's files, int64 (N,)."""
+    stamp_N: NDArray[np.int64] = read_arrow(path)["stamp"].to_numpy()
+    return stamp_N
+
+
 def _split_column(table: Any) -> NDArray[np.str_]:
     """The splits of a catalog's table, str (N,)."""
     column = _whole(table["split"])

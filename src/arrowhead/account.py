@@ -1,0 +1,468 @@
+"""What stages report, shown to people and recorded in MLflow.
+
+    Screen, Means      where it goes: a terminal, a notebook, nowhere; a run, or none
+    Told               of a study: epochs, curves, restarts, each once
+    say_…              one line for a person
+    show_…             lines, figures and tables, also kept with the run
+
+Stages know none of this; `pipeline` gives it to them as plain functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+import numpy as np
+
+from arrowhead import extract, report, shards, sweep
+from arrowhead.bundle import Bundle
+from arrowhead.launch import LaunchConfig
+from arrowhead.lr_finder import Curve
+from arrowhead.novelty import Novelty
+from arrowhead.plan import Catalog
+from arrowhead.score import ScoreConfig
+from arrowhead.shards import Store
+from arrowhead.study import Learned, OutOfFold, Study
+from arrowhead.tracking import Run
+from arrowhead.train import Trained
+
+# ------------------------------------------------------------------------ what stages are run with
+
+Advance = Callable[[int, int, str], None]
+
+
+class Screen(Protocol):
+    """Where stages are shown."""
+
+    def say(self, line: str) -> None:
+        """One line for a person."""
+
+    def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """A progress line of `total` images; inside, call with (more done, more faults, the stage
+        that binds).
+        """
+
+
+class Silence:
+    """A screen that shows nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
+        """Nothing."""
+        yield lambda done, faults, binding: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Means:
+    """What a stage is run with: where, what it is shown on, and the MLflow run, if any."""
+
+    launch: LaunchConfig = LaunchConfig()
+    screen: Screen = Silence()
+    run: Run | None = None
+    parent: Run | None = None
+    """The run above `run`: what the whole command read is recorded there."""
+
+    @property
+    def top(self) -> Run | None:
+        """The parent run, or the only one."""
+        return self.parent or self.run
+
+
+@contextmanager
+def child(means: Means, name: str) -> Iterator[Means]:
+    """The same means with a run of their own below the run, if there is one."""
+    if means.run is None:
+        yield means
+        return
+    with means.run.child(name) as run:
+        yield dataclasses.replace(means, run=run, parent=means.top)
+
+
+def params(means: Means, values: dict[str, Any]) -> None:
+    """Settings, recorded if there is a run."""
+    if means.run:
+        means.run.params(values)
+
+
+def name_of(catalog: Catalog) -> str:
+    """What a data set is called: the last part of where it lies."""
+    return catalog.root.rstrip("/").rpartition("/")[2] or catalog.root
+
+
+# -------------------------------------------------------------------------- extraction and scoring
+
+
+@dataclass(slots=True)
+class Work:
+    """What workers reported, added up."""
+
+    decoded: int = 0
+    looked_up: int = 0
+    fallback: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    workers: int = 1
+    drift: dict[str, Any] | None = None
+    """The largest that a worker found (see `bundle.Drift`)."""
+
+
+def say_classes(store: Store, catalog: Catalog, screen: Screen) -> None:
+    """Say what is no class though it looks like one, and how the classes changed since last."""
+    for folder in catalog.empty:
+        screen.say(f"{folder}/ holds no image: it is not a class")
+    if not (store.path / "manifest.json").is_file():
+        return
+    before, now = set(store.manifest()["classes"]), set(catalog.classes)
+    if before != now:
+        gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
+        screen.say(
+            f"the classes of {store.path} change: {f'gone {gone}' if gone else ''}"
+            f"{'; ' if gone and new else ''}{f'new {new}' if new else ''}."
+            " Heads trained before keep the classes they were trained with."
+        )
+
+
+def say_account(path: Path, screen: Screen) -> None:
+    """What a finished store holds, on one line."""
+    store = Store(path)
+    manifest, ignored = store.manifest(), store.read_catalog()["ignored"]
+    files = sum(one["files"] for one in manifest["shards"])
+    faults = sum(one["faults"] for one in manifest["shards"])
+    screen.say(_account(files - faults, faults, ignored))
+
+
+def _account(features: int, faults: int, ignored: int) -> str:
+    return (
+        f"{features + faults + ignored} inputs = {features} features + {faults} faults"
+        f" + {ignored} ignored"
+    )
+
+
+def say_counts(means: Means, counts: dict[str, int], done: Work) -> None:
+    """What an extraction came to, and what it was bound by."""
+    means.screen.say(_account(counts["features"], counts["faults"], counts["ignored"]))
+    _say_ways(means.screen, counts, done)
+
+
+def _say_ways(screen: Screen, counts: dict[str, int], done: Work) -> None:
+    """How the images came to features, and what that was bound by."""
+    parts = [f"{counts['decoded']} decoded", f"{counts['looked_up']} looked up"]
+    parts += [f"{counts['skipped']} skipped: done before"]
+    if counts["fallback"]:
+        parts.append(f"{counts['fallback']} by the fallback decoder")
+    screen.say(" · ".join(parts))
+    screen.say(extract.roofline(done.seconds, done.decoded, done.workers))
+
+
+def say_restart(message: dict[str, Any], screen: Screen) -> None:
+    """Why the workers are started again."""
+    screen.say(f"{message['restart']}. The workers are started again; what is done stays.")
+
+
+def say_drift(drift: dict[str, Any], screen: Screen) -> None:
+    """How far this machine is from the one that made the bundle (see `bundle.Drift`)."""
+    screen.say(
+        f"golden images: {drift['images']} replayed, largest feature drift {drift['feature']:.1g},"
+        f" {drift['changed']} labels changed"
+    )
+
+
+def cut_of(loaded: Bundle, config: ScoreConfig) -> float | None:
+    """The novelty above which an image is marked; None if nothing is."""
+    if not (loaded.novelty and config.flag_novel):
+        return None
+    cut = loaded.novelty.threshold(config.false_alarms)
+    return cut if np.isfinite(cut) else None
+
+
+def say_scores(
+    means: Means, counts: dict[str, int], done: Work, loaded: Bundle, config: ScoreConfig
+) -> None:
+    """What a scoring came to, and what it was bound by."""
+    say = means.screen.say
+    ignored = f" ({counts['ignored']} other files ignored)" if counts["ignored"] else ""
+    account = f"{counts['scored']} scored + {counts['faults']} faults"
+    say(f"{counts['inputs']} inputs = {account}{ignored}")
+    _say_ways(means.screen, counts, done)
+    if not (loaded.novelty and config.flag_novel):
+        return
+    cut, share = cut_of(loaded, config), f"{100 * config.false_alarms:g} %"
+    if cut is None:
+        say(
+            f"no image can be called novel at {share} false alarms: the bundle was validated on"
+            f" {len(loaded.novelty.known)} images, too few to say so"
+        )
+    else:
+        say(
+            f"{counts['novel']} images are novel: further than {cut:.3f} from the training images"
+            f" ({share} of images like them are, too)"
+        )
+
+
+# ---------------------------------------------------------------------------------------- learning
+
+
+class Told:
+    """What workers report of a study, shown and recorded; once, however often they start again."""
+
+    def __init__(self, asked: Study, means: Means) -> None:
+        self._asked, self._means = asked, means
+        self._done: set[Any] = set()
+        self._said = self._sent = 0.0
+        self._points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+
+    def send(self) -> None:
+        """Record the epochs that were not recorded yet: one request for all of them."""
+        if self._points and self._means.run:
+            self._means.run.series(self._points)
+        self._points, self._sent = defaultdict(list), monotonic()
+
+    def sized(self, workers: int) -> None:
+        """How many workers there are now."""
+        if str(self._means.launch.workers) not in ("0", str(workers)):
+            self._means.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        """Take one report (see `study.learn`)."""
+        screen = self._means.screen
+        if "restart" in message:
+            say_restart(message, screen)
+        elif "warning" in message:
+            screen.say(message["warning"])
+        elif "goes_on" in message:
+            done = message["goes_on"]
+            screen.say(f"{message['part']}: {done} epochs are done; going on from their checkpoint")
+        elif "curve" in message and "curve" not in self._done:
+            self._done.add("curve")
+            say_rates(message["curve"], screen)
+        elif "lines" in message and (message["part"], message["epoch"]) not in self._done:
+            self._done.add((message["part"], message["epoch"]))
+            self._epoch(message)
+
+    def _epoch(self, message: dict[str, Any]) -> None:
+        part, epoch, lines = message["part"], message["epoch"], message["lines"]
+        screen, config = self._means.screen, self._asked.head
+        if part == "heads" and not self._asked.sweep.grid:
+            if epoch == 0:
+                screen.say(HEADING)
+            screen.say(row(lines[0]))
+            for name, value in (lines[0] | {"rate": message["rate"]}).items():
+                if name != "epoch":
+                    self._points[name].append((epoch, value))
+            if monotonic() - self._sent > 1:  # a request for each of many short epochs costs more
+                self.send()  # than the epochs
+            return
+        last = epoch + 1 == config.epochs
+        if last or epoch == 0 or monotonic() - self._said > 2:
+            self._said = monotonic()
+            name = sweep.figure(config)
+            pick = min if name == "valid_loss" else max
+            best = pick(line[name] for line in lines.values())
+            screen.say(
+                f"{part} · epoch {epoch} · {len(lines)} heads learn · best {name} {best:.4f}"
+            )
+
+
+HEADING = f"{'epoch':>5}  {'train loss':>10}  {'valid loss':>10}  {'accuracy':>8}"
+
+
+def row(line: dict[str, float]) -> str:
+    """One epoch in the lesson's columns."""
+    return (
+        f"{int(line['epoch']):>5}  {line['train_loss']:>10.6f}  {line['valid_loss']:>10.6f}"
+        f"  {line['accuracy']:>8.6f}"
+    )
+
+
+def say_rates(curve: Curve, screen: Screen) -> None:
+    """The LR finder's suggestions on one line, each with the factor by which seeds differ."""
+    found = " · ".join(
+        f"{name} {rate:.2g}" + (f" ×÷{curve.spreads[name]:.2g}" if name in curve.spreads else "")
+        for name, rate in curve.suggestions.items()
+    )
+    screen.say(f"learning rate: {found} — {curve.verdict}")
+    if curve.race:
+        ran = " · ".join(f"{name} {loss:.4f}" for name, loss in curve.race.items())
+        screen.say(f"race, by validation loss: {ran}")
+    screen.say(f"rate {curve.rate:.2g} ({curve.chosen})")
+
+
+def show_curve(curve: Curve, folder: Path, means: Means) -> None:
+    """Figure and CSV into `folder`, and to the run."""
+    figure = report.save(report.lr_figure(curve), folder / "lr_finder.png")
+    report.lr_csv(curve, folder / "lr_finder.csv")
+    if means.run:
+        means.run.keep(figure, "lr_finder")
+        means.run.keep(folder / "lr_finder.csv", "lr_finder")
+        named = {k.replace("/", "_over_"): k for k in curve.suggestions}
+        found = {f"rate.{name}": curve.suggestions[k] for name, k in named.items()}
+        found |= {
+            f"spread.{name}": curve.spreads[k] for name, k in named.items() if k in curve.spreads
+        }
+        for name, k in named.items():
+            if curve.race and np.isfinite(curve.race[k]):
+                found[f"race.{name}"] = curve.race[k]
+        means.run.record(found | {"rate": curve.rate})
+        alive = np.isfinite(curve.losses).all(0)
+        mean = curve.losses.mean(0)
+        means.run.curve("lr_finder.rate", curve.rates[alive].tolist())
+        means.run.curve("lr_finder.loss", mean[alive].tolist())
+        means.run.tags({"lr_finder.verdict": curve.verdict})
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def say_threshold(known: Novelty, screen: Screen) -> None:
+    """From which distance on an image is novel."""
+    cut = known.threshold(0.05)
+    if np.isfinite(cut):
+        share = "5 % of images like these are further than"
+        screen.say(f"novelty: {share} {cut:.3f} from the training images")
+    else:
+        few = len(known.known)
+        screen.say(f"novelty: {few} validation images are too few for a threshold")
+
+
+def show_evaluation(figures: dict[str, Any], classes: list[str], out: Path, means: Means) -> None:
+    """A head's figures on one line; its confusion matrix and its bundle are kept with the run."""
+    means.screen.say(_evaluation(figures))
+    if not means.run:
+        return
+    means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
+    if "confusion" in figures:
+        counts_CC = np.array(figures["confusion"])
+        picture = out.with_name(f"{out.name}-confusion.png")
+        means.run.keep(
+            report.save(report.confusion_figure(counts_CC, classes), picture), "evaluation"
+        )
+    if means.run.model(out) is None:  # the model holds the bundle
+        means.run.keep(out, "bundle")
+
+
+def _evaluation(figures: dict[str, Any]) -> str:
+    """The head's figures on one line."""
+    head = f"loss {figures['loss']:.4f} · temperature {figures['temperature']:.2f}"
+    if "f2_samples" in figures:
+        return (
+            f"F2 {figures['f2_samples']:.4f} (mean over {figures['images']} validation images, at"
+            f" thresholds tuned on them) · decisions right {figures['accuracy']:.4f} · {head}"
+        )
+    right = round(figures["accuracy"] * figures["images"])
+    return (
+        f"accuracy {figures['accuracy']:.4f} ({right} of {figures['images']} validation images) ·"
+        f" {head}"
+    )
+
+
+# -------------------------------------------------------------------------------------- many heads
+
+
+def show_grid(store: Store, asked: Study, made: Learned, out: Path, means: Means) -> dict[str, Any]:
+    """Rank the heads of a grid: on the screen, as a table, each as a child run."""
+    knobs, heads = asked.knobs, made.heads
+    lines = [one.epochs[one.epoch] for one in heads]
+    ranked = sweep.summary(knobs, lines, asked.head, made.images)
+    means.screen.say(
+        f"{len(heads)} heads, {len(ranked['settings'])} settings, by {ranked['figure']}:"
+    )
+    for setting in ranked["settings"][:5]:
+        spread = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
+        means.screen.say(
+            f"  {setting['mean']:.4f}{spread}  loss {setting['valid_loss']:.4f}"
+            f"  {sweep.words(setting['knobs'])}"
+        )
+    means.screen.say(ranked["words"])
+    table = report.grid_csv(ranked, out.with_name(f"{out.name}-grid.csv"))
+    if means.run:
+        means.run.keep(table, "grid")
+        means.run.tags({"grid.verdict": ranked["words"]})
+        means.run.children(
+            [sweep.words(one) for one in knobs],
+            [{f"train.{name}": value for name, value in one.items()} for one in knobs],
+            [_by_epoch(one) for one in heads],
+            {"part": "grid", "dataset": name_of(Catalog(**store.read_catalog()))}
+            | {"body": store.recipe.body, "recipe": store.recipe.fingerprint},
+        )
+    return ranked
+
+
+def _by_epoch(head: Trained) -> dict[str, list[tuple[int, float]]]:
+    """A head's figures as MLflow wants them, those of the epoch that was kept last."""
+    names = [name for name in head.epochs[0] if name != "epoch"]
+    made = {name: [(int(line["epoch"]), line[name]) for line in head.epochs] for name in names}
+    kept = head.epochs[head.epoch]
+    return made | {f"kept.{name}": [(head.epoch, kept[name])] for name in names}
+
+
+def show_folds(path: Path, asked: Study, found: OutOfFold, means: Means) -> dict[str, Any]:
+    """Out-of-fold probabilities beside the store; mean and spread of the folds' figures."""
+    store = Store(path)
+    catalog = store.read_catalog()
+    target = path.with_name(f"{path.name}-folds.arrow")
+    classes = store.manifest()["classes"]
+    shards.write_folds(
+        target,
+        {
+            "path": [catalog["paths"][at] for at in found.row],
+            "labels": [catalog["labels"][at] for at in found.row],
+            "fold": found.fold,
+            "probability": _chances(found.logit, found.multi),
+        },
+        {
+            "classes": classes,
+            "recipe": store.recipe.fingerprint,
+            "catalog": store.manifest()["catalog"]["sha256"],
+            "training": dataclasses.asdict(asked.head),
+        },
+    )
+    table = {
+        name: {"mean": float(np.mean(values)), "spread": float(np.std(values, ddof=1))}
+        for name in found.last[0]
+        if name not in ("epoch", "train_loss")
+        for values in [[line[name] for line in found.last]]
+    }
+    shown = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
+    means.screen.say(f"{len(found.last)} folds: {shown}")
+    means.screen.say(f"a probability for every image, from a head that has not seen it: {target}")
+    if means.run:
+        means.run.record(
+            {f"folds.{k}.{kind}": v for k, pair in table.items() for kind, v in pair.items()}
+        )
+        means.run.keep(target, "folds")
+    return {"figures": table, "folds": found.last, "file": str(target)}
+
+
+def _chances(logit_NC: Any, multi: bool) -> Any:
+    """Probabilities, float32 (N, C), uncalibrated."""
+    import torch
+
+    logit = torch.from_numpy(logit_NC)
+    return (logit.sigmoid() if multi else logit.softmax(1)).numpy()
+
+
+def show_shares(curve: dict[str, Any], out: Path, means: Means) -> None:
+    """The learning curve: on the screen, as figure and table."""
+    for point in curve["points"]:
+        spread = "" if point["spread"] is None else f" ± {point['spread']:.4f}"
+        share = f"{100 * point['share']:.0f} %"
+        means.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{spread}")
+    means.screen.say(curve["words"])
+    stem = out.with_name(f"{out.name}-learning-curve")
+    picture = report.save(report.learning_figure(curve), stem.with_suffix(".png"))
+    table = report.learning_csv(curve, stem.with_suffix(".csv"))
+    if means.run:
+        means.run.keep(picture, "learning_curve")
+        means.run.keep(table, "learning_curve")
+        means.run.tags({"learning_curve.verdict": curve["words"]})
+        for point in curve["points"]:
+            means.run.record({f"learning_curve.{curve['figure']}": point["mean"]}, point["images"])
