@@ -27,10 +27,11 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)  ## the main job on images made here: fit, score, the next commands
 	$(BIN)/arrowhead demo
 
-# Two at a time, a file staying with one of them: its tests share folders, some in their order.
-# Not in addopts: a single file is quicker without workers.
+# Two at a time, a file staying with one of them: its tests share folders, some in their order. The
+# files come in the order that tests/conftest.py gives them. Not in addopts: a single file is quicker
+# without workers.
 test: $(READY)  ## every test (needs no GPU)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(READY)  ## kills of drivers, workers, raylets and GCS at random moments
 	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_launch.py

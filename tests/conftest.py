@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,6 +23,17 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Two tests at a time share the cores: threads that wait for each other spinning cost five times
 # what the work does. Asleep they change neither their number nor a result.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+# Files whose tests wait minutes, for Ray and for processes to be killed: begun first, or they would
+# be what one of two workers still does when the other has long ended.
+LONG = ["test_kills.py", "test_study.py", "test_launch.py", "test_ray.py", "test_readme.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others in their order."""
+    place = {name: at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +79,26 @@ def mobilenet() -> list[str]:
     half = ["0.5", "0.5", "0.5"]
     flags = ["--body", "mobilenet_v2", "--weights", str(weights)]
     return [*flags, "--mean", *half, "--std", *half]
+
+
+@pytest.fixture(scope="session")
+def pets(
+    tmp_path_factory: pytest.TempPathFactory, dogscats: Path, mobilenet: list[str], tracked: Tracked
+) -> Path:
+    """The finished store of the real photos, to be read; of two test processes, one makes it."""
+    from arrowhead import cli
+
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    with (place / "pets.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "pets" / "manifest.json").is_file():
+            patch.chdir(tracked(tmp_path_factory.mktemp("pets")))
+            with pytest.raises(SystemExit) as ended:
+                cli.main(["precompute", str(dogscats), str(place / "pets"), *mobilenet])
+            assert ended.value.code == 0
+    return place / "pets"
 
 
 @pytest.fixture(scope="session")

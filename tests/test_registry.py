@@ -20,7 +20,7 @@ import polars
 import pytest
 from conftest import Tracked
 
-from arrowhead import ConfigError, DataError, cli
+from arrowhead import ConfigError, DataError, cli, shards
 from arrowhead import bundle as bundles
 from arrowhead.tracking import RegistryConfig, TrackingConfig, start
 
@@ -319,8 +319,9 @@ def test_a_bundle_from_elsewhere_is_registered_with_a_run_of_its_own(
 ):
     copy = place / "elsewhere"
     shutil.copytree(fitted, copy)
-    file = copy / "bundle.json"
-    file.write_text(file.read_text().replace(run_of(fitted), "f" * 32))
+    content = json.loads((copy / "bundle.json").read_text().replace(run_of(fitted), "f" * 32))
+    del content["seal"]
+    shards.write_sealed(copy / "bundle.json", content)
     assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
     assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
     (made,) = client.search_model_versions("name = 'guest'")
@@ -465,12 +466,13 @@ def test_a_bundle_in_an_object_store_comes_whole_or_not_at_all(stored, fitted, c
 def test_a_bundle_that_wants_to_write_elsewhere_is_refused(stored, fitted, config, tmp_path, name):
     content = json.loads((fitted / "bundle.json").read_text())
     content["sha256"][name] = "0" * 64
-    stored("bundle.json", json.dumps(content).encode())
+    del content["seal"]
+    copy = tmp_path / "copy"
+    shutil.copytree(fitted, copy)
+    shards.write_sealed(copy / "bundle.json", content)
+    stored("bundle.json", (copy / "bundle.json").read_bytes())
     with pytest.raises(DataError, match="outside of itself"):
         bundles.local("memory://shelf/bundle", config, tmp_path / "scratch")
     assert list(tmp_path.rglob("*evil*")) == []
     with pytest.raises(DataError, match="outside of itself"):
-        copy = tmp_path / "copy"
-        shutil.copytree(fitted, copy)
-        (copy / "bundle.json").write_text(json.dumps(content))
         bundles.load(copy)

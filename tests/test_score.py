@@ -428,16 +428,16 @@ def test_the_bank_is_the_same_whatever_the_order_of_the_images(monkeypatch):
 
 
 def test_pictures_of_other_things_are_found_among_cats_and_dogs(
-    dogscats, mobilenet, drawn, command, tmp_path
+    dogscats, pets, drawn, command, tmp_path
 ):
     """AUROC above 0.95 between validation photos and drawn textures; the flags hold their word."""
     from sklearn.metrics import roc_auc_score
 
-    command("fit", dogscats, tmp_path / "fit", *mobilenet, "--epochs", "5", "--rate", "0.003")
+    command("train", pets, tmp_path / "bundle", "--epochs", "5", "--rate", "0.003")
     table = {}
     for name, images in (("pets", dogscats / "valid"), ("others", drawn)):
-        flags = ["--flag-novel", "--store", tmp_path / "fit" / "store"]
-        command("score", tmp_path / "fit/bundle", images, tmp_path / name, *flags)
+        flags = ["--flag-novel", "--store", pets]
+        command("score", tmp_path / "bundle", images, tmp_path / name, *flags)
         table[name] = rows(tmp_path / name)
     novelty = np.concatenate([table["pets"]["novelty"], table["others"]["novelty"]])
     strange = np.arange(len(novelty)) >= len(table["pets"])

@@ -413,7 +413,7 @@ def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
 
 
 PEAK = """
-import re, sys, threading, time
+import os, re, sys, threading, time
 from pathlib import Path
 import psutil
 from arrowhead import cli
@@ -421,6 +421,8 @@ from arrowhead import cli
 peak = 0
 def held(pid):
     try:
+        if pid != os.getpid() and b"guard.serve" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return 0  # a child that is not yet another program: these are its parent's pages
         words = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # gone
         return 0
@@ -448,7 +450,7 @@ print(*peaks, file=sys.stderr)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(drawn, tmp_path):
-    """360 images more cost at most 100 MB more; if anything kept their files, it were 360 MB.
+    """160 images more cost at most 120 MB more; if anything kept their files, it were 320 MB.
 
     Counted is what a command and its decoder hold at a time. Files that are mapped (the libraries
     are 1 GB of them) do not count: how much of them is in memory is the kernel's choice. Nor does
@@ -457,16 +459,16 @@ def test_memory_does_not_grow_with_the_number_of_images(drawn, tmp_path):
     allocates is no growth.
     """
     photos = sorted(drawn.glob("train/*/*.jpg"))
-    for folder, count in (("few", 40), ("many", 400)):
+    for folder, count in (("few", 40), ("many", 200)):
         for label in ("a", "b"):
             (tmp_path / folder / label).mkdir(parents=True)
         for number in range(count):
             # After the end of the image: other bytes, so that nothing is looked up, and a hole of
-            # 1 MB, which costs no room on the disk.
+            # 2 MB, which costs no room on the disk.
             with (tmp_path / folder / "ab"[number % 2] / f"{number}.jpg").open("wb") as file:
                 file.write(photos[number % len(photos)].read_bytes())
                 file.write(f"{folder}{number}".encode())
-                file.truncate(file.tell() + 2**20)
+                file.truncate(file.tell() + 2**21)
     words = [*FLAGS, "--batch-size", "2"]  # fewer files on their way at a time than `few` are
     # What is freed goes back to the kernel at once: what is counted is what is held.
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
@@ -480,4 +482,4 @@ def test_memory_does_not_grow_with_the_number_of_images(drawn, tmp_path):
     assert ended.returncode == 0, ended.stderr
     few, many = (int(peak) / 1024 for peak in ended.stderr.split()[-2:])
     print(f"{few:.0f} and {many:.0f} MB")
-    assert many - few < 100, (few, many)
+    assert many - few < 120, (few, many)
