@@ -64,9 +64,11 @@ token() {
 node() {  # name, flags of `ray start`
     local name=$1
     shift
-    # Nothing of ours goes over Ray's object store but paths and small results.
+    # Nothing of ours goes over Ray's object store but paths and small results. Ports of the
+    # system's choice: Ray's usual ones may be taken by another node on this machine.
     ARROWHEAD_CLUSTER=$(<"$STATE/mark") setsid ray start --block --disable-usage-stats \
-        --object-store-memory=268435456 "$@" >"$STATE/$name.log" 2>&1 </dev/null &
+        --object-store-memory=268435456 --dashboard-agent-listen-port=0 \
+        --min-worker-port=0 --max-worker-port=0 "$@" >"$STATE/$name.log" 2>&1 </dev/null &
     echo $! >>"$STATE/sessions"
 }
 

@@ -881,7 +881,7 @@ class Screen:
     """Lines and progress bars on a terminal; plain lines elsewhere."""
 
     def __init__(self, to_stderr: bool) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False)
+        self.console = Console(stderr=to_stderr, highlight=False, emoji=False)
 
     def say(self, line: str) -> None:
         """One line, as it is."""
