@@ -1,0 +1,334 @@
+"""The MLflow server that deploy/ describes, for real: PostgreSQL, logins, artefacts through it.
+
+What a team sees: two commands log at once and lose nothing, a stranger gets nothing, the UI opens.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from arrowhead import ConfigError
+from arrowhead.tracking import TrackingConfig, start
+
+pytestmark = pytest.mark.services
+USER, PASSWORD = "admin", secrets.token_hex(12)
+ENGINE = max(glob.glob("/usr/lib/postgresql/*/bin"), default="")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """The address of a throw-away PostgreSQL on loopback, with the databases mlflow and logins.
+
+    +psycopg2: SQLAlchemy's own choice for postgresql:// is psycopg 3, another package.
+    """
+    if not ENGINE:
+        pytest.skip("PostgreSQL is not on this machine (Debian: apt-get install postgresql)")
+    import psycopg2
+
+    port, word = free_port(), secrets.token_hex(12)
+    # Not pytest's folder: nobody but root may pass through that, and PostgreSQL refuses root.
+    folder = Path(tempfile.mkdtemp(prefix="arrowhead-postgres-"))
+    user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []
+    if user:
+        shutil.chown(folder, "nobody")
+
+    def run(program: str, *words: object) -> None:
+        done = subprocess.run(
+            [*user, f"{ENGINE}/{program}", *map(str, words)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    (folder / "word").write_text(word)
+    (folder / "word").chmod(0o644)
+    data = folder / "data"
+    try:
+        safe = ["--auth=scram-sha-256", "--username=postgres", f"--pwfile={folder}/word"]
+        run("initdb", "-D", data, "--no-sync", *safe)
+        flags = f"-p {port} -c listen_addresses=127.0.0.1 -c fsync=off -k {folder}"
+        run("pg_ctl", "-D", data, "-w", "-t", 120, "-l", folder / "log", "-o", flags, "start")
+        try:
+            line = psycopg2.connect(
+                host="127.0.0.1", port=port, user="postgres", password=word, dbname="postgres"
+            )
+            line.autocommit = True
+            for name in ("mlflow", "logins"):
+                line.cursor().execute(f"CREATE DATABASE {name}")
+            line.close()
+            yield f"postgresql+psycopg2://postgres:{word}@127.0.0.1:{port}"
+        finally:
+            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
+@dataclass
+class Server:
+    """A running `mlflow server`: where it answers, where it keeps artefacts, its process."""
+
+    address: str
+    artefacts: Path
+    process: psutil.Process
+    log: Path
+
+    def ask(self, route: str, user: str = "", word: str = "") -> tuple[int, str]:
+        """Status and text of a GET."""
+        request = urllib.request.Request(self.address + route)
+        if user:
+            token = base64.b64encode(f"{user}:{word}".encode()).decode()
+            request.add_header("Authorization", f"Basic {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pytest.importorskip("flask_wtf", reason="MLflow's logins need mlflow[auth]")
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    ini = folder / "auth.ini"
+    ini.write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}/logins\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    words = ["--app-name", "basic-auth"]
+    words += ["--artifacts-destination", str(folder / "artefacts"), "--workers", "2"]
+    words += ["--host", "127.0.0.1", "--port", str(port)]
+    secret = {  # not among the words: everyone on the machine can read those
+        "MLFLOW_BACKEND_STORE_URI": f"{database}/mlflow",
+        "MLFLOW_AUTH_CONFIG_PATH": str(ini),
+        "MLFLOW_AUTH_ADMIN_USERNAME": USER,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    log = folder / "log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *words],
+            cwd=folder,
+            env=os.environ | secret,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+    here = Server(
+        f"http://127.0.0.1:{port}", folder / "artefacts", psutil.Process(process.pid), log
+    )
+    try:
+        until = time.monotonic() + 240
+        while True:
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            try:
+                if here.ask("/health")[0] == 200:
+                    break
+            except OSError:
+                time.sleep(0.3)
+        yield here
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The way a person gives a name and a password to MLflow's client."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+
+
+CLIENT = """
+import sys, time
+from pathlib import Path
+from arrowhead.tracking import TrackingConfig, start
+
+address, mine, other = sys.argv[1:]
+with start(TrackingConfig(tracking_uri=address, system_metrics=False), f"client-{mine}") as run:
+    Path(f"ready-{mine}").touch()
+    until = time.monotonic() + 200
+    while not Path(f"ready-{other}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    run.params({"client": mine, "rate": 0.1})
+    for step in range(40):
+        run.record({"loss": float(mine) + 1 / (step + 1)}, step)
+    artefact = Path(f"note-{mine}.txt")
+    artefact.write_text(f"of client {mine}")
+    run.keep(artefact)
+    print(run.run_id)
+"""
+
+
+@pytest.fixture(scope="module")
+def logged(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The ids of two runs that two processes logged at the same time."""
+    folder = tmp_path_factory.mktemp("clients")
+    known = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLIENT, server.address, mine, other],
+            cwd=folder,
+            env=os.environ | known,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for mine, other in (("1", "2"), ("2", "1"))
+    ]
+    said = [one.communicate(timeout=300) for one in both]
+    assert [one.returncode for one in both] == [0, 0], said
+    assert not list(folder.glob(".arrowhead/unsent/*/writes.jsonl")), said
+    return [out.split()[-1] for out, _ in said]
+
+
+def test_two_clients_that_log_at_once_have_two_whole_runs(server, logged, login):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=server.address)
+    spans = []
+    for mine, run_id in zip(("1", "2"), logged, strict=True):
+        run = client.get_run(run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.params == {"client": mine, "rate": "0.1"}
+        points = client.get_metric_history(run_id, "loss")
+        assert sorted((one.step, one.value) for one in points) == [
+            (step, float(mine) + 1 / (step + 1)) for step in range(40)
+        ]
+        spans.append((run.info.start_time, run.info.end_time))
+    assert max(began for began, _ in spans) < min(ended for _, ended in spans)
+
+
+def test_artefacts_go_through_the_server_to_the_place_that_it_names(server, logged, login):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=server.address)
+    for mine, run_id in zip(("1", "2"), logged, strict=True):
+        assert client.get_run(run_id).info.artifact_uri.startswith("mlflow-artifacts:/")
+        got = Path(client.download_artifacts(run_id, f"note-{mine}.txt", "."))
+        assert got.read_text() == f"of client {mine}"
+        (kept,) = server.artefacts.rglob(f"{run_id}/artifacts/note-{mine}.txt")
+        assert kept.read_text() == f"of client {mine}"
+
+
+SEARCH = "/api/2.0/mlflow/experiments/search?max_results=5"
+
+
+def test_a_request_without_the_right_password_is_refused(server, logged):
+    for user, word in (("", ""), (USER, "guess"), ("someone", PASSWORD)):
+        status, text = server.ask(SEARCH, user, word)
+        assert status == 401
+        assert "arrowhead" not in text
+    assert server.ask(SEARCH, USER, PASSWORD)[0] == 200
+
+
+def test_a_command_without_a_password_is_refused_before_any_work(server, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
+    with pytest.raises(ConfigError, match="401|not authenticated"):
+        with start(TrackingConfig(tracking_uri=server.address, system_metrics=False), "stranger"):
+            pytest.fail("it began to work")
+
+
+def test_server_and_database_listen_on_this_machine_only(server, database):
+    ports = {int(re.findall(r":(\d+)$", address)[0]) for address in (server.address, database)}
+    heard = [
+        one.laddr
+        for one in psutil.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and one.laddr.port in ports
+    ]
+    assert {one.port for one in heard} == ports
+    assert {one.ip for one in heard} == {"127.0.0.1"}
+
+
+def test_no_password_is_in_the_server_s_log(server, database, logged):
+    text = server.log.read_text()
+    assert PASSWORD not in text
+    assert database.partition("//")[2].partition("@")[0].partition(":")[2] not in text
+
+
+def test_upgrading_a_schema_that_is_up_to_date_changes_nothing(server, database, logged):
+    # `mlflow db upgrade` is what deploy/README.md says to run, after a dump, on a new version.
+    def state() -> Any:
+        import psycopg2
+
+        address = database.replace("+psycopg2", "")
+        with psycopg2.connect(f"{address}/mlflow") as line, line.cursor() as cursor:
+            cursor.execute("SELECT version_num FROM alembic_version")
+            version = cursor.fetchall()
+            cursor.execute("SELECT count(*) FROM runs")
+            return version, cursor.fetchone()
+
+    before = state()
+    words = [sys.executable, "-m", "mlflow", "db", "upgrade", f"{database}/mlflow"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert state() == before
+
+
+def test_the_ui_shows_the_experiment_and_its_runs_in_a_browser(server, logged, tmp_path):
+    if not BROWSER:
+        pytest.skip("Chromium is not on this machine (Debian: apt-get install chromium)")
+    status, text = server.ask(SEARCH, USER, PASSWORD)
+    (number,) = [
+        one["experiment_id"]
+        for one in json.loads(text)["experiments"]
+        if one["name"] == "arrowhead"
+    ]
+    assert status == 200
+    host = server.address.partition("//")[2]
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    flags += " --disable-background-networking --disable-component-update --disable-dev-shm-usage"
+    done = subprocess.run(
+        [
+            BROWSER,
+            *flags.split(),
+            f"--user-data-dir={tmp_path}/profile",
+            "--virtual-time-budget=60000",
+            "--window-size=1400,900",
+            f"--screenshot={tmp_path}/page.png",
+            "--dump-dom",
+            f"http://{USER}:{PASSWORD}@{host}/#/experiments/{number}/runs",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "arrowhead" in done.stdout, done.stderr[-2000:]
+    for name in ("client-1", "client-2"):
+        assert name in done.stdout
