@@ -1,8 +1,8 @@
 """A bundle as a Ray Serve application: what deploy/kubernetes/ray-service.yaml runs.
 
-    serve run deploy.scoring:build bundle=models:/dogs@champion
+    serve run deploy.scoring:build bundle=models:/dogs/1
 
-bundle        a folder that replicas see, or an address in MLflow or a store, fetched by each replica
+bundle        a folder that replicas see; or an address in MLflow or a store, which each fetches
 max_bytes     of an image (default 20,000,000)
 
 The routes are those of examples/serve.py, in front of the same `Predictor`. A replica replays the

@@ -1,4 +1,4 @@
-"""The files for `ray up` are what Ray takes, open nothing but ssh, and start no Ray without a token.
+"""The files for `ray up` are what Ray takes, open only ssh, and start no Ray without a token.
 
 Validated with Ray's own code, as `ray up` calls it. Amazon is stood in for by moto, and there Ray
 goes all the way to running machines; Google's and Microsoft's libraries are not installed here.

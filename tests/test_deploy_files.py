@@ -1,8 +1,8 @@
 """What deploy/ promises, read off its files: valid, bound, limited, unprivileged, without a secret.
 
 Kubernetes' own objects against its schemas, KubeRay's against the operator's; a field that neither
-knows is an error, where the API server would drop it without a word. The commands of the Dockerfiles
-that install something are run, in an empty environment.
+knows is an error, where the API server would drop it without a word. What the Dockerfiles install
+is installed, in an empty environment.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def containers(one: dict[str, Any]) -> list[dict[str, Any]]:
 
 def clusters(one: dict[str, Any]) -> list[dict[str, Any]]:
     """The Ray clusters of an object."""
-    spec = one["spec"] if "spec" in one else {}
+    spec = one.get("spec", {})
     inner = [spec.get("rayClusterSpec"), spec.get("rayClusterConfig")]
     own = [spec] if one["kind"] == "RayCluster" else []
     return own + [given for given in inner if given]
@@ -322,7 +322,7 @@ def test_no_file_holds_a_secret():
         ):
             plain = value.strip().strip("\"'")
             fine = (
-                plain.startswith(("$", "/run/secrets", "{", "["))
+                plain.startswith(("$", "/run/secrets", "{", "[", "("))
                 or "$(secret" in plain
                 or name in ("automountServiceAccountToken", "secretName", "RAY_AUTH_MODE")
                 or re.fullmatch(r"false|secrets|token", plain)

@@ -35,7 +35,9 @@ from arrowhead import ConfigError
 from arrowhead.tracking import TrackingConfig, start
 
 pytestmark = pytest.mark.services
-USER, PASSWORD = "admin", secrets.token_hex(12)
+ADMIN = "admin", secrets.token_hex(12)
+USER, PASSWORD = "arrowhead", secrets.token_hex(12)  # what deploy/README.md has jobs log in with
+ROOT = Path(__file__).resolve().parents[1]
 ENGINE = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -86,10 +88,11 @@ def database() -> Iterator[str]:
                 host="127.0.0.1", port=port, user="postgres", password=word, dbname="postgres"
             )
             line.autocommit = True
+            line.cursor().execute(f"CREATE ROLE mlflow LOGIN PASSWORD '{word}'")
             for name in ("mlflow", "logins"):
-                line.cursor().execute(f"CREATE DATABASE {name}")
+                line.cursor().execute(f"CREATE DATABASE {name} OWNER mlflow")
             line.close()
-            yield f"postgresql+psycopg2://postgres:{word}@127.0.0.1:{port}"
+            yield f"postgresql+psycopg2://mlflow:{word}@127.0.0.1:{port}"
         finally:
             run("pg_ctl", "-D", data, "-m", "immediate", "stop")
     finally:
@@ -105,9 +108,12 @@ class Server:
     process: psutil.Process
     log: Path
 
-    def ask(self, route: str, user: str = "", word: str = "") -> tuple[int, str]:
-        """Status and text of a GET."""
-        request = urllib.request.Request(self.address + route)
+    def ask(
+        self, route: str, user: str = "", word: str = "", body: str | None = None
+    ) -> tuple[int, str]:
+        """Status and text of a GET, or of a POST of JSON."""
+        request = urllib.request.Request(self.address + route, body and body.encode())
+        request.add_header("Content-Type", "application/json")
         if user:
             token = base64.b64encode(f"{user}:{word}".encode()).decode()
             request.add_header("Authorization", f"Basic {token}")
@@ -122,28 +128,35 @@ class Server:
 def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pytest.importorskip("flask_wtf", reason="MLflow's logins need mlflow[auth]")
     folder, port = tmp_path_factory.mktemp("server"), free_port()
-    ini = folder / "auth.ini"
-    ini.write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}/logins\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    words = ["--app-name", "basic-auth"]
-    words += ["--artifacts-destination", str(folder / "artefacts"), "--workers", "2"]
-    words += ["--host", "127.0.0.1", "--port", str(port)]
-    secret = {  # not among the words: everyone on the machine can read those
-        "MLFLOW_BACKEND_STORE_URI": f"{database}/mlflow",
-        "MLFLOW_AUTH_CONFIG_PATH": str(ini),
-        "MLFLOW_AUTH_ADMIN_USERNAME": USER,
-        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    held = folder / "secrets"
+    held.mkdir()
+    word, _, place = database.partition("//mlflow:")[2].partition("@")
+    for name, content in {
+        "postgres": word,
+        "admin": ADMIN[1],
+        "session": secrets.token_hex(16),
+        "s3-id": "unused",
+        "s3-key": "unused",
+    }.items():
+        (held / name).write_text(f"{content}\n")
+    asked = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SECRETS": str(held),
+        "TMPDIR": str(folder),
+        "DATABASE": place,
+        "BUCKET": str(folder / "artefacts"),
+        "HOSTS": f"127.0.0.1:{port}",
+        "BIND": "127.0.0.1",
+        "PORT": str(port),
+        "WORKERS": "2",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for things that nobody asks for here
     }
     log = folder / "log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *words],
+            ["sh", ROOT / "deploy" / "mlflow-server.sh"],
             cwd=folder,
-            env=os.environ | secret,
+            env=os.environ | asked,
             stdout=sink,
             stderr=sink,
             start_new_session=True,
@@ -160,6 +173,9 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                     break
             except OSError:
                 time.sleep(0.3)
+        new = json.dumps({"username": USER, "password": PASSWORD})
+        status, text = here.ask("/api/2.0/mlflow/users/create", *ADMIN, body=new)
+        assert status == 200, text
         yield here
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -263,7 +279,7 @@ def test_a_command_without_a_password_is_refused_before_any_work(server, monkeyp
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
     away = TrackingConfig(tracking_uri=server.address, system_metrics=False)
-    with pytest.raises(ConfigError, match="(?i)not authenticated"), start(away, "stranger"):
+    with pytest.raises(ConfigError, match=r"(?i)not authenticated"), start(away, "stranger"):
         pytest.fail("it began to work")
 
 
@@ -278,10 +294,23 @@ def test_server_and_database_listen_on_this_machine_only(server, database):
     assert {one.ip for one in heard} == {"127.0.0.1"}
 
 
-def test_no_password_is_in_the_server_s_log(server, database, logged):
+def test_no_password_is_in_the_log_or_among_the_words_of_a_process(server, database, logged):
     text = server.log.read_text()
     assert PASSWORD not in text
-    assert database.partition("//")[2].partition("@")[0].partition(":")[2] not in text
+    assert ADMIN[1] not in text
+    of_database = database.partition("//mlflow:")[2].partition("@")[0]
+    assert of_database not in text
+    words = [word for one in psutil.process_iter() for word in _words(one)]
+    assert any("basic-auth" in word for word in words)
+    assert not [word for word in words if ADMIN[1] in word or of_database in word]
+    assert (server.log.parent / "auth.ini").stat().st_mode & 0o777 == 0o600
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def test_upgrading_a_schema_that_is_up_to_date_changes_nothing(server, database, logged):
