@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -1051,6 +1052,14 @@ def _configure(config: Path | None) -> None:
     if config is not None:
         if not config.is_file():
             raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
+        try:
+            tomllib.loads(config.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--config {config} cannot be read: {error}.",
+                "a TOML file, with a table named after the verb.",
+                "write e.g. [train] and below it epochs = 20.",
+            ) from error
         app.config = Toml(config, must_exist=True, search_parents=False)
 
 
