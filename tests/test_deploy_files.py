@@ -317,7 +317,8 @@ def test_no_file_holds_a_secret():
         text = file.read_text()
         assert not re.search(r"AKIA|BEGIN [A-Z ]*PRIVATE KEY|\b[0-9a-f]{32,}\b", text), file
         for name, value in re.findall(
-            r"(?im)^[\s-]*[\"']?(\w*(?:password|passwd|secret|token|api_?key)\w*)[\"']?\s*[:=][ \t]*(.+)$",
+            r"(?im)^[\s-]*[\"']?(\w*(?:password|passwd|secret|token|api_?key)\w*)[\"']?"
+            r"[ \t]*[:=][ \t]*(.+)$",
             text,
         ):
             plain = value.strip().strip("\"'")
