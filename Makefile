@@ -44,12 +44,18 @@ lint: $(READY)  ## ruff and mypy, as in pre-commit
 bench: $(READY)  ## extraction against the plain torchvision loop, in one run
 	$(BIN)/python bench/extract.py
 
+COMPILE := .venv-lock/bin/uv pip compile --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --quiet
+
 # In an environment of its own: the lock must not depend on what happens to be installed.
-lock:  ## compile requirements.lock from pyproject.toml (hashes, no index addresses)
+lock:  ## compile requirements.lock, and from it what images hold (hashes, no index addresses)
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "uv==0.13.9"
-	.venv-lock/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
+	$(COMPILE) pyproject.toml --all-extras --output-file requirements.lock
+	$(COMPILE) --constraint requirements.lock pyproject.toml --output-file deploy/arrowhead.lock \
+		--extra s3 --extra gcs --extra onnx --extra serve
+	$(COMPILE) --constraint requirements.lock deploy/mlflow.in --output-file deploy/mlflow.lock
+	$(COMPILE) --constraint requirements.lock deploy/build.in --output-file deploy/build.lock
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets made (the environment too)

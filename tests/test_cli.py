@@ -11,7 +11,7 @@ import pytest
 
 from arrowhead import cli
 
-VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor"]
+VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor", "submit"]
 
 
 def run(*args: object) -> int:

@@ -21,7 +21,7 @@ FLOORS = [
         "launch",
         "demo",
     },
-    {"plan", "guard", "descent", "checkpoint", "tracking"},
+    {"plan", "guard", "descent", "checkpoint", "tracking", "jobs"},
     {"extract", "doctor"},
     {"bundle", "train", "inventory"},
     {"score", "export", "lr_finder", "sweep"},
@@ -37,7 +37,7 @@ DOORS = {
     "torchvision": {"model"},
     "pyarrow": {"shards"},
     "mlflow": {"tracking", "served"},  # served: MLflow runs it itself
-    "ray": {"launch"},
+    "ray": {"launch", "jobs"},
     "matplotlib": {"report"},
     "fsspec": {"files"},
     "onnx": {"export"},

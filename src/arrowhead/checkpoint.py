@@ -21,6 +21,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,14 +94,16 @@ def newest(place: Path, key: str, warn: Callable[[str], None]) -> Checkpoint | N
     ours to speak of.
     """
     import safetensors.torch
+    from safetensors import SafetensorError
 
     found, torn = _look(place, key)
     used = None
     for one in found:
         data = _state(one)
         if data is not None:
-            used = Checkpoint(one.number, one.facts, safetensors.torch.load(data))
-            break
+            with suppress(SafetensorError):  # bytes that the label vouches for can be anything
+                used = Checkpoint(one.number, one.facts, safetensors.torch.load(data))
+                break
         torn.append(one.folder)
     before = f"the whole one before it, {one.folder}, is used" if used else "none is whole"
     for folder in filter(Path.is_dir, torn):  # rank 0 may be pruning while other ranks look

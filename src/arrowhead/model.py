@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FILES = (".safetensors", ".pth", ".pt")  # endings of --weights that name a file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +86,7 @@ def load(config: BodyConfig) -> Weights:
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if config.weights == "random":
         state = dict(_build(config.body).state_dict())
-    elif (suffix := Path(config.weights).suffix) in (".safetensors", ".pth", ".pt"):
+    elif (suffix := Path(config.weights).suffix) in FILES:
         state = _from_file(Path(config.weights), suffix)
     else:
         state, mean, std = _from_torchvision(config)

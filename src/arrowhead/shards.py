@@ -20,6 +20,7 @@ changes, so a reader sees the last whole state or the next one.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import errno
 import fcntl
@@ -41,6 +42,7 @@ from numpy.typing import NDArray
 from arrowhead import ConfigError, DataError
 
 FORMAT = 2
+COLUMNS = ("path", "image_id", "view", "feature", "fault")  # of a shard
 
 
 # ------------------------------------------------------------------------------ recipe
@@ -359,8 +361,10 @@ def read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
     import pyarrow.parquet as pq
 
     try:
+        schema = base64.b64decode((pq.read_metadata(path).metadata or {}).get(b"ARROW:schema", b""))
+        _must_be_plain(path, schema)
         return dict(pq.read_table(path, columns=list(columns)).to_pydict())
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise DataError(
             f"{path} cannot be read: {error}.",
             "a Parquet file written by `arrowhead score`.",
@@ -373,6 +377,7 @@ def read_arrow(path: Path) -> Any:
     import pyarrow as pa
 
     try:
+        _must_be_plain(path, _footer(path))
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
@@ -380,6 +385,32 @@ def read_arrow(path: Path) -> Any:
             "an Arrow file written by Arrowhead.",
             "delete the file and run precompute again: only its images are decoded again.",
         ) from error
+
+
+def _footer(path: Path) -> bytes:
+    """The end of an Arrow file, where its schema is; b"" if that is no such file."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 10))
+        size = int.from_bytes(file.read(4), "little")
+        if not 0 < size <= end - 10:
+            return b""
+        file.seek(end - 10 - size)
+        return file.read(size)
+
+
+def _must_be_plain(path: Path, schema: bytes) -> None:
+    """DataError for a file with extension types, before Arrow looks at it.
+
+    Who registers such a type says what runs when it is opened or read. Ray Train brings Ray Data's,
+    and those unpickle: a column `path` of theirs would run whatever the file's maker likes.
+    """
+    if b"ARROW:extension" in schema:
+        raise DataError(
+            f"{path} holds columns of an extension type.",
+            "plain Arrow types, as Arrowhead writes them: reading others can run code.",
+            "do not use it; ask where it comes from.",
+        )
 
 
 def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
@@ -403,10 +434,26 @@ def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
 
 def _shard_table(path: Path, recipe: Recipe) -> Any:
     """The memory-mapped pyarrow table of a shard made by this recipe."""
+    import pyarrow as pa
+
     table = read_arrow(path)
     notes = table.schema.metadata or {}
     made = Recipe.from_dict(json.loads(notes.get(b"arrowhead.recipe", b"{}")), str(path))
     made.must_equal(recipe, str(path), "the store")
+    kinds = [
+        pa.string(),
+        pa.binary(16),
+        pa.uint8(),
+        pa.list_(pa.float16(), made.width),
+        pa.string(),
+    ]
+    if (tuple(table.column_names), table.schema.types) != (COLUMNS, kinds):
+        found = ", ".join(f"{one.name} {one.type}" for one in table.schema)
+        raise DataError(
+            f"{path} has the columns {found}.",
+            f"{', '.join(COLUMNS)}, of the types that precompute writes.",
+            "delete the file and run precompute again: only its images are decoded again.",
+        )
     return table
 
 

@@ -1,0 +1,7 @@
+"""`arrowhead fit` as a script for `ray job submit`: the same flags, TOML and help."""
+
+import sys
+
+from arrowhead.cli import main
+
+main(["fit", *sys.argv[1:]])

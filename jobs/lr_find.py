@@ -1,0 +1,7 @@
+"""`arrowhead lr-find` as a script for `ray job submit`: the same flags, TOML and help."""
+
+import sys
+
+from arrowhead.cli import main
+
+main(["lr-find", *sys.argv[1:]])

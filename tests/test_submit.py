@@ -1,0 +1,539 @@
+"""A command onto a cluster: what is refused here, what is sent, what comes back.
+
+The cluster is one that `cluster/local.sh` starts, in a home of its own; its last test ends it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import arrowhead
+from arrowhead import ConfigError, cli, jobs
+from arrowhead.jobs import Cluster, ClusterConfig
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "jobs").glob("*.toml"))
+SMALL = ["--body", "resnet18", "--weights", "random", "--size", "32"]
+AWAY = Cluster("http://10.9.9.9:8265", None, (("10.9.9.9", {"CPU": 4.0}), ("10.9.9.8", {})))
+TRAIN = ["train", "store", "bundle"]
+
+
+@pytest.fixture(autouse=True)
+def _no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused; what it says, on one line."""
+
+    def command(*words: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(word) for word in words])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, said
+        assert "  wanted  " in said
+        assert "  do      " in said
+        return " ".join(said.split())
+
+    return command
+
+
+# ------------------------------------------------------------------ refused before anything
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "store", "bundle", "--epoch", "3"], "Did you mean --epochs?"),
+        (["trian", "store", "bundle"], 'Did you mean "train"?'),
+        (["train", "store"], "--bundle"),
+        (["train", "store", "bundle", "--rate", "-1"], "--rate"),
+        (["demo"], "`demo` is not for a cluster"),
+        (["submit", "--", "train", "store", "bundle"], "`submit` is not for a cluster"),
+        (["jobs", "list"], "`jobs` is not for a cluster"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_typo_is_refused_before_anything_is_asked_of_a_cluster(refused, words, said):
+    assert said in refused("submit", "--address", "http://127.0.0.1:9", "--", *words)
+
+
+def test_an_address_where_nothing_answers_says_how_to_start_a_cluster(refused):
+    said = refused("submit", "--address", "http://127.0.0.1:9", "--", *TRAIN)
+    assert "No Ray job server answers at http://127.0.0.1:9" in said
+    assert "cluster/local.sh up" in said
+
+
+def test_a_token_does_not_travel_readable_to_another_machine_unless_asked(refused):
+    for address in ("http://10.9.9.9:8265", "10.9.9.9:8265"):
+        said = refused("jobs", "list", "--address", address)
+        assert "could read the token" in said
+        assert "--insecure" in said
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://x", "http://", "http://me:secret@host", "http://h:port"]
+)
+def test_what_is_no_address_of_a_job_server_is_refused(refused, address):
+    said = refused("jobs", "list", "--address", address)
+    assert "--address is" in said
+    assert "secret" not in said
+
+
+def test_the_address_of_a_gcs_in_the_environment_is_not_taken_for_a_job_server(
+    refused, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")
+    assert "RAY_ADDRESS is 10.9.9.9:6379" in refused("jobs", "list")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    assert "answers at http://127.0.0.1:9" in refused("jobs", "list")
+
+
+def test_what_answers_but_is_no_ray_is_refused(refused, tmp_path):
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        port = re.search(r"port (\d+)", server.stdout.readline())[1]
+        said = refused("jobs", "list", "--address", f"http://127.0.0.1:{port}")
+        assert "is no Ray job server (HTTP 404)" in said
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_verb_that_is_given_another_cluster_is_refused():
+    call = cli.understood(["train", "s", "b", "--workers", "1", "--address", "10.0.0.1:6379"])
+    with pytest.raises(ConfigError, match=r"--address 10\.0\.0\.1"):
+        cli._with_workers(call, 4)
+
+
+# ------------------------------------------------------------------- folders of the cluster
+
+
+def test_paths_of_this_machine_are_refused_on_a_cluster_of_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/photos is on this machine") as refusal:
+        jobs.standing(AWAY, [], ["photos"])
+    assert f"--shared {tmp_path}" in refusal.value.do
+    assert jobs.standing(AWAY, [], []) is None  # addresses only: nothing here is needed
+    assert jobs.standing(AWAY, [tmp_path], ["photos", f"{tmp_path}/out"]) == tmp_path
+    with pytest.raises(ConfigError, match=r"\.\./photos|photos is on this machine"):
+        jobs.standing(AWAY, [tmp_path], ["../photos"])
+
+
+def test_from_outside_a_shared_folder_only_absolute_paths_reach_into_it(tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    shared = [tmp_path / "shared"]
+    assert jobs.standing(AWAY, shared, [f"{tmp_path}/shared/photos"]) is None
+    with pytest.raises(ConfigError, match="is relative to") as refusal:
+        jobs.standing(AWAY, shared, ["../shared/photos"])
+    assert refusal.value.do == f"give {tmp_path}/shared/photos."
+
+
+def test_a_shared_folder_may_be_a_link_to_where_we_are(tmp_path, monkeypatch):
+    (tmp_path / "disk" / "mine").mkdir(parents=True)
+    (tmp_path / "shared").symlink_to("disk")
+    monkeypatch.chdir(tmp_path / "shared" / "mine")
+    assert jobs.standing(AWAY, [tmp_path / "shared"], ["out"]) == tmp_path / "shared" / "mine"
+
+
+def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tunnel = Cluster("http://127.0.0.1:8265", None, AWAY.nodes)
+    with pytest.raises(ConfigError, match="is on this machine"):
+        jobs.standing(tunnel, [], ["photos"])
+
+
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        (["fit", "s3://b/photos", "out"], ["out"]),
+        (["fit", "t.csv", "out", "--images", "photos"], ["t.csv", "out", "photos"]),
+        (["fit", "file:///photos", "out", "--weights", "w.pth"], ["/photos", "out", "w.pth"]),
+        (["score", "models:/dogs@champion", "gs://b/new", "out", "--store", "s"], ["out", "s"]),
+        (["train", "s", "b", "--tracking-uri", "sqlite:///m.db"], ["s", "b", "m.db"]),
+        (["train", "s", "b", "--tracking-uri", "https://mlflow.example"], ["s", "b"]),
+        (["features", "verify", "s"], ["s"]),
+        (["bundle", "register", "b", "dogs", "--tracking-uri", "http://m:1"], ["b"]),
+        (["doctor"], []),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_every_file_and_folder_that_a_verb_names_is_known(monkeypatch, words, places):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert sorted(cli._needs(cli.understood(words))[0]) == sorted(places)
+
+
+def test_a_password_of_the_mlflow_store_is_not_shown_to_whoever_lists_jobs(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
+    with pytest.raises(ConfigError, match="holds a password") as refusal:
+        cli._needs(cli.understood(TRAIN))
+    assert "secret" not in str(refusal.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert cli._needs(cli.understood(TRAIN))[1] == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+
+
+# ------------------------------------------------------------------------- what is sent
+
+
+@pytest.mark.parametrize(
+    ("words", "workers"),
+    [
+        (["precompute", "d", "s"], "1:4"),
+        (["fit", "d", "o"], "1:4"),
+        (["score", "b", "i", "o"], "1:4"),
+        (["train", "s", "b"], "1"),
+        (["lr-find", "s"], "1"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_verb_gets_workers_of_the_cluster_unless_it_says_how_many(tmp_path, words, workers):
+    asked = cli._with_workers(cli.understood(words), AWAY.units)
+    assert asked == [words[0], "--workers", workers, *words[1:]]
+    for own in (["--workers", "0"], ["--workers=2"]):
+        call = cli.understood([*words, *own])
+        assert cli._with_workers(call, AWAY.units) == [*words, *own]
+    toml = tmp_path / "own.toml"
+    toml.write_text(f"[{words[0]}]\nworkers = 3\n")
+    call = cli.understood([*words, "--config", str(toml)])
+    assert cli._with_workers(call, AWAY.units) == words
+    for fewer in (["export", "b", "o.onnx"], ["doctor"]):
+        assert cli._with_workers(cli.understood(fewer), AWAY.units) == fewer
+
+
+def test_gpus_count_where_there_are_any():
+    nodes = (("a", {"CPU": 16.0}), ("b", {"CPU": 16.0, "GPU": 4.0}), ("c", {"GPU": 4.0}))
+    assert Cluster("", None, nodes).units == 8
+    assert Cluster("", None, (("a", {}),)).units == 1
+
+
+def test_only_source_and_toml_are_sent(tmp_path):
+    toml = tmp_path / "mine.toml"
+    toml.write_text("[train]\nepochs = 1\n")
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    size = jobs._pack(draft, toml)
+    sent = {str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()}
+    source = {f"arrowhead/{path.name}" for path in Path(arrowhead.__file__).parent.glob("*.py")}
+    assert sent == source | {"arrowhead/py.typed", "mine.toml"}
+    assert size == sum((draft / name).stat().st_size for name in sent) < 1_000_000
+
+
+def test_too_large_an_upload_is_refused_with_its_reason(tmp_path):
+    toml = tmp_path / "huge.toml"
+    with toml.open("wb") as file:
+        file.truncate(60_000_000)
+    with pytest.raises(ConfigError, match=r"6\d MB would be sent .*huge.toml") as refusal:
+        jobs._pack(tmp_path, toml)
+    assert "50 MB at most" in refusal.value.wanted
+
+
+# ------------------------------------------------------------------------------ recipes
+
+
+def header(recipe: Path) -> dict[str, str]:
+    """The run, on and expect of a recipe's first lines."""
+    lines = re.findall(r"^# +(\w+) {2,}(.*(?:\n#  .*)*)", recipe.read_text(), re.MULTILINE)
+    return {name: " ".join(words.replace("\n#", " ").split()) for name, words in lines}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_runs_on_what_and_what_comes_of_it(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = header(recipe)
+    assert list(said) == ["run", "on", "expect"]
+    program, submit, dashes, verb, *rest = shlex.split(said["run"])
+    assert (program, submit, dashes, verb) == (
+        "arrowhead",
+        "submit",
+        "--",
+        recipe.stem.replace("_", "-"),
+    )
+    call = cli.understood([verb, *rest])
+    assert call.config == recipe.relative_to(ROOT)
+    script = recipe.with_suffix(".py").read_text()
+    assert f'main(["{verb}", *sys.argv[1:]])' in script
+
+
+def test_every_verb_that_takes_workers_or_a_bundle_has_a_job():
+    scripts = {path.stem for path in (ROOT / "jobs").glob("*.py")}
+    assert scripts == {"precompute", "lr_find", "train", "score", "fit", "export"}
+    assert scripts == {path.stem for path in RECIPES}
+
+
+# --------------------------------------------------------------------------- a real cluster
+
+
+@dataclass
+class Local:
+    """A running cluster of `cluster/local.sh`, and commands beside it."""
+
+    home: Path
+    port: int
+    env: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def token(self) -> str:
+        return (self.home / ".ray" / "auth_token").read_text()
+
+    def script(self, *words: str, code: int = 0) -> str:
+        """Run local.sh; what it prints."""
+        done = subprocess.run(
+            [ROOT / "cluster" / "local.sh", *words],
+            env=self.env,
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def start(self, *words: object, **more: str) -> subprocess.Popen[str]:
+        """An arrowhead command at this cluster, in a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "arrowhead", *map(str, words)],
+            cwd=self.home,
+            env=self.env | {"RAY_API_SERVER_ADDRESS": self.url} | more,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *words: object, code: int = 0, **more: str) -> tuple[str, str]:
+        """What such a command writes to standard output and error."""
+        process = self.start(*words, **more)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == code, out + err
+        return out, err
+
+    def processes(self) -> list[psutil.Process]:
+        """What lives of it, however it was started: all its command lines or files name its home
+        or its session.
+        """
+        folders = (str(self.home), *(str(path) for path in self.sessions))
+        found = []
+        for process in psutil.process_iter():
+            try:
+                known = [*process.cmdline(), process.cwd(), *process.environ().values()]
+                known += [file.path for file in process.open_files()]
+            except psutil.Error:
+                continue
+            if process.pid != os.getpid() and any(f in one for f in folders for one in known):
+                found.append(process)
+        return found
+
+    @property
+    def sessions(self) -> list[Path]:
+        file = self.home / "state" / "arrowhead" / "cluster" / "session"
+        return [Path(file.read_text().strip())] if file.exists() else []
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    """A head and a worker node, token on."""
+    home = tmp_path_factory.mktemp("home")
+    ports = []
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+        for free in (one, two, three):
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
+    env |= {
+        "HOME": str(home),
+        "XDG_STATE_HOME": str(home / "state"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "src"),
+        **dict(zip(("PORT", "GCS_PORT", "CLIENT_PORT"), map(str, ports), strict=True)),
+    }
+    cluster = Local(home, ports[0], env)
+    assert "arrowhead submit --address" in cluster.script("up", "1")
+    yield cluster
+    cluster.script("down")
+
+
+def post(host: str, port: int, path: str, token: str | None) -> int:
+    """HTTP status of an attempt to run a command."""
+    line = http.client.HTTPConnection(host, port, timeout=30)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    line.request("POST", path, json.dumps({"entrypoint": "true"}), headers)
+    status = line.getresponse().status
+    line.close()
+    return status
+
+
+def test_it_is_up_once_and_says_so(local):
+    assert "it is up already" in local.script("up", "1")
+    assert "Active:" in local.script("status")
+    taken = local.env | {"XDG_STATE_HOME": str(local.home / "other")}
+    said = Local(local.home, local.port, taken).script("up", "1", code=2)
+    assert f"port {local.port} is taken" in said
+    assert not (local.home / "other").exists()
+
+
+def test_whoever_has_no_token_runs_nothing(local):
+    assert (local.home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    assert post("127.0.0.1", local.port, "/api/jobs/", None) == 401
+    assert post("127.0.0.1", local.port, "/api/jobs/", "0" * 64) == 403
+    listening = [
+        (line.laddr, process)
+        for process in local.processes()
+        for line in process.net_connections("tcp")
+        if line.status == psutil.CONN_LISTEN
+    ]
+    assert {place.ip for place, _ in listening if place.port == local.port} == {"127.0.0.1"}
+    # Agents of nodes start jobs too, and Ray lets them listen on the machine's address.
+    agents = [place for place, process in listening if "Agent" in "".join(process.cmdline())]
+    answers = set()
+    for place in agents:
+        try:
+            host = place.ip if place.ip not in ("0.0.0.0", "::") else "127.0.0.1"
+            answers.add(post(host, place.port, "/api/job_agent/jobs/", None))
+        except (OSError, http.client.HTTPException):  # gRPC
+            continue
+    assert 401 in answers
+    assert answers <= {401, 404, 405}  # the metrics take no POST
+
+
+def test_a_submit_without_the_token_is_refused_with_where_to_put_it(local, tmp_path):
+    words = ["submit", "--", *TRAIN]
+    _, err = local.run(*words, code=2, HOME=str(tmp_path))
+    assert "asks for a token and there is none here" in err
+    assert "RAY_AUTH_TOKEN_PATH" in err
+    assert f"{tmp_path}/.ray/auth_token" in err
+    _, err = local.run(*words, code=2, HOME=str(tmp_path), RAY_AUTH_TOKEN="wrong")
+    assert "does not accept the token from RAY_AUTH_TOKEN" in err
+    assert "wrong" not in err
+
+
+@pytest.fixture(scope="module")
+def extracted(local: Local, drawn: Path) -> tuple[dict[str, Any], str]:
+    """A job by relative paths and a TOML from the folder it is submitted in: result and log."""
+    (local.home / "photos").symlink_to(drawn)
+    (local.home / "mine.toml").write_text('[precompute]\nbody = "resnet18"\nweights = "random"\n')
+    words = ["precompute", "photos", "store", "--size", "32", "--config", "mine.toml"]
+    out, err = local.run("submit", "--json", "--", *words)
+    return json.loads(out.splitlines()[-1]), err
+
+
+def test_a_job_does_its_work_where_it_was_submitted(local, extracted):
+    result, log = extracted
+    assert result["status"] == "SUCCEEDED"
+    assert result["exit_code"] == 0
+    assert result["address"] == local.url
+    assert 100_000 < result["uploaded_bytes"] < 1_000_000
+    assert f"job {result['job_id']}" in log.splitlines()[0]
+    assert "96 inputs = 72 features + 0 faults + 24 ignored" in log
+    assert (local.home / "store" / "manifest.json").is_file()
+    assert (local.home / "mlflow.db").is_file()
+    assert "Running entrypoint" not in log
+    assert " -- " not in log  # how Ray's own lines look
+    out, _ = local.run("jobs", "list", "--json")
+    known = {job["job_id"]: job for job in json.loads(out)["jobs"]}
+    many = rf"precompute --workers {'1:' if (os.cpu_count() or 1) > 1 else ''}\d+ photos store"
+    assert re.search(many, known[result["job_id"]]["command"])
+
+
+def test_the_exit_code_is_the_jobs_own(local):
+    out, _ = local.run("submit", "--", "features", "verify", "nothing", code=2)
+    assert "arrowhead: nothing is not a" in out
+    assert "  wanted  " in out
+
+
+def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(local, drawn):
+    slow = ["precompute", drawn, "slow", "--body", "resnet34", "--weights", "random"]
+    follower = local.start("submit", "--", *slow)
+    job_id = re.search(r"job (\w+) at", follower.stdout.readline())[1]
+    follower.send_signal(signal.SIGINT)
+    out, err = follower.communicate(timeout=60)
+    assert follower.returncode == 130, err
+    assert f"arrowhead jobs logs {job_id} --follow" in out
+    out, _ = local.run("jobs", "stop", job_id, "--json")
+    assert json.loads(out)["stopped"] is True
+    out, _ = local.run("jobs", "logs", job_id, "--follow", "--json", code=130)
+    assert json.loads(out.splitlines()[-1])["status"] == "STOPPED"
+    _, err = local.run("jobs", "logs", "raysubmit_nothing", code=2)
+    assert "knows no such job" in err
+
+
+def test_rays_own_command_runs_a_job_file_with_its_recipe(local, extracted):
+    """`ray job submit`, as the README has it; the bundle and the run are where it says."""
+    words = ["job", "submit", "--working-dir", str(ROOT / "jobs"), "--"]
+    words += ["python", "train.py", "--config", "train.toml", "store", "bundle"]
+    words[-2:] = [str(local.home / name) for name in words[-2:]]
+    words += ["--tracking-uri", f"sqlite:///{local.home}/mlflow.db"]
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ray", *words],
+        cwd=local.home,
+        env=local.env | {"RAY_API_SERVER_ADDRESS": local.url, "RAY_AUTH_MODE": "token"},
+        text=True,
+        capture_output=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((local.home / "bundle" / "bundle.json").read_text())
+    assert made["head"] == "linear"
+    assert local.token not in done.stdout + done.stderr
+
+
+def test_the_token_is_in_no_log_no_job_and_no_run(local, extracted):
+    from mlflow import MlflowClient
+
+    token = local.token
+    out, err = local.run("jobs", "list", "--json")
+    assert token not in out + err + extracted[1] + json.dumps(extracted[0])
+    client = MlflowClient(tracking_uri=f"sqlite:///{local.home}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id])
+    assert runs
+    assert not any(token in str(run.to_dictionary()) for run in runs)
+    (session,) = local.sessions
+    logs = [path for path in session.rglob("*") if path.is_file() and "logs" in path.parts]
+    logs += [*(local.home / "state").rglob("*.log"), local.home / "mlflow.db"]
+    assert any("job-driver" in path.name for path in logs)
+    assert [path for path in logs if token.encode() in path.read_bytes()] == []
+    for process in local.processes():
+        assert token not in " ".join(process.cmdline())
+
+
+def test_down_leaves_nothing_behind(local):
+    (session,) = local.sessions
+    before = local.processes()
+    assert before
+    assert local.script("down") == "down\n"
+    assert psutil.wait_procs(before, timeout=5)[1] == []
+    assert local.processes() == []
+    assert not session.exists()
+    for name in ("PORT", "GCS_PORT", "CLIENT_PORT"):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", int(local.env[name]))) != 0
+    assert local.script("down") == "not up\n"
+    assert local.script("status", code=3) == "not up\n"
+    with pytest.raises(ConfigError, match="No Ray job server answers"):
+        jobs.reach(ClusterConfig(address=local.url))
