@@ -27,7 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Files whose tests wait minutes, for Ray and for processes to be killed: begun first, or they would
 # be what one of two workers still does when the other has long ended.
-LONG = ["test_kills.py", "test_study.py", "test_launch.py", "test_ray.py", "test_readme.py"]
+LONG = [
+    f"test_{name}.py"
+    for name in ("kills", "submit", "mlflow_server", "study", "launch", "ray", "scoring", "readme")
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

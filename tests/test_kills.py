@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 # Long enough to be killed in the middle: tens of chunks of tenths of a second.
-FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "224", "--chunk-size", "8"]
+FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "128", "--chunk-size", "8"]
 IMAGES = 192
 
 
