@@ -349,8 +349,23 @@ def test_a_store_of_another_format_is_refused(store: Store) -> None:
 
 def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
-    shards.write_parquet(path, {"path": ["a", "b"], "probability": [0.5, 1.0]}, {"made": "here"})
-    assert shards.read_parquet(path, ["path"]) == {"path": ["a", "b"]}
+    scores = shards.Scores(
+        classes=["cat", "dog"],
+        paths=["a", "b"],
+        image_ids=[bytes(16)] * 2,
+        faults=[None, "empty: the file has no bytes"],
+        top=np.array([[1, 0], [0, 1]]),
+        chance=np.array([[0.25, 0.75], [0.5, 0.5]], np.float32),
+    )
+    shards.write_scores(path, scores, {"made": "here"})
+    assert shards.read_parquet(path, ["path", "label", "top_k"]) == {
+        "path": ["a", "b"],
+        "label": ["dog", None],
+        "top_k": [
+            [{"label": "dog", "probability": 0.75}, {"label": "cat", "probability": 0.25}],
+            None,
+        ],
+    }
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match=r"scores\.parquet"):
         shards.read_parquet(path, ["path"])
