@@ -61,15 +61,31 @@ token() {
     chmod 600 "$file"
 }
 
+# Start a node and wait for it; Ray gives itself 30 s, and a busy machine may need a second attempt.
 node() {  # name, flags of `ray start`
-    local name=$1
+    local name=$1 attempt pid
     shift
-    # Nothing of ours goes over Ray's object store but paths and small results. Ports of the
-    # system's choice: Ray's usual ones may be taken by another node on this machine.
-    ARROWHEAD_CLUSTER=$(<"$STATE/mark") setsid ray start --block --disable-usage-stats \
-        --object-store-memory=268435456 --dashboard-agent-listen-port=0 \
-        --min-worker-port=0 --max-worker-port=0 "$@" >"$STATE/$name.log" 2>&1 </dev/null &
-    echo $! >>"$STATE/sessions"
+    for attempt in 1 2 3; do
+        # Nothing of ours goes over Ray's object store but paths and small results. Ports of the
+        # system's choice: Ray's usual ones may be taken by another node on this machine.
+        ARROWHEAD_CLUSTER=$(<"$STATE/mark") RAY_NUM_REDIS_GET_RETRIES=60 \
+            setsid ray start --block --disable-usage-stats --object-store-memory=268435456 \
+            --dashboard-agent-listen-port=0 --min-worker-port=0 --max-worker-port=0 "$@" \
+            >"$STATE/$name.log" 2>&1 </dev/null &
+        pid=$!
+        disown
+        echo "$pid" >>"$STATE/sessions"
+        while kill -0 "$pid" 2>/dev/null; do
+            grep -q "runtime started" "$STATE/$name.log" && return
+            sleep 0.5
+        done
+        ps -o pid= -s "$pid" | xargs -r kill -KILL 2>/dev/null || true
+        sed -i "/^$pid\$/d" "$STATE/sessions"
+    done
+    tail -n 20 "$STATE/$name.log" >&2
+    down >/dev/null
+    refuse "$name did not come up (the end of its log is above)." "a Ray that starts." \
+        "mend what the log says, then run it again."
 }
 
 up() {
@@ -91,6 +107,7 @@ up() {
                 "see who has it with \`ss -ltnp\`, or choose another: $name=$((port + 1000)) $0 up"
     done
     token
+    trap 'down; exit 130' INT TERM
     mkdir -p "$STATE"
     : >"$STATE/sessions"
     od -An -vtx1 -N8 /dev/urandom | tr -d ' \n' >"$STATE/mark"
@@ -103,18 +120,22 @@ up() {
     node head --head --port="$GCS_PORT" --dashboard-host=127.0.0.1 --dashboard-port="$PORT" \
         --ray-client-server-port="$CLIENT_PORT" --temp-dir="$(<"$STATE/session")" \
         --num-cpus=$((workers ? 0 : cpus)) --num-gpus=$((workers ? 0 : gpus))
-    await "the job server" listens "$PORT"
     for ((name = 1; name <= workers; name++)); do
         # Nodes do not know of each other: each would take all GPUs for its own.
         node "worker-$name" --address="127.0.0.1:$GCS_PORT" \
             --num-cpus=$((cpus > workers ? cpus / workers : 1)) \
             --num-gpus=$((name == 1 ? gpus : 0))
     done
-    for name in head $( ((workers)) && seq -f 'worker-%g' "$workers"); do
-        await "$name" grep -q "runtime started" "$STATE/$name.log"
+    # A node is known a moment after it says that it has started.
+    local until=$((SECONDS + 120))
+    until knows $((workers + 1)); do
+        if ((SECONDS > until)); then
+            down >/dev/null
+            refuse "$((workers + 1)) nodes were started, fewer joined." "all of them." "run it again."
+        fi
+        sleep 0.5
     done
-    # The node is known a moment after it says so.
-    await "the nodes" knows $((workers + 1))
+    trap - INT TERM
     local address=''
     [[ $PORT == 8265 ]] || address=" --address http://127.0.0.1:$PORT"
     echo "up: http://127.0.0.1:$PORT, a head and $workers workers, logs in $STATE"
@@ -135,20 +156,6 @@ ask = urllib.request.Request(sys.argv[2], headers={"Authorization": f"Bearer {to
 nodes = json.load(urllib.request.urlopen(ask, timeout=10))["data"]["result"]["result"]
 sys.exit(sum(node["state"] == "ALIVE" for node in nodes) < int(sys.argv[1]))
 END
-}
-
-await() {  # what, a command that succeeds when it is there
-    local what=$1 until=$((SECONDS + 180))
-    shift
-    until "$@"; do
-        if ! xargs kill -0 <"$STATE/sessions" 2>/dev/null || ((SECONDS > until)); then
-            tail -n 20 "$STATE"/*.log >&2 || true
-            down >/dev/null
-            refuse "$what did not come up (the end of the logs is above)." \
-                "a Ray that starts." "mend what the logs say, then run it again."
-        fi
-        sleep 0.5
-    done
 }
 
 status() {
