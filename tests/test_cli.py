@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from arrowhead import cli
+from arrowhead.train import TrainConfig
 
 VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor", "submit"]
 
@@ -178,3 +179,22 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     toml.write_text("[train]\nepoch = 3\n")
     found, _, _ = refused("train", "s", "b", "--config", toml)
     assert "epoch" in found
+
+
+def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monkeypatch, capsys):
+    """Also where its name was relative and the next call stands elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text("[train]\nepochs = 3\n")
+    words = ["train", "store", "bundle", "--config", "mine.toml"]
+    call = cli.understood(words)
+    assert call is not None and call.given["head"].epochs == 3
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "store", "bundle"])
+    assert ended.value.code == 2
+    assert "not a feature store" in capsys.readouterr().err
+    again = cli.understood(["train", "store", "bundle"])
+    assert again is not None and again.given["head"].epochs == TrainConfig().epochs

@@ -658,10 +658,11 @@ def submit(
     away = "" if cluster.address is None else f" --address {there.url}"
     away += " --insecure" if cluster.insecure else ""
     back = f"{_me()} jobs logs {job_id} --follow{away}"
-    screen.say(f"job {job_id} at {there.url}: {size / 1e6:.2f} MB sent")
+    began = f"job {job_id} at {there.url}: {size / 1e6:.2f} MB sent"
     sent = {"address": there.url, "uploaded_bytes": size}
     if follow:
-        return _followed(there, job_id, screen, output, back, sent)
+        return _followed(there, job_id, screen, output, back, sent, began)
+    screen.say(began)
     _next(screen, [back, f"{_me()} jobs stop {job_id}{away}"])
     job = jobs.look(there, job_id)
     _end({"job_id": job_id, "status": job.status, "exit_code": job.exit_code} | sent, output)
@@ -698,6 +699,7 @@ def understood(words: list[str], config: Path | None = None) -> Call | None:
             "a verb that works on data: fit, precompute, lr-find, train, score, export, …",
             f"run `{_me()} {words[0]}` here.",
         )
+    before, app.config = app.config, ()  # a file named before is not for these words
     try:
         entry, outer, _ = app.meta.parse_args(words, **quiet)
         if entry is not _entry:
@@ -712,6 +714,8 @@ def understood(words: list[str], config: Path | None = None) -> Call | None:
             "a verb, its arguments and its flags, as --help lists them.",
             f"run {_me()} {_verb(words)}--help.",
         ) from error
+    finally:
+        app.config = before
     bound.apply_defaults()
     return Call(verb, dict(bound.arguments), tokens, file)
 
@@ -778,12 +782,23 @@ def _with_workers(call: Call, units: int) -> list[str]:
 
 
 def _followed(
-    cluster: Any, job_id: str, screen: Screen, output: Output, back: str, sent: dict[str, Any]
+    cluster: Any,
+    job_id: str,
+    screen: Screen,
+    output: Output,
+    back: str,
+    sent: dict[str, Any],
+    began: str | None = None,
 ) -> int:
-    """Show a job's log until it ends; its exit code, or 130 when Ctrl-C leaves it running."""
+    """Show a job's log until it ends; its exit code, or 130 when Ctrl-C leaves it running.
+
+    began: a line to begin with. Whoever reads it may press Ctrl-C at once.
+    """
     from arrowhead import jobs
 
     try:
+        if began:
+            screen.say(began)
         job = jobs.follow(cluster, job_id, screen.say)
         status, code = job.status, job.exit_code or 0
     except KeyboardInterrupt:
@@ -1048,7 +1063,7 @@ def _entry(
 
 
 def _configure(config: Path | None) -> None:
-    app.config = ()  # main may be called more than once in a process
+    app.config = ()
     if config is not None:
         if not config.is_file():
             raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
@@ -1066,6 +1081,7 @@ def _configure(config: Path | None) -> None:
 def main(words: list[str] | None = None) -> None:
     """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
     words = sys.argv[1:] if words is None else words
+    app.config = ()  # of an earlier call in this process
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
