@@ -45,7 +45,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def open_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder that an ordinary user may reach, and the test being one: root may read anything."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # one more where tests run side by side
         folder.chmod(folder.stat().st_mode | 0o055)
     user = os.geteuid()
     if user == 0:
