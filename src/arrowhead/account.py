@@ -27,7 +27,7 @@ from arrowhead.launch import LaunchConfig
 from arrowhead.lr_finder import Curve
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog
-from arrowhead.score import ScoreConfig
+from arrowhead.score import Held, ScoreConfig
 from arrowhead.shards import Store
 from arrowhead.study import Learned, OutOfFold, Study
 from arrowhead.tracking import Run
@@ -206,6 +206,18 @@ def say_scores(
             f"{counts['novel']} images are novel: further than {cut:.3f} from the training images"
             f" ({share} of images like them are, too)"
         )
+
+
+def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> None:
+    """Counts, seconds and a picture of the predictions, recorded. result: see `pipeline.score`."""
+    counts = {f"labels.{label}": count for label, count in found.labels.items()}
+    seconds = {f"seconds.{stage}": value for stage, value in result["seconds"].items()}
+    run.record(result["counts"] | counts | seconds)
+    names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
+    run.tags({tag: result[name] for tag, name in names.items()})
+    run.keep(out / "score.json")
+    figure = report.scores_figure(found.labels, found.chances, found.novelties)
+    run.keep(report.save(figure, out / "scores.png"), "scores")
 
 
 # ---------------------------------------------------------------------------------------- learning

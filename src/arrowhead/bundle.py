@@ -134,7 +134,7 @@ def _torn(what: str) -> DataError:
     return DataError(
         f"The bundle is not whole: {what}.",
         "a bundle as `arrowhead fit` or `arrowhead train` writes it.",
-        "copy it again from where it was made, or train again.",
+        MEND,
     )
 
 
@@ -396,7 +396,7 @@ def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:
 
 def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
     for one in shards.read_json(path / "golden" / "golden.json"):
-        if not _inside(f"golden/{one['name']}") or "/" in one["name"]:
+        if not _inside(f"golden/{one['name']}"):
             raise _torn(f"golden.json names {one['name']!r}, which is not one of its images")
         feature = np.array(one["feature"], np.float32)
         chance = np.array(one["probabilities"], np.float32)
@@ -409,15 +409,13 @@ def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
 def info(path: Path) -> dict[str, Any]:
     """What a bundle is, for a person: bundle.json without its hashes, its fingerprint and size."""
     content = read(path)
-    files = [path / "bundle.json", *(path / name for name in content.pop("sha256"))]
-    return (
-        {"bundle": str(path), "fingerprint": fingerprint(path)}
-        | content
-        | {
-            "bytes": sum(file.stat().st_size for file in files),
-            "golden_images": len(shards.read_json(path / "golden" / "golden.json")),
-        }
-    )
+    names = ["bundle.json", *content.pop("sha256")]
+    return content | {
+        "bundle": str(path),
+        "fingerprint": fingerprint(path),
+        "bytes": sum((path / name).stat().st_size for name in names),
+        "golden_images": len(shards.read_json(path / "golden" / "golden.json")),
+    }
 
 
 # -------------------------------------------------------------------------------- golden

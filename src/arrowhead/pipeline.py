@@ -35,7 +35,6 @@ from arrowhead import (
     model,
     novelty,
     plan,
-    report,
     shards,
     study,
 )
@@ -558,15 +557,8 @@ def score(
         shards.write_json(out / "score.json", result)
     if means.run:
         means.run.dataset(name, digest, root, "scoring")
-        means.run.record(counts | {f"labels.{label}": n for label, n in found.labels.items()})
-        means.run.record({f"seconds.{k}": v for k, v in done.seconds.items()})
-        means.run.tags(
-            {"bundle": result["bundle_fingerprint"], "recipe": loaded.recipe.fingerprint}
-            | {"dataset": name, "body": loaded.recipe.body}
-        )
-        means.run.keep(out / "score.json")
-        figure = report.scores_figure(found.labels, found.chances, found.novelties)
-        means.run.keep(report.save(figure, out / "scores.png"), "scores")
+        means.run.tags({"dataset": name, "body": loaded.recipe.body})
+        account.show_scores(result, found, out, means.run)
     return result
 
 
