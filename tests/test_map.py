@@ -20,10 +20,11 @@ FLOORS = [
         "spool",
         "launch",
         "demo",
+        "screen",
     },
     {"plan", "guard", "descent", "checkpoint", "tracking", "jobs"},
     {"extract", "doctor"},
-    {"bundle", "train", "inventory"},
+    {"bundle", "train", "inventory", "watch"},
     {"score", "export", "lr_finder", "sweep"},
     {"report", "study", "predict"},
     {"account", "served"},
@@ -44,7 +45,7 @@ DOORS = {
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
     "cyclopts": {"cli"},
-    "rich": {"cli"},
+    "rich": {"screen"},
 }
 HEAVY = {"torch", "torchvision", "nvidia", "ray", "mlflow", "pyarrow", "matplotlib", "onnx"}
 

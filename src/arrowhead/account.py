@@ -113,6 +113,53 @@ class Work:
     workers: int = 1
     drift: dict[str, Any] | None = None
     """The largest that a worker found (see `bundle.Drift`)."""
+    files: int = 0
+    faults: int = 0
+
+    def add(self, message: dict[str, Any]) -> None:
+        """A finished chunk (see `extract.tell`)."""
+        self.files += message["files"]
+        self.faults += sum(message["faults"].values())
+        self.decoded += message["decoded"]
+        self.looked_up += message["looked_up"]
+        self.fallback += message["fallback"]
+        for stage, seconds in message["seconds"].items():
+            self.seconds[stage] += seconds
+
+
+EVERY = 5.0  # seconds between two records of how far a stage is
+
+
+class Progress:
+    """How far a stage is, recorded every few seconds for `arrowhead watch`. The step is the number
+    of images that are done, so a run that is taken up again goes on where it was.
+    """
+
+    def __init__(self, run: Run | None, work: Work, there: int, total: int) -> None:
+        self._run, self._work, self._there, self._total = run, work, there, total
+        self._began = self._last = monotonic()
+        self.now()
+
+    def __call__(self) -> None:
+        """Record, if it is time."""
+        if monotonic() - self._last >= EVERY:
+            self.now()
+
+    def now(self) -> None:
+        """Record."""
+        self._last = monotonic()
+        if self._run is None:
+            return
+        work, done = self._work, self._there + self._work.files
+        busy = {f"progress.seconds.{k}": work.seconds.get(k, 0.0) for k in extract.STAGES}
+        rate = work.files / max(self._last - self._began, 1e-9)
+        figures = {"images": done, "total": self._total, "faults": work.faults, "rate": rate}
+        self._run.record({f"progress.{k}": v for k, v in figures.items()} | busy, step=done)
+
+
+def labels(means: Means, verb: str) -> dict[str, str]:
+    """What a stage's measures are marked with."""
+    return {"run": means.top.run_id if means.top else "none", "verb": verb}
 
 
 def say_classes(store: Store, catalog: Catalog, screen: Screen) -> None:
@@ -282,6 +329,10 @@ class Told:
             screen.say(
                 f"{part} · epoch {epoch} · {len(lines)} heads learn · best {name} {best:.4f}"
             )
+            if self._means.run:
+                figures = {"epoch": epoch, "heads": len(lines), name: best}
+                found = {f"progress.{part}.{k}": v for k, v in figures.items()}
+                self._means.run.record(found, step=epoch)
 
 
 HEADING = f"{'epoch':>5}  {'train loss':>10}  {'valid loss':>10}  {'accuracy':>8}"

@@ -20,13 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import localtime, monotonic, strftime
+from time import localtime, sleep, strftime
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Toml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from arrowhead import ConfigError, DataError, LostError, Refusal, __version__
 from arrowhead.decode import PixelConfig
@@ -39,6 +37,7 @@ from arrowhead.model import FILES as WEIGHT_FILES
 from arrowhead.model import BodyConfig
 from arrowhead.plan import SourceConfig
 from arrowhead.score import ScoreConfig
+from arrowhead.screen import Screen
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
 from arrowhead.tracking import RegistryConfig, TrackingConfig
@@ -366,6 +365,44 @@ def _demo_body(screen: Screen) -> BodyConfig:
 
 
 @app.command(sort_key=7)
+def watch(
+    run: Annotated[
+        str | None,
+        Parameter(help="The run's id or its first letters, or its name; without, the newest run."),
+    ] = None,
+    *,
+    follow: Annotated[
+        bool, Parameter(negative="--no-follow", help="Go on until the run ends; else show it once.")
+    ] = True,
+    every: Annotated[float, Parameter(help="Seconds between two looks.")] = 2.0,
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Watch a run from another terminal, or another machine: how far each stage is and what binds
+    it, epochs, the machine's load. It looks into MLflow, where the run records itself.
+
+    Exit code 0 when the run has finished, 130 when it was interrupted, 1 when it failed. Ctrl-C
+    ends the watching, never the run.
+
+    Example: arrowhead watch --tracking-uri http://127.0.0.1:5000
+    """
+    from arrowhead import watch as watching
+
+    if not every > 0:
+        raise ConfigError(f"--every is {every}.", "more than 0 seconds.", "give e.g. 2.")
+    screen = Screen(to_stderr=output.json)
+    with watching.Watch(tracking, run) as seen, screen.live() as show:
+        view = seen.look()
+        show(watching.lines(view))
+        while follow and view.running:
+            sleep(every)
+            view = seen.look()
+            show(watching.lines(view))
+    _end(view.plain(), output)
+    return 0 if not follow else view.code
+
+
+@app.command(sort_key=7)
 def doctor(*, output: Out = Output()) -> int:
     """Look this machine over: what is installed, what it can do, what to mend. Exit code 0 when
     nothing that Arrowhead needs is missing.
@@ -376,9 +413,8 @@ def doctor(*, output: Out = Output()) -> int:
     if output.json:
         print(json.dumps({"checks": [check.plain() for check in checks]}))
     else:
-        console = Console(highlight=False)
         for check in checks:
-            console.print(check.line(), markup=False, soft_wrap=True)
+            Screen(to_stderr=False).say(check.line())
     return 1 if any(check.state == "missing" for check in checks) else 0
 
 
@@ -597,7 +633,12 @@ def register(
 
 # --------------------------------------------------------------------------- a cluster
 
-ELSEWHERE = ("submit", "jobs", "demo")  # verbs that belong to the machine of whoever types them
+ELSEWHERE = (
+    "submit",
+    "jobs",
+    "watch",
+    "demo",
+)  # verbs that belong to the machine of whoever types them
 MANY = ("fit", "precompute", "score")  # what takes workers and decodes images
 
 
@@ -890,76 +931,7 @@ def jobs_stop(
     return _end({"job_id": job_id, "address": there.url, "stopped": was}, output)
 
 
-# ----------------------------------------------------------------------- what is shown
-
-
-class Screen:
-    """Lines and progress bars on a terminal; plain lines elsewhere."""
-
-    def __init__(self, to_stderr: bool) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False, emoji=False)
-
-    def say(self, line: str) -> None:
-        """One line, as it is."""
-        self.console.print(line, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Advance]:
-        """A live bar with img/s, time left and faults; on a pipe a line every ten seconds."""
-        with (
-            self._live(title, total)
-            if self.console.is_terminal
-            else self._lines(title, total) as advance
-        ):
-            yield advance
-
-    @contextmanager
-    def _live(self, title: str, total: int) -> Iterator[Advance]:
-        columns = (
-            "{task.fields[rate]:.1f} img/s",
-            "{task.fields[faults]} faults",
-            "bound by {task.fields[binding]}",
-        )
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            *(TextColumn(column) for column in columns),
-            TimeRemainingColumn(),
-            console=self.console,
-        ) as progress:
-            task = progress.add_task(title, total=total, rate=0.0, faults=0, binding="…")
-            began, faults = monotonic(), 0
-
-            def advance(done: int, more_faults: int, binding: str) -> None:
-                nonlocal faults
-                faults += more_faults
-                so_far = progress.tasks[0].completed + done
-                rate = so_far / max(monotonic() - began, 1e-9)
-                progress.update(task, advance=done, rate=rate, faults=faults, binding=binding)
-
-            yield advance
-
-    @contextmanager
-    def _lines(self, title: str, total: int) -> Iterator[Advance]:
-        began = said = monotonic()
-        so_far = faults = 0
-
-        def advance(done: int, more_faults: int, binding: str) -> None:
-            nonlocal so_far, faults, said
-            so_far, faults = so_far + done, faults + more_faults
-            if monotonic() - said > 10 or so_far == total:
-                said = monotonic()
-                rate = so_far / max(said - began, 1e-9)
-                self.say(
-                    f"{title} {so_far}/{total} · {rate:.1f} img/s · {faults} faults"
-                    f" · bound by {binding}"
-                )
-
-        yield advance
-
-
-Advance = Callable[[int, int, str], None]
+# ------------------------------------------------------------------- what verbs are run with
 
 
 @contextmanager
@@ -1107,7 +1079,6 @@ def _verb(words: list[str]) -> str:
 
 
 def _refuse(found: str, wanted: str, do: str, code: int = 2) -> int:
-    console = Console(stderr=True, highlight=False)
     for line in (f"arrowhead: {found}", f"  wanted  {wanted}", f"  do      {do}"):
-        console.print(line, markup=False, soft_wrap=True)
+        Screen(to_stderr=True).say(line)
     return code

@@ -150,7 +150,19 @@ def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConf
         for chunk in pump(claimed, Known.of(store)):
             with pump.clock.stage("write"):
                 shards.write_shard(store.shard(names[chunk.number]), chunk.rows(), store.recipe)
-            worker.report(chunk.counts() | {"seconds": pump.clock.read()})
+            tell(worker, chunk, pump.clock.read(), "features_written")
+
+
+def tell(worker: Worker, chunk: Chunk, seconds: dict[str, float], written: str) -> None:
+    """Report a chunk that is written, and measure it; written: the name of what was written."""
+    counts = chunk.counts()
+    worker.report(counts | {"seconds": seconds})
+    worker.measure("images_decoded", counts["decoded"])
+    worker.measure(written, counts["decoded"] + counts["looked_up"])
+    for kind, count in counts["faults"].items():
+        worker.measure("faults", count, kind=kind)
+    for stage, value in seconds.items():
+        worker.measure("stage_seconds", value, stage=stage)
 
 
 def pending(store: Store) -> Path:

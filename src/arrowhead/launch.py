@@ -11,6 +11,10 @@ workers report reaches the driver while they run; only the driver talks to peopl
 When a worker dies the group is started again with the tasks that were not reported as done (`task`
 in a report). When Ray itself dies, LostError says how to go on.
 
+What workers measure goes to Prometheus, where the cluster is scraped: each process gives its
+numbers to the Ray of its machine every ten seconds and when it ends, so `kill -9` costs the last of
+them. They are for watching; what counts is what is reported.
+
 A stage that wants to go on in its middle keeps checkpoints (`worker.keep`); it is started anew, on
 all ranks, whenever the group is, and looks for the newest one itself. Ray Train is told of each,
 but what it notes is never read again: every start of a group has an attempt's folder of its own.
@@ -39,6 +43,7 @@ from typing import Any
 from arrowhead import ConfigError, LostError
 
 Report = dict[str, Any]
+Measure = Callable[..., None]
 Keep = Callable[[Path | None, str], None]
 
 
@@ -93,6 +98,46 @@ def _forget(draft: Path | None, name: str) -> None:
         shutil.rmtree(draft)
 
 
+def _unmeasured(name: str, value: float, **labels: str) -> None:
+    """Measure nothing: there is no cluster whose Ray would pass it on."""
+
+
+MEASURES = {
+    "images_decoded": ("counter", "Images decoded.", ()),
+    "features_written": ("counter", "Images whose features were written to a shard.", ()),
+    "scores_written": ("counter", "Images whose scores were written to a part.", ()),
+    "faults": ("counter", "Images that could not be read, by kind of fault.", ("kind",)),
+    "stage_seconds": ("counter", "Seconds that a stage was busy.", ("stage",)),
+    "epoch": ("gauge", "The epoch that ended last.", ("part",)),
+    "loss": ("gauge", "Loss of that epoch, the lowest of all heads.", ("part", "split")),
+    "accuracy": ("gauge", "Accuracy of that epoch, the highest of all heads.", ("part",)),
+}
+"""What workers measure: kind, meaning and labels by name. In Prometheus `ray_arrowhead_<name>`, a
+counter with `_total` behind it; labels `run`, `verb` and Ray's own (NodeAddress …) are added."""
+
+
+class Meters:
+    """Measures of one process of a cluster."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        self._labels = labels
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, name: str, value: float, **labels: str) -> None:
+        """Add to a counter, or set a gauge."""
+        from ray.util import metrics
+
+        kind, what, keys = MEASURES[name]
+        if name not in self._made:
+            make = metrics.Counter if kind == "counter" else metrics.Gauge
+            made = make(f"arrowhead_{name}", what, (*keys, *self._labels))
+            self._made[name] = made.set_default_tags(self._labels)
+        if kind == "gauge":
+            self._made[name].set(value, labels)
+        elif value:  # Ray refuses to add nothing
+            self._made[name].inc(value, labels)
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
     """What a stage knows of where it runs.
@@ -102,6 +147,8 @@ class Worker:
 
     keep(draft, name): all ranks together give the finished folder `draft` its name below the place
     of checkpoints; rank 0 passes the folder, which must lie on the place's disk, the others None.
+
+    measure(name, value, **labels): a number for whoever watches the cluster, see `MEASURES`.
     """
 
     rank: int
@@ -111,6 +158,7 @@ class Worker:
     claim: Callable[[], int | None]
     report: Callable[[Report], None]
     keep: Keep = _forget
+    measure: Measure = _unmeasured
 
 
 class Desk:
@@ -152,12 +200,14 @@ def run(
     listen: Callable[[Report], None] = lambda report: None,
     place: Path | None = None,
     sized: Callable[[int], None] = lambda workers: None,
+    labels: dict[str, str] | None = None,
 ) -> Any:
     """Run `stage(worker, *args)` on every worker; rank 0's return value.
 
     tasks: the numbers that workers claim. listen: gets every report, here, in order of arrival.
     place: the folder that `worker.keep` fills, on a disk that all workers share; without one, what
     is kept lives as long as this call. sized: told how many workers there are, at every start.
+    labels: what all that is measured is marked with.
     """
     # Workers start in a directory of Ray's own.
     args = tuple(arg.absolute() if isinstance(arg, Path) else arg for arg in args)
@@ -168,7 +218,7 @@ def run(
             sized(1)
             here = _here(stage, args, tasks or [], listen, place)
             return _fit(here, 0, scratch, "here")
-        return _on_ray(stage, args, config, tasks or [], listen, place, sized)
+        return _on_ray(stage, args, config, tasks or [], listen, place, sized, labels or {})
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -246,6 +296,7 @@ def _on_ray(
     listen: Callable[[Report], None],
     place: Path,
     sized: Callable[[int], None],
+    labels: dict[str, str],
 ) -> Any:
     """Run on a worker group, and again with what is left to do when a worker was lost."""
     left = list(tasks)
@@ -261,7 +312,7 @@ def _on_ray(
     _connect(config)
     for restarts_left in range(config.restarts, -1, -1):
         try:
-            return _group(stage, args, config, left, hear, place)
+            return _group(stage, args, config, left, hear, place, labels)
         except _WorkerGoneError as gone:
             if not restarts_left:
                 raise _lost(f"{gone} It was started again {config.restarts} times.") from gone
@@ -276,6 +327,7 @@ def _group(
     tasks: list[int],
     listen: Callable[[Report], None],
     place: Path,
+    labels: dict[str, str],
 ) -> Any:
     """One worker group, from its start to its end."""
     import ray
@@ -296,6 +348,7 @@ def _group(
             claim=lambda: ray.get(desk.claim.remote()),
             report=lambda message: ray.get(desk.report.remote(message)),
             keep=_keep_in_group,
+            measure=Meters(labels),
         )
         # Ray starts this again, on all ranks, when it resizes the group or loses a machine that
         # was announced to go: nobody may claim before the desk knows.

@@ -94,7 +94,8 @@ def precompute(
         missing = [i for i, name in enumerate(names) if not store.shard(name).is_file()]
         total = sum(len(runs[i]) for i in missing)
         args = path, images.pixels, images.extract
-        done = _work(extract.extract, args, missing, total, "extract", means) if missing else Work()
+        there = len(catalog) - total
+        done = _work(extract.extract, args, missing, total, there, "extract", means)
         manifest, drawn = _complete(store, catalog, names, images.source, intact)
     done.seconds["wall"] = perf_counter() - began
     redone = {names[i] for i in missing}
@@ -232,11 +233,17 @@ def _work(
     args: tuple[Any, ...],
     tasks: list[int],
     total: int,
+    there: int,
     title: str,
     means: Means,
 ) -> Work:
-    """Run a chunk-claiming stage on all workers, shown as one bar."""
+    """Run a chunk-claiming stage on all workers, shown as one bar. total: images in these tasks;
+    there: images of the others, which are done.
+    """
     done = Work()
+    if not tasks:
+        return done
+    progress = account.Progress(means.run, done, there, there + total)
     with means.screen.bar(title, total) as advance:
 
         def listen(message: dict[str, Any]) -> None:
@@ -248,20 +255,26 @@ def _work(
                     account.say_drift(message["drift"], means.screen)
                 done.drift = max(done.drift or {}, message["drift"], key=_far)
                 return
-            done.decoded += message["decoded"]
-            done.looked_up += message["looked_up"]
-            done.fallback += message["fallback"]
-            for stage_name, seconds in message["seconds"].items():
-                done.seconds[stage_name] += seconds
+            done.add(message)
             faults = sum(message["faults"].values())
             advance(message["files"], faults, extract.binding(done.seconds))
+            progress()
 
         def sized(workers: int) -> None:
             done.workers = workers
 
         began = perf_counter()
-        launch.run(stage, *args, config=means.launch, tasks=tasks, listen=listen, sized=sized)
+        launch.run(
+            stage,
+            *args,
+            config=means.launch,
+            tasks=tasks,
+            listen=listen,
+            sized=sized,
+            labels=account.labels(means, title),
+        )
         done.seconds["workers"] = perf_counter() - began
+    progress.now()
     return done
 
 
@@ -291,7 +304,13 @@ def learn(path: Path, asked: Study, means: Means = Means(), place: Path | None =
     args = path, asked, place, run
     try:
         made: Learned = launch.run(
-            study.learn, *args, config=means.launch, listen=told, place=place, sized=told.sized
+            study.learn,
+            *args,
+            config=means.launch,
+            listen=told,
+            place=place,
+            sized=told.sized,
+            labels=account.labels(means, "train"),
         )
     finally:
         told.send()
@@ -517,7 +536,7 @@ def score(
         missing = request.missing()
         total = sum(len(request.runs[number]) for number in missing)
         args = request, how
-        done = _work(scoring.score, args, missing, total, "score", means) if missing else Work()
+        done = _work(scoring.score, args, missing, total, files - total, "score", means)
         found = scoring.held(request, loaded)
         table = scoring.write_csv(request, loaded) if config.csv else None
     faults = found.faults.total()

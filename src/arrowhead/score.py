@@ -153,7 +153,7 @@ def score(worker: Worker, request: Request, how: extract.ExtractConfig) -> None:
                 )
                 rows = judged(bundle, chunk, chance_NC, config)
                 shards.write_scores(request.part(chunk.number), rows, mark)
-            worker.report(chunk.counts() | {"seconds": pump.clock.read()})
+            extract.tell(worker, chunk, pump.clock.read(), "scores_written")
 
 
 def one_view(recipe: shards.Recipe) -> shards.Recipe:

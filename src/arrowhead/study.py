@@ -256,6 +256,7 @@ class _Log:
         def record(lines: dict[int, dict[str, float]]) -> None:
             epoch = int(next(iter(lines.values()))["epoch"])
             self.tell({"part": part, "epoch": epoch, "lines": lines} | rate_at(epoch))
+            self._measure(part, list(lines.values()))
 
         def keep(save: Callable[[], Saved], epoch: int, over: bool) -> None:
             due = over or monotonic() - last[0] >= self._seconds
@@ -264,6 +265,17 @@ class _Log:
                 last[0] = monotonic()
 
         return train_stack(data, members, team, record, losers=losers, saved=saved, keep=keep)
+
+    def _measure(self, part: str, lines: list[dict[str, float]]) -> None:
+        """An epoch, for whoever watches the cluster; the best of the heads that learn."""
+        if self._worker.rank != 0:
+            return
+        measure = self._worker.measure
+        measure("epoch", lines[0]["epoch"], part=part)
+        for split in ("train", "valid"):
+            loss = min(line[f"{split}_loss"] for line in lines)
+            measure("loss", loss, part=part, split=split)
+        measure("accuracy", max(line["accuracy"] for line in lines), part=part)
 
     def _keep(self, part: str, save: Callable[[], Saved], epoch: int) -> None:
         assert self._place is not None

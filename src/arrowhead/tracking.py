@@ -5,6 +5,7 @@
                    the model as a version of a registered one
     send           what earlier runs could not write is written now (`start` does it, too)
     opened         a bundle that is in a store, by its address there
+    reading        a store to look into
 
 Only the driver writes. The default store is mlflow.db in the working directory, with the
 artefacts in mlruns/ beside it: `mlflow ui` there shows everything.
@@ -399,6 +400,27 @@ def register(
         return store.register("", bundle, registry)
 
 
+@contextmanager
+def reading(config: TrackingConfig, what: str) -> Iterator[MlflowClient]:
+    """A client of a store that `what` is looked for in; nothing is written.
+
+    Raises ConfigError if there is no such store, and for what it answers inside.
+    """
+    _must_be_there(config, what)
+    with _usable(config):
+        yield _connected(config)
+
+
+def _must_be_there(config: TrackingConfig, what: str) -> None:
+    """MLflow would make a database that is not there, to find nothing in it."""
+    if config.uri.startswith("sqlite:") and not _database(config.uri).exists():
+        raise ConfigError(
+            f"{what} is looked for in {without_secret(config.uri)}; no such database is there.",
+            "the store that it was recorded in.",
+            "give it with --tracking-uri or MLFLOW_TRACKING_URI.",
+        )
+
+
 # ---------------------------------------------------------------- bundles, by their addresses
 
 
@@ -411,14 +433,7 @@ def opened(uri: str, config: TrackingConfig) -> Fetch:
     what is returned.
     """
     where = without_secret(config.uri)
-    if config.uri.startswith("sqlite:") and not _database(config.uri).exists():
-        raise ConfigError(
-            f"{uri} is looked for in {where}, and no such database is there.",
-            "the store that the model was logged in.",
-            "give it with --tracking-uri or MLFLOW_TRACKING_URI.",
-        )
-    with _usable(config):
-        client = _connected(config)
+    with reading(config, uri) as client:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         source = get_artifact_repository(_placed(client, uri, where), tracking_uri=config.uri)
