@@ -197,7 +197,8 @@ def _found(client: Any, config: TrackingConfig, word: str | None) -> str:
     else:
         do = "give --experiment, --tracking-uri or MLFLOW_TRACKING_URI as the command has them."
     raise ConfigError(
-        f"No run {repr(word) if word else "at all"} is in the experiment {config.experiment!r} of {where}.",
+        f"There is no {f'run {word!r}' if word else 'run'} in the experiment"
+        f" {config.experiment!r} of {where}.",
         "the id of a run or its first letters, its name, or nothing for the newest.",
         do,
     )
