@@ -5,6 +5,7 @@ The cluster is one that `cluster/local.sh` starts, in a home of its own; its las
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -14,16 +15,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import arrowhead
-from arrowhead import ConfigError, cli, jobs
+from arrowhead import ConfigError, cli, jobs, launch
 from arrowhead.jobs import Cluster, ClusterConfig
 
 ROOT = Path(__file__).parents[1]
@@ -504,6 +509,111 @@ def test_rays_own_command_runs_a_job_file_with_its_recipe(local, extracted):
     made = json.loads((local.home / "bundle" / "bundle.json").read_text())
     assert made["head"] == "linear"
     assert local.token not in done.stdout + done.stderr
+
+
+class Scraper(threading.Thread):
+    """Reads what the nodes of a cluster measure, twice a second, as a Prometheus would."""
+
+    def __init__(self, local: Local) -> None:
+        super().__init__(daemon=True)
+        self._local, self._over = local, threading.Event()
+        self.seen: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+        """Newest value by labels, by name."""
+
+    def run(self) -> None:
+        while not self._over.wait(0.5):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                for target in self.targets():
+                    with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+                        self._take(answer.read().decode())
+
+    def targets(self) -> list[str]:
+        """Addresses of the nodes' measures; the job server has them for whoever has its token."""
+        line = http.client.HTTPConnection("127.0.0.1", self._local.port, timeout=5)
+        line.request(
+            "GET", "/api/prometheus/sd", headers={"Authorization": f"Bearer {self._local.token}"}
+        )
+        found = json.loads(line.getresponse().read())
+        line.close()
+        return [target for one in found for target in one["targets"]]
+
+    def _take(self, text: str) -> None:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = tuple(sorted(sample.labels.items()))
+                self.seen.setdefault(sample.name, {})[labels] = sample.value
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum over nodes and processes, of the series that have these labels."""
+        return sum(
+            value
+            for held, value in self.seen.get(f"ray_arrowhead_{name}", {}).items()
+            if labels.items() <= dict(held).items()
+        )
+
+
+@pytest.fixture(scope="module")
+def scraper(local: Local) -> Iterator[Scraper]:
+    made = Scraper(local)
+    made.start()
+    yield made
+    made.end()
+
+
+def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scraper, extracted):
+    from mlflow import MlflowClient
+
+    words = ["train", "store", "measured", "--workers", "1", "--epochs", "4", "--rate", "0.01"]
+    words += ["--grid", "rate=0.01,0.03", "--run-name", "measured"]
+    local.run("submit", "--", *words)
+    client = MlflowClient(tracking_uri=f"sqlite:///{local.home}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id])
+    run = {one.info.run_name: one.info.run_id for one in found if one.info.run_name}
+    until = monotonic() + 30
+    while monotonic() < until and not scraper.total("accuracy", run=run["measured"]):
+        sleep(0.2)
+    of = {"run": run["precompute"], "verb": "extract"}
+    assert scraper.total("images_decoded_total", **of) == 72
+    assert scraper.total("features_written_total", **of) == 72
+    assert scraper.total("faults_total", **of) == 0
+    for stage in ("read", "decode", "forward", "write"):
+        assert scraper.total("stage_seconds_total", stage=stage, **of) > 0
+    of = {"run": run["measured"], "verb": "train", "part": "heads"}
+    assert scraper.total("epoch", **of) == 3
+    assert scraper.total("loss", split="train", **of) > 0
+    heads = [one for one in found if one.data.tags.get("part") == "grid"]
+    assert len(heads) == 2
+    best = max(one.data.metrics["accuracy"] for one in heads)
+    assert scraper.total("accuracy", **of) == pytest.approx(best)
+
+
+def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, extracted):
+    """Ray's own figures are asked of the running cluster, ours are `launch.MEASURES`."""
+    board = json.loads((ROOT / "deploy" / "grafana" / "arrowhead.json").read_text())
+    texts = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    asked = {name for text in texts for name in re.findall(r"\bray_\w+", text)}
+    ours = {
+        f"ray_arrowhead_{name}{'_total' * (kind == 'counter')}": {*keys, "run", "verb"}
+        for name, (kind, _, keys) in launch.MEASURES.items()
+    }
+    until = monotonic() + 30
+    while monotonic() < until and "ray_node_mem_total" not in scraper.seen:
+        sleep(0.2)
+    known = ours.keys() | scraper.seen.keys() | {"ray_node_gpus_utilization"}  # none here
+    assert asked - known == set()
+    assert ours.keys() <= asked
+    for text in texts:  # sums and legends by labels that the series have
+        for name in re.findall(r"\bray_arrowhead_\w+", text):
+            by = {
+                word.strip()
+                for group in re.findall(r"by \(([^)]*)\)", text)
+                for word in group.split(",")
+            }
+            assert by <= ours[name] | {"NodeAddress"}
 
 
 def test_the_token_is_in_no_log_no_job_and_no_run(local, extracted):

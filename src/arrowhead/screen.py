@@ -87,9 +87,7 @@ class Screen:
         """
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False) as area:
-                yield lambda lines: area.update(
-                    Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True
-                )
+                yield lambda lines: area.update(Text("\n".join(lines)), refresh=True)
             return
         said: list[str] = []
         newest: Sequence[str] = []

@@ -22,6 +22,7 @@ from arrowhead.tracking import TrackingConfig
 Recorded = Any  # a run as MLflow's client gives it
 QUIET = 60.0  # seconds without news, after which a run may be dead
 STAGES = 20  # children that are shown; those of a grid come after its training
+WIDE = 12  # characters of a bar
 CODES = {"FINISHED": 0, "KILLED": 130, "FAILED": 1}
 PARENT = "mlflow.parentRunId"
 
@@ -254,7 +255,7 @@ def _words(stage: Stage, child: bool) -> Iterator[str]:
         yield f"{part}: epoch {figures['epoch']:.0f} · {figures['heads']:.0f} heads learn{best}"
     if stage.epoch is not None:
         of = f" of {stage.epochs}" if stage.epochs else ""
-        found = (f"{k.replace('_', ' ')} {value:.4g}" for k, value in stage.figures.items())
+        found = [f"{k.replace('_', ' ')} {v:.3g}" for k, v in stage.figures.items() if k != "rate"]
         yield " · ".join([f"epoch {stage.epoch + 1}{of}", *found])
     elif child and not (stage.images or stage.stacks):
         yield f"{stage.status.lower()}, {_span(stage.seconds)}"
@@ -265,14 +266,14 @@ def _images(stage: Stage) -> str:
     done, total = images.get("images", 0), images.get("total", 0)
     rate, faults = images.get("rate", 0.0), images.get("faults", 0)
     share = done / total if total else 1.0
-    bar = "█" * int(20 * share) + "░" * (20 - int(20 * share))
+    bar = "█" * int(WIDE * share) + "░" * (WIDE - int(WIDE * share))
     parts = [f"{bar} {done:.0f}/{total:.0f}", f"{rate:.1f} img/s"]
     if stage.status == "RUNNING" and rate and done < total:
         parts.append(f"{_span((total - done) / rate)} left")
     parts += [f"{faults:.0f} faults"] if faults else []
     if stage_name := extract.binding(stage.busy):
         part = stage.busy[stage_name] / sum(stage.busy.values())
-        parts.append(f"bound by {stage_name} ({100 * part:.0f} % of the busy time)")
+        parts.append(f"bound by {stage_name} ({100 * part:.0f} %)")
     return " · ".join(parts)
 
 
