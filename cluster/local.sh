@@ -121,8 +121,9 @@ up() {
         --ray-client-server-port="$CLIENT_PORT" --temp-dir="$(<"$STATE/session")" \
         --num-cpus=$((workers ? 0 : cpus)) --num-gpus=$((workers ? 0 : gpus))
     for ((name = 1; name <= workers; name++)); do
-        # Nodes do not know of each other: each would take all GPUs for its own.
-        node "worker-$name" --address="127.0.0.1:$GCS_PORT" \
+        # Nodes do not know of each other: each would take all GPUs for its own, and in a folder that
+        # they share unpack a job's files anew, under the feet of its driver.
+        node "worker-$name" --address="127.0.0.1:$GCS_PORT" --temp-dir="$(<"$STATE/session")/$name" \
             --num-cpus=$((cpus > workers ? cpus / workers : 1)) \
             --num-gpus=$((name == 1 ? gpus : 0))
     done

@@ -73,7 +73,7 @@ def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
     with watch.Watch(config, "slowly") as seen:
         while looks[-1].running:
             looks.append(seen.look())
-            time.sleep(0.3)
+            time.sleep(1.0)
     assert fit.wait() == 0, fit.communicate()
     done = [stage.images["images"] for one in looks for stage in one.stages if stage.images]
     assert done == sorted(done)
