@@ -29,7 +29,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # be what one of two workers still does when the other has long ended.
 LONG = [
     f"test_{name}.py"
-    for name in ("kills", "submit", "mlflow_server", "study", "launch", "ray", "scoring", "readme")
+    for name in (
+        "kills",
+        "hosts",
+        "submit",
+        "mlflow_server",
+        "study",
+        "launch",
+        "ray",
+        "scoring",
+        "readme",
+    )
 ]
 
 
@@ -46,6 +56,20 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("drawn")
     demo.draw(folder, per_class=24)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def many(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """192 images of two classes, all with other bytes: enough to be disturbed in the middle."""
+    folder = tmp_path_factory.mktemp("many") / "data"
+    photos = sorted(drawn.rglob("*.jpg"))
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+    for number in range(192):
+        photo = photos[number % len(photos)].read_bytes()
+        target = folder / "ab"[number % 2] / f"{number:03}.jpg"
+        target.write_bytes(photo + number.to_bytes(2, "big"))
     return folder
 
 

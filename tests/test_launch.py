@@ -251,6 +251,20 @@ def test_what_was_claimed_and_not_done_is_claimed_again_when_the_group_begins_an
     assert desk.read() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
 
 
+def test_a_host_that_falls_silent_is_told_of_once_and_one_that_is_done_never(monkeypatch):
+    monkeypatch.setattr(launch, "SILENT", 0.2)
+    desk = Desk([])
+    for rank, host in enumerate(["calm", "cut", "done"]):
+        desk.beat(rank, host)
+    desk.leave(2)
+    time.sleep(0.3)
+    desk.beat(0, "calm")
+    assert desk.read() == [{"silent": "cut"}]
+    assert desk.read() == []
+    desk.open(1)
+    assert desk.read() == [{"workers": 1}]
+
+
 @pytest.mark.parametrize(
     ("asked", "least", "most"), [(0, 0, 0), (2, 2, 2), ("2", 2, 2), ("1:2", 1, 2), ("3:3", 3, 3)]
 )
@@ -263,6 +277,12 @@ def test_workers_are_a_number_or_a_range(asked, least, most):
 def test_what_is_neither_is_refused(asked):
     with pytest.raises(ConfigError, match="--workers is"):
         LaunchConfig(workers=asked)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_nobody_waits_for_less_than_no_time(seconds):
+    with pytest.raises(ConfigError, match="--wait is"):
+        LaunchConfig(wait=seconds)
 
 
 def test_flags_and_files_give_workers_either_way(tmp_path):

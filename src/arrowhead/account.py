@@ -212,7 +212,9 @@ def _say_ways(screen: Screen, counts: dict[str, int], done: Work) -> None:
 
 def say_restart(message: dict[str, Any], screen: Screen) -> None:
     """Why the workers are started again."""
-    screen.say(f"{message['restart']}. The workers are started again; what is done stays.")
+    screen.say(
+        f"{message['restart'].rstrip('.')}. The workers are started again; what is done stays."
+    )
 
 
 def say_drift(drift: dict[str, Any], screen: Screen) -> None:

@@ -9,7 +9,8 @@
 Tasks (chunk numbers) are claimed one by one, not dealt, so a slow worker holds nobody up. What
 workers report reaches the driver while they run; only the driver talks to people and to MLflow.
 When a worker dies the group is started again with the tasks that were not reported as done (`task`
-in a report). When Ray itself dies, LostError says how to go on.
+in a report). When Ray itself dies, LostError says how to go on. A machine that no longer answers,
+and room that is waited for, are told long before Ray says anything (`warning` in a report).
 
 What workers measure goes to Prometheus, where the cluster is scraped: each process gives its
 numbers to the Ray of its machine every ten seconds and when it ends, so `kill -9` costs the last of
@@ -31,9 +32,10 @@ import shutil
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -58,10 +60,14 @@ class LaunchConfig:
     """Of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a Ray of our own."""
     restarts: int = 3
     """How often a group that lost a worker is started again before the command gives up."""
+    wait: float = 1800.0
+    """Seconds to wait for machines with room for the workers before the command gives up."""
 
     def __post_init__(self) -> None:
         if self.restarts < 0:
             raise ConfigError(f"--restarts is {self.restarts}.", "0 or more.", "give e.g. 3.")
+        if not self.wait > 0:
+            raise ConfigError(f"--wait is {self.wait}.", "more than 0 seconds.", "give e.g. 1800.")
         if not re.fullmatch(r"[0-9]{1,6}(:[0-9]{1,6})?", str(self.workers)):
             raise ConfigError(
                 f"--workers is {self.workers}.",
@@ -161,6 +167,10 @@ class Worker:
     measure: Measure = _unmeasured
 
 
+BEAT = 1.0  # seconds between a worker's signs of life
+SILENT = 10.0  # seconds without one, after which the driver is told; Ray itself takes a minute
+
+
 class Desk:
     """Hands out task numbers and keeps reports until the driver reads them."""
 
@@ -168,11 +178,22 @@ class Desk:
         self._left = list(tasks)  # not reported as done
         self._tasks = iter(tasks)
         self._reports: list[Report] = []
+        self._heard: dict[int, tuple[str, float]] = {}  # by rank: its host, and when
+        self._silent: set[str] = set()
 
     def open(self, workers: int) -> None:
         """A group of this size begins: what an earlier one claimed and did not do is free again."""
         self._tasks = iter(list(self._left))
+        self._heard, self._silent = {}, set()
         self._reports.append({"workers": workers})
+
+    def beat(self, rank: int, host: str) -> None:
+        """A worker is alive."""
+        self._heard[rank] = host, time.monotonic()
+
+    def leave(self, rank: int) -> None:
+        """A worker has done its part; nothing more is heard of it."""
+        self._heard.pop(rank, None)
 
     def claim(self) -> int | None:
         """The next task's number, None when all are taken."""
@@ -187,7 +208,11 @@ class Desk:
         self._reports.append(message)
 
     def read(self) -> list[Report]:
-        """The reports since the last reading."""
+        """The reports since the last reading; `silent`: a host that is not heard any more."""
+        old = time.monotonic() - SILENT
+        silent = {host for host, last in self._heard.values() if last < old}
+        self._reports += [{"silent": host} for host in sorted(silent - self._silent)]
+        self._silent = silent
         reports, self._reports = self._reports, []
         return reports
 
@@ -310,14 +335,18 @@ def _on_ray(
         listen(report)
 
     _connect(config)
-    for restarts_left in range(config.restarts, -1, -1):
+    lookout, restarts = _Lookout(config, hear), 0
+    while True:
         try:
-            return _group(stage, args, config, left, hear, place, labels)
+            return _group(stage, args, config, left, lookout, place, labels)
+        except _NoRoomError:
+            continue  # `lookout` ends this
         except _WorkerGoneError as gone:
-            if not restarts_left:
+            restarts += 1
+            if restarts > config.restarts:
                 raise _lost(f"{gone} It was started again {config.restarts} times.") from gone
             listen({"restart": str(gone)})
-    return None
+            _settle(listen)
 
 
 def _group(
@@ -325,14 +354,14 @@ def _group(
     args: tuple[Any, ...],
     config: LaunchConfig,
     tasks: list[int],
-    listen: Callable[[Report], None],
+    lookout: _Lookout,
     place: Path,
     labels: dict[str, str],
 ) -> Any:
     """One worker group, from its start to its end."""
     import ray
 
-    desk = ray.remote(num_cpus=0)(Desk).remote(tasks)
+    desk = ray.remote(num_cpus=0, scheduling_strategy=_beside_us())(Desk).remote(tasks)
 
     def train_function(_: dict[str, Any]) -> Any:
         import ray.train
@@ -355,11 +384,12 @@ def _group(
         if worker.rank == 0:
             ray.get(desk.open.remote(worker.world))
         ray.train.collective.barrier()
-        return stage(worker, *args)
+        with _heard(desk, worker.rank):
+            return stage(worker, *args)
 
     def pass_on() -> None:
         for report in ray.get(desk.read.remote()):
-            listen(report)
+            lookout.hear(report)
 
     # Ray is waited for in a thread: where it has died it would hang for a minute, then end us.
     fitted: Future[Any] = Future()
@@ -374,13 +404,14 @@ def _group(
             fitted.set_exception(error)
 
     threading.Thread(target=fit, daemon=True).start()
-    while not fitted.done():
-        if _is_dead():
-            raise _lost("The Ray that ran this command has died.")
-        wait([fitted], timeout=0.25)
-        with contextlib.suppress(ray.exceptions.RayError):
-            pass_on()
     try:
+        while not fitted.done():
+            if _is_dead():
+                raise _lost("The Ray that ran this command has died.")
+            wait([fitted], timeout=0.25)
+            with contextlib.suppress(ray.exceptions.RayError):
+                pass_on()
+                lookout.look()
         return fitted.result()
     except ray.exceptions.RayError as error:
         if _is_dead():
@@ -390,7 +421,157 @@ def _group(
         with contextlib.suppress(ray.exceptions.RayError):
             pass_on()
             ray.kill(desk)
+        with contextlib.suppress(ray.exceptions.RayError):
+            _give_back(lookout.held())
         _sweep(place)
+
+
+def _beside_us() -> Any:
+    """Where this process runs: no machine that goes takes what is placed so."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+@contextlib.contextmanager
+def _heard(desk: Any, rank: int) -> Iterator[None]:
+    """Signs of life to the desk as long as this block lasts."""
+    import ray
+
+    host, ended = ray.util.get_node_ip_address(), threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            while not ended.wait(BEAT):
+                ray.get(desk.beat.remote(rank, host))
+            ray.get(desk.leave.remote(rank))
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+WORD = 5.0  # seconds between two looks at what a group waits for
+MINUTE = 60.0  # after which a person who still waits is told again
+
+
+class _Lookout:
+    """Sees what Ray keeps to itself, or says late: room that is waited for, hosts that are cut off.
+
+    The room of a group of workers is a placement group: there from before its workers are started
+    until they have all ended, and another one whenever Ray starts the group anew.
+    """
+
+    def __init__(self, config: LaunchConfig, listen: Callable[[Report], None]) -> None:
+        self._config, self._listen = config, listen
+        self._others = set(_placement_groups())  # our caller's
+        self._running: set[str] = set()
+        self._room = -1
+        self._idle = self._looked = self._said = time.monotonic()
+
+    def held(self) -> dict[str, str]:
+        """The placement groups of this group, with their states."""
+        found = _placement_groups()
+        return {name: state for name, state in found.items() if name not in self._others}
+
+    def hear(self, report: Report) -> None:
+        """Pass a report on, or what it means."""
+        if "workers" in report:
+            self._running = set(self.held())
+        if "silent" not in report:
+            self._listen(report)
+        elif self._running & self.held().keys():  # else Ray has ended these workers itself
+            self._listen(
+                {
+                    "warning": f"{report['silent']} has not answered for {SILENT:.0f} s."
+                    f" Ray gives a machine about a minute; then the workers start again without it."
+                }
+            )
+
+    def look(self) -> None:
+        """Say so when there is no room; LostError when no workers could be started for too long."""
+        now = time.monotonic()
+        if now < self._looked + WORD:
+            return
+        self._looked, held = now, self.held()
+        if self._running & held.keys() or "CREATED" in held.values():
+            self._idle, self._room = now, -1
+            return
+        if now > self._idle + self._config.wait:
+            waited = f"{self._config.wait:.0f} s"
+            raise _lost(f"For {waited} the cluster had no room for {self._wanted()}.")
+        room = _room(self._config, free=True)
+        if room < self._config.least and (room != self._room or now > self._said + MINUTE):
+            self._room, self._said = room, now
+            told = f"waiting for {self._wanted()}: the cluster has room for {room}"
+            self._listen({"warning": told})
+
+    def _wanted(self) -> str:
+        return f"{self._config.least} worker{'s' if self._config.least > 1 else ''}"
+
+
+GIVEN_UP = 90.0  # seconds after which Ray has given up a machine that does not answer
+
+
+def _settle(listen: Callable[[Report], None]) -> None:
+    """After a loss: wait until Ray counts on no machine that does not answer. Started earlier, the
+    group would be given room there, and wait for it.
+    """
+    until, told = time.monotonic() + GIVEN_UP, ""
+    while (deaf := ", ".join(_deaf())) and time.monotonic() < until:
+        if deaf != told:
+            listen({"warning": f"{deaf} does not answer: waiting until Ray gives it up"})
+        told = deaf
+        time.sleep(0.5)
+    _recount()
+
+
+def _deaf() -> list[str]:
+    """Machines that Ray takes for alive and that take no connection."""
+    import ray
+
+    found = []
+    for node in ray.nodes():
+        place = node["NodeManagerAddress"], node["NodeManagerPort"]
+        try:
+            if node["Alive"]:
+                socket.create_connection(place, timeout=2).close()
+        except OSError:
+            found.append(node["NodeManagerAddress"])
+    return found
+
+
+def _recount() -> None:
+    """Have Ray's elastic groups see what machines there are now: they look every 20 s only."""
+    import ray
+
+    with contextlib.suppress(Exception):  # there is no public way to ask
+        counts = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(counts.get_reserved_resources.remote("arrowhead", recompute=True), timeout=5)
+
+
+def _placement_groups() -> dict[str, str]:
+    """Those of this process that are not removed, with their states."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    ours = ray.get_runtime_context().get_job_id()  # the end of their names
+    states = {name: one["state"] for name, one in placement_group_table().items()}
+    return {k: state for k, state in states.items() if k.endswith(ours) and state != "REMOVED"}
+
+
+def _give_back(groups: Iterable[str]) -> None:
+    """Free the room of a group that is gone. Where one fails while its workers are joined to each
+    other, Ray keeps the room as long as this process lives, and the next group would wait for it.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for name in groups:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
 
 
 ATTEMPT = "attempt-"
@@ -474,7 +655,7 @@ def _fit(
                 use_gpu=on_gpu and least > 0,
                 resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpu and least else {}),
             ),
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            torch_config=_joined_by("nccl" if on_gpu else "gloo"),
             # All checkpoints stay, as far as Ray goes: where it thins them out, its controller
             # fails on one that `checkpoint.prune` has removed before.
             run_config=ray.train.RunConfig(
@@ -492,8 +673,44 @@ def _fit(
         raise _cause(error) from None
 
 
+def _joined_by(backend: str) -> Any:
+    """Ray's way to join workers, after each has told gloo which network card to use.
+
+    By itself gloo takes the address that the machine's name stands for, which on many is one of
+    the machine's own (127.0.1.1): workers on two hosts would not find each other.
+    """
+    import ray.train.torch
+
+    usual: Any = ray.train.torch.TorchConfig
+
+    class Backend(usual(backend).backend_cls):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_choose_card)
+            super().on_start(worker_group, backend_config)
+
+    class Joined(usual):  # type: ignore[misc]
+        backend_cls = Backend
+
+    return Joined(backend)
+
+
+def _choose_card() -> None:
+    """Tell gloo the network card that has the address by which Ray knows this machine."""
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    for card, its in psutil.net_if_addrs().items():
+        if any(one.address == address for one in its):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
+
+
 class _WorkerGoneError(RuntimeError):
     """A worker process or its machine is gone."""
+
+
+class _NoRoomError(RuntimeError):
+    """Workers were not given room in time."""
 
 
 def _cause(error: Any) -> BaseException:
@@ -501,9 +718,15 @@ def _cause(error: Any) -> BaseException:
     failures = list(getattr(error, "worker_failures", {}).values())
     for rank, failure in getattr(error, "worker_failures", {}).items():
         if type(failure).__name__.startswith("WorkerHealthCheck"):  # Ray keeps the class private
-            return _WorkerGoneError(f"Worker {rank} is gone: {str(failure).splitlines()[0]}")
+            found = re.search("node_ip='([^']*)'", str(failure))
+            host = f" on {found[1]}" if found else ""
+            why = textwrap.shorten(str(failure).strip().splitlines()[-1], 160)
+            return _WorkerGoneError(f"Worker {rank}{host} is gone: {why}")
     if not failures:  # the controller's own end, or a machine taken back
-        return _WorkerGoneError(str(error).splitlines()[0])
+        inner = getattr(error, "controller_failure", error)
+        if type(inner).__name__ == "WorkerGroupStartupTimeoutError":
+            return _NoRoomError(str(inner))
+        return _WorkerGoneError(textwrap.shorten(str(inner).strip().splitlines()[-1], 300))
     failure = failures[0]
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
     return inner or failure  # type: ignore[no-any-return]
@@ -520,6 +743,8 @@ def _connect(config: LaunchConfig) -> None:
     secure()
     # A rank's second report waits until Ray has asked for its first, every 2 s if left alone.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Room is there at once or has to be counted again; left alone Ray hopes for it for a minute.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray
 
     if ray.is_initialized():

@@ -250,6 +250,9 @@ def _work(
             if "restart" in message:
                 account.say_restart(message, means.screen)
                 return
+            if "warning" in message:
+                means.screen.say(message["warning"])
+                return
             if "drift" in message:
                 if done.drift is None:  # the others are machines like this one, or refuse
                     account.say_drift(message["drift"], means.screen)
