@@ -9,7 +9,7 @@ READY := .venv/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint bench lock clean
+.PHONY: help setup demo test chaos lint audit bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -41,6 +41,15 @@ lint: $(READY)  ## ruff and mypy, as in pre-commit
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In an environment of its own, as below. It says 3 where it could ask nobody.
+audit:  ## known vulnerabilities of what the locks hold
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet "pip-audit==2.10.1"
+	rm -f .venv-audit/found.json
+	-.venv-audit/bin/pip-audit --disable-pip --require-hashes --progress-spinner off --format json \
+		--output .venv-audit/found.json -r requirements.lock -r deploy/mlflow.lock >/dev/null 2>&1
+	.venv-audit/bin/python .ci/audit.py .venv-audit/found.json
+
 bench: $(READY)  ## extraction against the plain torchvision loop, in one run
 	$(BIN)/python bench/extract.py
 
@@ -59,4 +68,4 @@ lock:  ## compile requirements.lock, and from it what images hold (hashes, no in
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets made (the environment too)
-	rm -rf .venv demo out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-audit demo out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,8 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -534,3 +536,32 @@ def test_a_config_with_yaml_tags_is_refused(words, made, canary, ends, tmp_path)
         *[stands.get(word, word) for word in words], "--config", tmp_path / "config.yaml", code=2
     )
     assert "config.yaml" in said
+
+
+# ---------------------------------------------------------------------------- dependencies
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "code", "said"),
+    [
+        ([{"name": "a", "version": "1", "vulns": []}], 0, "1 packages audited, 0 with"),
+        ([{"name": "a", "skip_reason": "not found"}], 3, "nothing was audited"),
+        ([], 3, "nothing was audited"),
+        (
+            [
+                {"name": "a", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]},
+                {"name": "b", "skip_reason": "not found"},
+            ],
+            1,
+            "a 1: CVE-1; mended in 2",
+        ),
+    ],
+    ids=["clean", "unknown", "empty", "vulnerable"],
+)
+def test_an_audit_that_could_ask_nobody_is_not_a_clean_one(tmp_path, dependencies, code, said):
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"dependencies": dependencies, "fixes": []}))
+    script = Path(__file__).parents[1] / ".ci" / "audit.py"
+    done = subprocess.run([sys.executable, script, found], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout
