@@ -470,13 +470,11 @@ class _Lookout:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Look, in a thread, as long as this block lasts."""
-        import ray
-
         ended = threading.Event()
 
         def look() -> None:
             while not ended.wait(BEAT):
-                with contextlib.suppress(ray.exceptions.RayError):
+                with contextlib.suppress(Exception):  # Ray may end under it
                     self._look()
 
         self.leaving = False
@@ -524,8 +522,10 @@ class _Lookout:
         while self._silent:
             host = self._silent.pop()
             if works:  # else Ray has ended these workers itself
-                said = f"{host} has not answered for {SILENT:.0f} s. Ray gives a machine about a"
-                said += " minute; then the workers start again without it."
+                said = (
+                    f"a worker on {host} has not answered for {SILENT:.0f} s. If its machine is cut"
+                )
+                said += " off, Ray gives it up in about a minute, and the others start again"
                 self._found.append({"warning": said})
         if works or "CREATED" in held.values():
             self._idle, self._room = now, -1
