@@ -32,6 +32,7 @@ LONG = [
     for name in (
         "kills",
         "hosts",
+        "spot",
         "submit",
         "mlflow_server",
         "study",

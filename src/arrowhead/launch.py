@@ -10,7 +10,8 @@ Tasks (chunk numbers) are claimed one by one, not dealt, so a slow worker holds 
 workers report reaches the driver while they run; only the driver talks to people and to MLflow.
 When a worker dies the group is started again with the tasks that were not reported as done (`task`
 in a report). When Ray itself dies, LostError says how to go on. A machine that no longer answers,
-and room that is waited for, are told long before Ray says anything (`warning` in a report).
+and room that is waited for, are told long before Ray says anything (`warning` in a report). A
+machine that is announced to go (a spot machine, a drain) is given no more tasks; the others go on.
 
 What workers measure goes to Prometheus, where the cluster is scraped: each process gives its
 numbers to the Ray of its machine every ten seconds and when it ends, so `kill -9` costs the last of
@@ -167,37 +168,53 @@ class Worker:
     measure: Measure = _unmeasured
 
 
-BEAT = 1.0  # seconds between a worker's signs of life
+BEAT = 1.0  # seconds between a worker's signs of life, and between looks at who is to go
 SILENT = 10.0  # seconds without one, after which the driver is told; Ray itself takes a minute
 
 
-class Desk:
-    """Hands out task numbers and keeps reports until the driver reads them."""
+def _nobody() -> dict[str, int]:
+    """No machine is announced to go."""
+    return {}
 
-    def __init__(self, tasks: list[int]) -> None:
+
+class Desk:
+    """Hands out task numbers and keeps reports until the driver reads them.
+
+    going: machines (node ids) that are announced to go, and when (milliseconds since 1970, 0: not
+    known). They are given no more tasks, so nothing is lost with them.
+    """
+
+    def __init__(
+        self, tasks: list[int], going: Callable[[], dict[str, int]] = _nobody, every: float = BEAT
+    ) -> None:
         self._left = list(tasks)  # not reported as done
         self._tasks = iter(tasks)
         self._reports: list[Report] = []
         self._heard: dict[int, tuple[str, float]] = {}  # by rank: its host, and when
+        self._hosts: dict[str, str] = {}  # by node id: the host, of all in this group
         self._silent: set[str] = set()
+        self._ask, self._every, self._asked = going, every, 0.0
+        self._going: dict[str, int] = {}
+        self._told: set[str] = set()
 
     def open(self, workers: int) -> None:
         """A group of this size begins: what an earlier one claimed and did not do is free again."""
         self._tasks = iter(list(self._left))
-        self._heard, self._silent = {}, set()
+        self._heard, self._hosts, self._silent, self._told = {}, {}, set(), set()
         self._reports.append({"workers": workers})
 
-    def beat(self, rank: int, host: str) -> None:
+    def beat(self, rank: int, host: str, node: str = "") -> None:
         """A worker is alive."""
         self._heard[rank] = host, time.monotonic()
+        self._hosts[node] = host
 
     def leave(self, rank: int) -> None:
         """A worker has done its part; nothing more is heard of it."""
         self._heard.pop(rank, None)
 
-    def claim(self) -> int | None:
-        """The next task's number, None when all are taken."""
-        return next(self._tasks, None)
+    def claim(self, node: str = "") -> int | None:
+        """The next task's number; None when all are taken, or when the machine is to go."""
+        return None if node in self._announced() else next(self._tasks, None)
 
     def report(self, message: Report) -> None:
         """Keep a report for the driver; a task is done once, whoever says so again."""
@@ -208,13 +225,31 @@ class Desk:
         self._reports.append(message)
 
     def read(self) -> list[Report]:
-        """The reports since the last reading; `silent`: a host that is not heard any more."""
+        """The reports since the last reading; `silent`: a host that is not heard any more,
+        `leaving`: one that is announced to go, `until` then.
+        """
         old = time.monotonic() - SILENT
         silent = {host for host, last in self._heard.values() if last < old}
         self._reports += [{"silent": host} for host in sorted(silent - self._silent)]
         self._silent = silent
+        going = self._announced()
+        for node in self._hosts.keys() & going.keys() - self._told:
+            self._told.add(node)
+            self._reports.append({"leaving": self._hosts[node], "until": going[node]})
         reports, self._reports = self._reports, []
         return reports
+
+    def _announced(self) -> dict[str, int]:
+        if time.monotonic() >= self._asked + self._every:
+            self._going, self._asked = self._ask(), time.monotonic()
+        return self._going
+
+
+def _going() -> dict[str, int]:
+    """Machines that are announced to go (node ids), and when: milliseconds since 1970, or 0."""
+    import ray._private.state as inside  # there is no public way to ask
+
+    return dict(inside.state.get_draining_nodes())
 
 
 def run(
@@ -338,15 +373,20 @@ def _on_ray(
     lookout, restarts = _Lookout(config, hear), 0
     while True:
         try:
-            return _group(stage, args, config, left, lookout, place, labels)
+            with lookout.watch():
+                result = _group(stage, args, config, left, lookout, place, labels)
+            if not (left and lookout.leaving):
+                return result
+            listen({"restart": "Every machine that had workers is announced to go"})
         except _NoRoomError:
             continue  # `lookout` ends this
         except _WorkerGoneError as gone:
-            restarts += 1
+            restarts += not lookout.leaving
             if restarts > config.restarts:
-                raise _lost(f"{gone} It was started again {config.restarts} times.") from gone
+                said = f"{str(gone).rstrip('.')}. It was started again {config.restarts} times."
+                raise _lost(said) from gone
             listen({"restart": str(gone)})
-            _settle(listen)
+        _settle(listen)
 
 
 def _group(
@@ -361,26 +401,26 @@ def _group(
     """One worker group, from its start to its end."""
     import ray
 
-    desk = ray.remote(num_cpus=0, scheduling_strategy=_beside_us())(Desk).remote(tasks)
+    desk = ray.remote(num_cpus=0, scheduling_strategy=_beside_us())(Desk).remote(tasks, _going)
 
     def train_function(_: dict[str, Any]) -> Any:
         import ray.train
         import ray.train.collective
         import torch
 
-        context = ray.train.get_context()
+        context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
         worker = Worker(
             rank=context.get_world_rank(),
             world=context.get_world_size(),
             device=str(ray.train.torch.get_device()),
             threads=torch.get_num_threads(),
-            claim=lambda: ray.get(desk.claim.remote()),
+            claim=lambda: ray.get(desk.claim.remote(node)),
             report=lambda message: ray.get(desk.report.remote(message)),
             keep=_keep_in_group,
             measure=Meters(labels),
         )
-        # Ray starts this again, on all ranks, when it resizes the group or loses a machine that
-        # was announced to go: nobody may claim before the desk knows.
+        # Ray starts this again, on all ranks, when it resizes the group: nobody may claim before
+        # the desk knows.
         if worker.rank == 0:
             ray.get(desk.open.remote(worker.world))
         ray.train.collective.barrier()
@@ -411,7 +451,7 @@ def _group(
             wait([fitted], timeout=0.25)
             with contextlib.suppress(ray.exceptions.RayError):
                 pass_on()
-                lookout.look()
+            lookout.tell()
         return fitted.result()
     except ray.exceptions.RayError as error:
         if _is_dead():
@@ -421,8 +461,9 @@ def _group(
         with contextlib.suppress(ray.exceptions.RayError):
             pass_on()
             ray.kill(desk)
-        with contextlib.suppress(ray.exceptions.RayError):
-            _give_back(lookout.held())
+        if not _is_dead():
+            with contextlib.suppress(ray.exceptions.RayError):
+                _give_back(lookout.held())
         _sweep(place)
 
 
@@ -439,12 +480,14 @@ def _heard(desk: Any, rank: int) -> Iterator[None]:
     """Signs of life to the desk as long as this block lasts."""
     import ray
 
-    host, ended = ray.util.get_node_ip_address(), threading.Event()
+    host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+    ended = threading.Event()
 
     def beat() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(desk.beat.remote(rank, host, node))
             while not ended.wait(BEAT):
-                ray.get(desk.beat.remote(rank, host))
+                ray.get(desk.beat.remote(rank, host, node))
             ray.get(desk.leave.remote(rank))
 
     threading.Thread(target=beat, daemon=True).start()
@@ -462,55 +505,99 @@ class _Lookout:
     """Sees what Ray keeps to itself, or says late: room that is waited for, hosts that are cut off.
 
     The room of a group of workers is a placement group: there from before its workers are started
-    until they have all ended, and another one whenever Ray starts the group anew.
+    until they have all ended, and another one whenever Ray starts the group anew. Only a thread
+    asks Ray for it: where the head has died, who asks hangs for a minute and is ended by Ray.
     """
 
     def __init__(self, config: LaunchConfig, listen: Callable[[Report], None]) -> None:
         self._config, self._listen = config, listen
         self._others = set(_placement_groups())  # our caller's
+        self.leaving = False  # whether a machine of this group is announced to go
+        self._begun = False
+        self._silent: list[str] = []
+        self._found: list[Report | LostError] = []
         self._running: set[str] = set()
         self._room = -1
         self._idle = self._looked = self._said = time.monotonic()
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Look, in a thread, as long as this block lasts."""
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.wait(BEAT):
+                with contextlib.suppress(Exception):  # Ray may end under it
+                    self._look()
+
+        self.leaving = False
+        threading.Thread(target=look, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def hear(self, report: Report) -> None:
+        """Pass a report on, or what it means."""
+        if "leaving" in report:
+            self.leaving = True
+            until = time.strftime("at %H:%M:%S", time.localtime(report["until"] / 1000))
+            when = until if report["until"] else "soon"
+            said = f"{report['leaving']} is going {when}: it takes no more, the others go on"
+            self._listen({"warning": said})
+        elif "silent" in report:
+            self._silent.append(report["silent"])
+        else:
+            self._begun |= "workers" in report
+            self._listen(report)
+
+    def tell(self) -> None:
+        """Pass on what was seen; LostError when no workers could be started for too long."""
+        while self._found:
+            found = self._found.pop(0)
+            if isinstance(found, LostError):
+                raise found
+            self._listen(found)
 
     def held(self) -> dict[str, str]:
         """The placement groups of this group, with their states."""
         found = _placement_groups()
         return {name: state for name, state in found.items() if name not in self._others}
 
-    def hear(self, report: Report) -> None:
-        """Pass a report on, or what it means."""
-        if "workers" in report:
-            self._running = set(self.held())
-        if "silent" not in report:
-            self._listen(report)
-        elif self._running & self.held().keys():  # else Ray has ended these workers itself
-            self._listen(
-                {
-                    "warning": f"{report['silent']} has not answered for {SILENT:.0f} s."
-                    f" Ray gives a machine about a minute; then the workers start again without it."
-                }
-            )
-
-    def look(self) -> None:
-        """Say so when there is no room; LostError when no workers could be started for too long."""
+    def _look(self) -> None:
         now = time.monotonic()
-        if now < self._looked + WORD:
+        if not (self._begun or self._silent or now > self._looked + WORD):
             return
-        self._looked, held = now, self.held()
-        if self._running & held.keys() or "CREATED" in held.values():
+        held = self.held()
+        if self._begun:
+            self._begun, self._running = False, set(held)
+        works = bool(self._running & held.keys())
+        while self._silent:
+            host = self._silent.pop()
+            if works:  # else Ray has ended these workers itself
+                said = (
+                    f"a worker on {host} has not answered for {SILENT:.0f} s. If its machine is cut"
+                )
+                said += " off, Ray gives it up in about a minute, and the others start again"
+                self._found.append({"warning": said})
+        if works or "CREATED" in held.values():
             self._idle, self._room = now, -1
-            return
-        if now > self._idle + self._config.wait:
-            waited = f"{self._config.wait:.0f} s"
-            raise _lost(f"For {waited} the cluster had no room for {self._wanted()}.")
-        room = _room(self._config, free=True)
-        if room < self._config.least and (room != self._room or now > self._said + MINUTE):
-            self._room, self._said = room, now
-            told = f"waiting for {self._wanted()}: the cluster has room for {room}"
-            self._listen({"warning": told})
+        elif now > self._looked + WORD:
+            self._look_for_room(now)
+            _recount()
+        if now > self._looked + WORD:
+            self._looked = now
 
-    def _wanted(self) -> str:
-        return f"{self._config.least} worker{'s' if self._config.least > 1 else ''}"
+    def _look_for_room(self, now: float) -> None:
+        least, room = self._config.least, _room(self._config, free=True)
+        wanted = f"{least} worker{'s' if least > 1 else ''}"
+        if now > self._idle + self._config.wait:
+            said = f"For {self._config.wait:.0f} s the cluster had no room for {wanted}."
+            self._found.append(_lost(said))
+        elif room < least and (room != self._room or now > self._said + MINUTE):
+            self._room, self._said = room, now
+            said = f"waiting for {wanted}: the cluster has room for {room}"
+            self._found.append({"warning": said})
 
 
 GIVEN_UP = 90.0  # seconds after which Ray has given up a machine that does not answer
@@ -521,7 +608,7 @@ def _settle(listen: Callable[[Report], None]) -> None:
     group would be given room there, and wait for it.
     """
     until, told = time.monotonic() + GIVEN_UP, ""
-    while (deaf := ", ".join(_deaf())) and time.monotonic() < until:
+    while not _is_dead() and (deaf := ", ".join(_deaf())) and time.monotonic() < until:
         if deaf != told:
             listen({"warning": f"{deaf} does not answer: waiting until Ray gives it up"})
         told = deaf
@@ -592,26 +679,79 @@ def _size(config: LaunchConfig) -> int | tuple[int, int]:
 
     Ray's elastic groups follow what the machines have, not what is free of it, and then wait for
     room that others hold. So the range ends where the free room does, unless all of it is free:
-    then machines that join later make the group larger.
+    then machines that join later, or that an autoscaler brings, make the group larger.
     """
+    if (limit := _most(config)) < config.least:
+        raise ConfigError(
+            f"--workers is {config.workers}; the cluster grows to {limit} at most.",
+            "no more workers than it has CPUs (GPUs, where it has enough) when it is full-grown.",
+            f"give --workers {limit}, or raise max_workers in the cluster's file.",
+        )
     if config.least == config.most:
         return config.most
+    _recount()
     until = time.monotonic() + SETTLED
-    while (free := _room(config, free=True)) < config.most and time.monotonic() < until:
+    while (free := _room(config, free=True)) < min(config.most, there := _room(config, free=False)):
+        if time.monotonic() > until:
+            break
         time.sleep(0.25)
-    most = config.most
-    if free < min(most, _room(config, free=False)):
-        most = max(free, config.least)
+    most = config.most if free >= min(config.most, there) else max(free, config.least)
     return (config.least, most) if config.least < most else most
 
 
 def _room(config: LaunchConfig, free: bool) -> int:
-    """Workers that the cluster can hold: in its free room, or in all of it."""
+    """Workers that the cluster can hold: in all of its machines, or in the free room of those that
+    are to stay.
+    """
+    import ray
+    import ray._private.state as inside
+
+    if not free:
+        return _workers(config, ray.cluster_resources())
+    nodes, going = inside.available_resources_per_node(), _going()
+    return sum(_workers(config, its) for node, its in nodes.items() if node not in going)
+
+
+def _workers(config: LaunchConfig, resources: dict[str, float]) -> int:
+    """Workers that resources suffice for."""
+    kinds = ("CPU", "GPU") if _gpus() >= config.least else ("CPU",)
+    return int(min(resources.get(kind, 0) for kind in kinds))
+
+
+def _full_grown() -> dict[str, float]:
+    """CPUs and GPUs of the cluster when its autoscaler has brought all it may; empty if unknown.
+
+    Ray's autoscaler tells nobody what it may bring. `ray up` leaves its file on the head, where
+    drivers run.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        file = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
+        kinds, limit, head = (
+            file["available_node_types"],
+            file["max_workers"],
+            file["head_node_type"],
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return {}
+    grown = {}
+    for what in ("CPU", "GPU"):
+        has = {kind: its.get("resources", {}).get(what, 0) for kind, its in kinds.items()}
+        most = {kind: min(its.get("max_workers", limit), limit) for kind, its in kinds.items()}
+        machines = sorted((has[kind] for kind in kinds for _ in range(most[kind])), reverse=True)
+        grown[what] = float(has[head] + sum(machines[:limit]))
+    return grown
+
+
+def _most(config: LaunchConfig) -> int:
+    """Workers that a cluster with an autoscaler can ever hold; without one, any number."""
     import ray
 
-    there = ray.available_resources() if free else ray.cluster_resources()
-    kinds = ("CPU", "GPU") if _gpus() >= config.least else ("CPU",)
-    return int(min(there.get(kind, 0) for kind in kinds))
+    grown = _full_grown()
+    there = ray.cluster_resources()
+    most = {kind: max(grown.get(kind, 0), there.get(kind, 0)) for kind in ("CPU", "GPU")}
+    return _workers(config, most) if grown else config.most
 
 
 def _lost(what: str) -> LostError:
@@ -664,7 +804,10 @@ def _fit(
                 # Room for an elastic group may be gone before Ray takes it. Alone it would wait
                 # for that room for ever; here the loop above counts again.
                 failure_config=ray.train.FailureConfig(
-                    controller_failure_limit=-1 if isinstance(workers, int) else 0
+                    controller_failure_limit=-1 if isinstance(workers, int) else 0,
+                    # After a machine that was announced to go, too: Ray counts on it until it has
+                    # gone.
+                    max_preemption_failures=0,
                 ),
             ),
         )
@@ -723,6 +866,8 @@ def _cause(error: Any) -> BaseException:
             why = textwrap.shorten(str(failure).strip().splitlines()[-1], 160)
             return _WorkerGoneError(f"Worker {rank}{host} is gone: {why}")
     if not failures:  # the controller's own end, or a machine taken back
+        if type(error).__name__ == "PreemptionError":
+            return _WorkerGoneError("A machine was taken back, as announced")
         inner = getattr(error, "controller_failure", error)
         if type(inner).__name__ == "WorkerGroupStartupTimeoutError":
             return _NoRoomError(str(inner))
@@ -733,9 +878,10 @@ def _cause(error: Any) -> BaseException:
 
 
 def _gpus() -> int:
+    """GPUs of the cluster, with those that its autoscaler may bring."""
     import ray
 
-    return int(ray.cluster_resources().get("GPU", 0))
+    return int(max(ray.cluster_resources().get("GPU", 0), _full_grown().get("GPU", 0)))
 
 
 def _connect(config: LaunchConfig) -> None:

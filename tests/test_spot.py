@@ -1,0 +1,274 @@
+"""Machines that an autoscaler brings and a cloud takes back: every task done once.
+
+The machines are raylets that Ray's own autoscaler starts on this one (its fake provider).
+Run as a program, this file is a driver: `test_spot.py ADDRESS FOLDER SCENARIO`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from arrowhead import ConfigError, LostError, launch
+from arrowhead.launch import LaunchConfig, Worker
+
+HEAD_NODE = "f" * 51 + "00000"
+# What Ray's AutoscalingCluster does, without its `ray stop`, which would end every Ray here.
+FAKE = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_NODE,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE,
+}
+
+
+GOING = re.compile(r"\S+ is going at \d\d:\d\d:\d\d: it takes no more, the others go on")
+
+
+def work(worker: Worker, folder: Path, nap: float) -> None:
+    """Takes tasks until there are none; notes on the disk where each is begun and done."""
+    node = ray.get_runtime_context().get_node_id()
+    while (task := worker.claim()) is not None:
+        note(folder, {"begun": task, "node": node})
+        time.sleep(nap)
+        note(folder, {"done": task, "node": node})
+        worker.report({"task": task, "node": node})
+
+
+def note(folder: Path, what: dict[str, Any]) -> None:
+    with (folder / "notes").open("a") as file:
+        file.write(json.dumps(what) + "\n")
+
+
+# ------------------------------------------------------------------- this file as a command
+
+
+def drain(address: str, nodes: set[str], seconds: int) -> None:
+    """What a cloud's notice comes to: the machines will be taken back in so many seconds."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    why = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    until = int(1000 * (time.time() + seconds))
+    for node in nodes:
+        accepted, error = GcsClient(address=address).drain_node(node, why, "spot", until)
+        assert accepted, error
+
+
+def drive(address: str, folder: Path, scenario: str) -> dict[str, Any]:
+    heard: list[dict[str, Any]] = []
+    sizes: list[int] = []
+    drained: set[str] = set()
+
+    def listen(report: dict[str, Any]) -> None:
+        heard.append(report)
+        done = [one["node"] for one in heard if "task" in one]
+        if scenario in ("one", "all") and "task" in report and len(done) == 6:
+            drained.update(done if scenario == "all" else done[-1:])
+            drain(address, drained, 10)
+
+    launch.run(
+        work,
+        folder,
+        0.5,
+        config=LaunchConfig(workers="1:2", address=address),
+        tasks=list(range({"grow": 6, "one": 50, "all": 20}[scenario])),
+        listen=listen,
+        sized=sizes.append,
+    )
+    refused = refusal(address, folder, "5:6") if scenario == "grow" else ""
+    return {"heard": heard, "sizes": sizes, "drained": sorted(drained), "refused": refused}
+
+
+def refusal(address: str, folder: Path, workers: int | str) -> str:
+    """Why so many workers are not had."""
+    config = LaunchConfig(workers=workers, restarts=0, address=address)
+    with pytest.raises((ConfigError, LostError)) as refused:
+        launch.run(work, folder, 0.5, config=config, tasks=[0])
+    return str(refused.value)
+
+
+# ------------------------------------------------------------------------------- promises
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, Path]]:
+    """One that has no machine for work yet, and four of one CPU when it is full-grown."""
+    with autoscaled({"CPU": 1}) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def autoscaled(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
+    """A head with an autoscaler: its address, and the folder that its processes are known by."""
+    folder = Path(tempfile.mkdtemp(prefix="ahs", dir="/tmp"))
+    (folder / ".ray").mkdir(mode=0o700)
+    (folder / ".ray" / "auth_token").write_text("7" * 64)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    # Ray's `fake_multinode` by its class: the defaults that go with that name are not in the wheel.
+    fake = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    provider = {"type": "external", "module": fake, "head_node_id": HEAD_NODE}
+    provider |= {"gcs_address": address, "launch_multiple": True, "disable_node_updaters": True}
+    commands = ["initialization_commands", "setup_commands"]
+    commands += [f"{kind}_setup_commands" for kind in ("head", "worker")]
+    commands += [f"{kind}_start_ray_commands" for kind in ("head", "worker")]
+    config = {key: [] for key in commands} | {
+        "cluster_name": "spot",
+        "cluster_synced_files": [],
+        "file_mounts": {},
+        "auth": {},
+        "max_workers": 4,
+        "idle_timeout_minutes": 10,
+        "provider": provider,
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            "spot": {
+                "resources": machine | {"object_store_memory": 100_000_000},
+                "node_config": {},
+                "max_workers": 4,
+            },
+        },
+    }
+    (folder / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    here = [f"--port={port}", f"--temp-dir={folder}/t"]
+    more = [
+        f"--autoscaling-config={folder}/ray_bootstrap_config.yaml",
+        "--num-cpus=0",
+        "--dashboard-port=0",
+    ]
+    with (folder / "log").open("wb") as log:
+        head = subprocess.Popen(
+            [*start, *here, *more, "--object-store-memory=100000000"],
+            env=environment(folder) | FAKE,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        while b"runtime started" not in (folder / "log").read_bytes():
+            assert head.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield address, folder
+    finally:
+        while found := ours(folder):
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            head.poll()
+            time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    own = {"HOME": str(folder), "RAY_TMPDIR": f"{folder}/t", "SPOT_FOLDER": str(folder)}
+    return os.environ | own | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def ours(folder: Path) -> list[int]:
+    mark, found = f"SPOT_FOLDER={folder}\0".encode(), []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
+                found.append(int(entry.name))
+    return found
+
+
+def run(cluster: tuple[str, Path], folder: Path, scenario: str) -> dict[str, Any]:
+    address, home = cluster
+    done = subprocess.run(
+        [sys.executable, __file__, address, str(folder), scenario],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    (folder / "notes").touch()
+    notes = [json.loads(line) for line in (folder / "notes").read_text().splitlines()]
+    return json.loads(done.stdout.splitlines()[-1]) | {"notes": notes}
+
+
+def done(found: dict[str, Any]) -> Counter[int]:
+    return Counter(one["task"] for one in found["heard"] if "task" in one)
+
+
+def told(found: dict[str, Any], kind: str) -> list[str]:
+    return [one[kind] for one in found["heard"] if kind in one]
+
+
+def count(found: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
+    return Counter(one[kind] for one in found["notes"] if kind in one and one["node"] in nodes)
+
+
+def test_a_range_scales_from_zero_and_says_what_it_waits_for(cluster, tmp_path):
+    found = run(cluster, tmp_path, "grow")
+    assert done(found) == Counter(range(6))
+    assert told(found, "warning")[0] == "waiting for 1 worker: the cluster has room for 0"
+    assert told(found, "restart") == []
+    assert "--workers is 5:6; the cluster grows to 4 at most" in found["refused"]
+
+
+def test_a_machine_announced_to_go_ends_what_it_has_and_the_other_goes_on(cluster, tmp_path):
+    found = run(cluster, tmp_path, "one")
+    assert found["sizes"][0] == 2
+    assert done(found) == Counter(range(50))
+    assert [line for line in told(found, "warning") if GOING.fullmatch(line)]
+    assert told(found, "restart") == ["A machine was taken back, as announced"]
+    # Nothing is lost with it, and of the other no more than it had in its hands at the restart.
+    gone = found["drained"]
+    assert count(found, "begun", gone) == count(found, "done", gone)
+    begun = Counter(one["begun"] for one in found["notes"] if "begun" in one)
+    assert sum(begun.values()) - 50 <= 1
+    kinds = ["restart" if "restart" in one else one.get("node") for one in found["heard"]]
+    between = [node for node in kinds[6 : kinds.index("restart")] if node]
+    assert sum(node in gone for node in between) <= 3  # in its hands, or claimed before Ray told
+    assert sum(node not in gone for node in between) > 6
+
+
+@pytest.mark.chaos
+def test_when_all_machines_are_announced_to_go_the_work_moves_to_others(cluster, tmp_path):
+    found = run(cluster, tmp_path, "all")
+    assert done(found) == Counter(range(20))
+    assert told(found, "restart") == ["Every machine that had workers is announced to go"]
+    assert Counter(one["begun"] for one in found["notes"] if "begun" in one) == Counter(range(20))
+    last = next(one["node"] for one in reversed(found["heard"]) if "node" in one)
+    assert last not in found["drained"]
+
+
+@pytest.mark.chaos
+def test_gpus_that_no_machine_has_yet_are_asked_for(tmp_path):
+    """The machine that comes has its GPU in Ray's books only, and nccl says so."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, so nccl would not miss it")
+    with autoscaled({"CPU": 1, "GPU": 1}) as cluster:
+        found = run(cluster, tmp_path, "gpu")
+    assert "requires at least one CUDA device" in found["refused"]
+
+
+if __name__ == "__main__":
+    address, folder, scenario = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    if scenario == "gpu":
+        print(json.dumps({"refused": refusal(address, folder, 1)}))
+    else:
+        print(json.dumps(drive(address, folder, scenario)))
