@@ -163,9 +163,11 @@ def alone(
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
+HEAD_FLAGS = ["--head", "linear", "--rate", "0.05", "--epochs", "4", "--json"]
+
+
 def fit(data: Path, out: Path) -> list[str]:
-    few = ["--extract.chunk-size", "8", "--head", "linear", "--rate", "0.05", "--epochs", "4"]
-    return ["fit", str(data), str(out), *FLAGS, *few, "--json"]
+    return ["fit", str(data), str(out), *FLAGS, "--extract.chunk-size", "8", *HEAD_FLAGS]
 
 
 def precompute(data: Path, store: Path) -> list[str]:
@@ -214,14 +216,16 @@ def test_one_host_killed_and_the_other_cut_off_cost_no_row(hosts, alone, many):
     assert files(store) == files(folder / "alone" / "store")
 
 
-def test_what_waits_for_a_host_says_so_and_two_hosts_give_what_one_process_gives(
+def test_what_waits_for_a_host_says_so_and_two_hosts_train_what_one_process_trains(
     hosts, alone, many
 ):
     """The second host, which was cut off, comes back while the command waits for it."""
     head, first, second = hosts
     folder, expected = alone
     log = folder / "together.log"
-    command = on(head, [*fit(many, folder / "together"), "--workers", "2"], log)
+    store = folder / "disturbed"  # by the test before
+    train = ["train", str(store), str(folder / "together"), *HEAD_FLAGS, "--workers", "2"]
+    command = on(head, train, log)
     never = folder / "never.log"
     three = [*precompute(many, folder / "never"), "--workers", "3", "--wait", "1"]
     impatient = on(head, three, never)
@@ -234,8 +238,6 @@ def test_what_waits_for_a_host_says_so_and_two_hosts_give_what_one_process_gives
     assert "run the same command again" in never.read_text()
     until(lambda: first.works() and second.works())
     found = result(command, log)
-    assert files(folder / "together" / "store") == files(folder / "alone" / "store")
-    assert found["counts"] == expected["counts"]
     assert len(found["epochs"]) == 4
     for one, two in zip(expected["epochs"], found["epochs"], strict=True):
         assert two == pytest.approx(one, rel=1e-5)
