@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from arrowhead import ConfigError, launch
-from arrowhead.launch import Desk, LaunchConfig, Worker
+from arrowhead.cluster import LaunchConfig, secure
+from arrowhead.launch import Desk, Worker
 
 EPOCHS, ROWS, KEY = 12, 40, "k"
 
@@ -114,7 +115,7 @@ def grow(folder: Path) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    launch.secure()
+    secure()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
     heard: list[dict[str, Any]] = []

@@ -27,7 +27,8 @@ import ray
 import torch
 
 from arrowhead import ConfigError, LostError, launch
-from arrowhead.launch import LaunchConfig, Worker
+from arrowhead.cluster import LaunchConfig
+from arrowhead.launch import Worker
 
 HEAD_NODE = "f" * 51 + "00000"
 # What Ray's AutoscalingCluster does, without its `ray stop`, which would end every Ray here.

@@ -23,7 +23,7 @@ import numpy as np
 
 from arrowhead import extract, report, shards, sweep
 from arrowhead.bundle import Bundle
-from arrowhead.launch import LaunchConfig
+from arrowhead.cluster import LaunchConfig
 from arrowhead.lr_finder import Curve
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog

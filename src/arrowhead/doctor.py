@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from arrowhead import guard, launch, tracking
+from arrowhead import cluster, guard, tracking
 
 GIB = 2**30
 
@@ -82,11 +82,11 @@ def _decoder() -> Iterator[Check]:
 
 def _ray() -> Iterator[Check]:
     version = importlib.metadata.version("ray")
-    address = launch.cluster()
+    address = cluster.address()
     yield Check(
         "ray", "ok", f"{version}, {f'cluster at {address}' if address else 'no cluster running'}"
     )
-    token = launch.token_file()
+    token = cluster.token_file()
     if token.is_file() and token.stat().st_mode & 0o077:
         yield Check("ray token", "warning", f"{token} can be read by others", f"chmod 600 {token}")
 

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 import arrowhead
 from arrowhead import ConfigError, LostError
-from arrowhead.launch import token_file
+from arrowhead.cluster import token_file
 
 HERE = "http://127.0.0.1:8265"
 LARGEST = 50_000_000  # bytes; the package is under 1 MB, so more is a mistake that Ray would carry

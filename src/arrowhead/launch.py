@@ -24,79 +24,29 @@ but what it notes is never read again: every start of a group has an attempt's f
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import re
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError, LostError
+from arrowhead import ConfigError, LostError, cluster
+from arrowhead.cluster import LaunchConfig
 
 Report = dict[str, Any]
 Measure = Callable[..., None]
 Keep = Callable[[Path | None, str], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LaunchConfig:
-    """Where the work is done."""
-
-    workers: int | str = 0
-    """0: in this process. N: a Ray Train group of N workers, one per GPU, or per CPU. MIN:MAX (e.g.
-    1:2): as many as there is room for, and on with fewer when some are lost."""
-    address: str | None = None
-    """Of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a Ray of our own."""
-    restarts: int = 3
-    """How often a group that lost a worker is started again before the command gives up."""
-    wait: float = 1800.0
-    """Seconds to wait for machines with room for the workers before the command gives up."""
-
-    def __post_init__(self) -> None:
-        if self.restarts < 0:
-            raise ConfigError(f"--restarts is {self.restarts}.", "0 or more.", "give e.g. 3.")
-        if not self.wait > 0:
-            raise ConfigError(f"--wait is {self.wait}.", "more than 0 seconds.", "give e.g. 1800.")
-        if not re.fullmatch(r"[0-9]{1,6}(:[0-9]{1,6})?", str(self.workers)):
-            raise ConfigError(
-                f"--workers is {self.workers}.",
-                "0 (this process) or more, or a range of at least 1.",
-                "give e.g. 2, or 1:2.",
-            )
-        if ":" in str(self.workers) and not 1 <= self.least <= self.most:
-            raise ConfigError(
-                f"--workers is {self.workers}.",
-                "MIN:MAX with MIN of 1 or more and MAX not below it.",
-                "give e.g. 1:2.",
-            )
-        if self.address and not self.most:
-            raise ConfigError(
-                f"--address {self.address} needs workers.",
-                "--workers of 1 or more with an address.",
-                "add --workers N.",
-            )
-
-    @property
-    def least(self) -> int:
-        """Workers without which no group is started; 0: this process."""
-        return int(str(self.workers).partition(":")[0])
-
-    @property
-    def most(self) -> int:
-        """Workers of a group that has all the room it asks for; 0: this process."""
-        return int(str(self.workers).rpartition(":")[2])
 
 
 def _forget(draft: Path | None, name: str) -> None:
@@ -245,13 +195,6 @@ class Desk:
         return self._going
 
 
-def _going() -> dict[str, int]:
-    """Machines that are announced to go (node ids), and when: milliseconds since 1970, or 0."""
-    import ray._private.state as inside  # there is no public way to ask
-
-    return dict(inside.state.get_draining_nodes())
-
-
 def run(
     stage: Callable[..., Any],
     *args: Any,
@@ -369,7 +312,7 @@ def _on_ray(
             left.remove(report["task"])
         listen(report)
 
-    _connect(config)
+    cluster.connect(config)
     lookout, restarts = _Lookout(config, hear), 0
     while True:
         try:
@@ -401,7 +344,9 @@ def _group(
     """One worker group, from its start to its end."""
     import ray
 
-    desk = ray.remote(num_cpus=0, scheduling_strategy=_beside_us())(Desk).remote(tasks, _going)
+    desk = ray.remote(num_cpus=0, scheduling_strategy=cluster.beside_us())(Desk).remote(
+        tasks, cluster.going
+    )
 
     def train_function(_: dict[str, Any]) -> Any:
         import ray.train
@@ -439,14 +384,14 @@ def _group(
 
     def fit() -> None:
         try:
-            fitted.set_result(_fit(train_function, _size(config), place, attempt))
+            fitted.set_result(_fit(train_function, cluster.size(config), place, attempt))
         except BaseException as error:
             fitted.set_exception(error)
 
     threading.Thread(target=fit, daemon=True).start()
     try:
         while not fitted.done():
-            if _is_dead():
+            if cluster.is_dead():
                 raise _lost("The Ray that ran this command has died.")
             wait([fitted], timeout=0.25)
             with contextlib.suppress(ray.exceptions.RayError):
@@ -454,25 +399,17 @@ def _group(
             lookout.tell()
         return fitted.result()
     except ray.exceptions.RayError as error:
-        if _is_dead():
+        if cluster.is_dead():
             raise _lost("The Ray that ran this command has died.") from error
         raise _WorkerGoneError(str(error).splitlines()[0]) from error
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
             pass_on()
             ray.kill(desk)
-        if not _is_dead():
+        if not cluster.is_dead():
             with contextlib.suppress(ray.exceptions.RayError):
-                _give_back(lookout.held())
+                cluster.give_back(lookout.held())
         _sweep(place)
-
-
-def _beside_us() -> Any:
-    """Where this process runs: no machine that goes takes what is placed so."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextlib.contextmanager
@@ -511,7 +448,7 @@ class _Lookout:
 
     def __init__(self, config: LaunchConfig, listen: Callable[[Report], None]) -> None:
         self._config, self._listen = config, listen
-        self._others = set(_placement_groups())  # our caller's
+        self._others = set(cluster.placement_groups())  # our caller's
         self.leaving = False  # whether a machine of this group is announced to go
         self._begun = False
         self._silent: list[str] = []
@@ -561,7 +498,7 @@ class _Lookout:
 
     def held(self) -> dict[str, str]:
         """The placement groups of this group, with their states."""
-        found = _placement_groups()
+        found = cluster.placement_groups()
         return {name: state for name, state in found.items() if name not in self._others}
 
     def _look(self) -> None:
@@ -584,12 +521,12 @@ class _Lookout:
             self._idle, self._room = now, -1
         elif now > self._looked + WORD:
             self._look_for_room(now)
-            _recount()
+            cluster.recount()
         if now > self._looked + WORD:
             self._looked = now
 
     def _look_for_room(self, now: float) -> None:
-        least, room = self._config.least, _room(self._config, free=True)
+        least, room = self._config.least, cluster.room(self._config, free=True)
         wanted = f"{least} worker{'s' if least > 1 else ''}"
         if now > self._idle + self._config.wait:
             said = f"For {self._config.wait:.0f} s the cluster had no room for {wanted}."
@@ -608,57 +545,14 @@ def _settle(listen: Callable[[Report], None]) -> None:
     group would be given room there, and wait for it.
     """
     until, told = time.monotonic() + GIVEN_UP, ""
-    while not _is_dead() and (deaf := ", ".join(_deaf())) and time.monotonic() < until:
+    while (
+        not cluster.is_dead() and (deaf := ", ".join(cluster.deaf())) and time.monotonic() < until
+    ):
         if deaf != told:
             listen({"warning": f"{deaf} does not answer: waiting until Ray gives it up"})
         told = deaf
         time.sleep(0.5)
-    _recount()
-
-
-def _deaf() -> list[str]:
-    """Machines that Ray takes for alive and that take no connection."""
-    import ray
-
-    found = []
-    for node in ray.nodes():
-        place = node["NodeManagerAddress"], node["NodeManagerPort"]
-        try:
-            if node["Alive"]:
-                socket.create_connection(place, timeout=2).close()
-        except OSError:
-            found.append(node["NodeManagerAddress"])
-    return found
-
-
-def _recount() -> None:
-    """Have Ray's elastic groups see what machines there are now: they look every 20 s only."""
-    import ray
-
-    with contextlib.suppress(Exception):  # there is no public way to ask
-        counts = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        ray.get(counts.get_reserved_resources.remote("arrowhead", recompute=True), timeout=5)
-
-
-def _placement_groups() -> dict[str, str]:
-    """Those of this process that are not removed, with their states."""
-    import ray
-    from ray.util.placement_group import placement_group_table
-
-    ours = ray.get_runtime_context().get_job_id()  # the end of their names
-    states = {name: one["state"] for name, one in placement_group_table().items()}
-    return {k: state for k, state in states.items() if k.endswith(ours) and state != "REMOVED"}
-
-
-def _give_back(groups: Iterable[str]) -> None:
-    """Free the room of a group that is gone. Where one fails while its workers are joined to each
-    other, Ray keeps the room as long as this process lives, and the next group would wait for it.
-    """
-    import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    for name in groups:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
+    cluster.recount()
 
 
 ATTEMPT = "attempt-"
@@ -671,103 +565,12 @@ def _sweep(place: Path) -> None:
             shutil.rmtree(attempt, ignore_errors=True)
 
 
-SETTLED = 5.0  # seconds that Ray may take to give back what a lost group held
-
-
-def _size(config: LaunchConfig) -> int | tuple[int, int]:
-    """What Ray Train is asked for: so many workers, or from so many to so many.
-
-    Ray's elastic groups follow what the machines have, not what is free of it, and then wait for
-    room that others hold. So the range ends where the free room does, unless all of it is free:
-    then machines that join later, or that an autoscaler brings, make the group larger.
-    """
-    if (limit := _most(config)) < config.least:
-        raise ConfigError(
-            f"--workers is {config.workers}; the cluster grows to {limit} at most.",
-            "no more workers than it has CPUs (GPUs, where it has enough) when it is full-grown.",
-            f"give --workers {limit}, or raise max_workers in the cluster's file.",
-        )
-    if config.least == config.most:
-        return config.most
-    _recount()
-    until = time.monotonic() + SETTLED
-    while (free := _room(config, free=True)) < min(config.most, there := _room(config, free=False)):
-        if time.monotonic() > until:
-            break
-        time.sleep(0.25)
-    most = config.most if free >= min(config.most, there) else max(free, config.least)
-    return (config.least, most) if config.least < most else most
-
-
-def _room(config: LaunchConfig, free: bool) -> int:
-    """Workers that the cluster can hold: in all of its machines, or in the free room of those that
-    are to stay.
-    """
-    import ray
-    import ray._private.state as inside
-
-    if not free:
-        return _workers(config, ray.cluster_resources())
-    nodes, going = inside.available_resources_per_node(), _going()
-    return sum(_workers(config, its) for node, its in nodes.items() if node not in going)
-
-
-def _workers(config: LaunchConfig, resources: dict[str, float]) -> int:
-    """Workers that resources suffice for."""
-    kinds = ("CPU", "GPU") if _gpus() >= config.least else ("CPU",)
-    return int(min(resources.get(kind, 0) for kind in kinds))
-
-
-def _full_grown() -> dict[str, float]:
-    """CPUs and GPUs of the cluster when its autoscaler has brought all it may; empty if unknown.
-
-    Ray's autoscaler tells nobody what it may bring. `ray up` leaves its file on the head, where
-    drivers run.
-    """
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        file = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
-        kinds, limit, head = (
-            file["available_node_types"],
-            file["max_workers"],
-            file["head_node_type"],
-        )
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return {}
-    grown = {}
-    for what in ("CPU", "GPU"):
-        has = {kind: its.get("resources", {}).get(what, 0) for kind, its in kinds.items()}
-        most = {kind: min(its.get("max_workers", limit), limit) for kind, its in kinds.items()}
-        machines = sorted((has[kind] for kind in kinds for _ in range(most[kind])), reverse=True)
-        grown[what] = float(has[head] + sum(machines[:limit]))
-    return grown
-
-
-def _most(config: LaunchConfig) -> int:
-    """Workers that a cluster with an autoscaler can ever hold; without one, any number."""
-    import ray
-
-    grown = _full_grown()
-    there = ray.cluster_resources()
-    most = {kind: max(grown.get(kind, 0), there.get(kind, 0)) for kind in ("CPU", "GPU")}
-    return _workers(config, most) if grown else config.most
-
-
 def _lost(what: str) -> LostError:
     return LostError(
         what,
         "workers and a Ray that live to the end; what they had finished is kept.",
         "run the same command again: it goes on where it stopped.",
     )
-
-
-def _is_dead() -> bool:
-    """Whether a process of a Ray that we started (raylet, GCS) has died."""
-    import ray._private.worker as inside
-
-    node = getattr(inside, "_global_node", None)  # there is no public way to ask
-    return bool(node and node.dead_processes())
 
 
 def _fit(
@@ -785,7 +588,7 @@ def _fit(
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     least = workers if isinstance(workers, int) else workers[0]
-    on_gpu = torch.cuda.is_available() if least == 0 else _gpus() >= least
+    on_gpu = torch.cuda.is_available() if least == 0 else cluster.gpus() >= least
     try:
         trainer = ray.train.torch.TorchTrainer(
             train_function,
@@ -875,87 +678,3 @@ def _cause(error: Any) -> BaseException:
     failure = failures[0]
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
     return inner or failure  # type: ignore[no-any-return]
-
-
-def _gpus() -> int:
-    """GPUs of the cluster, with those that its autoscaler may bring."""
-    import ray
-
-    return int(max(ray.cluster_resources().get("GPU", 0), _full_grown().get("GPU", 0)))
-
-
-def _connect(config: LaunchConfig) -> None:
-    """Join the cluster, or start a Ray of our own: loopback dashboard, token on."""
-    secure()
-    # A rank's second report waits until Ray has asked for its first, every 2 s if left alone.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # Room is there at once or has to be counted again; left alone Ray hopes for it for a minute.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
-    import ray
-
-    if ray.is_initialized():
-        return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _must_answer(address)
-    own: dict[str, Any] = {"num_cpus": max(config.most, os.cpu_count() or 1)}
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,  # workers report through the desk; Ray's own lines drown it
-            logging_level="warning",
-            **({} if address else own | {"include_dashboard": False}),
-        )
-    except ConnectionError as error:
-        raise _no_cluster(str(address), error) from error
-    atexit.register(ray.shutdown)
-
-
-def _must_answer(address: str) -> None:
-    """Refuse a HOST:PORT where nothing listens; Ray itself would wait there for ever."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():  # auto, local: Ray finds these without waiting
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise _no_cluster(address, error) from error
-
-
-def _no_cluster(address: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"No Ray cluster answers at {address}: {error}.",
-        "the address of a running head node.",
-        "start one (`ray start --head`), or leave --address out for a Ray of this machine.",
-    )
-
-
-def secure() -> Path:
-    """Switch Ray's token authentication on; the token file, made (mode 0600) if there is none.
-
-    Without it anyone who reaches the job port runs code here (CVE-2023-48022).
-    """
-    if "ray" not in sys.modules:  # ray reads it once, at import; later, ray.init sees to it
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    path = token_file()
-    if not path.exists() and "RAY_AUTH_TOKEN" not in os.environ:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
-    elif path.exists():
-        path.chmod(0o600)
-    return path
-
-
-def token_file() -> Path:
-    """Where Ray looks for the token."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-def cluster() -> str | None:
-    """Address of the Ray cluster this machine belongs to, None without one."""
-    from ray._private import services
-
-    found = services.find_gcs_addresses()
-    return os.environ.get("RAY_ADDRESS") or (sorted(found)[0] if found else None)
