@@ -231,9 +231,10 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, place):
     assert found == {"lr_finder/lr_finder.png", "lr_finder/lr_finder.csv"}
 
 
-def test_real_photos_are_told_apart(dogscats, mobilenet, command):
+def test_real_photos_are_told_apart(dogscats, mobilenet, pets, command):
+    shutil.copytree(pets, "real/store")
     result = command("fit", dogscats, "real", *mobilenet)
-    assert result["counts"]["decoded"] == 800
+    assert (result["counts"]["features"], result["counts"]["reused"]) == (800, 800)
     assert result["metrics"]["accuracy"] >= 0.96
     again = command("fit", dogscats, "real", *mobilenet, "--head", "lesson", "--epochs", "5")
     assert again["counts"]["decoded"] == 0

@@ -90,12 +90,12 @@ def drive(address: str, folder: Path, scenario: str) -> dict[str, Any]:
         work,
         folder,
         0.5,
-        config=LaunchConfig(workers="1:2", address=address),
-        tasks=list(range({"grow": 6, "one": 50, "all": 20}[scenario])),
+        config=LaunchConfig(workers="1:2" if scenario == "all" else "2:3", address=address),
+        tasks=list(range({"one": 60, "all": 20}[scenario])),
         listen=listen,
         sized=sizes.append,
     )
-    refused = refusal(address, folder, "5:6") if scenario == "grow" else ""
+    refused = refusal(address, folder, "5:6")
     return {"heard": heard, "sizes": sizes, "drained": sorted(drained), "refused": refused}
 
 
@@ -222,25 +222,19 @@ def count(found: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
     return Counter(one[kind] for one in found["notes"] if kind in one and one["node"] in nodes)
 
 
-def test_a_range_scales_from_zero_and_says_what_it_waits_for(cluster, tmp_path):
-    found = run(cluster, tmp_path, "grow")
-    assert done(found) == Counter(range(6))
-    assert told(found, "warning")[0] == "waiting for 1 worker: the cluster has room for 0"
-    assert told(found, "restart") == []
-    assert "--workers is 5:6; the cluster grows to 4 at most" in found["refused"]
-
-
-def test_a_machine_announced_to_go_ends_what_it_has_and_the_other_goes_on(cluster, tmp_path):
+def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cluster, tmp_path):
     found = run(cluster, tmp_path, "one")
-    assert found["sizes"][0] == 2
-    assert done(found) == Counter(range(50))
+    assert told(found, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
+    assert "--workers is 5:6; the cluster grows to 4 at most" in found["refused"]
+    assert found["sizes"][0] in (2, 3)
+    assert done(found) == Counter(range(60))
     assert [line for line in told(found, "warning") if GOING.fullmatch(line)]
     assert told(found, "restart") == ["A machine was taken back, as announced"]
-    # Nothing is lost with it, and of the other no more than it had in its hands at the restart.
+    # It ends what it has; of the others no more is lost than they had in hand at the restart.
     gone = found["drained"]
     assert count(found, "begun", gone) == count(found, "done", gone)
     begun = Counter(one["begun"] for one in found["notes"] if "begun" in one)
-    assert sum(begun.values()) - 50 <= 1
+    assert sum(begun.values()) - 60 <= found["sizes"][0] - 1
     kinds = ["restart" if "restart" in one else one.get("node") for one in found["heard"]]
     between = [node for node in kinds[6 : kinds.index("restart")] if node]
     assert sum(node in gone for node in between) <= 3  # in its hands, or claimed before Ray told

@@ -35,21 +35,28 @@ def whole(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_a_stopped_extraction_goes_on_and_ends_with_the_same_bytes(drawn, whole, tmp_path, blow):
-    stopped = start(tmp_path, drawn, "stopped")
-    shards = tmp_path / "stopped" / "shards"
-    while stopped.poll() is None and not list(shards.glob("*.arrow")):
+def strike(stopped: subprocess.Popen[str], shards: Path, blow: signal.Signals) -> str:
+    """Stop it when it has written a shard more; what it said."""
+    there = len(list(shards.glob("*.arrow")))
+    while stopped.poll() is None and len(list(shards.glob("*.arrow"))) == there:
         time.sleep(0.02)
     stopped.send_signal(blow)
     _, err = stopped.communicate(timeout=300)
-    if blow is signal.SIGINT:
-        assert stopped.returncode == 130, err
-        assert "Run the same command again" in err
+    assert stopped.returncode == (130 if blow is signal.SIGINT else -blow), err
+    return err
+
+
+def test_an_extraction_that_ctrl_c_and_kill_9_stopped_ends_with_the_same_bytes(
+    drawn, whole, tmp_path
+):
+    shards = tmp_path / "stopped" / "shards"
+    said = strike(start(tmp_path, drawn, "stopped"), shards, signal.SIGINT)
+    assert "Run the same command again" in said
+    strike(start(tmp_path, drawn, "stopped"), shards, signal.SIGKILL)
     done = list(shards.glob("*.arrow"))
     assert not (tmp_path / "stopped" / "manifest.json").exists()
     again = finish(start(tmp_path, drawn, "stopped"))
-    assert again["counts"]["decoded"] < 72
+    assert again["counts"]["decoded"] < 72 - 8
     assert again["counts"]["decoded"] + again["counts"]["reused"] == 72
     assert {shard.name for shard in done} < {shard.name for shard in shards.glob("*.arrow")}
     for name in ("manifest.json", *(f"shards/{file.name}" for file in shards.glob("*.arrow"))):

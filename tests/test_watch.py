@@ -40,9 +40,11 @@ def config(place: Path) -> TrackingConfig:
     return TrackingConfig(tracking_uri=f"sqlite:///{place}/mlflow.db", system_metrics=False)
 
 
-def process(place: Path, *words: object) -> subprocess.Popen[str]:
+def often(place: Path, *words: object) -> subprocess.Popen[str]:
+    """A command that records how far it is five times a second."""
+    program = "import sys; from arrowhead import account, cli; account.EVERY = 0.2; cli.main()"
     return subprocess.Popen(
-        [sys.executable, "-m", "arrowhead", *map(str, words)],
+        [sys.executable, "-c", program, *map(str, words)],
         cwd=place,
         env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"},
         text=True,
@@ -58,10 +60,8 @@ def watched(*words: object, code: int = 0) -> None:
 
 
 def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
-    """Large images: long enough to be seen half done."""
-    slow = ["--body", "resnet18", "--weights", "random", "--size", "448"]
-    slow += ["--extract.chunk-size", "4"]
-    fit = process(place, "fit", drawn, "slow", *slow, *SHORT, "--run-name", "slowly")
+    slow = ["--body", "resnet18", "--weights", "random", "--extract.chunk-size", "4"]
+    fit = often(place, "fit", drawn, "slow", *slow, *SHORT, "--run-name", "slowly")
     looks: list[watch.View] = []
     config = TrackingConfig(tracking_uri=f"sqlite:///{place}/mlflow.db")
     while fit.poll() is None and not looks:  # until the run is there
@@ -73,7 +73,7 @@ def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
     with watch.Watch(config, "slowly") as seen:
         while looks[-1].running:
             looks.append(seen.look())
-            time.sleep(1.0)
+            time.sleep(0.3)
     assert fit.wait() == 0, fit.communicate()
     done = [stage.images["images"] for one in looks for stage in one.stages if stage.images]
     assert done == sorted(done)
@@ -94,7 +94,7 @@ def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
 
 def test_an_interrupted_run_ends_the_watch_with_its_code(place, drawn, capsys):
     slow = ["--body", "resnet18", "--weights", "random", "--size", "448", "--chunk-size", "4"]
-    cut = process(place, "precompute", drawn, "cut", *slow, "--run-name", "cut")
+    cut = often(place, "precompute", drawn, "cut", *slow, "--run-name", "cut")
     while cut.poll() is None and not list((place / "cut" / "shards").glob("*.arrow")):
         time.sleep(0.1)
     later = threading.Timer(1.0, cut.send_signal, [signal.SIGINT])

@@ -88,6 +88,8 @@ def connect(config: LaunchConfig) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         _must_answer(address)
+    else:  # nobody takes this machine back; the process that would look for it takes seconds
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     own: dict[str, Any] = {"num_cpus": max(config.most, os.cpu_count() or 1)}
     try:
         ray.init(
