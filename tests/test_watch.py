@@ -60,6 +60,8 @@ def watched(*words: object, code: int = 0) -> None:
 
 
 def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
+    from mlflow import MlflowClient
+
     slow = ["--body", "resnet18", "--weights", "random", "--extract.chunk-size", "4"]
     fit = often(place, "fit", drawn, "slow", *slow, *SHORT, "--run-name", "slowly")
     looks: list[watch.View] = []
@@ -87,6 +89,11 @@ def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
     assert any(
         one.machine["system/cpu_utilization_percentage"] > 0 for one in looks[:-1] if one.machine
     )
+    client = MlflowClient(tracking_uri=config.uri)
+    below = f"tags.mlflow.parentRunId = '{last.run_id}' and attributes.run_name = 'extract'"
+    (part,) = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id], below)
+    steps = [one.step for one in client.get_metric_history(part.info.run_id, "progress.images")]
+    assert steps == sorted(set(steps))
     words = watch.lines(last)
     assert re.search(r"extract +█{12} 72/72 · \d+\.\d img/s · bound by forward \(\d+ %", words[1])
     assert re.search(r"train +epoch 3 of 3 · train loss .* · valid loss .* · accuracy", words[2])

@@ -138,6 +138,7 @@ class Progress:
     def __init__(self, run: Run | None, work: Work, there: int, total: int) -> None:
         self._run, self._work, self._there, self._total = run, work, there, total
         self._began = self._last = monotonic()
+        self._recorded = -1
         self.now()
 
     def __call__(self) -> None:
@@ -146,11 +147,12 @@ class Progress:
             self.now()
 
     def now(self) -> None:
-        """Record."""
+        """Record, once for each number of images."""
         self._last = monotonic()
-        if self._run is None:
-            return
         work, done = self._work, self._there + self._work.files
+        if self._run is None or done == self._recorded:
+            return
+        self._recorded = done
         busy = {f"progress.seconds.{k}": work.seconds.get(k, 0.0) for k in extract.STAGES}
         rate = work.files / max(self._last - self._began, 1e-9)
         figures = {"images": done, "total": self._total, "faults": work.faults, "rate": rate}

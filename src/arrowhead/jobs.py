@@ -20,7 +20,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -353,12 +355,13 @@ def follow(cluster: Cluster, job_id: str, say: Callable[[str], None]) -> Job:
     Raises LostError when the cluster is not there any more, or when Ray lost the job.
     """
     said = 0  # characters; a log that broke off is told from its beginning again
-    with _client(cluster) as client:
+    with _client(cluster) as client, _interrupts() as look:
 
         async def tell() -> None:
             nonlocal said
             seen, rest = 0, ""
             async for text in client.tail_job_logs(job_id):
+                look()
                 seen += len(text)
                 if seen <= said:
                     continue
@@ -374,6 +377,7 @@ def follow(cluster: Cluster, job_id: str, say: Callable[[str], None]) -> Job:
         for attempt in range(RETRIES + 1):
             try:
                 asyncio.run(tell())
+                look()
                 while (job := _job(client.get_job_info(job_id))).status not in FINISHED:
                     time.sleep(0.5)
                 break
@@ -394,6 +398,32 @@ def follow(cluster: Cluster, job_id: str, say: Callable[[str], None]) -> Job:
             "submit the same command again: it goes on where it stopped.",
         )
     return job
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is an interrupt at once inside this block, or at the next call of what it gives.
+
+    asyncio's own way cancels the task, and libraries that wait for a connection may lose that.
+    """
+    pressed: list[int] = []
+
+    def press(number: int, frame: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    def look() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main one's
+        yield look
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield look
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _job(info: Any) -> Job:
