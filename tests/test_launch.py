@@ -214,6 +214,10 @@ def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
 
 
 def test_after_a_killed_worker_a_range_goes_on_with_the_workers_there_is_room_for(tmp_path):
+    # On the head of a cluster that may bring GPUs: a Ray of our own there has none.
+    machine = {"resources": {"CPU": 8, "GPU": 8}, "max_workers": 4}
+    grown = {"available_node_types": {"gpu": machine}, "max_workers": 4, "head_node_type": "gpu"}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(grown))
     result = finish(command(tmp_path, "shrink"))
     assert result["sizes"] == [2, 1]
     assert result["total"] == expected()

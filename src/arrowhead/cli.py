@@ -633,12 +633,8 @@ def register(
 
 # --------------------------------------------------------------------------- a cluster
 
-ELSEWHERE = (
-    "submit",
-    "jobs",
-    "watch",
-    "demo",
-)  # verbs that belong to the machine of whoever types them
+# Verbs that belong to the machine of whoever types them.
+ELSEWHERE = ("submit", "jobs", "watch", "demo")
 MANY = ("fit", "precompute", "score")  # what takes workers and decodes images
 
 

@@ -207,15 +207,20 @@ def room(config: LaunchConfig, free: bool) -> int:
     import ray
     import ray._private.state as inside
 
+    kinds = _kinds(config)
     if not free:
-        return _workers(config, ray.cluster_resources())
+        return _workers(kinds, ray.cluster_resources())
     nodes, leaving = inside.available_resources_per_node(), going()
-    return sum(_workers(config, its) for node, its in nodes.items() if node not in leaving)
+    return sum(_workers(kinds, its) for node, its in nodes.items() if node not in leaving)
 
 
-def _workers(config: LaunchConfig, resources: dict[str, float]) -> int:
+def _kinds(config: LaunchConfig) -> list[str]:
+    """What each worker takes one of."""
+    return ["CPU", "GPU"] if gpus() >= config.least else ["CPU"]
+
+
+def _workers(kinds: list[str], resources: dict[str, float]) -> int:
     """Workers that resources suffice for."""
-    kinds = ("CPU", "GPU") if gpus() >= config.least else ("CPU",)
     return int(min(resources.get(kind, 0) for kind in kinds))
 
 
@@ -230,10 +235,13 @@ def _full_grown() -> dict[str, float]:
     """CPUs and GPUs of the cluster when its autoscaler has brought all it may; empty if unknown.
 
     Ray's autoscaler tells nobody what it may bring. `ray up` leaves its file on the head, where
-    drivers run.
+    drivers run; it says nothing of a Ray of our own there.
     """
+    import ray._private.worker as inside
     import yaml  # type: ignore[import-untyped]
 
+    if inside._global_node is not None and inside._global_node.is_head():
+        return {}
     try:
         file = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
         kinds, limit, head = (
@@ -259,7 +267,7 @@ def _most(config: LaunchConfig) -> int:
     grown = _full_grown()
     there = ray.cluster_resources()
     most = {kind: max(grown.get(kind, 0), there.get(kind, 0)) for kind in ("CPU", "GPU")}
-    return _workers(config, most) if grown else config.most
+    return _workers(_kinds(config), most) if grown else config.most
 
 
 def going() -> dict[str, int]:

@@ -332,23 +332,13 @@ def _on_ray(
         _settle(listen)
 
 
-def _group(
-    stage: Callable[..., Any],
-    args: tuple[Any, ...],
-    config: LaunchConfig,
-    tasks: list[int],
-    lookout: _Lookout,
-    place: Path,
-    labels: dict[str, str],
-) -> Any:
-    """One worker group, from its start to its end."""
-    import ray
-
-    desk = ray.remote(num_cpus=0, scheduling_strategy=cluster.beside_us())(Desk).remote(
-        tasks, cluster.going
-    )
+def _on_worker(
+    desk: Any, stage: Callable[..., Any], args: tuple[Any, ...], labels: dict[str, str]
+) -> Callable[[dict[str, Any]], Any]:
+    """What Ray Train runs on every worker of a group."""
 
     def train_function(_: dict[str, Any]) -> Any:
+        import ray
         import ray.train
         import ray.train.collective
         import torch
@@ -371,6 +361,26 @@ def _group(
         ray.train.collective.barrier()
         with _heard(desk, worker.rank):
             return stage(worker, *args)
+
+    return train_function
+
+
+def _group(
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    config: LaunchConfig,
+    tasks: list[int],
+    lookout: _Lookout,
+    place: Path,
+    labels: dict[str, str],
+) -> Any:
+    """One worker group, from its start to its end."""
+    import ray
+
+    desk = ray.remote(num_cpus=0, scheduling_strategy=cluster.beside_us())(Desk).remote(
+        tasks, cluster.going
+    )
+    train_function = _on_worker(desk, stage, args, labels)
 
     def pass_on() -> None:
         for report in ray.get(desk.read.remote()):
@@ -512,10 +522,8 @@ class _Lookout:
         while self._silent:
             host = self._silent.pop()
             if works:  # else Ray has ended these workers itself
-                said = (
-                    f"a worker on {host} has not answered for {SILENT:.0f} s. If its machine is cut"
-                )
-                said += " off, Ray gives it up in about a minute, and the others start again"
+                said = f"a worker on {host} has not answered for {SILENT:.0f} s. If its machine is"
+                said += " cut off, Ray gives it up in about a minute, and the others start again"
                 self._found.append({"warning": said})
         if works or "CREATED" in held.values():
             self._idle, self._room = now, -1
