@@ -153,6 +153,14 @@ def address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or (sorted(found)[0] if found else None)
 
 
+def is_own() -> bool:
+    """Whether the Ray that we are in was started by this process, and ends with it."""
+    import ray._private.worker as inside
+
+    node = getattr(inside, "_global_node", None)  # there is no public way to ask
+    return bool(node and node.is_head())
+
+
 def is_dead() -> bool:
     """Whether a process of a Ray that we started (raylet, GCS) has died."""
     import ray._private.worker as inside
@@ -237,10 +245,9 @@ def _full_grown() -> dict[str, float]:
     Ray's autoscaler tells nobody what it may bring. `ray up` leaves its file on the head, where
     drivers run; it says nothing of a Ray of our own there.
     """
-    import ray._private.worker as inside
     import yaml  # type: ignore[import-untyped]
 
-    if inside._global_node is not None and inside._global_node.is_head():
+    if is_own():
         return {}
     try:
         file = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())

@@ -598,7 +598,7 @@ def _fit(
     least = workers if isinstance(workers, int) else workers[0]
     on_gpu = torch.cuda.is_available() if least == 0 else cluster.gpus() >= least
     try:
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = _trainer()(
             train_function,
             train_loop_config={},
             scaling_config=ray.train.ScalingConfig(
@@ -625,6 +625,26 @@ def _fit(
         return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
+
+
+def _trainer() -> Any:
+    """Ray's trainer, less two processes that each group would wait seconds for: one hands out Ray
+    data sets, of which there are none; one frees the room of a driver that was killed, which in a
+    Ray of our own goes with it.
+    """
+    import ray.train.torch
+    from ray.train.v2._internal.callbacks import datasets, placement_group_callback
+
+    needless: list[type] = [datasets.DatasetsCallback]
+    if cluster.is_own():
+        needless.append(placement_group_callback.PlacementGroupCleanerCallback)
+
+    class Trainer(ray.train.torch.TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            usual = super()._create_default_callbacks()
+            return [one for one in usual if not isinstance(one, tuple(needless))]
+
+    return Trainer
 
 
 def _joined_by(backend: str) -> Any:
