@@ -37,7 +37,6 @@ LONG = [
         "mlflow_server",
         "study",
         "launch",
-        "ray",
         "scoring",
         "readme",
     )

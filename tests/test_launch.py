@@ -271,13 +271,11 @@ def test_a_host_that_falls_silent_is_told_of_once_and_one_that_is_done_never(mon
 
 
 def test_a_machine_that_is_to_go_gets_no_more_tasks_and_is_told_of_once():
-    going: dict[str, int] = {}
-    desk = Desk([3, 5], lambda: dict(going), every=0.0)
+    desk = Desk([3, 5])
     desk.beat(0, "host-a", "a")
     desk.beat(1, "host-b", "b")
     assert desk.claim("a") == 3
-    going["a"] = 1_795_634_185_000
-    going["elsewhere"] = 0
+    desk.announce({"a": 1_795_634_185_000, "elsewhere": 0})
     desk.leave(0)
     assert desk.claim("a") is None
     assert desk.claim("b") == 5

@@ -157,7 +157,7 @@ def autoscaled(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
     more = [
         f"--autoscaling-config={folder}/ray_bootstrap_config.yaml",
         "--num-cpus=0",
-        "--dashboard-port=0",
+        "--include-dashboard=false",
     ]
     with (folder / "log").open("wb") as log:
         head = subprocess.Popen(

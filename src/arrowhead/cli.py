@@ -27,7 +27,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Toml
 
 from arrowhead import ConfigError, DataError, LostError, Refusal, __version__
-from arrowhead.cluster import LaunchConfig
+from arrowhead.cluster import LaunchConfig, collect_rarely
 from arrowhead.decode import PixelConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
@@ -1049,6 +1049,7 @@ def _configure(config: Path | None) -> None:
 def main(words: list[str] | None = None) -> None:
     """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
     words = sys.argv[1:] if words is None else words
+    collect_rarely()
     app.config = ()  # of an earlier call in this process
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")

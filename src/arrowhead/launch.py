@@ -118,13 +118,8 @@ class Worker:
     measure: Measure = _unmeasured
 
 
-BEAT = 1.0  # seconds between a worker's signs of life, and between looks at who is to go
+BEAT = 1.0  # seconds between a worker's signs of life, and between looks at the cluster
 SILENT = 10.0  # seconds without one, after which the driver is told; Ray itself takes a minute
-
-
-def _nobody() -> dict[str, int]:
-    """No machine is announced to go."""
-    return {}
 
 
 class Desk:
@@ -134,17 +129,14 @@ class Desk:
     known). They are given no more tasks, so nothing is lost with them.
     """
 
-    def __init__(
-        self, tasks: list[int], going: Callable[[], dict[str, int]] = _nobody, every: float = BEAT
-    ) -> None:
+    def __init__(self, tasks: list[int], going: dict[str, int] | None = None) -> None:
         self._left = list(tasks)  # not reported as done
         self._tasks = iter(tasks)
         self._reports: list[Report] = []
         self._heard: dict[int, tuple[str, float]] = {}  # by rank: its host, and when
         self._hosts: dict[str, str] = {}  # by node id: the host, of all in this group
         self._silent: set[str] = set()
-        self._ask, self._every, self._asked = going, every, 0.0
-        self._going: dict[str, int] = {}
+        self._going = going or {}
         self._told: set[str] = set()
 
     def open(self, workers: int) -> None:
@@ -164,7 +156,11 @@ class Desk:
 
     def claim(self, node: str = "") -> int | None:
         """The next task's number; None when all are taken, or when the machine is to go."""
-        return None if node in self._announced() else next(self._tasks, None)
+        return None if node in self._going else next(self._tasks, None)
+
+    def announce(self, going: dict[str, int]) -> None:
+        """These machines are to go. Who asks Ray for them hangs where it has died; not we."""
+        self._going = going
 
     def report(self, message: Report) -> None:
         """Keep a report for the driver; a task is done once, whoever says so again."""
@@ -182,17 +178,11 @@ class Desk:
         silent = {host for host, last in self._heard.values() if last < old}
         self._reports += [{"silent": host} for host in sorted(silent - self._silent)]
         self._silent = silent
-        going = self._announced()
-        for node in self._hosts.keys() & going.keys() - self._told:
+        for node in self._hosts.keys() & self._going.keys() - self._told:
             self._told.add(node)
-            self._reports.append({"leaving": self._hosts[node], "until": going[node]})
+            self._reports.append({"leaving": self._hosts[node], "until": self._going[node]})
         reports, self._reports = self._reports, []
         return reports
-
-    def _announced(self) -> dict[str, int]:
-        if time.monotonic() >= self._asked + self._every:
-            self._going, self._asked = self._ask(), time.monotonic()
-        return self._going
 
 
 def run(
@@ -377,12 +367,17 @@ def _group(
     """One worker group, from its start to its end."""
     import ray
 
+    going = lookout.going
     desk = ray.remote(num_cpus=0, scheduling_strategy=cluster.beside_us())(Desk).remote(
-        tasks, cluster.going
+        tasks, going
     )
     train_function = _on_worker(desk, stage, args, labels)
 
     def pass_on() -> None:
+        nonlocal going
+        if lookout.going != going:
+            going = lookout.going
+            desk.announce.remote(going)
         for report in ray.get(desk.read.remote()):
             lookout.hear(report)
 
@@ -449,7 +444,8 @@ MINUTE = 60.0  # after which a person who still waits is told again
 
 
 class _Lookout:
-    """Sees what Ray keeps to itself, or says late: room that is waited for, hosts that are cut off.
+    """Sees what Ray keeps to itself, or says late: room that is waited for, hosts that are cut off,
+    machines that are announced to go (`going`: node ids, and when, in milliseconds since 1970).
 
     The room of a group of workers is a placement group: there from before its workers are started
     until they have all ended, and another one whenever Ray starts the group anew. Only a thread
@@ -460,6 +456,7 @@ class _Lookout:
         self._config, self._listen = config, listen
         self._others = set(cluster.placement_groups())  # our caller's
         self.leaving = False  # whether a machine of this group is announced to go
+        self.going: dict[str, int] = {}
         self._begun = False
         self._silent: list[str] = []
         self._found: list[Report | LostError] = []
@@ -512,6 +509,7 @@ class _Lookout:
         return {name: state for name, state in found.items() if name not in self._others}
 
     def _look(self) -> None:
+        self.going = cluster.going()
         now = time.monotonic()
         if not (self._begun or self._silent or now > self._looked + WORD):
             return
@@ -639,7 +637,7 @@ def _trainer() -> Any:
     if cluster.is_own():
         needless.append(placement_group_callback.PlacementGroupCleanerCallback)
 
-    class Trainer(ray.train.torch.TorchTrainer):
+    class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             usual = super()._create_default_callbacks()
             return [one for one in usual if not isinstance(one, tuple(needless))]
