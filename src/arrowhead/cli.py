@@ -27,11 +27,12 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Toml
 
 from arrowhead import ConfigError, DataError, LostError, Refusal, __version__
-from arrowhead.cluster import LaunchConfig, collect_rarely
+from arrowhead.cluster import LaunchConfig
 from arrowhead.decode import PixelConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.jobs import ClusterConfig
+from arrowhead.launch import collect_rarely
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import FILES as WEIGHT_FILES
 from arrowhead.model import BodyConfig

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import os
 import re
 import secrets
@@ -102,16 +101,6 @@ def connect(config: LaunchConfig) -> None:
     except ConnectionError as error:
         raise _no_cluster(str(address), error) from error
     atexit.register(ray.shutdown)
-
-
-def collect_rarely() -> None:
-    """Look for garbage less often, in this process.
-
-    torch and MLflow make a million objects that stay. Going through them again and again while they
-    are imported was a third of the start of a command, and going through them all at its end more.
-    """
-    gc.set_threshold(100_000)
-    atexit.register(gc.freeze)
 
 
 def _must_answer(address: str) -> None:
