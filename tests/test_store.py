@@ -260,7 +260,7 @@ def test_two_runs_on_one_store_do_not_meet(store, data, capsys):
     assert "being written by another" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, tmp_path):
+def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, command, tmp_path):
     """RLIMIT_FSIZE stands in for the full disk: the third and later shards do not fit."""
     code = (
         "import resource, sys, threading, time\n"
@@ -286,10 +286,7 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, tmp_path):
     assert not list((tmp_path / "s").rglob("*.draft"))
     there = list((tmp_path / "s" / "shards").glob("*.arrow"))
     assert len(there) >= 2
-    command = [sys.executable, "-m", "arrowhead", *words, "--json"]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    result = json.loads(again.stdout.splitlines()[-1])
+    result = command(*words)
     assert work(result)[2] > 0
     assert sum(work(result)) == 72
 

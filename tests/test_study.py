@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,13 @@ def store(drawn: Path, place: Path) -> Path:
     return place / "store"
 
 
-def here(place: Path, *words: object) -> None:
+def here(place: Path, *words: object, code: int = 0) -> None:
     """A command in this process, which spares the seconds that a new one imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         with pytest.raises(SystemExit) as ended:
             cli.main([*map(str, words)])
-    assert ended.value.code == 0
+    assert ended.value.code == code
 
 
 def runs(place: Path, name: str) -> list[Any]:
@@ -184,77 +186,89 @@ def undisturbed(store: Path, place: Path) -> Path:
     return place / "calm"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_training_goes_on_to_the_same_weights_in_the_same_run(
-    undisturbed, store, place, how, command
-):
+@dataclass(frozen=True)
+class Shaken:
+    """A training that was interrupted, stopped while another wanted its place, killed, robbed of
+    the end of its newest checkpoint, and then left alone.
+    """
+
+    bundle: Path
+    refused: str
+    """What the other command said."""
+    torn: str
+    """The checkpoint's name."""
+    said: str
+    """What the last command said."""
+    runs: list[Any]
+    """Of all these commands."""
+
+
+@pytest.fixture(scope="module")
+def shaken(undisturbed: Path, store: Path, place: Path) -> Shaken:
+    words = ["train", store, place / "shaken", *FLAGS, "--checkpoint-seconds", 0]
     before = len(runs(place, "train"))
-    name = f"stopped-{how.name}"
-    words = ["train", store, place / name, *FLAGS, "--checkpoint-seconds", 0]
-    first = start(place, *words)
-    until = time.monotonic() + 300
-    while not list(place.glob(f".{name}.training/heads-0000[1-4]*")):
-        assert first.poll() is None, (place / "killed.out").read_text()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    os.kill(first.pid, how)
-    assert first.wait(300) == (130 if how is signal.SIGINT else -9)
-    assert not (place / name).exists()
-    command(*words)
-    assert "going on from their checkpoint" in command.said
-    calm, made = weights(undisturbed), weights(place / name)
-    assert all(np.array_equal(calm[part], made[part]) for part in calm)
-    assert not (place / f".{name}.training").exists()
+
+    def newest() -> int:
+        found = [int(path.name[6:]) for path in place.glob(".shaken.training/heads-??????")]
+        return max(found, default=-1)
+
+    def begun(more: int) -> subprocess.Popen[bytes]:
+        """The command, when it has kept a checkpoint so much later than the last."""
+        process, least = start(place, *words), newest() + more
+        until = time.monotonic() + 300
+        while newest() < least:
+            assert process.poll() is None, (place / "killed.out").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        return process
+
+    first = begun(2)
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait(300) == 130
+    assert not (place / "shaken").exists()
+    second = begun(4)
+    os.kill(second.pid, signal.SIGSTOP)
+    refused, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(refused):
+        here(place, *words, code=2)
+    second.kill()
+    assert second.wait(300) == -signal.SIGKILL
+    torn = place / ".shaken.training" / f"heads-{newest():06}"
+    state = torn / "state.safetensors"  # at every length: test_checkpoint.py
+    state.write_bytes(state.read_bytes()[:-1])
+    with contextlib.redirect_stdout(said):
+        here(place, *words)
     every = runs(place, "train")
-    parent = next(run for run in every if "mlflow.parentRunId" not in run.data.tags)
-    assert parent.info.status == "FINISHED"
-    assert len(every) == before + 2  # one parent and its child, both taken up again
-    (child,) = children(place, parent.info.run_id)
+    new = every[: len(every) - before]
+    return Shaken(place / "shaken", refused.getvalue(), torn.name, said.getvalue(), new)
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(undisturbed, shaken):
+    assert "going on from their checkpoint" in shaken.said
+    calm, made = weights(undisturbed), weights(shaken.bundle)
+    assert all(np.array_equal(calm[part], made[part]) for part in calm)
+    assert not shaken.bundle.with_name(f".{shaken.bundle.name}.training").exists()
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before_it_and_says_so(shaken):
+    assert shaken.torn in shaken.said
+    assert "torn or has changed" in shaken.said
+
+
+def test_a_stopped_training_goes_on_in_the_same_run_and_doubles_no_step(undisturbed, shaken, place):
     from mlflow import MlflowClient
 
+    assert len(shaken.runs) == 2  # one parent and its child, both taken up again
+    parent = next(run for run in shaken.runs if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == "FINISHED"
+    (child,) = children(place, parent.info.run_id)
     client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
     history = client.get_metric_history(child.info.run_id, "train_loss")
     assert Counter(point.step for point in history) == Counter(range(60))
 
 
-def test_a_torn_checkpoint_falls_back_to_the_one_before_it_and_says_so(
-    undisturbed, store, place, command
-):
-    name = "torn"  # at every length: test_checkpoint.py
-    words = ["train", store, place / name, *FLAGS, "--checkpoint-seconds", 0]
-    first = start(place, *words)
-    until = time.monotonic() + 300
-    while not list(place.glob(f".{name}.training/heads-00000[4-9]")):
-        assert first.poll() is None, (place / "killed.out").read_text()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    first.kill()
-    first.wait()
-    newest = max(place.glob(f".{name}.training/heads-*"))
-    state = newest / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-1])
-    command(*words)
-    assert newest.name in command.said
-    assert "torn or has changed" in command.said
-    calm, made = weights(undisturbed), weights(place / name)
-    assert all(np.array_equal(calm[part], made[part]) for part in calm)
-
-
-def test_two_commands_do_not_train_to_the_same_bundle(store, place, capsys):
-    first = start(place, "train", store, place / "shared", *FLAGS, "--checkpoint-seconds", 0)
-    until = time.monotonic() + 300
-    while not list(place.glob(".shared.training/heads-*")):
-        assert first.poll() is None, (place / "killed.out").read_text()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    os.kill(first.pid, signal.SIGSTOP)
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*map(str, ["train", store, place / "shared", *FLAGS])])
-    os.kill(first.pid, signal.SIGCONT)
-    assert ended.value.code == 2
-    assert "being written by another Arrowhead command" in capsys.readouterr().err
-    assert first.wait(300) == 0
-    assert (place / "shared" / "bundle.json").is_file()
+def test_two_commands_do_not_train_to_the_same_bundle(shaken):
+    assert "being written by another Arrowhead command" in shaken.refused
 
 
 @pytest.mark.chaos
