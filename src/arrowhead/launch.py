@@ -188,6 +188,7 @@ class Desk:
 
 
 RARELY = 100_000  # new objects between two looks for garbage
+USUAL = gc.get_threshold()
 
 
 def collect_rarely() -> None:
@@ -203,7 +204,7 @@ def collect_rarely() -> None:
 def _collect_again() -> None:
     """As usual from here on: the bytes of images may be in what is garbage."""
     if gc.get_threshold()[0] == RARELY:
-        gc.set_threshold(700)
+        gc.set_threshold(*USUAL)
 
 
 def run(
