@@ -32,7 +32,6 @@ LONG = [
     for name in (
         "kills",
         "hosts",
-        "spot",
         "submit",
         "mlflow_server",
         "study",

@@ -226,6 +226,7 @@ def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
     assert again["total"] == expected()
 
 
+@pytest.mark.chaos
 def test_after_a_killed_worker_a_range_goes_on_with_the_workers_there_is_room_for(tmp_path):
     # On the head of a cluster that may bring GPUs: a Ray of our own there has none.
     machine = {"resources": {"CPU": 8, "GPU": 8}, "max_workers": 4}

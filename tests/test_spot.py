@@ -1,4 +1,4 @@
-"""Machines that an autoscaler brings and a cloud takes back: every task done once.
+"""Machines that an autoscaler brings and a cloud takes back: every task done once (`make chaos`).
 
 The machines are raylets that Ray's own autoscaler starts on this one (its fake provider).
 Run as a program, this file is a driver: `test_spot.py ADDRESS FOLDER SCENARIO`.
@@ -222,6 +222,7 @@ def count(found: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
     return Counter(one[kind] for one in found["notes"] if kind in one and one["node"] in nodes)
 
 
+@pytest.mark.chaos
 def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cluster, tmp_path):
     found = run(cluster, tmp_path, "one")
     assert told(found, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
