@@ -33,9 +33,9 @@ demo: $(READY)  ## the main job on images made here: fit, score, the next comman
 test: $(READY)  ## every test (needs no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(READY)  ## kills at random moments, spot machines, elastic groups (more than an hour)
+chaos: $(READY)  ## kills at random moments, several hosts, spot machines (more than an hour)
 	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_launch.py \
-		tests/test_spot.py
+		tests/test_spot.py tests/test_hosts.py tests/test_stopped.py
 
 lint: $(READY)  ## ruff and mypy, as in pre-commit
 	$(BIN)/ruff check .

@@ -31,7 +31,6 @@ LONG = [
     f"test_{name}.py"
     for name in (
         "kills",
-        "hosts",
         "submit",
         "mlflow_server",
         "study",

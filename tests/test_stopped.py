@@ -1,4 +1,4 @@
-"""What a stopped extraction leaves behind, and how it goes on."""
+"""What a stopped extraction leaves behind, and how it goes on (`make chaos`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytestmark = pytest.mark.chaos
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "224", "--chunk-size", "8"]
 

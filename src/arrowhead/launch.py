@@ -24,7 +24,6 @@ but what it notes is never read again: every start of a group has an attempt's f
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import os
@@ -195,10 +194,9 @@ def collect_rarely() -> None:
     """Look for garbage less often, in this process, until a stage begins.
 
     torch and MLflow make a million objects that stay. Going through them again and again while they
-    are imported was a third of the start of a command, and so was a last time at its end.
+    are imported was a quarter of the start of a command.
     """
     gc.set_threshold(RARELY)
-    atexit.register(gc.freeze)
 
 
 def _collect_again() -> None:
