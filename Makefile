@@ -30,7 +30,7 @@ demo: $(READY)  ## the main job on images made here: fit, score, the next comman
 # Two at a time, a file staying with one of them: its tests share folders, some in their order. The
 # files come in the order that tests/conftest.py gives them. Not in addopts: a single file is quicker
 # without workers.
-test: $(READY)  ## every test (needs no GPU)
+test: $(READY)  ## every test but those of `make chaos` (needs no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(READY)  ## kills at random moments, several hosts, spot machines (more than an hour)

@@ -6,7 +6,6 @@ workers can be killed without harm to the tests.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -200,18 +199,6 @@ def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
 
     assert launch.run(once) is False
     assert list(tmp_path.iterdir()) == []
-
-
-def test_garbage_is_collected_as_usual_while_a_stage_runs():
-    """What of it holds the bytes of images would fill the memory."""
-    usual = gc.get_threshold()
-    try:
-        launch.collect_rarely()
-        assert gc.get_threshold()[0] == launch.RARELY
-        assert launch.run(lambda worker: gc.get_threshold()) == launch.USUAL
-        assert launch.USUAL[0] < launch.RARELY
-    finally:
-        gc.set_threshold(*usual)
 
 
 def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):

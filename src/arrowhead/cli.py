@@ -32,7 +32,6 @@ from arrowhead.decode import PixelConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.jobs import ClusterConfig
-from arrowhead.launch import collect_rarely
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import FILES as WEIGHT_FILES
 from arrowhead.model import BodyConfig
@@ -1050,7 +1049,6 @@ def _configure(config: Path | None) -> None:
 def main(words: list[str] | None = None) -> None:
     """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
     words = sys.argv[1:] if words is None else words
-    collect_rarely()
     app.config = ()  # of an earlier call in this process
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")

@@ -25,7 +25,6 @@ but what it notes is never read again: every start of a group has an attempt's f
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import re
 import secrets
@@ -186,25 +185,6 @@ class Desk:
         return reports
 
 
-RARELY = 100_000  # new objects between two looks for garbage
-USUAL = gc.get_threshold()
-
-
-def collect_rarely() -> None:
-    """Look for garbage less often, in this process, until a stage begins.
-
-    torch and MLflow make a million objects that stay. Going through them again and again while they
-    are imported was a quarter of the start of a command.
-    """
-    gc.set_threshold(RARELY)
-
-
-def _collect_again() -> None:
-    """As usual from here on: the bytes of images may be in what is garbage."""
-    if gc.get_threshold()[0] == RARELY:
-        gc.set_threshold(*USUAL)
-
-
 def run(
     stage: Callable[..., Any],
     *args: Any,
@@ -251,7 +231,6 @@ def _here(
         desk = Desk(tasks)
         # Ray Train's local mode persists nothing that is reported to it.
         worker = Worker(0, 1, device, threads, desk.claim, listen, partial(_keep_here, place))
-        _collect_again()
         return stage(worker, *args)
 
     return train_function
