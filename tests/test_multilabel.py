@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from arrowhead import DataError, bundle, extract, metrics, plan, shards
+from arrowhead import DataError, bundle, extract, fileio, metrics, plan, shards
 from arrowhead import score as scoring
 from arrowhead.bundle import Bundle, Golden
 from arrowhead.decode import PixelConfig
@@ -323,7 +323,7 @@ def test_a_bundle_of_the_first_format_is_refused_and_has_to_be_trained_again(
     saved: Path, tmp_path: Path
 ) -> None:
     content = json.loads((saved / "bundle.json").read_text())
-    shards.write_json(tmp_path / "bundle.json", content | {"format": 1})
+    fileio.write_json(tmp_path / "bundle.json", content | {"format": 1})
     with pytest.raises(DataError, match="format 1") as refusal:
         bundle.load(tmp_path)
     assert "train again" in refusal.value.do

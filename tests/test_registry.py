@@ -20,7 +20,7 @@ import polars
 import pytest
 from conftest import Tracked
 
-from arrowhead import ConfigError, DataError, cli, shards
+from arrowhead import ConfigError, DataError, cli, fileio
 from arrowhead import bundle as bundles
 from arrowhead.tracking import RegistryConfig, TrackingConfig, start
 
@@ -331,7 +331,7 @@ def test_a_bundle_from_elsewhere_is_registered_with_a_run_of_its_own(
     shutil.copytree(fitted, copy)
     content = json.loads((copy / "bundle.json").read_text().replace(run_of(fitted), "f" * 32))
     del content["seal"]
-    shards.write_sealed(copy / "bundle.json", content)
+    fileio.write_sealed(copy / "bundle.json", content)
     assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
     assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
     (made,) = client.search_model_versions("name = 'guest'")
@@ -479,7 +479,7 @@ def test_a_bundle_that_wants_to_write_elsewhere_is_refused(stored, fitted, confi
     del content["seal"]
     copy = tmp_path / "copy"
     shutil.copytree(fitted, copy)
-    shards.write_sealed(copy / "bundle.json", content)
+    fileio.write_sealed(copy / "bundle.json", content)
     stored("bundle.json", (copy / "bundle.json").read_bytes())
     with pytest.raises(DataError, match="outside of itself"):
         bundles.local("memory://shelf/bundle", config, tmp_path / "scratch")

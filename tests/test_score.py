@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Tracked
 
-from arrowhead import ConfigError, DataError, bundle, plan, shards
+from arrowhead import ConfigError, DataError, bundle, fileio, plan
 from arrowhead import cli as command_line
 from arrowhead import score as scoring
 from arrowhead.shards import Store
@@ -318,7 +318,7 @@ def test_other_images_of_the_same_names_and_sizes_are_another_request(
 
 def test_two_commands_do_not_write_the_same_scores(out, capsys):
     out.mkdir()
-    with shards.locked(out):
+    with fileio.locked(out):
         assert refused("score", "out/bundle", "new", out) == 2
     assert "being written" in capsys.readouterr().err
 
@@ -465,7 +465,7 @@ def reseal(folder: Path, **changes: Any) -> None:
     del content["seal"]
     for name, value in changes.items():
         content[name] = content[name] | value if isinstance(value, dict) else value
-    shards.write_sealed(folder / "bundle.json", content)
+    fileio.write_sealed(folder / "bundle.json", content)
 
 
 @pytest.mark.parametrize(
@@ -543,13 +543,13 @@ def test_a_bundle_cannot_name_files_outside_itself(worn, tmp_path):
     (tmp_path / "secret").write_text("s")
     golden = json.loads((worn / "golden/golden.json").read_text())
     golden[0]["name"] = "../../secret"
-    shards.write_json(worn / "golden/golden.json", golden)
+    fileio.write_json(worn / "golden/golden.json", golden)
     digests = json.loads((worn / "bundle.json").read_text())["sha256"]
-    digests |= {"golden/golden.json": shards.sha256(worn / "golden/golden.json")}
+    digests |= {"golden/golden.json": fileio.sha256(worn / "golden/golden.json")}
     reseal(worn, sha256=digests)
     with pytest.raises(DataError, match="not one of its images"):
         bundle.load(worn)
-    reseal(worn, sha256={"../secret": shards.sha256(tmp_path / "secret")})
+    reseal(worn, sha256={"../secret": fileio.sha256(tmp_path / "secret")})
     with pytest.raises(DataError, match="outside of itself"):
         bundle.load(worn)
 
@@ -560,7 +560,7 @@ def test_tensors_that_do_not_fit_are_refused_not_half_loaded(worn):
     tensors = safetensors.torch.load_file(worn / "weights.safetensors")
     tensors["head.2.weight"] = tensors["head.2.weight"][:, :7].contiguous()
     safetensors.torch.save_file(tensors, worn / "weights.safetensors")
-    reseal(worn, sha256={"weights.safetensors": shards.sha256(worn / "weights.safetensors")})
+    reseal(worn, sha256={"weights.safetensors": fileio.sha256(worn / "weights.safetensors")})
     with pytest.raises(DataError, match="head do not fit"):
         bundle.load(worn).make_head()
 

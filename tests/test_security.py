@@ -26,7 +26,7 @@ import pytest
 import torch
 from conftest import Bundled
 
-from arrowhead import checkpoint, cli, shards
+from arrowhead import checkpoint, cli, fileio, shards
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
@@ -348,8 +348,8 @@ def _resealed(bundle: Path) -> None:
     """Make bundle.json vouch for the files as they are, as a stranger who made it all would."""
     content = json.loads((bundle / "bundle.json").read_text())
     del content["seal"]
-    content["sha256"] = {name: shards.sha256(bundle / name) for name in content["sha256"]}
-    shards.write_sealed(bundle / "bundle.json", content)
+    content["sha256"] = {name: fileio.sha256(bundle / name) for name in content["sha256"]}
+    fileio.write_sealed(bundle / "bundle.json", content)
 
 
 @pytest.mark.parametrize("planted", ["weights.safetensors", "golden/0.img", "golden/golden.json"])
@@ -406,8 +406,8 @@ def _vouched(store: Path) -> None:
     manifest = json.loads((store / "manifest.json").read_text())
     del manifest["seal"]
     for one in manifest["shards"]:
-        one["sha256"] = shards.sha256(store / "shards" / f"{one['name']}.arrow")
-    shards.write_sealed(store / "manifest.json", manifest)
+        one["sha256"] = fileio.sha256(store / "shards" / f"{one['name']}.arrow")
+    fileio.write_sealed(store / "manifest.json", manifest)
 
 
 def test_ray_would_unpickle_such_a_column(made, payload, canary, tmp_path):
@@ -503,8 +503,8 @@ def test_a_checkpoint_whose_label_vouches_for_a_pickle_is_passed_over(payload, c
     (tmp_path / "2" / checkpoint.STATE).write_bytes(payload)
     label = json.loads((tmp_path / "2" / checkpoint.LABEL).read_text())
     del label["seal"]
-    label["sha256"] = shards.sha256(tmp_path / "2" / checkpoint.STATE)
-    shards.write_sealed(tmp_path / "2" / checkpoint.LABEL, label)
+    label["sha256"] = fileio.sha256(tmp_path / "2" / checkpoint.STATE)
+    fileio.write_sealed(tmp_path / "2" / checkpoint.LABEL, label)
     said: list[str] = []
     found = checkpoint.newest(tmp_path, "k", said.append)
     assert found is not None and found.number == 1

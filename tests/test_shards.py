@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowhead import ConfigError, DataError, shards
+from arrowhead import ConfigError, DataError, fileio, shards
 from arrowhead.shards import Recipe, Rows, Store
 
 RECIPE = Recipe(
@@ -89,21 +89,21 @@ def test_a_full_disk_leaves_a_shard_whole_or_absent_and_says_what_to_do(
 
 
 def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
-    shards.write_json(tmp_path / "a.json", {"old": 1})
+    fileio.write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(TypeError):
-        shards.write_json(tmp_path / "a.json", {"new": object()})
-    with pytest.raises(KeyboardInterrupt), shards.draft(tmp_path / "a.json") as sketch:
+        fileio.write_json(tmp_path / "a.json", {"new": object()})
+    with pytest.raises(KeyboardInterrupt), fileio.draft(tmp_path / "a.json") as sketch:
         sketch.write_text('{"new"')
         raise KeyboardInterrupt
-    assert shards.read_json(tmp_path / "a.json") == {"old": 1}
+    assert fileio.read_json(tmp_path / "a.json") == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_path: Path) -> None:
     made = Store.create(tmp_path / "store", RECIPE, 3)
     code = (
-        "import os, signal, sys; from pathlib import Path; from arrowhead import shards\n"
-        "with shards.draft(Path(sys.argv[1])) as sketch:\n"
+        "import os, signal, sys; from pathlib import Path; from arrowhead import fileio\n"
+        "with fileio.draft(Path(sys.argv[1])) as sketch:\n"
         "    sketch.write_bytes(b'ARROW1 half a shard')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -130,7 +130,7 @@ def test_json_that_is_missing_torn_or_not_text_is_a_data_error(tmp_path: Path) -
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     for name in ("missing.json", "torn.json", "bytes.json"):
         with pytest.raises(DataError, match=name):
-            shards.read_json(tmp_path / name)
+            fileio.read_json(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------ shards
@@ -340,9 +340,9 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_store_of_another_format_is_refused(store: Store) -> None:
-    head = shards.read_json(store.path / "store.json")
+    head = fileio.read_json(store.path / "store.json")
     head["format"] = 99
-    shards.write_json(store.path / "store.json", head)
+    fileio.write_json(store.path / "store.json", head)
     with pytest.raises(DataError, match="format 99"):
         Store(store.path)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Command
 
-from arrowhead import ConfigError, DataError, cli, shards
+from arrowhead import ConfigError, DataError, cli, fileio, shards
 from arrowhead.shards import Store
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--chunk-size", "16"]
@@ -352,13 +352,13 @@ def test_verify_finds_rows_that_the_hashes_vouch_for_and_the_catalog_does_not(st
     """A shard twice in a manifest that was sealed again: hashes fit, rows do not."""
     manifest = Store(store).manifest()
     manifest["shards"].append(manifest["shards"][0])
-    shards.write_sealed(store / "manifest.json", manifest)
+    fileio.write_sealed(store / "manifest.json", manifest)
     assert "misfit" in findings(command, store, code=4).values()
 
 
 def test_a_store_of_a_newer_format_is_named_and_left_alone(store, capsys):
-    head = shards.read_json(store / "store.json")
-    shards.write_json(store / "store.json", head | {"format": shards.FORMAT + 1})
+    head = fileio.read_json(store / "store.json")
+    fileio.write_json(store / "store.json", head | {"format": shards.FORMAT + 1})
     for verb in ("info", "verify", "gc"):
         with pytest.raises(SystemExit) as ended:
             cli.main(["features", verb, str(store)])

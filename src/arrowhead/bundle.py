@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, extract, files, shards, tracking
+from arrowhead import ConfigError, DataError, extract, fileio, files, tracking
 from arrowhead.decode import Pixels
 from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
@@ -195,7 +195,7 @@ def save(bundle: Bundle, path: Path) -> str:
     (sketch / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
     for golden in bundle.golden:
         (sketch / "golden" / golden.name).write_bytes(golden.data)
-    shards.write_json(sketch / "golden" / "golden.json", [_plain(one) for one in bundle.golden])
+    fileio.write_json(sketch / "golden" / "golden.json", [_plain(one) for one in bundle.golden])
     files = sorted(file for file in sketch.rglob("*") if file.is_file())
     content = {
         "format": FORMAT,
@@ -210,9 +210,9 @@ def save(bundle: Bundle, path: Path) -> str:
         "novelty": bundle.novelty and bundle.novelty.about(),
         "metrics": bundle.metrics,
         "lineage": bundle.lineage,
-        "sha256": {str(file.relative_to(sketch)): shards.sha256(file) for file in files},
+        "sha256": {str(file.relative_to(sketch)): fileio.sha256(file) for file in files},
     }
-    shards.write_sealed(sketch / "bundle.json", content)
+    fileio.write_sealed(sketch / "bundle.json", content)
     _replace(sketch, path)
     return fingerprint(path)
 
@@ -244,7 +244,7 @@ def _replace(sketch: Path, path: Path) -> None:
 
 def fingerprint(path: Path) -> str:
     """16 hex digits that stand for everything in the bundle."""
-    return shards.sha256(path / "bundle.json")[:16]
+    return fileio.sha256(path / "bundle.json")[:16]
 
 
 # ------------------------------------------------------------------------------- loading
@@ -273,7 +273,9 @@ def _no_bundle(where: str) -> ConfigError:
 
 def _content(file: Path, where: str) -> dict[str, Any]:
     """What bundle.json says. where: the bundle, in words."""
-    content = shards.read_sealed(file, FORMAT, "train again", MEND, f"{where}/bundle.json")
+    content = fileio.read_sealed(
+        file, FORMAT, upgrade="train again", repair=MEND, name=f"{where}/bundle.json"
+    )
     for name in content["sha256"]:
         if not _inside(name):
             raise DataError(
@@ -285,7 +287,7 @@ def _content(file: Path, where: str) -> dict[str, Any]:
 
 
 def _must_be(file: Path, digest: str, where: str) -> None:
-    if not file.is_file() or shards.sha256(file) != digest:
+    if not file.is_file() or fileio.sha256(file) != digest:
         raise DataError(
             f"{where} is not the file this bundle was saved with.",
             f"the bytes whose sha256 is {digest}.",
@@ -395,7 +397,7 @@ def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:
 
 
 def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
-    for one in shards.read_json(path / "golden" / "golden.json"):
+    for one in fileio.read_json(path / "golden" / "golden.json"):
         if not _inside(f"golden/{one['name']}"):
             raise _torn(f"golden.json names {one['name']!r}, which is not one of its images")
         feature = np.array(one["feature"], np.float32)
@@ -414,7 +416,7 @@ def info(path: Path) -> dict[str, Any]:
         "bundle": str(path),
         "fingerprint": fingerprint(path),
         "bytes": sum((path / name).stat().st_size for name in names),
-        "golden_images": len(shards.read_json(path / "golden" / "golden.json")),
+        "golden_images": len(fileio.read_json(path / "golden" / "golden.json")),
     }
 
 

@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arrowhead import DataError, shards
+from arrowhead import DataError, fileio
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT, SEALED = 1, 2  # of a checkpoint; of the sealed file its label is
 LABEL, STATE = "checkpoint.json", "state.safetensors"
 DEPTH = 3  # Ray Train puts a folder of its own between the place and the checkpoint
 
@@ -75,16 +75,16 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str,
     }
     data = safetensors.torch.save(plain)
     (folder / LABEL).unlink(missing_ok=True)
-    with shards.draft(folder / STATE) as sketch:
+    with fileio.draft(folder / STATE) as sketch:
         sketch.write_bytes(data)
     label = {
-        "format": shards.FORMAT,
+        "format": SEALED,
         "checkpoint": FORMAT,
         # As it will be read: the seal is a hash of that, and JSON turns tuples and keys.
         "facts": json.loads(json.dumps(dict(facts))),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    shards.write_sealed(folder / LABEL, label)
+    fileio.write_sealed(folder / LABEL, label)
 
 
 def newest(place: Path, key: str, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -151,7 +151,9 @@ def _look(place: Path, key: str) -> tuple[list[_Label], list[Path]]:
         if _is_draft(folder):
             continue
         try:
-            content = shards.read_sealed(folder / LABEL)
+            content = fileio.read_sealed(
+                folder / LABEL, SEALED, upgrade="train again", repair="train again."
+            )
             facts = content["facts"]
             if facts["key"] == key and content["checkpoint"] != FORMAT:
                 torn.append(folder)

@@ -959,9 +959,9 @@ def _alone(place: Path | None) -> Iterator[None]:
     if place is None:
         yield
         return
-    from arrowhead import shards
+    from arrowhead import fileio
 
-    with shards.occupied(place.parent):
+    with fileio.occupied(place.parent):
         yield
 
 

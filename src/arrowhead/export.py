@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, __version__, shards
+from arrowhead import ConfigError, DataError, __version__, fileio
 from arrowhead import bundle as bundles
 from arrowhead.bundle import Bundle
 
@@ -79,7 +79,7 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
     if config.format == "onnx":
         _must_fit(module)
     about = metadata(bundle, bundles.fingerprint(path))
-    with shards.draft(file) as sketch:
+    with fileio.draft(file) as sketch:
         with _quiet():
             program = _trace(module, bundle)
             run = (_onnx if config.format == "onnx" else _pt2)(program, about, sketch)

@@ -94,7 +94,7 @@ def _files(store: Store) -> Iterator[Finding]:
     named[store.path / "catalog.arrow"] = store.manifest()["catalog"]["sha256"]
     for path, digest in named.items():
         try:
-            shards.must_hash_to(path, digest)
+            shards.must_be_intact(path, digest)
         except DataError as error:
             kind = "changed" if path.is_file() else "missing"
             yield Finding(kind, str(path), f"{error.found} Do: {error.do}")

@@ -30,6 +30,7 @@ from arrowhead import (
     account,
     bundle,
     extract,
+    fileio,
     launch,
     metrics,
     model,
@@ -155,7 +156,7 @@ def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
     sick = [one for one in manifest["shards"] if one["kinds"].get("unreadable")]
     if not kept.is_file() or not (sick or manifest["catalog"]["tries"]):
         return catalog
-    shards.must_hash_to(kept, manifest["catalog"]["sha256"])
+    shards.must_be_intact(kept, manifest["catalog"]["sha256"])
     old = Catalog(**store.read_catalog())
     unreadable = {
         path
@@ -194,7 +195,7 @@ def _store(path: Path, images: FeatureConfig) -> Store:
     recipe = extract.recipe_of(images.pixels, images.body, weights, body.width)
     store = Store.create(path, recipe, images.extract.chunk_size)
     if not store.weights.is_file():
-        with shards.draft(store.weights) as sketch:
+        with fileio.draft(store.weights) as sketch:
             sketch.write_bytes(safetensors.torch.save(weights.state))
     return store
 
@@ -528,7 +529,7 @@ def score(
     ignored} with inputs = scored + faults, faults by kind, labels, drift, seconds by stage.
     """
     began = perf_counter()
-    with shards.occupied(out), _at_hand(str(address), tracking, out) as path:
+    with fileio.occupied(out), _at_hand(str(address), tracking, out) as path:
         loaded, mark = bundle.load(path), bundle.fingerprint(path)
         source = SourceConfig(images=config.base, suffix=config.suffix)
         catalog = plan.unlabelled(images, source)
@@ -576,7 +577,7 @@ def score(
         "too_many_faults": how.too_many(faults, files),
     }
     if missing or not (out / "score.json").is_file():
-        shards.write_json(out / "score.json", result)
+        fileio.write_json(out / "score.json", result)
     if means.run:
         means.run.dataset(name, digest, root, "scoring")
         means.run.tags({"dataset": name, "body": loaded.recipe.body})

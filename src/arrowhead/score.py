@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, __version__, extract, plan, shards
+from arrowhead import ConfigError, DataError, __version__, extract, fileio, plan, shards
 from arrowhead import bundle as bundles
 from arrowhead.bundle import Bundle
 from arrowhead.launch import Worker
@@ -227,7 +227,7 @@ def prepare(
     }
     note, new = out / "request.json", True
     if note.is_file():
-        found = shards.read_json(note)
+        found = fileio.read_json(note)
         if differing := [key for key in asked if found.get(key) != asked[key]]:
             raise ConfigError(
                 f"{out} holds scores of another request: its {differing[0]} differs.",
@@ -250,7 +250,7 @@ def prepare(
         runs = plan.chunks(catalog.paths, chunk_size)
     shards.write_catalog(inputs(out), catalog.columns())
     if new:
-        shards.write_json(note, asked | {"runs": [[run.start, run.stop] for run in runs]})
+        fileio.write_json(note, asked | {"runs": [[run.start, run.stop] for run in runs]})
     # Workers start in a directory of their own.
     store = config.store and config.store.absolute()
     config = replace(config, store=store)
@@ -314,7 +314,7 @@ def write_csv(request: Request, bundle: Bundle) -> Path:
     names += ["novelty"] if bundle.novelty else []
     names += ["novel"] if request.config.flag_novel else []
     names += ["fault"]
-    with shards.draft(target) as sketch, sketch.open("w", newline="", encoding="utf-8") as file:
+    with fileio.draft(target) as sketch, sketch.open("w", newline="", encoding="utf-8") as file:
         sheet = csv.writer(file)
         sheet.writerow(names)
         for number in range(len(request.runs)):

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +29,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +37,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError
+from arrowhead import ConfigError, DataError, fileio
 
 FORMAT = 2
 COLUMNS = ("path", "image_id", "view", "feature", "fault")  # of a shard
+EXTRACT_AGAIN = (
+    "delete the file and run the same precompute again: only its images are decoded again."
+)
 
 
 # ------------------------------------------------------------------------------ recipe
@@ -112,107 +113,6 @@ class Recipe:
                 )
 
 
-# ------------------------------------------------------------------------- whole files
-
-
-@contextmanager
-def draft(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there becomes `path` at the end, or nothing does.
-
-    The draft's name is drawn: process ids repeat on machines that share a disk.
-    Raises ConfigError when the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sketch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
-    try:
-        yield sketch
-        _sync(sketch)
-        os.replace(sketch, path)
-        _sync(path.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise ConfigError(
-            f"{path} cannot be written: {os.strerror(error.errno)}.",
-            "room on the disk; what was written before is whole and stays.",
-            "free some space and run the same command again: it goes on where it stopped.",
-        ) from error
-    finally:
-        sketch.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """One JSON file, whole or absent."""
-    with draft(path) as sketch:
-        sketch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; DataError if it is missing or torn."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}.",
-            "a JSON file written by Arrowhead.",
-            "check the path; if the folder was copied, copy it again.",
-        ) from error
-
-
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """One JSON file, whole or absent, with a hash of its content inside."""
-    write_json(path, {**content, "seal": _seal(content)})
-
-
-def read_sealed(
-    path: Path,
-    number: int = FORMAT,
-    anew: str = "extract again into a new store",
-    mend: str = "restore the file from a copy, or delete it and run the same precompute again:"
-    " features that are there are not decoded again.",
-    where: str | None = None,
-) -> dict[str, Any]:
-    """What `write_sealed` wrote; DataError if it is missing, changed, or not of format `number`.
-
-    anew, mend: what to do about another format and about a change. where: what a person knows the
-    file as, if not by its path.
-    """
-    content, where = read_json(path), where or str(path)
-    if not isinstance(content, dict) or content.get("format") != number:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise DataError(
-            f"{where} is of format {found}.",
-            f"format {number}, which this version writes.",
-            f"use the Arrowhead version that wrote it, or {anew}.",
-        )
-    if content.pop("seal", None) != _seal(content):
-        raise DataError(
-            f"{where} has changed since it was written: its seal does not fit.",
-            "the bytes that Arrowhead wrote.",
-            mend,
-        )
-    return content
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --------------------------------------------------------------------- tables of features
 
 
@@ -268,7 +168,7 @@ def write_arrow(path: Path, table: Any) -> None:
     import pyarrow as pa
 
     with (
-        draft(path) as sketch,
+        fileio.draft(path) as sketch,
         pa.OSFile(str(sketch), "wb") as file,
         pa.ipc.new_file(file, table.schema) as sink,
     ):
@@ -351,7 +251,7 @@ def write_scores(path: Path, scores: Scores, metadata: Mapping[str, str]) -> Non
     columns["fault"] = pa.array(scores.faults, pa.string())
     assert all(len(column) == count for column in columns.values())
     table = pa.table(columns).replace_schema_metadata(dict(metadata))
-    with draft(path) as sketch:
+    with fileio.draft(path) as sketch:
         pq.write_table(table, sketch, compression="zstd")
 
 
@@ -428,7 +328,12 @@ def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
     )
     digest = table.schema.metadata.get(b"arrowhead.digest", b"").decode()
     if check and digest != _digest(rows, recipe):
-        raise _changed(path, "the digest inside it")
+        raise DataError(
+            f"{path} differs from the digest inside it: its bytes have changed since they were"
+            " written.",
+            "the bytes that Arrowhead wrote.",
+            EXTRACT_AGAIN,
+        )
     return rows
 
 
@@ -501,42 +406,6 @@ class Features:
         return self.label.ndim == 2
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer of a folder at a time; ConfigError if another process is writing there."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder} is being written by another Arrowhead command.",
-                "one writer at a time.",
-                "wait for it to end, or stop it; then run this again.",
-            ) from None
-        except OSError as error:  # some network disks know no locks
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
-
-
-@contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """A folder that is made if need be, and locked; if nothing was put into it, it goes again, and
-    so do the folders above it that were made for it.
-    """
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):
-            yield
-    finally:
-        if [one.name for one in folder.iterdir()] == [".lock"]:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # not empty: something else was written there
-                for one in new[1:]:
-                    one.rmdir()
-
-
 class Store:
     """A directory of features made in one way. Open an existing one, or `create` it."""
 
@@ -548,7 +417,7 @@ class Store:
                 "a folder written by `arrowhead precompute`.",
                 f"run `arrowhead precompute DATA {path}` first.",
             )
-        head = read_sealed(path / "store.json")
+        head = _read_sealed(path / "store.json")
         self.recipe = Recipe.from_dict(head.get("recipe", {}), str(path / "store.json"))
         self.chunk_size = int(head["chunk_size"])
 
@@ -570,12 +439,12 @@ class Store:
             )
         head = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
         head |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
-        write_sealed(path / "store.json", head)
+        fileio.write_sealed(path / "store.json", head)
         return Store(path)
 
     def locked(self) -> AbstractContextManager[None]:
         """One writer at a time; ConfigError if another process is writing here."""
-        return locked(self.path)
+        return fileio.locked(self.path)
 
     @property
     def weights(self) -> Path:
@@ -602,7 +471,7 @@ class Store:
                 "a finished store.",
                 "run the same `arrowhead precompute` again: it goes on where it stopped.",
             )
-        return read_sealed(self.path / "manifest.json")
+        return _read_sealed(self.path / "manifest.json")
 
     def intact(self) -> dict[str, str]:
         """sha256 by name of the manifest's shards that are on the disk; {} before the first one.
@@ -615,7 +484,7 @@ class Store:
         named = {shard["name"]: shard["sha256"] for shard in self.manifest()["shards"]}
         there = {name: digest for name, digest in named.items() if self.shard(name).is_file()}
         for name, digest in there.items():
-            must_hash_to(self.shard(name), digest)
+            must_be_intact(self.shard(name), digest)
         return there
 
     def complete(
@@ -638,14 +507,14 @@ class Store:
                     "faults": kinds.total(),
                     "kinds": dict(kinds),
                     "bytes": self.shard(name).stat().st_size,
-                    "sha256": intact.get(name) or sha256(self.shard(name)),
+                    "sha256": intact.get(name) or fileio.sha256(self.shard(name)),
                 }
             )
         catalog = self._keep_catalog(columns) | {"tries": int(columns["tries"].sum())}
         classes = sorted({name for names in columns["labels"] for name in names})
         manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
-        write_sealed(self.path / "manifest.json", manifest)
-        with draft(self.path / "catalog.arrow") as sketch:
+        fileio.write_sealed(self.path / "manifest.json", manifest)
+        with fileio.draft(self.path / "catalog.arrow") as sketch:
             shutil.copyfile(self.path / catalog["name"], sketch)
         return manifest
 
@@ -654,7 +523,7 @@ class Store:
         new = self.path / f".catalog.{secrets.token_hex(4)}.draft"
         try:
             write_catalog(new, columns)
-            digest = sha256(new)
+            digest = fileio.sha256(new)
             kept = self.path / f"catalog-{digest[:16]}.arrow"
             os.replace(new, kept)
         finally:
@@ -664,7 +533,7 @@ class Store:
     def verify(self) -> None:
         """Compare every file the manifest names with its hash; DataError for the first misfit."""
         for path, digest in self.hashes().items():
-            must_hash_to(path, digest)
+            must_be_intact(path, digest)
 
     def hashes(self) -> dict[Path, str]:
         """sha256 of every file the manifest names."""
@@ -727,23 +596,18 @@ class Store:
         )
 
 
-def must_hash_to(path: Path, digest: str) -> None:
-    """DataError if a file is missing or its bytes are not those of this sha256."""
-    if not path.is_file():
-        raise DataError(
-            f"{path} is missing, but named in the manifest.",
-            f"the bytes whose sha256 is {digest}.",
-            "run the same precompute again: only its images are decoded again.",
-        )
-    if sha256(path) != digest:
-        raise _changed(path, "the manifest")
+def must_be_intact(path: Path, digest: str) -> None:
+    """DataError if a file of a store is missing or its bytes are not those of this sha256."""
+    fileio.must_hash_to(path, digest, witness="the manifest", repair=EXTRACT_AGAIN)
 
 
-def _changed(path: Path, witness: str) -> DataError:
-    return DataError(
-        f"{path} differs from {witness}: its bytes have changed since they were written.",
-        "the bytes that Arrowhead wrote.",
-        "delete the file and run the same precompute again: only its images are decoded again.",
+def _read_sealed(path: Path) -> dict[str, Any]:
+    return fileio.read_sealed(
+        path,
+        FORMAT,
+        upgrade="extract again into a new store",
+        repair="restore the file from a copy, or delete it and run the same precompute again:"
+        " features that are there are not decoded again.",
     )
 
 
