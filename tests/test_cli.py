@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arrowhead import cli
+from arrowhead import cli, cli_cluster
 from arrowhead.train import TrainConfig
 
 VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor", "submit"]
@@ -186,7 +186,7 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text("[train]\nepochs = 3\n")
     words = ["train", "store", "bundle", "--config", "mine.toml"]
-    call = cli.understood(words)
+    call = cli_cluster.understood(words)
     assert call is not None and call.given["head"].epochs == 3
     with pytest.raises(SystemExit):
         cli.main(words)
@@ -196,5 +196,5 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
         cli.main(["train", "store", "bundle"])
     assert ended.value.code == 2
     assert "not a feature store" in capsys.readouterr().err
-    again = cli.understood(["train", "store", "bundle"])
+    again = cli_cluster.understood(["train", "store", "bundle"])
     assert again is not None and again.given["head"].epochs == TrainConfig().epochs

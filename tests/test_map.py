@@ -31,6 +31,8 @@ FLOORS = [
     {"account", "served"},
     {"pipeline"},
     {"learner"},
+    {"cli_app"},
+    {"cli_cluster", "cli_inspect"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -45,7 +47,7 @@ DOORS = {
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
-    "cyclopts": {"cli"},
+    "cyclopts": {"cli", "cli_app", "cli_cluster", "cli_inspect"},
     "rich": {"screen"},
 }
 HEAVY = {"torch", "torchvision", "nvidia", "ray", "mlflow", "pyarrow", "matplotlib", "onnx"}

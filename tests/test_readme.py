@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from arrowhead import cli
+from arrowhead import cli, cli_cluster
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -59,9 +59,9 @@ def needs_a_cluster(program: str, words: list[str]) -> bool:
     if program == "RAY_AUTH_MODE=token":  # ray job submit … -- python train.py …
         assert after[:2] == ["python", "train.py"]
         own = [str(root / "jobs" / word) if word.endswith(".toml") else word for word in after[2:]]
-        return cli.understood(["train", *own]) is not None
+        return cli_cluster.understood(["train", *own]) is not None
     if program == "arrowhead" and words[0] == "submit":
-        return cli.understood(after) is not None
+        return cli_cluster.understood(after) is not None
     return program == "arrowhead" and words[0] == "jobs"
 
 

@@ -28,7 +28,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import arrowhead
-from arrowhead import ConfigError, cli, jobs, launch
+from arrowhead import ConfigError, cli, cli_cluster, jobs, launch
 from arrowhead.jobs import Cluster, ClusterConfig
 
 ROOT = Path(__file__).parents[1]
@@ -129,9 +129,11 @@ def test_what_answers_but_is_no_ray_is_refused(refused, tmp_path):
 
 
 def test_a_verb_that_is_given_another_cluster_is_refused():
-    call = cli.understood(["train", "s", "b", "--workers", "1", "--address", "10.0.0.1:6379"])
+    call = cli_cluster.understood(
+        ["train", "s", "b", "--workers", "1", "--address", "10.0.0.1:6379"]
+    )
     with pytest.raises(ConfigError, match=r"--address 10\.0\.0\.1"):
-        cli._with_workers(call, 4)
+        cli_cluster._with_workers(call, 4)
 
 
 # ------------------------------------------------------------------- folders of the cluster
@@ -190,16 +192,18 @@ def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path,
 )
 def test_every_file_and_folder_that_a_verb_names_is_known(monkeypatch, words, places):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert sorted(cli._needs(cli.understood(words))[0]) == sorted(places)
+    assert sorted(cli_cluster._needs(cli_cluster.understood(words))[0]) == sorted(places)
 
 
 def test_a_password_of_the_mlflow_store_is_not_shown_to_whoever_lists_jobs(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
     with pytest.raises(ConfigError, match="holds a password") as refusal:
-        cli._needs(cli.understood(TRAIN))
+        cli_cluster._needs(cli_cluster.understood(TRAIN))
     assert "secret" not in str(refusal.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert cli._needs(cli.understood(TRAIN))[1] == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    assert cli_cluster._needs(cli_cluster.understood(TRAIN))[1] == {
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000"
+    }
 
 
 # ------------------------------------------------------------------------- what is sent
@@ -217,18 +221,20 @@ def test_a_password_of_the_mlflow_store_is_not_shown_to_whoever_lists_jobs(monke
     ids=lambda value: value[0],
 )
 def test_a_verb_gets_workers_of_the_cluster_unless_it_says_how_many(tmp_path, words, workers):
-    asked = cli._with_workers(cli.understood(words), AWAY.units)
+    asked = cli_cluster._with_workers(cli_cluster.understood(words), AWAY.units)
     assert asked == [words[0], "--workers", workers, *words[1:]]
-    assert cli.understood(asked).given["launch"].workers == (workers if ":" in workers else 1)
+    assert cli_cluster.understood(asked).given["launch"].workers == (
+        workers if ":" in workers else 1
+    )
     for own in (["--workers", "0"], ["--workers=2"]):
-        call = cli.understood([*words, *own])
-        assert cli._with_workers(call, AWAY.units) == [*words, *own]
+        call = cli_cluster.understood([*words, *own])
+        assert cli_cluster._with_workers(call, AWAY.units) == [*words, *own]
     toml = tmp_path / "own.toml"
     toml.write_text(f"[{words[0]}]\nworkers = 3\n")
-    call = cli.understood([*words, "--config", str(toml)])
-    assert cli._with_workers(call, AWAY.units) == words
+    call = cli_cluster.understood([*words, "--config", str(toml)])
+    assert cli_cluster._with_workers(call, AWAY.units) == words
     for fewer in (["export", "b", "o.onnx"], ["doctor"]):
-        assert cli._with_workers(cli.understood(fewer), AWAY.units) == fewer
+        assert cli_cluster._with_workers(cli_cluster.understood(fewer), AWAY.units) == fewer
 
 
 def test_gpus_count_where_there_are_any():
@@ -279,7 +285,7 @@ def test_a_recipe_says_what_it_runs_on_what_and_what_comes_of_it(recipe, monkeyp
         "--",
         recipe.stem.replace("_", "-"),
     )
-    call = cli.understood([verb, *rest])
+    call = cli_cluster.understood([verb, *rest])
     assert call.config == recipe.relative_to(ROOT)
     script = recipe.with_suffix(".py").read_text()
     assert f'main(["{verb}", *sys.argv[1:]])' in script

@@ -1,6 +1,6 @@
 """A command onto a cluster: Ray Jobs, with a token, a small upload and the job's own exit code.
 
-    words of a verb        as they would be typed here; `cli` has understood them
+    words of a verb        as they would be typed here; `cli_cluster` has understood them
       -> reach             what answers at the address, whether it takes the token, its nodes
       -> standing          the folder the job will stand in: this one, if the cluster has it
       -> submit            the package's source and the TOML go up, never data

@@ -25,6 +25,11 @@ class Screen:
         """One line, as it is."""
         self.console.print(line, markup=False, soft_wrap=True)
 
+    def give(self, line: str) -> None:
+        """One line for a program to read: no style, no wrapping, and out at once."""
+        self.console.file.write(f"{line}\n")
+        self.console.file.flush()
+
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
         """A live bar with img/s, time left and faults; on a pipe a line every ten seconds."""

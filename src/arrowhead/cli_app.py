@@ -1,0 +1,254 @@
+"""What verbs have in common: the app, the flags, how a verb begins and how it ends.
+
+Every flag is a field of the dataclass that uses it; `--config FILE.toml` sets the same fields in
+a table named after the verb.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Group, Parameter
+from cyclopts.config import Toml
+
+from arrowhead import ConfigError, __version__
+from arrowhead.cluster import LaunchConfig
+from arrowhead.decode import PixelConfig
+from arrowhead.export import ExportConfig
+from arrowhead.extract import ExtractConfig
+from arrowhead.jobs import ClusterConfig
+from arrowhead.lr_finder import FinderConfig
+from arrowhead.model import BodyConfig
+from arrowhead.plan import SourceConfig
+from arrowhead.score import ScoreConfig
+from arrowhead.screen import Screen
+from arrowhead.sweep import SweepConfig
+from arrowhead.tracking import RegistryConfig, TrackingConfig
+from arrowhead.train import TrainConfig
+
+app = App(
+    name="arrowhead",
+    version=__version__,
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,  # ours says how to go on
+    help="A folder of images becomes a trained, examined, deployable classifier.\n\n"
+    "Each image is decoded once; every experiment after that takes seconds."
+    " Start with `arrowhead demo`, or `arrowhead fit DATA OUT` on your own folder.",
+)
+app.meta.suppress_keyboard_interrupt = False
+app.meta.group_parameters = Group("Everywhere", sort_key=9)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """How the result is given."""
+
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print the result as one JSON object, last on standard output; all else goes to stderr."""
+
+
+Data = Annotated[
+    str,
+    Parameter(
+        help="Images: a folder or URI (s3://…, gs://…) of train/CLASS/… and valid/CLASS/…, or of"
+        " CLASS/…; or a table, FILE.csv or FILE.tsv, with columns path, labels and, if you like,"
+        " split."
+    ),
+]
+StorePath = Annotated[
+    Path, Parameter(help="Feature store: a folder that `precompute` made, or will make.")
+]
+BundlePath = Annotated[
+    Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote, or will write.")
+]
+BundleAddress = Annotated[
+    str,
+    Parameter(
+        help="Bundle: a folder that `fit` or `train` wrote; a URI of one (s3://…, gs://…); or a"
+        " model in MLflow (models:/NAME@ALIAS, models:/NAME/3, runs:/RUN/model)."
+    ),
+]
+
+
+def _flags(group: str, key: int) -> Any:
+    return Parameter(name="*", group=Group(group, sort_key=key))
+
+
+Source = Annotated[SourceConfig, _flags("Labels", 2)]
+Body = Annotated[BodyConfig, _flags("Body", 3)]
+Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
+Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
+NamedExtract = Annotated[
+    ExtractConfig, Parameter(name="extract", group=Group("Extraction", sort_key=5))
+]
+Head = Annotated[TrainConfig, _flags("Training", 6)]
+Finder = Annotated[FinderConfig, _flags("LR finder", 7)]
+NamedFinder = Annotated[
+    FinderConfig, Parameter(name="lr-find", group=Group("LR finder", sort_key=7))
+]
+Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
+Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
+Export = Annotated[ExportConfig, _flags("Export", 6)]
+Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
+Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]
+Registry = Annotated[RegistryConfig, _flags("Tracking", 9)]
+ToCluster = Annotated[ClusterConfig, _flags("Cluster", 8)]
+Out = Annotated[Output, _flags("Output", 10)]
+
+
+# ------------------------------------------------------------------- what verbs are run with
+
+
+@contextmanager
+def run_context(
+    verb: str,
+    launch: LaunchConfig,
+    tracking: TrackingConfig,
+    output: Output,
+    place: Path | None = None,
+    registry: RegistryConfig = RegistryConfig(),
+) -> Iterator[Any]:
+    """What the stages are run with; the MLflow run is open inside. place: a file that stands for
+    the run while it is unfinished, in the folder of its checkpoints; both go with the run's end.
+    """
+    from arrowhead import account
+    from arrowhead.tracking import start
+
+    screen = Screen(to_stderr=output.json)
+    opened = start(tracking, verb, place, registry=registry, say=screen.say)
+    with _alone(place), opened as run:
+        yield account.Means(launch=launch, screen=screen, run=run)
+    if place:
+        shutil.rmtree(place.parent, ignore_errors=True)
+
+
+@contextmanager
+def _alone(place: Path | None) -> Iterator[None]:
+    """Nobody else trains to the same bundle; a folder of checkpoints with none in it goes again."""
+    if place is None:
+        yield
+        return
+    from arrowhead import fileio
+
+    with fileio.occupied(place.parent):
+        yield
+
+
+def me() -> str:
+    """How the user called us, so that the next command can be pasted."""
+    ours = Path(sys.argv[0]).name == "arrowhead"  # not a script in jobs/, not python -m
+    return sys.argv[0] if ours and "/" in sys.argv[0] and not _on_path() else "arrowhead"
+
+
+def _on_path() -> bool:
+    found = shutil.which("arrowhead")
+    return found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve()
+
+
+def sibling(program: str) -> str:
+    """Another program of the same environment, called as the user called us."""
+    return str(Path(me()).with_name(program))
+
+
+def ui_command(tracking: TrackingConfig) -> str:
+    """The command that opens MLflow's UI on the runs."""
+    return f"{sibling('mlflow')} ui --backend-store-uri {tracking.uri}"
+
+
+def say_next(screen: Any, commands: list[str]) -> None:
+    """The commands to try now, one a line, ready to be pasted."""
+    screen.say("next:")
+    for command in commands:
+        screen.say(f"  {command}")
+
+
+def finish(result: dict[str, Any], output: Output) -> int:
+    """Print the result if it was asked for; the exit code."""
+    if output.json:
+        give(result)
+    if not result.get("too_many_faults"):
+        return 0
+    counts = result["counts"]
+    Screen(to_stderr=True).say(
+        f"arrowhead: {counts['faults']} of {counts['inputs']} images could not be read, more than"
+        " --max-faults allows. Everything else is written."
+    )
+    return 3
+
+
+def give(result: dict[str, Any]) -> None:
+    """Print the result as one line of JSON on standard output."""
+    Screen(to_stderr=False).give(json.dumps(_plain(result), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON can hold it: None for what is not a finite number."""
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ------------------------------------------------------------------------------ the door
+
+
+@app.meta.default
+def entry(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[
+        Path | None,
+        Parameter(help="TOML file with the same flags, in a table named after the verb."),
+    ] = None,
+) -> Any:
+    """Where every command line comes in: --config first, then the verb."""
+    configure(config)
+    return app(tokens, exit_on_error=False, print_error=False)
+
+
+def configure(config: Path | None) -> None:
+    """Flags are also read from this TOML file, or from none."""
+    app.config = ()
+    if config is not None:
+        if not config.is_file():
+            raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
+        try:
+            tomllib.loads(config.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--config {config} cannot be read: {error}.",
+                "a TOML file, with a table named after the verb.",
+                "write e.g. [train] and below it epochs = 20.",
+            ) from error
+        app.config = Toml(config, must_exist=True, search_parents=False)
+
+
+def verb_in(words: list[str]) -> str:
+    """The verb among `words` and a blank, if there is one."""
+    return next((f"{word} " for word in words if word in app and not word.startswith("-")), "")
+
+
+def refuse(found: str, wanted: str, do: str, code: int = 2) -> int:
+    """Say a refusal on standard error; its exit code."""
+    for line in (f"arrowhead: {found}", f"  wanted  {wanted}", f"  do      {do}"):
+        Screen(to_stderr=True).say(line)
+    return code
+
+
+@contextmanager
+def fetched(bundle: str, tracking: TrackingConfig) -> Iterator[Path]:
+    """The bundle's folder; one that had to be fetched is there only inside."""
+    from arrowhead.bundle import local
+
+    with tempfile.TemporaryDirectory(prefix="arrowhead-bundle-") as scratch:
+        yield local(bundle, tracking, Path(scratch))

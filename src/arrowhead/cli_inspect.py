@@ -1,0 +1,223 @@
+"""Verbs that look into what was made: stores and bundles."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from arrowhead.cli_app import (
+    BundleAddress,
+    Out,
+    Output,
+    Tracking,
+    fetched,
+    finish,
+    give,
+)
+from arrowhead.score import ScoreConfig
+from arrowhead.screen import Screen
+from arrowhead.tracking import RegistryConfig, TrackingConfig
+
+# ---------------------------------------------------------------------------- features
+
+features = App(
+    name="features",
+    help="Look into a feature store, check it, clean it.",
+    sort_key=8,
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
+)
+Finished = Annotated[Path, Parameter(help="Feature store: a folder that `precompute` made.")]
+
+
+@features.command
+def info(store: Finished, *, output: Out = Output()) -> int:
+    """What is in a store: images by class and split, faults by kind, recipe, size.
+
+    Example: arrowhead features info out/store
+    """
+    from arrowhead import inventory
+
+    held = inventory.info(store)
+    if output.json:
+        give(held)
+        return 0
+    screen = Screen(to_stderr=False)
+    faults = sum(held["faults"].values())
+    screen.say(
+        f"{store}: {held['images']} images = {held['features']} features + {faults} faults ·"
+        f" {held['distinct']} different contents · {held['shards']} shards ·"
+        f" {held['bytes'] / 1e6:.1f} MB"
+    )
+    recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
+    screen.say(f"recipe {held['fingerprint']}: {recipe}")
+    splits = sorted({split for counts in held["by_class"].values() for split in counts})
+    wide = max([5, *map(len, held["by_class"])])
+    screen.say(f"{'class':<{wide}}" + "".join(f"{split:>9}" for split in splits))
+    for name, counts in held["by_class"].items():
+        screen.say(f"{name:<{wide}}" + "".join(f"{counts.get(split, 0):>9}" for split in splits))
+    for kind, count in held["faults"].items():
+        screen.say(f"fault: {kind} {count}")
+    return 0
+
+
+@features.command
+def verify(store: Finished, *, output: Out = Output()) -> int:
+    """Check a store from end to end: hashes, schema, row counts, duplicates, classes.
+
+    Exit code 4 when something in it cannot be trusted. Nothing is repaired.
+
+    Example: arrowhead features verify out/store
+    """
+    from arrowhead import inventory
+
+    found = inventory.verify(store)
+    _show_findings(found, output)
+    damaged = any(one.damage for one in found)
+    if not output.json:
+        Screen(to_stderr=False).say(f"{store} {'is DAMAGED' if damaged else 'is whole'}")
+    return 4 if damaged else 0
+
+
+@features.command
+def gc(
+    store: Finished,
+    *,
+    yes: Annotated[bool, Parameter(help="Remove them; without it they are only listed.")] = False,
+    output: Out = Output(),
+) -> int:
+    """List what nothing refers to any more: drafts, shards and catalogs of earlier runs.
+
+    Shards left from an earlier catalog are still looked up by content: keep them if those images
+    may come back.
+
+    Example: arrowhead features gc out/store --yes
+    """
+    from arrowhead import inventory
+
+    found = inventory.gc(store, remove=yes)
+    _show_findings(found, output)
+    if not output.json:
+        hint = "" if yes or not found else "; --yes removes them"
+        done = "removed" if yes else "found"
+        Screen(to_stderr=False).say(f"{len(found)} files {done}{hint}")
+    return 0
+
+
+def _show_findings(found: list[Any], output: Output) -> None:
+    if output.json:
+        give({"findings": [{**asdict(one), "damage": one.damage} for one in found]})
+        return
+    for one in found:
+        Screen(to_stderr=False).say(f"{one.kind}: {one.path}: {one.words}")
+
+
+# ------------------------------------------------------------------------------ bundle
+
+bundles = App(
+    name="bundle",
+    help="Look into a bundle, check it, register it.",
+    sort_key=8,
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
+)
+
+
+@bundles.command(name="info")
+def bundle_info(
+    bundle: BundleAddress, *, tracking: Tracking = TrackingConfig(), output: Out = Output()
+) -> int:
+    """What a bundle is: classes, recipe, head, figures, where it comes from.
+
+    Example: arrowhead bundle info out/bundle
+    """
+    from arrowhead.bundle import info
+
+    with fetched(bundle, tracking) as folder:
+        held = info(folder) | {"bundle": bundle}
+    if output.json:
+        give(held)
+        return 0
+    screen = Screen(to_stderr=False)
+    screen.say(
+        f"{bundle}: {held['task']}, {len(held['classes'])} classes ·"
+        f" {held['bytes'] / 1e6:.1f} MB · fingerprint {held['fingerprint']}"
+    )
+    screen.say(f"classes: {', '.join(held['classes'][:20])}{' …' * (len(held['classes']) > 20)}")
+    recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
+    screen.say(f"recipe {held['recipe_fingerprint']}: {recipe}")
+    screen.say(f"head: {held['head']} · temperature {held['temperature']:.3f}")
+    figures = {k: v for k, v in held["metrics"].items() if isinstance(v, int | float)}
+    screen.say("figures: " + " · ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if known := held["novelty"]:
+        cut = known["threshold_at_5_percent_false_alarms"]
+        screen.say(
+            f"novelty: {known['training_images']} training images kept; threshold at 5 % false"
+            f" alarms {'unknown (too few validation images)' if cut is None else f'{cut:.3f}'}"
+        )
+    lineage = held["lineage"]
+    screen.say(
+        f"made by arrowhead {lineage.get('arrowhead')}, MLflow run {lineage.get('run_id')},"
+        f" data {lineage.get('data')}"
+    )
+    screen.say(f"{held['golden_images']} golden images")
+    return 0
+
+
+@bundles.command(name="verify")
+def bundle_verify(
+    bundle: BundleAddress,
+    *,
+    max_drift: Annotated[
+        float, Parameter(help="Largest cosine distance of a golden image's feature.")
+    ] = ScoreConfig().max_drift,
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Check a bundle: seal, hashes, shapes; then replay its golden images on this machine.
+
+    Exit code 4 when something in it cannot be trusted, or when this machine sees the images
+    differently.
+
+    Example: arrowhead bundle verify out/bundle
+    """
+    from arrowhead.bundle import must_agree, verify
+
+    with fetched(bundle, tracking) as folder:
+        drift = verify(folder)
+    if output.json:
+        give({"bundle": bundle, "drift": asdict(drift)})
+    else:
+        Screen(to_stderr=False).say(
+            f"{bundle} is whole; {drift.images} golden images replayed: largest feature drift"
+            f" {drift.feature:.1g}, {drift.changed} labels changed"
+        )
+    must_agree(drift, max_drift)
+    return 0
+
+
+@bundles.command
+def register(
+    bundle: Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote.")],
+    name: Annotated[str, Parameter(help="Name of the registered model.")],
+    *,
+    alias: Annotated[str, Parameter(help="Alias that is moved to the new version.")] = "champion",
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """Make a bundle a version of a registered model in MLflow, as --register of `fit` does. Done
+    before, it only moves the alias.
+
+    Example: arrowhead bundle register out/bundle dogs --alias challenger
+    """
+    from arrowhead.bundle import load
+    from arrowhead.tracking import register as enter
+
+    load(bundle)  # whole, or refused
+    screen = Screen(to_stderr=output.json)
+    asked = RegistryConfig(register=name, alias=alias)
+    address = enter(bundle, tracking, asked, say=screen.say)
+    return finish({"registered": address, "bundle": str(bundle)}, output)
