@@ -16,7 +16,7 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
-from arrowhead import ConfigError, DataError, LostError, Refusal, cli_cluster, cli_inspect
+from arrowhead import ConfigError, DataError, LostError, Refusal, cli_cluster, cli_inspect, signals
 from arrowhead.cli_app import (
     Body,
     BundleAddress,
@@ -379,7 +379,14 @@ app.command(cli_cluster.jobs_app)
 
 def main(words: list[str] | None = None) -> None:
     """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
-    words = sys.argv[1:] if words is None else words
+    signals.lossy_output()
+    with signals.stops():
+        code = _run(sys.argv[1:] if words is None else words)
+    sys.exit(code)
+
+
+def _run(words: list[str]) -> int:
+    """Run a verb; its exit code, after what went wrong is said."""
     app.config = ()  # of an earlier call in this process
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
@@ -388,11 +395,14 @@ def main(words: list[str] | None = None) -> None:
         code = refuse(str(error).strip(), wanted, f"run {me()} {verb_in(words)}--help.")
     except LostError as error:
         refuse(error.found, error.wanted, error.do)
-        sys.stdout.flush()
-        os._exit(130)  # leaving a Ray that is dead takes a minute
+        if sys.stdout:
+            sys.stdout.flush()
+        os._exit(signals.INTERRUPTED)  # leaving a Ray that is dead takes a minute
     except Refusal as error:
         code = refuse(error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2)
-    except KeyboardInterrupt:
-        Screen(to_stderr=True).say("\narrowhead: interrupted. Run the same command again to go on.")
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    except KeyboardInterrupt as error:
+        by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
+        said = f"\narrowhead: interrupted{by}. Run the same command again to go on."
+        Screen(to_stderr=True).say(said)
+        code = signals.INTERRUPTED
+    return code if isinstance(code, int) else 0

@@ -323,7 +323,9 @@ def _pair() -> tuple[int, int]:
 def serve() -> None:
     """Decode what the parent puts into the slots, until it is gone."""
     settings = json.loads(sys.argv[-1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    # The parent answers these; this process ends with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_until_alone, args=(settings["life"],), daemon=True).start()
     line = Connection(settings["line"])
     config = PixelConfig(**settings["config"])

@@ -402,7 +402,8 @@ def follow(cluster: Cluster, job_id: str, say: Callable[[str], None]) -> Job:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C is an interrupt at once inside this block, or at the next call of what it gives.
+    """Ctrl-C or SIGTERM is an interrupt at once inside this block, or at the next call of what it
+    gives.
 
     asyncio's own way cancels the task, and libraries that wait for a connection may lose that.
     """
@@ -419,11 +420,12 @@ def _interrupts() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():  # signals are the main one's
         yield look
         return
-    before = signal.signal(signal.SIGINT, press)
+    before = {one: signal.signal(one, press) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield look
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _job(info: Any) -> Job:

@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError, LostError, cluster
+from arrowhead import ConfigError, LostError, cluster, signals
 from arrowhead.cluster import LaunchConfig
 
 Report = dict[str, Any]
@@ -302,7 +302,8 @@ def _on_ray(
             left.remove(report["task"])
         listen(report)
 
-    cluster.connect(config)
+    with signals.kept():  # Ray sets its own
+        cluster.connect(config)
     lookout, restarts = _Lookout(config, hear), 0
     while True:
         try:

@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
-from arrowhead import ConfigError, LostError, __version__
+from arrowhead import ConfigError, LostError, __version__, signals
 from arrowhead.spool import Spool, Write, stamp, write_whole
 
 if TYPE_CHECKING:
@@ -310,40 +310,45 @@ def start(
     work is done.
     """
     base = (spool or UNSENT).absolute()
-    with _usable(config):
-        client, experiment = _client(config)
-        if registry.register:
-            _must_take(client, registry.register)
-        store = _Store(client, experiment, say)
-        mark = {"store": without_secret(config.uri), "experiment": experiment}
-        taken = _taken_up(client, place, mark | {"verb": name}, say) if place else None
-        _send_all(store, base, mark["store"], taken.info.run_id if taken else None)
-        if taken:
-            run_id, kin = taken.info.run_id, _kin(client, taken)
-            times = int(taken.data.tags.get("arrowhead.resumed", 0)) + 1
-            client.update_run(run_id, status="RUNNING")
-            client.set_tag(run_id, "arrowhead.resumed", str(times))
-            say(f"goes on in MLflow run {run_id}, which was left {taken.info.status}")
-        else:
-            made = _made(config.run_name or name, None, _facts(name))
-            if place:  # before the run is there: a kill in between must not leave two
-                write_whole(place, mark | {"verb": name, "run_id": None, "start": made["start"]})
-            run_id, kin = store.make(made), {}
-    if place:
-        write_whole(place, mark | {"verb": name, "run_id": run_id})
-    post = _Post(store, Spool(base / run_id, mark | {"run_id": run_id}), config.uri, registry)
-    done = False
-    try:
-        with _ended(post, run_id, taken is None), _gauge(config, post, run_id):
-            yield Run(post, run_id, kin)
-        done = True
-    except ConfigError:
-        done = taken is None
-        raise
-    finally:
-        post.close()
-        if place and done:
-            place.unlink(missing_ok=True)
+    with contextlib.ExitStack() as until_begun:
+        with _usable(config):
+            client, experiment = _client(config)
+            if registry.register:
+                _must_take(client, registry.register)
+            store = _Store(client, experiment, say)
+            mark = {"store": without_secret(config.uri), "experiment": experiment}
+            taken = _taken_up(client, place, mark | {"verb": name}, say) if place else None
+            _send_all(store, base, mark["store"], taken.info.run_id if taken else None)
+            # A signal between a run's making and the block that ends it would leave it RUNNING.
+            until_begun.enter_context(signals.deferred())
+            if taken:
+                run_id, kin = taken.info.run_id, _kin(client, taken)
+                times = int(taken.data.tags.get("arrowhead.resumed", 0)) + 1
+                client.update_run(run_id, status="RUNNING")
+                client.set_tag(run_id, "arrowhead.resumed", str(times))
+                say(f"goes on in MLflow run {run_id}, which was left {taken.info.status}")
+            else:
+                made = _made(config.run_name or name, None, _facts(name))
+                if place:  # before the run is there: a kill in between must not leave two
+                    fresh = {"verb": name, "run_id": None, "start": made["start"]}
+                    write_whole(place, mark | fresh)
+                run_id, kin = store.make(made), {}
+        if place:
+            write_whole(place, mark | {"verb": name, "run_id": run_id})
+        post = _Post(store, Spool(base / run_id, mark | {"run_id": run_id}), config.uri, registry)
+        done = False
+        try:
+            with _ended(post, run_id, taken is None), _gauge(config, post, run_id):
+                until_begun.close()
+                yield Run(post, run_id, kin)
+            done = True
+        except ConfigError:
+            done = taken is None
+            raise
+        finally:
+            post.close()
+            if place and done:
+                place.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -354,9 +359,10 @@ def _ended(post: _Post, run_id: str, new: bool) -> Iterator[None]:
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | LostError)
         how = "KILLED" if stopped else "FAILED"
-        post.write({"do": "status", "run": run_id, "status": how, "end": _now()})
-        if isinstance(error, ConfigError) and new:
-            post.write({"do": "delete", "run": run_id})
+        with signals.deferred():
+            post.write({"do": "status", "run": run_id, "status": how, "end": _now()})
+            if isinstance(error, ConfigError) and new:
+                post.write({"do": "delete", "run": run_id})
         raise
     post.write({"do": "status", "run": run_id, "status": "FINISHED", "end": _now()})
 

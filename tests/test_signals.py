@@ -1,0 +1,189 @@
+"""A command that is told to end ends as with Ctrl-C; output that nobody takes costs the output."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arrowhead import signals
+
+SLOW = ["--body", "resnet18", "--weights", "random", "--size", "448", "--extract.chunk-size", "4"]
+SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+ARROWHEAD = [sys.executable, "-m", "arrowhead"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tracked: Callable[[Path], Path]) -> Path:
+    return tracked(tmp_path)
+
+
+def begin(folder: Path, *words: object, **pipes: Any) -> subprocess.Popen[str]:
+    there = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
+    clean = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return subprocess.Popen(
+        [*ARROWHEAD, *map(str, words)], cwd=folder, env=clean, text=True, **there
+    )
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
+    while process.poll() is None and not there():
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
+
+
+def runs(folder: Path) -> dict[str, tuple[str, str]]:
+    """Status and id of every run, by name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("arrowhead")
+    found = client.search_runs([experiment.experiment_id])
+    return {run.info.run_name: (run.info.status, run.info.run_id) for run in found}
+
+
+def children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def alive(pids: list[int]) -> list[int]:
+    import psutil
+
+    def runs(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return [pid for pid in pids if runs(pid)]
+
+
+def test_a_terminated_extraction_is_killed_in_mlflow_and_the_same_command_goes_on(folder, drawn):
+    words = ["fit", drawn, "out", *SLOW, "--epochs", "2", "--rate", "0.01"]
+    cut = begin(folder, *words)
+    wait_for(cut, lambda: list((folder / "out/store/shards").glob("*.arrow")))
+    helpers = children(cut.pid)
+    assert helpers
+    cut.send_signal(signal.SIGTERM)
+    _, said = cut.communicate(timeout=60)
+    assert cut.returncode == 130
+    assert "interrupted by SIGTERM. Run the same command again" in said
+    assert "Traceback" not in said
+    assert alive(helpers) == []
+    left = runs(folder)
+    assert {name: status for name, (status, _) in left.items()} == {
+        "fit": "KILLED",
+        "extract": "KILLED",
+    }
+    again = begin(folder, *words)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    now = runs(folder)
+    assert {status for status, _ in now.values()} == {"FINISHED"}
+    assert now["fit"][1] == left["fit"][1]
+
+
+def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, drawn, command):
+    command("precompute", drawn, folder / "store", *SMALL)
+    words = ["train", "store", "b", "--epochs", "20000", "--rate", "0.01"]
+    words += ["--checkpoint-seconds", "0"]
+
+    def trains() -> bool:
+        return bool(list((folder / ".b.training").glob("heads-*")))
+
+    cut = begin(folder, *words)
+    wait_for(cut, trains)
+    cut.send_signal(signal.SIGHUP)
+    _, said = cut.communicate(timeout=60)
+    assert cut.returncode == 130, said
+    assert runs(folder)["train"][0] == "KILLED"
+    (run_id,) = {run for name, (_, run) in runs(folder).items() if name == "train"} - {None}
+    kept = {path.name for path in (folder / ".b.training").glob("heads-*")}
+    assert kept
+    # As nohup starts it.
+    ignore = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    ignore += "from arrowhead import cli; cli.main()"
+    on = subprocess.Popen(
+        [sys.executable, "-c", ignore, *words],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for(on, lambda: {path.name for path in (folder / ".b.training").glob("heads-*")} - kept)
+    on.send_signal(signal.SIGHUP)
+    kept |= {path.name for path in (folder / ".b.training").glob("heads-*")}
+    wait_for(on, lambda: {path.name for path in (folder / ".b.training").glob("heads-*")} - kept)
+    on.send_signal(signal.SIGTERM)
+    out, said = on.communicate(timeout=60)
+    assert on.returncode == 130, said
+    assert run_id in out
+    assert "epochs are done; going on" in out
+
+
+PROGRAM = """
+import sys, time
+from arrowhead import signals
+with signals.stops():
+    try:
+        with signals.deferred():
+            print("ready", flush=True)
+            time.sleep(float(sys.argv[1]))
+            print("whole", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt as error:
+        print(f"caught {error}", flush=True)
+        time.sleep(float(sys.argv[2]))
+        print("unwound", flush=True)
+"""
+
+
+def told(*waits: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", PROGRAM, *waits]
+    made = subprocess.Popen(words, text=True, stdout=subprocess.PIPE)
+    assert made.stdout
+    assert made.stdout.readline() == "ready\n"
+    return made
+
+
+def test_a_step_that_must_be_whole_is_finished_before_the_interrupt():
+    process = told("0.5", "0")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "whole\ncaught SIGTERM\nunwound\n"
+    assert process.returncode == 0
+
+
+def test_signals_that_come_together_are_one_and_a_later_one_ends_at_once():
+    process = told("0.1", "60")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)  # as systemd and `timeout` do
+    assert process.stdout
+    assert process.stdout.readline() == "whole\n"
+    assert process.stdout.readline().startswith("caught SIG")
+    time.sleep(signals.SAME_SECONDS + 0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == 130
+
+
+def test_a_closed_pipe_and_a_full_disk_under_the_log_do_not_stop_the_work(folder, drawn):
+    read, write = os.pipe()
+    with Path("/dev/full").open("w") as full:
+        words = ["precompute", drawn, "store", *SMALL, "--json"]
+        work = begin(folder, *words, stdout=write, stderr=full)
+        os.close(write)
+        os.close(read)
+        assert work.wait(timeout=300) == 0
+    assert (folder / "store/manifest.json").is_file()
+    assert runs(folder)["precompute"][0] == "FINISHED"
