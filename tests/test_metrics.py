@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from arrowhead.metrics import confusion, evaluate, per_class, temperature, thresholds
+from arrowhead.metrics import class_table, confusion, evaluate, per_class, temperature, thresholds
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -37,6 +37,24 @@ def test_per_class_figures_match_a_hand_written_example() -> None:
         "bee": {"precision": 1 / 4, "recall": 1 / 2, "f1": 1 / 3, "images": 2},
         "cat": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "images": 1},  # never guessed
     }
+
+
+def test_the_table_of_classes_begins_with_the_worst_and_ends_with_those_nothing_is_known_of() -> (
+    None
+):
+    counts = np.array([[1, 2, 0, 0], [1, 1, 0, 0], [0, 0, 9, 0], [0, 0, 0, 0]])
+    lines = class_table(per_class(counts, ["ant", "bumblebee", "cat", "dog"]))
+    assert [line.split() for line in lines] == [
+        ["class", "precision", "recall", "F1", "images"],
+        ["ant", "0.5000", "0.3333", "0.4000", "3"],
+        ["bumblebee", "0.3333", "0.5000", "0.4000", "2"],
+        ["cat", "1.0000", "1.0000", "1.0000", "9"],
+        ["dog", "0.0000", "0.0000", "0.0000", "0"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+    several = evaluate(np.zeros((1, 1)), np.ones((1, 1), np.uint8), ["one"])["per_class"]
+    assert class_table(several)[1].split()[-1] == "0.5000"
+    assert len(class_table({})) == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=60))

@@ -97,6 +97,21 @@ def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, co
     assert made["lineage"]["training"]["rate"] == 0.01
 
 
+def test_folds_and_learning_curve_use_the_settings_of_the_head_that_is_kept(store, place, command):
+    also = ["--epochs", 3, "--folds", 3, "--learning-curve", "--curve-seeds", 2]
+    grid = ["--grid", "rate=1e-6,1e-2 weight_decay=0.5 dropout=0.3 seed=1", "--rate", 0.5]
+    searched = command("train", store, "searched", *grid, *also)
+    folds = polars.read_ipc(searched["folds"]["file"])
+    told = ["--rate", 0.01, "--weight-decay", 0.5, "--dropout", 0.3, "--seed", 1]
+    asked = command("train", store, "asked", *told, *also)
+    assert searched["rate"] == 0.01
+    assert searched["folds"]["figures"] == asked["folds"]["figures"]
+    assert folds.equals(polars.read_ipc(asked["folds"]["file"]))
+    assert searched["learning_curve"]["points"] == asked["learning_curve"]["points"]
+    made = [json.loads(Path(name, "bundle.json").read_text()) for name in ("searched", "asked")]
+    assert made[0]["lineage"]["training"] == made[1]["lineage"]["training"]
+
+
 def test_folds_give_every_image_one_probability_from_a_head_that_has_not_seen_it(
     store, place, command
 ):

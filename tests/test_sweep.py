@@ -146,7 +146,7 @@ def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
     data = _toy(100)
     pool = np.arange(100)
     part = sweep.folds(pool.astype(np.uint64), data.label.numpy(), 4, data.classes)
-    made = sweep.fold_members(data, TrainConfig(), 0.1, part)
+    made = sweep.fold_members(data, TrainConfig(rate=0.1), part)
     assert sorted(np.concatenate([one.valid for one in made]).tolist()) == pool.tolist()
     for one in made:
         assert not set(one.train.tolist()) & set(one.valid.tolist())
@@ -158,7 +158,7 @@ def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
 
 def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
     data = _toy(1000)
-    made = sweep.share_members(data, TrainConfig(), 0.1, seeds=2)
+    made = sweep.share_members(data, TrainConfig(rate=0.1), seeds=2)
     sets = [set(one.train.tolist()) for _, one in made[::2]]
     assert [len(one) for one in sets] == pytest.approx([40, 80, 160, 400, 800], abs=3)
     assert all(small < large for small, large in itertools.pairwise(sets))
@@ -170,8 +170,8 @@ def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
 
 def test_the_learning_curve_says_whether_more_images_would_help() -> None:
     def said(apart: float, rows: int) -> dict[str, Any]:
-        data, config = _toy(rows, width=64, apart=apart), TrainConfig(epochs=5)
-        shares = sweep.share_members(data, config, 3e-3, seeds=3)
+        data, config = _toy(rows, width=64, apart=apart), TrainConfig(epochs=5, rate=3e-3)
+        shares = sweep.share_members(data, config, seeds=3)
         heads = train_stack(data, [one for _, one in shares])
         return sweep.curve(shares, [one.epochs[one.epoch] for one in heads], config)
 

@@ -31,7 +31,7 @@ from arrowhead.score import Held, ScoreConfig
 from arrowhead.shards import Store
 from arrowhead.study import Learned, OutOfFold, Study
 from arrowhead.tracking import Run
-from arrowhead.train import Trained
+from arrowhead.train import TrainConfig, Trained
 
 # ------------------------------------------------------------------------ what stages are run with
 
@@ -435,10 +435,9 @@ def _evaluation(figures: dict[str, Any]) -> str:
 
 
 def show_grid(store: Store, asked: Study, made: Learned, out: Path, means: Means) -> dict[str, Any]:
-    """Rank the heads of a grid: on the screen, as a table, each as a child run."""
-    knobs, heads = asked.knobs, made.heads
-    lines = [one.epochs[one.epoch] for one in heads]
-    ranked = sweep.summary(knobs, lines, asked.head, made.images)
+    """The ranked heads of a grid: on the screen, as a table, each as a child run."""
+    knobs, heads, ranked = asked.knobs, made.heads, made.ranking
+    assert ranked is not None
     means.screen.say(
         f"{len(heads)} heads, {len(ranked['settings'])} settings, by {ranked['figure']}:"
     )
@@ -471,7 +470,7 @@ def _by_epoch(head: Trained) -> dict[str, list[tuple[int, float]]]:
     return made | {f"kept.{name}": [(head.epoch, kept[name])] for name in names}
 
 
-def show_folds(path: Path, asked: Study, found: OutOfFold, means: Means) -> dict[str, Any]:
+def show_folds(path: Path, config: TrainConfig, found: OutOfFold, means: Means) -> dict[str, Any]:
     """Out-of-fold probabilities beside the store; mean and spread of the folds' figures."""
     store = Store(path)
     catalog = store.read_catalog()
@@ -489,7 +488,7 @@ def show_folds(path: Path, asked: Study, found: OutOfFold, means: Means) -> dict
             "classes": classes,
             "recipe": store.recipe.fingerprint,
             "catalog": store.manifest()["catalog"]["sha256"],
-            "training": dataclasses.asdict(asked.head),
+            "training": dataclasses.asdict(config),
         },
     )
     table = {

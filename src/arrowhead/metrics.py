@@ -14,7 +14,7 @@ functions, which the tests compare with, would take 85 s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -313,6 +313,24 @@ def _by_name(
         }
         for i, name in enumerate(names)
     }
+
+
+def class_table(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """`per_class` figures as lines of text, the lowest F1 first; a heading, then one per class.
+
+    Classes without an image come last: nothing is known of them.
+    """
+    names = sorted(figures, key=lambda name: (figures[name]["images"] == 0, figures[name]["f1"]))
+    width = max(5, *(len(name) for name in names)) if names else 5
+    tuned = any("threshold" in one for one in figures.values())
+    head = f"{'class':<{width}}  {'precision':>9}  {'recall':>6}  {'F1':>6}  {'images':>6}"
+    lines = [head + ("  threshold" if tuned else "")]
+    for name in names:
+        one = figures[name]
+        line = f"{name:<{width}}  {one['precision']:>9.4f}  {one['recall']:>6.4f}"
+        line += f"  {one['f1']:>6.4f}  {int(one['images']):>6}"
+        lines.append(line + (f"  {one['threshold']:>9.4f}" if tuned else ""))
+    return lines
 
 
 # --------------------------------------------------------------------------- temperature

@@ -486,23 +486,20 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
     if made.curve:
         with account.child(means, "lr-find") as part:
             account.show_curve(made.curve, out.parent, part)
-    result: dict[str, Any] = {"epochs": made.heads[0].epochs}
-    best, rate = made.heads[0], made.curve.rate if made.curve else config.rate
+    best, chosen = made.winner, made.config
+    assert chosen is not None
+    result: dict[str, Any] = {"epochs": best.epochs}
     if asked.sweep.grid:
-        ranked = result["grid"] = account.show_grid(store, asked, made, out, means)
-        best, knobs = made.heads[ranked["best"]], asked.knobs[ranked["best"]]
-        config = dataclasses.replace(config, **({"rate": rate} | knobs))
-        rate = config.rate
-        result["epochs"] = best.epochs
+        result["grid"] = account.show_grid(store, asked, made, out, means)
     if made.folds:
-        result["folds"] = account.show_folds(path, asked, made.folds, means)
+        result["folds"] = account.show_folds(path, chosen, made.folds, means)
     if made.shares:
         account.show_shares(made.shares, out, means)
         result["learning_curve"] = made.shares
-    figures = save(store, config, best, out, means, {"rate": rate})
+    figures = save(store, chosen, best, out, means, {"rate": chosen.rate})
     registered = means.run.register(out) if means.run else None
     return result | {
-        "rate": rate,
+        "rate": chosen.rate,
         "lr_finder": _advice(made.curve) if made.curve else None,
         "epoch": best.epoch,
         "metrics": figures,

@@ -77,16 +77,25 @@ class Study:
 class Learned:
     """What came of a study. heads: one, or one per setting of the grid, in its order.
 
-    images: validation images. folds: see `OutOfFold`. shares: the learning curve, see
-    `sweep.curve`.
+    best: position of the winner in `heads`. It is chosen once, here; the bundle, the folds, the
+    learning curve and what is recorded all use it and `config`. config: all that the winner was
+    trained with, its learning rate included; None if nothing was trained. ranking: of a grid, see
+    `sweep.summary`. folds: see `OutOfFold`. shares: the learning curve, see `sweep.curve`.
     """
 
     curve: Curve | None = None
     heads: list[Trained] = field(default_factory=list)
-    images: int = 0
+    best: int = 0
+    config: TrainConfig | None = None
+    ranking: dict[str, Any] | None = None
     folds: OutOfFold | None = None
     shares: dict[str, Any] | None = None
     seconds: float = 0.0
+
+    @property
+    def winner(self) -> Trained:
+        """The head that becomes the bundle."""
+        return self.heads[self.best]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +124,7 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
     team = Team(worker.rank, worker.world)
     note = {"key": study.key(store), "run_id": run}
     log = _Log(worker, place, note, study.head.checkpoint_seconds)
-    made = Learned(curve=_curve(log, data, study, team), images=len(data.valid))
+    made = Learned(curve=_curve(log, data, study, team))
     rate = made.curve.rate if made.curve else study.head.rate
     if not study.teach:
         made.seconds = perf_counter() - began
@@ -124,14 +133,18 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
     members = sweep.members(data, study.head, 1.0 if rate == "auto" else float(rate), grid)
     losers = sweep.loser_of(study.knobs, study.head) if study.sweep.halving else None
     made.heads = log.train("heads", data, members, team, losers)
-    rate = rate if rate != "auto" else _best_rate(members, made.heads, study.head)
+    if grid:
+        lines = [one.epochs[one.epoch] for one in made.heads]
+        made.ranking = sweep.summary(study.knobs, lines, study.head, len(data.valid))
+        made.best = made.ranking["best"]
+    made.config = winner = members[made.best].config
     if study.sweep.folds:
-        made.folds = _folds(log, data, row, study, float(rate), team)
+        made.folds = _folds(log, data, row, study, winner, team)
     if study.sweep.learning_curve:
-        shares = sweep.share_members(data, study.head, float(rate), study.sweep.curve_seeds)
+        shares = sweep.share_members(data, winner, study.sweep.curve_seeds)
         ended = log.train("learning-curve", data, [one for _, one in shares], team)
         lines = [one.epochs[one.epoch] for one in ended]
-        made.shares = sweep.curve(shares, lines, study.head)
+        made.shares = sweep.curve(shares, lines, winner)
     made.seconds = perf_counter() - began
     return made
 
@@ -168,16 +181,13 @@ def _again(plain: dict[str, Any]) -> Curve:
     )
 
 
-def _best_rate(members: Sequence[Member], heads: Sequence[Trained], config: TrainConfig) -> float:
-    """The rate of the grid's best head, for what is trained besides it."""
-    lines = [one.epochs[one.epoch] for one in heads]
-    knobs = [{"rate": one.rate, "at": float(at)} for at, one in enumerate(members)]
-    best: int = sweep.summary(knobs, lines, config, len(members[0].valid))["best"]
-    return members[best].rate
-
-
 def _folds(
-    log: _Log, data: Data, row: NDArray[np.int64], study: Study, rate: float, team: Team
+    log: _Log,
+    data: Data,
+    row: NDArray[np.int64],
+    study: Study,
+    winner: TrainConfig,
+    team: Team,
 ) -> OutOfFold:
     import torch
 
@@ -186,13 +196,13 @@ def _folds(
     pool = np.sort(np.concatenate([data.train, data.valid]))
     label = data.label.cpu().numpy()[pool]
     part = sweep.folds(data.key[pool], label, study.sweep.folds, data.classes)
-    members = sweep.fold_members(data, study.head, rate, part)
+    members = sweep.fold_members(data, winner, part)
     ended = log.train("folds", data, members, team)
     logit = np.empty((len(pool), len(data.classes)), np.float32)
     views, width = data.feature.shape[1:]
     for number, one in enumerate(ended):
         state = {name: torch.from_numpy(value) for name, value in one.state.items()}
-        head = heads.restore(study.head.head, width, len(data.classes), state)
+        head = heads.restore(winner.head, width, len(data.classes), state)
         with torch.inference_mode():
             for at in np.array_split(np.flatnonzero(part == number), 1 + len(pool) // 65536):
                 flat = torch.from_numpy(pool[at] * views).to(data.feature.device)

@@ -292,12 +292,11 @@ def _mixed(key: NDArray[np.uint64], use: str) -> NDArray[np.uint64]:
     return (key ^ word) * np.uint64(0x9E3779B97F4A7C15)
 
 
-def fold_members(
-    data: Data, config: TrainConfig, rate: float, part: NDArray[np.int64]
-) -> list[Member]:
+def fold_members(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> list[Member]:
     """One head per part: it learns from the images of all others. Splits other than train and valid
-    take no part.
+    take no part. config: with a learning rate.
     """
+    rate = float(config.rate)
     pool = np.sort(np.concatenate([data.train, data.valid]))
     return [
         Member(config=config, rate=rate, train=pool[part != one], valid=pool[part == one])
@@ -308,13 +307,12 @@ def fold_members(
 # ------------------------------------------------------------------------- learning curve
 
 
-def share_members(
-    data: Data, config: TrainConfig, rate: float, seeds: int
-) -> list[tuple[float, Member]]:
+def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[float, Member]]:
     """Heads on growing shares of the training images, each share containing the one before, with
     every class alike; all take the same number of steps. Shares without two images or without one
-    of each class are left out.
+    of each class are left out. config: with a learning rate.
     """
+    rate = float(config.rate)
     label = data.label[data.train].cpu().numpy()
     place = np.empty(len(label))
     for rows in _by_class(label):
