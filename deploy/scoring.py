@@ -19,7 +19,7 @@ from ray import serve
 
 from arrowhead.bundle import local
 from arrowhead.predict import Predictor
-from arrowhead.tracking import TrackingConfig
+from arrowhead.tracking_client import TrackingConfig
 from examples.serve import serve as routes
 
 

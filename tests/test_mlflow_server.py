@@ -32,7 +32,8 @@ import psutil
 import pytest
 
 from arrowhead import ConfigError
-from arrowhead.tracking import TrackingConfig, start
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
 
 pytestmark = pytest.mark.services
 ADMIN = "admin", secrets.token_hex(12)
@@ -194,7 +195,8 @@ def login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 CLIENT = """
 import sys, time
 from pathlib import Path
-from arrowhead.tracking import TrackingConfig, start
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
 
 address, mine, other = sys.argv[1:]
 with start(TrackingConfig(tracking_uri=address, system_metrics=False), f"client-{mine}") as run:

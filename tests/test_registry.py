@@ -22,7 +22,9 @@ from conftest import Tracked
 
 from arrowhead import ConfigError, DataError, cli, fileio
 from arrowhead import bundle as bundles
-from arrowhead.tracking import RegistryConfig, TrackingConfig, start
+from arrowhead.registry import RegistryConfig
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
 
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 SHORT = ["--epochs", "2", "--rate", "0.01"]

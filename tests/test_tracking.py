@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 
 from arrowhead import ConfigError, spool, tracking
-from arrowhead.tracking import TrackingConfig, start
+from arrowhead.registry import RegistryConfig
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +312,9 @@ def test_a_killed_process_leaves_a_run_that_the_next_one_finishes(config, client
     program = f"""
 import os, signal
 from pathlib import Path
-from arrowhead.tracking import TrackingConfig, start
+from arrowhead.registry import RegistryConfig
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
 config = TrackingConfig(tracking_uri={config.uri!r}, experiment="killed", system_metrics=False)
 with start(config, "fit", Path("run.json")) as run:
     for step in range(4):
@@ -667,7 +671,7 @@ def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server
     from arrowhead.bundle import local
 
     there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
-    with start(there, "fit", registry=tracking.RegistryConfig(register="far")) as run:
+    with start(there, "fit", registry=RegistryConfig(register="far")) as run:
         model = run.model(bundle)
         assert run.register(bundle) == "models:/far/1"
         assert run.register(bundle) == "models:/far/1"

@@ -17,7 +17,8 @@ import pytest
 from conftest import Tracked
 
 from arrowhead import ConfigError, cli, watch
-from arrowhead.tracking import TrackingConfig, start
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
 
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 SHORT = ["--epochs", "3", "--rate", "0.01"]

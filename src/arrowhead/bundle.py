@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, extract, fileio, files, tracking
+from arrowhead import ConfigError, DataError, extract, fileio, files, registry
 from arrowhead.decode import Pixels
 from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
 from arrowhead.novelty import Novelty
 from arrowhead.shards import Recipe
+from arrowhead.tracking_client import TrackingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -338,11 +339,11 @@ def load(path: Path) -> Bundle:
     )
 
 
-def local(address: str, config: tracking.TrackingConfig, scratch: Path) -> Path:
+def local(address: str, config: TrackingConfig, scratch: Path) -> Path:
     """The folder of the bundle that a user named.
 
     address: a folder, which is returned as it is; else a model in the tracking store, as
-    `tracking.opened` takes it, or a URI such as s3://bucket/bundle. Of these every file that
+    `registry.opened` takes it, or a URI such as s3://bucket/bundle. Of these every file that
     bundle.json names is fetched into scratch/bundle and compared with its hash: that folder is
     whole or absent, and an older one there is replaced. Raises ConfigError if there is no bundle,
     DataError if it is torn, of another format, or wants to write elsewhere.
@@ -350,14 +351,14 @@ def local(address: str, config: tracking.TrackingConfig, scratch: Path) -> Path:
     if Path(address).is_dir():
         return Path(address)
     if address.startswith(("models:/", "runs:/")):
-        return _fetched(tracking.opened(address, config), address, scratch / "bundle")
+        return _fetched(registry.opened(address, config), address, scratch / "bundle")
     root = files.resolve(address)
     if files.in_store(root):
         return _fetched(partial(files.fetch, root), address, scratch / "bundle")
     return Path(os.fsdecode(files.raw(root))) if "://" in address else Path(address)
 
 
-def _fetched(fetch: tracking.Fetch, address: str, target: Path) -> Path:
+def _fetched(fetch: registry.Fetch, address: str, target: Path) -> Path:
     sketch = target.with_name(f".{target.name}.{os.getpid()}.draft")
     shutil.rmtree(sketch, ignore_errors=True)
     sketch.mkdir(parents=True)

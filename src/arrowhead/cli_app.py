@@ -30,10 +30,11 @@ from arrowhead.jobs import ClusterConfig
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import SourceConfig
+from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
 from arrowhead.sweep import SweepConfig
-from arrowhead.tracking import RegistryConfig, TrackingConfig
+from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig
 
 app = App(

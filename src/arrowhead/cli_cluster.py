@@ -36,7 +36,7 @@ from arrowhead.model import BodyConfig
 from arrowhead.plan import SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
-from arrowhead.tracking import TrackingConfig
+from arrowhead.tracking_client import TrackingConfig
 
 # --------------------------------------------------------------------------- a cluster
 

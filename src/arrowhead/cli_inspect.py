@@ -17,9 +17,10 @@ from arrowhead.cli_app import (
     finish,
     give,
 )
+from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
-from arrowhead.tracking import RegistryConfig, TrackingConfig
+from arrowhead.tracking_client import TrackingConfig
 
 # ---------------------------------------------------------------------------- features
 

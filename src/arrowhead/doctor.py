@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from arrowhead import cluster, guard, tracking
+from arrowhead import cluster, guard, tracking_client
 
 GIB = 2**30
 
@@ -93,8 +93,8 @@ def _ray() -> Iterator[Check]:
 
 def _mlflow() -> Iterator[Check]:
     version = importlib.metadata.version("mlflow")
-    config = tracking.TrackingConfig()
-    yield Check("mlflow", "ok", f"{version}, store {tracking.without_secret(config.uri)}")
+    config = tracking_client.TrackingConfig()
+    yield Check("mlflow", "ok", f"{version}, store {tracking_client.without_secret(config.uri)}")
 
 
 def _weights() -> Iterator[Check]:

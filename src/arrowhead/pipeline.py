@@ -51,7 +51,7 @@ from arrowhead.plan import Catalog, SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.shards import Store
 from arrowhead.study import Learned, Study
-from arrowhead.tracking import TrackingConfig
+from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig, Trained
 
 GOLDEN = 8

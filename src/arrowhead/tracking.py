@@ -4,8 +4,6 @@
       -> Run       metrics by step, params, tags, files, data sets, the bundle as a model,
                    the model as a version of a registered one
     send           what earlier runs could not write is written now (`start` does it, too)
-    opened         a bundle that is in a store, by its address there
-    reading        a store to look into
 
 Only the driver writes. The default store is mlflow.db in the working directory, with the
 artefacts in mlruns/ beside it: `mlflow ui` there shows everything.
@@ -25,34 +23,48 @@ its start), so nobody has to know how far a killed sender came.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import getpass
-import hashlib
 import json
 import math
 import os
 import re
-import shlex
 import shutil
-import socket
-import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from arrowhead import ConfigError, LostError, __version__, signals
+from arrowhead.registry import (
+    RegistryConfig,
+    digest_of,
+    log_model,
+    make_version,
+    must_take,
+    version_of,
+)
 from arrowhead.spool import Spool, Write, stamp, write_whole
+from arrowhead.tracking_client import (
+    PROBE,
+    TrackingConfig,
+    find_run,
+    first_line,
+    open_store,
+    patience,
+    refused,
+    search,
+    silence,
+    usable,
+    without_secret,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,98 +72,19 @@ if TYPE_CHECKING:
 
 UNSENT = Path(".arrowhead") / "unsent"
 AGAIN = 5.0, 60.0  # seconds between tries while the store is away: the first, the longest
-PROBE = 2.0  # seconds an address gets to answer in mid-run; at the start it gets twice that
 OTHERS = 30.0  # seconds at the start for what earlier runs left unsent
 LONGEST = 6000  # characters of a param's value that MLflow keeps
 SOONEST, USUAL = (
     0.5,
     10.0,
 )  # seconds between samples of system metrics: a run's first, its later ones
-UNSERVED = {"cyclopts", "matplotlib", "ray", "rich"}  # dependencies that scoring never imports
-PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-# What the store itself says of a write that it will never take. Any other failure may pass.
-REFUSED = {
-    "BAD_REQUEST",
-    "INVALID_PARAMETER_VALUE",
-    "INVALID_STATE",
-    "MALFORMED_REQUEST",
-    "RESOURCE_ALREADY_EXISTS",
-}
 
-Fetch = Callable[[str, Path], None]
-"""Copies one file of a folder elsewhere to the disk: its name in the folder, and the place here.
-Raises FileNotFoundError if the folder has none of that name."""
 Say = Callable[[str], None]
 """One write as it lies in a spool: `do` names a method of `_Store`, the rest are its arguments."""
 Points = Mapping[str, Sequence[tuple[int, float]]]
 """Metrics of one head: name to (step, value)."""
 Kin = dict[str, list[tuple[str, str]]]
 """Children that a resumed run has: name to (run id, status), oldest first."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrackingConfig:
-    """Where runs are recorded."""
-
-    tracking_uri: str | None = None
-    """MLflow store. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in this directory."""
-    experiment: str = "arrowhead"
-    """Name of the MLflow experiment."""
-    run_name: str | None = None
-    """Name of the run. Default: the command."""
-    system_metrics: bool = True
-    """Record this machine's processor, memory, disk, network and NVIDIA GPUs while a run lasts."""
-
-    @property
-    def uri(self) -> str:
-        """The store that will be written to."""
-        own = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RegistryConfig:
-    """Under which name what was trained can be fetched and served."""
-
-    register: str | None = None
-    """Name in MLflow's model registry: what is trained becomes the next version of that model."""
-    alias: str = "champion"
-    """Alias that --register moves to the new version, for models:/NAME@ALIAS. By MLflow's custom
-    champion is what is used, challenger what is tried beside it."""
-
-    def __post_init__(self) -> None:
-        given = self.register
-        if given is None:
-            if self.alias != "champion":
-                raise ConfigError(
-                    f"--alias is {self.alias}, but nothing is registered.",
-                    "--register NAME beside it.",
-                    "give both or neither.",
-                )
-            return
-        name, at, alias = given.partition("@")
-        if at or not given.strip() or set(given) & set("/:") or given.startswith("."):
-            raise ConfigError(
-                f"--register is {given!r}.",
-                "a name without / : @ that does not start with a dot.",
-                f"give --register {name} --alias {alias or 'champion'}."
-                if at
-                else "give e.g. dogs.",
-            )
-        taken = self.alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", self.alias)
-        if taken or not re.fullmatch(r"[\w-]{1,255}", self.alias):
-            raise ConfigError(
-                f"--alias is {self.alias!r}.",
-                "letters, digits, _ and -; not latest and not v1, which MLflow keeps to itself.",
-                "give champion or challenger.",
-            )
-
-    def later(self, bundle: Path) -> str:
-        """The command that registers a bundle afterwards."""
-        alias = [] if self.alias == "champion" else ["--alias", self.alias]
-        return shlex.join(
-            ["arrowhead", "bundle", "register", str(bundle), str(self.register), *alias]
-        )
 
 
 def _to_stderr(line: str) -> None:
@@ -311,10 +244,10 @@ def start(
     """
     base = (spool or UNSENT).absolute()
     with contextlib.ExitStack() as until_begun:
-        with _usable(config):
-            client, experiment = _client(config)
+        with usable(config):
+            client, experiment = open_store(config)
             if registry.register:
-                _must_take(client, registry.register)
+                must_take(client, registry.register)
             store = _Store(client, experiment, say)
             mark = {"store": without_secret(config.uri), "experiment": experiment}
             taken = _taken_up(client, place, mark | {"verb": name}, say) if place else None
@@ -369,8 +302,8 @@ def _ended(post: _Post, run_id: str, new: bool) -> Iterator[None]:
 
 def send(config: TrackingConfig, spool: Path | None = None, say: Say = _to_stderr) -> None:
     """Send what earlier runs could not. Raises ConfigError when the store cannot be used."""
-    with _usable(config):
-        client, experiment = _client(config)
+    with usable(config):
+        client, experiment = open_store(config)
         store = _Store(client, experiment, say)
         _send_all(store, (spool or UNSENT).absolute(), without_secret(config.uri), None, math.inf)
 
@@ -389,201 +322,21 @@ def register(
     know that, with a new one. Raises ConfigError if the store or its registry cannot be used.
     """
     assert registry.register, "a name"
-    with _usable(config):
-        client, experiment = _client(config)
-        _must_take(client, registry.register)
+    with usable(config):
+        client, experiment = open_store(config)
+        must_take(client, registry.register)
         store = _Store(client, experiment, say)
         _send_all(store, (spool or UNSENT).absolute(), without_secret(config.uri), None)
-        if _version(client, registry.register, _digest(bundle)) is None:
+        if version_of(client, registry.register, digest_of(bundle)) is None:
             trained = json.loads((bundle / "bundle.json").read_bytes())["lineage"].get("run_id")
-            known = _run(client, trained) if trained else None
+            known = find_run(client, trained) if trained else None
             if known is None or known.info.lifecycle_stage != "active":
                 trained = store.make(_made("register", None, _facts("bundle register")))
                 client.set_terminated(trained, "FINISHED")
-            with _patience(stamp(bundle)[0]):
-                store.model(trained, bundle, "model")
-            return store.register(trained, bundle, registry)
-        return store.register("", bundle, registry)
-
-
-@contextmanager
-def reading(config: TrackingConfig, what: str) -> Iterator[MlflowClient]:
-    """A client of a store that `what` is looked for in; nothing is written.
-
-    Raises ConfigError if there is no such store, and for what it answers inside.
-    """
-    _must_be_there(config, what)
-    with _usable(config):
-        yield _connected(config)
-
-
-def _must_be_there(config: TrackingConfig, what: str) -> None:
-    """MLflow would make a database that is not there, to find nothing in it."""
-    if config.uri.startswith("sqlite:") and not _database(config.uri).exists():
-        raise ConfigError(
-            f"{what} is looked for in {without_secret(config.uri)}; no such database is there.",
-            "the store that it was recorded in.",
-            "give it with --tracking-uri or MLFLOW_TRACKING_URI.",
-        )
-
-
-# ---------------------------------------------------------------- bundles, by their addresses
-
-
-def opened(uri: str, config: TrackingConfig) -> Fetch:
-    """How the files of a bundle in a store are got.
-
-    uri: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, models:/m-… or
-    runs:/RUN/model. Nothing of the model but the files that are asked for is read. Raises
-    ConfigError if nothing is there, if it holds no bundle, or if the store cannot be used; so does
-    what is returned.
-    """
-    where = without_secret(config.uri)
-    with reading(config, uri) as client:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        source = get_artifact_repository(_placed(client, uri, where), tracking_uri=config.uri)
-        within = [f"{one.path}/" for one in source.list_artifacts("artifacts") if one.is_dir]
-        for inside in ("", *within):  # a folder of a run; in a model, under the name that it had
-            names = {file.path for file in source.list_artifacts(inside.rstrip("/") or None)}
-            if f"{inside}bundle.json" in names:
-                break
-        else:
-            raise ConfigError(
-                f"{uri} is in {where}, but holds no bundle of Arrowhead's.",
-                "a model that `arrowhead fit` or `train` logged.",
-                "give another model; load this one with the program that made it.",
-            )
-
-    def fetch(name: str, target: Path) -> None:
-        with _usable(config), tempfile.TemporaryDirectory(dir=target.parent) as draft:
-            os.replace(source.download_artifacts(inside + name, draft), target)
-
-    return fetch
-
-
-def _placed(client: MlflowClient, uri: str, where: str) -> str:
-    """Where the files of a model lie. where: the store, in words."""
-    kind, _, rest = uri.partition(":/")
-    rest = rest.strip("/")
-    if kind == "runs":
-        run_id, _, name = rest.partition("/")
-        return _placed_in_run(client, run_id, name or "model", where)
-    if re.fullmatch(r"m-\w+", rest):
-        return str(_known(client.get_logged_model, rest, uri, where).artifact_location)
-    found = re.fullmatch(r"(?P<name>[^/:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))", rest)
-    if not found:
-        raise ConfigError(
-            f"{uri} does not say which model.",
-            "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-… or runs:/RUN/model.",
-            f"give e.g. models:/{rest.split('/')[0].split('@')[0] or 'NAME'}@champion.",
-        )
-    name, alias, version = found["name"], found["alias"], found["version"]
-    model = _registered(client, name)
-    if model is None:
-        names = [one.name for one in client.search_registered_models(max_results=1000)]
-        raise _unknown(f"No model is registered as {name} in {where}", name, names)
-    if alias and alias not in model.aliases:
-        raise _unknown(f"The model {name} has no alias {alias}", alias, list(model.aliases))
-    if alias:
-        version = model.aliases[alias]
-    elif version == "latest":
-        version = str(max((int(one.version) for one in model.latest_versions), default=0))
-    _known(partial(client.get_model_version, name), version, uri, where)
-    source: str = client.get_model_version_download_uri(name, version)
-    return _placed(client, source, where) if source.startswith(("models:", "runs:")) else source
-
-
-def _placed_in_run(client: MlflowClient, run_id: str, name: str, where: str) -> str:
-    """Where a run's model of that name lies, the newest of several; or its artefacts of that name:
-    a bundle whose model could not be logged is kept there.
-    """
-    run = _run(client, run_id)
-    if run is None:
-        raise _unknown(f"There is no run {run_id} in {where}", run_id, [])
-    outputs = run.outputs.model_outputs if run.outputs else []
-    models = [client.get_logged_model(output.model_id) for output in outputs]
-    if named := [one for one in models if one.name == name]:
-        return str(max(named, key=lambda one: one.creation_timestamp).artifact_location)
-    kept = [file.path for file in client.list_artifacts(run_id) if file.is_dir]
-    if name not in kept:
-        names = sorted({one.name for one in models} | ({"bundle"} & set(kept)))
-        raise _unknown(f"The run {run_id} has no model {name}", name, names)
-    return f"{run.info.artifact_uri.rstrip('/')}/{name}"
-
-
-def _known(get: Callable[[str], Any], key: str, uri: str, where: str) -> Any:
-    """What a store has under a key."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return get(key)
-    except MlflowException as error:
-        if not _missing(error):
-            raise
-        raise _unknown(f"There is no {uri} in {where}", key, []) from error
-
-
-def _unknown(found: str, name: str, there: Sequence[str]) -> ConfigError:
-    close = difflib.get_close_matches(name, there, 3) or sorted(there)[:5]
-    return ConfigError(
-        f"{found}.",
-        f"one that is there: {', '.join(close)}." if close else "one that is there.",
-        "check the spelling, and --tracking-uri; `mlflow ui` lists what a store has.",
-    )
-
-
-def _registered(client: MlflowClient, name: str) -> Any:
-    """A registered model, or None."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if _missing(error):
-            return None
-        raise
-
-
-def _missing(error: Exception) -> bool:
-    """Whether a store says that it has not got what was asked for."""
-    code = getattr(error, "error_code", "")
-    # A server that does not know the question answers 404, too, but not in MLflow's words.
-    return code == "RESOURCE_DOES_NOT_EXIST" and not str(error).startswith("API request to")
-
-
-def _must_take(client: MlflowClient, name: str) -> None:
-    """Raises ConfigError if no model can be registered under that name."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        model = _registered(client, name)
-    except MlflowException as error:
-        raise ConfigError(
-            f"Nothing can be registered as {name}: {_first_line(error)}",
-            "a store with a model registry: a database, or an MLflow server on one.",
-            "check --tracking-uri and MLFLOW_REGISTRY_URI, or leave out --register.",
-        ) from error
-    if model is not None and "mlflow.prompt.is_prompt" in model.tags:
-        raise ConfigError(
-            f"{name} is the name of a prompt in that registry.",
-            "the name of a model, or a new one.",
-            "give another --register.",
-        )
-
-
-def _version(client: MlflowClient, name: str, digest: str) -> str | None:
-    """The newest version of a registered model that was made of a bundle."""
-    found = client.search_model_versions(f"tags.bundle = '{digest}'")
-    numbers = [int(one.version) for one in found if one.name == name and one.status == "READY"]
-    return str(max(numbers)) if numbers else None
-
-
-def without_secret(text: str) -> str:
-    """A store's address, or a line with one in it, without names and passwords."""
-    text = re.sub(r"//[^/\s]*@", "//…@", text)
-    named = r"([?&][^=&\s]*(?:key|pass|pwd|secret|sig|token)[^=&\s]*=)[^&\s]*"
-    return re.sub(named, r"\1…", text, flags=re.IGNORECASE)
+            with patience(stamp(bundle)[0]):
+                log_model(client, trained, bundle)
+            return make_version(client, trained, bundle, registry, say)
+        return make_version(client, "", bundle, registry, say)
 
 
 # --------------------------------------------------------------------- writes, as plain values
@@ -720,7 +473,7 @@ class _Store:
         """The run that an earlier try made, though its answer did not come back."""
         below = f"tags.mlflow.parentRunId = '{tags['mlflow.parentRunId']}'"
         same = f"{below} and attributes.start_time = {made['start']}"
-        for run in _search(self.client, self.experiment, same):
+        for run in search(self.client, self.experiment, same):
             if run.info.run_name == made["name"]:
                 return str(run.info.run_id)
         return None
@@ -801,7 +554,7 @@ class _Store:
             self.say(f"not sent, it is not there any more as it was: {path}")
             return
         several = path.is_dir()
-        with _patience(stamp(path)[0]):
+        with patience(stamp(path)[0]):
             log = self.client.log_artifacts if several else self.client.log_artifact
             log(run_id, str(path), write["folder"])
 
@@ -814,150 +567,6 @@ class _Store:
         tag = InputTag(key="mlflow.data.context", value=use)
         self.client.log_inputs(run_id, [DatasetInput(dataset=Dataset(**data), tags=[tag])])
         self._has(run_id).inputs.add(key)
-
-    def model(self, run_id: str, bundle: Path, name: str) -> str:
-        """The address of the run's model of that name, made of the bundle unless it is there."""
-        from mlflow.entities import LoggedModelOutput
-
-        digest, run = _digest(bundle), self.client.get_run(run_id)
-        if there := self._logged(run, digest, name):
-            return f"models:/{there.model_id}"
-        made = self.client.create_logged_model(
-            run.info.experiment_id, name, run_id, tags={"bundle": digest}, params=run.data.params
-        )
-        try:
-            with tempfile.TemporaryDirectory(prefix="arrowhead-model-") as draft:
-                _save_model(bundle, Path(draft) / "model", made, run_id)
-                self.client.log_model_artifacts(made.model_id, str(Path(draft) / "model"))
-        except BaseException:
-            with contextlib.suppress(Exception):
-                self.client.finalize_logged_model(made.model_id, "FAILED")
-            raise
-        self.client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
-        self.client.finalize_logged_model(made.model_id, "READY")
-        return f"models:/{made.model_id}"
-
-    def _logged(self, run: Recorded, digest: str, name: str = "model") -> Any:
-        """The run's model of that name and bundle, or None."""
-        from mlflow.entities import LoggedModelStatus
-
-        for output in run.outputs.model_outputs if run.outputs else []:
-            there = self.client.get_logged_model(output.model_id)
-            same = there.name == name and there.tags.get("bundle") == digest
-            if same and there.status == LoggedModelStatus.READY:
-                return there
-        return None
-
-    def register(self, run_id: str, bundle: Path, registry: RegistryConfig) -> str:
-        """The address of the bundle's version of a registered model, made of the run's model unless
-        it is there. LookupError if the run has no model of it.
-        """
-        name, digest = str(registry.register), _digest(bundle)
-        version = _version(self.client, name, digest)
-        if version is None:
-            model = self._logged(self.client.get_run(run_id), digest)
-            if model is None:
-                raise LookupError("the run has no MLflow model of it")
-            if _registered(self.client, name) is None:
-                self.client.create_registered_model(name)
-            made = self.client.create_model_version(
-                name,
-                # Not models:/m-…: a database would ask the process's store for it, not this one.
-                model.artifact_location,
-                run_id,
-                tags={"bundle": digest, "run_id": run_id, "model": f"models:/{model.model_id}"},
-                model_id=model.model_id,
-            )
-            version = str(made.version)
-            # As `mlflow.register_model` notes it, for the UI.
-            noted = json.loads(model.tags.get("mlflow.modelVersions", "[]"))
-            entry = json.dumps([*noted, {"name": name, "version": version}])
-            self.client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": entry})
-        self.client.set_registered_model_alias(name, registry.alias, version)
-        address = f"models:/{name}/{version}"
-        self.say(f"registered: {address}, and as models:/{name}@{registry.alias}")
-        return address
-
-
-def _digest(bundle: Path) -> str:
-    """What stands for a bundle here: `bundle.fingerprint`."""
-    return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
-
-
-def _search(client: MlflowClient, experiment: str, wanted: str) -> Iterator[Recorded]:
-    """All runs that fit, oldest first."""
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment],
-            wanted,
-            max_results=1000,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
-    """An MLflow pyfunc model folder: bundle, `served.py` and this package's source; no pickle."""
-    import pandas  # type: ignore[import-untyped]
-
-    with warnings.catch_warnings():  # of MLflow, about the type hints of its own classes
-        warnings.simplefilter("ignore", UserWarning)
-        from mlflow.pyfunc import save_model
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Schema
-
-    answer = [
-        ColSpec(DataType.string, "label"),
-        ColSpec(DataType.double, "probability"),
-        ColSpec(Array(DataType.string), "labels"),
-        ColSpec(Array(DataType.double), "probabilities"),
-    ]
-    either = [
-        ColSpec(DataType.binary, "image", required=False),
-        ColSpec(DataType.string, "path", required=False),
-    ]
-    golden = sorted((bundle / "golden").glob("*.img"), key=lambda file: file.stat().st_size)
-    example = pandas.DataFrame({"image": [golden[0].read_bytes()]}) if golden else None
-    here = Path(__file__).parent
-    content = json.loads((bundle / "bundle.json").read_bytes())
-    about = Model(
-        artifact_path=made.artifact_location,
-        model_uuid=made.model_id,
-        run_id=run_id,
-        model_id=made.model_id,
-    )
-    save_model(
-        str(target),
-        python_model=str(here / "served.py"),
-        artifacts={"bundle": str(bundle.absolute())},
-        # Arrowhead's own source goes along: the model gives the same where another version of it,
-        # or none, is installed.
-        code_paths=[str(here)],
-        signature=ModelSignature(Schema(either), Schema(answer)),
-        input_example=example,
-        pip_requirements=_requirements(),
-        metadata={"classes": content["classes"], "recipe": content["recipe_fingerprint"]},
-        mlflow_model=about,
-    )
-    for compiled in target.rglob("__pycache__"):
-        shutil.rmtree(compiled, ignore_errors=True)
-
-
-def _requirements() -> list[str]:
-    """What scoring needs, pinned to what is installed. MLflow's own guess takes minutes."""
-    from importlib.metadata import requires, version
-
-    names = [
-        re.split(r"[\[<>=!~; ]", line)[0]
-        for line in requires("arrowhead") or []
-        if "extra ==" not in line
-    ]
-    return [f"{one}=={version(one).partition('+')[0]}" for one in names if one not in UNSERVED]
 
 
 # --------------------------------------------------------------------------- now or later
@@ -989,20 +598,20 @@ class _Post:
         try:
             self.store.do(write, self._spool.folder)
         except Exception as error:
-            if _refused(error):
-                self._once(f"MLflow refuses what is written to it: {_first_line(error)}")
+            if refused(error):
+                self._once(f"MLflow refuses what is written to it: {first_line(error)}")
                 return True
-            silent = _silence(self._uri, PROBE)
+            silent = silence(self._uri, PROBE)
             if silent is None and self.store.answers():
                 self._once(
-                    f"not recorded yet, though {self._place} answers: {_first_line(error)}."
+                    f"not recorded yet, though {self._place} answers: {first_line(error)}."
                     f" It is kept in {self._spool.folder} and tried again"
                 )
                 self._keep(write)
                 return True
             self._away = True
             self.say(
-                f"{self._place} is gone ({silent or _first_line(error)}). The work goes on; what is"
+                f"{self._place} is gone ({silent or first_line(error)}). The work goes on; what is"
                 f" to be recorded is kept in {self._spool.folder} and sent when it is back"
             )
             return False
@@ -1017,7 +626,7 @@ class _Post:
 
     def _resend(self) -> None:
         """Try what is kept; if that fails, not again for a while."""
-        gone = _silence(self._uri, PROBE) is not None or not self.store.answers()
+        gone = silence(self._uri, PROBE) is not None or not self.store.answers()
         left = len(self._spool) if gone else _send(self.store, self._spool, math.inf)
         if left:
             self._wait = min(2 * self._wait, AGAIN[1])
@@ -1048,10 +657,10 @@ class _Post:
         why = "the tracking store is away"
         if not self._away and not run_id.startswith("unsent-"):
             try:
-                with _patience(stamp(bundle)[0]):
-                    return self.store.model(run_id, bundle, name)
+                with patience(stamp(bundle)[0]):
+                    return log_model(self.store.client, run_id, bundle, name)
             except Exception as error:
-                why = _first_line(error)
+                why = first_line(error)
         self.say(f"no MLflow model is made of {bundle} ({why}): the bundle is whole on the disk")
         return None
 
@@ -1060,9 +669,9 @@ class _Post:
         why = "the tracking store is away"
         if not self._away and not run_id.startswith("unsent-"):
             try:
-                return self.store.register(run_id, bundle, self.registry)
+                return make_version(self.store.client, run_id, bundle, self.registry, self.say)
             except Exception as error:
-                why = _first_line(error)
+                why = first_line(error)
         self.say(
             f"not registered as {self.registry.register} ({why}). This does it when all is well:"
             f" {self.registry.later(bundle)}"
@@ -1092,8 +701,8 @@ def _send(store: _Store, spool: Spool, until: float) -> int:
         try:
             store.do(one, spool.folder)
         except Exception as error:
-            if _refused(error):
-                store.say(f"MLflow refuses what was kept in {spool.folder}: {_first_line(error)}")
+            if refused(error):
+                store.say(f"MLflow refuses what was kept in {spool.folder}: {first_line(error)}")
             elif store.answers():
                 left.append(one)
             else:
@@ -1118,7 +727,7 @@ def _send_all(
         if header.get("store") != place or file.parent.name != run_id or not spool.lock():
             continue
         try:
-            run = _run(store.client, run_id)
+            run = find_run(store.client, run_id)
             if run is None or run.info.lifecycle_stage != "active":
                 aside = file.parent.with_suffix(".refused")
                 store.say(f"{place} has no run {run_id} any more: its unsent writes go to {aside}")
@@ -1142,172 +751,6 @@ def _plain(write: Write, ids: Mapping[str, str]) -> Write:
     return write | {"made": made | {"parent": parent, "tried": True}}
 
 
-# ------------------------------------------------------------------------- opening a store
-
-
-def _connected(config: TrackingConfig) -> MlflowClient:
-    """A client of a store that answers."""
-    import logging
-
-    # A write that fails is kept and sent later: one retry, and no minutes in front of a dead host.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # Standard output is for what the command was asked for, a JSON line perhaps.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if why := _silence(config.uri, 2 * PROBE):
-        raise OSError(why)
-    from mlflow import MlflowClient
-
-    for noisy in ("mlflow.system_metrics", "mlflow.pyfunc", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It prints the traceback of every database error that we catch and say in one line.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    return MlflowClient(tracking_uri=config.uri)
-
-
-def _client(config: TrackingConfig) -> tuple[MlflowClient, str]:
-    """A client, and the id of the experiment, made if need be."""
-    client = _connected(config)
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(config.experiment)
-    if found is None:
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
-        try:
-            return client, client.create_experiment(config.experiment, tags=kind)
-        except MlflowException:  # another command was quicker
-            found = client.get_experiment_by_name(config.experiment)
-            if found is None:
-                raise
-    if found.lifecycle_stage != "active":
-        raise ConfigError(
-            f"The experiment {config.experiment!r} was deleted in {without_secret(config.uri)}.",
-            "an active experiment, or a new name.",
-            "give another --experiment, or restore it in the MLflow UI.",
-        )
-    return client, found.experiment_id
-
-
-@contextmanager
-def _usable(config: TrackingConfig) -> Iterator[None]:
-    """Turns what a store answers when it cannot be used into a refusal."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except Exception as error:
-        # What the libraries of databases and of artefact stores raise is no class of Python's.
-        foreign = type(error).__module__.startswith(("sqlalchemy", "botocore", "google"))
-        if not foreign and not isinstance(error, MlflowException | OSError | ImportError):
-            raise
-        raise ConfigError(
-            f"The tracking store {without_secret(config.uri)} cannot be used: {_first_line(error)}",
-            "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
-            "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
-        ) from error
-
-
-def _silence(uri: str, seconds: float) -> str | None:
-    """Why nobody answers at a store's address; None if somebody does, or if it is no address.
-
-    MLflow itself asks a dead server again for minutes, and a dead database for more.
-    """
-    if uri.startswith("sqlite:"):
-        return _locked(uri, seconds)
-    try:
-        parts = urlsplit(uri)
-        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
-        if not parts.hostname or not port:
-            return None
-        if parts.scheme.startswith("http"):
-            return _no_answer(f"{parts.scheme}://{parts.hostname}:{port}{parts.path}", seconds)
-        with socket.create_connection((parts.hostname, port), seconds):
-            return None
-    except (OSError, ValueError) as error:
-        return _first_line(error)
-
-
-def _no_answer(url: str, seconds: float) -> str | None:
-    """Why a web server gives no answer at all; which one it gives is left to MLflow."""
-    import ssl
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.request import urlopen
-
-    try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=seconds):  # noqa: S310
-            return None
-    except HTTPError:
-        return None
-    except URLError as error:
-        return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
-    except (OSError, HTTPException) as error:
-        return _first_line(error)
-
-
-def _locked(uri: str, seconds: float) -> str | None:
-    """Why an SQLite file cannot be written; one that is not there yet is MLflow's to make."""
-    path = _database(uri)
-    if not path.name or path.name == ":memory:":
-        return None
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return None if os.access(path.parent, os.W_OK) else f"{path.parent} is not writable"
-        address = f"file:{quote(str(path.absolute()))}?mode=rw"
-        with contextlib.closing(sqlite3.connect(address, seconds, uri=True)) as file:
-            file.execute("BEGIN IMMEDIATE")
-            file.rollback()
-    except (OSError, sqlite3.Error) as error:
-        return str(error)
-    return None
-
-
-def _database(uri: str) -> Path:
-    """The file of an SQLite store."""
-    return Path(uri.partition("///")[2].partition("?")[0])
-
-
-@contextmanager
-def _patience(size: int) -> Iterator[None]:
-    """A second more per megabyte: a server may be slow to store what it is sent."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ[name]
-    os.environ[name] = str(int(float(before)) + size // 1_000_000)
-    try:
-        yield
-    finally:
-        os.environ[name] = before
-
-
-def _refused(error: Exception) -> bool:
-    """Whether the store itself says that it will never take a write."""
-    from mlflow.exceptions import MlflowException
-
-    if not isinstance(error, MlflowException):
-        return False
-    # A gateway before a server that is down answers too, but not in MLflow's words.
-    return error.error_code in REFUSED and not str(error).startswith("API request to")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return without_secret(text.splitlines()[0][:300])
-
-
-def _run(client: MlflowClient, run_id: str) -> Recorded | None:
-    """A run, or None if the store does not know it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code in (*REFUSED, "RESOURCE_DOES_NOT_EXIST"):
-            return None
-        raise
-
-
 # -------------------------------------------------------------------------- taken up again
 
 
@@ -1328,10 +771,10 @@ def _taken_up(
         say(f"{place} is of another store, experiment or command: a new MLflow run is started")
         return None
     if run_id is None:  # killed while the run was being made
-        made = _search(client, mark["experiment"], f"attributes.start_time = {int(began)}")
+        made = search(client, mark["experiment"], f"attributes.start_time = {int(began)}")
         ours = (run for run in made if "mlflow.parentRunId" not in run.data.tags)
         return next(ours, None)
-    run = _run(client, run_id)
+    run = find_run(client, run_id)
     if run is None or run.info.lifecycle_stage != "active":
         say(f"MLflow run {run_id} of {place} was deleted: a new one is started")
         return None
@@ -1342,7 +785,7 @@ def _kin(client: MlflowClient, run: Recorded) -> Kin:
     """The children of a run."""
     kin: Kin = {}
     below = f"tags.mlflow.parentRunId = '{run.info.run_id}'"
-    for child in _search(client, run.info.experiment_id, below):
+    for child in search(client, run.info.experiment_id, below):
         kin.setdefault(child.info.run_name, []).append((child.info.run_id, child.info.status))
     return kin
 
@@ -1389,4 +832,4 @@ def _watch(post: _Post, run_id: str, stop: threading.Event) -> None:
             post.write({"do": "batch", "run": run_id} | _batch(points))
             step += 1
     except Exception as error:
-        post.say(f"no system metrics are recorded: {_first_line(error)}")
+        post.say(f"no system metrics are recorded: {first_line(error)}")

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Any
 
-from arrowhead import ConfigError, extract, tracking
-from arrowhead.tracking import TrackingConfig
+from arrowhead import ConfigError, extract, tracking_client
+from arrowhead.tracking_client import TrackingConfig
 
 Recorded = Any  # a run as MLflow's client gives it
 QUIET = 60.0  # seconds without news, after which a run may be dead
@@ -95,7 +95,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         what = f"run {self._word}" if self._word else "the newest run"
-        self._client = self._open.enter_context(tracking.reading(self._config, what))
+        self._client = self._open.enter_context(tracking_client.reading(self._config, what))
         self._run_id = _found(self._client, self._config, self._word)
         return self
 
@@ -112,7 +112,7 @@ class Watch:
             self._view = dataclasses.replace(
                 self._view,
                 quiet=monotonic() - self._changed,
-                trouble=tracking.without_secret(str(error).strip().splitlines()[0][:200]),
+                trouble=tracking_client.without_secret(str(error).strip().splitlines()[0][:200]),
             )
             return self._view
         if self._view is None or _state(made) != _state(self._view):
@@ -184,7 +184,7 @@ def _state(view: View) -> Any:
 
 def _found(client: Any, config: TrackingConfig, word: str | None) -> str:
     """The id of the run that is meant."""
-    where = tracking.without_secret(config.uri)
+    where = tracking_client.without_secret(config.uri)
     experiment = client.get_experiment_by_name(config.experiment)
     latest: list[str] = []
     for run in _newest(client, experiment.experiment_id) if experiment else ():
