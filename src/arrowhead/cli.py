@@ -59,7 +59,7 @@ from arrowhead.model import BodyConfig
 from arrowhead.plan import SourceConfig
 from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
-from arrowhead.screen import Screen
+from arrowhead.screen import Screen, take_any_text
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
 from arrowhead.tracking_client import TrackingConfig
@@ -389,11 +389,12 @@ def main(words: list[str] | None = None) -> None:
 def _run(words: list[str]) -> int:
     """Run a verb; its exit code, after what went wrong is said."""
     app.config = ()  # of an earlier call in this process
+    take_any_text()
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         wanted = "a verb, its arguments and its flags, as --help lists them."
-        code = refuse(str(error).strip(), wanted, f"run {me()} {verb_in(words)}--help.")
+        code = refuse(str(error), wanted, f"run {me()} {verb_in(words)}--help.")
     except LostError as error:
         refuse(error.found, error.wanted, error.do)
         if sys.stdout:
@@ -403,7 +404,8 @@ def _run(words: list[str]) -> int:
         code = refuse(error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2)
     except KeyboardInterrupt as error:
         by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
-        said = f"\narrowhead: interrupted{by}. Run the same command again to go on."
-        Screen(to_stderr=True).say(said)
+        screen = Screen(to_stderr=True)
+        screen.say("")  # the terminal has shown ^C
+        screen.say(f"arrowhead: interrupted{by}. Run the same command again to go on.")
         code = signals.INTERRUPTED
     return code if isinstance(code, int) else 0

@@ -241,8 +241,8 @@ def verb_in(words: list[str]) -> str:
 
 def refuse(found: str, wanted: str, do: str, code: int = 2) -> int:
     """Say a refusal on standard error; its exit code."""
-    for line in (f"arrowhead: {found}", f"  wanted  {wanted}", f"  do      {do}"):
-        Screen(to_stderr=True).say(line)
+    for head, words in (("arrowhead: ", found), ("  wanted  ", wanted), ("  do      ", do)):
+        Screen(to_stderr=True).say(head + " ".join(words.strip().splitlines()))
     return code
 
 

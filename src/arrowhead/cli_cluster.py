@@ -246,7 +246,8 @@ def _followed(
         status, code = job.status, job.exit_code or 0
     except KeyboardInterrupt:
         status, code = "RUNNING", 130
-        screen.say(f"\nThe job goes on. To come back: {back}")
+        screen.say("")  # the terminal has shown ^C
+        screen.say(f"The job goes on. To come back: {back}")
     if code == 127:
         screen.say("`python` is not on the PATH of the head node, or there is no Arrowhead in it.")
     ended = None if status == "RUNNING" else code

@@ -24,6 +24,7 @@ from arrowhead.decode import PixelConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import Catalog
+from arrowhead.screen import encodable, visible
 from arrowhead.shards import Store
 from arrowhead.study import Study
 from arrowhead.train import TrainConfig, Trained
@@ -37,7 +38,7 @@ class _Notebook(account.Silence):
 
     def say(self, line: str) -> None:
         """Print it."""
-        print(line)  # noqa: T201
+        print(encodable(visible(line)))  # noqa: T201
 
 
 class Images:

@@ -1,10 +1,18 @@
-"""Lines and progress on a terminal; plain lines elsewhere."""
+"""Lines and progress on a terminal; plain lines elsewhere.
+
+visible        a line without control characters: what a name holds cannot steer a terminal
+take_any_text  standard output and error that are not UTF-8 get plain characters instead
+Screen         lines, progress, the result
+"""
 
 from __future__ import annotations
 
+import codecs
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
+from unicodedata import category
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +22,69 @@ from rich.text import Text
 Advance = Callable[[int, int, str], None]
 SELDOM = 10.0  # seconds between lines of progress where nobody sees a bar move
 
+# What our own lines hold, for terminals and logs that are not UTF-8. Anything else is escaped.
+PLAIN = str.maketrans(
+    {"±": "+-", "…": "...", "→": "->", "≤": "<=", "≥": ">="}
+    | dict(zip("·×÷—–•“”‘’│┃╭╮╰╯─━╌╸╺", "-x/--*\"\"''||++++-----", strict=True))
+)
+ENCODING_ERRORS = "arrowhead.plain"  # name of the error handler below
+
+
+def visible(text: str) -> str:
+    r"""The text with control characters written out as \xNN or \uNNNN: C0 and C1 controls, line
+    and paragraph separators, and the marks that turn the direction of what follows.
+
+    Other Unicode stays as it is. A lone surrogate, which stands for a byte of a file's name that
+    is not UTF-8, is written as that byte.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or not _steers(c) else _escaped(c) for c in text)
+
+
+def _steers(character: str) -> bool:
+    # Format characters other than the direction marks (joiners in emoji and Indic scripts) are part
+    # of ordinary text; so are spaces that isprintable does not count.
+    if character == "\t":
+        return False
+    if character in "\u061c\u200e\u200f" or "\u202a" <= character <= "\u202e":
+        return True
+    return "\u2066" <= character <= "\u2069" or category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """For the codecs module: what is written for characters that an encoding does not have."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    bad = error.object[error.start : error.end]
+    made = (c if c.isascii() else _escaped(c) for c in bad.translate(PLAIN))
+    return "".join(made), error.end
+
+
+codecs.register_error(ENCODING_ERRORS, _plain)
+
+
+def take_any_text() -> None:
+    """Let standard output and standard error take any text, whatever their encoding is."""
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):  # some stand-ins have none
+            reconfigure(errors=ENCODING_ERRORS)
+
+
+def encodable(text: str) -> str:
+    """The text with what standard output cannot encode replaced, as `take_any_text` does."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, ENCODING_ERRORS).decode(encoding)
+
 
 class Screen:
     """Lines and progress bars on a terminal; plain lines elsewhere."""
@@ -22,8 +93,8 @@ class Screen:
         self.console = Console(stderr=to_stderr, highlight=False, emoji=False)
 
     def say(self, line: str) -> None:
-        """One line, as it is."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        """One line; its control characters are shown, not obeyed."""
+        self.console.print(visible(line), markup=False, soft_wrap=True)
 
     def give(self, line: str) -> None:
         """One line for a program to read: no style, no wrapping, and out at once."""
@@ -55,7 +126,7 @@ class Screen:
             TimeRemainingColumn(),
             console=self.console,
         ) as progress:
-            task = progress.add_task(title, total=total, rate=0.0, faults=0, binding="…")
+            task = progress.add_task(visible(title), total=total, rate=0.0, faults=0, binding="…")
             began, faults = monotonic(), 0
 
             def advance(done: int, more_faults: int, binding: str) -> None:
@@ -92,7 +163,7 @@ class Screen:
         """
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False) as area:
-                yield lambda lines: area.update(Text("\n".join(lines)), refresh=True)
+                yield lambda lines: area.update(Text("\n".join(map(visible, lines))), refresh=True)
             return
         said: list[str] = []
         newest: Sequence[str] = []

@@ -1,0 +1,97 @@
+"""Screens of every kind: no name steers a terminal, no encoding ends a command."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arrowhead.screen import Screen, visible
+
+NARROW = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
+
+
+def arrowhead(
+    *words: str | bytes, cwd: Path, **variables: str
+) -> subprocess.CompletedProcess[bytes]:
+    """A command of its own process, its output as bytes."""
+    return subprocess.run(
+        [sys.executable, "-m", "arrowhead", *words],
+        capture_output=True,
+        cwd=cwd,
+        env=os.environ | variables,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mred", "a\\x1b[31mred"),
+        ("title\x1b]0;x\x07", "title\\x1b]0;x\\x07"),
+        ("two\nlines\r", "two\\x0alines\\x0d"),
+        ("C1 \x9b31m", "C1 \\x9b31m"),
+        ("evil\u202egpj.exe", "evil\\u202egpj.exe"),
+        ("\u2066isolate\u2069", "\\u2066isolate\\u2069"),
+        ("byte \udcff", "byte \\xff"),
+        ("line\u2028separator", "line\\u2028separator"),
+        ("fine: ñ 猫 👩\u200d🔬 · ×", "fine: ñ 猫 👩\u200d🔬 · ×"),
+    ],
+)
+def test_what_steers_a_terminal_is_shown_and_the_rest_stays(capsys, text, shown):
+    assert visible(text) == shown
+    Screen(to_stderr=False).say(text)
+    assert (
+        capsys.readouterr()
+        .out.rstrip("\n")
+        .replace("        ", " ")
+        .startswith(shown.split("\t")[0])
+    )
+
+
+@pytest.mark.parametrize("variables", [NARROW, LATIN], ids=["ascii", "latin-1"])
+def test_help_and_refusals_reach_screens_that_are_not_utf_8(tmp_path, variables):
+    encoding = variables["PYTHONIOENCODING"]
+    for words in (["--help"], ["fit", "--help"], ["score", "--help"], ["submit", "--help"]):
+        done = arrowhead(*words, cwd=tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+        assert "Usage: arrowhead" in done.stdout.decode(encoding)
+    done = arrowhead("fit", "no-…-where-猫", "out", cwd=tmp_path, **variables)
+    assert done.returncode == 2
+    found, wanted, do = done.stderr.decode(encoding).splitlines()[-3:]
+    assert found.startswith("arrowhead: ") and "where-" in found
+    assert wanted.startswith("  wanted  ") and do.startswith("  do      ")
+
+
+def test_a_path_that_is_no_text_is_refused_on_any_screen(tmp_path):
+    for variables in (NARROW, {"PYTHONUTF8": "1"}):
+        done = arrowhead("features", "info", b"caf\xe9", cwd=tmp_path, **variables)
+        assert done.returncode == 2, done.stderr
+        assert b"caf\\xe9" in done.stderr
+
+
+def test_a_verb_of_many_signs_ends_well_on_an_ascii_screen(tmp_path, bundled):
+    bundle = bundled()
+    done = arrowhead("bundle", "info", str(bundle), cwd=tmp_path, **NARROW)
+    assert done.returncode == 0, done.stderr
+    assert b"3 classes - " in done.stdout
+    done = arrowhead("bundle", "info", str(bundle), "--json", cwd=tmp_path, **NARROW)
+    assert json.loads(done.stdout)["classes"] == ["baskets", "beads", "leaves"]
+
+
+def test_progress_is_drawn_on_a_terminal_that_is_ascii(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="arrowhead.plain")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = Screen(to_stderr=False)
+    with screen.bar("extract \x1b[2J", 4) as advance:
+        advance(4, 1, "decode")
+    stream.flush()
+    shown = stream.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"\\x1b[2J" in shown and b"4/4" in shown
