@@ -133,6 +133,34 @@ def test_folds_give_every_image_one_probability_from_a_head_that_has_not_seen_it
     assert [line["accuracy"] for line in result["folds"]["folds"]] == pytest.approx(by_fold)
 
 
+def test_folds_train_for_as_long_as_the_head_that_is_kept_did(store, place, command):
+    flags = ["--rate", 0.3, "--epochs", 9, "--best", "accuracy", "--patience", 3, "--folds", 3]
+    result = command("train", store, "patient", *flags)
+    assert result["folds"]["epochs"] == result["epoch"] + 1
+    assert {line["epoch"] for line in result["folds"]["folds"]} == {result["epoch"]}
+
+
+def test_a_class_of_one_image_has_no_out_of_fold_probability_and_does_not_end_the_training(
+    drawn, place, command
+):
+    rows = ["path,label,split"]
+    for file in sorted(drawn.glob("*/*/*.jpg")):
+        split, name = file.relative_to(drawn).parts[:2]
+        if split in ("train", "valid"):
+            rows.append(f"{file},{name},{split}")
+    alone = rows[1].split(",")[0]
+    rows[1] = f"{alone},alone,train"
+    Path("alone.csv").write_text("\n".join(rows).replace("label", "labels") + "\n")
+    command("precompute", "alone.csv", "alone-store", *BODY)
+    result = command("train", "alone-store", "alone", "--rate", 0.01, "--epochs", 2, "--folds", 3)
+    assert result["folds"]["not_held_out"] == {"alone": 1}
+    table = polars.read_ipc(result["folds"]["file"])
+    assert len(table) == len(rows) - 1
+    none = table.filter(polars.col("probability").is_null() & polars.col("fold").is_null())
+    assert [labels.to_list() for labels in none["labels"]] == [["alone"]]
+    assert table["probability"].null_count() == 1
+
+
 def test_the_learning_curve_is_drawn_and_recorded(store, place, command):
     flags = ["--rate", 0.01, "--epochs", 3, "--learning-curve", "--curve-seeds", 2]
     result = command("train", store, "curved", *flags)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, DataError, sweep
+from arrowhead import ConfigError, sweep
 from arrowhead.sweep import SweepConfig
 from arrowhead.train import Data, TrainConfig, train_stack
 
@@ -122,6 +124,7 @@ def test_folds_keep_copies_together_and_are_of_equal_size(rows: list[int], count
     assume(len(np.unique(key)) > 1)
     label = np.zeros(len(rows), np.int64)
     part = sweep.folds(key, label, count, ["one"])
+    assert part.min() == 0
     homes = {int(one): {int(p) for p in part[key == one]} for one in np.unique(key)}
     assert all(len(home) == 1 for home in homes.values())
     sizes = np.bincount([next(iter(home)) for home in homes.values()], minlength=count)
@@ -130,16 +133,78 @@ def test_folds_keep_copies_together_and_are_of_equal_size(rows: list[int], count
     assert np.array_equal(sweep.folds(key[shuffled], label, count, ["one"]), part[shuffled])
 
 
-def test_folds_hold_every_class_alike_and_refuse_a_class_of_one_image() -> None:
+def test_folds_hold_every_class_alike() -> None:
     key = np.random.default_rng(0).integers(1 << 60, size=100).astype(np.uint64)
     label = np.repeat([0, 1, 2], [50, 40, 10])
     part = sweep.folds(key, label, 5, ["a", "b", "c"])
     for one in range(5):
         assert np.bincount(label[part == one]).tolist() == [10, 8, 2]
-    label[:] = 0
-    label[7] = 1
-    with pytest.raises(DataError, match="b has one different image"):
-        sweep.folds(key, label, 5, ["a", "b"])
+
+
+def test_a_class_of_one_different_image_is_trained_on_in_every_fold_and_named() -> None:
+    key = np.arange(100, dtype=np.uint64)
+    label = np.repeat([0, 1, 2, 3], [50, 46, 1, 3])
+    key[97:] = 97  # one photograph, three copies
+    names = ["a", "b", "one", "copied"]
+    part = sweep.folds(key, label, 5, names)
+    assert part[96:].tolist() == [-1] * 4
+    assert sweep.not_held_out(part, label, names) == {"one": 1, "copied": 3}
+    assert sorted(set(part[:96])) == [0, 1, 2, 3, 4]
+    data = replace(_toy(100, classes=4), label=torch.from_numpy(label))
+    for one in sweep.fold_members(data, TrainConfig(rate=0.1), part):
+        assert set(label[one.train]) == {0, 1, 2, 3}
+        assert {96, 97, 98, 99} <= set(one.train.tolist())
+    with pytest.raises(ConfigError, match="can hold out no image"):
+        sweep.folds(key[:2], np.array([0, 1]), 5, names)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(2, 6))
+def test_every_fold_learns_every_class_that_it_predicts(seed: int, multi: bool, count: int) -> None:
+    """Few images, rare classes, copies with contradictory labels."""
+    draw = np.random.default_rng(seed)
+    rows = int(draw.integers(2, 40))
+    key = draw.integers(0, 30, rows).astype(np.uint64)
+    label = draw.integers(0, 5, rows)
+    if multi:
+        label = (draw.random((rows, 5)) < draw.random(5) ** 2).astype(np.uint8)
+    hot = label > 0 if multi else label[:, None] == np.arange(5)
+    names = list("abcde")
+    try:
+        part = sweep.folds(key, label, count, names)
+    except ConfigError:
+        return
+    assert sorted(set(part[part >= 0])) == list(range(part.max() + 1))
+    for one in range(part.max() + 1):
+        assert not set(key[part == one]) & set(key[part != one])
+        seen = hot[part != one].any(0)
+        assert seen[hot[part == one].any(0)].all()
+    named = sweep.not_held_out(part, label, names)
+    assert named == {
+        names[i]: hot[:, i].sum()
+        for i in range(5)
+        if hot[:, i].any() and not hot[part >= 0, i].any()
+    }
+
+
+@pytest.mark.parametrize("best", ["valid_loss", "accuracy"])
+def test_the_labels_of_a_fold_take_no_part_in_what_is_predicted_of_it(best: Any) -> None:
+    data = _toy(120, apart=0.5)
+    config = TrainConfig(rate=0.1, epochs=12, best=best, patience=2)
+    part = np.arange(120) // 7 % 3
+    other = data.label.clone()
+    other[torch.from_numpy(part == 1)] = other[torch.from_numpy(part == 1)].flip(0)
+    assert not torch.equal(other, data.label)
+    states = []
+    for label in (data.label, other):
+        shuffled = replace(data, label=label)
+        members = sweep.fold_members(shuffled, config, part)
+        heads = train_stack(shuffled, members, until=7)
+        assert [len(one.epochs) for one in heads] == [7, 7, 7]
+        states.append([one.state for one in heads])
+    for name, weight in states[0][1].items():
+        assert np.array_equal(weight, states[1][1][name])
+    assert not np.array_equal(states[0][0]["2.weight"], states[1][0]["2.weight"])
 
 
 def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
@@ -166,6 +231,15 @@ def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
         counts = np.bincount(data.label.numpy()[list(one)])
         assert counts.max() - counts.min() <= 2
     assert len(made) == 10
+
+
+def test_a_class_of_one_image_is_in_every_share() -> None:
+    data = _toy(1000)
+    data.label[data.train] = torch.where(data.label[data.train] == 2, 0, data.label[data.train])
+    data.label[5] = 2
+    made = sweep.share_members(data, TrainConfig(rate=0.1), seeds=1)
+    assert [share for share, _ in made] == list(sweep.SHARES)
+    assert all(5 in one.train for _, one in made)
 
 
 def test_the_learning_curve_says_whether_more_images_would_help() -> None:

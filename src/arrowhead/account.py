@@ -498,14 +498,26 @@ def show_folds(path: Path, config: TrainConfig, found: OutOfFold, means: Means) 
         for values in [[line[name] for line in found.last]]
     }
     shown = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
-    means.screen.say(f"{len(found.last)} folds: {shown}")
+    means.screen.say(f"{len(found.last)} folds, {found.epochs} epochs each: {shown}")
+    if found.not_held_out:
+        names = ", ".join(f"{name} ({count})" for name, count in found.not_held_out.items())
+        means.screen.say(
+            "classes with too few different images to hold out (images): "
+            f"{names}. They are trained on in every fold and get no probability."
+        )
     means.screen.say(f"a probability for every image, from a head that has not seen it: {target}")
     if means.run:
         means.run.record(
             {f"folds.{k}.{kind}": v for k, pair in table.items() for kind, v in pair.items()}
         )
         means.run.keep(target, "folds")
-    return {"figures": table, "folds": found.last, "file": str(target)}
+    return {
+        "figures": table,
+        "folds": found.last,
+        "epochs": found.epochs,
+        "not_held_out": found.not_held_out,
+        "file": str(target),
+    }
 
 
 def _chances(logit_NC: Any, multi: bool) -> Any:

@@ -100,8 +100,10 @@ class Learned:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutOfFold:
-    """row: int64 (n,), of the catalog; fold: int64 (n,); logit: float32 (n, C), of the head that
-    was trained without this fold; last: what each fold's head ended with.
+    """row: int64 (n,), of the catalog; fold: int64 (n,), -1 for an image that was held out in none;
+    logit: float32 (n, C), of the head that was trained without this fold, nan where there is none;
+    last: what each fold's head ended with; epochs: for how many epochs they were trained;
+    not_held_out: classes that no fold could hold out, with their numbers of images.
     """
 
     multi: bool
@@ -109,6 +111,8 @@ class OutOfFold:
     fold: NDArray[np.int64]
     logit: NDArray[np.float32]
     last: list[dict[str, float]]
+    epochs: int
+    not_held_out: dict[str, int]
 
 
 def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str | None) -> Learned:
@@ -139,7 +143,7 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
         made.best = made.ranking["best"]
     made.config = winner = members[made.best].config
     if study.sweep.folds:
-        made.folds = _folds(log, data, row, study, winner, team)
+        made.folds = _folds(log, data, row, study, made, team)
     if study.sweep.learning_curve:
         shares = sweep.share_members(data, winner, study.sweep.curve_seeds)
         ended = log.train("learning-curve", data, [one for _, one in shares], team)
@@ -186,19 +190,24 @@ def _folds(
     data: Data,
     row: NDArray[np.int64],
     study: Study,
-    winner: TrainConfig,
+    made: Learned,
     team: Team,
 ) -> OutOfFold:
+    """Train the winner's settings once per fold, for as many epochs as the winner's weights took:
+    were the epoch chosen on the fold that is predicted, its labels would take part.
+    """
     import torch
 
     from arrowhead import heads
 
+    winner, epochs = made.config, made.winner.epoch + 1
+    assert winner is not None
     pool = np.sort(np.concatenate([data.train, data.valid]))
     label = data.label.cpu().numpy()[pool]
     part = sweep.folds(data.key[pool], label, study.sweep.folds, data.classes)
     members = sweep.fold_members(data, winner, part)
-    ended = log.train("folds", data, members, team)
-    logit = np.empty((len(pool), len(data.classes)), np.float32)
+    ended = log.train("folds", data, members, team, until=epochs)
+    logit = np.full((len(pool), len(data.classes)), np.nan, np.float32)
     views, width = data.feature.shape[1:]
     for number, one in enumerate(ended):
         state = {name: torch.from_numpy(value) for name, value in one.state.items()}
@@ -208,7 +217,15 @@ def _folds(
                 flat = torch.from_numpy(pool[at] * views).to(data.feature.device)
                 logit[at] = head(data.feature.take(flat).float().cpu()).numpy()
     last = [one.epochs[one.epoch] for one in ended]
-    return OutOfFold(multi=data.multi, row=row[pool], fold=part, logit=logit, last=last)
+    return OutOfFold(
+        multi=data.multi,
+        row=row[pool],
+        fold=part,
+        logit=logit,
+        last=last,
+        epochs=epochs,
+        not_held_out=sweep.not_held_out(part, label, data.classes),
+    )
 
 
 class _Log:
@@ -242,8 +259,9 @@ class _Log:
         members: Sequence[Member],
         team: Team,
         losers: Callable[..., set[int]] | None = None,
+        until: int | None = None,
     ) -> list[Trained]:
-        """Train a stack, from its last checkpoint on."""
+        """Train a stack, from its last checkpoint on (see `train_stack`)."""
         config = members[0].config
 
         def rate_at(epoch: int) -> dict[str, float]:
@@ -274,7 +292,9 @@ class _Log:
                 self._keep(part, save, epoch)
                 last[0] = monotonic()
 
-        return train_stack(data, members, team, record, losers=losers, saved=saved, keep=keep)
+        return train_stack(
+            data, members, team, record, losers=losers, saved=saved, keep=keep, until=until
+        )
 
     def _measure(self, part: str, lines: list[dict[str, float]]) -> None:
         """An epoch, for whoever watches the cluster; the best of the heads that learn."""

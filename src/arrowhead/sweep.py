@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError
+from arrowhead import ConfigError
 from arrowhead.train import Data, Member, TrainConfig
 
 KNOBS = {"rate": "geometric", "weight_decay": "geometric", "dropout": "even", "seed": "whole"}
@@ -257,33 +257,50 @@ def words(knobs: Mapping[str, float]) -> str:
 def folds(
     key: NDArray[np.uint64], label: NDArray[Any], count: int, classes: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Which of `count` parts each image belongs to, int64 (N,): a function of contents and labels.
+    """Which of at most `count` parts each image is held out in, int64 (N,): a function of contents
+    and labels. -1: in none, it is in the training images of every fold.
 
-    Parts hold every class alike, and copies of one image together. Raises DataError if a class has
-    fewer than two different images: the part that holds it would have nothing to learn it from.
+    Parts hold every class alike (of several labels per image: its rarest), and copies of one image
+    together. A class whose images would all be in one part, such as a class of one different image,
+    is held out in none: the head that predicts them would not have seen the class. See
+    `not_held_out`. Raises ConfigError if no image can be held out.
     """
     different, first, where = np.unique(key, return_index=True, return_inverse=True)
-    home = label[first] if label.ndim == 1 else np.zeros(len(first), np.int64)
-    counts = np.bincount(home)
-    alone = np.flatnonzero(counts == 1)
-    if label.ndim == 1 and len(alone):
-        raise DataError(
-            f"The class {classes[alone[0]]} has one different image for --folds.",
-            "two or more of every class.",
-            "add images, or train without --folds.",
-        )
-    order = np.lexsort((_mixed(different, "folds"), home))
+    order = np.lexsort((_mixed(different, "folds"), _stratum(label)[first]))
     dealt = np.empty(len(different), np.int64)
     dealt[order] = np.arange(len(different)) % count
+    for number in range(len(classes)):
+        mine = where[label[:, number] > 0 if label.ndim == 2 else label == number]
+        if len(mine) and len(np.unique(dealt[mine])) == 1:
+            dealt[mine] = -1
+    if (dealt < 0).all():
+        raise ConfigError(
+            f"--folds {count} can hold out no image: each class has one different image.",
+            "two or more different images of a class.",
+            "add images, or leave out --folds.",
+        )
+    _, dealt[dealt >= 0] = np.unique(dealt[dealt >= 0], return_inverse=True)  # no empty part
     part: NDArray[np.int64] = dealt[where]
     return part
 
 
-def _by_class(label: NDArray[Any]) -> list[NDArray[np.int64]]:
-    """Rows of each class; with several labels per image all rows together."""
-    if label.ndim == 2:
-        return [np.arange(len(label))]
-    return [np.flatnonzero(label == one) for one in range(int(label.max(initial=-1)) + 1)]
+def not_held_out(
+    part: NDArray[np.int64], label: NDArray[Any], classes: Sequence[str]
+) -> dict[str, int]:
+    """Classes that `folds` could not hold out, and how many images each has."""
+    hot = label > 0 if label.ndim == 2 else label[:, None] == np.arange(len(classes))
+    counts, held = hot.sum(0), (hot & (part >= 0)[:, None]).sum(0)
+    never = np.flatnonzero((counts > 0) & (held == 0)).tolist()
+    return {classes[number]: int(counts[number]) for number in never}
+
+
+def _stratum(label: NDArray[Any]) -> NDArray[np.int64]:
+    """What images are dealt by, int64 (N,): the class, or the rarest of an image's labels."""
+    if label.ndim == 1:
+        return label.astype(np.int64)
+    rarity = np.where(label > 0, label.sum(0), len(label) + 1)
+    rarest: NDArray[np.int64] = np.where(label.any(1), rarity.argmin(1), label.shape[1])
+    return rarest
 
 
 def _mixed(key: NDArray[np.uint64], use: str) -> NDArray[np.uint64]:
@@ -295,8 +312,11 @@ def _mixed(key: NDArray[np.uint64], use: str) -> NDArray[np.uint64]:
 def fold_members(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> list[Member]:
     """One head per part: it learns from the images of all others. Splits other than train and valid
     take no part. config: with a learning rate.
+
+    Which epoch's weights are kept is not chosen on the part that is predicted: all keep the last,
+    and the caller says how many epochs there are (see `train.train_stack`, until).
     """
-    rate = float(config.rate)
+    config, rate = replace(config, best="last", patience=0), float(config.rate)
     pool = np.sort(np.concatenate([data.train, data.valid]))
     return [
         Member(config=config, rate=rate, train=pool[part != one], valid=pool[part == one])
@@ -309,15 +329,17 @@ def fold_members(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> li
 
 def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[float, Member]]:
     """Heads on growing shares of the training images, each share containing the one before, with
-    every class alike; all take the same number of steps. Shares without two images or without one
-    of each class are left out. config: with a learning rate.
+    every class alike and present; all take the same number of steps. Shares without two images or
+    without one of each class are left out. config: with a learning rate.
     """
     rate = float(config.rate)
     label = data.label[data.train].cpu().numpy()
     place = np.empty(len(label))
-    for rows in _by_class(label):
+    stratum = _stratum(label)
+    for rows in (np.flatnonzero(stratum == one) for one in np.unique(stratum)):
         order = np.argsort(_mixed(data.key[data.train[rows]], "shares"), kind="stable")
-        place[rows[order]] = (np.arange(len(rows)) + 0.5) / max(len(rows), 1)
+        place[rows[order]] = (np.arange(len(rows)) + 0.5) / len(rows)
+        place[rows[order[0]]] = 0  # every share has one
     made = []
     for share in SHARES:
         rows = data.train[place < share]

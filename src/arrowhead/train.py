@@ -295,13 +295,14 @@ class Lane:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """A head's weights by name (numpy), one dict of figures per epoch, and which epoch's weights
-    these are.
+    """A head's weights by name (numpy), one dict of figures per epoch, which epoch's weights these
+    are, and why it stopped before the last epoch: "" (it did not), "patience" or "halving".
     """
 
     state: dict[str, NDArray[Any]]
     epochs: list[dict[str, float]]
     epoch: int
+    stopped: str = ""
 
 
 Saved = tuple[dict[str, "Tensor"], dict[str, Any]]
@@ -337,6 +338,7 @@ class Training:
         self.done = 0
         self.lines: list[list[dict[str, float]]] = [[] for _ in members]
         self.best: dict[int, tuple[float, int]] = {}
+        self.stopped: dict[int, str] = {}
         self._kept: dict[int, dict[str, Tensor]] = {}
         spreads: dict[int, tuple[Tensor, Tensor]] = {}
         self._seat(range(len(members)), [self._fresh(member, spreads) for member in members])
@@ -617,7 +619,8 @@ class Training:
             state = self.stack.state(*self.seat_of[number]) if kept is None else kept
             epoch = self.best[number][1] if number in self.best else len(lines) - 1
             plain = {name: _single(value).cpu().numpy() for name, value in state.items()}
-            made.append(Trained(state=plain, epochs=lines, epoch=epoch))
+            why = self.stopped.get(number, "")
+            made.append(Trained(state=plain, epochs=lines, epoch=epoch, stopped=why))
         return made
 
     # ------------------------------------------------------------------------ checkpoints
@@ -639,6 +642,7 @@ class Training:
             "lines": [list(one) for one in self.lines],
             "best": [[number, *one] for number, one in self.best.items()],
             "kept": kept,
+            "stopped": list(self.stopped.items()),
             "steps": self.optimizer.steps,
         }
         return {name: one.to("cpu", copy=True) for name, one in tensors.items()}, facts
@@ -649,6 +653,7 @@ class Training:
         here = {name: one.to(self.device) for name, one in tensors.items()}
         self.done, self.lines = facts["done"], [list(one) for one in facts["lines"]]
         self.best = {number: (value, epoch) for number, value, epoch in facts["best"]}
+        self.stopped = dict(facts.get("stopped", []))
         self._kept = {
             number: {
                 name.removeprefix("kept."): one[at]
@@ -720,26 +725,30 @@ def train_stack(
     | None = None,
     saved: Saved | None = None,
     keep: Keep = lambda save, epoch, over: None,
+    until: int | None = None,
 ) -> list[Trained]:
     """Train many heads at once; one Trained per member, in their order.
 
     record: gets each epoch's lines by member. losers: of (epochs done, who still learns, all lines
     by member), whom to stop. keep: called after every epoch with the means to save, the number of
     epochs done, and whether it was the last. saved: what was saved then, to go on from there.
+    until: end after so many epochs of a schedule that is made for all of them.
     """
     training = Training(data, members, team)
     if saved:
         training.load(saved)
-    while not training.over:
+    until = training.config.epochs if until is None else until
+    while not training.over and training.done < until:
         with threads_for(training):
             training.epoch()
         record({number: training.lines[number][-1] for number in training.numbers})
-        out = training.stale()
-        if losers:
-            out |= losers(training.done, training.numbers, training.lines)
+        out = dict.fromkeys(training.stale(), "patience")
+        for number in losers(training.done, training.numbers, training.lines) if losers else ():
+            out.setdefault(number, "halving")
         if out and not training.over:
-            training.stop(out)
-        keep(training.save, training.done, training.over)
+            training.stopped |= out
+            training.stop(set(out))
+        keep(training.save, training.done, training.over or training.done == until)
     return training.trained()
 
 
