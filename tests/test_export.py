@@ -80,8 +80,8 @@ def scored(
     request = scoring.prepare(out, made, loaded, catalog, config, how.chunk_size)
     worker = Worker(0, 1, "cpu", 2, Desk(request.missing()).claim, lambda report: None)
     scoring.score(worker, request, how)
-    column = polars.read_parquet(out / "part-*.parquet").sort("path")["probabilities"]
-    return np.array(column.to_list(), np.float32)
+    column = polars.read_parquet(out / "parts").sort("path")["probabilities"]
+    return column.struct.unnest().to_numpy()
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def pair(data: Path, tracked: Tracked, tmp_path_factory: pytest.TempPathFactory)
         command = run(folder, ["fit", str(data), "group", *head, *two], [*score, "two", *two])
         until_files(command, folder / "group" / "store" / "shards", "*.arrow", 2)
         assert strike(command, folder, "worker", random.Random(0)), command.communicate()[1]
-        until_files(command, folder / "two", "part-*", 2)
+        until_files(command, folder / "two" / "parts", "part-*", 2)
         assert strike(command, folder, "gcs", random.Random(0)), command.communicate()[1]
         out, said = command.communicate(timeout=300)
         assert command.returncode == 130, said[-4000:]
@@ -209,11 +209,11 @@ def test_two_workers_reach_the_same_figures_in_every_epoch(pair):
 
 def test_two_workers_score_the_same_though_their_cluster_is_killed(pair):
     assert "run the same command again: it goes on" in pair.said
-    parts = sorted((pair.folder / "one").glob("part-*"))
+    parts = sorted((pair.folder / "one" / "parts").glob("part-*"))
     assert len(parts) > 8
     assert 0 < pair.scored["counts"]["skipped"] < IMAGES
     for part in parts:
-        assert (pair.folder / "two" / part.name).read_bytes() == part.read_bytes()
+        assert (pair.folder / "two" / "parts" / part.name).read_bytes() == part.read_bytes()
 
 
 def test_the_token_of_a_ray_of_our_own_is_for_its_owner_only(pair):
@@ -243,22 +243,23 @@ def test_scores_survive_kills_of_workers_cluster_and_driver(data, folder):
     finish(run(folder, ["fit", str(data), "fit", *FLAGS[:-2], *few]))
     words = ["score", "fit/bundle", str(data), "calm", "--chunk-size", "8", "--flag-novel"]
     finish(run(folder, words))
-    calm = {file.name: file.read_bytes() for file in (folder / "calm").glob("part-*")}
+    calm = {file.name: file.read_bytes() for file in (folder / "calm" / "parts").glob("part-*")}
     words[3], draw = "shaken", random.Random(0)
     for victim in ("driver", "worker", "gcs", "driver", "worker", "raylet"):
-        before = len(list((folder / "shaken").glob("part-*")))
+        before = len(list((folder / "shaken" / "parts").glob("part-*")))
         if before == len(calm):
             shutil.rmtree(folder / "shaken")
             before = 0
         command = run(folder, [*words, "--workers", "2"])
-        until_files(command, folder / "shaken", "part-*", 2)
+        until_files(command, folder / "shaken" / "parts", "part-*", 2)
         assert strike(command, folder, victim, draw)
         _, err = command.communicate(timeout=600)
         settled(folder)
         assert command.returncode in (0, 130, -signal.SIGKILL), err[-4000:]
         print(f"killed {victim} with {before} parts there: exit code {command.returncode}")
     finish(run(folder, words))
-    assert {file.name: file.read_bytes() for file in (folder / "shaken").glob("part-*")} == calm
+    shaken = (folder / "shaken" / "parts").glob("part-*")
+    assert {file.name: file.read_bytes() for file in shaken} == calm
 
 
 @pytest.mark.chaos

@@ -23,8 +23,9 @@ FLOORS = [
         "cluster",
         "demo",
         "screen",
+        "spreadsheet",
     },
-    {"plan", "guard", "descent", "checkpoint", "registry", "jobs", "launch"},
+    {"plan", "scores_io", "guard", "descent", "checkpoint", "registry", "jobs", "launch"},
     {"extract", "doctor", "tracking"},
     {"bundle", "train", "inventory", "watch"},
     {"score", "export", "lr_finder", "sweep"},
@@ -40,7 +41,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
     "nvidia": {"decode"},
     "torchvision": {"model"},
-    "pyarrow": {"shards"},
+    "pyarrow": {"shards", "scores_io"},
     "mlflow": {
         "tracking",
         "tracking_client",

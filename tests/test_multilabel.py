@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from arrowhead import DataError, bundle, extract, fileio, metrics, plan, shards
+from arrowhead import DataError, bundle, extract, fileio, metrics, plan, scores_io, shards
 from arrowhead import score as scoring
 from arrowhead.bundle import Bundle, Golden
 from arrowhead.decode import PixelConfig
@@ -340,14 +340,14 @@ def scored(
     (images / "torn.jpg").write_bytes((table.parent / "torn.jpg").read_bytes())
     out = tmp_path_factory.mktemp("out") / "scores"
     loaded, request = _score(saved, images, out, probabilities=True, top_k=2)
-    yield loaded, request, polars.read_parquet(out / "part-*.parquet")
+    yield loaded, request, polars.read_parquet(out / "parts")
 
 
 def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
     scored: tuple[Bundle, scoring.Request, polars.DataFrame], store: Store, table: Path
 ) -> None:
     loaded, request, rows = scored
-    paths = [path for part in range(len(request.runs)) for path in request.rows(part).paths]
+    paths = [path for part in range(len(request.runs)) for path in request.files(part).paths]
     assert rows["path"].to_list() == paths == sorted(paths)
     cut = dict(zip(loaded.classes, loaded.thresholds or [], strict=True))
     for row in rows.iter_rows(named=True):
@@ -355,13 +355,14 @@ def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
             assert row["fault"]
             assert {row[name] for name in ("label", "labels", "probability", "top_k")} == {None}
             continue
-        chance = dict(zip(loaded.classes, row["probabilities"], strict=True))
+        chance = row["probabilities"]
+        assert list(chance) == loaded.classes
         assert row["labels"] == [name for name in loaded.classes if chance[name] >= cut[name]]
         best = sorted(loaded.classes, key=lambda name: -chance[name])[:2]
         assert [one["label"] for one in row["top_k"]] == best
         assert (row["label"], row["probability"]) == (best[0], chance[best[0]])
     # Sigmoids do not add up to 1, and the head has learnt what the table taught.
-    sums = rows["probabilities"].list.sum().drop_nulls().to_numpy()
+    sums = rows["probabilities"].drop_nulls().struct.unnest().sum_horizontal().to_numpy()
     assert np.ptp(sums) > 0.1
     said = {
         Path(store.read_catalog()["paths"][row]).name: hot
@@ -385,7 +386,7 @@ def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
     by_name = dict(zip([Path(paths[row]).name for row in valid.row], there, strict=True))
     for path, chance in zip(rows["path"], rows["probabilities"], strict=True):
         if chance is not None:
-            np.testing.assert_allclose(chance, by_name[path], atol=2e-3)
+            np.testing.assert_allclose(list(chance.values()), by_name[path], atol=2e-3)
 
 
 def test_parts_are_counted_by_every_label_given(
@@ -415,8 +416,13 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
     chance[0, :2] = 0.3, 0.25
     config, chunk = ScoreConfig(top_k=1), _chunk([None, None, "empty"])
     judged = scoring.judged(one, chunk, chance, config)
-    shards.write_scores(tmp_path / "part-000000.parquet", judged, {})
-    rows = polars.read_parquet(tmp_path / "part-000000.parquet")
+    path = scoring.parts(tmp_path) / "part-000000.parquet"
+    scores_io.write_scores(path, judged, {})
+    scores_io.replace_journal(
+        scoring.journal(tmp_path),
+        [scores_io.finished(path, 0, rows=3, inputs="", faults={"empty": 1})],
+    )
+    rows = polars.read_parquet(path)
     assert rows["labels"].dtype == polars.List(polars.String)
     assert rows["labels"].to_list() == [["even"], [], None]
     assert rows["label"].to_list() == ["brown", "brown", None]
@@ -441,12 +447,12 @@ def test_parts_of_a_bundle_with_one_label_each_have_the_columns_they_always_had(
     one = dataclasses.replace(made, multi=False, thresholds=None)
     chance = np.array([[0.1, 0.2, 0.4, 0.2, 0.1]], np.float32)
     judged = scoring.judged(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
-    shards.write_scores(tmp_path / "one.parquet", judged, {})
+    scores_io.write_scores(tmp_path / "one.parquet", judged, {})
     rows = polars.read_parquet(tmp_path / "one.parquet")
     names = ["path", "image_id", "label", "probability", "top_k", "probabilities", "fault"]
     assert rows.columns == names
     assert rows["label"].to_list() == ["green"]
-    np.testing.assert_allclose(rows["probabilities"].to_list(), chance)
+    np.testing.assert_allclose(list(rows["probabilities"][0].values()), chance[0])
 
 
 def _moved(made: Bundle, shift: NDArray[np.float32]) -> Bundle:
@@ -468,7 +474,7 @@ def test_a_golden_image_that_gains_or_loses_a_label_stops_scoring(
     bundle.save(_moved(made, moved), path)
     with pytest.raises(DataError, match="1 of 3 labels changed"):
         _score(path, drawn / "new", tmp_path / "out")
-    assert not list((tmp_path / "out").glob("part-*"))
+    assert not list((tmp_path / "out").rglob("part-*"))
     near = np.clip(chance + np.where(chance < cut, -1e-3, 1e-3), 0, 1).astype(np.float32)
     bundle.save(_moved(made, near), path)
     _score(path, drawn / "new", tmp_path / "again")

@@ -55,7 +55,12 @@ def out(tmp_path: Path) -> Path:
 
 
 def rows(out: Path) -> polars.DataFrame:
-    return polars.read_parquet(out / "part-*.parquet")
+    return polars.read_parquet(out / "parts")
+
+
+def chances(out: Path) -> Any:
+    """float32 (N, C)."""
+    return rows(out)["probabilities"].struct.unnest().to_numpy()
 
 
 def refused(*words: object) -> int:
@@ -90,7 +95,8 @@ def test_a_list_is_scored_in_its_order_as_often_as_it_names_a_file(command, out,
     known = {row["path"]: row["probability"] for row in rows(tmp_path / "all").to_dicts()}
     for row in table.to_dicts():
         if row["fault"] is None:
-            assert row["probability"] == known[row["path"]]
+            # Alone or among others: a matrix product of other shape may differ in its last bit.
+            assert row["probability"] == pytest.approx(known[row["path"]], rel=1e-6)
 
 
 def test_a_table_with_other_columns_is_scored_in_its_order(command, out, tmp_path, place):
@@ -125,7 +131,7 @@ def test_each_part_says_what_made_it_and_the_account_balances(command, out):
     assert counts["inputs"] == counts["scored"] + counts["faults"] == 24
     assert json.loads((out / "score.json").read_text())["counts"] == counts
     assert found["roofline"] and found["seconds"]["forward"] > 0
-    parts = sorted(out.glob("part-*.parquet"))
+    parts = sorted((out / "parts").glob("part-*.parquet"))
     assert len(parts) > 1
     for part in parts:
         notes = pq.read_schema(part).metadata
@@ -144,10 +150,10 @@ def test_features_are_those_of_the_store_and_a_store_saves_the_decoding(command,
     lean = command("score", "out/bundle", "photos", tmp_path / "lean", *flags)
     assert plain["counts"]["decoded"] == 72
     assert lean["counts"]["decoded"] == 0 and lean["counts"]["looked_up"] == 72
-    parts = sorted(out.glob("part-*.parquet"))
+    parts = sorted((out / "parts").glob("part-*.parquet"))
     assert len(parts) > 2
     for part in parts:
-        assert (tmp_path / "lean" / part.name).read_bytes() == part.read_bytes()
+        assert (tmp_path / "lean" / "parts" / part.name).read_bytes() == part.read_bytes()
     held = {
         path: feature[0]
         for shard in Store(Path("out/store")).rows()
@@ -168,9 +174,9 @@ def test_raw_probabilities_are_those_before_the_temperature(command, out, tmp_pa
     command("score", "out/bundle", "new", tmp_path / "raw", "--probabilities", "--raw")
     heat = bundle.load(Path("out/bundle")).temperature
     assert abs(heat - 1) > 0.01
-    raw = np.log(np.array(rows(tmp_path / "raw")["probabilities"].to_list())) / heat
+    raw = np.log(chances(tmp_path / "raw")) / heat
     cooled = np.exp(raw) / np.exp(raw).sum(1, keepdims=True)
-    np.testing.assert_allclose(rows(out)["probabilities"].to_list(), cooled, atol=1e-5)
+    np.testing.assert_allclose(chances(out), cooled, atol=1e-5)
 
 
 def test_the_csv_says_what_the_parquet_says(command, out):
@@ -239,7 +245,7 @@ def test_labels_are_those_of_plain_torchvision_with_the_bundles_weights(command,
         feature = (feature - tensors["head.0.mean"]) / tensors["head.0.deviation"]
         logit = feature @ tensors["head.2.weight"].T + tensors["head.2.bias"]
         chance = (logit / about["temperature"]).softmax(1).numpy()
-    ours = np.array([row["probabilities"] for row in table])
+    ours = chances(out)
     assert np.abs(ours - chance).max() < 0.05
     sure = np.sort(chance, 1)[:, -1] - np.sort(chance, 1)[:, -2] > 0.1
     assert sure.sum() > 12
@@ -355,20 +361,20 @@ def test_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(command, tmp_path
     words = ["score", place / "out/bundle", tmp_path / "salted", out, *flags]
     program = [sys.executable, "-m", "arrowhead", *map(str, words)]
     running = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=-3)
-    while len(list(out.glob("part-*.parquet"))) < 3:
+    while len(list((out / "parts").glob("part-*.parquet"))) < 3:
         assert running.poll() is None, "ended before it could be killed"
         time.sleep(0.005)
     time.sleep(draw.random() / 20)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    before = {file.name: file.read_bytes() for file in out.glob("part-*.parquet")}
+    before = {file.name: file.read_bytes() for file in (out / "parts").glob("part-*.parquet")}
     ended = command(*words, code=3)
     assert 0 < ended["counts"]["skipped"] < count
-    parts = {file.name: file.read_bytes() for file in out.glob("part-*.parquet")}
+    parts = {file.name: file.read_bytes() for file in (out / "parts").glob("part-*.parquet")}
     assert before.items() <= parts.items()
-    assert parts == {f.name: f.read_bytes() for f in (tmp_path / "calm").glob("part-*.parquet")}
-    left = [file.name for file in out.iterdir() if file.name.startswith(".part")]
-    assert left == [] or all(name.endswith(".draft") for name in left)
+    undisturbed = (tmp_path / "calm" / "parts").glob("part-*.parquet")
+    assert parts == {file.name: file.read_bytes() for file in undisturbed}
+    assert {file.name for file in (out / "parts").iterdir()} == parts.keys()
     same = rows(tmp_path / "calm").filter(polars.col("path").is_in(["same.jpg"]))
     twin = rows(tmp_path / "calm").filter(polars.col("image_id") == same["image_id"][0])
     assert len(twin) == 4 and twin["probability"].n_unique() == 1

@@ -461,7 +461,7 @@ def test_a_part_of_scores_with_columns_that_run_is_refused(
 ):
     asked = ["score", _whole(bundled), made / "data" / "valid", tmp_path / "scores"]
     ends(*asked, code=0)
-    _extended(tmp_path / "scores" / "part-000000.parquet", "object", payload)
+    _extended(tmp_path / "scores" / "parts" / "part-000000.parquet", "object", payload)
     ends(*asked, code=4)
 
 
@@ -475,7 +475,8 @@ def test_an_array_of_objects_is_no_image_and_no_weights(
     np.save(tmp_path / "images" / "a.npy", np.array([Singing(canary)], object), allow_pickle=True)
     (tmp_path / "images" / "b.jpg").write_bytes((tmp_path / "images" / "a.npy").read_bytes())
     ends("score", _whole(bundled), "images", "scores", code=3)
-    faults = pq.read_table(tmp_path / "scores" / "part-000000.parquet")["fault"].to_pylist()
+    part = tmp_path / "scores" / "parts" / "part-000000.parquet"
+    faults = pq.read_table(part)["fault"].to_pylist()
     assert [fault.partition(":")[0] for fault in faults] == ["not an image"] * 2
     ends("fit", made / "data", "out", "--weights", tmp_path / "images" / "a.npy", code=2)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowhead import ConfigError, DataError, fileio, shards
+from arrowhead import ConfigError, DataError, fileio, scores_io, shards
 from arrowhead.shards import Recipe, Rows, Store
 
 RECIPE = Recipe(
@@ -349,16 +349,16 @@ def test_a_store_of_another_format_is_refused(store: Store) -> None:
 
 def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
-    scores = shards.Scores(
+    scores = scores_io.Scores(
         classes=["cat", "dog"],
         paths=["a", "b"],
         image_ids=[bytes(16)] * 2,
         faults=[None, "empty: the file has no bytes"],
         top=np.array([[1, 0], [0, 1]]),
-        chance=np.array([[0.25, 0.75], [0.5, 0.5]], np.float32),
+        probability=np.array([[0.25, 0.75], [0.5, 0.5]], np.float32),
     )
-    shards.write_scores(path, scores, {"made": "here"})
-    assert shards.read_parquet(path, ["path", "label", "top_k"]) == {
+    scores_io.write_scores(path, scores, {"made": "here"})
+    assert scores_io.read_parquet(path, ["path", "label", "top_k"]) == {
         "path": ["a", "b"],
         "label": ["dog", None],
         "top_k": [
@@ -368,4 +368,4 @@ def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
     }
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match=r"scores\.parquet"):
-        shards.read_parquet(path, ["path"])
+        scores_io.read_parquet(path, ["path"])

@@ -454,7 +454,7 @@ def test_images_and_a_bundle_in_s3_are_scored_as_those_on_the_disk(
     address, photos = f"s3://{bucket.name}/models/one", f"s3://{bucket.name}/photos"
     far = command("score", address, photos, tmp_path / "far", *flags, code=3)
     assert far["counts"] == near["counts"] and far["counts"]["faults"] == 1
-    name = "part-000000.parquet"
+    name = "parts/part-000000.parquet"
     assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
     assert not (tmp_path / "far" / ".bundle").exists()
     about = command("bundle", "info", address)

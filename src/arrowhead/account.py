@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from arrowhead import extract, report, shards, sweep
+from arrowhead import extract, metrics, report, shards, sweep
 from arrowhead.bundle import Bundle
 from arrowhead.cluster import LaunchConfig
 from arrowhead.lr_finder import Curve
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog
-from arrowhead.score import Held, ScoreConfig
+from arrowhead.score import Agreement, Held, ScoreConfig
 from arrowhead.shards import Store
 from arrowhead.study import Learned, OutOfFold, Study
 from arrowhead.tracking import Run
@@ -257,6 +257,27 @@ def say_scores(
             f"{counts['novel']} images are novel: further than {cut:.3f} from the training images"
             f" ({share} of images like them are, too)"
         )
+
+
+def say_damaged(names: list[str], screen: Screen) -> None:
+    """Which parts of the scores are made again because their bytes have changed."""
+    for name in names:
+        screen.say(f"{name} has changed since it was written: its images are scored again")
+
+
+def say_folders(found: Agreement | None, screen: Screen) -> None:
+    """How the labels agree with the folders' names, where these are the bundle's classes."""
+    if found:
+        screen.say(
+            f"the folders are named after classes of the bundle: {found.right} of {found.images}"
+            f" agree ({percent(found.right, found.images)})"
+        )
+
+
+def percent(right: int, images: int) -> str:
+    """A share with its 95 % confidence interval (Wilson)."""
+    low, high = metrics.interval(right, images)
+    return f"{100 * right / images:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
 def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> None:

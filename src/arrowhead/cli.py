@@ -8,6 +8,7 @@ request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -219,10 +220,13 @@ def score(
         result = pipeline.score(bundle, images, out, scores, extract, means, tracking)
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
         means.screen.say(f"labels: {found}")
-        first = out / "part-000000.parquet"
+        code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
         say_next(
             means.screen,
-            [f"{sibling('python')} -c \"import pandas; print(pandas.read_parquet('{first}'))\""],
+            [
+                f"{sibling('python')} -c {shlex.quote(code)}",
+                f"{me()} scores verify {shlex.quote(str(out))}",
+            ],
         )
     return finish(result, output)
 
@@ -374,6 +378,7 @@ def doctor(*, output: Out = Output()) -> int:
 
 app.command(cli_inspect.features)
 app.command(cli_inspect.bundles)
+app.command(cli_inspect.scores_app)
 app.command(cli_cluster.submit, sort_key=9)
 app.command(cli_cluster.jobs_app)
 
@@ -388,6 +393,7 @@ def main(words: list[str] | None = None) -> None:
 
 def _run(words: list[str]) -> int:
     """Run a verb; its exit code, after what went wrong is said."""
+    words = cli_inspect.scores_verb(words)
     app.config = ()  # of an earlier call in this process
     take_any_text()
     try:

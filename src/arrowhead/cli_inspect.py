@@ -1,4 +1,4 @@
-"""Verbs that look into what was made: stores and bundles."""
+"""Verbs that look into what was made: stores, bundles and scores."""
 
 from __future__ import annotations
 
@@ -114,6 +114,54 @@ def _show_findings(found: list[Any], output: Output) -> None:
         return
     for one in found:
         Screen(to_stderr=False).say(f"{one.kind}: {one.path}: {one.words}")
+
+
+# ------------------------------------------------------------------------------ scores
+
+scores_app = App(
+    name="scores",
+    help="Check what `score` wrote.",
+    sort_key=8,
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
+)
+
+
+@scores_app.command(name="verify")
+def scores_verify(
+    out: Annotated[Path, Parameter(help="Scores: a folder that `score` wrote.")],
+    *,
+    output: Out = Output(),
+) -> int:
+    """Check scores from end to end: the hash of every part, its rows, their order.
+
+    Exit code 4 when something in them cannot be trusted. Nothing is repaired: the same score
+    command makes damaged parts again. `arrowhead score verify OUT` does the same.
+
+    Example: arrowhead scores verify scores/
+    """
+    from arrowhead import score as scoring
+
+    found = scoring.verify(out)
+    if output.json:
+        give(found)
+    else:
+        screen = Screen(to_stderr=False)
+        for problem in found["problems"]:
+            screen.say(problem)
+        screen.say(
+            f"{out}: {found['parts']} parts · {found['rows']} rows · {found['bytes'] / 1e6:.1f} MB:"
+            f" {'all as written' if not found['problems'] else 'cannot be trusted'}"
+        )
+    return 4 if found["problems"] else 0
+
+
+def scores_verb(words: list[str]) -> list[str]:
+    """`score verify OUT` as `scores verify OUT`: scoring takes three names, so this is no scoring
+    with a bundle called verify.
+    """
+    names = [word for word in words if not word.startswith("-")]
+    return ["scores", *words[1:]] if words[:2] == ["score", "verify"] and len(names) == 3 else words
 
 
 # ------------------------------------------------------------------------------ bundle

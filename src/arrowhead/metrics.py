@@ -45,6 +45,7 @@ def evaluate(
 
     One label per image:
         images; loss: mean cross entropy of the logits as they are, in nats; accuracy;
+        accuracy_interval: its 95 % confidence interval;
         top_5_accuracy, of more than 5 classes: of equal logits the first counts more;
         balanced_accuracy: mean recall of the classes that occur; auroc: of two classes that of the
         second, of more the mean of each against the rest, over the classes that occur;
@@ -98,6 +99,7 @@ def _one_label(
         "images": rows,
         "loss": _mean(nats_N),
         "accuracy": _mean(right_N),
+        "accuracy_interval": list(interval(int(right_N.sum()), rows)),
         "balanced_accuracy": _mean((np.diag(counts_CC) / np.maximum(present_C, 1))[present_C > 0]),
         "auroc": _auroc_of_classes(logit_NC, label_N, temperature, norm_N),
         "ece": _calibration_error(sure_N, right_N),
@@ -280,6 +282,18 @@ def _slices(length: int, width: int) -> Iterator[slice]:
     lines = max(16, 2**22 // max(width, 1))
     for at in range(0, length, lines):
         yield slice(at, min(at + lines, length))
+
+
+def interval(right: int, images: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % confidence interval of a share, `right` of `images`: Wilson's (JASA 22, 1927), which
+    keeps to 0..1 and holds for few images and for shares near 0 and 1.
+    """
+    if not images:
+        return 0.0, 1.0
+    share, weight = right / images, z * z / images
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 # ------------------------------------------------------------------------------- classes

@@ -534,6 +534,7 @@ def score(
         files, ignored = len(catalog), catalog.ignored
         request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
         del catalog  # of a million files; from here on nobody holds more than some chunks
+        account.say_damaged(request.damaged, means.screen)
         missing = request.missing()
         total = sum(len(request.runs[number]) for number in missing)
         args = request, how
@@ -555,6 +556,7 @@ def score(
         "ignored": ignored,
     }
     account.say_scores(means, counts, done, loaded, config)
+    account.say_folders(found.folders, means.screen)
     result = {
         "counts": counts,
         "faults": dict(found.faults),
@@ -566,6 +568,7 @@ def score(
         "recipe_fingerprint": loaded.recipe.fingerprint,
         "drift": done.drift,
         "novelty_threshold": account.cut_of(loaded, config),
+        "folders": found.folders and found.folders.plain(),
         "out": str(out),
         "csv": str(table) if table else None,
         "arrowhead": __version__,
@@ -574,7 +577,7 @@ def score(
         "too_many_faults": how.too_many(faults, files),
     }
     if missing or not (out / "score.json").is_file():
-        fileio.write_json(out / "score.json", result)
+        scoring.record(request, result, loaded)
     if means.run:
         means.run.dataset(name, digest, root, "scoring")
         means.run.tags({"dataset": name, "body": loaded.recipe.body})

@@ -3,18 +3,18 @@
     unlabelled catalog     one row per file, in input order; kept in inputs.arrow
       -> extract.Pump      features, by the recipe of the bundle
       -> head              calibrated probabilities; the labels they give; novelty
-      -> part              one Parquet file per chunk, whole or absent
-      -> score.json        counts, lineage, seconds by stage; written last
+      -> part              one Parquet file per chunk, whole or absent, its sha256 in a journal
+      -> score.json        counts, lineage, seconds by stage, every part; written last
 
-A part that is there is done: a stopped run goes on with the others. Nobody holds more than a chunk
-or two of rows at a time: workers read theirs off the memory map of inputs.arrow.
+A part that is in the journal, with those bytes, is done: a stopped run goes on with the others.
+Nobody holds more than a chunk or two of rows at a time: workers read theirs off the memory map of
+inputs.arrow.
 """
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, __version__, extract, fileio, plan, shards
+from arrowhead import (
+    ConfigError,
+    DataError,
+    __version__,
+    extract,
+    fileio,
+    metrics,
+    plan,
+    scores_io,
+    shards,
+    spreadsheet,
+)
 from arrowhead import bundle as bundles
 from arrowhead.bundle import Bundle
 from arrowhead.launch import Worker
 from arrowhead.plan import Catalog
-from arrowhead.shards import Scores, Store
+from arrowhead.scores_io import Part, Scores
+from arrowhead.shards import Store
 
 PASSING = ("changed", "unreadable")  # faults that may be gone when the same command runs again
 BINS = np.linspace(0, 1, 21)
@@ -40,7 +52,7 @@ class ScoreConfig:
     top_k: int = 5
     """Labels listed per image, best first (at most the number of classes)."""
     probabilities: bool = False
-    """Also write the probability of every class."""
+    """Also write the probability of every class: a struct with a field for each."""
     features: bool = False
     """Also write the body's features: for search, clustering, plots."""
     raw: bool = False
@@ -50,7 +62,9 @@ class ScoreConfig:
     false_alarms: float = 0.05
     """Share of images like the training images that --flag-novel may mark by mistake, 0 to 1."""
     csv: bool = False
-    """Also write OUT/scores.csv: path, image_id, label, probability, novelty, fault."""
+    """Also write OUT/scores.csv: path, image_id, label, probability, novelty, fault, and with
+    --probabilities a column for every class. A text that a spreadsheet would run as a formula has
+    a ' in front."""
     store: Path | None = None
     """Feature store of the same recipe: images whose features it holds are not decoded."""
     base: str | None = None
@@ -87,29 +101,75 @@ class Request:
     config: ScoreConfig
     runs: list[range]
     """Rows of inputs.arrow by part."""
+    damaged: list[str] = field(default_factory=list)
+    """Names of parts whose bytes have changed since they were written; they are made again."""
 
     def part(self, number: int) -> Path:
         """Where a chunk's scores lie."""
-        return part(self.out, number)
+        return parts(self.out) / scores_io.part_name(number)
 
-    def rows(self, number: int) -> Catalog:
+    def files(self, number: int) -> Catalog:
         """The files that a part is of."""
         return Catalog(**shards.read_catalog(inputs(self.out), self.runs[number]))
 
+    def journal(self) -> dict[int, Part]:
+        """The finished parts."""
+        return _on_disk(self.out, scores_io.read_journal(journal(self.out)))
+
     def missing(self) -> list[int]:
-        """The parts to be made: not there, or with a fault that may have passed."""
-        return [number for number in range(len(self.runs)) if not self._settled(number)]
+        """The parts to be made: not there (see `prepare`), or with a fault that may have passed."""
+        there = scores_io.read_journal(journal(self.out))
+        return [
+            number
+            for number in range(len(self.runs))
+            if not any(_settled(one) for one in there.get(number, []))
+        ]
 
-    def _settled(self, number: int) -> bool:
-        if not self.part(number).is_file():
-            return False
-        faults = shards.read_parquet(self.part(number), ["fault"])["fault"]
-        return not any(fault and fault.startswith(PASSING) for fault in faults)
+    def read(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+        """Some columns of every part, in input order, their bytes checked first.
+
+        Raises DataError unless the parts hold every input once, in order.
+        """
+        there = self.journal()
+        for number in range(len(self.runs)):
+            path, part = self.part(number), there.get(number)
+            if part is None:
+                raise _not_those_files(path)
+            table = scores_io.read_parquet(path, ["path", *columns], part.sha256)
+            if table["path"] != self.files(number).paths:
+                raise _not_those_files(path)
+            yield table
 
 
-def part(out: Path, number: int) -> Path:
-    """Where the scores of one chunk lie; names sort in input order."""
-    return out / f"part-{number:06d}.parquet"
+def _settled(part: Part) -> bool:
+    return not any(part.faults.get(kind) for kind in PASSING)
+
+
+def _on_disk(out: Path, journal: Mapping[int, Sequence[Part]]) -> dict[int, Part]:
+    """Of what the journal says of each part, that which its bytes are."""
+    found = {}
+    for number, said in journal.items():
+        for part in said[:1] if len(said) == 1 else [one for one in said if one.is_at(parts(out))]:
+            found[number] = part
+    return found
+
+
+def _not_those_files(path: Path) -> DataError:
+    return DataError(
+        f"{path} does not hold the files it should.",
+        "one row per file, in the order of the files.",
+        "delete that file and run the same command again.",
+    )
+
+
+def parts(out: Path) -> Path:
+    """The folder of the Parquet parts; nothing else lies in it, so readers take it as it is."""
+    return out / "parts"
+
+
+def journal(out: Path) -> Path:
+    """The folder of the workers' journals of finished parts."""
+    return out / "journal"
 
 
 def inputs(out: Path) -> Path:
@@ -143,7 +203,8 @@ def score(worker: Worker, request: Request, how: extract.ExtractConfig) -> None:
         extract.pixels_of(recipe), max_pixels=config.max_pixels, max_scans=config.max_scans
     )
     known = extract.Known.of(Store(config.store)) if config.store else extract.Known()
-    claimed = ((number, request.rows(number)) for number in iter(worker.claim, None))
+    finished = scores_io.Journal(journal(request.out))
+    claimed = ((number, request.files(number)) for number in iter(worker.claim, None))
     with extract.Pump(worker, body, recipe, clean, how) as pump:
         for chunk in pump(claimed, known):
             with pump.clock.stage("write"):
@@ -152,7 +213,15 @@ def score(worker: Worker, request: Request, how: extract.ExtractConfig) -> None:
                     head, chunk.features[:, 0], heat, multi=bundle.multi
                 )
                 rows = judged(bundle, chunk, chance_NC, config)
-                shards.write_scores(request.part(chunk.number), rows, mark)
+                scores_io.write_scores(request.part(chunk.number), rows, mark)
+                part = scores_io.finished(
+                    request.part(chunk.number),
+                    chunk.number,
+                    inputs=inputs_of(request.files(chunk.number)),
+                    rows=len(chunk.paths),
+                    faults=chunk.counts()["faults"],
+                )
+                finished.write(part)
             extract.tell(worker, chunk, pump.clock.read(), "scores_written")
 
 
@@ -183,7 +252,7 @@ def judged(
         image_ids=chunk.image_ids,
         faults=chunk.faults,
         top=np.argsort(-chance_NC, axis=1, kind="stable")[:, :count],
-        chance=chance_NC,
+        probability=chance_NC,
         every=config.probabilities,
         given=bundle.given(chance_NC) if bundle.multi else None,
         novelty=novelty_N,
@@ -226,8 +295,14 @@ def prepare(
         "chunk_size": chunk_size,
     }
     note, new = out / "request.json", True
+    _must_be_of_this_layout(out)
     if note.is_file():
-        found = fileio.read_json(note)
+        found = fileio.read_sealed(
+            note,
+            scores_io.FORMAT,
+            upgrade="score into a new folder",
+            repair="delete that folder and score again, or give another OUT.",
+        )
         if differing := [key for key in asked if found.get(key) != asked[key]]:
             raise ConfigError(
                 f"{out} holds scores of another request: its {differing[0]} differs.",
@@ -235,11 +310,6 @@ def prepare(
                 "give another OUT, or delete that folder.",
             )
         runs, new = [range(*ends) for ends in found["runs"]], False
-        before = shards.read_stamps(inputs(out))
-        for number, run in enumerate(runs):  # a file of the same size may hold another image now
-            here = slice(run.start, run.stop)
-            if not np.array_equal(before[here], catalog.stamps[here]):
-                part(out, number).unlink(missing_ok=True)
     else:
         if out.is_dir() and any(one.name not in STRANGERS for one in out.iterdir()):
             raise ConfigError(
@@ -248,13 +318,56 @@ def prepare(
                 "give another OUT.",
             )
         runs = plan.chunks(catalog.paths, chunk_size)
-    shards.write_catalog(inputs(out), catalog.columns())
+    # Other files that were seen change nothing about the scores, nor may they change this file.
+    shards.write_catalog(inputs(out), replace(catalog, ignored=0).columns())
     if new:
-        fileio.write_json(note, asked | {"runs": [[run.start, run.stop] for run in runs]})
+        content = asked | {"runs": [[run.start, run.stop] for run in runs]}
+        fileio.write_sealed(note, content | {"format": scores_io.FORMAT})
+    damaged = _go_on(out, catalog, runs)
     # Workers start in a directory of their own.
     store = config.store and config.store.absolute()
     config = replace(config, store=store)
-    return Request(out=out.absolute(), bundle=path.absolute(), config=config, runs=runs)
+    return Request(
+        out=out.absolute(), bundle=path.absolute(), config=config, runs=runs, damaged=damaged
+    )
+
+
+def _must_be_of_this_layout(out: Path) -> None:
+    if any(out.glob("part-*.parquet")):
+        raise ConfigError(
+            f"{out} holds scores of an older Arrowhead: their parts lie beside score.json and have"
+            " no hashes.",
+            f"parts in {parts(out)}, each with its sha256.",
+            "give another OUT; what is in that folder can still be read as Parquet.",
+        )
+
+
+def _go_on(out: Path, catalog: Catalog, runs: list[range]) -> list[str]:
+    """Leave in the journal what is there and whole, of these files; names of damaged parts.
+
+    The other parts are removed, and so are the drafts of a run that was killed.
+    """
+    said = scores_io.read_journal(journal(out))
+    kept, damaged = [], []
+    for number, run in enumerate(runs):
+        path = parts(out) / scores_io.part_name(number)
+        now = inputs_of(catalog.part(run)) if number in said else ""
+        current = [one for one in said.get(number, []) if one.inputs == now]
+        if whole := next((one for one in current if one.is_at(parts(out))), None):
+            kept.append(whole)
+            continue
+        if current and path.is_file():
+            damaged.append(path.name)
+        path.unlink(missing_ok=True)
+    for draft in parts(out).glob(".part-*.draft"):
+        draft.unlink(missing_ok=True)
+    scores_io.replace_journal(journal(out), kept)
+    return damaged
+
+
+def inputs_of(files: Catalog) -> str:
+    """A hash of files' paths, sizes and stamps: a file of the same size may hold another image."""
+    return plan.chunk_name(files, range(len(files)), "")
 
 
 STRANGERS = {".lock", ".bundle", "inputs.arrow"}  # what may lie in OUT before there is a request
@@ -272,6 +385,51 @@ class Held:
     chances: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
     novelties: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
     novel: int = 0
+    folders: Agreement | None = None
+    """How the labels agree with folders that are named after classes, if they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How many of the images in folders that are named after classes are given that class."""
+
+    images: int
+    right: int
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it, with the accuracy and its 95 % interval."""
+        return {
+            "images": self.images,
+            "right": self.right,
+            "accuracy": self.right / self.images,
+            "accuracy_interval": list(metrics.interval(self.right, self.images)),
+        }
+
+
+class _Folders:
+    """Whether images lie in CLASS/… or in SPLIT/CLASS/…, and how their labels agree with that."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes = set(classes)
+        self._images, self._right = Counter[int](), Counter[int]()
+        self._odd: set[int] = set()
+
+    def add(self, path: str, label: str | None) -> None:
+        """Count one image; label: None at a fault."""
+        folders = path.split("/")[:-1]
+        for depth in {0, 1} - self._odd:
+            if len(folders) <= depth or folders[depth] not in self._classes:
+                self._odd.add(depth)
+            elif label is not None:
+                self._images[depth] += 1
+                self._right[depth] += label == folders[depth]
+
+    def agreement(self) -> Agreement | None:
+        """None where the folders are not named after classes."""
+        for depth in sorted({0, 1} - self._odd):
+            if self._images[depth]:
+                return Agreement(self._images[depth], self._right[depth])
+        return None
 
 
 def held(request: Request, bundle: Bundle) -> Held:
@@ -280,25 +438,22 @@ def held(request: Request, bundle: Bundle) -> Held:
     Raises DataError unless they hold every input once, in order.
     """
     made = Held(labels=Counter(dict.fromkeys(bundle.classes, 0)))
-    for number in range(len(request.runs)):
-        names = ["path", "labels" if bundle.multi else "label", "probability", "fault"]
-        names += ["novelty"] if bundle.novelty else []
-        names += ["novel"] if request.config.flag_novel else []
-        columns = shards.read_parquet(request.part(number), names)
-        if columns["path"] != request.rows(number).paths:
-            raise DataError(
-                f"{request.part(number)} does not hold the files it should.",
-                "one row per file, in the order of the files.",
-                "delete that file and run the same command again.",
-            )
+    folders = _Folders(bundle.classes)
+    names = ["labels" if bundle.multi else "label", "probability", "fault"]
+    names += ["novelty"] if bundle.novelty else []
+    names += ["novel"] if request.config.flag_novel else []
+    for columns in request.read(names):
         made.faults.update(fault.partition(":")[0] for fault in columns["fault"] if fault)
         if bundle.multi:
             made.labels.update(label for given in columns["labels"] for label in given or ())
         else:
             made.labels.update(label for label in columns["label"] if label is not None)
+            for path, label in zip(columns["path"], columns["label"], strict=True):
+                folders.add(path, label)
         made.chances += np.histogram(_there(columns["probability"]), BINS)[0]
         made.novelties += np.histogram(_there(columns.get("novelty", [])), 2 * BINS)[0]
         made.novel += sum(map(bool, columns.get("novel", [])))
+    made.folders = folders.agreement() if not bundle.multi else None
     return made
 
 
@@ -309,23 +464,102 @@ def _there(values: list[float | None]) -> list[float]:
 def write_csv(request: Request, bundle: Bundle) -> Path:
     """The parts as one CSV for people and programs without Parquet, whole or absent."""
     target = request.out / "scores.csv"
-    names = ["path", "image_id", "label", "probability"]
+    names = ["image_id", "label", "probability"]
     names += ["labels"] if bundle.multi else []
     names += ["novelty"] if bundle.novelty else []
     names += ["novel"] if request.config.flag_novel else []
     names += ["fault"]
-    with fileio.draft(target) as sketch, sketch.open("w", newline="", encoding="utf-8") as file:
-        sheet = csv.writer(file)
-        sheet.writerow(names)
-        for number in range(len(request.runs)):
-            sheet.writerows(_cells(shards.read_parquet(request.part(number), names)))
+    every = bundle.classes if request.config.probabilities else []
+    header = ["path", *names, *(f"probability.{name}" for name in every)]
+    with spreadsheet.writing(target, header) as sheet:
+        for columns in request.read([*names, *(["probabilities"] if every else [])]):
+            for row in _cells(columns, names, every):
+                sheet.row(row)
     return target
 
 
-def _cells(columns: dict[str, list[Any]]) -> Iterator[tuple[Any, ...]]:
+def _cells(
+    columns: dict[str, list[Any]], names: Sequence[str], every: Sequence[str]
+) -> Iterator[list[Any]]:
     columns["image_id"] = [one.hex() for one in columns["image_id"]]
     if "labels" in columns:
         columns["labels"] = [given and " ".join(given) for given in columns["labels"]]
     if "novel" in columns:
         columns["novel"] = [None if one is None else int(one) for one in columns["novel"]]
-    return zip(*columns.values(), strict=True)
+    for at, plain in enumerate(zip(*(columns[name] for name in ["path", *names]), strict=True)):
+        by_class = columns["probabilities"][at] if every else None
+        yield [*plain, *(by_class[name] if by_class else None for name in every)]
+
+
+# ------------------------------------------------------------------------------- afterwards
+
+
+def record(request: Request, result: Mapping[str, Any], loaded: Bundle) -> None:
+    """Write score.json: the result, and every part with its rows, bytes and sha256."""
+    there = request.journal()
+    listed = [there[number] for number in range(len(request.runs))]
+    content = dict(result) | {
+        "format": scores_io.FORMAT,
+        "classes": loaded.classes,
+        "inputs_sha256": fileio.sha256(inputs(request.out)),
+        "parts": [
+            {"name": one.name, "rows": one.rows, "bytes": one.bytes, "sha256": one.sha256}
+            for one in listed
+        ],
+    }
+    fileio.write_sealed(request.out / "score.json", content)
+
+
+def verify(out: Path) -> dict[str, Any]:
+    """Compare everything that `out` holds with score.json: {parts, rows, bytes, problems}.
+
+    problems: a line for each, empty if all of it can be trusted. Raises ConfigError where there are
+    no scores, DataError where score.json is missing or has changed.
+    """
+    _must_be_of_this_layout(out)
+    if not (out / "request.json").is_file():
+        raise ConfigError(
+            f"{out} holds no scores: it has no request.json.",
+            "a folder that `arrowhead score` wrote.",
+            "check the path.",
+        )
+    if not (out / "score.json").is_file():
+        raise DataError(
+            f"{out} has no score.json: its scoring never finished.",
+            "finished scores.",
+            "run the same score command again: it goes on where it stopped.",
+        )
+    content = fileio.read_sealed(
+        out / "score.json",
+        scores_io.FORMAT,
+        upgrade="score again into a new folder",
+        repair="delete it and run the same score command again: whole parts stay.",
+    )
+    named, problems = content["parts"], []
+    paths: list[str] | None = None
+    if inputs(out).is_file() and fileio.sha256(inputs(out)) == content["inputs_sha256"]:
+        paths = shards.read_catalog(inputs(out))["paths"]
+    else:
+        problems.append(f"{inputs(out)} is missing or has changed")
+    first = 0
+    for one in named:
+        try:
+            rows = scores_io.read_parquet(parts(out) / one["name"], ["path"], one["sha256"])["path"]
+        except DataError as error:
+            problems.append(error.found)
+        else:
+            if paths is not None and rows != paths[first : first + one["rows"]]:
+                problems.append(f"{parts(out) / one['name']} is not of the files it should be")
+        first += one["rows"]
+    known = {one["name"] for one in named}
+    strange = sorted({file.name for file in parts(out).glob("*")} - known)
+    problems += [f"{parts(out) / name} is not named in score.json" for name in strange]
+    if first != content["counts"]["inputs"]:
+        problems.append(f"the parts hold {first} rows, score.json counts other inputs")
+    return {
+        "scores": str(out),
+        "parts": len(named),
+        "rows": first,
+        "bytes": sum(one["bytes"] for one in named),
+        "problems": problems,
+    }

@@ -20,7 +20,6 @@ changes, so a reader sees the last whole state or the next one.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -175,109 +174,12 @@ def write_arrow(path: Path, table: Any) -> None:
         sink.write_table(table.combine_chunks())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """The scores of one chunk: N files, C classes.
-
-    classes: C names; paths: N; image_ids: N of 16 bytes; faults: N, None when the image is well;
-    top: int64 (N, K), the best classes, best first; chance: float32 (N, C), their probabilities.
-    The rest is not written where it is None. given: bool (N, C), the labels an image is given;
-    novelty: float32 (N,); novel: bool (N,); feature: float16 (N, D). every: write all of `chance`.
-    """
-
-    classes: Sequence[str]
-    paths: Sequence[str]
-    image_ids: Sequence[bytes]
-    faults: Sequence[str | None]
-    top: NDArray[np.int64]
-    chance: NDArray[np.float32]
-    every: bool = False
-    given: NDArray[np.bool_] | None = None
-    novelty: NDArray[np.float32] | None = None
-    novel: NDArray[np.bool_] | None = None
-    feature: NDArray[np.float16] | None = None
-
-
-def write_scores(path: Path, scores: Scores, metadata: Mapping[str, str]) -> None:
-    """One Parquet file (zstd), whole or absent; at a fault all but path and image_id are null.
-
-    Columns: path, image_id, label and probability (the best ones), labels (list, with `given`),
-    top_k (list of label and probability), probabilities (list, with `every`), novelty, novel,
-    feature (list of float32), fault.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    well_N = np.array([fault is None for fault in scores.faults], bool)
-    count, classes = len(well_N), pa.array(scores.classes, pa.string())
-
-    def plain(value_N: NDArray[Any], kind: Any) -> Any:
-        return pa.array(value_N, kind, mask=~well_N)
-
-    def lists(value: Any, length_N: NDArray[np.int64]) -> Any:
-        """Lists of these lengths, 0 at a fault, filled from the flat `value`."""
-        ends = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int32)
-        return pa.ListArray.from_arrays(ends, value, mask=pa.array(~well_N))
-
-    def wide(value_NX: NDArray[Any]) -> Any:
-        flat = pa.array(value_NX[well_N].astype(np.float32).ravel())
-        return lists(flat, well_N * value_NX.shape[1])
-
-    best_NK = np.take_along_axis(scores.chance, scores.top, 1)
-    pairs = [
-        classes.take(pa.array(scores.top[well_N].ravel())),
-        pa.array(best_NK[well_N].ravel(), pa.float32()),
-    ]
-    columns = {
-        "path": pa.array(scores.paths, pa.string()),
-        "image_id": pa.array(scores.image_ids, pa.binary(16)),
-        "label": classes.take(plain(scores.top[:, 0], pa.int64())),
-        "probability": plain(best_NK[:, 0], pa.float32()),
-    }
-    if scores.given is not None:
-        given_NC = scores.given & well_N[:, None]
-        names = classes.take(pa.array(np.nonzero(given_NC)[1]))
-        columns["labels"] = lists(names, given_NC.sum(1))
-    top_k = pa.StructArray.from_arrays(pairs, ["label", "probability"])
-    columns["top_k"] = lists(top_k, well_N * scores.top.shape[1])
-    if scores.every:
-        columns["probabilities"] = wide(scores.chance)
-    if scores.novelty is not None:
-        columns["novelty"] = plain(scores.novelty, pa.float32())
-    if scores.novel is not None:
-        columns["novel"] = plain(scores.novel, pa.bool_())
-    if scores.feature is not None:
-        columns["feature"] = wide(scores.feature)
-    columns["fault"] = pa.array(scores.faults, pa.string())
-    assert all(len(column) == count for column in columns.values())
-    table = pa.table(columns).replace_schema_metadata(dict(metadata))
-    with fileio.draft(path) as sketch:
-        pq.write_table(table, sketch, compression="zstd")
-
-
-def read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Some columns of a Parquet file as lists; DataError if it is not one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        schema = base64.b64decode((pq.read_metadata(path).metadata or {}).get(b"ARROW:schema", b""))
-        _must_be_plain(path, schema)
-        return dict(pq.read_table(path, columns=list(columns)).to_pydict())
-    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}.",
-            "a Parquet file written by `arrowhead score`.",
-            "delete the file and run the same score command again.",
-        ) from error
-
-
 def read_arrow(path: Path) -> Any:
     """The memory-mapped pyarrow table of an Arrow IPC file; DataError if it is not one."""
     import pyarrow as pa
 
     try:
-        _must_be_plain(path, _footer(path))
+        must_be_plain(path, _footer(path))
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
@@ -299,7 +201,7 @@ def _footer(path: Path) -> bytes:
         return file.read(size)
 
 
-def _must_be_plain(path: Path, schema: bytes) -> None:
+def must_be_plain(path: Path, schema: bytes) -> None:
     """DataError for a file with extension types, before Arrow looks at it.
 
     Who registers such a type says what runs when it is opened or read. Ray Train brings Ray Data's,
@@ -669,12 +571,6 @@ def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
         "tries": table["tries"].to_numpy(),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
     }
-
-
-def read_stamps(path: Path) -> NDArray[np.int64]:
-    """The stamps of a catalog's files, int64 (N,)."""
-    stamp_N: NDArray[np.int64] = read_arrow(path)["stamp"].to_numpy()
-    return stamp_N
 
 
 def _split_column(table: Any) -> NDArray[np.str_]:

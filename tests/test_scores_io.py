@@ -1,0 +1,346 @@
+"""Score files: read by any program, and never read when their bytes are not those that were
+written.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas
+import polars
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from conftest import Bundled
+
+from arrowhead import ConfigError, DataError, bundle, cli, extract, plan, scores_io, spreadsheet
+from arrowhead import score as scoring
+from arrowhead.launch import Desk, Worker
+
+ODD = ["$10_", "a_b$", "=1+1", "<b>x", "a.b", 'q"uote', "s p a c e", "貓", "קשת", "🐈", "x" * 200]
+COUNTS = dict.fromkeys(("decoded", "looked_up", "skipped", "reused", "faults", "novel"), 0)
+
+
+def scored(path: Path, images: Path, out: Path, **config: object) -> scoring.Request:
+    """Score as the verb does, in this process; without MLflow and screen."""
+    loaded, how = bundle.load(path), extract.ExtractConfig(chunk_size=4)
+    asked = scoring.ScoreConfig(**config)  # type: ignore[arg-type]
+    request = scoring.prepare(out, path, loaded, plan.unlabelled(images), asked, 4)
+    worker = Worker(0, 1, "cpu", 1, Desk(request.missing()).claim, lambda report: None)
+    scoring.score(worker, request, how)
+    found = scoring.held(request, loaded)
+    counts = COUNTS | {"inputs": sum(map(len, request.runs))}
+    folders = found.folders and found.folders.plain()
+    scoring.record(request, {"counts": counts, "folders": folders}, loaded)
+    return request
+
+
+@pytest.fixture(scope="module")
+def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 images of three classes and one that is none."""
+    folder = tmp_path_factory.mktemp("images") / "images"
+    for name in ("baskets", "beads", "leaves"):
+        (folder / name).mkdir(parents=True)
+        for file in sorted((drawn / "valid" / name).iterdir())[:4]:
+            shutil.copy(file, folder / name)
+    (folder / "beads" / "empty.jpg").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(bundled: Bundled, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished scores, to be read or copied."""
+    out = tmp_path_factory.mktemp("scores") / "scores"
+    scored(bundled(), images, out, probabilities=True)
+    return out
+
+
+@pytest.fixture
+def torn(whole: Path, tmp_path: Path) -> Path:
+    """A copy of them, to be damaged."""
+    shutil.copytree(whole, tmp_path / "scores")
+    return tmp_path / "scores"
+
+
+def flipped(path: Path, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+# ------------------------------------------------------------------------------- readers
+
+
+def test_every_reader_takes_the_folder_of_parts_as_it_is(whole: Path, images: Path) -> None:
+    folder = str(whole / "parts")
+    there = plan.unlabelled(images).paths
+    assert len(list((whole / "parts").iterdir())) > 2
+    assert pandas.read_parquet(folder)["path"].tolist() == there
+    assert polars.read_parquet(folder)["path"].to_list() == there
+    rows = duckdb.sql(f"select path from read_parquet('{folder}/*.parquet') order by path")
+    assert [path for (path,) in rows.fetchall()] == there
+    assert pyarrow.dataset.dataset(folder).to_table()["path"].to_pylist() == there
+
+
+def test_every_reader_gets_probabilities_by_the_name_of_the_class(whole: Path) -> None:
+    folder, names = str(whole / "parts"), ["baskets", "beads", "leaves"]
+    table = polars.read_parquet(folder)
+    assert [field.name for field in table["probabilities"].dtype.fields] == names  # type: ignore[attr-defined]
+    ours = table["probabilities"].to_list()
+    assert pandas.read_parquet(folder)["probabilities"].tolist() == ours
+    (sums,) = duckdb.sql(
+        "select sum(probabilities.baskets + probabilities.beads + probabilities.leaves)"
+        f" from read_parquet('{folder}/*.parquet')"
+    ).fetchall()
+    assert sums[0] == pytest.approx(12, abs=1e-4)
+    part = next((whole / "parts").iterdir())
+    assert json.loads(pq.read_schema(part).metadata[b"arrowhead.classes"]) == names
+    # At a fault there are none, and the others are those of the best label.
+    assert [one is None for one in ours] == table["fault"].is_not_null().to_list()
+    for row in table.drop_nulls("label").iter_rows(named=True):
+        assert row["probabilities"][row["label"]] == row["probability"]
+
+
+def test_odd_names_and_a_thousand_classes_are_fields_like_any_other(tmp_path: Path) -> None:
+    classes = ODD + [f"class {number}" for number in range(1000)]
+    draw = np.random.default_rng(0)
+    chance = draw.dirichlet(np.ones(len(classes)), 6).astype(np.float32)
+    scores = scores_io.Scores(
+        classes=classes,
+        paths=[f"{n}.jpg" for n in range(6)],
+        image_ids=[bytes(16)] * 6,
+        faults=[None] * 6,
+        top=np.argsort(-chance, axis=1)[:, :3],
+        probability=chance,
+        every=True,
+    )
+    path = tmp_path / "parts" / "part-000000.parquet"
+    scores_io.write_scores(path, scores, {})
+    rows = polars.read_parquet(path.parent)["probabilities"].struct.unnest()
+    assert rows.columns == classes
+    np.testing.assert_array_equal(rows.to_numpy(), chance)
+    ours = scores_io.read_parquet(path, ["probabilities"])["probabilities"]
+    assert list(ours[0]) == classes
+    pandas_rows = pandas.read_parquet(path.parent)["probabilities"]
+    assert list(pandas_rows[0].values()) == chance[0].tolist()
+    (found,) = duckdb.sql(f"select probabilities from read_parquet('{path}') limit 1").fetchall()
+    assert list(found[0]) == classes
+
+
+# ----------------------------------------------------------------------------- damage
+
+
+def test_a_flipped_bit_in_a_part_is_found_and_that_part_alone_is_made_again(
+    bundled: Bundled, images: Path, tmp_path: Path
+) -> None:
+    path, out, draw = bundled(), tmp_path / "scores", random.Random(5)
+    scored(path, images, out)
+    before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
+    first, *others = sorted(before)
+    for name in others:
+        flipped(out / "parts" / name, draw)
+        assert any(name in problem for problem in scoring.verify(out)["problems"])
+    request = scored(path, images, out)
+    assert request.damaged == others and len(others) > 1
+    assert first not in request.damaged
+    assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
+    assert scoring.verify(out)["problems"] == []
+
+
+def test_a_part_is_hashed_before_it_is_parsed(torn: Path) -> None:
+    """Whatever bit is flipped: refused in words, never rows and never a crash of Parquet's."""
+    part = min((torn / "parts").iterdir())
+    said = scores_io.read_journal(scoring.journal(torn))[0][0]
+    content, draw = part.read_bytes(), random.Random(1)
+    for _ in range(300):
+        flipped(part, draw)
+        with pytest.raises(DataError, match="sha256 differs"):
+            scores_io.read_parquet(part, ["path"], said.sha256)
+        part.write_bytes(content)
+    assert scores_io.read_parquet(part, ["path"], said.sha256)["path"]
+
+
+def test_other_readers_find_a_flipped_page_by_its_checksum(torn: Path) -> None:
+    part = min((torn / "parts").iterdir())
+    column = pq.read_metadata(part).row_group(0).column(0)
+    content = bytearray(part.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 5] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(OSError, match="CRC"):
+        pq.read_table(part, page_checksum_verification=True)
+
+
+@pytest.mark.parametrize("harm", ["lost", "swapped", "stranger", "inputs", "cut"])
+def test_verify_names_what_cannot_be_trusted(torn: Path, harm: str) -> None:
+    first, second, *_ = sorted((torn / "parts").iterdir())
+    assert scoring.verify(torn)["problems"] == []
+    if harm == "lost":
+        first.unlink()
+    elif harm == "swapped":
+        one, two = first.read_bytes(), second.read_bytes()
+        first.write_bytes(two)
+        second.write_bytes(one)
+    elif harm == "stranger":
+        shutil.copy(first, first.with_name("part-000099.parquet"))
+    elif harm == "inputs":
+        flipped(torn / "inputs.arrow", random.Random(0))
+    else:
+        first.write_bytes(first.read_bytes()[:-9])
+    problems = scoring.verify(torn)["problems"]
+    name = {"stranger": "part-000099", "inputs": "inputs.arrow"}.get(harm, first.name)
+    assert any(name in problem for problem in problems)
+    assert len(problems) == (2 if harm == "swapped" else 1)
+
+
+def test_verify_refuses_what_it_cannot_begin_with(torn: Path, tmp_path: Path) -> None:
+    content = json.loads((torn / "score.json").read_text())
+    content["counts"]["inputs"] += 1
+    (torn / "score.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"score\.json has changed"):
+        scoring.verify(torn)
+    (torn / "score.json").unlink()
+    with pytest.raises(DataError, match="never finished"):
+        scoring.verify(torn)
+    with pytest.raises(ConfigError, match="holds no scores"):
+        scoring.verify(tmp_path)
+
+
+@pytest.mark.parametrize("words", [["scores", "verify"], ["score", "verify"]])
+def test_the_command_says_what_it_found(
+    torn: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, str(torn)])
+    assert ended.value.code == 0 and "13 rows" in capsys.readouterr().out
+    flipped(min((torn / "parts").iterdir()), random.Random(0))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, str(torn), "--json"])
+    assert ended.value.code == 4
+    assert "part-000000" in json.loads(capsys.readouterr().out)["problems"][0]
+
+
+def test_a_part_without_a_whole_line_in_the_journal_is_written_again(
+    bundled: Bundled, images: Path, tmp_path: Path
+) -> None:
+    """As a kill leaves it: the last line torn, or the part there and its line not."""
+    path, out = bundled(), tmp_path / "scores"
+    scored(path, images, out)
+    before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
+    (journal,) = scoring.journal(out).iterdir()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    line = json.loads(lines[0])
+    line["rows"] += 1  # its seal does not fit any more
+    journal.write_bytes(json.dumps(line).encode() + b"\n" + b"".join(lines[1:-1]) + lines[-1][:-20])
+    (out / "parts" / ".part-000001.parquet.abcd.draft").write_bytes(b"half")
+    config = scoring.ScoreConfig()
+    request = scoring.prepare(out, path, bundle.load(path), plan.unlabelled(images), config, 4)
+    assert request.missing() == [0, len(lines) - 1] and request.damaged == []
+    scored(path, images, out)
+    assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
+
+
+def test_scores_in_the_older_layout_are_refused_and_left_alone(
+    whole: Path, bundled: Bundled, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "old"
+    shutil.copytree(whole / "parts", out)
+    (out / "request.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    for act in (lambda: scored(bundled(), images, out), lambda: scoring.verify(out)):
+        with pytest.raises(ConfigError, match="older Arrowhead"):
+            act()
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+# ------------------------------------------------------------------- folders named after classes
+
+
+@pytest.mark.parametrize("split", ["", "valid/"])
+def test_folders_named_after_classes_are_compared_with_the_labels(
+    split: str, bundled: Bundled, images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(images, tmp_path / "photos" / split)
+    request = scored(bundled(), tmp_path / "photos", tmp_path / "scores")
+    rows = polars.read_parquet(tmp_path / "scores" / "parts").drop_nulls("label")
+    right = sum(path.split("/")[-2] == label for path, label in rows[["path", "label"]].rows())
+    said = json.loads((request.out / "score.json").read_text())["folders"]
+    assert (said["images"], said["right"]) == (12, right)
+    low, high = said["accuracy_interval"]
+    assert 0 <= low < right / 12 < high <= 1
+
+
+def test_folders_of_other_names_say_nothing_about_accuracy(
+    bundled: Bundled, images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(images, tmp_path / "photos")
+    (tmp_path / "photos" / "beads").rename(tmp_path / "photos" / "unsorted")
+    request = scored(bundled(), tmp_path / "photos", tmp_path / "scores")
+    assert json.loads((request.out / "score.json").read_text())["folders"] is None
+
+
+# -------------------------------------------------------------------------------- spreadsheets
+
+
+def test_no_name_is_a_formula_or_an_escape_sequence_in_a_csv(
+    bundled: Bundled, drawn: Path, tmp_path: Path
+) -> None:
+    photo = next((drawn / "new").iterdir())
+    (tmp_path / "photos").mkdir()
+    names = [
+        "=1+1.jpg",
+        "+2.jpg",
+        "-3.jpg",
+        "@4.jpg",
+        "'5.jpg",
+        "\x1b[31mred.jpg",
+        "a\n=6.jpg",
+        "ok.jpg",
+    ]
+    for name in names:
+        shutil.copy(photo, tmp_path / "photos" / name)
+    classes = ["=cmd|'/c calc'!A1", "beads", "-x"]
+    path = tmp_path / "bundle"
+    bundle.save(replace(bundle.load(bundled()), classes=classes), path)
+    request = scored(path, tmp_path / "photos", tmp_path / "scores", probabilities=True)
+    table = scoring.write_csv(request, bundle.load(path))
+    content = table.read_bytes()
+    assert b"\x1b" not in content and content.count(b"\n") == content.count(b"\r\n") == 9
+    with table.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        assert not any(value.startswith(("=", "+", "-", "@")) for value in line.values() if value)
+    exact = polars.read_parquet(tmp_path / "scores" / "parts")
+    for line, row in zip(lines, exact.to_dicts(), strict=True):
+        assert line["path"].removeprefix("'") == row["path"]
+        assert line["label"].removeprefix("'") == row["label"]
+        for name in classes:
+            assert float(line[f"probability.{name}"]) == row["probabilities"][name]
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("=1", "'=1"),
+        ("\t=1", "\\x09=1"),
+        (" =1", "' =1"),
+        ("＝1", "'＝1"),
+        ("'a", "''a"),
+        ("plain", "plain"),
+        ("a=1", "a=1"),
+        ("", ""),
+        ("\u202egpj.exe", "\\xe2\\x80\\xaegpj.exe"),
+    ],
+)
+def test_a_field_is_text_to_a_spreadsheet(text: str, written: str) -> None:
+    assert spreadsheet.cell(text) == written
+
+
+def test_numbers_stay_numbers() -> None:
+    assert [spreadsheet.cell(one) for one in (-0.5, None, 3)] == [-0.5, None, 3]
