@@ -6,20 +6,33 @@ The second opinion is Pillow's: turned as EXIF asks, laid on a white page, 16 bi
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as reference
-from hostile import animated, chunk, encoded, interlaced, png, resampled, wide_table, ycck
-from PIL import Image, ImageOps
+from hostile import (
+    animated,
+    chunk,
+    encoded,
+    interlaced,
+    png,
+    resampled,
+    segment,
+    segments,
+    wide_table,
+    ycck,
+)
+from PIL import Image, ImageOps, TiffImagePlugin
 from torchvision import models, transforms
 
-from arrowhead import decode, plan
+from arrowhead import ConfigError, decode, plan
 from arrowhead.decode import PixelConfig, shot
 from arrowhead.extract import ExtractConfig, Known, Pump, recipe_of
 from arrowhead.guard import GuardedDecoder
@@ -280,6 +293,199 @@ def test_every_orientation_is_upright_whoever_decodes(
     assert min(_apart(first, np.rot90(first, turns)) for turns in (1, 2, 3)) > 15
     apart = [_apart(made.views[0][row], wanted.views[0][row]) for row in range(8)]
     assert max(apart) < 1, apart
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_a_turned_photo_is_cut_where_the_upright_one_is_cut_whatever_its_size(
+    resize: str, photos: list[bytes]
+) -> None:
+    # Tolerance: mean absolute difference 0.5 of 255 for resampling in another order. One pixel
+    # further, these come out 1.5 away and more.
+    image = Image.open(io.BytesIO(photos[0])).convert("RGB")
+    wrong = {}
+    for width, height in ((80, 64), (81, 64), (95, 71), (64, 83), (71, 96), (120, 61), (40, 91)):
+        files, upright = [], []
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            files.append(encoded(image.resize((width, height)), "PNG", exif=exif))
+            upright.append(encoded(Image.fromarray(_shown(files[-1])), "PNG"))
+        config = PixelConfig(size=57, resize=resize)
+        with GuardedDecoder(config, batch_size=8, threads=1) as decoder:
+            made, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
+        assert made.faults == wanted.faults == [None] * 8
+        for row in range(8):
+            apart = _apart(made.views[0][row], wanted.views[0][row])
+            if apart > 0.5:
+                wrong[width, height, row + 1] = round(apart, 2)
+    assert not wrong
+
+
+def test_a_store_of_the_older_crop_rule_gets_the_pixels_it_always_got(photos: list[bytes]) -> None:
+    """Rows that are added to it, and golden images of its bundles, come out as the old ones did."""
+    image = Image.open(io.BytesIO(photos[0])).convert("RGB").resize((64, 81))
+    files = []
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        files.append(encoded(image, "PNG", exif=exif))
+    views = {}
+    for rule in decode.RULES:
+        with GuardedDecoder(PixelConfig(size=57), batch_size=8, threads=1, rule=rule) as decoder:
+            views[rule] = decoder(files, _ids(2)).views[0]
+    old, new = views["dali"], views["dali-upright"]
+    assert (old[0] == new[0]).all()
+    assert (old[1] == np.rot90(old[0], -1)).all()  # cut as it is stored, then turned
+    assert not (old[1] == new[1]).all()
+    with pytest.raises(ConfigError, match="of-tomorrow"):
+        GuardedDecoder(PixelConfig(size=57), batch_size=8, threads=1, rule="of-tomorrow")
+
+
+# --------------------------------------------------------------------- colours of a JPEG
+
+
+def _jpeg(data: bytes, jfif: bool, transform: int | None, ids: bytes = b"") -> bytes:
+    """The same JPEG with or without JFIF's and Adobe's segments, its components named by `ids`."""
+    named, kept = bytearray(data), [data[:2]]
+    if jfif:
+        kept.append(segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0"))
+    if transform is not None:
+        kept.append(segment(0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([transform])))
+    for marker, start, end in segments(data):
+        at = {0xC0: start + 10, 0xC2: start + 10, 0xDA: start + 5}.get(marker)
+        for number, name in enumerate(ids if at else b""):
+            named[at + number * (2 if marker == 0xDA else 3)] = name
+        if marker not in (0xE0, 0xEE):
+            kept.append(bytes(named[start:end]))
+    return b"".join(kept) + data[list(segments(data))[-1][2] :]
+
+
+def test_jpegs_of_every_colour_space_come_out_as_pillow_shows_them(
+    photo: Image.Image, same_size: GuardedDecoder
+) -> None:
+    # Tolerance: mean absolute difference 1 of 255, for CMYK is taken times K in whole numbers. A
+    # CMYK whose inversion is missed is 90 away.
+    sources = {
+        "grey": (encoded(photo.convert("L"), "JPEG"), [b""]),
+        "YCbCr": (encoded(photo, "JPEG"), [b"\1\2\3", b"\0\1\2", b"RGB", b"rgb", b"YCc"]),
+        "RGB": (encoded(photo, "JPEG", keep_rgb=True), [b"RGB", b"\1\2\3"]),
+        "CMYK": (encoded(photo.convert("CMYK"), "JPEG"), [b"", b"CMYK", b"\0\1\2\3"]),
+        "YCCK": (ycck(photo), [b"", b"YCcK"]),
+        "progressive CMYK": (encoded(photo.convert("CMYK"), "JPEG", progressive=True), [b""]),
+    }
+    adobe = {"no": None, "0": 0, "1": 1, "2": 2, "of another name": 0, "too short": 0}
+    files = {}
+    for name, (data, named) in sources.items():
+        for ids, jfif, (told, transform) in itertools.product(named, (True, False), adobe.items()):
+            made = _jpeg(data, jfif, transform, ids)
+            if told == "of another name":
+                made = made.replace(b"Adobe", b"Adobf")
+            elif told == "too short":  # libjpeg takes none of less than 12 bytes
+                made = made.replace(b"\xff\xee\0\x0e", b"\xff\xee\0\x0d").replace(
+                    b"Adobe\0\x64\0\0\0\0\0", b"Adobe\0\x64\0\0\0\0"
+                )
+            files[name, ids, jfif, told] = made
+    assert len(files) > 150
+    wrong = {}
+    for case, data in files.items():
+        made, wanted = same_size([data], _ids(1)), _shown(data)
+        apart = _apart(made.views[0][0], wanted)
+        if made.faults != [None] or apart > 1:
+            wrong[case] = made.faults[0], round(apart, 1)
+    assert not wrong
+
+
+def test_a_damaged_cmyk_jpeg_without_adobes_segment_is_a_fault(
+    photo: Image.Image, same_size: GuardedDecoder
+) -> None:
+    whole = _jpeg(encoded(photo.convert("CMYK"), "JPEG"), jfif=False, transform=None)
+    broken = whole[: len(whole) // 2] + bytes(40) + whole[len(whole) // 2 + 40 :]
+    cut, torn, well = same_size([whole[: len(whole) // 2], broken, whole], _ids(3)).faults
+    assert cut and cut.startswith("truncated")
+    assert torn and torn.startswith(("truncated", "corrupt"))
+    assert well is None
+
+
+# ------------------------------------------------------- images of kinds not decoded here
+
+
+def _box(brand: bytes, *others: bytes, kind: bytes = b"ftyp") -> bytes:
+    """The first bytes of an ISO base media file."""
+    whole = brand + bytes(4) + b"".join(others)
+    return struct.pack(">I", len(whole) + 8) + kind + whole + bytes(64)
+
+
+def _raw(photo: Image.Image, **tags: Any) -> bytes:
+    """A TIFF with the marks of a camera's raw file: what Pillow shows of it is a thumbnail."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in tags.items():
+        info[{"dng": 0xC612, "reduced": 0x00FE, "below": 0x014A}[name]] = value
+    return encoded(photo, "TIFF", tiffinfo=info)
+
+
+def test_an_image_of_a_kind_that_is_not_decoded_is_unsupported_and_says_what_to_do(
+    photo: Image.Image, same_size: GuardedDecoder
+) -> None:
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg"></svg>'
+    files = {
+        "HEIC": [
+            _box(b"heic", b"mif1", b"heic"),
+            _box(b"mif1", b"mif1", b"heic"),
+            _box(b"heix", b"mif1"),
+            _box(b"hevc", b"msf1", b"hevc"),
+        ],
+        "HEIF": [_box(b"mif1", b"mif1", b"miaf")],
+        "JPEG XL": [b"\xff\x0a\xfa\x7f\x01" + bytes(40), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40)],
+        "JPEG 2000": [
+            b"\xff\x4f\xff\x51\0\x2f" + bytes(60),
+            b"\0\0\0\x0cjP  \r\n\x87\n" + _box(b"jp2 ", b"jp2 "),
+            encoded(photo, "JPEG2000"),
+            encoded(photo, "JPEG2000", no_jp2=True),
+        ],
+        "JPEG XR": [b"II\xbc\x01" + bytes(40)],
+        "JPEG-LS": [b"\xff\xd8\xff\xf7\0\x0b\x08\0\x40\0\x40\1\1\x11\0" + bytes(60)],
+        "Photoshop": [b"8BPS\0\1" + bytes(40)],
+        "SVG": [svg, b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- drawn -->\n' + svg],
+        "ICO": [encoded(photo, "ICO")],
+        "PNM": [encoded(photo, "PPM"), encoded(photo.convert("L"), "PPM")],
+        "DICOM": [bytes(128) + b"DICM" + bytes(60)],
+        "OpenEXR": [b"\x76\x2f\x31\x01" + bytes(60)],
+        "a film": [
+            _box(b"isom", b"mp42"),
+            _box(b"qt  "),
+            b"RIFF\x40\0\0\0AVI LIST" + bytes(60),
+            b"\x1a\x45\xdf\xa3" + bytes(60),
+        ],
+        "raw file": [
+            b"II*\0\x10\0\0\0CR\2\0" + bytes(60),
+            _box(b"crx ", b"crx ", b"isom"),
+            b"FUJIFILMCCD-RAW 0201" + bytes(60),
+            b"IIU\0\x18\0\0\0" + bytes(60),
+            b"IIRO\x08\0\0\0" + bytes(60),
+            _raw(photo, dng=b"\1\4\0\0"),
+            _raw(photo, reduced=1, below=8),
+        ],
+    }
+    wrong = {}
+    for name, examples in files.items():
+        for number, data in enumerate(examples):
+            fault = same_size([data], _ids(1)).faults[0] or "taken for an image"
+            kind, _, words = fault.partition(": ")
+            do = any(way in words for way in ("JPEG", "still pictures"))
+            if kind != "unsupported" or name not in words or not do:
+                wrong[name, number] = fault
+    assert not wrong
+
+
+def test_what_only_begins_like_another_kind_is_told_apart(
+    photo: Image.Image, same_size: GuardedDecoder
+) -> None:
+    page = b"<!DOCTYPE html><html><body><svg></svg></body></html>" * 4
+    notes = [b"P1 is the first of the plots that we photographed\n", b"BPG is a word", bytes(200)]
+    made = same_size([page, *notes, b"<?xml version='1.0'?><annotation/>" * 9], _ids(5))
+    assert {(fault or "").partition(":")[0] for fault in made.faults} == {"not an image"}
+    films = [animated(photo, "AVIF"), encoded(photo, "AVIF"), encoded(photo, "TIFF")]
+    assert same_size(films, _ids(3)).faults == [None] * 3
 
 
 # ------------------------------------------------------------------------- real photos

@@ -9,7 +9,7 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
 FLOORS = [
-    {"fileio", "signals"},
+    {"fileio", "formats", "signals"},
     {
         "files",
         "decode",

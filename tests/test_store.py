@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -144,6 +145,17 @@ def test_removed_images_leave_no_row(store, data, command):
         photo.unlink()
     assert work(command("precompute", data, store, *FLAGS))[0] == 0
     assert not {str(photo.relative_to(data)) for photo in gone} & features_by_path(store).keys()
+
+
+def test_a_store_of_the_older_crop_rule_goes_on_as_it_was_made(store, data, command, tmp_path):
+    newest = Store(store).recipe
+    older = dataclasses.replace(newest, decoder="dali")
+    Store.create(tmp_path / "old", older, Store(store).chunk_size)
+    made = command("precompute", data, "old", *FLAGS)
+    assert newest.decoder == "dali-upright"
+    assert made["fingerprint"] == older.fingerprint != newest.fingerprint
+    new, old = features_by_path(store), features_by_path(tmp_path / "old")
+    assert all((old[path] == feature).all() for path, feature in new.items())  # none is turned
 
 
 def test_a_file_that_could_not_be_read_is_tried_again_by_itself(data, command, monkeypatch):

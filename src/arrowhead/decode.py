@@ -29,25 +29,26 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, formats
 
-SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"GIF8": "GIF",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
 # What Pillow may open here: formats whose readers are its own or those of a browser.
 PILLOW = ("GIF", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG")
-# Start-of-frame markers beyond baseline, extended and progressive (ITU T.81, table B.1).
-FRAMES = dict.fromkeys((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF), "arithmetic-coded")
-FRAMES |= {0xC3: "lossless", **dict.fromkeys((0xC5, 0xC6, 0xC7), "hierarchical")}
-MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not one of those that stand inside a scan
+CROPPED_AS_STORED, CROPPED_UPRIGHT = "dali", "dali-upright"
+RULES = (CROPPED_AS_STORED, CROPPED_UPRIGHT)
+"""A recipe's `decoder`: where the middle of a photo is that EXIF turns, when a pixel is over. As it
+is stored (older stores), or as it is seen. Photos that are not turned come out the same."""
 FLOOD = 65536  # words of decoders that are kept; after so many, every file of the batch is asked
 GROUP = 50_000_000  # pixels decoded before they are resized: 150 MB; on a GPU ten times as many
+
+
+def must_know(rule: str) -> None:
+    """Refuse a recipe's `decoder` that is not one of RULES."""
+    if rule not in RULES:
+        raise ConfigError(
+            f"The recipe's decoder is {rule!r}.",
+            f"one that this version of Arrowhead has: {', '.join(RULES)}.",
+            "use the Arrowhead version that made the store or bundle, or a newer one.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,16 +130,20 @@ def header(data: bytes, config: PixelConfig) -> Header | str:
 
     if not data:
         return "empty: the file has no bytes"
+    if fault := formats.foreign(data):
+        return fault
     # Of a damaged TIFF nvImageCodec shows memory that nothing was written to, of a BMP of 16 bits
     # other colours, and its reader of JPEG 2000 can be made to die: Pillow opens those, or nobody.
-    jpeg = data.startswith(b"\xff\xd8\xff")
-    if not jpeg and not data.startswith((b"\x89PNG", b"RIFF")):
+    is_jpeg = data.startswith(b"\xff\xd8\xff")
+    if not is_jpeg and not data.startswith((b"\x89PNG", b"RIFF")):
         return _pillow_header(data, config)
-    walked = _walk(data, config.max_scans) if jpeg else _torn(data) or 1
-    if isinstance(walked, str):
-        return walked
+    jpeg = formats.jpeg(data, config.max_scans) if is_jpeg else None
+    if isinstance(jpeg, str):
+        return jpeg
+    if jpeg is None and (fault := formats.torn(data)):
+        return fault
     try:
-        stream = nvimgcodec.CodeStream(data)
+        stream = nvimgcodec.CodeStream(jpeg.spelled_out(data) if jpeg else data)
         height, width = int(stream.height), int(stream.width)
         channels = int(stream.num_channels)
     except Exception:
@@ -147,67 +152,9 @@ def header(data: bytes, config: PixelConfig) -> Header | str:
         return _too_large(width, height, config)
     if min(height, width, channels) < 1:
         return f"unsupported: {width} x {height} pixels in {channels} channels"
-    orientation = walked if jpeg else _orientation(data)
-    by_pillow = not jpeg and (channels in (2, 4) or _special(data))
+    orientation = jpeg.orientation if jpeg else _orientation(data)
+    by_pillow = not jpeg and (channels in (2, 4) or formats.is_special(data))
     return Header(height, width, orientation, None if by_pillow else stream)
-
-
-def _walk(data: bytes, max_scans: int) -> int | str:
-    """The orientation of a JPEG, from its segments up to the first scan; or the fault they show."""
-    at, orientations, parts = 2, [], 0
-    while True:
-        while data[at : at + 2] == b"\xff\xff":  # fill bytes
-            at += 1
-        if at + 4 > len(data):
-            return "truncated: the file ends before its first scan"
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at] != 0xFF or marker < 0xC0 or length < 2:
-            return f"corrupt: no segment starts at byte {at}"
-        segment = data[at + 4 : at + 2 + length]
-        if marker == 0xDA:
-            break
-        if marker in FRAMES:
-            return f"unsupported: {FRAMES[marker]} JPEG"
-        if marker in (0xC0, 0xC1, 0xC2) and segment[:1] != b"\x08":
-            return f"unsupported: JPEG of {segment[0] if segment else 0} bits"
-        if marker in (0xC0, 0xC1):
-            parts = segment[5] if len(segment) > 5 else 0
-        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-            orientations.append(_exif(segment))
-        at += 2 + length
-    # One scan of all parts is the only one, unless progressive: counting costs as much as the rest.
-    # Whatever follows the picture (a telephone's film) is not counted, but costs a closer look.
-    many = segment[:1] != bytes([parts]) and data.count(b"\xff\xda", at) > max_scans
-    if many and (scans := _scans(data, at)) > max_scans:
-        return f"too large: {scans} scans, more than {max_scans}"
-    if len(named := set(orientations) - {0}) > 1:
-        return f"corrupt: its EXIF segments contradict one another: orientations {sorted(named)}"
-    return max(named, default=1)
-
-
-def _scans(data: bytes, at: int) -> int:
-    """Number of scans of a JPEG whose first one starts at `at`."""
-    count = 0
-    while (marker := data[at + 1 : at + 2]) not in (b"", b"\xd9"):
-        count += marker == b"\xda"
-        found = MARKER.search(data, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
-        at = found.end() - 2 if found else len(data)
-    return count
-
-
-def _exif(block: bytes) -> int:
-    """The orientation an EXIF block names, 0 if it names none or is torn."""
-    from PIL import Image
-
-    exif = Image.Exif()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exif.load(block)
-            value = exif.get(0x0112)
-    except Exception:  # a torn block: the picture stands as it is stored
-        return 0
-    return value if value in range(1, 9) else 0
 
 
 def _orientation(data: bytes) -> int:
@@ -224,31 +171,6 @@ def _turn(image: Any) -> int:
     except Exception:
         return 1
     return value if value in range(1, 9) else 1
-
-
-def _torn(data: bytes) -> str | None:
-    """The fault of a PNG or WebP that claims more than it holds: decoders make room for it."""
-    png = data.startswith(b"\x89PNG")
-    end = len(data) if png else 8 + int.from_bytes(data[4:8], "little")
-    at = 8 if png else 12
-    while at + 8 <= end <= len(data):
-        if png:
-            at += 12 + int.from_bytes(data[at : at + 4], "big")
-            if data[at - 8 : at - 4] == b"IEND":
-                return None
-        else:
-            length = int.from_bytes(data[at + 4 : at + 8], "little")
-            at += 8 + length + length % 2
-    claimed = max(at, end)
-    return "truncated: its last chunk ends after the file" if claimed > len(data) + 1 else None
-
-
-def _special(data: bytes) -> bool:
-    """Whether a PNG makes one of its colours transparent, or moves: of a damaged one that moves
-    nvImageCodec shows memory that nothing was written to.
-    """
-    head = data[: data.find(b"IDAT")] if data.startswith(b"\x89PNG") else b""
-    return b"tRNS" in head or b"acTL" in head
 
 
 def _too_large(width: int, height: int, config: PixelConfig) -> str:
@@ -269,12 +191,14 @@ def _opened(data: bytes) -> Any:
 def _pillow_header(data: bytes, config: PixelConfig) -> Header | str:
     from PIL import Image
 
-    kind = next((name for start, name in SIGNATURES.items() if data.startswith(start)), None)
+    known = formats.SIGNATURES.items()
+    kind = next((name for start, name in known if data.startswith(start)), None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = _opened(data)
             width, height = image.size
+            raw = image.format == "TIFF" and formats.is_raw(image.tag_v2)
     except Image.DecompressionBombError:
         return f"too large: more than {config.max_pixels} pixels"
     except Exception as error:
@@ -284,8 +208,10 @@ def _pillow_header(data: bytes, config: PixelConfig) -> Header | str:
         return f"{'truncated' if _cut_short(words) else 'unsupported'}: {kind}, {words}"
     if height * width > config.max_pixels:
         return _too_large(width, height, config)
+    if raw:
+        return f"unsupported: {formats.RAW}: {formats.DEVELOP}"
     # A TIFF is turned by Pillow itself; what turns an AVIF is not in its EXIF block.
-    return Header(height, width, 1 if kind == "TIFF" else _turn(image))
+    return Header(height, width, 1 if image.format == "TIFF" else _turn(image))
 
 
 def _by_pillow(data: bytes) -> NDArray[np.uint8] | str:
@@ -326,6 +252,7 @@ class Decoder:
 
     device: a CUDA device number, or None for the CPU. threads: decoding threads. said: gives what
     the decoders wrote to stderr since it was last asked; they say there why an image failed.
+    rule: the recipe's `decoder`, one of RULES; ConfigError for another.
     """
 
     def __init__(
@@ -336,13 +263,16 @@ class Decoder:
         threads: int,
         device: int | None = None,
         said: Callable[[], str] = lambda: "",
+        rule: str = CROPPED_UPRIGHT,
     ) -> None:
         from PIL import Image
 
         # DALI's OpenCV fallback would undo the limit that libjpeg-turbo sets on bombs.
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(config.max_pixels))
         Image.MAX_IMAGE_PIXELS = config.max_pixels
+        must_know(rule)
         self.config, self.batch_size = config, batch_size
+        self._upright = rule == CROPPED_UPRIGHT
         self._said, self._device = said, device
         self._fed: list[list[Any]] = []
         self._pipeline = _pipeline(config, batch_size, threads, device, lambda: self._fed)
@@ -438,8 +368,13 @@ class Decoder:
             return
         rows = list(images)
         self._fed = [[self._placed(image) for image in images.values()]]
-        if self.config.resize != "pad":
-            frames = [frame(self.config, headers[i]) for i in rows]
+        mirrored = [_mirrored(headers[i].orientation) & self._upright for i in rows]
+        if self.config.resize == "pad":
+            self._fed += [[np.where(its, BEFORE, MIDDLE) for its in mirrored]]
+        else:
+            frames = [
+                frame(self.config, headers[i], m) for i, m in zip(rows, mirrored, strict=True)
+            ]
             self._fed += [[start for start, _ in frames], [end for _, end in frames]]
         for number in range(1, self.config.views if self.config.policy != "none" else 1):
             shots = [shot(self.config, image_ids[i], number) for i in rows]
@@ -565,8 +500,8 @@ def _pipeline(
     chip = "cpu" if device is None else "gpu"
     side = config.size
     augmented = config.views - 1 if config.policy != "none" else 0
-    framed = config.resize != "pad"
-    count = 2 * framed + 4 * augmented
+    placing = 1 if config.resize == "pad" else 2
+    count = placing + 4 * augmented
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1
@@ -580,18 +515,17 @@ def _pipeline(
             layout="HWC",
             no_copy=device is None,
         )
-        fed: Any = ()
-        if count:
-            numbers = {"dtype": types.FLOAT, "ndim": 1}
-            fed = fn.external_source(lambda: feed()[1:], num_outputs=count, **numbers)
+        numbers = {"dtype": types.FLOAT, "ndim": 1}
+        fed: Any = fn.external_source(lambda: feed()[1:], num_outputs=count, **numbers)
         smooth = {"interp_type": types.INTERP_LINEAR, "antialias": True, "device": chip}
-        if not framed:
+        if config.resize == "pad":
             fitted = fn.resize(image, size=[side, side], mode="not_larger", **smooth)
-            out = [fn.crop(fitted, crop=[side, side], out_of_bounds_policy="pad", device=chip)]
+            placed: Any = {"crop_pos_y": fed[0][0], "crop_pos_x": fed[0][1], "device": chip}
+            out = [fn.crop(fitted, crop=[side, side], out_of_bounds_policy="pad", **placed)]
         else:
             region = {"roi_start": fed[0], "roi_end": fed[1]}
             out = [fn.resize(image, size=[side, side], **region, **smooth)]
-        for at in range(2 * framed, count, 4):
+        for at in range(placing, count, 4):
             anchor, shape, angle, light = fed[at : at + 4]
             cut = fn.slice(image, anchor, shape, axis_names="HW", device=chip)
             square = fn.resize(cut, size=[side, side], **smooth)
@@ -605,11 +539,20 @@ def _pipeline(
     return pipeline
 
 
-def frame(config: PixelConfig, header: Header) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+MIDDLE = np.float32(0.5)
+BEFORE = np.float32(0.4999)  # the middle, but the other pixel of two where half a pixel is over
+
+
+def frame(
+    config: PixelConfig, header: Header, mirrored: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The region of an image that the clean view shows: float32 (y, x) of two corners, in pixels.
 
     crop is torchvision's Resize(8/7 size), CenterCrop(size), whole pixels included: what it would
     cut out of the resized image is traced back, so only that much is ever resized.
+
+    mirrored: bool (y, x), which sides of the stored picture will be seen from the other end; the
+    middle of these is rounded from there.
     """
     whole = np.array([header.height, header.width], np.float64)
     if config.resize != "crop":
@@ -617,8 +560,16 @@ def frame(config: PixelConfig, header: Header) -> tuple[NDArray[np.float32], NDA
     shorter = round(config.size * 8 / 7)
     resized = np.floor(shorter * whole / whole.min())
     start = np.round((resized - config.size) / 2)
+    if mirrored is not None:
+        start = np.where(mirrored, resized - config.size - start, start)
     scale = whole / resized
     return (start * scale).astype(np.float32), ((start + config.size) * scale).astype(np.float32)
+
+
+def _mirrored(orientation: int) -> NDArray[np.bool_]:
+    """Which sides of a stored picture `_upright` mirrors: bool (y, x)."""
+    rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return np.array([columns, rows] if orientation >= 5 else [rows, columns])
 
 
 @dataclass(frozen=True, slots=True)

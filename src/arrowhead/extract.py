@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from arrowhead import ConfigError, DataError, plan, shards
-from arrowhead.decode import PixelConfig
+from arrowhead.decode import CROPPED_UPRIGHT, PixelConfig
 from arrowhead.guard import GuardedDecoder
 from arrowhead.launch import Worker
 from arrowhead.model import Body, BodyConfig, Weights
@@ -121,6 +121,7 @@ def recipe_of(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: in
         views=pixels.views,
         augment=pixels.policy,
         augment_seed=pixels.augment_seed if pixels.views > 1 else 0,
+        decoder=CROPPED_UPRIGHT,
     )
 
 
@@ -317,6 +318,7 @@ class Pump:
             threads=worker.threads,
             device=int(worker.device.partition(":")[2] or 0) if "cuda" in worker.device else None,
             patience=config.patience,
+            rule=recipe.decoder,
         )
 
     def __enter__(self) -> Pump:

@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead.decode import FLOOD, Decoder, PixelConfig, Pixels
+from arrowhead.decode import CROPPED_UPRIGHT, FLOOD, Decoder, PixelConfig, Pixels, must_know
 
 UNDER_WAY = 2  # batches: the child has its next one while we take the last
 START = 120.0  # seconds; two on a quiet machine
@@ -88,7 +88,7 @@ class GuardedDecoder:
 
     batch_size: most files per batch. threads: the child's decoding threads. device: a CUDA device
     number or None. patience: seconds a batch may take, besides one per megabyte of files, before
-    the child is taken for hung.
+    the child is taken for hung. rule: the recipe's `decoder` (`decode.RULES`).
     Use it as a context manager, or call `close`.
     """
 
@@ -100,13 +100,16 @@ class GuardedDecoder:
         threads: int,
         device: int | None = None,
         patience: float = 60.0,
+        rule: str = CROPPED_UPRIGHT,
     ) -> None:
+        must_know(rule)
         self._shape = (config.views, batch_size, config.size, config.size, 3)
         self._settings = {
             "config": dataclasses.asdict(config),
             "batch_size": batch_size,
             "threads": threads,
             "device": device,
+            "rule": rule,
         }
         self._patience = patience
         self._slots = [Slot.of(self._shape) for _ in range(UNDER_WAY)]
@@ -335,6 +338,7 @@ def serve() -> None:
         batch_size=settings["batch_size"],
         threads=settings["threads"],
         device=settings["device"],
+        rule=settings["rule"],
         said=_Stderr().since,
     )
     squares = [

@@ -193,6 +193,8 @@ def _store(path: Path, images: FeatureConfig) -> Store:
         size=images.pixels.size,
     )
     recipe = extract.recipe_of(images.pixels, images.body, weights, body.width)
+    if (path / "store.json").is_file():  # it goes on as it was begun, photo by photo
+        recipe = dataclasses.replace(recipe, decoder=Store(path).recipe.decoder)
     store = Store.create(path, recipe, images.extract.chunk_size)
     if not store.weights.is_file():
         with fileio.draft(store.weights) as sketch:

@@ -77,6 +77,7 @@ class Recipe:
     augment_seed: int = 0
     dtype: str = "float16"
     decoder: str = "dali"
+    """Who decodes, and where a turned photo's middle is (`decode.RULES`)."""
 
     def json(self) -> str:
         """Canonical: sorted keys, no spaces."""
