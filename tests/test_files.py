@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, files
+from arrowhead import ConfigError, exclusions, files
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & {0, ord("/")})
 NOT_A_FILE = "not a file: a folder, pipe, socket or device"
@@ -151,7 +151,9 @@ def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
 @given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
 @settings(max_examples=50, deadline=None)
 def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
-    there = [name for name in names if name[:1] != b"." and name not in files.JUNK]
+    odd = exclusions.JUNK | exclusions.OWN
+    there = [name for name in names if name[:1] != b"." and name not in odd]
+    there = [name for name in there if exclusions.ending(name) not in exclusions.SIDECARS]
     with tempfile.TemporaryDirectory() as root:
         for name in there:
             handle = os.open(os.fsencode(root) + b"/" + name, os.O_WRONLY | os.O_CREAT)
@@ -177,7 +179,7 @@ def test_a_listing_has_every_file_once_however_it_is_shared_out(
     shown = [
         path
         for path in all_paths
-        if not any(p[:1] == b"." or p in files.JUNK for p in path.split(b"/"))
+        if not any(p[:1] == b"." or p in exclusions.JUNK for p in path.split(b"/"))
     ]
     assert found.paths == sorted(map(files.text, shown))
     assert len(found.paths) + found.ignored == len(all_paths)
@@ -355,3 +357,85 @@ def test_a_folder_named_like_an_image_is_a_row_when_nothing_is_in_it(tmp_path: P
     assert found.sizes.tolist() == [-1, 1]
     data, fault = files.read(files.resolve(str(tmp_path)), found.paths[0], 100, -1, 0)
     assert (data, fault) == (b"", "not a file: a folder, pipe, socket or device")
+
+
+# --------------------------------------------------------------------------- exclusions
+
+JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF"
+
+
+def test_files_that_say_they_are_no_images_and_are_none_are_counted_by_ending(
+    tmp_path: Path, way: str
+) -> None:
+    for number in range(12):
+        _put(tmp_path, f"cat/{number}.jpg", f"cat/{number}.txt", f"dog/{number}.JSON")
+    _put(tmp_path, "dog/notes.md", "only/labels.csv", "BMW.txt")
+    (tmp_path / "cat" / "empty.xml").touch()
+    found = _listed(tmp_path)
+    assert found.paths == sorted(f"cat/{number}.jpg" for number in range(12))
+    counts = {".txt": 13, ".json": 12, ".md": 1, ".csv": 1, ".xml": 1}
+    assert (found.sidecars, found.ignored) == (counts, 28)
+    assert "only" in found.folders
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        JPEG,
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"RIFF\x10\0\0\0WEBPVP8 ",
+        b"BM\x10\0\0\0\0\0\0\0\x36\0",
+        b"II*\0\x08\0",
+        b"\0\0\0\x1cftypheic",
+    ],
+)
+def test_an_image_under_another_name_is_a_row_and_so_is_the_name_of_an_image_without_one(
+    tmp_path: Path, head: bytes
+) -> None:
+    (tmp_path / "photo.txt").write_bytes(head)
+    (tmp_path / "page.jpg").write_bytes(b"<html>")
+    (tmp_path / "README").write_bytes(b"no ending says nothing")
+    found = _listed(tmp_path)
+    assert (found.paths, found.ignored) == (["README", "page.jpg", "photo.txt"], 0)
+
+
+def test_a_sidecar_that_cannot_be_looked_into_stays_a_row(open_folder: Path) -> None:
+    _put(open_folder / "tree", "1.jpg", "shut.txt")
+    (open_folder / "tree" / "shut.txt").chmod(0)
+    assert _listed(open_folder / "tree").paths == ["1.jpg", "shut.txt"]
+
+
+def test_what_arrowhead_and_mlflow_write_is_left_out_uncounted_and_named(
+    tmp_path: Path, way: str
+) -> None:
+    _put(tmp_path, "cat/1.jpg", "dog/2.jpg", "mlruns/1/a/artifacts/x.png", "mlflow.db", "thumbs.db")
+    _put(tmp_path, "out/lr_finder.png", "out/.bundle.training/run.json", ".arrowhead/unsent/1")
+    _put(tmp_path, "out/bundle-confusion.png", "out/bundle/golden/0.img", "deep/s/golden/1.jpg")
+    for name, content in {
+        "out/store/store.json": '{"seal": "0"}',
+        "out/bundle/bundle.json": '{"seal": "0"}',
+        "cat/scores/score.json": '{"bundle_fingerprint": "0"}',
+        "begun/request.json": '{"runs": []}',
+        "cat/theirs/score.json": '{"goals": 3}',
+    }.items():
+        _put(tmp_path, name)
+        (tmp_path / name).write_text(content)
+    _put(tmp_path, "cat/theirs/3.jpg", "cat/scores/4.jpg")
+    found = _listed(tmp_path)
+    assert found.paths == ["cat/1.jpg", "cat/theirs/3.jpg", "deep/s/golden/1.jpg", "dog/2.jpg"]
+    assert (found.ignored, found.sidecars) == (2, {".json": 1})
+    assert set(found.own) == {
+        ".arrowhead",
+        "begun",
+        "cat/scores",
+        "mlflow.db",
+        "mlruns",
+        "out/.bundle.training",
+        "out/bundle",
+        "out/bundle-confusion.png",
+        "out/lr_finder.png",
+        "out/store",
+    }
+    assert "out" not in found.folders
+    assert _listed(tmp_path / "cat" / "scores").paths == ["4.jpg"]  # asked for by name

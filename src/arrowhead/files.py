@@ -4,8 +4,10 @@
       -> listing           every file below it: path, size, stamp; no file is opened
       -> read              the bytes of one of them, or why there are none
 
-A *stamp* tells that a file changed: its mtime in ns on a disk, 63 bits of a hash of its ETag in a
-store. Names of files are bytes on a disk; here they travel as text that leads back to them.
+A *stamp* tells that a file changed: its mtime in ns on a disk, see `object_store` for the others.
+Names of files are bytes on a disk; here they travel as text that leads back to them.
+
+Which files below a root are no rows is the business of `exclusions`.
 
 This room imports only what starts fast: listing a large folder, Python processes that need
 nothing else import it.
@@ -22,17 +24,18 @@ import stat
 import sys
 from array import array
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress, islice, repeat
 from resource import RUSAGE_THREAD, getrusage
 from time import perf_counter
 from typing import IO, TYPE_CHECKING, Any
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, exclusions, object_store
+from arrowhead.exclusions import IMAGES
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -41,12 +44,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-JUNK = {b"Thumbs.db", b"desktop.ini", b"__MACOSX"}
-IMAGES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".gif", b".avif")
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+MAX_BEGINNINGS = 1000  # a request each: more sidecars in a store are looked into by sample
 ALONE = 0.01  # seconds before helpers are called, which need twice as long to come
 FEW, PART = 512, 16384  # names looked at in one go, alone and by a helper
-STORE_THREADS = 16
 LISTED, COUNTED, NAMED = range(3)  # wanted: rows; a count of the files; rows of names that we know
 FOLDER, FILE = stat.S_IFDIR >> 12, stat.S_IFREG >> 12
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)(.*)", re.DOTALL)
@@ -58,15 +58,14 @@ Visit = tuple[bytes, list[bytes] | None, tuple[tuple[int, int], ...], int]
 # What was found: texts of paths, joined by NUL; whether they ascend; columns of int64: sizes,
 # seconds and nanoseconds.
 Block = tuple[str, bool, list[bytes]]
-# Blocks, number of files left out, folders that hold no file of their own, visits still to make.
-Found = tuple[list[Block], int, list[str], list[Visit]]
+# Blocks, number of files left out, of these the sidecars by ending, folders that hold no file of
+# their own, what is ours, visits still to make.
+Found = tuple[list[Block], int, dict[bytes, int], list[str], list[str], list[Visit]]
 # Makes visits, up to a number of names.
 Explorer = Callable[[list[Visit], int], Found]
 # What the names in an open folder are (bits 12 to 15 of st_mode, 0: none); the columns of a Block.
 Looks = tuple[bytearray, list["array[int]"]]
 Looker = Callable[[int, list[bytes]], Looks]
-# Key below the root, bytes, stamp.
-Object = tuple[str, int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,16 +74,20 @@ class Listing:
 
     paths: text of each path below the root; sizes: int64 (N,) bytes, -1 where there is no
     ordinary file to be read; stamps: int64 (N,); ignored: number of files seen and left out
-    (hidden ones and system files, also inside hidden folders); folders: text of the folders that
-    hold no file of their own. A folder that cannot be listed is a row of size -1, and so is one
-    without a file that is named like an image.
+    (hidden ones and system files, also inside hidden folders; sidecars); sidecars: how many of
+    these are sidecars, by ending (".txt"); folders: text of the folders that hold no file of their
+    own; own: text of files and folders that Arrowhead or MLflow wrote, which are not counted. A
+    folder that cannot be listed is a row of size -1, and so is one without a file that is named
+    like an image.
     """
 
     paths: list[str]
     sizes: NDArray[np.int64]
     stamps: NDArray[np.int64]
     ignored: int
+    sidecars: dict[str, int]
     folders: list[str]
+    own: list[str]
 
 
 # ------------------------------------------------------------------ names of files, as text
@@ -174,8 +177,36 @@ def listing(root: str) -> Listing:
             "a folder of images.",
             "check the spelling; `arrowhead demo` makes a folder to try.",
         ) from error
-    paths, sizes, stamps, ignored, folders = _explored(top, [(b"", None, (), LISTED)])
-    return Listing(paths=paths, sizes=sizes, stamps=stamps, ignored=ignored, folders=folders)
+    return _without_figures(_explored(top, [(b"", None, (), LISTED)]))
+
+
+def _without_figures(found: Listing) -> Listing:
+    """The listing without what stands because of our own folders: figures beside a bundle, and the
+    folders above that hold nothing else.
+    """
+    if not found.own:
+        return found
+    above = {
+        "/".join(parts[:n])
+        for own in found.own
+        for parts in [own.split("/")]
+        for n in range(len(parts))
+    }
+    bare = [folder for folder in found.folders if folder not in above]
+    rows = []
+    for figure in {own + ending for own in found.own for ending in exclusions.OWN_FIGURES}:
+        row = bisect_left(found.paths, figure)
+        rows += [row] if found.paths[row : row + 1] == [figure] else []
+    if not rows:
+        return replace(found, folders=bare)
+    import numpy as np
+
+    gone = sorted(rows, reverse=True)
+    paths, own = list(found.paths), [*found.own, *(found.paths[row] for row in gone)]
+    for row in gone:
+        del paths[row]
+    sizes, stamps = np.delete(found.sizes, gone), np.delete(found.stamps, gone)
+    return replace(found, paths=paths, sizes=sizes, stamps=stamps, folders=bare, own=sorted(own))
 
 
 def look(root: str, paths: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -195,15 +226,13 @@ def look(root: str, paths: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int
         folder, slash, name = raw(path).rpartition(b"/")
         visits.setdefault(folder + slash, []).append(name)
     named: list[Visit] = [(folder, names, (), NAMED) for folder, names in visits.items()]
-    found, sizes, stamps, *_ = _explored(raw(root), named)
-    assert found == paths
-    return sizes, stamps
+    found = _explored(raw(root), named)
+    assert found.paths == paths
+    return found.sizes, found.stamps
 
 
-def _explored(
-    root: bytes, visits: list[Visit]
-) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64], int, list[str]]:
-    """All that these visits and those they lead to find: a Listing's fields in their order.
+def _explored(root: bytes, visits: list[Visit]) -> Listing:
+    """All that these visits and those they lead to find.
 
     A large folder is shared out. On a disk a file costs the kernel a microsecond and Python half of
     one, so helpers are processes, one per core; on a network file system it costs a round trip, so
@@ -224,6 +253,8 @@ def _explored(
     busy: dict[Future[Found], Explorer] = {}
     blocks: list[tuple[list[str], list[bytes]]] = []
     folders: list[str] = []
+    own: list[str] = []
+    sidecars: Counter[str] = Counter()
     ignored, ascending = 0, True
     with ExitStack() as stack:
         idle: list[Explorer] = []
@@ -240,12 +271,14 @@ def _explored(
                     names += len(given[-1][1] or ())
                 explorer = idle.pop()
                 busy[pool.submit(explorer, given, PART)] = explorer
-            for more, left_out, bare, _ in arrived:
+            for more, left_out, endings, bare, ours, _ in arrived:
                 for joined, sound, columns in more:
                     ascending = ascending and sound
                     blocks.append((joined.split("\0"), columns))
                 ignored += left_out
+                sidecars.update({f".{text(name)}": count for name, count in endings.items()})
                 folders += bare
+                own += ours
             arrived = []
             for done in wait(busy, return_when=FIRST_COMPLETED).done if busy else ():
                 idle.append(busy.pop(done))
@@ -266,18 +299,29 @@ def _explored(
         order = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64)
         paths.sort()
         size_N, stamp_N = size_N[order], stamp_N[order]
-    return paths, size_N, stamp_N, ignored, sorted(folders)
+    return Listing(
+        paths=paths,
+        sizes=size_N,
+        stamps=stamp_N,
+        ignored=ignored,
+        sidecars=dict(sidecars),
+        folders=sorted(folders),
+        own=sorted(own),
+    )
 
 
 def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Found:
     """What these visits find, until some `limit` names were looked at, and the visits left over."""
     blocks: list[Block] = []
     folders: list[str] = []
+    own: list[str] = []
+    sidecars: dict[bytes, int] = {}
     ignored, seen, waiting = 0, 0, list(visits)
     while waiting and seen < limit:
         below, names, above, wanted = waiting.pop()
         whole = names is None
         folder = os.path.join(root, below)
+        aside: dict[int, bytes] = {}
         try:
             # O_PATH: looking at a file takes no leave to list its folder.
             handle = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -288,8 +332,13 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
                     continue
                 if names is None:
                     names = sorted(os.listdir(folder))
-                    if wanted == LISTED and (junk := _junk(names)):
-                        waiting.append((below, junk, above, COUNTED))
+                    if wanted == LISTED:
+                        if below and exclusions.is_own_folder(handle, names):
+                            own.append(text(below[:-1]))
+                            continue
+                        names, junk, ours = exclusions.sorted_out(names)
+                        own += [text(below + name) for name in ours]
+                        waiting += [(below, junk, above, COUNTED)] if junk else []
                 whole = whole and len(names) <= limit
                 parts = range(limit, len(names), PART)
                 waiting += [(below, names[i : i + PART], above, wanted) for i in parts]
@@ -297,6 +346,8 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
                 # Only a name that we were given can hold a NUL, where C would end it.
                 safe = wanted != NAMED or not any(b"\0" in name for name in names)
                 kinds, columns = (look if safe else _look_each)(handle, names)
+                if wanted == LISTED:
+                    aside = exclusions.sidecars(handle, names, kinds)
             finally:
                 os.close(handle)
         except (OSError, ValueError):  # gone, or not ours to see: a row for each name we have
@@ -306,12 +357,15 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
             kinds, zeros = bytearray(len(names)), array("q", bytes(8 * len(names)))
             columns = [array("q", [-1]) * len(names), zeros, zeros]
         seen += 1 + len(names)
-        if FOLDER in kinds and wanted != NAMED:
+        if aside or (FOLDER in kinds and wanted != NAMED):
             inner = [name for name, kind in zip(names, kinds, strict=True) if kind == FOLDER]
             waiting += [(below + name + b"/", None, (*above, here), wanted) for name in inner]
-            files = [kind != FOLDER for kind in kinds]
+            files = [kind != FOLDER and at not in aside for at, kind in enumerate(kinds)]
             names = list(compress(names, files))
             columns = [array("q", compress(column, files)) for column in columns]
+            for ending in aside.values():
+                sidecars[ending] = sidecars.get(ending, 0) + 1
+            ignored += len(aside)
         if wanted == COUNTED:
             ignored += len(names)
         elif names:
@@ -323,17 +377,7 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
                 blocks.append((*_texts(parent + slash, [name]), nothing))
             else:
                 folders.append(text(below[:-1]))
-    return blocks, ignored, folders, waiting
-
-
-def _junk(names: list[bytes]) -> list[bytes]:
-    """Take the names that are hidden or the system's out of a sorted list."""
-    junk = []
-    for low, high in ((b".", b"/"), *((name, name + b"\0") for name in JUNK)):
-        start, stop = bisect_left(names, low), bisect_left(names, high)
-        junk += names[start:stop]
-        del names[start:stop]
-    return junk
+    return blocks, ignored, sidecars, folders, own, waiting
 
 
 def _look_each(handle: int, names: list[bytes]) -> Looks:
@@ -473,15 +517,21 @@ def read(
     size, stamp: as listed; a file that differs from them is a fault. Pipes and devices are never
     waited on. May be called from many threads at once.
     """
+
+    def judge(size_now: int, stamp_now: int) -> str | None:
+        if fault := _changed(size_now, stamp_now, size, stamp):
+            return fault
+        return _too_large(size_now, max_bytes) if size_now > max_bytes else None
+
     if in_store(root):
         try:
-            return _fetched(root, path, max_bytes, size, stamp)
+            return object_store.read(_uri(root), raw(path).decode(), judge)
         except FileNotFoundError:
             return b"", "unreadable: No such file or directory"
         except PermissionError:
             return b"", "unreadable: Permission denied"
         except Exception as error:  # stores raise what they like
-            return b"", f"unreadable: {_words(error)}"
+            return b"", f"unreadable: {object_store.words(error)}"
     file = os.path.join(raw(root), raw(path))
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -489,10 +539,8 @@ def read(
             before = os.fstat(handle)
             if not stat.S_ISREG(before.st_mode):
                 return b"", "not a file: a folder, pipe, socket or device"
-            if fault := _changed(before.st_size, before.st_mtime_ns, size, stamp):
+            if fault := judge(before.st_size, before.st_mtime_ns):
                 return b"", fault
-            if before.st_size > max_bytes:
-                return b"", _too_large(before.st_size, max_bytes)
             with os.fdopen(handle, "rb", closefd=False) as stream:
                 data = stream.read(before.st_size + 1)
             after = os.fstat(handle)
@@ -528,136 +576,105 @@ def _too_large(size: int, max_bytes: int) -> str:
 
 
 def _stored(root: str) -> Listing:
+    """As `listing`, of a store."""
     import numpy as np
 
-    rows, folders, ignored = [], [], 0
-    for key, size, stamp in _objects(root):
-        name = _encoded(key)
-        *above, last = name.split(b"/")
-        if any(part[:1] == b"." or part in JUNK for part in (*above, last)):
-            ignored += last != b""
-        elif last:
-            rows.append((text(name), size, stamp))
-        else:  # a marker, as consoles make them for a new folder: no file
-            folders.append(text(name[:-1]))
-    if not rows and not ignored and not folders:
+    there = [(_encoded(key), size, stamp) for key, size, stamp in _objects(root)]
+    if not there:
         raise ConfigError(
             f"{root} holds nothing.",
             "a bucket, or a prefix of keys followed by /.",
             "check the spelling of bucket and prefix.",
         )
-    rows.sort()
-    return Listing(
+    ours = _own_folders(root, [name for name, *_ in there])
+    rows, folders, own, ignored = [], [], set(), 0
+    for name, size, stamp in there:
+        parts = name.split(b"/")
+        mine = next((n for n in range(1, len(parts)) if b"/".join(parts[:n]) in ours), None)
+        mine = mine or next(
+            (n for n, part in enumerate(parts, 1) if exclusions.is_own_name(part)), None
+        )
+        if mine is not None:
+            own.add(text(b"/".join(parts[:mine])))
+        elif any(part[:1] == b"." or part in exclusions.JUNK for part in parts):
+            ignored += parts[-1] != b""
+        elif parts[-1]:
+            rows.append((text(name), size, stamp))
+        else:  # a marker, as consoles make them for a new folder: no file
+            folders.append(text(name[:-1]))
+    aside = _stored_sidecars(root, rows)
+    rows = sorted(row for row in rows if row[0] not in aside)
+    found = Listing(
         paths=[path for path, *_ in rows],
         sizes=np.array([size for _, size, _ in rows], np.int64),
         stamps=np.array([stamp for *_, stamp in rows], np.int64),
-        ignored=ignored,
+        ignored=ignored + len(aside),
+        sidecars=dict(Counter(aside.values())),
         folders=sorted(folders),
+        own=sorted(own),
     )
+    return _without_figures(found)
 
 
-def _objects(root: str) -> list[Object]:
+def _own_folders(root: str, keys: list[bytes]) -> set[bytes]:
+    """The folders in a store that are stores, bundles or scores of ours."""
+    found = set()
+    for key in keys:
+        folder, _, name = key.rpartition(b"/")
+        if name in exclusions.OWN_FILES and folder and folder not in found:
+            data, _ = read(root, text(key), 2**26)
+            found |= {folder} if exclusions.OWN_FILES[name] in data else set()
+    return found
+
+
+def _stored_sidecars(root: str, rows: list[tuple[str, int, int]]) -> dict[str, str]:
+    """Paths and endings of the sidecars among these rows of a store.
+
+    Each is looked into, a request each; where there are many, a sample of each ending, and all of
+    an ending of which the sample holds an image.
+    """
+    by_ending: dict[bytes, list[str]] = {}
+    empty = {path for path, size, _ in rows if size == 0}
+    for path, *_ in rows:
+        name = raw(path)
+        if (
+            not name.endswith(exclusions.USUAL)
+            and (ending := exclusions.ending(name)) in exclusions.SIDECARS
+        ):
+            by_ending.setdefault(ending, []).append(path)
+
+    def images(paths: Sequence[str]) -> set[str]:
+        full = [path for path in paths if path not in empty]
+        keys = [raw(path).decode("utf-8", "surrogateescape") for path in full]
+        heads = object_store.beginnings(_uri(root), keys, exclusions.HEAD_BYTES)
+        pairs = zip(full, heads, strict=True)
+        return {
+            path for path, head in pairs if head is None or exclusions.looks_like_an_image(head)
+        }
+
+    found: dict[str, str] = {}
+    for ending, paths in by_ending.items():
+        step = -(-len(paths) * len(by_ending) // MAX_BEGINNINGS)
+        kept = images(paths[::step])
+        if kept and step > 1:
+            kept = images(paths)
+        found |= {path: f".{text(ending)}" for path in paths if path not in kept}
+    return found
+
+
+def _objects(root: str) -> list[object_store.Object]:
     """Every object below a root in a store; ConfigError if it cannot be listed."""
     try:
-        store, top = _store(root)
-        if not hasattr(store, "call_s3"):
-            return [
-                (name[len(top) + 1 :], _size(store, info), _stamp(info))
-                for name, info in store.find(top, detail=True).items()
-                if info.get("type") == "file" and name.startswith(f"{top}/")
-            ]
-        bucket, _, prefix = top.partition("/")
-        return _s3_objects(store, bucket, prefix and f"{prefix}/")
+        return object_store.objects(_uri(root))
     except ConfigError:
         raise
     except Exception as error:  # stores raise what they like
         raise ConfigError(
-            f"{root} cannot be listed: {_words(error)}.",
+            f"{root} cannot be listed: {object_store.words(error)}.",
             "a bucket or prefix that exists and that these credentials may list.",
             "check its spelling, the credentials (AWS_*, GOOGLE_*) and, for a store of your own,"
             " AWS_ENDPOINT_URL.",
         ) from error
-
-
-def _s3_objects(store: Any, bucket: str, prefix: str) -> list[Object]:
-    """Every object below a prefix, page by page, prefixes side by side.
-
-    s3fs's own `find` keeps all pages and trips over keys such as a//b.
-    """
-
-    def page_through(below: str, delimiter: str) -> tuple[list[Object], list[str]]:
-        objects: list[Object] = []
-        prefixes: list[str] = []
-        asked = {"Bucket": bucket, "Prefix": below, "Delimiter": delimiter}
-        more = True
-        while more:
-            page = store.call_s3("list_objects_v2", **asked)
-            prefixes += [each["Prefix"] for each in page.get("CommonPrefixes", ())]
-            objects += [
-                (each["Key"][len(prefix) :], int(each["Size"]), _stamp(each))
-                for each in page.get("Contents", ())
-            ]
-            if more := page.get("IsTruncated", False):
-                asked["ContinuationToken"] = page["NextContinuationToken"]
-        return objects, prefixes
-
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(STORE_THREADS) as pool:
-        found: list[Object] = []
-        prefixes = [prefix]
-        for _ in range(3):  # ROOT, train/, train/cat/: enough to share out
-            if not 0 < len(prefixes) < 2 * STORE_THREADS:
-                break
-            pages = list(pool.map(page_through, prefixes, repeat("/")))
-            below = [each for _, inner in pages for each in inner]
-            if len(below) > 1000:  # a request each would take longer than to walk through them
-                break
-            found += [each for objects, _ in pages for each in objects]
-            prefixes = below
-        for objects, _ in pool.map(page_through, prefixes, repeat("")):
-            found += objects
-    return found
-
-
-def _fetched(
-    root: str, path: str, max_bytes: int, size: int | None, stamp: int | None
-) -> tuple[bytes, str | None]:
-    """As `read`, from a store; raises what the store raises."""
-    store, top = _store(root)
-    key = raw(path).decode()
-    if not hasattr(store, "call_s3"):
-        if (there := int(store.size(f"{top}/{key}") or 0)) > max_bytes:
-            return b"", _too_large(there, max_bytes)
-        data: bytes = store.cat_file(f"{top}/{key}")
-        fault = _changed(len(data), 0, size, None)
-        return (b"" if fault else data), fault
-
-    import asyncio
-
-    from fsspec.asyn import sync
-
-    bucket, _, name = f"{top}/{key}".partition("/")
-
-    async def get() -> tuple[bytes, str | None]:
-        for pause in (0.5, 2.0, None):
-            answer = await store._call_s3("get_object", Bucket=bucket, Key=name)
-            async with answer["Body"] as body:
-                there = int(answer["ContentLength"])
-                if fault := _changed(there, _stamp(answer), size, stamp):
-                    return b"", fault
-                if there > max_bytes:
-                    return b"", _too_large(there, max_bytes)
-                try:
-                    return await body.read(), None
-                except Exception:  # the client repeats requests, not answers that broke off
-                    if pause is None:
-                        raise
-            await asyncio.sleep(pause)
-        raise AssertionError
-
-    found: tuple[bytes, str | None] = sync(store.loop, get)
-    return found
 
 
 def fetch(root: str, path: str, target: Path) -> None:
@@ -665,81 +682,21 @@ def fetch(root: str, path: str, target: Path) -> None:
     ConfigError if the store does not give it.
     """
     try:
-        store, top = _store(root)
-        store.get_file(f"{top}/{raw(path).decode()}", os.fspath(target))
+        object_store.fetch(_uri(root), raw(path).decode(), target)
     except (ConfigError, FileNotFoundError):
         raise
     except Exception as error:  # stores raise what they like
         raise ConfigError(
-            f"{root}/{path} cannot be fetched: {_words(error)}.",
+            f"{root}/{path} cannot be fetched: {object_store.words(error)}.",
             "an address that exists and that these credentials may read.",
             "check its spelling, the credentials (AWS_*, GOOGLE_*) and, for a store of your own,"
             " AWS_ENDPOINT_URL.",
         ) from error
 
 
-def _store(root: str) -> tuple[Any, str]:
-    """The fsspec file system of a URI and where the root is in it."""
-    uri = raw(root).decode("utf-8", "surrogateescape")
-    scheme = uri.partition(":")[0]
-    # A changed environment (another profile, another endpoint) makes another connection.
-    names = sorted(name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "STORAGE_")))
-    store = _connected(scheme, os.getpid(), tuple((name, os.environ[name]) for name in names))
-    return store, store._strip_protocol(uri)
-
-
-@lru_cache(maxsize=8)
-def _connected(scheme: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    """The fsspec file system of a scheme; its credentials are those of the environment."""
-    settings: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if EXTRAS.get(scheme) == "s3":
-        # A store that is not there is refused within half a minute.
-        retries = {"mode": "standard", "total_max_attempts": 4}
-        times = {"connect_timeout": 5, "read_timeout": 30}
-        settings["config_kwargs"] = {"retries": retries, "max_pool_connections": 64, **times}
-    elif EXTRAS.get(scheme) == "gcs":
-        settings["requests_timeout"] = 30
-    try:
-        import fsspec
-
-        store = fsspec.filesystem(scheme, **settings)
-    except ImportError as error:
-        extra = EXTRAS.get(scheme)
-        raise ConfigError(
-            f"{scheme}:// cannot be opened: {_words(error)}.",
-            "the library that reads such a store.",
-            f"pip install 'arrowhead[{extra}]'." if extra else "install it beside Arrowhead.",
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{scheme}:// cannot be opened: {_words(error)}.",
-            "a folder, or an address that fsspec opens, such as s3://bucket/prefix.",
-            "check the spelling.",
-        ) from error
-    if EXTRAS.get(scheme) == "s3":
-        store.retries = 1  # botocore's own are enough: the two would multiply
-    return store
-
-
-def _size(store: Any, info: Mapping[str, Any]) -> int:
-    size = info.get("size")
-    return int(store.size(info["name"]) if size is None else size)
-
-
-def _stamp(info: Mapping[str, Any]) -> int:
-    """63 bits that change with an object: of its ETag's hash, or of the time it was written."""
-    import hashlib
-
-    keys = ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created")
-    mark = next((str(info[key]) for key in keys if info.get(key)), "")
-    return int.from_bytes(hashlib.blake2b(mark.encode(), digest_size=8).digest(), "big") >> 1
+def _uri(root: str) -> str:
+    return raw(root).decode("utf-8", "surrogateescape")
 
 
 def _encoded(key: str) -> bytes:
     return key.encode("utf-8", "surrogateescape")
-
-
-def _words(error: Exception) -> str:
-    """What a library says, on one line; not the query of an address, which may be a signature."""
-    words = re.sub(r"\?[^\s\"']+", "", str(error).strip() or type(error).__name__)
-    return text(_encoded(" ".join(words.split())[:200])).rstrip(".")
