@@ -9,19 +9,29 @@ ranked settings    -> grid_csv          a table, the best first
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead import fileio, spreadsheet
+from arrowhead.screen import visible
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from arrowhead.lr_finder import Curve
+
+MAX_NAME_CHARS = 28
+NUMBERED_CLASSES = 30  # up to so many the cells of a confusion matrix hold their counts
+NAMED_CLASSES = 200  # with more, every second, third … class is named on the axes
+FONT = "DejaVu Sans"  # matplotlib's own, always there
+BOXES = "Last Resort"  # matplotlib's font of boxes for what no other font has
 
 
 def lr_figure(curve: Curve) -> Figure:
@@ -95,29 +105,39 @@ def _losses(axes: Any, curve: Curve) -> None:
 
 def lr_csv(curve: Curve, path: Path) -> None:
     """rate, then the loss of each seed, one line per step; empty where a seed had diverged."""
-    with path.open("w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["rate", *(f"loss_seed_{i}" for i in range(len(curve.losses)))])
+    header = ["rate", *(f"loss_seed_{i}" for i in range(len(curve.losses)))]
+    with spreadsheet.writing(path, header) as sheet:
         for rate, *losses in zip(curve.rates, *curve.losses, strict=True):
-            out.writerow([f"{rate:.6g}", *("" if np.isnan(x) else f"{x:.6g}" for x in losses)])
+            known = [None if np.isnan(loss) else float(f"{loss:.6g}") for loss in losses]
+            sheet.row([float(f"{rate:.6g}"), *known])
 
 
-def confusion_figure(counts_CC: NDArray[np.int64], classes: list[str]) -> Figure:
-    """Counts of labels (rows) against guesses (columns); shades are shares of the label."""
+def confusion_figure(
+    counts_CC: NDArray[np.int64], classes: list[str], title: str = "Validation images"
+) -> Figure:
+    """Counts of labels (rows) against predictions (columns); shades are shares of the label."""
     from matplotlib.figure import Figure
 
-    side = min(14.0, 2.6 + 0.7 * len(classes))
+    count = len(classes)
+    few, step = count <= NUMBERED_CLASSES, -(-count // NAMED_CLASSES)
+    at = list(range(0, count, step))
+    names, text = _named(classes[place] for place in at)
+    # Room for the names, then for the cells: 8 points each where there are many.
+    side = 1.5 + 0.09 * max(map(len, names))
+    side += min(14.0, 1.1 + 0.7 * count) if few else 0.125 * min(count, NAMED_CLASSES)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     share = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="guessed", ylabel="label", title="Validation images")
-    if len(classes) <= 30:
-        for (row, column), count in np.ndenumerate(counts_CC):
+    text |= {} if few else {"fontsize": 6.5}
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
+    axes.set_xticks(at, names, **text, **turned)
+    axes.set_yticks(at, names, **text)
+    axes.set(xlabel="predicted", ylabel="label", title=title)
+    if few:
+        for (row, column), images in np.ndenumerate(counts_CC):
             shade = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=shade)
+            axes.text(column, row, str(images), ha="center", va="center", color=shade)
     return figure
 
 
@@ -131,10 +151,11 @@ def scores_figure(
     from matplotlib.ticker import MaxNLocator
 
     shown = sorted(labels.items(), key=lambda pair: -pair[1])[:20]
+    names, text = _named(name for name, _ in shown)
     figure = Figure(figsize=(10, 1.8 + 0.22 * max(8, len(shown))), layout="constrained")
     by_label, by_chance, by_novelty = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
     by_label.barh(range(len(shown)), [count for _, count in shown])
-    by_label.set_yticks(range(len(shown)), [name[:24] for name, _ in shown])
+    by_label.set_yticks(range(len(shown)), names, **text)
     by_label.invert_yaxis()
     rest = len(labels) - len(shown)
     by_label.set(xlabel="images", title="label" + (f" (and {rest} more)" if rest else ""))
@@ -179,14 +200,11 @@ def learning_figure(curve: dict[str, Any]) -> Figure:
 
 def learning_csv(curve: dict[str, Any], path: Path) -> Path:
     """share, images, mean, spread, then each head's figure, one line per share; the path."""
-    with path.open("w", newline="") as file:
-        out = csv.writer(file)
-        heads = len(curve["points"][0]["values"])
-        name = curve["figure"]
-        out.writerow(["share", "images", name, "spread", *(f"head_{i}" for i in range(heads))])
+    heads = [f"head_{i}" for i in range(len(curve["points"][0]["values"]))]
+    with spreadsheet.writing(path, ["share", "images", curve["figure"], "spread", *heads]) as sheet:
         for one in curve["points"]:
-            out.writerow(
-                [one[key] for key in ("share", "images", "mean", "spread")] + one["values"]
+            sheet.row(
+                [*(one[key] for key in ("share", "images", "mean", "spread")), *one["values"]]
             )
     return path
 
@@ -194,13 +212,12 @@ def learning_csv(curve: dict[str, Any], path: Path) -> Path:
 def grid_csv(ranked: dict[str, Any], path: Path) -> Path:
     """One line per setting of a grid, the best first: its knobs, seeds, mean, spread; the path."""
     names = list(ranked["settings"][0]["knobs"])
-    with path.open("w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow([*names, "seeds", ranked["figure"], "spread", "valid_loss"])
+    header = [*names, "seeds", ranked["figure"], "spread", "valid_loss"]
+    with spreadsheet.writing(path, header) as sheet:
         for one in ranked["settings"]:
             seeds = " ".join(map(str, one["seeds"]))
             figures = [one["mean"], one["spread"], one["valid_loss"]]
-            out.writerow([*(one["knobs"][name] for name in names), seeds, *figures])
+            sheet.row([*(one["knobs"][name] for name in names), seeds, *figures])
     return path
 
 
@@ -219,6 +236,72 @@ def display(figure: Figure) -> None:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG (or by its suffix); the path."""
-    figure.savefig(path, dpi=120)
+    """Write a figure as PNG (or by its suffix), whole or absent; the path."""
+    with fileio.draft(path) as draft, warnings.catch_warnings():
+        # A box instead of a letter is no reason to fail where warnings are errors.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(draft, dpi=120, format=path.suffix.removeprefix(".") or "png")
     return path
+
+
+# ------------------------------------------------------------------------- names in figures
+
+
+def _named(names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Names as a figure shows them, and matplotlib's properties of such a text.
+
+    As they are: `$` starts no formula. Long ones lose their middle, control characters are
+    escaped, and so are letters that no font on this machine has (boxes would all look alike).
+    """
+    shown = [_shortened(visible(name)) for name in names]
+    wanted = {ord(character) for name in shown for character in name}
+    families = _fonts(frozenset(wanted - _characters(FONT)))
+    drawn = {ord(" ")}.union(*map(_characters, families))
+    plain = ["".join(one if ord(one) in drawn else _escaped(one) for one in name) for name in shown]
+    return plain, {"parse_math": False, "fontfamily": families}
+
+
+def _shortened(name: str) -> str:
+    if len(name) <= MAX_NAME_CHARS:
+        return name
+    half = (MAX_NAME_CHARS - 1) // 2
+    return f"{name[: MAX_NAME_CHARS - 1 - half]}…{name[-half:]}"
+
+
+def _escaped(character: str) -> str:
+    r"""A character as \uNNNN or \UNNNNNNNN."""
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+@cache
+def _fonts(missing: frozenset[int]) -> list[str]:
+    """Families: the default, and as many others of this machine as have its missing characters."""
+    found, left = [FONT], set(missing)
+    for family in _families() if left else ():
+        if not family.startswith(BOXES) and (there := left & _characters(family)):
+            found.append(family)
+            left -= there
+        if not left:
+            break
+    return found
+
+
+@cache
+def _characters(family: str) -> frozenset[int]:
+    """The characters that a font has, as code points."""
+    from matplotlib.font_manager import get_font
+
+    return frozenset(get_font(_families()[family]).get_charmap())
+
+
+@cache
+def _families() -> dict[str, str]:
+    """The fonts of this machine: a file of each family, the plain one where there is one."""
+    from matplotlib.font_manager import fontManager
+
+    fonts = sorted(
+        fontManager.ttflist,
+        key=lambda font: (font.name, font.style != "normal", abs(int(font.weight) - 400)),
+    )
+    return {font.name: font.fname for font in reversed(fonts)}

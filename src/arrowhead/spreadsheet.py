@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arrowhead import fileio
+from arrowhead.screen import visible
 
 STARTS = "=+-@'"  # of a formula; and the mark itself, so that taking one off is always right
 
@@ -52,15 +53,3 @@ def cell(value: Any) -> Any:
     # Full-width signs count as the plain ones in some languages' spreadsheets.
     first = unicodedata.normalize("NFKC", text.lstrip()[:1])[:1]
     return f"'{text}" if first and first in STARTS else text
-
-
-def visible(text: str) -> str:
-    r"""The text with control characters, line breaks and marks that turn writing around as \xNN."""
-    if text.isprintable():
-        return text
-    return "".join(
-        one
-        if one.isprintable()
-        else "".join(f"\\x{byte:02x}" for byte in one.encode("utf-8", "surrogateescape"))
-        for one in text
-    )

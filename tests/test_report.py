@@ -1,0 +1,70 @@
+"""Figures and tables show names as they are, whatever they hold."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from arrowhead import report
+
+# Markup for matplotlib, a formula, HTML; then what the usual font lacks, and what is not printable.
+MARKUP = ["$10_", "a_b$", "$\\frac{", "=1+1", "<b>x", "{}^_", "plain"]
+ODD = [*MARKUP, "two\nlines", "\x1b[31mred", "חתול", "قطة", "猫", "🐈 cat", "x" * 200, "\udc80"]
+
+
+def labels(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_names_that_plotting_reads_as_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    counts = np.eye(len(MARKUP), dtype=np.int64)
+    figure = report.confusion_figure(counts, MARKUP)
+    report.save(figure, tmp_path / "confusion.png")
+    (axes,) = figure.axes
+    assert labels(axes.xaxis) == labels(axes.yaxis) == MARKUP
+    assert not any(label.get_parse_math() for label in axes.get_xticklabels())
+    figure = report.scores_figure(dict.fromkeys(MARKUP, 3), np.arange(20), np.arange(20))
+    report.save(figure, tmp_path / "scores.png")
+    assert labels(figure.axes[0].yaxis) == MARKUP
+
+
+@pytest.mark.parametrize("count", [2, 12, 31, 200, 900])
+def test_any_number_of_classes_of_any_name_is_drawn_and_no_two_look_alike(
+    count: int, tmp_path: Path
+) -> None:
+    classes = [f"{number} {ODD[number % len(ODD)]}" for number in range(count)]
+    figure = report.confusion_figure(np.eye(count, dtype=np.int64), classes)
+    (axes,) = figure.axes
+    shown = labels(axes.yaxis)
+    assert len(set(shown)) == len(shown) == min(count, 180 if count == 900 else count)
+    assert all(name.isprintable() and len(name) < 100 for name in shown)
+    if count < 200:
+        with Image.open(report.save(figure, tmp_path / "confusion.png")) as image:
+            assert max(image.size) < 4000
+        assert [file.name for file in tmp_path.iterdir()] == ["confusion.png"]
+
+
+def test_letters_that_no_font_here_has_can_still_be_told_apart() -> None:
+    figure = report.confusion_figure(np.eye(3, dtype=np.int64), ["\U000e0100a", "\U000f0000", "b"])
+    assert labels(figure.axes[0].yaxis) == ["\\U000e0100a", "\\U000f0000", "b"]
+
+
+def test_tables_hold_numbers_and_safe_names(tmp_path: Path) -> None:
+    setting = {"seeds": [0, 1], "mean": 0.5, "spread": None, "valid_loss": 1.5}
+    ranked = {"settings": [setting | {"knobs": {"rate": 1e-3, "class_weights": "=x"}}]}
+    report.grid_csv(ranked | {"figure": "accuracy"}, tmp_path / "grid.csv")
+    header, line = (tmp_path / "grid.csv").read_text().splitlines()
+    assert header == "rate,class_weights,seeds,accuracy,spread,valid_loss"
+    assert line == "0.001,'=x,0 1,0.5,,1.5"
