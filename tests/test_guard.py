@@ -10,16 +10,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from arrowhead import ConfigError, LostError, guard
 from arrowhead.decode import PixelConfig
 from arrowhead.guard import GuardedDecoder
 
@@ -35,6 +37,10 @@ if sys.argv[0] == "-c":
     def give_up():
         raise MemoryError("marked")
 
+    def be_slow():
+        open(os.environ["AT_WORK"] + f"/{os.getpid()}", "w").close()
+        time.sleep(1)
+
     ENDS = {
         b"mark: segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
         b"mark: killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -42,6 +48,7 @@ if sys.argv[0] == "-c":
         b"mark: exit": lambda: os._exit(1),
         b"mark: raise": give_up,
         b"mark: hang": lambda: time.sleep(3600),
+        b"mark: slow": be_slow,
     }
     header = decode.header
 
@@ -145,24 +152,24 @@ def _gone(process: int, seconds: float = 120.0) -> bool:
 
 @pytest.mark.usefixtures("sabotaged")
 @pytest.mark.parametrize(
-    ("way", "words"),
+    ("way", "words", "deaths"),
     [
-        ("segfault", "killed by SIGSEGV"),
-        ("abort", "killed by SIGABRT"),
-        ("killed", "killed by SIGKILL"),
-        ("exit", "exit code 1"),
-        ("raise", "exit code 1"),
+        ("segfault", "killed by SIGSEGV", 2),
+        ("abort", "killed by SIGABRT", 2),
+        ("killed", "killed by SIGKILL", 1 + guard.KILLS),
+        ("exit", "exit code 1", 2),
+        ("raise", "exit code 1", 2),
     ],
 )
-def test_a_file_that_kills_the_decoder_is_quarantined_after_two_deaths(
-    way: str, words: str, photos: list[bytes], clean: dict[bytes, bytes]
+def test_a_file_that_kills_the_decoder_is_quarantined_after_so_many_deaths(
+    way: str, words: str, deaths: int, photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
     batch = [*photos[:3], _marked(photos[3], way), *photos[4:8]]
     with _decoder() as decoder:
         assert _streamed(decoder, [Batch(batch)], clean) == [f"decoder_crash: {words}"]
-        assert decoder.deaths == 2
+        assert decoder.deaths == deaths
         assert _streamed(decoder, [Batch(photos[8:16])], clean) == []
-        assert decoder.deaths == 2
+        assert decoder.deaths == deaths
 
 
 @pytest.mark.usefixtures("sabotaged")
@@ -209,7 +216,7 @@ def test_marked_files_anywhere_cost_their_rows_only(
 def test_every_batch_after_a_death_comes_in_order(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
-    files = [_marked(p, "killed") if n % 9 == 4 else p for n, p in enumerate(photos)]
+    files = [_marked(p, "abort") if n % 9 == 4 else p for n, p in enumerate(photos)]
     batches = [Batch(files[first : first + 3]) for first in range(0, 32, 3)]
     with _decoder(size=3) as decoder:
         assert len(_streamed(decoder, batches, clean)) == 4
@@ -229,7 +236,7 @@ def test_a_quarantined_file_has_the_same_fault_alone_and_among_others(photos: li
 def test_twenty_deaths_leave_no_file_descriptor_and_no_process_behind(
     photos: list[bytes],
 ) -> None:
-    deadly = [_marked(photo, "killed") for photo in photos[:9]]
+    deadly = [_marked(photo, "segfault") for photo in photos[:9]]
     children = set()
     before = sorted(os.listdir("/proc/self/fd"))
     with _decoder(size=9) as decoder:
@@ -349,19 +356,111 @@ def test_the_child_does_not_outlive_a_parent_killed_outright(
             os.kill(child or parent.pid, signal.SIGKILL)
 
 
-def test_a_child_that_cannot_start_is_a_clear_error(
-    sabotaged: Callable[[str], None], photos: list[bytes]
+def test_a_child_that_cannot_start_is_refused_in_three_parts(
+    sabotaged: Callable[[str], None], photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(guard, "PAUSE", 0.0)
     before = sorted(os.listdir("/proc/self/fd"))
     sabotaged("import sys; sys.modules['nvidia.dali'] = None")
     with _decoder() as decoder:
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="does not start") as error:
+            with pytest.raises(ConfigError, match="does not start") as error:
                 decoder(photos[:1], _ids(photos[:1]))
-            assert "nvidia.dali" in str(error.value)
+            assert "nvidia.dali" in error.value.found
+            assert "doctor" in error.value.do
         sabotaged("")
         assert decoder(photos[:1], _ids(photos[:1])).faults == [None]
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+# ------------------------------------------------------------------- killed from outside
+
+
+@contextmanager
+def _killing(
+    decoder: GuardedDecoder, times: int, ready: Callable[[int], bool] = lambda child: True
+) -> Iterator[list[int]]:
+    """Kill the next `times` children with SIGKILL, each when it is `ready`; gives those killed."""
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def hunt() -> None:
+        while len(killed) < times and not ended.is_set():
+            child = decoder._child
+            if child and child.pid not in killed and ready(child.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+                    killed.append(child.pid)
+            time.sleep(0.005)
+
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        hunter.join()
+
+
+def test_a_child_killed_while_it_starts_is_started_again(
+    photos: list[bytes], clean: dict[bytes, bytes]
+) -> None:
+    with _decoder() as decoder, _killing(decoder, guard.STARTS - 1) as killed:
+        assert _streamed(decoder, [Batch(photos[:8])], clean) == []
+        assert len(killed) == guard.STARTS - 1
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_a_good_photo_is_no_crash_because_its_decoder_was_killed_from_outside(
+    photos: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over its batch first, then over the photo alone, again and again."""
+    monkeypatch.setenv("AT_WORK", str(tmp_path))
+    batch = [*photos[:3], _marked(photos[3], "slow"), *photos[4:8]]
+    with _decoder() as decoder:
+        with _killing(
+            decoder, guard.KILLS, lambda child: (tmp_path / str(child)).exists()
+        ) as killed:
+            made = decoder(batch, _ids(batch))
+        assert len(killed) == decoder.deaths == guard.KILLS
+    assert made.faults == [None] * 8
+    ids = _ids(batch)
+    with _decoder() as decoder:
+        wanted = decoder(photos[:8], ids)
+    assert [_pixels(made.views, row) for row in range(8)] == [
+        _pixels(wanted.views, row) for row in range(8)
+    ]
+
+
+def test_a_decoder_that_is_always_killed_while_it_starts_is_refused_and_the_file_is_not_blamed(
+    sabotaged: Callable[[str], None], photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "PAUSE", 0.0)
+    sabotaged(
+        "import os, signal, sys; sys.argv[0] == '-c' and os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with _decoder() as decoder, pytest.raises(LostError) as refusal:
+        decoder(photos[:1], _ids(photos[:1]))
+    assert "while it started" in refusal.value.found
+    assert "memory" in refusal.value.wanted
+    assert "--workers" in refusal.value.do
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_files_that_are_killed_one_after_another_are_the_machines_fault(
+    photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "PAUSE", 0.0)
+    monkeypatch.setattr(guard, "KILLS", 1)
+    deadly = [_marked(photo, "killed") for photo in photos[:8]]
+    with _decoder() as decoder:
+        with pytest.raises(LostError, match=f"{guard.KILLED_FILES} files in a row"):
+            decoder(deadly, _ids(deadly))
+        assert decoder(photos[:8], _ids(photos[:8])).faults == [None] * 8
+        few = deadly[: guard.KILLED_FILES - 1] + photos[4:8]
+        for _ in range(2):  # a well one in between: not in a row
+            faults = decoder(few, _ids(few)).faults
+            assert faults == ["decoder_crash: killed by SIGKILL"] * 4 + [None] * 4
 
 
 # ------------------------------------------------------------------------------ the slots

@@ -185,6 +185,34 @@ def test_a_file_that_could_not_be_read_is_tried_again_by_itself(data, command, m
     assert work(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
 
 
+def test_a_file_that_the_decoder_died_over_is_tried_again_by_the_next_run(
+    data, command, monkeypatch, tmp_path
+):
+    """What killed it may have been the machine's state; the program below stands for that."""
+    victim = sorted((data / "train" / "beads").iterdir())[0]
+    victim.write_bytes(victim.read_bytes() + b"mark")
+    (tmp_path / "sick").mkdir()
+    (tmp_path / "sick" / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if sys.argv[0] == '-c':\n"
+        "    from arrowhead import decode\n"
+        "    header = decode.header\n"
+        "    decode.header = lambda data, config: (\n"
+        "        os._exit(7) if data.endswith(b'mark') else header(data, config))\n"
+    )
+    with monkeypatch.context() as sick:
+        sick.setenv("PYTHONPATH", str(tmp_path / "sick"))
+        first = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
+        again = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
+    crash = {"path": str(victim.relative_to(data)), "fault": "decoder_crash: exit code 7"}
+    assert first["faults"] == again["faults"] == [crash]
+    assert work(again)[0] == 0
+    healed = command("precompute", data, "s", *FLAGS)
+    assert work(healed)[0] == 1
+    assert healed["counts"]["faults"] == 0
+    assert work(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
+
+
 def test_bad_files_are_rows_and_too_many_of_them_are_exit_code_3(store, data, command):
     (data / "train" / "beads" / "page.jpg").write_text("<html>not found</html>")
     (data / "train" / "beads" / "empty.jpg").touch()

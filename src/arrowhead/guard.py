@@ -7,6 +7,10 @@
 No decoder is proof against every file. When the child dies or hangs, a new one is started and the
 files it was at are tried one by one; a file that kills a second one is quarantined as a fault,
 `decoder_crash`. Its mates come out as if it had not been there, and nothing else is restarted.
+
+A child that was killed from outside (SIGKILL: the system's out-of-memory killer) says nothing about
+a file. The file is tried again, with fewer threads, `KILLS` times; when several files in a row come
+to nothing so, or when no child can be started, the command is refused instead.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +38,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead import ConfigError, LostError
 from arrowhead.decode import CROPPED_UPRIGHT, FLOOD, Decoder, PixelConfig, Pixels, must_know
 
 UNDER_WAY = 2  # batches: the child has its next one while we take the last
 START = 120.0  # seconds; two on a quiet machine
+STARTS = 3  # attempts, before the command is refused
+KILLS = 4  # deaths by SIGKILL, after which a file that is alone is taken for their cause
+KILLED_FILES = 5  # such files in a row, after which the machine is
+PAUSE = 0.5  # seconds before a second attempt, twice that before a third: memory may come free
 LEAST = 16  # rows: networks compute a row to the same last bit in every batch of 16 or more
 
 
@@ -56,7 +66,11 @@ AnyBatch = TypeVar("AnyBatch", bound=Encoded)
 
 
 class Died(Exception):
-    """The child is gone, and how."""
+    """The child is gone, and how. from_outside: by SIGKILL, which no file makes it die of."""
+
+    def __init__(self, how: str, *, from_outside: bool = False) -> None:
+        super().__init__(how)
+        self.from_outside = from_outside
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +118,7 @@ class GuardedDecoder:
     ) -> None:
         must_know(rule)
         self._shape = (config.views, batch_size, config.size, config.size, 3)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "config": dataclasses.asdict(config),
             "batch_size": batch_size,
             "threads": threads,
@@ -115,6 +129,7 @@ class GuardedDecoder:
         self._slots = [Slot.of(self._shape) for _ in range(UNDER_WAY)]
         self._child: subprocess.Popen[bytes] | None = None
         self._line: Connection | None = None
+        self._killed_files = 0  # in a row
         self.deaths = 0
 
     def __enter__(self) -> GuardedDecoder:
@@ -201,6 +216,7 @@ class GuardedDecoder:
             said = json.loads(self._line.recv_bytes())
         except (EOFError, OSError):
             raise self._autopsy() from None
+        self._killed_files = 0
         count = len(batch.encoded)
         blank = self._blank(count, filled=count)
         for view, made in zip(blank.views, slot.squares, strict=True):
@@ -211,10 +227,8 @@ class GuardedDecoder:
         """The files of a batch that a child died over, each in a batch of its own."""
         pixels = self._blank(len(batch.encoded))
         for row, (data, image_id) in enumerate(zip(batch.encoded, batch.image_ids, strict=True)):
-            alone = _Batch([data], [image_id])
             try:
-                self._give(alone, slot)
-                one = self._answer(alone, slot)
+                one = self._alone(_Batch([data], [image_id]), slot)
             except Died as again:
                 pixels.faults[row] = f"decoder_crash: {again}"
                 continue
@@ -222,6 +236,30 @@ class GuardedDecoder:
             for view, its_view in zip(pixels.views, one.views, strict=True):
                 view[row] = its_view[0]
         return pixels
+
+    def _alone(self, file: _Batch, slot: Slot) -> Pixels:
+        """The pixels of one file; Died if it is the file that the child dies of."""
+        for attempt in range(KILLS):
+            time.sleep(PAUSE * attempt)
+            self._give(file, slot)
+            try:
+                return self._answer(file, slot)
+            except Died as death:
+                if not death.from_outside:
+                    raise
+                last = death
+        self._killed_files += 1
+        if self._killed_files >= KILLED_FILES:
+            raise self._no_memory(f"while it decoded {self._killed_files} files in a row")
+        raise last
+
+    def _no_memory(self, when: str) -> LostError:
+        return LostError(
+            f"The decoder's process was killed again and again (SIGKILL) {when}.",
+            "memory for it: what ends it so is nearly always the system's out-of-memory killer.",
+            "free memory, or give fewer --workers, a smaller --batch-size or --max-pixels; the same"
+            " command goes on where it stopped.",
+        )
 
     def _blank(self, count: int, filled: int = 0) -> Pixels:
         """Pixels of `count` files without a fault, black but for the first `filled` rows."""
@@ -235,20 +273,44 @@ class GuardedDecoder:
     # ---- the child
 
     def _start(self) -> None:
-        if self._child is not None:
-            return
+        """A child that is ready, unless there is one."""
+        for attempt in range(STARTS):
+            if self._child is not None:
+                return
+            time.sleep(PAUSE * attempt)
+            self._spawn()
+            assert self._line
+            try:
+                if not self._line.poll(START):
+                    raise Died(f"not ready after {START:.0f} s")
+                self._line.recv_bytes()  # ready
+                return
+            except (EOFError, OSError):
+                death = self._cause_of_death()
+            except Died as late:
+                death = late
+            self._stderr.seek(0)
+            words = self._stderr.read()[-2000:].decode(errors="replace")
+            self._end()
+        if death.from_outside:
+            raise self._no_memory("while it started")
+        last = next((line for line in reversed(words.splitlines()) if line.strip()), "")
+        raise ConfigError(
+            f"The decoder's process does not start ({death}): {last.strip() or 'it says nothing'}.",
+            "DALI, nvImageCodec and Pillow, and on a GPU its driver, that load in a new process.",
+            "see what `arrowhead doctor` says; `make setup` installs what the lock names.",
+        ) from RuntimeError(words)
+
+    def _spawn(self) -> None:
         ours, theirs = _pair()
         life, hold = os.pipe()  # the child ends when no one holds this any more
         descriptors = [fd for slot in self._slots for fd in (slot.encoded, slot.pixels)]
         settings = {"line": theirs, "life": life, "slots": descriptors, **self._settings}
-        house = str(Path(__file__).resolve().parents[1])
-        paths = [house, *filter(None, [os.environ.get("PYTHONPATH")])]
-        program = "from arrowhead import guard; guard.serve()"
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
         self._child = subprocess.Popen(  # noqa: S603 - our own program
-            [sys.executable, "-P", "-c", program, json.dumps(settings)],
+            [sys.executable, "-P", "-c", PROGRAM, json.dumps(settings)],
             pass_fds=[theirs, life, *descriptors],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
@@ -257,26 +319,27 @@ class GuardedDecoder:
         os.close(life)
         self._hold = hold
         self._line = Connection(ours)
-        try:
-            if not self._line.poll(START):
-                raise EOFError
-            self._line.recv_bytes()  # ready
-        except (EOFError, OSError):
-            self._stderr.seek(0)
-            words = self._stderr.read()[-2000:].decode(errors="replace")
-            self._end()
-            raise RuntimeError(f"The decoder's process does not start:\n{words}") from None
 
     def _autopsy(self) -> Died:
-        """The line to the child is dead: what the child died of."""
+        """The line to the child is dead: what the child died of. The next one has fewer threads if
+        it was killed: each holds memory of its own. (They change no pixel.)
+        """
         self.deaths += 1
+        death = self._cause_of_death()
+        self._end()
+        if death.from_outside:
+            self._settings["threads"] = max(1, self._settings["threads"] // 2)
+        return death
+
+    def _cause_of_death(self) -> Died:
         assert self._child
         try:
             code = self._child.wait(10)  # a core dump takes its time
         except subprocess.TimeoutExpired:
             code = 0
-        self._end()
-        return Died(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+        if code >= 0:
+            return Died(f"exit code {code}")
+        return Died(f"killed by {signal.Signals(-code).name}", from_outside=-code == signal.SIGKILL)
 
     def _end(self) -> None:
         """Kill the child, if there is one."""
@@ -290,6 +353,16 @@ class GuardedDecoder:
         if self._line:
             self._line.close()
         self._line = None
+
+
+PROGRAM = "from arrowhead import guard; guard.serve()"
+
+
+def _environment() -> dict[str, str]:
+    """The child's: this Arrowhead is found first, and nothing in the folder we stand in is."""
+    house = str(Path(__file__).resolve().parents[1])
+    paths = [house, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def works() -> list[str]:

@@ -59,6 +59,10 @@ CLEAR = 0.1  # of probability, from the next decision
 # -------------------------------------------------------------------------- the first pass
 
 
+TRIED_AGAIN = ("unreadable", "decoder_crash")  # faults that the next run may not find
+MAX_TRIES = 255  # what the catalog's column holds
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:
     """How images become features: where labels come from, pixels, body, and the working of it."""
@@ -144,7 +148,8 @@ def _balance(catalog: Catalog, faults: int, done: Work, skipped: int) -> dict[st
 
 
 def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
-    """The catalog, with one more try for each file that could not be read and now can.
+    """The catalog, with one more try for each file that could not be read and now can, and for each
+    that the decoder's process died over.
 
     Its stamp is as before (a permission given leaves it), so only the count of tries gives its
     shard another name.
@@ -153,27 +158,27 @@ def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
         return catalog
     manifest = store.manifest()
     kept = store.path / manifest["catalog"]["name"]
-    sick = [one for one in manifest["shards"] if one["kinds"].get("unreadable")]
-    if not kept.is_file() or not (sick or manifest["catalog"]["tries"]):
+    passing = [one for one in manifest["shards"] if {*TRIED_AGAIN} & {*one["kinds"]}]
+    if not kept.is_file() or not (passing or manifest["catalog"]["tries"]):
         return catalog
     shards.must_be_intact(kept, manifest["catalog"]["sha256"])
     old = Catalog(**store.read_catalog())
-    unreadable = {
-        path
-        for one in sick
+    faults = {
+        path: fault
+        for one in passing
         for rows in [store.read(one["name"])]
         for path, fault in zip(rows.paths, rows.faults, strict=True)
-        if fault and fault.startswith("unreadable")
+        if fault and fault.startswith(TRIED_AGAIN)
     }
     tries = catalog.tries.copy()
     for was in np.flatnonzero(
-        [n > 0 or p in unreadable for n, p in zip(old.tries, old.paths, strict=True)]
+        [n > 0 or p in faults for n, p in zip(old.tries, old.paths, strict=True)]
     ):
         row = bisect.bisect_left(catalog.paths, old.paths[was])
         same = row < len(catalog) and catalog.paths[row] == old.paths[was]
         if same and (catalog.sizes[row], catalog.stamps[row]) == (old.sizes[was], old.stamps[was]):
             tries[row] = old.tries[was]
-            if old.paths[was] in unreadable:
+            if old.paths[was] in faults and tries[row] < MAX_TRIES:
                 _, fault = catalog.read(row, max_bytes)
                 tries[row] += not (fault or "").startswith("unreadable")
     return dataclasses.replace(catalog, tries=tries)

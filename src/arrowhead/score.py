@@ -41,7 +41,11 @@ from arrowhead.plan import Catalog
 from arrowhead.scores_io import Part, Scores
 from arrowhead.shards import Store
 
-PASSING = ("changed", "unreadable")  # faults that may be gone when the same command runs again
+PASSING = (
+    "changed",
+    "unreadable",
+    "decoder_crash",
+)  # faults that may be gone when the same command runs again
 BINS = np.linspace(0, 1, 21)
 
 
