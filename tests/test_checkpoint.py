@@ -244,7 +244,7 @@ def test_pruning_stopped_after_any_step_loses_nothing(tmp_path, monkeypatch):
             keep(place, number)
         steps, stop = stop, stop + 1
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "replace")):
+            for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "rename")):
                 patch.setattr(owner, name, counted(getattr(os, name)))
             try:
                 checkpoint.prune(place, KEY)

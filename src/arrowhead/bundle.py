@@ -5,6 +5,7 @@
                            novelty, lineage, hashes; sealed
       weights.safetensors  body.*, head.* and novelty.*
       golden/              a few images, and the probabilities they gave where the bundle was made
+      report/              figures and tables for people; no hash covers them, nothing reads them
 
 Nothing in it can execute. It is saved whole or not at all, and checked when it is loaded.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 3
+REPORT = "report"
 PARTS = {"body", "head", "novelty"}
 MEND = "copy the bundle again from where it was made, or train again."
 TASKS = {
@@ -172,32 +173,60 @@ def one_thread() -> Iterator[None]:
 # -------------------------------------------------------------------------------- saving
 
 
-def save(bundle: Bundle, path: Path) -> str:
-    """Write the bundle to `path`, whole or absent, in place of the bundle there; its fingerprint.
-
-    Raises ConfigError if `path` holds something else.
-    """
-    import safetensors.torch
-
-    if path.exists() and not (path / "bundle.json").is_file() and any(path.iterdir()):
+def must_be_replaceable(path: Path) -> None:
+    """ConfigError if a bundle cannot be saved to `path`, because it holds something else."""
+    if path.exists() and not (path / "bundle.json").is_file():
+        if path.is_dir() and not any(path.iterdir()):
+            return
         raise ConfigError(
-            f"{path} holds files that are not a bundle's.",
+            f"{path} holds files that are not a bundle's."
+            if path.is_dir()
+            else f"{path} is a file.",
             "a new or empty folder, or an older bundle to replace.",
             "give another folder.",
         )
-    sketch = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    shutil.rmtree(sketch, ignore_errors=True)
-    (sketch / "golden").mkdir(parents=True)
+
+
+@contextmanager
+def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """A folder to `write` a bundle into, which becomes `path` at the end, or nothing does.
+
+    What a person should find beside the bundle goes into its folder REPORT: no hash covers that.
+    The bundle that is there is replaced; it becomes `previous`, if that is given. Raises
+    ConfigError if `path` holds something else, or when the disk is full.
+    """
+    must_be_replaceable(path)
+    with fileio.draft_folder(path, previous) as folder:
+        (folder / REPORT).mkdir()
+        yield folder
+        if not any((folder / REPORT).iterdir()):
+            (folder / REPORT).rmdir()
+        if not (folder / "bundle.json").is_file():
+            raise AssertionError("no bundle was written")
+
+
+def save(bundle: Bundle, path: Path, previous: Path | None = None) -> str:
+    """Write the bundle to `path` as `saving` does, with nothing beside it; its fingerprint."""
+    with saving(path, previous) as folder:
+        write(bundle, folder)
+    return fingerprint(path)
+
+
+def write(bundle: Bundle, folder: Path) -> None:
+    """Write the bundle's files into a folder of `saving`."""
+    import safetensors.torch
+
+    (folder / "golden").mkdir()
     tensors = {f"body.{name}": t.contiguous() for name, t in bundle.body_state.items()}
     tensors |= {f"head.{name}": t.contiguous() for name, t in bundle.head_state.items()}
     if bundle.novelty:
         kept = bundle.novelty.tensors().items()
         tensors |= {f"novelty.{name}": t.contiguous() for name, t in kept}
-    (sketch / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
+    (folder / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
     for golden in bundle.golden:
-        (sketch / "golden" / golden.name).write_bytes(golden.data)
-    fileio.write_json(sketch / "golden" / "golden.json", [_plain(one) for one in bundle.golden])
-    files = sorted(file for file in sketch.rglob("*") if file.is_file())
+        (folder / "golden" / golden.name).write_bytes(golden.data)
+    fileio.write_json(folder / "golden" / "golden.json", [_plain(one) for one in bundle.golden])
+    files = [folder / "weights.safetensors", *sorted((folder / "golden").iterdir())]
     content = {
         "format": FORMAT,
         "task": (task := "multi-label" if bundle.multi else "single-label"),
@@ -211,11 +240,9 @@ def save(bundle: Bundle, path: Path) -> str:
         "novelty": bundle.novelty and bundle.novelty.about(),
         "metrics": bundle.metrics,
         "lineage": bundle.lineage,
-        "sha256": {str(file.relative_to(sketch)): fileio.sha256(file) for file in files},
+        "sha256": {str(file.relative_to(folder)): fileio.sha256(file) for file in files},
     }
-    fileio.write_sealed(sketch / "bundle.json", content)
-    _replace(sketch, path)
-    return fingerprint(path)
+    fileio.write_sealed(folder / "bundle.json", content)
 
 
 def _by_label(bundle: Bundle) -> dict[str, float] | None:
@@ -234,15 +261,6 @@ def _plain(golden: Golden) -> dict[str, Any]:
     }
 
 
-def _replace(sketch: Path, path: Path) -> None:
-    """Put a finished directory in the place of another; the old one goes only afterwards."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(sketch, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def fingerprint(path: Path) -> str:
     """16 hex digits that stand for everything in the bundle."""
     return fileio.sha256(path / "bundle.json")[:16]
@@ -256,6 +274,7 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises ConfigError if there is no bundle, DataError if it is torn or of another format.
     """
+    fileio.recover(path)
     if not (path / "bundle.json").is_file():
         raise _no_bundle(str(path))
     content = _content(path / "bundle.json", str(path))
@@ -359,28 +378,22 @@ def local(address: str, config: TrackingConfig, scratch: Path) -> Path:
 
 
 def _fetched(fetch: registry.Fetch, address: str, target: Path) -> Path:
-    sketch = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    shutil.rmtree(sketch, ignore_errors=True)
-    sketch.mkdir(parents=True)
-    try:
+    with fileio.draft_folder(target) as folder:
         try:
-            fetch("bundle.json", sketch / "bundle.json")
+            fetch("bundle.json", folder / "bundle.json")
         except FileNotFoundError as error:
             raise _no_bundle(address) from error
-        for name, digest in _content(sketch / "bundle.json", address)["sha256"].items():
-            (sketch / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, digest in _content(folder / "bundle.json", address)["sha256"].items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                fetch(name, sketch / name)
+                fetch(name, folder / name)
             except FileNotFoundError as error:
                 raise DataError(
                     f"{address} is not whole: {name} is missing.",
                     "every file that bundle.json names.",
                     "copy the bundle there again, or train again.",
                 ) from error
-            _must_be(sketch / name, digest, f"{address}/{name}")
-        _replace(sketch, target)
-    finally:
-        shutil.rmtree(sketch, ignore_errors=True)
+            _must_be(folder / name, digest, f"{address}/{name}")
     return target
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -53,7 +52,7 @@ def draft(place: Path) -> Path:
 
     What a kill leaves of it, `prune` removes.
     """
-    return place / f".checkpoint.{secrets.token_hex(4)}.draft"
+    return fileio.draft_path(place / "checkpoint")
 
 
 def write(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -126,8 +125,7 @@ def prune(place: Path, key: str, keep: int = 2) -> None:
             useless.append(one.folder)
     for folder in useless if whole else []:
         # Renamed first: half a folder under its own name would be one more torn checkpoint.
-        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.draft")
-        os.replace(folder, aside)
+        folder.rename(fileio.draft_path(folder))
     for folder in list(_folders(place)):
         if _is_draft(folder):
             shutil.rmtree(folder, ignore_errors=True)

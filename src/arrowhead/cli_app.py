@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,21 +127,21 @@ def run_context(
 
     screen = Screen(to_stderr=output.json)
     opened = start(tracking, verb, place, registry=registry, say=screen.say)
-    with _alone(place), opened as run:
+    with _alone(place, screen.say), opened as run:
         yield account.Means(launch=launch, screen=screen, run=run)
     if place:
         shutil.rmtree(place.parent, ignore_errors=True)
 
 
 @contextmanager
-def _alone(place: Path | None) -> Iterator[None]:
+def _alone(place: Path | None, say: Callable[[str], None]) -> Iterator[None]:
     """Nobody else trains to the same bundle; a folder of checkpoints with none in it goes again."""
     if place is None:
         yield
         return
     from arrowhead import fileio
 
-    with fileio.occupied(place.parent):
+    with fileio.occupied(place.parent, say):
         yield
 
 

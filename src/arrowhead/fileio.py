@@ -8,37 +8,142 @@ locked           one writer of a folder at a time
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from arrowhead import ConfigError, DataError
 
-# ------------------------------------------------------------------------- whole files
+LOCK = ".lock"
+DRAFT = re.compile(r"\..+\.[0-9a-f]{8}\.draft")
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+# ---------------------------------------------------------------- whole files and folders
 
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
     """A path to write to; what is there becomes `path` at the end, or nothing does.
 
-    The draft's name is drawn: process ids repeat on machines that share a disk.
+    The file is there already, empty and locked, so that nobody takes it for a left-over draft.
     Raises ConfigError when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sketch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
-    try:
-        yield sketch
-        _sync(sketch)
-        os.replace(sketch, path)
+    with room_for(path):
+        temporary, handle = _draft_of(path, folder=False)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            os.close(handle)
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def draft_folder(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """An empty folder to fill; it becomes `path` at the end, or nothing does.
+
+    At every moment there is a whole folder at `path`, if there was one before: the two are
+    exchanged. The one before is removed, or becomes `previous`, in place of what is there.
+    Folders that a killed writer of `path` left are removed. Raises ConfigError when the disk is
+    full, or if `path` is a mount point.
+    """
+    path = Path(os.path.realpath(path))  # a link stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
+    sweep(path.parent, path.name)
+    with room_for(path):
+        folder, handle = _draft_of(path, folder=True)
+        try:
+            yield folder
+            sync_tree(folder)
+            put_in_place(folder, path, previous)
+        finally:
+            os.close(handle)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path, previous: Path | None = None) -> None:
+    """Give a finished folder the name `path`, on the disk too; what had the name is removed
+    afterwards, or becomes `previous`.
+    """
+    if not path.exists():
+        folder.rename(path)
         _sync(path.parent)
+        return
+    with _held(path):  # also under its new name: nobody sweeps it before it is `previous`
+        try:
+            _exchange(folder, path)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+            raise ConfigError(
+                f"{path} cannot be replaced: {os.strerror(error.errno)}.",
+                "a folder that can be renamed; a mount point cannot.",
+                "give a folder inside it.",
+            ) from error
+        _sync(path.parent)
+        if previous is not None:
+            put_in_place(folder, previous)
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Bring back the folder `path` after a kill between the two renames of `put_in_place`, which
+    stands for an exchange where the disk cannot do one.
+    """
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.aside"):
+        with suppress(OSError), _held(aside, now=True):  # else it is being exchanged just now
+            if path.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(path)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove drafts in a folder that killed writers left: those that nobody holds locked.
+
+    name: only the drafts of that file or folder.
+    """
+    pattern = DRAFT if name is None else re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.draft")
+    for one in list(folder.iterdir()):
+        if pattern.fullmatch(one.name):
+            with suppress(OSError), _held(one, now=True):  # else it is somebody's, or gone
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+
+
+@contextmanager
+def _held(path: Path, *, now: bool = False) -> Iterator[None]:
+    """A file or folder, locked. now: OSError if it is locked already, or cannot be."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with nullcontext() if now else suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if now else 0))
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """A full disk, while `path` is written, is a ConfigError."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -47,8 +152,56 @@ def draft(path: Path) -> Iterator[Path]:
             "room on the disk; what was written before is whole and stays.",
             "free some space and run the same command again: it goes on where it stopped.",
         ) from error
-    finally:
-        sketch.unlink(missing_ok=True)
+
+
+def draft_path(path: Path) -> Path:
+    """A name beside `path` that is not taken for it. Drawn: process ids repeat on machines that
+    share a disk.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
+
+
+def _draft_of(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """A new draft, and a handle that holds its lock until it is closed."""
+    while True:
+        temporary = draft_path(path)
+        if folder:
+            temporary.mkdir()
+            try:
+                handle = os.open(temporary, os.O_RDONLY)
+            except FileNotFoundError:  # swept before it was locked
+                continue
+        else:
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # where there are no locks, nothing is swept either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if _is_open_at(temporary, handle):  # as above
+            return temporary, handle
+        os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders get each other's names at once; by two renames where that cannot be."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        names = os.fsencode(one), os.fsencode(other)
+        if libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise OSError(number, os.strerror(number), str(other))
+    aside = draft_path(other).with_suffix(".aside")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and itself, to the disk."""
+    for here, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(Path(here, name))
+        _sync(Path(here))
 
 
 def _sync(path: Path) -> None:
@@ -147,37 +300,82 @@ def must_hash_to(
 # ------------------------------------------------------------------------------- locks
 
 
+def warn_of_locks(words: str) -> None:
+    """Where nobody is given to say it: Python's own warnings."""
+    warnings.warn(words, stacklevel=4)
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer of a folder at a time; ConfigError if another process is writing there."""
-    with (folder / ".lock").open("w") as file:
+def locked(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterator[None]:
+    """One writer of a folder at a time; ConfigError if another process is writing there.
+
+    say: gets a sentence where the disk has no locks.
+    """
+    handle = _acquire(folder, say)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def occupied(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterator[None]:
+    """A folder that is made if need be, and locked; if nothing was put into it, it goes again, and
+    so do the folders above it that were made for it. Drafts left by killed writers go at once.
+    """
+    made: list[Path] = []
+    while True:
+        made += [one for one in (folder, *folder.parents) if not one.exists() and one not in made]
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = _acquire(folder, say)
+        except (FileNotFoundError, FileExistsError):
+            if folder.exists() and not folder.is_dir():
+                raise
+            continue  # the one before has just removed it
+        break
+    try:
+        sweep(folder)
+        yield
+    finally:
+        with suppress(OSError):  # not empty: something else was written there
+            if [one.name for one in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()  # ours: the lock is held until the handle is closed
+                folder.rmdir()
+                for one in sorted(made, key=lambda one: len(one.parts), reverse=True)[1:]:
+                    one.rmdir()
+        os.close(handle)
+
+
+def _acquire(folder: Path, say: Callable[[str], None]) -> int:
+    """The handle of a folder's lock file, locked until it is closed."""
+    while True:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(handle)
             raise ConfigError(
                 f"{folder} is being written by another Arrowhead command.",
                 "one writer at a time.",
                 "wait for it to end, or stop it; then run this again.",
             ) from None
-        except OSError as error:  # some network disks know no locks
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(handle)
                 raise
-        yield
+            say(
+                f"The disk of {folder} has no file locks ({os.strerror(error.errno)}): make sure"
+                " yourself that no other command writes there at the same time."
+            )
+        if _is_open_at(folder / LOCK, handle):
+            return handle
+        os.close(handle)  # removed between opening and locking: that lock keeps nobody out
 
 
-@contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """A folder that is made if need be, and locked; if nothing was put into it, it goes again, and
-    so do the folders above it that were made for it.
-    """
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+def _is_open_at(path: Path, handle: int) -> bool:
+    """Whether the file that is open under this handle still has this name."""
     try:
-        with locked(folder):
-            yield
-    finally:
-        if [one.name for one in folder.iterdir()] == [".lock"]:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # not empty: something else was written there
-                for one in new[1:]:
-                    one.rmdir()
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False

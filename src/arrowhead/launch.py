@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError, LostError, cluster, signals
+from arrowhead import ConfigError, LostError, cluster, fileio, signals
 from arrowhead.cluster import LaunchConfig
 
 Report = dict[str, Any]
@@ -239,7 +239,7 @@ def _here(
 def _keep_here(place: Path, draft: Path | None, name: str) -> None:
     if draft is not None:
         place.mkdir(parents=True, exist_ok=True)
-        _name(draft, place / name)
+        fileio.put_in_place(draft, place / name)
 
 
 def _keep_in_group(draft: Path | None, name: str) -> None:
@@ -256,7 +256,8 @@ def _keep_in_group(draft: Path | None, name: str) -> None:
 
     def settle(written: Any, name: str) -> Any:
         # Ray's own way copies file by file and flushes nothing: a kill leaves half a checkpoint.
-        return ray.train.Checkpoint.from_directory(_name(Path(written.path), attempt / name))
+        fileio.put_in_place(Path(written.path), attempt / name)
+        return ray.train.Checkpoint.from_directory(attempt / name)
 
     ray.train.report(
         {},
@@ -264,21 +265,6 @@ def _keep_in_group(draft: Path | None, name: str) -> None:
         checkpoint_dir_name=name,
         checkpoint_upload_fn=settle,
     )
-
-
-def _name(draft: Path, target: Path) -> Path:
-    """Give a finished folder its name, on the disk too; what had the name goes only afterwards."""
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.draft")
-    if target.exists():
-        os.replace(target, old)
-    os.replace(draft, target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def _on_ray(

@@ -86,7 +86,7 @@ def precompute(
     began = perf_counter()
     catalog = plan.labelled(data, images.source)
     store = _store(path, images)
-    with store.locked():
+    with store.locked(means.screen.say):
         intact = store.intact()
         account.say_classes(store, catalog, means.screen)
         catalog = _tried_again(store, catalog, images.extract.max_bytes)
@@ -533,7 +533,7 @@ def score(
     ignored} with inputs = scored + faults, faults by kind, labels, drift, seconds by stage.
     """
     began = perf_counter()
-    with fileio.occupied(out), _at_hand(str(address), tracking, out) as path:
+    with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded, mark = bundle.load(path), bundle.fingerprint(path)
         source = SourceConfig(images=config.base, suffix=config.suffix)
         catalog = plan.unlabelled(images, source)

@@ -24,10 +24,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,9 +344,11 @@ class Store:
         fileio.write_sealed(path / "store.json", head)
         return Store(path)
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(
+        self, say: Callable[[str], None] = fileio.warn_of_locks
+    ) -> AbstractContextManager[None]:
         """One writer at a time; ConfigError if another process is writing here."""
-        return fileio.locked(self.path)
+        return fileio.locked(self.path, say)
 
     @property
     def weights(self) -> Path:
@@ -423,7 +424,7 @@ class Store:
 
     def _keep_catalog(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Write a catalog under the name its content gives it."""
-        new = self.path / f".catalog.{secrets.token_hex(4)}.draft"
+        new = fileio.draft_path(self.path / "catalog")
         try:
             write_catalog(new, columns)
             digest = fileio.sha256(new)
