@@ -20,6 +20,7 @@ FLOORS = [
         "novelty",
         "spool",
         "tracking_client",
+        "tracking_names",
         "cluster",
         "demo",
         "screen",
@@ -54,6 +55,7 @@ DOORS = {
     "mlflow": {
         "tracking",
         "tracking_client",
+        "tracking_names",
         "registry",
         "served",
     },  # served: MLflow runs it itself

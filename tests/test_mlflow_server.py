@@ -51,7 +51,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
-    """The address of a throw-away PostgreSQL on loopback, with the databases mlflow and logins.
+    """The address of a throw-away PostgreSQL on loopback, with three databases.
 
     +psycopg2: SQLAlchemy's own choice for postgresql:// is psycopg 3, another package.
     """
@@ -90,7 +90,7 @@ def database() -> Iterator[str]:
             )
             line.autocommit = True
             line.cursor().execute(f"CREATE ROLE mlflow LOGIN PASSWORD '{word}'")
-            for name in ("mlflow", "logins"):
+            for name in ("mlflow", "logins", "fresh"):
                 line.cursor().execute(f"CREATE DATABASE {name} OWNER mlflow")
             line.close()
             yield f"postgresql+psycopg2://mlflow:{word}@127.0.0.1:{port}"
@@ -234,6 +234,26 @@ def logged(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[str
     assert [one.returncode for one in both] == [0, 0], said
     assert not list(folder.glob(".arrowhead/unsent/*/writes.jsonl")), said
     return [out.split()[-1] for out, _ in said]
+
+
+def test_three_machines_at_once_on_a_new_database_make_its_tables_once(database, tmp_path):
+    program = """
+import sys
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
+with start(TrackingConfig(tracking_uri=sys.argv[1], system_metrics=False), sys.argv[2]) as run:
+    print(run.run_id)
+"""
+    commands = []
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()  # a lock of its own, as on a machine of its own
+        words = [sys.executable, "-c", program, f"{database}/fresh", f"run-{number}"]
+        lone = os.environ | {"TMPDIR": str(tmp_path / str(number))}
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        commands.append(subprocess.Popen(words, cwd=tmp_path, env=lone, text=True, **out))
+    said = [command.communicate(timeout=300)[0] for command in commands]
+    assert [command.returncode for command in commands] == [0, 0, 0], said
+    assert len(set(said)) == 3
 
 
 def test_two_clients_that_log_at_once_have_two_whole_runs(server, logged, login):

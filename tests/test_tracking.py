@@ -20,10 +20,11 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from arrowhead import ConfigError, spool, tracking
+from arrowhead import ConfigError, cli, spool, tracking
 from arrowhead.registry import RegistryConfig
 from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking_client import TrackingConfig, without_secret
+from arrowhead.tracking_names import original
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_all_that_is_recorded_can_be_read_back(config, client, tmp_path):
     assert {k: made.data.tags[k] for k in ("t0", "t119")} == {"t0": "0", "t119": "119"}
     assert points(client, run.run_id, "loss") == [(3, 2.5)]
     assert np.isnan(made.data.metrics["bad"])
-    assert made.data.metrics["accuracy.what_ ü"] == 1
+    assert made.data.metrics["accuracy.what_x3F_ ü"] == 1
     assert points(client, run.run_id, "curve") == [(i, float(i)) for i in range(2500)]
     assert [f.path for f in client.list_artifacts(run.run_id, "figures")] == ["figures/figure.png"]
     deep = client.list_artifacts(run.run_id, "folder/deep")
@@ -188,7 +189,34 @@ def test_mlflow_itself_resolves_the_source_of_a_data_set(config, client, place, 
     assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
 
 
-def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client):
+NAMES = ["a?b", "a#b", "x//y", "x/y", "../x", "/a", "a/", ".", "a\n", " a", "$10_", "=1+1", "<b>x"]
+NAMES += ["_x3F_", "a:b", "猫", "😀", "e\u0301", "n" * 300, "n" * 299 + "m", "a" * 250, "'; --"]
+
+
+@pytest.mark.parametrize("kind", ["database", "server"])
+def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(config, request, kind):
+    if kind == "server":
+        server: Server = request.getfixturevalue("server")
+        address = f"http://127.0.0.1:{server.port}"
+        config = TrackingConfig(tracking_uri=address, system_metrics=False)
+    said: list[str] = []
+    with start(config, "score", say=said.append) as run:
+        run.record({name: at for at, name in enumerate(NAMES)})
+        run.params({name: at for at, name in enumerate(NAMES)})
+        run.tags({f"seen {name}": at for at, name in enumerate(NAMES)})
+    made = client_of(config).get_run(run.run_id).data
+    assert said == []
+    assert sorted(made.metrics.values()) == list(range(len(NAMES)))
+    whole = {k[-16:]: v for k, v in made.tags.items() if k.startswith("full_name.")}
+    back = {
+        original(k) if len(k) < 250 else whole.get(k[-16:], k): v for k, v in made.params.items()
+    }
+    assert back == {name: str(at) for at, name in enumerate(NAMES)}
+    assert len([name for name in made.tags if name.startswith("seen ")]) == len(NAMES)
+
+
+def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client, monkeypatch):
+    monkeypatch.setattr(tracking, "mlflow_name", str)  # as an MLflow with other rules would
     said: list[str] = []
     with start(config, "fit", say=said.append) as run:
         run.record({"../x": 1.0})
@@ -314,7 +342,8 @@ import os, signal
 from pathlib import Path
 from arrowhead.registry import RegistryConfig
 from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking_client import TrackingConfig, without_secret
+from arrowhead.tracking_names import original
 config = TrackingConfig(tracking_uri={config.uri!r}, experiment="killed", system_metrics=False)
 with start(config, "fit", Path("run.json")) as run:
     for step in range(4):
@@ -688,3 +717,121 @@ def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server
         with pytest.raises(ConfigError) as refused:
             local(address, there, tmp_path / "scratch")
         assert words in str(refused.value)
+
+
+# ----------------------------------------------------------------------------------- secrets
+
+SECRET = "hunter2-p%40ss"
+SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64", "--epochs", "2"]
+
+
+def everything(folder: Path) -> bytes:
+    """Every byte of every file below a folder."""
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_password_in_the_address_is_shown_nowhere_and_kept_nowhere(
+    server, drawn, tmp_path, monkeypatch, capfd
+):
+    address = f"http://anna:{SECRET}@127.0.0.1:{server.port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, words)])
+        shown = capfd.readouterr()
+        assert ended.value.code == 0, shown.err
+        return shown.out + shown.err
+
+    said = run("fit", drawn, "out", *SMALL, "--rate", "0.01")
+    assert f"webbrowser 'http://…@127.0.0.1:{server.port}'" in said
+    said += run("score", "out/bundle", drawn / "new", "scores")
+    said += run("watch", "--no-follow", "--json")
+    said += run("doctor")
+    assert "finished" in said.lower()
+    kept = everything(tmp_path) + everything(server.folder)
+    for secret in (SECRET, "hunter2-p@ss", "hunter2"):
+        assert secret not in said
+        assert secret.encode() not in kept
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://anna:{secret}@127.0.0.1:{port}/",
+        "http://127.0.0.1:{port}/?code={secret}",
+        "postgresql+psycopg2://anna:{secret}@127.0.0.1:{port}/runs",
+        "postgresql+psycopg2://127.0.0.1:{port}/runs?user=anna&password={secret}",
+        "postgresql://anna:{secret}@/runs?host=/nowhere",
+        "postgresql+psycopg2://anna:hunter2/with#slash@127.0.0.1:{port}/runs",
+        "mssql+pyodbc:///?odbc_connect=SERVER%3Dx%3BPWD%3D{secret}",
+        "nothing://anna:{secret}@127.0.0.1/runs",
+        "sqlite:////nowhere/at/all.db?key={secret}",
+    ],
+)
+@pytest.mark.parametrize("verb", [["fit", "photos", "out"], ["watch"]])
+def test_a_refused_address_is_refused_without_its_password(address, verb, monkeypatch, capfd):
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        given = address.format(secret="hunter2", port=taken.getsockname()[1])
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(verb)
+    shown = capfd.readouterr()
+    assert ended.value.code == 2, shown.err
+    assert "hunter2" not in shown.out + shown.err
+    assert "wanted" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://a:b@host:5000/x", "http://…@host:5000/x"),
+        ("at 'postgresql://a:b/c@d@host/x?sslmode=require'", None),
+        ("sqlite:///a.db?mode=rw", "sqlite:///a.db?mode=rw"),
+        ("http://host/?token=abc&timeout=3", "http://host/?token=…&timeout=3"),
+        ("models:/dogs@champion", "models:/dogs@champion"),
+    ],
+)
+def test_an_address_is_shown_without_what_opens_it(text, shown):
+    wanted = "at 'postgresql://…@host/x?sslmode=require'" if shown is None else shown
+    assert without_secret(text) == wanted
+
+
+# ------------------------------------------------------------------------- many at once
+
+
+def test_three_commands_at_once_on_a_store_that_is_not_there_are_three_runs(tmp_path):
+    program = """
+import sys
+from arrowhead.tracking import start
+from arrowhead.tracking_client import TrackingConfig
+config = TrackingConfig(tracking_uri=sys.argv[1] or None, system_metrics=False)
+with start(config, sys.argv[2]) as run:
+    run.record({"loss": 1.0})
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    commands = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                program,
+                "sqlite:///new.db",
+                f"run-{number}",
+            ],
+            cwd=tmp_path,
+            env=clean,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(3)
+    ]
+    said = [command.communicate(timeout=300)[0] for command in commands]
+    assert [command.returncode for command in commands] == [0, 0, 0], said
+    client = client_of(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/new.db"))
+    experiment = client.get_experiment_by_name("arrowhead").experiment_id
+    runs = client.search_runs([experiment])
+    assert sorted(run.info.run_name for run in runs) == ["run-0", "run-1", "run-2"]
+    assert {run.info.status for run in runs} == {"FINISHED"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
 from arrowhead.sweep import SweepConfig
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking_client import TrackingConfig, secrets_of, without_secret
 from arrowhead.train import TrainConfig
 
 app = App(
@@ -162,8 +163,14 @@ def sibling(program: str) -> str:
 
 
 def ui_command(tracking: TrackingConfig) -> str:
-    """The command that opens MLflow's UI on the runs."""
-    return f"{sibling('mlflow')} ui --backend-store-uri {tracking.uri}"
+    """The command that opens MLflow's UI on the runs. An address with a secret is not shown: the
+    shell puts it in.
+    """
+    uri = tracking.uri
+    if uri.startswith("http"):  # a server, whose UI is there already
+        return shlex.join([sibling("python"), "-m", "webbrowser", without_secret(uri)])
+    shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else shlex.quote(uri)
+    return f"{shlex.quote(sibling('mlflow'))} ui --backend-store-uri {shown}"
 
 
 def say_next(screen: Any, commands: list[str]) -> None:

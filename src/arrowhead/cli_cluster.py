@@ -36,7 +36,7 @@ from arrowhead.model import BodyConfig
 from arrowhead.plan import SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking_client import TrackingConfig, secrets_of
 
 # --------------------------------------------------------------------------- a cluster
 
@@ -187,7 +187,7 @@ def _needs(call: Call) -> tuple[list[str], dict[str, str], str | None]:
         uri = tracking.tracking_uri or own
         if uri is None:
             need = "MLFLOW_TRACKING_URI"
-        elif re.search(r"//[^/@]*:[^/@]*@", uri):
+        elif secrets_of(uri):
             raise ConfigError(
                 "The address of the MLflow store holds a password.",
                 "an address without: whoever may list jobs sees it.",

@@ -27,7 +27,6 @@ import getpass
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +64,7 @@ from arrowhead.tracking_client import (
     usable,
     without_secret,
 )
+from arrowhead.tracking_names import is_shortened, mlflow_name, shortened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -359,21 +359,22 @@ def _batch(
 ) -> dict[str, Any]:
     """Metrics as [name, value, milliseconds, step], params and tags as text.
 
-    What is no finite number goes as text: JSON has no word for it.
+    What is no finite number goes as text: JSON has no word for it. A name that is too long for
+    MLflow is kept whole in the tag `full_name.<its short form>`.
     """
     now = _now()
     rows = [
-        [_name(name), value if math.isfinite(value) else str(value), now, int(step)]
+        [mlflow_name(name), value if math.isfinite(value) else str(value), now, int(step)]
         for name, pairs in (points or {}).items()
         for step, value in pairs
     ]
-    words = ({_name(k): str(v) for k, v in (part or {}).items()} for part in (params, tags))
-    return {"metrics": rows, "params": next(words), "tags": next(words)}
-
-
-def _name(name: str) -> str:
-    """A name that MLflow takes: a class called `a?b` must not cost the metrics beside it."""
-    return re.sub(r"[^\w.\-: /]", "_", name)[:250]
+    kept, marks = (
+        {mlflow_name(k): str(v) for k, v in (part or {}).items()} for part in (params, tags)
+    )
+    for name in {**(points or {}), **(params or {}), **(tags or {})}:
+        if is_shortened(made := mlflow_name(name)):
+            marks[shortened(f"full_name.{made[-16:]}")] = name
+    return {"metrics": rows, "params": kept, "tags": marks}
 
 
 def _facts(verb: str) -> dict[str, str]:
@@ -533,7 +534,8 @@ class _Store:
             for k, v in write["params"].items()
             if k in held.params and held.params[k] != v[:LONGEST]
         }
-        tags = write["tags"] | {f"resumed.{name}": value for name, value in other.items()}
+        again = {shortened(f"resumed.{name}"): value for name, value in other.items()}
+        tags = write["tags"] | again
         params = [Param(name, value) for name, value in new.items()]
         marks = [RunTag(name, value) for name, value in tags.items()]
         while metrics or params or marks:

@@ -10,16 +10,20 @@ without_secret   an address that may be shown
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import re
 import socket
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from arrowhead import ConfigError
 
@@ -27,6 +31,25 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Recorded
 
+MIN_SECRET_CHARS = 3  # what is shorter would be found in every other word
+# Parameters in the query of an address that are no secret; whatever else is there is not shown.
+HARMLESS = {
+    "application_name",
+    "cache",
+    "charset",
+    "connect_timeout",
+    "driver",
+    "encrypt",
+    "mode",
+    "options",
+    "sslmode",
+    "sslrootcert",
+    "timeout",
+    "trustservercertificate",
+    "uri",
+}
+SCHEMA_SECONDS = 60.0  # for a store whose schema another command is making
+SAME_SECONDS = 5.0  # an error that lasts so long is none of a schema that is being made
 PROBE = 2.0  # seconds an address gets to answer in mid-run; at the start it gets twice that
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # What the store itself says of a write that it will never take. Any other failure may pass.
@@ -37,6 +60,10 @@ REFUSED = {
     "MALFORMED_REQUEST",
     "RESOURCE_ALREADY_EXISTS",
 }
+
+
+_secrets: set[str] = set()
+"""Of the addresses that this process was given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,18 +79,46 @@ class TrackingConfig:
     system_metrics: bool = True
     """Record this machine's processor, memory, disk, network and NVIDIA GPUs while a run lasts."""
 
+    def __post_init__(self) -> None:
+        if self.tracking_uri:
+            _secrets.update(secrets_of(self.tracking_uri))
+
     @property
     def uri(self) -> str:
-        """The store that will be written to."""
+        """The store that will be written to. It may hold a password: see `without_secret`."""
         own = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
 def without_secret(text: str) -> str:
-    """A store's address, or a line with one in it, without names and passwords."""
-    text = re.sub(r"//[^/\s]*@", "//…@", text)
-    named = r"([?&][^=&\s]*(?:key|pass|pwd|secret|sig|token)[^=&\s]*=)[^&\s]*"
-    return re.sub(named, r"\1…", text, flags=re.IGNORECASE)
+    """A store's address, or a line with one in it, without user, password and other secrets."""
+    known = _secrets | secrets_of(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    known |= {os.environ.get(f"MLFLOW_TRACKING_{one}", "") for one in ("PASSWORD", "TOKEN")}
+    for secret in sorted(known, key=len, reverse=True):  # as libraries say them, out of any address
+        if len(secret) >= MIN_SECRET_CHARS:
+            text = text.replace(secret, "…")
+    text = re.sub(r"//[^\s'\"]*@", "//…@", text)
+    return re.sub(
+        r"([?&])([^=&?\s'\"]+)=([^&\s'\"]*)",
+        lambda found: found[0] if found[2].lower() in HARMLESS else f"{found[1]}{found[2]}=…",
+        text,
+    )
+
+
+def secrets_of(uri: str) -> set[str]:
+    """What of an address nobody else may see, as it is written there and as it is meant."""
+    before, _, query = uri.partition("?")
+    if "@" not in before and "@" in query:  # a password with a question mark in it
+        before, query = uri, ""
+    given = before.partition("//")[2].rpartition("@")[0].partition(":")[2]
+    values = [given] if given else []
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        if value and name.lower() not in HARMLESS:
+            # An ODBC connection string holds the password among other things.
+            inner = re.findall(r"(?i)(?:pwd|password)=([^;]+)", unquote_plus(value))
+            values += [value, *inner]
+    return {form for value in values for form in (value, unquote(value), unquote_plus(value))}
 
 
 def connected(config: TrackingConfig) -> MlflowClient:
@@ -84,7 +139,59 @@ def connected(config: TrackingConfig) -> MlflowClient:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It prints the traceback of every database error that we catch and say in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    if "://" in config.uri and not config.uri.startswith("http"):
+        return _with_schema(config.uri)
     return MlflowClient(tracking_uri=config.uri)
+
+
+def _with_schema(uri: str) -> MlflowClient:
+    """A client of a database, its tables made if it is new; commands that begin at once wait for
+    the first.
+
+    MLflow itself lets them all make the tables, and all but one die of it. Commands of one machine
+    take turns; those of several, whose database undoes what fails, try again.
+    """
+    from mlflow import MlflowClient
+
+    until, since, before = monotonic() + SCHEMA_SECONDS, monotonic(), ""
+    place = str(_database(uri).absolute()) if uri.startswith("sqlite:") else without_secret(uri)
+    with _turn(hashlib.sha256(place.encode()).hexdigest()[:16]):
+        while True:
+            try:
+                client = MlflowClient(tracking_uri=uri)
+                client.search_experiments(max_results=1)
+                return client
+            except Exception as error:
+                said, now = str(error)[:300], monotonic()
+                if said != before:
+                    since, before = now, said
+                if not _IN_THE_MAKING.search(said) or now > until or now > since + SAME_SECONDS:
+                    raise
+                sleep(0.5)
+
+
+# What databases say to the second of two that make or migrate the same tables.
+_IN_THE_MAKING = re.compile(
+    r"(?i)already exists|duplicate|out-of-date database schema|no such table|does ?n[o']t exist"
+    r"|deadlock|database is locked|alembic_version|undefined|concurrent"
+)
+
+
+@contextmanager
+def _turn(name: str) -> Iterator[None]:
+    """One process of this user at a time, where the machine has a place for a lock."""
+    lock = Path(tempfile.gettempdir()) / f"arrowhead-{os.getuid()}-{name}.lock"
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def open_store(config: TrackingConfig) -> tuple[MlflowClient, str]:
@@ -158,7 +265,7 @@ def silence(uri: str, seconds: float) -> str | None:
     if uri.startswith("sqlite:"):
         return _locked(uri, seconds)
     try:
-        parts = urlsplit(uri)
+        parts = urlsplit(re.sub("//.*@", "//", uri.partition("?")[0]))
         port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
         if not parts.hostname or not port:
             return None
@@ -166,8 +273,10 @@ def silence(uri: str, seconds: float) -> str | None:
             return _no_answer(f"{parts.scheme}://{parts.hostname}:{port}{parts.path}", seconds)
         with socket.create_connection((parts.hostname, port), seconds):
             return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return first_line(error)
+    except ValueError:  # its own library will say so
+        return None
 
 
 def _no_answer(url: str, seconds: float) -> str | None:
@@ -236,7 +345,7 @@ def refused(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """What an exception says, as far as it may be shown."""
     text = str(error).strip() or type(error).__name__
-    return without_secret(text.splitlines()[0][:300])
+    return without_secret(text.splitlines()[0])[:300]
 
 
 def find_run(client: MlflowClient, run_id: str) -> Recorded | None:

@@ -112,7 +112,7 @@ class Watch:
             self._view = dataclasses.replace(
                 self._view,
                 quiet=monotonic() - self._changed,
-                trouble=tracking_client.without_secret(str(error).strip().splitlines()[0][:200]),
+                trouble=tracking_client.first_line(error)[:200],
             )
             return self._view
         if self._view is None or _state(made) != _state(self._view):

@@ -1,0 +1,65 @@
+"""Names of metrics, params and tags, as MLflow takes them on every store.
+
+MLflow allows letters, digits and `_ - . / : space`, no name that is another file path (`a//b`,
+`../a`), and 250 characters; colons not on Windows. Names hold what users call their classes, so any
+other character is written `_xHH_`, its code point in hex, as SQL/XML (ISO 9075-14) does. Ordinary
+names stay as they are, no two names become one, and `original` gives the first one back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+MAX_NAME_CHARS = 250
+_HASH_CHARS = 16
+_TAIL = re.compile(rf"_xx[0-9a-f]{{{_HASH_CHARS}}}$")
+_EMPTY = "_x00_"  # no other name is written with a zero in front
+# What is written as its code: characters that are not allowed or that some databases take for the
+# same as another (a blank at the end), slashes and dots that make a path of another name, and an
+# underscore that would begin a code.
+_ESCAPED = re.compile(
+    r"""
+      [^\w.\-/ ]                          # not MLflow's; a colon is not Windows'
+    | [^\u0000-\uffff]                    # not of every database
+    | ^[ ] | [ ]$                         # blanks at the ends
+    | ^/ | /$ | (?<=/)/                   # an empty part of a path
+    | (?:^|(?<=/))\.(?=\.?(?:/|$))        # the first dot of a part that is . or ..
+    | ^\.(?=\.)                           # two dots at the beginning
+    | _(?=x[0-9A-F])                      # what looks like a code
+    """,
+    re.VERBOSE,
+)
+_CODE = re.compile("_x([0-9A-F]+)_")
+
+
+def mlflow_name(name: str) -> str:
+    """The name under which MLflow keeps a metric, param or tag: at most 250 characters, different
+    for different names. Of a longer one the beginning, with a hash of the whole at its end.
+    """
+    made = _ESCAPED.sub(_code, name) or _EMPTY
+    return shortened(made)
+
+
+def shortened(made: str) -> str:
+    """A name of MLflow's alphabet within its limit."""
+    if len(made) <= MAX_NAME_CHARS and not _TAIL.search(made):
+        return made
+    tail = "_xx" + hashlib.sha256(made.encode()).hexdigest()[:_HASH_CHARS]
+    return made[: MAX_NAME_CHARS - len(tail)].rstrip("/. ") + tail
+
+
+def is_shortened(made: str) -> bool:
+    """Whether the name that MLflow has is only the beginning of the one it stands for."""
+    return bool(_TAIL.search(made))
+
+
+def original(made: str) -> str:
+    """The name that `mlflow_name` was given, unless it was shortened."""
+    if made == _EMPTY:
+        return ""
+    return _CODE.sub(lambda code: chr(int(code[1], 16)), made)
+
+
+def _code(found: re.Match[str]) -> str:
+    return f"_x{ord(found[0]):X}_"

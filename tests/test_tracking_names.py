@@ -1,0 +1,48 @@
+"""No two names become one in MLflow, ordinary ones stay as they are, and all can be read back."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from arrowhead.tracking_names import MAX_NAME_CHARS, mlflow_name, original
+
+HOSTILE = st.text(st.sampled_from("ab_xX0123F/. ?#:$<ü猫😀\n"), max_size=12) | st.text(max_size=12)
+
+
+@given(HOSTILE)
+@example("")
+@example("_x3F_")
+@example("_x3F?")
+@example("_xx0123456789abcdef")
+def test_a_name_is_one_that_mlflow_takes_and_stands_for_itself_alone(name):
+    made = mlflow_name(name)
+    assert re.fullmatch(r"[/\w.\- ]+", made)  # on Windows, too
+    assert posixpath.normpath(made) == made
+    assert not made.startswith(("..", "/"))
+    if "_xx" not in name:
+        assert original(made) == name
+
+
+@given(st.lists(st.text("ab/?_xF3", max_size=400), unique=True, max_size=20))
+def test_different_names_stay_different_however_long(names):
+    made = [mlflow_name(name) for name in names]
+    assert len(set(made)) == len(names)
+    assert max(map(len, made), default=0) <= MAX_NAME_CHARS
+
+
+@pytest.mark.parametrize(
+    "name", ["train_loss", "progress.seconds.decode", "system/cpu", "labels.Saint Bernard", "f-2"]
+)
+def test_an_ordinary_name_stays_as_it_is(name):
+    assert mlflow_name(name) == name
+
+
+def test_of_a_long_name_the_beginning_is_kept_and_it_is_never_that_of_another():
+    first, second = "labels." + "ü" * 300 + "a", "labels." + "ü" * 300 + "b"
+    assert mlflow_name(first).startswith("labels.üüü")
+    assert mlflow_name(mlflow_name(first)) != mlflow_name(first) != mlflow_name(second)
