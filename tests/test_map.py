@@ -55,7 +55,6 @@ DOORS = {
     "mlflow": {
         "tracking",
         "tracking_client",
-        "tracking_names",
         "registry",
         "served",
     },  # served: MLflow runs it itself
