@@ -16,6 +16,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import pytest
 import torch
 from conftest import Bundled
 
-from arrowhead import checkpoint, cli, fileio, shards
+from arrowhead import checkpoint, cli, fileio, scores_io, shards
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
@@ -461,7 +462,12 @@ def test_a_part_of_scores_with_columns_that_run_is_refused(
 ):
     asked = ["score", _whole(bundled), made / "data" / "valid", tmp_path / "scores"]
     ends(*asked, code=0)
-    _extended(tmp_path / "scores" / "parts" / "part-000000.parquet", "object", payload)
+    part = tmp_path / "scores" / "parts" / "part-000000.parquet"
+    _extended(part, "object", payload)
+    journal = tmp_path / "scores" / "journal"
+    (known,) = scores_io.read_journal(journal)[0]
+    digest, size = fileio.sha256(part), part.stat().st_size
+    scores_io.replace_journal(journal, [replace(known, sha256=digest, bytes=size)])
     ends(*asked, code=4)
 
 
