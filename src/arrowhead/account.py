@@ -422,33 +422,45 @@ def say_threshold(known: Novelty, screen: Screen) -> None:
 
 
 def show_evaluation(figures: dict[str, Any], classes: list[str], out: Path, means: Means) -> None:
-    """A head's figures on one line; its confusion matrix and its bundle are kept with the run."""
-    means.screen.say(_evaluation(figures))
+    """A head's figures on one line for validation and one for test, if there is one; its confusion
+    matrices and its bundle are kept with the run.
+    """
+    test = {k.removeprefix("test_"): v for k, v in figures.items() if k.startswith("test_")}
+    means.screen.say(evaluation(figures))
+    if test:
+        means.screen.say(f"{evaluation(test, 'test')} · nothing was chosen on these images")
     if not means.run:
         return
     means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
-    if "confusion" in figures:
-        counts_CC = np.array(figures["confusion"])
-        picture = out.with_name(f"{out.name}-confusion.png")
-        means.run.keep(
-            report.save(report.confusion_figure(counts_CC, classes), picture), "evaluation"
-        )
+    for name, found in (("confusion", figures), ("test-confusion", test)):
+        if "confusion" in found:
+            title = "Test images" if found is test else "Validation images"
+            figure = report.confusion_figure(np.array(found["confusion"]), classes, title)
+            means.run.keep(
+                report.save(figure, out.with_name(f"{out.name}-{name}.png")), "evaluation"
+            )
     if means.run.model(out) is None:  # the model holds the bundle
         means.run.keep(out, "bundle")
 
 
-def _evaluation(figures: dict[str, Any]) -> str:
-    """The head's figures on one line."""
-    head = f"loss {figures['loss']:.4f} · temperature {figures['temperature']:.2f}"
+def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
+    """A head's figures on one line, as `metrics.evaluate` gives them. kind: of the images."""
+    loss = "loss not finite" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
+    if "temperature" in figures:
+        loss += f" · temperature {figures['temperature']:.2f}"
+    said, images = "" if kind == "validation" else f"{kind}: ", figures["images"]
     if "f2_samples" in figures:
+        tuned = "thresholds tuned on them" if kind == "validation" else "the bundle's thresholds"
         return (
-            f"F2 {figures['f2_samples']:.4f} (mean over {figures['images']} validation images, at"
-            f" thresholds tuned on them) · decisions right {figures['accuracy']:.4f} · {head}"
+            f"{said}F2 {figures['f2_samples']:.4f} (mean over {images} {kind} images, at {tuned}) ·"
+            f" decisions right {figures['accuracy']:.4f} · {loss}"
         )
-    right = round(figures["accuracy"] * figures["images"])
+    right = round(figures["accuracy"] * images)
+    low, high = metrics.interval(right, images)
+    balanced = f" · balanced {figures['balanced_accuracy']:.4f}"
     return (
-        f"accuracy {figures['accuracy']:.4f} ({right} of {figures['images']} validation images) ·"
-        f" {head}"
+        f"{said}accuracy {figures['accuracy']:.4f} ({right} of {images} {kind} images, 95 %"
+        f" interval {low:.3f} to {high:.3f}){balanced} · {loss}"
     )
 
 

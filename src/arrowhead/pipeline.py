@@ -339,7 +339,11 @@ def save(
     means: Means = Means(),
     lineage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a head on the validation split and save it as a bundle; its metrics."""
+    """Evaluate a head on the validation split and save it as a bundle; its metrics.
+
+    Temperature and thresholds are fitted to the validation images. The split test, if there is one,
+    is looked at once, at the end, and only to be told: test_accuracy and the like.
+    """
     import torch
 
     valid = store.features("valid")
@@ -365,6 +369,7 @@ def save(
     figures = metrics.evaluate(
         logit_NC.numpy(), valid.label, classes, temperature=heat, thresholds=cuts
     ) | {"temperature": heat}
+    figures |= _test_figures(store, head, classes, heat, cuts)
     known, told = _novelty(store, valid), lineage or {}
     account.say_threshold(known, means.screen)
     lineage = told | {
@@ -390,6 +395,23 @@ def save(
         means.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
     account.show_evaluation(figures, classes, out, means)
     return figures
+
+
+def _test_figures(
+    store: Store, head: Any, classes: list[str], temperature: float, thresholds: Any
+) -> dict[str, Any]:
+    """A trained head's figures for the split test, each named test_…; {} without such images."""
+    import torch
+
+    test = store.features("test")
+    if not len(test.row):
+        return {}
+    with torch.inference_mode():
+        logit_NC = head(torch.from_numpy(test.feature[:, 0].astype(np.float32))).numpy()
+    found = metrics.evaluate(
+        logit_NC, test.label, classes, temperature=temperature, thresholds=thresholds
+    )
+    return {f"test_{name}": value for name, value in found.items()}
 
 
 def _novelty(store: Store, valid: shards.Features) -> Novelty:
