@@ -13,9 +13,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, sweep
+from arrowhead import ConfigError, comparison, sweep
 from arrowhead.sweep import SweepConfig
-from arrowhead.train import Data, TrainConfig, train_stack
+from arrowhead.train import Data, TrainConfig, Trained, train_stack
 
 
 def _toy(rows: int = 600, *, width: int = 16, classes: int = 3, apart: float = 1.0) -> Data:
@@ -68,29 +68,97 @@ def test_a_setting_no_head_can_have_is_refused_before_training() -> None:
         sweep.members(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
 
 
+def _ranked(
+    data: Data, config: TrainConfig, words: str, *, halving: bool = False, rate: float = 1.0
+) -> dict[str, Any]:
+    """Train a grid and rank it, as `study.learn` does."""
+    knobs, members = sweep.settings(words), sweep.members(data, config, rate, words)
+    heads = train_stack(data, members, losers=sweep.loser_of(knobs, config) if halving else None)
+
+    def judge(groups: Any) -> Any:
+        return comparison.by_image(data, members, heads, groups, sweep.figure(config))
+
+    return sweep.summary(knobs, heads, config, judge)
+
+
 def test_the_best_setting_wins_and_one_that_diverges_ranks_last() -> None:
-    data = _toy()
     words = "rate=1e-6,1e-2,9e2 seed=0,1,2"
     config = TrainConfig(epochs=5, optimizer="sgd", schedule="constant")
-    heads = train_stack(data, sweep.members(data, config, 1.0, words))
-    lines = [one.epochs[one.epoch] for one in heads]
-    ranked = sweep.summary(sweep.settings(words), lines, config, len(data.valid))
+    ranked = _ranked(_toy(), config, words)
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-2, 1e-6, 9e2]
     assert sweep.settings(words)[ranked["best"]]["rate"] == 1e-2
     assert ranked["alike"] == 0
-    assert "distinguishable from the next" in ranked["words"]
+    assert "distinguishable from the 2 other settings" in ranked["words"]
     assert "not" not in ranked["words"]
 
 
-def test_settings_that_differ_by_chance_only_are_said_to_be_alike() -> None:
-    data = _toy()
-    words = "weight_decay=0.01,0.0101,0.0102 seed=0,1,2"
-    config = TrainConfig(epochs=3)
-    heads = train_stack(data, sweep.members(data, config, 1e-2, words))
-    lines = [one.epochs[one.epoch] for one in heads]
-    ranked = sweep.summary(sweep.settings(words), lines, config, len(data.valid))
+@pytest.mark.parametrize("best", ["last", "valid_loss", "balanced_accuracy"])
+def test_settings_that_differ_by_chance_only_are_said_to_be_alike(best: Any) -> None:
+    words = "dropout=0.2,0.21,0.22 seed=0,1,2"
+    ranked = _ranked(_toy(), TrainConfig(epochs=3, best=best), words, rate=1e-2)
     assert ranked["alike"] == 2
-    assert "not distinguishable from 2 other settings" in ranked["words"]
+    assert "not distinguishable from 2 of the 2 other settings" in ranked["words"]
+
+
+def _head(accuracy: list[float], *, loss: float = 0.5, stopped: str = "") -> Trained:
+    lines = [{"epoch": i, "valid_loss": loss, "accuracy": x} for i, x in enumerate(accuracy)]
+    return Trained(state={}, epochs=lines, epoch=len(lines) - 1, stopped=stopped)
+
+
+def test_the_winner_is_of_the_best_setting_though_another_has_the_best_single_head() -> None:
+    knobs = sweep.settings("rate=1e-3,1e-2 seed=0,1")
+    heads = [_head([0.8]), _head([0.82]), _head([0.9]), _head([0.5])]
+    ranked = sweep.summary(knobs, heads, TrainConfig(), lambda groups: np.eye(2))
+    assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-3, 1e-2]
+    assert ranked["best"] == 1
+
+
+def test_ten_images_that_only_one_of_two_settings_gets_right_tell_them_apart() -> None:
+    """Standard errors of the accuracies, 0.009 each, would not."""
+    right = np.ones((3, 1000))
+    right[:, :50] = 0
+    right[1, 50:60] = 0
+    right[2, 50:59], right[2, 0] = 0, 1
+    heads = [_head([row.mean()]) for row in right]
+    knobs = sweep.settings("rate=1,2,3")
+
+    def judge(groups: Any) -> Any:
+        return np.stack([right[group].mean(0) for group in groups])
+
+    pair = sweep.summary(knobs[:2], heads[:2], TrainConfig(), judge)
+    assert pair["settings"][1]["p"] == pytest.approx(2 * 0.5**10)
+    assert (pair["alike"], pair["test"]) == (0, "exact McNemar test")
+    assert "distinguishable from the 1 other setting (p at most 0.002" in pair["words"]
+    assert "the same 1000 validation images" in pair["words"]
+    every = sweep.summary(knobs, heads, TrainConfig(), judge)
+    assert [one["knobs"]["rate"] for one in every["settings"]] == [1, 3, 2]
+    assert [one["p"] for one in every["settings"][1:]] == pytest.approx(
+        [2 * 11 * 0.5**10, 2 * 2 * 0.5**10]  # the smaller of the two counts double
+    )
+
+
+def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_is_claimed() -> None:
+    knobs = sweep.settings("rate=1,2,3,4")
+    heads = [
+        _head([0.99], stopped="halving"),
+        _head([0.6] * 4),
+        _head([0.95] * 2, stopped="halving"),
+        _head([0.7] * 4),
+    ]
+    asked = []
+
+    def judge(groups: Any) -> Any:
+        asked.extend(groups)
+        return np.array([[1.0, 1, 1], [1, 0, 1]])
+
+    ranked = sweep.summary(knobs, heads, TrainConfig(epochs=4), judge)
+    assert [one["knobs"]["rate"] for one in ranked["settings"]] == [4, 2, 3, 1]
+    assert (ranked["best"], asked) == (3, [[3], [1]])
+    assert [one["p"] is None for one in ranked["settings"]] == [True, False, True, True]
+    assert "2 stopped early and cannot be compared" in ranked["words"]
+    whole = _ranked(_toy(), TrainConfig(epochs=8), "rate=1e-6..1e-1:6 seed=0,1", halving=True)
+    assert [one["epochs"] for one in whole["settings"]] == [8, 8, 4, 2, 2, 2]
+    assert [one["stopped"] for one in whole["settings"]] == [False] * 2 + [True] * 4
 
 
 def test_halving_stops_the_worse_half_twice_and_keeps_the_best() -> None:
@@ -246,8 +314,13 @@ def test_the_learning_curve_says_whether_more_images_would_help() -> None:
     def said(apart: float, rows: int) -> dict[str, Any]:
         data, config = _toy(rows, width=64, apart=apart), TrainConfig(epochs=5, rate=3e-3)
         shares = sweep.share_members(data, config, seeds=3)
-        heads = train_stack(data, [one for _, one in shares])
-        return sweep.curve(shares, [one.epochs[one.epoch] for one in heads], config)
+        members = [one for _, one in shares]
+        heads = train_stack(data, members)
+
+        def judge(groups: Any) -> Any:
+            return comparison.by_image(data, members, heads, groups, "accuracy")
+
+        return sweep.curve(shares, heads, config, judge)
 
     easy = said(3.0, 4000)
     assert "cannot be said" in easy["words"]
@@ -255,3 +328,4 @@ def test_the_learning_curve_says_whether_more_images_would_help() -> None:
     hard = said(0.25, 4000)
     assert hard["points"][0]["mean"] < hard["points"][-1]["mean"] - 0.05
     assert all(math.isfinite(point["mean"]) for point in hard["points"])
+    assert ("probably help" in hard["words"]) == (hard["p"] <= 0.05)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import __version__, checkpoint, descent, lr_finder, sweep
+from arrowhead import __version__, checkpoint, comparison, descent, lr_finder, sweep
 from arrowhead.launch import Worker
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.shards import Store
@@ -138,17 +138,18 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
     losers = sweep.loser_of(study.knobs, study.head) if study.sweep.halving else None
     made.heads = log.train("heads", data, members, team, losers)
     if grid:
-        lines = [one.epochs[one.epoch] for one in made.heads]
-        made.ranking = sweep.summary(study.knobs, lines, study.head, len(data.valid))
+        judge = _judge(data, members, made.heads, study.head, team)
+        made.ranking = sweep.summary(study.knobs, made.heads, study.head, judge)
         made.best = made.ranking["best"]
     made.config = winner = members[made.best].config
     if study.sweep.folds:
         made.folds = _folds(log, data, row, study, made, team)
     if study.sweep.learning_curve:
         shares = sweep.share_members(data, winner, study.sweep.curve_seeds)
-        ended = log.train("learning-curve", data, [one for _, one in shares], team)
-        lines = [one.epochs[one.epoch] for one in ended]
-        made.shares = sweep.curve(shares, lines, winner)
+        members = [one for _, one in shares]
+        ended = log.train("learning-curve", data, members, team)
+        judge = _judge(data, members, ended, winner, team)
+        made.shares = sweep.curve(shares, ended, winner, judge)
     made.seconds = perf_counter() - began
     return made
 
@@ -226,6 +227,18 @@ def _folds(
         epochs=epochs,
         not_held_out=sweep.not_held_out(part, label, data.classes),
     )
+
+
+def _judge(
+    data: Data,
+    members: Sequence[Member],
+    heads: Sequence[Trained],
+    config: TrainConfig,
+    team: Team,
+) -> sweep.Judge:
+    """What compares these heads, image by image; to be called on every worker."""
+    name = sweep.figure(config)
+    return lambda groups: comparison.by_image(data, members, heads, groups, name, team)
 
 
 class _Log:

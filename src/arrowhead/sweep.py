@@ -1,7 +1,7 @@
 """Many heads in one pass: a grid of settings, folds, shares of the images.
 
 "rate=1e-4..1e-1:16 seed=0,1,2"  -> grid       members of a stack, losers stopped early
-lines of all heads               -> summary    settings ranked, seeds together, with what the
+all trained heads                -> summary    settings ranked, seeds together, with what the
                                                ranking is worth
 image keys, labels               -> folds      each image validates once, copies together
 image keys, labels               -> shares     5, 10, 20, 50, 100 % of the images, nested
@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError
-from arrowhead.train import Data, Member, TrainConfig
+from arrowhead import ConfigError, comparison
+from arrowhead.train import Data, Member, TrainConfig, Trained
 
 KNOBS = {"rate": "geometric", "weight_decay": "geometric", "dropout": "even", "seed": "whole"}
 SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
 MOST = 4096
 Lines = Sequence[list[dict[str, float]]]
+Judge = Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
+"""Groups of heads to their values, image by image: see `comparison.by_image`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,19 +181,29 @@ def figure(config: TrainConfig) -> str:
 
 def summary(
     knobs: Sequence[Mapping[str, float]],
-    lines: Sequence[Mapping[str, float]],
+    heads: Sequence[Trained],
     config: TrainConfig,
-    images: int,
+    judge: Judge,
 ) -> dict[str, Any]:
     """Settings ranked by the figure asked for; seeds together.
 
-    lines: what each head ended with. images: validation images. Returns `figure`; `settings`
-    [{knobs, heads, seeds, mean, spread, valid_loss}], the best first; `best`, the head to keep;
-    `alike`, how many settings cannot be told from the best (fewer than two standard errors, of
-    seeds and of so few images, between their means), and `words` that say so.
+    judge: gives the values of settings, image by image. Returns `figure`; `settings` [{knobs,
+    heads, seeds, mean, spread, valid_loss, epochs, stopped, p}], the best first; `best`, the head
+    to keep; `test`; `alike`, how many settings cannot be told from the best; and `words`.
+
+    p: of the difference from the best setting, paired by image (see `comparison.paired_p`) and
+    corrected for the number of settings compared; None for the best itself, and for settings that
+    --halving stopped: their figures are of a head in mid-schedule, so they rank below all that
+    finished, those that came further first, and nothing is claimed of them.
     """
-    name = figure(config)
-    ranked = sorted(_groups(knobs), key=lambda group: _mean([lines[at] for at in group], config))
+    name, lines = figure(config), [one.epochs[one.epoch] for one in heads]
+
+    def rank(group: Sequence[int]) -> tuple[float, ...]:
+        stopped = any(heads[at].stopped == "halving" for at in group)
+        reached = min(len(heads[at].epochs) for at in group) if stopped else 0
+        return stopped, -reached, *_mean([lines[at] for at in group], config)
+
+    ranked = sorted(_groups(knobs), key=rank)
     table: list[dict[str, Any]] = []
     for group in ranked:
         values = [lines[at][name] for at in group]
@@ -203,46 +215,55 @@ def summary(
                 "mean": float(np.mean(values)),
                 "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "valid_loss": float(np.mean([lines[at]["valid_loss"] for at in group])),
+                "epochs": min(len(heads[at].epochs) for at in group),
+                "stopped": any(heads[at].stopped == "halving" for at in group),
+                "p": None,
             }
         )
-    errors = [_error(row, name, images) for row in table]
-    alike = sum(
-        errors[0] is not None
-        and error is not None
-        and abs(table[0]["mean"] - row["mean"]) < 2 * math.hypot(errors[0], error)
-        for row, error in zip(table[1:], errors[1:], strict=True)
-    )
-    top = min(ranked[0], key=lambda at: _mean([lines[at]], config))
+    finished = [row for row in table if not row["stopped"]]
+    test, images = None, 0
+    if len(finished) > 1:
+        value_SN = judge([row["heads"] for row in finished])
+        test, images = comparison.method(value_SN), value_SN.shape[1]
+        found = [comparison.paired_p(value_SN[0] - value_N) for value_N in value_SN[1:]]
+        for row, p in zip(finished[1:], comparison.holm(np.array(found)), strict=True):
+            row["p"] = float(p)
     return {
         "figure": name,
         "settings": table,
-        "best": top,
-        "alike": None if errors[0] is None else alike,
-        "words": _verdict(len(table), alike, name, errors[0]),
+        "best": min(ranked[0], key=lambda at: _mean([lines[at]], config)),
+        "test": test,
+        "alike": sum(row["p"] > comparison.SURE for row in finished[1:]) if test else None,
+        "words": _verdict(table, finished, f"{test} on the same {images} validation images"),
     }
 
 
-def _error(row: Mapping[str, Any], name: str, images: int) -> float | None:
-    """Standard error of a mean: of its seeds and, if it is a share of images, of their number."""
-    if not math.isfinite(row["mean"]):
-        return None
-    seeds = (row["spread"] or 0.0) / math.sqrt(len(row["heads"]))
-    if name == "valid_loss":
-        return seeds if row["spread"] is not None else None
-    share = min(max(row["mean"], 0.5 / images), 1 - 0.5 / images)
-    return math.hypot(seeds, math.sqrt(share * (1 - share) / images))
-
-
-def _verdict(settings: int, alike: int, name: str, error: float | None) -> str:
-    if settings == 1:
+def _verdict(
+    table: Sequence[Mapping[str, Any]], finished: Sequence[Mapping[str, Any]], test: str
+) -> str:
+    """What the ranking is worth, in words."""
+    if len(table) == 1:
         return "one setting: nothing to compare"
-    if error is None:
-        return "one seed each: differences cannot be judged (add seed=0,1,2 to the grid)"
+    stopped = len(table) - len(finished)
+    note = f"; {stopped} stopped early and cannot be compared" if stopped else ""
+    if len(finished) == 1:
+        return f"one setting was trained to the end: nothing to compare{note}"
+    if len(table[0]["seeds"]) == 1:
+        note += "; one seed each, another seed may rank them otherwise"
+    chances = [row["p"] for row in finished[1:]]
+    alike = sum(p > comparison.SURE for p in chances)
+    others = f"{len(chances)} other setting{'s' if len(chances) > 1 else ''}"
+    if len(chances) > 1:
+        test += f", corrected for {len(chances)} comparisons (Holm)"
     if not alike:
-        return f"the best is distinguishable from the next by {name}"
+        return (
+            f"the best is distinguishable from the {others} (p at most {max(chances):.2g}: {test})"
+            f"{note}"
+        )
+    least = min(p for p in chances if p > comparison.SURE)
     return (
-        f"the best is not distinguishable from {alike} other setting{'s' if alike > 1 else ''}:"
-        f" {name} differs by less than two standard errors"
+        f"the best is not distinguishable from {alike} of the {others} (p {least:.2g} or more:"
+        f" {test}){note}"
     )
 
 
@@ -355,15 +376,20 @@ def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[flo
 
 def curve(
     shares: Sequence[tuple[float, Member]],
-    lines: Sequence[Mapping[str, float]],
+    heads: Sequence[Trained],
     config: TrainConfig,
+    judge: Judge,
 ) -> dict[str, Any]:
-    """The learning curve: `points` [{share, images, mean, spread, values}], `figure`, `words`."""
-    name = figure(config)
+    """The learning curve: `points` [{share, images, mean, spread, values}], `figure`, `words`, and
+    `p` of the difference between the last two points, paired by image (None with fewer points).
+    """
+    name, lines = figure(config), [one.epochs[one.epoch] for one in heads]
     points: list[dict[str, Any]] = []
+    groups: list[list[int]] = []
     for share in dict.fromkeys(share for share, _ in shares):
         at = [i for i, (one, _) in enumerate(shares) if one == share]
         values = [lines[i][name] for i in at]
+        groups.append(at)
         points.append(
             {
                 "share": share,
@@ -373,27 +399,22 @@ def curve(
                 "values": values,
             }
         )
-    return {"figure": name, "points": points, "words": _more(points, name, shares[0][1].valid)}
-
-
-def _more(points: Sequence[Mapping[str, Any]], name: str, valid: NDArray[np.int64]) -> str:
-    """Whether the last doubling of the images paid, in words."""
+    made = {"figure": name, "points": points, "p": None, "words": "too few images for a curve"}
     if len(points) < 2:
-        return "too few images for a curve"
-    before, last = points[-2], points[-1]
+        return made
+    value_SN = judge(groups[-2:])
+    p = comparison.paired_p(value_SN[1] - value_SN[0])
+    test = f"{comparison.method(value_SN)} on the same {value_SN.shape[1]} validation images"
+    return made | {"p": p, "words": _more(points[-2], points[-1], name, p, test)}
+
+
+def _more(
+    before: Mapping[str, Any], last: Mapping[str, Any], name: str, p: float, test: str
+) -> str:
+    """Whether the last doubling of the images paid, in words."""
     gain = (last["mean"] - before["mean"]) * (-1 if name == "valid_loss" else 1)
-    errors = [
-        one
-        for point in (before, last)
-        if (one := _error({**point, "heads": point["values"]}, name, len(valid))) is not None
-    ]
-    if len(errors) < 2:
-        return f"from {before['images']} to {last['images']} images {name} moved by {gain:.4f}"
-    sure = 2 * math.hypot(*errors)
     moved = "got better" if gain > 0 else "got worse" if gain < 0 else "moved"
     span = f"from {before['images']} to {last['images']} images {name} {moved} by {abs(gain):.4f}"
-    if gain > sure:
-        return f"{span}, more than chance explains ({sure:.4f}): more images would probably help"
-    return (
-        f"{span}, within what chance explains ({sure:.4f}): it cannot be said that more would help"
-    )
+    if gain > 0 and p <= comparison.SURE:
+        return f"{span} (p = {p:.2g}, {test}): more images would probably help"
+    return f"{span} (p = {p:.2g}, {test}): it cannot be said that more would help"

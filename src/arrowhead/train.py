@@ -506,25 +506,16 @@ class Training:
         """Sums over rows, float64 (L, G, kinds); label (L | 1, B) or (L | 1, B, C)."""
         import torch
 
-        lanes, each, classes, rows = logit_LGCB.shape
+        found = figures_by_image(logit_LGCB, label, multi=self.data.multi)
+        real = real_LB[:, None]
         if self.data.multi:
-            wanted = label.mT[:, None] > 0
-            given = logit_LGCB > 0
-            nats = torch.nn.functional.softplus(torch.where(wanted, -logit_LGCB, logit_LGCB)).mean(
-                2
-            )
-            hit, both = (given & wanted).sum(2), given.sum(2) + 0 * nats
-            there = wanted.sum(2)
-            f1 = 2 * hit / (there + both).clamp(min=1)
-            f2 = 5 * hit / (4 * there + both).clamp(min=1)
-            kinds = [nats, (given == wanted).double().mean(2), f1, f2]
-            return torch.stack([(one * real_LB[:, None]).double().sum(2) for one in kinds], 2)
-        index = label[:, None, None].expand(lanes, each, 1, rows)
-        nats = -logit_LGCB.log_softmax(2).gather(2, index)[:, :, 0]
-        right = (logit_LGCB.argmax(2) == label[:, None]) & real_LB[:, None]
+            return torch.stack([(one * real).double().sum(2) for one in found.values()], 2)
+        lanes, each, classes, rows = logit_LGCB.shape
+        index = label[:, None].expand(lanes, each, rows)
+        right = found["accuracy"] & real
         by_class = torch.zeros(lanes, each, classes, dtype=torch.float64, device=label.device)
-        by_class.scatter_add_(2, index[:, :, 0], right.double())
-        sums = [torch.where(real_LB[:, None], nats, 0), right]
+        by_class.scatter_add_(2, index, right.double())
+        sums = [torch.where(real, found["valid_loss"], 0), right]
         return torch.cat([torch.stack([one.double().sum(2) for one in sums], 2), by_class], 2)
 
     def _figures(self, sums: Tensor, rows: Tensor) -> dict[str, float]:
@@ -674,6 +665,26 @@ class Training:
         prefix = "optimizer."
         own = {n.removeprefix(prefix): one for n, one in here.items() if n.startswith(prefix)}
         self.optimizer.load(own, facts["steps"])
+
+
+def figures_by_image(logit_LGCB: Tensor, label: Tensor, *, multi: bool) -> dict[str, Tensor]:
+    """What the figures of each head are means of, (L, G, B) each; label (L | 1, B), or (L | 1, B,
+    C) of several. See `Training.validate`.
+    """
+    import torch
+
+    if multi:
+        wanted, given = label.mT[:, None] > 0, logit_LGCB > 0
+        signed = torch.where(wanted, -logit_LGCB, logit_LGCB)
+        nats = torch.nn.functional.softplus(signed).mean(2)
+        hit, there = (given & wanted).sum(2), wanted.sum(2)
+        many = given.sum(2) + 0 * nats  # nan stays nan
+        f1, f2 = ((1 + weight) * hit / (weight * there + many).clamp(min=1) for weight in (1, 4))
+        accuracy = (given == wanted).double().mean(2)
+        return {"valid_loss": nats, "accuracy": accuracy, "f1": f1, "f2": f2}
+    index = label[:, None, None].expand(*logit_LGCB.shape[:2], 1, -1)
+    nats = -logit_LGCB.log_softmax(2).gather(2, index)[:, :, 0]
+    return {"valid_loss": nats, "accuracy": logit_LGCB.argmax(2) == label[:, None]}
 
 
 def _single(value: Tensor) -> Tensor:
