@@ -63,8 +63,9 @@ def test_letters_that_no_font_here_has_can_still_be_told_apart() -> None:
 
 def test_tables_hold_numbers_and_safe_names(tmp_path: Path) -> None:
     setting = {"seeds": [0, 1], "mean": 0.5, "spread": None, "valid_loss": 1.5}
+    setting |= {"epochs": 4, "p": None}
     ranked = {"settings": [setting | {"knobs": {"rate": 1e-3, "class_weights": "=x"}}]}
     report.grid_csv(ranked | {"figure": "accuracy"}, tmp_path / "grid.csv")
     header, line = (tmp_path / "grid.csv").read_text().splitlines()
-    assert header == "rate,class_weights,seeds,accuracy,spread,valid_loss"
-    assert line == "0.001,'=x,0 1,0.5,,1.5"
+    assert header == "rate,class_weights,seeds,accuracy,spread,valid_loss,epochs,p"
+    assert line == "0.001,'=x,0 1,0.5,,1.5,4,"

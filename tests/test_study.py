@@ -92,9 +92,15 @@ def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, co
         table = list(csv.DictReader(file))
     assert [row["rate"] for row in table[:2]] == ["0.01", "0.01"]
     assert table[0]["seeds"] == "0 1"
+    assert table[0]["p"] == ""
+    assert [float(row["p"]) for row in table[1:]] == pytest.approx(
+        [one["p"] for one in result["grid"]["settings"][1:]]
+    )
     made = json.loads(Path("best/bundle.json").read_text())
     assert made["metrics"]["accuracy"] == pytest.approx(result["epochs"][-1]["accuracy"])
     assert made["lineage"]["training"]["rate"] == 0.01
+    images = made["metrics"]["images"]
+    assert f"on the same {images} validation images" in result["grid"]["words"]
 
 
 def test_folds_and_learning_curve_use_the_settings_of_the_head_that_is_kept(store, place, command):

@@ -478,7 +478,7 @@ def show_grid(store: Store, asked: Study, made: Learned, out: Path, means: Means
         spread = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
         means.screen.say(
             f"  {setting['mean']:.4f}{spread}  loss {setting['valid_loss']:.4f}"
-            f"  {sweep.words(setting['knobs'])}"
+            f"  {sweep.words(setting['knobs'])}{_chance(setting)}"
         )
     means.screen.say(ranked["words"])
     table = report.grid_csv(ranked, out.with_name(f"{out.name}-grid.csv"))
@@ -493,6 +493,13 @@ def show_grid(store: Store, asked: Study, made: Learned, out: Path, means: Means
             | {"body": store.recipe.body, "recipe": store.recipe.fingerprint},
         )
     return ranked
+
+
+def _chance(setting: dict[str, Any]) -> str:
+    """Whether a setting differs from the best, after its name."""
+    if setting["stopped"]:
+        return f"  (stopped after {setting['epochs']} epochs)"
+    return "" if setting["p"] is None else f"  p {setting['p']:.2g}"
 
 
 def _by_epoch(head: Trained) -> dict[str, list[tuple[int, float]]]:

@@ -210,13 +210,15 @@ def learning_csv(curve: dict[str, Any], path: Path) -> Path:
 
 
 def grid_csv(ranked: dict[str, Any], path: Path) -> Path:
-    """One line per setting of a grid, the best first: its knobs, seeds, mean, spread; the path."""
+    """One line per setting of a grid, the best first: its knobs, seeds, mean, spread, validation
+    loss, epochs, and the corrected p-value of its difference from the best; the path.
+    """
     names = list(ranked["settings"][0]["knobs"])
-    header = [*names, "seeds", ranked["figure"], "spread", "valid_loss"]
+    header = [*names, "seeds", ranked["figure"], "spread", "valid_loss", "epochs", "p"]
     with spreadsheet.writing(path, header) as sheet:
         for one in ranked["settings"]:
             seeds = " ".join(map(str, one["seeds"]))
-            figures = [one["mean"], one["spread"], one["valid_loss"]]
+            figures = [one[key] for key in ("mean", "spread", "valid_loss", "epochs", "p")]
             sheet.row([*(one["knobs"][name] for name in names), seeds, *figures])
     return path
 
