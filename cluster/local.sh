@@ -21,7 +21,8 @@ STATE=${STATE:-$HOME/.arrowhead}/cluster
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Jobs run `python`: it must be the one that has Arrowhead.
 [[ -x $ROOT/.venv/bin/ray ]] && PATH=$ROOT/.venv/bin:$PATH
-export PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# Nothing that lies in the folder we stand in is imported by Ray or by what it starts.
+export PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 PYTHONSAFEPATH=1
 
 refuse() {  # found, wanted, do
     printf 'local.sh: %s\n  wanted  %s\n  do      %s\n' "$@" >&2

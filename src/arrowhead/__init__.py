@@ -4,7 +4,12 @@ Each image is decoded once; every experiment after that takes seconds. Importing
 package runs nothing heavy: `Images` and `Learner` bring torch when they are first named.
 """
 
-from __future__ import annotations
+# `python -m arrowhead`, without -P, puts the folder we stand in before all others. It may be one of
+# data, whose `numpy.py` or `typing.py` would be run: out with it, before anything is imported.
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    del sys.path[0]
 
 from typing import TYPE_CHECKING, Any
 

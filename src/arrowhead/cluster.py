@@ -91,16 +91,41 @@ def connect(config: LaunchConfig) -> None:
     else:  # nobody takes this machine back; the process that would look for it takes seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     own: dict[str, Any] = {"num_cpus": max(config.most, os.cpu_count() or 1)}
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"  # for Ray's processes and all of theirs
     try:
         ray.init(
             address=address or "local",
+            job_config=_nothing_from_our_folder(),
             log_to_driver=False,  # workers report through the desk; Ray's own lines drown it
             logging_level="warning",
             **({} if address else own | {"include_dashboard": False}),
         )
     except ConnectionError as error:
         raise _no_cluster(str(address), error) from error
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
     atexit.register(ray.shutdown)
+
+
+class _Closed(list[str]):
+    """Takes nothing up."""
+
+    def extend(self, items: Iterable[str]) -> None:
+        """Leave them."""
+
+
+def _nothing_from_our_folder() -> Any:
+    """Settings of a driver whose workers import nothing from the folder that it stands in: it is a
+    folder of data, and its `numpy.py` would be run. Ray has no public way to say so.
+    """
+    import ray.job_config
+
+    config = ray.job_config.JobConfig()
+    config._py_driver_sys_path = _Closed()  # Ray adds our folder to this
+    return config
 
 
 def _must_answer(address: str) -> None:

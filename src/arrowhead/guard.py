@@ -361,7 +361,7 @@ PROGRAM = "from arrowhead import guard; guard.serve()"
 def _environment() -> dict[str, str]:
     """The child's: this Arrowhead is found first, and nothing in the folder we stand in is."""
     house = str(Path(__file__).resolve().parents[1])
-    paths = [house, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [house, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 

@@ -393,7 +393,7 @@ def _group(
     except ray.exceptions.RayError as error:
         if cluster.is_dead():
             raise _lost("The Ray that ran this command has died.") from error
-        raise _WorkerGoneError(str(error).splitlines()[0]) from error
+        raise _WorkerGoneError(_line(error, 0)) from error
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
             pass_on()
@@ -672,6 +672,12 @@ class _NoRoomError(RuntimeError):
     """Workers were not given room in time."""
 
 
+def _line(error: Any, which: int) -> str:
+    """One line of what Ray says, without its colours and what stands in brackets."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(re.sub(r" *\([^()]*(\([^()]*\)[^()]*)*\)", "", lines[which]), 200)
+
+
 def _cause(error: Any) -> BaseException:
     """What really happened: a worker lost, or the worker's own exception inside Ray's."""
     failures = list(getattr(error, "worker_failures", {}).values())
@@ -679,7 +685,7 @@ def _cause(error: Any) -> BaseException:
         if type(failure).__name__.startswith("WorkerHealthCheck"):  # Ray keeps the class private
             found = re.search("node_ip='([^']*)'", str(failure))
             host = f" on {found[1]}" if found else ""
-            why = textwrap.shorten(str(failure).strip().splitlines()[-1], 160)
+            why = _line(failure, -1)
             return _WorkerGoneError(f"Worker {rank}{host} is gone: {why}")
     if not failures:  # the controller's own end, or a machine taken back
         if type(error).__name__ == "PreemptionError":
@@ -687,7 +693,7 @@ def _cause(error: Any) -> BaseException:
         inner = getattr(error, "controller_failure", error)
         if type(inner).__name__ == "WorkerGroupStartupTimeoutError":
             return _NoRoomError(str(inner))
-        return _WorkerGoneError(textwrap.shorten(str(inner).strip().splitlines()[-1], 300))
+        return _WorkerGoneError(_line(inner, -1))
     failure = failures[0]
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
     return inner or failure  # type: ignore[no-any-return]

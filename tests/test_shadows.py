@@ -1,0 +1,52 @@
+"""Python files in a folder of data are data: nothing runs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Tracked
+
+# Modules that a command, its decoder or a worker of Ray imports at some time.
+NAMES = """
+    PIL cloudpickle email fsspec google grpc logging matplotlib mlflow multiprocessing numpy nvidia
+    pickle psutil pyarrow random ray safetensors sitecustomize sqlite3 ssl subprocess tempfile torch
+    torchvision typing usercustomize yaml
+""".split()  # noqa: SIM905 - longer as a list than its program
+ARROWHEAD = str(Path(sys.executable).with_name("arrowhead"))
+
+
+@pytest.mark.parametrize(
+    ("program", "workers"),
+    [
+        ([ARROWHEAD], "0"),
+        ([sys.executable, "-m", "arrowhead"], "0"),
+        ([ARROWHEAD], "1"),
+    ],
+    ids=["here", "as a module", "a worker"],
+)
+def test_no_module_of_the_folder_we_stand_in_is_run(
+    program: list[str], workers: str, drawn: Path, tracked: Tracked, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for photo in sorted(drawn.rglob("train/*/*.jpg"))[::6]:
+        (data / photo.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, data / photo.parent.name)
+    for name in NAMES:
+        (data / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'run')!r}, 'a').write('{name} ')\nraise ImportError('{name}')\n"
+        )
+    words = ["precompute", ".", "../store", "--body", "resnet18", "--weights", "random"]
+    words += ["--size", "32", "--workers", workers]
+    words += ["--tracking-uri", f"sqlite:///{tracked(tmp_path) / 'mlflow.db'}"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    done = subprocess.run(
+        [*program, *words], cwd=data, env=environment, capture_output=True, text=True
+    )
+    assert not (tmp_path / "run").exists(), (tmp_path / "run").read_text()
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "store" / "manifest.json").is_file()
