@@ -25,6 +25,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from arrowhead import bundle, demo, extract, pipeline
+from arrowhead.features import FeatureConfig
 from arrowhead.model import BodyConfig
 from arrowhead.novelty import Novelty
 from arrowhead.shards import Store
@@ -49,7 +50,7 @@ def main() -> None:
     config = BodyConfig(body=settings.body, weights=settings.weights, **norm)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        images = pipeline.FeatureConfig(body=config)
+        images = FeatureConfig(body=config)
         pipeline.precompute(settings.data, place / "store", images)
         store = Store(place / "store")
         demo.draw(place / "drawn", per_class=24)

@@ -24,6 +24,7 @@ FLOORS = [
         "cluster",
         "demo",
         "screen",
+        "targets",
     },
     {
         "plan",
@@ -37,7 +38,7 @@ FLOORS = [
         "launch",
     },
     {"extract", "doctor", "tracking"},
-    {"bundle", "train", "inventory", "watch"},
+    {"bundle", "features", "train", "inventory", "watch"},
     {"score", "export", "lr_finder", "comparison"},
     {"sweep"},
     {"report", "study", "predict"},

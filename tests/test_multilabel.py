@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from arrowhead import DataError, bundle, extract, fileio, metrics, plan, scores_io, shards
+from arrowhead import DataError, bundle, extract, features, fileio, metrics, plan, scores_io, shards
 from arrowhead import score as scoring
 from arrowhead.bundle import Bundle, Golden
 from arrowhead.decode import PixelConfig
@@ -196,7 +196,7 @@ def store(table: Path) -> Store:
     """The features of the table's images, by a random body."""
     from arrowhead import pipeline
 
-    images = pipeline.FeatureConfig(
+    images = features.FeatureConfig(
         body=BodyConfig(body="resnet18", weights="random"),
         pixels=PixelConfig(size=64),
         extract=extract.ExtractConfig(chunk_size=16),

@@ -358,6 +358,14 @@ def load(path: Path) -> Bundle:
     )
 
 
+def must_be_there(address: str) -> None:
+    """ConfigError for a folder without a bundle; what is in a store is not asked for."""
+    if address.startswith(("models:/", "runs:/")) or files.in_store(root := files.resolve(address)):
+        return
+    if not (Path(os.fsdecode(files.raw(root))) / "bundle.json").is_file():
+        raise _no_bundle(address)
+
+
 def local(address: str, config: TrackingConfig, scratch: Path) -> Path:
     """The folder of the bundle that a user named.
 

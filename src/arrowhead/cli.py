@@ -17,7 +17,18 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
-from arrowhead import ConfigError, DataError, LostError, Refusal, cli_cluster, cli_inspect, signals
+from arrowhead import (
+    ConfigError,
+    DataError,
+    LostError,
+    Refusal,
+    cli_cluster,
+    cli_inspect,
+    model,
+    plan,
+    signals,
+)
+from arrowhead import bundle as bundles
 from arrowhead.cli_app import (
     Body,
     BundleAddress,
@@ -43,6 +54,7 @@ from arrowhead.cli_app import (
     fetched,
     finish,
     give,
+    given,
     me,
     refuse,
     run_context,
@@ -55,14 +67,17 @@ from arrowhead.cluster import LaunchConfig
 from arrowhead.decode import PixelConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
+from arrowhead.features import FeatureConfig, as_in_store
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import BodyConfig
-from arrowhead.plan import SourceConfig
+from arrowhead.plan import Catalog, SourceConfig
 from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen, take_any_text
+from arrowhead.shards import Store
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
+from arrowhead.targets import check_file, check_folder
 from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig
 
@@ -95,11 +110,15 @@ def fit(
     """
     from arrowhead import pipeline
 
-    images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    out = check_folder(out, "results")
+    check_folder(out / "store", "store")
+    check_folder(out / "bundle", "bundle")
+    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(out / "bundle", data, images, asked)
+    images, catalog = _ready(data, out / "store", images, Screen(to_stderr=output.json))
     with run_context("fit", launch, tracking, output, place, registry) as means:
-        result = pipeline.fit(data, out, images, asked, means)
+        result = pipeline.fit(catalog, out, images, asked, means)
         say_next(
             means.screen, [f"{me()} score {result['bundle']} IMAGES SCORES", ui_command(tracking)]
         )
@@ -127,11 +146,32 @@ def precompute(
     """
     from arrowhead import pipeline
 
-    images = pipeline.FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    store = check_folder(store, "store")
+    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    images, catalog = _ready(data, store, images, Screen(to_stderr=output.json))
     with run_context("precompute", launch, tracking, output) as means:
-        result = pipeline.precompute(data, store, images, means)
+        result = pipeline.precompute(catalog, store, images, means)
         say_next(means.screen, [f"{me()} lr-find {store}", f"{me()} train {store} BUNDLE"])
     return finish(result, output)
+
+
+def _ready(
+    data: str, store: Path, asked: FeatureConfig, screen: Screen
+) -> tuple[FeatureConfig, Catalog]:
+    """What can be refused at once is refused; the settings, with what an existing store remembers,
+    and the images.
+    """
+    images = as_in_store(store, asked, given())
+    model.check(images.body)
+    catalog = plan.labelled(data, images.source)
+    if images != asked:
+        body, pixels = images.body, images.pixels
+        own = f" with {body.weights}" if body.weights != asked.body.weights else ""
+        screen.say(
+            f"as in {store}: body {body.body}{own} · pool {body.pool} · {pixels.size} pixels,"
+            f" {pixels.resize} · {pixels.views} view{'s' * (pixels.views > 1)}"
+        )
+    return images, catalog
 
 
 @app.command(sort_key=3)
@@ -152,6 +192,8 @@ def lr_find(
     """
     from arrowhead import account, pipeline
 
+    Store(store := store.expanduser())
+    check_folder(store, "store")
     with run_context("lr-find", launch, tracking, output) as means:
         account.say_account(store, means.screen)
         curve = pipeline.find_rate(store, head, finder, means)
@@ -180,6 +222,8 @@ def train(
     """
     from arrowhead import account, pipeline
 
+    Store(store := store.expanduser())
+    bundle = check_folder(bundle, "bundle")
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(bundle, store.absolute(), asked)
     with run_context("train", launch, tracking, output, place, registry) as means:
@@ -216,6 +260,9 @@ def score(
     """
     from arrowhead import pipeline
 
+    out = check_folder(out, "scores")
+    bundles.must_be_there(bundle)
+    plan.must_be_there(images)
     with run_context("score", launch, tracking, output) as means:
         result = pipeline.score(bundle, images, out, scores, extract, means, tracking)
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
@@ -253,6 +300,9 @@ def export(
     """
     from arrowhead import export as exporting
 
+    out = out.expanduser()
+    check_file(exporting.file_of(out, what.format))
+    bundles.must_be_there(bundle)
     with fetched(bundle, tracking) as folder:
         result = exporting.export(folder, out, what) | {"bundle": bundle}
     if not output.json:
@@ -287,7 +337,7 @@ def demo(
             means.screen.say(
                 f"{count} images of {', '.join(drawing.CLASSES)} drawn in {out}/images"
             )
-        images = pipeline.FeatureConfig(body=_demo_body(means.screen))
+        images = FeatureConfig(body=_demo_body(means.screen))
         asked = Study(head=head)
         result = pipeline.fit(out / "images", out / "fit", images, asked, means)
         bundle, new, scores = out / "fit" / "bundle", out / "images" / "new", out / "scores"
@@ -309,8 +359,6 @@ def demo(
 
 def _demo_body(screen: Screen) -> BodyConfig:
     """A trained body where one can be had, else, said aloud, a random one."""
-    from arrowhead import model
-
     try:
         model.load(BodyConfig())
     except ConfigError:

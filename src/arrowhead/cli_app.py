@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, ArgumentCollection, Group, Parameter
 from cyclopts.config import Toml
 
 from arrowhead import ConfigError, __version__
@@ -224,9 +224,31 @@ def entry(
     return app(tokens, exit_on_error=False, print_error=False)
 
 
+class _Given:
+    """Notes which flags were given, on the command line or in the TOML file: for cyclopts a source
+    of flags that adds none.
+    """
+
+    def __init__(self) -> None:
+        self.names: frozenset[str] = frozenset()
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Called by cyclopts after the sources before it, before anything is converted."""
+        given = (argument.name for argument in arguments if argument.tokens)
+        self.names = frozenset(name.lstrip("-").replace("-", "_") for name in given)
+
+
+_given = _Given()
+
+
+def given() -> frozenset[str]:
+    """Names of the flags that the verb at hand was given, as fields are called: max_pixels."""
+    return _given.names
+
+
 def configure(config: Path | None) -> None:
     """Flags are also read from this TOML file, or from none."""
-    app.config = ()
+    app.config = (_given,)
     if config is not None:
         if not config.is_file():
             raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
@@ -238,7 +260,7 @@ def configure(config: Path | None) -> None:
                 "a TOML file, with a table named after the verb.",
                 "write e.g. [train] and below it epochs = 20.",
             ) from error
-        app.config = Toml(config, must_exist=True, search_parents=False)
+        app.config = (Toml(config, must_exist=True, search_parents=False), _given)
 
 
 def verb_in(words: list[str]) -> str:

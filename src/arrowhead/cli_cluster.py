@@ -78,7 +78,7 @@ def submit(
 
     if not words:
         raise ConfigError("Nothing to submit.", "a verb after --.", "see arrowhead submit --help.")
-    outer = next((Path(one.path) for one in app.config), None)
+    outer = next((Path(one.path) for one in app.config if isinstance(one, Toml)), None)
     call = understood(list(words), outer)
     if call is None:  # --help, and it has been shown
         return 0

@@ -69,7 +69,7 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
 
     Raises ConfigError for what cannot be written so, DataError where the file disagrees.
     """
-    file = _file(out, config.format)
+    file = file_of(out, config.format)
     if config.format == "onnx":
         _must_have_onnx()
     bundle = bundles.load(path)
@@ -100,18 +100,19 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def _file(out: Path, format: str) -> Path:
+def file_of(out: Path, format: str) -> Path:
     """Where the file goes."""
     other = {"onnx": ".pt2", "pt2": ".onnx"}[format]
-    if out.suffix == other and not out.is_dir():
+    folder = os.path.isdir(out)  # noqa: PTH112 - False, not an error, where a name is too long
+    if out.suffix == other and not folder:
         raise ConfigError(
             f"{out} is to hold {format}.",
             f"a name that ends in .{format}, or a folder.",
             f"rename it, or give --format {other[1:]}.",
         )
-    if out.suffix == f".{format}" and not out.is_dir():
+    if out.suffix == f".{format}" and not folder:
         return out
-    if out.is_file():
+    if os.path.isfile(out):  # noqa: PTH113 - likewise
         raise ConfigError(
             f"{out} is a file already.",
             f"a name that ends in .{format}, or a folder.",

@@ -164,9 +164,14 @@ def listing(root: str) -> Listing:
     """
     if in_store(root):
         return _stored(root)
-    top = raw(root)
+    must_be_folder(root)
+    return _without_figures(_explored(raw(root), [(b"", None, (), LISTED)]))
+
+
+def must_be_folder(root: str) -> None:
+    """ConfigError for a root on a disk that is not there, is no folder, or cannot be listed."""
     try:
-        os.listdir(top)
+        os.listdir(raw(root))
     except OSError as error:
         found = {
             FileNotFoundError: f"{root} is not there.",
@@ -177,7 +182,6 @@ def listing(root: str) -> Listing:
             "a folder of images.",
             "check the spelling; `arrowhead demo` makes a folder to try.",
         ) from error
-    return _without_figures(_explored(top, [(b"", None, (), LISTED)]))
 
 
 def _without_figures(found: Listing) -> Listing:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from arrowhead import account, files, pipeline, plan, report
 from arrowhead.decode import PixelConfig
+from arrowhead.features import FeatureConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import Catalog
@@ -117,7 +118,7 @@ class Learner:
         folder = Path(store) if store else own
         self._config = TrainConfig(head=head)  # type: ignore[arg-type]
         self._means = account.Means(screen=_Notebook())
-        settings = pipeline.FeatureConfig(body=body, pixels=pixels)
+        settings = FeatureConfig(body=body, pixels=pixels)
         pipeline.precompute(images.path, folder, settings, self._means)
         self.store = images._store = Store(folder)
         self._trained: Trained | None = None

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,6 +75,26 @@ class Weights:
 # ------------------------------------------------------------------------------ weights
 
 
+def check(config: BodyConfig) -> None:
+    """ConfigError for an unknown body or a weights file that is not there, torch unseen: importing
+    it to find a slip of the pen takes seconds.
+    """
+    known = _names()
+    if known and config.body not in known:
+        raise _unknown(config.body, known)
+    if Path(config.weights).suffix in FILES:
+        _must_be_file(Path(config.weights))
+
+
+def _names() -> list[str]:
+    """The networks in torchvision's source, by what registers them; none if it is not as known."""
+    spec = find_spec("torchvision")
+    folders = [Path(one) / "models" for one in (spec and spec.submodule_search_locations) or ()]
+    registered = re.compile(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+    texts = [file.read_text("utf-8") for folder in folders for file in folder.glob("*.py")]
+    return sorted(name for text in texts for name in registered.findall(text))
+
+
 def load(config: BodyConfig) -> Weights:
     """The weights that `config` names.
 
@@ -114,12 +135,7 @@ def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
     import safetensors.torch
     import torch
 
-    if not path.is_file():
-        raise ConfigError(
-            f"--weights {path} is not there.",
-            "a .safetensors or .pth file of the body's weights.",
-            "check the path, or use --weights auto.",
-        )
+    _must_be_file(path)
     try:
         if suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
@@ -130,6 +146,15 @@ def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
             "tensors by name: safetensors, or a state dict saved by torch.save.",
             "save it again with safetensors; whole pickled models are not opened.",
         ) from error
+
+
+def _must_be_file(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(
+            f"--weights {path} is not there.",
+            "a .safetensors or .pth file of the body's weights.",
+            "check the path, or use --weights auto.",
+        )
 
 
 def _from_torchvision(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
@@ -222,12 +247,7 @@ def _build(body: str) -> nn.Module:
     models = _torchvision()
     known = models.list_models(module=models)
     if body not in known:
-        close = difflib.get_close_matches(body, known, 3)
-        raise ConfigError(
-            f"torchvision has no classification network called {body!r}.",
-            f"one of its {len(known)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
-            f"did you mean {' or '.join(close)}?" if close else "see torchvision.models.",
-        )
+        raise _unknown(body, known)
     import torch
 
     # These two carry auxiliary heads for training, and shift their input to other statistics.
@@ -237,6 +257,15 @@ def _build(body: str) -> nn.Module:
         torch.manual_seed(0)  # and a random body is the same body on every worker
         net: nn.Module = models.get_model(body, weights=None, **extra if inception else {})
         return net
+
+
+def _unknown(body: str, known: list[str]) -> ConfigError:
+    close = difflib.get_close_matches(body, known, 3)
+    return ConfigError(
+        f"torchvision has no classification network called {body!r}.",
+        f"one of its {len(known)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
+        f"did you mean {' or '.join(close)}?" if close else "see torchvision.models.",
+    )
 
 
 def _headless(body: str) -> tuple[nn.Module, str]:

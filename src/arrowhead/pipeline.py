@@ -18,7 +18,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,10 +41,9 @@ from arrowhead import (
 from arrowhead import score as scoring
 from arrowhead.account import Means, Screen, Work
 from arrowhead.bundle import Bundle, Golden
-from arrowhead.decode import PixelConfig
 from arrowhead.extract import ExtractConfig
+from arrowhead.features import FeatureConfig, weights_of
 from arrowhead.lr_finder import Curve, FinderConfig
-from arrowhead.model import BodyConfig
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog, SourceConfig
 from arrowhead.score import ScoreConfig
@@ -63,20 +61,11 @@ TRIED_AGAIN = ("unreadable", "decoder_crash")  # faults that the next run may no
 MAX_TRIES = 255  # what the catalog's column holds
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureConfig:
-    """How images become features: where labels come from, pixels, body, and the working of it."""
-
-    source: SourceConfig = SourceConfig()
-    pixels: PixelConfig = PixelConfig()
-    body: BodyConfig = BodyConfig()
-    extract: ExtractConfig = ExtractConfig()
-
-
 def precompute(
-    data: str | Path, path: Path, images: FeatureConfig, means: Means = Means()
+    data: str | Path | Catalog, path: Path, images: FeatureConfig, means: Means = Means()
 ) -> dict[str, Any]:
-    """Make the store at `path` hold a feature of every image of `data` (see `plan.labelled`).
+    """Make the store at `path` hold a feature of every image of `data` (see `plan.labelled`), which
+    may have been listed already.
 
     Images whose features are there already are not decoded again. Returns counts {inputs,
     features, decoded, looked_up, skipped, reused, fallback, faults, ignored}, faults with their
@@ -84,7 +73,7 @@ def precompute(
     another way or another command is writing it, DataError if something in it has changed.
     """
     began = perf_counter()
-    catalog = plan.labelled(data, images.source)
+    catalog = data if isinstance(data, Catalog) else plan.labelled(data, images.source)
     store = _store(path, images)
     with store.locked(means.screen.say):
         intact = store.intact()
@@ -188,7 +177,7 @@ def _store(path: Path, images: FeatureConfig) -> Store:
     """The store for these settings, its body's weights inside."""
     import safetensors.torch
 
-    weights = model.load(images.body)
+    weights = weights_of(path, images.body)
     body = model.Body(
         images.body.body,
         weights.state,
@@ -470,7 +459,7 @@ def _advice(curve: Curve) -> dict[str, Any]:
 
 
 def fit(
-    data: str | Path,
+    data: str | Path | Catalog,
     out: Path,
     images: FeatureConfig,
     asked: Study,

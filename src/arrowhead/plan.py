@@ -169,6 +169,17 @@ def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Cat
     )
 
 
+def must_be_there(source: str | Path) -> None:
+    """ConfigError for a folder, table or list that is not on the disk; one in an object store is
+    not asked for.
+    """
+    root = files.resolve(source)
+    if _is_table(source):
+        _content(str(source), _absolute(os.fspath(source)))
+    elif not files.in_store(root):
+        files.must_be_folder(root)
+
+
 def _tree(root: str) -> tuple[Catalog, Places]:
     """The catalog of a tree of class folders."""
     found = files.listing(root)

@@ -1,0 +1,127 @@
+"""Where a command writes: looked at before it does any work.
+
+check_folder   a folder for a store, a bundle or scores: new, empty, or one that we wrote
+check_file     a file that will be replaced as a whole
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from arrowhead import ConfigError
+
+# What others leave in a folder without anybody's asking, and what MLflow and we ourselves keep in
+# the working directory, which may be the output folder. Drafts are of a command that was killed.
+UNASKED = {".DS_Store", "Thumbs.db", "desktop.ini", ".arrowhead", ".bundle", ".lock", "mlruns"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a folder is for: in words, the entries that show that it is ours, whether the whole
+    folder is replaced at the end.
+    """
+
+    words: str
+    marks: tuple[str, ...]
+    replaced: bool = False
+
+
+KINDS = {
+    "store": Kind("a feature store", ("store.json", "shards")),
+    "bundle": Kind("a bundle", ("bundle.json",), replaced=True),
+    "scores": Kind("scores", ("request.json", "score.json")),
+    "results": Kind("results", ()),
+}
+
+
+def check_folder(path: Path, kind: str) -> Path:
+    """The folder that will be written, as it is to be used: ~ expanded; where its name says
+    nothing (`..`) or is a link, the folder that it stands for.
+
+    kind: a key of KINDS; "results" may hold anything, since only folders below it are written.
+    Raises ConfigError for a file, for a folder that holds something else, and where nothing can be
+    written: it is tried, and nothing of the trial stays.
+    """
+    what = KINDS[kind]
+    path = path.expanduser()
+    try:
+        if path.is_symlink() or path.name in ("", ".."):
+            path = path.resolve()
+        if path.exists() and not path.is_dir():
+            raise ConfigError(
+                f"{path} is a file.", f"a folder for {what.words}.", "give the path of a folder."
+            )
+        if path.is_dir() and what.marks and not any((path / mark).exists() for mark in what.marks):
+            _must_be_empty(path, what)
+        if what.replaced:
+            _must_be_replaceable(path, what)
+            _try(path.parent)
+        _try(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return path
+
+
+def check_file(path: Path) -> Path:
+    """The file that will be written, ~ expanded. Raises ConfigError for what is there and no file
+    (a folder, a device), and where nothing can be written.
+    """
+    path = path.expanduser()
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(
+                f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}.",
+                "the path of a file, new or to be replaced.",
+                "give another path.",
+            )
+        _try(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return path
+
+
+def _must_be_empty(path: Path, what: Kind) -> None:
+    held = sorted(os.listdir(path))
+    if not what.replaced:
+        held = [name for name in held if not _unasked(name)]
+    if held:
+        raise ConfigError(
+            f"{path} holds files that are not of {what.words}, such as {held[0]}.",
+            f"a new or empty folder, or {what.words} that Arrowhead wrote.",
+            "give another folder.",
+        )
+
+
+def _unasked(name: str) -> bool:
+    return name in UNASKED or name.startswith("mlflow.db") or name.endswith(".draft")
+
+
+def _must_be_replaceable(path: Path, what: Kind) -> None:
+    """A folder that is replaced as a whole can be neither a mount point nor where we stand."""
+    inside = path.resolve() in (here := Path.cwd().resolve(), *here.parents)
+    if inside or (path.is_dir() and os.path.ismount(path)):
+        kind = "is, or holds, the folder you stand in" if inside else "is a mount point"
+        raise ConfigError(
+            f"{path} {kind}: {what.words} takes the place of its folder as a whole.",
+            "a folder of its own.",
+            f"give a folder inside, such as {path / 'bundle'}.",
+        )
+
+
+def _try(folder: Path) -> None:
+    """Make and remove an empty folder in `folder`, or in the nearest one above that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    Path(tempfile.mkdtemp(prefix=".arrowhead-", suffix=".draft", dir=folder)).rmdir()
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ConfigError(
+        f"{path} cannot be written: {reason}.",
+        "a path in a folder where files can be made.",
+        "give another path, or let this user write there.",
+    )

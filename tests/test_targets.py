@@ -1,0 +1,223 @@
+"""Places are looked at before any work: what cannot be written or read is refused at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Command, Tracked
+
+from arrowhead import cli, model
+from arrowhead.targets import check_file, check_folder
+
+RANDOM = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+HEAVY = ("torch", "mlflow", "ray", "pyarrow")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+    """A working directory with a finished store in it."""
+    return tracked(tmp_path_factory.mktemp("targets"))
+
+
+@pytest.fixture(scope="module")
+def store(place: Path, drawn: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["precompute", str(drawn), "store", *RANDOM])
+    assert ended.value.code == 0
+    return place / "store"
+
+
+@pytest.fixture
+def here(store: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory; what a test leaves there goes again."""
+    monkeypatch.chdir(place)
+    return place
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
+    """What a command that must be refused says was found."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(word) for word in words])
+    found, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
+    assert ended.value.code == code, found
+    assert wanted.startswith("  wanted  ") and do.startswith("  do      ")
+    return found
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "DATA", "OUT", *RANDOM],
+        ["precompute", "DATA", "OUT", *RANDOM],
+        ["train", "store", "OUT"],
+        ["score", "BUNDLE", "DATA", "OUT"],
+        ["export", "BUNDLE", "OUT"],
+        ["demo", "OUT"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_verb_refuses_a_place_that_it_cannot_write_before_it_works(
+    here, drawn, bundled, capsys, words
+):
+    (here / "file").write_text("mine")
+    told = {"DATA": str(drawn), "BUNDLE": str(bundled())}
+    for out in ("file", "file/below", "/proc/nowhere/out", "x" * 300):
+        before = everything(here)
+        asked = [out if word == "OUT" else told.get(word, word) for word in words]
+        found = refused(capsys, *asked)
+        assert out[:20] in found
+        assert everything(here) == before
+    assert (here / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["precompute", "DATA", "others", *RANDOM],
+        ["train", "store", "others"],
+        ["train", "store", "store"],
+        ["train", "store", "."],
+        ["score", "BUNDLE", "DATA", "others"],
+        ["score", "BUNDLE", "DATA", "store"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(
+    here, drawn, bundled, capsys, words
+):
+    (here / "others").mkdir(exist_ok=True)
+    (here / "others" / "notes.txt").write_text("mine")
+    before = everything(here)
+    told = {"DATA": str(drawn), "BUNDLE": str(bundled())}
+    refused(capsys, *(told.get(word, word) for word in words))
+    assert everything(here) == before
+
+
+def test_a_folder_without_leave_to_write_is_refused(tmp_path):
+    """As another user: who is root may write everywhere."""
+    (tmp_path / "closed").mkdir(mode=0o555)
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom arrowhead import ConfigError, targets\n"
+        "try: targets.check_folder(Path(sys.argv[1]), 'store')\n"
+        "except ConfigError as refusal: sys.exit(f'{refusal.found}')\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "closed" / "new")]
+    if os.geteuid() == 0:
+        if not (setpriv := shutil.which("setpriv")):
+            pytest.skip("root may write everywhere, and there is no setpriv to be another user")
+        command = [setpriv, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "setpriv" in done.stderr:
+        pytest.skip(f"no way to be another user here: {done.stderr.strip()}")
+    assert "closed/new cannot be written: Permission denied" in done.stderr
+
+
+def test_places_are_taken_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("later")
+    (tmp_path / "a").mkdir()
+    assert check_folder(Path("new/"), "bundle") == Path("new")
+    assert check_folder(Path("a/../new"), "bundle") == Path("a/../new")
+    assert check_folder(Path("~/b"), "bundle") == tmp_path / "home" / "b"
+    assert check_folder(Path("link"), "bundle") == tmp_path / "real"
+    assert check_folder(Path("dangling"), "bundle") == tmp_path / "later"
+    assert check_folder(Path("a/.."), "results") == tmp_path
+    assert check_file(Path("m.onnx")) == Path("m.onnx")
+    assert everything(tmp_path) == {"real", "link", "dangling", "a"}
+
+
+def test_a_device_is_not_replaced_by_a_file(here, bundled, capsys):
+    os.mkfifo(here / "pipe.onnx")
+    found = refused(capsys, "export", bundled(), "pipe.onnx")
+    assert "no ordinary file" in found
+    assert (here / "pipe.onnx").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["fit", "nowhere", "out"], "nowhere is not there"),
+        (["precompute", "nowhere.csv", "out"], "nowhere.csv cannot be read"),
+        (["fit", "DATA", "out", "--weights", "no.safetensors"], "no.safetensors is not there"),
+        (["fit", "DATA", "out", "--body", "resnet43"], "'resnet43'"),
+        (["train", "nowhere", "b"], "nowhere is not a feature store"),
+        (["lr-find", "nowhere"], "nowhere is not a feature store"),
+        (["score", "nowhere", "DATA", "s"], "nowhere is not a bundle"),
+        (["export", "nowhere", "m.onnx"], "nowhere is not a bundle"),
+        (["bundle", "info", "nowhere"], "nowhere is not a bundle"),
+        (["features", "info", "nowhere"], "nowhere is not a feature store"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path, drawn, words, found):
+    script = (
+        "import sys\nfrom arrowhead import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        f"finally: print([name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    asked = [str(drawn) if word == "DATA" else word for word in words]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *asked],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert found in done.stderr
+    assert done.stdout.strip() == "[]"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_networks_that_are_known_without_torchvision_are_those_that_it_has():
+    import torchvision.models
+
+    assert model._names() == torchvision.models.list_models(module=torchvision.models)
+
+
+def test_a_store_that_is_there_is_used_with_its_own_recipe(here, store, drawn, command: Command):
+    result = command("precompute", drawn, "store")
+    assert result["counts"]["decoded"] == 0
+    assert "shufflenet_v2_x0_5" in command.said and "64 pixels" in command.said
+    recipe = json.loads((store / "store.json").read_text())["recipe"]
+    assert (recipe["body"], recipe["size"]) == ("shufflenet_v2_x0_5", 64)
+    again = command("precompute", drawn, "store", "--size", "64", "--body", "shufflenet_v2_x0_5")
+    assert again["counts"]["decoded"] == 0
+
+
+@pytest.mark.parametrize("flags", [["--body", "resnet18"], ["--size", "96"], ["--pool", "max"]])
+def test_a_flag_that_contradicts_a_store_is_refused_by_name(here, drawn, capsys, flags):
+    found = refused(capsys, "precompute", drawn, "store", *flags)
+    assert flags[0] in found and "store was made with" in found
+    found = refused(capsys, "precompute", drawn, "store", "--weights", "random", *flags)
+    assert flags[0] in found
+
+
+def test_the_weights_of_a_store_are_not_needed_elsewhere(here, drawn, command, tmp_path):
+    import safetensors.torch
+    import torch
+    import torchvision
+
+    torch.manual_seed(7)
+    state = torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict()
+    weights = tmp_path / "mine.safetensors"
+    safetensors.torch.save_file(state, weights)
+    flags = ["--body", "shufflenet_v2_x0_5", "--weights", weights, "--size", "32"]
+    command("precompute", drawn, tmp_path / "own", *flags)
+    weights.unlink()
+    assert command("precompute", drawn, tmp_path / "own")["counts"]["decoded"] == 0
