@@ -133,10 +133,11 @@ def test_a_missing_argument_is_refused(refused):
     assert "fit --help" in do
 
 
-def test_a_refused_request_leaves_no_run_behind(refused, tmp_path):
+def test_a_refused_request_leaves_no_run_behind(refused, drawn, tmp_path):
     from mlflow import MlflowClient
 
-    refused("fit", "nowhere", "out")
+    found, _, _ = refused("fit", drawn, "out", "--weights", "IMAGENET1K_V9")  # a run has begun
+    assert "IMAGENET1K_V9" in found
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("arrowhead")
     assert client.search_runs([experiment.experiment_id]) == []
@@ -170,6 +171,7 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     refused, drawn, tmp_path, monkeypatch
 ):
     seen = []
+    monkeypatch.setattr(cli, "Store", lambda path: path)
     monkeypatch.setattr("arrowhead.account.say_account", lambda *args: None)
     monkeypatch.setattr("arrowhead.pipeline.fit_head", lambda *args: seen.append(args[2]) or {})
     toml = tmp_path / "train.toml"

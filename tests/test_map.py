@@ -9,7 +9,7 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
 FLOORS = [
-    {"fileio", "formats", "signals", "object_store", "exclusions"},
+    {"fileio", "targets", "formats", "signals", "object_store", "exclusions"},
     {
         "files",
         "decode",
@@ -24,7 +24,6 @@ FLOORS = [
         "cluster",
         "demo",
         "screen",
-        "targets",
     },
     {
         "plan",

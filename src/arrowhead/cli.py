@@ -8,9 +8,9 @@ request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
+from itertools import count
 from pathlib import Path
 from time import sleep
 from typing import Annotated
@@ -59,6 +59,7 @@ from arrowhead.cli_app import (
     refuse,
     run_context,
     say_next,
+    say_written,
     sibling,
     ui_command,
     verb_in,
@@ -119,9 +120,9 @@ def fit(
     images, catalog = _ready(data, out / "store", images, Screen(to_stderr=output.json))
     with run_context("fit", launch, tracking, output, place, registry) as means:
         result = pipeline.fit(catalog, out, images, asked, means)
-        say_next(
-            means.screen, [f"{me()} score {result['bundle']} IMAGES SCORES", ui_command(tracking)]
-        )
+        result["files"] = say_written(means.screen, [out / "store", *_bundles(out / "bundle")])
+        score_it = [me(), "score", result["bundle"], "IMAGES", "SCORES"]
+        say_next(means.screen, [score_it, ui_command(tracking)])
     return finish(result, output)
 
 
@@ -151,7 +152,8 @@ def precompute(
     images, catalog = _ready(data, store, images, Screen(to_stderr=output.json))
     with run_context("precompute", launch, tracking, output) as means:
         result = pipeline.precompute(catalog, store, images, means)
-        say_next(means.screen, [f"{me()} lr-find {store}", f"{me()} train {store} BUNDLE"])
+        result["files"] = say_written(means.screen, [store])
+        say_next(means.screen, [[me(), "lr-find", store], [me(), "train", store, "BUNDLE"]])
     return finish(result, output)
 
 
@@ -198,8 +200,10 @@ def lr_find(
         account.say_account(store, means.screen)
         curve = pipeline.find_rate(store, head, finder, means)
         result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
+        drawn = [store / "lr_finder.png", store / "lr_finder.csv"]
+        result["files"] = say_written(means.screen, drawn)
         run_id = means.run.run_id if means.run else None
-        say_next(means.screen, [f"{me()} train {store} BUNDLE --rate {curve.rate:.2g}"])
+        say_next(means.screen, [[me(), "train", store, "BUNDLE", "--rate", f"{curve.rate:.2g}"]])
     return finish(result | {"store": str(store), "run_id": run_id}, output)
 
 
@@ -229,7 +233,8 @@ def train(
     with run_context("train", launch, tracking, output, place, registry) as means:
         account.say_account(store, means.screen)
         result = pipeline.fit_head(store, bundle, asked, means)
-        say_next(means.screen, [f"{me()} score {bundle} IMAGES SCORES"])
+        result["files"] = say_written(means.screen, _bundles(bundle))
+        say_next(means.screen, [[me(), "score", bundle, "IMAGES", "SCORES"]])
     return finish(result, output)
 
 
@@ -268,13 +273,9 @@ def score(
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
         means.screen.say(f"labels: {found}")
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
-        say_next(
-            means.screen,
-            [
-                f"{sibling('python')} -c {shlex.quote(code)}",
-                f"{me()} scores verify {shlex.quote(str(out))}",
-            ],
-        )
+        made = ("parts", "score.json", "scores.csv", "scores.png", "inputs.arrow")
+        result["files"] = say_written(means.screen, [out / name for name in made])
+        say_next(means.screen, [[sibling("python"), "-c", code], [me(), "scores", "verify", out]])
     return finish(result, output)
 
 
@@ -331,30 +332,46 @@ def demo(
     from arrowhead import account, pipeline
     from arrowhead import demo as drawing
 
-    with run_context("demo", launch, tracking, output) as means:
-        if not (out / "images").is_dir():
-            count = drawing.draw(out / "images")
-            means.screen.say(
-                f"{count} images of {', '.join(drawing.CLASSES)} drawn in {out}/images"
-            )
-        images = FeatureConfig(body=_demo_body(means.screen))
-        asked = Study(head=head)
-        result = pipeline.fit(out / "images", out / "fit", images, asked, means)
-        bundle, new, scores = out / "fit" / "bundle", out / "images" / "new", out / "scores"
-        shutil.rmtree(scores, ignore_errors=True)  # of an earlier demo, with another bundle
+    out = check_folder(out, "results")
+    images, fitted, bundle = out / "images", out / "fit", out / "fit" / "bundle"
+    for folder, kind in ((images, "results"), (fitted / "store", "store"), (bundle, "bundle")):
+        check_folder(folder, kind)
+    asked = Study(head=head)
+    place = pipeline.unfinished(bundle, "demo", asked)
+    with run_context("demo", launch, tracking, output, place) as means:
+        if not images.is_dir():
+            draft = out / ".images.draft"  # of a demo that was stopped, or of this one
+            shutil.rmtree(draft, ignore_errors=True)
+            drew = drawing.draw(draft)
+            draft.rename(images)
+            means.screen.say(f"{drew} images of {', '.join(drawing.CLASSES)} drawn in {images}")
+        config = FeatureConfig(body=_demo_body(means.screen))
+        result = pipeline.fit(images, fitted, config, asked, means)
+        scores = _new_folder(out / "scores")
         with account.child(means, "score") as part:
-            scored = pipeline.score(bundle, new, scores, ScoreConfig(), ExtractConfig(), part)
+            scored = pipeline.score(
+                bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), part
+            )
         found = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
-        means.screen.say(f"labels of the images in {out}/images/new: {found}")
-        say_next(
-            means.screen,
-            [
-                f"{me()} train {out}/fit/store {out}/lesson --head lesson --epochs 5",
-                f"{me()} score {out}/lesson {out}/images/valid {out}/valid-scores --probabilities",
-                ui_command(tracking),
-            ],
-        )
-    return finish(result | {"scores": str(out / "scores"), "labels": scored["labels"]}, output)
+        means.screen.say(f"labels of the images in {images / 'new'}: {found}")
+        wrote = [images, fitted / "store", *_bundles(bundle), scores]
+        result["files"] = say_written(means.screen, wrote)
+        other, lesson = out / "valid-scores", ["--head", "lesson", "--epochs", "5"]
+        score_it = [me(), "score", out / "lesson", images / "valid", other, "--probabilities"]
+        train_it = [me(), "train", fitted / "store", out / "lesson", *lesson]
+        say_next(means.screen, [train_it, score_it, ui_command(tracking)])
+    return finish(result | {"scores": str(scores), "labels": scored["labels"]}, output)
+
+
+def _new_folder(path: Path) -> Path:
+    """`path`, or where that is taken, the first of path-2, path-3 … that is not."""
+    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
+    return next(one for one in names if not os.path.lexists(one))
+
+
+def _bundles(path: Path) -> list[Path]:
+    """A bundle, and the one that it has replaced."""
+    return [path, path.with_name(f"{path.name}.previous")]
 
 
 def _demo_body(screen: Screen) -> BodyConfig:

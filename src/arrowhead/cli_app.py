@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,11 +173,30 @@ def ui_command(tracking: TrackingConfig) -> str:
     return f"{shlex.quote(sibling('mlflow'))} ui --backend-store-uri {shown}"
 
 
-def say_next(screen: Any, commands: list[str]) -> None:
-    """The commands to try now, one a line, ready to be pasted."""
+def say_next(screen: Any, commands: Sequence[str | Sequence[object]]) -> None:
+    """The commands to try now, one a line, ready to be pasted into a shell: words are quoted where
+    that is needed, a string is taken as it is.
+    """
     screen.say("next:")
-    for command in commands:
-        screen.say(f"  {command}")
+    for one in commands:
+        screen.say(f"  {one if isinstance(one, str) else shlex.join(map(str, one))}")
+
+
+def say_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
+    """Say what a verb has written: each folder or file that is there, and what lies in a folder
+    called report; all of these paths.
+    """
+    there = [Path(path) for path in paths if Path(path).exists()]
+    found: list[str] = []
+    screen.say("written:")
+    for path in there:
+        found.append(str(path))
+        screen.say(f"  {path}")
+        inside = sorted((path / "report").iterdir()) if (path / "report").is_dir() else []
+        found += map(str, inside)
+        if inside:
+            screen.say(f"  {path / 'report'}: {', '.join(one.name for one in inside)}")
+    return found
 
 
 def finish(result: dict[str, Any], output: Output) -> int:

@@ -33,6 +33,7 @@ from arrowhead import (
     scores_io,
     shards,
     spreadsheet,
+    targets,
 )
 from arrowhead import bundle as bundles
 from arrowhead.bundle import Bundle
@@ -315,12 +316,7 @@ def prepare(
             )
         runs, new = [range(*ends) for ends in found["runs"]], False
     else:
-        if out.is_dir() and any(one.name not in STRANGERS for one in out.iterdir()):
-            raise ConfigError(
-                f"{out} holds files that are not scores.",
-                "a new or empty folder.",
-                "give another OUT.",
-            )
+        targets.check_folder(out, "scores")
         runs = plan.chunks(catalog.paths, chunk_size)
     # Other files that were seen change nothing about the scores, nor may they change this file.
     shards.write_catalog(inputs(out), replace(catalog, ignored=0).columns())
@@ -372,9 +368,6 @@ def _go_on(out: Path, catalog: Catalog, runs: list[range]) -> list[str]:
 def inputs_of(files: Catalog) -> str:
     """A hash of files' paths, sizes and stamps: a file of the same size may hold another image."""
     return plan.chunk_name(files, range(len(files)), "")
-
-
-STRANGERS = {".lock", ".bundle", "inputs.arrow"}  # what may lie in OUT before there is a request
 
 
 @dataclass(kw_only=True, slots=True)

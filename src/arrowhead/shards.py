@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, fileio
+from arrowhead import ConfigError, DataError, fileio, targets
 
 FORMAT = 2
 COLUMNS = ("path", "image_id", "view", "feature", "fault")  # of a shard
@@ -333,12 +333,7 @@ class Store:
             store = Store(path)
             store.recipe.must_equal(recipe, str(path), "this run")
             return store
-        if path.is_dir() and any(path.iterdir()) and not (path / "shards").is_dir():
-            raise ConfigError(
-                f"{path} holds files that are not a feature store's.",
-                "a new or empty folder, or an existing store.",
-                "give another folder.",
-            )
+        targets.check_folder(path, "store")
         head = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
         head |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
         fileio.write_sealed(path / "store.json", head)

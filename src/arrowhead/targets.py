@@ -32,7 +32,7 @@ class Kind:
 KINDS = {
     "store": Kind("a feature store", ("store.json", "shards")),
     "bundle": Kind("a bundle", ("bundle.json",), replaced=True),
-    "scores": Kind("scores", ("request.json", "score.json")),
+    "scores": Kind("scores", ("request.json", "score.json", "inputs.arrow")),
     "results": Kind("results", ()),
 }
 
