@@ -31,6 +31,7 @@ FLOORS = [
         "spreadsheet",
         "guard",
         "descent",
+        "calibration",
         "checkpoint",
         "registry",
         "jobs",

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from arrowhead.metrics import class_table, confusion, evaluate, per_class, temperature, thresholds
+from arrowhead.metrics import (
+    calibration_error,
+    class_table,
+    confusion,
+    evaluate,
+    per_class,
+    temperature,
+    thresholds,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -151,26 +159,42 @@ def test_of_equal_logits_the_first_class_counts_as_guessed_as_scores_list_them()
 
 
 def _ece_by_hand(sure: NDArray[Any], right: NDArray[Any]) -> float:
-    """Guo et al., equation 3, bin by bin."""
-    total = 0.0
-    for number in range(15):
-        inside = (sure > number / 15) & (sure <= (number + 1) / 15)
-        if inside.any():
-            total += inside.mean() * abs(right[inside].mean() - sure[inside].mean())
-    return total
+    """Guo et al., equation 3, over bins of equal numbers of images."""
+    order = np.argsort(sure)
+    bins = np.array_split(order, max(1, min(15, len(sure) // 20)))
+    return sum(abs(right[one].sum() - sure[one].sum()) for one in bins) / len(sure)
 
 
-@given(SEEDS, st.sampled_from([2, 4]))
-@settings(deadline=None)
+@given(SEEDS, st.sampled_from([2, 4]), st.sampled_from([10, 60, 300, 900]))
+@settings(deadline=None, max_examples=40)
 def test_the_calibration_error_is_that_of_the_formula_with_and_without_temperature(
-    seed: int, classes: int
+    seed: int, classes: int, rows: int
 ) -> None:
-    logit, label = _case(seed, classes)
+    draw = np.random.default_rng(seed)
+    label, logit = draw.integers(0, classes, rows), draw.normal(size=(rows, classes))
     found = evaluate(logit, label, _names(classes), temperature=2.0)
     right = logit.argmax(1) == label
     for name, heat in (("ece", 2.0), ("ece_uncalibrated", 1.0)):
         sure = _softmax(logit / heat).max(1)
         assert found[name] == pytest.approx(_ece_by_hand(sure, right), abs=1e-9)
+    assert 0 <= found["ece_low"] <= found["ece"] <= found["ece_high"] <= 1
+
+
+def test_equal_confidences_share_a_bin_whatever_their_order() -> None:
+    sure, right = np.full(600, 0.75), np.arange(600) < 450
+    assert calibration_error(sure, right)[0] == pytest.approx(0)
+    assert calibration_error(sure[::-1], right[::-1])[0] == pytest.approx(0)
+
+
+def test_the_interval_of_the_calibration_error_holds_that_of_many_more_images() -> None:
+    logit, label = (part.numpy() for part in _logits(40_000, 4, 3.0))
+    right, sure = logit.argmax(1) == label, _softmax(logit).max(1)
+    true = calibration_error(sure, right)[0]
+    inside = 0
+    for first in range(0, 40_000, 500):
+        _, low, high = calibration_error(sure[first : first + 500], right[first : first + 500])
+        inside += low <= true <= high
+    assert inside >= 72  # of 80
 
 
 def test_a_fitted_temperature_mends_the_calibration_error_of_a_head_that_is_too_sure() -> None:
@@ -323,7 +347,8 @@ def test_figures_that_are_not_defined_are_none_and_all_of_it_is_json() -> None:
     assert _undefined(evaluate(right, np.array([1, 1]), _names(3))) == {"auroc"}
     nobody = evaluate(np.zeros((0, 3), np.float32), np.zeros(0, np.int64), _names(3))
     assert nobody["images"] == 0
-    ratios = {"loss", "accuracy", "balanced_accuracy", "auroc", "ece", "ece_uncalibrated"}
+    ratios = {"loss", "accuracy", "balanced_accuracy", "auroc"}
+    ratios |= {"ece", "ece_low", "ece_high", "ece_uncalibrated"}
     assert _undefined(nobody) == ratios
     none = np.zeros((4, 3), np.uint8)
     figures = evaluate(np.zeros((4, 3), np.float32), none, _names(3))

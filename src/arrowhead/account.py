@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from arrowhead import extract, metrics, report, shards, sweep
+from arrowhead import calibration, extract, metrics, report, shards, sweep
 from arrowhead.bundle import Bundle
 from arrowhead.cluster import LaunchConfig
 from arrowhead.lr_finder import Curve
@@ -447,10 +447,12 @@ def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
     """A head's figures on one line, as `metrics.evaluate` gives them. kind: of the images."""
     loss = "loss not finite" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
     if "temperature" in figures:
-        loss += f" · temperature {figures['temperature']:.2f}"
+        loss += f" · {calibration.words(figures)}"
     said, images = "" if kind == "validation" else f"{kind}: ", figures["images"]
     if "f2_samples" in figures:
         tuned = "thresholds tuned on them" if kind == "validation" else "the bundle's thresholds"
+        if figures.get("f2_samples_held_out") is not None:
+            tuned += f"; {figures['f2_samples_held_out']:.4f} where tuned on other parts of them"
         return (
             f"{said}F2 {figures['f2_samples']:.4f} (mean over {images} {kind} images, at {tuned}) ·"
             f" decisions right {figures['accuracy']:.4f} · {loss}"

@@ -49,8 +49,8 @@ def evaluate(
         top_5_accuracy, of more than 5 classes: of equal logits the first counts more;
         balanced_accuracy: mean recall of the classes that occur; auroc: of two classes that of the
         second, of more the mean of each against the rest, over the classes that occur;
-        ece: expected calibration error of softmax(logits / temperature) in 15 bins of equal width
-        (Guo et al., arXiv:1706.04599, 2), ece_uncalibrated: of softmax(logits);
+        ece, ece_low, ece_high: calibration error of softmax(logits / temperature), and its 95 %
+        interval (see `calibration_error`), ece_uncalibrated: of softmax(logits);
         per_class: see `per_class`; confusion: see `confusion`.
     Several labels per image; an image is given those whose sigmoid(logit / temperature) reaches the
     label's threshold, 0.5 where there are none:
@@ -64,14 +64,14 @@ def evaluate(
     with np.errstate(invalid="ignore", over="ignore"):
         if label.ndim == 2:
             cut_C = np.full(len(classes), 0.5) if thresholds is None else np.asarray(thresholds)
-            return dict(_plain(_several_labels(logit_NC, label, classes, temperature, cut_C)))
-        return dict(_plain(_one_label(logit_NC, label, classes, temperature)))
+            return dict(plain(_several_labels(logit_NC, label, classes, temperature, cut_C)))
+        return dict(plain(_one_label(logit_NC, label, classes, temperature)))
 
 
-def _plain(figure: Any) -> Any:
+def plain(figure: Any) -> Any:
     """The same in Python's own types; None for what is not a finite number."""
     if isinstance(figure, dict):
-        return {name: _plain(value) for name, value in figure.items()}
+        return {name: plain(value) for name, value in figure.items()}
     if isinstance(figure, np.ndarray):
         return figure.tolist()
     if isinstance(figure, (float, np.floating)):
@@ -85,16 +85,17 @@ def _one_label(
     rows, count = logit_NC.shape
     guess_N, ahead_N = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     nats_N, raw_N, sure_N, norm_N = np.zeros((4, rows))
-    for here in _slices(rows, count):
+    for here in slices(rows, count):
         z_BC, own_B1 = logit_NC[here].astype(np.float64), label_N[here, None]
         z_B1, top_B = np.take_along_axis(z_BC, own_B1, 1), z_BC.max(1)
         tied_BC = (z_BC == z_B1) & (np.arange(count) < own_B1)
         guess_N[here], ahead_N[here] = z_BC.argmax(1), ((z_BC > z_B1) | tied_BC).sum(1)
-        total_B, norm_N[here] = _log_sum_exp(z_BC), _log_sum_exp(z_BC / temperature)
+        total_B, norm_N[here] = log_sum_exp(z_BC), log_sum_exp(z_BC / temperature)
         nats_N[here], raw_N[here] = total_B - z_B1[:, 0], np.exp(top_B - total_B)
         sure_N[here] = np.exp(top_B / temperature - norm_N[here])
     counts_CC = confusion(label_N, guess_N, count)
     right_N, present_C = guess_N == label_N, counts_CC.sum(1)
+    error, low, high = calibration_error(sure_N, right_N)
     figures = {
         "images": rows,
         "loss": _mean(nats_N),
@@ -102,8 +103,10 @@ def _one_label(
         "accuracy_interval": list(interval(int(right_N.sum()), rows)),
         "balanced_accuracy": _mean((np.diag(counts_CC) / np.maximum(present_C, 1))[present_C > 0]),
         "auroc": _auroc_of_classes(logit_NC, label_N, temperature, norm_N),
-        "ece": _calibration_error(sure_N, right_N),
-        "ece_uncalibrated": _calibration_error(raw_N, right_N),
+        "ece": error,
+        "ece_low": low,
+        "ece_high": high,
+        "ece_uncalibrated": calibration_error(raw_N, right_N)[0],
         "per_class": per_class(counts_CC, classes),
         "confusion": counts_CC,
     }
@@ -121,7 +124,7 @@ def _auroc_of_classes(
         wide_N2 = logit_NC.astype(np.float64)
         return _Ranks(wide_N2[:, 1] - wide_N2[:, 0], label_N == 1).auroc
     areas = []
-    for here in _slices(count, rows):
+    for here in slices(count, rows):
         # Of log-probabilities: they rank as probabilities do, but do not run into 0.
         z_BN = np.ascontiguousarray(logit_NC[:, here].T, np.float64) / temperature - norm_N
         for number, z_N in zip(range(count)[here], z_BN, strict=True):
@@ -141,7 +144,7 @@ def _several_labels(
     right_C, given_C, present_C = np.zeros((3, count), np.int64)
     right_N, given_N, present_N = np.zeros((3, rows), np.int64)
     nats_C, area_C, precision_C = np.zeros((3, count))
-    for here in _slices(count, rows):
+    for here in slices(count, rows):
         z_BN = np.ascontiguousarray(logit_NC[:, here].T, np.float64)
         true_BN = np.ascontiguousarray(label_NC[:, here].T) != 0
         nats_C[here] = (np.logaddexp(0, z_BN) - z_BN * true_BN).sum(1)
@@ -190,7 +193,7 @@ def thresholds(
     For an honest figure, tune on some rows and evaluate on others.
     """
     cut_C = np.full(probability_NC.shape[1], 0.5)
-    for here in _slices(len(cut_C), len(probability_NC)):
+    for here in slices(len(cut_C), len(probability_NC)):
         # What is not a number never passes; it is no reason to have no threshold.
         chance_BN = np.nan_to_num(np.ascontiguousarray(probability_NC[:, here].T, np.float64))
         for number, chance_N in zip(range(len(cut_C))[here], chance_BN, strict=True):
@@ -258,16 +261,33 @@ def _f_beta(
     return score
 
 
-def _calibration_error(sure_N: NDArray[np.float64], right_N: NDArray[np.bool_]) -> float:
-    """Mean distance of confidence from accuracy, bin by bin; bin m holds (m/15, (m+1)/15]."""
-    if not len(sure_N) or not np.isfinite(sure_N).all():
-        return math.nan
-    bin_N = np.clip(np.ceil(sure_N * BINS).astype(np.int64) - 1, 0, BINS - 1)
-    gap_M = np.bincount(bin_N, right_N - sure_N, BINS)
-    return float(np.abs(gap_M).sum() / len(sure_N))
+def calibration_error(
+    sure_N: NDArray[np.float64], right_N: NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    """Expected calibration error: the mean distance of confidence from accuracy, bin by bin (Guo et
+    al., arXiv:1706.04599, 2), and its 95 % interval: 1.96 standard deviations of 200 resamples.
+
+    15 bins of equal numbers of images (Nixon et al., arXiv:1904.01685), fewer where a bin would
+    have less than 20; equal confidences share a bin. Bins of equal width would leave nearly all
+    images in one. nan without images.
+    """
+    rows = len(sure_N)
+    if not rows or not np.isfinite(sure_N).all():
+        return math.nan, math.nan, math.nan
+    bins = max(1, min(BINS, rows // 20))
+    edges = np.sort(sure_N)[np.arange(1, bins) * rows // bins]
+    bin_N, gap_N = np.searchsorted(edges, sure_N, "right"), right_N - sure_N
+
+    def error(of: Any) -> float:
+        return float(np.abs(np.bincount(bin_N[of], gap_N[of], bins)).sum() / rows)
+
+    draw, found = np.random.default_rng(0), error(slice(None))
+    away = 1.96 * float(np.std([error(draw.integers(rows, size=rows)) for _ in range(200)]))
+    return found, max(found - away, 0.0), min(found + away, 1.0)
 
 
-def _log_sum_exp(z_BC: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_sum_exp(z_BC: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The log of each row's sum of exponentials, float64 (B,)."""
     top_B1 = z_BC.max(1, keepdims=True)
     total_B: NDArray[np.float64] = np.log(np.exp(z_BC - top_B1).sum(1)) + top_B1[:, 0]
     return total_B
@@ -277,7 +297,7 @@ def _mean(value_N: NDArray[Any]) -> float:
     return float(value_N.mean()) if len(value_N) else math.nan
 
 
-def _slices(length: int, width: int) -> Iterator[slice]:
+def slices(length: int, width: int) -> Iterator[slice]:
     """Slices of `length` lines of `width` numbers: 32 MB of float64 at a time, or 16 lines."""
     lines = max(16, 2**22 // max(width, 1))
     for at in range(0, length, lines):
@@ -364,7 +384,7 @@ def temperature(logit_NC: torch.Tensor, label: torch.Tensor) -> float:
     low, high, sharpness = 1 / 20, 20.0, 1.0
     for _ in range(60):
         slope, bend = 0.0, 0.0
-        for here in _slices(*logit_NC.shape):
+        for here in slices(*logit_NC.shape):
             one, two = slope_of(logit_NC[here].double(), label[here], sharpness, len(logit_NC))
             slope, bend = slope + one, bend + two
         if not math.isfinite(slope + bend):

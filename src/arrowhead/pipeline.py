@@ -28,6 +28,7 @@ from arrowhead import (
     __version__,
     account,
     bundle,
+    calibration,
     extract,
     fileio,
     launch,
@@ -330,7 +331,8 @@ def save(
 ) -> dict[str, Any]:
     """Evaluate a head on the validation split and save it as a bundle; its metrics.
 
-    Temperature and thresholds are fitted to the validation images. The split test, if there is one,
+    Temperature and thresholds are fitted to the validation images; what they are worth is judged on
+    parts of them that were left out (see `calibration.calibrate`). The split test, if there is one,
     is looked at once, at the end, and only to be told: test_accuracy and the like.
     """
     import torch
@@ -351,13 +353,14 @@ def save(
     head = made.make_head()
     with torch.inference_mode():
         logit_NC = head(torch.from_numpy(valid.feature[:, 0].astype(np.float32)))
-    heat = metrics.temperature(logit_NC, torch.from_numpy(valid.label))
+    found = calibration.calibrate(logit_NC.numpy(), valid.label, valid.image_id, classes)
+    heat, cuts = found.temperature, found.thresholds
     cooled = logit_NC / heat
     chances = (cooled.sigmoid() if valid.multi else cooled.softmax(1)).numpy()
-    cuts = metrics.thresholds(chances, valid.label.astype(np.uint8)) if valid.multi else None
     figures = metrics.evaluate(
         logit_NC.numpy(), valid.label, classes, temperature=heat, thresholds=cuts
-    ) | {"temperature": heat}
+    )
+    figures |= found.figures
     figures |= _test_figures(store, head, classes, heat, cuts)
     known, told = _novelty(store, valid), lineage or {}
     account.say_threshold(known, means.screen)
