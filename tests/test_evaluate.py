@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars
 import pytest
 import safetensors.numpy
 from conftest import Tracked
@@ -120,3 +121,131 @@ def test_an_interval_is_wilsons() -> None:
         wilson = binomtest(right, images).proportion_ci(method="wilson")
         assert interval(right, images) == pytest.approx((wilson.low, wilson.high), abs=1e-6)
     assert interval(0, 0) == (0.0, 1.0)
+
+
+# ------------------------------------------------------------------------------ arrowhead evaluate
+
+
+def test_a_bundle_is_evaluated_with_the_figures_of_its_training(command: Any) -> None:
+    """The same images, through Parquet and back: the figures that `train` had of them."""
+    found = command("evaluate", "out/bundle", "photos", "by-split", "--split", "test")
+    there = about("out/bundle")["metrics"]
+    figures = found["metrics"]
+    assert figures["images"] == count("photos/test")
+    for name, value in there.items():
+        if name.startswith("test_") and isinstance(value, float):
+            assert figures[name.removeprefix("test_")] == pytest.approx(value, rel=1e-5), name
+    assert figures["confusion"] == there["test_confusion"]
+    assert figures["per_class"] == there["test_per_class"]
+    again = command("evaluate", "out/bundle", "photos/test", "by-folder")
+    assert again["metrics"]["confusion"] == figures["confusion"]
+    assert again["metrics"]["loss"] == pytest.approx(figures["loss"], rel=1e-5)
+
+
+def test_what_is_written_is_what_scikit_learn_makes_of_the_predictions(
+    command: Any, place: Path
+) -> None:
+    from mlflow import MlflowClient
+    from sklearn.metrics import classification_report
+
+    found = command("evaluate", "out/bundle", "photos/test", "written")
+    rows = polars.read_parquet("written/parts")
+    truth = [path.split("/")[0] for path in rows["path"]]
+    expected = classification_report(truth, rows["label"].to_list(), output_dict=True)
+    table = polars.read_csv("written/per_class.csv")
+    for line in table.iter_rows(named=True):
+        theirs = expected[line["class"]]
+        assert line["images"] == theirs["support"]
+        assert line["f1"] == pytest.approx(theirs["f1-score"])
+        assert line["precision"] == pytest.approx(theirs["precision"])
+    assert json.loads(Path("written/evaluation.json").read_text())["metrics"] == found["metrics"]
+    assert Path("written/confusion.png").is_file()
+    for line in ("95 % interval", "precision", *about("out/bundle")["classes"]):
+        assert line in command.said
+    assert command("scores", "verify", "written")["problems"] == []
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    run = client.get_run(found["run_id"])
+    assert run.data.tags["trained_by"] == about("out/bundle")["lineage"]["run_id"]
+    assert run.data.metrics["accuracy"] == pytest.approx(found["metrics"]["accuracy"])
+    (data,) = run.inputs.dataset_inputs
+    assert data.tags[0].value == "evaluation"
+    assert "evaluation/confusion.png" in [
+        one.path for one in client.list_artifacts(found["run_id"], "evaluation")
+    ]
+
+
+def test_a_table_is_evaluated_and_a_store_saves_the_decoding(command: Any, tmp_path: Path) -> None:
+    images = sorted(Path("photos/test").rglob("*.jpg"))
+    lines = [f"{image.absolute()},{image.parent.name}" for image in images[::-1]]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,labels", *lines]))
+    words = ["--label-separator", "", "--store", "out/store"]
+    found = command("evaluate", "out/bundle", tmp_path / "labels.csv", tmp_path / "out", *words)
+    assert found["counts"]["decoded"] == 0
+    there = about("out/bundle")["metrics"]
+    assert found["metrics"]["accuracy"] == there["test_accuracy"]
+
+
+def test_without_a_folder_the_same_evaluation_goes_on_in_the_same_one(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", place / "out/bundle", place / "photos/test"]
+    words += ["--tracking-uri", f"sqlite:///{place}/mlflow.db"]
+    first, second = command(*words), command(*words)
+    assert first["out"] == second["out"] and first["out"].startswith("evaluation-test-")
+    assert second["counts"]["decoded"] == 0 and second["counts"]["skipped"] > 0
+    assert first["metrics"] == second["metrics"]
+    other = command(*words[:2], place / "photos", *words[3:])
+    assert other["out"] != first["out"]
+
+
+def test_classes_that_the_bundle_does_not_know_are_refused_or_left_out(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("photos/test", tmp_path / "photos")
+    first, second, _ = sorted((tmp_path / "photos").iterdir())
+    shutil.copytree(first, tmp_path / "photos" / "foxes")
+    shutil.rmtree(second)  # a class without images is no fault
+    words = ["evaluate", "out/bundle", str(tmp_path / "photos"), str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "foxes" in said and "--ignore-unknown-classes" in said
+    assert not (tmp_path / "out").exists()
+    found = command(*words, "--ignore-unknown-classes")
+    assert found["metrics"]["images"] == count("photos/test") * 2 // 3
+    assert found["metrics"]["per_class"][second.name]["images"] == 0
+    assert "foxes" in command.said
+
+
+def test_images_that_cannot_be_read_are_told_and_in_no_figure(command: Any, tmp_path: Path) -> None:
+    shutil.copytree("photos/test", tmp_path / "photos")
+    first, *_ = sorted((tmp_path / "photos").iterdir())
+    (first / "torn.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    found = command("evaluate", "out/bundle", tmp_path / "photos", tmp_path / "out", code=3)
+    assert found["metrics"]["images"] == count("photos/test")
+    assert found["metrics"]["faults"] == found["counts"]["faults"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["photos/test", "--split", "valid"], "no image in the split valid"),
+        (["photos/test/CLASS"], "no folder"),
+        (["two.csv", "--label-separator", " "], "one label"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    words: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, _ = about("out/bundle")["classes"]
+    image = next(Path("photos/test").rglob("*.jpg"))
+    Path("two.csv").write_text(f"path,labels\n{image},{first} {second}\n")
+    data = words[0].replace("CLASS", first)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "out/bundle", data, str(tmp_path / "x"), *words[1:]])
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -41,7 +41,7 @@ FLOORS = [
     {"bundle", "features", "train", "inventory", "watch"},
     {"score", "export", "lr_finder", "comparison"},
     {"sweep"},
-    {"report", "study", "predict"},
+    {"report", "study", "predict", "evaluate"},
     {"account", "served"},
     {"pipeline"},
     {"learner"},

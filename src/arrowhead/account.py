@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,6 +287,7 @@ def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> Non
     run.record(result["counts"] | counts | seconds)
     names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
     run.tags({tag: result[name] for tag, name in names.items()})
+    run.tags({"trained_by": str(result["trained_by"])})
     run.keep(out / "score.json")
     figure = report.scores_figure(found.labels, found.chances, found.novelties)
     run.keep(report.save(figure, out / "scores.png"), "scores")
@@ -441,6 +442,57 @@ def show_evaluation(figures: dict[str, Any], classes: list[str], out: Path, mean
             )
     if means.run.model(out) is None:  # the model holds the bundle
         means.run.keep(out, "bundle")
+
+
+SHOWN_CLASSES = 30  # with more, those with the lowest F1
+
+
+def class_table(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each class: images, precision, recall, F1; of many classes the worst."""
+    shown = list(by_class.items())
+    if len(shown) > SHOWN_CLASSES:
+        shown = sorted(shown, key=lambda pair: (not pair[1]["images"], pair[1]["f1"]))
+        shown = shown[:SHOWN_CLASSES]
+    wide = max(5, *(min(len(name), 40) for name, _ in shown))
+    lines = [f"{'class':<{wide}}  {'images':>8}  {'precision':>9}  {'recall':>7}  {'F1':>7}"]
+    for name, line in shown:
+        short = name if len(name) <= 40 else f"{name[:39]}…"
+        lines.append(
+            f"{short:<{wide}}  {line['images']:>8}  {line['precision']:>9.4f}"
+            f"  {line['recall']:>7.4f}  {line['f1']:>7.4f}"
+        )
+    if len(shown) < len(by_class):
+        lines.append(
+            f"{'…':<{wide}}  the {len(shown)} classes with the lowest F1 of {len(by_class)}"
+        )
+    return lines
+
+
+def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means) -> list[Path]:
+    """How good a bundle is on labelled images: a line, a table of classes, a figure, which are kept
+    with the run; the figure's path. result: see `pipeline.evaluate`.
+    """
+    figures, say = result["metrics"], means.screen.say
+    for line in class_table(figures["per_class"]):
+        say(line)
+    if figures["faults"]:
+        say(f"{figures['faults']} images could not be read and are in no figure")
+    say(evaluation(figures, "labelled"))
+    files = []
+    if "confusion" in figures:
+        picture = report.confusion_figure(
+            np.array(figures["confusion"]), loaded.classes, "Labelled images"
+        )
+        files.append(report.save(picture, out / "confusion.png"))
+    if means.run:
+        means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
+        means.run.record(result["counts"])
+        names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
+        tags = {tag: result[name] for tag, name in names.items()}
+        means.run.tags(tags | {"trained_by": str(result["trained_by"])})
+        for path in [out / "evaluation.json", out / "per_class.csv", *files]:
+            means.run.keep(path, "evaluation")
+    return files
 
 
 def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:

@@ -34,6 +34,7 @@ from arrowhead.cli_app import (
     BundleAddress,
     BundlePath,
     Data,
+    Evaluate,
     Export,
     Extract,
     Finder,
@@ -66,6 +67,7 @@ from arrowhead.cli_app import (
 )
 from arrowhead.cluster import LaunchConfig
 from arrowhead.decode import PixelConfig
+from arrowhead.evaluate import EvaluateConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.features import FeatureConfig, as_in_store
@@ -276,6 +278,40 @@ def score(
         made = ("parts", "score.json", "scores.csv", "scores.png", "inputs.arrow")
         result["files"] = say_written(means.screen, [out / name for name in made])
         say_next(means.screen, [[sibling("python"), "-c", code], [me(), "scores", "verify", out]])
+    return finish(result, output)
+
+
+@app.command(sort_key=5)
+def evaluate(
+    bundle: BundleAddress,
+    data: Data,
+    out: Annotated[
+        Path | None,
+        Parameter(
+            help="Folder for figures and predictions; without, evaluation-… in the working folder."
+        ),
+    ] = None,
+    *,
+    evaluation: Evaluate = EvaluateConfig(),
+    source: Source = SourceConfig(),
+    extract: Extract = ExtractConfig(),
+    launch: Launch = LaunchConfig(),
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
+) -> int:
+    """How good a bundle is on labelled images: accuracy with its 95 % interval, calibration, a
+    table of classes, the confusion matrix.
+
+    The images are scored as `score` does it, so a stopped evaluation goes on where it was. Writes
+    evaluation.json, per_class.csv, confusion.png and the predictions, OUT/parts.
+
+    Example: arrowhead evaluate out/bundle new-labelled-photos/ --split test
+    """
+    from arrowhead import pipeline
+
+    with run_context("evaluate", launch, tracking, output) as means:
+        result = pipeline.evaluate(bundle, data, out, source, evaluation, extract, means, tracking)
+        means.screen.say(f"written: {', '.join(result['files'])}, {result['out']}/parts")
     return finish(result, output)
 
 

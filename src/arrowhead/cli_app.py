@@ -25,6 +25,7 @@ from cyclopts.config import Toml
 from arrowhead import ConfigError, __version__
 from arrowhead.cluster import LaunchConfig
 from arrowhead.decode import PixelConfig
+from arrowhead.evaluate import EvaluateConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.jobs import ClusterConfig
@@ -100,6 +101,7 @@ NamedFinder = Annotated[
 ]
 Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
 Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
+Evaluate = Annotated[EvaluateConfig, _flags("Evaluation", 6)]
 Export = Annotated[ExportConfig, _flags("Export", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]

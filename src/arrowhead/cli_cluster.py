@@ -30,6 +30,7 @@ from arrowhead.cli_app import (
     verb_in,
 )
 from arrowhead.cluster import LaunchConfig
+from arrowhead.evaluate import EvaluateConfig
 from arrowhead.jobs import ClusterConfig
 from arrowhead.model import FILES as WEIGHT_FILES
 from arrowhead.model import BodyConfig
@@ -42,7 +43,7 @@ from arrowhead.tracking_client import TrackingConfig, secrets_of
 
 # Verbs that belong to the machine of whoever types them.
 ELSEWHERE = ("submit", "jobs", "watch", "demo")
-MANY = ("fit", "precompute", "score")  # what takes workers and decodes images
+MANY = ("fit", "precompute", "score", "evaluate")  # what takes workers and decodes images
 
 
 def submit(
@@ -175,6 +176,8 @@ def _needs(call: Call) -> tuple[list[str], dict[str, str], str | None]:
             named.append(value)
         elif isinstance(value, SourceConfig):
             named.append(value.images)
+        elif isinstance(value, EvaluateConfig):
+            named.append(value.store)
         elif isinstance(value, ScoreConfig):
             named += [value.base, value.store]
         elif isinstance(value, BodyConfig) and Path(value.weights).suffix in WEIGHT_FILES:

@@ -132,17 +132,21 @@ class Catalog:
 # -------------------------------------------------------------------- folders and tables
 
 
-def labelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Catalog:
+def labelled(
+    source: str | Path, config: SourceConfig = SourceConfig(), *, teaches: bool = True
+) -> Catalog:
     """Images with labels.
 
     source: ROOT/{train,valid[,test]}/<class>/… or ROOT/<class>/…, on a disk or in a store; or a
     .csv or .tsv file with the columns path, labels (or label) and, if you like, split. Where the
     split is not given it is "", to be drawn with `drawn` once the contents have been read.
+    teaches: whether a classifier is to be trained on it; else any classes and splits will do.
     Raises ConfigError for a source that is missing, empty or torn, for one class, classes unknown
     to the train split, and class names that differ only in case or Unicode form.
     """
-    catalog, places = _table(source, config) if _is_table(source) else _tree(files.resolve(source))
-    _must_teach(str(source), places)
+    catalog, places = _table(source, config) if is_table(source) else _tree(files.resolve(source))
+    if teaches:
+        _must_teach(str(source), places)
     return catalog
 
 
@@ -153,7 +157,7 @@ def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Cat
 
     No labels, no splits. Raises ConfigError for a source that is missing, empty or torn.
     """
-    if _is_table(source):
+    if is_table(source):
         return _listed(source, config)
     root = files.resolve(source)
     found = files.listing(root)
@@ -236,7 +240,8 @@ def _folders(paths: list[str], above: str) -> Iterator[tuple[str, int, int]]:
 # --------------------------------------------------------------------------------- tables
 
 
-def _is_table(source: str | Path) -> bool:
+def is_table(source: str | Path) -> bool:
+    """Whether a source is a table or list of images, by its name, and not a folder."""
     name = os.fspath(source)
     return name.lower().endswith((*TABLES, *LISTS)) and not Path(name).is_dir()
 

@@ -131,7 +131,12 @@ class Request:
         ]
 
     def read(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-        """Some columns of every part, in input order, their bytes checked first.
+        """Some columns of every part as lists (see `tables`)."""
+        return (table.to_pydict() for table, _ in self.tables(columns))
+
+    def tables(self, columns: Sequence[str]) -> Iterator[tuple[Any, Catalog]]:
+        """Some columns of every part as a pyarrow table, and the files that it is of; in input
+        order, its bytes checked first.
 
         Raises DataError unless the parts hold every input once, in order.
         """
@@ -140,10 +145,11 @@ class Request:
             path, part = self.part(number), there.get(number)
             if part is None:
                 raise _not_those_files(path)
-            table = scores_io.read_parquet(path, ["path", *columns], part.sha256)
-            if table["path"] != self.files(number).paths:
+            files = self.files(number)
+            table = scores_io.read_table(path, ["path", *columns], part.sha256)
+            if table["path"].to_pylist() != files.paths:
                 raise _not_those_files(path)
-            yield table
+            yield table, files
 
 
 def _settled(part: Part) -> bool:

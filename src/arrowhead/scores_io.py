@@ -127,7 +127,21 @@ def write_scores(path: Path, scores: Scores, metadata: Mapping[str, str]) -> Non
 def read_parquet(
     path: Path, columns: Sequence[str], digest: str | None = None
 ) -> dict[str, list[Any]]:
-    """Some columns of a part as lists; what is not plain (top_k, probabilities) as dicts by name.
+    """Some columns of a part as lists (see `read_table`), structs as dicts by name."""
+    return dict(read_table(path, columns, digest).to_pydict())
+
+
+def probabilities(table: Any, classes: Sequence[str]) -> NDArray[np.float32]:
+    """The column `probabilities` of a table as float32 (N, C); NaN at a fault."""
+    column = table["probabilities"].combine_chunks()
+    parts = [column.field(name).to_numpy(zero_copy_only=False) for name in classes]
+    chance_NC: NDArray[np.float32] = np.stack(parts, 1).astype(np.float32, copy=False)
+    chance_NC[column.is_null().to_numpy(zero_copy_only=False)] = np.nan
+    return chance_NC
+
+
+def read_table(path: Path, columns: Sequence[str], digest: str | None = None) -> Any:
+    """Some columns of a part as a pyarrow table.
 
     digest: the sha256 its bytes must have; compared before they are parsed. Raises DataError where
     they have not, or are no Parquet.
@@ -143,8 +157,7 @@ def read_parquet(
         schema = (pq.read_metadata(source).metadata or {}).get(b"ARROW:schema", b"")
         shards.must_be_plain(path, base64.b64decode(schema))
         source.seek(0)
-        table = pq.read_table(source, columns=list(columns), page_checksum_verification=True)
-        return dict(table.to_pydict())
+        return pq.read_table(source, columns=list(columns), page_checksum_verification=True)
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise DataError(
             f"{path} cannot be read: {error}.",

@@ -1,0 +1,272 @@
+"""A bundle on labelled images: how good is it there?
+
+    a folder or table, labelled   -> labelled   catalog, its labels among the bundle's classes
+    score parts                   -> figures    every figure of `metrics.evaluate`
+    figures                       -> write      evaluation.json, per_class.csv
+
+The images are scored as `score` does it, with the probability of every class; the labels are
+joined to the rows afterwards, so nothing about a label can reach a score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import ConfigError, fileio, metrics, plan, scores_io, spreadsheet
+from arrowhead.bundle import Bundle
+from arrowhead.plan import Catalog, SourceConfig
+from arrowhead.score import Request, ScoreConfig
+
+MAX_NAMES = 10  # in a refusal
+ROLES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is evaluated, and how its images are scored."""
+
+    split: Literal["train", "valid", "test"] | None = None
+    """Only the images of this split; without, all of them."""
+    ignore_unknown_classes: bool = False
+    """Leave images out whose class the bundle does not know; without, they are refused."""
+    store: Path | None = None
+    """Feature store of the same recipe: images whose features it holds are not decoded."""
+    max_drift: float = 0.005
+    """Refuse when a golden image's feature is further than this cosine distance from what it was
+    where the bundle was made."""
+    max_pixels: int = 100_000_000
+    """Images whose header claims more pixels are refused before they are decoded."""
+    max_scans: int = 100
+    """JPEGs with more scans are refused before they are decoded (usual progressive ones: 10)."""
+
+    @property
+    def scores(self) -> ScoreConfig:
+        """The same as settings of a scoring."""
+        return ScoreConfig(
+            probabilities=True,
+            store=self.store,
+            max_drift=self.max_drift,
+            max_pixels=self.max_pixels,
+            max_scans=self.max_scans,
+        )
+
+
+# ------------------------------------------------------------------------------- labels
+
+
+def listed(data: str | Path, source: SourceConfig) -> Catalog:
+    """The files of `data`: CLASS/… or SPLIT/CLASS/…, or a table as `fit` takes it, whose labels are
+    in the catalog already. Raises ConfigError for a source that is missing, empty or torn.
+    """
+    if plan.is_table(data):
+        return plan.labelled(data, source, teaches=False)
+    return plan.unlabelled(data, source)
+
+
+def labelled(
+    data: str | Path, catalog: Catalog, config: EvaluateConfig, bundle: Bundle
+) -> tuple[Catalog, list[str]]:
+    """The images to evaluate with their labels, and sentences about what is left out.
+
+    catalog: as `listed` gave it. Raises ConfigError where no image has a label or is of the split,
+    where a label is unknown to the bundle, or where an image has several and the bundle gives one.
+    """
+    notes: list[str] = []
+    if not plan.is_table(data):
+        catalog, notes = _by_folder(catalog, bundle.classes)
+    if config.split:
+        catalog = _kept(catalog, [split == config.split for split in catalog.splits])
+        if not len(catalog):
+            raise ConfigError(
+                f"{data} has no image in the split {config.split}.",
+                "images in train/, valid/ or test/, or a column split in a table.",
+                "leave --split out to evaluate all images.",
+            )
+    catalog, unknown = _of_known_classes(str(data), catalog, config, bundle)
+    for path, names in zip(catalog.paths, catalog.labels, strict=True):
+        if len(names) > 1 and not bundle.multi:
+            raise ConfigError(
+                f"{data} gives {path} several labels: {_some(names)}.",
+                "one label for each image: the bundle gives one.",
+                "evaluate a multi-label bundle, or mend the table.",
+            )
+    return catalog, notes + unknown
+
+
+def _by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog, list[str]]:
+    """Labels and splits by the folders that images lie in: CLASS/… or SPLIT/CLASS/…
+
+    Of the two the one that more images fit is taken.
+    """
+    known = set(classes)
+    folders = [path.split("/")[:-1] for path in catalog.paths]
+    roles = [ROLES.get(parts[0].casefold(), "") if parts else "" for parts in folders]
+    flat = sum(bool(parts) and parts[0] in known for parts in folders)
+    deep = sum(
+        len(parts) > 1 and bool(role) and parts[1] in known
+        for parts, role in zip(folders, roles, strict=True)
+    )
+    if flat == deep == 0:
+        tops = sorted({"/".join(parts[:2]) for parts in folders if parts})
+        raise ConfigError(
+            f"no folder in {catalog.root} is named after a class of the bundle: it has"
+            f" {_some(tops) or 'none'}.",
+            f"folders named {_some(sorted(known))}; or train/, valid/, test/ with such folders.",
+            "rename the folders, or name images and labels in a table (.csv: path, label).",
+        )
+    depth = int(deep > flat)
+    inside = [
+        len(parts) > depth and (not depth or bool(role))
+        for parts, role in zip(folders, roles, strict=True)
+    ]
+    labels: list[tuple[str, ...]] = [
+        (parts[depth],) if fits else () for parts, fits in zip(folders, inside, strict=True)
+    ]
+    splits = roles if depth else [""] * len(catalog)
+    out = len(inside) - sum(inside)
+    notes = [f"{out} files outside of class folders are left out"] if out else []
+    return _kept(replace(catalog, labels=labels, splits=splits), inside), notes
+
+
+def _of_known_classes(
+    data: str, catalog: Catalog, config: EvaluateConfig, bundle: Bundle
+) -> tuple[Catalog, list[str]]:
+    known = set(bundle.classes)
+    strange = Counter(name for names in catalog.labels for name in names if name not in known)
+    if not strange:
+        return catalog, []
+    if not config.ignore_unknown_classes:
+        raise ConfigError(
+            f"{data} has {strange.total()} images of classes that the bundle does not know:"
+            f" {_some(sorted(strange))}.",
+            f"its {len(known)} classes: {_some(bundle.classes)}.",
+            "--ignore-unknown-classes leaves them out.",
+        )
+    note = f"{strange.total()} images of classes unknown to the bundle are left out"
+    if bundle.multi:  # only that label: what else the image shows is known
+        labels = [tuple(name for name in names if name in known) for names in catalog.labels]
+        note = (
+            f"{strange.total()} labels unknown to the bundle are left out: {_some(sorted(strange))}"
+        )
+        return replace(catalog, labels=labels), [note]
+    kept = _kept(catalog, [known.issuperset(names) for names in catalog.labels])
+    if not len(kept):
+        raise ConfigError(
+            f"{data} has no image of a class that the bundle knows.",
+            f"its {len(known)} classes: {_some(bundle.classes)}.",
+            "evaluate on images of these, or another bundle.",
+        )
+    return kept, [f"{note}: {_some(sorted(strange))}"]
+
+
+def _kept(catalog: Catalog, mask: Sequence[bool]) -> Catalog:
+    """Some of its rows."""
+    if all(mask):
+        return catalog
+    mask_N = np.array(mask, bool)
+    return replace(
+        catalog,
+        paths=list(compress(catalog.paths, mask)),
+        labels=list(compress(catalog.labels, mask)),
+        splits=list(compress(catalog.splits, mask)),
+        sizes=catalog.sizes[mask_N],
+        stamps=catalog.stamps[mask_N],
+        tries=catalog.tries[mask_N],
+        ignored=catalog.ignored + int((~mask_N).sum()),
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def default_folder(bundle: str, data: str, catalog: Catalog) -> Path:
+    """Where an evaluation goes when nobody says: the same for the same bundle, images and labels,
+    so that a stopped one goes on.
+    """
+    note = Path(bundle) / "bundle.json"
+    mark = fileio.sha256(note) if note.is_file() else bundle
+    word = hashlib.blake2b(f"{mark} {catalog.digest()}".encode(), digest_size=3).hexdigest()
+    stem = (
+        Path(data.rstrip("/")).resolve().stem
+        if "://" not in data
+        else data.rstrip("/").rpartition("/")[2]
+    )
+    return Path(f"evaluation-{stem}-{word}")
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
+    """All that `metrics.evaluate` gives, of the scored images whose labels inputs.arrow holds;
+    faults: images that could not be read, which are in no other figure.
+
+    Takes the memory of N x C float32. Raises DataError as `Request.tables` does.
+    """
+    index = {name: number for number, name in enumerate(bundle.classes)}
+    chances: list[NDArray[np.float32]] = []
+    labels: list[NDArray[Any]] = []
+    faults = 0
+    for table, files in request.tables(["probabilities", "fault"]):
+        well_N = table["fault"].is_null().to_numpy()
+        chances.append(scores_io.probabilities(table, bundle.classes)[well_N])
+        label_NC = np.zeros((len(files), len(index)), np.uint8)
+        for row, names in enumerate(files.labels):
+            label_NC[row, [index[name] for name in names]] = 1
+        labels.append(label_NC[well_N] if bundle.multi else label_NC[well_N].argmax(1))
+        faults += int((~well_N).sum())
+    chance_NC, label = np.concatenate(chances), np.concatenate(labels)
+    if not len(chance_NC):
+        raise ConfigError(
+            f"none of the {faults} images could be read.",
+            "images with labels.",
+            f"look at the faults in {request.out / 'parts'}.",
+        )
+    cuts = None if bundle.thresholds is None else np.array(bundle.thresholds)
+    found = metrics.evaluate(
+        _logits(chance_NC, bundle),
+        label,
+        bundle.classes,
+        temperature=bundle.temperature,
+        thresholds=cuts,
+    )
+    return found | {"faults": faults}
+
+
+def _logits(chance_NC: NDArray[np.float32], bundle: Bundle) -> NDArray[np.float64]:
+    """Logits that have these calibrated probabilities: the head's, up to a constant for each row.
+
+    Probabilities are float32: what is 0 or 1 in them counts as the smallest or largest other value.
+    """
+    tiny, below_one = np.finfo(np.float32).tiny, float(np.nextafter(np.float32(1), np.float32(0)))
+    wide_NC = np.clip(chance_NC.astype(np.float64), tiny, below_one if bundle.multi else 1.0)
+    logit_NC: NDArray[np.float64] = np.log(wide_NC)
+    if bundle.multi:
+        logit_NC -= np.log1p(-wide_NC)
+    return logit_NC * bundle.temperature
+
+
+# ------------------------------------------------------------------------------- written
+
+
+def write(out: Path, result: Mapping[str, Any]) -> list[Path]:
+    """evaluation.json (`result`, see `pipeline.evaluate`) and per_class.csv; their paths."""
+    note, table = out / "evaluation.json", out / "per_class.csv"
+    fileio.write_json(note, result)
+    by_class = result["metrics"]["per_class"]
+    columns = list(next(iter(by_class.values())))
+    with spreadsheet.writing(table, ["class", *columns]) as sheet:
+        for name, line in by_class.items():
+            sheet.row([name, *line.values()])
+    return [note, table]
