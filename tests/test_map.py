@@ -44,7 +44,7 @@ FLOORS = [
     {"report", "study", "predict", "evaluate"},
     {"account", "served"},
     {"pipeline"},
-    {"learner"},
+    {"learner", "inference"},
     {"cli_app"},
     {"cli_cluster", "cli_inspect"},
     {"cli"},

@@ -281,7 +281,7 @@ def percent(right: int, images: int) -> str:
 
 
 def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> None:
-    """Counts, seconds and a picture of the predictions, recorded. result: see `pipeline.score`."""
+    """Counts, seconds and a picture of the predictions, recorded. result: see `inference.score`."""
     counts = {f"labels.{label}": count for label, count in found.labels.items()}
     seconds = {f"seconds.{stage}": value for stage, value in result["seconds"].items()}
     run.record(result["counts"] | counts | seconds)
@@ -468,9 +468,9 @@ def class_table(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means) -> list[Path]:
-    """How good a bundle is on labelled images: a line, a table of classes, a figure, which are kept
-    with the run; the figure's path. result: see `pipeline.evaluate`.
+def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means) -> None:
+    """How good a bundle is on labelled images: a line, a table of classes, and OUT/confusion.png,
+    all of it kept with the run. result: see `inference.evaluate`.
     """
     figures, say = result["metrics"], means.screen.say
     for line in class_table(figures["per_class"]):
@@ -492,7 +492,6 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means
         means.run.tags(tags | {"trained_by": str(result["trained_by"])})
         for path in [out / "evaluation.json", out / "per_class.csv", *files]:
             means.run.keep(path, "evaluation")
-    return files
 
 
 def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:

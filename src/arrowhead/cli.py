@@ -265,13 +265,13 @@ def score(
 
     Example: arrowhead score out/bundle new-photos/ scores/ --flag-novel --csv
     """
-    from arrowhead import pipeline
+    from arrowhead import inference
 
     out = check_folder(out, "scores")
     bundles.must_be_there(bundle)
     plan.must_be_there(images)
     with run_context("score", launch, tracking, output) as means:
-        result = pipeline.score(bundle, images, out, scores, extract, means, tracking)
+        result = inference.score(bundle, images, out, scores, extract, means, tracking)
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
         means.screen.say(f"labels: {found}")
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
@@ -307,11 +307,17 @@ def evaluate(
 
     Example: arrowhead evaluate out/bundle new-labelled-photos/ --split test
     """
-    from arrowhead import pipeline
+    from arrowhead import inference
 
+    out = out and check_folder(out, "scores")
+    bundles.must_be_there(bundle)
+    plan.must_be_there(data)
     with run_context("evaluate", launch, tracking, output) as means:
-        result = pipeline.evaluate(bundle, data, out, source, evaluation, extract, means, tracking)
-        means.screen.say(f"written: {', '.join(result['files'])}, {result['out']}/parts")
+        result = inference.evaluate(bundle, data, out, source, evaluation, extract, means, tracking)
+        folder = Path(result["out"])
+        made = ("evaluation.json", "per_class.csv", "confusion.png", "parts", "score.json")
+        result["files"] = say_written(means.screen, [folder / name for name in made])
+        say_next(means.screen, [[me(), "scores", "verify", folder]])
     return finish(result, output)
 
 
@@ -365,7 +371,7 @@ def demo(
     Needs no data and no network. With ImageNet weights in torch's cache or a connection the body
     is a trained one; without, it says so and goes on with a random one.
     """
-    from arrowhead import account, pipeline
+    from arrowhead import account, inference, pipeline
     from arrowhead import demo as drawing
 
     out = check_folder(out, "results")
@@ -385,7 +391,7 @@ def demo(
         result = pipeline.fit(images, fitted, config, asked, means)
         scores = _new_folder(out / "scores")
         with account.child(means, "score") as part:
-            scored = pipeline.score(
+            scored = inference.score(
                 bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), part
             )
         found = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())

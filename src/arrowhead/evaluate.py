@@ -260,8 +260,8 @@ def _logits(chance_NC: NDArray[np.float32], bundle: Bundle) -> NDArray[np.float6
 # ------------------------------------------------------------------------------- written
 
 
-def write(out: Path, result: Mapping[str, Any]) -> list[Path]:
-    """evaluation.json (`result`, see `pipeline.evaluate`) and per_class.csv; their paths."""
+def write(out: Path, result: Mapping[str, Any]) -> None:
+    """Write evaluation.json (`result`, see `inference.evaluate`) and per_class.csv."""
     note, table = out / "evaluation.json", out / "per_class.csv"
     fileio.write_json(note, result)
     by_class = result["metrics"]["per_class"]
@@ -269,4 +269,3 @@ def write(out: Path, result: Mapping[str, Any]) -> list[Path]:
     with spreadsheet.writing(table, ["class", *columns]) as sheet:
         for name, line in by_class.items():
             sheet.row([name, *line.values()])
-    return [note, table]

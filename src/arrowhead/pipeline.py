@@ -3,9 +3,7 @@
     precompute   DATA  -> store          catalog, extraction, manifest
     learn        store -> LR curve, head
     save         head  -> bundle         evaluation, temperature, golden images
-    score        bundle, images -> Parquet parts
-    evaluate     bundle, labelled images -> the same, and figures
-    fit          all but the last, in one parent run
+    fit          all of it, in one parent run
 
 Stages know neither Ray nor MLflow nor the screen; here they are given to `launch`, and what
 they report to `account`.
@@ -16,9 +14,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,20 +37,15 @@ from arrowhead import (
     shards,
     study,
 )
-from arrowhead import evaluate as evaluating
-from arrowhead import score as scoring
 from arrowhead.account import Means, Screen, Work
 from arrowhead.bundle import Bundle, Golden
-from arrowhead.evaluate import EvaluateConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.features import FeatureConfig, weights_of
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog, SourceConfig
-from arrowhead.score import ScoreConfig
 from arrowhead.shards import Store
 from arrowhead.study import Learned, Study
-from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig, Trained
 
 GOLDEN = 8
@@ -93,7 +85,7 @@ def precompute(
         total = sum(len(runs[i]) for i in missing)
         args = path, images.pixels, images.extract
         there = len(catalog) - total
-        done = _work(extract.extract, args, missing, total, there, "extract", means)
+        done = run_chunks(extract.extract, args, missing, total, there, "extract", means)
         manifest, drawn = _complete(store, catalog, names, images.source, intact)
     done.seconds["wall"] = perf_counter() - began
     redone = {names[i] for i in missing}
@@ -229,7 +221,7 @@ def fault_list(store: Store, most: int = 1000) -> list[dict[str, str]]:
     return found[:most]
 
 
-def _work(
+def run_chunks(
     stage: Callable[..., Any],
     args: tuple[Any, ...],
     tasks: list[int],
@@ -533,152 +525,3 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         "store": str(path),
         "run_id": means.run.run_id if means.run else None,
     }
-
-
-def score(
-    address: str | Path,
-    images: str | Path,
-    out: Path,
-    config: ScoreConfig,
-    how: ExtractConfig,
-    means: Means,
-    tracking: TrackingConfig = TrackingConfig(),
-) -> dict[str, Any]:
-    """Score every file of `images` (see `plan.unlabelled`) with a bundle (see `bundle.local`).
-
-    Returns counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel,
-    ignored} with inputs = scored + faults, faults by kind, labels, drift, seconds by stage.
-    """
-    with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
-        loaded = bundle.load(path)
-        source = SourceConfig(images=config.base, suffix=config.suffix)
-        catalog = plan.unlabelled(images, source)
-        made = _scored(path, loaded, catalog, out, config, how, means, "scoring")
-        account.say_folders(made.held.folders, means.screen)
-        table = scoring.write_csv(made.request, loaded) if config.csv else None
-        result = made.result | {"bundle": str(address), "csv": str(table) if table else None}
-        if made.fresh:
-            scoring.record(made.request, result, loaded)
-    if means.run:
-        account.show_scores(result, made.held, out, means.run)
-    return result
-
-
-def evaluate(
-    address: str | Path,
-    data: str | Path,
-    out: Path | None,
-    source: SourceConfig,
-    config: EvaluateConfig,
-    how: ExtractConfig,
-    means: Means,
-    tracking: TrackingConfig = TrackingConfig(),
-) -> dict[str, Any]:
-    """Score labelled images with a bundle and tell how good the scores are.
-
-    Returns what `score` does and `metrics` (see `evaluate.figures`). out: None for a folder in the
-    working directory (see `evaluate.default_folder`).
-    """
-    catalog = evaluating.listed(data, source)
-    out = out or evaluating.default_folder(str(address), str(data), catalog)
-    with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
-        loaded = bundle.load(path)
-        catalog, notes = evaluating.labelled(data, catalog, config, loaded)
-        for note in notes:
-            means.screen.say(note)
-        made = _scored(path, loaded, catalog, out, config.scores, how, means, "evaluation")
-        found = evaluating.figures(made.request, loaded)
-        result = made.result | {
-            "bundle": str(address),
-            "data": str(data),
-            "split": config.split,
-            "metrics": found,
-        }
-        if made.fresh:
-            scoring.record(made.request, made.result | {"bundle": str(address)}, loaded)
-        files = evaluating.write(out, result)
-    result["files"] = list(map(str, files + account.show_figures(result, loaded, out, means)))
-    return result
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Scored:
-    """What a scoring came to. fresh: whether score.json has to be written."""
-
-    request: scoring.Request
-    held: scoring.Held
-    result: dict[str, Any]
-    fresh: bool
-
-
-def _scored(
-    path: Path,
-    loaded: Bundle,
-    catalog: Catalog,
-    out: Path,
-    config: ScoreConfig,
-    how: ExtractConfig,
-    means: Means,
-    use: str,
-) -> _Scored:
-    """Score every file of a catalog into `out`; its account, shown. use: what for, for MLflow."""
-    began = perf_counter()
-    mark, ignored, files = bundle.fingerprint(path), catalog.ignored, len(catalog)
-    request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
-    if means.run:
-        name = account.name_of(catalog)
-        means.run.dataset(name, catalog.digest(), catalog.root, use)
-        means.run.tags({"dataset": name, "body": loaded.recipe.body})
-    del catalog  # of a million files; from here on nobody needs more than some chunks of it
-    account.say_damaged(request.damaged, means.screen)
-    missing = request.missing()
-    total = sum(len(request.runs[number]) for number in missing)
-    args = request, how
-    done = _work(scoring.score, args, missing, total, files - total, "score", means)
-    found = scoring.held(request, loaded)
-    faults = found.faults.total()
-    done.seconds["wall"] = perf_counter() - began
-    counts = {
-        "inputs": files,
-        "scored": files - faults,
-        "decoded": done.decoded,
-        "looked_up": done.looked_up,
-        "skipped": files - total,
-        "reused": files - total + done.looked_up,
-        "fallback": done.fallback,
-        "faults": faults,
-        "novel": found.novel,
-        "ignored": ignored,
-    }
-    account.say_scores(means, counts, done, loaded, config)
-    result = {
-        "counts": counts,
-        "faults": dict(found.faults),
-        "labels": dict(found.labels),
-        "seconds": dict(done.seconds),
-        "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
-        "bundle_fingerprint": mark,
-        "recipe_fingerprint": loaded.recipe.fingerprint,
-        "drift": done.drift,
-        "novelty_threshold": account.cut_of(loaded, config),
-        "folders": found.folders and found.folders.plain(),
-        "out": str(out),
-        "arrowhead": __version__,
-        "trained_by": loaded.lineage.get("run_id"),
-        "run_id": means.run.run_id if means.run else None,
-        "too_many_faults": how.too_many(faults, files),
-    }
-    fresh = bool(missing) or not (out / "score.json").is_file()
-    return _Scored(request=request, held=found, result=result, fresh=fresh)
-
-
-@contextmanager
-def _at_hand(address: str, tracking: TrackingConfig, out: Path) -> Iterator[Path]:
-    """The bundle's folder. One that had to be fetched lies in `out` meanwhile: wherever a worker
-    runs, it sees that.
-    """
-    scratch = out / ".bundle"
-    try:
-        yield bundle.local(address, tracking, scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

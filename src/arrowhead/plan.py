@@ -178,7 +178,7 @@ def must_be_there(source: str | Path) -> None:
     not asked for.
     """
     root = files.resolve(source)
-    if _is_table(source):
+    if is_table(source):
         _content(str(source), _absolute(os.fspath(source)))
     elif not files.in_store(root):
         files.must_be_folder(root)
