@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from arrowhead import ConfigError, files, plan, shards
+from arrowhead import ConfigError, files, plan
 from arrowhead.decode import PixelConfig
 from arrowhead.extract import (
     Chunk,
@@ -24,7 +24,6 @@ from arrowhead.extract import (
     ahead,
     extract,
     load_body,
-    pending,
     pixels_of,
     recipe_of,
     roofline,
@@ -289,7 +288,7 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
     reports: list[list[Report]] = [[], []]
     contents = []
     for heard in reports:
-        shards.write_catalog(pending(store), catalog.columns())
+        store.write_pending(catalog.columns())
         extract(_worker(len(runs), heard), store.path, PIXELS, CONFIG)
         assert store.on_disk() == sorted(names)
         contents.append([store.shard(name).read_bytes() for name in names])

@@ -63,7 +63,7 @@ def _store(
         ids = [draw.bytes(16) for _ in here]
         names.append(f"shard{len(names)}")
         rows = Rows(paths=here, image_ids=ids, features=features, faults=faults)
-        shards.write_shard(made.shard(names[-1]), rows, recipe)
+        made.write(names[-1], rows)
     columns = {
         "root": "/data",
         "paths": paths,

@@ -13,6 +13,7 @@ Nothing in it can execute. It is saved whole or not at all, and checked when it 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, extract, fileio, files, registry
+from arrowhead import ConfigError, DataError, extract, fileio, files, registry, shards
 from arrowhead.decode import Pixels
 from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
@@ -38,6 +39,21 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 REPORT = "report"
+PAPER = {
+    "task": str,
+    "recipe": dict,
+    "classes": [str],
+    "head": str,
+    "temperature": lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+    "thresholds": ({str: float}, None),
+    "metrics": dict,
+    "lineage": dict,
+    "sha256": {
+        "weights.safetensors": shards.DIGEST,
+        "golden/golden.json": shards.DIGEST,
+    },
+}
+GOLDEN = [{"name": str, "feature": [float], "probabilities": [float]}]
 PARTS = {"body", "head", "novelty"}
 MEND = "copy the bundle again from where it was made, or train again."
 TASKS = {
@@ -296,7 +312,9 @@ def _content(file: Path, where: str) -> dict[str, Any]:
     content = fileio.read_sealed(
         file, FORMAT, upgrade="train again", repair=MEND, name=f"{where}/bundle.json"
     )
-    for name in content["sha256"]:
+    fileio.must_fit(content, PAPER, f"{where}/bundle.json", MEND)
+    for name, digest in content["sha256"].items():
+        fileio.must_fit(digest, shards.DIGEST, f"{where}/bundle.json", MEND)
         if not _inside(name):
             raise DataError(
                 f"{where} names a file outside of itself: {name!r}.",
@@ -419,8 +437,9 @@ def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:
 
 
 def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
-    for one in fileio.read_json(path / "golden" / "golden.json"):
-        if not _inside(f"golden/{one['name']}"):
+    kept, named = _golden_paper(path), _content(path / "bundle.json", str(path))["sha256"]
+    for one in kept:
+        if f"golden/{one['name']}" not in named:
             raise _torn(f"golden.json names {one['name']!r}, which is not one of its images")
         feature = np.array(one["feature"], np.float32)
         chance = np.array(one["probabilities"], np.float32)
@@ -428,6 +447,13 @@ def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
             raise _torn("golden.json is of another recipe or other classes")
         data = (path / "golden" / one["name"]).read_bytes()
         yield Golden(name=one["name"], data=data, feature=feature, probabilities=chance)
+
+
+def _golden_paper(path: Path) -> list[dict[str, Any]]:
+    file = path / "golden" / "golden.json"
+    kept: list[dict[str, Any]] = fileio.read_json(file)
+    fileio.must_fit(kept, GOLDEN, str(file), MEND)
+    return kept
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -438,7 +464,7 @@ def info(path: Path) -> dict[str, Any]:
         "bundle": str(path),
         "fingerprint": fingerprint(path),
         "bytes": sum((path / name).stat().st_size for name in names),
-        "golden_images": len(fileio.read_json(path / "golden" / "golden.json")),
+        "golden_images": len(_golden_paper(path)),
     }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT, SEALED = 1, 2  # of a checkpoint; of the sealed file its label is
+PAPER = {
+    "checkpoint": int,
+    "facts": {"key": str, "number": int},
+    "sha256": re.compile("[0-9a-f]{64}"),
+}
 LABEL, STATE = "checkpoint.json", "state.safetensors"
 DEPTH = 3  # Ray Train puts a folder of its own between the place and the checkpoint
 
@@ -152,6 +158,7 @@ def _look(place: Path, key: str) -> tuple[list[_Label], list[Path]]:
             content = fileio.read_sealed(
                 folder / LABEL, SEALED, upgrade="train again", repair="train again."
             )
+            fileio.must_fit(content, PAPER, str(folder / LABEL), "train again.")
             facts = content["facts"]
             if facts["key"] == key and content["checkpoint"] != FORMAT:
                 torn.append(folder)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from arrowhead import ConfigError, DataError, plan, shards
+from arrowhead import ConfigError, DataError, plan
 from arrowhead.decode import CROPPED_UPRIGHT, PixelConfig
 from arrowhead.guard import GuardedDecoder
 from arrowhead.launch import Worker
@@ -142,7 +142,7 @@ def pixels_of(recipe: Recipe) -> PixelConfig:
 def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConfig) -> None:
     """Write the shard of every chunk this worker claims from the store's pending catalog."""
     store = Store(path)
-    catalog = Catalog(**shards.read_catalog(pending(store)))
+    catalog = Catalog(**store.read_pending())
     runs = plan.chunks(catalog.paths, store.chunk_size)
     names = [plan.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
     body = load_body(store.recipe, store.weights, worker.device)
@@ -150,7 +150,7 @@ def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConf
     with Pump(worker, body, store.recipe, pixels, config) as pump:
         for chunk in pump(claimed, Known.of(store)):
             with pump.clock.stage("write"):
-                shards.write_shard(store.shard(names[chunk.number]), chunk.rows(), store.recipe)
+                store.write(names[chunk.number], chunk.rows())
             tell(worker, chunk, pump.clock.read(), "features_written")
 
 
@@ -164,11 +164,6 @@ def tell(worker: Worker, chunk: Chunk, seconds: dict[str, float], written: str) 
         worker.measure("faults", count, kind=kind)
     for stage, value in seconds.items():
         worker.measure("stage_seconds", value, stage=stage)
-
-
-def pending(store: Store) -> Path:
-    """The catalog of the extraction that is under way."""
-    return store.path / "pending.arrow"
 
 
 def load_body(recipe: Recipe, weights: Path, device: str) -> Body:

@@ -124,7 +124,12 @@ def sweep(folder: Path, name: str | None = None) -> None:
     for one in list(folder.iterdir()):
         if pattern.fullmatch(one.name):
             with suppress(OSError), _held(one, now=True):  # else it is somebody's, or gone
-                shutil.rmtree(one) if one.is_dir() else one.unlink()
+                remove(one)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
@@ -225,9 +230,10 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; DataError if it is missing or torn."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        words = "it nests too deeply" if isinstance(error, RecursionError) else error
         raise DataError(
-            f"{path} cannot be read: {error}.",
+            f"{path} cannot be read: {words}.",
             "a JSON file written by Arrowhead.",
             "check the path; if the folder was copied, copy it again.",
         ) from error
@@ -261,6 +267,56 @@ def read_sealed(
             repair,
         )
     return content
+
+
+def must_fit(content: Any, shape: Any, name: str, repair: str) -> None:
+    """DataError if a document that was read is not of this shape, where a shape is
+
+    a type               a value of it (float: also a whole number; int: no bool)
+    a compiled pattern   text that it matches from end to end
+    a function           a value for which it is true
+    {"key": shape}       an object with these keys; "key?" may be absent, others may be there
+    {str: shape}         an object with any keys
+    [shape]              a list
+    (shape, shape)       one or the other; None stands for itself
+
+    name: what a person knows the document as. repair: what to do about it.
+    """
+    if found := _misfit(content, shape, ""):
+        raise DataError(
+            f"{name} is not what Arrowhead writes: {found}.",
+            "the document that Arrowhead wrote, with all its keys.",
+            repair,
+        )
+
+
+def _misfit(value: Any, shape: Any, where: str) -> str | None:
+    """Where and how a value differs from a shape."""
+    at = where.lstrip(".") or "all of it"
+    if isinstance(shape, tuple):
+        either = [_misfit(value, one, where) for one in shape]
+        return None if None in either else either[0]
+    if isinstance(shape, list) and isinstance(value, list):
+        inside = (_misfit(one, shape[0], f"{where}[{i}]") for i, one in enumerate(value))
+        return next(filter(None, inside), None)
+    if isinstance(shape, dict) and isinstance(value, dict):
+        if str in shape:
+            shape = dict.fromkeys(value, shape[str])
+        for key, one in shape.items():
+            name = key.removesuffix("?") if key not in value else key
+            if name in value and (found := _misfit(value[name], one, f"{where}.{name}")):
+                return found
+            if name not in value and name == key:
+                return f"it lacks {f'{where}.{key}'.lstrip('.')!r}"
+        return None
+    if isinstance(shape, re.Pattern):
+        fits = isinstance(value, str) and shape.fullmatch(value) is not None
+    elif isinstance(shape, type):
+        kinds = (int, float) if shape is float else shape
+        fits = isinstance(value, kinds) and (shape is bool or not isinstance(value, bool))
+    else:
+        fits = value is None if shape is None else callable(shape) and bool(shape(value))
+    return None if fits else f"{at!r} is {repr(value)[:80]}"
 
 
 def _seal(content: Mapping[str, Any]) -> str:

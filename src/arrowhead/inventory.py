@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError, DataError, extract, plan, shards
+from arrowhead import ConfigError, DataError, extract, fileio, plan, shards
 from arrowhead.plan import Catalog
 from arrowhead.shards import Store
 
@@ -131,7 +131,7 @@ def _rows(store: Store, manifest: dict[str, Any], bad: set[str]) -> Iterator[Fin
         yield Finding("misfit", str(store.path), f"{len(twice)} files have two rows: {twice[:3]}")
     if bad - {str(store.weights)}:
         return
-    listed = Catalog(**shards.read_catalog(catalog))
+    listed = Catalog(**store.read_catalog())
     if listed.paths != paths:
         yield Finding("misfit", str(catalog), "its files are not those of the shards")
     if listed.classes != manifest["classes"]:
@@ -143,14 +143,16 @@ def litter(store: Store) -> list[Finding]:
     manifest = store.manifest()
     needed = {one["name"] for one in manifest["shards"]}
     found = []
-    pending = extract.pending(store)
-    if pending.is_file():
-        listed = Catalog(**shards.read_catalog(pending))
-        runs = plan.chunks(listed.paths, store.chunk_size)
-        needed |= {plan.chunk_name(listed, rows, store.recipe.fingerprint) for rows in runs}
+    if store.pending.is_file():
+        try:
+            listed = Catalog(**store.read_pending())
+            runs = plan.chunks(listed.paths, store.chunk_size)
+            needed |= {plan.chunk_name(listed, rows, store.recipe.fingerprint) for rows in runs}
+        except DataError:  # nobody knows what it needs
+            needed |= set(store.on_disk())
         words = "an extraction is under way or was stopped. Do: run the same precompute again"
-        found.append(Finding("unfinished", str(pending), words))
-    for draft in sorted([*store.path.glob(".*.draft"), *store.path.glob("shards/.*.draft")]):
+        found.append(Finding("unfinished", str(store.pending), words))
+    for draft in sorted([*store.path.glob(".*.draft"), *store.path.glob("*/.*.draft")]):
         found.append(Finding("draft", str(draft), "left by a killed writer. Do: features gc"))
     for name in store.on_disk():
         if name not in needed:
@@ -160,18 +162,36 @@ def litter(store: Store) -> list[Finding]:
         if catalog.name != manifest["catalog"]["name"]:
             words = "of an earlier run. Do: features gc"
             found.append(Finding("leftover", str(catalog), words))
-    return found
+    return found + list(_spare_digests(store, needed))
+
+
+def _spare_digests(store: Store, needed: set[str]) -> Iterator[Finding]:
+    """Digests of shards that nobody needs."""
+    spare = needed | ({store.pending.stem} if store.pending.is_file() else set())
+    for file in sorted(store.path.glob("digests/*")):
+        if file.name not in spare and not file.name.startswith("."):
+            words = "of a shard that no catalog refers to any more. Do: features gc"
+            yield Finding("leftover", str(file), words)
 
 
 def gc(path: Path, *, remove: bool) -> list[Finding]:
     """Drafts and leftovers of a finished store; with `remove`, they are gone when this returns.
 
     Raises DataError if the store was never finished (then everything in it is needed), ConfigError
-    while another command is writing it.
+    while another command is writing it, or where a folder of the store is a link: what lies at its
+    other end may be somebody else's.
     """
     store = Store(path)
     with store.locked():
         found = [one for one in litter(store) if one.kind in ("draft", "leftover")]
+        for one in found:
+            folder = Path(one.path).parent
+            if folder.is_symlink() and folder != path:
+                raise ConfigError(
+                    f"{folder} is a link to {folder.readlink()}.",
+                    "a folder of the store's own: nothing is removed at the other end of a link.",
+                    "look there yourself, or put the folder itself in the link's place.",
+                )
         for one in found if remove else []:
-            Path(one.path).unlink()
+            fileio.remove(Path(one.path))
     return found

@@ -80,7 +80,7 @@ def precompute(
         )
         runs = plan.chunks(catalog.paths, store.chunk_size)
         names = [plan.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
-        shards.write_catalog(extract.pending(store), catalog.columns())
+        store.write_pending(catalog.columns())
         missing = [i for i, name in enumerate(names) if not store.shard(name).is_file()]
         total = sum(len(runs[i]) for i in missing)
         args = path, images.pixels, images.extract
@@ -146,7 +146,6 @@ def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
     passing = [one for one in manifest["shards"] if {*TRIED_AGAIN} & {*one["kinds"]}]
     if not kept.is_file() or not (passing or manifest["catalog"]["tries"]):
         return catalog
-    shards.must_be_intact(kept, manifest["catalog"]["sha256"])
     old = Catalog(**store.read_catalog())
     faults = {
         path: fault
@@ -206,7 +205,7 @@ def _complete(
     ids = [image_id for rows in parts for image_id in rows.image_ids]
     drawn = plan.drawn(catalog, ids, source.valid_share)
     manifest = store.complete(names, drawn.columns(), intact)
-    extract.pending(store).unlink()
+    store.drop_pending()
     return manifest, drawn
 
 

@@ -10,12 +10,14 @@
       catalog-<hash>.arrow paths, stamps, labels and splits; immutable
       body.safetensors     the weights that made the features
       shards/<name>.arrow  immutable
+      digests/<name>       sha256 of each shard, and of the pending catalog
       manifest.json        what is complete: catalog, shards, their hashes; replaced atomically
       catalog.arrow        another name of the newest catalog, for people
 
 A file gets its own name only when it is whole. What is done is read off the disk, so a
 stopped run goes on without a journal. Whoever reads starts at the manifest: what it names never
-changes, so a reader sees the last whole state or the next one.
+changes, so a reader sees the last whole state or the next one. No file is given to Arrow before
+its bytes are compared with their sha256: a flipped bit can end the process in there.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,10 +43,51 @@ from numpy.typing import NDArray
 from arrowhead import ConfigError, DataError, fileio, targets
 
 FORMAT = 2
+REPAIR = (
+    "restore the file from a copy, or delete it and run the same precompute again: features that"
+    " are there are not decoded again."
+)
 COLUMNS = ("path", "image_id", "view", "feature", "fault")  # of a shard
 EXTRACT_AGAIN = (
     "delete the file and run the same precompute again: only its images are decoded again."
 )
+
+
+# ------------------------------------------------------------------------- shapes of papers
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _triple(value: Any) -> bool:
+    fits = isinstance(value, list | tuple) and len(value) == 3
+    return fits and {type(one) for one in value} <= {int, float}
+
+
+DIGEST = re.compile("[0-9a-f]{64}")
+NAME = re.compile("[0-9a-z]+")  # of a shard: no way out of its folder
+RECIPE = {
+    **dict.fromkeys(("body", "weights", "pool", "resize", "interpolation", "augment"), str),
+    **dict.fromkeys(("dtype", "decoder"), str),
+    **dict.fromkeys(("width", "size", "views"), _positive),
+    **dict.fromkeys(("format", "augment_seed"), int),
+    **dict.fromkeys(("mean", "std"), _triple),
+    "antialias": bool,
+}
+HEAD = {"recipe": dict, "chunk_size": _positive}
+MANIFEST = {
+    "classes": [str],
+    "catalog": {
+        "name": re.compile(r"catalog-[0-9a-f]+\.arrow"),
+        "sha256": DIGEST,
+        "tries": int,
+    },
+    "shards": [
+        {"name": NAME, "files": _positive, "faults": int, "kinds": {str: int}, "bytes": int}
+        | {"sha256": DIGEST}
+    ],
+}
 
 
 # ------------------------------------------------------------------------------ recipe
@@ -97,6 +143,7 @@ class Recipe:
                 f"format {FORMAT}, with the fields this version knows.",
                 "use the Arrowhead version that wrote it, or extract again into a new store.",
             )
+        fileio.must_fit(fields, RECIPE, f"the recipe in {where}", "extract again into a new store.")
         triples = {name: tuple(fields[name]) for name in ("mean", "std")}
         return Recipe(**{**fields, **triples})
 
@@ -175,13 +222,18 @@ def write_arrow(path: Path, table: Any) -> None:
 
 
 def read_arrow(path: Path) -> Any:
-    """The memory-mapped pyarrow table of an Arrow IPC file; DataError if it is not one."""
+    """The memory-mapped pyarrow table of an Arrow IPC file; DataError if it is not one.
+
+    Arrow can end the process over a flipped bit: compare the file's hash first.
+    """
     import pyarrow as pa
 
     try:
         must_be_plain(path, _footer(path))
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)  # offsets and text: a hash vouches for nonsense, too
+        return table
+    except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{path} cannot be read: {error}.",
             "an Arrow file written by Arrowhead.",
@@ -244,8 +296,7 @@ def _shard_table(path: Path, recipe: Recipe) -> Any:
     import pyarrow as pa
 
     table = read_arrow(path)
-    notes = table.schema.metadata or {}
-    made = Recipe.from_dict(json.loads(notes.get(b"arrowhead.recipe", b"{}")), str(path))
+    made = Recipe.from_dict(_recipe_note(table), str(path))
     made.must_equal(recipe, str(path), "the store")
     kinds = [
         pa.string(),
@@ -262,6 +313,14 @@ def _shard_table(path: Path, recipe: Recipe) -> Any:
             "delete the file and run precompute again: only its images are decoded again.",
         )
     return table
+
+
+def _recipe_note(table: Any) -> dict[str, Any]:
+    try:
+        fields = json.loads((table.schema.metadata or {}).get(b"arrowhead.recipe", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _feature_column(table: Any, recipe: Recipe) -> NDArray[np.float16]:
@@ -313,6 +372,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._vouched: set[str] = set()  # files whose bytes were those of this sha256
+        self._manifest: tuple[tuple[int, ...], dict[str, Any]] | None = None
         if not (path / "store.json").is_file():
             raise ConfigError(
                 f"{path} is not a feature store: it has no store.json.",
@@ -320,6 +381,7 @@ class Store:
                 f"run `arrowhead precompute DATA {path}` first.",
             )
         head = _read_sealed(path / "store.json")
+        fileio.must_fit(head, HEAD, str(path / "store.json"), REPAIR)
         self.recipe = Recipe.from_dict(head.get("recipe", {}), str(path / "store.json"))
         self.chunk_size = int(head["chunk_size"])
 
@@ -358,9 +420,83 @@ class Store:
         """Names of all whole shards, live or left over from an earlier catalog."""
         return sorted(path.stem for path in (self.path / "shards").glob("*.arrow"))
 
+    def write(self, name: str, rows: Rows) -> None:
+        """Write the shard of that name, and what vouches for it until a manifest does."""
+        write_shard(self.shard(name), rows, self.recipe)
+        self._note_digest(self.shard(name))
+
     def read(self, name: str, *, check: bool = False) -> Rows:
-        """The rows of the shard of that name."""
+        """The rows of the shard of that name, its bytes compared with their sha256 first.
+
+        check: compare the content with the digest inside, too. DataError if either differs.
+        """
+        self._vouch(self.shard(name), self._named().get(name))
         return read_shard(self.shard(name), self.recipe, check=check)
+
+    @property
+    def pending(self) -> Path:
+        """Where the catalog of the extraction that is under way lies, or would lie."""
+        return self.path / "pending.arrow"
+
+    def write_pending(self, columns: Mapping[str, Any]) -> None:
+        """Write the catalog of an extraction (`columns` as `write_catalog` takes them)."""
+        write_catalog(self.pending, columns)
+        self._note_digest(self.pending)
+
+    def read_pending(self) -> dict[str, Any]:
+        """What `write_pending` wrote; DataError if it has changed, or nothing vouches for it."""
+        digest = self._noted_digest(self.pending)
+        if digest is None:
+            raise DataError(
+                f"Nothing vouches for {self.pending}: its digest is missing.",
+                f"its sha256 in {self._digest_file(self.pending)}.",
+                "run the same precompute again.",
+            )
+        self._vouch(self.pending, digest)
+        return read_catalog(self.pending)
+
+    def drop_pending(self) -> None:
+        """The extraction is complete."""
+        self.pending.unlink()
+        self._digest_file(self.pending).unlink(missing_ok=True)
+
+    def _digest_file(self, path: Path) -> Path:
+        return self.path / "digests" / path.stem
+
+    def _note_digest(self, path: Path) -> None:
+        with fileio.draft(self._digest_file(path)) as temporary:
+            temporary.write_text(fileio.sha256(path) + "\n")
+
+    def _noted_digest(self, path: Path) -> str | None:
+        try:
+            found = self._digest_file(path).read_text(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        return found if DIGEST.fullmatch(found) else "not a sha256"
+
+    def _named(self) -> dict[str, str]:
+        """sha256 by name of the manifest's shards; {} without a manifest."""
+        if not (self.path / "manifest.json").is_file():
+            return {}
+        return {one["name"]: one["sha256"] for one in self.manifest()["shards"]}
+
+    def _vouch(self, path: Path, digest: str | None) -> None:
+        """Compare a file with its sha256 before anything parses it, once per store object.
+
+        digest: None for a shard that no manifest names; what was noted when it was written is
+        taken, and of a shard that an older version wrote its content is examined.
+        """
+        witness = "the manifest"
+        if digest is None:
+            digest, witness = self._noted_digest(path), str(self._digest_file(path))
+        if digest is None:
+            if path.is_file() and path.name not in self._vouched:
+                _examine(path)
+                self._note_digest(path)
+                self._vouched.add(path.name)
+        elif f"{path.name} {digest}" not in self._vouched:
+            fileio.must_hash_to(path, digest, witness=witness, repair=EXTRACT_AGAIN)
+            self._vouched.add(f"{path.name} {digest}")
 
     def manifest(self) -> dict[str, Any]:
         """What is complete; DataError before the first complete run."""
@@ -370,7 +506,14 @@ class Store:
                 "a finished store.",
                 "run the same `arrowhead precompute` again: it goes on where it stopped.",
             )
-        return _read_sealed(self.path / "manifest.json")
+        file = self.path / "manifest.json"
+        facts = file.stat()
+        stamp = facts.st_ino, facts.st_size, facts.st_mtime_ns
+        if self._manifest is None or self._manifest[0] != stamp:
+            content = _read_sealed(file)
+            fileio.must_fit(content, MANIFEST, str(file), REPAIR)
+            self._manifest = stamp, content
+        return self._manifest[1]
 
     def intact(self) -> dict[str, str]:
         """sha256 by name of the manifest's shards that are on the disk; {} before the first one.
@@ -383,7 +526,7 @@ class Store:
         named = {shard["name"]: shard["sha256"] for shard in self.manifest()["shards"]}
         there = {name: digest for name, digest in named.items() if self.shard(name).is_file()}
         for name, digest in there.items():
-            must_be_intact(self.shard(name), digest)
+            self._vouch(self.shard(name), digest)
         return there
 
     def complete(
@@ -431,8 +574,9 @@ class Store:
 
     def verify(self) -> None:
         """Compare every file the manifest names with its hash; DataError for the first misfit."""
+        self._vouched.clear()
         for path, digest in self.hashes().items():
-            must_be_intact(path, digest)
+            self._vouch(path, digest)
 
     def hashes(self) -> dict[Path, str]:
         """sha256 of every file the manifest names."""
@@ -447,15 +591,26 @@ class Store:
 
     def read_catalog(self) -> dict[str, Any]:
         """The columns of the manifest's catalog: the fields of `plan.Catalog`."""
-        return read_catalog(self.path / self.manifest()["catalog"]["name"])
+        return read_catalog(self._catalog_of(self.manifest()))
+
+    def _catalog_of(self, manifest: Mapping[str, Any]) -> Path:
+        """The manifest's catalog, compared with its hash."""
+        named = manifest["catalog"]
+        path = self.path / str(named["name"])
+        self._vouch(path, named["sha256"])
+        return path
+
+    def _tables(self, manifest: Mapping[str, Any]) -> Iterator[Any]:
+        """The tables of the manifest's shards, in catalog order, memory-mapped."""
+        for one in manifest["shards"]:
+            self._vouch(self.shard(one["name"]), one["sha256"])
+            yield _shard_table(self.shard(one["name"]), self.recipe)
 
     def maps(self) -> list[NDArray[np.float16]]:
         """The features of every shard where they lie, memory-mapped: float16 (R, V, D) each, in
         catalog order, zero where faulty.
         """
-        names = [shard["name"] for shard in self.manifest()["shards"]]
-        tables = [_shard_table(self.shard(name), self.recipe) for name in names]
-        return [_feature_column(table, self.recipe) for table in tables]
+        return [_feature_column(table, self.recipe) for table in self._tables(self.manifest())]
 
     def features(self, split: str | None = None, *, mapped: bool = False) -> Features:
         """Features and labels of one split, or of every image; those with a fault are left out.
@@ -464,7 +619,7 @@ class Store:
         mapped: leave `feature` empty, (n, V, 0): `row` finds them in `maps`.
         """
         manifest = self.manifest()
-        table = read_arrow(self.path / manifest["catalog"]["name"])
+        table = _catalog_table(self._catalog_of(manifest))
         split_N = _split_column(table)
         asked = np.ones(len(split_N), bool) if split is None else split_N == split
         # As many rows as the split has: its faults are not counted before they are met.
@@ -472,9 +627,10 @@ class Store:
         feature = np.empty((most, views, 0 if mapped else self.recipe.width), np.float16)
         row, image_id = np.empty(most, np.int64), np.empty(most, np.uint64)
         done = first = 0
-        for shard in manifest["shards"]:
-            rows = _shard_table(self.shard(shard["name"]), self.recipe)
+        for rows in self._tables(manifest):
             well = np.asarray(rows["fault"].is_null())[::views]
+            if first + len(well) > len(asked):
+                break
             mine = np.flatnonzero(well & asked[first : first + len(well)])
             here = slice(done, done + len(mine))
             whole = _feature_column(rows, self.recipe)[:, :, : feature.shape[2]]
@@ -485,6 +641,12 @@ class Store:
             row[here] = first + mine
             image_id[here] = _id_column(rows)[::views][mine]
             done, first = here.stop, first + len(well)
+        if first != len(asked):
+            raise DataError(
+                f"{self.path} has a catalog of {len(asked)} files, and shards of other numbers.",
+                "one row of a shard for every file of the catalog.",
+                "run the same precompute again, or extract again into a new store.",
+            )
         row = row[:done]
         return Features(
             feature=feature[:done],
@@ -505,9 +667,31 @@ def _read_sealed(path: Path) -> dict[str, Any]:
         path,
         FORMAT,
         upgrade="extract again into a new store",
-        repair="restore the file from a copy, or delete it and run the same precompute again:"
-        " features that are there are not decoded again.",
+        repair=REPAIR,
     )
+
+
+def _examine(path: Path) -> None:
+    """DataError for a shard that no digest vouches for and whose content is not what was written.
+
+    In a process of its own, since Arrow can end one over a flipped bit. Shards of stopped
+    extractions of older versions are the only ones without a digest.
+    """
+    code = (
+        "import sys; from pathlib import Path; from arrowhead import shards\n"
+        "path = Path(sys.argv[1])\n"
+        "recipe = shards._recipe_note(shards.read_arrow(path))\n"
+        "shards.read_shard(path, shards.Recipe.from_dict(recipe, str(path)), check=True)\n"
+    )
+    ended = subprocess.run(  # noqa: S603 - ourselves
+        [sys.executable, "-P", "-c", code, path], capture_output=True, text=True, check=False
+    )
+    if ended.returncode:
+        raise DataError(
+            f"{path} has changed since it was written: reading it ends with {ended.returncode}.",
+            "the bytes that Arrowhead wrote.",
+            EXTRACT_AGAIN,
+        )
 
 
 def write_folds(path: Path, columns: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -555,7 +739,7 @@ def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
     """The columns that `write_catalog` wrote, as the fields of `plan.Catalog`; some rows of them,
     or all.
     """
-    table = read_arrow(path)
+    table = _catalog_table(path)
     if rows is not None:
         table = table.slice(rows.start, len(rows))
     return {
@@ -568,6 +752,31 @@ def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
         "tries": table["tries"].to_numpy(),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
     }
+
+
+def _catalog_table(path: Path) -> Any:
+    """The memory-mapped pyarrow table of a catalog; DataError if it is of another shape."""
+    import pyarrow as pa
+
+    table = read_arrow(path)
+    kinds = {
+        "path": pa.string(),
+        "size": pa.int64(),
+        "stamp": pa.int64(),
+        "labels": pa.list_(pa.string()),
+        "split": pa.dictionary(pa.int32(), pa.string()),
+        "tries": pa.uint8(),
+    }
+    notes = table.schema.metadata or {}
+    fits = dict(zip(table.column_names, table.schema.types, strict=True)) == kinds
+    fits &= not any(column.null_count for column in table.columns)
+    if not (fits and b"arrowhead.root" in notes and notes.get(b"arrowhead.ignored", b"").isdigit()):
+        raise DataError(
+            f"{path} is not a catalog as Arrowhead writes it: {table.schema.to_string()[:300]}",
+            f"the columns {', '.join(kinds)}, without gaps; root and ignored in the metadata.",
+            REPAIR,
+        )
+    return table
 
 
 def _split_column(table: Any) -> NDArray[np.str_]:
@@ -590,6 +799,12 @@ def _label_column(
     known = pa.array(classes, pa.string())
     number = pc.index_in(column.values, value_set=known).to_numpy(zero_copy_only=False)
     number, count = number[ends[0] : ends[-1]], np.diff(ends)
+    if np.isnan(number.astype(np.float64)).any():
+        raise DataError(
+            "The store's catalog has labels that are not among the classes of its manifest.",
+            f"the classes {', '.join(classes[:5])} and so on.",
+            "run the same precompute again, or extract again into a new store.",
+        )
     if (count == 1).all():
         only: NDArray[np.int64] = number[row].astype(np.int64)
         return only

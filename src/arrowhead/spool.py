@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from arrowhead import fileio
+
 COPIED = 64 << 20  # bytes: what is larger is not copied to the spool, its place is noted
 Write = dict[str, Any]
 
@@ -131,7 +133,7 @@ def write_whole(path: Path, content: Any) -> None:
 
 
 def _write_lines(path: Path, lines: Sequence[Any]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    draft = fileio.draft_path(path)
     with draft.open("wb") as sink:
         sink.write(b"\n".join(map(_json, lines)))
         sink.flush()

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from arrowhead import ConfigError, LostError, __version__, signals
+from arrowhead import ConfigError, DataError, LostError, __version__, fileio, signals
 from arrowhead.registry import (
     RegistryConfig,
     digest_of,
@@ -755,6 +755,8 @@ def _plain(write: Write, ids: Mapping[str, str]) -> Write:
 
 # -------------------------------------------------------------------------- taken up again
 
+UNFINISHED = ({"run_id": str}, {"run_id": None, "start": int})  # the second: while it is made
+
 
 def _taken_up(
     client: MlflowClient, place: Path, mark: Mapping[str, Any], say: Say
@@ -762,11 +764,12 @@ def _taken_up(
     """The unfinished run that a file names, if it is of this store, experiment and verb."""
     try:
         kept = json.loads(place.read_bytes())
+        fileio.must_fit(kept, UNFINISHED, str(place), "delete the file.")
         same = all(kept[name] == value for name, value in mark.items())
         run_id, began = kept["run_id"], kept.get("start")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, RecursionError, DataError):
         say(f"{place} is torn or not ours: a new MLflow run is started")
         return None
     if not same:

@@ -1,0 +1,100 @@
+"""Run by test_flips: reads files with one flipped bit each; a line per flip, before and after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from arrowhead import ConfigError, DataError, bundle, checkpoint, extract
+from arrowhead.shards import Store
+
+
+def of_store(path: Path) -> str:
+    """Everything that precompute, train and score take from a store."""
+    store = Store(path)
+    total = hashlib.sha256(repr(store.recipe).encode())
+    known = extract.Known.of(store)
+    if (path / "manifest.json").is_file():
+        features = store.features()
+        for array in (features.feature, features.label, features.row, features.image_id):
+            total.update(np.ascontiguousarray(array).tobytes())
+        total.update("".join(features.split).encode())
+        total.update(
+            repr(
+                {
+                    k: list(v) if k != "root" and k != "ignored" else v
+                    for k, v in store.read_catalog().items()
+                }
+            ).encode()
+        )
+        for one in store.maps():
+            total.update(np.ascontiguousarray(one).tobytes())
+        ids = [image_id for rows in store.rows() for image_id in rows.image_ids]
+    else:
+        total.update(repr(store.read_pending()["paths"]).encode())
+        ids = [image_id for name in store.on_disk() for image_id in store.read(name).image_ids]
+    for image_id in ids:
+        found = known.get(image_id)
+        total.update(b"" if found is None else found.tobytes())
+    extract.load_weights(store.recipe, store.weights)
+    return total.hexdigest()
+
+
+def of_bundle(path: Path) -> str:
+    """All of a bundle."""
+    made = bundle.load(path)
+    total = hashlib.sha256(repr((made.recipe, made.classes, made.head, made.temperature)).encode())
+    total.update(repr((made.metrics, made.lineage, made.multi, made.thresholds)).encode())
+    for state in (made.body_state, made.head_state):
+        for name in sorted(state):
+            total.update(name.encode() + state[name].numpy().tobytes())
+    for one in made.golden:
+        total.update(one.data + one.feature.tobytes() + one.probabilities.tobytes())
+    return total.hexdigest()
+
+
+def of_checkpoint(path: Path) -> str:
+    """The newest checkpoint, None when it is passed over."""
+    found = checkpoint.newest(path, "key", lambda words: None)
+    if found is None:
+        raise DataError("none is whole", "", "")
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in sorted(found.tensors.items())}
+    return hashlib.sha256(repr((found.number, found.facts, tensors)).encode()).hexdigest()
+
+
+READERS: dict[str, Callable[[Path], str]] = {
+    "store": of_store,
+    "bundle": of_bundle,
+    "checkpoint": of_checkpoint,
+}
+
+
+def main(kind: str, folder: Path) -> None:
+    """Read flips (file, bit) as JSON from standard input; say what comes of each."""
+    read = READERS[kind]
+    right = read(folder)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        name, bit = json.loads(line)
+        file = folder / name
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            said = "same" if read(folder) == right else "other"
+        except (DataError, ConfigError) as error:
+            said = type(error).__name__
+        except BaseException as error:
+            said = repr(error)
+        file.write_bytes(whole)
+        print(json.dumps(said), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
