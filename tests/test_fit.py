@@ -138,6 +138,39 @@ def test_lr_find_draws_writes_and_suggests(fitted, command):
     assert len((fitted / "store" / "lr_finder.csv").read_text().splitlines()) == 101
 
 
+def test_the_bundle_that_is_replaced_is_kept_and_compared(fitted, command):
+    first = command("train", "out/store", "twice/bundle", "--epochs", "3")
+    kept = Path("twice/bundle/bundle.json").read_bytes()
+    assert "replaces" not in command.said and not Path("twice/bundle.previous").exists()
+    second = command("train", "out/store", "twice/bundle", "--epochs", "1", "--rate", "1e-6")
+    was, now = (result["metrics"]["accuracy"] for result in (first, second))
+    assert f"accuracy {was:.4f} (this one {now:.4f})" in command.said
+    assert Path("twice/bundle.previous/bundle.json").read_bytes() == kept
+    command("bundle", "verify", "twice/bundle.previous")
+    assert "twice/bundle.previous" in second["files"]
+
+
+def test_what_a_training_wrote_is_in_its_bundle_and_is_named(fitted, command):
+    result = command("train", "out/store", "named/b", "--epochs", "2", "--folds", "2")
+    report = Path("named/b/report")
+    names = {"confusion.png", "folds.arrow", "lr_finder.csv", "lr_finder.png"}
+    assert {file.name for file in report.iterdir()} == names
+    assert set(result["files"]) == {"named/b", *(str(report / name) for name in names)}
+    assert [file.name for file in Path("named").iterdir()] == ["b"]
+    assert str(report) in command.said
+    shutil.rmtree(report)
+    command("bundle", "verify", "named/b")  # it stands without
+
+
+def test_a_folder_that_holds_something_else_is_not_taken_for_the_bundle_before(fitted, capsys):
+    Path("mine.previous").mkdir()
+    Path("mine.previous/notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "out/store", "mine", "--epochs", "1"])
+    assert ended.value.code == 2
+    assert "mine.previous holds files" in capsys.readouterr().err
+
+
 def test_both_heads_train_on_the_same_store(fitted, command):
     result = command("train", "out/store", "lesson", "--head", "lesson", "--epochs", "2")
     assert len(result["epochs"]) == 2

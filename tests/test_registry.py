@@ -367,8 +367,10 @@ def test_a_name_that_no_registry_takes_is_refused_before_any_work(flags, named, 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """The bundle's own files; what lies in its report is for people and stays behind."""
     files = (file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    named = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    return {name: content for name, content in named.items() if not name.startswith("report/")}
 
 
 def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client, tmp_path):

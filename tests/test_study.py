@@ -88,7 +88,7 @@ def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, co
     best = result["grid"]["settings"][0]
     assert best["knobs"]["rate"] == result["rate"] == 0.01
     assert best["mean"] >= result["grid"]["settings"][-1]["mean"]
-    with Path("best-grid.csv").open() as file:
+    with Path("best/report/grid.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["rate"] for row in table[:2]] == ["0.01", "0.01"]
     assert table[0]["seeds"] == "0 1"
@@ -173,8 +173,8 @@ def test_the_learning_curve_is_drawn_and_recorded(store, place, command):
     points = result["learning_curve"]["points"]
     assert points[-1]["share"] == 1.0
     assert [point["images"] for point in points] == sorted({point["images"] for point in points})
-    assert Path("curved-learning-curve.png").read_bytes().startswith(b"\x89PNG")
-    assert len(Path("curved-learning-curve.csv").read_text().splitlines()) == 1 + len(points)
+    assert Path("curved/report/learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len(Path("curved/report/learning_curve.csv").read_text().splitlines()) == 1 + len(points)
 
 
 def test_a_store_larger_than_memory_is_left_in_the_map_and_gives_the_same_numbers(

@@ -11,12 +11,13 @@ Stages know none of this; `pipeline` gives it to them as plain functions.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import localtime, monotonic, strftime
 from typing import Any, Protocol
 
 import numpy as np
@@ -422,25 +423,30 @@ def say_threshold(known: Novelty, screen: Screen) -> None:
         screen.say(f"novelty: {few} validation images are too few for a threshold")
 
 
-def show_evaluation(figures: dict[str, Any], classes: list[str], out: Path, means: Means) -> None:
+def show_evaluation(
+    figures: dict[str, Any], classes: list[str], folder: Path, means: Means
+) -> None:
     """A head's figures on one line for validation and one for test, if there is one; its confusion
-    matrices and its bundle are kept with the run.
+    matrices go into `folder`, and to the run.
     """
     test = {k.removeprefix("test_"): v for k, v in figures.items() if k.startswith("test_")}
     means.screen.say(evaluation(figures))
     if test:
         means.screen.say(f"{evaluation(test, 'test')} · nothing was chosen on these images")
-    if not means.run:
-        return
-    means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
-    for name, found in (("confusion", figures), ("test-confusion", test)):
+    if means.run:
+        means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
+    for name, found in (("confusion", figures), ("test_confusion", test)):
         if "confusion" in found:
             title = "Test images" if found is test else "Validation images"
             figure = report.confusion_figure(np.array(found["confusion"]), classes, title)
-            means.run.keep(
-                report.save(figure, out.with_name(f"{out.name}-{name}.png")), "evaluation"
-            )
-    if means.run.model(out) is None:  # the model holds the bundle
+            picture = report.save(figure, folder / f"{name}.png")
+            if means.run:
+                means.run.keep(picture, "evaluation")
+
+
+def keep_bundle(out: Path, means: Means) -> None:
+    """A saved bundle, kept with the run as a model; where none can be made, its files."""
+    if means.run and means.run.model(out) is None:
         means.run.keep(out, "bundle")
 
 
@@ -494,6 +500,44 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means
             means.run.keep(path, "evaluation")
 
 
+def previous(out: Path, means: Means) -> Path | None:
+    """Where the bundle that is replaced is kept; None for one that this very run had saved before
+    it was stopped.
+    """
+    run = means.run.run_id if means.run else None
+    there = _about(out)
+    if there and run and there.get("lineage", {}).get("run_id") == run:
+        return None
+    return out.with_name(f"{out.name}.previous")
+
+
+def say_replaced(out: Path, new: Path, means: Means) -> None:
+    """Say which bundle at `out` the one in the folder `new` takes the place of, and how their
+    figures compare; nothing if none is there.
+    """
+    kept, old, this = previous(out, means), _about(out), _about(new)
+    if kept is None or old is None or this is None:
+        return
+    date = strftime("%Y-%m-%d %H:%M", localtime((out / "bundle.json").stat().st_mtime))
+    name = "f2_samples" if "f2_samples" in this["metrics"] else "accuracy"
+    was, now = old.get("metrics", {}).get(name), this["metrics"].get(name)
+    same = old.get("lineage", {}).get("data") == this["lineage"]["data"]
+    if same and isinstance(was, int | float) and isinstance(now, int | float):
+        figures = f"{name.partition('_')[0]} {was:.4f} (this one {now:.4f})"
+    else:
+        figures = "of other images, so that their figures cannot be compared"
+    means.screen.say(f"replaces the bundle of {date}: {figures}; the one before is kept in {kept}")
+
+
+def _about(bundle: Path) -> dict[str, Any] | None:
+    """What bundle.json says, unchecked; None if it is not there or cannot be read."""
+    try:
+        content = json.loads((bundle / "bundle.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
     """A head's figures on one line, as `metrics.evaluate` gives them. kind: of the images."""
     loss = "loss not finite" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
@@ -520,7 +564,9 @@ def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
 # -------------------------------------------------------------------------------------- many heads
 
 
-def show_grid(store: Store, asked: Study, made: Learned, out: Path, means: Means) -> dict[str, Any]:
+def show_grid(
+    store: Store, asked: Study, made: Learned, folder: Path, means: Means
+) -> dict[str, Any]:
     """The ranked heads of a grid: on the screen, as a table, each as a child run."""
     knobs, heads, ranked = asked.knobs, made.heads, made.ranking
     assert ranked is not None
@@ -534,7 +580,7 @@ def show_grid(store: Store, asked: Study, made: Learned, out: Path, means: Means
             f"  {sweep.words(setting['knobs'])}{_chance(setting)}"
         )
     means.screen.say(ranked["words"])
-    table = report.grid_csv(ranked, out.with_name(f"{out.name}-grid.csv"))
+    table = report.grid_csv(ranked, folder / "grid.csv")
     if means.run:
         means.run.keep(table, "grid")
         means.run.tags({"grid.verdict": ranked["words"]})
@@ -563,11 +609,12 @@ def _by_epoch(head: Trained) -> dict[str, list[tuple[int, float]]]:
     return made | {f"kept.{name}": [(head.epoch, kept[name])] for name in names}
 
 
-def show_folds(path: Path, config: TrainConfig, found: OutOfFold, means: Means) -> dict[str, Any]:
-    """Out-of-fold probabilities beside the store; mean and spread of the folds' figures."""
-    store = Store(path)
+def show_folds(
+    store: Store, config: TrainConfig, found: OutOfFold, folder: Path, means: Means
+) -> dict[str, Any]:
+    """Out-of-fold probabilities into `folder`; mean and spread of the folds' figures."""
     catalog = store.read_catalog()
-    target = path.with_name(f"{path.name}-folds.arrow")
+    target = folder / "folds.arrow"
     classes = store.manifest()["classes"]
     shards.write_folds(
         target,
@@ -598,7 +645,9 @@ def show_folds(path: Path, config: TrainConfig, found: OutOfFold, means: Means) 
             "classes with too few different images to hold out (images): "
             f"{names}. They are trained on in every fold and get no probability."
         )
-    means.screen.say(f"a probability for every image, from a head that has not seen it: {target}")
+    means.screen.say(
+        f"{target.name}: a probability for every image, from a head that has not seen it"
+    )
     if means.run:
         means.run.record(
             {f"folds.{k}.{kind}": v for k, pair in table.items() for kind, v in pair.items()}
@@ -609,7 +658,7 @@ def show_folds(path: Path, config: TrainConfig, found: OutOfFold, means: Means) 
         "folds": found.last,
         "epochs": found.epochs,
         "not_held_out": found.not_held_out,
-        "file": str(target),
+        "file": target.name,
     }
 
 
@@ -621,14 +670,14 @@ def _chances(logit_NC: Any, multi: bool) -> Any:
     return (logit.sigmoid() if multi else logit.softmax(1)).numpy()
 
 
-def show_shares(curve: dict[str, Any], out: Path, means: Means) -> None:
+def show_shares(curve: dict[str, Any], folder: Path, means: Means) -> None:
     """The learning curve: on the screen, as figure and table."""
     for point in curve["points"]:
         spread = "" if point["spread"] is None else f" ± {point['spread']:.4f}"
         share = f"{100 * point['share']:.0f} %"
         means.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{spread}")
     means.screen.say(curve["words"])
-    stem = out.with_name(f"{out.name}-learning-curve")
+    stem = folder / "learning_curve"
     picture = report.save(report.learning_figure(curve), stem.with_suffix(".png"))
     table = report.learning_csv(curve, stem.with_suffix(".csv"))
     if means.run:

@@ -115,7 +115,8 @@ def fit(
 
     out = check_folder(out, "results")
     check_folder(out / "store", "store")
-    check_folder(out / "bundle", "bundle")
+    for folder in _bundles(out / "bundle"):
+        check_folder(folder, "bundle")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(out / "bundle", data, images, asked)
@@ -229,7 +230,8 @@ def train(
     from arrowhead import account, pipeline
 
     Store(store := store.expanduser())
-    bundle = check_folder(bundle, "bundle")
+    bundle, before = _bundles(check_folder(bundle, "bundle"))
+    check_folder(before, "bundle")
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(bundle, store.absolute(), asked)
     with run_context("train", launch, tracking, output, place, registry) as means:

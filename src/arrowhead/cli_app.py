@@ -194,10 +194,11 @@ def say_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
     for path in there:
         found.append(str(path))
         screen.say(f"  {path}")
-        inside = sorted((path / "report").iterdir()) if (path / "report").is_dir() else []
+        beside = path / "report"
+        inside = sorted(beside.iterdir()) if beside.is_dir() and path.suffix != ".previous" else []
         found += map(str, inside)
         if inside:
-            screen.say(f"  {path / 'report'}: {', '.join(one.name for one in inside)}")
+            screen.say(f"  {beside}: {', '.join(one.name for one in inside)}")
     return found
 
 

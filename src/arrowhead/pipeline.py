@@ -323,7 +323,24 @@ def save(
     means: Means = Means(),
     lineage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a head on the validation split and save it as a bundle; its metrics.
+    """Evaluate a head and save it as a bundle to `out`, as `write_bundle` does; its metrics."""
+    with bundle.saving(out, account.previous(out, means)) as folder:
+        figures = write_bundle(store, config, trained, folder, means, lineage)
+        account.say_replaced(out, folder, means)
+    account.keep_bundle(out, means)
+    return figures
+
+
+def write_bundle(
+    store: Store,
+    config: TrainConfig,
+    trained: Trained,
+    folder: Path,
+    means: Means = Means(),
+    lineage: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a head on the validation split and write its bundle into a folder of
+    `bundle.saving`, with its confusion matrices; its metrics.
 
     Temperature and thresholds are fitted to the validation images; what they are worth is judged on
     parts of them that were left out (see `calibration.calibrate`). The split test, if there is one,
@@ -365,7 +382,7 @@ def save(
         "training": dataclasses.asdict(config),
         "epoch": trained.epoch,
     }
-    bundle.save(
+    bundle.write(
         dataclasses.replace(
             made,
             temperature=heat,
@@ -375,11 +392,11 @@ def save(
             novelty=known,
             golden=_golden(store, valid, chances, cuts, means.screen),
         ),
-        out,
+        folder,
     )
     if config.best != "last":
         means.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
-    account.show_evaluation(figures, classes, out, means)
+    account.show_evaluation(figures, classes, folder / bundle.REPORT, means)
     return figures
 
 
@@ -494,24 +511,28 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         catalog = Catalog(**store.read_catalog())
         means.run.dataset(account.name_of(catalog), catalog.digest(), catalog.root, "training")
         means.run.tags({"dataset": account.name_of(catalog)})
-    out.parent.mkdir(parents=True, exist_ok=True)
     # The heads of a grid are children themselves.
     with nullcontext(means) if asked.sweep.grid else account.child(means, "train") as part:
         made = learn(path, asked, part, training_of(out))
-    if made.curve:
-        with account.child(means, "lr-find") as part:
-            account.show_curve(made.curve, out.parent, part)
     best, chosen = made.winner, made.config
     assert chosen is not None
     result: dict[str, Any] = {"epochs": best.epochs}
-    if asked.sweep.grid:
-        result["grid"] = account.show_grid(store, asked, made, out, means)
-    if made.folds:
-        result["folds"] = account.show_folds(path, chosen, made.folds, means)
-    if made.shares:
-        account.show_shares(made.shares, out, means)
-        result["learning_curve"] = made.shares
-    figures = save(store, chosen, best, out, means, {"rate": chosen.rate})
+    with bundle.saving(out, account.previous(out, means)) as folder:
+        beside = folder / bundle.REPORT
+        if made.curve:
+            with account.child(means, "lr-find") as part:
+                account.show_curve(made.curve, beside, part)
+        if asked.sweep.grid:
+            result["grid"] = account.show_grid(store, asked, made, beside, means)
+        if made.folds:
+            found = account.show_folds(store, chosen, made.folds, beside, means)
+            result["folds"] = found | {"file": str(out / bundle.REPORT / found["file"])}
+        if made.shares:
+            account.show_shares(made.shares, beside, means)
+            result["learning_curve"] = made.shares
+        figures = write_bundle(store, chosen, best, folder, means, {"rate": chosen.rate})
+        account.say_replaced(out, folder, means)
+    account.keep_bundle(out, means)
     registered = means.run.register(out) if means.run else None
     return result | {
         "rate": chosen.rate,

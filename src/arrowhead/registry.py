@@ -279,8 +279,8 @@ def save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
         metadata={"classes": content["classes"], "recipe": content["recipe_fingerprint"]},
         mlflow_model=about,
     )
-    for compiled in target.rglob("__pycache__"):
-        shutil.rmtree(compiled, ignore_errors=True)
+    for unneeded in [*target.rglob("__pycache__"), *target.glob("artifacts/*/report")]:
+        shutil.rmtree(unneeded, ignore_errors=True)
 
 
 def _requirements() -> list[str]:
