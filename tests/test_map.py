@@ -9,7 +9,7 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
 FLOORS = [
-    {"fileio", "targets", "formats", "signals", "object_store", "exclusions"},
+    {"fileio", "targets", "formats", "ray_private", "signals", "object_store", "exclusions"},
     {
         "files",
         "decode",
@@ -60,7 +60,7 @@ DOORS = {
         "registry",
         "served",
     },  # served: MLflow runs it itself
-    "ray": {"cluster", "launch", "jobs"},
+    "ray": {"cluster", "launch", "jobs", "ray_private"},
     "matplotlib": {"report"},
     "fsspec": {"object_store"},
     "onnx": {"export"},

@@ -4,7 +4,7 @@
     size, room     how many workers it can hold: now, and when it is full-grown
     going, deaf    machines that are announced to go, or that take no connection
 
-Much of this Ray has no public way to ask for; what is private of it is used here and nowhere else.
+Much of this Ray has no public way to ask for: what is private of it is in `ray_private`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, ray_private
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +85,7 @@ def connect(config: LaunchConfig) -> None:
 
     if ray.is_initialized():
         return
+    must_fit()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         _must_answer(address)
@@ -96,7 +97,7 @@ def connect(config: LaunchConfig) -> None:
     try:
         ray.init(
             address=address or "local",
-            job_config=_nothing_from_our_folder(),
+            job_config=ray_private.nothing_from_our_folder(),
             log_to_driver=False,  # workers report through the desk; Ray's own lines drown it
             logging_level="warning",
             **({} if address else own | {"include_dashboard": False}),
@@ -110,22 +111,17 @@ def connect(config: LaunchConfig) -> None:
     atexit.register(ray.shutdown)
 
 
-class _Closed(list[str]):
-    """Takes nothing up."""
+def must_fit() -> None:
+    """Refuse a Ray that lacks what we use of its private names."""
+    import ray
 
-    def extend(self, items: Iterable[str]) -> None:
-        """Leave them."""
-
-
-def _nothing_from_our_folder() -> Any:
-    """Settings of a driver whose workers import nothing from the folder that it stands in: it is a
-    folder of data, and its `numpy.py` would be run. Ray has no public way to say so.
-    """
-    import ray.job_config
-
-    config = ray.job_config.JobConfig()
-    config._py_driver_sys_path = _Closed()  # Ray adds our folder to this
-    return config
+    if lacking := ray_private.missing():
+        raise ConfigError(
+            f"Ray {ray.__version__} has no {lacking[0]} that Arrowhead can use"
+            f"{f' (and {len(lacking) - 1} more)' if lacking[1:] else ''}.",
+            "the version in requirements.lock, or another that pyproject.toml allows.",
+            "install that one, or run with --workers 0.",
+        )
 
 
 def _must_answer(address: str) -> None:
@@ -172,25 +168,19 @@ def token_file() -> Path:
 
 def address() -> str | None:
     """Address of the Ray cluster this machine belongs to, None without one."""
-    from ray._private import services
-
-    found = services.find_gcs_addresses()
-    return os.environ.get("RAY_ADDRESS") or (sorted(found)[0] if found else None)
+    found = ray_private.gcs_addresses()
+    return os.environ.get("RAY_ADDRESS") or (found[0] if found else None)
 
 
 def is_own() -> bool:
     """Whether the Ray that we are in was started by this process, and ends with it."""
-    import ray._private.worker as inside
-
-    node = getattr(inside, "_global_node", None)  # there is no public way to ask
+    node = ray_private.own_node()
     return bool(node and node.is_head())
 
 
 def is_dead() -> bool:
     """Whether a process of a Ray that we started (raylet, GCS) has died."""
-    import ray._private.worker as inside
-
-    node = getattr(inside, "_global_node", None)  # there is no public way to ask
+    node = ray_private.own_node()
     return bool(node and node.dead_processes())
 
 
@@ -238,12 +228,11 @@ def room(config: LaunchConfig, free: bool) -> int:
     are to stay.
     """
     import ray
-    import ray._private.state as inside
 
     kinds = _kinds(config)
     if not free:
         return _workers(kinds, ray.cluster_resources())
-    nodes, leaving = inside.available_resources_per_node(), going()
+    nodes, leaving = ray_private.free_resources(), going()
     return sum(_workers(kinds, its) for node, its in nodes.items() if node not in leaving)
 
 
@@ -304,9 +293,7 @@ def _most(config: LaunchConfig) -> int:
 
 def going() -> dict[str, int]:
     """Machines that are announced to go (node ids), and when: milliseconds since 1970, or 0."""
-    import ray._private.state as inside  # there is no public way to ask
-
-    return dict(inside.state.get_draining_nodes())
+    return ray_private.draining_nodes()
 
 
 def deaf() -> list[str]:
@@ -326,11 +313,8 @@ def deaf() -> list[str]:
 
 def recount() -> None:
     """Have Ray's elastic groups see what machines there are now: they look every 20 s only."""
-    import ray
-
-    with contextlib.suppress(Exception):  # there is no public way to ask
-        counts = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        ray.get(counts.get_reserved_resources.remote("arrowhead", recompute=True), timeout=5)
+    with contextlib.suppress(Exception):
+        ray_private.recount()
 
 
 def placement_groups() -> dict[str, str]:

@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError, LostError, cluster, fileio, signals
+from arrowhead import ConfigError, LostError, cluster, fileio, ray_private, signals
 from arrowhead.cluster import LaunchConfig
 
 Report = dict[str, Any]
@@ -583,7 +583,7 @@ def _fit(
     least = workers if isinstance(workers, int) else workers[0]
     on_gpu = torch.cuda.is_available() if least == 0 else cluster.gpus() >= least
     try:
-        trainer = _trainer()(
+        trainer = ray_private.lean_trainer(cluster.is_own())(
             train_function,
             train_loop_config={},
             scaling_config=ray.train.ScalingConfig(
@@ -610,26 +610,6 @@ def _fit(
         return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
-
-
-def _trainer() -> Any:
-    """Ray's trainer, less two processes that each group would wait seconds for: one hands out Ray
-    data sets, of which there are none; one frees the room of a driver that was killed, which in a
-    Ray of our own goes with it.
-    """
-    import ray.train.torch
-    from ray.train.v2._internal.callbacks import datasets, placement_group_callback
-
-    needless: list[type] = [datasets.DatasetsCallback]
-    if cluster.is_own():
-        needless.append(placement_group_callback.PlacementGroupCleanerCallback)
-
-    class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
-        def _create_default_callbacks(self) -> list[Any]:
-            usual = super()._create_default_callbacks()
-            return [one for one in usual if not isinstance(one, tuple(needless))]
-
-    return Trainer
 
 
 def _joined_by(backend: str) -> Any:
