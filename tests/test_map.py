@@ -25,6 +25,8 @@ FLOORS = [
         "demo",
         "screen",
     },
+    {"layouts", "named_files"},
+    {"tables"},
     {
         "plan",
         "scores_io",

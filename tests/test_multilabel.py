@@ -28,6 +28,7 @@ from arrowhead.launch import Desk, Worker
 from arrowhead.model import BodyConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.shards import Recipe, Rows, Store
+from arrowhead.tables import SourceConfig
 
 RECIPE = Recipe(
     body="resnet18",
@@ -197,6 +198,7 @@ def store(table: Path) -> Store:
     from arrowhead import pipeline
 
     images = features.FeatureConfig(
+        source=SourceConfig(multi_label=True),
         body=BodyConfig(body="resnet18", weights="random"),
         pixels=PixelConfig(size=64),
         extract=extract.ExtractConfig(chunk_size=16),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arrowhead import ConfigError, files, plan
+from arrowhead.tables import SourceConfig
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & {0, ord("/")})
 
@@ -55,6 +56,67 @@ def test_class_folders_alone_leave_the_split_to_be_drawn(tmp_path: Path) -> None
     catalog = plan.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
     assert catalog.labels == [("cat",), ("dog",)]
     assert catalog.splits == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "VALID", "TEST"),
+        ("train_set", "val_set", "test_set"),
+        ("training-images", "dev", "test images"),
+        ("train2017", "val2017", "test2017"),
+    ],
+)
+def test_splits_are_known_by_their_usual_names(
+    tmp_path: Path, train: str, valid: str, test: str
+) -> None:
+    names = [f"{part}/{label}/1.jpg" for part in (train, valid, test) for label in ("a", "b")]
+    catalog = plan.labelled(_put(tmp_path, *names, "other/c/1.jpg"))
+    splits = dict(zip((path.split("/")[0] for path in catalog.paths), catalog.splits, strict=True))
+    assert splits == {train: "train", valid: "valid", test: "test"}
+    assert (catalog.classes, catalog.ignored) == (["a", "b"], 1)
+    said = f"splits: {train}/ trains (2 files), {valid}/ validates (2 files), {test}/ tests"
+    assert catalog.notes[0].startswith(said)
+    assert "other/" in " ".join(catalog.notes)
+
+
+@pytest.mark.parametrize(
+    "test", [(), ("test_set/a/3", "test_set/b/3"), ("test_set/3", "test_set/4")]
+)
+def test_without_a_validation_folder_a_share_of_train_is_drawn_and_said(
+    tmp_path: Path, test: tuple[str, ...]
+) -> None:
+    catalog = plan.labelled(_put(tmp_path, "train_set/a/1", "train_set/b/2", *test))
+    sides = ["test"] * 2 if "test_set/a/3" in test else []
+    assert catalog.splits == [*sides, "", ""]
+    assert catalog.classes == ["a", "b"]
+    assert "a share of train_set/ is held out" in " ".join(catalog.notes)
+    assert catalog.ignored == (2 if "test_set/3" in test else 0)  # test images without labels
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("train/1.jpg", "plane/2.jpg", "bus/3.jpg"), ["bus", "plane", "train"]),
+        (("valid/1.jpg", "invalid/2.jpg"), ["invalid", "valid"]),
+        (("cat/1.jpg", "dog/1.jpg", "test/1.jpg"), ["cat", "dog", "test"]),
+    ],
+)
+def test_a_class_that_is_called_like_a_split_is_a_class_and_said(
+    tmp_path: Path, names: tuple[str, ...], classes: list[str]
+) -> None:
+    catalog = plan.labelled(_put(tmp_path, *names))
+    assert catalog.classes == classes
+    assert "is taken for a class" in catalog.notes[0]
+
+
+def test_the_folder_above_is_told_to_give_the_one_below(tmp_path: Path) -> None:
+    _put(tmp_path, "photos/cat/1.jpg", "photos/dog/2.jpg")
+    with pytest.raises(ConfigError) as refusal:
+        plan.labelled(tmp_path)
+    assert f"{tmp_path}/photos, which holds cat, dog" in refusal.value.do
 
 
 def test_hidden_system_and_unlabelled_files_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -122,13 +184,19 @@ def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_
     [
         ((), "no images"),
         (("cat/1.jpg",), "one class"),
-        (("train/cat/1.jpg", "train/dog/1.jpg"), "no valid/"),
+        (("a.jpg", "b.jpg", "c.jpg"), "3 images without a class folder"),
+        (("train/a.jpg", "valid/b.jpg"), "train/, valid/ and 2 images without a class folder"),
+        (("train/a.jpg", "val/cat/b.jpg"), "1 images without a class folder"),
+        (("train/cat/1", "train/dog/1", "val/1.jpg"), "val/ with 1 images and no class folder"),
+        (("train/cat/1", "train/dog/1", "new/1.jpg"), "a split or a class"),
+        (("cat/1.txt", "dog/notes.md"), "no images (2 other files)"),
         (("train/cat/1.jpg", "valid/cat/1.jpg", "valid/emu/1.jpg"), "emu"),
         (("train/cat/1.jpg", "train/emu/.no", "valid/cat/1.jpg", "valid/emu/1.jpg"), "emu"),
         (("train/cat/1.jpg", "train/dog/1.jpg", "valid/.no", "valid/cat/.no"), "valid"),
-        (("Train/cat/1.jpg", "Valid/cat/1.jpg"), "Train/, Valid/"),
+        (("Train/cat/1", "train/dog/1", "Valid/cat/1.jpg"), "Train/ and train/"),
+        (("train/cat/1", "train/dog/1", "val/cat/1", "valid/cat/1"), "val/ and valid/"),
         (("valid/cat/1.jpg", "test/cat/1.jpg"), "no train/"),
-        (("train/cat/1", "train/dog/1", "valid/cat/1", "Valid/cat/1"), "Valid/ beside train/"),
+        (("train/cat/1", "train/dog/1", "valid/cat/1", "Valid/cat/1"), "Valid/ and valid/"),
     ],
 )
 def test_folders_that_cannot_teach_are_refused_with_what_to_do(
@@ -144,7 +212,7 @@ def test_folders_that_cannot_teach_are_refused_with_what_to_do(
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_a_share_that_leaves_one_side_empty_is_refused(share: float) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan.SourceConfig(valid_share=share)
+        SourceConfig(valid_share=share)
     assert all((refusal.value.found, refusal.value.wanted, refusal.value.do))
 
 
@@ -237,15 +305,84 @@ def test_a_row_whose_file_has_changed_since_the_listing_is_a_fault(tmp_path: Pat
     assert catalog.read(1, 99) == (b"", "changed: it was written again after it was listed")
 
 
-def test_splits_are_drawn_from_content_so_copies_stay_together(tmp_path: Path) -> None:
-    names = [f"{label}/{n:04d}.jpg" for label in ("cat", "dog") for n in range(1000)]
-    catalog = plan.labelled(_put(tmp_path, *names))
-    draw = np.random.default_rng(0)
-    ids = [draw.bytes(16) for _ in range(1000)] * 2  # every dog is a copy of a cat
+def _flat(root: Path, **counts: int) -> plan.Catalog:
+    """A catalog of class folders with so many files each."""
+    return plan.labelled(_put(root, *(f"{c}/{n:05}.jpg" for c in counts for n in range(counts[c]))))
+
+
+def _ids(count: int, seed: int = 0) -> list[bytes]:
+    draw = np.random.default_rng(seed)
+    return [draw.bytes(16) for _ in range(count)]
+
+
+def test_of_each_class_a_fifth_validates_and_one_image_at_least_trains(tmp_path: Path) -> None:
+    counts = {"many": 250, "some": 48, "ten": 10, "three": 3, "two": 2, "single": 1}
+    catalog = _flat(tmp_path, **counts)
+    for seed in range(5):
+        drawn = plan.drawn(catalog, _ids(len(catalog), seed), 0.2)
+        pairs = list(zip(drawn.labels, drawn.splits, strict=True))
+        held = {name: pairs.count(((name,), "valid")) for name in counts}
+        assert held == {"many": 50, "some": 10, "ten": 2, "three": 1, "two": 1, "single": 0}
+        assert set(drawn.splits) == {"train", "valid"}
+
+
+def test_copies_of_an_image_stay_on_one_side_also_beside_given_splits(tmp_path: Path) -> None:
+    catalog = _flat(tmp_path, cat=100, dog=100)
+    ids = _ids(100) * 2  # every dog is a copy of a cat
     splits = plan.drawn(catalog, ids, 0.2).splits
-    assert splits[:1000] == splits[1000:]
-    assert 0.15 < splits.count("valid") / 2000 < 0.25
-    assert set(splits) == {"train", "valid"}
+    assert splits[:100] == splits[100:]
+    assert splits.count("valid") == 40
+    for part in ("valid", "train"):
+        given_splits = replace(catalog, splits=[part] * 100 + [""] * 100)
+        assert plan.drawn(given_splits, ids, 0.2).splits == [part] * 200
+    copies = plan.drawn(catalog, [*_ids(1) * 99, _ids(1, 1)[0], *_ids(100, 2)], 0.2).splits
+    assert copies[:99] == ["train"] * 99  # 99 of 100 would be no fifth
+    assert copies[99] == "valid"
+
+
+def test_a_few_images_more_move_few_others(tmp_path: Path) -> None:
+    catalog = _flat(tmp_path, cat=1000, dog=1000)
+    ids = _ids(2000)
+    before = plan.drawn(catalog, ids, 0.2).splits
+    _put(tmp_path, *(f"cat/new{n}.jpg" for n in range(10)))
+    after = plan.drawn(plan.labelled(tmp_path), [*ids[:1000], *_ids(10, 1), *ids[1000:]], 0.2)
+    kept = after.splits[:1000] + after.splits[1010:]
+    assert sum(a != b for a, b in zip(before, kept, strict=True)) <= 10
+
+
+def test_an_image_that_cannot_be_read_takes_no_place_in_a_split(tmp_path: Path) -> None:
+    catalog = _flat(tmp_path, cat=10, dog=3)
+    ids = [*_ids(10), _ids(1, 1)[0], bytes(16), bytes(16)]  # what nothing was read of is alike
+    faulty = [False] * 11 + [True] * 2
+    splits = plan.drawn(catalog, ids, 0.2, faulty).splits
+    assert splits[:10].count("valid") == 2
+    assert splits[10:] == ["train"] * 3
+
+
+@given(
+    st.lists(st.sets(st.sampled_from("abcdef"), min_size=1), min_size=2, max_size=60),
+    st.integers(0, 2**32 - 1),
+    st.floats(0.05, 0.6),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_label_is_taught_whatever_several_labels_images_have(
+    labels: list[set[str]], seed: int, share: float
+) -> None:
+    count = len(labels)
+    catalog = plan.Catalog(
+        root="/",
+        paths=[f"{n:03}" for n in range(count)],
+        sizes=np.ones(count, np.int64),
+        stamps=np.ones(count, np.int64),
+        labels=[tuple(sorted(names)) for names in labels],
+        splits=[""] * count,
+    )
+    ids = _ids(count, seed)
+    drawn = plan.drawn(catalog, ids, share)
+    parts = list(zip(drawn.labels, drawn.splits, strict=True))
+    taught = {name for names, split in parts if split == "train" for name in names}
+    assert taught == {name for names in labels for name in names}
+    assert plan.drawn(catalog, ids, share).splits == drawn.splits
 
 
 def test_a_larger_share_only_adds_to_the_validation_split_and_given_splits_stay(
@@ -256,10 +393,8 @@ def test_a_larger_share_only_adds_to_the_validation_split_and_given_splits_stay(
     zeros = [bytes(16)] * 3  # would fall into the validation split at any share
     assert plan.drawn(given_splits, zeros, 0.9).splits == given_splits.splits
     shutil.rmtree(tmp_path / "valid")
-    names = [f"{n:03d}.jpg" for n in range(200)]
-    catalog = plan.labelled(_put(tmp_path / "more", *(f"{c}/{n}" for c in "ab" for n in names)))
-    ids = [np.random.default_rng(n).bytes(16) for n in range(400)]
-    small, large = (plan.drawn(catalog, ids, share).splits for share in (0.1, 0.4))
+    catalog = _flat(tmp_path / "more", a=200, b=200)
+    small, large = (plan.drawn(catalog, _ids(400), share).splits for share in (0.1, 0.4))
     assert all(b == "valid" for a, b in zip(small, large, strict=True) if a == "valid")
     assert small.count("valid") < large.count("valid")
 

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arrowhead import ConfigError, files, plan
-from arrowhead.plan import SourceConfig
+from arrowhead.tables import SourceConfig
 
 NAMES = st.binary(min_size=1, max_size=20).filter(
     lambda name: not set(name) & {0, ord("/")} and name not in (b".", b"..")
@@ -74,25 +74,189 @@ def test_a_table_gives_paths_labels_and_splits(tmp_path: Path) -> None:
     assert not catalog.multi
 
 
-def test_several_labels_of_an_image_are_a_set_and_may_be_separated_otherwise(
-    tmp_path: Path,
+def test_labels_with_spaces_are_one_label_each(tmp_path: Path) -> None:
+    _put(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    table = "path,labels\n1.jpg,American Bobtail\n2.jpg,American Curl\n3.jpg,Saint Bernard\n"
+    catalog = plan.labelled(_table(tmp_path, table))
+    assert catalog.classes == ["American Bobtail", "American Curl", "Saint Bernard"]
+    assert not catalog.multi
+    assert catalog.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "labels"),
+    [
+        ("path,tags\n1,sea  sun sea\n2,fog\n", {}, [("sea", "sun"), ("fog",)]),
+        ("path,labels\n1,sea sun\n2,fog\n", {"multi_label": True}, [("sea", "sun"), ("fog",)]),
+        (
+            "path,label\n1,old sea| sun\n2,fog; mist\n",
+            {"multi_label": True},
+            [("old sea", "sun"), ("fog; mist",)],
+        ),
+        (
+            "path,label\n1,old sea; sun\n2,fog|mist\n",
+            {"label_separator": ";"},
+            [("old sea", "sun"), ("fog|mist",)],
+        ),
+        (
+            """path,label\n1,"['old sea', ""sun, low""]"\n2,[fog]\n3,[]\n""",
+            {},
+            [("old sea", "sun, low"), ("fog",), ()],
+        ),
+        ("path,tags\n1,sea sun\n2,fog\n", {"label_separator": ""}, [("sea sun",), ("fog",)]),
+    ],
+)
+def test_several_labels_of_an_image_are_asked_for_by_flag_by_tags_or_by_lists(
+    tmp_path: Path, content: str, config: dict[str, Any], labels: list[tuple[str, ...]]
+) -> None:
+    _put(tmp_path, "1", "2", "3")
+    catalog = plan.labelled(_table(tmp_path, content), SourceConfig(**config))
+    assert catalog.labels == labels
+    assert catalog.multi == any(len(names) > 1 for names in labels)
+    assert not catalog.multi or "labels for each image" in " ".join(catalog.notes)
+
+
+def test_a_column_that_looks_like_several_labels_is_said_and_kept_as_one(tmp_path: Path) -> None:
+    cells = ["haze primary", "clear primary", "clear", "haze", "haze water", "clear water"]
+    _put(tmp_path, *map(str, range(6)))
+    rows = "".join(f"{n},{cell}\n" for n, cell in enumerate(cells))
+    catalog = plan.labelled(_table(tmp_path, f"path,labels\n{rows}"))
+    assert catalog.classes == sorted(cells)
+    assert "--multi-label" in " ".join(catalog.notes)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [({"multi_label": True}, "one in every cell"), ({"label_separator": "|"}, "one in every cell")],
+)
+def test_several_labels_that_no_cell_has_are_refused(
+    tmp_path: Path, config: dict[str, Any], word: str
+) -> None:
+    _put(tmp_path, "1", "2")
+    table = _table(tmp_path, "path,labels\n1,cat\n2,dog\n")
+    with pytest.raises(ConfigError, match=word):
+        plan.labelled(table, SourceConfig(**config))
+    with pytest.raises(ConfigError, match="empty --label-separator"):
+        SourceConfig(multi_label=True, label_separator="")
+
+
+@pytest.mark.parametrize(
+    ("header", "config"),
+    [
+        ("path,label", {}),
+        ("image,class", {}),
+        ("Filename,Breed", {}),
+        ("id,species", {}),
+        ("ID,filepaths,Labels", {}),  # an id beside a path is an id
+        ("file_name,what it is", {}),  # the only column that is left
+        ("photo of,category", {}),  # its cells are names of images
+        ("one,two", {"path_column": "one", "label_column": "Two"}),
+        ("image,path,class,label", {"path_column": "image", "label_column": "class"}),
+    ],
+)
+def test_columns_are_guessed_where_that_is_clear_and_said(
+    tmp_path: Path, header: str, config: dict[str, Any]
 ) -> None:
     _put(tmp_path, "1.jpg", "2.jpg")
-    catalog = plan.labelled(
-        _table(tmp_path, "path,labels\n1.jpg,haze  primary haze\n2.jpg,water\n")
+    cells = {2: ["{0}.jpg,{1}"], 3: ["7,{0}.jpg,{1}"], 4: ["{0}.jpg,x,{1},y"]}[
+        header.count(",") + 1
+    ]
+    rows = "".join(cells[0].format(n, label) + "\n" for n, label in ((1, "a cat"), (2, "dog")))
+    catalog = plan.labelled(_table(tmp_path, f"{header}\n{rows}"), SourceConfig(**config))
+    assert _rows(catalog) == [("1.jpg", ("a cat",), ""), ("2.jpg", ("dog",), "")]
+    guessed = header != "path,label" and not config
+    assert any("guessed: column" in note for note in catalog.notes) == guessed
+
+
+def test_ids_are_completed_and_found_in_folders_below(tmp_path: Path) -> None:
+    _put(tmp_path, "pics/train/cats/cat.1.jpg", "pics/valid/dogs/dog.2.jpg", "pics/dog.3.jpg")
+    table = _table(tmp_path, "id,breed\ncat.1,American Curl\ndog.2,Saint Bernard\ndog.3,Pug\n")
+    pics = str(tmp_path / "pics")
+    catalog = plan.labelled(table, SourceConfig(images=pics, suffix=".jpg"))
+    assert catalog.paths == ["dog.3.jpg", "train/cats/cat.1.jpg", "valid/dogs/dog.2.jpg"]
+    assert catalog.sizes.min() > 0
+    assert "2 of 3 images were found by name" in " ".join(catalog.notes)
+    with pytest.raises(ConfigError) as refusal:
+        plan.labelled(table, SourceConfig(images=pics))
+    assert "--suffix .jpg" in refusal.value.do
+    _put(tmp_path, "pics/other/cat.1.jpg")
+    with pytest.raises(ConfigError, match=r"line 2: cat.1.jpg is in several folders"):
+        plan.labelled(table, SourceConfig(images=pics, suffix=".jpg"))
+
+
+@pytest.mark.parametrize(
+    ("header", "words", "splits"),
+    [
+        ("split", ("train", "val", "test"), ("train", "valid", "test")),
+        ("Split", ("Training", "VALIDATION", " Testing "), ("train", "valid", "test")),
+        ("data set", ("train", "valid", "test"), ("train", "valid", "test")),
+        ("is_valid", ("False", "True", ""), ("train", "valid", "")),
+        ("is_valid", ("0", "1", "0"), ("train", "valid", "train")),
+        ("is_test", ("no", "no", "yes"), ("", "", "test")),
+        ("is_train", ("1", "0", "1"), ("train", "valid", "train")),
+        ("split", ("0", "1", "0"), ("train", "valid", "train")),
+        ("is_valid,is_test", ("0,0", "1,0", "0,1"), ("train", "valid", "test")),
+        ("set", ("train", "blue", ""), ("", "", "")),  # some other set
+    ],
+)
+def test_splits_are_words_or_yes_and_no(
+    tmp_path: Path, header: str, words: tuple[str, ...], splits: tuple[str, ...]
+) -> None:
+    _put(tmp_path, *(f"{n}.jpg" for n in range(9)))
+    rows = "".join(
+        f"{3 * at + n}.jpg,{'abc'[n]},{word}\n" for at, word in enumerate(words) for n in range(3)
     )
-    assert catalog.labels == [("haze", "primary"), ("water",)]
-    assert catalog.multi
-    assert catalog.splits == ["", ""]
-    table = _table(tmp_path, "path,label\n1.jpg,golden retriever; dog\n2.jpg,tabby cat\n")
-    assert plan.labelled(table, SourceConfig(label_separator=";")).labels == [
-        ("dog", "golden retriever"),
-        ("tabby cat",),
-    ]
-    assert plan.labelled(table, SourceConfig(label_separator="")).labels == [
-        ("golden retriever; dog",),
-        ("tabby cat",),
-    ]
+    catalog = plan.labelled(_table(tmp_path, f"path,label,{header}\n{rows}"))
+    assert catalog.splits == [split for split in splits for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", "sep=;\r\npath;label\r\ndö/1.jpg;Möps\r\ndö/2.jpg;cat, fat\r\n;\r\n".encode()),
+        ("t.csv", "path;label\ndö/1.jpg;Möps\ndö/2.jpg;cat, fat\n".encode("utf-8-sig")),
+        ("t.csv", 'path,label\ndö/1.jpg,Möps\ndö/2.jpg,"cat, fat"\n'.encode("cp1252")),
+        ("t.txt.csv", "path\tlabel\ndö/1.jpg\tMöps\ndö/2.jpg\tcat, fat\n".encode("utf-16")),
+        ("t.tsv", "path\tlabel\ndö/1.jpg\tMöps\ndö/2.jpg\tcat, fat\n".encode("utf-16-be")),
+        ("t.csv", 'path,label\ndö\\1.jpg,Möps\n.\\dö\\2.jpg,"cat, fat"\n'.encode()),
+        ("t.csv", "path|label\ndö/1.jpg|Möps\ndö/2.jpg|cat, fat\n".encode()),
+    ],
+)
+def test_tables_are_read_as_people_save_them(tmp_path: Path, name: str, content: bytes) -> None:
+    _put(tmp_path, "dö/1.jpg", "dö/2.jpg")
+    catalog = plan.labelled(_table(tmp_path, content, name))
+    assert _rows(catalog) == [("dö/1.jpg", ("Möps",), ""), ("dö/2.jpg", ("cat, fat",), "")]
+    assert catalog.sizes.min() > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04 a workbook", ["no text", "workbook"]),
+        (b"\xff\xfep\0a\0t\0h\0,\0l\0\0", ["UTF-16", "torn"]),
+        (b"1.jpg,cat\n2.jpg,dog\n", ["first line", "1.jpg", "no header"]),
+        (b"path,label\nC:\\me\\1.jpg,cat\nC:\\me\\2.jpg,dog\n", ["a path of a Windows machine"]),
+        (b"image,file,label\n1,1.jpg,cat\n", ["image and file", "both be meant"]),
+        (b"path,is_valid\n1.jpg,0\n", ["path, is_valid", "holds the labels"]),
+        (b"path,label,is_val,is_valid\n1.jpg,cat,0,1\n", ["is_val and is_valid", "both be meant"]),
+    ],
+)
+def test_tables_that_cannot_be_read_are_refused_for_the_true_cause(
+    tmp_path: Path, content: bytes, words: list[str]
+) -> None:
+    _put(tmp_path, "1.jpg", "2.jpg")
+    with pytest.raises(ConfigError) as refusal:
+        plan.labelled(_table(tmp_path, content))
+    for word in words:
+        assert word in refusal.value.found
+
+
+def test_a_list_may_be_of_windows_too(tmp_path: Path) -> None:
+    _put(tmp_path, "d/1.jpg", "d/2.jpg")
+    table = _table(tmp_path, "d\\2.jpg\r\nd\\1.jpg\r\n".encode("utf-16"), "t.txt")
+    catalog = plan.unlabelled(table)
+    assert catalog.paths == ["d/2.jpg", "d/1.jpg"]
+    assert catalog.sizes.min() > 0
 
 
 @pytest.mark.parametrize(
@@ -180,19 +344,20 @@ def test_a_table_may_name_hidden_files_and_odd_ones(tmp_path: Path) -> None:
     [
         ("", ["(none)"]),
         ("path,labels\n", ["no images"]),
-        ("file,class\n1.jpg,cat\n", ["file, class"]),
-        ("path,labels,label\n1.jpg,cat,cat\n", ["path, labels, label"]),
+        ("what,why,who\n1,cat,me\n", ["what, why, who", "names the images"]),
+        ("path,why,who\n1.jpg,cat,me\n", ["path, why, who", "holds the labels"]),
+        ("path,labels,label\n1.jpg,cat,cat\n", ["path, labels, label", "both be meant"]),
         ("path,labels\n1.jpg,cat\n2.jpg,dog\n./1.jpg,dog\n", ["twice", "lines 2 and 4", "1.jpg"]),
         ('path,labels\n"1\n.jpg",cat\n2.jpg,dog\n2.jpg,dog\n', ["lines 4 and 5"]),
         ("path,labels\n1.jpg,cat\n,dog\n", ["line 3", "no path"]),
         ("path,labels\n1.jpg,cat\n2.jpg, \n", ["line 3", "no label"]),
         ("path,labels\n1.jpg,cat\n2.jpg\n", ["line 3", "1 cells"]),
         ("path,labels\n1.jpg,cat\n2,3.jpg,dog\n", ["line 3", "3 cells"]),
-        ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,val\n", ["line 3", "'val'"]),
+        ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,fold 2\n", ["line 3", "'fold 2'"]),
+        ("path,labels,split\n1.jpg,cat,0\n2.jpg,dog,2\n", ["line 2", "'0'"]),
         ('path,labels\n1.jpg,cat\n"2.jpg,dog\n3.jpg,dog\n', ["line 3", "no CSV", "end of data"]),
         ("path,labels\n1.jpg,cat\n2.jpg,cat\n", ["one class", "'cat'"]),
         ("path,labels\n1.jpg,cat\n2.jpg,Cat\n3.jpg,Cat\n", ["'cat' (line 2)", "'Cat' (line 3)"]),
-        ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,train\n", ["no image", "valid"]),
         ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,valid\n", ["dog", "train"]),
         ("path,labels\n8.jpg,cat\n9.jpg,dog\n", ["none of the 2 files", "8.jpg"]),
         ("path,labels\n1.jpg,cat\ns3://b/2.jpg,dog\n", ["several places", "line 3", "line 2"]),

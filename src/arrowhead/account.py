@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -165,6 +165,47 @@ def labels(means: Means, verb: str) -> dict[str, str]:
     return {"run": means.top.run_id if means.top else "none", "verb": verb}
 
 
+def say_source(catalog: Catalog, screen: Screen) -> None:
+    """How a source was read, and what is to be learned from it."""
+    for note in catalog.notes:
+        screen.say(note)
+    if catalog.classes:
+        screen.say(_task(catalog))
+
+
+def _task(catalog: Catalog) -> str:
+    """What is learned: how many labels each, the number of classes and the first names."""
+    classes = catalog.classes
+    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+    kind = "several labels for each image" if catalog.multi else "one label for each image"
+    return f"task: {kind}, {len(classes)} classes: {', '.join(classes[:6])}{more}"
+
+
+def say_split(listed: Catalog, drawn: Catalog, screen: Screen) -> None:
+    """How many images train and validate where that was drawn; which classes cannot be validated.
+
+    listed: the catalog with "" where a split was to be drawn; drawn: the same with all splits.
+    """
+    parts = Counter(drawn.splits)
+    if "" in listed.splits:
+        screen.say(
+            f"split by content, class by class: {parts['train']} images train,"
+            f" {parts['valid']} validate"
+        )
+    validated = {
+        name
+        for names, split in zip(drawn.labels, drawn.splits, strict=True)
+        if split == "valid"
+        for name in names
+    }
+    if missing := sorted(set(drawn.classes) - validated):
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        screen.say(
+            f"no image validates {', '.join(missing[:10])}{more}: too few different images of"
+            f" {'these classes' if len(missing) > 1 else 'this class'}, which train all the same"
+        )
+
+
 def say_classes(store: Store, catalog: Catalog, screen: Screen) -> None:
     """Say what is no class though it looks like one, and how the classes changed since last."""
     for folder in catalog.empty:
@@ -184,10 +225,11 @@ def say_classes(store: Store, catalog: Catalog, screen: Screen) -> None:
 def say_account(path: Path, screen: Screen) -> None:
     """What a finished store holds, on one line."""
     store = Store(path)
-    manifest, ignored = store.manifest(), store.read_catalog()["ignored"]
+    manifest, catalog = store.manifest(), Catalog(**store.read_catalog())
     files = sum(one["files"] for one in manifest["shards"])
     faults = sum(one["faults"] for one in manifest["shards"])
-    screen.say(_account(files - faults, faults, ignored))
+    screen.say(_account(files - faults, faults, catalog.ignored))
+    screen.say(_task(catalog))
 
 
 def _account(features: int, faults: int, ignored: int) -> str:

@@ -73,13 +73,14 @@ from arrowhead.extract import ExtractConfig
 from arrowhead.features import FeatureConfig, as_in_store
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import BodyConfig
-from arrowhead.plan import Catalog, SourceConfig
+from arrowhead.plan import Catalog
 from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen, take_any_text
 from arrowhead.shards import Store
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
+from arrowhead.tables import SourceConfig
 from arrowhead.targets import check_file, check_folder
 from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig

@@ -31,11 +31,11 @@ from arrowhead.extract import ExtractConfig
 from arrowhead.jobs import ClusterConfig
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import BodyConfig
-from arrowhead.plan import SourceConfig
 from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
 from arrowhead.sweep import SweepConfig
+from arrowhead.tables import SourceConfig
 from arrowhead.tracking_client import TrackingConfig, secrets_of, without_secret
 from arrowhead.train import TrainConfig
 

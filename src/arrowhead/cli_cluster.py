@@ -34,9 +34,9 @@ from arrowhead.evaluate import EvaluateConfig
 from arrowhead.jobs import ClusterConfig
 from arrowhead.model import FILES as WEIGHT_FILES
 from arrowhead.model import BodyConfig
-from arrowhead.plan import SourceConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
+from arrowhead.tables import SourceConfig
 from arrowhead.tracking_client import TrackingConfig, secrets_of
 
 # --------------------------------------------------------------------------- a cluster

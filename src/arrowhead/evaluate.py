@@ -21,13 +21,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, fileio, metrics, plan, scores_io, spreadsheet
+from arrowhead import ConfigError, fileio, layouts, metrics, plan, scores_io, spreadsheet, tables
 from arrowhead.bundle import Bundle
-from arrowhead.plan import Catalog, SourceConfig
+from arrowhead.plan import Catalog
 from arrowhead.score import Request, ScoreConfig
+from arrowhead.tables import SourceConfig
 
 MAX_NAMES = 10  # in a refusal
-ROLES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def listed(data: str | Path, source: SourceConfig) -> Catalog:
     """The files of `data`: CLASS/… or SPLIT/CLASS/…, or a table as `fit` takes it, whose labels are
     in the catalog already. Raises ConfigError for a source that is missing, empty or torn.
     """
-    if plan.is_table(data):
+    if tables.is_table(data):
         return plan.labelled(data, source, teaches=False)
     return plan.unlabelled(data, source)
 
@@ -81,7 +81,7 @@ def labelled(
     where a label is unknown to the bundle, or where an image has several and the bundle gives one.
     """
     notes: list[str] = []
-    if not plan.is_table(data):
+    if not tables.is_table(data):
         catalog, notes = _by_folder(catalog, bundle.classes)
     if config.split:
         catalog = _kept(catalog, [split == config.split for split in catalog.splits])
@@ -109,7 +109,7 @@ def _by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog, list[
     """
     known = set(classes)
     folders = [path.split("/")[:-1] for path in catalog.paths]
-    roles = [ROLES.get(parts[0].casefold(), "") if parts else "" for parts in folders]
+    roles = [(layouts.role(parts[0]) or "") if parts else "" for parts in folders]
     flat = sum(bool(parts) and parts[0] in known for parts in folders)
     deep = sum(
         len(parts) > 1 and bool(role) and parts[1] in known

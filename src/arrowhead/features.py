@@ -16,8 +16,8 @@ from arrowhead import ConfigError, extract, model
 from arrowhead.decode import PixelConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.model import BodyConfig, Weights
-from arrowhead.plan import SourceConfig
 from arrowhead.shards import Store
+from arrowhead.tables import SourceConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

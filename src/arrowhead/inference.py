@@ -21,8 +21,9 @@ from arrowhead.account import Means
 from arrowhead.bundle import Bundle
 from arrowhead.evaluate import EvaluateConfig
 from arrowhead.extract import ExtractConfig
-from arrowhead.plan import Catalog, SourceConfig
+from arrowhead.plan import Catalog
 from arrowhead.score import ScoreConfig
+from arrowhead.tables import SourceConfig
 from arrowhead.tracking_client import TrackingConfig
 
 
@@ -44,6 +45,7 @@ def score(
         loaded = bundle.load(path)
         source = SourceConfig(images=config.base, suffix=config.suffix)
         catalog = plan.unlabelled(images, source)
+        account.say_source(catalog, means.screen)
         made = _scored(path, loaded, catalog, out, config, how, means, "scoring")
         account.say_folders(made.held.folders, means.screen)
         table = scoring.write_csv(made.request, loaded) if config.csv else None

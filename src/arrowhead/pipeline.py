@@ -43,9 +43,10 @@ from arrowhead.extract import ExtractConfig
 from arrowhead.features import FeatureConfig, weights_of
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.novelty import Novelty
-from arrowhead.plan import Catalog, SourceConfig
+from arrowhead.plan import Catalog
 from arrowhead.shards import Store
 from arrowhead.study import Learned, Study
+from arrowhead.tables import SourceConfig
 from arrowhead.train import TrainConfig, Trained
 
 GOLDEN = 8
@@ -73,6 +74,7 @@ def precompute(
     store = _store(path, images)
     with store.locked(means.screen.say):
         intact = store.intact()
+        account.say_source(catalog, means.screen)
         account.say_classes(store, catalog, means.screen)
         catalog = _tried_again(store, catalog, images.extract.max_bytes)
         account.params(
@@ -87,6 +89,7 @@ def precompute(
         there = len(catalog) - total
         done = run_chunks(extract.extract, args, missing, total, there, "extract", means)
         manifest, drawn = _complete(store, catalog, names, images.source, intact)
+        account.say_split(catalog, drawn, means.screen)
     done.seconds["wall"] = perf_counter() - began
     redone = {names[i] for i in missing}
     skipped = sum(
@@ -203,7 +206,8 @@ def _complete(
     if [path for rows in parts for path in rows.paths] != catalog.paths:
         raise AssertionError("the shards do not hold every file of the catalog once, in order")
     ids = [image_id for rows in parts for image_id in rows.image_ids]
-    drawn = plan.drawn(catalog, ids, source.valid_share)
+    faulty = [fault is not None for rows in parts for fault in rows.faults]
+    drawn = plan.drawn(catalog, ids, source.valid_share, faulty)
     manifest = store.complete(names, drawn.columns(), intact)
     store.drop_pending()
     return manifest, drawn

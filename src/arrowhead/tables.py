@@ -1,0 +1,549 @@
+"""Tables and lists of images: from a file as people save it to paths, labels and splits.
+
+    bytes                  UTF-8, UTF-16 or Windows-1252; with , ; tab or |
+      -> columns           named by flags, else guessed from their names where that is clear
+      -> rows              path, labels, split of each line
+      -> files             where each path leads to; names alone are looked for in folders below
+
+What was guessed is said in `Rows.notes`. What could be meant in two ways is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import ConfigError, exclusions, files, layouts, named_files
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+LISTS = (".txt", ".lst")
+DELIMITERS = ",;\t|"
+# Names of columns, letters and digits only. Those of an earlier row are preferred.
+PATHS = (
+    {"path", "filepath", "filepaths", "imagepath", "imgpath"},
+    {"filename", "file", "image", "img", "imagename", "imgname", "imagefile", "photo", "picture"},
+    {"id", "imageid", "imgid", "fileid", "name"},
+)
+LABELS = (
+    {"label", "labels", "tags"},
+    {"class", "classes", "classname", "classlabel", "labelname", "category", "categoryname"}
+    | {"target", "y", "breed", "species"},
+)
+SPLIT_COLUMNS = ("split", "subset", "set", "dataset", "partition", "phase")
+TRUE = {"true", "t", "yes", "y", "1", "1.0"}
+FALSE = {"false", "f", "no", "n", "0", "0.0"}
+SAMPLE_ROWS = 100
+MAX_TABLE_BYTES = 2**31
+_ITEM = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,\[\]'\"][^,\[\]'\"]*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """Where labels and splits come from when folders do not say, and how a table is read."""
+
+    valid_share: float = 0.2
+    """Share of each class held out for validation, 0 to 1, when DATA does not say which images
+    validate. Chosen by content, so copies of one image never fall on both sides."""
+    images: str | None = None
+    """Folder or address that the paths in a CSV or TSV start from; its own folder if not given."""
+    suffix: str = ""
+    """Added to every path in a CSV or TSV that names images without it, such as .jpg."""
+    path_column: str | None = None
+    """Column of a CSV or TSV with the images' paths; if not given, path, image, filename, id …"""
+    label_column: str | None = None
+    """Column with the labels; if not given, label, class, category, breed …"""
+    split_column: str | None = None
+    """Column that says which images train, validate and test, in words (train, val, test) or as
+    yes and no; if not given, split, is_valid …"""
+    multi_label: bool = False
+    """Images of a CSV or TSV may have several labels each: they are split at --label-separator.
+    A column called tags, or one of lists (["sun", "sea"]), always has several."""
+    label_separator: str | None = None
+    """Stands between several labels of one image, such as "|"; asks for several labels, too. If not
+    given: the first of | ; , that occurs, else a space. An empty one means one label each."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.valid_share < 1:
+            raise ConfigError(
+                f"--valid-share is {self.valid_share}.",
+                "a share of the images, more than 0 and less than 1.",
+                "give a share such as 0.2.",
+            )
+        if self.multi_label and self.label_separator == "":
+            raise ConfigError(
+                "--multi-label is given, and an empty --label-separator, which means one label.",
+                "several labels and what stands between them, or one label.",
+                "leave one of the two out.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """What a table or list says, N rows in its order.
+
+    root: text of the folder or URI that holds all files; paths: text of each below it; sizes,
+    stamps: int64 (N,), see `files.look`; labels: tuples of class names, sorted; splits: train,
+    valid, test or ""; lines: where each row starts; notes: sentences for a person.
+    """
+
+    root: str
+    paths: list[str]
+    sizes: NDArray[np.int64]
+    stamps: NDArray[np.int64]
+    labels: list[tuple[str, ...]]
+    splits: list[str]
+    lines: list[int]
+    notes: tuple[str, ...]
+
+
+def is_table(source: str | Path) -> bool:
+    """Whether a source is named like a table or list and is no folder."""
+    name = os.fspath(source)
+    return name.lower().endswith((*TABLES, *LISTS)) and not Path(name).is_dir()
+
+
+def is_list(source: str | Path) -> bool:
+    """Whether a table is a mere list of paths."""
+    return os.fspath(source).lower().endswith(LISTS)
+
+
+def must_be_readable(source: str | Path) -> None:
+    """Refuse a table or list that is not there or is no text."""
+    _content(os.fspath(source), named_files.absolute(os.fspath(source)))
+
+
+def read(source: str | Path, config: SourceConfig, *, labelled: bool) -> Rows:
+    """The rows of a table (.csv, .tsv) or list (.txt, .lst); with labels and splits if `labelled`.
+
+    Raises ConfigError, with file and line, for what cannot be read or meant.
+    """
+    name, table = os.fspath(source), named_files.absolute(os.fspath(source))
+    base = named_files.absolute(config.images) if config.images else table.rpartition(b"/")[0]
+    content = _content(name, table)
+    suffix = config.suffix.encode("utf-8", "surrogateescape")
+    notes: list[str] = []
+    labels: list[tuple[str, ...]] = []
+    splits: list[str] = []
+    if is_list(source):
+        pairs = [(at, path + suffix) for at, path in enumerate(_lines(name, content), 1) if path]
+        lines, cells = [at for at, _ in pairs], [path for _, path in pairs]
+    else:
+        sheet = _Sheet.of(name, content, config, labelled, notes)
+        lines, cells = [], []
+        split_of = sheet.splitter(notes) if labelled else None
+        labels_of = sheet.labeller(config, notes) if labelled else None
+        for line, row in sheet.rows():
+            if not row[sheet.path] or "\0" in row[sheet.path]:
+                raise _refused(name, line, "has no path, or one that no file can have")
+            lines.append(line)
+            cells.append(row[sheet.path].encode("utf-8", "surrogateescape") + suffix)
+            labels.append(labels_of(line, row) if labels_of else ())
+            splits.append(split_of(line, row) if split_of else "")
+    if not cells:
+        raise ConfigError(
+            f"{name} names no images.", "a path in every line.", "write the paths into it."
+        )
+    found = named_files.find(name, base, cells, lines, notes)
+    if labelled:
+        _must_be_named_once(name, found.paths, lines)
+    return Rows(
+        root=found.root,
+        paths=found.paths,
+        sizes=found.sizes,
+        stamps=found.stamps,
+        labels=labels or [()] * len(cells),
+        splits=splits or [""] * len(cells),
+        lines=lines,
+        notes=tuple(notes),
+    )
+
+
+# ----------------------------------------------------------------------- bytes to cells
+
+
+def _content(source: str, table: bytes) -> bytes:
+    """The bytes of a table or list."""
+    folder, _, leaf = table.rpartition(b"/")
+    content, fault = files.read(files.text(folder or b"/"), files.text(leaf), MAX_TABLE_BYTES)
+    if fault:
+        raise ConfigError(
+            f"{source} cannot be read: {fault}.",
+            "a folder of images, or a table of them with the columns path and label.",
+            "check the spelling.",
+        )
+    if content.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"PAR1", b"%PDF")):
+        raise ConfigError(
+            f"{source} is no text: it is a workbook, an archive or the like, whatever its name.",
+            "a table as text, with a line for each image.",
+            "save it as CSV (in Excel: Save As, CSV UTF-8).",
+        )
+    return content
+
+
+def _decoded(source: str, content: bytes) -> str:
+    """The text of a table; bytes that are not UTF-8 become surrogates."""
+    start = content[:4096]
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        code = "utf-16"
+    elif start.count(b"\0") * 3 > len(start):  # Latin letters in UTF-16 are every other byte
+        code = "utf-16-le" if start[1::2].count(b"\0") > start[::2].count(b"\0") else "utf-16-be"
+    else:
+        return content.decode("utf-8-sig", "surrogateescape")
+    try:
+        return content.decode(code)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{source} looks like UTF-16 but is torn: {error.reason} at byte {error.start}.",
+            "a table in UTF-8 or UTF-16.",
+            "save it again as CSV in UTF-8.",
+        ) from error
+
+
+def _lines(source: str, content: bytes) -> Iterator[bytes]:
+    """The path in each line of a list; b"" for an empty line."""
+    content = _decoded(source, content).encode("utf-8", "surrogateescape")
+    for line in content.split(b"\n"):
+        path = line.removesuffix(b"\r")
+        if b"\0" in path:
+            raise ConfigError(
+                f"{source} holds NUL bytes: it is no list of paths.",
+                "a path in each line.",
+                "write one path per line; names with line breaks fit into a CSV.",
+            )
+        yield path if path.strip() else b""
+
+
+def _is_image_name(cell: str) -> bool:
+    return cell.lower().encode("utf-8", "surrogateescape").endswith(exclusions.IMAGES)
+
+
+def _plain(name: str) -> str:
+    """A column's name without case, spaces and signs."""
+    return "".join(char for char in name.casefold() if char.isalnum())
+
+
+def _refused(source: str, line: int, what: str) -> ConfigError:
+    return ConfigError(
+        f"{source}, line {line}: it {what}.",
+        "a path and its labels in every line, as many cells as the header has.",
+        "mend the line; quote a cell that holds the separator or a line break.",
+    )
+
+
+# ------------------------------------------------------------------------------ columns
+
+
+class _Sheet:
+    """A table's text with what its columns mean: positions of path, label and splits."""
+
+    def __init__(self, source: str, text: str, delimiter: str, header_line: int) -> None:
+        self.source, self._text, self._delimiter = source, text, delimiter
+        self._header_line = header_line
+        self.names = [cell.strip() for cell in next(self._numbered(), (1, []))[1]]
+        self.path = 0
+        self.label: int | None = None
+        self.splits: list[int] = []
+
+    @staticmethod
+    def of(
+        source: str, content: bytes, config: SourceConfig, labelled: bool, notes: list[str]
+    ) -> _Sheet:
+        """The sheet with its columns found; how they were is noted."""
+        text = _decoded(source, content)
+        delimiters, skipped = TABLES[source[-4:].lower()] + DELIMITERS, 0
+        if match := re.match(r"sep=(.)\r?\n", text):  # how Excel is told
+            delimiters, skipped = match[1], match.end()
+        sheets = [
+            _Sheet(source, text[skipped:], delimiter, 2 if skipped else 1)
+            for delimiter in dict.fromkeys(delimiters)
+        ]
+        sheet = next((one for one in sheets if one._fits(config, labelled)), None)
+        if sheet is None:  # that which has most columns is refused, unless its cells tell more
+            sheet = max(sheets, key=lambda one: len(one.names))
+        sheet._find(config, labelled, notes, by_cells=True)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            notes.append(f"{source} is not UTF-8: labels with other bytes are read as Windows-1252")
+        return sheet
+
+    def _fits(self, config: SourceConfig, labelled: bool) -> bool:
+        """Whether the names of the columns alone say what is needed."""
+        try:
+            self._find(config, labelled, [], by_cells=False)
+        except ConfigError:
+            return False
+        return True
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Each row below the header with the number of the line that it starts in."""
+        for line, row in itertools.islice(self._numbered(), 1, None):
+            if not any(map(str.strip, row)):  # spreadsheets leave rows of nothing
+                continue
+            if len(row) != len(self.names):
+                what = f"has {len(row)} cells, the header {len(self.names)}"
+                raise _refused(self.source, line, what)
+            yield line, row
+
+    def _numbered(self) -> Iterator[tuple[int, list[str]]]:
+        """The rows with the numbers of their first lines: quoted ones may take several."""
+        reader: Any = csv.reader(
+            io.StringIO(self._text, newline=""), delimiter=self._delimiter, strict=True
+        )
+        start = self._header_line
+        try:
+            for row in reader:
+                yield start, row
+                start = reader.line_num + self._header_line
+        except csv.Error as error:
+            raise _refused(self.source, start, f"is no CSV: {error}") from error
+
+    def _find(
+        self, config: SourceConfig, labelled: bool, notes: list[str], *, by_cells: bool
+    ) -> None:
+        """Find the columns; ConfigError if they are not there or several could be meant."""
+        if self.names and _is_image_name(self.names[0]):
+            raise ConfigError(
+                f"the first line of {self.source} is an image ({self.names[0]}), no header.",
+                "the columns' names in the first line, such as path,label.",
+                "write such a line above it.",
+            )
+        path = self._named("--path-column", config.path_column)
+        label = self._named("--label-column", config.label_column)
+        split = self._named("--split-column", config.split_column) if labelled else None
+        self.splits = [] if split is None else [split]
+        taken = {label, split}
+        if path is None:
+            path = self._guess(PATHS, taken, "--path-column")
+        if path is None and by_cells:
+            path = self._column_of_images(taken)
+        if path is None:
+            raise self._missing("which column names the images", "--path-column")
+        self.path = path
+        if not labelled:
+            self._say(notes, config, [(path, "names the images", {"path"})])
+            return
+        if split is None and by_cells:
+            self.splits = self._split_columns(taken | {path})
+        if label is None:
+            label = self._guess(LABELS, {path, *self.splits}, "--label-column")
+        if label is None:  # the only column that is left
+            rest = [at for at in range(len(self.names)) if at not in (path, *self.splits)]
+            label = rest[0] if len(rest) == 1 else None
+        if label is None:
+            raise self._missing("which column holds the labels", "--label-column")
+        self.label = label
+        said = [(path, "names the images", {"path"}), (label, "the labels", {"label", "labels"})]
+        self._say(notes, config, said)
+
+    def _say(
+        self, notes: list[str], config: SourceConfig, said: list[tuple[int, str, set[str]]]
+    ) -> None:
+        """Note the columns, if one of them was guessed."""
+        asked = {config.path_column, config.label_column}
+        if any(_plain(self.names[at]) not in usual for at, _, usual in said) and asked == {None}:
+            words = ", ".join(f"column {self.names[at]} {what}" for at, what, _ in said)
+            notes.append(f"guessed: {words} (--path-column, --label-column)")
+
+    def _named(self, flag: str, name: str | None) -> int | None:
+        """The column that a flag names."""
+        if name is None:
+            return None
+        places = [at for at, one in enumerate(self.names) if one == name]
+        places = places or [at for at, one in enumerate(self.names) if _plain(one) == _plain(name)]
+        if len(places) != 1:
+            raise self._missing(f"{len(places) or 'no'} columns that are {name}", flag)
+        return places[0]
+
+    def _guess(
+        self, tiers: Sequence[set[str]], taken: Iterable[int | None], flag: str
+    ) -> int | None:
+        """The column that has one of these names."""
+        taken = set(taken)
+        for names in tiers:
+            places = [
+                at for at, one in enumerate(self.names) if _plain(one) in names and at not in taken
+            ]
+            if len(places) > 1:
+                found = " and ".join(self.names[at] for at in places)
+                raise self._missing(f"{found}, which could both be meant", flag)
+            if places:
+                return places[0]
+        return None
+
+    def _column_of_images(self, taken: Iterable[int | None]) -> int | None:
+        """The only column whose cells end as names of images do."""
+        rows = [row for _, row in itertools.islice(self.rows(), SAMPLE_ROWS)]
+        found = [
+            at
+            for at in range(len(self.names))
+            if at not in set(taken)
+            and sum(
+                row[at].lower().encode("utf-8", "replace").endswith(exclusions.IMAGES)
+                for row in rows
+            )
+            > 0.9 * len(rows)
+        ]
+        return found[0] if len(found) == 1 and rows else None
+
+    def _split_columns(self, taken: Iterable[int | None]) -> list[int]:
+        """The columns that say which images train: by their names, and those that are not called
+        so by their words, too. Several together only as yes and no (is_valid, is_test).
+        """
+        plain = [_plain(name) for name in self.names]
+        if plain.count("split") > 1:
+            raise self._missing("several columns that are split", "--split-column")
+        if "split" in plain:
+            return [plain.index("split")]
+        free = [at for at in range(len(plain)) if at not in set(taken)]
+        meant = {at: meaning[0] for at in free if (meaning := _boolean_meaning(plain[at]))}
+        if len(set(meant.values())) < len(meant):
+            found = " and ".join(self.names[at] for at in meant)
+            raise self._missing(f"{found}, which could both be meant", "--split-column")
+        if meant:
+            return [at for at in meant if len(meant) == 1 or meant[at] != "train"]
+        for at in free:
+            if plain[at] in SPLIT_COLUMNS:
+                words = {row[at].strip() for _, row in self.rows()} - {""}
+                if words and all(map(layouts.role, words)):
+                    return [at]
+        return []
+
+    def _missing(self, what: str, flag: str) -> ConfigError:
+        return ConfigError(
+            f"the first line of {self.source} names the columns"
+            f" {', '.join(self.names) or '(none)'}; asked for: {what}.",
+            "one column of paths (path, image, filename …), one of labels (label, class …), and"
+            " split if you like.",
+            f"name the column with {flag}; other columns do no harm.",
+        )
+
+    def splitter(self, notes: list[str]) -> Callable[[int, list[str]], str]:
+        """Gives the split of each row (line, cells)."""
+        meanings: dict[int, tuple[str, str] | None] = {}
+        for at in self.splits:
+            words = {row[at].strip().casefold() for _, row in self.rows()} - {""}
+            meanings[at] = None
+            if words and words <= TRUE | FALSE:
+                meaning = _boolean_meaning(_plain(self.names[at])) or ("valid", "train")
+                meanings[at] = meaning
+                yes, no = (layouts.WORK[part] for part in meaning)
+                notes.append(f"column {self.names[at]}: yes {yes}, no {no}")
+
+        def split_of(line: int, row: list[str]) -> str:
+            found = set()
+            for at, meaning in meanings.items():
+                word = row[at].strip()
+                part = layouts.role(word)
+                if word and meaning:
+                    part = meaning[word.casefold() not in TRUE]
+                elif word and part is None:
+                    said = f"has {word!r} as {self.names[at]}"
+                    rule = "not train, val or test (nor yes or no in every line)"
+                    raise _refused(self.source, line, f"{said}, {rule}")
+                found.add(part or "")
+            found -= {"train", ""} if len(found - {"train", ""}) else set()
+            if len(found) > 1 and "" not in found:
+                raise _refused(self.source, line, "is to validate and to test")
+            return max(found, default="")
+
+        return split_of
+
+    def labeller(
+        self, config: SourceConfig, notes: list[str]
+    ) -> Callable[[int, list[str]], tuple[str, ...]]:
+        """Gives the labels of each row (line, cells)."""
+        at = self.label
+        assert at is not None
+        cells = {row[at].strip() for _, row in self.rows()}
+        given_cells = cells - {""}
+        lists = bool(given_cells) and all(re.fullmatch(r"\[.*\]", x, re.S) for x in given_cells)
+        tags = _plain(self.names[at]) == "tags" and config.label_separator != ""
+        several = lists or tags or config.multi_label or bool(config.label_separator)
+        separator = ""
+        if several and not lists:
+            given = config.label_separator
+            separator = given or next((c for c in "|;," if any(c in x for x in cells)), " ")
+        known = {cell: _names(cell, separator, lists) for cell in cells}
+        if several:
+            most = max(map(len, known.values()), default=0)
+            _say_several(self.names[at], separator, lists, most, config, notes)
+        elif example := _looks_like_several(cells):
+            notes.append(
+                f"column {self.names[at]} looks as if it held several labels ({example!r}); each"
+                " cell is taken for one label: if not so, say --multi-label"
+            )
+
+        def labels_of(line: int, row: list[str]) -> tuple[str, ...]:
+            if not (names := known[row[at].strip()]) and not lists:
+                raise _refused(self.source, line, "has no label")
+            return names
+
+        return labels_of
+
+
+def _boolean_meaning(plain: str) -> tuple[str, str] | None:
+    """What yes and no mean in a column such as isvalid; None for other names."""
+    part = layouts.role(plain.removeprefix("is")) if plain.startswith("is") else None
+    if part == "train":
+        return "train", "valid"
+    return (part, "train") if part else None
+
+
+def _names(cell: str, separator: str, lists: bool) -> tuple[str, ...]:
+    """The labels in a cell, sorted, each once; separator "": one label."""
+    parts = [cell]
+    if lists:
+        parts = [re.sub(r"\\(.)", r"\1", a or b or c) for a, b, c in _ITEM.findall(cell[1:-1])]
+    elif separator:
+        parts = cell.split(separator)
+    names = {named_files.windows_1252(name.strip()) for name in parts}
+    return tuple(sorted(files.text(n.encode("utf-8", "surrogateescape")) for n in names if n))
+
+
+def _say_several(
+    name: str, separator: str, lists: bool, most: int, config: SourceConfig, notes: list[str]
+) -> None:
+    between = "as lists" if lists else f"separated by {separator!r}"
+    if most > 1:
+        notes.append(f"column {name}: up to {most} labels for each image, {between}")
+    elif config.multi_label or config.label_separator:
+        raise ConfigError(
+            f"several labels were asked for, but column {name} has one in every cell, {between}.",
+            "some images with several labels.",
+            "say what stands between them with --label-separator, or leave --multi-label out.",
+        )
+    else:
+        notes.append(f"column {name} has one label for each image")
+
+
+def _looks_like_several(cells: set[str]) -> str | None:
+    """A cell that seems to hold several labels: the same few words in many combinations."""
+    for separator in ("|", ";", ",", " "):
+        parts = {cell: [one.strip() for one in cell.split(separator)] for cell in cells}
+        several = sorted(cell for cell, words in parts.items() if len(words) > 1)
+        words = {word for one in parts.values() for word in one if word}
+        if len(several) > 2 and len(words) < len(cells):
+            return several[0]
+    return None
+
+
+def _must_be_named_once(source: str, paths: list[str], lines: list[int]) -> None:
+    first: dict[str, int] = {}
+    for path, line in zip(paths, lines, strict=True):
+        if (before := first.setdefault(path, line)) != line:
+            raise ConfigError(
+                f"{source} names {path} twice, in lines {before} and {line}.",
+                "one line for each image.",
+                "take one of them out; several labels of an image stand in one line.",
+            )
