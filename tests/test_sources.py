@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, files, plan
+from arrowhead import ConfigError, files, object_store, plan
 from arrowhead.tables import SourceConfig
 
 NAMES = st.binary(min_size=1, max_size=20).filter(
@@ -588,6 +588,54 @@ def test_any_other_store_that_fsspec_opens_is_listed_and_read() -> None:
         store.rm("/here", recursive=True)
     with pytest.raises(ConfigError, match="holds nothing"):
         plan.unlabelled("memory://nowhere")
+
+
+def test_any_other_store_notices_an_object_of_the_same_size_and_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    store, cat = MemoryFileSystem(), MemoryFileSystem.cat_file
+    store.pipe({"/there/1.jpg": b"first", "/there/2.jpg": b"other"})
+    broken = [True]
+
+    def once_broken(self: Any, *args: Any, **more: Any) -> bytes:
+        if broken.pop() if broken else False:
+            raise OSError("connection reset")
+        return bytes(cat(self, *args, **more))
+
+    try:
+        catalog = plan.unlabelled("memory://there")
+        monkeypatch.setattr(object_store, "PAUSES_SECONDS", (0.0, None))
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", once_broken)
+        assert catalog.read(0, 99) == (b"first", None)
+        assert broken == []
+        store.pipe({"/there/2.jpg": b"again"})
+        assert catalog.read(1, 99)[1] == "changed: it was written again after it was listed"
+    finally:
+        store.rm("/there", recursive=True)
+
+
+def test_sidecars_and_our_own_output_in_a_store_are_left_out_as_on_a_disk(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _upload(
+        bucket, *(f"d/{name}" for name in ("cat/1.jpg", "dog/2.jpg", "cat/1.txt", "dog/2.json"))
+    )
+    bucket.put_object(Key="d/dog/photo.txt", Body=b"\xff\xd8\xff\xe0 a JPEG")
+    bucket.put_object(Key="d/dog/empty.xml", Body=b"")
+    bucket.put_object(Key="d/out/store/store.json", Body=b'{"seal": "0"}')
+    _upload(bucket, "d/out/store/shards/1.arrow", "d/mlruns/1/x.png", "d/out/store/golden/1.jpg")
+    catalog = plan.labelled(f"s3://{bucket.name}/d")
+    assert catalog.paths == ["cat/1.jpg", "dog/2.jpg", "dog/photo.txt"]
+    assert catalog.ignored == 3
+    said = " ".join(catalog.notes)
+    assert "1 .json, 1 .txt, 1 .xml" in said
+    assert "mlruns, out/store" in said
+    monkeypatch.setattr(files, "MAX_BEGINNINGS", 1)  # more than are looked into one by one
+    _upload(bucket, *(f"d/cat/{n}.txt" for n in range(9)))
+    catalog = plan.labelled(f"s3://{bucket.name}/d")
+    assert catalog.ignored >= 11
 
 
 def test_local_sources_never_import_the_store_library(tmp_path: Path) -> None:

@@ -486,6 +486,34 @@ def show_evaluation(
                 means.run.keep(picture, "evaluation")
 
 
+IMBALANCE = 3  # times as many training images as the rarest class: rare classes are named
+
+
+def say_rare_classes(catalog: Catalog, figures: dict[str, Any], screen: Screen) -> None:
+    """Where classes are unbalanced in training, how well the rarest are told: the accuracy of all
+    images hides them. figures: see `metrics.evaluate`.
+    """
+    rows = zip(catalog.labels, catalog.splits, strict=True)
+    counts = Counter(name for names, split in rows if split == "train" for name in names)
+    if catalog.multi or not counts or max(counts.values()) < IMBALANCE * min(counts.values()):
+        return
+    common = max(counts, key=lambda name: (counts[name], name))
+    rare = sorted(counts, key=lambda name: (counts[name], name))
+    rare = [name for name in rare if IMBALANCE * counts[name] <= counts[common]]
+    words = []
+    for name in rare[:3]:
+        line = figures["per_class"].get(name, {"images": 0})
+        told = (
+            f"recall {line['recall']:.4f} of {line['images']}" if line["images"] else "not tested"
+        )
+        words.append(f"{name} ({counts[name]}: {told})")
+    more = f" and {len(rare) - 3} more" if len(rare) > 3 else ""
+    screen.say(
+        f"unbalanced: {counts[common]} training images of {common}, few of"
+        f" {', '.join(words)}{more}: look at the balanced accuracy; --class-weights balanced gives rare classes more weight"
+    )
+
+
 def keep_bundle(out: Path, means: Means) -> None:
     """A saved bundle, kept with the run as a model; where none can be made, its files."""
     if means.run and means.run.model(out) is None:

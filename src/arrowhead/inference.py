@@ -43,7 +43,9 @@ def score(
     """
     with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle.load(path)
-        source = SourceConfig(images=config.base, suffix=config.suffix)
+        source = SourceConfig(
+            images=config.base, suffix=config.suffix, path_column=config.path_column
+        )
         catalog = plan.unlabelled(images, source)
         account.say_source(catalog, means.screen)
         made = _scored(path, loaded, catalog, out, config, how, means, "scoring")

@@ -401,6 +401,7 @@ def write_bundle(
     if config.best != "last":
         means.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
     account.show_evaluation(figures, classes, folder / bundle.REPORT, means)
+    account.say_rare_classes(Catalog(**store.read_catalog()), figures, means.screen)
     return figures
 
 

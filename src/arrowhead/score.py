@@ -72,6 +72,8 @@ class ScoreConfig:
     a ' in front."""
     store: Path | None = None
     """Feature store of the same recipe: images whose features it holds are not decoded."""
+    path_column: str | None = None
+    """Column of a table with the images' paths; if not given, path, image, filename, id …"""
     base: str | None = None
     """Folder or address that the paths in a list or table start from; its own folder if not
     given."""

@@ -1,0 +1,174 @@
+"""gs:// as s3://: names survive, changes are noticed, what fails for a moment is asked for again.
+
+The client is gcsfs; the server is a small one of ours that speaks the three requests of Google's
+JSON API that it makes (list, get, get with alt=media). Nothing here ran against Google's.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from arrowhead import ConfigError, files, plan
+
+ODD = ("a b.jpg", "caf\u00e9 \U0001f415.jpg", "100%25+&.jpg", "q?generation=7.jpg")
+
+
+class Bucket:
+    """The objects of a bucket by name, with their generations; what fails, and how often."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[bytes, int]] = {}
+        self.unavailable: dict[str, int] = {}
+        self.torn: dict[str, int] = {}
+        self.asked: list[str] = []
+        self._generation = 1_700_000_000_000_000
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object: a new generation."""
+        self._generation += 1
+        self.objects[name] = data, self._generation
+
+    def resource(self, name: str) -> dict[str, str]:
+        """What Google says of an object (storage#object)."""
+        data, generation = self.objects[name]
+        md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        return {
+            "kind": "storage#object",
+            "bucket": "b",
+            "name": name,
+            "size": str(len(data)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "md5Hash": md5,
+            "etag": f"e{generation}",
+            "updated": "2026-01-01T00:00:00.000Z",  # the same for all: no help
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+        }
+
+
+def _handler(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            asked = {name: values[0] for name, values in parse_qs(url.query).items()}
+            _, _, name = url.path.partition("/b/b/o")
+            name = unquote(name.removeprefix("/"))
+            bucket.asked.append(self.path)
+            if "/b/b/o" not in url.path or (name and name not in bucket.objects):
+                self._answer(404, b'{"error": {"code": 404, "message": "Not Found"}}')
+            elif not name:
+                self._list(asked)
+            elif bucket.unavailable.get(name, 0) > 0:
+                bucket.unavailable[name] -= 1
+                self._answer(503, b'{"error": {"code": 503, "message": "again, please"}}')
+            elif asked.get("alt") != "media":
+                self._answer(200, json.dumps(bucket.resource(name)).encode())
+            elif asked.get("generation", "") not in ("", str(bucket.objects[name][1])):
+                self._answer(404, b'{"error": {"code": 404, "message": "No such generation"}}')
+            else:
+                data = bucket.objects[name][0]
+                first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+                part = data[int(first or 0) : int(last) + 1 if last else None]
+                torn = bucket.torn.get(name, 0) > 0
+                bucket.torn[name] = bucket.torn.get(name, 0) - 1
+                self._answer(206 if first else 200, part, torn=torn)
+
+        def _list(self, asked: dict[str, str]) -> None:
+            names = sorted(n for n in bucket.objects if n.startswith(asked.get("prefix", "")))
+            start = int(asked.get("pageToken", 0))
+            page = [bucket.resource(name) for name in names[start : start + 3]]
+            more = {"nextPageToken": str(start + 3)} if start + 3 < len(names) else {}
+            self._answer(
+                200, json.dumps({"kind": "storage#objects", "items": page} | more).encode()
+            )
+
+        def _answer(self, code: int, data: bytes, torn: bool = False) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2] if torn else data)
+            if torn:
+                self.close_connection = True
+
+        def log_message(self, *words: Any) -> None:
+            """Nothing."""
+
+    return Handler
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty bucket `b`, and an environment in which gs://b leads to it."""
+    pytest.importorskip("gcsfs")
+    made = Bucket()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(made)) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+def test_class_folders_at_google_are_class_folders(bucket: Bucket) -> None:
+    keys = [f"d/cat/{name}" for name in ODD] + [
+        "d/dog/1.jpg",
+        "d/dog/1.txt",
+        "d/.git/x",
+        "e/no.jpg",
+    ]
+    for key in keys:
+        bucket.put(key, key.encode())
+    catalog = plan.labelled("gs://b/d")
+    assert catalog.paths == sorted([f"cat/{name}" for name in ODD] + ["dog/1.jpg"])
+    assert (catalog.classes, catalog.ignored) == (["cat", "dog"], 2)
+    for row, path in enumerate(catalog.paths):
+        assert catalog.read(row, 99) == (f"d/{path}".encode(), None)
+    assert catalog.read(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
+    assert plan.labelled("gs://b/d/").stamps.tolist() == catalog.stamps.tolist()
+    with pytest.raises(ConfigError, match="holds nothing"):
+        plan.labelled("gs://b/nowhere")
+
+
+def test_an_object_written_again_is_a_fault_also_of_the_same_size_and_time(bucket: Bucket) -> None:
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        bucket.put(f"d/{name}", name.encode())
+    before = plan.unlabelled("gs://b/d")
+    bucket.put("d/1.jpg", b"other")
+    bucket.put("d/2.jpg", b"longer than it was")
+    del bucket.objects["d/3.jpg"]
+    assert before.read(0, 99) == (b"", "changed: it was written again after it was listed")
+    assert before.read(1, 99)[1] == "changed: it had 5 bytes when it was listed, now it has 18"
+    assert before.read(2, 99) == (b"", "unreadable: No such file or directory")
+    after = plan.unlabelled("gs://b/d")
+    assert after.stamps[0] != before.stamps[0]
+    assert after.read(0, 99) == (b"other", None)
+
+
+def test_the_generation_that_was_judged_is_the_one_that_is_read(bucket: Bucket) -> None:
+    bucket.put("d/1.jpg", b"first")
+    files.read("gs://b/d", "1.jpg", 99)
+    generation = bucket.objects["d/1.jpg"][1]
+    assert any(f"generation={generation}" in path for path in bucket.asked)
+
+
+def test_a_server_that_is_away_for_a_moment_costs_no_image(bucket: Bucket) -> None:
+    bucket.put("d/away.jpg", b"a" * 1000)
+    bucket.put("d/torn.jpg", b"t" * 1000)
+    catalog = plan.unlabelled("gs://b/d")
+    bucket.unavailable["d/away.jpg"] = 1
+    bucket.torn["d/torn.jpg"] = 1
+    assert catalog.read(0, 9999) == (b"a" * 1000, None)
+    assert catalog.read(1, 9999) == (b"t" * 1000, None)
+    assert bucket.torn["d/torn.jpg"] < 0
