@@ -510,7 +510,8 @@ def say_rare_classes(catalog: Catalog, figures: dict[str, Any], screen: Screen) 
     more = f" and {len(rare) - 3} more" if len(rare) > 3 else ""
     screen.say(
         f"unbalanced: {counts[common]} training images of {common}, few of"
-        f" {', '.join(words)}{more}: look at the balanced accuracy; --class-weights balanced gives rare classes more weight"
+        f" {', '.join(words)}{more}: look at the balanced accuracy; --class-weights balanced gives"
+        " rare classes more weight"
     )
 
 

@@ -79,7 +79,7 @@ def evaluate(
     with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle.load(path)
         catalog, notes = evaluating.labelled(data, catalog, config, loaded)
-        for note in notes:
+        for note in (*catalog.notes, *notes):
             means.screen.say(note)
         made = _scored(path, loaded, catalog, out, config.scores, how, means, "evaluation")
         found = evaluating.figures(made.request, loaded)
