@@ -20,7 +20,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Bundled
 
-from arrowhead import ConfigError, DataError, bundle, cli, extract, plan, scores_io, spreadsheet
+from arrowhead import (
+    ConfigError,
+    DataError,
+    bundle,
+    cli,
+    extract,
+    fileio,
+    plan,
+    scores_io,
+    spreadsheet,
+)
 from arrowhead import score as scoring
 from arrowhead.launch import Desk, Worker
 
@@ -210,6 +220,38 @@ def test_verify_refuses_what_it_cannot_begin_with(torn: Path, tmp_path: Path) ->
         scoring.verify(torn)
     with pytest.raises(ConfigError, match="holds no scores"):
         scoring.verify(tmp_path)
+
+
+def test_well_sealed_nonsense_is_refused_in_words(
+    torn: Path, bundled: Bundled, images: Path
+) -> None:
+    """Papers that fit their seals and are not what Arrowhead writes: no traceback, no way out."""
+    content = json.loads((torn / "score.json").read_text())
+    del content["seal"]
+    part = content["parts"][0]
+    for change in (
+        {"parts": [part | {"name": "../../etc/passwd"}]},
+        {"parts": [part | {"rows": "4"}]},
+        {"parts": {}},
+        {"counts": []},
+        {"inputs_sha256": None},
+    ):
+        fileio.write_sealed(torn / "score.json", content | change)
+        with pytest.raises(DataError, match="not what Arrowhead writes"):
+            scoring.verify(torn)
+    content = json.loads((torn / "request.json").read_text())
+    del content["seal"]
+    path, config = bundled(), scoring.ScoreConfig(probabilities=True)
+    loaded, catalog = bundle.load(path), plan.unlabelled(images)
+    for runs in ([[0]], [["0", "13"]], 7, [[0, 10**15]], [[0, 4]], [[0, 9], [4, 13]]):
+        fileio.write_sealed(torn / "request.json", content | {"runs": runs})
+        with pytest.raises(DataError):
+            scoring.prepare(torn, path, loaded, catalog, config, 4)
+    line = {"number": 0, "rows": 1, "bytes": 1, "sha256": "x", "inputs": "y", "faults": {}}
+    (torn / "journal" / "x.jsonl").write_bytes(
+        b"[" * 200_000 + b"\n" + json.dumps(line | {"seal": "z"}).encode() + b"\n7\nnull\n{}\n"
+    )
+    assert len(scores_io.read_journal(torn / "journal")) > 2
 
 
 @pytest.mark.parametrize("words", [["scores", "verify"], ["score", "verify"]])

@@ -614,7 +614,11 @@ def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
     loss = "loss not finite" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
     if "temperature" in figures:
         loss += f" · {calibration.words(figures)}"
-    said, images = "" if kind == "validation" else f"{kind}: ", figures["images"]
+    elif figures.get("ece") is not None:
+        loss += (
+            f" · ECE {figures['ece']:.3f} ({figures['ece_low']:.3f} to {figures['ece_high']:.3f})"
+        )
+    said, images = "test: " if kind == "test" else "", figures["images"]
     if "f2_samples" in figures:
         tuned = "thresholds tuned on them" if kind == "validation" else "the bundle's thresholds"
         if figures.get("f2_samples_held_out") is not None:

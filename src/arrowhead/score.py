@@ -310,12 +310,7 @@ def prepare(
     note, new = out / "request.json", True
     _must_be_of_this_layout(out)
     if note.is_file():
-        found = fileio.read_sealed(
-            note,
-            scores_io.FORMAT,
-            upgrade="score into a new folder",
-            repair="delete that folder and score again, or give another OUT.",
-        )
+        found = _request(note)
         if differing := [key for key in asked if found.get(key) != asked[key]]:
             raise ConfigError(
                 f"{out} holds scores of another request: its {differing[0]} differs.",
@@ -323,6 +318,9 @@ def prepare(
                 "give another OUT, or delete that folder.",
             )
         runs, new = [range(*ends) for ends in found["runs"]], False
+        ends = [0, *(run.stop for run in runs)]
+        if [run.start for run in runs] != ends[:-1] or ends[-1] != len(catalog):
+            raise DataError(f"{note} divides the inputs otherwise.", "each input once.", SCORE_ANEW)
     else:
         targets.check_folder(out, "scores")
         runs = plan.chunks(catalog.paths, chunk_size)
@@ -338,6 +336,18 @@ def prepare(
     return Request(
         out=out.absolute(), bundle=path.absolute(), config=config, runs=runs, damaged=damaged
     )
+
+
+SCORE_ANEW = "delete that folder and score again, or give another OUT."
+
+
+def _request(note: Path) -> dict[str, Any]:
+    """What request.json says."""
+    content = fileio.read_sealed(
+        note, scores_io.FORMAT, upgrade="score into a new folder", repair=SCORE_ANEW
+    )
+    fileio.must_fit(content, scores_io.REQUEST, str(note), SCORE_ANEW)
+    return content
 
 
 def _must_be_of_this_layout(out: Path) -> None:
@@ -534,12 +544,11 @@ def verify(out: Path) -> dict[str, Any]:
             "finished scores.",
             "run the same score command again: it goes on where it stopped.",
         )
+    note, again = out / "score.json", "delete it and run the same score command again: parts stay."
     content = fileio.read_sealed(
-        out / "score.json",
-        scores_io.FORMAT,
-        upgrade="score again into a new folder",
-        repair="delete it and run the same score command again: whole parts stay.",
+        note, scores_io.FORMAT, upgrade="score again into a new folder", repair=again
     )
+    fileio.must_fit(content, scores_io.SCORE, str(note), again)
     named, problems = content["parts"], []
     paths: list[str] | None = None
     if inputs(out).is_file() and fileio.sha256(inputs(out)) == content["inputs_sha256"]:

@@ -18,6 +18,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,24 @@ from numpy.typing import NDArray
 from arrowhead import DataError, fileio, shards
 
 FORMAT = 2  # of request.json and score.json; 1 had its parts beside score.json, without hashes
+HERE = re.compile(r"part-\d{6,}\.parquet")  # names of parts: no way out of their folder
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+REQUEST = {
+    "runs": [lambda ends: isinstance(ends, list) and len(ends) == 2 and all(map(_count, ends))]
+}
+SCORE = {
+    "counts": {"inputs": _count},
+    "classes": [str],
+    "inputs_sha256": shards.DIGEST,
+    "parts": [{"name": HERE, "rows": _count, "bytes": _count, "sha256": shards.DIGEST}],
+}
+PART = {"number": _count, "rows": _count, "bytes": _count, "sha256": shards.DIGEST, "inputs": str}
+PART |= {"faults": {str: int}, "seal": str}
 
 
 # ------------------------------------------------------------------------------- rows
@@ -265,10 +284,11 @@ def _line(part: Part) -> str:
 def _parsed(line: bytes) -> Part | None:
     try:
         content = json.loads(line)
-        seal = content.pop("seal")
-        return Part(**content) if seal == _seal(content) else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fileio.must_fit(content, PART, "the line", "")
+    except (ValueError, RecursionError, DataError):
         return None
+    seal = content.pop("seal")
+    return Part(**content) if seal == _seal(content) and len(content) == len(PART) - 1 else None
 
 
 def _seal(content: Mapping[str, Any]) -> str:
