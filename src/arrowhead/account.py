@@ -262,8 +262,17 @@ def say_restart(message: dict[str, Any], screen: Screen) -> None:
     )
 
 
+NO_GOLDEN_IMAGES = (
+    "The bundle has no golden images: nothing proves that this machine sees images as the one that"
+    " trained it. Train again from a store that keeps some to have that checked."
+)
+
+
 def say_drift(drift: dict[str, Any], screen: Screen) -> None:
     """How far this machine is from the one that made the bundle (see `bundle.Drift`)."""
+    if not drift["images"]:
+        screen.say(NO_GOLDEN_IMAGES)
+        return
     screen.say(
         f"golden images: {drift['images']} replayed, largest feature drift {drift['feature']:.1g},"
         f" {drift['changed']} labels changed"

@@ -38,6 +38,7 @@ from arrowhead.cli_app import (
     Export,
     Extract,
     Finder,
+    Golden,
     Head,
     Launch,
     NamedExtract,
@@ -71,6 +72,7 @@ from arrowhead.evaluate import EvaluateConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
 from arrowhead.features import FeatureConfig, as_in_store
+from arrowhead.golden import GoldenConfig
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import Catalog
@@ -98,6 +100,7 @@ def fit(
     pixels: Pixels = PixelConfig(),
     extract: NamedExtract = ExtractConfig(),
     head: Head = TrainConfig(),
+    golden: Golden = GoldenConfig(),
     finder: NamedFinder = FinderConfig(),
     many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
@@ -118,7 +121,7 @@ def fit(
     check_folder(out / "store", "store")
     for folder in _bundles(out / "bundle"):
         check_folder(folder, "bundle")
-    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(out / "bundle", data, images, asked)
     images, catalog = _ready(data, out / "store", images, Screen(to_stderr=output.json))
@@ -139,6 +142,7 @@ def precompute(
     body: Body = BodyConfig(),
     pixels: Pixels = PixelConfig(),
     extract: Extract = ExtractConfig(),
+    golden: Golden = GoldenConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
@@ -152,7 +156,7 @@ def precompute(
     from arrowhead import pipeline
 
     store = check_folder(store, "store")
-    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     images, catalog = _ready(data, store, images, Screen(to_stderr=output.json))
     with run_context("precompute", launch, tracking, output) as means:
         result = pipeline.precompute(catalog, store, images, means)
@@ -217,6 +221,7 @@ def train(
     bundle: BundlePath,
     *,
     head: Head = TrainConfig(),
+    golden: Golden = GoldenConfig(),
     finder: NamedFinder = FinderConfig(),
     many: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
@@ -237,7 +242,7 @@ def train(
     place = pipeline.unfinished(bundle, store.absolute(), asked)
     with run_context("train", launch, tracking, output, place, registry) as means:
         account.say_account(store, means.screen)
-        result = pipeline.fit_head(store, bundle, asked, means)
+        result = pipeline.fit_head(store, bundle, asked, means, golden)
         result["files"] = say_written(means.screen, _bundles(bundle))
         say_next(means.screen, [[me(), "score", bundle, "IMAGES", "SCORES"]])
     return finish(result, output)

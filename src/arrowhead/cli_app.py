@@ -28,6 +28,7 @@ from arrowhead.decode import PixelConfig
 from arrowhead.evaluate import EvaluateConfig
 from arrowhead.export import ExportConfig
 from arrowhead.extract import ExtractConfig
+from arrowhead.golden import GoldenConfig
 from arrowhead.jobs import ClusterConfig
 from arrowhead.lr_finder import FinderConfig
 from arrowhead.model import BodyConfig
@@ -93,6 +94,12 @@ Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
 Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
 NamedExtract = Annotated[
     ExtractConfig, Parameter(name="extract", group=Group("Extraction", sort_key=5))
+]
+Golden = Annotated[
+    GoldenConfig,
+    Parameter(
+        name="*", group=Group("Golden images", sort_key=6), negative_bool="no-", negative=None
+    ),
 ]
 Head = Annotated[TrainConfig, _flags("Training", 6)]
 Finder = Annotated[FinderConfig, _flags("LR finder", 7)]

@@ -233,6 +233,7 @@ def bundle_verify(
 
     Example: arrowhead bundle verify out/bundle
     """
+    from arrowhead.account import NO_GOLDEN_IMAGES
     from arrowhead.bundle import must_agree, verify
 
     with fetched(bundle, tracking) as folder:
@@ -240,7 +241,10 @@ def bundle_verify(
     if output.json:
         give({"bundle": bundle, "drift": asdict(drift)})
     else:
-        Screen(to_stderr=False).say(
+        screen = Screen(to_stderr=False)
+        if not drift.images:
+            screen.say(NO_GOLDEN_IMAGES)
+        screen.say(
             f"{bundle} is whole; {drift.images} golden images replayed: largest feature drift"
             f" {drift.feature:.1g}, {drift.changed} labels changed"
         )

@@ -15,6 +15,7 @@ from typing import Any
 from arrowhead import ConfigError, extract, model
 from arrowhead.decode import PixelConfig
 from arrowhead.extract import ExtractConfig
+from arrowhead.golden import GoldenConfig
 from arrowhead.model import BodyConfig, Weights
 from arrowhead.shards import Store
 from arrowhead.tables import SourceConfig
@@ -28,6 +29,7 @@ class FeatureConfig:
     pixels: PixelConfig = PixelConfig()
     body: BodyConfig = BodyConfig()
     extract: ExtractConfig = ExtractConfig()
+    golden: GoldenConfig = GoldenConfig()
 
 
 def as_in_store(path: Path, asked: FeatureConfig, given: Collection[str]) -> FeatureConfig:

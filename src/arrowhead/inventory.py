@@ -98,6 +98,12 @@ def _files(store: Store) -> Iterator[Finding]:
         except DataError as error:
             kind = "changed" if path.is_file() else "missing"
             yield Finding(kind, str(path), f"{error.found} Do: {error.do}")
+    kept = store.golden() or {}
+    for name in store.manifest().get("golden", []):
+        file = store.golden_file(name)
+        if file.is_file() and bytes.fromhex(name) not in kept:
+            words = "its bytes are not the photo's any more. Do: delete it, run precompute again"
+            yield Finding("changed", str(file), words)
     try:
         extract.load_weights(store.recipe, store.weights)
     except DataError as error:
@@ -162,6 +168,8 @@ def litter(store: Store) -> list[Finding]:
         if catalog.name != manifest["catalog"]["name"]:
             words = "of an earlier run. Do: features gc"
             found.append(Finding("leftover", str(catalog), words))
+    for photo in store.spare_golden(manifest.get("golden", [])):
+        found.append(Finding("leftover", str(photo), "no bundle will take it. Do: features gc"))
     return found + list(_spare_digests(store, needed))
 
 

@@ -29,6 +29,7 @@ from arrowhead import (
     calibration,
     extract,
     fileio,
+    golden,
     launch,
     metrics,
     model,
@@ -37,20 +38,17 @@ from arrowhead import (
     shards,
     study,
 )
-from arrowhead.account import Means, Screen, Work
-from arrowhead.bundle import Bundle, Golden
-from arrowhead.extract import ExtractConfig
+from arrowhead.account import Means, Work
+from arrowhead.bundle import Bundle
 from arrowhead.features import FeatureConfig, weights_of
+from arrowhead.golden import GoldenConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog
 from arrowhead.shards import Store
 from arrowhead.study import Learned, Study
-from arrowhead.tables import SourceConfig
 from arrowhead.train import TrainConfig, Trained
 
-GOLDEN = 8
-CLEAR = 0.1  # of probability, from the next decision
 # -------------------------------------------------------------------------- the first pass
 
 
@@ -88,7 +86,7 @@ def precompute(
         args = path, images.pixels, images.extract
         there = len(catalog) - total
         done = run_chunks(extract.extract, args, missing, total, there, "extract", means)
-        manifest, drawn = _complete(store, catalog, names, images.source, intact)
+        manifest, drawn = _complete(store, catalog, names, images, intact)
         account.say_split(catalog, drawn, means.screen)
     done.seconds["wall"] = perf_counter() - began
     redone = {names[i] for i in missing}
@@ -198,17 +196,21 @@ def _complete(
     store: Store,
     catalog: Catalog,
     names: list[str],
-    source: SourceConfig,
+    images: FeatureConfig,
     intact: dict[str, str],
 ) -> tuple[dict[str, Any], Catalog]:
-    """Check that every file has its row, draw the splits, write catalog and manifest."""
+    """Check that every file has its row, draw the splits, keep golden images, write catalog and
+    manifest.
+    """
     parts = [store.read(name) for name in names]
     if [path for rows in parts for path in rows.paths] != catalog.paths:
         raise AssertionError("the shards do not hold every file of the catalog once, in order")
     ids = [image_id for rows in parts for image_id in rows.image_ids]
-    faulty = [fault is not None for rows in parts for fault in rows.faults]
-    drawn = plan.drawn(catalog, ids, source.valid_share, faulty)
-    manifest = store.complete(names, drawn.columns(), intact)
+    faults = [fault for rows in parts for fault in rows.faults]
+    faulty = [fault is not None for fault in faults]
+    drawn = plan.drawn(catalog, ids, images.source.valid_share, faulty)
+    kept = golden.keep(store, drawn, ids, faults) if images.golden.golden_images else []
+    manifest = store.complete(names, drawn.columns(), intact, kept)
     store.drop_pending()
     return manifest, drawn
 
@@ -326,10 +328,11 @@ def save(
     out: Path,
     means: Means = Means(),
     lineage: dict[str, Any] | None = None,
+    keep: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
     """Evaluate a head and save it as a bundle to `out`, as `write_bundle` does; its metrics."""
     with bundle.saving(out, account.previous(out, means)) as folder:
-        figures = write_bundle(store, config, trained, folder, means, lineage)
+        figures = write_bundle(store, config, trained, folder, means, lineage, keep)
         account.say_replaced(out, folder, means)
     account.keep_bundle(out, means)
     return figures
@@ -342,6 +345,7 @@ def write_bundle(
     folder: Path,
     means: Means = Means(),
     lineage: dict[str, Any] | None = None,
+    keep: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
     """Evaluate a head on the validation split and write its bundle into a folder of
     `bundle.saving`, with its confusion matrices; its metrics.
@@ -370,8 +374,6 @@ def write_bundle(
         logit_NC = head(torch.from_numpy(valid.feature[:, 0].astype(np.float32)))
     found = calibration.calibrate(logit_NC.numpy(), valid.label, valid.image_id, classes)
     heat, cuts = found.temperature, found.thresholds
-    cooled = logit_NC / heat
-    chances = (cooled.sigmoid() if valid.multi else cooled.softmax(1)).numpy()
     figures = metrics.evaluate(
         logit_NC.numpy(), valid.label, classes, temperature=heat, thresholds=cuts
     )
@@ -386,18 +388,16 @@ def write_bundle(
         "training": dataclasses.asdict(config),
         "epoch": trained.epoch,
     }
-    bundle.write(
-        dataclasses.replace(
-            made,
-            temperature=heat,
-            thresholds=None if cuts is None else cuts.tolist(),
-            metrics=figures,
-            lineage=lineage,
-            novelty=known,
-            golden=_golden(store, valid, chances, cuts, means.screen),
-        ),
-        folder,
+    made = dataclasses.replace(
+        made,
+        temperature=heat,
+        thresholds=None if cuts is None else cuts.tolist(),
+        metrics=figures,
+        lineage=lineage,
+        novelty=known,
     )
+    photos = golden.pick(store, made, means.screen.say) if keep.golden_images else []
+    bundle.write(dataclasses.replace(made, golden=photos), folder)
     if config.best != "last":
         means.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
     account.show_evaluation(figures, classes, folder / bundle.REPORT, means)
@@ -434,37 +434,6 @@ def _novelty(store: Store, valid: shards.Features) -> Novelty:
     return Novelty.of(np.concatenate(bank), valid.feature[:, 0])
 
 
-def _golden(
-    store: Store, valid: shards.Features, chance_NC: Any, cuts: Any, screen: Screen
-) -> list[Golden]:
-    """A few validation images with the features and probabilities they gave.
-
-    Of each stretch of rows the first that is clearly decided, else the clearest: a label that hangs
-    by a thousandth would change on any other machine.
-    """
-    catalog = Catalog(**store.read_catalog())
-    clear_N = _margin(chance_NC, cuts)
-    kept: list[Golden] = []
-    for rows in np.array_split(np.arange(len(valid.row)), GOLDEN):
-        for at in rows[np.argsort(-np.minimum(clear_N[rows], CLEAR), kind="stable")][:1]:
-            data, fault = catalog.read(int(valid.row[at]), ExtractConfig().max_bytes)
-            if fault:
-                screen.say(f"not kept as a golden image: {catalog.paths[valid.row[at]]} ({fault})")
-                continue
-            feature, chance = valid.feature[at, 0].astype(np.float32), chance_NC[at]
-            name = f"{len(kept)}.img"
-            kept.append(Golden(name=name, data=data, feature=feature, probabilities=chance))
-    return kept
-
-
-def _margin(chance_NC: Any, cuts: Any) -> Any:
-    """How far each image's probabilities are from another decision, (N,)."""
-    if cuts is not None:
-        return np.abs(chance_NC - cuts).min(1)
-    second, best = np.sort(chance_NC, 1)[:, -2:].T
-    return best - second
-
-
 # --------------------------------------------------------------------------- many heads
 
 
@@ -487,7 +456,7 @@ def fit(
     """The main job: features to OUT/store; rate, head and evaluation to OUT/bundle."""
     with account.child(means, "extract") as part:
         result = precompute(data, out / "store", images, part)
-    return result | fit_head(out / "store", out / "bundle", asked, means)
+    return result | fit_head(out / "store", out / "bundle", asked, means, images.golden)
 
 
 def training_of(out: Path) -> Path:
@@ -501,7 +470,9 @@ def unfinished(out: Path, *request: Any) -> Path:
     return training_of(out.absolute()) / f"run-{word.hexdigest()}.json"
 
 
-def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any]:
+def fit_head(
+    path: Path, out: Path, asked: Study, means: Means, keep: GoldenConfig = GoldenConfig()
+) -> dict[str, Any]:
     """From a store to a bundle: rate, heads, evaluation."""
     config = asked.head
     account.params(means, {f"train.{k}": v for k, v in dataclasses.asdict(config).items()})
@@ -535,7 +506,7 @@ def fit_head(path: Path, out: Path, asked: Study, means: Means) -> dict[str, Any
         if made.shares:
             account.show_shares(made.shares, beside, means)
             result["learning_curve"] = made.shares
-        figures = write_bundle(store, chosen, best, folder, means, {"rate": chosen.rate})
+        figures = write_bundle(store, chosen, best, folder, means, {"rate": chosen.rate}, keep)
         account.say_replaced(out, folder, means)
     account.keep_bundle(out, means)
     registered = means.run.register(out) if means.run else None

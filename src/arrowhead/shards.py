@@ -10,6 +10,7 @@
       catalog-<hash>.arrow paths, stamps, labels and splits; immutable
       body.safetensors     the weights that made the features
       shards/<name>.arrow  immutable
+      golden/<id>.img      a few of the photos, for bundles to check machines by
       digests/<name>       sha256 of each shard, and of the pending catalog
       manifest.json        what is complete: catalog, shards, their hashes; replaced atomically
       catalog.arrow        another name of the newest catalog, for people
@@ -32,7 +33,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ RECIPE = {
     **dict.fromkeys(("mean", "std"), _triple),
     "antialias": bool,
 }
+GOLDEN = re.compile("[0-9a-f]{32}")  # an image id
 HEAD = {"recipe": dict, "chunk_size": _positive}
 MANIFEST = {
     "classes": [str],
@@ -87,6 +89,7 @@ MANIFEST = {
         {"name": NAME, "files": _positive, "faults": int, "kinds": {str: int}, "bytes": int}
         | {"sha256": DIGEST}
     ],
+    "golden?": [GOLDEN],  # absent in what version 0.1.0 wrote
 }
 
 
@@ -529,13 +532,39 @@ class Store:
             self._vouch(self.shard(name), digest)
         return there
 
+    def golden_file(self, name: str) -> Path:
+        """Where the photo of that image id (32 hex digits) lies, or would lie."""
+        return self.path / "golden" / f"{name}.img"
+
+    def golden(self) -> dict[bytes, bytes] | None:
+        """The photos that were kept, by image id; without those that are missing or have changed.
+
+        None for a store that says nothing of them: of an older version, or unfinished.
+        """
+        finished = (self.path / "manifest.json").is_file()
+        names = self.manifest().get("golden") if finished else None
+        if names is None:
+            return None
+        found = {}
+        for name in names:
+            with suppress(OSError):
+                data = self.golden_file(name).read_bytes()
+                if hashlib.blake2b(data, digest_size=16).hexdigest() == name:
+                    found[bytes.fromhex(name)] = data
+        return found
+
     def complete(
-        self, names: Sequence[str], columns: Mapping[str, Any], intact: Mapping[str, str]
+        self,
+        names: Sequence[str],
+        columns: Mapping[str, Any],
+        intact: Mapping[str, str],
+        golden: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Write the catalog (`columns` as `read_catalog` gives them) and the manifest of these
         shards; the store is now readable.
 
-        intact: digests that are known already, as `intact` gave them. Raises DataError if another
+        intact: digests that are known already, as `intact` gave them. golden: names of the photos
+        that were kept; others in their folder are removed. Raises DataError if another
         shard differs from what was written.
         """
         entries = []
@@ -555,10 +584,19 @@ class Store:
         catalog = self._keep_catalog(columns) | {"tries": int(columns["tries"].sum())}
         classes = sorted({name for names in columns["labels"] for name in names})
         manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
+        manifest["golden"] = list(golden)
         fileio.write_sealed(self.path / "manifest.json", manifest)
         with fileio.draft(self.path / "catalog.arrow") as sketch:
             shutil.copyfile(self.path / catalog["name"], sketch)
+        for file in self.spare_golden(golden):
+            file.unlink()
         return manifest
+
+    def spare_golden(self, names: Sequence[str]) -> list[Path]:
+        """Photos that were kept once and are not among `names`; none if their folder is a link."""
+        folder = self.path / "golden"
+        there = [] if folder.is_symlink() else sorted(folder.glob("*.img"))
+        return [file for file in there if GOLDEN.fullmatch(file.stem) and file.stem not in names]
 
     def _keep_catalog(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Write a catalog under the name its content gives it."""

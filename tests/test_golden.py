@@ -1,0 +1,128 @@
+"""A few photos are kept in the store, so that it alone is enough to train, score and export."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from arrowhead import bundle, cli, fileio, inventory, shards
+from arrowhead.shards import Store
+
+BEFORE = Path(__file__).parent / "written_before"
+BODY = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", 64]
+TRAIN = ["--epochs", 2, "--rate", 0.01]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tracked) -> Path:
+    """A folder with photos and their store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tracked(tmp_path_factory.mktemp("made")))
+        shutil.copytree(BEFORE / "images", "photos")
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["precompute", "photos", "store", *map(str, BODY)])
+        assert ended.value.code == 0
+        return Path.cwd()
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to stand in."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def photos(folder: Path) -> set[bytes]:
+    return {file.read_bytes() for file in folder.rglob("*.jpg")}
+
+
+def test_a_store_alone_trains_and_its_bundle_scores_and_exports_when_the_photos_are_gone(
+    here, command
+):
+    shutil.copytree("photos/valid", "new")
+    taken = photos(Path("photos"))
+    shutil.rmtree("photos")
+    command("train", "store", "bundle", *TRAIN)
+    kept = bundle.load(Path("bundle")).golden
+    assert len(kept) == 6  # as many as there are validation images
+    assert {one.data for one in kept} <= taken
+    result = command("score", "bundle", "new", "scores")
+    assert (result["drift"]["images"], result["drift"]["changed"]) == (6, 0)
+    assert command("export", "bundle", "model.onnx")["images"] == 6
+
+
+def test_the_choice_depends_on_content_alone(here, command):
+    first = Store(here / "store").manifest()["golden"]
+    assert len(first) == 18  # four of a class in each part, or as many as there are
+    for number, file in enumerate(sorted(Path("photos").rglob("*.jpg"), reverse=True)):
+        file.rename(file.with_name(f"{number}.jpg"))
+    command("precompute", "photos", "again", *BODY)
+    assert Store(here / "again").manifest()["golden"] == first
+    for name in first:
+        data = Store(here / "again").golden_file(name).read_bytes()
+        assert hashlib.blake2b(data, digest_size=16).hexdigest() == name
+
+
+def test_of_a_store_that_kept_none_photos_are_taken_that_are_what_they_were(here, command):
+    """As version 0.1.0 wrote it. One photo changed, with size and time as they were."""
+    shutil.copytree(BEFORE / "store", "old")
+    catalog = Store(here / "old").read_catalog()
+    shutil.copytree(BEFORE / "images", "images")
+    for path, stamp in zip(catalog["paths"], catalog["stamps"], strict=True):
+        os.utime(Path("images") / path, ns=(int(stamp), int(stamp)))
+    valid = [path for path in catalog["paths"] if path.startswith("valid/")]
+    changed = Path("images") / valid[0]
+    was, data = changed.stat(), bytearray(changed.read_bytes())
+    data[len(data) // 2] ^= 1
+    changed.write_bytes(data)
+    os.utime(changed, ns=(was.st_mtime_ns, was.st_mtime_ns))
+    shards.write_catalog(here / "moved.arrow", catalog | {"root": str(here / "images")})
+    digest = fileio.sha256(here / "moved.arrow")
+    manifest = Store(here / "old").manifest()
+    manifest["catalog"] |= {"name": f"catalog-{digest[:16]}.arrow", "sha256": digest}
+    shutil.move("moved.arrow", here / "old" / manifest["catalog"]["name"])
+    fileio.write_sealed(here / "old" / "manifest.json", manifest)
+    command("train", "old", "bundle", *TRAIN)
+    kept = {one.data for one in bundle.load(Path("bundle")).golden}
+    assert kept == {(Path("images") / path).read_bytes() for path in valid[1:]}
+
+
+def test_no_photo_is_kept_when_it_is_not_wanted_and_that_is_said(here, command, capsys):
+    command("train", "store", "none", *TRAIN, "--no-golden-images")
+    assert bundle.load(Path("none")).golden == []
+    command("precompute", "photos", "store", *BODY, "--no-golden-images")
+    assert list(Path("store/golden").iterdir()) == []
+    assert Store(here / "store").golden() == {}
+    command("train", "store", "bundle", *TRAIN)
+    assert "No golden images" in command.said
+    taken = photos(Path("photos"))
+    for folder in ("store", "bundle", "none"):
+        assert not [f for f in Path(folder).rglob("*") if f.is_file() and f.read_bytes() in taken]
+    result = command("score", "bundle", "photos", "scores")
+    assert result["drift"]["images"] == 0
+    assert "has no golden images" in command.said
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bundle", "verify", "bundle"])
+    assert ended.value.code == 0
+    assert "has no golden images" in capsys.readouterr().out
+
+
+def test_a_damaged_copy_is_found_and_not_taken_and_a_missing_one_is_no_damage(here, command):
+    names = Store(here / "store").manifest()["golden"]
+    damaged, missing = (Store(here / "store").golden_file(name) for name in names[:2])
+    damaged.write_bytes(damaged.read_bytes() + b"\0")
+    missing.unlink()
+    assert [(one.kind, Path(one.path)) for one in inventory.verify(here / "store")] == [
+        ("changed", damaged)
+    ]
+    command("train", "store", "bundle", *TRAIN)
+    assert len(bundle.load(Path("bundle")).golden) == 4
+    damaged.unlink()
+    command("precompute", "photos", "store", *BODY)  # both are copied again
+    assert not any(one.damage for one in inventory.verify(here / "store"))
+    assert Store(here / "store").manifest()["golden"] == names
