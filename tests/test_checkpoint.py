@@ -305,3 +305,34 @@ def test_a_label_can_be_read_by_people(tmp_path):
 
 if __name__ == "__main__":
     write_for_ever(Path(sys.argv[1]))
+
+
+# ------------------------------------------------------------------------------------ done
+
+
+def test_a_training_that_is_done_takes_its_own_checkpoints_away_and_no_others(tmp_path):
+    ours = [keep(tmp_path, 1, key=f"{KEY}:heads"), keep(tmp_path, 2, "f", key=f"{KEY}:folds")]
+    attempt = keep(tmp_path / "attempt-1", 3, key=f"{KEY}:heads")
+    (tmp_path / "attempt-1" / "rays-notes.json").write_text("{}")
+    others = [keep(tmp_path, 4, key="other:heads"), keep(tmp_path / "attempt-2", 5, key="c3")]
+    checkpoint.forget(tmp_path, KEY)
+    assert not any(folder.exists() for folder in [*ours, attempt.parent])
+    assert all(folder.exists() for folder in others)
+    assert same(checkpoint.newest(tmp_path, "other:heads", must_be_well), 4, "other:heads")
+    checkpoint.forget(tmp_path / "absent", KEY)
+
+
+def test_a_success_leaves_what_other_unfinished_trainings_of_that_bundle_go_on_with(
+    tmp_path, tracked, command, monkeypatch
+):
+    monkeypatch.chdir(tracked(tmp_path))
+    shutil.copytree(Path(__file__).parent / "written_before" / "store", "store")
+    other = keep(tmp_path / ".bundle.training", 7, key="another:heads")
+    run = other.parent / "run-0123456789ab.json"
+    run.write_text("{}")
+    command("train", "store", "bundle", "--epochs", 2, "--rate", 0.01)
+    assert {one.name for one in other.parent.iterdir()} == {other.name, run.name, ".lock"}
+    shutil.rmtree(other)
+    run.unlink()
+    command("train", "store", "bundle", "--epochs", 2, "--rate", 0.01)
+    assert not other.parent.exists()  # with nothing unfinished it goes

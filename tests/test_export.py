@@ -210,12 +210,19 @@ def test_a_file_that_gives_another_label_is_not_kept_however_near_it_is(
     assert not list(out.iterdir())
 
 
-def test_a_bundle_without_golden_images_cannot_be_checked(plain: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bundle"
+def test_a_bundle_without_golden_images_is_checked_on_drawn_pixels(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "bundle", tmp_path / "out"
     bundle.save(dataclasses.replace(bundle.load(plain), golden=()), path)
-    with pytest.raises(DataError, match="golden images"):
-        export.export(path, tmp_path / "out", ExportConfig(format="pt2"))
-    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        tampered(patch, temperature=0.1)
+        with pytest.raises(DataError, match="gives the drawn pixels other probabilities"):
+            export.export(path, out, ExportConfig(format="pt2"))
+        assert not list(out.iterdir())
+    result = export.export(path, out, ExportConfig(format="pt2"))
+    assert (result["images"], result["checked_on"]) == (6, "drawn pixels")
+    assert result["largest_difference"] < 1e-3
 
 
 def test_missing_onnx_packages_are_named_with_the_command_that_installs_them(

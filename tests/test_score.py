@@ -514,11 +514,12 @@ def test_features_of_zeros_have_not_drifted(place):
 
 
 def test_golden_images_are_clearly_decided_where_there_are_such():
-    from arrowhead.pipeline import _margin
-
+    made = bundle.load(Path("out/bundle"))
+    one = dataclasses.replace(made, classes=["a", "b"], multi=False)
+    several = dataclasses.replace(one, multi=True, thresholds=[0.5, 0.4])
     chance = np.array([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]])
-    np.testing.assert_allclose(_margin(chance, None), [0, 0.8, 0.4])
-    np.testing.assert_allclose(_margin(chance, np.array([0.5, 0.4])), [0, 0.3, 0.2])
+    np.testing.assert_allclose(one.margin(chance), [0, 0.8, 0.4])
+    np.testing.assert_allclose(several.margin(chance), [0, 0.3, 0.2])
 
 
 @pytest.fixture

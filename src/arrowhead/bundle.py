@@ -112,6 +112,16 @@ class Bundle:
         one_NC: NDArray[np.bool_] = np.arange(len(self.classes)) == best_N1
         return one_NC & ~np.isnan(probability_NC)
 
+    def margin(self, probability_NC: NDArray[np.float32]) -> NDArray[np.float64]:
+        """How far these probabilities are from giving other labels, (N,)."""
+        if self.multi:
+            cut_C = np.array(self.thresholds or [0.5] * len(self.classes))
+            nearest_N: NDArray[np.float64] = np.abs(probability_NC - cut_C).min(1)
+            return nearest_N
+        best_N2 = np.sort(probability_NC.astype(np.float64), 1)[:, -2:]
+        ahead_N: NDArray[np.float64] = best_N2[:, 1] - best_N2[:, 0]
+        return ahead_N
+
     def make_head(self, device: str = "cpu") -> nn.Module:
         """The head, ready for inference: float32 (B, D) to logits (B, C)."""
         from arrowhead import heads

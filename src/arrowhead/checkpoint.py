@@ -137,6 +137,22 @@ def prune(place: Path, key: str, keep: int = 2) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def forget(place: Path, key: str) -> None:
+    """Remove the checkpoints of a training that is done: those of this key, and of its parts
+    (`key:…`). Others stay: they belong to trainings that are not.
+    """
+    for folder in list(_folders(place)):
+        with suppress(DataError, OSError):
+            if _is_draft(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif _label(folder)["facts"]["key"].partition(":")[0] == key:
+                fileio.remove(folder)
+    left = {folder.relative_to(place).parts[0] for folder in _folders(place)}
+    for folder in [one for one in place.iterdir() if one.is_dir()] if place.is_dir() else []:
+        if folder.name not in left:  # Ray Train's notes on what was there
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass(frozen=True, slots=True)
 class _Label:
     """What a checkpoint's label says; the tensors' file has not been looked at."""
@@ -155,10 +171,7 @@ def _look(place: Path, key: str) -> tuple[list[_Label], list[Path]]:
         if _is_draft(folder):
             continue
         try:
-            content = fileio.read_sealed(
-                folder / LABEL, SEALED, upgrade="train again", repair="train again."
-            )
-            fileio.must_fit(content, PAPER, str(folder / LABEL), "train again.")
+            content = _label(folder)
             facts = content["facts"]
             if facts["key"] == key and content["checkpoint"] != FORMAT:
                 torn.append(folder)
@@ -170,6 +183,14 @@ def _look(place: Path, key: str) -> tuple[list[_Label], list[Path]]:
             torn.append(folder)
     found.sort(key=lambda one: (one.number, one.written), reverse=True)
     return found, torn
+
+
+def _label(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's label says; DataError if it cannot be read."""
+    repair = "train again."
+    content = fileio.read_sealed(folder / LABEL, SEALED, upgrade="train again", repair=repair)
+    fileio.must_fit(content, PAPER, str(folder / LABEL), repair)
+    return content
 
 
 def _folders(place: Path) -> Iterator[Path]:

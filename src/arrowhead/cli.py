@@ -357,9 +357,10 @@ def export(
     with fetched(bundle, tracking) as folder:
         result = exporting.export(folder, out, what) | {"bundle": bundle}
     if not output.json:
+        sizes = " and ".join(map(str, result["batch_sizes"]))
         Screen(to_stderr=False).say(
-            f"{result['file']}: {result['bytes'] / 1e6:.1f} MB · {result['images']} golden images"
-            f" in batches of {' and '.join(map(str, result['batch_sizes']))}: largest difference"
+            f"{result['file']}: {result['bytes'] / 1e6:.1f} MB · checked on {result['images']}"
+            f" {result['checked_on']} in batches of {sizes}: largest difference"
             f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
         )
     return finish(result, output)

@@ -130,17 +130,18 @@ def run_context(
     registry: RegistryConfig = RegistryConfig(),
 ) -> Iterator[Any]:
     """What the stages are run with; the MLflow run is open inside. place: a file that stands for
-    the run while it is unfinished, in the folder of its checkpoints; both go with the run's end.
+    the run while it is unfinished, in the folder of its checkpoints; it goes with the run's end.
     """
     from arrowhead import account
     from arrowhead.tracking import start
 
     screen = Screen(to_stderr=output.json)
     opened = start(tracking, verb, place, registry=registry, say=screen.say)
-    with _alone(place, screen.say), opened as run:
-        yield account.Means(launch=launch, screen=screen, run=run)
-    if place:
-        shutil.rmtree(place.parent, ignore_errors=True)
+    with _alone(place, screen.say):
+        with opened as run:
+            yield account.Means(launch=launch, screen=screen, run=run)
+        if place:  # checkpoints of this run are gone, too; those of others stay
+            place.unlink(missing_ok=True)
 
 
 @contextmanager

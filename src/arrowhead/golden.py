@@ -141,7 +141,7 @@ def pick(store: Store, made: Bundle, say: Callable[[str], None]) -> list[Golden]
     chance_MC = bundle.probabilities(
         made.make_head(), feature_MD, made.temperature, multi=made.multi
     )
-    clear_M = np.minimum(_margin(made, chance_MC), CLEAR)
+    clear_M = np.minimum(made.margin(chance_MC), CLEAR)
     kept: list[Golden] = []
     for stretch in np.array_split(np.arange(len(at_M)), IN_A_BUNDLE):
         for i in stretch[np.argsort(-clear_M[stretch], kind="stable")][:1]:
@@ -169,14 +169,3 @@ def _features(store: Store, row_M: NDArray[np.int64]) -> NDArray[np.float32]:
         found.append(part[here, 0].astype(np.float32))
         first += len(part)
     return np.concatenate(found)
-
-
-def _margin(made: Bundle, chance_MC: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How far each image's probabilities are from another decision, (M,)."""
-    if made.multi:
-        threshold_C = np.array(made.thresholds or [0.5] * len(made.classes))
-        nearest: NDArray[np.float64] = np.abs(chance_MC - threshold_C).min(1)
-        return nearest
-    best_M2 = np.sort(chance_MC.astype(np.float64), 1)[:, -2:]
-    ahead: NDArray[np.float64] = best_M2[:, 1] - best_M2[:, 0]
-    return ahead

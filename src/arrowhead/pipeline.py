@@ -27,6 +27,7 @@ from arrowhead import (
     account,
     bundle,
     calibration,
+    checkpoint,
     extract,
     fileio,
     golden,
@@ -510,6 +511,7 @@ def fit_head(
         account.say_replaced(out, folder, means)
     account.keep_bundle(out, means)
     registered = means.run.register(out) if means.run else None
+    checkpoint.forget(training_of(out), asked.key(store))
     return result | {
         "rate": chosen.rate,
         "lr_finder": _advice(made.curve) if made.curve else None,

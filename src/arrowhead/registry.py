@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import re
@@ -256,8 +257,7 @@ def save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
         ColSpec(DataType.binary, "image", required=False),
         ColSpec(DataType.string, "path", required=False),
     ]
-    golden = sorted((bundle / "golden").glob("*.img"), key=lambda file: file.stat().st_size)
-    example = pandas.DataFrame({"image": [golden[0].read_bytes()]}) if golden else None
+    example = pandas.DataFrame({"image": [_drawn_image()]})
     here = Path(__file__).parent
     content = json.loads((bundle / "bundle.json").read_bytes())
     about = Model(
@@ -281,6 +281,15 @@ def save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
     )
     for unneeded in [*target.rglob("__pycache__"), *target.glob("artifacts/*/report")]:
         shutil.rmtree(unneeded, ignore_errors=True)
+
+
+def _drawn_image() -> bytes:
+    """A PNG for the input example: it is shown to whoever may see the model, so no user's photo."""
+    from PIL import Image
+
+    kept = io.BytesIO()
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(kept, "png")
+    return kept.getvalue()
 
 
 def _requirements() -> list[str]:
