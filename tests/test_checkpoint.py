@@ -336,3 +336,28 @@ def test_a_success_leaves_what_other_unfinished_trainings_of_that_bundle_go_on_w
     run.unlink()
     command("train", "store", "bundle", "--epochs", 2, "--rate", 0.01)
     assert not other.parent.exists()  # with nothing unfinished it goes
+
+
+def test_a_disk_that_is_full_when_the_bundle_is_saved_is_said_and_the_next_run_goes_on(
+    tmp_path, tracked, command, monkeypatch
+):
+    """RLIMIT_FSIZE stands in for the full disk: the bundle's weights (1.5 MB) do not fit."""
+    monkeypatch.chdir(tracked(tmp_path))
+    shutil.copytree(Path(__file__).parent / "written_before" / "store", "store")
+    words = ["train", "store", "bundle", "--epochs", "2", "--rate", "0.01"]
+    code = (
+        "import resource, sys\n"
+        "from arrowhead import cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_300_000, resource.RLIM_INFINITY))\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written: File too large." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.draft")) and not Path("bundle").exists()
+    command(*words)
+    assert "going on from their checkpoint" in command.said
+    assert {one.name for one in tmp_path.glob(".bundle*")} == set()
