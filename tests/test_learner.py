@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowhead import Images, Learner
+from arrowhead import ConfigError, Images, Learner
 from arrowhead.decode import PixelConfig
 from arrowhead.lr_finder import Curve
 from arrowhead.model import BodyConfig
@@ -69,3 +69,69 @@ def test_what_was_learned_can_be_saved_for_scoring(learn, tmp_path):
     metrics = learn.save(tmp_path / "bundle")
     assert (tmp_path / "bundle" / "bundle.json").is_file()
     assert 0 <= metrics["accuracy"] <= 1
+
+
+def test_fitting_goes_on_with_the_weights_it_has_unless_it_is_told_to_start_afresh(learn):
+    first = learn.fit(0.001, 2, fresh=True)
+    more = learn.fit(0.001, 1)
+    assert more[0]["train_loss"] < first[0]["train_loss"]
+    again = learn.fit(0.001, 2, fresh=True)
+    assert [line["valid_loss"] for line in again] == [line["valid_loss"] for line in first]
+
+
+def test_files_are_predicted_with_faults_as_none(learn, drawn, tmp_path):
+    learn.fit(0.01, 2, fresh=True)
+    good = sorted((drawn / "valid").glob("*/*.jpg"))[:3]
+    bad = tmp_path / "page.jpg"
+    bad.write_text("<html>")
+    found = learn.predict([*good, bad, tmp_path / "missing.jpg"])
+    assert [one.path for one in found] == [*map(str, good), str(bad), str(tmp_path / "missing.jpg")]
+    assert all(one.label in learn.images.classes and one.fault is None for one in found[:3])
+    assert sum(found[0].probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert [one.label for one in found[3:]] == [None, None]
+    assert found[3].fault.startswith("not an image")
+    assert found[4].fault.startswith("unreadable")
+    learn.save(tmp_path / "bundle")
+    loaded = Learner.load(tmp_path / "bundle")
+    assert [one.label for one in loaded.predict(good)] == [one.label for one in found[:3]]
+    assert "3 classes" in repr(loaded)
+    loaded.close()
+
+
+def test_a_table_is_a_source_and_its_settings_are_kept(drawn, tmp_path):
+    files = sorted((drawn / "train").glob("*/*.jpg"))[::3]
+    lines = [f"{one.parent.name}/{one.stem},{one.parent.name}" for one in files]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,labels", *lines]))
+    source = {"images": str(drawn / "train"), "suffix": ".jpg", "valid_share": 0.4}
+    images = Images.from_table(tmp_path / "labels.csv", **source)
+    assert "beads" in repr(images) and f"{len(files)} images" in repr(images)
+    body, pixels = BodyConfig(body="shufflenet_v2_x0_5", weights="random"), PixelConfig(size=64)
+    learner = Learner(body, images, store=tmp_path / "store", pixels=pixels)
+    assert len(images.valid_labels) > 0.25 * len(files)
+    assert "shufflenet_v2_x0_5" in repr(learner) and "not fitted" in repr(learner)
+
+
+def test_a_refusal_speaks_python(images, learn):
+    with pytest.raises(ConfigError) as refusal:
+        learn.fit(-1, 1)
+    assert "rate=" in refusal.value.found and "--" not in str(refusal.value)
+    with pytest.raises(ConfigError, match="valid_share="):
+        Images.from_folder(images.path, valid_share=1.5)
+
+
+def test_a_curve_can_be_drawn(learn):
+    assert learn.lr_find(steps=20, seeds=1).plot().get_axes()
+
+
+def test_a_fit_is_recorded_in_mlflow_when_asked(images, tracked, tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tracked(tmp_path)}/mlflow.db"
+    body, pixels = BodyConfig(body="shufflenet_v2_x0_5", weights="random"), PixelConfig(size=64)
+    learner = Learner(body, images, store=tmp_path / "s", pixels=pixels, tracking_uri=uri)
+    lines = learner.fit(0.01, 2)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("arrowhead").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FINISHED" and run.data.params["train.epochs"] == "2"
+    assert run.data.metrics["valid_loss"] == pytest.approx(lines[-1]["valid_loss"])

@@ -13,21 +13,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import account, files, pipeline, plan, report
+from arrowhead import Refusal, account, files, pipeline, plan, report
+from arrowhead import bundle as bundles
 from arrowhead.decode import PixelConfig
 from arrowhead.features import FeatureConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
 from arrowhead.plan import Catalog
+from arrowhead.predict import Predictor
 from arrowhead.screen import encodable, visible
 from arrowhead.shards import Store
 from arrowhead.study import Study
+from arrowhead.tables import SourceConfig
+from arrowhead.targets import check_folder
+from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig, Trained
 
 if TYPE_CHECKING:
@@ -45,18 +56,41 @@ class _Notebook(account.Silence):
 class Images:
     """Labelled images; nothing is opened before a Learner needs it."""
 
-    def __init__(self, path: str, catalog: Catalog) -> None:
-        self.path, self.catalog = path, catalog
+    def __init__(self, path: str, catalog: Catalog, source: SourceConfig = SourceConfig()) -> None:
+        self.path, self.catalog, self.source = path, catalog, source
         self._store: Store | None = None
 
     @staticmethod
-    def from_folder(path: str | Path) -> Images:
+    def from_folder(path: str | Path, **source: Any) -> Images:
         """Images below PATH/train/<class> and PATH/valid/<class>, or PATH/<class>.
 
         PATH may be an address such as s3://bucket/photos, or a table (see `plan.labelled`).
-        Raises ConfigError for a missing or empty folder, or fewer than two classes.
+        source: fields of `SourceConfig`, such as valid_share=0.3. Raises ConfigError for a missing
+        or empty folder, or fewer than two classes.
         """
-        return Images(os.fspath(path), plan.labelled(path))
+        with _python_words():
+            config = SourceConfig(**source)
+            return Images(os.fspath(path), plan.labelled(path, config), config)
+
+    @staticmethod
+    def from_table(table: str | Path, **source: Any) -> Images:
+        """Images that a CSV or TSV file names, with their labels.
+
+        source: fields of `SourceConfig`, such as images="photos" (where the paths begin) or
+        suffix=".jpg". Raises ConfigError as `from_folder` does.
+        """
+        return Images.from_folder(table, **source)
+
+    def __repr__(self) -> str:
+        """How many images there are, by split and class."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for split, names in zip(self.catalog.splits, self.catalog.labels, strict=True):
+            counts[split or "no split yet"].update(names)
+        lines = [f"Images({self.path!r}): {len(self.catalog)} images, {len(self.classes)} classes"]
+        for split, held in counts.items():
+            shown = ", ".join(f"{name} {count}" for name, count in sorted(held.items())[:12])
+            lines.append(f"  {split}: {shown}{', …' * (len(held) > 12)}")
+        return "\n".join(map(visible, lines))
 
     @property
     def classes(self) -> list[str]:
@@ -93,12 +127,37 @@ class Images:
         return shown if files.in_store(self.catalog.root) else [Path(name) for name in shown]
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an image file was given: its most probable label, the labels it has (several, or none,
+    where images may have several), every class's probability. None, each, at a fault.
+    """
+
+    path: str
+    label: str | None = None
+    probability: float | None = None
+    labels: list[str] | None = None
+    probabilities: dict[str, float] | None = None
+    fault: str | None = None
+
+
+class DrawnCurve(Curve):
+    """A curve that can be drawn."""
+
+    def plot(self) -> Any:
+        """The curve and its suggestions as a matplotlib figure; shown where a notebook can."""
+        figure = report.lr_figure(self)
+        report.display(figure)
+        return figure
+
+
 class Learner:
     """A head on a body that stays as it is.
 
     body: torchvision's name, or a BodyConfig; images: `Images`; store: folder for the features,
     by default in .arrowhead/ of the working directory; head: linear or lesson (the default here).
-    Opening it decodes what the store does not hold yet.
+    Opening it decodes what the store does not hold yet. track: record every `fit` and `lr_find` in
+    MLflow; tracking_uri: there (it implies track).
     """
 
     def __init__(
@@ -109,6 +168,8 @@ class Learner:
         store: str | Path | None = None,
         head: str = "lesson",
         pixels: PixelConfig = PixelConfig(),
+        track: bool = False,
+        tracking_uri: str | None = None,
     ) -> None:
         body = BodyConfig(body=body) if isinstance(body, str) else body
         self.images = images
@@ -116,28 +177,71 @@ class Learner:
         place = hashlib.blake2b(files.raw(origin), digest_size=4).hexdigest()
         own = Path(".arrowhead") / f"{origin.rpartition('/')[2]}-{place}-{body.body}"
         folder = Path(store) if store else own
-        self._config = TrainConfig(head=head)  # type: ignore[arg-type]
+        self._tracking = (
+            TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None
+        )
         self._means = account.Means(screen=_Notebook())
-        settings = FeatureConfig(body=body, pixels=pixels)
-        pipeline.precompute(images.path, folder, settings, self._means)
-        self.store = images._store = Store(folder)
         self._trained: Trained | None = None
+        self._ready: Predictor | None = None
+        with _python_words():
+            self._config = TrainConfig(head=head)  # type: ignore[arg-type]
+            settings = FeatureConfig(source=images.source, body=body, pixels=pixels)
+            pipeline.precompute(images.path, folder, settings, self._means)
+        self.store = images._store = Store(folder)
 
-    def fit(self, rate: float, epochs: int, **knobs: Any) -> list[dict[str, float]]:
-        """Train a fresh head, at a constant rate as in the lesson; one dict of figures per epoch.
+    @staticmethod
+    def load(path: str | Path) -> Classifier:
+        """The bundle at `path`, ready to `predict`. Raises ConfigError if there is none, DataError
+        if it is damaged or this machine sees its golden images differently.
+        """
+        with _python_words():
+            return Classifier(Path(path))
 
-        knobs: other fields of `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
+    def __repr__(self) -> str:
+        """Body, head, and the last epoch's figures."""
+        recipe = self.store.recipe
+        told = "not fitted yet"
+        if self._trained:
+            last = self._trained.epochs[self._trained.epoch]
+            told = ", ".join(f"{k} {v:.4f}" for k, v in last.items() if k != "epoch")
+        return (
+            f"Learner({recipe.body}, {self._config.head} head, {recipe.size} pixels,"
+            f" {len(self.images.classes)} classes): {told}"
+        )
+
+    def fit(
+        self, rate: float, epochs: int, *, fresh: bool = False, **knobs: Any
+    ) -> list[dict[str, float]]:
+        """Train the head, at a constant rate as in the lesson; one dict of figures per epoch.
+
+        A second call goes on with the weights of the first, unless fresh. knobs: other fields of
+        `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
         """
         knobs.setdefault("schedule", "constant")
-        self._config = dataclasses.replace(self._config, rate=rate, epochs=epochs, **knobs)
-        made = pipeline.learn(self.store.path, Study(head=self._config), self._means)
+        with _python_words(), self._run("fit") as means:
+            before, now = self._config, {"rate": rate, "epochs": epochs} | knobs
+            self._config = dataclasses.replace(before, **now)
+            on = self._trained and not fresh and before.head == self._config.head
+            start = self._trained.state if on and self._trained else None
+            asked = Study(head=self._config, start=start)
+            account.params(means, {f"train.{k}": v for k, v in now.items()})
+            made = pipeline.learn(self.store.path, asked, means)
         self._trained = made.heads[0]
+        self._close()
         return self._trained.epochs
 
-    def predict(self) -> NDArray[np.float32]:
-        """float32 (n_valid, C): log-probabilities of the validation images, in path order."""
+    def predict(
+        self, paths: Sequence[str | Path] | None = None
+    ) -> NDArray[np.float32] | list[Answer]:
+        """float32 (n_valid, C): log-probabilities of the validation images, in path order.
+
+        With paths: what each of these image files is given, with calibrated probabilities (see
+        `Answer`); a bad file has a fault and spoils no other.
+        """
         import torch
 
+        if paths is not None:
+            return answers(self._predictor(), paths)
         valid = self.store.features("valid")
         feature_ND = torch.from_numpy(valid.feature[:, 0].astype(np.float32))
         with torch.inference_mode():
@@ -145,19 +249,52 @@ class Learner:
             log_NC = logit_NC.sigmoid().log() if valid.multi else logit_NC.log_softmax(1)
         return log_NC.numpy()  # type: ignore[no-any-return]
 
-    def lr_find(self, **knobs: Any) -> Curve:
+    def lr_find(self, **knobs: Any) -> DrawnCurve:
         """The loss under a rising rate, and the rates it suggests; drawn in a notebook.
 
         knobs: fields of `FinderConfig`, such as low, high, steps, seeds.
         """
-        finder = FinderConfig(**knobs)
-        curve = pipeline.find_rate(self.store.path, self._config, finder, self._means)
-        report.display(report.lr_figure(curve))
-        return curve
+        with _python_words(), self._run("lr-find") as means:
+            finder = FinderConfig(**knobs)
+            curve = pipeline.find_rate(self.store.path, self._config, finder, means)
+        drawn = DrawnCurve(**{f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)})
+        report.display(report.lr_figure(drawn))
+        return drawn
 
     def save(self, path: str | Path) -> dict[str, Any]:
-        """Save the trained head and its body as a bundle for `arrowhead score`; its metrics."""
-        return pipeline.save(self.store, self._config, self._fitted(), Path(path), self._means)
+        """Save the trained head and its body as a bundle for `arrowhead score`; its metrics. A
+        bundle that is there is kept as PATH.previous.
+        """
+        with _python_words():
+            out = check_folder(Path(path), "bundle")
+            return pipeline.save(self.store, self._config, self._fitted(), out, self._means)
+
+    @contextmanager
+    def _run(self, name: str) -> Iterator[account.Means]:
+        """What a stage is run with: with a run of its own, where that was asked for."""
+        if self._tracking is None:
+            yield self._means
+            return
+        from arrowhead import tracking
+
+        with tracking.start(self._tracking, name, say=self._means.screen.say) as run:
+            yield dataclasses.replace(self._means, run=run)
+
+    def _predictor(self) -> Predictor:
+        """The trained head with its body, held ready until it is trained on."""
+        if self._ready is None:
+            self._fitted()
+            with tempfile.TemporaryDirectory(prefix="arrowhead-learner-") as scratch:
+                place = Path(scratch) / "bundle"
+                quiet = account.Means()
+                pipeline.save(self.store, self._config, self._fitted(), place, quiet)
+                self._ready = Predictor(place)
+        return self._ready
+
+    def _close(self) -> None:
+        if self._ready:
+            self._ready.close()
+            self._ready = None
 
     def _fitted(self) -> Trained:
         if self._trained is None:
@@ -174,4 +311,75 @@ class Learner:
         return heads.restore(self._config.head, width, classes, trained)
 
 
-__all__ = ["Images", "Learner"]
+class Classifier:
+    """A bundle held ready: files in, labels and probabilities out."""
+
+    def __init__(self, path: Path) -> None:
+        bundles.must_be_there(str(path))
+        self.path, self._ready = path, Predictor(path)
+
+    def __repr__(self) -> str:
+        """Body, head, classes and the figures it was saved with."""
+        held = self._ready.bundle
+        figures = {k: v for k, v in held.metrics.items() if k in ("accuracy", "f2_samples")}
+        told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        return (
+            f"Classifier({held.recipe.body}, {held.head} head, {len(self.classes)} classes): {told}"
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return self._ready.bundle.classes
+
+    def predict(self, paths: Sequence[str | Path]) -> list[Answer]:
+        """What each of these image files is given; a bad file has a fault and spoils no other."""
+        return answers(self._ready, paths)
+
+    def close(self) -> None:
+        """End the decoder's process."""
+        self._ready.close()
+
+
+def answers(ready: Predictor, paths: Sequence[str | Path]) -> list[Answer]:
+    """What a bundle gives these files, in their order."""
+    named = [paths] if isinstance(paths, str | Path) else list(paths)
+    contents, made = [], {}
+    for at, path in enumerate(named):
+        try:
+            contents.append((at, Path(path).read_bytes()))
+        except OSError as error:
+            made[at] = Answer(str(path), fault=f"unreadable: {error.strerror}")
+    found = ready([content for _, content in contents])
+    classes = np.array(ready.bundle.classes, object)
+    for row, (at, _) in enumerate(contents):
+        path, fault = str(named[at]), found.faults[row]
+        if fault:
+            made[at] = Answer(path, fault=fault)
+            continue
+        chance_C = found.probabilities[row]
+        made[at] = Answer(
+            path,
+            label=classes[chance_C.argmax()],
+            probability=float(chance_C.max()),
+            labels=list(classes[found.given[row]]),
+            probabilities=dict(zip(classes, chance_C.tolist(), strict=True)),
+        )
+    return [made[at] for at in range(len(named))]
+
+
+@contextmanager
+def _python_words() -> Iterator[None]:
+    """Refusals speak of keyword arguments, not of flags."""
+    try:
+        yield
+    except Refusal as error:
+        flag = re.compile(r"--([a-z][a-z-]*[a-z])")
+        parts = (error.found, error.wanted, error.do)
+        words = [flag.sub(lambda m: m[1].replace("-", "_") + "=", part) for part in parts]
+        if words == list(parts):
+            raise
+        raise type(error)(*words) from error
+
+
+__all__ = ["Answer", "Classifier", "Images", "Learner"]

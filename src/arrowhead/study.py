@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -54,6 +54,8 @@ class Study:
     sweep: SweepConfig = SweepConfig()
     teach: bool = True
     """False: the LR finder alone."""
+    start: Mapping[str, NDArray[Any]] | None = None
+    """Weights that the heads begin with (see `train.Member`)."""
 
     @property
     def knobs(self) -> list[dict[str, float]]:
@@ -66,7 +68,9 @@ class Study:
 
     def key(self, store: Store) -> str:
         """Stands for these settings and the store's content: what a checkpoint belongs to."""
-        asked = dataclasses.asdict(self)
+        asked = dataclasses.asdict(dataclasses.replace(self, start=None))
+        for name, value in sorted((self.start or {}).items()):
+            asked[f"start.{name}"] = hashlib.sha256(value.tobytes()).hexdigest()
         del asked["head"]["checkpoint_seconds"]
         held = {str(path): digest for path, digest in store.hashes().items()}
         text = json.dumps([__version__, asked, sorted(held.values())], sort_keys=True)
@@ -135,6 +139,7 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
         return made
     grid = study.sweep.grid
     members = sweep.members(data, study.head, 1.0 if rate == "auto" else float(rate), grid)
+    members = [dataclasses.replace(one, start=study.start) for one in members]
     losers = sweep.loser_of(study.knobs, study.head) if study.sweep.halving else None
     made.heads = log.train("heads", data, members, team, losers)
     if grid:

@@ -219,6 +219,8 @@ class Member:
     rate: float
     train: NDArray[np.int64]
     valid: NDArray[np.int64]
+    start: Mapping[str, NDArray[Any]] | None = None
+    """Weights that it begins with, by name, as `Trained.state` has them; None: new ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,13 +348,17 @@ class Training:
     def _fresh(
         self, member: Member, spreads: dict[int, tuple[Tensor, Tensor]]
     ) -> dict[str, Tensor]:
-        """A new head's weights."""
+        """The weights that a head begins with."""
+        import torch
+
         from arrowhead import heads
 
         config, width = member.config, self.data.feature.shape[2]
         made = heads.make(config.head, width, len(self.data.classes), seed=config.seed)
         state = made.state_dict()
-        if config.head == "linear":
+        if member.start is not None:
+            state = {name: torch.from_numpy(np.array(one)) for name, one in member.start.items()}
+        elif config.head == "linear":
             if id(member.train) not in spreads:
                 spreads[id(member.train)] = spread(self.data.feature, member.train)
             state["0.mean"], state["0.deviation"] = spreads[id(member.train)]
