@@ -43,7 +43,7 @@ FLOORS = [
     {"bundle", "train", "inventory", "watch"},
     {"score", "golden", "export", "lr_finder", "comparison"},
     {"sweep", "features"},
-    {"report", "study", "predict", "evaluate"},
+    {"recording", "report", "study", "predict", "evaluate"},
     {"account", "served"},
     {"pipeline"},
     {"learner", "inference"},

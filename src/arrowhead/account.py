@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from arrowhead import calibration, extract, metrics, report, shards, sweep
+from arrowhead import calibration, extract, metrics, recording, report, shards, sweep
 from arrowhead.bundle import Bundle
 from arrowhead.cluster import LaunchConfig
 from arrowhead.lr_finder import Curve
@@ -93,11 +93,6 @@ def params(means: Means, values: dict[str, Any]) -> None:
     """Settings, recorded if there is a run."""
     if means.run:
         means.run.params(values)
-
-
-def name_of(catalog: Catalog) -> str:
-    """What a data set is called: the last part of where it lies."""
-    return catalog.root.rstrip("/").rpartition("/")[2] or catalog.root
 
 
 # -------------------------------------------------------------------------- extraction and scoring
@@ -484,8 +479,6 @@ def show_evaluation(
     means.screen.say(evaluation(figures))
     if test:
         means.screen.say(f"{evaluation(test, 'test')} · nothing was chosen on these images")
-    if means.run:
-        means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
     for name, found in (("confusion", figures), ("test_confusion", test)):
         if "confusion" in found:
             title = "Test images" if found is test else "Validation images"
@@ -522,12 +515,6 @@ def say_rare_classes(catalog: Catalog, figures: dict[str, Any], screen: Screen) 
         f" {', '.join(words)}{more}: look at the balanced accuracy; --class-weights balanced gives"
         " rare classes more weight"
     )
-
-
-def keep_bundle(out: Path, means: Means) -> None:
-    """A saved bundle, kept with the run as a model; where none can be made, its files."""
-    if means.run and means.run.model(out) is None:
-        means.run.keep(out, "bundle")
 
 
 SHOWN_CLASSES = 30  # with more, those with the lowest F1
@@ -672,7 +659,7 @@ def show_grid(
             [sweep.words(one) for one in knobs],
             [{f"train.{name}": value for name, value in one.items()} for one in knobs],
             [_by_epoch(one) for one in heads],
-            {"part": "grid", "dataset": name_of(Catalog(**store.read_catalog()))}
+            {"part": "grid", "dataset": recording.dataset_name(Catalog(**store.read_catalog()))}
             | {"body": store.recipe.body, "recipe": store.recipe.fingerprint},
         )
     return ranked

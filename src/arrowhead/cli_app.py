@@ -111,8 +111,10 @@ Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
 Evaluate = Annotated[EvaluateConfig, _flags("Evaluation", 6)]
 Export = Annotated[ExportConfig, _flags("Export", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
-Tracking = Annotated[TrackingConfig, _flags("Tracking", 9)]
-Registry = Annotated[RegistryConfig, _flags("Tracking", 9)]
+# negative: their booleans are true, and get a --no-.
+_TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))
+Tracking = Annotated[TrackingConfig, _TRACKING]
+Registry = Annotated[RegistryConfig, _TRACKING]
 ToCluster = Annotated[ClusterConfig, _flags("Cluster", 8)]
 Out = Annotated[Output, _flags("Output", 10)]
 

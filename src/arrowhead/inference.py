@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from arrowhead import __version__, account, bundle, extract, fileio, pipeline, plan
+from arrowhead import __version__, account, bundle, extract, fileio, pipeline, plan, recording
 from arrowhead import evaluate as evaluating
 from arrowhead import score as scoring
 from arrowhead.account import Means
@@ -121,8 +121,8 @@ def _scored(
     mark, ignored, files = bundle.fingerprint(path), catalog.ignored, len(catalog)
     request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
     if means.run:
-        name = account.name_of(catalog)
-        means.run.dataset(name, catalog.digest(), catalog.root, use)
+        name = recording.dataset_name(catalog)
+        means.run.dataset(name, catalog.digest(), catalog.source or catalog.root, use)
         means.run.tags({"dataset": name, "body": loaded.recipe.body})
     del catalog  # of a million files; from here on nobody needs more than some chunks of it
     account.say_damaged(request.damaged, means.screen)

@@ -36,6 +36,7 @@ from arrowhead import (
     model,
     novelty,
     plan,
+    recording,
     shards,
     study,
 )
@@ -98,7 +99,7 @@ def precompute(
     counts = _balance(catalog, faults, done, skipped)
     account.say_counts(means, counts, done)
     if means.top:
-        means.top.dataset(account.name_of(catalog), drawn.digest(), catalog.root, "training")
+        recording.datasets(means.top, drawn)
     if means.run:
         means.run.record(counts | {f"seconds.{k}": v for k, v in done.seconds.items()})
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
@@ -335,7 +336,8 @@ def save(
     with bundle.saving(out, account.previous(out, means)) as folder:
         figures = write_bundle(store, config, trained, folder, means, lineage, keep)
         account.say_replaced(out, folder, means)
-    account.keep_bundle(out, means)
+    if means.run:
+        recording.trained_model(means.run, out, figures)
     return figures
 
 
@@ -476,7 +478,8 @@ def fit_head(
 ) -> dict[str, Any]:
     """From a store to a bundle: rate, heads, evaluation."""
     config = asked.head
-    account.params(means, {f"train.{k}": v for k, v in dataclasses.asdict(config).items()})
+    if means.run:
+        recording.settings_asked(means.run, config, asked.knobs[0])
     account.params(
         means, {f"sweep.{k}": v for k, v in dataclasses.asdict(asked.sweep).items() if v}
     )
@@ -486,13 +489,14 @@ def fit_head(
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
         means.run.params({"recipe": store.recipe.json()})
         catalog = Catalog(**store.read_catalog())
-        means.run.dataset(account.name_of(catalog), catalog.digest(), catalog.root, "training")
-        means.run.tags({"dataset": account.name_of(catalog)})
+        recording.datasets(means.run, catalog)
     # The heads of a grid are children themselves.
     with nullcontext(means) if asked.sweep.grid else account.child(means, "train") as part:
         made = learn(path, asked, part, training_of(out))
     best, chosen = made.winner, made.config
     assert chosen is not None
+    if means.run:
+        recording.settings_used(means.run, chosen)
     result: dict[str, Any] = {"epochs": best.epochs}
     with bundle.saving(out, account.previous(out, means)) as folder:
         beside = folder / bundle.REPORT
@@ -509,7 +513,8 @@ def fit_head(
             result["learning_curve"] = made.shares
         figures = write_bundle(store, chosen, best, folder, means, {"rate": chosen.rate}, keep)
         account.say_replaced(out, folder, means)
-    account.keep_bundle(out, means)
+    if means.run:
+        recording.trained_model(means.run, out, figures)
     registered = means.run.register(out) if means.run else None
     checkpoint.forget(training_of(out), asked.key(store))
     return result | {

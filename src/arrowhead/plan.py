@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, files, layouts, tables
+from arrowhead import ConfigError, files, layouts, named_files, tables
 from arrowhead.tables import SourceConfig
 
 # First place where each pair of split and labels was seen, in words.
@@ -40,8 +40,9 @@ class Catalog:
     (N,), see `files`; labels: tuples of class names, sorted, empty without labels; splits: train,
     valid, test, or "" until it is drawn; tries: uint8 (N,), how often a file that could not be read
     became readable later: part of its shard's name; ignored: number of files seen and left out
-    (hidden files, system files, sidecars, files outside any class folder); empty: class folders
-    without an image, such as train/fox; notes: how the source was read, sentences for a person.
+    (hidden files, system files, sidecars, files outside any class folder); source: text of the
+    table that names the files, "" where a folder is listed; empty: class folders without an image,
+    such as train/fox; notes: how the source was read, sentences for a person.
     """
 
     root: str
@@ -52,6 +53,7 @@ class Catalog:
     splits: list[str]
     tries: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     ignored: int = 0
+    source: str = ""
     empty: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -118,6 +120,7 @@ def labelled(
     """
     if tables.is_table(source):
         catalog, places = _table(source, config)
+        catalog = replace(catalog, source=_shown(source))
     else:
         catalog, places = _tree(files.resolve(source))
     if teaches and "train" in (given := set(catalog.splits)) and "valid" not in given:
@@ -130,6 +133,11 @@ def labelled(
     return catalog
 
 
+def _shown(table: str | Path) -> str:
+    """The text of where a table lies."""
+    return files.text(named_files.absolute(str(table)))
+
+
 def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Catalog:
     """Every file below a folder, whatever the folders are called, sorted by path; or every path in
     a table (.csv, .tsv) or a list (.txt, .lst: a path per line), in its order, as often as it is
@@ -139,7 +147,7 @@ def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Cat
     """
     if tables.is_table(source):
         rows = tables.read(source, config, labelled=False)
-        return _catalog(rows, range(len(rows.paths)))
+        return replace(_catalog(rows, range(len(rows.paths))), source=_shown(source))
     root = files.resolve(source)
     found = files.listing(root)
     _must_have_images(root, len(found.paths), found.ignored)

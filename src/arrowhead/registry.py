@@ -18,7 +18,7 @@ import shlex
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Recorded
 
+ABOUT = ("dataset", "body", "recipe")  # tags of a run that its model has, too
+MAX_MODEL_NAME_CHARS = 250
 UNSERVED = {"cyclopts", "matplotlib", "ray", "rich"}  # dependencies that scoring never imports
 Fetch = Callable[[str, Path], None]
 """Copies one file of a folder elsewhere to the disk: its name in the folder, and the place here.
@@ -54,9 +56,18 @@ class RegistryConfig:
     alias: str = "champion"
     """Alias that --register moves to the new version, for models:/NAME@ALIAS. By MLflow's custom
     champion is what is used, challenger what is tried beside it."""
+    log_model: bool = True
+    """Keep the bundle in MLflow as a model that it can serve: the size of the body's weights (85 MB
+    for a ResNet34) for every training."""
 
     def __post_init__(self) -> None:
         given = self.register
+        if given is not None and not self.log_model:
+            raise ConfigError(
+                f"--register {given} and --no-log-model.",
+                "a model that is logged: a registered model is made of it.",
+                "leave one of them out.",
+            )
         if given is None:
             if self.alias != "champion":
                 raise ConfigError(
@@ -163,7 +174,8 @@ def _placed_in_run(client: MlflowClient, run_id: str, name: str, where: str) -> 
         raise _unknown(f"There is no run {run_id} in {where}", run_id, [])
     outputs = run.outputs.model_outputs if run.outputs else []
     models = [client.get_logged_model(output.model_id) for output in outputs]
-    if named := [one for one in models if one.name == name]:
+    # `runs:/RUN/model` is the run's model, whatever it is called.
+    if named := [one for one in models if name in (one.name, "model")]:
         return str(max(named, key=lambda one: one.creation_timestamp).artifact_location)
     kept = [file.path for file in client.list_artifacts(run_id) if file.is_dir]
     if name not in kept:
@@ -237,8 +249,11 @@ def digest_of(bundle: Path) -> str:
     return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
 
 
-def save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
-    """An MLflow pyfunc model folder: bundle, `served.py` and this package's source; no pickle."""
+def write_model(bundle: Path, draft: Path, made: Any, run_id: str) -> None:
+    """An MLflow pyfunc model in `draft`/model: bundle, `served.py` and this package's source; no
+    pickle. What a training reports beside the bundle is left out, and the example is drawn: a
+    photo of the user's shows only in the bundle's golden images.
+    """
     import pandas  # type: ignore[import-untyped]
 
     with warnings.catch_warnings():  # of MLflow, about the type hints of its own classes
@@ -258,7 +273,7 @@ def save_model(bundle: Path, target: Path, made: Any, run_id: str) -> None:
         ColSpec(DataType.string, "path", required=False),
     ]
     example = pandas.DataFrame({"image": [_drawn_image()]})
-    here = Path(__file__).parent
+    target, here = draft / "model", Path(__file__).parent
     content = json.loads((bundle / "bundle.json").read_bytes())
     about = Model(
         artifact_path=made.artifact_location,
@@ -304,19 +319,26 @@ def _requirements() -> list[str]:
     return [f"{one}=={version(one).partition('+')[0]}" for one in names if one not in UNSERVED]
 
 
-def log_model(client: MlflowClient, run_id: str, bundle: Path, name: str = "model") -> str:
-    """The address of the run's model of that name, made of the bundle unless it is there."""
+def log_model(client: MlflowClient, run_id: str, bundle: Path) -> str:
+    """The address of the run's model of a bundle, models:/m-…, made of it unless it is there."""
     from mlflow.entities import LoggedModelOutput
 
     digest, run = digest_of(bundle), client.get_run(run_id)
-    if there := _logged(client, run, digest, name):
+    if there := _logged(client, run, digest):
         return f"models:/{there.model_id}"
+    content = json.loads((bundle / "bundle.json").read_bytes())
+    about = {name: run.data.tags[name] for name in ABOUT if name in run.data.tags}
     made = client.create_logged_model(
-        run.info.experiment_id, name, run_id, tags={"bundle": digest}, params=run.data.params
+        run.info.experiment_id,
+        model_name(about.get("dataset", bundle.name), content),
+        run_id,
+        tags=about | {"bundle": digest, "task": content["task"]},
+        params=run.data.params,
+        model_type="image classifier",
     )
     try:
         with tempfile.TemporaryDirectory(prefix="arrowhead-model-") as draft:
-            save_model(bundle, Path(draft) / "model", made, run_id)
+            write_model(bundle, Path(draft), made, run_id)
             client.log_model_artifacts(made.model_id, str(Path(draft) / "model"))
     except BaseException:
         with contextlib.suppress(Exception):
@@ -327,14 +349,19 @@ def log_model(client: MlflowClient, run_id: str, bundle: Path, name: str = "mode
     return f"models:/{made.model_id}"
 
 
-def _logged(client: MlflowClient, run: Recorded, digest: str, name: str = "model") -> Any:
-    """The run's model of that name and bundle, or None."""
+def model_name(dataset: str, content: Mapping[str, Any]) -> str:
+    """What a logged model is called: dogscats-resnet34-linear. content: of its bundle.json."""
+    whole = f"{dataset}-{content['recipe']['body']}-{content['head']}"
+    return re.sub(r"[/:.%\"']", "-", whole)[:MAX_MODEL_NAME_CHARS]
+
+
+def _logged(client: MlflowClient, run: Recorded, digest: str) -> Any:
+    """The run's model of a bundle, or None."""
     from mlflow.entities import LoggedModelStatus
 
     for output in run.outputs.model_outputs if run.outputs else []:
         there = client.get_logged_model(output.model_id)
-        same = there.name == name and there.tags.get("bundle") == digest
-        if same and there.status == LoggedModelStatus.READY:
+        if there.tags.get("bundle") == digest and there.status == LoggedModelStatus.READY:
             return there
     return None
 

@@ -770,6 +770,8 @@ def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
         }
     )
     root = {"arrowhead.root": columns["root"], "arrowhead.ignored": str(columns["ignored"])}
+    if columns.get("source"):
+        root["arrowhead.source"] = columns["source"]
     write_arrow(path, table.replace_schema_metadata(root))
 
 
@@ -789,6 +791,7 @@ def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
         "splits": table["split"].to_pylist(),
         "tries": table["tries"].to_numpy(),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
+        "source": table.schema.metadata.get(b"arrowhead.source", b"").decode(),
     }
 
 

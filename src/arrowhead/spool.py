@@ -112,7 +112,8 @@ class Spool:
 
 
 def _only_metrics(write: Write) -> bool:
-    return write["do"] == "batch" and not write["params"] and not write["tags"]
+    linked = "model" in write or "dataset" in write
+    return write["do"] == "batch" and not (write["params"] or write["tags"] or linked)
 
 
 def stamp(path: Path) -> list[int]:

@@ -100,16 +100,39 @@ class Run:
     def __init__(self, post: _Post, run_id: str, kin: Kin | None = None) -> None:
         self._post, self._id = post, run_id
         self._kin: Kin = kin or {}
+        self._inputs: dict[str | None, tuple[str, str]] = {}  # name and digest, by use
 
     @property
     def run_id(self) -> str:
         """MLflow's id. A child made while the store is away has one of ours until it is sent."""
         return self._post.store.ids.get(self._id, self._id)
 
-    def record(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers at a step, in one request; what is not a number is left out."""
+    @property
+    def logs_models(self) -> bool:
+        """Whether `model` logs what it is given."""
+        return self._post.registry.log_model
+
+    def record(
+        self,
+        metrics: Mapping[str, float],
+        step: int = 0,
+        *,
+        model: str | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        """Log numbers at a step, in one request; what is not a number is left out.
+
+        model: the address that `model` gave: they are its figures, too. dataset: what the data set
+        was given for on which they were measured, such as "validation" (see `dataset`).
+        """
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        self._batch(points={name: [(step, value)] for name, value in numbers.items()})
+        points = {name: [(step, value)] for name, value in numbers.items()}
+        write = {"do": "batch", "run": self._id} | _batch(points)
+        if model:
+            write["model"] = model.rpartition("/")[2]
+        if dataset in self._inputs:
+            write["dataset"] = list(self._inputs[dataset])
+        self._post.write(write)
 
     def series(self, points: Points) -> None:
         """Log numbers at many steps: (step, value) by name, in requests of 1,000."""
@@ -147,17 +170,33 @@ class Run:
             {"do": "file", "run": self._id, "path": str(path.absolute()), "folder": inside}
         )
 
-    def dataset(self, name: str, digest: str, source: str, use: str) -> None:
-        """Record what the run read: name, digest (at most 36 characters), place, and what for."""
+    def dataset(
+        self,
+        name: str,
+        digest: str,
+        source: str,
+        use: str,
+        *,
+        profile: Mapping[str, Any] | None = None,
+        schema: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record what the run read: name, digest (at most 36 characters), place, and what for
+        (training, validation, testing, scoring). profile: counts; schema: as MLflow writes it.
+        """
         place = urlsplit(source).scheme if "://" in source else ""
         kind = "local" if place in ("", "file") else place
         # MLflow reads a source back from JSON with a URI in it.
         where = json.dumps({"uri": without_secret(source)})
-        data = {"name": name, "digest": digest[:36], "source_type": kind, "source": where}
+        data = {"name": name[:500], "digest": digest[:36], "source_type": kind, "source": where}
+        for key, value in (("profile", profile), ("schema", schema)):
+            if value:
+                data[key] = json.dumps(value, ensure_ascii=False)
+        self._inputs[use] = data["name"], data["digest"]
         self._post.write({"do": "inputs", "run": self._id, "data": data, "use": use})
 
-    def model(self, bundle: Path, name: str = "model") -> str | None:
-        """Log a bundle as a pyfunc model with signature and input example; its address.
+    def model(self, bundle: Path) -> str | None:
+        """Log a bundle as a pyfunc model with signature and input example; its address, models:/m-…
+        Its name is made of the data set's, the body's and the head's (see `registry.model_name`).
 
         In: `image`, the bytes of an encoded image (base64 in JSON), or `path`. Whoever asks a
         served model must not choose which files of its host are opened: paths are refused unless
@@ -165,10 +204,10 @@ class Run:
         Out: `label` (the most probable), its `probability`, `labels` (those given: one, or where
         an image may have several any number), `probabilities` in the order of the metadata's
         `classes`; of an image that cannot be decoded None, NaN, [] and NaNs. Nothing in it is
-        pickled: the bundle, `served.py`, Arrowhead's own source. None, with a message, if the
-        store does not take it.
+        pickled: the bundle, `served.py`, Arrowhead's own source. None if none is to be logged
+        (--no-log-model) or, with a message, if the store does not take it.
         """
-        return self._post.model(self.run_id, bundle, name)
+        return self._post.model(self.run_id, bundle) if self.logs_models else None
 
     def register(self, bundle: Path) -> str | None:
         """Make the model that was logged of a bundle a version of the registered model that
@@ -523,8 +562,9 @@ class _Store:
         from mlflow.entities import Metric, Param, RunTag
 
         held = self._has(run_id)
+        data = dict(zip(("dataset_name", "dataset_digest"), write.get("dataset", ()), strict=False))
         metrics = [
-            Metric(name, float(value), at, step)
+            Metric(name, float(value), at, step, model_id=write.get("model"), **data)
             for name, value, at, step in write["metrics"]
             if step not in held.steps.get(name, ())
         ]
@@ -654,13 +694,13 @@ class _Post:
                 )
             self._spool.release()
 
-    def model(self, run_id: str, bundle: Path, name: str) -> str | None:
+    def model(self, run_id: str, bundle: Path) -> str | None:
         """See `Run.model`."""
         why = "the tracking store is away"
         if not self._away and not run_id.startswith("unsent-"):
             try:
                 with patience(stamp(bundle)[0]):
-                    return log_model(self.store.client, run_id, bundle, name)
+                    return log_model(self.store.client, run_id, bundle)
             except Exception as error:
                 why = first_line(error)
         self.say(f"no MLflow model is made of {bundle} ({why}): the bundle is whole on the disk")
