@@ -178,11 +178,42 @@ def test_a_table_is_evaluated_and_a_store_saves_the_decoding(command: Any, tmp_p
     images = sorted(Path("photos/test").rglob("*.jpg"))
     lines = [f"{image.absolute()},{image.parent.name}" for image in images[::-1]]
     (tmp_path / "labels.csv").write_text("\n".join(["path,labels", *lines]))
-    words = ["--label-separator", "", "--store", "out/store"]
+    words = ["--store", "out/store"]
     found = command("evaluate", "out/bundle", tmp_path / "labels.csv", tmp_path / "out", *words)
     assert found["counts"]["decoded"] == 0
     there = about("out/bundle")["metrics"]
     assert found["metrics"]["accuracy"] == there["test_accuracy"]
+
+
+def test_a_bundle_that_gives_several_labels_is_evaluated_on_a_table_of_several(
+    command: Any, tmp_path: Path
+) -> None:
+    from sklearn.metrics import f1_score
+
+    for part in ("train", "test"):
+        images = sorted(Path("photos", part).rglob("*.jpg"))
+        lines = [
+            f"{image.absolute()},{image.parent.name}{' round' * (image.parent.name == 'beads')}"
+            for image in images
+        ]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,labels", *lines]))
+    words = [*FLAGS, *HEAD, "--multi-label"]
+    command("fit", tmp_path / "train.csv", tmp_path / "out", *words)
+    bundle = tmp_path / "out" / "bundle"
+    found = command("evaluate", bundle, tmp_path / "test.csv", tmp_path / "figures")
+    names = about(bundle)["classes"]
+    assert names == ["baskets", "beads", "leaves", "round"]
+    rows = polars.read_parquet(tmp_path / "figures" / "parts")
+    given = np.array([[name in labels for name in names] for labels in rows["labels"]])
+    truth = np.array([[name in line for name in names] for line in rows["path"]])
+    truth[:, 3] = truth[:, 1]
+    figures = found["metrics"]
+    assert figures["f1_macro"] == pytest.approx(
+        f1_score(truth, given, average="macro", zero_division=0)
+    )
+    assert figures["accuracy"] == pytest.approx((truth == given).mean())
+    assert not (tmp_path / "figures" / "confusion.png").exists()
+    assert "round" in command.said
 
 
 def test_without_a_folder_the_same_evaluation_goes_on_in_the_same_one(
@@ -233,7 +264,7 @@ def test_images_that_cannot_be_read_are_told_and_in_no_figure(command: Any, tmp_
     [
         (["photos/test", "--split", "valid"], "no image in the split valid"),
         (["photos/test/CLASS"], "no folder"),
-        (["two.csv", "--label-separator", " "], "one label"),
+        (["two.csv", "--multi-label"], "one label"),
         (["nowhere"], "nowhere"),
     ],
 )

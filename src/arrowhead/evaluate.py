@@ -73,7 +73,7 @@ def listed(data: str | Path, source: SourceConfig) -> Catalog:
 
 
 def labelled(
-    data: str | Path, catalog: Catalog, config: EvaluateConfig, bundle: Bundle
+    data: str | Path, catalog: Catalog, source: SourceConfig, config: EvaluateConfig, bundle: Bundle
 ) -> tuple[Catalog, list[str]]:
     """The images to evaluate with their labels, and sentences about what is left out.
 
@@ -81,7 +81,15 @@ def labelled(
     where a label is unknown to the bundle, or where an image has several and the bundle gives one.
     """
     notes: list[str] = []
-    if not tables.is_table(data):
+    if tables.is_table(data):
+        # A bundle that gives several labels says what the cells of its table are.
+        if (
+            bundle.multi
+            and source.label_separator is None
+            and not set(bundle.classes).issuperset(catalog.classes)
+        ):
+            catalog = plan.labelled(data, replace(source, multi_label=True), teaches=False)
+    else:
         catalog, notes = _by_folder(catalog, bundle.classes)
     if config.split:
         catalog = _kept(catalog, [split == config.split for split in catalog.splits])

@@ -78,7 +78,7 @@ def evaluate(
     out = out or evaluating.default_folder(str(address), str(data), catalog)
     with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle.load(path)
-        catalog, notes = evaluating.labelled(data, catalog, config, loaded)
+        catalog, notes = evaluating.labelled(data, catalog, source, config, loaded)
         for note in (*catalog.notes, *notes):
             means.screen.say(note)
         made = _scored(path, loaded, catalog, out, config.scores, how, means, "evaluation")

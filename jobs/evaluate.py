@@ -1,0 +1,7 @@
+"""`arrowhead evaluate` as a script for `ray job submit`: the same flags, TOML and help."""
+
+import sys
+
+from arrowhead.cli import main
+
+main(["evaluate", *sys.argv[1:]])
