@@ -182,6 +182,7 @@ def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path,
         (["fit", "t.csv", "out", "--images", "photos"], ["t.csv", "out", "photos"]),
         (["fit", "file:///photos", "out", "--weights", "w.pth"], ["/photos", "out", "w.pth"]),
         (["score", "models:/dogs@champion", "gs://b/new", "out", "--store", "s"], ["out", "s"]),
+        (["evaluate", "out/bundle", "t.csv", "--store", "s"], ["out/bundle", "t.csv", "s"]),
         (["train", "s", "b", "--tracking-uri", "sqlite:///m.db"], ["s", "b", "m.db"]),
         (["train", "s", "b", "--tracking-uri", "https://mlflow.example"], ["s", "b"]),
         (["features", "verify", "s"], ["s"]),
@@ -293,7 +294,7 @@ def test_a_recipe_says_what_it_runs_on_what_and_what_comes_of_it(recipe, monkeyp
 
 def test_every_verb_that_takes_workers_or_a_bundle_has_a_job():
     scripts = {path.stem for path in (ROOT / "jobs").glob("*.py")}
-    assert scripts == {"precompute", "lr_find", "train", "score", "fit", "export"}
+    assert scripts == {"precompute", "lr_find", "train", "score", "evaluate", "fit", "export"}
     assert scripts == {path.stem for path in RECIPES}
 
 
