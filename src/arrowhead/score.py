@@ -13,6 +13,7 @@ inputs.arrow.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -498,7 +499,11 @@ def _cells(
 ) -> Iterator[list[Any]]:
     columns["image_id"] = [one.hex() for one in columns["image_id"]]
     if "labels" in columns:
-        columns["labels"] = [given and " ".join(given) for given in columns["labels"]]
+        # As a list, which `tables` reads back: names may hold spaces, commas, anything.
+        columns["labels"] = [
+            None if given is None else json.dumps(given, ensure_ascii=False)
+            for given in columns["labels"]
+        ]
     if "novel" in columns:
         columns["novel"] = [None if one is None else int(one) for one in columns["novel"]]
     for at, plain in enumerate(zip(*(columns[name] for name in ["path", *names]), strict=True)):
