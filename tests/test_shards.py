@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,7 +281,13 @@ def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: S
     with pytest.raises(DataError, match=r"one\.arrow has changed"):  # nothing else vouches for it
         Store(store.path).read("one")
     path.write_bytes(whole)
+    shutil.rmtree(store.path / "digests")
     np.testing.assert_array_equal(Store(store.path).read("one").features, _rows(0).features)
+    store.shard("two").write_bytes(store.shard("two").read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"two\.arrow has changed"):
+        Store(store.path).examine_leftovers()
+    store.shard("two").unlink()
+    Store(store.path).examine_leftovers()
     path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
     with pytest.raises(DataError, match=r"one\.arrow differs from .*digests.one"):
         Store(store.path).read("one")

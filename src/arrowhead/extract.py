@@ -220,6 +220,7 @@ class Known:
         """
         finished = (store.path / "manifest.json").is_file()
         named = {one["name"] for one in store.manifest()["shards"]} if finished else set()
+        store.examine_leftovers()
         return Known([store.read(name, check=name not in named) for name in store.on_disk()])
 
     def get(self, image_id: bytes) -> NDArray[np.float16] | None:

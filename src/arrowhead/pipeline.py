@@ -74,6 +74,7 @@ def precompute(
     store = _store(path, images)
     with store.locked(means.screen.say):
         intact = store.intact()
+        store.examine_leftovers()
         account.say_source(catalog, means.screen)
         account.say_classes(store, catalog, means.screen)
         catalog = _tried_again(store, catalog, images.extract.max_bytes)

@@ -477,6 +477,23 @@ class Store:
             return None
         return found if DIGEST.fullmatch(found) else "not a sha256"
 
+    def examine_leftovers(self) -> None:
+        """Examine every shard that neither a manifest nor a digest vouches for, all in one go.
+
+        Raises DataError for the first whose content is not what was written.
+        """
+        named, there = self._named(), self.on_disk()
+        paths = [self.shard(name) for name in there if name not in named]
+        self._examine([path for path in paths if self._noted_digest(path) is None])
+
+    def _examine(self, paths: Sequence[Path]) -> None:
+        new = [path for path in paths if path.name not in self._vouched]
+        _examine(new)
+        for path in new:
+            self._vouched.add(path.name)
+            with suppress(OSError, ConfigError):  # a store that may only be read
+                self._note_digest(path)
+
     def _named(self) -> dict[str, str]:
         """sha256 by name of the manifest's shards; {} without a manifest."""
         if not (self.path / "manifest.json").is_file():
@@ -493,10 +510,7 @@ class Store:
         if digest is None:
             digest, witness = self._noted_digest(path), str(self._digest_file(path))
         if digest is None:
-            if path.is_file() and path.name not in self._vouched:
-                _examine(path)
-                self._note_digest(path)
-                self._vouched.add(path.name)
+            self._examine([path] if path.is_file() else [])
         elif f"{path.name} {digest}" not in self._vouched:
             fileio.must_hash_to(path, digest, witness=witness, repair=EXTRACT_AGAIN)
             self._vouched.add(f"{path.name} {digest}")
@@ -709,24 +723,33 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     )
 
 
-def _examine(path: Path) -> None:
-    """DataError for a shard that no digest vouches for and whose content is not what was written.
+def _examine(paths: Sequence[Path]) -> None:
+    """DataError for the first shard whose content is not what its digest inside was made of.
 
-    In a process of its own, since Arrow can end one over a flipped bit. Shards of stopped
-    extractions of older versions are the only ones without a digest.
+    In a process of its own, since Arrow can end one over a flipped bit. Shards that older versions
+    left when they were stopped are the only ones that nothing else vouches for.
     """
+    if not paths:
+        return
     code = (
-        "import sys; from pathlib import Path; from arrowhead import shards\n"
-        "path = Path(sys.argv[1])\n"
-        "recipe = shards._recipe_note(shards.read_arrow(path))\n"
-        "shards.read_shard(path, shards.Recipe.from_dict(recipe, str(path)), check=True)\n"
+        "import os, sys; from pathlib import Path; from arrowhead import shards\n"
+        "for name in sys.stdin.buffer.read().split(bytes(1)):\n"
+        "    path = Path(os.fsdecode(name))\n"
+        "    made = shards._recipe_note(shards.read_arrow(path))\n"
+        "    recipe = shards.Recipe.from_dict(made, str(path))\n"
+        "    shards.read_shard(path, recipe, check=True)\n"
+        "    print(flush=True)\n"
     )
     ended = subprocess.run(  # noqa: S603 - ourselves
-        [sys.executable, "-P", "-c", code, path], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code],
+        input=bytes(1).join(map(os.fsencode, paths)),
+        capture_output=True,
+        check=False,
     )
     if ended.returncode:
+        bad = paths[len(ended.stdout.splitlines())]
         raise DataError(
-            f"{path} has changed since it was written: reading it ends with {ended.returncode}.",
+            f"{bad} has changed since it was written: reading it ends with {ended.returncode}.",
             "the bytes that Arrowhead wrote.",
             EXTRACT_AGAIN,
         )
