@@ -105,7 +105,7 @@ def test_a_flipped_bit_anywhere_is_told_or_harmless(folders):
 
 @pytest.mark.chaos
 def test_a_flipped_bit_at_any_of_many_places_is_told_or_harmless(folders):
-    must_be_told(folders, 2000)
+    must_be_told(folders, 500)
 
 
 # ------------------------------------------------------------------------ well-sealed nonsense
