@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import Command, Tracked
 
-from arrowhead import cli, model
+from arrowhead import cli, demo, model
+from arrowhead.model import BodyConfig
 from arrowhead.targets import check_file, check_folder
 
 RANDOM = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
@@ -221,3 +223,19 @@ def test_the_weights_of_a_store_are_not_needed_elsewhere(here, drawn, command, t
     command("precompute", drawn, tmp_path / "own", *flags)
     weights.unlink()
     assert command("precompute", drawn, tmp_path / "own")["counts"]["decoded"] == 0
+
+
+def test_a_demo_leaves_its_results_only_and_what_was_there(here, monkeypatch, command):
+    """Smaller than it is, and with a smaller body."""
+    monkeypatch.setattr(demo, "draw", partial(demo.draw, per_class=8))
+    small = BodyConfig(body="shufflenet_v2_x0_5", weights="random")
+    monkeypatch.setattr(cli, "_demo_body", lambda screen: small)
+    (here / "try it/scores").mkdir(parents=True)
+    (here / "try it/scores/notes.txt").write_text("mine")
+    result = command("demo", "try it", "--epochs", "2")
+    assert (here / "try it/scores/notes.txt").read_text() == "mine"
+    assert result["scores"] == "try it/scores-2"
+    assert sorted(os.listdir("try it/fit")) == ["bundle", "store"]
+    assert sorted(os.listdir("try it")) == ["fit", "images", "scores", "scores-2"]
+    assert "arrowhead train 'try it/fit/store' 'try it/lesson'" in command.said
+    assert set(result["files"]) >= {"try it/images", "try it/fit/bundle", "try it/scores-2"}
