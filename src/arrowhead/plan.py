@@ -342,31 +342,36 @@ def drawn(
     splits = [split or "train" for split in catalog.splits]
     key_N = np.frombuffer(b"".join(image_ids), ">u8").reshape(-1, 2)[:, 0]
     row_M = np.flatnonzero(well_N)
-    key_K, image_M, count_K = np.unique(key_N[row_M], return_inverse=True, return_counts=True)
+    key_K, first_K, image_M, count_K = np.unique(
+        key_N[row_M], return_index=True, return_inverse=True, return_counts=True
+    )
     given_N = np.array(catalog.splits)
     valid_K = np.isin(key_K, key_N[given_N == "valid"])
     fixed_K = valid_K | np.isin(key_K, key_N[given_N == "train"])
-    labels: list[set[str]] = [set() for _ in key_K]
-    for image, row in zip(image_M.tolist(), row_M.tolist(), strict=True):
-        labels[image].update(catalog.labels[row])
-    number = Counter(name for names in labels for name in names)
+    labels_K = [catalog.labels[row] for row in row_M[first_K].tolist()]
+    for at in np.flatnonzero(count_K[image_M] > 1).tolist():  # copies may be labelled differently
+        image = int(image_M[at])
+        labels_K[image] = tuple(sorted({*labels_K[image], *catalog.labels[row_M[at]]}))
+    number: Counter[str] = Counter()
+    for names, count in Counter(labels_K).items():
+        number.update(dict.fromkeys(names, count))
+    rarest = {
+        names: min(names, key=lambda name: (number[name], name), default="")
+        for names in set(labels_K)
+    }
     strata: dict[str, list[int]] = {}
     for image in np.flatnonzero(~fixed_K).tolist():
-        rarest = min(labels[image], key=lambda name: (number[name], name), default="")
-        strata.setdefault(rarest, []).append(image)
+        strata.setdefault(rarest[labels_K[image]], []).append(image)
     for images in strata.values():
         _hold_out(images, count_K, valid_share, valid_K)
-    taught = {
+    taught = {name for names in set(itertools.compress(labels_K, ~valid_K)) for name in names} | {
         name
-        for names, split in zip(catalog.labels, catalog.splits, strict=True)
-        if split == "train"
+        for names in set(itertools.compress(catalog.labels, given_N == "train"))
         for name in names
     }
-    for image in np.flatnonzero(~valid_K).tolist():
-        taught |= labels[image]
     for image in np.flatnonzero(valid_K & ~fixed_K)[::-1].tolist():  # each class must be taught
-        if labels[image] - taught:
-            taught |= labels[image]
+        if not taught.issuperset(labels_K[image]):
+            taught.update(labels_K[image])
             valid_K[image] = False
     for row in row_M[valid_K[image_M]].tolist():
         splits[row] = "valid"
@@ -380,7 +385,9 @@ def _hold_out(
     wanted = max(1, math.floor(share * int(count_K[images].sum()) + 0.5))
     taken: list[int] = []
     for image in images:
-        if len(taken) + 1 < len(images) and count_K[image] <= wanted:
+        if wanted < 1 or len(taken) + 1 == len(images):
+            break
+        if count_K[image] <= wanted:
             taken.append(image)
             wanted -= int(count_K[image])
     if not taken and len(images) > 1:  # all have more copies than are wanted

@@ -1,0 +1,212 @@
+"""Data as people have it: what each of these sources holds is what is extracted, said and counted.
+
+The kinds of `../shared/cases`, made of drawn images. `precompute` runs as a user runs it, with a
+small random body; one store takes them all in turn, so that an image is decoded once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arrowhead import ConfigError, plan
+from arrowhead.plan import Catalog
+from arrowhead.shards import Store
+
+Extracted = Callable[..., tuple[dict[str, Any], Catalog, str]]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of them are extracted to."""
+    return tmp_path_factory.mktemp("cases") / "store"
+
+
+@pytest.fixture
+def extracted(store: Path, command: Any, tracked: Any, tmp_path: Path) -> Extracted:
+    """Extracts a source; its result, the catalog of the store, and what was said."""
+    place = tracked(tmp_path)
+
+    def extract(source: Path, *flags: str, code: int = 0) -> tuple[dict[str, Any], Catalog, str]:
+        body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+        uri = ["--tracking-uri", f"sqlite:///{place}/mlflow.db"]
+        result = command("precompute", source, store, *body, *uri, *flags, code=code)
+        return result, Catalog(**Store(store).read_catalog()), command.said
+
+    return extract
+
+
+def _photos(drawn: Path, label: str) -> list[Path]:
+    return sorted((drawn / "train" / label).iterdir())
+
+
+def _tree(root: Path, drawn: Path, *splits: str, count: int = 6) -> Path:
+    """ROOT/<split>/<class>/… of different images; without splits ROOT/<class>/…"""
+    for at, split in enumerate(splits or ("",)):
+        for label in ("baskets", "beads"):
+            target = root / split / label
+            target.mkdir(parents=True)
+            for photo in _photos(drawn, label)[at * count : (at + 1) * count]:
+                shutil.copy(photo, target)
+    return root
+
+
+def _table(path: Path, header: str, rows: Iterable[tuple[object, ...]], **how: Any) -> Path:
+    encoding = how.pop("encoding", "utf-8")
+    with path.open("w", newline="", encoding=encoding) as file:
+        out = csv.writer(file, **how)
+        out.writerow(header.split(","))
+        out.writerows(rows)
+    return path
+
+
+def _rows(drawn: Path, count: int = 10) -> list[tuple[str, str]]:
+    long = {"baskets": "American Basket", "beads": "Saint Bead"}
+    photos = [photo for label in long for photo in _photos(drawn, label)[:count]]
+    return [(str(photo.relative_to(drawn)), long[photo.parent.name]) for photo in photos]
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [("train", "val"), ("Train", "Validation"), ("Training", "Validation", "test_set")],
+)
+def test_folders_of_splits_by_any_usual_name_are_splits(
+    drawn: Path, tmp_path: Path, extracted: Extracted, splits: tuple[str, ...]
+) -> None:
+    result, catalog, said = extracted(_tree(tmp_path / "data", drawn, *splits, count=5))
+    assert result["classes"] == ["baskets", "beads"]
+    names = ("train", "valid", "test")
+    counts = {name: 10 for name, _ in zip(names, splits, strict=False)}
+    assert {name: catalog.splits.count(name) for name in set(catalog.splits)} == counts
+    assert f"{splits[0]}/ trains (10 files), {splits[1]}/ validates (10 files)" in said
+
+
+def test_train_and_test_folders_are_no_two_classes_and_a_share_validates(
+    drawn: Path, tmp_path: Path, extracted: Extracted
+) -> None:
+    data = _tree(tmp_path / "data", drawn, "train_set", "test_set", count=9)
+    result, catalog, said = extracted(data)
+    assert result["classes"] == ["baskets", "beads"]
+    counts = [catalog.splits.count(name) for name in ("train", "valid", "test")]
+    assert counts == [14, 4, 18]
+    assert "a share of train_set/ is held out" in said
+
+
+def test_labels_with_spaces_and_ids_of_nested_files_are_read_from_a_table(
+    drawn: Path, tmp_path: Path, extracted: Extracted
+) -> None:
+    rows = [(Path(path).stem, label) for path, label in _rows(drawn)]
+    table = _table(tmp_path / "labels.csv", "id,breed", rows)
+    result, catalog, said = extracted(table, "--images", str(drawn), "--suffix", ".jpg")
+    assert result["classes"] == ["American Basket", "Saint Bead"]
+    assert "task: one label for each image, 2 classes: American Basket, Saint Bead" in said
+    assert "column id names the images, column breed the labels" in said
+    assert "20 of 20 images were found by name in folders below" in said
+    assert result["counts"]["features"] == 20
+    assert catalog.splits.count("valid") == 4  # two of each ten
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [("split", ("train", "val")), ("is_valid", ("False", "True")), ("is_valid", ("0", "1"))],
+)
+def test_a_column_of_words_or_of_yes_and_no_says_what_validates(
+    drawn: Path, tmp_path: Path, extracted: Extracted, column: str, words: tuple[str, str]
+) -> None:
+    rows = [(*row, words[at % 5 == 0]) for at, row in enumerate(_rows(drawn))]
+    table = _table(tmp_path / "labels.csv", f"path,label,{column}", rows)
+    _, catalog, _ = extracted(table, "--images", str(drawn))
+    held = {rows[at][0].rpartition("/")[2] for at in range(0, 20, 5)}
+    split_of = {p.rpartition("/")[2]: s for p, s in zip(catalog.paths, catalog.splits, strict=True)}
+    assert {name for name, split in split_of.items() if split == "valid"} == held
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"delimiter": ";"},
+        {"delimiter": "\t", "encoding": "utf-16"},
+        {"encoding": "utf-8-sig"},
+        {"encoding": "cp1252"},
+    ],
+)
+def test_a_table_is_read_as_it_was_saved(
+    drawn: Path, tmp_path: Path, extracted: Extracted, how: dict[str, Any]
+) -> None:
+    rows = [(path.replace("/", "\\"), label.replace("e", "\u00e9")) for path, label in _rows(drawn)]
+    table = _table(tmp_path / "labels.csv", "path,label", rows, **how)
+    result, _, _ = extracted(table, "--images", str(drawn))
+    assert result["classes"] == ["Am\u00e9rican Bask\u00e9t", "Saint B\u00e9ad"]
+    assert (result["counts"]["features"], result["counts"]["faults"]) == (20, 0)
+
+
+def test_loose_images_are_told_as_such(drawn: Path) -> None:
+    with pytest.raises(ConfigError, match="24 images without a class folder") as refusal:
+        plan.labelled(drawn / "new")
+    assert "score" in refusal.value.do
+
+
+def test_sidecars_are_counted_and_said_and_no_fault(
+    drawn: Path, tmp_path: Path, extracted: Extracted
+) -> None:
+    data = _tree(tmp_path / "data", drawn, "train", "valid")
+    for photo in list(data.rglob("*.jpg")):
+        photo.with_suffix(".json").write_text('{"label": "x"}')
+        photo.with_suffix(".txt").write_text("0 0.5 0.5 1 1")
+    (data / "train" / "beads" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    result, _, said = extracted(data)
+    counts = {name: result["counts"][name] for name in ("inputs", "features", "faults", "ignored")}
+    assert counts == {"inputs": 73, "features": 24, "faults": 0, "ignored": 49}
+    assert "24 .json, 24 .txt: not images by name and content, ignored" in said
+
+
+def test_a_class_of_one_image_trains_and_is_named(
+    drawn: Path, tmp_path: Path, extracted: Extracted
+) -> None:
+    data = _tree(tmp_path / "data", drawn, count=15)
+    for number, photo in enumerate(_photos(drawn, "leaves")[:8]):
+        (data / f"rare{number}").mkdir()
+        shutil.copy(photo, data / f"rare{number}")
+    _, catalog, said = extracted(data)
+    pairs = list(zip(catalog.labels, catalog.splits, strict=True))
+    assert [pairs.count(((f"rare{n}",), "train")) for n in range(8)] == [1] * 8
+    assert [pairs.count(((label,), "valid")) for label in ("baskets", "beads")] == [3, 3]
+    assert "no image validates rare0, rare1" in said
+
+
+def test_a_command_run_twice_in_the_folder_of_images_has_the_same_counts(
+    drawn: Path, tmp_path: Path, tracked: Any, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tracked(_tree(tmp_path / "data", drawn, count=15))
+    monkeypatch.chdir(data)
+    body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+    knobs = ["--epochs", "2", "--rate", "0.01"]
+    first = command("fit", ".", "out", *body, *knobs)
+    again = command("fit", ".", "out", *body, *knobs)
+    assert "left out, written by Arrowhead or MLflow" in command.said
+    for name in ("inputs", "features", "faults", "ignored"):
+        assert first["counts"][name] == again["counts"][name]
+    assert again["classes"] == ["baskets", "beads"]
+    assert again["metrics"]["accuracy"] == first["metrics"]["accuracy"]
+    one, two = (command("score", "out/bundle", ".", "scores") for _ in range(2))
+    assert one["counts"]["inputs"] == two["counts"]["inputs"] == 30
+    assert json.loads((data / "scores" / "score.json").read_text())["counts"]["ignored"] == 0
+
+
+def test_unbalanced_classes_are_named_with_their_recall(
+    drawn: Path, tmp_path: Path, tracked: Any, command: Any
+) -> None:
+    data = _tree(tmp_path / "data", drawn, "train", "valid")
+    for photo in sorted((data / "train" / "beads").iterdir())[2:]:
+        photo.unlink()
+    body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+    uri = ["--tracking-uri", f"sqlite:///{tracked(tmp_path)}/mlflow.db"]
+    result = command("fit", data, tmp_path / "out", *body, *uri, "--epochs", "2", "--rate", "0.01")
+    assert "unbalanced: 6 training images of baskets, few of beads (2: recall" in command.said
+    assert f"balanced {result['metrics']['balanced_accuracy']:.4f}" in command.said
