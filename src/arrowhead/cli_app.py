@@ -64,9 +64,9 @@ class Output:
 Data = Annotated[
     str,
     Parameter(
-        help="Images: a folder or URI (s3://…, gs://…) of train/CLASS/… and valid/CLASS/…, or of"
-        " CLASS/…; or a table, FILE.csv or FILE.tsv, with columns path, labels and, if you like,"
-        " split."
+        help="Images: a folder or URI (s3://…, gs://…) of train/CLASS/… and val/CLASS/…, or of"
+        " CLASS/…; or a table, FILE.csv or FILE.tsv, with columns such as path, label and, if you"
+        " like, split."
     ),
 ]
 StorePath = Annotated[
