@@ -67,6 +67,7 @@ node() {  # name, flags of `ray start`
     local name=$1 attempt pid
     shift
     for attempt in 1 2 3; do
+        : >"$STATE/$name.log"  # there before it is looked into
         # Nothing of ours goes over Ray's object store but paths and small results. Ports of the
         # system's choice: Ray's usual ones may be taken by another node on this machine.
         ARROWHEAD_CLUSTER=$(<"$STATE/mark") RAY_NUM_REDIS_GET_RETRIES=60 \
@@ -77,7 +78,7 @@ node() {  # name, flags of `ray start`
         disown
         echo "$pid" >>"$STATE/sessions"
         while kill -0 "$pid" 2>/dev/null; do
-            grep -q "runtime started" "$STATE/$name.log" && return
+            grep -qs "runtime started" "$STATE/$name.log" && return
             sleep 0.5
         done
         ps -o pid= -s "$pid" | xargs -r kill -KILL 2>/dev/null || true

@@ -196,15 +196,86 @@ def test_every_file_and_folder_that_a_verb_names_is_known(monkeypatch, words, pl
     assert sorted(cli_cluster._needs(cli_cluster.understood(words))[0]) == sorted(places)
 
 
-def test_a_password_of_the_mlflow_store_is_not_shown_to_whoever_lists_jobs(monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
-    with pytest.raises(ConfigError, match="holds a password") as refusal:
-        cli_cluster._needs(cli_cluster.understood(TRAIN))
-    assert "secret" not in str(refusal.value)
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("postgresql://me:secret@db/mlflow", "holds a password"),
+        ("postgresql://db/mlflow?user=me&password=secret", "holds a password"),
+        ("postgresql://db/mlflow?password=${DB_SECRET}", "holds a variable"),
+        ("http://${USER_SECRET}@mlflow:5000", "holds a variable"),
+        ("http://mlflow:5000/$SECRET", "holds a variable"),
+    ],
+)
+@pytest.mark.parametrize("by", ["environment", "flag"])
+def test_what_of_the_mlflow_store_nobody_may_see_is_not_sent(monkeypatch, uri, said, by):
+    flag = []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if by == "environment":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    else:
+        flag = ["--tracking-uri", uri]
+    with pytest.raises(ConfigError, match=said) as refusal:
+        cli_cluster._needs(cli_cluster.understood([*TRAIN, *flag]))
+    assert "secret" not in str(refusal.value).lower()
+
+
+def test_the_address_of_the_mlflow_store_reaches_the_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert cli_cluster._needs(cli_cluster.understood(TRAIN))[1] == {
         "MLFLOW_TRACKING_URI": "http://mlflow:5000"
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs"),
+    [
+        (["fit", "photos", "out"], ["photos"]),
+        (["precompute", "t.csv", "s", "--images", "photos"], ["photos", "t.csv"]),
+        (["train", "s", "b"], ["s"]),
+        (["score", "b", "new", "out", "--store", "s"], ["b", "new", "s"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_a_verb_reads_must_be_there_before_anything_is_sent(
+    tmp_path, monkeypatch, words, inputs
+):
+    monkeypatch.chdir(tmp_path)
+    needed = cli_cluster._needs(cli_cluster.understood(words))[3]
+    assert sorted(needed) == inputs
+    own = Cluster("http://127.0.0.1:8265", None, (("127.0.0.1", {"CPU": 2.0}),))
+    for missing in inputs:
+        for name in inputs:
+            (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / missing).rmdir()
+        with pytest.raises(ConfigError, match=f"{tmp_path}/{missing} is not there"):
+            jobs.must_be_there(own, [], tmp_path, needed)
+        with pytest.raises(ConfigError, match="is not there"):
+            jobs.must_be_there(AWAY, [tmp_path], tmp_path, needed)
+        jobs.must_be_there(AWAY, [], None, needed)  # we cannot see it
+        (tmp_path / missing).mkdir()
+        jobs.must_be_there(own, [], tmp_path, needed)
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, monkeypatch):
+    """Whatever shell runs it there."""
+    sent = []
+
+    class Client:
+        def submit_job(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+            sent.append(entrypoint)
+            return "raysubmit_1"
+
+    monkeypatch.setattr(jobs, "_client", lambda cluster: contextlib.nullcontext(Client()))
+    jobs.submit(AWAY, ["doctor"], folder=None, need="MLFLOW_TRACKING_URI")
+    bare = {"PATH": os.environ["PATH"]}
+    done = subprocess.run([shell, "-c", sent[0]], env=bare, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("arrowhead: MLFLOW_TRACKING_URI is not set on the head node")
+    there = bare | {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    script = sent[0].replace("exec python", "echo")
+    done = subprocess.run([shell, "-c", script], env=there, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("-m arrowhead doctor")
 
 
 # ------------------------------------------------------------------------- what is sent
@@ -477,6 +548,7 @@ def test_a_job_does_its_work_where_it_was_submitted(local, extracted):
 
 
 def test_the_exit_code_is_the_jobs_own(local):
+    (local.home / "nothing").mkdir()
     out, _ = local.run("submit", "--", "features", "verify", "nothing", code=2)
     assert "arrowhead: nothing is not a" in out
     assert "  wanted  " in out

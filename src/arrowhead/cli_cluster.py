@@ -83,9 +83,10 @@ def submit(
     call = understood(list(words), outer)
     if call is None:  # --help, and it has been shown
         return 0
+    places, variables, need, inputs = _needs(call)
     there = jobs.reach(cluster)
-    places, variables, need = _needs(call)
     folder = jobs.standing(there, shared or [], places)
+    jobs.must_be_there(there, shared or [], folder, inputs)
     if folder is not None:
         need = None
     screen = Screen(to_stderr=output.json)
@@ -164,24 +165,28 @@ def understood(words: list[str], config: Path | None = None) -> Call | None:
     return Call(verb, dict(bound.arguments), tokens, file)
 
 
-def _needs(call: Call) -> tuple[list[str], dict[str, str], str | None]:
+def _needs(call: Call) -> tuple[list[str], dict[str, str], str | None, list[str]]:
     """Files and folders of this machine that a verb names; variables of ours that its job gets;
-    a variable that the head node must have where the job cannot stand in this folder.
+    a variable that the head node must have where the job cannot stand in this folder; and of the
+    files and folders those that must be there before it begins.
     """
     from arrowhead import files
 
     named: list[Any] = []
+    read: list[Any] = []
     for name, value in call.given.items():
-        if name in ("data", "store", "bundle", "images", "out"):
+        if (call.name, name) in (("precompute", "store"), ("train", "bundle")) or name == "out":
             named.append(value)
+        elif name in ("data", "store", "bundle", "images"):
+            read.append(value)
         elif isinstance(value, SourceConfig):
-            named.append(value.images)
+            read.append(value.images)
         elif isinstance(value, EvaluateConfig):
-            named.append(value.store)
+            read.append(value.store)
         elif isinstance(value, ScoreConfig):
-            named += [value.base, value.store]
+            read += [value.base, value.store]
         elif isinstance(value, BodyConfig) and Path(value.weights).suffix in WEIGHT_FILES:
-            named.append(value.weights)
+            read.append(value.weights)
     variables: dict[str, str] = {}
     need = None
     tracking = call.given.get("tracking")
@@ -190,23 +195,36 @@ def _needs(call: Call) -> tuple[list[str], dict[str, str], str | None]:
         uri = tracking.tracking_uri or own
         if uri is None:
             need = "MLFLOW_TRACKING_URI"
-        elif secrets_of(uri):
-            raise ConfigError(
-                "The address of the MLflow store holds a password.",
-                "an address without: whoever may list jobs sees it.",
-                "set MLFLOW_TRACKING_URI where the cluster is started, and unset it here.",
-            )
-        elif file := re.fullmatch(r"(?:sqlite:///|file:(?://)?)?(?!\w+:)(.+)", uri):
-            named.append(file[1])
+        else:
+            _must_hide_nothing(uri)
+            if file := re.fullmatch(r"(?:sqlite:///|file:(?://)?)?(?!\w+:)(.+)", uri):
+                named.append(file[1])
         if own and not tracking.tracking_uri:
             variables["MLFLOW_TRACKING_URI"] = own
-    places = [os.fspath(one).removeprefix("file://") for one in named if one is not None]
-    models = ("models:/", "runs:/")
-    return (
-        [one for one in places if not files.in_store(one) and not one.startswith(models)],
-        variables,
-        need,
-    )
+
+    def local(ones: list[Any]) -> list[str]:
+        places = [os.fspath(one).removeprefix("file://") for one in ones if one is not None]
+        models = ("models:/", "runs:/")
+        return [one for one in places if not files.in_store(one) and not one.startswith(models)]
+
+    return local(named + read), variables, need, local(read)
+
+
+def _must_hide_nothing(uri: str) -> None:
+    """Refuse the address of a store that whoever may list jobs should not see."""
+    if re.search(r"\$[{(\w]", uri):  # Ray fills ${NAME} in from the head's environment
+        raise ConfigError(
+            "The address of the MLflow store holds a variable ($…).",
+            "the address itself: what is filled in would be seen by whoever may list jobs.",
+            "write the address out; one with a password is set as MLFLOW_TRACKING_URI where the"
+            " cluster is started.",
+        )
+    if secrets_of(uri):
+        raise ConfigError(
+            "The address of the MLflow store holds a password.",
+            "an address without: whoever may list jobs sees it.",
+            "set MLFLOW_TRACKING_URI where the cluster is started, and unset it here.",
+        )
 
 
 def _with_workers(call: Call, units: int) -> list[str]:

@@ -16,6 +16,7 @@ import re
 import secrets
 import socket
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def connect(config: LaunchConfig) -> None:
         )
     except ConnectionError as error:
         raise _no_cluster(str(address), error) from error
+    except Exception as error:  # of many kinds, according to which process is missing
+        raise _no_start(address, error) from error
     finally:
         os.environ.pop("PYTHONSAFEPATH")
         if before is not None:
@@ -140,6 +143,24 @@ def _no_cluster(address: str, error: Exception) -> ConfigError:
         f"No Ray cluster answers at {address}: {error}.",
         "the address of a running head node.",
         "start one (`ray start --head`), or leave --address out for a Ray of this machine.",
+    )
+
+
+def _no_start(address: str | None, error: BaseException) -> ConfigError:
+    """Ray raises its own words, or ends the process with them, when a raylet or GCS is missing."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    why = textwrap.shorten(lines[0], 200)
+    if address:
+        return ConfigError(
+            f"The Ray at {address} answers, but knows no node on this machine: {why}",
+            "a machine that is a node of that cluster: a raylet runs on it.",
+            f"start one here (`ray start --address {address}`), or send the command to the cluster"
+            " with `arrowhead submit`.",
+        )
+    return ConfigError(
+        f"Ray does not start on this machine: {why}",
+        "its processes (raylet, GCS) running, with memory and room below /tmp and /dev/shm.",
+        "see /tmp/ray/session_latest/logs, or run with --workers 0, which needs no Ray.",
     )
 
 

@@ -267,6 +267,27 @@ def standing(cluster: Cluster, shared: list[Path], places: list[str]) -> Path | 
     return stand
 
 
+def must_be_there(
+    cluster: Cluster, shared: list[Path], stand: Path | None, inputs: list[str]
+) -> None:
+    """Refuse, before anything is sent, what the verb is to read and is not there.
+
+    Only where this machine sees what the cluster will see: its own disk, or a shared folder that it
+    has. stand: as `standing` gives it.
+    """
+    here = Path.cwd()
+    folders = [Path(os.path.normpath(here / folder)) for folder in shared]
+    for place in inputs:
+        path = Path(os.path.normpath((stand or here) / place))
+        seen = cluster.here or any(path.is_relative_to(f) and f.is_dir() for f in folders)
+        if seen and not os.path.lexists(path):
+            raise ConfigError(
+                f"{path} is not there.",
+                "a file or folder to read.",
+                f"check the path; relative ones begin at {stand or here}.",
+            )
+
+
 # ------------------------------------------------------------------------------ the job
 
 
@@ -292,8 +313,11 @@ def submit(
     line = f"exec python -P -m arrowhead {toml}{shlex.join(words)}"
     if folder is not None:
         line = f"cd {shlex.quote(str(folder))} && {line}"
-    if need is not None:
-        line = f': "${{{need}:?is not set on the head node: set it, or give the flag}}" && {line}'
+    if need is not None:  # ${NAME:?words} would end bash, which /bin/sh may be, with 127
+        words_of_it = f"arrowhead: {need} is not set on the head node: set it, or give the flag"
+        line = (
+            f'[ -n "${{{need}:-}}" ] || {{ echo {shlex.quote(words_of_it)} >&2; exit 2; }}; {line}'
+        )
     with tempfile.TemporaryDirectory(prefix="arrowhead-job-") as draft:
         size = _pack(Path(draft), config)
         with _client(cluster) as client:
