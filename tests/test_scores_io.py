@@ -29,12 +29,23 @@ from arrowhead import (
     fileio,
     plan,
     scores_io,
+    shards,
     spreadsheet,
 )
 from arrowhead import score as scoring
 from arrowhead.launch import Desk, Worker
 
 ODD = ["$10_", "a_b$", "=1+1", "<b>x", "a.b", 'q"uote', "s p a c e", "貓", "קשת", "🐈", "x" * 200]
+RECIPE = shards.Recipe(
+    body="resnet18",
+    weights="0" * 64,
+    pool="avg",
+    width=512,
+    size=64,
+    resize="crop",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
 COUNTS = dict.fromkeys(("decoded", "looked_up", "skipped", "reused", "faults", "novel"), 0)
 
 
@@ -364,6 +375,48 @@ def test_no_name_is_a_formula_or_an_escape_sequence_in_a_csv(
         assert line["label"].removeprefix("'") == row["label"]
         for name in classes:
             assert float(line[f"probability.{name}"]) == row["probabilities"][name]
+
+
+def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
+    images: Path, tmp_path: Path
+) -> None:
+    classes = ["sea, sand", "b|c", 'say "x" y']
+    catalog = plan.unlabelled(images / "leaves")
+    count, out = len(catalog), tmp_path / "scores"
+    given = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
+    scores = scores_io.Scores(
+        classes=classes,
+        paths=catalog.paths,
+        image_ids=[bytes(16)] * count,
+        faults=[None] * count,
+        top=np.zeros((count, 1), int),
+        probability=np.full((count, 3), 0.4, np.float32),
+        given=given,
+    )
+    part = scoring.parts(out) / scores_io.part_name(0)
+    scores_io.write_scores(part, scores, {})
+    shards.write_catalog(scoring.inputs(out), catalog.columns())
+    written = scores_io.finished(part, 0, rows=count, inputs="", faults={})
+    scores_io.replace_journal(scoring.journal(out), [written])
+    made = bundle.Bundle(
+        recipe=RECIPE,
+        classes=classes,
+        head="linear",
+        temperature=1.0,
+        multi=True,
+        body_state={},
+        head_state={},
+        metrics={},
+        lineage={},
+    )
+    config = scoring.ScoreConfig()
+    request = scoring.Request(out=out, bundle=out, config=config, runs=[range(count)])
+    table = scoring.write_csv(request, made)
+    source = plan.SourceConfig(images=str(images / "leaves"), label_column="labels")
+    again = plan.labelled(table, source, teaches=False)
+    assert again.paths == catalog.paths
+    names = np.array(classes)
+    assert again.labels == [tuple(sorted(names[row].tolist())) for row in given]
 
 
 @pytest.mark.parametrize(
