@@ -9,7 +9,16 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
 FLOORS = [
-    {"fileio", "targets", "formats", "ray_private", "signals", "object_store", "exclusions"},
+    {
+        "environment",
+        "fileio",
+        "targets",
+        "formats",
+        "ray_private",
+        "signals",
+        "object_store",
+        "exclusions",
+    },
     {
         "files",
         "decode",

@@ -150,7 +150,7 @@ def test_a_weights_file_that_does_not_fit_is_a_data_error_naming_a_tensor(
         (state, "mobilenet_v2", "features.0.0.weight"),
     ):
         safetensors.torch.save_file(wrong, path)
-        with pytest.raises(DataError) as refusal:
+        with pytest.raises(ConfigError) as refusal:
             load(BodyConfig(body=body, weights=str(path)))
         assert tensor in refusal.value.found
 

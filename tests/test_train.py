@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from arrowhead import ConfigError, DataError, descent, heads
+from arrowhead import ConfigError, descent, heads
 from arrowhead import train as training_room
 from arrowhead.train import (
     Data,
@@ -178,12 +178,12 @@ def test_standardizing_takes_the_mean_and_deviation_of_view_0_of_its_own_rows(
 def test_a_class_without_images_to_learn_from_is_named() -> None:
     feature = np.zeros((4, 1, 2), np.float16)
     some, none = np.array([0, 2, 0, 2]), np.array([], np.int64)
-    with pytest.raises(DataError, match="of bee"):
+    with pytest.raises(ConfigError, match="of bee"):
         Data.of((feature, some), (feature, some), ["ant", "bee", "cat"])
-    with pytest.raises(DataError, match="validation split has no readable image"):
+    with pytest.raises(ConfigError, match="validation split has no readable image"):
         Data.of((feature, some % 2 + some // 2), (feature[:0], none), ["ant", "bee"])
     several = np.array([[1, 0], [1, 0], [0, 0], [1, 0]], np.uint8)
-    with pytest.raises(DataError, match="of bee"):
+    with pytest.raises(ConfigError, match="of bee"):
         Data.of((feature, several), (feature, several), ["ant", "bee"])
 
 

@@ -24,6 +24,7 @@ from arrowhead import (
     Refusal,
     cli_cluster,
     cli_inspect,
+    environment,
     model,
     plan,
     signals,
@@ -501,6 +502,7 @@ app.command(cli_cluster.jobs_app)
 
 def main(words: list[str] | None = None) -> None:
     """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
+    environment.complete()
     signals.lossy_output()
     with signals.stops():
         code = _run(sys.argv[1:] if words is None else words)

@@ -117,7 +117,7 @@ def load(config: BodyConfig) -> Weights:
         with torch.no_grad():
             net.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise DataError(
+        raise ConfigError(
             f"{config.weights} does not fit {config.body}: {_first_misfit(error)}",
             f"the tensors of torchvision's {config.body}, by its names.",
             "give the --body the weights were made for.",

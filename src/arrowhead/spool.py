@@ -37,6 +37,11 @@ class Spool:
     def __len__(self) -> int:
         return len(self.read())
 
+    @property
+    def in_memory(self) -> int:
+        """How many writes the disk did not take."""
+        return len(self._unkept)
+
     def lock(self) -> bool:
         """Whether this process has the folder to itself."""
         if self._lock is None:
@@ -103,9 +108,12 @@ class Spool:
 
     def replace(self, writes: Sequence[Write]) -> None:
         """Keep only these. With none the folder goes."""
-        self._unkept = []
+        unkept, self._unkept = self._unkept, []
         if writes:
-            _write_lines(self._lines, writes)
+            try:
+                _write_lines(self._lines, writes)
+            except OSError:  # what is on the disk stays there: carried out twice, it counts once
+                self._unkept = unkept if self._lines.exists() else list(writes)
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()

@@ -41,7 +41,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from arrowhead import ConfigError, DataError, LostError, __version__, fileio, signals
+from arrowhead import (
+    ConfigError,
+    DataError,
+    LostError,
+    __version__,
+    environment,
+    fileio,
+    signals,
+)
 from arrowhead.registry import (
     RegistryConfig,
     digest_of,
@@ -85,6 +93,12 @@ Points = Mapping[str, Sequence[tuple[int, float]]]
 """Metrics of one head: name to (step, value)."""
 Kin = dict[str, list[tuple[str, str]]]
 """Children that a resumed run has: name to (run id, status), oldest first."""
+
+
+def _unsent() -> Path:
+    """Where writes are kept: in this folder or, where it cannot be written, in a temporary one."""
+    here = os.access(UNSENT if UNSENT.exists() else ".", os.W_OK)
+    return UNSENT if here else environment.own_folder("unsent")
 
 
 def _to_stderr(line: str) -> None:
@@ -281,7 +295,7 @@ def start(
     Raises ConfigError when the store, or the registry that is asked for, cannot be used, before any
     work is done.
     """
-    base = (spool or UNSENT).absolute()
+    base = (spool or _unsent()).absolute()
     with contextlib.ExitStack() as until_begun:
         with usable(config):
             client, experiment = open_store(config)
@@ -344,7 +358,9 @@ def send(config: TrackingConfig, spool: Path | None = None, say: Say = _to_stder
     with usable(config):
         client, experiment = open_store(config)
         store = _Store(client, experiment, say)
-        _send_all(store, (spool or UNSENT).absolute(), without_secret(config.uri), None, math.inf)
+        _send_all(
+            store, (spool or _unsent()).absolute(), without_secret(config.uri), None, math.inf
+        )
 
 
 def register(
@@ -365,7 +381,7 @@ def register(
         client, experiment = open_store(config)
         must_take(client, registry.register)
         store = _Store(client, experiment, say)
-        _send_all(store, (spool or UNSENT).absolute(), without_secret(config.uri), None)
+        _send_all(store, (spool or _unsent()).absolute(), without_secret(config.uri), None)
         if version_of(client, registry.register, digest_of(bundle)) is None:
             trained = json.loads((bundle / "bundle.json").read_bytes())["lineage"].get("run_id")
             known = find_run(client, trained) if trained else None
@@ -686,7 +702,12 @@ class _Post:
         with self._turn:
             if len(self._spool):
                 self._resend()
-            if left := len(self._spool):
+            if lost := self._spool.in_memory:
+                self.say(
+                    f"{lost} writes to {self._place} are lost: neither it nor {self._spool.folder}"
+                    " took them. The results of the command are whole"
+                )
+            elif left := len(self._spool):
                 self.say(
                     f"{left} writes to {self._place} are not sent. They are kept in"
                     f" {self._spool.folder}; the next arrowhead command with this store sends them"

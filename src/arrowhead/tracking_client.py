@@ -62,6 +62,11 @@ REFUSED = {
 }
 
 
+def _default() -> str:
+    """The store in this folder."""
+    return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
 _secrets: set[str] = set()
 """Of the addresses that this process was given."""
 
@@ -86,8 +91,7 @@ class TrackingConfig:
     @property
     def uri(self) -> str:
         """The store that will be written to. It may hold a password: see `without_secret`."""
-        own = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
+        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _default()
 
 
 def without_secret(text: str) -> str:
@@ -203,7 +207,8 @@ def open_store(config: TrackingConfig) -> tuple[MlflowClient, str]:
     if found is None:
         kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
         try:
-            return client, client.create_experiment(config.experiment, tags=kind)
+            place = _artifacts(config.uri, config.experiment)
+            return client, client.create_experiment(config.experiment, place, tags=kind)
         except MlflowException:  # another command was quicker
             found = client.get_experiment_by_name(config.experiment)
             if found is None:
@@ -215,6 +220,15 @@ def open_store(config: TrackingConfig) -> tuple[MlflowClient, str]:
             "give another --experiment, or restore it in the MLflow UI.",
         )
     return client, found.experiment_id
+
+
+def _artifacts(uri: str, experiment: str) -> str | None:
+    """Where a new experiment's files go: MLflow's own choice, which for a database is a folder in
+    this one; where that cannot be written, beside the database.
+    """
+    if not uri.startswith("sqlite:") or os.access(".", os.W_OK):
+        return None
+    return str(_database(uri).absolute().parent / "mlruns" / quote(experiment, safe=""))
 
 
 @contextmanager
@@ -253,7 +267,9 @@ def usable(config: TrackingConfig) -> Iterator[None]:
         raise ConfigError(
             f"The tracking store {without_secret(config.uri)} cannot be used: {first_line(error)}",
             "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
-            "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
+            "give --tracking-uri sqlite:////FOLDER/mlflow.db, a FOLDER that can be written."
+            if config.uri == _default() and not os.access(".", os.W_OK)
+            else "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
         ) from error
 
 

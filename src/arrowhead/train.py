@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, descent, plan
+from arrowhead import ConfigError, descent, plan
 from arrowhead.descent import DescentConfig
 
 if TYPE_CHECKING:
@@ -173,13 +173,13 @@ class Data:
         ).must_teach()
 
     def must_teach(self) -> Data:
-        """Itself; DataError if a split is empty or nothing teaches one of the classes."""
+        """Itself; ConfigError if a split is empty or nothing teaches one of the classes."""
         for split, rows in (("training", self.train), ("validation", self.valid)):
             label = self.label[rows].cpu().numpy()
             seen = np.flatnonzero(label.any(0)) if self.multi else label
             absent = sorted(set(range(len(self.classes))) - set(seen.tolist()))
             if len(label) == 0 or (absent and split == "training"):
-                raise DataError(
+                raise ConfigError(
                     f"The {split} split has no readable image"
                     + (f" of {', '.join(self.classes[i] for i in absent)}." if len(label) else "."),
                     "at least one of every class to learn from, and some to check with.",
