@@ -384,28 +384,41 @@ class Told:
         part, epoch, lines = message["part"], message["epoch"], message["lines"]
         screen, config = self._means.screen, self._asked.head
         if part == "heads" and not self._asked.sweep.grid:
-            if epoch == 0:
-                screen.say(HEADING)
-            screen.say(row(lines[0]))
-            for name, value in (lines[0] | {"rate": message["rate"]}).items():
+            if "rate" not in message:
+                say_logistic(lines[0], screen)
+            else:
+                if epoch == 0:
+                    screen.say(HEADING)
+                screen.say(row(lines[0]))
+            found = {"rate": message["rate"]} if "rate" in message else {}
+            for name, value in (lines[0] | found).items():
                 if name != "epoch":
                     self._points[name].append((epoch, value))
             if monotonic() - self._sent > 1:  # a request for each of many short epochs costs more
                 self.send()  # than the epochs
             return
-        last = epoch + 1 == config.epochs
+        last = epoch + 1 == config.total_epochs
         if last or epoch == 0 or monotonic() - self._said > 2:
             self._said = monotonic()
             name = sweep.figure(config)
             pick = min if name == "valid_loss" else max
             best = pick(line[name] for line in lines.values())
-            screen.say(
-                f"{part} · epoch {epoch} · {len(lines)} heads learn · best {name} {best:.4f}"
-            )
+            at = "" if config.head == "logistic" else f"epoch {epoch} · "
+            screen.say(f"{part} · {at}{len(lines)} heads learn · best {name} {best:.4f}")
             if self._means.run:
                 figures = {"epoch": epoch, "heads": len(lines), name: best}
                 found = {f"progress.{part}.{k}": v for k, v in figures.items()}
                 self._means.run.record(found, step=epoch)
+
+
+def say_logistic(line: dict[str, float], screen: Screen) -> None:
+    """The figures of logistic regression, and how its strength was chosen."""
+    chosen = f" by cross-validation (loss {line['cv_loss']:.4f})" if "cv_loss" in line else ""
+    screen.say(f"logistic regression: L2 {line['l2']:.4g} (C {1 / line['l2']:.4g}){chosen}")
+    screen.say(
+        f"train loss {line['train_loss']:.6f} · valid loss {line['valid_loss']:.6f}"
+        f" · accuracy {line['accuracy']:.6f}"
+    )
 
 
 HEADING = f"{'epoch':>5}  {'train loss':>10}  {'valid loss':>10}  {'accuracy':>8}"

@@ -87,7 +87,7 @@ def _stack(data: Data, member: Member, heads: Sequence[Trained]) -> Stack:
         {name: torch.from_numpy(value).to(device) for name, value in one.state.items()}
         for one in heads
     ]
-    return Stack.of(member.config.head, [states], [0.0], [0], multi=data.multi)
+    return Stack.of(member.config.kind, [states], [0.0], [0], multi=data.multi)
 
 
 def _balance(label_N: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -44,9 +44,10 @@ class DescentConfig:
     1, 2, 4 … epochs."""
     smoothing: float = 0.0
     """Label smoothing, 0 up to 1 (Szegedy et al., arXiv:1512.00567, section 7)."""
-    class_weights: Literal["none", "balanced"] = "none"
+    class_weights: Literal["auto", "none", "balanced", "validation"] = "auto"
     """balanced: a rare class weighs as much as a common one (several labels: a label's presence as
-    much as its absence)."""
+    much as its absence). validation: as if classes were as frequent in training as they are in
+    validation. auto: validation where the two clearly differ, else none."""
 
     def __post_init__(self) -> None:
         warmup = 0.0 if self.warmup is None else self.warmup
@@ -112,9 +113,7 @@ def must_fit(config: DescentConfig, epochs: int) -> None:
     """ConfigError if the last cosine would be cut off."""
     if not config.cycle_len:
         return
-    ends = [config.cycle_len]
-    while ends[-1] < epochs:
-        ends.append(ends[-1] + config.cycle_len * config.cycle_mult ** len(ends))
+    ends = _cycle_ends(config.cycle_len, config.cycle_mult, epochs)
     if ends[-1] != epochs:
         near = " or ".join(str(end) for end in ends[-2:])
         raise ConfigError(
@@ -123,6 +122,21 @@ def must_fit(config: DescentConfig, epochs: int) -> None:
             "epochs that end with a cycle, where the rate is lowest.",
             f"give --epochs {near}, or another --cycle-len.",
         )
+
+
+def whole_cycles(config: DescentConfig, epochs: int) -> int:
+    """The first number of epochs, from `epochs` on, that ends with a cycle."""
+    if not config.cycle_len:
+        return epochs
+    return _cycle_ends(config.cycle_len, config.cycle_mult, epochs)[-1]
+
+
+def _cycle_ends(first: int, factor: int, epochs: int) -> list[int]:
+    """After which epochs cycles end, up to the first that is at `epochs` or later."""
+    ends = [first]
+    while ends[-1] < epochs:
+        ends.append(ends[-1] + first * factor ** len(ends))
+    return ends
 
 
 # --------------------------------------------------------------------------------- losses
@@ -201,6 +215,41 @@ def balance(label: Tensor, classes: int) -> Tensor:
         return (len(label) / (classes * counts.clamp(min=1))).float()
     present = label.double().sum(0)
     return ((len(label) - present) / present.clamp(min=1)).clamp(1e-3, 1e3).float()
+
+
+def weights_as(label: Tensor, wanted: Tensor, classes: int) -> Tensor:
+    """Weights (C,) under which labels int64 (n,) are as frequent as in `wanted` int64 (m,).
+
+    Rare classes of `wanted` are drawn to their share of `label`, as if C more of its images had
+    been seen, so none comes to nothing.
+    """
+    import torch
+
+    here = torch.bincount(label, minlength=classes).double()
+    share = here / here.sum()
+    there = torch.bincount(wanted, minlength=classes).double()
+    mixed = (there + classes * share) / (there.sum() + classes)
+    return (mixed / share.clamp(min=1e-12)).float()
+
+
+def differ(label: Tensor, wanted: Tensor, classes: int) -> bool:
+    """Whether class shares of two sets of labels clearly differ: a chi-squared test at about 1 in
+    2,000 (Wilson & Hilferty's normal approximation).
+    """
+    import torch
+
+    counts = [torch.bincount(one, minlength=classes).double() for one in (label, wanted)]
+    both = counts[0] + counts[1]
+    there, freedom = both > 0, int((both > 0).sum()) - 1
+    if freedom < 1 or not counts[0].sum() or not counts[1].sum():
+        return False
+    total = 0.0
+    for one in counts:
+        expected = both[there] * one.sum() / both.sum()
+        total += float(((one[there] - expected).square() / expected).sum())
+    spread = 2 / (9 * freedom)
+    z = (math.cbrt(total / freedom) - (1 - spread)) / math.sqrt(spread)
+    return z > 3.3
 
 
 # ------------------------------------------------------------------------------ optimizers

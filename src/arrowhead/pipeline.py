@@ -302,7 +302,11 @@ def find_rate(
 
 def learn(path: Path, asked: Study, means: Means = Means(), place: Path | None = None) -> Learned:
     """Train on a verified store. place: a folder of checkpoints, where a stopped study goes on."""
-    Store(path).verify()
+    store = Store(path)
+    store.verify()
+    asked, said = asked.resolve(store)
+    for line in said:
+        means.screen.say(line)
     told = account.Told(asked, means)
     run = means.top.run_id if means.top else None
     args = path, asked, place, run
@@ -365,7 +369,7 @@ def write_bundle(
     made = Bundle(
         recipe=store.recipe,
         classes=classes,
-        head=config.head,
+        head=config.kind,
         temperature=1.0,
         multi=valid.multi,
         body_state=extract.load_weights(store.recipe, store.weights),
@@ -389,7 +393,7 @@ def write_bundle(
         "arrowhead": __version__,
         "run_id": means.run.run_id if means.run else None,
         "data": Catalog(**store.read_catalog()).digest(),
-        "training": dataclasses.asdict(config),
+        "training": config.parameters(),
         "epoch": trained.epoch,
     }
     made = dataclasses.replace(
@@ -478,14 +482,14 @@ def fit_head(
     path: Path, out: Path, asked: Study, means: Means, keep: GoldenConfig = GoldenConfig()
 ) -> dict[str, Any]:
     """From a store to a bundle: rate, heads, evaluation."""
-    config = asked.head
+    store = Store(path)
+    settled = asked.resolve(store)[0]
     if means.run:
-        recording.settings_asked(means.run, config, asked.knobs[0])
+        recording.settings_asked(means.run, settled.head, asked.knobs[0])
     account.params(
         means, {f"sweep.{k}": v for k, v in dataclasses.asdict(asked.sweep).items() if v}
     )
     account.params(means, {"workers": means.launch.workers, "arrowhead": __version__})
-    store = Store(path)
     if means.run:
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
         means.run.params({"recipe": store.recipe.json()})
@@ -498,6 +502,7 @@ def fit_head(
     assert chosen is not None
     if means.run:
         recording.settings_used(means.run, chosen)
+    rate = None if chosen.head == "logistic" else float(chosen.rate)
     result: dict[str, Any] = {"epochs": best.epochs}
     with bundle.saving(out, account.previous(out, means)) as folder:
         beside = folder / bundle.REPORT
@@ -512,14 +517,16 @@ def fit_head(
         if made.shares:
             account.show_shares(made.shares, beside, means)
             result["learning_curve"] = made.shares
-        figures = write_bundle(store, chosen, best, folder, means, {"rate": chosen.rate}, keep)
+        figures = write_bundle(store, chosen, best, folder, means, {"rate": rate}, keep)
         account.say_replaced(out, folder, means)
     if means.run:
         recording.trained_model(means.run, out, figures)
     registered = means.run.register(out) if means.run else None
-    checkpoint.forget(training_of(out), asked.key(store))
+    checkpoint.forget(training_of(out), settled.key(store))
     return result | {
-        "rate": chosen.rate,
+        "head": chosen.head,
+        "rate": rate,
+        "l2": best.l2,
         "lr_finder": _advice(made.curve) if made.curve else None,
         "epoch": best.epoch,
         "metrics": figures,

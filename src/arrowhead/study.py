@@ -24,12 +24,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import __version__, checkpoint, comparison, descent, lr_finder, sweep
+from arrowhead import (
+    ConfigError,
+    __version__,
+    checkpoint,
+    comparison,
+    descent,
+    logistic,
+    lr_finder,
+    sweep,
+)
 from arrowhead.launch import Worker
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.shards import Store
 from arrowhead.sweep import SweepConfig
 from arrowhead.train import (
+    MIN_STEPS,
     Data,
     Held,
     Mapped,
@@ -38,6 +48,9 @@ from arrowhead.train import (
     Team,
     TrainConfig,
     Trained,
+    class_weighting,
+    resolve,
+    steps_of,
     train_stack,
 )
 
@@ -62,8 +75,50 @@ class Study:
         """What each head of the grid is given; one empty dict without a grid."""
         return sweep.settings(self.sweep.grid) if self.sweep.grid else [{}]
 
+    def __post_init__(self) -> None:
+        if self.head.head == "logistic" and (self.sweep.grid or not self.teach):
+            raise ConfigError(
+                "--head logistic is found exactly: it has no learning rate to find and nothing for"
+                " --grid to compare (its strength is chosen by cross-validation).",
+                "a head that is trained by gradient descent.",
+                "add --head linear" + (", or leave --grid out." if self.sweep.grid else "."),
+            )
+
+    def resolve(self, store: Store) -> tuple[Study, list[str]]:
+        """The study with what is auto made definite for a store, and lines that say what a user
+        might not expect.
+        """
+        part = store.features(mapped=True)
+        train, valid = (part.label[part.split == split] for split in ("train", "valid"))
+        classes, recipe = len(store.manifest()["classes"]), store.recipe
+        head, said = self.head, []
+        if head.head == "auto":
+            work = len(train) * recipe.views * recipe.width * classes
+            exact = self.teach and self.start is None and not (self.sweep.grid or head.of_descent())
+            exact = exact and self.finder == FinderConfig() and work <= logistic.MOST_WORK
+            head = dataclasses.replace(head, head="logistic" if exact else "linear")
+        if head.class_weights == "auto":
+            wanted = class_weighting(train, valid, classes)
+            head = dataclasses.replace(head, class_weights=wanted)
+            if wanted == "validation":
+                said.append(
+                    "classes come in other shares in training than in validation: training images"
+                    " are weighted as validation has them (--class-weights none: as they come)"
+                )
+        enough = resolve(dataclasses.replace(head, epochs="auto"), len(train))
+        steps = steps_of(head, len(train))
+        if head.epochs != "auto" and 2 * steps < min(MIN_STEPS, steps_of(enough, len(train))):
+            said.append(
+                f"--epochs {head.epochs} of {len(train)} images is {steps} steps;"
+                f" --epochs auto would take {steps_of(enough, len(train))}"
+                f" ({enough.total_epochs} epochs)"
+            )
+        return dataclasses.replace(self, head=resolve(head, len(train))), said
+
     def finds(self) -> bool:
         """Whether the LR finder is needed."""
+        if self.head.head == "logistic":
+            return False
         return not self.teach or (self.head.rate == "auto" and "rate" not in self.knobs[0])
 
     def key(self, store: Store) -> str:
@@ -138,15 +193,21 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
         made.seconds = perf_counter() - began
         return made
     grid = study.sweep.grid
-    members = sweep.members(data, study.head, 1.0 if rate == "auto" else float(rate), grid)
-    members = [dataclasses.replace(one, start=study.start) for one in members]
+    if study.head.head == "logistic":
+        members = [Member(config=study.head, rate=0.0, train=data.train, valid=data.valid)]
+    else:
+        members = sweep.members(data, study.head, 1.0 if rate == "auto" else float(rate), grid)
+        members = [dataclasses.replace(one, start=study.start) for one in members]
     losers = sweep.loser_of(study.knobs, study.head) if study.sweep.halving else None
     made.heads = log.train("heads", data, members, team, losers)
     if grid:
         judge = _judge(data, members, made.heads, study.head, team)
         made.ranking = sweep.summary(study.knobs, made.heads, study.head, judge)
         made.best = made.ranking["best"]
-    made.config = winner = members[made.best].config
+    winner = members[made.best].config
+    if made.winner.l2 is not None:
+        winner = dataclasses.replace(winner, l2=made.winner.l2)
+    made.config = winner
     if study.sweep.folds:
         made.folds = _folds(log, data, row, study, made, team)
     if study.sweep.learning_curve:
@@ -217,7 +278,7 @@ def _folds(
     views, width = data.feature.shape[1:]
     for number, one in enumerate(ended):
         state = {name: torch.from_numpy(value) for name, value in one.state.items()}
-        head = heads.restore(winner.head, width, len(data.classes), state)
+        head = heads.restore(winner.kind, width, len(data.classes), state)
         with torch.inference_mode():
             for at in np.array_split(np.flatnonzero(part == number), 1 + len(pool) // 65536):
                 flat = torch.from_numpy(pool[at] * views).to(data.feature.device)
@@ -283,11 +344,20 @@ class _Log:
         config = members[0].config
 
         def rate_at(epoch: int) -> dict[str, float]:
-            if len(members) > 1:
+            if len(members) > 1 or config.head == "logistic":
                 return {}
-            factor = descent.factor(epoch / config.epochs, config, config.epochs)
+            factor = descent.factor(epoch / config.total_epochs, config, config.total_epochs)
             return {"rate": members[0].rate * factor}
 
+        def record(lines: dict[int, dict[str, float]]) -> None:
+            epoch = int(next(iter(lines.values()))["epoch"])
+            self.tell({"part": part, "epoch": epoch, "lines": lines} | rate_at(epoch))
+            self._measure(part, list(lines.values()))
+
+        if config.head == "logistic":  # seconds: a stopped one begins again
+            ended = logistic.train(data, members, team)
+            record({number: one.epochs[0] for number, one in enumerate(ended)})
+            return ended
         kept = self.newest(part)
         saved: Saved | None = None
         if kept:
@@ -298,11 +368,6 @@ class _Log:
                 self.tell({"part": part, "epoch": epoch, "lines": told} | rate_at(epoch))
             self.tell({"part": part, "goes_on": kept.facts["done"]})
         last = [monotonic()]
-
-        def record(lines: dict[int, dict[str, float]]) -> None:
-            epoch = int(next(iter(lines.values()))["epoch"])
-            self.tell({"part": part, "epoch": epoch, "lines": lines} | rate_at(epoch))
-            self._measure(part, list(lines.values()))
 
         def keep(save: Callable[[], Saved], epoch: int, over: bool) -> None:
             due = over or monotonic() - last[0] >= self._seconds

@@ -136,7 +136,7 @@ def loser_of(
 
     Successive halving (Jamieson & Talwalkar, arXiv:1502.07943). Seeds of a setting go together.
     """
-    rungs = {math.ceil(config.epochs / 4), math.ceil(config.epochs / 2)}
+    rungs = {math.ceil(config.total_epochs / 4), math.ceil(config.total_epochs / 2)}
 
     def losers(done: int, numbers: Sequence[int], lines: Lines) -> set[int]:
         if done not in rungs:
@@ -330,6 +330,11 @@ def _mixed(key: NDArray[np.uint64], use: str) -> NDArray[np.uint64]:
     return (key ^ word) * np.uint64(0x9E3779B97F4A7C15)
 
 
+def _rate(config: TrainConfig) -> float:
+    """The learning rate; 0 of logistic regression, which has none."""
+    return 0.0 if config.head == "logistic" else float(config.rate)
+
+
 def fold_members(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> list[Member]:
     """One head per part: it learns from the images of all others. Splits other than train and valid
     take no part. config: with a learning rate.
@@ -337,7 +342,7 @@ def fold_members(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> li
     Which epoch's weights are kept is not chosen on the part that is predicted: all keep the last,
     and the caller says how many epochs there are (see `train.train_stack`, until).
     """
-    config, rate = replace(config, best="last", patience=0), float(config.rate)
+    config, rate = replace(config, best="last", patience=0), _rate(config)
     pool = np.sort(np.concatenate([data.train, data.valid]))
     return [
         Member(config=config, rate=rate, train=pool[part != one], valid=pool[part == one])
@@ -353,7 +358,8 @@ def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[flo
     every class alike and present; all take the same number of steps. Shares without two images or
     without one of each class are left out. config: with a learning rate.
     """
-    rate = float(config.rate)
+    rate = _rate(config)
+    seeds = 1 if config.head == "logistic" else seeds  # nothing in it is drawn
     label = data.label[data.train].cpu().numpy()
     place = np.empty(len(label))
     stratum = _stratum(label)

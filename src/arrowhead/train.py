@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+MIN_STEPS = 400  # of --epochs auto: see bench/heads_accuracy.py
+MIN_EPOCHS, MAX_EPOCHS = 5, 400
 MOST = 1 << 20  # numbers that validation holds at once: 4 MiB of float32 stay in the caches
 
 
@@ -37,10 +39,16 @@ MOST = 1 << 20  # numbers that validation holds at once: 4 MiB of float32 stay i
 class TrainConfig(DescentConfig):
     """How a head is trained on features."""
 
-    head: Literal["linear", "lesson"] = "linear"
-    """linear; or the lesson's: batch norm, dropout, linear to 512, ReLU, once more, linear."""
-    epochs: int = 20
-    """Passes over the training split."""
+    head: Literal["auto", "logistic", "linear", "lesson"] = "auto"
+    """logistic: logistic regression, a linear head found exactly, with no learning rate; linear:
+    the same by gradient descent; lesson: batch norm, dropout, linear to 512, ReLU, once more,
+    linear. auto: logistic, or linear where a setting of gradient descent (--epochs, --rate,
+    --schedule …) or a grid is given, or it would take too long."""
+    l2: float | Literal["auto"] = "auto"
+    """logistic: strength of the L2 penalty, scikit-learn's 1/C; auto chooses it by 5-fold
+    cross-validation within the training split."""
+    epochs: int | Literal["auto"] = "auto"
+    """Passes over the training split; auto: enough steps, however few images there are."""
     rate: float | Literal["auto"] = "auto"
     """Learning rate at its highest; auto asks the LR finder."""
     batch_size: int = 64
@@ -63,9 +71,16 @@ class TrainConfig(DescentConfig):
 
     def __post_init__(self) -> None:
         DescentConfig.__post_init__(self)
-        descent.must_fit(self, self.epochs)
+        if self.epochs != "auto":
+            descent.must_fit(self, self.epochs)
         for knob, value, fine, wanted in (
-            ("epochs", self.epochs, self.epochs >= 1, "1 or more"),
+            (
+                "epochs",
+                self.epochs,
+                self.epochs == "auto" or self.epochs >= 1,
+                "auto, or 1 or more",
+            ),
+            ("l2", self.l2, self.l2 == "auto" or 1e-9 <= self.l2 < 1e9, "auto, or above 0"),
             ("batch-size", self.batch_size, self.batch_size >= 2, "2 or more"),
             ("rate", self.rate, self.rate == "auto" or 0 < self.rate < 1e3, "auto, or above 0"),
             ("dropout", self.dropout, 0 <= self.dropout < 1, "from 0 up to 1"),
@@ -86,6 +101,75 @@ class TrainConfig(DescentConfig):
                 "a figure that should improve.",
                 "add --best valid_loss or --best accuracy.",
             )
+        self._must_suit_head()
+
+    def _must_suit_head(self) -> None:
+        """ConfigError if something is asked for that this head does not have."""
+        if self.head == "logistic" and (given := self.of_descent()):
+            flag = f"--{given[0].replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} {getattr(self, given[0])} is a setting of gradient descent;"
+                " --head logistic has none.",
+                "a head that is found exactly, or settings of gradient descent.",
+                f"leave {flag} out, or add --head linear.",
+            )
+        if self.l2 != "auto" and (self.head not in ("auto", "logistic") or self.of_descent()):
+            raise ConfigError(
+                f"--l2 {self.l2} is for --head logistic.",
+                "weight decay, for a head trained by gradient descent.",
+                "leave --l2 out, or add --head logistic.",
+            )
+
+    def of_descent(self) -> list[str]:
+        """Names of the settings of gradient descent that are not at their defaults."""
+        return [
+            one.name
+            for one in fields(self)
+            if one.name not in ("head", "l2", "class_weights", "seed", "checkpoint_seconds")
+            and getattr(self, one.name) != one.default
+        ]
+
+    def parameters(self) -> dict[str, Any]:
+        """The settings that this head has, by name: what a run and a bundle record."""
+        every = asdict(self)
+        if self.head != "logistic":
+            del every["l2"]
+            return every
+        return {name: every[name] for name in ("head", "l2", "class_weights", "seed")}
+
+    @property
+    def kind(self) -> Literal["linear", "lesson"]:
+        """What the head is made of (see `heads.make`), however it is trained."""
+        return "lesson" if self.head == "lesson" else "linear"
+
+    @property
+    def total_epochs(self) -> int:
+        """`epochs` as a number, 1 of a head that is found exactly; AssertionError before `resolve`
+        has made one of auto.
+        """
+        if self.head == "logistic":
+            return 1
+        if self.epochs == "auto":
+            raise AssertionError("--epochs auto was not resolved")
+        return self.epochs
+
+
+def resolve(config: TrainConfig, images: int) -> TrainConfig:
+    """The config with a number of epochs, for training on so many images.
+
+    auto: MIN_STEPS steps, but no fewer than MIN_EPOCHS passes and no more than MAX_EPOCHS; with
+    --cycle-len the first end of a cycle from there on.
+    """
+    if config.epochs != "auto" or config.head == "logistic":
+        return config
+    steps = len(_ends(max(images, 1), config.batch_size))
+    epochs = min(max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps)), MAX_EPOCHS)
+    return replace(config, epochs=descent.whole_cycles(config, epochs))
+
+
+def steps_of(config: TrainConfig, images: int) -> int:
+    """How many steps a training on so many images takes."""
+    return len(_ends(max(images, 1), config.batch_size)) * resolve(config, images).total_epochs
 
 
 # ------------------------------------------------------------------------------- features
@@ -298,13 +382,15 @@ class Lane:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
     """A head's weights by name (numpy), one dict of figures per epoch, which epoch's weights these
-    are, and why it stopped before the last epoch: "" (it did not), "patience" or "halving".
+    are, and why it stopped before the last epoch: "" (it did not), "patience" or "halving". l2: of
+    logistic regression, the strength of its penalty.
     """
 
     state: dict[str, NDArray[Any]]
     epochs: list[dict[str, float]]
     epoch: int
     stopped: str = ""
+    l2: float | None = None
 
 
 Saved = tuple[dict[str, "Tensor"], dict[str, Any]]
@@ -318,8 +404,16 @@ class Training:
     make lanes of their own, in the same batched products. All else must be equal.
     """
 
-    def __init__(self, data: Data, members: Sequence[Member], team: Team = Team()) -> None:
-        self.data, self.members, self.team = data, list(members), team
+    def __init__(
+        self,
+        data: Data,
+        members: Sequence[Member],
+        team: Team = Team(),
+        states: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        most = max(len(member.train) for member in members)
+        members = [replace(one, config=resolve(one.config, most)) for one in members]
+        self.data, self.members, self.team = data, members, team
         self.config = members[0].config
         figures = ("f1", "f2") if data.multi else ("balanced_accuracy",)
         if self.config.best not in ("last", "valid_loss", "accuracy", *figures):
@@ -331,8 +425,7 @@ class Training:
             )
         self.device = data.feature.device
         self.dtype = precision(self.config.precision, self.device)
-        balanced = self.config.class_weights == "balanced"
-        weights = descent.balance(data.label[data.train], len(data.classes)) if balanced else None
+        weights = class_weights(self.config, data)
         smoothing = self.config.smoothing
         self.loss = descent.Loss(multi=data.multi, smoothing=smoothing, classes=weights)
         sizes = {len(member.train) for member in members}
@@ -343,7 +436,8 @@ class Training:
         self.stopped: dict[int, str] = {}
         self._kept: dict[int, dict[str, Tensor]] = {}
         spreads: dict[int, tuple[Tensor, Tensor]] = {}
-        self._seat(range(len(members)), [self._fresh(member, spreads) for member in members])
+        fresh = states or [self._fresh(member, spreads) for member in members]
+        self._seat(range(len(members)), fresh)
 
     def _fresh(
         self, member: Member, spreads: dict[int, tuple[Tensor, Tensor]]
@@ -354,17 +448,17 @@ class Training:
         from arrowhead import heads
 
         config, width = member.config, self.data.feature.shape[2]
-        made = heads.make(config.head, width, len(self.data.classes), seed=config.seed)
+        made = heads.make(config.kind, width, len(self.data.classes), seed=config.seed)
         state = made.state_dict()
         if member.start is not None:
             state = {name: torch.from_numpy(np.array(one)) for name, one in member.start.items()}
-        elif config.head == "linear":
+        elif config.kind == "linear":
             if id(member.train) not in spreads:
                 spreads[id(member.train)] = spread(self.data.feature, member.train)
             state["0.mean"], state["0.deviation"] = spreads[id(member.train)]
         # The lesson's head multiplies last bits a thousandfold in a few epochs: in float32 another
         # number of workers would end elsewhere. On a CPU doubles cost it twice the time.
-        wide = config.head == "lesson" and self.dtype is None and self.device.type == "cpu"
+        wide = config.kind == "lesson" and self.dtype is None and self.device.type == "cpu"
         return {
             name: value.to(self.device).double()
             if wide and value.is_floating_point()
@@ -394,7 +488,7 @@ class Training:
             n: (i, k) for i, lane in enumerate(lanes.values()) for k, n in enumerate(lane)
         }
         self.stack = Stack.of(
-            self.config.head,
+            self.config.kind,
             [[state_of[number] for number in lane] for lane in seats],
             [one.config.dropout for one in first],
             [one.config.seed for one in first],
@@ -544,9 +638,10 @@ class Training:
         """
         import torch.distributed as dist
 
+        epochs = self.config.total_epochs
         for step in range(self.done * self.steps, (self.done + 1) * self.steps):
-            share = step / (self.steps * self.config.epochs)
-            self.move(step, descent.factor(share, self.config, self.config.epochs))
+            share = step / (self.steps * epochs)
+            self.move(step, descent.factor(share, self.config, epochs))
         if self.team.world > 1:
             dist.all_reduce(self._nats)
         losses = (self._nats / self._total[:, None]).cpu()
@@ -606,7 +701,7 @@ class Training:
     @property
     def over(self) -> bool:
         """Whether there is nothing more to learn."""
-        return self.done == self.config.epochs or not self.numbers
+        return self.done == self.config.total_epochs or not self.numbers
 
     def trained(self) -> list[Trained]:
         """Every head with its last or best weights."""
@@ -693,6 +788,46 @@ def figures_by_image(logit_LGCB: Tensor, label: Tensor, *, multi: bool) -> dict[
     return {"valid_loss": nats, "accuracy": logit_LGCB.argmax(2) == label[:, None]}
 
 
+def class_weighting(
+    train: NDArray[Any], valid: NDArray[Any], classes: int
+) -> Literal["none", "validation"]:
+    """What --class-weights auto comes to for these labels, (n,) or (n, C)."""
+    import torch
+
+    if train.ndim == 2:
+        return "none"
+    clear = descent.differ(torch.from_numpy(train), torch.from_numpy(valid), classes)
+    return "validation" if clear else "none"
+
+
+def class_weights(config: TrainConfig, data: Data) -> Tensor | None:
+    """What each class weighs in the loss, float32 (C,); None: all the same."""
+    asked, classes = config.class_weights, len(data.classes)
+    label = data.label[data.train]
+    if asked == "balanced":
+        return descent.balance(label, classes)
+    if asked == "none" or data.multi:
+        return None
+    wanted = data.label[data.valid]
+    if (
+        asked == "auto"
+        and class_weighting(label.cpu().numpy(), wanted.cpu().numpy(), classes) == "none"
+    ):
+        return None
+    return descent.weights_as(label, wanted, classes)
+
+
+def evaluate(
+    data: Data, member: Member, state: Mapping[str, NDArray[Any]], team: Team = Team()
+) -> dict[str, float]:
+    """Figures of a finished head over the member's validation rows (see `Training.validate`)."""
+    import torch
+
+    device = data.feature.device
+    there = {name: torch.from_numpy(value).to(device) for name, value in state.items()}
+    return Training(data, [member], team, [there]).validate()[0]
+
+
 def _single(value: Tensor) -> Tensor:
     """A weight as a bundle holds it: float32; counts stay."""
     return value.float() if value.is_floating_point() else value
@@ -754,7 +889,7 @@ def train_stack(
     training = Training(data, members, team)
     if saved:
         training.load(saved)
-    until = training.config.epochs if until is None else until
+    until = training.config.total_epochs if until is None else until
     while not training.over and training.done < until:
         with threads_for(training):
             training.epoch()
@@ -779,7 +914,7 @@ def train(
     saved: Saved | None = None,
     keep: Keep = lambda save, epoch, over: None,
 ) -> Trained:
-    """Train one head for `config.epochs`; `record` gets each epoch's figures as they come."""
+    """Train one head by gradient descent; `record` gets each epoch's figures as they come."""
     member = Member(config=config, rate=rate, train=data.train, valid=data.valid)
     return train_stack(
         data, [member], team, lambda lines: record(lines[0]), saved=saved, keep=keep

@@ -1,0 +1,237 @@
+"""The exact head's promises: scikit-learn's probabilities, on any number of workers and from the
+disk, whatever the features and labels are like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from arrowhead import ConfigError, heads, logistic
+from arrowhead.study import Study
+from arrowhead.sweep import SweepConfig
+from arrowhead.train import Data, Mapped, Member, Team, TrainConfig, Trained, class_weighting
+
+Rows = NDArray[Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def clouds(count: int, width: int, classes: int, apart: float, seed: int = 0) -> Data:
+    """Clouds of points around the classes' centres; a quarter of them validate."""
+    draw = np.random.default_rng(seed)
+    label = np.arange(count) % classes
+    centre = draw.normal(size=(classes, width)) * apart
+    feature = (centre[label] + draw.normal(size=(count, width)) * draw.uniform(0.2, 3, width)) + 5
+    split = count * 3 // 4
+    rows = feature.astype(np.float16)[:, None]
+    names = [f"class {one}" for one in range(classes)]
+    return Data.of((rows[:split], label[:split]), (rows[split:], label[split:]), names)
+
+
+def tags(count: int = 240, width: int = 20) -> Data:
+    """Three labels per image, of which the last is always there."""
+    draw = np.random.default_rng(3)
+    feature = draw.normal(size=(count, 1, width)).astype(np.float16)
+    seen = feature[:, 0, :2] + draw.normal(size=(count, 2)) > 0.5
+    label = np.concatenate([seen, np.ones((count, 1))], 1).astype(np.uint8)
+    split = count * 3 // 4
+    return Data.of(
+        (feature[:split], label[:split]), (feature[split:], label[split:]), ["a", "b", "always"]
+    )
+
+
+def solved(data: Data, team: Team = Team(), **settings: Any) -> Trained:
+    config = TrainConfig(head="logistic", **settings)
+    member = Member(config=config, rate=0.0, train=data.train, valid=data.valid)
+    return logistic.train(data, [member], team)[0]
+
+
+def feature_of(data: Data, rows: Rows) -> Rows:
+    return data.feature.take(torch.from_numpy(rows)).double().numpy()
+
+
+def probabilities(data: Data, made: Trained, rows: Rows) -> Rows:
+    state = {name: torch.from_numpy(value) for name, value in made.state.items()}
+    width, classes = data.feature.shape[2], len(data.classes)
+    with torch.inference_mode():
+        logit = heads.restore("linear", width, classes, state)(
+            torch.from_numpy(feature_of(data, rows)).float()
+        )
+    found: Rows = (logit.sigmoid() if data.multi else logit.softmax(1)).numpy()
+    return found
+
+
+def theirs(data: Data, l2: float, **settings: Any) -> Rows:
+    """What scikit-learn says of the validation rows, with the same standardized features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(feature_of(data, data.train))
+    model = LogisticRegression(C=1 / l2, max_iter=10000, tol=1e-9, **settings)
+    model.fit(scaler.transform(feature_of(data, data.train)), data.label[data.train].numpy())
+    found: Rows = model.predict_proba(scaler.transform(feature_of(data, data.valid)))
+    return found
+
+
+@pytest.mark.parametrize("l2", [100.0, 1.0, 0.1])
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("width", [12, 400])
+def test_a_given_strength_comes_to_the_probabilities_of_scikit_learn(
+    l2: float, classes: int, width: int
+) -> None:
+    data = clouds(160, width, classes, 0.5)
+    found = probabilities(data, solved(data, l2=l2), data.valid)
+    assert np.abs(found - theirs(data, l2)).max() < 1e-3
+
+
+def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
+    data = clouds(200, 12, 4, 0.4)
+    rare = (data.label[data.train] != 0).numpy() | (np.arange(len(data.train)) < 40)
+    data = replace(data, train=data.train[rare])
+    found = probabilities(data, solved(data, l2=1.0, class_weights="balanced"), data.valid)
+    assert np.abs(found - theirs(data, 1.0, class_weight="balanced")).max() < 1e-3
+
+
+def test_each_label_of_several_is_a_regression_of_its_own() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    data = tags()
+    found = probabilities(data, solved(data, l2=2.0), data.valid)
+    scaler = StandardScaler().fit(feature_of(data, data.train))
+    for label in range(2):
+        model = LogisticRegression(C=0.5, max_iter=10000, tol=1e-9)
+        wanted = data.label[data.train].numpy()[:, label]
+        model.fit(scaler.transform(feature_of(data, data.train)), wanted)
+        other = model.predict_proba(scaler.transform(feature_of(data, data.valid)))[:, 1]
+        assert np.abs(found[:, label] - other).max() < 1e-3
+    assert (found[:, 2] > 0.99).all()
+    assert np.isfinite(solved(data).epochs[0]["valid_loss"])
+
+
+def test_the_strength_is_chosen_by_loss_on_rows_held_out() -> None:
+    weak, strong = solved(clouds(400, 30, 2, 3.0)), solved(clouds(400, 30, 2, 0.0))
+    assert weak.l2 is not None
+    assert strong.l2 is not None
+    assert strong.l2 > 100 * weak.l2
+    assert weak.epochs[0]["accuracy"] == 1
+    assert strong.epochs[0]["cv_loss"] == pytest.approx(np.log(2), abs=0.03)
+
+
+def test_labels_that_mean_nothing_are_given_little_confidence() -> None:
+    data = clouds(120, 500, 2, 0.0)
+    found = probabilities(data, solved(data), data.valid)
+    assert np.abs(found - 0.5).max() < 0.2
+
+
+def test_separable_rows_do_not_run_away() -> None:
+    data = clouds(40, 300, 3, 30.0)
+    made = solved(data)
+    assert all(np.isfinite(value).all() for value in made.state.values())
+    assert np.abs(made.state["2.weight"]).max() < 10
+    assert made.epochs[0]["accuracy"] == 1
+
+
+def test_columns_that_never_vary_and_classes_of_one_image_are_taken() -> None:
+    draw = np.random.default_rng(0)
+    feature = np.concatenate([draw.normal(size=(31, 5)), np.full((31, 3), 7.0)], 1)
+    label = np.array([0] * 15 + [1] * 15 + [2])
+    rows = feature.astype(np.float16)[:, None]
+    data = Data.of((rows, label), (rows[:30], label[:30]), ["a", "b", "once"])
+    made = solved(data)
+    assert (made.state["2.weight"][:, 5:] == 0).all()
+    assert all(np.isfinite(value).all() for value in made.state.values())
+    flat = Data.of((rows[:, :, 5:], label), (rows[:30, :, 5:], label[:30]), ["a", "b", "once"])
+    assert np.isfinite(solved(flat).epochs[0]["valid_loss"])
+
+
+def test_rows_left_on_the_disk_give_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clouds(200, 40, 3, 0.3)
+    whole = feature_of(data, np.arange(200)).astype(np.float16)[:, None]
+    parts = [whole[:70], whole[70:71], whole[71:]]
+    mapped = replace(data, feature=Mapped(parts, np.arange(200), torch.device("cpu")))
+    held = solved(data)
+    monkeypatch.setattr(logistic, "HELD_NUMBERS", 0)
+    monkeypatch.setattr(logistic, "BLOCK_NUMBERS", 1 << 10)
+    found = solved(mapped)
+    assert found.l2 == held.l2
+    for name, value in held.state.items():
+        assert np.allclose(found.state[name], value, atol=1e-6), name
+
+
+def test_views_count_as_one_image_together() -> None:
+    data = clouds(80, 10, 2, 0.5)
+    once = feature_of(data, np.arange(80)).astype(np.float16)
+    twice = replace(data, feature=type(data.feature)(torch.from_numpy(np.stack([once] * 2, 1))))
+    first, second = solved(data), solved(twice)
+    assert first.l2 == second.l2
+    assert np.allclose(first.state["2.weight"], second.state["2.weight"], atol=1e-5)
+
+
+def _worker(rank: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/met"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    for name, data in {"one": clouds(151, 60, 4, 0.3), "several": tags()}.items():
+        made = solved(data, Team(rank, 2))
+        np.savez(
+            folder / f"{name}-{rank}.npz", l2=made.l2, loss=made.epochs[0]["cv_loss"], **made.state
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_workers_find_the_head_of_one(tmp_path: Path) -> None:
+    import torch.multiprocessing as processes
+
+    processes.spawn(_worker, args=(tmp_path,), nprocs=2, join=True)
+    for name, data in {"one": clouds(151, 60, 4, 0.3), "several": tags()}.items():
+        alone = solved(data)
+        first, second = (np.load(tmp_path / f"{name}-{rank}.npz") for rank in (0, 1))
+        assert float(first["l2"]) == alone.l2
+        assert float(first["loss"]) == pytest.approx(alone.epochs[0]["cv_loss"], abs=1e-9)
+        for part, value in alone.state.items():
+            assert (first[part] == second[part]).all()
+            assert np.allclose(first[part], value, atol=1e-5), part
+
+
+def test_what_only_gradient_descent_has_is_refused_by_name() -> None:
+    for settings in ({"rate": 0.1}, {"epochs": 3}, {"schedule": "cosine"}, {"best": "accuracy"}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(settings))}"):
+            TrainConfig(head="logistic", **settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--l2"):
+        TrainConfig(head="linear", l2=1.0)
+    with pytest.raises(ConfigError, match="--grid"):
+        Study(head=TrainConfig(head="logistic"), sweep=SweepConfig(grid="rate=0.1,1"))
+
+
+def test_training_is_weighted_as_validation_only_where_their_classes_clearly_differ() -> None:
+    rare = np.array([0] * 200 + [1] * 20)
+    assert class_weighting(rare, np.array([0] * 100 + [1] * 100), 2) == "validation"
+    assert class_weighting(rare, np.array([0] * 50 + [1] * 5), 2) == "none"
+    assert class_weighting(rare, np.array([0] * 48 + [1] * 7), 2) == "none"
+    assert class_weighting(np.eye(2, dtype=np.uint8), np.eye(2, dtype=np.uint8), 2) == "none"
+
+
+def test_a_rare_class_is_seen_where_validation_has_it_often() -> None:
+    data = clouds(400, 200, 2, 0.15, seed=5)
+    rare = (data.label[data.train] == 0).numpy() | (np.arange(len(data.train)) < 30)
+    data = replace(data, train=data.train[rare])
+    weighted, plain = solved(data), solved(data, class_weights="none")
+    assert weighted.epochs[0]["balanced_accuracy"] > plain.epochs[0]["balanced_accuracy"] + 0.05
