@@ -114,7 +114,7 @@ def fit(
     Catalog, features, learning rate, head, evaluation, bundle; recorded in MLflow. Run it again
     with other training flags: no image is decoded a second time.
 
-    Example: arrowhead fit photos/ out/ --body resnet34 --epochs 10
+    Example: arrowhead fit photos/ out/ --body resnet34
     """
     from arrowhead import pipeline
 

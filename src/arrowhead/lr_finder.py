@@ -29,6 +29,7 @@ from arrowhead.train import (
     Team,
     TrainConfig,
     Training,
+    steps_of,
     threads_for,
     train_stack,
 )
@@ -40,6 +41,9 @@ MOST = 2048  # held-out rows: enough to tell 2 % of the loss, few enough to chec
 SIGNAL = 3.5  # deviations; 600 stores of shuffled labels came to 3.1 at most, 25 looks at each
 ASTRAY = 4.0  # factor; seeds whose rates spread further than this do not mean the same thing
 
+SHORT = 500  # steps of a training that is tried at several rates, as it will be
+AROUND = (-2, -1, 0, 1, 2, 3, 4, 5, 6)  # powers of two times the first suggestion
+MOST_WORK = 1 << 34  # steps x rates x rows x features x columns of all these trainings: seconds
 HUGE = 1e30  # nats: what squares of it would overflow has diverged, in doubles too
 
 Floats = NDArray[np.float64]
@@ -173,6 +177,7 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
         held_out[alive, number] = nats[alive]
         signal = max(signal, strength)
     curve = suggest(tested, smoothed(raw), held_out, signal)
+    curve = _scheduled(curve, data, heads, team)
     return _raced(curve, data, heads, finder, team) if finder.race else curve
 
 
@@ -230,6 +235,35 @@ def _checked(
     share = min(total**2 / (squares * len(rows)), 1 - 1e-15)
     normal = (8 * freedom + 1) / (8 * freedom + 3) * np.sqrt(-freedom * np.log1p(-share))
     return losses, float(normal)
+
+
+def _scheduled(curve: Curve, data: Data, heads: Sequence[TrainConfig], team: Team) -> Curve:
+    """The curve with one more suggestion, `schedule`, before the others: of rates around the first
+    one, by factors of two, the one whose training ends with the lowest validation loss.
+
+    The range test does not know how many steps the training has; one of 15 steps needs a rate of
+    ten times as much. Short trainings are tried as they will be; where all of them together would
+    be work, the curve stays as it is.
+    """
+    width, config, tested = data.feature.shape[2], heads[0], curve.rates
+    columns = 512 if config.kind == "lesson" else len(data.classes)
+    steps = steps_of(config, len(data.train))
+    work = steps * len(AROUND) * config.batch_size * width * columns
+    if steps > SHORT or work > MOST_WORK or curve.verdict.startswith("flat"):
+        return curve
+    heads = heads if work * len(heads) <= MOST_WORK else heads[:1]
+    heads = [replace(one, best="last", patience=0) for one in heads]
+    around = np.unique(np.clip(curve.rate * 2.0 ** np.array(AROUND), tested[0], tested[-1]))
+    members = [
+        Member(config=one, rate=float(rate), train=data.train, valid=data.valid)
+        for rate in around
+        for one in heads
+    ]
+    ended = [one.epochs[-1]["valid_loss"] for one in train_stack(data, members, team)]
+    losses = np.reshape(ended, (len(around), len(heads))).mean(1)
+    best = int(np.where(np.isfinite(losses), losses, np.inf).argmin())
+    found = {"schedule": float(around[best])}
+    return replace(curve, suggestions=found | curve.suggestions)
 
 
 def _raced(

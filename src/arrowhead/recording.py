@@ -11,7 +11,6 @@ recorded when it is known, and what was asked under another name.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -47,7 +46,7 @@ def settings_asked(run: Run, config: TrainConfig, searched: Collection[str]) -> 
 
     searched: fields that a grid tries several values of.
     """
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in config.parameters().items():
         if name in searched:
             run.params({f"train.{name}_asked": "grid"})
         elif value == "auto":
@@ -58,7 +57,7 @@ def settings_asked(run: Run, config: TrainConfig, searched: Collection[str]) -> 
 
 def settings_used(run: Run, config: TrainConfig) -> None:
     """Params `train.<field>`, those included that were not known before the training."""
-    run.params({f"train.{name}": value for name, value in dataclasses.asdict(config).items()})
+    run.params({f"train.{name}": value for name, value in config.parameters().items()})
 
 
 def datasets(run: Run, catalog: Catalog) -> None:
