@@ -712,7 +712,7 @@ def show_folds(
             "classes": classes,
             "recipe": store.recipe.fingerprint,
             "catalog": store.manifest()["catalog"]["sha256"],
-            "training": dataclasses.asdict(config),
+            "training": config.parameters(),
         },
     )
     table = {
