@@ -61,7 +61,7 @@ def test_lr_find_returns_the_curve_and_its_suggestions(learn):
     curve = learn.lr_find(steps=40, seeds=2)
     assert isinstance(curve, Curve)
     assert curve.losses.shape == (2, 40)
-    assert curve.rate == curve.suggestions["held-out"]
+    assert curve.rate == curve.suggestions[curve.chosen]
 
 
 def test_what_was_learned_can_be_saved_for_scoring(learn, tmp_path):

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from arrowhead import ConfigError
 from arrowhead.train import (
+    MIN_STEPS,
     Data,
     Member,
     Team,
@@ -41,7 +42,6 @@ MOST = 2048  # held-out rows: enough to tell 2 % of the loss, few enough to chec
 SIGNAL = 3.5  # deviations; 600 stores of shuffled labels came to 3.1 at most, 25 looks at each
 ASTRAY = 4.0  # factor; seeds whose rates spread further than this do not mean the same thing
 
-SHORT = 500  # steps of a training that is tried at several rates, as it will be
 AROUND = (-2, -1, 0, 1, 2, 3, 4, 5, 6)  # powers of two times the first suggestion
 MOST_WORK = 1 << 34  # steps x rates x rows x features x columns of all these trainings: seconds
 HUGE = 1e30  # nats: what squares of it would overflow has diverged, in doubles too
@@ -249,7 +249,7 @@ def _scheduled(curve: Curve, data: Data, heads: Sequence[TrainConfig], team: Tea
     columns = 512 if config.kind == "lesson" else len(data.classes)
     steps = steps_of(config, len(data.train))
     work = steps * len(AROUND) * config.batch_size * width * columns
-    if steps > SHORT or work > MOST_WORK or curve.verdict.startswith("flat"):
+    if steps >= MIN_STEPS or work > MOST_WORK or curve.verdict.startswith("flat"):
         return curve
     heads = heads if work * len(heads) <= MOST_WORK else heads[:1]
     heads = [replace(one, best="last", patience=0) for one in heads]
