@@ -98,6 +98,21 @@ def test_a_signal_is_never_flat_however_weak_or_small_the_store(multi: bool, apa
         assert find(data, TrainConfig(), FinderConfig()).verdict == "good"
 
 
+def test_a_short_training_gets_a_rate_that_was_tried_with_its_number_of_steps() -> None:
+    data = _data(180, width=128, classes=5, apart=0.3)
+    config = TrainConfig(head="linear", epochs=5)  # 15 steps
+    curve = find(data, config, FinderConfig())
+    assert curve.chosen == "schedule"
+    ends = {
+        name: train(data, config, curve.suggestions[name]).epochs[-1]
+        for name in ("schedule", "held-out")
+    }
+    assert ends["schedule"]["valid_loss"] < ends["held-out"]["valid_loss"]
+    assert ends["schedule"]["accuracy"] >= ends["held-out"]["accuracy"]
+    assert curve.suggestions["schedule"] > 2 * curve.suggestions["held-out"]
+    assert "schedule" not in find(data, replace(config, epochs=200), FinderConfig()).suggestions
+
+
 def test_held_out_rows_of_all_classes_decide_though_rows_come_class_by_class() -> None:
     data = _data(30000, width=16, classes=2, apart=1)
     assert set(data.label[data.valid[:2048]].tolist()) == {0}

@@ -35,7 +35,9 @@ from arrowhead.train import (
     Training,
     batches,
     precision,
+    resolve,
     spread,
+    steps_of,
     train,
     train_stack,
     view_of,
@@ -53,6 +55,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------- epochs
+
+
+@pytest.mark.parametrize("images", [2, 145, 600, 20_000, 1_000_000])
+def test_epochs_auto_are_enough_steps_for_any_number_of_images(images: int) -> None:
+    config = resolve(TrainConfig(head="linear"), images)
+    assert steps_of(config, images) >= 400
+    assert config.total_epochs == max(5, -(-400 // -(-images // 64)))
+    cycles = TrainConfig(head="linear", schedule="cosine", cycle_len=1, cycle_mult=2)
+    assert resolve(cycles, images).total_epochs + 1 in [2**n for n in range(1, 12)]
+
+
+def test_epochs_that_are_given_stay() -> None:
+    assert resolve(TrainConfig(epochs=5), 145).epochs == 5
 
 
 # ------------------------------------------------------------------------------------ toys
