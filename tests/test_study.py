@@ -195,7 +195,9 @@ def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
         if split in ("train", "valid"):
             rows.append(f"{file}\t{both}\t{split}")
     Path("several.tsv").write_text("\n".join(rows) + "\n")
-    result = command("fit", "several.tsv", "several", "--multi-label", *BODY, "--epochs", 8, "--best", "f2")
+    result = command(
+        "fit", "several.tsv", "several", "--multi-label", *BODY, "--epochs", 8, "--best", "f2"
+    )
     assert {"valid_loss", "accuracy", "f1", "f2"} <= result["epochs"][0].keys()
     assert result["epoch"] == int(np.argmax([line["f2"] for line in result["epochs"]]))
     assert result["metrics"]["f2_samples"] > 0.6
