@@ -107,7 +107,8 @@ class Study:
                 )
         enough = resolve(dataclasses.replace(head, epochs="auto"), len(train))
         steps = steps_of(head, len(train))
-        if head.epochs != "auto" and 2 * steps < min(MIN_STEPS, steps_of(enough, len(train))):
+        given = head.epochs != "auto" and head.rate == "auto"  # who gives both knows their own mind
+        if given and 2 * steps < min(MIN_STEPS, steps_of(enough, len(train))):
             said.append(
                 f"--epochs {head.epochs} of {len(train)} images is {steps} steps;"
                 f" --epochs auto would take {steps_of(enough, len(train))}"
