@@ -168,7 +168,7 @@ class Watch:
             images=progress,
             busy=busy,
             epoch=epoch,
-            epochs=int(epochs) if epochs and epoch is not None else None,
+            epochs=int(epochs) if epochs and epochs.isdigit() and epoch is not None else None,
             stacks=stacks,
             figures={name: metrics[name] for name in figures if name in metrics},
         )
