@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,12 @@ def imports(room: str, *, at_the_top: bool = False) -> set[str]:
 def test_every_room_is_on_the_plan():
     rooms = {path.stem for path in HOUSE.glob("*.py")} - {"__init__", "__main__"}
     assert rooms == set(FLOOR)
+
+
+def test_the_architecture_page_names_every_room_on_its_floor():
+    page = (HOUSE.parents[1] / "docs" / "architecture.md").read_text()
+    told = re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(told) == sorted((str(floor), room) for room, floor in FLOOR.items())
 
 
 @pytest.mark.parametrize("room", sorted(FLOOR))
