@@ -160,10 +160,11 @@ def test_sidecars_are_counted_and_said_and_no_fault(
         photo.with_suffix(".json").write_text('{"label": "x"}')
         photo.with_suffix(".txt").write_text("0 0.5 0.5 1 1")
     (data / "train" / "beads" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (data / "train" / "beads" / "README").write_text("Beads.")
     result, _, said = extracted(data)
     counts = {name: result["counts"][name] for name in ("inputs", "features", "faults", "ignored")}
-    assert counts == {"inputs": 73, "features": 24, "faults": 0, "ignored": 49}
-    assert "24 .json, 24 .txt: not images by name and content, ignored" in said
+    assert counts == {"inputs": 74, "features": 24, "faults": 0, "ignored": 50}
+    assert "24 .json, 24 .txt, 1 .readme: not images by name and content, ignored" in said
 
 
 def test_a_class_of_one_image_trains_and_is_named(

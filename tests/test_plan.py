@@ -83,6 +83,42 @@ def test_splits_are_known_by_their_usual_names(
 
 
 @pytest.mark.parametrize(
+    ("train", "valid"),
+    [
+        ("seg_train", "seg_val"),
+        ("1-train", "2-valid"),
+        ("train1", "val1"),
+        ("pets Train", "Dev pets"),
+    ],
+)
+def test_names_with_a_split_in_them_are_splits_where_they_hold_the_same_class_folders(
+    tmp_path: Path, train: str, valid: str
+) -> None:
+    names = [f"{part}/{label}/1.jpg" for part in (train, valid) for label in ("a", "b")]
+    catalog = plan.labelled(_put(tmp_path / "alike", *names, "seg_pred/3.jpg"))
+    assert catalog.classes == ["a", "b"]
+    assert sorted(catalog.splits) == ["train", "train", "valid", "valid"]
+    catalog = plan.labelled(_put(tmp_path / "not", f"{train}/a/1", f"{train}/b/1", f"{valid}/c/1"))
+    assert catalog.classes == sorted([train, valid])
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "words"),
+    [
+        (("tr", "va"), ("cat", "dog"), "tr/, va/ are taken for classes, though each holds cat/"),
+        (("cat", "dog"), ("train", "val"), "train/, val/ in each of them do not split"),
+    ],
+)
+def test_folders_that_look_like_splits_and_are_read_as_classes_are_said(
+    tmp_path: Path, upper: tuple[str, ...], lower: tuple[str, ...], words: str
+) -> None:
+    names = [f"{top}/{name}/1.jpg" for top in upper for name in lower]
+    catalog = plan.labelled(_put(tmp_path, *names))
+    assert catalog.classes == list(upper)
+    assert words in " ".join(catalog.notes)
+
+
+@pytest.mark.parametrize(
     "test", [(), ("test_set/a/3", "test_set/b/3"), ("test_set/3", "test_set/4")]
 )
 def test_without_a_validation_folder_a_share_of_train_is_drawn_and_said(

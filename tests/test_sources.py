@@ -192,6 +192,8 @@ def test_ids_are_completed_and_found_in_folders_below(tmp_path: Path) -> None:
         ("data set", ("train", "valid", "test"), ("train", "valid", "test")),
         ("is_valid", ("False", "True", ""), ("train", "valid", "")),
         ("is_valid", ("0", "1", "0"), ("train", "valid", "train")),
+        ("is_valid", ("", "True", ""), ("train", "valid", "train")),
+        ("is_train", ("1", "", "1"), ("train", "valid", "train")),
         ("is_test", ("no", "no", "yes"), ("", "", "test")),
         ("is_train", ("1", "0", "1"), ("train", "valid", "train")),
         ("split", ("0", "1", "0"), ("train", "valid", "train")),
@@ -220,6 +222,9 @@ def test_splits_are_words_or_yes_and_no(
         ("t.tsv", "path\tlabel\ndö/1.jpg\tMöps\ndö/2.jpg\tcat, fat\n".encode("utf-16-be")),
         ("t.csv", 'path,label\ndö\\1.jpg,Möps\n.\\dö\\2.jpg,"cat, fat"\n'.encode()),
         ("t.csv", "path|label\ndö/1.jpg|Möps\ndö/2.jpg|cat, fat\n".encode()),
+        ("t.csv", '"path","label"\n"dö/1.jpg","Möps"\n"dö/2.jpg","cat, fat"\n'.encode()),
+        ("t.csv", '"label";"path"\r\n"Möps";"dö/1.jpg"\r\n"cat, fat";"dö/2.jpg"\r\n'.encode()),
+        ("t.csv", 'label, path\nMöps, dö/1.jpg\n"cat, fat", dö/2.jpg\n'.encode()),
     ],
 )
 def test_tables_are_read_as_people_save_them(tmp_path: Path, name: str, content: bytes) -> None:
@@ -236,6 +241,8 @@ def test_tables_are_read_as_people_save_them(tmp_path: Path, name: str, content:
         (b"\xff\xfep\0a\0t\0h\0,\0l\0\0", ["UTF-16", "torn"]),
         (b"1.jpg,cat\n2.jpg,dog\n", ["first line", "1.jpg", "no header"]),
         (b"path,label\nC:\\me\\1.jpg,cat\nC:\\me\\2.jpg,dog\n", ["a path of a Windows machine"]),
+        (b"path,label\n\\\\pc\\me\\1.jpg,cat\n", ["a path of a Windows machine"]),
+        (b'path,label\n"1.jpg,cat\n', ["line 2", "is no CSV"]),
         (b"image,file,label\n1,1.jpg,cat\n", ["image and file", "both be meant"]),
         (b"path,is_valid\n1.jpg,0\n", ["path, is_valid", "holds the labels"]),
         (b"path,label,is_val,is_valid\n1.jpg,cat,0,1\n", ["is_val and is_valid", "both be meant"]),

@@ -44,7 +44,8 @@ IMAGES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".g
 USUAL = (*IMAGES, *(ending.upper() for ending in IMAGES))
 # Endings of names that say: no image.
 SIDECARS = frozenset(
-    b"7z aac aae arff arrow avi bat bib bz2 cfg conf css csv dat data db dll doc docx dtd env"
+    b"3gp 7z aac aae authors bak changelog contributing copying flv license lrv m2ts mts pp3 readme"
+    b" aac aae arff arrow avi bat bib bz2 cfg conf css csv dat data db dll doc docx dtd env"
     b" epub exe feather flac geojson gpx gz h5 hdf5 htm html ini ipynb jar joblib js json json5"
     b" jsonl kml kmz lnk lock log lst m4a m4v map mat md md5 mkv mov mp3 mp4 mpeg mpg msi names"
     b" ndjson npy npz nfo odp ods odt ogg onnx opus parquet pdf pickle pkl ppt pptx proto pt pth"

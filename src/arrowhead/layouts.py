@@ -14,7 +14,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arrowhead import ConfigError
 
@@ -45,6 +45,44 @@ def role(word: str) -> str | None:
     return match.lastgroup if match else None
 
 
+def _named_so(
+    paths: Sequence[str], bare: Sequence[str], tops: dict[str, int], roles: dict[str, str]
+) -> dict[str, str]:
+    """Roles of folders such as seg_train/ and seg_test/, or 1-train/ and 2-val/: a name of a split
+    is a part of theirs, and train has two or more class folders, which the others have, too.
+    """
+    found = dict(roles)
+    for top in tops:
+        words = re.split(r"[^a-z]+", unicodedata.normalize("NFKC", top).casefold())
+        parts = {part for word in words if (part := role(word))}
+        if top not in found and len(parts) == 1:
+            found[top] = parts.pop()
+    trains = [top for top, part in found.items() if part == "train"]
+    others = [top for top, part in found.items() if part != "train"]
+    if len(trains) != 1 or not others:
+        return roles
+    taught = set(_inner(paths, bare, trains[0]))
+    alike = (taught & set(_inner(paths, bare, top)) for top in others)
+    if len(taught) < 2 or not any(len(names) > 1 for names in alike):
+        return roles
+    return dict(sorted(found.items()))
+
+
+def _like_splits(paths: Sequence[str], bare: Sequence[str], tops: dict[str, int]) -> str | None:
+    """What to say where all folders hold the same folders, as tr/cat, tr/dog, va/cat and va/dog."""
+    inner = [_inner(paths, bare, top) for top in sorted(tops) if tops[top]]
+    if len(inner) < 2 or len(inner[0]) < 2 or any(one != inner[0] for one in inner):
+        return None
+    named = _listed(sorted(top for top in tops if tops[top]))
+    if all(map(role, inner[0])):
+        words = f"the folders {_listed(inner[0])} in each of them do not split"
+        return f"{named} are the classes; {words} (<split>/<class>/ would)"
+    return (
+        f"{named} are taken for classes, though each holds {_listed(inner[0])}: if these are the"
+        " classes, call the upper folders train and val"
+    )
+
+
 def folders(paths: Sequence[str], above: str) -> Iterator[tuple[str, int, int]]:
     """Name and rows (from, to) of each folder that stands in `above`, which ends in / or is "".
 
@@ -70,10 +108,13 @@ def read(root: str, paths: Sequence[str], bare: Sequence[str]) -> Layout:
     for folder in bare:
         tops.setdefault(folder.partition("/")[0], 0)
     roles = {top: part for top in sorted(tops) if (part := role(top))}
+    roles = _named_so(paths, bare, tops, roles)
     inner = {top: _inner(paths, bare, top) for top in roles}
     trains = [top for top, part in roles.items() if part == "train"]
     if not any(inner[top] for top in trains):
-        return _classes(root, paths, tops, roles, inner)
+        layout = _classes(root, paths, tops, roles, inner)
+        said = _like_splits(paths, bare, tops)
+        return replace(layout, notes=(*layout.notes, said)) if said else layout
     by_split: dict[str, str] = {}
     for top, part in roles.items():
         if part in by_split:

@@ -97,6 +97,7 @@ def _from_windows(path: bytes) -> bytes:
 
 
 CHANGES: tuple[tuple[Callable[[bytes], bytes], str], ...] = (
+    (bytes.strip, "spaces around them are left out"),
     (_slashes, "backslashes are read as slashes"),
     (_from_windows, "bytes that are not UTF-8 are read as Windows-1252"),
 )
@@ -157,7 +158,7 @@ def _none_there(source: str, cells: list[bytes], base: bytes, ending: str) -> Co
         " --suffix."
     )
     why = f"such as {files.text(_joined(base, cells[0]))}"
-    if re.match(rb"[A-Za-z]:[\\/]", cells[0]):
+    if re.match(rb"[A-Za-z]:[\\/]|\\\\", cells[0]):
         why = f"such as {first}, a path of a Windows machine"
         do = "make the paths start at the images' folder, and give that with --images."
     elif ending:

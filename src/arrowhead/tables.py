@@ -249,7 +249,12 @@ class _Sheet:
     def __init__(self, source: str, text: str, delimiter: str, header_line: int) -> None:
         self.source, self._text, self._delimiter = source, text, delimiter
         self._header_line = header_line
-        self.names = [cell.strip() for cell in next(self._numbered(), (1, []))[1]]
+        self._torn: ConfigError | None = None  # a header that is no CSV with this delimiter
+        try:
+            header = next(self._numbered(), (1, []))[1]
+        except ConfigError as error:
+            self._torn, header = error, []
+        self.names = [cell.strip() for cell in header]
         self.path = 0
         self.label: int | None = None
         self.splits: list[int] = []
@@ -312,6 +317,8 @@ class _Sheet:
         self, config: SourceConfig, labelled: bool, notes: list[str], *, by_cells: bool
     ) -> None:
         """Find the columns; ConfigError if they are not there or several could be meant."""
+        if self._torn:
+            raise self._torn
         if self.names and _is_image_name(self.names[0]):
             raise ConfigError(
                 f"the first line of {self.source} is an image ({self.names[0]}), no header.",
@@ -431,14 +438,23 @@ class _Sheet:
     def splitter(self, notes: list[str]) -> Callable[[int, list[str]], str]:
         """Gives the split of each row (line, cells)."""
         meanings: dict[int, tuple[str, str] | None] = {}
+        blank: dict[int, str] = {}
         for at in self.splits:
-            words = {row[at].strip().casefold() for _, row in self.rows()} - {""}
+            cells = [row[at].strip().casefold() for _, row in self.rows()]
+            words = set(cells) - {""}
             meanings[at] = None
             if words and words <= TRUE | FALSE:
                 meaning = _boolean_meaning(_plain(self.names[at])) or ("valid", "train")
                 meanings[at] = meaning
                 yes, no = (layouts.WORK[part] for part in meaning)
+                # Who writes only one of the two words means the other where nothing is written.
+                if words <= TRUE or words <= FALSE:
+                    blank[at] = meaning[words <= TRUE]
                 notes.append(f"column {self.names[at]}: yes {yes}, no {no}")
+            if words and (count := cells.count("")):
+                which = f"column {self.names[at]}: an empty cell"
+                does = layouts.WORK[blank[at]] if at in blank else "is drawn (--valid-share)"
+                notes.append(f"{which} {does} ({count} lines)")
 
         def split_of(line: int, row: list[str]) -> str:
             found = set()
@@ -451,7 +467,7 @@ class _Sheet:
                     said = f"has {word!r} as {self.names[at]}"
                     rule = "not train, val or test (nor yes or no in every line)"
                     raise _refused(self.source, line, f"{said}, {rule}")
-                found.add(part or "")
+                found.add(part or blank.get(at, ""))
             found -= {"train", ""} if len(found - {"train", ""}) else set()
             if len(found) > 1 and "" not in found:
                 raise _refused(self.source, line, "is to validate and to test")
