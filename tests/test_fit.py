@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,8 @@ def test_the_bundle_that_is_replaced_is_kept_and_compared(fitted, command):
     assert Path("twice/bundle.previous/bundle.json").read_bytes() == kept
     command("bundle", "verify", "twice/bundle.previous")
     assert "twice/bundle.previous" in second["files"]
+    command("train", "out/store", "twice/bundle", "--epochs", "2", "--rate", "1e-6")
+    assert re.search(rf"in place of the bundle of [^:]+:..: accuracy {was:.4f}", command.said)
 
 
 def test_what_a_training_wrote_is_in_its_bundle_and_is_named(fitted, command):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from arrowhead import screen
 from arrowhead.screen import Screen, visible
 
 NARROW = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
@@ -53,6 +54,13 @@ def test_what_steers_a_terminal_is_shown_and_the_rest_stays(capsys, text, shown)
         .replace("        ", " ")
         .startswith(shown.split("\t")[0])
     )
+
+
+def test_every_sign_in_our_own_lines_has_a_plain_form():
+    package = Path(screen.__file__).parent
+    signs = {c for file in package.glob("*.py") for c in file.read_text("utf-8") if c > "\x7e"}
+    assert "█" in signs
+    assert {c for c in signs if "\\" in c.encode("ascii", screen.ENCODING_ERRORS).decode()} == set()
 
 
 @pytest.mark.parametrize("variables", [NARROW, LATIN], ids=["ascii", "latin-1"])

@@ -394,6 +394,8 @@ def test_verify_finds_rows_that_the_hashes_vouch_for_and_the_catalog_does_not(st
     manifest["shards"].append(manifest["shards"][0])
     fileio.write_sealed(store / "manifest.json", manifest)
     assert "misfit" in findings(command, store, code=4).values()
+    command("features", "info", store, code=4)
+    assert "shards of other numbers" in command.said
 
 
 def test_a_store_of_a_newer_format_is_named_and_left_alone(store, capsys):

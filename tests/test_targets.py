@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Command, Tracked
 
-from arrowhead import cli, demo, model
+from arrowhead import ConfigError, cli, demo, model
 from arrowhead.model import BodyConfig
 from arrowhead.targets import check_file, check_folder
 
@@ -143,6 +143,42 @@ def test_places_are_taken_as_people_write_them(tmp_path, monkeypatch):
     assert everything(tmp_path) == {"real", "link", "dangling", "a"}
 
 
+@pytest.mark.parametrize(
+    ("out", "found"),
+    [
+        ("loop", "loop cannot be written: Too many levels of symbolic links"),
+        ("~nosuchuser/out", "stands for no home directory"),
+        ("s3://bucket/out", "is an address"),
+        ("gs://bucket/model.onnx", "is an address"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(tmp_path, monkeypatch, out, found):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("pool")
+    (tmp_path / "pool").symlink_to("loop")
+    before = everything(tmp_path)
+    for kind in ("results", "store", "bundle", "scores"):
+        with pytest.raises(ConfigError) as refusal:
+            check_folder(Path(out), kind)
+        assert found in refusal.value.found
+    if out != "loop":  # a file takes the place of a link
+        with pytest.raises(ConfigError):
+            check_file(Path(out))
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_that_is_called_like_an_address_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:").mkdir()
+    assert check_folder(Path("s3:/bucket"), "results") == Path("s3:/bucket")
+
+
+def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, capsys):
+    """As of a shell's variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    assert "path given is empty" in refused(capsys, "fit", "", "out", *RANDOM)
+
+
 def test_a_device_is_not_replaced_by_a_file(here, bundled, capsys):
     os.mkfifo(here / "pipe.onnx")
     found = refused(capsys, "export", bundled(), "pipe.onnx")
@@ -162,6 +198,8 @@ def test_a_device_is_not_replaced_by_a_file(here, bundled, capsys):
         (["score", "nowhere", "DATA", "s"], "nowhere is not a bundle"),
         (["export", "nowhere", "m.onnx"], "nowhere is not a bundle"),
         (["bundle", "info", "nowhere"], "nowhere is not a bundle"),
+        (["bundle", "verify", "nowhere"], "nowhere is not a bundle"),
+        (["lr-find", "~nobody9/store"], "stands for no home directory"),
         (["features", "info", "nowhere"], "nowhere is not a feature store"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",

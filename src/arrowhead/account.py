@@ -598,15 +598,24 @@ def say_replaced(out: Path, new: Path, means: Means) -> None:
     kept, old, this = previous(out, means), _about(out), _about(new)
     if kept is None or old is None or this is None:
         return
-    date = strftime("%Y-%m-%d %H:%M", localtime((out / "bundle.json").stat().st_mtime))
+    words = f"replaces the bundle of {_date(out)}: {_compared(old, this)}; it is kept in {kept}"
+    if lost := _about(kept):
+        words += f", in place of the bundle of {_date(kept)}: {_compared(lost, this)}"
+    means.screen.say(words)
+
+
+def _date(bundle: Path) -> str:
+    return strftime("%Y-%m-%d %H:%M", localtime((bundle / "bundle.json").stat().st_mtime))
+
+
+def _compared(old: Mapping[str, Any], this: Mapping[str, Any]) -> str:
+    """An older bundle's figure beside that of this one, in words."""
     name = "f2_samples" if "f2_samples" in this["metrics"] else "accuracy"
     was, now = old.get("metrics", {}).get(name), this["metrics"].get(name)
     same = old.get("lineage", {}).get("data") == this["lineage"]["data"]
     if same and isinstance(was, int | float) and isinstance(now, int | float):
-        figures = f"{name.partition('_')[0]} {was:.4f} (this one {now:.4f})"
-    else:
-        figures = "of other images, so that their figures cannot be compared"
-    means.screen.say(f"replaces the bundle of {date}: {figures}; the one before is kept in {kept}")
+        return f"{name.partition('_')[0]} {was:.4f} (this one {now:.4f})"
+    return "of other images, so that their figures cannot be compared"
 
 
 def _about(bundle: Path) -> dict[str, Any] | None:

@@ -84,7 +84,7 @@ from arrowhead.shards import Store
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
 from arrowhead.tables import SourceConfig
-from arrowhead.targets import check_file, check_folder
+from arrowhead.targets import check_file, check_folder, expanded
 from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig
 
@@ -203,7 +203,7 @@ def lr_find(
     """
     from arrowhead import account, pipeline
 
-    Store(store := store.expanduser())
+    Store(store := expanded(store))
     check_folder(store, "store")
     with run_context("lr-find", launch, tracking, output) as means:
         account.say_account(store, means.screen)
@@ -236,7 +236,7 @@ def train(
     """
     from arrowhead import account, pipeline
 
-    Store(store := store.expanduser())
+    Store(store := expanded(store))
     bundle, before = _bundles(check_folder(bundle, "bundle"))
     check_folder(before, "bundle")
     asked = Study(head=head, finder=finder, sweep=many)
@@ -352,7 +352,7 @@ def export(
     """
     from arrowhead import export as exporting
 
-    out = out.expanduser()
+    out = expanded(out)
     check_file(exporting.file_of(out, what.format))
     bundles.must_be_there(bundle)
     with fetched(bundle, tracking) as folder:

@@ -233,8 +233,10 @@ def bundle_verify(
 
     Example: arrowhead bundle verify out/bundle
     """
+    from arrowhead.bundle import must_agree, must_be_there, verify
+
+    must_be_there(bundle)
     from arrowhead.account import NO_GOLDEN_IMAGES
-    from arrowhead.bundle import must_agree, verify
 
     with fetched(bundle, tracking) as folder:
         drift = verify(folder)
@@ -266,9 +268,10 @@ def register(
 
     Example: arrowhead bundle register out/bundle dogs --alias challenger
     """
-    from arrowhead.bundle import load
+    from arrowhead.bundle import load, must_be_there
     from arrowhead.tracking import register as enter
 
+    must_be_there(str(bundle))
     load(bundle)  # whole, or refused
     screen = Screen(to_stderr=output.json)
     asked = RegistryConfig(register=name, alias=alias)

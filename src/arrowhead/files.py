@@ -129,9 +129,13 @@ def raw(path: str) -> bytes:
 def resolve(source: str | Path) -> str:
     """The root that a user's `source` names, as text: what every other function here takes.
 
-    Raises ConfigError for a URI that holds a password: URIs are written to files and screens.
+    Raises ConfigError for a URI that holds a password: URIs are written to files and screens; and
+    for "", which would be the working folder where a shell's variable is not set.
     """
-    given = os.fspath(source)
+    if not (given := os.fspath(source)):
+        raise ConfigError(
+            "The path given is empty.", "a folder, a file or an address.", "give . for this folder."
+        )
     if not (uri := _URI.fullmatch(given)):
         return text(os.path.realpath(os.fsencode(given)))
     scheme, host, path = uri.groups()

@@ -25,7 +25,7 @@ SELDOM = 10.0  # seconds between lines of progress where nobody sees a bar move
 # What our own lines hold, for terminals and logs that are not UTF-8. Anything else is escaped.
 PLAIN = str.maketrans(
     {"±": "+-", "…": "...", "→": "->", "≤": "<=", "≥": ">="}
-    | dict(zip("·×÷—–•“”‘’│┃╭╮╰╯─━╌╸╺", "-x/--*\"\"''||++++-----", strict=True))
+    | dict(zip("·×÷—–•“”‘’│┃╭╮╰╯─━╌╸╺█░", "-x/--*\"\"''||++++-----#.", strict=True))
 )
 ENCODING_ERRORS = "arrowhead.plain"  # name of the error handler below
 

@@ -637,9 +637,20 @@ class Store:
         return expected | {self.shard(one["name"]): one["sha256"] for one in manifest["shards"]}
 
     def rows(self) -> Iterator[Rows]:
-        """The complete shards, in catalog order, memory-mapped."""
-        for shard in self.manifest()["shards"]:
-            yield self.read(shard["name"])
+        """The complete shards, in catalog order, memory-mapped.
+
+        Raises DataError where they do not hold one row for every file of the catalog.
+        """
+        manifest = self.manifest()
+        files, first = _catalog_table(self._catalog_of(manifest)).num_rows, 0
+        for shard in manifest["shards"]:
+            rows = self.read(shard["name"])
+            first += len(rows.paths)
+            if first > files:
+                break
+            yield rows
+        if first != files:
+            raise self._of_other_numbers(files)
 
     def read_catalog(self) -> dict[str, Any]:
         """The columns of the manifest's catalog: the fields of `plan.Catalog`."""
@@ -694,11 +705,7 @@ class Store:
             image_id[here] = _id_column(rows)[::views][mine]
             done, first = here.stop, first + len(well)
         if first != len(asked):
-            raise DataError(
-                f"{self.path} has a catalog of {len(asked)} files, and shards of other numbers.",
-                "one row of a shard for every file of the catalog.",
-                "run the same precompute again, or extract again into a new store.",
-            )
+            raise self._of_other_numbers(len(asked))
         row = row[:done]
         return Features(
             feature=feature[:done],
@@ -706,6 +713,13 @@ class Store:
             row=row,
             image_id=image_id[:done],
             split=split_N[row],
+        )
+
+    def _of_other_numbers(self, files: int) -> DataError:
+        return DataError(
+            f"{self.path} has a catalog of {files} files, and shards of other numbers.",
+            "one row of a shard for every file of the catalog.",
+            "run the same precompute again, or extract again into a new store.",
         )
 
 

@@ -6,7 +6,9 @@ check_file     a file that will be replaced as a whole
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +48,11 @@ def check_folder(path: Path, kind: str) -> Path:
     written: it is tried, and nothing of the trial stays.
     """
     what = KINDS[kind]
-    path = path.expanduser()
+    path = expanded(path)
+    _must_be_local(path)
     try:
         if path.is_symlink() or path.name in ("", ".."):
-            path = path.resolve()
+            path = _resolved(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(
                 f"{path} is a file.", f"a folder for {what.words}.", "give the path of a folder."
@@ -69,7 +72,8 @@ def check_file(path: Path) -> Path:
     """The file that will be written, ~ expanded. Raises ConfigError for what is there and no file
     (a folder, a device), and where nothing can be written.
     """
-    path = path.expanduser()
+    path = expanded(path)
+    _must_be_local(path)
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(
@@ -81,6 +85,35 @@ def check_file(path: Path) -> Path:
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
+
+
+def expanded(path: Path) -> Path:
+    """~ and ~NAME expanded. Raises ConfigError where nobody of that name, or no home, is known."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # pathlib's word for it
+        raise ConfigError(
+            f"{path.parts[0]} in {path} stands for no home directory of this machine.",
+            "~ alone where HOME is set, or the name of a user.",
+            "write the path in full, or ./~ for a folder of that name.",
+        ) from error
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # pathlib's word for links that lead to themselves
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
+def _must_be_local(path: Path) -> None:
+    """`Path` has made one slash of the two of s3://bucket: it must not become a folder here."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) and not os.path.lexists(path.parts[0]):
+        raise ConfigError(
+            f"{path} is an address; what is made here is written to a disk.",
+            "the path of a folder or file.",
+            "give such a path, and copy it to the address afterwards.",
+        )
 
 
 def _must_be_empty(path: Path, what: Kind) -> None:
