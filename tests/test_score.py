@@ -287,10 +287,11 @@ def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, ou
     words = ["score", "out/bundle", "new", out, "--chunk-size", "8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "unlabelled", early)
-        first = command(*words, code=3)
+        first = command(*words, "--csv", code=3)
     assert first["faults"] == {"changed": 1}
     again = command(*words)
     assert again["faults"] == {} and again["counts"]["scored"] == 24
+    assert "changed" not in Path(again["csv"]).read_text()  # no table of the scores before
     assert 0 < again["counts"]["decoded"] < 24
     assert rows(out)["fault"].is_null().all()
 

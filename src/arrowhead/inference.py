@@ -50,7 +50,9 @@ def score(
         account.say_source(catalog, means.screen)
         made = _scored(path, loaded, catalog, out, config, how, means, "scoring")
         account.say_folders(made.held.folders, means.screen)
-        table = scoring.write_csv(made.request, loaded) if config.csv else None
+        # One of an earlier command would else say what the parts no longer say.
+        asked = config.csv or scoring.csv_file(out).is_file()
+        table = scoring.write_csv(made.request, loaded) if asked else None
         result = made.result | {"bundle": str(address), "csv": str(table) if table else None}
         if made.fresh:
             scoring.record(made.request, result, loaded)

@@ -191,6 +191,11 @@ def inputs(out: Path) -> Path:
     return out / "inputs.arrow"
 
 
+def csv_file(out: Path) -> Path:
+    """The scores as one CSV, which lies there where it was asked for."""
+    return out / "scores.csv"
+
+
 # ------------------------------------------------------------------------------- a stage
 
 
@@ -479,7 +484,7 @@ def _there(values: list[float | None]) -> list[float]:
 
 def write_csv(request: Request, bundle: Bundle) -> Path:
     """The parts as one CSV for people and programs without Parquet, whole or absent."""
-    target = request.out / "scores.csv"
+    target = csv_file(request.out)
     names = ["image_id", "label", "probability"]
     names += ["labels"] if bundle.multi else []
     names += ["novelty"] if bundle.novelty else []
