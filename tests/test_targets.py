@@ -149,6 +149,7 @@ def test_places_are_taken_as_people_write_them(tmp_path, monkeypatch):
         ("loop", "loop cannot be written: Too many levels of symbolic links"),
         ("~nosuchuser/out", "stands for no home directory"),
         ("s3://bucket/out", "is an address"),
+        ("byte\udcff/out", "are not UTF-8"),
         ("gs://bucket/model.onnx", "is an address"),
     ],
 )
@@ -171,6 +172,15 @@ def test_a_folder_that_is_called_like_an_address_is_a_folder(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s3:").mkdir()
     assert check_folder(Path("s3:/bucket"), "results") == Path("s3:/bucket")
+
+
+def test_a_store_or_bundle_that_was_moved_to_a_path_that_is_no_text_is_refused(
+    store, bundled, tmp_path, capsys
+):
+    shutil.copytree(store, tmp_path / "s\udcff")
+    assert "are not UTF-8" in refused(capsys, "features", "info", tmp_path / "s\udcff")
+    shutil.copytree(bundled(), tmp_path / "b\udcff")
+    assert "are not UTF-8" in refused(capsys, "bundle", "info", tmp_path / "b\udcff")
 
 
 def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, capsys):

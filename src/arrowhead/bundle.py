@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, DataError, extract, fileio, files, registry, shards
+from arrowhead import ConfigError, DataError, extract, fileio, files, registry, shards, targets
 from arrowhead.decode import Pixels
 from arrowhead.guard import GuardedDecoder
 from arrowhead.model import Body
@@ -303,6 +303,7 @@ def read(path: Path) -> dict[str, Any]:
     fileio.recover(path)
     if not (path / "bundle.json").is_file():
         raise _no_bundle(str(path))
+    targets.must_be_text(path)
     content = _content(path / "bundle.json", str(path))
     for name, digest in content["sha256"].items():
         _must_be(path / name, digest, f"{path / name}")

@@ -548,6 +548,7 @@ def verify(out: Path) -> dict[str, Any]:
             "a folder that `arrowhead score` wrote.",
             "check the path.",
         )
+    targets.must_be_text(out)
     if not (out / "score.json").is_file():
         raise DataError(
             f"{out} has no score.json: its scoring never finished.",

@@ -383,6 +383,7 @@ class Store:
                 "a folder written by `arrowhead precompute`.",
                 f"run `arrowhead precompute DATA {path}` first.",
             )
+        targets.must_be_text(path)
         head = _read_sealed(path / "store.json")
         fileio.must_fit(head, HEAD, str(path / "store.json"), REPAIR)
         self.recipe = Recipe.from_dict(head.get("recipe", {}), str(path / "store.json"))

@@ -50,6 +50,7 @@ def check_folder(path: Path, kind: str) -> Path:
     what = KINDS[kind]
     path = expanded(path)
     _must_be_local(path)
+    must_be_text(path)
     try:
         if path.is_symlink() or path.name in ("", ".."):
             path = _resolved(path)
@@ -74,6 +75,7 @@ def check_file(path: Path) -> Path:
     """
     path = expanded(path)
     _must_be_local(path)
+    must_be_text(path)
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(
@@ -104,6 +106,18 @@ def _resolved(path: Path) -> Path:
         return path.resolve()
     except RuntimeError as error:  # pathlib's word for links that lead to themselves
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
+def must_be_text(path: Path) -> None:
+    """Arrow, Parquet and MLflow take paths as UTF-8 only; ConfigError for one of other bytes."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{path} cannot be used: the bytes of its path are not UTF-8.",
+            "a path of UTF-8 text; images may have any names.",
+            "give another path, or rename the folder.",
+        ) from error
 
 
 def _must_be_local(path: Path) -> None:
