@@ -111,7 +111,7 @@ def _resolved(path: Path) -> Path:
 def must_be_text(path: Path) -> None:
     """Arrow, Parquet and MLflow take paths as UTF-8 only; ConfigError for one of other bytes."""
     try:
-        os.path.abspath(path).encode()
+        str(path.absolute()).encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
             f"{path} cannot be used: the bytes of its path are not UTF-8.",
