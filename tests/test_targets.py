@@ -196,6 +196,18 @@ def test_a_device_is_not_replaced_by_a_file(here, bundled, capsys):
     assert (here / "pipe.onnx").is_fifo()
 
 
+def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys):
+    (tmp_path / "out" / "store").mkdir(parents=True)
+    for there in (False, True):
+        if there:
+            (tmp_path / "out" / "store" / "store.json").write_text("{}")
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["features", "info", str(tmp_path / "out")])
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert (f"do      name {tmp_path / 'out' / 'store'}." in told) is there
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [

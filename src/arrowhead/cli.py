@@ -137,7 +137,13 @@ def fit(
 @app.command(sort_key=2)
 def precompute(
     data: Data,
-    store: StorePath,
+    store: Annotated[
+        Path,
+        Parameter(
+            help="Folder for the feature store; in one that is there, only new or changed images"
+            " are decoded."
+        ),
+    ],
     *,
     source: Source = SourceConfig(),
     body: Body = BodyConfig(),

@@ -70,10 +70,12 @@ Data = Annotated[
     ),
 ]
 StorePath = Annotated[
-    Path, Parameter(help="Feature store: a folder that `precompute` made, or will make.")
+    Path,
+    Parameter(help="Feature store: a folder that `precompute` made, or OUT/store that `fit` made."),
 ]
 BundlePath = Annotated[
-    Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote, or will write.")
+    Path,
+    Parameter(help="Folder for the bundle; one that is there is kept as BUNDLE.previous."),
 ]
 BundleAddress = Annotated[
     str,

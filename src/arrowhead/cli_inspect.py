@@ -31,7 +31,10 @@ features = App(
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
 )
-Finished = Annotated[Path, Parameter(help="Feature store: a folder that `precompute` made.")]
+Finished = Annotated[
+    Path,
+    Parameter(help="Feature store: a folder that `precompute` made, or OUT/store that `fit` made."),
+]
 
 
 @features.command

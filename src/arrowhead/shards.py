@@ -378,10 +378,12 @@ class Store:
         self._vouched: set[str] = set()  # files whose bytes were those of this sha256
         self._manifest: tuple[tuple[int, ...], dict[str, Any]] | None = None
         if not (path / "store.json").is_file():
+            inner = path / "store"  # `path` is what fit was given as OUT
+            found = (inner / "store.json").is_file()
             raise ConfigError(
                 f"{path} is not a feature store: it has no store.json.",
-                "a folder written by `arrowhead precompute`.",
-                f"run `arrowhead precompute DATA {path}` first.",
+                "a folder written by `arrowhead precompute`, or the store in the OUT of `fit`.",
+                f"name {inner}." if found else f"run `arrowhead precompute DATA {path}` first.",
             )
         targets.must_be_text(path)
         head = _read_sealed(path / "store.json")
