@@ -228,6 +228,11 @@ def test_without_a_folder_the_same_evaluation_goes_on_in_the_same_one(
     assert first["metrics"] == second["metrics"]
     other = command(*words[:2], place / "photos", *words[3:])
     assert other["out"] != first["out"]
+    shutil.rmtree(other["out"])
+    Path(other["out"]).write_text("mine")
+    with pytest.raises(SystemExit) as ended:  # not a traceback, there or where nobody may write
+        cli.main([*map(str, words[:2]), str(place / "photos"), *words[3:]])
+    assert ended.value.code == 2
 
 
 def test_classes_that_the_bundle_does_not_know_are_refused_or_left_out(

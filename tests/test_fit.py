@@ -255,7 +255,7 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, place):
     names = {file.path for file in client.list_artifacts(first.info.run_id)}
     assert "evaluation" in names
     (model,) = client.search_logged_models([experiment], f"source_run_id = '{first.info.run_id}'")
-    assert model.name == "model"
+    assert model.name == "data-resnet18-linear"
     below = f"tags.`mlflow.parentRunId` = '{first.info.run_id}'"
     children = {run.info.run_name: run for run in client.search_runs([experiment], below)}
     assert children.keys() == {"extract", "lr-find", "train"}

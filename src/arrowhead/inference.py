@@ -24,6 +24,7 @@ from arrowhead.extract import ExtractConfig
 from arrowhead.plan import Catalog
 from arrowhead.score import ScoreConfig
 from arrowhead.tables import SourceConfig
+from arrowhead.targets import check_folder
 from arrowhead.tracking_client import TrackingConfig
 
 
@@ -77,7 +78,7 @@ def evaluate(
     working directory (see `evaluate.default_folder`).
     """
     catalog = evaluating.listed(data, source)
-    out = out or evaluating.default_folder(str(address), str(data), catalog)
+    out = out or check_folder(evaluating.default_folder(str(address), str(data), catalog), "scores")
     with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle.load(path)
         catalog, notes = evaluating.labelled(data, catalog, source, config, loaded)
