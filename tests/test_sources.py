@@ -258,6 +258,16 @@ def test_tables_that_cannot_be_read_are_refused_for_the_true_cause(
         assert word in refusal.value.found
 
 
+def test_a_column_that_does_not_split_is_told_its_words_and_not_its_commas(tmp_path: Path) -> None:
+    _put(tmp_path, "1.jpg", "2.jpg")
+    table = _table(tmp_path, "path;label;check\n1.jpg;cat;ja\n2.jpg;dog;nein\n")
+    with pytest.raises(ConfigError) as refusal:
+        plan.labelled(table, plan.SourceConfig(split_column="check"))
+    assert "line 2: it has 'ja' as check" in refusal.value.found
+    assert refusal.value.wanted.startswith("one of train, val and test in every line")
+    assert "write these words" in refusal.value.do
+
+
 def test_a_list_may_be_of_windows_too(tmp_path: Path) -> None:
     _put(tmp_path, "d/1.jpg", "d/2.jpg")
     table = _table(tmp_path, "d\\2.jpg\r\nd\\1.jpg\r\n".encode("utf-16"), "t.txt")

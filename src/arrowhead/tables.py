@@ -240,6 +240,14 @@ def _refused(source: str, line: int, what: str) -> ConfigError:
     )
 
 
+def _no_split(where: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{where}: it has {what}, not train, val or test (nor yes or no in every line).",
+        "one of train, val and test in every line of that column, or yes or no in every line.",
+        "write these words; in a table without the column a share is drawn for validation.",
+    )
+
+
 # ------------------------------------------------------------------------------ columns
 
 
@@ -464,9 +472,7 @@ class _Sheet:
                 if word and meaning:
                     part = meaning[word.casefold() not in TRUE]
                 elif word and part is None:
-                    said = f"has {word!r} as {self.names[at]}"
-                    rule = "not train, val or test (nor yes or no in every line)"
-                    raise _refused(self.source, line, f"{said}, {rule}")
+                    raise _no_split(f"{self.source}, line {line}", f"{word!r} as {self.names[at]}")
                 found.add(part or blank.get(at, ""))
             found -= {"train", ""} if len(found - {"train", ""}) else set()
             if len(found) > 1 and "" not in found:
