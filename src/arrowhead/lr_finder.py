@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from arrowhead import ConfigError
 from arrowhead.train import (
-    MIN_STEPS,
     Data,
     Member,
     Team,
@@ -42,8 +41,9 @@ MOST = 2048  # held-out rows: enough to tell 2 % of the loss, few enough to chec
 SIGNAL = 3.5  # deviations; 600 stores of shuffled labels came to 3.1 at most, 25 looks at each
 ASTRAY = 4.0  # factor; seeds whose rates spread further than this do not mean the same thing
 
-AROUND = (-2, -1, 0, 1, 2, 3, 4, 5, 6)  # powers of two times the first suggestion
-MOST_WORK = 1 << 34  # steps x rates x rows x features x columns of all these trainings: seconds
+SHORT = 500  # steps of a training that is tried at several rates, as it will be
+AROUND = (-3, -2, -1, 0, 1, 2, 3, 4, 5, 6)  # powers of two times the first suggestion
+MOST_WORK = 1 << 35  # steps x rates x rows x features x columns of all these trainings: seconds
 HUGE = 1e30  # nats: what squares of it would overflow has diverged, in doubles too
 
 Floats = NDArray[np.float64]
@@ -241,15 +241,16 @@ def _scheduled(curve: Curve, data: Data, heads: Sequence[TrainConfig], team: Tea
     """The curve with one more suggestion, `schedule`, before the others: of rates around the first
     one, by factors of two, the one whose training ends with the lowest validation loss.
 
-    The range test does not know how many steps the training has; one of 15 steps needs a rate of
-    ten times as much. Short trainings are tried as they will be; where all of them together would
-    be work, the curve stays as it is.
+    The range test does not know how many steps the training has: one of 15 steps needs a rate ten
+    times as high, one that goes through few images 400 times a rate several times as low. So
+    trainings of up to SHORT steps are tried as they will be; where all of them together would be
+    work, the curve stays as it is.
     """
     width, config, tested = data.feature.shape[2], heads[0], curve.rates
     columns = 512 if config.kind == "lesson" else len(data.classes)
     steps = steps_of(config, len(data.train))
     work = steps * len(AROUND) * config.batch_size * width * columns
-    if steps >= MIN_STEPS or work > MOST_WORK or curve.verdict.startswith("flat"):
+    if steps > SHORT or work > MOST_WORK or curve.verdict.startswith("flat"):
         return curve
     heads = heads if work * len(heads) <= MOST_WORK else heads[:1]
     heads = [replace(one, best="last", patience=0) for one in heads]
