@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, comparison, sweep
+from arrowhead import ConfigError, comparison, logistic, sweep
 from arrowhead.sweep import SweepConfig
 from arrowhead.train import Data, TrainConfig, Trained, train_stack
 
@@ -273,6 +273,28 @@ def test_the_labels_of_a_fold_take_no_part_in_what_is_predicted_of_it(best: Any)
     for name, weight in states[0][1].items():
         assert np.array_equal(weight, states[1][1][name])
     assert not np.array_equal(states[0][0]["2.weight"], states[1][0]["2.weight"])
+
+
+@pytest.mark.parametrize("head", ["linear", "logistic"])
+@pytest.mark.parametrize("weights", ["balanced", "validation"])
+def test_weights_of_classes_come_from_no_label_of_the_fold_that_is_predicted(
+    head: Any, weights: Any
+) -> None:
+    data = _toy(120, apart=0.5)
+    label = data.label.clone()
+    label[data.valid[:12]] = 0
+    own: dict[str, Any] = {"l2": 1.0} if head == "logistic" else {"rate": 0.1, "epochs": 3}
+    config = TrainConfig(head=head, class_weights=weights, **own)
+    part = np.arange(120) // 7 % 3
+    states = []
+    for here in (label, torch.where(torch.from_numpy(part == 1), 0, label)):
+        other = replace(data, label=here)
+        members = sweep.fold_members(other, config, part)
+        made = logistic.train(other, members) if head == "logistic" else train_stack(other, members)
+        states.append([one.state for one in made])
+    for name, weight in states[0][1].items():
+        np.testing.assert_allclose(weight, states[1][1][name], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(states[0][0]["2.bias"], states[1][0]["2.bias"], atol=1e-3)
 
 
 def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:

@@ -144,7 +144,9 @@ def _cycle_ends(first: int, factor: int, epochs: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """What is minimized. classes: float32 (C,), weights of the classes, or None."""
+    """What is minimized. classes: float32 (C,), or (L, C), one for each lane: weights of the
+    classes, or None.
+    """
 
     multi: bool
     smoothing: float = 0.0
@@ -152,7 +154,9 @@ class Loss:
 
     def weight(self, label: Tensor) -> Tensor | None:
         """What each row weighs in the mean, float32 (…,) as the labels; None: all the same."""
-        return None if self.multi or self.classes is None else self.classes[label]
+        if self.multi or self.classes is None:
+            return None
+        return self.classes[label] if self.classes.dim() == 1 else self.classes.gather(1, label)
 
     def of(
         self, logit_LGCB: Tensor, label: Tensor, real_LB: Tensor | None, total: float | Tensor
@@ -185,11 +189,12 @@ class Loss:
             slope = log.exp_()
             return nats, slope.scatter_add_(2, index, slope.new_full((), -1.0).expand_as(index))
         weights = log.new_ones(classes) if self.classes is None else self.classes.to(log.dtype)
-        mine_LB, s = weights[label_LB], self.smoothing
-        even = (weights * (s / classes)).view(1, 1, -1, 1)
+        weights_LC, s = weights.view(-1, classes).expand(lanes, -1), self.smoothing
+        mine_LB = weights_LC.gather(1, label_LB.expand(lanes, -1))
+        even = (weights_LC * (s / classes)).view(lanes, 1, -1, 1)
         hard = mine_LB[:, None] * (1 - s)
         nats = nats * hard - (log * even).sum(2)
-        slope = log.exp_().mul_(hard[:, :, None] + even.sum()).sub_(even)
+        slope = log.exp_().mul_(hard[:, :, None] + even.sum(2, True)).sub_(even)
         return nats, slope.scatter_add_(2, index, -hard[:, :, None].expand_as(index))
 
     def _sigmoid(self, logit: Tensor, label_LCB: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +202,9 @@ class Loss:
         from torch.nn.functional import softplus
 
         wanted = label_LCB[:, None] * (1 - self.smoothing) + self.smoothing / 2
-        gain = wanted if self.classes is None else wanted * self.classes.view(1, 1, -1, 1)
+        gain = (
+            wanted if self.classes is None else wanted * self.classes.view(-1, 1, logit.shape[2], 1)
+        )
         nats = (gain * softplus(-logit) + (1 - wanted) * softplus(logit)).mean(2)
         slope = (1 - wanted) * logit.sigmoid() - gain * (-logit).sigmoid()
         return nats, slope.div_(logit.shape[2])

@@ -169,13 +169,13 @@ class Problem:
         flat = self.rows[self._mine, None] * views + np.arange(views)
         self._flat = torch.from_numpy(flat.reshape(-1))
         self._views, self.width = views, data.feature.shape[2]
-        weights = class_weights(member.config, data)
+        weights = class_weights(data, member)
         self._image = torch.arange(len(mine)).repeat_interleave(views).to(self.device)
         self._label = data.label[torch.from_numpy(self.rows[self._mine]).to(data.label.device)]
         self._gain = None if weights is None else weights.double()
         if self._gain is not None and not self.multi:
             # As scikit-learn's class_weight: the weights of all rows sum to their number.
-            counts = torch.bincount(data.label[data.train], minlength=self.classes).double()
+            counts = torch.bincount(data.label[self.rows], minlength=self.classes).double()
             self._gain = self._gain * counts.sum() / (self._gain * counts).sum()
         self._cache: Tensor | None = None
         self.axes = axes or self._principal()

@@ -425,9 +425,6 @@ class Training:
             )
         self.device = data.feature.device
         self.dtype = precision(self.config.precision, self.device)
-        weights = class_weights(self.config, data)
-        smoothing = self.config.smoothing
-        self.loss = descent.Loss(multi=data.multi, smoothing=smoothing, classes=weights)
         sizes = {len(member.train) for member in members}
         self.steps = max(len(_ends(size, self.config.batch_size)) for size in sizes)
         self.done = 0
@@ -504,11 +501,26 @@ class Training:
             self.stack, self.config, rate_LG, decay_LG, scaled=scaled
         )
         size = self.config.batch_size
+        self.loss = descent.Loss(
+            multi=self.data.multi,
+            smoothing=self.config.smoothing,
+            classes=self._class_weights(first),
+        )
         self._lanes = [Lane(self.data, one.train, one.config.seed, size) for one in first]
         shared = len({id(one.valid) for one in first}) == 1
         self._valid = [one.valid for one in (first[:1] if shared else first)]
         self._nats = torch.zeros(self.stack.shape, dtype=torch.float64, device=self.device)
         self._total = torch.zeros(len(seats), dtype=torch.float64, device=self.device)
+
+    def _class_weights(self, first: Sequence[Member]) -> Tensor | None:
+        """Weights of the classes for each lane, float32 (L, C); (C,) where all share rows."""
+        import torch
+
+        once = {(id(one.train), id(one.valid)): one for one in first}
+        made = {key: class_weights(self.data, one) for key, one in once.items()}
+        weights = [made[id(one.train), id(one.valid)] for one in first]
+        there = [one for one in weights if one is not None]
+        return there[0] if len(made) == 1 and there else torch.stack(there) if there else None
 
     # ------------------------------------------------------------------------- one step
 
@@ -800,15 +812,23 @@ def class_weighting(
     return "validation" if clear else "none"
 
 
-def class_weights(config: TrainConfig, data: Data) -> Tensor | None:
-    """What each class weighs in the loss, float32 (C,); None: all the same."""
-    asked, classes = config.class_weights, len(data.classes)
-    label = data.label[data.train]
+def class_weights(data: Data, member: Member) -> Tensor | None:
+    """What each class weighs in the loss of a head, float32 (C,); None: all the same.
+
+    They come from the labels of the images that it learns from and, where classes are to weigh as
+    in validation, of the validation images; of these a head that is trained without a fold leaves
+    out what is in that fold, since it is to be predicted.
+    """
+    asked, classes = member.config.class_weights, len(data.classes)
+    label = data.label[member.train]
     if asked == "balanced":
         return descent.balance(label, classes)
     if asked == "none" or data.multi:
         return None
-    wanted = data.label[data.valid]
+    valid = data.valid
+    if member.valid is not valid:
+        valid = np.setdiff1d(valid, member.valid)
+    wanted = data.label[valid]
     if (
         asked == "auto"
         and class_weighting(label.cpu().numpy(), wanted.cpu().numpy(), classes) == "none"
