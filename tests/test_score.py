@@ -271,6 +271,7 @@ def test_a_finished_scoring_is_not_done_again_but_can_be_written_as_csv(command,
     assert first["counts"]["decoded"] == 24
     assert again["counts"]["decoded"] == 0 and again["counts"]["skipped"] == 24
     assert len(Path(again["csv"]).read_text().splitlines()) == 25
+    assert "python -P -c 'import pandas" in command.said  # a pandas.py that lies here is not run
     assert json.loads((out / "score.json").read_text())["counts"] == first["counts"]
 
 

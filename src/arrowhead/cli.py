@@ -292,7 +292,9 @@ def score(
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
         made = ("parts", "score.json", "scores.csv", "scores.png", "inputs.arrow")
         result["files"] = say_written(means.screen, [out / name for name in made])
-        say_next(means.screen, [[sibling("python"), "-c", code], [me(), "scores", "verify", out]])
+        say_next(
+            means.screen, [[sibling("python"), "-P", "-c", code], [me(), "scores", "verify", out]]
+        )
     return finish(result, output)
 
 

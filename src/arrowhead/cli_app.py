@@ -182,7 +182,7 @@ def ui_command(tracking: TrackingConfig) -> str:
     """
     uri = tracking.uri
     if uri.startswith("http"):  # a server, whose UI is there already
-        return shlex.join([sibling("python"), "-m", "webbrowser", without_secret(uri)])
+        return shlex.join([sibling("python"), "-P", "-m", "webbrowser", without_secret(uri)])
     shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else shlex.quote(uri)
     return f"{shlex.quote(sibling('mlflow'))} ui --backend-store-uri {shown}"
 
