@@ -479,7 +479,8 @@ def test_an_array_of_objects_is_no_image_and_no_weights(
 ):
     (tmp_path / "images").mkdir()
     np.save(tmp_path / "images" / "a.npy", np.array([Singing(canary)], object), allow_pickle=True)
-    (tmp_path / "images" / "b.jpg").write_bytes((tmp_path / "images" / "a.npy").read_bytes())
+    for name in ("b.jpg", "c"):  # the name of a.npy says that it is no image: it is left out
+        (tmp_path / "images" / name).write_bytes((tmp_path / "images" / "a.npy").read_bytes())
     ends("score", _whole(bundled), "images", "scores", code=3)
     part = tmp_path / "scores" / "parts" / "part-000000.parquet"
     faults = pq.read_table(part)["fault"].to_pylist()
