@@ -521,6 +521,7 @@ def test_two_workers_draw_the_curve_of_one_and_agree_on_everything(
     gone = np.isnan(one.losses)
     # Where a loss is large it has been through a divergence, which no rounding survives.
     calm = ~gone & (np.maximum.accumulate(np.nan_to_num(one.losses, nan=0), 1) < 3)
+    calm[:, :-1] &= calm[:, 1:]  # the weights part one step before the loss shows it
     np.testing.assert_allclose(losses[calm], one.losses[calm], rtol=1e-5, atol=1e-5)
     assert one.held_out is not None
     checked = calm & np.isfinite(one.held_out)

@@ -368,7 +368,7 @@ def test_copies_of_an_image_stay_on_one_side_also_beside_given_splits(tmp_path: 
     splits = plan.drawn(catalog, ids, 0.2).splits
     assert splits[:100] == splits[100:]
     assert splits.count("valid") == 40
-    for part in ("valid", "train"):
+    for part in ("valid", "train", "test"):
         given_splits = replace(catalog, splits=[part] * 100 + [""] * 100)
         assert plan.drawn(given_splits, ids, 0.2).splits == [part] * 200
     copies = plan.drawn(catalog, [*_ids(1) * 99, _ids(1, 1)[0], *_ids(100, 2)], 0.2).splits

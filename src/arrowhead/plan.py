@@ -334,8 +334,8 @@ def drawn(
     image_ids: 16 bytes each, a hash of the content; faulty: which rows have no image (they go to
     train and count nowhere). Of each class the images with the lowest ids validate, as many as the
     share, rounded, but at least one; one stays in train. So a few images more move few others. The
-    copies of an image stay together, with those whose split was given, too. An image with several
-    labels counts for the rarest of them.
+    copies of an image stay together, with those whose split was given, too: a copy of a test image
+    is tested. An image with several labels counts for the rarest of them.
     """
     free_N = np.array([split == "" for split in catalog.splits], bool)
     well_N = free_N if faulty is None else free_N & ~np.array(faulty, bool)
@@ -348,6 +348,8 @@ def drawn(
     given_N = np.array(catalog.splits)
     valid_K = np.isin(key_K, key_N[given_N == "valid"])
     fixed_K = valid_K | np.isin(key_K, key_N[given_N == "train"])
+    test_K = ~fixed_K & np.isin(key_K, key_N[given_N == "test"])
+    fixed_K |= test_K
     labels_K = [catalog.labels[row] for row in row_M[first_K].tolist()]
     for at in np.flatnonzero(count_K[image_M] > 1).tolist():  # copies may be labelled differently
         image = int(image_M[at])
@@ -364,7 +366,9 @@ def drawn(
         strata.setdefault(rarest[labels_K[image]], []).append(image)
     for images in strata.values():
         _hold_out(images, count_K, valid_share, valid_K)
-    taught = {name for names in set(itertools.compress(labels_K, ~valid_K)) for name in names} | {
+    taught = {
+        name for names in set(itertools.compress(labels_K, ~(valid_K | test_K))) for name in names
+    } | {
         name
         for names in set(itertools.compress(catalog.labels, given_N == "train"))
         for name in names
@@ -373,8 +377,9 @@ def drawn(
         if not taught.issuperset(labels_K[image]):
             taught.update(labels_K[image])
             valid_K[image] = False
-    for row in row_M[valid_K[image_M]].tolist():
-        splits[row] = "valid"
+    for split, chosen_K in (("valid", valid_K), ("test", test_K)):
+        for row in row_M[chosen_K[image_M]].tolist():
+            splits[row] = split
     return replace(catalog, splits=splits)
 
 
