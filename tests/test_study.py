@@ -139,6 +139,36 @@ def test_folds_give_every_image_one_probability_from_a_head_that_has_not_seen_it
     assert [line["accuracy"] for line in result["folds"]["folds"]] == pytest.approx(by_fold)
 
 
+def test_the_table_of_epochs_shows_what_best_chooses_by_and_when_and_why_it_ended(
+    store, place, command, capsys
+):
+    flags = ["--rate", 0.05, "--epochs", 40, "--best", "balanced_accuracy", "--patience", 3]
+    result = command("train", store, "early", *flags)
+    said, lines = command.said, result["epochs"]
+    assert result["stopped"] == "patience"
+    heading = next(line for line in said.splitlines() if line.split()[:1] == ["epoch"])
+    assert heading.split()[-1] == "balanced_accuracy"
+    shown = [line.split() for line in said.splitlines() if line.split()[:1] in [["0"], ["1"]]]
+    for words, line in zip(shown, lines, strict=False):
+        assert float(words[4]) == pytest.approx(line["balanced_accuracy"], abs=1e-6)
+    starred = [words.split()[0] for words in said.splitlines() if words.endswith(" *")]
+    assert starred[-1] == str(result["epoch"])
+    assert len(lines) == result["epoch"] + 1 + 3
+    assert (
+        f"stopped after epoch {len(lines) - 1}: balanced_accuracy has not improved since epoch"
+        f" {result['epoch']}"
+    ) in said
+    here(place, "bundle", "info", place / "early", "--per-class")
+    info = capsys.readouterr().out
+    assert "single-label" in info
+    assert f"learning rate 0.05 · epochs 40 (kept: epoch {result['epoch']})" in info
+    table = info.split("validation images, by class:")[1].split("\n")
+    assert table[1].split() == ["class", "precision", "recall", "F1", "images"]
+    assert {line.split()[0] for line in table[2:5]} == {"baskets", "beads", "leaves"}
+    here(place, "bundle", "info", place / "early")
+    assert "by class" not in capsys.readouterr().out
+
+
 def test_folds_train_for_as_long_as_the_head_that_is_kept_did(store, place, command):
     flags = ["--rate", 0.3, "--epochs", 9, "--best", "accuracy", "--patience", 3, "--folds", 3]
     result = command("train", store, "patient", *flags)
@@ -200,6 +230,8 @@ def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
     )
     assert {"valid_loss", "accuracy", "f1", "f2"} <= result["epochs"][0].keys()
     assert result["epoch"] == int(np.argmax([line["f2"] for line in result["epochs"]]))
+    heading = next(line for line in command.said.splitlines() if line.split()[:1] == ["epoch"])
+    assert heading.split()[-1] == "f2"
     assert result["metrics"]["f2_samples"] > 0.6
     made = json.loads(Path("several/bundle/bundle.json").read_text())
     assert made["task"] == "multi-label"

@@ -350,6 +350,7 @@ class Told:
         self._asked, self._means = asked, means
         self._done: set[Any] = set()
         self._said = self._sent = 0.0
+        self._best = -np.inf
         self._points: dict[str, list[tuple[int, float]]] = defaultdict(list)
 
     def send(self) -> None:
@@ -387,9 +388,10 @@ class Told:
             if "rate" not in message:
                 say_logistic(lines[0], screen)
             else:
+                column = _column(lines[0], config.best)
                 if epoch == 0:
-                    screen.say(HEADING)
-                screen.say(row(lines[0]))
+                    screen.say(HEADING + (f"  {column:>{max(8, len(column))}}" if column else ""))
+                screen.say(self._row(lines[0], column))
             found = {"rate": message["rate"]} if "rate" in message else {}
             for name, value in (lines[0] | found).items():
                 if name != "epoch":
@@ -409,6 +411,26 @@ class Told:
                 figures = {"epoch": epoch, "heads": len(lines), name: best}
                 found = {f"progress.{part}.{k}": v for k, v in figures.items()}
                 self._means.run.record(found, step=epoch)
+
+    def _row(self, line: dict[str, float], column: str) -> str:
+        """One epoch; a star where what --best names is better than ever before."""
+        shown, best = row(line), self._asked.head.best
+        if column:
+            shown += f"  {line[column]:>{max(8, len(column))}.6f}"
+        if best == "last":
+            return shown
+        value = line[best] * (-1 if best == "valid_loss" else 1)
+        better = value > self._best
+        self._best = max(self._best, value) if better else self._best
+        return shown + " *" * better
+
+
+def _column(line: dict[str, float], best: str) -> str:
+    """What the table of epochs shows beside loss and accuracy, "" for nothing: what --best names;
+    of several labels F2, as most of their decisions are an easy no.
+    """
+    extra = "f2" if "f2" in line else ""
+    return best if best in ("balanced_accuracy", "f1") else extra
 
 
 def say_logistic(line: dict[str, float], screen: Screen) -> None:
@@ -430,6 +452,20 @@ def row(line: dict[str, float]) -> str:
         f"{int(line['epoch']):>5}  {line['train_loss']:>10.6f}  {line['valid_loss']:>10.6f}"
         f"  {line['accuracy']:>8.6f}"
     )
+
+
+def say_stop(made: Learned, screen: Screen) -> None:
+    """When and why --patience ended the training of the head that is kept, and how many others."""
+    stopped = [one for one in made.heads if one.stopped == "patience"]
+    if len(made.heads) > 1 and stopped:
+        screen.say(f"{len(stopped)} of {len(made.heads)} heads stopped early (--patience)")
+    if made.heads and made.winner.stopped == "patience":
+        assert made.config is not None
+        one = made.winner
+        screen.say(
+            f"stopped after epoch {len(one.epochs) - 1}: {made.config.best} has not improved since"
+            f" epoch {one.epoch} (--patience {made.config.patience})"
+        )
 
 
 def say_rates(curve: Curve, screen: Screen) -> None:

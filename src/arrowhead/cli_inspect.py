@@ -178,15 +178,26 @@ bundles = App(
 )
 
 
+SHOWN = ("l2", "best", "batch_size", "weight_decay", "dropout", "seed")  # of a bundle's training
+
+
 @bundles.command(name="info")
 def bundle_info(
-    bundle: BundleAddress, *, tracking: Tracking = TrackingConfig(), output: Out = Output()
+    bundle: BundleAddress,
+    *,
+    per_class: Annotated[
+        bool,
+        Parameter(help="Also precision, recall, F1 and images of each class, the worst first."),
+    ] = False,
+    tracking: Tracking = TrackingConfig(),
+    output: Out = Output(),
 ) -> int:
-    """What a bundle is: classes, recipe, head, figures, where it comes from.
+    """What a bundle is: task, classes, recipe, head, how it was trained, figures, lineage.
 
-    Example: arrowhead bundle info out/bundle
+    Example: arrowhead bundle info out/bundle --per-class
     """
     from arrowhead.bundle import info
+    from arrowhead.metrics import class_table
 
     with fetched(bundle, tracking) as folder:
         held = info(folder) | {"bundle": bundle}
@@ -201,7 +212,7 @@ def bundle_info(
     screen.say(f"classes: {', '.join(held['classes'][:20])}{' …' * (len(held['classes']) > 20)}")
     recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
     screen.say(f"recipe {held['recipe_fingerprint']}: {recipe}")
-    screen.say(f"head: {held['head']} · temperature {held['temperature']:.3f}")
+    screen.say(_head_of(held))
     figures = {k: v for k, v in held["metrics"].items() if isinstance(v, int | float)}
     screen.say("figures: " + " · ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if known := held["novelty"]:
@@ -216,7 +227,28 @@ def bundle_info(
         f" data {lineage.get('data')}"
     )
     screen.say(f"{held['golden_images']} golden images")
+    for name, images in (("per_class", "validation"), ("test_per_class", "test")):
+        if per_class and (found := held["metrics"].get(name)):
+            screen.say(f"\n{images} images, by class:")
+            for line in class_table(found):
+                screen.say(line)
     return 0
+
+
+def _head_of(held: dict[str, Any]) -> str:
+    """A bundle's head and how it was trained, as far as the bundle knows."""
+    lineage = held["lineage"]
+    training = lineage.get("training") or {}
+    exact = " by logistic regression" if training.get("head") == "logistic" else ""
+    parts = [f"head: {held['head']}{exact}"]
+    rate = lineage.get("rate", training.get("rate"))
+    if isinstance(rate, float):
+        parts.append(f"learning rate {rate:.4g}")
+    if "epochs" in training and not exact:
+        kept = f" (kept: epoch {lineage['epoch']})" if "epoch" in lineage else ""
+        parts.append(f"epochs {training['epochs']}{kept}")
+    parts += [f"{name.replace('_', ' ')} {training[name]}" for name in SHOWN if name in training]
+    return " · ".join([*parts, f"temperature {held['temperature']:.3f}"])
 
 
 @bundles.command(name="verify")

@@ -322,6 +322,7 @@ def learn(path: Path, asked: Study, means: Means = Means(), place: Path | None =
         )
     finally:
         told.send()
+    account.say_stop(made, means.screen)
     return made
 
 
@@ -529,6 +530,7 @@ def fit_head(
         "l2": best.l2,
         "lr_finder": _advice(made.curve) if made.curve else None,
         "epoch": best.epoch,
+        "stopped": best.stopped or None,
         "metrics": figures,
         "train_seconds": made.seconds,
         "bundle": str(out),
