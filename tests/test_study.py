@@ -161,6 +161,7 @@ def test_the_table_of_epochs_shows_what_best_chooses_by_and_when_and_why_it_ende
     here(place, "bundle", "info", place / "early", "--per-class")
     info = capsys.readouterr().out
     assert "single-label" in info
+    assert "\\x0a" not in info
     assert f"learning rate 0.05 · epochs 40 (kept: epoch {result['epoch']})" in info
     table = info.split("validation images, by class:")[1].split("\n")
     assert table[1].split() == ["class", "precision", "recall", "F1", "images"]

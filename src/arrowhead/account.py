@@ -767,7 +767,8 @@ def show_folds(
         for values in [[line[name] for line in found.last]]
     }
     shown = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
-    means.screen.say(f"{len(found.last)} folds, {found.epochs} epochs each: {shown}")
+    long = "" if config.head == "logistic" else f", {found.epochs} epochs each"
+    means.screen.say(f"{len(found.last)} folds{long}: {shown}")
     if found.not_held_out:
         names = ", ".join(f"{name} ({count})" for name, count in found.not_held_out.items())
         means.screen.say(

@@ -229,7 +229,7 @@ def bundle_info(
     screen.say(f"{held['golden_images']} golden images")
     for name, images in (("per_class", "validation"), ("test_per_class", "test")):
         if per_class and (found := held["metrics"].get(name)):
-            screen.say(f"\n{images} images, by class:")
+            screen.say(f"{images} images, by class:")
             for line in class_table(found):
                 screen.say(line)
     return 0

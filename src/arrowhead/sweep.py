@@ -262,7 +262,7 @@ def _verdict(
         )
     least = min(p for p in chances if p > comparison.SURE)
     return (
-        f"the best is not distinguishable from {alike} of the {others} (p {least:.2g} or more:"
+        f"the best is not distinguishable from {alike} of the {others} (p at least {least:.2g}:"
         f" {test}){note}"
     )
 
