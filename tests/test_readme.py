@@ -67,7 +67,7 @@ def needs_a_cluster(program: str, words: list[str]) -> bool:
 
 def test_the_commands_run_as_written(capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 30
+    assert len(commands) == 31
     for command in commands:
         program, *words = shlex.split(command)
         if needs_a_cluster(program, words):
