@@ -263,7 +263,7 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, place):
     history = client.get_metric_history(children["train"].info.run_id, "valid_loss")
     assert [point.step for point in history] == [0, 1, 2, 3]
     assert children["extract"].data.metrics["decoded"] == 72
-    assert [one.dataset.name for one in first.inputs.dataset_inputs] == ["data"]
+    assert [one.dataset.name for one in first.inputs.dataset_inputs] == ["data", "data"]  # by split
     found = {f.path for f in client.list_artifacts(children["lr-find"].info.run_id, "lr_finder")}
     assert found == {"lr_finder/lr_finder.png", "lr_finder/lr_finder.csv"}
 
