@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,25 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     toml.write_text("[train]\nepoch = 3\n")
     found, _, _ = refused("train", "s", "b", "--config", toml)
     assert "epoch" in found
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--head", "lesson", "--epochs", "5", "--batch-size", "16", "--best", "accuracy"],
+        ["--optimizer", "sgd", "--class-weights", "balanced", "--weight-decay", "1e-05"],
+        ["--schedule", "cosine", "--cycle-len", "2", "--smoothing", "0.1"],
+        [],
+    ],
+)
+def test_a_found_rate_is_offered_with_the_training_it_was_found_for(flags):
+    asked = cli_cluster.understood(["lr-find", "store", *flags])
+    assert asked is not None
+    head = replace(asked.given.get("head", TrainConfig()), rate=0.00094)
+    offered = cli.flags_of(head)
+    assert len(offered) == len(flags) + 2  # no flag that was not asked for, but --rate
+    again = cli_cluster.understood(["train", "store", "bundle", *offered])
+    assert again is not None and again.given["head"] == head
 
 
 def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monkeypatch, capsys):

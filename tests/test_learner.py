@@ -62,6 +62,10 @@ def test_lr_find_returns_the_curve_and_its_suggestions(learn):
     assert isinstance(curve, Curve)
     assert curve.losses.shape == (2, 40)
     assert curve.rate == curve.suggestions[curve.chosen]
+    shown = repr(curve)  # what a prompt answers
+    assert "\n" not in shown
+    assert f"rate {curve.rate:.2g} ({curve.chosen})" in shown
+    assert curve.verdict in shown
 
 
 def test_what_was_learned_can_be_saved_for_scoring(learn, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from time import sleep
@@ -218,8 +219,17 @@ def lr_find(
         drawn = [store / "lr_finder.png", store / "lr_finder.csv"]
         result["files"] = say_written(means.screen, drawn)
         run_id = means.run.run_id if means.run else None
-        say_next(means.screen, [[me(), "train", store, "BUNDLE", "--rate", f"{curve.rate:.2g}"]])
+        # The rate suits the training that was asked about, and no other head or length.
+        asked = flags_of(replace(head, rate=float(f"{curve.rate:.2g}")))
+        say_next(means.screen, [[me(), "train", store, "BUNDLE", *asked]])
     return finish(result | {"store": str(store), "run_id": run_id}, output)
+
+
+def flags_of(head: TrainConfig) -> list[str]:
+    """The flags that ask for this training, but those whose default it has."""
+    plain = asdict(TrainConfig())
+    asked = {name: value for name, value in asdict(head).items() if value != plain[name]}
+    return [word for name in asked for word in (f"--{name.replace('_', '-')}", str(asked[name]))]
 
 
 @app.command(sort_key=4)

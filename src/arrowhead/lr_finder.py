@@ -114,6 +114,13 @@ class Curve:
         """The rate that `--rate auto` uses."""
         return self.suggestions[self.chosen]
 
+    def __repr__(self) -> str:
+        """In a line: at a prompt the arrays would be hundreds."""
+        told = " · ".join(f"{by} {rate:.2g}" for by, rate in self.suggestions.items())
+        return (
+            f"{type(self).__name__}(rate {self.rate:.2g} ({self.chosen}): {told}; {self.verdict})"
+        )
+
     def plain(self) -> dict[str, Any]:
         """As lists and numbers, for JSON."""
         return {
