@@ -183,6 +183,14 @@ def test_a_store_or_bundle_that_was_moved_to_a_path_that_is_no_text_is_refused(
     assert "are not UTF-8" in refused(capsys, "bundle", "info", tmp_path / "b\udcff")
 
 
+def test_a_name_that_leaves_no_room_for_a_draft_is_refused_before_the_training(tmp_path):
+    for name in ("b" * 245, "ä" * 120):
+        with pytest.raises(ConfigError, match="too long"):
+            check_folder(tmp_path / name, "bundle")
+    assert check_folder(tmp_path / ("b" * 200), "bundle")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, capsys):
     """As of a shell's variable that is not set."""
     monkeypatch.chdir(tmp_path)

@@ -62,7 +62,7 @@ def check_folder(path: Path, kind: str) -> Path:
             _must_be_empty(path, what)
         if what.replaced:
             _must_be_replaceable(path, what)
-            _try(path.parent)
+            _try(path.parent, suffix=path.name)  # its draft has a name that is longer
         _try(path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -158,11 +158,15 @@ def _must_be_replaceable(path: Path, what: Kind) -> None:
         )
 
 
-def _try(folder: Path) -> None:
-    """Make and remove an empty folder in `folder`, or in the nearest one above that is there."""
+def _try(folder: Path, suffix: str = "") -> None:
+    """Make and remove an empty folder in `folder`, or in the nearest one above that is there.
+
+    suffix: part of its name.
+    """
     while not folder.exists():
         folder = folder.parent
-    Path(tempfile.mkdtemp(prefix=".arrowhead-", suffix=".draft", dir=folder)).rmdir()
+    made = tempfile.mkdtemp(prefix=".arrowhead-", suffix=f"{suffix}.draft", dir=folder)
+    Path(made).rmdir()
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
