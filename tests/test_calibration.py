@@ -49,9 +49,10 @@ def test_a_head_that_is_too_sure_or_not_sure_enough_gets_a_temperature(
         figures = made.figures
         assert figures["ece"] < figures["ece_uncalibrated"] / 2
         assert figures["ece"] == figures["ece_fitted"]
-        assert f"(ECE {figures['ece_uncalibrated']:.3f} -> {figures['ece']:.3f} ± " in words(
-            figures
-        )
+        low, high = figures["ece_low"], figures["ece_high"]
+        assert 0 <= low <= figures["ece"] <= high
+        error = f"ECE {figures['ece']:.3f} ({low:.3f} to {high:.3f}) on held-out parts"
+        assert f"{error}, {figures['ece_uncalibrated']:.3f} without" in words(figures)
 
 
 @pytest.mark.parametrize("make", [_one, _many])

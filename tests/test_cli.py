@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--head", "lesson", "--epochs", "5", "--batch-size", "16", "--best", "accuracy"],
+        ["--head", "lesson", "--epochs", "5", "--batch-size", "16"],
         ["--optimizer", "sgd", "--class-weights", "balanced", "--weight-decay", "1e-05"],
         ["--schedule", "cosine", "--cycle-len", "2", "--smoothing", "0.1"],
         [],
@@ -200,7 +201,7 @@ def test_a_found_rate_is_offered_with_the_training_it_was_found_for(flags):
     offered = cli.flags_of(head)
     assert len(offered) == len(flags) + 2  # no flag that was not asked for, but --rate
     again = cli_cluster.understood(["train", "store", "bundle", *offered])
-    assert again is not None and again.given["head"] == head
+    assert again is not None and asdict(again.given["head"]) == asdict(head)
 
 
 def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monkeypatch, capsys):
@@ -220,3 +221,85 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
     assert "not a feature store" in capsys.readouterr().err
     again = cli_cluster.understood(["train", "store", "bundle"])
     assert again is not None and again.given["head"].epochs == TrainConfig().epochs
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lr-find", "store", "--rate", "0.1"],
+        ["lr-find", "store", "--l2", "0.1"],
+        ["lr-find", "store", "--patience", "3"],
+        ["lr-find", "store", "--best", "accuracy"],
+        ["evaluate", "bundle", "photos", "--valid-share", "0.3"],
+        ["export", "bundle", "model.onnx", "--run-name", "a"],
+        ["watch", "--no-system-metrics"],
+        ["bundle", "info", "bundle", "--experiment", "a"],
+        ["bundle", "verify", "bundle", "--run-name", "a"],
+        ["bundle", "register", "bundle", "dogs", "--no-system-metrics"],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_that_would_do_nothing_is_unknown_and_not_in_the_help(refused, capsys, words):
+    flag = next(word for word in words if word.startswith("--"))
+    found, _, _ = refused(*words)
+    assert f'Unknown option: "{flag}"' in found
+    verb = words[:2] if words[0] == "bundle" else words[:1]
+    assert run(*verb, "--help") == 0
+    assert f" {flag} " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["fit", "{photos}", "out", "--label-column", "breed"], "--label-column"),
+        (["fit", "{photos}", "out", "--augment", "top-down", "--weights", "random"], "--augment"),
+        (["fit", "{photos}", "out", "--curve-seeds", "5"], "--curve-seeds"),
+        (["fit", "{photos}", "out", "--momentum", "0.5"], "--momentum"),
+        (["fit", "{photos}", "out", "--rate", "0.1", "--lr-find.steps", "50"], "--lr-find"),
+        (["score", "{bundle}", "{photos}", "scores", "--base", "elsewhere"], "--base"),
+        (["score", "{bundle}", "{photos}", "scores", "--false-alarms", "0.1"], "--false-alarms"),
+        (["watch", "--no-follow", "--every", "5"], "--every"),
+    ],
+)
+def test_a_flag_that_has_no_effect_beside_the_others_is_refused(
+    refused, drawn, bundled, words, named
+):
+    places = {"photos": drawn, "bundle": bundled()}
+    found, _, do = refused(*(word.format(**places) for word in words))
+    assert named in found
+    assert not Path("out", "bundle").exists()
+
+
+def test_a_home_that_the_shell_did_not_expand_is_expanded_by_every_verb(
+    refused, drawn, bundled, tmp_path, monkeypatch, command
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(bundled(), tmp_path / "bundle")
+    shutil.copytree(drawn / "valid", tmp_path / "photos")
+    flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
+    assert command("precompute", "~/photos", "~/store", *flags)["store"] == str(tmp_path / "store")
+    for verb in ("info", "verify", "gc"):
+        command("features", verb, "~/store")
+    command("bundle", "info", "~/bundle")
+    command("bundle", "verify", "~/bundle")
+    found, _, _ = refused("score", "~/nothing", "~/photos", "~/scores")
+    assert str(tmp_path / "nothing") in found
+    Path("here.toml").write_text('[precompute]\nimages = "~/elsewhere"\n')
+    call = cli_cluster.understood(["precompute", "a.csv", "s", "--config", "~/here.toml"])
+    assert call is not None and call.given["source"].images == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "words", [["bundle", "info", "{bundle}", "--json"], ["bundle", "info", "{bundle}"]], ids=len
+)
+def test_a_result_that_a_full_disk_lost_is_no_success(bundled, words):
+    call = [sys.executable, "-m", "arrowhead", *(word.format(bundle=bundled()) for word in words)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "could not be written to standard output: No space left on device" in done.stderr
+    piped = '"$@" | true; exit "${PIPESTATUS[0]}"'
+    done = subprocess.run(
+        ["bash", "-c", piped, "-", *call], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

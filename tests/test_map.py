@@ -19,6 +19,7 @@ FLOORS = [
         "signals",
         "object_store",
         "exclusions",
+        "wording",
     },
     {
         "files",

@@ -132,7 +132,7 @@ def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, d
     out, said = on.communicate(timeout=60)
     assert on.returncode == 130, said
     assert run_id in out
-    assert "epochs are done; going on" in out
+    assert "done before; going on" in out
 
 
 PROGRAM = """

@@ -126,7 +126,7 @@ def test_many_heads_are_counted_and_their_best_is_named(place, drawn, config, ca
         view = seen.look()
     assert len(view.stages) < 4  # the heads themselves are not stages
     words = "\n".join(watch.lines(view))
-    assert re.search(r"heads: epoch 2 · 4 heads learn · best accuracy \d", words)
+    assert re.search(r"heads: epoch 2 · training 4 heads · best accuracy \d", words)
     best = view.stages[0].stacks["heads"]["accuracy"]
     capsys.readouterr()
     watched("train", "--json")

@@ -33,6 +33,10 @@ class Refusal(Exception):
     def __str__(self) -> str:
         return f"{self.found}\n  wanted  {self.wanted}\n  do      {self.do}"
 
+    def _render_traceback_(self) -> list[str]:
+        """For notebooks, which show these lines instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(Refusal):
     """What was asked cannot be: change the request (exit code 2)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +34,7 @@ from arrowhead.shards import Store
 from arrowhead.study import Learned, OutOfFold, Study
 from arrowhead.tracking import Run
 from arrowhead.train import TrainConfig, Trained
+from arrowhead.wording import counted
 
 # ------------------------------------------------------------------------ what stages are run with
 
@@ -45,6 +47,9 @@ class Screen(Protocol):
     def say(self, line: str) -> None:
         """One line for a person."""
 
+    def passing(self, line: str) -> None:
+        """A line whose place the next line takes, where a screen can do that."""
+
     def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
         """A progress line of `total` images; inside, call with (more done, more faults, the stage
         that binds).
@@ -55,6 +60,9 @@ class Silence:
     """A screen that shows nothing."""
 
     def say(self, line: str) -> None:
+        """Nothing."""
+
+    def passing(self, line: str) -> None:
         """Nothing."""
 
     @contextmanager
@@ -229,7 +237,8 @@ def say_account(path: Path, screen: Screen) -> None:
 
 def _account(features: int, faults: int, ignored: int) -> str:
     return (
-        f"{features + faults + ignored} inputs = {features} features + {faults} faults"
+        f"{counted(features + faults + ignored, 'input')} = {counted(features, 'feature')}"
+        f" + {counted(faults, 'fault')}"
         f" + {ignored} ignored"
     )
 
@@ -270,7 +279,7 @@ def say_drift(drift: dict[str, Any], screen: Screen) -> None:
         return
     screen.say(
         f"golden images: {drift['images']} replayed, largest feature drift {drift['feature']:.1g},"
-        f" {drift['changed']} labels changed"
+        f" {counted(drift['changed'], 'label')} changed"
     )
 
 
@@ -287,9 +296,9 @@ def say_scores(
 ) -> None:
     """What a scoring came to, and what it was bound by."""
     say = means.screen.say
-    ignored = f" ({counts['ignored']} other files ignored)" if counts["ignored"] else ""
-    account = f"{counts['scored']} scored + {counts['faults']} faults"
-    say(f"{counts['inputs']} inputs = {account}{ignored}")
+    ignored = f" ({counted(counts['ignored'], 'other file')} ignored)" if counts["ignored"] else ""
+    account = f"{counts['scored']} scored + {counted(counts['faults'], 'fault')}"
+    say(f"{counted(counts['inputs'], 'input')} = {account}{ignored}")
     _say_ways(means.screen, counts, done)
     if not (loaded.novelty and config.flag_novel):
         return
@@ -297,12 +306,12 @@ def say_scores(
     if cut is None:
         say(
             f"no image can be called novel at {share} false alarms: the bundle was validated on"
-            f" {len(loaded.novelty.known)} images, too few to say so"
+            f" {counted(len(loaded.novelty.known), 'image')}, too few to say so"
         )
     else:
         say(
-            f"{counts['novel']} images are novel: further than {cut:.3f} from the training images"
-            f" ({share} of images like them are, too)"
+            f"{counted(counts['novel'], 'novel image')}: further than {cut:.3f} from the training"
+            f" images ({share} of images like them are, too)"
         )
 
 
@@ -343,6 +352,9 @@ def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> Non
 # ---------------------------------------------------------------------------------------- learning
 
 
+MAX_EPOCH_LINES = 30  # on the screen; --json, MLflow and watch have every epoch
+
+
 class Told:
     """What workers report of a study, shown and recorded; once, however often they start again."""
 
@@ -351,6 +363,7 @@ class Told:
         self._done: set[Any] = set()
         self._said = self._sent = 0.0
         self._best = -np.inf
+        self._unsaid: dict[int, str] = {}  # lines of epochs that were left out so far
         self._points: dict[str, list[tuple[int, float]]] = defaultdict(list)
 
     def send(self) -> None:
@@ -373,7 +386,10 @@ class Told:
             screen.say(message["warning"])
         elif "goes_on" in message:
             done = message["goes_on"]
-            screen.say(f"{message['part']}: {done} epochs are done; going on from their checkpoint")
+            screen.say(
+                f"{message['part']}: {counted(done, 'epoch')} done before; going on from the"
+                " checkpoint"
+            )
         elif "curve" in message and "curve" not in self._done:
             self._done.add("curve")
             say_rates(message["curve"], screen)
@@ -391,7 +407,12 @@ class Told:
                 column = _column(lines[0], config.best)
                 if epoch == 0:
                     screen.say(HEADING + (f"  {column:>{max(8, len(column))}}" if column else ""))
-                screen.say(self._row(lines[0], column))
+                line = self._row(lines[0], column)
+                if epoch % math.ceil(config.total_epochs / MAX_EPOCH_LINES) == 0:
+                    screen.say(line)
+                else:
+                    self._unsaid[epoch] = line
+                    screen.passing(f"{line}  of {config.total_epochs} epochs")
             found = {"rate": message["rate"]} if "rate" in message else {}
             for name, value in (lines[0] | found).items():
                 if name != "epoch":
@@ -406,11 +427,20 @@ class Told:
             pick = min if name == "valid_loss" else max
             best = pick(line[name] for line in lines.values())
             at = "" if config.head == "logistic" else f"epoch {epoch} · "
-            screen.say(f"{part} · {at}{len(lines)} heads learn · best {name} {best:.4f}")
+            screen.say(
+                f"{part} · {at}training {counted(len(lines), 'head')} · best {name} {best:.4f}"
+            )
             if self._means.run:
                 figures = {"epoch": epoch, "heads": len(lines), name: best}
                 found = {f"progress.{part}.{k}": v for k, v in figures.items()}
                 self._means.run.record(found, step=epoch)
+
+    def ended(self, made: Learned) -> None:
+        """Say the lines of the epoch that is kept and of the last one, if they were left out."""
+        if made.heads and self._unsaid:
+            one = made.winner
+            for epoch in sorted({one.epoch, len(one.epochs) - 1} & self._unsaid.keys()):
+                self._means.screen.say(self._unsaid.pop(epoch))
 
     def _row(self, line: dict[str, float], column: str) -> str:
         """One epoch; a star where what --best names is better than ever before."""
@@ -471,7 +501,12 @@ def say_stop(made: Learned, screen: Screen) -> None:
 def say_rates(curve: Curve, screen: Screen) -> None:
     """The LR finder's suggestions on one line, each with the factor by which seeds differ."""
     found = " · ".join(
-        f"{name} {rate:.2g}" + (f" ×÷{curve.spreads[name]:.2g}" if name in curve.spreads else "")
+        f"{name} {rate:.2g}"
+        + (
+            f" (within a factor of {curve.spreads[name]:.2g} across seeds)"
+            if name in curve.spreads
+            else ""
+        )
         for name, rate in curve.suggestions.items()
     )
     screen.say(f"learning rate: {found} — {curve.verdict}")
@@ -515,7 +550,7 @@ def say_threshold(known: Novelty, screen: Screen) -> None:
         screen.say(f"novelty: {share} {cut:.3f} from the training images")
     else:
         few = len(known.known)
-        screen.say(f"novelty: {few} validation images are too few for a threshold")
+        screen.say(f"novelty: {counted(few, 'validation image')}: too few for a threshold")
 
 
 def show_evaluation(
@@ -598,7 +633,7 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means
     for line in class_table(figures["per_class"]):
         say(line)
     if figures["faults"]:
-        say(f"{figures['faults']} images could not be read and are in no figure")
+        say(f"in no figure: {counted(figures['faults'], 'image')} that could not be read")
     say(evaluation(figures, "labelled"))
     files = []
     if "confusion" in figures:
@@ -693,6 +728,9 @@ def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
 # -------------------------------------------------------------------------------------- many heads
 
 
+SHOWN_SETTINGS = 5  # on the screen
+
+
 def show_grid(
     store: Store, asked: Study, made: Learned, folder: Path, means: Means
 ) -> dict[str, Any]:
@@ -700,14 +738,17 @@ def show_grid(
     knobs, heads, ranked = asked.knobs, made.heads, made.ranking
     assert ranked is not None
     means.screen.say(
-        f"{len(heads)} heads, {len(ranked['settings'])} settings, by {ranked['figure']}:"
+        f"{counted(len(heads), 'head')}, {counted(len(ranked['settings']), 'setting')}, by"
+        f" {ranked['figure']}:"
     )
-    for setting in ranked["settings"][:5]:
+    for setting in ranked["settings"][:SHOWN_SETTINGS]:
         spread = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
         means.screen.say(
             f"  {setting['mean']:.4f}{spread}  loss {setting['valid_loss']:.4f}"
             f"  {sweep.words(setting['knobs'])}{_chance(setting)}"
         )
+    if len(ranked["settings"]) > SHOWN_SETTINGS:
+        means.screen.say(f"  … the best {SHOWN_SETTINGS}; all of them are in report/grid.csv")
     means.screen.say(ranked["words"])
     table = report.grid_csv(ranked, folder / "grid.csv")
     if means.run:
@@ -726,7 +767,7 @@ def show_grid(
 def _chance(setting: dict[str, Any]) -> str:
     """Whether a setting differs from the best, after its name."""
     if setting["stopped"]:
-        return f"  (stopped after {setting['epochs']} epochs)"
+        return f"  (stopped after {counted(setting['epochs'], 'epoch')})"
     return "" if setting["p"] is None else f"  p {setting['p']:.2g}"
 
 
@@ -767,7 +808,7 @@ def show_folds(
         for values in [[line[name] for line in found.last]]
     }
     shown = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
-    long = "" if config.head == "logistic" else f", {found.epochs} epochs each"
+    long = "" if config.head == "logistic" else f", {counted(found.epochs, 'epoch')} each"
     means.screen.say(f"{len(found.last)} folds{long}: {shown}")
     if found.not_held_out:
         names = ", ".join(f"{name} ({count})" for name, count in found.not_held_out.items())

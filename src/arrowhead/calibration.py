@@ -89,17 +89,18 @@ def words(figures: dict[str, Any]) -> str:
     """The temperature, and what it does for images that took no part in fitting it."""
     temperature, error = figures["temperature"], ""
     if figures.get("ece_high") is not None:
-        sure = figures["ece_high"] - figures["ece"]
-        error = f"{figures['ece']:.3f} ± {sure:.3f}"
+        error = f"{figures['ece']:.3f} ({figures['ece_low']:.3f} to {figures['ece_high']:.3f})"
     if temperature != 1:
         if not error:
             return f"temperature {temperature:.2f}"
         before = figures["ece_uncalibrated"]
-        return f"temperature {temperature:.2f} (ECE {before:.3f} -> {error} on held-out parts)"
+        return (
+            f"temperature {temperature:.2f} · ECE {error} on held-out parts, {before:.3f} without"
+        )
     why = "a fitted one did not help"
     if figures.get("temperature_fitted") is None:
         why = f"fewer than {FEWEST} different images to fit one"
-    return f"temperature 1 ({why}{f'; ECE {error}' if error else ''})"
+    return f"temperature 1 ({why}){f' · ECE {error}' if error else ''}"
 
 
 def _parts(key_N: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -40,20 +40,29 @@ from arrowhead.cli_app import (
     Export,
     Extract,
     Finder,
+    FinderHead,
     Golden,
     Head,
+    HeadOfFinder,
+    LabelSource,
     Launch,
+    Models,
     NamedExtract,
     NamedFinder,
     Out,
     Output,
     Pixels,
+    ReadSource,
     Registry,
     Scores,
     Source,
     StorePath,
     Sweep,
     Tracking,
+    TrackingStore,
+    Watched,
+    WatchedTracking,
+    answer_must_be_taken,
     app,
     fetched,
     finish,
@@ -88,6 +97,7 @@ from arrowhead.tables import SourceConfig
 from arrowhead.targets import check_file, check_folder, expanded
 from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig
+from arrowhead.wording import counted
 
 # ------------------------------------------------------------------------------- verbs
 
@@ -187,16 +197,34 @@ def _ready(
         own = f" with {body.weights}" if body.weights != asked.body.weights else ""
         screen.say(
             f"as in {store}: body {body.body}{own} · pool {body.pool} · {pixels.size} pixels,"
-            f" {pixels.resize} · {pixels.views} view{'s' * (pixels.views > 1)}"
+            f" {pixels.resize} · {counted(pixels.views, 'view')}"
         )
+    _say_unused(images, catalog, store, screen)
     return images, catalog
+
+
+def _say_unused(images: FeatureConfig, catalog: Catalog, store: Path, screen: Screen) -> None:
+    """Refuse, or say, what was asked for and changes nothing here."""
+    if images.pixels.views == 1 and (idle := given() & {"augment", "augment_seed"}):
+        flag = "--" + min(idle).replace("_", "-")
+        raise ConfigError(
+            f"{flag} has no effect with one view of each image, which is clean.",
+            "views to augment.",
+            f"add e.g. --views 4, or leave {flag} out.",
+        )
+    if given() & {"chunk_size", "extract.chunk_size"} and (store / "store.json").is_file():
+        begun = Store(store).chunk_size
+        if begun != images.extract.chunk_size:
+            screen.say(f"--chunk-size is not used: {store} was begun with {begun}")
+    if "valid_share" in given() and "" not in catalog.splits:
+        screen.say("--valid-share is not used: the images come with a validation split")
 
 
 @app.command(sort_key=3)
 def lr_find(
     store: StorePath,
     *,
-    head: Head = TrainConfig(),
+    head: HeadOfFinder = FinderHead(),
     finder: Finder = FinderConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
@@ -320,7 +348,7 @@ def evaluate(
     ] = None,
     *,
     evaluation: Evaluate = EvaluateConfig(),
-    source: Source = SourceConfig(),
+    source: LabelSource = ReadSource(),
     extract: Extract = ExtractConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
@@ -357,7 +385,7 @@ def export(
     ],
     *,
     what: Export = ExportConfig(),
-    tracking: Tracking = TrackingConfig(),
+    tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
     """Write a bundle as one file for programs without Arrowhead: uint8 pixels in, calibrated
@@ -375,13 +403,21 @@ def export(
     bundles.must_be_there(bundle)
     with fetched(bundle, tracking) as folder:
         result = exporting.export(folder, out, what) | {"bundle": bundle}
-    if not output.json:
-        sizes = " and ".join(map(str, result["batch_sizes"]))
-        Screen(to_stderr=False).say(
-            f"{result['file']}: {result['bytes'] / 1e6:.1f} MB · checked on {result['images']}"
-            f" {result['checked_on']} in batches of {sizes}: largest difference"
-            f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
+    screen = Screen(to_stderr=output.json)
+    sizes = " and ".join(map(str, result["batch_sizes"]))
+    screen.say(
+        f"{result['file']}: {result['bytes'] / 1e6:.1f} MB · checked on {result['images']}"
+        f" {result['checked_on']} in batches of {sizes}: largest difference"
+        f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
+    )
+    result["files"] = say_written(screen, [result["file"]])
+    if what.format == "onnx":
+        code = (
+            f"import onnxruntime as o; print(o.InferenceSession({result['file']!r}).get_inputs())"
         )
+    else:
+        code = f"import torch; print(torch.export.load({result['file']!r}).graph_signature)"
+    say_next(screen, [[sibling("python"), "-P", "-c", code]])
     return finish(result, output)
 
 
@@ -414,7 +450,9 @@ def demo(
             shutil.rmtree(draft, ignore_errors=True)
             drew = drawing.draw(draft)
             draft.rename(images)
-            means.screen.say(f"{drew} images of {', '.join(drawing.CLASSES)} drawn in {images}")
+            means.screen.say(
+                f"{counted(drew, 'image')} of {', '.join(drawing.CLASSES)} drawn in {images}"
+            )
         config = FeatureConfig(body=_demo_body(means.screen))
         result = pipeline.fit(images, fitted, config, asked, means)
         scores = _new_folder(out / "scores")
@@ -468,7 +506,7 @@ def watch(
         bool, Parameter(negative="--no-follow", help="Go on until the run ends; else show it once.")
     ] = True,
     every: Annotated[float, Parameter(help="Seconds between two looks.")] = 2.0,
-    tracking: Tracking = TrackingConfig(),
+    tracking: Watched = WatchedTracking(),
     output: Out = Output(),
 ) -> int:
     """Watch a run from another terminal, or another machine: how far each stage is and what binds
@@ -481,6 +519,8 @@ def watch(
     """
     from arrowhead import watch as watching
 
+    if "every" in given() and not follow:
+        raise ConfigError("--every has no effect with --no-follow.", "one.", "leave one out.")
     if not every > 0:
         raise ConfigError(f"--every is {every}.", "more than 0 seconds.", "give e.g. 2.")
     screen = Screen(to_stderr=output.json)
@@ -527,6 +567,9 @@ def main(words: list[str] | None = None) -> None:
     sys.exit(code)
 
 
+TELLING = ("features", "scores", "bundle", "jobs", "doctor")  # verbs whose lines are the result
+
+
 def _run(words: list[str]) -> int:
     """Run a verb; its exit code, after what went wrong is said."""
     words = cli_inspect.scores_verb(words)
@@ -534,6 +577,10 @@ def _run(words: list[str]) -> int:
     take_any_text()
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
+        if words and words[0] in TELLING:
+            if sys.stdout:
+                sys.stdout.flush()
+            answer_must_be_taken()
     except CycloptsError as error:
         wanted = "a verb, its arguments and its flags, as --help lists them."
         code = refuse(str(error), wanted, f"run {me()} {verb_in(words)}--help.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import shutil
 import sys
 import tempfile
@@ -17,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import App, ArgumentCollection, Group, Parameter
+from cyclopts import App, Argument, ArgumentCollection, Group, Parameter
 from cyclopts.config import Toml
 
-from arrowhead import ConfigError, __version__
+from arrowhead import ConfigError, __version__, signals
 from arrowhead.cluster import LaunchConfig
 from arrowhead.decode import PixelConfig
 from arrowhead.evaluate import EvaluateConfig
@@ -37,8 +36,10 @@ from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
 from arrowhead.sweep import SweepConfig
 from arrowhead.tables import SourceConfig
+from arrowhead.targets import expanded
 from arrowhead.tracking_client import TrackingConfig, secrets_of, without_secret
 from arrowhead.train import TrainConfig
+from arrowhead.wording import command
 
 app = App(
     name="arrowhead",
@@ -59,6 +60,46 @@ class Output:
 
     json: Annotated[bool, Parameter(negative="")] = False
     """Print the result as one JSON object, last on standard output; all else goes to stderr."""
+
+
+# Verbs that use a part of some settings do not show the rest, and refuse them like any flag that
+# does not exist.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinderHead(TrainConfig):
+    """The settings of a training that its learning rate depends on."""
+
+    l2: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
+    rate: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
+    best: Annotated[
+        Literal["last", "valid_loss", "accuracy", "balanced_accuracy", "f1", "f2"],
+        Parameter(parse=False),
+    ] = "last"
+    patience: Annotated[int, Parameter(parse=False)] = 0
+    checkpoint_seconds: Annotated[float, Parameter(parse=False)] = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSource(SourceConfig):
+    """How labels are read where nothing is held out."""
+
+    valid_share: Annotated[float, Parameter(parse=False)] = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchedTracking(TrackingConfig):
+    """Where runs are looked for."""
+
+    run_name: Annotated[str | None, Parameter(parse=False)] = None
+    system_metrics: Annotated[bool, Parameter(parse=False)] = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingStore(WatchedTracking):
+    """The store that models are read from, or registered in."""
+
+    experiment: Annotated[str, Parameter(parse=False)] = "arrowhead"
 
 
 Data = Annotated[
@@ -91,6 +132,7 @@ def _flags(group: str, key: int) -> Any:
 
 
 Source = Annotated[SourceConfig, _flags("Labels", 2)]
+LabelSource = Annotated[ReadSource, _flags("Labels", 2)]
 Body = Annotated[BodyConfig, _flags("Body", 3)]
 Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
 Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
@@ -104,6 +146,7 @@ Golden = Annotated[
     ),
 ]
 Head = Annotated[TrainConfig, _flags("Training", 6)]
+HeadOfFinder = Annotated[FinderHead, _flags("Training", 6)]
 Finder = Annotated[FinderConfig, _flags("LR finder", 7)]
 NamedFinder = Annotated[
     FinderConfig, Parameter(name="lr-find", group=Group("LR finder", sort_key=7))
@@ -116,6 +159,8 @@ Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 # negative: their booleans are true, and get a --no-.
 _TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))
 Tracking = Annotated[TrackingConfig, _TRACKING]
+Watched = Annotated[WatchedTracking, _TRACKING]
+Models = Annotated[TrackingStore, _TRACKING]
 Registry = Annotated[RegistryConfig, _TRACKING]
 ToCluster = Annotated[ClusterConfig, _flags("Cluster", 8)]
 Out = Annotated[Output, _flags("Output", 10)]
@@ -140,6 +185,8 @@ def run_context(
     from arrowhead.tracking import start
 
     screen = Screen(to_stderr=output.json)
+    if not launch.most and (idle := sorted(given() & {"restarts", "wait"})):
+        screen.say(f"--{' and --'.join(idle)} have no effect without --workers")
     opened = start(tracking, verb, place, registry=registry, say=screen.say)
     with _alone(place, screen.say):
         with opened as run:
@@ -154,9 +201,9 @@ def _alone(place: Path | None, say: Callable[[str], None]) -> Iterator[None]:
     if place is None:
         yield
         return
-    from arrowhead import fileio
+    from arrowhead import fileio, pipeline
 
-    with fileio.occupied(place.parent, say):
+    with fileio.occupied(place.parent, say, shown=pipeline.bundle_of(place.parent)):
         yield
 
 
@@ -182,9 +229,9 @@ def ui_command(tracking: TrackingConfig) -> str:
     """
     uri = tracking.uri
     if uri.startswith("http"):  # a server, whose UI is there already
-        return shlex.join([sibling("python"), "-P", "-m", "webbrowser", without_secret(uri)])
-    shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else shlex.quote(uri)
-    return f"{shlex.quote(sibling('mlflow'))} ui --backend-store-uri {shown}"
+        return command([sibling("python"), "-P", "-m", "webbrowser", without_secret(uri)])
+    shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else command([uri])
+    return f"{command([sibling('mlflow')])} ui --backend-store-uri {shown}"
 
 
 def say_next(screen: Any, commands: Sequence[str | Sequence[object]]) -> None:
@@ -193,7 +240,7 @@ def say_next(screen: Any, commands: Sequence[str | Sequence[object]]) -> None:
     """
     screen.say("next:")
     for one in commands:
-        screen.say(f"  {one if isinstance(one, str) else shlex.join(map(str, one))}")
+        screen.say(f"  {one if isinstance(one, str) else command(one)}")
 
 
 def say_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
@@ -229,8 +276,21 @@ def finish(result: dict[str, Any], output: Output) -> int:
 
 
 def give(result: dict[str, Any]) -> None:
-    """Print the result as one line of JSON on standard output."""
+    """Print the result as one line of JSON on standard output. Raises ConfigError if it is not
+    taken, by a full disk or the like; a reader that has gone wants no more.
+    """
     Screen(to_stderr=False).give(json.dumps(_plain(result), allow_nan=False))
+    answer_must_be_taken()
+
+
+def answer_must_be_taken() -> None:
+    """ConfigError if something of standard output was lost and its reader had not gone."""
+    if error := signals.lost():
+        raise ConfigError(
+            f"The result could not be written to standard output: {error.strerror}.",
+            "a file or pipe that takes it.",
+            "send it elsewhere and run the same command again; what is done is not done twice.",
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -259,8 +319,8 @@ def entry(
 
 
 class _Given:
-    """Notes which flags were given, on the command line or in the TOML file: for cyclopts a source
-    of flags that adds none.
+    """Notes which flags were given, on the command line or in the TOML file, and expands ~ in
+    paths, quoted for the shell or not: for cyclopts a source of flags that adds none.
     """
 
     def __init__(self) -> None:
@@ -270,6 +330,24 @@ class _Given:
         """Called by cyclopts after the sources before it, before anything is converted."""
         given = (argument.name for argument in arguments if argument.tokens)
         self.names = frozenset(name.lstrip("-").replace("-", "_") for name in given)
+        for argument in arguments:
+            if _is_place(argument):
+                argument.tokens = [
+                    token.evolve(value=str(expanded(Path(token.value))))
+                    if token.value.startswith("~")
+                    else token
+                    for token in argument.tokens
+                ]
+
+
+PLACES = {"--data", "--bundle", "--images", "--base", "--weights"}  # paths or addresses
+
+
+def _is_place(argument: Argument) -> bool:
+    """Whether an argument names a file or folder, or may."""
+    if argument.name in PLACES:
+        return True
+    return Path in (argument.hint, *get_args(argument.hint))
 
 
 _given = _Given()
@@ -284,6 +362,7 @@ def configure(config: Path | None) -> None:
     """Flags are also read from this TOML file, or from none."""
     app.config = (_given,)
     if config is not None:
+        config = expanded(config)
         if not config.is_file():
             raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
 from arrowhead.tables import SourceConfig
 from arrowhead.tracking_client import TrackingConfig, secrets_of
+from arrowhead.wording import command
 
 # --------------------------------------------------------------------------- a cluster
 
@@ -328,7 +328,7 @@ def jobs_logs(
     there = jobs.reach(cluster)
     screen = Screen(to_stderr=output.json)
     if follow:
-        back = shlex.join(["arrowhead", *sys.argv[1:]])
+        back = command(["arrowhead", *sys.argv[1:]])
         return _followed(there, job_id, screen, output, back, {"address": there.url})
     for line in jobs.logs(there, job_id):
         screen.say(line)

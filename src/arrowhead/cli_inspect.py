@@ -10,17 +10,22 @@ from cyclopts import App, Parameter
 
 from arrowhead.cli_app import (
     BundleAddress,
+    Models,
     Out,
     Output,
-    Tracking,
+    TrackingStore,
+    Watched,
+    WatchedTracking,
     fetched,
     finish,
     give,
+    me,
+    say_next,
 )
 from arrowhead.registry import RegistryConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.wording import counted
 
 # ---------------------------------------------------------------------------- features
 
@@ -52,8 +57,9 @@ def info(store: Finished, *, output: Out = Output()) -> int:
     screen = Screen(to_stderr=False)
     faults = sum(held["faults"].values())
     screen.say(
-        f"{store}: {held['images']} images = {held['features']} features + {faults} faults ·"
-        f" {held['distinct']} different contents · {held['shards']} shards ·"
+        f"{store}: {counted(held['images'], 'image')} = {counted(held['features'], 'feature')}"
+        f" + {counted(faults, 'fault')} · {counted(held['distinct'], 'different content')} ·"
+        f" {counted(held['shards'], 'shard')} ·"
         f" {held['bytes'] / 1e6:.1f} MB"
     )
     recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
@@ -107,7 +113,7 @@ def gc(
     if not output.json:
         hint = "" if yes or not found else "; --yes removes them"
         done = "removed" if yes else "found"
-        Screen(to_stderr=False).say(f"{len(found)} files {done}{hint}")
+        Screen(to_stderr=False).say(f"{counted(len(found), 'file')} {done}{hint}")
     return 0
 
 
@@ -153,7 +159,8 @@ def scores_verify(
         for problem in found["problems"]:
             screen.say(problem)
         screen.say(
-            f"{out}: {found['parts']} parts · {found['rows']} rows · {found['bytes'] / 1e6:.1f} MB:"
+            f"{out}: {counted(found['parts'], 'part')} · {counted(found['rows'], 'row')} ·"
+            f" {found['bytes'] / 1e6:.1f} MB:"
             f" {'all as written' if not found['problems'] else 'cannot be trusted'}"
         )
     return 4 if found["problems"] else 0
@@ -178,6 +185,15 @@ bundles = App(
 )
 
 
+CALIBRATION = (  # figures that have a line of their own
+    "temperature",
+    "temperature_fitted",
+    "ece",
+    "ece_low",
+    "ece_high",
+    "ece_uncalibrated",
+    "ece_fitted",
+)
 SHOWN = ("l2", "best", "batch_size", "weight_decay", "dropout", "seed")  # of a bundle's training
 
 
@@ -189,13 +205,14 @@ def bundle_info(
         bool,
         Parameter(help="Also precision, recall, F1 and images of each class, the worst first."),
     ] = False,
-    tracking: Tracking = TrackingConfig(),
+    tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
     """What a bundle is: task, classes, recipe, head, how it was trained, figures, lineage.
 
     Example: arrowhead bundle info out/bundle --per-class
     """
+    from arrowhead import calibration
     from arrowhead.bundle import info
     from arrowhead.metrics import class_table
 
@@ -206,15 +223,19 @@ def bundle_info(
         return 0
     screen = Screen(to_stderr=False)
     screen.say(
-        f"{bundle}: {held['task']}, {len(held['classes'])} classes ·"
+        f"{bundle}: {held['task']}, {counted(len(held['classes']), 'class', 'classes')} ·"
         f" {held['bytes'] / 1e6:.1f} MB · fingerprint {held['fingerprint']}"
     )
     screen.say(f"classes: {', '.join(held['classes'][:20])}{' …' * (len(held['classes']) > 20)}")
     recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
     screen.say(f"recipe {held['recipe_fingerprint']}: {recipe}")
     screen.say(_head_of(held))
-    figures = {k: v for k, v in held["metrics"].items() if isinstance(v, int | float)}
-    screen.say("figures: " + " · ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    metrics = held["metrics"]
+    figures = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+    shown = {k: v for k, v in figures.items() if k not in CALIBRATION}
+    screen.say("figures: " + " · ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    if "temperature" in metrics:
+        screen.say(f"calibration: {calibration.words(metrics)}")
     if known := held["novelty"]:
         cut = known["threshold_at_5_percent_false_alarms"]
         screen.say(
@@ -226,7 +247,7 @@ def bundle_info(
         f"made by arrowhead {lineage.get('arrowhead')}, MLflow run {lineage.get('run_id')},"
         f" data {lineage.get('data')}"
     )
-    screen.say(f"{held['golden_images']} golden images")
+    screen.say(counted(held["golden_images"], "golden image"))
     for name, images in (("per_class", "validation"), ("test_per_class", "test")):
         if per_class and (found := held["metrics"].get(name)):
             screen.say(f"{images} images, by class:")
@@ -258,7 +279,7 @@ def bundle_verify(
     max_drift: Annotated[
         float, Parameter(help="Largest cosine distance of a golden image's feature.")
     ] = ScoreConfig().max_drift,
-    tracking: Tracking = TrackingConfig(),
+    tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
     """Check a bundle: seal, hashes, shapes; then replay its golden images on this machine.
@@ -282,8 +303,8 @@ def bundle_verify(
         if not drift.images:
             screen.say(NO_GOLDEN_IMAGES)
         screen.say(
-            f"{bundle} is whole; {drift.images} golden images replayed: largest feature drift"
-            f" {drift.feature:.1g}, {drift.changed} labels changed"
+            f"{bundle} is whole; {counted(drift.images, 'golden image')} replayed: largest feature"
+            f" drift {drift.feature:.1g}, {counted(drift.changed, 'label')} changed"
         )
     must_agree(drift, max_drift)
     return 0
@@ -295,7 +316,7 @@ def register(
     name: Annotated[str, Parameter(help="Name of the registered model.")],
     *,
     alias: Annotated[str, Parameter(help="Alias that is moved to the new version.")] = "champion",
-    tracking: Tracking = TrackingConfig(),
+    tracking: Watched = WatchedTracking(),
     output: Out = Output(),
 ) -> int:
     """Make a bundle a version of a registered model in MLflow, as --register of `fit` does. Done
@@ -311,4 +332,6 @@ def register(
     screen = Screen(to_stderr=output.json)
     asked = RegistryConfig(register=name, alias=alias)
     address = enter(bundle, tracking, asked, say=screen.say)
+    screen.say(f"registered: {address}, models:/{name}@{alias}")
+    say_next(screen, [[me(), "score", f"models:/{name}@{alias}", "IMAGES", "SCORES"]])
     return finish({"registered": address, "bundle": str(bundle)}, output)

@@ -66,6 +66,12 @@ class DescentConfig:
         ):
             if not fine:
                 raise ConfigError(f"--{knob} is {value}.", f"{wanted}.", f"give another --{knob}.")
+        if self.momentum != 0.9 and self.optimizer != "sgd":
+            raise ConfigError(
+                f"--momentum {self.momentum:g} goes with --optimizer sgd, not {self.optimizer}.",
+                "sgd, or no --momentum.",
+                "add --optimizer sgd, or leave --momentum out.",
+            )
         if self.cycle_mult > 1 and not self.cycle_len:
             raise ConfigError(
                 f"--cycle-mult {self.cycle_mult} has no --cycle-len.",

@@ -497,4 +497,4 @@ def roofline(seconds: Mapping[str, float], images: int, workers: int) -> str:
     shares = " · ".join(f"{s} {100 * seconds.get(s, 0) / total:.0f} %" for s in STAGES)
     stage = binding(seconds)
     reached, possible = images / seconds["workers"], images * workers / seconds[stage]
-    return f"{shares} — bound by {stage}: {reached:.1f} img/s of {possible:.1f} possible here"
+    return f"{shares} — bound by {stage}: {reached:.1f} img/s (it alone would do {possible:.1f})"

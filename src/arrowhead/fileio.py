@@ -367,7 +367,7 @@ def locked(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterator
 
     say: gets a sentence where the disk has no locks.
     """
-    handle = _acquire(folder, say)
+    handle = _acquire(folder, say, folder)
     try:
         yield
     finally:
@@ -375,16 +375,19 @@ def locked(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterator
 
 
 @contextmanager
-def occupied(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterator[None]:
+def occupied(
+    folder: Path, say: Callable[[str], None] = warn_of_locks, shown: Path | None = None
+) -> Iterator[None]:
     """A folder that is made if need be, and locked; if nothing was put into it, it goes again, and
     so do the folders above it that were made for it. Drafts left by killed writers go at once.
+    shown: what a refusal calls it.
     """
     made: list[Path] = []
     while True:
         made += [one for one in (folder, *folder.parents) if not one.exists() and one not in made]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = _acquire(folder, say)
+            handle = _acquire(folder, say, shown or folder)
         except (FileNotFoundError, FileExistsError):
             if folder.exists() and not folder.is_dir():
                 raise
@@ -403,7 +406,7 @@ def occupied(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterat
         os.close(handle)
 
 
-def _acquire(folder: Path, say: Callable[[str], None]) -> int:
+def _acquire(folder: Path, say: Callable[[str], None], shown: Path) -> int:
     """The handle of a folder's lock file, locked until it is closed."""
     while True:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -412,7 +415,7 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> int:
         except BlockingIOError:
             os.close(handle)
             raise ConfigError(
-                f"{folder} is being written by another Arrowhead command.",
+                f"{shown} is being written by another Arrowhead command.",
                 "one writer at a time.",
                 "wait for it to end, or stop it; then run this again.",
             ) from None

@@ -47,7 +47,7 @@ def score(
         source = SourceConfig(
             images=config.base, suffix=config.suffix, path_column=config.path_column
         )
-        catalog = plan.unlabelled(images, source)
+        catalog = plan.unlabelled(images, source, base_flag="--base")
         account.say_source(catalog, means.screen)
         made = _scored(path, loaded, catalog, out, config, how, means, "scoring")
         account.say_folders(made.held.folders, means.screen)

@@ -11,7 +11,9 @@ on the stored features.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
+import numbers
 import os
 import re
 import tempfile
@@ -20,14 +22,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import Refusal, account, files, pipeline, plan, report
+from arrowhead import ConfigError, Refusal, account, files, pipeline, plan, report
 from arrowhead import bundle as bundles
 from arrowhead.decode import PixelConfig
+from arrowhead.extract import ExtractConfig
 from arrowhead.features import FeatureConfig
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.model import BodyConfig
@@ -69,7 +73,7 @@ class Images:
         or empty folder, or fewer than two classes.
         """
         with _python_words():
-            config = SourceConfig(**source)
+            config = SourceConfig(**_settings(source, SourceConfig))
             return Images(os.fspath(path), plan.labelled(path, config), config)
 
     @staticmethod
@@ -157,7 +161,8 @@ class Learner:
     body: torchvision's name, or a BodyConfig; images: `Images`; store: folder for the features,
     by default in .arrowhead/ of the working directory; head: linear or lesson (the default here).
     Opening it decodes what the store does not hold yet. track: record every `fit` and `lr_find` in
-    MLflow; tracking_uri: there (it implies track).
+    MLflow; tracking_uri: there (it implies track). settings: fields of `BodyConfig`, `PixelConfig`
+    and `ExtractConfig`, such as weights="weights.safetensors", size=128 or batch_size=256.
     """
 
     def __init__(
@@ -170,12 +175,26 @@ class Learner:
         pixels: PixelConfig = PixelConfig(),
         track: bool = False,
         tracking_uri: str | None = None,
+        **settings: Any,
     ) -> None:
-        body = BodyConfig(body=body) if isinstance(body, str) else body
+        with _python_words():
+            asked = _settings(settings, BodyConfig, PixelConfig, ExtractConfig, but=("body",))
+            if not isinstance(images, Images):
+                raise ConfigError(
+                    f"images is {images!r}.", "Images.", "give Images.from_folder(PATH)."
+                )
+            body = BodyConfig(body=body) if isinstance(body, str) else body
+            how = FeatureConfig(
+                source=images.source,
+                body=_with(body, asked),
+                pixels=_with(pixels, asked),
+                extract=_with(ExtractConfig(), asked),
+            )
+            self._config = TrainConfig(**_settings({"head": head}, TrainConfig))
         self.images = images
         origin = files.resolve(images.path)
         place = hashlib.blake2b(files.raw(origin), digest_size=4).hexdigest()
-        own = Path(".arrowhead") / f"{origin.rpartition('/')[2]}-{place}-{body.body}"
+        own = Path(".arrowhead") / f"{origin.rpartition('/')[2]}-{place}-{how.body.body}"
         folder = Path(store) if store else own
         self._tracking = (
             TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None
@@ -184,9 +203,7 @@ class Learner:
         self._trained: Trained | None = None
         self._ready: Predictor | None = None
         with _python_words():
-            self._config = TrainConfig(head=head)  # type: ignore[arg-type]
-            settings = FeatureConfig(source=images.source, body=body, pixels=pixels)
-            pipeline.precompute(images.path, folder, settings, self._means)
+            pipeline.precompute(images.path, folder, how, self._means)
         self.store = images._store = Store(folder)
 
     @staticmethod
@@ -219,7 +236,8 @@ class Learner:
         """
         knobs.setdefault("schedule", "constant")
         with _python_words(), self._run("fit") as means:
-            before, now = self._config, {"rate": rate, "epochs": epochs} | knobs
+            before = self._config
+            now = _settings({"rate": rate, "epochs": epochs} | knobs, TrainConfig)
             self._config = dataclasses.replace(before, **now)
             on = self._trained and not fresh and before.head == self._config.head
             start = self._trained.state if on and self._trained else None
@@ -255,7 +273,7 @@ class Learner:
         knobs: fields of `FinderConfig`, such as low, high, steps, seeds.
         """
         with _python_words(), self._run("lr-find") as means:
-            finder = FinderConfig(**knobs)
+            finder = FinderConfig(**_settings(knobs, FinderConfig))
             curve = pipeline.find_rate(self.store.path, self._config, finder, means)
         drawn = DrawnCurve(**{f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)})
         report.display(report.lr_figure(drawn))
@@ -374,12 +392,86 @@ def _python_words() -> Iterator[None]:
     try:
         yield
     except Refusal as error:
-        flag = re.compile(r"--([a-z][a-z-]*[a-z])")
-        parts = (error.found, error.wanted, error.do)
-        words = [flag.sub(lambda m: m[1].replace("-", "_") + "=", part) for part in parts]
-        if words == list(parts):
-            raise
-        raise type(error)(*words) from error
+        words = map(_as_keywords, (error.found, error.wanted, error.do))
+        raise type(error)(*words) from None
+
+
+# A flag, and what is given to it where that is clearly no word of the sentence.
+_FLAG = re.compile(
+    r"--([a-z][a-z\d-]*)(?: (\d[\d.e-]*\d|\d|[A-Z]{2,}[\w.]*|random|auto|linear|last))?"
+)
+
+
+def _as_keywords(text: str) -> str:
+    """A line with flags as the keyword arguments that they are in Python."""
+
+    def keyword(flag: re.Match[str]) -> str:
+        value = flag[2] or ""
+        quoted = value if not value or value[0].isdigit() else f'"{value}"'
+        return f"{flag[1].replace('-', '_')}={quoted}"
+
+    return _FLAG.sub(keyword, text)
+
+
+def _settings(given: dict[str, Any], *kinds: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keyword arguments, whose names and types must be those of fields of these dataclasses.
+
+    but: fields that are not meant. Raises ConfigError for any other name or type.
+    """
+    hints = {
+        f.name: get_type_hints(kind)[f.name]
+        for kind in kinds
+        for f in dataclasses.fields(kind)
+        if f.name not in but
+    }
+    made = {}
+    for name, value in given.items():
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, 1)
+            raise ConfigError(
+                f"{name}= is no setting here.",
+                f"one of {', '.join(sorted(hints))}.",
+                f"did you mean {close[0]}=?" if close else "leave it out.",
+            )
+        kinds_of = _kinds(hints[name])
+        made[name] = _plain_value(value)
+        if not any(_is_a(made[name], kind) for kind in kinds_of):
+            words = " or ".join(dict.fromkeys(map(_kind_words, kinds_of)))
+            raise ConfigError(f"{name}={value!r}.", f"{words}.", f"give another {name}=.")
+    return made
+
+
+def _plain_value(value: Any) -> Any:
+    """Paths as text, numbers of NumPy as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The kinds of values that a type stands for: classes, and single values of a Literal."""
+    if get_origin(hint) in (Union, UnionType, Literal):
+        return [kind for part in get_args(hint) for kind in _kinds(part)]
+    return [get_origin(hint) or hint]
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, kind) if isinstance(kind, type) else value == kind
+
+
+def _kind_words(kind: Any) -> str:
+    known = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    known |= {NoneType: "None", tuple: "three numbers"}
+    return known.get(kind, repr(kind))
+
+
+def _with(config: Any, settings: dict[str, Any]) -> Any:
+    """A dataclass with those of the settings that are its own."""
+    own = {f.name for f in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in settings.items() if k in own})
 
 
 __all__ = ["Answer", "Classifier", "Images", "Learner"]

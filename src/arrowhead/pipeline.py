@@ -322,6 +322,7 @@ def learn(path: Path, asked: Study, means: Means = Means(), place: Path | None =
         )
     finally:
         told.send()
+    told.ended(made)
     account.say_stop(made, means.screen)
     return made
 
@@ -471,6 +472,11 @@ def fit(
 def training_of(out: Path) -> Path:
     """Where the training of a bundle keeps its checkpoints until it is done."""
     return out.with_name(f".{out.name}.training")
+
+
+def bundle_of(training: Path) -> Path:
+    """The bundle whose checkpoints are kept there: the inverse of `training_of`."""
+    return training.with_name(training.name.removeprefix(".").removesuffix(".training"))
 
 
 def unfinished(out: Path, *request: Any) -> Path:

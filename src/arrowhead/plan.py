@@ -123,6 +123,7 @@ def labelled(
         catalog = replace(catalog, source=_shown(source))
     else:
         catalog, places = _tree(files.resolve(source))
+        _must_need_no_table(source, config)
     if teaches and "train" in (given := set(catalog.splits)) and "valid" not in given:
         splits = [split.replace("train", "") for split in catalog.splits]
         places = {(split.replace("train", ""), names): at for (split, names), at in places.items()}
@@ -133,17 +134,46 @@ def labelled(
     return catalog
 
 
+OF_TABLES = (  # settings of a source that a folder does not have
+    "images",
+    "suffix",
+    "path_column",
+    "label_column",
+    "split_column",
+    "multi_label",
+    "label_separator",
+)
+
+
+def _must_need_no_table(
+    source: str | Path, config: SourceConfig, base_flag: str = "--images"
+) -> None:
+    """ConfigError for a setting of tables beside a folder, where it would do nothing."""
+    plain = SourceConfig()
+    for name in OF_TABLES:
+        if getattr(config, name) != getattr(plain, name):
+            flag = base_flag if name == "images" else "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{source} is a folder; {flag} says how a table is read.",
+                "a table of images, or a folder without that flag.",
+                f"leave {flag} out, or give the table in the place of the folder.",
+            )
+
+
 def _shown(table: str | Path) -> str:
     """The text of where a table lies."""
     return files.text(named_files.absolute(str(table)))
 
 
-def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Catalog:
+def unlabelled(
+    source: str | Path, config: SourceConfig = SourceConfig(), *, base_flag: str = "--images"
+) -> Catalog:
     """Every file below a folder, whatever the folders are called, sorted by path; or every path in
     a table (.csv, .tsv) or a list (.txt, .lst: a path per line), in its order, as often as it is
     named there.
 
-    No labels, no splits. Raises ConfigError for a source that is missing, empty or torn.
+    No labels, no splits. Raises ConfigError for a source that is missing, empty or torn, and for
+    settings of tables beside a folder. base_flag: what the verb calls the field `images`.
     """
     if tables.is_table(source):
         rows = tables.read(source, config, labelled=False)
@@ -151,6 +181,7 @@ def unlabelled(source: str | Path, config: SourceConfig = SourceConfig()) -> Cat
     root = files.resolve(source)
     found = files.listing(root)
     _must_have_images(root, len(found.paths), found.ignored)
+    _must_need_no_table(source, config, base_flag)
     return Catalog(
         root=root,
         paths=found.paths,

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import tempfile
 import warnings
@@ -34,6 +33,7 @@ from arrowhead.tracking_client import (
     usable,
     without_secret,
 )
+from arrowhead.wording import command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,9 +96,7 @@ class RegistryConfig:
     def later(self, bundle: Path) -> str:
         """The command that registers a bundle afterwards."""
         alias = [] if self.alias == "champion" else ["--alias", self.alias]
-        return shlex.join(
-            ["arrowhead", "bundle", "register", str(bundle), str(self.register), *alias]
-        )
+        return command(["arrowhead", "bundle", "register", bundle, self.register, *alias])
 
 
 def opened(uri: str, config: TrackingConfig) -> Fetch:

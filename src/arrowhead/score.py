@@ -48,6 +48,18 @@ PASSING = (
     "unreadable",
     "decoder_crash",
 )  # faults that may be gone when the same command runs again
+REQUESTED = {
+    "bundle": "weights or settings of the bundle",
+    "images": "images (another folder)",
+    "inputs": "images (their names, sizes or times)",
+    "top_k": "--top-k",
+    "probabilities": "columns (--probabilities)",
+    "features": "columns (--features)",
+    "raw": "probabilities (--raw)",
+    "flag_novel": "columns (--flag-novel)",
+    "false_alarms": "--false-alarms",
+    "chunk_size": "--chunk-size",
+}  # what a request is made of, in words
 BINS = np.linspace(0, 1, 21)
 
 
@@ -97,6 +109,12 @@ class ScoreConfig:
                 f"--false-alarms is {self.false_alarms}.",
                 "a share of the images, more than 0 and less than 1.",
                 "give e.g. 0.05.",
+            )
+        if self.false_alarms != 0.05 and not self.flag_novel:
+            raise ConfigError(
+                f"--false-alarms {self.false_alarms:g} has no --flag-novel.",
+                "images to be marked with so many false alarms.",
+                "add --flag-novel, or leave --false-alarms out.",
             )
 
 
@@ -319,7 +337,7 @@ def prepare(
         found = _request(note)
         if differing := [key for key in asked if found.get(key) != asked[key]]:
             raise ConfigError(
-                f"{out} holds scores of another request: its {differing[0]} differs.",
+                f"{out} holds scores of another request, with other {REQUESTED[differing[0]]}.",
                 "the same bundle, images and settings, to go on; or a new folder.",
                 "give another OUT, or delete that folder.",
             )

@@ -19,6 +19,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from arrowhead.wording import counted
+
 Advance = Callable[[int, int, str], None]
 SELDOM = 10.0  # seconds between lines of progress where nobody sees a bar move
 
@@ -91,19 +93,42 @@ class Screen:
 
     def __init__(self, to_stderr: bool) -> None:
         self.console = Console(stderr=to_stderr, highlight=False, emoji=False)
+        self._passing, self._passed = False, -SELDOM  # whether such a line is shown; when last
 
     def say(self, line: str) -> None:
         """One line; its control characters are shown, not obeyed."""
+        self._wipe()
         self.console.print(visible(line), markup=False, soft_wrap=True)
+
+    def passing(self, line: str) -> None:
+        """A line whose place the next one takes, at most ten a second; only on a terminal."""
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
+            return
+        if monotonic() - self._passed < 0.1:
+            return
+        self._passed = monotonic()
+        self._wipe()
+        self._passing = True
+        text = Text(visible(line), end="", no_wrap=True, overflow="ellipsis")
+        text.truncate(max(self.console.width - 1, 1))
+        self.console.print(text, end="", soft_wrap=True)
+        self.console.file.flush()
+
+    def _wipe(self) -> None:
+        if self._passing:
+            self._passing = False
+            self.console.file.write("\r\x1b[2K")
 
     def give(self, line: str) -> None:
         """One line for a program to read: no style, no wrapping, and out at once."""
+        self._wipe()
         self.console.file.write(f"{line}\n")
         self.console.file.flush()
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
         """A live bar with img/s, time left and faults; on a pipe a line every ten seconds."""
+        self._wipe()
         with (
             self._live(title, total)
             if self.console.is_terminal
@@ -115,7 +140,7 @@ class Screen:
     def _live(self, title: str, total: int) -> Iterator[Advance]:
         columns = (
             "{task.fields[rate]:.1f} img/s",
-            "{task.fields[faults]} faults",
+            "{task.fields[faults]}",
             "bound by {task.fields[binding]}",
         )
         with Progress(
@@ -126,7 +151,9 @@ class Screen:
             TimeRemainingColumn(),
             console=self.console,
         ) as progress:
-            task = progress.add_task(visible(title), total=total, rate=0.0, faults=0, binding="…")
+            task = progress.add_task(
+                visible(title), total=total, rate=0.0, faults=counted(0, "fault"), binding="…"
+            )
             began, faults = monotonic(), 0
 
             def advance(done: int, more_faults: int, binding: str) -> None:
@@ -134,7 +161,8 @@ class Screen:
                 faults += more_faults
                 so_far = progress.tasks[0].completed + done
                 rate = so_far / max(monotonic() - began, 1e-9)
-                progress.update(task, advance=done, rate=rate, faults=faults, binding=binding)
+                told = counted(faults, "fault")
+                progress.update(task, advance=done, rate=rate, faults=told, binding=binding)
 
             yield advance
 
@@ -150,7 +178,7 @@ class Screen:
                 said = monotonic()
                 rate = so_far / max(said - began, 1e-9)
                 self.say(
-                    f"{title} {so_far}/{total} · {rate:.1f} img/s · {faults} faults"
+                    f"{title} {so_far}/{total} · {rate:.1f} img/s · {counted(faults, 'fault')}"
                     f" · bound by {binding}"
                 )
 

@@ -11,6 +11,7 @@ kill; a terminal that goes away sends SIGHUP, which `nohup` has set to be ignore
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -125,7 +126,12 @@ def kept() -> Iterator[None]:
 
 
 class _LossyFile(io.FileIO):
-    """A file that takes everything: what the system refuses to write is lost."""
+    """A file that takes everything: what the system refuses to write is lost.
+
+    error: the first error that lost something, but that of a reader who has gone: nobody misses it.
+    """
+
+    error: OSError | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
         """Write, or lose, all of it."""
@@ -133,7 +139,9 @@ class _LossyFile(io.FileIO):
             return super().write(data)
         except BlockingIOError:
             raise
-        except OSError:  # the reader has gone, the disk is full, the terminal is closed
+        except OSError as error:  # the reader has gone, the disk is full, the terminal is closed
+            if error.errno != errno.EPIPE and self.error is None:
+                self.error = error
             return len(memoryview(data).cast("B"))
 
 
@@ -158,3 +166,11 @@ def lossy_output() -> None:
             )
             made.mode = "w"  # type: ignore[misc]  # as Python's own
             setattr(sys, name, made)
+
+
+def lost() -> OSError | None:
+    """The error for which standard output has lost something, None if all of it was taken, or the
+    reader had gone. Only after `lossy_output`.
+    """
+    buffer = getattr(sys.stdout, "buffer", None)
+    return getattr(getattr(buffer, "raw", None), "error", None)

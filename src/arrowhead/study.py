@@ -83,6 +83,15 @@ class Study:
                 "a head that is trained by gradient descent.",
                 "add --head linear" + (", or leave --grid out." if self.sweep.grid else "."),
             )
+        if self.finder != FinderConfig() and not self.finds():
+            logistic = self.head.head == "logistic"
+            why = "--head logistic has none" if logistic else "it is given"
+            raise ConfigError(
+                f"Settings of the LR finder (--lr-find.…) but no learning rate to find: {why}.",
+                "--rate auto, or no settings of the finder.",
+                "leave the flags of the finder out, or "
+                + ("add --head linear." if logistic else "the learning rate (--rate, --grid)."),
+            )
 
     def resolve(self, store: Store) -> tuple[Study, list[str]]:
         """The study with what is auto made definite for a store, and lines that say what a user

@@ -53,6 +53,12 @@ class SweepConfig:
             raise ConfigError(f"--folds is {self.folds}.", "0 (none), or 2 to 100.", "give 5.")
         if self.halving and not self.grid:
             raise ConfigError("--halving has no --grid.", "a grid to halve.", "add --grid.")
+        if self.curve_seeds != 3 and not self.learning_curve:
+            raise ConfigError(
+                f"--curve-seeds {self.curve_seeds} has no --learning-curve.",
+                "a learning curve with so many heads per share.",
+                "add --learning-curve, or leave --curve-seeds out.",
+            )
         if not 1 <= self.curve_seeds <= 100:
             raise ConfigError(
                 f"--curve-seeds is {self.curve_seeds}.", "1 to 100.", "give another --curve-seeds."

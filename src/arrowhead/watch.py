@@ -18,6 +18,7 @@ from typing import Any
 
 from arrowhead import ConfigError, extract, tracking_client
 from arrowhead.tracking_client import TrackingConfig
+from arrowhead.wording import counted
 
 Recorded = Any  # a run as MLflow's client gives it
 QUIET = 60.0  # seconds without news, after which a run may be dead
@@ -252,7 +253,8 @@ def _words(stage: Stage, child: bool) -> Iterator[str]:
     for part, figures in stage.stacks.items():
         named = {k: v for k, v in figures.items() if k not in ("epoch", "heads")}
         best = "".join(f" · best {name} {value:.4f}" for name, value in named.items())
-        yield f"{part}: epoch {figures['epoch']:.0f} · {figures['heads']:.0f} heads learn{best}"
+        many = counted(round(figures["heads"]), "head")
+        yield f"{part}: epoch {figures['epoch']:.0f} · training {many}{best}"
     if stage.epoch is not None:
         of = f" of {stage.epochs}" if stage.epochs else ""
         found = [f"{k.replace('_', ' ')} {v:.3g}" for k, v in stage.figures.items() if k != "rate"]
@@ -270,7 +272,7 @@ def _images(stage: Stage) -> str:
     parts = [f"{bar} {done:.0f}/{total:.0f}", f"{rate:.1f} img/s"]
     if stage.status == "RUNNING" and rate and done < total:
         parts.append(f"{_span((total - done) / rate)} left")
-    parts += [f"{faults:.0f} faults"] if faults else []
+    parts += [counted(round(faults), "fault")] if faults else []
     if stage_name := extract.binding(stage.busy):
         part = stage.busy[stage_name] / sum(stage.busy.values())
         parts.append(f"bound by {stage_name} ({100 * part:.0f} %)")

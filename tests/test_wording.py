@@ -1,0 +1,48 @@
+"""What is printed for a person to read, or to paste, reads back as what was meant."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from arrowhead.screen import visible
+from arrowhead.wording import command, counted
+
+NAMES = [
+    "plain/path-1.0",
+    "with space",
+    "it's",
+    "print(\"a\", 'b')",
+    "a'b $HOME `id` \\ !",
+    "two\nlines",
+    "tab\t and ' and \\",
+    "\x1b[31mred",
+    "bell\x071",
+    "\u202eturned",
+    "latin-\udce9",
+    "Zürich · 北京",
+    "",
+    "~/home",
+]
+
+
+def test_a_word_has_its_plural_beside_any_number_but_one():
+    assert [counted(n, "part") for n in (0, 1, 2)] == ["0 parts", "1 part", "2 parts"]
+    assert counted(2, "class", "classes") == "2 classes"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "ksh"])
+def test_a_printed_command_can_be_pasted(shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    shown = visible(command(["printf", r"%s\0", *NAMES]))
+    assert shown.isprintable()
+    made = subprocess.run([shell, "-c", shown], capture_output=True, check=True).stdout
+    assert made.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
+
+
+def test_quotes_in_a_word_do_not_make_it_unreadable():
+    code = "print(read('scores/parts'))"
+    assert command(["python", "-c", code]) == f'python -c "{code}"'
