@@ -35,7 +35,7 @@ test: $(READY)  ## every test but those of `make chaos` (needs no GPU)
 
 chaos: $(READY)  ## kills at random moments, several hosts, spot machines (more than an hour)
 	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_launch.py \
-		tests/test_spot.py tests/test_hosts.py tests/test_stopped.py
+		tests/test_spot.py tests/test_hosts.py tests/test_stopped.py tests/test_flips.py
 
 lint: $(READY)  ## ruff and mypy, as in pre-commit
 	$(BIN)/ruff check .

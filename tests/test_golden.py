@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from arrowhead import bundle, cli, fileio, inventory, shards
+from arrowhead.predict import Predictor
 from arrowhead.shards import Store
 
 BEFORE = Path(__file__).parent / "written_before"
@@ -126,3 +128,10 @@ def test_a_damaged_copy_is_found_and_not_taken_and_a_missing_one_is_no_damage(he
     command("precompute", "photos", "store", *BODY)  # both are copied again
     assert not any(one.damage for one in inventory.verify(here / "store"))
     assert Store(here / "store").manifest()["golden"] == names
+
+
+def test_a_server_says_that_it_cannot_check_a_bundle_without_golden_images(bundled, tmp_path):
+    bare = dataclasses.replace(bundle.load(bundled()), golden=[])
+    bundle.save(bare, tmp_path / "bare")
+    with pytest.warns(UserWarning, match="has no golden images"):
+        Predictor(tmp_path / "bare").close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,58 @@ def test_a_fit_is_recorded_in_mlflow_when_asked(images, tracked, tmp_path):
     (run,) = client.search_runs([experiment])
     assert run.info.status == "FINISHED" and run.data.params["train.epochs"] == "2"
     assert run.data.metrics["valid_loss"] == pytest.approx(lines[-1]["valid_loss"])
+
+
+def test_settings_are_keywords_of_the_learner(images, tmp_path):
+    small = {"weights": "random", "size": 64, "batch_size": 8}
+    learner = Learner("shufflenet_v2_x0_5", images, store=tmp_path / "store", **small)
+    assert (learner.store.recipe.body, learner.store.recipe.size) == ("shufflenet_v2_x0_5", 64)
+
+
+@pytest.mark.parametrize("weights", ["nowhere.safetensors", "IMAGENET1K_V9"])
+def test_what_a_refusal_offers_is_taken(images, tmp_path, weights):
+    with pytest.raises(ConfigError) as refusal:
+        Learner("resnet18", images, store=tmp_path / "store", weights=weights)
+    assert refusal.value.__cause__ is None and refusal.value.__suppress_context__
+    assert "--" not in str(refusal.value)
+    for name in re.findall(r"(\w+)=", str(refusal.value)):
+        with pytest.raises(ConfigError):
+            Learner("resnet18", images, **{name: object()})  # known, but of no use
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ({"rate": "x", "epochs": 3}, "rate='x'"),
+        ({"rate": 0.1, "epochs": 3.5}, "epochs=3.5"),
+        ({"rate": 0.1, "epochs": True}, "epochs=True"),
+        ({"rate": 0.1, "epochs": 3, "dropuot": 0.5}, "dropuot="),
+        ({"rate": 0.1, "epochs": 3, "schedule": "cosin"}, "schedule='cosin'"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_in_plain_words(learn, words, named):
+    with pytest.raises(ConfigError) as refusal:
+        learn.fit(**words)
+    assert named in refusal.value.found
+    assert refusal.value._render_traceback_() == [f"ConfigError: {refusal.value}"]
+
+
+def test_numbers_of_numpy_are_numbers(learn):
+    assert len(learn.fit(np.float32(0.01), np.int64(2))) == 2
+
+
+def test_of_many_epochs_some_are_shown_with_the_first_the_best_and_the_last(
+    images, capsys, tmp_path
+):
+    small = {"weights": "random", "size": 32}
+    learner = Learner("shufflenet_v2_x0_5", images, store=tmp_path / "s", head="linear", **small)
+    capsys.readouterr()
+    lines = learner.fit(0.05, 100, best="valid_loss")
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line for line in shown if line[0].isdigit()]
+    epochs = [int(row[0]) for row in rows]
+    best = min(range(100), key=lambda epoch: lines[epoch]["valid_loss"])
+    assert len(lines) == 100 and 20 <= len(rows) <= 40
+    assert {0, best, 99} <= set(epochs) and len(set(epochs)) == len(epochs)
+    for row in rows:
+        assert float(row[2]) == pytest.approx(lines[int(row[0])]["valid_loss"], abs=1e-6)

@@ -307,3 +307,38 @@ def test_a_demo_leaves_its_results_only_and_what_was_there(here, monkeypatch, co
     assert sorted(os.listdir("try it")) == ["fit", "images", "scores", "scores-2"]
     assert "arrowhead train 'try it/fit/store' 'try it/lesson'" in command.said
     assert set(result["files"]) >= {"try it/images", "try it/fit/bundle", "try it/scores-2"}
+
+
+@pytest.mark.parametrize("words", [[], ["--grid", "seed=0,1"]], ids=["plain", "grid"])
+def test_the_folder_that_one_stands_in_takes_a_bundle_once(
+    store, tmp_path, monkeypatch, command, capsys, tracked, words
+):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(tracked(folder))
+    flags = ["--epochs", "2", "--rate", "0.01", *words]
+    made = command("train", store, ".", *flags)
+    assert Path(made["bundle"]).samefile(folder)
+    assert {"bundle.json", "weights.safetensors", "golden", "mlflow.db"} <= everything(folder)
+    assert command("bundle", "verify", ".")["drift"]["changed"] == 0
+    assert list(tmp_path.iterdir()) == [folder]
+    before = everything(folder)
+    told = refused(capsys, "train", store, ".", *flags)
+    assert "the folder you stand in" in told
+    assert everything(folder) == before
+
+
+def test_fit_and_score_write_to_the_folder_that_one_stands_in(
+    bundled, drawn, tmp_path, monkeypatch, command, tracked
+):
+    for name in ("fit", "scores"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tracked(tmp_path / "fit"))
+    body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+    for _ in range(2):
+        made = command("fit", drawn, ".", *body, "--epochs", "2", "--rate", "0.01")
+        assert Path(made["bundle"]).resolve() == tmp_path / "fit" / "bundle"
+    monkeypatch.chdir(tracked(tmp_path / "scores"))
+    for _ in range(2):
+        assert command("score", bundled(), drawn / "valid", ".")["counts"]["faults"] == 0
+    assert Path("score.json").is_file()

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from arrowhead import calibration, extract, metrics, recording, report, shards, sweep
-from arrowhead.bundle import Bundle
+from arrowhead.bundle import NO_GOLDEN_IMAGES, Bundle
 from arrowhead.cluster import LaunchConfig
 from arrowhead.lr_finder import Curve
 from arrowhead.novelty import Novelty
@@ -264,12 +264,6 @@ def say_restart(message: dict[str, Any], screen: Screen) -> None:
     screen.say(
         f"{message['restart'].rstrip('.')}. The workers are started again; what is done stays."
     )
-
-
-NO_GOLDEN_IMAGES = (
-    "The bundle has no golden images: nothing proves that this machine sees images as the one that"
-    " trained it. Train again from a store that keeps some to have that checked."
-)
 
 
 def say_drift(drift: dict[str, Any], screen: Screen) -> None:

@@ -202,8 +202,10 @@ def one_thread() -> Iterator[None]:
 def must_be_replaceable(path: Path) -> None:
     """ConfigError if a bundle cannot be saved to `path`, because it holds something else."""
     if path.exists() and not (path / "bundle.json").is_file():
-        if path.is_dir() and not any(path.iterdir()):
-            return
+        if path.is_dir():
+            here = fileio.is_here(path)  # it is filled, and what MLflow and we keep in it stays
+            if all(here and targets.unasked(one.name) for one in path.iterdir()):
+                return
         raise ConfigError(
             f"{path} holds files that are not a bundle's."
             if path.is_dir()
@@ -480,6 +482,12 @@ def info(path: Path) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------- golden
+
+
+NO_GOLDEN_IMAGES = (
+    "The bundle has no golden images: nothing proves that this machine sees images as the one that"
+    " trained it. Train again from a store that keeps some to have that checked."
+)
 
 
 @dataclass(frozen=True, slots=True)

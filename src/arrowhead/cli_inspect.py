@@ -289,11 +289,9 @@ def bundle_verify(
 
     Example: arrowhead bundle verify out/bundle
     """
-    from arrowhead.bundle import must_agree, must_be_there, verify
+    from arrowhead.bundle import NO_GOLDEN_IMAGES, must_agree, must_be_there, verify
 
     must_be_there(bundle)
-    from arrowhead.account import NO_GOLDEN_IMAGES
-
     with fetched(bundle, tracking) as folder:
         drift = verify(folder)
     if output.json:

@@ -85,6 +85,9 @@ def put_in_place(folder: Path, path: Path, previous: Path | None = None) -> None
         folder.rename(path)
         _sync(path.parent)
         return
+    if is_here(path):
+        _fill(folder, path)
+        return
     with _held(path):  # also under its new name: nobody sweeps it before it is `previous`
         try:
             _exchange(folder, path)
@@ -101,6 +104,26 @@ def put_in_place(folder: Path, path: Path, previous: Path | None = None) -> None
             put_in_place(folder, previous)
             return
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_here(path: Path) -> bool:
+    """Whether a folder is the one that this process stands in. Whoever started it stands there,
+    too, and would be left in a removed folder if another took its name.
+    """
+    return path.is_dir() and path.samefile(os.curdir)
+
+
+def _fill(folder: Path, path: Path) -> None:
+    """Move what is in a finished folder into one that is there: the file that was written last,
+    which says that all is there, as the last. What is called so there stays: FileExistsError.
+    """
+    inside = sorted(folder.iterdir(), key=lambda one: (one.is_file(), one.stat().st_mtime_ns))
+    for one in inside:
+        if os.path.lexists(path / one.name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path / one.name))
+    for one in inside:
+        one.rename(path / one.name)
+    _sync(path)
 
 
 def recover(path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ class Predictor:
     """The bundle at `path`, ready on the GPU if there is one; threads take turns.
 
     Its golden images are replayed first: a machine that sees them differently raises DataError
-    instead of serving (`do`: what to do about it there).
+    instead of serving (`do`: what to do about it there). A bundle without any is served with a
+    warning.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Predictor:
         threads = len(os.sched_getaffinity(0))
         drift = bundle.replay(self.bundle, self._body, self._head, device, threads)
         bundle.must_agree(drift, score.ScoreConfig().max_drift, do)
+        if not drift.images:
+            warnings.warn(bundle.NO_GOLDEN_IMAGES, stacklevel=2)
         self._decoder = bundle.decoder(self.bundle.recipe, device, threads, BATCH)
         self._turn = threading.Lock()
 

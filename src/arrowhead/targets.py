@@ -132,8 +132,8 @@ def _must_be_local(path: Path) -> None:
 
 def _must_be_empty(path: Path, what: Kind) -> None:
     held = sorted(os.listdir(path))
-    if not what.replaced:
-        held = [name for name in held if not _unasked(name)]
+    if not what.replaced or path.samefile(os.curdir):
+        held = [name for name in held if not unasked(name)]
     if held:
         raise ConfigError(
             f"{path} holds files that are not of {what.words}, such as {held[0]}.",
@@ -142,19 +142,26 @@ def _must_be_empty(path: Path, what: Kind) -> None:
         )
 
 
-def _unasked(name: str) -> bool:
+def unasked(name: str) -> bool:
+    """Whether nobody put an entry of this name there: it does not count in an output folder."""
     return name in UNASKED or name.startswith("mlflow.db") or name.endswith(".draft")
 
 
 def _must_be_replaceable(path: Path, what: Kind) -> None:
-    """A folder that is replaced as a whole can be neither a mount point nor where we stand."""
-    inside = path.resolve() in (here := Path.cwd().resolve(), *here.parents)
+    """A folder that is replaced as a whole can be neither a mount point nor hold where we stand;
+    where we stand it can be filled, once.
+    """
+    here = Path.cwd().resolve()
+    if path.resolve() == here and not any((path / mark).exists() for mark in what.marks):
+        return
+    inside = path.resolve() in (here, *here.parents)
     if inside or (path.is_dir() and os.path.ismount(path)):
         kind = "is, or holds, the folder you stand in" if inside else "is a mount point"
         raise ConfigError(
             f"{path} {kind}: {what.words} takes the place of its folder as a whole.",
             "a folder of its own.",
-            f"give a folder inside, such as {path / 'bundle'}.",
+            f"give a folder inside, such as {path / 'bundle'}"
+            + (", or stand elsewhere and name this one." if inside else "."),
         )
 
 
