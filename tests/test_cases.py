@@ -107,7 +107,7 @@ def test_labels_with_spaces_and_ids_of_nested_files_are_read_from_a_table(
     assert result["classes"] == ["American Basket", "Saint Bead"]
     assert "task: one label for each image, 2 classes: American Basket, Saint Bead" in said
     assert "column id names the images, column breed the labels" in said
-    assert "20 of 20 images were found by name in folders below" in said
+    assert "20 of 20 images found by name in folders below" in said
     assert result["counts"]["features"] == 20
     assert catalog.splits.count("valid") == 4  # two of each ten
 

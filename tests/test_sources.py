@@ -175,7 +175,7 @@ def test_ids_are_completed_and_found_in_folders_below(tmp_path: Path) -> None:
     catalog = plan.labelled(table, SourceConfig(images=pics, suffix=".jpg"))
     assert catalog.paths == ["dog.3.jpg", "train/cats/cat.1.jpg", "valid/dogs/dog.2.jpg"]
     assert catalog.sizes.min() > 0
-    assert "2 of 3 images were found by name" in " ".join(catalog.notes)
+    assert "2 of 3 images found by name" in " ".join(catalog.notes)
     with pytest.raises(ConfigError) as refusal:
         plan.labelled(table, SourceConfig(images=pics))
     assert "--suffix .jpg" in refusal.value.do

@@ -181,7 +181,9 @@ def _task(catalog: Catalog) -> str:
     classes = catalog.classes
     more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
     kind = "several labels for each image" if catalog.multi else "one label for each image"
-    return f"task: {kind}, {len(classes)} classes: {', '.join(classes[:6])}{more}"
+    return (
+        f"task: {kind}, {counted(len(classes), 'class', 'classes')}: {', '.join(classes[:6])}{more}"
+    )
 
 
 def say_split(listed: Catalog, drawn: Catalog, screen: Screen) -> None:
@@ -192,8 +194,8 @@ def say_split(listed: Catalog, drawn: Catalog, screen: Screen) -> None:
     parts = Counter(drawn.splits)
     if "" in listed.splits:
         screen.say(
-            f"split by content, class by class: {parts['train']} images train,"
-            f" {parts['valid']} validate"
+            f"split by content, class by class: {counted(parts['train'], 'image')} to train,"
+            f" {parts['valid']} to validate"
         )
     validated = {
         name

@@ -26,6 +26,7 @@ from arrowhead.bundle import Bundle
 from arrowhead.plan import Catalog
 from arrowhead.score import Request, ScoreConfig
 from arrowhead.tables import SourceConfig
+from arrowhead.wording import counted
 
 MAX_NAMES = 10  # in a refusal
 
@@ -141,7 +142,7 @@ def _by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog, list[
     ]
     splits = roles if depth else [""] * len(catalog)
     out = len(inside) - sum(inside)
-    notes = [f"{out} files outside of class folders are left out"] if out else []
+    notes = [f"left out: {counted(out, 'file')} outside of class folders"] if out else []
     return _kept(replace(catalog, labels=labels, splits=splits), inside), notes
 
 
@@ -154,16 +155,18 @@ def _of_known_classes(
         return catalog, []
     if not config.ignore_unknown_classes:
         raise ConfigError(
-            f"{data} has {strange.total()} images of classes that the bundle does not know:"
+            f"{data} has {counted(strange.total(), 'image')} of classes that the bundle does not"
+            " know:"
             f" {_some(sorted(strange))}.",
             f"its {len(known)} classes: {_some(bundle.classes)}.",
             "--ignore-unknown-classes leaves them out.",
         )
-    note = f"{strange.total()} images of classes unknown to the bundle are left out"
+    note = f"left out: {counted(strange.total(), 'image')} of classes unknown to the bundle"
     if bundle.multi:  # only that label: what else the image shows is known
         labels = [tuple(name for name in names if name in known) for names in catalog.labels]
         note = (
-            f"{strange.total()} labels unknown to the bundle are left out: {_some(sorted(strange))}"
+            f"left out: {counted(strange.total(), 'label')} unknown to the bundle:"
+            f" {_some(sorted(strange))}"
         )
         return replace(catalog, labels=labels), [note]
     kept = _kept(catalog, [known.issuperset(names) for names in catalog.labels])
@@ -237,7 +240,7 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
     chance_NC, label = np.concatenate(chances), np.concatenate(labels)
     if not len(chance_NC):
         raise ConfigError(
-            f"none of the {faults} images could be read.",
+            f"none of {counted(faults, 'image')} could be read.",
             "images with labels.",
             f"look at the faults in {request.out / 'parts'}.",
         )

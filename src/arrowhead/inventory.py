@@ -19,6 +19,7 @@ from typing import Any
 from arrowhead import ConfigError, DataError, extract, fileio, plan, shards
 from arrowhead.plan import Catalog
 from arrowhead.shards import Store
+from arrowhead.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +130,15 @@ def _rows(store: Store, manifest: dict[str, Any], bad: set[str]) -> Iterator[Fin
             continue
         faults = sum(fault is not None for fault in rows.faults)
         if (len(rows.paths), faults) != (one["files"], one["faults"]):
-            words = f"{len(rows.paths)} files and {faults} faults; the manifest says {one}"
+            held = f"{counted(len(rows.paths), 'file')} and {counted(faults, 'fault')}"
+            words = f"{held}; the manifest says {one}"
             yield Finding("misfit", str(path), words)
         paths += rows.paths
     twice = [name for name, count in Counter(paths).items() if count > 1]
     if twice:
-        yield Finding("misfit", str(store.path), f"{len(twice)} files have two rows: {twice[:3]}")
+        yield Finding(
+            "misfit", str(store.path), f"two rows of {counted(len(twice), 'file')}: {twice[:3]}"
+        )
     if bad - {str(store.weights)}:
         return
     listed = Catalog(**store.read_catalog())

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from arrowhead import ConfigError
+from arrowhead.wording import counted
 
 SPLITS = ("train", "valid", "test")
 WORK = {"train": "trains", "valid": "validates", "test": "tests"}
@@ -149,7 +150,7 @@ def _classes(
     if trains and (len(roles) == len(tops) or len(roles) > 1):
         count = sum(tops[top] for top in roles if not inner[top])
         raise ConfigError(
-            f"{root} has {names} and {count} images without a class folder in there.",
+            f"{root} has {names} and {counted(count, 'image')} without a class folder in there.",
             "one folder per class in each, such as train/cat/ and train/dog/.",
             "put the images into class folders, or name them and their labels in a table"
             " (.csv: path, label, split).",
@@ -179,20 +180,20 @@ def _splits(
         )
     if valid and not (tops[valid] and inner[valid]):
         raise ConfigError(
-            f"{root} has {valid}/ with {tops[valid]} images and no class folder in it: nothing can"
-            " be validated.",
+            f"{root} has {valid}/ with {counted(tops[valid], 'image')} and no class folder in it:"
+            " nothing can be validated.",
             f"one folder per class in {valid}/, as in {train}/.",
             f"sort its images into class folders, or take {valid}/ out: a share of {train}/ is"
             " then held out.",
         )
     notes, used = [], {}
     if test and not inner[test]:
-        notes.append(f"{test}/ has no class folders: its {tops[test]} files are left out")
+        notes.append(f"{test}/ has no class folders: left out: {counted(tops[test], 'file')}")
         test = None
     for part, top in zip(SPLITS, (train, valid, test), strict=True):
         if top:
             used[f"{top}/"] = part
-    said = (f"{top} {WORK[part]} ({tops[top[:-1]]} files)" for top, part in used.items())
+    said = (f"{top} {WORK[part]} ({counted(tops[top[:-1]], 'file')})" for top, part in used.items())
     notes.insert(0, f"splits: {', '.join(said)}")
     if not valid:
         notes.append(f"no validation folder: a share of {train}/ is held out (--valid-share)")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError, files
+from arrowhead.wording import counted
 
 
 def windows_1252(cell: str) -> str:
@@ -81,7 +82,7 @@ def find(
                 cells[row] = places.get(cells[row], cells[row])
             found = _looked_up(source, base, cells, lines)
             notes.append(
-                f"{len(places)} of {len(cells)} images were found by name in folders below"
+                f"{len(places)} of {counted(len(cells), 'image')} found by name in folders below"
             )
     if found.missing == len(cells):
         raise _none_there(source, cells, base, hint)

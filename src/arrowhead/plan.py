@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from arrowhead import ConfigError, files, layouts, named_files, tables
 from arrowhead.tables import SourceConfig
+from arrowhead.wording import counted
 
 # First place where each pair of split and labels was seen, in words.
 Places = dict[tuple[str, tuple[str, ...]], str]
@@ -257,7 +258,7 @@ def _tree(root: str) -> tuple[Catalog, Places]:
         paths = list(itertools.compress(paths, inside))
         if not paths:
             raise _loose(root, count)
-        notes.append(f"{count - len(paths)} files outside the class folders are ignored")
+        notes.append(f"ignored: {counted(count - len(paths), 'file')} outside the class folders")
         labels = list(itertools.compress(labels, inside))
         splits = list(itertools.compress(splits, inside))
         sizes, stamps = sizes[inside], stamps[inside]
@@ -303,7 +304,8 @@ def _must_have_images(root: str, count: int, ignored: int = 0) -> None:
 
 def _loose(root: str, count: int) -> ConfigError:
     return ConfigError(
-        f"{root} holds {count} images without a class folder: nothing says what they show.",
+        f"{root} holds {counted(count, 'image')} without a class folder: nothing says what they"
+        " show.",
         "one folder per class, such as cat/ and dog/; or a table (.csv) with the columns path and"
         " label.",
         "move the images into class folders, or write such a table. To label loose images with a"

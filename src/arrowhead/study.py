@@ -53,6 +53,7 @@ from arrowhead.train import (
     steps_of,
     train_stack,
 )
+from arrowhead.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -119,9 +120,10 @@ class Study:
         given = head.epochs != "auto" and head.rate == "auto"  # who gives both knows their own mind
         if given and 2 * steps < min(MIN_STEPS, steps_of(enough, len(train))):
             said.append(
-                f"--epochs {head.epochs} of {len(train)} images is {steps} steps;"
+                f"--epochs {head.epochs} of {counted(len(train), 'image')} is"
+                f" {counted(steps, 'step')};"
                 f" --epochs auto would take {steps_of(enough, len(train))}"
-                f" ({enough.total_epochs} epochs)"
+                f" ({counted(enough.total_epochs, 'epoch')})"
             )
         return dataclasses.replace(self, head=resolve(head, len(train))), said
 

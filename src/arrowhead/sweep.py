@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from arrowhead import ConfigError, comparison
 from arrowhead.train import Data, Member, TrainConfig, Trained
+from arrowhead.wording import counted
 
 KNOBS = {"rate": "geometric", "weight_decay": "geometric", "dropout": "even", "seed": "whole"}
 SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -90,7 +91,7 @@ def settings(words: str) -> list[dict[str, float]]:
     count = math.prod(len(some) for some in values.values())
     if not values or count > MOST:
         raise ConfigError(
-            f"--grid makes {count if values else 'no'} heads.",
+            f"--grid makes {counted(count, 'head') if values else 'no heads'}.",
             f"1 to {MOST} in one pass.",
             "give fewer values.",
         )
