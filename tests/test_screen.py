@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from arrowhead import screen
 from arrowhead.screen import Screen, visible
@@ -103,3 +104,21 @@ def test_progress_is_drawn_on_a_terminal_that_is_ascii(monkeypatch):
     stream.flush()
     shown = stream.buffer.getvalue()  # type: ignore[attr-defined]
     assert b"\\x1b[2J" in shown and b"4/4" in shown
+
+
+def test_a_passing_line_is_overwritten_by_the_next_and_only_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for terminal in (True, False):
+        shown = io.StringIO()
+        one = Screen(to_stderr=False)
+        one.console = Console(file=shown, force_terminal=terminal, highlight=False, width=20)
+        one.passing("epoch 1 " + "x" * 40)
+        one.passing("too soon to be drawn")
+        one.say("epoch 2")
+        one.say("done")
+        if not terminal:
+            assert shown.getvalue() == "epoch 2\ndone\n"
+            continue
+        first, wipe, rest = shown.getvalue().partition("\r\x1b[2K")
+        assert first.startswith("epoch 1 ") and len(first) < 20 and "\n" not in first
+        assert wipe and rest == "epoch 2\ndone\n"
