@@ -496,16 +496,14 @@ def say_stop(made: Learned, screen: Screen) -> None:
 
 def say_rates(curve: Curve, screen: Screen) -> None:
     """The LR finder's suggestions on one line, each with the factor by which seeds differ."""
-    found = " · ".join(
-        f"{name} {rate:.2g}"
-        + (
-            f" (within a factor of {curve.spreads[name]:.2g} across seeds)"
-            if name in curve.spreads
-            else ""
+    words, found = "within a factor of {:.2g} across seeds", []
+    for name, rate in curve.suggestions.items():
+        spread = curve.spreads.get(name)
+        found.append(
+            f"{name} {rate:.2g}" + ("" if spread is None else f" ({words.format(spread)})")
         )
-        for name, rate in curve.suggestions.items()
-    )
-    screen.say(f"learning rate: {found} — {curve.verdict}")
+        words = words if spread is None else "factor {:.2g}"  # said once
+    screen.say(f"learning rate: {' · '.join(found)} — {curve.verdict}")
     if curve.race:
         ran = " · ".join(f"{name} {loss:.4f}" for name, loss in curve.race.items())
         screen.say(f"race, by validation loss: {ran}")
