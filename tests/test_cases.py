@@ -164,7 +164,7 @@ def test_sidecars_are_counted_and_said_and_no_fault(
     result, _, said = extracted(data)
     counts = {name: result["counts"][name] for name in ("inputs", "features", "faults", "ignored")}
     assert counts == {"inputs": 74, "features": 24, "faults": 0, "ignored": 50}
-    assert "24 .json, 24 .txt, 1 .readme: not images by name and content, ignored" in said
+    assert "24 .json, 24 .txt, 1 README: not images by name and content, ignored" in said
 
 
 def test_a_class_of_one_image_trains_and_is_named(

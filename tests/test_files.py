@@ -153,7 +153,7 @@ def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
 def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
     odd = exclusions.JUNK | exclusions.OWN
     there = [name for name in names if name[:1] != b"." and name not in odd]
-    there = [name for name in there if exclusions.ending(name) not in exclusions.SIDECARS]
+    there = [name for name in there if not exclusions.sidecar_kind(name)]
     with tempfile.TemporaryDirectory() as root:
         for name in there:
             handle = os.open(os.fsencode(root) + b"/" + name, os.O_WRONLY | os.O_CREAT)
@@ -395,9 +395,21 @@ def test_an_image_under_another_name_is_a_row_and_so_is_the_name_of_an_image_wit
 ) -> None:
     (tmp_path / "photo.txt").write_bytes(head)
     (tmp_path / "page.jpg").write_bytes(b"<html>")
-    (tmp_path / "README").write_bytes(b"no ending says nothing")
+    (tmp_path / "IMG_0001").write_bytes(b"no ending says nothing")
+    (tmp_path / "csv").write_bytes(b"nor does a word that is an ending elsewhere")
     found = _listed(tmp_path)
-    assert (found.paths, found.ignored) == (["README", "page.jpg", "photo.txt"], 0)
+    assert (found.paths, found.ignored) == (["IMG_0001", "csv", "page.jpg", "photo.txt"], 0)
+
+
+def test_a_readme_without_an_ending_is_ignored_and_counted_under_its_own_name(
+    tmp_path: Path, way: str
+) -> None:
+    _put(tmp_path, "cat/1.jpg", "README", "cat/LICENSE", "cat/readme", "notes.md")
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "README").write_bytes(JPEG)
+    found = _listed(tmp_path)
+    assert found.paths == ["cat/1.jpg", "dog/README"]
+    assert found.sidecars == {"README": 1, "LICENSE": 1, "readme": 1, ".md": 1}
 
 
 def test_a_sidecar_that_cannot_be_looked_into_stays_a_row(open_folder: Path) -> None:

@@ -44,7 +44,7 @@ IMAGES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".g
 USUAL = (*IMAGES, *(ending.upper() for ending in IMAGES))
 # Endings of names that say: no image.
 SIDECARS = frozenset(
-    b"3gp 7z aac aae authors bak changelog contributing copying flv license lrv m2ts mts pp3 readme"
+    b"3gp 7z aac aae bak flv license lrv m2ts mts pp3"
     b" aac aae arff arrow avi bat bib bz2 cfg conf css csv dat data db dll doc docx dtd env"
     b" epub exe feather flac geojson gpx gz h5 hdf5 htm html ini ipynb jar joblib js json json5"
     b" jsonl kml kmz lnk lock log lst m4a m4v map mat md md5 mkv mov mp3 mp4 mpeg mpg msi names"
@@ -52,6 +52,10 @@ SIDECARS = frozenset(
     b" py pyc rar rst rtf safetensors sh sha1 sha256 sql sqlite sqlite3 srt sum tar tex tfrecord"
     b" tfrecords tgz toml tsv txt url vtt wav webloc webm wmv xlsm xls xlsx xml xmp xsd xz yaml yml"
     b" zip zst".split()
+)
+# Names without an ending that say the same, in any case.
+SIDECAR_NAMES = frozenset(
+    b"authors changelog contributing copying licence license makefile notice readme".split()
 )
 REGULAR = stat.S_IFREG >> 12
 HEAD_BYTES = 16  # enough to see that a file is an image
@@ -89,12 +93,12 @@ def is_own_folder(handle: int, names: list[bytes]) -> bool:
 
 
 def sidecars(handle: int, names: list[bytes], kinds: bytearray) -> dict[int, bytes]:
-    """Places of the sidecars among the names in an open folder, with their endings."""
+    """Places of the sidecars among the names in an open folder, with their kinds."""
     found = {}
     for at, name in enumerate(names):
         if name.endswith(USUAL) or kinds[at] != REGULAR:
             continue
-        if (end := ending(name)) in SIDECARS:
+        if kind := sidecar_kind(name):
             with suppress(OSError):  # one that cannot be read stays a row, and a fault
                 file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
                 try:
@@ -102,13 +106,18 @@ def sidecars(handle: int, names: list[bytes], kinds: bytearray) -> dict[int, byt
                 finally:
                     os.close(file)
                 if not looks_like_an_image(head):
-                    found[at] = end
+                    found[at] = kind
     return found
 
 
-def ending(name: bytes) -> bytes:
-    """What follows the last dot, in small letters."""
-    return name.rpartition(b".")[2].lower()
+def sidecar_kind(name: bytes) -> bytes | None:
+    """The ending that says that a file is no image, in small letters (.txt), or its name where it
+    has none (README); None for other names.
+    """
+    _, dot, word = name.rpartition(b".")
+    if dot:
+        return b"." + end if (end := word.lower()) in SIDECARS else None
+    return name if name.lower() in SIDECAR_NAMES else None
 
 
 def looks_like_an_image(head: bytes) -> bool:

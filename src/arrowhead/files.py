@@ -58,7 +58,7 @@ Visit = tuple[bytes, list[bytes] | None, tuple[tuple[int, int], ...], int]
 # What was found: texts of paths, joined by NUL; whether they ascend; columns of int64: sizes,
 # seconds and nanoseconds.
 Block = tuple[str, bool, list[bytes]]
-# Blocks, number of files left out, of these the sidecars by ending, folders that hold no file of
+# Blocks, number of files left out, of these the sidecars by kind, folders that hold no file of
 # their own, what is ours, visits still to make.
 Found = tuple[list[Block], int, dict[bytes, int], list[str], list[str], list[Visit]]
 # Makes visits, up to a number of names.
@@ -75,10 +75,10 @@ class Listing:
     paths: text of each path below the root; sizes: int64 (N,) bytes, -1 where there is no
     ordinary file to be read; stamps: int64 (N,); ignored: number of files seen and left out
     (hidden ones and system files, also inside hidden folders; sidecars); sidecars: how many of
-    these are sidecars, by ending (".txt"); folders: text of the folders that hold no file of their
-    own; own: text of files and folders that Arrowhead or MLflow wrote, which are not counted. A
-    folder that cannot be listed is a row of size -1, and so is one without a file that is named
-    like an image.
+    these are sidecars, by ending (".txt") or, without one, by name ("README"); folders: text of the
+    folders that hold no file of their own; own: text of files and folders that Arrowhead or MLflow
+    wrote, which are not counted. A folder that cannot be listed is a row of size -1, and so is one
+    without a file that is named like an image.
     """
 
     paths: list[str]
@@ -279,12 +279,12 @@ def _explored(root: bytes, visits: list[Visit]) -> Listing:
                     names += len(given[-1][1] or ())
                 explorer = idle.pop()
                 busy[pool.submit(explorer, given, PART)] = explorer
-            for more, left_out, endings, bare, ours, _ in arrived:
+            for more, left_out, kinds, bare, ours, _ in arrived:
                 for joined, sound, columns in more:
                     ascending = ascending and sound
                     blocks.append((joined.split("\0"), columns))
                 ignored += left_out
-                sidecars.update({f".{text(name)}": count for name, count in endings.items()})
+                sidecars.update({text(kind): count for kind, count in kinds.items()})
                 folders += bare
                 own += ours
             arrived = []
@@ -371,8 +371,8 @@ def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Foun
             files = [kind != FOLDER and at not in aside for at, kind in enumerate(kinds)]
             names = list(compress(names, files))
             columns = [array("q", compress(column, files)) for column in columns]
-            for ending in aside.values():
-                sidecars[ending] = sidecars.get(ending, 0) + 1
+            for sort in aside.values():
+                sidecars[sort] = sidecars.get(sort, 0) + 1
             ignored += len(aside)
         if wanted == COUNTED:
             ignored += len(names)
@@ -636,20 +636,17 @@ def _own_folders(root: str, keys: list[bytes]) -> set[bytes]:
 
 
 def _stored_sidecars(root: str, rows: list[tuple[str, int, int]]) -> dict[str, str]:
-    """Paths and endings of the sidecars among these rows of a store.
+    """Paths and kinds of the sidecars among these rows of a store.
 
-    Each is looked into, a request each; where there are many, a sample of each ending, and all of
-    an ending of which the sample holds an image.
+    Each is looked into, a request each; where there are many, a sample of each kind, and all of
+    a kind of which the sample holds an image.
     """
-    by_ending: dict[bytes, list[str]] = {}
+    by_kind: dict[bytes, list[str]] = {}
     empty = {path for path, size, _ in rows if size == 0}
     for path, *_ in rows:
         name = raw(path)
-        if (
-            not name.endswith(exclusions.USUAL)
-            and (ending := exclusions.ending(name)) in exclusions.SIDECARS
-        ):
-            by_ending.setdefault(ending, []).append(path)
+        if kind := exclusions.sidecar_kind(name.rpartition(b"/")[2]):
+            by_kind.setdefault(kind, []).append(path)
 
     def images(paths: Sequence[str]) -> set[str]:
         full = [path for path in paths if path not in empty]
@@ -661,12 +658,12 @@ def _stored_sidecars(root: str, rows: list[tuple[str, int, int]]) -> dict[str, s
         }
 
     found: dict[str, str] = {}
-    for ending, paths in by_ending.items():
-        step = -(-len(paths) * len(by_ending) // MAX_BEGINNINGS)
+    for kind, paths in by_kind.items():
+        step = -(-len(paths) * len(by_kind) // MAX_BEGINNINGS)
         kept = images(paths[::step])
         if kept and step > 1:
             kept = images(paths)
-        found |= {path: f".{text(ending)}" for path in paths if path not in kept}
+        found |= {path: text(kind) for path in paths if path not in kept}
     return found
 
 

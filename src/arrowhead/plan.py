@@ -281,8 +281,10 @@ def _left_out(found: files.Listing) -> tuple[str, ...]:
     if found.sidecars:
         counts = sorted(found.sidecars.items(), key=lambda pair: (-pair[1], pair[0]))
         words = [f"{count} {ending}" for ending, count in counts[:5]]
-        words += [f"{len(counts) - 5} other endings"] if len(counts) > 5 else []
+        words += [f"{sum(n for _, n in counts[5:])} of other kinds"] if len(counts) > 5 else []
         notes.append(f"{', '.join(words)}: not images by name and content, ignored")
+    if hidden := found.ignored - sum(found.sidecars.values()):
+        notes.append(f"{hidden} hidden or system files: ignored")
     own = [name for name in found.own if not name.rpartition("/")[2].startswith(".")]
     if own:
         more = f" and {len(own) - 6} more" if len(own) > 6 else ""
