@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Command, Tracked
 
-from arrowhead import ConfigError, cli, demo, model
+from arrowhead import ConfigError, cli, demo, fileio, model, pipeline
 from arrowhead.model import BodyConfig
 from arrowhead.targets import check_file, check_folder
 
@@ -342,3 +342,10 @@ def test_fit_and_score_write_to_the_folder_that_one_stands_in(
     for _ in range(2):
         assert command("score", bundled(), drawn / "valid", ".")["counts"]["faults"] == 0
     assert Path("score.json").is_file()
+
+
+def test_a_second_training_of_a_bundle_is_told_which(here, store, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    with fileio.occupied(pipeline.training_of(bundle)):
+        told = refused(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
+    assert f"{bundle} is being written" in told and ".training" not in told

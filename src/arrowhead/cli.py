@@ -412,9 +412,7 @@ def export(
     )
     result["files"] = say_written(screen, [result["file"]])
     if what.format == "onnx":
-        code = (
-            f"import onnxruntime as o; print(o.InferenceSession({result['file']!r}).get_inputs())"
-        )
+        code = f"import onnxruntime as o; print(o.InferenceSession({result['file']!r}).get_inputs()[0])"
     else:
         code = f"import torch; print(torch.export.load({result['file']!r}).graph_signature)"
     say_next(screen, [[sibling("python"), "-P", "-c", code]])

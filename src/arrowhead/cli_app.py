@@ -186,7 +186,7 @@ def run_context(
 
     screen = Screen(to_stderr=output.json)
     if not launch.most and (idle := sorted(given() & {"restarts", "wait"})):
-        screen.say(f"--{' and --'.join(idle)} have no effect without --workers")
+        screen.say(f"without --workers no effect: {', '.join('--' + one for one in idle)}")
     opened = start(tracking, verb, place, registry=registry, say=screen.say)
     with _alone(place, screen.say):
         with opened as run:

@@ -111,9 +111,9 @@ def gc(
     found = inventory.gc(store, remove=yes)
     _show_findings(found, output)
     if not output.json:
-        hint = "" if yes or not found else "; --yes removes them"
-        done = "removed" if yes else "found"
-        Screen(to_stderr=False).say(f"{counted(len(found), 'file')} {done}{hint}")
+        many = counted(len(found), "file")
+        told = f"{many} removed" if yes else f"{many} found; --yes removes what was found"
+        Screen(to_stderr=False).say(told if found else "nothing to remove")
     return 0
 
 
@@ -330,6 +330,5 @@ def register(
     screen = Screen(to_stderr=output.json)
     asked = RegistryConfig(register=name, alias=alias)
     address = enter(bundle, tracking, asked, say=screen.say)
-    screen.say(f"registered: {address}, models:/{name}@{alias}")
     say_next(screen, [[me(), "score", f"models:/{name}@{alias}", "IMAGES", "SCORES"]])
     return finish({"registered": address, "bundle": str(bundle)}, output)
