@@ -412,7 +412,8 @@ def export(
     )
     result["files"] = say_written(screen, [result["file"]])
     if what.format == "onnx":
-        code = f"import onnxruntime as o; print(o.InferenceSession({result['file']!r}).get_inputs()[0])"
+        opened = f"onnxruntime.InferenceSession({result['file']!r}).get_inputs()[0]"
+        code = f"import onnxruntime; print({opened})"
     else:
         code = f"import torch; print(torch.export.load({result['file']!r}).graph_signature)"
     say_next(screen, [[sibling("python"), "-P", "-c", code]])

@@ -112,7 +112,11 @@ def gc(
     _show_findings(found, output)
     if not output.json:
         many = counted(len(found), "file")
-        told = f"{many} removed" if yes else f"{many} found; --yes removes what was found"
+        told = (
+            f"{many} removed"
+            if yes
+            else f"{many} found; --yes removes {'it' if len(found) == 1 else 'them'}"
+        )
         Screen(to_stderr=False).say(told if found else "nothing to remove")
     return 0
 
