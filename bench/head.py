@@ -142,7 +142,7 @@ def ours(data: Data, size: int, optimizer: str, heads: str = "one") -> Way:
         batch_size=size,
         optimizer=optimizer,  # type: ignore[arg-type]
         weight_decay=0.01 if optimizer == "adamw" else 0.0,
-        momentum=0.0,
+        momentum=0.9 if optimizer == "adamw" else 0.0,
     )
     training = Training(data, grid(data, config, heads))
     done = [0]
