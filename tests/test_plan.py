@@ -223,7 +223,7 @@ def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_
         (("a.jpg", "b.jpg", "c.jpg"), "3 images without a class folder"),
         (("train/a.jpg", "valid/b.jpg"), "train/, valid/ and 2 images without a class folder"),
         (("train/a.jpg", "val/cat/b.jpg"), "1 image without a class folder"),
-        (("train/cat/1", "train/dog/1", "val/1.jpg"), "val/ with 1 images and no class folder"),
+        (("train/cat/1", "train/dog/1", "val/1.jpg"), "val/ with 1 image and no class folder"),
         (("train/cat/1", "train/dog/1", "new/1.jpg"), "a split or a class"),
         (("cat/1.txt", "dog/notes.md"), "no images (2 other files)"),
         (("train/cat/1.jpg", "valid/cat/1.jpg", "valid/emu/1.jpg"), "emu"),
