@@ -18,6 +18,7 @@ FLOORS = [
         "ray_private",
         "signals",
         "object_store",
+        "tracking_address",
         "exclusions",
         "wording",
     },

@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ import pytest
 from arrowhead import ConfigError, cli, spool, tracking
 from arrowhead.registry import RegistryConfig
 from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig, without_secret
+from arrowhead.tracking_address import without_secret
+from arrowhead.tracking_client import TrackingConfig
 from arrowhead.tracking_names import original
 
 
@@ -342,7 +345,8 @@ import os, signal
 from pathlib import Path
 from arrowhead.registry import RegistryConfig
 from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig, without_secret
+from arrowhead.tracking_address import without_secret
+from arrowhead.tracking_client import TrackingConfig
 from arrowhead.tracking_names import original
 config = TrackingConfig(tracking_uri={config.uri!r}, experiment="killed", system_metrics=False)
 with start(config, "fit", Path("run.json")) as run:
@@ -386,6 +390,33 @@ def test_an_interrupted_run_is_killed_and_its_place_stays(config, client):
     assert client.get_run(child.run_id).info.status == "KILLED"
     with start(config, "fit", place, say=lambda line: None) as again:
         assert again.run_id == run.run_id
+
+
+def test_an_interrupted_run_ends_though_another_thread_s_write_never_comes_back(
+    config, client, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tracking, "STOPPING", 0.1)
+    spool_folder, said, held = tmp_path / "unsent", [], threading.Event()
+    done = threading.Event()
+
+    def holds(post: Any) -> None:
+        with post._turn:
+            held.set()
+            done.wait(60)
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        start(config, "fit", spool=spool_folder, say=said.append) as run,
+        run.child("train") as below,
+    ):
+        threading.Thread(target=holds, args=(run._post,), daemon=True).start()
+        assert held.wait(60)
+        raise KeyboardInterrupt
+    done.set()
+    assert "2 writes" in said[-1] and str(spool_folder) in said[-1]
+    tracking.send(config, spool_folder, said.append)
+    for one in (run, below):
+        assert client.get_run(one.run_id).info.status == "KILLED"
 
 
 def test_a_refused_request_leaves_no_run_unless_there_was_work_in_it(config, client):
@@ -781,6 +812,128 @@ def test_a_refused_address_is_refused_without_its_password(address, verb, monkey
     assert ended.value.code == 2, shown.err
     assert "hunter2" not in shown.out + shown.err
     assert "wanted" in shown.err
+
+
+MALFORMED = [
+    "http://anna:{secret}@host:badport",
+    "http://anna:{secret}@host:99999",
+    "http://anna:{secret}@host:0",
+    "http://anna:{secret}@",
+    "http://anna:{secret}",  # the host forgotten
+    "http://anna:{secret}@[::1:5000",
+    "http://anna:two/{secret}@host:5000",
+    "http://anna:two@{secret}#x@host:5000",
+    "http://anna:two?{secret}@host:5000",
+    "http:/anna:{secret}@host:5000",
+    "anna:{secret}@host:5000",
+    "http://{secret}@host:badport",  # a token
+    "http://host:badport/?token={secret}",
+    "http://host:badport/#token={secret}",
+    "http://anna:{secret}@my host:5000",
+    "nothing://anna:{secret}@host",
+    "s3://anna:{secret}@bucket/runs",
+    "postgres://anna:{secret}@host/runs",
+    "postgresql://anna:{secret}@host:badport/runs",
+    "postgresql://anna:two@{secret}@host/runs",
+    "mysql+pymysql://anna:{secret}@[::1/runs",
+]
+VERBS = [
+    ["fit", "photos", "out"],
+    ["train", "store", "out"],
+    ["lr-find", "store"],
+    ["precompute", "photos", "out"],
+    ["score", "bundle", "photos", "out"],
+    ["evaluate", "models:/dogs/1", "photos"],
+    ["export", "bundle", "out.onnx"],
+    ["watch"],
+    ["demo", "out", "--json"],
+    ["bundle", "register", "bundle", "dogs"],
+    ["bundle", "info", "models:/dogs/1"],
+    ["submit", "--", "fit", "photos", "out"],
+]
+
+
+@pytest.mark.parametrize(
+    ("address", "verb"),
+    [(one, ["watch"]) for one in MALFORMED] + [(MALFORMED[0], verb) for verb in VERBS],
+)
+@pytest.mark.parametrize("by", ["flag", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"])
+def test_a_malformed_address_is_refused_before_any_work_in_three_parts_without_its_secret(
+    address, verb, by, tmp_path, monkeypatch, capfd
+):
+    given = address.format(secret="hunter2")
+    monkeypatch.chdir(tmp_path)
+    if by == "flag":
+        verb = [*verb, "--tracking-uri", given]
+    else:
+        monkeypatch.setenv(by, given)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(verb)
+    shown = capfd.readouterr()
+    assert ended.value.code == 2, shown.err
+    assert (by if by != "flag" else "--tracking-uri") in shown.err  # and not the missing photos
+    assert "wanted" in shown.err and "do  " in shown.err
+    assert "hunter2" not in shown.out + shown.err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+@pytest.mark.parametrize("verb", [["watch"], ["fit", "photos", "out", "--json"], ["doctor"]])
+def test_a_process_of_its_own_leaves_no_trace_of_the_secret_in_a_malformed_address(
+    verb, by, tmp_path
+):
+    given = f"http://anna:{SECRET}@host:badport"
+    flags = ["--tracking-uri", given] if by == "flag" else []  # doctor does not know that one
+    names = os.environ | ({} if flags else {"MLFLOW_TRACKING_URI": given})
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "arrowhead", *verb, *flags],
+        cwd=tmp_path,
+        env=names,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == (1 if verb == ["doctor"] and not flags else 2), done.stderr
+    for secret in (b"hunter2", SECRET.encode(), b"Traceback"):
+        assert secret not in done.stdout + done.stderr + everything(tmp_path)
+
+
+@pytest.mark.parametrize("address", MALFORMED)
+def test_python_refuses_a_malformed_address_without_its_secret(address, monkeypatch, tmp_path):
+    given = address.format(secret="hunter2")
+    with pytest.raises(ConfigError) as refused:
+        TrackingConfig(tracking_uri=given)
+    told = "".join(traceback.format_exception(refused.value))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    with (
+        pytest.raises(ConfigError) as refused,
+        tracking.start(TrackingConfig(), "fit", spool=tmp_path),
+    ):
+        pytest.fail("it began")
+    told += "".join(traceback.format_exception(refused.value))
+    assert "hunter2" not in told
+    good = TrackingConfig(tracking_uri="http://anna:hunter2@host")
+    assert "hunter2" not in repr(good)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://anna:p%40ss@127.0.0.1:5000/base",
+        "https://token@host",
+        "http://[::1]:5000",
+        "postgresql+psycopg2://anna:a/b#c@host:5432/runs?sslmode=require",
+        "postgresql:///runs?host=/run/postgresql",
+        "mssql+pyodbc:///?odbc_connect=SERVER%3Dx",
+        "sqlite:////a folder/me@home.db",
+        "sqlite:///:memory:",
+        "file:///a@b/mlruns",
+        "mlruns",
+        "databricks",
+        "databricks://profile",
+    ],
+)
+def test_an_address_that_a_store_may_have_is_taken(address):
+    assert TrackingConfig(tracking_uri=address).uri == address
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import traceback
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -95,6 +96,7 @@ from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
 from arrowhead.tables import SourceConfig
 from arrowhead.targets import check_file, check_folder, expanded
+from arrowhead.tracking_address import hidden, without_secret
 from arrowhead.tracking_client import TrackingConfig
 from arrowhead.train import TrainConfig
 from arrowhead.wording import counted
@@ -582,7 +584,8 @@ def _run(words: list[str]) -> int:
             answer_must_be_taken()
     except CycloptsError as error:
         wanted = "a verb, its arguments and its flags, as --help lists them."
-        code = refuse(str(error), wanted, f"run {me()} {verb_in(words)}--help.")
+        # The word that is not understood may be an address.
+        code = refuse(without_secret(str(error)), wanted, f"run {me()} {verb_in(words)}--help.")
     except LostError as error:
         refuse(error.found, error.wanted, error.do)
         if sys.stdout:
@@ -596,4 +599,10 @@ def _run(words: list[str]) -> int:
         screen.say("")  # the terminal has shown ^C
         screen.say(f"arrowhead: interrupted{by}. Run the same command again to go on.")
         code = signals.INTERRUPTED
+    except Exception:
+        told = traceback.format_exc()
+        if hidden(told) == told:
+            raise
+        sys.stderr.write(hidden(told))  # as Python would, without the store's password
+        code = 1
     return code if isinstance(code, int) else 0

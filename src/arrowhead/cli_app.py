@@ -37,7 +37,8 @@ from arrowhead.screen import Screen
 from arrowhead.sweep import SweepConfig
 from arrowhead.tables import SourceConfig
 from arrowhead.targets import expanded
-from arrowhead.tracking_client import TrackingConfig, secrets_of, without_secret
+from arrowhead.tracking_address import hidden, secrets_of, without_secret
+from arrowhead.tracking_client import TrackingConfig, must_have_addresses
 from arrowhead.train import TrainConfig
 from arrowhead.wording import command
 
@@ -338,6 +339,9 @@ class _Given:
                     else token
                     for token in argument.tokens
                 ]
+        tracked = any(argument.name == "--tracking-uri" for argument in arguments)
+        if tracked and "tracking_uri" not in self.names:  # the verb asks the variables
+            must_have_addresses()
 
 
 PLACES = {"--data", "--bundle", "--images", "--base", "--weights"}  # paths or addresses
@@ -384,7 +388,7 @@ def verb_in(words: list[str]) -> str:
 def refuse(found: str, wanted: str, do: str, code: int = 2) -> int:
     """Say a refusal on standard error; its exit code."""
     for head, words in (("arrowhead: ", found), ("  wanted  ", wanted), ("  do      ", do)):
-        Screen(to_stderr=True).say(head + " ".join(words.strip().splitlines()))
+        Screen(to_stderr=True).say(hidden(head + " ".join(words.strip().splitlines())))
     return code
 
 

@@ -36,7 +36,8 @@ from arrowhead.model import BodyConfig
 from arrowhead.score import ScoreConfig
 from arrowhead.screen import Screen
 from arrowhead.tables import SourceConfig
-from arrowhead.tracking_client import TrackingConfig, secrets_of
+from arrowhead.tracking_address import secrets_of, without_secret
+from arrowhead.tracking_client import TrackingConfig
 from arrowhead.wording import command
 
 # --------------------------------------------------------------------------- a cluster
@@ -155,7 +156,7 @@ def understood(words: list[str], config: Path | None = None) -> Call | None:
         verb, bound, _ = app.parse_args(tokens, **quiet)
     except CycloptsError as error:
         raise ConfigError(
-            str(error).strip().replace("\n", " "),
+            without_secret(str(error).strip().replace("\n", " ")),
             "a verb, its arguments and its flags, as --help lists them.",
             f"run {me()} {verb_in(words)}--help.",
         ) from error

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from arrowhead import cluster, guard, tracking_client
+from arrowhead import ConfigError, cluster, guard, tracking_client
+from arrowhead.tracking_address import without_secret
 
 GIB = 2**30
 
@@ -93,8 +94,13 @@ def _ray() -> Iterator[Check]:
 
 def _mlflow() -> Iterator[Check]:
     version = importlib.metadata.version("mlflow")
+    try:
+        tracking_client.must_have_addresses()
+    except ConfigError as error:
+        yield Check("mlflow", "missing", f"{version}, {error.found}", error.do)
+        return
     config = tracking_client.TrackingConfig()
-    yield Check("mlflow", "ok", f"{version}, store {tracking_client.without_secret(config.uri)}")
+    yield Check("mlflow", "ok", f"{version}, store {without_secret(config.uri)}")
 
 
 def _weights() -> Iterator[Check]:

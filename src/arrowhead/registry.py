@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arrowhead import ConfigError
+from arrowhead.tracking_address import without_secret
 from arrowhead.tracking_client import (
     TrackingConfig,
     find_run,
@@ -31,7 +32,6 @@ from arrowhead.tracking_client import (
     missing,
     reading,
     usable,
-    without_secret,
 )
 from arrowhead.wording import command
 

@@ -59,6 +59,7 @@ from arrowhead.registry import (
     version_of,
 )
 from arrowhead.spool import Spool, Write, stamp, write_whole
+from arrowhead.tracking_address import without_secret
 from arrowhead.tracking_client import (
     PROBE,
     TrackingConfig,
@@ -70,7 +71,6 @@ from arrowhead.tracking_client import (
     search,
     silence,
     usable,
-    without_secret,
 )
 from arrowhead.tracking_names import is_shortened, mlflow_name, shortened
 
@@ -81,6 +81,9 @@ if TYPE_CHECKING:
 UNSENT = Path(".arrowhead") / "unsent"
 AGAIN = 5.0, 60.0  # seconds between tries while the store is away: the first, the longest
 OTHERS = 30.0  # seconds at the start for what earlier runs left unsent
+STOPPING, ENDING = 5.0, 30.0
+"""Seconds that the last writes of a run wait for one of another thread: of a run that is
+interrupted, whose process will soon be killed, and of another."""
 LONGEST = 6000  # characters of a param's value that MLflow keeps
 SOONEST, USUAL = (
     0.5,
@@ -345,12 +348,15 @@ def _ended(post: _Post, run_id: str, new: bool) -> Iterator[None]:
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | LostError)
         how = "KILLED" if stopped else "FAILED"
+        within = STOPPING if stopped else ENDING
         with signals.deferred():
-            post.write({"do": "status", "run": run_id, "status": how, "end": _now()})
+            ended = {"do": "status", "run": run_id, "status": how, "end": _now()}
+            post.write(ended, within=within)
             if isinstance(error, ConfigError) and new:
-                post.write({"do": "delete", "run": run_id})
+                post.write({"do": "delete", "run": run_id}, within=within)
         raise
-    post.write({"do": "status", "run": run_id, "status": "FINISHED", "end": _now()})
+    ended = {"do": "status", "run": run_id, "status": "FINISHED", "end": _now()}
+    post.write(ended, within=ENDING)
 
 
 def send(config: TrackingConfig, spool: Path | None = None, say: Say = _to_stderr) -> None:
@@ -641,15 +647,26 @@ class _Post:
         self._wait = AGAIN[0]
         self._next = monotonic() if len(spool) else math.inf
         self._said: set[str] = set()
+        self._stuck = False  # another thread's write has not come back in time
 
-    def write(self, *writes: Write) -> None:
-        """Carry these out in order, or keep them. Raises nothing but an interrupt."""
+    def write(self, *writes: Write, within: float = -1) -> None:
+        """Carry these out in order, or keep them. Raises nothing but an interrupt.
+
+        within: seconds to wait for a write of another thread, after which these are kept; -1:
+        however long it takes.
+        """
         for one in writes:
-            with self._turn:
+            if not self._turn.acquire(timeout=0 if self._stuck else within):
+                self._stuck = True
+                self._keep(one)
+                continue
+            try:
                 if self._away or not self._tried(one):
                     self._keep(one)
                 if monotonic() >= self._next:
                     self._resend()
+            finally:
+                self._turn.release()
 
     def _tried(self, write: Write) -> bool:
         """Whether that write is dealt with; if not, the store has gone away."""
@@ -699,8 +716,9 @@ class _Post:
 
     def close(self) -> None:
         """Try once more what is left, and say where it stays."""
-        with self._turn:
-            if len(self._spool):
+        ours = self._turn.acquire(timeout=0 if self._stuck else STOPPING)
+        try:
+            if len(self._spool) and ours:
                 self._resend()
             if lost := self._spool.in_memory:
                 self.say(
@@ -714,6 +732,9 @@ class _Post:
                     " first (in Python: arrowhead.tracking.send)"
                 )
             self._spool.release()
+        finally:
+            if ours:
+                self._turn.release()
 
     def model(self, run_id: str, bundle: Path) -> str | None:
         """See `Run.model`."""

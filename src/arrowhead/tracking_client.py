@@ -4,7 +4,6 @@ TrackingConfig   which store, which experiment
 open_store       a client, and the experiment, made if need be
 reading          a client of a store to look into; nothing is made
 usable           what a store answers when it cannot be used becomes a refusal
-without_secret   an address that may be shown
 """
 
 from __future__ import annotations
@@ -17,37 +16,28 @@ import re
 import socket
 import sqlite3
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote, unquote_plus, urlsplit
+from urllib.parse import quote, urlsplit
 
 from arrowhead import ConfigError
+from arrowhead.tracking_address import (
+    ADDRESSES,
+    hidden,
+    must_be_address,
+    remember,
+    without_secret,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Recorded
 
-MIN_SECRET_CHARS = 3  # what is shorter would be found in every other word
-# Parameters in the query of an address that are no secret; whatever else is there is not shown.
-HARMLESS = {
-    "application_name",
-    "cache",
-    "charset",
-    "connect_timeout",
-    "driver",
-    "encrypt",
-    "mode",
-    "options",
-    "sslmode",
-    "sslrootcert",
-    "timeout",
-    "trustservercertificate",
-    "uri",
-}
 SCHEMA_SECONDS = 60.0  # for a store whose schema another command is making
 SAME_SECONDS = 5.0  # an error that lasts so long is none of a schema that is being made
 PROBE = 2.0  # seconds an address gets to answer in mid-run; at the start it gets twice that
@@ -67,15 +57,11 @@ def _default() -> str:
     return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
-_secrets: set[str] = set()
-"""Of the addresses that this process was given."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
     """Where runs are recorded."""
 
-    tracking_uri: str | None = None
+    tracking_uri: str | None = field(default=None, repr=False)
     """MLflow store. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in this directory."""
     experiment: str = "arrowhead"
     """Name of the MLflow experiment."""
@@ -86,7 +72,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         if self.tracking_uri:
-            _secrets.update(secrets_of(self.tracking_uri))
+            must_be_address(self.tracking_uri, "--tracking-uri")
+            remember(self.tracking_uri)
 
     @property
     def uri(self) -> str:
@@ -94,40 +81,19 @@ class TrackingConfig:
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _default()
 
 
-def without_secret(text: str) -> str:
-    """A store's address, or a line with one in it, without user, password and other secrets."""
-    known = _secrets | secrets_of(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    known |= {os.environ.get(f"MLFLOW_TRACKING_{one}", "") for one in ("PASSWORD", "TOKEN")}
-    for secret in sorted(known, key=len, reverse=True):  # as libraries say them, out of any address
-        if len(secret) >= MIN_SECRET_CHARS:
-            text = text.replace(secret, "…")
-    text = re.sub(r"//[^\s'\"]*@", "//…@", text)
-    return re.sub(
-        r"([?&])([^=&?\s'\"]+)=([^&\s'\"]*)",
-        lambda found: found[0] if found[2].lower() in HARMLESS else f"{found[1]}{found[2]}=…",
-        text,
-    )
-
-
-def secrets_of(uri: str) -> set[str]:
-    """What of an address nobody else may see, as it is written there and as it is meant."""
-    before, _, query = uri.partition("?")
-    if "@" not in before and "@" in query:  # a password with a question mark in it
-        before, query = uri, ""
-    given = before.partition("//")[2].rpartition("@")[0].partition(":")[2]
-    values = [given] if given else []
-    for part in query.split("&"):
-        name, _, value = part.partition("=")
-        if value and name.lower() not in HARMLESS:
-            # An ODBC connection string holds the password among other things.
-            inner = re.findall(r"(?i)(?:pwd|password)=([^;]+)", unquote_plus(value))
-            values += [value, *inner]
-    return {form for value in values for form in (value, unquote(value), unquote_plus(value))}
+def must_have_addresses() -> None:
+    """Raises ConfigError for a malformed address in one of the variables that MLflow reads."""
+    for name in ADDRESSES:
+        if uri := os.environ.get(name):
+            must_be_address(uri, name)
 
 
 def connected(config: TrackingConfig) -> MlflowClient:
-    """A client of a store that answers."""
+    """A client of a store that answers. Raises ConfigError for a malformed address."""
     import logging
+
+    if not config.tracking_uri:
+        must_have_addresses()
 
     # A write that fails is kept and sent later: one retry, and no minutes in front of a dead host.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -270,7 +236,13 @@ def usable(config: TrackingConfig) -> Iterator[None]:
             "give --tracking-uri sqlite:////FOLDER/mlflow.db, a FOLDER that can be written."
             if config.uri == _default() and not os.access(".", os.W_OK)
             else "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
-        ) from error
+        ) from _shown(error)
+
+
+def _shown(error: Exception) -> Exception | None:
+    """An error as the cause of another, or None where Python would print a secret with it."""
+    text = "".join(traceback.format_exception(error))
+    return error if hidden(text) == text else None
 
 
 def silence(uri: str, seconds: float) -> str | None:

@@ -17,6 +17,7 @@ from time import monotonic, time
 from typing import Any
 
 from arrowhead import ConfigError, extract, tracking_client
+from arrowhead.tracking_address import without_secret
 from arrowhead.tracking_client import TrackingConfig
 from arrowhead.wording import counted
 
@@ -185,7 +186,7 @@ def _state(view: View) -> Any:
 
 def _found(client: Any, config: TrackingConfig, word: str | None) -> str:
     """The id of the run that is meant."""
-    where = tracking_client.without_secret(config.uri)
+    where = without_secret(config.uri)
     experiment = client.get_experiment_by_name(config.experiment)
     latest: list[str] = []
     for run in _newest(client, experiment.experiment_id) if experiment else ():
