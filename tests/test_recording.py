@@ -81,6 +81,41 @@ def test_a_rate_that_was_found_is_the_number_and_what_was_asked_has_a_name_of_it
     assert run.data.metrics["accuracy"] == result["metrics"]["accuracy"]
 
 
+def test_precision_and_warm_up_are_what_was_used(client, place):
+    run, lineage = run_of(client, place / "out/bundle")
+    used = {name: run.data.params[f"train.{name}"] for name in ("precision", "warmup")}
+    assert used["precision"] in ("fp32", "bf16", "fp16")
+    assert used["warmup"] == "0.25"
+    assert (
+        run.data.params["train.precision_asked"] == run.data.params["train.warmup_asked"] == "auto"
+    )
+    assert used == {name: str(lineage["training"][name]) for name in used}
+
+
+def test_the_runs_of_lr_find_score_and_evaluate_have_their_settings_and_data_set(
+    client, place, drawn, command
+):
+    found = command("lr-find", "out/store", "--steps", "20", "--batch-size", "16", *QUIET)
+    run = client.get_run(found["run_id"])
+    assert run.data.params["lr_finder.steps"] == "20"
+    assert run.data.params["train.batch_size"] == "16"
+    assert run.data.tags["dataset"] == "weave"
+    assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"weave"}
+    scored = command("score", "out/bundle", drawn / "new", "scores", "--flag-novel", *QUIET)
+    params = client.get_run(scored["run_id"]).data.params
+    assert params["score.flag_novel"] == "True" and "extract.chunk_size" in params
+    judged = command("evaluate", "out/bundle", drawn / "valid", "judged", *QUIET)
+    params = client.get_run(judged["run_id"]).data.params
+    assert params["bundle"] == judged["bundle_fingerprint"]
+
+
+def test_a_model_of_logistic_regression_is_named_so(client, place, command):
+    command("train", "out/store", "exact", "--head", "logistic", *QUIET)
+    run, _ = run_of(client, place / "exact")
+    (model,) = models(client, run)
+    assert model.name == "weave-shufflenet_v2_x0_5-logistic"
+
+
 def test_a_table_is_the_source_and_each_split_an_input_with_its_counts(client, place):
     run, _ = run_of(client, place / "out/bundle")
     given = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import posixpath
 import re
+import unicodedata
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from arrowhead.tracking_names import MAX_NAME_CHARS, mlflow_name, original
+from arrowhead.tracking_names import MAX_NAME_CHARS, mlflow_name, mlflow_names, original
 
 HOSTILE = st.text(st.sampled_from("ab_xX0123F/. ?#:$<ü猫😀\n"), max_size=12) | st.text(max_size=12)
 
@@ -33,6 +34,29 @@ def test_different_names_stay_different_however_long(names):
     made = [mlflow_name(name) for name in names]
     assert len(set(made)) == len(names)
     assert max(map(len, made), default=0) <= MAX_NAME_CHARS
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["recall.Dog", "recall.dog", "recall.DOG", "recall.cat"],
+        ["Größe", "große", "GROSSE", "grosse"],
+        ["_x44_og", "Dog", "dog", "Dög"],
+    ],
+)
+def test_names_that_mysql_takes_for_the_same_stay_apart_and_are_read_back(names):
+    made = mlflow_names(names)
+    plain = {
+        "".join(
+            one
+            for one in unicodedata.normalize("NFKD", name).casefold()
+            if not unicodedata.combining(one)
+        )
+        for name in made.values()
+    }
+    assert len(plain) == len(names)
+    assert [original(made[name]) for name in names] == names
+    assert all(made[name] == name for name in names if name == "recall.cat")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,13 @@ class DescentConfig:
 # ------------------------------------------------------------------------------ schedules
 
 
+def warm_up_of(config: DescentConfig) -> float:
+    """The share of all steps under a rising rate, the default included."""
+    if config.warmup is not None:
+        return config.warmup
+    return 0.25 if config.schedule == "one-cycle" else 0.0
+
+
 def factor(share: float, config: DescentConfig, epochs: int) -> float:
     """The learning rate, over its highest, when `share` (0 to 1) of `epochs` is done.
 
@@ -96,11 +103,7 @@ def factor(share: float, config: DescentConfig, epochs: int) -> float:
     with restarts: SGDR (Loshchilov & Hutter, arXiv:1608.03983). A warm-up before constant or
     cosine rises in a straight line, from 1/25 too.
     """
-    warm = (
-        (0.25 if config.schedule == "one-cycle" else 0.0)
-        if config.warmup is None
-        else config.warmup
-    )
+    warm = warm_up_of(config)
     risen = min(share / warm, 1.0) if warm else 1.0
     if config.schedule == "one-cycle":
         if risen < 1:

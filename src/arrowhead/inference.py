@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -127,6 +127,9 @@ def _scored(
         name = recording.dataset_name(catalog)
         means.run.dataset(name, catalog.digest(), catalog.source or catalog.root, use)
         means.run.tags({"dataset": name, "body": loaded.recipe.body})
+        asked = {f"score.{k}": v for k, v in asdict(config).items()}
+        asked |= {f"extract.{k}": v for k, v in asdict(how).items()}
+        means.run.params(asked | {"bundle": mark, "recipe": loaded.recipe.json()})
     del catalog  # of a million files; from here on nobody needs more than some chunks of it
     account.say_damaged(request.damaged, means.screen)
     missing = request.missing()

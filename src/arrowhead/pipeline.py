@@ -296,6 +296,13 @@ def find_rate(
     asked = Study(head=config, finder=finder, teach=False)
     curve = learn(path, asked, means).curve
     assert curve is not None
+    if means.run:
+        store = Store(path)
+        recording.settings_asked(means.run, asked.resolve(store)[0].head, ())
+        found = {f"lr_finder.{k}": v for k, v in dataclasses.asdict(finder).items()}
+        means.run.params(found | {"recipe": store.recipe.json()})
+        means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
+        recording.datasets(means.run, Catalog(**store.read_catalog()))
     account.show_curve(curve, path, means)
     return curve
 

@@ -49,8 +49,8 @@ def settings_asked(run: Run, config: TrainConfig, searched: Collection[str]) -> 
     for name, value in config.parameters().items():
         if name in searched:
             run.params({f"train.{name}_asked": "grid"})
-        elif value == "auto":
-            run.params({f"train.{name}_asked": value})
+        elif value == "auto" or (name == "warmup" and value is None):
+            run.params({f"train.{name}_asked": "auto"})
         else:
             run.params({f"train.{name}": value})
 

@@ -348,8 +348,10 @@ def log_model(client: MlflowClient, run_id: str, bundle: Path) -> str:
 
 
 def model_name(dataset: str, content: Mapping[str, Any]) -> str:
-    """What a logged model is called: dogscats-resnet34-linear. content: of its bundle.json."""
-    whole = f"{dataset}-{content['recipe']['body']}-{content['head']}"
+    """What a logged model is called: dogscats-resnet34-logistic. content: of its bundle.json."""
+    trained = content.get("lineage", {}).get("training", {}).get("head")
+    head = "logistic" if trained == "logistic" else content["head"]  # both are linear in form
+    whole = f"{dataset}-{content['recipe']['body']}-{head}"
     return re.sub(r"[/:.%\"']", "-", whole)[:MAX_MODEL_NAME_CHARS]
 
 

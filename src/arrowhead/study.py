@@ -48,6 +48,7 @@ from arrowhead.train import (
     Team,
     TrainConfig,
     Trained,
+    as_used,
     class_weighting,
     resolve,
     steps_of,
@@ -228,6 +229,7 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
         ended = log.train("learning-curve", data, members, team)
         judge = _judge(data, members, ended, winner, team)
         made.shares = sweep.curve(shares, ended, winner, judge)
+    made.config = as_used(winner, data.feature.device)  # what is recorded; all was trained with it
     made.seconds = perf_counter() - began
     return made
 

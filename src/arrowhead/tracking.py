@@ -72,7 +72,7 @@ from arrowhead.tracking_client import (
     silence,
     usable,
 )
-from arrowhead.tracking_names import is_shortened, mlflow_name, shortened
+from arrowhead.tracking_names import is_shortened, mlflow_names, shortened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -424,16 +424,15 @@ def _batch(
     MLflow is kept whole in the tag `full_name.<its short form>`.
     """
     now = _now()
+    named = mlflow_names([*(points or {}), *(params or {}), *(tags or {})])
     rows = [
-        [mlflow_name(name), value if math.isfinite(value) else str(value), now, int(step)]
+        [named[name], value if math.isfinite(value) else str(value), now, int(step)]
         for name, pairs in (points or {}).items()
         for step, value in pairs
     ]
-    kept, marks = (
-        {mlflow_name(k): str(v) for k, v in (part or {}).items()} for part in (params, tags)
-    )
+    kept, marks = ({named[k]: str(v) for k, v in (part or {}).items()} for part in (params, tags))
     for name in {**(points or {}), **(params or {}), **(tags or {})}:
-        if is_shortened(made := mlflow_name(name)):
+        if is_shortened(made := named[name]):
             marks[shortened(f"full_name.{made[-16:]}")] = name
     return {"metrics": rows, "params": kept, "tags": marks}
 

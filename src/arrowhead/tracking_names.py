@@ -3,13 +3,17 @@
 MLflow allows letters, digits and `_ - . / : space`, no name that is another file path (`a//b`,
 `../a`), and 250 characters; colons not on Windows. Names hold what users call their classes, so any
 other character is written `_xHH_`, its code point in hex, as SQL/XML (ISO 9075-14) does. Ordinary
-names stay as they are, no two names become one, and `original` gives the first one back.
+names stay as they are, no two names become one (on MySQL neither, see `mlflow_names`), and
+`original` gives the first one back.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 
 MAX_NAME_CHARS = 250
 _HASH_CHARS = 16
@@ -30,6 +34,9 @@ _ESCAPED = re.compile(
     """,
     re.VERBOSE,
 )
+# Among names that some databases take for the same (MySQL compares neither case nor accents), every
+# capital and every letter beyond ASCII, too.
+_DISTINCT = re.compile(_ESCAPED.pattern + r"| [A-Z] | [^\x00-\x7f]", re.VERBOSE)
 _CODE = re.compile("_x([0-9A-F]+)_")
 
 
@@ -39,6 +46,26 @@ def mlflow_name(name: str) -> str:
     """
     made = _ESCAPED.sub(_code, name) or _EMPTY
     return shortened(made)
+
+
+def mlflow_names(names: Iterable[str]) -> dict[str, str]:
+    """`mlflow_name` of each of these, which lie together. Where some differ by case or accents
+    only, such as Dog and dog, they are written so that no database takes one for the other.
+    """
+    there = list(dict.fromkeys(names))
+    alike = Counter(map(_folded, there))
+    return {
+        name: mlflow_name(name)
+        if alike[_folded(name)] == 1
+        else shortened(_DISTINCT.sub(_code, name) or _EMPTY)
+        for name in there
+    }
+
+
+def _folded(name: str) -> str:
+    """A name as a database compares it that makes the fewest differences."""
+    apart = unicodedata.normalize("NFKD", name).casefold()
+    return "".join(one for one in apart if not unicodedata.combining(one))
 
 
 def shortened(made: str) -> str:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -881,6 +881,17 @@ def precision(asked: str, device: torch.device) -> torch.dtype | None:
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_units else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[asked]
+
+
+def as_used(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The settings with the numbers in place of what stands for them: --warmup's default and, on
+    that device, --precision auto.
+    """
+    if config.head == "logistic":
+        return config
+    dtype = precision(config.precision, device)
+    name = {"None": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}[str(dtype)]
+    return replace(config, warmup=descent.warm_up_of(config), precision=cast(Any, name))
 
 
 Record = Callable[[dict[int, dict[str, float]]], None]
