@@ -321,7 +321,7 @@ def test_other_images_of_the_same_names_and_sizes_are_another_request(
     shutil.copytree("new", tmp_path / "copy")
     command("score", "out/bundle", "new", out)
     assert refused("score", "out/bundle", tmp_path / "copy", out) == 2
-    assert "images differs" in capsys.readouterr().err
+    assert "of images in another folder" in capsys.readouterr().err
 
 
 def test_two_commands_do_not_write_the_same_scores(out, capsys):

@@ -49,17 +49,10 @@ PASSING = (
     "decoder_crash",
 )  # faults that may be gone when the same command runs again
 REQUESTED = {
-    "bundle": "weights or settings of the bundle",
-    "images": "images (another folder)",
-    "inputs": "images (their names, sizes or times)",
-    "top_k": "--top-k",
-    "probabilities": "columns (--probabilities)",
-    "features": "columns (--features)",
-    "raw": "probabilities (--raw)",
-    "flag_novel": "columns (--flag-novel)",
-    "false_alarms": "--false-alarms",
-    "chunk_size": "--chunk-size",
-}  # what a request is made of, in words
+    "bundle": "of another bundle",
+    "images": "of images in another folder",
+    "inputs": "of other images (by their names, sizes or times)",
+}  # what a request is made of, in words; the rest are flags
 BINS = np.linspace(0, 1, 21)
 
 
@@ -336,8 +329,10 @@ def prepare(
     if note.is_file():
         found = _request(note)
         if differing := [key for key in asked if found.get(key) != asked[key]]:
+            first = differing[0]
+            flag = f"with another setting of --{first.replace('_', '-')}"
             raise ConfigError(
-                f"{out} holds scores of another request, with other {REQUESTED[differing[0]]}.",
+                f"{out} holds scores of another request: {REQUESTED.get(first, flag)}.",
                 "the same bundle, images and settings, to go on; or a new folder.",
                 "give another OUT, or delete that folder.",
             )
