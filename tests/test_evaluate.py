@@ -13,7 +13,7 @@ import numpy as np
 import polars
 import pytest
 import safetensors.numpy
-from conftest import Tracked
+from conftest import Bundled, Tracked
 
 from arrowhead import cli
 
@@ -172,6 +172,46 @@ def test_what_is_written_is_what_scikit_learn_makes_of_the_predictions(
     assert "evaluation/confusion.png" in [
         one.path for one in client.list_artifacts(found["run_id"], "evaluation")
     ]
+
+
+def test_images_that_were_trained_on_are_counted_and_left_out_of_the_figure_to_trust(
+    command: Any, tmp_path: Path
+) -> None:
+    used = {"trained_on": count("photos/train"), "validated": count("photos/valid")}
+    there = about("out/bundle")["metrics"]
+    for number, image in enumerate(sorted(Path("photos").rglob("*.jpg"))):  # under other names
+        (tmp_path / "all" / image.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, tmp_path / "all" / image.parent.name / f"{number}.jpg")
+    figures = command("evaluate", "out/bundle", tmp_path / "all", tmp_path / "a")["metrics"]
+    assert f"WARNING: the bundle was trained on {used['trained_on']} of these" in command.said
+    assert (figures["images_used"], figures["trusted_images"]) == (used, "new")
+    assert figures["images"] == count("photos")
+    assert figures["trusted"]["images"] == count("photos/test")
+    assert figures["trusted"]["confusion"] == there["test_confusion"]
+    written = json.loads((tmp_path / "a" / "evaluation.json").read_text())["metrics"]
+    assert written["trusted"] == figures["trusted"]
+    scored = command("score", "out/bundle", tmp_path / "all", tmp_path / "s")
+    assert scored["images_used"] == used and "WARNING" in command.said
+    shutil.copytree("photos", tmp_path / "fit", ignore=shutil.ignore_patterns("test"))
+    figures = command("evaluate", "out/bundle", tmp_path / "fit", tmp_path / "b")["metrics"]
+    assert figures["trusted_images"] == "validation"
+    assert figures["trusted"]["confusion"] == there["confusion"]
+    figures = command("evaluate", "out/bundle", "photos/train", tmp_path / "c")["metrics"]
+    assert (figures["trusted_images"], figures["trusted"]) == ("none", None)
+    assert "nothing here says how good it is on others" in command.said
+    figures = command("evaluate", "out/bundle", "photos/test", tmp_path / "d")["metrics"]
+    assert (figures["trusted_images"], figures["trusted"]) == ("all", None)
+    assert "WARNING" not in command.said
+
+
+def test_a_bundle_that_does_not_say_what_it_was_trained_on_is_said_so(
+    command: Any, bundled: Bundled, tmp_path: Path
+) -> None:
+    figures = command("evaluate", bundled(), "photos/test", tmp_path / "a")["metrics"]
+    assert (figures["images_used"], figures["trusted_images"]) == (None, "unknown")
+    assert "does not say which images it was trained on" in command.said
+    command("score", bundled(), "photos/test", tmp_path / "b")
+    assert "does not say which images it was trained on" in command.said
 
 
 def test_a_table_is_evaluated_and_a_store_saves_the_decoding(command: Any, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ FLOORS = [
         "heads",
         "shards",
         "metrics",
+        "known_images",
         "novelty",
         "spool",
         "tracking_client",

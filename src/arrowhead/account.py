@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from arrowhead.cluster import LaunchConfig
 from arrowhead.lr_finder import Curve
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog
-from arrowhead.score import Agreement, Held, ScoreConfig
+from arrowhead.score import Held, ScoreConfig
 from arrowhead.shards import Store
 from arrowhead.study import Learned, OutOfFold, Study
 from arrowhead.tracking import Run
@@ -317,12 +317,41 @@ def say_damaged(names: list[str], screen: Screen) -> None:
         screen.say(f"{name} has changed since it was written: its images are scored again")
 
 
-def say_folders(found: Agreement | None, screen: Screen) -> None:
-    """How the labels agree with the folders' names, where these are the bundle's classes."""
+def say_faults(held: Held, out: Path, screen: Screen) -> None:
+    """The kinds of the faults, the first files, and where all of them are."""
+    if held.faults:
+        screen.say(
+            f"not read: {fault_words(held.faults, held.torn)}; all of them: the rows of"
+            f" {out / 'parts'} whose column fault is filled"
+        )
+
+
+def fault_words(kinds: Counter[str], paths: Sequence[str]) -> str:
+    """Faults by kind, and the paths of the first files that have one."""
+    more = ", …" if kinds.total() > len(paths) else ""
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"{counts} ({', '.join(paths)}{more})"
+
+
+def say_folders(held: Held, screen: Screen) -> None:
+    """How many of the images the bundle was made of; how the labels agree with the folders' names,
+    where these are the bundle's classes.
+    """
+    found = held.folders
     if found:
         screen.say(
             f"the folders are named after classes of the bundle: {found.right} of {found.images}"
             f" agree ({percent(found.right, found.images)})"
+        )
+    if held.trained or held.validated:
+        screen.say(
+            f"WARNING: the bundle was trained on {held.trained} of these images and validated with"
+            f" {held.validated}: how well it does on them says little about others"
+        )
+    elif held.trained is None and found:
+        screen.say(
+            "the bundle does not say which images it was trained on: if these are among them, that"
+            " figure says little about others"
         )
 
 
@@ -336,7 +365,7 @@ def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> Non
     """Counts, seconds and a picture of the predictions, recorded. result: see `inference.score`."""
     counts = {f"labels.{label}": count for label, count in found.labels.items()}
     seconds = {f"seconds.{stage}": value for stage, value in result["seconds"].items()}
-    run.record(result["counts"] | counts | seconds)
+    run.record(result["counts"] | counts | seconds | (result["images_used"] or {}))
     names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
     run.tags({tag: result[name] for tag, name in names.items()})
     run.tags({"trained_by": str(result["trained_by"])})
@@ -629,6 +658,7 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means
     if figures["faults"]:
         say(f"in no figure: {counted(figures['faults'], 'image')} that could not be read")
     say(evaluation(figures, "labelled"))
+    say_used(figures, means.screen)
     files = []
     if "confusion" in figures:
         picture = report.confusion_figure(
@@ -637,12 +667,42 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means
         files.append(report.save(picture, out / "confusion.png"))
     if means.run:
         means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
-        means.run.record(result["counts"])
+        trusted = figures["trusted"] or {}
+        means.run.record({f"trusted.{k}": v for k, v in trusted.items() if isinstance(v, float)})
+        means.run.record(result["counts"] | (figures["images_used"] or {}))
+        means.run.tags({"trusted_images": figures["trusted_images"]})
         names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
         tags = {tag: result[name] for tag, name in names.items()}
         means.run.tags(tags | {"trained_by": str(result["trained_by"])})
         for path in [out / "evaluation.json", out / "per_class.csv", *files]:
             means.run.keep(path, "evaluation")
+
+
+def say_used(figures: Mapping[str, Any], screen: Screen) -> None:
+    """Which of the figures to trust. figures: see `evaluate.figures`."""
+    used, trusted, kind = (figures[k] for k in ("images_used", "trusted", "trusted_images"))
+    if used is None:
+        screen.say(
+            "the bundle does not say which images it was trained on: if these are among them, the"
+            " figures are too good"
+        )
+        return
+    if kind == "all":
+        return
+    screen.say(
+        f"WARNING: the bundle was trained on {used['trained_on']} of these images and validated"
+        f" with {used['validated']}: the figures of all of them are too good"
+    )
+    if kind == "none":
+        screen.say("it was trained on all of them: nothing here says how good it is on others")
+    else:
+        what = "new" if kind == "new" else "validation"
+        words = "it has not seen" if kind == "new" else "it was validated, not trained, with"
+        if trusted is None:
+            screen.say(f"all are images that {words}: rate and temperature were chosen on them")
+        else:
+            screen.say(f"the figure to trust, of the images {words}:")
+            screen.say(evaluation(trusted, what))
 
 
 def previous(out: Path, means: Means) -> Path | None:

@@ -4,6 +4,7 @@
       bundle.json          format, task, recipe, classes, head, temperature, thresholds, metrics,
                            novelty, lineage, hashes; sealed
       weights.safetensors  body.*, head.* and novelty.*
+      images.safetensors   train, valid: which images it was made of, 8 bytes of a hash of each
       golden/              a few images, and the probabilities they gave where the bundle was made
       report/              figures and tables for people; no hash covers them, nothing reads them
 
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from arrowhead import ConfigError, DataError, extract, fileio, files, registry, shards, targets
 from arrowhead.decode import Pixels
 from arrowhead.guard import GuardedDecoder
+from arrowhead.known_images import KnownImages
 from arrowhead.model import Body
 from arrowhead.novelty import Novelty
 from arrowhead.shards import Recipe
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 REPORT = "report"
+IMAGES = "images.safetensors"
 PAPER = {
     "task": str,
     "recipe": dict,
@@ -93,6 +96,8 @@ class Bundle:
     lineage: dict[str, Any]
     """Arrowhead's version, MLflow run id, digest of the data, and the like."""
     novelty: Novelty | None = None
+    images: KnownImages | None = None
+    """Which images it was trained on and validated with; None where it does not say (0.1.0)."""
     golden: Sequence[Golden] = ()
 
     def __post_init__(self) -> None:
@@ -242,6 +247,7 @@ def save(bundle: Bundle, path: Path, previous: Path | None = None) -> str:
 
 def write(bundle: Bundle, folder: Path) -> None:
     """Write the bundle's files into a folder of `saving`."""
+    import safetensors.numpy
     import safetensors.torch
 
     (folder / "golden").mkdir()
@@ -251,10 +257,14 @@ def write(bundle: Bundle, folder: Path) -> None:
         kept = bundle.novelty.tensors().items()
         tensors |= {f"novelty.{name}": t.contiguous() for name, t in kept}
     (folder / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
+    listed = []
+    if bundle.images:
+        listed = [folder / IMAGES]
+        listed[0].write_bytes(safetensors.numpy.save(bundle.images.tensors()))
     for golden in bundle.golden:
         (folder / "golden" / golden.name).write_bytes(golden.data)
     fileio.write_json(folder / "golden" / "golden.json", [_plain(one) for one in bundle.golden])
-    files = [folder / "weights.safetensors", *sorted((folder / "golden").iterdir())]
+    files = [folder / "weights.safetensors", *listed, *sorted((folder / "golden").iterdir())]
     content = {
         "format": FORMAT,
         "task": (task := "multi-label" if bundle.multi else "single-label"),
@@ -385,6 +395,7 @@ def load(path: Path) -> Bundle:
         metrics=content["metrics"],
         lineage=content["lineage"],
         novelty=_novelty(parts["novelty"], recipe.width),
+        images=_images(path) if IMAGES in content["sha256"] else None,
         golden=list(_golden(path, recipe.width, len(classes))),
     )
 
@@ -434,6 +445,16 @@ def _fetched(fetch: registry.Fetch, address: str, target: Path) -> Path:
                 ) from error
             _must_be(folder / name, digest, f"{address}/{name}")
     return target
+
+
+def _images(path: Path) -> KnownImages:
+    import safetensors.numpy
+    from safetensors import SafetensorError
+
+    try:
+        return KnownImages.from_tensors(safetensors.numpy.load_file(path / IMAGES))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _torn(f"{path / IMAGES} cannot be read: {error}") from error
 
 
 def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:

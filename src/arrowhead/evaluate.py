@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from arrowhead import ConfigError, fileio, layouts, metrics, plan, scores_io, spreadsheet, tables
 from arrowhead.bundle import Bundle
+from arrowhead.known_images import NEW, TRAINED, VALIDATED
 from arrowhead.plan import Catalog
 from arrowhead.score import Request, ScoreConfig
 from arrowhead.tables import SourceConfig
@@ -223,13 +224,19 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
     """All that `metrics.evaluate` gives, of the scored images whose labels inputs.arrow holds;
     faults: images that could not be read, which are in no other figure.
 
+    images_used: {trained_on, validated}, how many of the images the bundle was made of; None where
+    it does not say. trusted: the same figures without the images that it was trained on, nor those
+    it was validated with where others are left; None where all are left, or none. trusted_images:
+    all, new (neither), validation (validated with), none, or unknown.
+
     Takes the memory of N x C float32. Raises DataError as `Request.tables` does.
     """
     index = {name: number for number, name in enumerate(bundle.classes)}
     chances: list[NDArray[np.float32]] = []
     labels: list[NDArray[Any]] = []
+    uses: list[NDArray[np.uint8]] = []
     faults = 0
-    for table, files in request.tables(["probabilities", "fault"]):
+    for table, files in request.tables(["probabilities", "fault", "image_id"]):
         well_N = table["fault"].is_null().to_numpy()
         chances.append(scores_io.probabilities(table, bundle.classes)[well_N])
         label_NC = np.zeros((len(files), len(index)), np.uint8)
@@ -237,6 +244,8 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
             label_NC[row, [index[name] for name in names]] = 1
         labels.append(label_NC[well_N] if bundle.multi else label_NC[well_N].argmax(1))
         faults += int((~well_N).sum())
+        if bundle.images:
+            uses.append(bundle.images.use(table["image_id"].to_pylist())[well_N])
     chance_NC, label = np.concatenate(chances), np.concatenate(labels)
     if not len(chance_NC):
         raise ConfigError(
@@ -244,15 +253,29 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
             "images with labels.",
             f"look at the faults in {request.out / 'parts'}.",
         )
-    cuts = None if bundle.thresholds is None else np.array(bundle.thresholds)
-    found = metrics.evaluate(
+    found = _judged(chance_NC, label, bundle) | {"faults": faults}
+    if not bundle.images:
+        return found | {"images_used": None, "trusted": None, "trusted_images": "unknown"}
+    use_N = np.concatenate(uses)
+    counts = np.bincount(use_N, minlength=3)
+    said = {"trained_on": int(counts[TRAINED]), "validated": int(counts[VALIDATED])}
+    kind, keep_N = "all", np.ones(len(use_N), bool)
+    if counts[NEW] < len(use_N):
+        kind = "new" if counts[NEW] else "validation" if counts[VALIDATED] else "none"
+        keep_N = use_N == (NEW if counts[NEW] else VALIDATED)
+    some = keep_N.any() and not keep_N.all()
+    trusted = _judged(chance_NC[keep_N], label[keep_N], bundle) if some else None
+    return found | {"images_used": said, "trusted": trusted, "trusted_images": kind}
+
+
+def _judged(chance_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle) -> dict[str, Any]:
+    return metrics.evaluate(
         _logits(chance_NC, bundle),
         label,
         bundle.classes,
         temperature=bundle.temperature,
-        thresholds=cuts,
+        thresholds=None if bundle.thresholds is None else np.array(bundle.thresholds),
     )
-    return found | {"faults": faults}
 
 
 def _logits(chance_NC: NDArray[np.float32], bundle: Bundle) -> NDArray[np.float64]:

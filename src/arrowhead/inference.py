@@ -50,7 +50,7 @@ def score(
         catalog = plan.unlabelled(images, source, base_flag="--base")
         account.say_source(catalog, means.screen)
         made = _scored(path, loaded, catalog, out, config, how, means, "scoring")
-        account.say_folders(made.held.folders, means.screen)
+        account.say_folders(made.held, means.screen)
         # One of an earlier command would else say what the parts no longer say.
         asked = config.csv or scoring.csv_file(out).is_file()
         table = scoring.write_csv(made.request, loaded) if asked else None
@@ -152,6 +152,7 @@ def _scored(
         "ignored": ignored,
     }
     account.say_scores(means, counts, done, loaded, config)
+    account.say_faults(found, out, means.screen)
     result = {
         "counts": counts,
         "faults": dict(found.faults),
@@ -163,6 +164,7 @@ def _scored(
         "drift": done.drift,
         "novelty_threshold": account.cut_of(loaded, config),
         "folders": found.folders and found.folders.plain(),
+        "images_used": found.used,
         "out": str(out),
         "arrowhead": __version__,
         "trained_by": loaded.lineage.get("run_id"),

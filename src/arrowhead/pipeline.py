@@ -44,6 +44,7 @@ from arrowhead.account import Means, Work
 from arrowhead.bundle import Bundle
 from arrowhead.features import FeatureConfig, weights_of
 from arrowhead.golden import GoldenConfig
+from arrowhead.known_images import KnownImages
 from arrowhead.lr_finder import Curve, FinderConfig
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog
@@ -412,6 +413,7 @@ def write_bundle(
         metrics=figures,
         lineage=lineage,
         novelty=known,
+        images=KnownImages.of(store.features("train", mapped=True).image_id, valid.image_id),
     )
     photos = golden.pick(store, made, means.screen.say) if keep.golden_images else []
     bundle.write(dataclasses.replace(made, golden=photos), folder)

@@ -38,6 +38,7 @@ from arrowhead import (
 )
 from arrowhead import bundle as bundles
 from arrowhead.bundle import Bundle
+from arrowhead.known_images import TRAINED, VALIDATED
 from arrowhead.launch import Worker
 from arrowhead.plan import Catalog
 from arrowhead.scores_io import Part, Scores
@@ -54,6 +55,7 @@ REQUESTED = {
     "inputs": "of other images (by their names, sizes or times)",
 }  # what a request is made of, in words; the rest are flags
 BINS = np.linspace(0, 1, 21)
+NAMED = 5  # files with faults, by path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -421,6 +423,19 @@ class Held:
     novel: int = 0
     folders: Agreement | None = None
     """How the labels agree with folders that are named after classes, if they are."""
+    trained: int | None = None
+    """How many of the images the bundle was trained on; None where it does not say."""
+    validated: int | None = None
+    """How many of the others it was validated with."""
+    torn: list[str] = field(default_factory=list)
+    """Paths of the first files that could not be read."""
+
+    @property
+    def used(self) -> dict[str, int] | None:
+        """How many of the images the bundle was made of, as JSON takes it."""
+        if self.trained is None or self.validated is None:
+            return None
+        return {"trained_on": self.trained, "validated": self.validated}
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,11 +488,18 @@ def held(request: Request, bundle: Bundle) -> Held:
     """
     made = Held(labels=Counter(dict.fromkeys(bundle.classes, 0)))
     folders = _Folders(bundle.classes)
-    names = ["labels" if bundle.multi else "label", "probability", "fault"]
+    used = Counter[int]()
+    names = ["image_id", "labels" if bundle.multi else "label", "probability", "fault"]
     names += ["novelty"] if bundle.novelty else []
     names += ["novel"] if request.config.flag_novel else []
     for columns in request.read(names):
-        made.faults.update(fault.partition(":")[0] for fault in columns["fault"] if fault)
+        pairs = zip(columns["path"], columns["fault"], strict=True)
+        torn = [(path, fault.partition(":")[0]) for path, fault in pairs if fault]
+        made.faults.update(kind for _, kind in torn)
+        made.torn += [path for path, _ in torn][: NAMED - len(made.torn)]
+        if bundle.images:
+            use_N = bundle.images.use(columns["image_id"])
+            used.update(use_N[[fault is None for fault in columns["fault"]]].tolist())
         if bundle.multi:
             made.labels.update(label for given in columns["labels"] for label in given or ())
         else:
@@ -488,6 +510,8 @@ def held(request: Request, bundle: Bundle) -> Held:
         made.novelties += np.histogram(_there(columns.get("novelty", [])), 2 * BINS)[0]
         made.novel += sum(map(bool, columns.get("novel", [])))
     made.folders = folders.agreement() if not bundle.multi else None
+    if bundle.images:
+        made.trained, made.validated = used[TRAINED], used[VALIDATED]
     return made
 
 
