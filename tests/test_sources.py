@@ -689,3 +689,30 @@ def test_images_and_a_bundle_in_s3_are_scored_as_those_on_the_disk(
     assert not (tmp_path / "far" / ".bundle").exists()
     about = command("bundle", "info", address)
     assert about["fingerprint"] == far["bundle_fingerprint"] == near["bundle_fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "head", ["# photos of 2024\npath,label\n", "# a, b\n#c\npath;label\n", "#path,label\n"]
+)
+def test_comment_lines_above_a_header_are_passed_over(tmp_path: Path, head: str) -> None:
+    cut = ";" if ";" in head else ","
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "t.csv").write_text(f"{head}1.jpg{cut}cat\n2.jpg{cut}dog\n")
+    catalog = plan.labelled(tmp_path / "t.csv")
+    assert (catalog.paths, catalog.labels) == (["1.jpg", "2.jpg"], [("cat",), ("dog",)])
+
+
+@pytest.mark.parametrize("code", ["utf-32", "utf-32-le", "utf-32-be"])
+def test_a_table_in_utf_32_is_refused_for_that(tmp_path: Path, code: str) -> None:
+    (tmp_path / "t.csv").write_bytes("path,label\n1.jpg,cat\n".encode(code))
+    with pytest.raises(ConfigError, match="UTF-32"):
+        plan.labelled(tmp_path / "t.csv")
+
+
+def test_eval_and_holdout_are_words_for_validation(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).touch()
+    for word in ("eval", "holdout"):
+        (tmp_path / "t.csv").write_text(f"path,label,split\n1.jpg,a,train\n2.jpg,a,{word}\n")
+        assert plan.labelled(tmp_path / "t.csv").splits == ["train", "valid"]

@@ -23,7 +23,9 @@ SPLITS = ("train", "valid", "test")
 WORK = {"train": "trains", "valid": "validates", "test": "tests"}
 _ROLE = re.compile(
     r"(?:(?:data|images?|imgs?)[ _.-])?"
-    r"(?:(?P<train>train(?:ing)?|trn)|(?P<valid>val(?:id(?:ation|ate)?)?|dev)|(?P<test>test(?:ing)?))"
+    r"(?:(?P<train>train(?:ing)?|trn)"
+    r"|(?P<valid>val(?:id(?:ation|ate)?)?|dev|eval(?:uation)?|hold[ _.-]?out)"
+    r"|(?P<test>test(?:ing)?))"
     r"(?:[ _.-]?(?:set|data|split|images?|imgs?|folder|dir))*(?:[ _.-]?20\d\d)?"
 )
 

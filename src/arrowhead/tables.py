@@ -44,6 +44,7 @@ TRUE = {"true", "t", "yes", "y", "1", "1.0"}
 FALSE = {"false", "f", "no", "n", "0", "0.0"}
 SAMPLE_ROWS = 100
 MAX_TABLE_BYTES = 2**31
+_COMMENTS = re.compile(r"(?:[ \t]*#[^\n]*\n)+")  # lines above a header
 _ITEM = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,\[\]'\"][^,\[\]'\"]*)")
 
 
@@ -193,6 +194,14 @@ def _content(source: str, table: bytes) -> bytes:
 def _decoded(source: str, content: bytes) -> str:
     """The text of a table; bytes that are not UTF-8 become surrogates."""
     start = content[:4096]
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or start.count(b"\0\0\0") * 5 > len(
+        start
+    ):
+        raise ConfigError(
+            f"{source} is UTF-32, which is not read.",
+            "a table in UTF-8 or UTF-16.",
+            "save it again as CSV in UTF-8.",
+        )
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         code = "utf-16"
     elif start.count(b"\0") * 3 > len(start):  # Latin letters in UTF-16 are every other byte
@@ -276,8 +285,12 @@ class _Sheet:
         delimiters, skipped = TABLES[source[-4:].lower()] + DELIMITERS, 0
         if match := re.match(r"sep=(.)\r?\n", text):  # how Excel is told
             delimiters, skipped = match[1], match.end()
+        starts = [skipped]
+        if match := _COMMENTS.match(text, skipped):  # or a header whose first name begins with #
+            starts.append(match.end())
         sheets = [
-            _Sheet(source, text[skipped:], delimiter, 2 if skipped else 1)
+            _Sheet(source, text[start:], delimiter, 1 + text.count("\n", 0, start))
+            for start in starts
             for delimiter in dict.fromkeys(delimiters)
         ]
         sheet = next((one for one in sheets if one._fits(config, labelled)), None)
