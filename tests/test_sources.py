@@ -714,5 +714,5 @@ def test_eval_and_holdout_are_words_for_validation(tmp_path: Path) -> None:
     for name in ("1.jpg", "2.jpg"):
         (tmp_path / name).touch()
     for word in ("eval", "holdout"):
-        (tmp_path / "t.csv").write_text(f"path,label,split\n1.jpg,a,train\n2.jpg,a,{word}\n")
+        (tmp_path / "t.csv").write_text(f"path,label,split\n1.jpg,a,train\n2.jpg,b,{word}\n")
         assert plan.labelled(tmp_path / "t.csv").splits == ["train", "valid"]
