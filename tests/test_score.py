@@ -262,7 +262,7 @@ def test_scores_of_another_request_are_not_mixed(command, tmp_path_factory, flag
     if not out.exists():
         command("score", "out/bundle", "new", out)
     assert refused("score", "out/bundle", "new", out, *flags) == 2
-    assert flags[0].strip("-").replace("-", "_") in capsys.readouterr().err
+    assert f"another setting of {flags[0]}." in capsys.readouterr().err
 
 
 def test_a_finished_scoring_is_not_done_again_but_can_be_written_as_csv(command, out):
