@@ -9,10 +9,10 @@ READY := .venv/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint audit bench lock clean
+.PHONY: help setup demo test test-slow chaos lint audit bench lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv: the locked packages, then Arrowhead itself, editable
 
@@ -30,12 +30,14 @@ demo: $(READY)  ## the main job on images made here: fit, score, the next comman
 # Two at a time, a file staying with one of them: its tests share folders, some in their order. The
 # files come in the order that tests/conftest.py gives them. Not in addopts: a single file is quicker
 # without workers.
-test: $(READY)  ## every test but those of `make chaos` (needs no GPU)
+test: $(READY)  ## what one waits for: every promise that one machine keeps (needs no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(READY)  ## kills at random moments, several hosts, spot machines (more than an hour)
-	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_launch.py \
-		tests/test_spot.py tests/test_hosts.py tests/test_stopped.py tests/test_flips.py
+test-slow: $(READY)  ## clusters, several hosts, spot machines, kills, services, installations
+	$(BIN)/python -m pytest -m 'slow and not chaos' -n 2 --dist loadfile --no-loadscope-reorder
+
+chaos: $(READY)  ## kills and flipped bits at moments and places drawn at random (an hour)
+	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_flips.py
 
 lint: $(READY)  ## ruff and mypy, as in pre-commit
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -283,7 +284,7 @@ def test_after_a_kill_at_any_moment_the_last_one_kept_is_there(tmp_path):
     draw = random.Random(0)
     for _ in range(3):
         words = [sys.executable, __file__, str(tmp_path)]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = forks.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
         first = process.stdout.readline()
         time.sleep(0.2 + draw.random() / 2)
@@ -351,7 +352,7 @@ def test_a_disk_that_is_full_when_the_bundle_is_saved_is_said_and_the_next_run_g
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_300_000, resource.RLIM_INFINITY))\n"
         "cli.main(sys.argv[1:])\n"
     )
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr

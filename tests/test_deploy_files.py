@@ -409,6 +409,7 @@ def test_images_hold_the_versions_of_the_lock():
     assert tag == pins(DEPLOY / "mlflow.lock")["mlflow"] == locked["mlflow"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.mlflow"])
 def test_the_commands_that_install_work_in_an_empty_environment(name, tmp_path):
     # /opt and /src are folders here, and Python is the one that runs this test; the rest is as in

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -60,7 +61,7 @@ def outcomes(folder: Path, kind: str, flips: list[tuple[str, int]]) -> Counter[s
     while left:
         command = [sys.executable, Path(__file__).with_name("flipper.py"), kind, folder]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+        with forks.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
             lines, errors = child.communicate("".join(json.dumps(one) + "\n" for one in left))
         said = [json.loads(line) for line in lines.splitlines()]
         assert said and said[0] == "ready", errors

@@ -62,6 +62,11 @@ if sys.argv[0] == "-c":
 """
 
 
+@pytest.fixture(autouse=True)
+def _started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "subprocess", subprocess)
+
+
 @pytest.fixture
 def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make every decoder's process that starts from now on run this first."""

@@ -1,5 +1,5 @@
 """Several hosts: the same bytes and figures as one process, though one is killed and one cut off
-(`make chaos`).
+(`make test-slow`).
 
 A host is a network namespace of this machine with an address of its own and a Ray node in it; the
 file system is shared, as users have it. The first two hold one worker each, the head none.
@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.slow
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "128"]
 NET = "10.203.77"  # reachable from these namespaces only

@@ -1,6 +1,6 @@
 """Two workers on a real Ray give what one process gives, whoever is killed: bytes and figures.
 
-`make test` kills a worker and the cluster; `make chaos` kills twenty times at random moments.
+`make test-slow` kills a worker and the cluster; `make chaos` kills twenty times at random moments.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 from conftest import Tracked
+
+pytestmark = pytest.mark.slow
 
 # Long enough to be killed in the middle: tens of chunks of tenths of a second.
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "128", "--chunk-size", "8"]
@@ -226,7 +228,6 @@ def test_the_token_of_a_ray_of_our_own_is_for_its_owner_only(pair):
     assert (pair.folder / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.chaos
 @pytest.mark.parametrize("victim", ["gcs", "raylet"])
 def test_a_killed_cluster_ends_an_extraction_which_goes_on(data, whole, folder, victim):
     command = start(folder, data, "s", workers=2)
@@ -242,7 +243,6 @@ def test_a_killed_cluster_ends_an_extraction_which_goes_on(data, whole, folder, 
     assert result["counts"]["features"] == IMAGES
 
 
-@pytest.mark.chaos
 def test_scores_survive_kills_of_workers_cluster_and_driver(data, folder):
     """The parts of an undisturbed scoring are the measure."""
     few = ["--extract.chunk-size", "8", "--epochs", "1", "--rate", "0.01"]

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from arrowhead import ConfigError, launch
@@ -146,7 +147,7 @@ def command(folder: Path, scenario: str) -> subprocess.Popen[str]:
     if not short.is_symlink():
         short.symlink_to(folder / "r")
     home = {"HOME": str(folder), "RAY_TMPDIR": str(short), "RAY_USAGE_STATS_ENABLED": "0"}
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, __file__, scenario, str(folder)],
         env=os.environ | home,
         cwd=folder,
@@ -213,7 +214,7 @@ def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
     assert again["total"] == expected()
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_after_a_killed_worker_a_range_goes_on_with_the_workers_there_is_room_for(tmp_path):
     # On the head of a cluster that may bring GPUs: a Ray of our own there has none.
     machine = {"resources": {"CPU": 8, "GPU": 8}, "max_workers": 4}
@@ -234,7 +235,7 @@ def test_after_a_killed_worker_a_range_goes_on_with_the_workers_there_is_room_fo
     assert [path.parent.name for path in sorted(left)] == ["epoch-0010", "epoch-0011"]
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_a_range_takes_in_a_machine_that_joins(tmp_path):
     result = finish(command(tmp_path, "grow"))
     assert result["sizes"] == [1, 2]

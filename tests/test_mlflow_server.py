@@ -35,7 +35,7 @@ from arrowhead import ConfigError
 from arrowhead.tracking import start
 from arrowhead.tracking_client import TrackingConfig
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 ADMIN = "admin", secrets.token_hex(12)
 USER, PASSWORD = "arrowhead", secrets.token_hex(12)  # what deploy/README.md has jobs log in with
 ROOT = Path(__file__).resolve().parents[1]

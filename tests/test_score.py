@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import polars
 import pyarrow.parquet as pq
@@ -362,7 +363,7 @@ def test_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(command, tmp_path
     out, draw = tmp_path / "killed", random.Random(0)
     words = ["score", place / "out/bundle", tmp_path / "salted", out, *flags]
     program = [sys.executable, "-m", "arrowhead", *map(str, words)]
-    running = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=-3)
+    running = forks.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=-3)
     while len(list((out / "parts").glob("part-*.parquet"))) < 3:
         assert running.poll() is None, "ended before it could be killed"
         time.sleep(0.005)

@@ -33,6 +33,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_bundle_is_served_with_the_answers_it_gives(bundled: Bundled, tmp_path: Path) -> None:
     probe = subprocess.run([sys.executable, "-c", "from ray import serve"], capture_output=True)
     if probe.returncode:

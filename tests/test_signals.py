@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from arrowhead import signals
@@ -31,7 +32,7 @@ def begin(folder: Path, *words: object, **pipes: Any) -> subprocess.Popen[str]:
     # As a shell starts it, also where these tests run under nohup.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        return subprocess.Popen(
+        return forks.Popen(
             [*ARROWHEAD, *map(str, words)], cwd=folder, env=clean, text=True, **there
         )
     finally:
@@ -117,7 +118,7 @@ def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, d
     # As nohup starts it.
     ignore = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
     ignore += "from arrowhead import cli; cli.main()"
-    on = subprocess.Popen(
+    on = forks.Popen(
         [sys.executable, "-c", ignore, *words],
         cwd=folder,
         text=True,

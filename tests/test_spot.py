@@ -1,4 +1,4 @@
-"""Machines that an autoscaler brings and a cloud takes back: every task done once (`make chaos`).
+"""Machines that an autoscaler brings and a cloud takes back: every task once (`make test-slow`).
 
 The machines are raylets that Ray's own autoscaler starts on this one (its fake provider).
 Run as a program, this file is a driver: `test_spot.py ADDRESS FOLDER SCENARIO`.
@@ -222,7 +222,7 @@ def count(found: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
     return Counter(one[kind] for one in found["notes"] if kind in one and one["node"] in nodes)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cluster, tmp_path):
     found = run(cluster, tmp_path, "one")
     assert told(found, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
@@ -245,7 +245,7 @@ def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cl
     assert any(node not in gone for node in between)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_when_all_machines_are_announced_to_go_the_work_moves_to_others(cluster, tmp_path):
     found = run(cluster, tmp_path, "all")
     assert done(found) == Counter(range(20))
@@ -255,7 +255,7 @@ def test_when_all_machines_are_announced_to_go_the_work_moves_to_others(cluster,
     assert last not in found["drained"]
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_gpus_that_no_machine_has_yet_are_asked_for(tmp_path):
     """The machine that comes has its GPU in Ray's books only, and nccl says so."""
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a stopped extraction leaves behind, and how it goes on (`make chaos`)."""
+"""What a stopped extraction leaves behind, and how it goes on (`make test-slow`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.slow
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "224", "--chunk-size", "8"]
 
@@ -20,7 +21,7 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "224", "--chunk-
 def start(folder: Path, data: Path, store: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "arrowhead", "precompute", str(data), store, *FLAGS, "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, text=True, **pipes)
+    return forks.Popen(command, cwd=folder, text=True, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from conftest import Command
@@ -259,7 +260,7 @@ print(sorted(seen))
 def test_a_reader_that_polls_all_the_while_sees_only_whole_sets(data, command, tmp_path, drawn):
     done = tmp_path / "done"
     reading = [sys.executable, "-c", READER, str(tmp_path / "store"), str(done)]
-    reader = subprocess.Popen(reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    reader = forks.Popen(reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         command("precompute", data, "store", *FLAGS)
         for number, photo in enumerate(sorted((drawn / "new").iterdir())[:3]):

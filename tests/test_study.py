@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import polars
 import psutil
@@ -257,7 +258,7 @@ def weights(bundle: Path) -> dict[str, np.ndarray]:
 def start(place: Path, *words: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "arrowhead", *map(str, words), "--json"]
     out = (place / "killed.out").open("wb")
-    return subprocess.Popen(command, cwd=place, stdout=out, stderr=out)
+    return forks.Popen(command, cwd=place, stdout=out, stderr=out)
 
 
 FLAGS = ["--head", "lesson", "--dropout", 0.3, "--rate", 0.003, "--epochs", 60, "--batch-size", 9]

@@ -473,6 +473,7 @@ def post(host: str, port: int, path: str, token: str | None) -> int:
     return status
 
 
+@pytest.mark.slow
 def test_it_is_up_once_and_says_so(local):
     assert "it is up already" in local.script("up", "1")
     assert "Active:" in local.script("status")
@@ -482,6 +483,7 @@ def test_it_is_up_once_and_says_so(local):
     assert not (local.home / "other").exists()
 
 
+@pytest.mark.slow
 def test_whoever_has_no_token_runs_nothing(local):
     assert (local.home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     assert post("127.0.0.1", local.port, "/api/jobs/", None) == 401
@@ -506,6 +508,7 @@ def test_whoever_has_no_token_runs_nothing(local):
     assert answers <= {401, 404, 405}  # the metrics take no POST
 
 
+@pytest.mark.slow
 def test_a_submit_without_the_token_is_refused_with_where_to_put_it(local, tmp_path):
     words = ["submit", "--", *TRAIN]
     _, err = local.run(*words, code=2, HOME=str(tmp_path))
@@ -528,6 +531,7 @@ def extracted(local: Local, drawn: Path) -> tuple[dict[str, Any], str]:
     return json.loads(out.splitlines()[-1]), err
 
 
+@pytest.mark.slow
 def test_a_job_does_its_work_where_it_was_submitted(local, extracted):
     result, log = extracted
     assert result["status"] == "SUCCEEDED"
@@ -547,6 +551,7 @@ def test_a_job_does_its_work_where_it_was_submitted(local, extracted):
     assert known[result["job_id"]]["command"].endswith(" precompute photos store --size 32")
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_the_jobs_own(local):
     (local.home / "nothing").mkdir()
     out, _ = local.run("submit", "--", "features", "verify", "nothing", code=2)
@@ -554,6 +559,7 @@ def test_the_exit_code_is_the_jobs_own(local):
     assert "  wanted  " in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(local, drawn):
     slow = ["precompute", drawn, "slow", "--body", "resnet34", "--weights", "random"]
     follower = local.start("submit", "--", *slow)
@@ -623,6 +629,7 @@ def scraper(local: Local) -> Iterator[Scraper]:
     made.end()
 
 
+@pytest.mark.slow
 def test_rays_own_command_runs_a_job_file_with_its_recipe(local, extracted, scraper):
     """`ray job submit`, as the README has it; the bundle and the run are where it says."""
     words = ["job", "submit", "--working-dir", str(ROOT / "jobs"), "--"]
@@ -643,6 +650,7 @@ def test_rays_own_command_runs_a_job_file_with_its_recipe(local, extracted, scra
     assert local.token not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scraper):
     """Of the two jobs before."""
     from mlflow import MlflowClient
@@ -669,6 +677,7 @@ def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scr
         assert loss == pytest.approx(last[f"{split}_loss"])
 
 
+@pytest.mark.slow
 def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, extracted):
     """Ray's own figures are asked of the running cluster, ours are `launch.MEASURES`."""
     board = json.loads((ROOT / "deploy" / "grafana" / "arrowhead.json").read_text())
@@ -694,6 +703,7 @@ def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, ext
             assert by <= ours[name] | {"NodeAddress"}
 
 
+@pytest.mark.slow
 def test_the_token_is_in_no_log_no_job_and_no_run(local, extracted):
     from mlflow import MlflowClient
 
@@ -713,6 +723,7 @@ def test_the_token_is_in_no_log_no_job_and_no_run(local, extracted):
         assert token not in " ".join(process.cmdline())
 
 
+@pytest.mark.slow
 def test_down_leaves_nothing_behind(local):
     (session,) = local.sessions
     before = local.processes()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import Tracked
 
@@ -44,7 +45,7 @@ def config(place: Path) -> TrackingConfig:
 def often(place: Path, *words: object) -> subprocess.Popen[str]:
     """A command that records how far it is five times a second."""
     program = "import sys; from arrowhead import account, cli; account.EVERY = 0.2; cli.main()"
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, "-c", program, *map(str, words)],
         cwd=place,
         env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"},
