@@ -168,6 +168,90 @@ def test_a_step_that_must_be_whole_is_finished_before_the_interrupt():
     assert process.returncode == 0
 
 
+def caught(program: str) -> str:
+    """What a program prints that ends by a signal which it sends to itself."""
+    words = [sys.executable, "-c", program]
+    ended = subprocess.run(words, text=True, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "weakref.finalize(thing, stopped)",
+        "thing.__class__.__del__ = lambda thing: stopped()",
+        "seen = weakref.ref(thing, lambda seen: stopped())",
+    ],
+)
+def test_an_interrupt_that_goes_nowhere_in_a_finalizer_is_raised_again(place):
+    program = f"""
+import os, signal, time, weakref
+from arrowhead import signals
+class Thing: pass
+def stopped():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+with signals.stops():
+    try:
+        thing = Thing()
+        {place}
+        del thing
+        time.sleep(60)
+    except KeyboardInterrupt as error:
+        print(f"caught {{error}}")
+"""
+    assert caught(program) == "caught SIGTERM\n"
+
+
+def test_an_interrupt_that_a_library_swallows_is_raised_again_and_one_that_we_handle_is_not():
+    program = """
+import os, signal, time
+from arrowhead import signals
+with signals.stops():
+    try:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except BaseException:
+            pass
+        time.sleep(60)
+    except KeyboardInterrupt as error:
+        signals.handled()
+        print(f"caught {error}")
+    time.sleep(0.5)
+    print("whole")
+"""
+    assert caught(program) == "caught SIGINT\nwhole\n"
+
+
+def test_an_interrupt_leaves_no_lock_of_logging_behind():
+    program = """
+import io, logging, os, random, signal, threading, time
+from arrowhead import signals
+log = logging.getLogger("x")
+log.propagate = False
+log.addHandler(logging.StreamHandler(io.StringIO()))
+def stop():
+    time.sleep(random.uniform(0.001, 0.004))
+    os.kill(os.getpid(), signal.SIGTERM)
+for turn in range(100):  # without care, one in forty stops every thread that logs
+    try:
+        with signals.stops():
+            threading.Thread(target=stop).start()
+            while True:
+                log.warning("a line")
+    except KeyboardInterrupt:
+        pass
+    other = threading.Thread(target=log.warning, args=("a line",), daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive(), turn
+print("free")
+"""
+    assert caught(program) == "free\n"
+
+
 def test_signals_that_come_together_are_one_and_a_later_one_ends_at_once():
     process = told("0.1", "60")
     time.sleep(0.3)

@@ -594,6 +594,7 @@ def _run(words: list[str]) -> int:
     except Refusal as error:
         code = refuse(error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2)
     except KeyboardInterrupt as error:
+        signals.handled()
         by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
         screen = Screen(to_stderr=True)
         screen.say("")  # the terminal has shown ^C

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Toml
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, signals
 from arrowhead.cli_app import (
     Out,
     Output,
@@ -267,6 +267,7 @@ def _followed(
         job = jobs.follow(cluster, job_id, screen.say)
         status, code = job.status, job.exit_code or 0
     except KeyboardInterrupt:
+        signals.handled()
         status, code = "RUNNING", 130
         screen.say("")  # the terminal has shown ^C
         screen.say(f"The job goes on. To come back: {back}")

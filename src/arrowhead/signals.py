@@ -2,14 +2,21 @@
 
     stops          SIGTERM and SIGHUP interrupt like Ctrl-C, while the block lasts
     deferred       none of them inside a step that must not be left half done
+    handled        the interrupt was caught on purpose
     lossy_output   a closed pipe or a full disk under the log costs the log, not the work
 
 Kubernetes, SLURM, systemd and Ray's `jobs stop` send SIGTERM and wait some seconds before they
 kill; a terminal that goes away sends SIGHUP, which `nohup` has set to be ignored.
+
+Python raises an interrupt between any two instructions of the main thread. Two places are wrong:
+where a lock has been taken and nothing releases it yet (in `logging`, it would stop every thread),
+and where the exception goes nowhere (a finalizer, `__del__`, a callback from C). In the first the
+interrupt waits a moment; after the second it is raised again.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import io
@@ -17,8 +24,9 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
-from time import monotonic
+from time import monotonic, sleep
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,6 +35,11 @@ if TYPE_CHECKING:
 
 SAME_SECONDS = 1.0  # `timeout`, systemd and others send two signals for one request to end
 INTERRUPTED = 130  # exit code
+RETRY_SECONDS = 0.01
+MAX_WAIT_SECONDS = 2.0  # for code that holds a lock: it may itself wait for a pipe that is full
+# Modules whose functions take locks for themselves, but for the calls that wait for something else.
+LOCKING_MODULES = ("logging", "threading", "weakref", "importlib._bootstrap", "queue")
+WAITING_CALLS = ("wait", "wait_for", "join", "_wait_for_tstate_lock", "get", "put")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -37,9 +50,12 @@ class _State:
     """Signals that came while the block of `stops` lasts."""
 
     def __init__(self) -> None:
+        self.active = False
         self.first: float | None = None  # when the first SIGTERM or SIGHUP came
         self.deferred = 0  # depth of `deferred` blocks
-        self.waiting: str | None = None  # the signal that came inside one
+        self.waiting: int | None = None  # the signal that came inside one
+        self.again = False  # the next signal is our own, for one that came before
+        self.tries_until = 0.0  # from then on, the interrupt is raised wherever the thread is
 
 
 _state = _State()
@@ -53,10 +69,12 @@ def stops() -> Iterator[None]:
     exit code 130. A signal that is ignored when the block begins stays ignored. Does nothing
     outside the main thread, which alone may handle signals.
     """
+    global _state
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.__init__()  # type: ignore[misc]  # of an earlier command in this process
+    _state = _State()
+    _state.active = True
     before = {}
     for number, usual in (
         (signal.SIGTERM, signal.SIG_DFL),
@@ -65,25 +83,76 @@ def stops() -> Iterator[None]:
     ):
         if signal.getsignal(number) is usual:
             before[number] = signal.signal(number, _interrupt)
+    show_unraisable = sys.unraisablehook
+
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Interrupted):  # which is raised again
+            show_unraisable(lost)
+
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        _state.active = False
+        sys.unraisablehook = show_unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def handled() -> None:
+    """The interrupt has been caught and the command ends: it is not raised again."""
+    _state.active = False
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    name = signal.Signals(number).name
-    if number != signal.SIGINT:  # pressed twice, Ctrl-C interrupts twice, as everywhere
-        if _state.first is not None:
-            if monotonic() - _state.first > SAME_SECONDS:
-                os._exit(INTERRUPTED)
-            return
-        _state.first = monotonic()
+    ours, _state.again = _state.again, False
+    if not ours:
+        if number != signal.SIGINT:  # pressed twice, Ctrl-C interrupts twice, as everywhere
+            if _state.first is not None:
+                if monotonic() - _state.first > SAME_SECONDS:
+                    os._exit(INTERRUPTED)
+                return
+            _state.first = monotonic()
+        _state.tries_until = monotonic() + MAX_WAIT_SECONDS
     if _state.deferred:
-        _state.waiting = name
-        return
-    raise Interrupted(name)
+        _state.waiting = number
+    elif _holds_a_lock(frame) and monotonic() < _state.tries_until:
+        _thread.start_new_thread(_send_again, (_state, number, None))
+    else:
+        _raise(number)
+
+
+def _raise(number: int) -> None:
+    interrupted = Interrupted(signal.Signals(number).name)
+    seen = weakref.ref(interrupted)
+    # Not a threading.Thread, whose start takes locks that the interrupted code may hold.
+    _thread.start_new_thread(_send_again, (_state, number, seen))
+    try:
+        raise interrupted
+    finally:
+        del interrupted  # this frame is in its traceback: it would never be freed
+
+
+def _holds_a_lock(frame: FrameType | None) -> bool:
+    if frame is None:
+        return False
+    name = frame.f_globals.get("__name__") or ""
+    locking = name.partition(".")[0] == "logging" or name in LOCKING_MODULES
+    return locking and frame.f_code.co_name not in WAITING_CALLS
+
+
+def _send_again(state: _State, number: int, seen: weakref.ref[Interrupted] | None) -> None:
+    """In a thread: interrupt the main thread once more, soon, or when the interrupt is no more.
+
+    While an interrupt ends its command, through every `finally` and `except`, somebody holds it.
+    Where it has been freed and the command still runs, it was swallowed.
+    """
+    sleep(RETRY_SECONDS)
+    while seen is not None and seen() is not None and state.active:
+        sleep(RETRY_SECONDS)
+    if state.active and state is _state:
+        state.again = True
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 @contextlib.contextmanager
@@ -98,8 +167,8 @@ def deferred() -> Iterator[None]:
     finally:
         _state.deferred -= 1
     if not _state.deferred and _state.waiting:
-        name, _state.waiting = _state.waiting, None
-        raise Interrupted(name)
+        number, _state.waiting = _state.waiting, None
+        _raise(number)
 
 
 @contextlib.contextmanager
