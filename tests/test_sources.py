@@ -711,8 +711,9 @@ def test_a_table_in_utf_32_is_refused_for_that(tmp_path: Path, code: str) -> Non
 
 
 def test_eval_and_holdout_are_words_for_validation(tmp_path: Path) -> None:
-    for name in ("1.jpg", "2.jpg"):
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
         (tmp_path / name).touch()
     for word in ("eval", "holdout"):
-        (tmp_path / "t.csv").write_text(f"path,label,split\n1.jpg,a,train\n2.jpg,b,{word}\n")
-        assert plan.labelled(tmp_path / "t.csv").splits == ["train", "valid"]
+        rows = f"1.jpg,a,train\n2.jpg,a,{word}\n3.jpg,b,train\n"
+        (tmp_path / "t.csv").write_text(f"path,label,split\n{rows}")
+        assert plan.labelled(tmp_path / "t.csv").splits == ["train", "valid", "train"]

@@ -330,7 +330,8 @@ def score(
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
         means.screen.say(f"labels: {found}")
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
-        made = ("parts", "score.json", "scores.csv", "scores.png", "inputs.arrow")
+        made = ["parts", "score.json", "scores.csv", "scores.png"]
+        made += ["inputs.arrow", "request.json", "journal"]
         result["files"] = say_written(means.screen, [out / name for name in made])
         say_next(
             means.screen, [[sibling("python"), "-P", "-c", code], [me(), "scores", "verify", out]]
