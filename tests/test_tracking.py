@@ -921,7 +921,7 @@ def test_python_refuses_a_malformed_address_without_its_secret(address, monkeypa
     "address",
     [
         "http://anna:p%40ss@127.0.0.1:5000/base",
-        "https://token@host",
+        "https://glpat-1234@host",
         "http://[::1]:5000",
         "postgresql+psycopg2://anna:a/b#c@host:5432/runs?sslmode=require",
         "postgresql:///runs?host=/run/postgresql",
