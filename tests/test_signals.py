@@ -16,7 +16,7 @@ import pytest
 
 from arrowhead import signals
 
-SLOW = ["--body", "resnet18", "--weights", "random", "--size", "448", "--extract.chunk-size", "4"]
+SLOW = ["--body", "resnet18", "--weights", "random", "--size", "224", "--extract.chunk-size", "4"]
 SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
 ARROWHEAD = [sys.executable, "-m", "arrowhead"]
 
