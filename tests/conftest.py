@@ -57,7 +57,7 @@ def _forked_decoders() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if "PYTEST_XDIST_WORKER" in os.environ:
-            patch.setattr(guard, "subprocess", forks)
+            patch.setattr(guard, "subprocess", forks.Decoders)
         yield
 
 

@@ -9,6 +9,7 @@ A test of what differs from a new interpreter takes subprocess:
 - Libraries read some variables when they are imported (`PYTHON…`, `LC_…`, `OMP_…`): here they are
   those of the tests, and others are refused. What Ray and Intel read is not: they set it, too.
 - /proc shows the command line and the environment of the server.
+- Signals are those of a command in front of a terminal, whatever the tests ignore.
 - Its end frees nothing, and strings hash alike in all forks of a server.
 
 Run as a program, this file is the server.
@@ -50,7 +51,6 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 PR_SET_CHILD_SUBREAPER = 36
 HEADER = 8
 HIGH = 200  # file descriptors that no program asks for by number
-DEVNULL, TimeoutExpired = subprocess.DEVNULL, subprocess.TimeoutExpired  # a stand-in has them too
 
 
 # ------------------------------------------------------------------------------ for tests
@@ -109,6 +109,19 @@ def run(
     return done
 
 
+class Decoders:
+    """Stands in for subprocess where decoders' processes are started: forks where they do."""
+
+    DEVNULL = subprocess.DEVNULL
+    TimeoutExpired = subprocess.TimeoutExpired
+
+    @staticmethod
+    def Popen(words: Sequence[Any], **more: Any) -> subprocess.Popen[Any]:
+        if _server().differs(more["env"]):
+            return subprocess.Popen(words, **more)
+        return Popen(words, **more)
+
+
 class Server:
     """A process that has imported, and the line to it."""
 
@@ -124,11 +137,15 @@ class Server:
                 stdout=subprocess.DEVNULL,
             )
 
+    def differs(self, env: Mapping[str, str]) -> bool:
+        """Whether a new interpreter would not be what this one is."""
+        paths = map(Path, env.get("PYTHONPATH", "").split(":"))
+        customized = any((path / "sitecustomize.py").is_file() for path in paths)
+        return customized or _on_import(env) != self._environment
+
     def fork(self, request: dict[str, Any], fds: Mapping[int, int]) -> int:
         """Process id of a child of this process. fds: ours, by their numbers in the child."""
-        other = _on_import(request["env"]).items() ^ self._environment.items()
-        assert not other, f"it needs an interpreter of its own: {other}"
-        request["ignored"] = [sig for sig in SIGNALS if signal.getsignal(sig) == signal.SIG_IGN]
+        assert not self.differs(request["env"]), "it needs an interpreter of its own"
         request["fds"] = list(fds)
         request["umask"] = os.umask(0)
         os.umask(request["umask"])
@@ -213,7 +230,8 @@ def serve(line: socket.socket) -> dict[str, Any]:
 
 def become(request: dict[str, Any], fds: list[int]) -> None:
     """Take the streams, the environment, the folder and the signals that were asked for."""
-    away = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH) for fd in fds]
+    free = max(HIGH, *request["fds"]) + 1  # or one would be closed for another
+    away = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in fds]
     for fd in fds:
         os.close(fd)
     for own, fd in zip(request["fds"], away, strict=True):
@@ -224,8 +242,7 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
     os.chdir(request["cwd"])
     os.umask(request["umask"])
     for sig in SIGNALS:
-        default = signal.default_int_handler if sig == signal.SIGINT else signal.SIG_DFL
-        signal.signal(sig, signal.SIG_IGN if sig in request["ignored"] else default)
+        signal.signal(sig, signal.default_int_handler if sig == signal.SIGINT else signal.SIG_DFL)
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
     sys.modules["numpy"].random.seed()
 

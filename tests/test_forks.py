@@ -67,18 +67,35 @@ def test_a_fork_takes_signals_and_is_interrupted_though_the_server_is_not():
         assert out == ("unwound\n" if sent == signal.SIGINT else "")
 
 
-def test_open_files_are_passed_on_under_their_numbers(tmp_path):
-    read, write = os.pipe()
-    forks.run([*PYTHON, f"import os; os.write({write}, b'here')"], pass_fds=[write])
-    os.close(write)
-    assert os.read(read, 10) == b"here"
-    assert os.read(read, 10) == b""
-    os.close(read)
+def test_open_files_are_passed_on_under_their_numbers_however_high():
+    pipes = [os.pipe() for _ in range(200)]
+    code = "import os, sys; [os.write(int(fd), fd.encode()) for fd in sys.argv[1:]]"
+    last = [write for _, write in pipes[-6:]]
+    forks.run([*PYTHON, code, *map(str, reversed(last))], pass_fds=last)
+    for read, write in pipes:
+        os.close(write)
+        assert os.read(read, 10) == (str(write).encode() if write in last else b"")
+        os.close(read)
 
 
-def test_what_libraries_read_when_they_are_imported_cannot_be_changed():
-    with pytest.raises(AssertionError, match="an interpreter of its own"):
-        forks.run([*PYTHON, "pass"], env=os.environ | {"PYTHONUTF8": "0"})
+def test_what_a_new_interpreter_would_read_is_refused_and_decoders_get_one(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('read')\n")
+    for other in ({"PYTHONUTF8": "0"}, {"PYTHONPATH": str(tmp_path)}):
+        with pytest.raises(AssertionError, match="an interpreter of its own"):
+            forks.run([*PYTHON, "pass"], env=os.environ | other)
+    pipe = subprocess.PIPE
+    with forks.Decoders.Popen([*PYTHON, "pass"], env=os.environ | other, stdout=pipe) as process:
+        assert process.communicate()[0] == b"read\n"
+
+
+def test_a_fork_can_be_interrupted_though_the_tests_ignore_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    try:
+        done = forks.run([*PYTHON, code], capture_output=True, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.stdout == "True\n"
 
 
 def test_nothing_but_what_imports_has_run_in_the_server():

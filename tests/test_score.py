@@ -272,7 +272,7 @@ def test_a_finished_scoring_is_not_done_again_but_can_be_written_as_csv(command,
     assert first["counts"]["decoded"] == 24
     assert again["counts"]["decoded"] == 0 and again["counts"]["skipped"] == 24
     assert len(Path(again["csv"]).read_text().splitlines()) == 25
-    assert "python -P -c 'import pandas" in command.said  # a pandas.py that lies here is not run
+    assert 'python -P -c "import pandas' in command.said  # a pandas.py that lies here is not run
     assert json.loads((out / "score.json").read_text())["counts"] == first["counts"]
 
 
@@ -280,8 +280,8 @@ def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, ou
     """As if one file had been written to between the listing and its reading."""
     listed = plan.unlabelled
 
-    def early(source: Any, config: Any) -> plan.Catalog:
-        catalog = listed(source, config)
+    def early(source: Any, config: Any, **more: Any) -> plan.Catalog:
+        catalog = listed(source, config, **more)
         stamps = catalog.stamps.copy()
         stamps[7] -= 10**9
         return dataclasses.replace(catalog, stamps=stamps)

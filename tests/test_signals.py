@@ -29,14 +29,8 @@ def folder(tmp_path: Path, tracked: Callable[[Path], Path]) -> Path:
 def begin(folder: Path, *words: object, **pipes: Any) -> subprocess.Popen[str]:
     there = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
     clean = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    # As a shell starts it, also where these tests run under nohup.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        return forks.Popen(
-            [*ARROWHEAD, *map(str, words)], cwd=folder, env=clean, text=True, **there
-        )
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    words = (*ARROWHEAD, *map(str, words))
+    return forks.Popen(words, cwd=folder, env=clean, text=True, **there)
 
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
