@@ -55,7 +55,14 @@ def test_a_fork_that_fails_shows_where():
 
 
 def test_a_fork_takes_signals_and_is_interrupted_though_the_server_is_not():
-    code = "import time\nprint('ready', flush=True)\ntry: time.sleep(60)\nfinally: print('unwound')"
+    code = """
+import time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+finally:
+    print("unwound")
+"""
     for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         pipe = subprocess.PIPE
         with forks.Popen([*PYTHON, code], stdout=pipe, stderr=pipe, text=True) as process:
