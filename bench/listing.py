@@ -8,12 +8,12 @@ Three ways take turns, each in a fresh process, so that a busy machine slows all
     walk        the same as a generator that hands out every entry (as in PEP 471)
     labelled    plan.labelled: path, size, mtime, label and split of every file, sorted
 
-The bare walks look at no file; `labelled` asks the kernel about each one, on all cores.
+The bare walks look at no file; `labelled` asks the kernel about each one.
 
 Files hold one byte. The tree is deleted afterwards; with --folder it is made in DIR, unless it is
 there from an earlier run, and stays. The file system's cache is warm: a first walk is not counted.
 Medians and their ratio are printed and written to bench/results/. Memory is the largest resident
-set of the process and, times their number, of its helpers.
+set of the process.
 """
 
 from __future__ import annotations
@@ -86,9 +86,8 @@ def measure(way: str, folder: str) -> None:
     began = perf_counter()
     rows = ways[way]()
     seconds = perf_counter() - began
-    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    helpers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * min(CORES, 8)
-    print(json.dumps({"files": rows, "seconds": seconds, "mib": (mine + helpers) / 1024}))
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"files": rows, "seconds": seconds, "mib": kib / 1024}))
 
 
 def main() -> None:
@@ -125,7 +124,7 @@ def compare(tree: Path, files: int, rounds: int) -> None:
     for way, each in median.items():
         print(f"{way:<10} {each:6.2f} s  {files / each / 1e6:.2f} million files/s")
     print(f"labelled takes {ratios['count']:.2f} x count, {ratios['walk']:.2f} x walk")
-    print(f"and {mib:.0f} MiB at most, its helpers' included")
+    print(f"and {mib:.0f} MiB at most")
     result = {
         "command": f"python bench/listing.py --files {files} --rounds {rounds}",
         "machine": f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}",

@@ -6,7 +6,6 @@ import os
 import random
 import socket
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,20 +22,14 @@ from arrowhead import ConfigError, exclusions, files
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & {0, ord("/")})
 NOT_A_FILE = "not a file: a folder, pipe, socket or device"
-WAYS = ("alone", "processes", "no processes", "threads")
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=("one thread", "parts", "many threads"))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Listing in each of the ways a large folder may be shared out, with few files."""
-    if request.param != "alone":
-        monkeypatch.setattr(files, "ALONE", 0.0)
-        monkeypatch.setattr(files, "FEW", 1)
+    if request.param != "one thread":
         monkeypatch.setattr(files, "PART", 7)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-    if request.param == "no processes":
-        monkeypatch.setattr(sys, "executable", "/bin/false")
-    if request.param == "threads":  # as if every file had been waited for
+    if request.param == "many threads":  # as if every file had been waited for
         ticks = iter(range(0, 10**9, 10**6))
         monkeypatch.setattr(files, "getrusage", lambda who: SimpleNamespace(ru_nvcsw=next(ticks)))
     return str(request.param)

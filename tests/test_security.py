@@ -53,8 +53,6 @@ NEVER = {
 }
 # What is allowed, by file and function, and why.
 ALLOWED = {
-    ("files.py", "import marshal"): "listing's helper processes, which we started ourselves",
-    ("files.py", "_receive: marshal.loads"): "a pipe from such a helper; no file, no socket",
     ("export.py", "_pt2: export.load"): "the draft that the line before has written",
 }
 

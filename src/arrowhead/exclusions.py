@@ -6,9 +6,6 @@
 
 Our own output is not even counted: a command that is run again in the folder that it wrote to
 gives the same counts. A file with the name of an image is never left out, whatever is in it.
-
-Listing a large folder, Python processes that need nothing else import this module: it imports
-only what starts fast.
 """
 
 from __future__ import annotations

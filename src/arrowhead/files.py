@@ -8,31 +8,22 @@ A *stamp* tells that a file changed: its mtime in ns on a disk, see `object_stor
 Names of files are bytes on a disk; here they travel as text that leads back to them.
 
 Which files below a root are no rows is the business of `exclusions`.
-
-This room imports only what starts fast: listing a large folder, Python processes that need
-nothing else import it.
 """
 
 from __future__ import annotations
 
 import errno
-import gc
-import marshal
 import os
 import re
 import stat
-import sys
 from array import array
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress, islice, repeat
 from resource import RUSAGE_THREAD, getrusage
-from time import perf_counter
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from arrowhead import ConfigError, exclusions, object_store
 from arrowhead.exclusions import IMAGES
@@ -45,27 +36,59 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BEGINNINGS = 1000  # a request each: more sidecars in a store are looked into by sample
-ALONE = 0.01  # seconds before helpers are called, which need twice as long to come
-FEW, PART = 512, 16384  # names looked at in one go, alone and by a helper
-LISTED, COUNTED, NAMED = range(3)  # wanted: rows; a count of the files; rows of names that we know
+PART = 4096  # names looked at in one task
+THREADS = 32  # where files have to be waited for
+FEW_WAITS = 16
 FOLDER, FILE = stat.S_IFDIR >> 12, stat.S_IFREG >> 12
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)(.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\(?:\\|x[0-9a-f]{2})")
 
-# A folder to look into: its path below the root, ending in "/" (b"" is the root), the names in it
-# (None: all), device and inode of the folders above it, and what is wanted.
-Visit = tuple[bytes, list[bytes] | None, tuple[tuple[int, int], ...], int]
-# What was found: texts of paths, joined by NUL; whether they ascend; columns of int64: sizes,
-# seconds and nanoseconds.
-Block = tuple[str, bool, list[bytes]]
-# Blocks, number of files left out, of these the sidecars by kind, folders that hold no file of
-# their own, what is ours, visits still to make.
-Found = tuple[list[Block], int, dict[bytes, int], list[str], list[str], list[Visit]]
-# Makes visits, up to a number of names.
-Explorer = Callable[[list[Visit], int], Found]
-# What the names in an open folder are (bits 12 to 15 of st_mode, 0: none); the columns of a Block.
-Looks = tuple[bytearray, list["array[int]"]]
-Looker = Callable[[int, list[bytes]], Looks]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+# Gives the result of a task, how many files it looked at, and the tasks that follow from it.
+Work = Callable[[Task], tuple[Result, int, list[Task]]]
+
+
+class Visit(NamedTuple):
+    """A folder to look into.
+
+    folder: its path below the root, ending in "/" (b"" is the root); names: those to look at (None:
+    all that are in it); above: device and inode of the folders above it; hidden: only count.
+    """
+
+    folder: bytes = b""
+    names: list[bytes] | None = None
+    above: tuple[tuple[int, int], ...] = ()
+    hidden: bool = False
+
+
+@dataclass(slots=True)
+class Found:
+    """A `Listing` while it grows, in any order."""
+
+    paths: list[str] = field(default_factory=list)
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    stamps: array[int] = field(default_factory=lambda: array("q"))
+    ignored: int = 0
+    sidecars: Counter[str] = field(default_factory=Counter)
+    folders: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
+
+    def add(self, path: bytes, size: int, stamp: int) -> None:
+        """A row."""
+        self.paths.append(text(path))
+        self.sizes.append(size)
+        self.stamps.append(stamp)
+
+    def update(self, more: Found) -> None:
+        """What another visit found."""
+        self.paths += more.paths
+        self.sizes += more.sizes
+        self.stamps += more.stamps
+        self.ignored += more.ignored
+        self.sidecars.update(more.sidecars)
+        self.folders += more.folders
+        self.own += more.own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +192,7 @@ def listing(root: str) -> Listing:
     if in_store(root):
         return _stored(root)
     must_be_folder(root)
-    return _without_figures(_explored(raw(root), [(b"", None, (), LISTED)]))
+    return _without_figures(_walked(raw(root)))
 
 
 def must_be_folder(root: str) -> None:
@@ -227,291 +250,134 @@ def look(root: str, paths: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int
     if in_store(root):
         there = {text(_encoded(key)): (size, stamp) for key, size, stamp in _objects(root)}
         rows = [there.get(path, (-1, 0)) for path in paths]
-        columns = np.array(rows, np.int64).reshape(-1, 2)
-        return columns[:, 0].copy(), columns[:, 1].copy()
-    visits: dict[bytes, list[bytes]] = {}
-    for path in paths:
-        folder, slash, name = raw(path).rpartition(b"/")
-        visits.setdefault(folder + slash, []).append(name)
-    named: list[Visit] = [(folder, names, (), NAMED) for folder, names in visits.items()]
-    found = _explored(raw(root), named)
-    assert found.paths == paths
-    return found.sizes, found.stamps
+    else:
+        top = raw(root)
+
+        def look_at(part: range) -> tuple[list[tuple[int, int]], int, list[range]]:
+            names = [os.path.join(top, raw(paths[row])) for row in part]
+            return [_status(name)[1:] for name in names], len(part), []
+
+        parts = [range(at, min(at + PART, len(paths))) for at in range(0, len(paths), PART)]
+        by_part = dict(_share_out(look_at, parts))
+        rows = [row for part in parts for row in by_part[part]]
+    columns = np.array(rows, np.int64).reshape(-1, 2)
+    return columns[:, 0].copy(), columns[:, 1].copy()
 
 
-def _explored(root: bytes, visits: list[Visit]) -> Listing:
-    """All that these visits and those they lead to find.
+def _walked(root: bytes) -> Listing:
+    """All that lies below a folder."""
+    import numpy as np
 
-    A large folder is shared out. On a disk a file costs the kernel a microsecond and Python half of
-    one, so helpers are processes, one per core; on a network file system it costs a round trip, so
-    they are threads, and many. How often the first files were waited for shows which it is.
+    found = Found()
+    for _, more in _share_out(partial(_visit, root), [Visit()]):
+        found.update(more)
+    order = sorted(range(len(found.paths)), key=found.paths.__getitem__)
+    return Listing(
+        paths=[found.paths[row] for row in order],
+        sizes=np.array(found.sizes, np.int64)[order],
+        stamps=np.array(found.stamps, np.int64)[order],
+        ignored=found.ignored,
+        sidecars=dict(found.sidecars),
+        folders=sorted(found.folders),
+        own=sorted(found.own),
+    )
+
+
+def _share_out(work: Work[Task, Result], tasks: list[Task]) -> Iterator[tuple[Task, Result]]:
+    """Every task, and every one that it leads to, with its result, in any order.
+
+    This thread works alone while the kernel answers at once: Python threads would only wait for
+    each other. Where it has to wait for files, as on a network file system, where each costs a
+    round trip, many threads do the rest.
     """
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-    import numpy as np
-
-    explore = partial(_explore, root, _look_each)
-    began, waits = perf_counter(), getrusage(RUSAGE_THREAD).ru_nvcsw
-    arrived = [explore(visits, FEW)]
-    while (visits := arrived[-1][-1]) and perf_counter() - began < ALONE:
-        arrived.append(explore(visits, FEW))
-    seen = sum(len(columns[0]) // 8 for more, *_ in arrived for *_, columns in more)
-    far = getrusage(RUSAGE_THREAD).ru_nvcsw - waits > seen // 8
-    count = 32 if far else min(len(os.sched_getaffinity(0)), 8)
-    busy: dict[Future[Found], Explorer] = {}
-    blocks: list[tuple[list[str], list[bytes]]] = []
-    folders: list[str] = []
-    own: list[str] = []
-    sidecars: Counter[str] = Counter()
-    ignored, ascending = 0, True
-    with ExitStack() as stack:
-        idle: list[Explorer] = []
-        if visits:
-            pool = stack.enter_context(ThreadPoolExecutor(count))
-            idle = [explore if far else stack.enter_context(_helper(root)) for _ in range(count)]
-        while arrived:
-            while visits and idle:
-                names = 0
-                given: list[Visit] = []
-                most = 1 + len(visits) // (2 * count)
-                while visits and len(given) < most and names < PART:
-                    given.append(visits.pop())
-                    names += len(given[-1][1] or ())
-                explorer = idle.pop()
-                busy[pool.submit(explorer, given, PART)] = explorer
-            for more, left_out, kinds, bare, ours, _ in arrived:
-                for joined, sound, columns in more:
-                    ascending = ascending and sound
-                    blocks.append((joined.split("\0"), columns))
-                ignored += left_out
-                sidecars.update({text(kind): count for kind, count in kinds.items()})
-                folders += bare
-                own += ours
-            arrived = []
-            for done in wait(busy, return_when=FIRST_COMPLETED).done if busy else ():
-                idle.append(busy.pop(done))
-                arrived.append(done.result())
-                visits += arrived[-1][-1]
-    blocks.sort(key=lambda block: block[0][0])
-    pairs = zip(blocks, islice(blocks, 1, None), strict=False)
-    ascending = ascending and all(one[0][-1] < other[0][0] for one, other in pairs)
-    paths: list[str] = []
-    for some, _ in blocks:
-        paths += some
-    size_N, second_N, nano_N = (
-        np.frombuffer(bytearray().join([columns[at] for _, columns in blocks]), np.int64)
-        for at in range(3)
-    )
-    stamp_N = 10**9 * second_N + nano_N
-    if not ascending:  # files beside folders, or names that are escaped
-        order = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64)
-        paths.sort()
-        size_N, stamp_N = size_N[order], stamp_N[order]
-    return Listing(
-        paths=paths,
-        sizes=size_N,
-        stamps=stamp_N,
-        ignored=ignored,
-        sidecars=dict(sidecars),
-        folders=sorted(folders),
-        own=sorted(own),
-    )
+    tasks, seen, waits = tasks[::-1], 0, getrusage(RUSAGE_THREAD).ru_nvcsw
+    while tasks and getrusage(RUSAGE_THREAD).ru_nvcsw - waits <= FEW_WAITS + seen // 8:
+        task = tasks.pop()
+        result, looked_at, more = work(task)
+        yield task, result
+        seen += looked_at
+        tasks += reversed(more)
+    with ThreadPoolExecutor(THREADS) as pool:
+        busy: dict[Future[tuple[Result, int, list[Task]]], Task] = {}
+        while tasks or busy:
+            while tasks and len(busy) < 2 * THREADS:
+                task = tasks.pop()
+                busy[pool.submit(work, task)] = task
+            for done in wait(busy, return_when=FIRST_COMPLETED).done:
+                result, _, more = done.result()
+                yield busy.pop(done), result
+                tasks += reversed(more)
 
 
-def _explore(root: bytes, look: Looker, visits: list[Visit], limit: int) -> Found:
-    """What these visits find, until some `limit` names were looked at, and the visits left over."""
-    blocks: list[Block] = []
-    folders: list[str] = []
-    own: list[str] = []
-    sidecars: dict[bytes, int] = {}
-    ignored, seen, waiting = 0, 0, list(visits)
-    while waiting and seen < limit:
-        below, names, above, wanted = waiting.pop()
-        whole = names is None
-        folder = os.path.join(root, below)
-        aside: dict[int, bytes] = {}
+def _visit(root: bytes, visit: Visit) -> tuple[Found, int, list[Visit]]:
+    """What a visit finds, how many names it looked at, and the visits that it leads to."""
+    found, names, later = Found(), visit.names, list[Visit]()
+    try:
+        # O_PATH: looking at a file takes no leave to list its folder.
+        folder = os.path.join(root, visit.folder)
+        handle = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # O_PATH: looking at a file takes no leave to list its folder.
-            handle = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                status = os.fstat(handle)
-                here = (status.st_dev, status.st_ino)
-                if here in above:  # a link back up the tree
-                    continue
-                if names is None:
-                    names = sorted(os.listdir(folder))
-                    if wanted == LISTED:
-                        if below and exclusions.is_own_folder(handle, names):
-                            own.append(text(below[:-1]))
-                            continue
-                        names, junk, ours = exclusions.sorted_out(names)
-                        own += [text(below + name) for name in ours]
-                        waiting += [(below, junk, above, COUNTED)] if junk else []
-                whole = whole and len(names) <= limit
-                parts = range(limit, len(names), PART)
-                waiting += [(below, names[i : i + PART], above, wanted) for i in parts]
-                names = names[:limit]
-                # Only a name that we were given can hold a NUL, where C would end it.
-                safe = wanted != NAMED or not any(b"\0" in name for name in names)
-                kinds, columns = (look if safe else _look_each)(handle, names)
-                if wanted == LISTED:
-                    aside = exclusions.sidecars(handle, names, kinds)
-            finally:
-                os.close(handle)
-        except (OSError, ValueError):  # gone, or not ours to see: a row for each name we have
+            status = os.fstat(handle)
+            above = (*visit.above, (status.st_dev, status.st_ino))
+            if above[-1] in visit.above:  # a link back up the tree
+                return found, 1, []
             if names is None:
-                parent, slash, name = below[:-1].rpartition(b"/")
-                below, names = parent + slash, [name]
-            kinds, zeros = bytearray(len(names)), array("q", bytes(8 * len(names)))
-            columns = [array("q", [-1]) * len(names), zeros, zeros]
-        seen += 1 + len(names)
-        if aside or (FOLDER in kinds and wanted != NAMED):
-            inner = [name for name, kind in zip(names, kinds, strict=True) if kind == FOLDER]
-            waiting += [(below + name + b"/", None, (*above, here), wanted) for name in inner]
-            files = [kind != FOLDER and at not in aside for at, kind in enumerate(kinds)]
-            names = list(compress(names, files))
-            columns = [array("q", compress(column, files)) for column in columns]
-            for sort in aside.values():
-                sidecars[sort] = sidecars.get(sort, 0) + 1
-            ignored += len(aside)
-        if wanted == COUNTED:
-            ignored += len(names)
-        elif names:
-            blocks.append((*_texts(below, names), [column.tobytes() for column in columns]))
-        elif whole and below:
-            parent, slash, name = below[:-1].rpartition(b"/")
-            if name.lower().endswith(IMAGES):  # somebody will miss it: it is a row, and a fault
-                nothing = [array("q", [number]).tobytes() for number in (-1, 0, 0)]
-                blocks.append((*_texts(parent + slash, [name]), nothing))
+                names = sorted(os.listdir(folder))
+                if visit.folder and not visit.hidden and exclusions.is_own_folder(handle, names):
+                    found.own.append(text(visit.folder[:-1]))
+                    return found, len(names), []
+                names, later = _set_apart(visit, names, found)
+            rows = [_status(name, handle) for name in names]
+            kinds = bytearray(kind for kind, *_ in rows)
+            aside = {} if visit.hidden else exclusions.sidecars(handle, names, kinds)
+        finally:
+            os.close(handle)
+    except OSError:  # gone, or not ours to see: a row for each name that is known
+        parent, slash, name = visit.folder[:-1].rpartition(b"/")
+        unseen = [visit.folder + name for name in names] if names else [parent + slash + name]
+        for path in unseen:
+            if visit.hidden:
+                found.ignored += 1
             else:
-                folders.append(text(below[:-1]))
-    return blocks, ignored, sidecars, folders, own, waiting
-
-
-def _look_each(handle: int, names: list[bytes]) -> Looks:
-    """Kinds, sizes, seconds and nanoseconds of the names in an open folder; links are followed."""
-    kinds, columns = bytearray(), [array("q") for _ in range(3)]
-    for name in names:
-        try:
-            status = os.stat(name, dir_fd=handle)
-        except (OSError, ValueError):  # a ring of links, a link to nowhere
-            kind, row = 0, (-1, 0, 0)
+                found.add(path, -1, 0)
+        return found, 1, []
+    for at, (name, (kind, size, stamp)) in enumerate(zip(names, rows, strict=True)):
+        if kind == FOLDER:
+            later.append(Visit(visit.folder + name + b"/", None, above, visit.hidden))
+        elif visit.hidden or at in aside:
+            found.ignored += 1
+            found.sidecars.update([text(aside[at])] if at in aside else [])
         else:
-            kind = status.st_mode >> 12
-            size = status.st_size if kind == FILE else -1
-            row = (size, *divmod(status.st_mtime_ns, 10**9))
-        kinds.append(kind)
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    return kinds, columns
+            found.add(visit.folder + name, size, stamp)
+    if visit.names is None and visit.folder and not (found.paths or visit.hidden):
+        if visit.folder[:-1].lower().endswith(IMAGES):  # somebody will miss it: a row, and a fault
+            found.add(visit.folder[:-1], -1, 0)
+        elif len(names) < PART:
+            found.folders.append(text(visit.folder[:-1]))
+    return found, 1 + len(names), later
 
 
-def _look_all() -> Looker:
-    """`_look_each` at a third of Python's share of the time: statx into one buffer.
+def _set_apart(visit: Visit, names: list[bytes], found: Found) -> tuple[list[bytes], list[Visit]]:
+    """Of all names in a folder those to look at now; visits to the others and to what is hidden."""
+    names, junk, ours = (names, [], []) if visit.hidden else exclusions.sorted_out(names)
+    found.own += [text(visit.folder + name) for name in ours]
+    parts = [names[at : at + PART] for at in range(PART, len(names), PART)]
+    later = [visit._replace(names=part) for part in parts]
+    return names[:PART], [*later, *([visit._replace(names=junk, hidden=True)] if junk else [])]
 
-    Not for threads: the interpreter is held meanwhile. struct statx is the same on every machine
-    (statx(2)): 256 bytes, of which byte 29 holds the kind and the words of 8 bytes from 40, 112 and
-    120 on the size, the seconds and the nanoseconds of the mtime.
+
+def _status(name: bytes, folder: int | None = None) -> tuple[int, int, int]:
+    """Kind (bits 12 to 15 of st_mode, 0: none), size (-1: no ordinary file) and mtime in ns of what
+    a name leads to, in an open folder or from the root; links are followed.
     """
-    import ctypes
-
-    call = getattr(ctypes.PyDLL(None), "statx", None)
-    if call is None or sys.byteorder != "little":
-        return _look_each
-    call.restype = None
-    blank = bytes(256 * FEW)
-    words = array("q", blank)
-    octets = memoryview(words).cast("B")
-    start, _ = words.buffer_info()
-    slots = [ctypes.c_size_t.from_param(start + 256 * i) for i in range(FEW)]
-    upper_half = bytes(octet >> 4 for octet in range(256))
-
-    def look(handle: int, names: list[bytes]) -> Looks:
-        kinds, columns = bytearray(), [array("q") for _ in range(3)]
-        for first in range(0, len(names), FEW):
-            part = names[first : first + FEW]
-            octets[:] = blank  # where the call fails, the kind stays 0
-            # 0x800: as stat(2), mount nothing; 0x241: type, size, mtime.
-            deque(map(call, repeat(handle), part, repeat(0x800), repeat(0x241), slots), 0)
-            kinds += octets[29 : 256 * len(part) : 256].tobytes().translate(upper_half)
-            for column, word in zip(columns, (5, 14, 15), strict=True):
-                column += words[word : 32 * len(part) : 32]
-        if kinds.count(FILE) < len(names):
-            for i in [i for i, kind in enumerate(kinds) if kind != FILE]:
-                kinds[i : i + 1], row = _look_each(handle, names[i : i + 1])
-                for column, value in zip(columns, row, strict=True):
-                    column[i : i + 1] = value
-        return kinds, columns
-
-    return look
-
-
-def _texts(below: bytes, names: list[bytes]) -> tuple[str, bool]:
-    """The texts of these paths, joined by NUL, and whether they ascend as the names do."""
-    joined, prefix = b"/".join(names).decode("utf-8", "surrogateescape"), text(below)
-    if joined.isprintable() and "\\" not in joined:  # UTF-8 sorts as what it stands for
-        return prefix + joined.replace("/", "\0" + prefix), True
-    texts = [prefix + text(name) for name in names]
-    return "\0".join(texts), texts == sorted(texts)
-
-
-@contextmanager
-def _helper(root: bytes) -> Iterator[Explorer]:
-    """`_explore` in a process of its own, or in the calling thread where that cannot be."""
-    from pathlib import Path
-    from subprocess import DEVNULL, PIPE, Popen
-
-    # Isolated and without site packages it starts in 20 ms.
-    code = "import sys; sys.path.append(sys.argv[1]); from arrowhead import files; files.serve()"
-    here = str(Path(__file__).resolve().parents[1])
-    command: list[str | bytes] = [sys.executable or "", "-I", "-S", "-c", code, here, root]
     try:
-        process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)  # noqa: S603 - ourselves
-    except OSError:
-        yield partial(_explore, root, _look_each)
-        return
-    say, hear = process.stdin, process.stdout
-    assert say and hear
-
-    def explore(visits: list[Visit], limit: int) -> Found:
-        try:
-            _send(say, (visits, limit))
-            found: Found = _receive(hear)
-        except (OSError, EOFError):  # it was killed: its work is done here
-            return _explore(root, _look_each, visits, limit)
-        return found
-
-    try:
-        yield explore
-    finally:
-        process.kill()
-        process.wait()
-        hear.close()
-        with suppress(OSError):
-            say.close()
-
-
-def serve() -> None:
-    """The far end of `_helper`: explores what it is sent until nothing more comes."""
-    gc.disable()  # nothing here goes in circles
-    explore = partial(_explore, os.fsencode(sys.argv[2]), _look_all())
-    with suppress(OSError, EOFError):
-        while True:
-            _send(sys.stdout.buffer, explore(*_receive(sys.stdin.buffer)))
-
-
-def _send(pipe: IO[bytes], message: Any) -> None:
-    data = marshal.dumps(message)
-    pipe.write(len(data).to_bytes(8, "big") + data)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> Any:
-    size = int.from_bytes(pipe.read(8), "big")
-    data = pipe.read(size)
-    if not size or len(data) < size:
-        raise EOFError
-    return marshal.loads(data)  # noqa: S302 - it comes from our own process
+        status = os.stat(name, dir_fd=folder)
+    except (OSError, ValueError):  # a link to nowhere, a ring of them, a NUL in the name
+        return 0, -1, 0
+    kind = status.st_mode >> 12
+    return kind, status.st_size if kind == FILE else -1, status.st_mtime_ns
 
 
 # ------------------------------------------------------------------------------ reading
