@@ -202,6 +202,13 @@ def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_work_in_one_process_is_done_without_ray():
+    words = "import sys; from arrowhead import launch; sys.modules['ray'] = None"
+    words += "; print(launch.run(lambda worker: (worker.claim(), worker.world), tasks=[7]))"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(7, 1)\n", "")
+
+
 def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
     first = command(tmp_path, "alone")
     while first.poll() is None and not list((tmp_path / "place").glob("epoch-*")):

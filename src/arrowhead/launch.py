@@ -1,7 +1,7 @@
 """A function onto N workers: in this process, or a Ray Train worker group.
 
     stage(worker, *args)     an ordinary function; args are small plain values and paths
-      -> workers 0           Ray Train's local mode: the same train function, in this process
+      -> workers 0           a plain call in this process, without Ray
       -> workers N           one Ray Train worker per GPU or CPU; gloo or nccl between them
       -> workers MIN:MAX     as many of these as the cluster has room for
       -> rank 0's result
@@ -204,36 +204,24 @@ def run(
     """
     # Workers start in a directory of Ray's own.
     args = tuple(arg.absolute() if isinstance(arg, Path) else arg for arg in args)
-    scratch = Path(tempfile.mkdtemp(prefix="arrowhead-ray-"))  # Ray Train always wants storage
-    place = place.absolute() if place else scratch
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix="arrowhead-run-", ignore_cleanup_errors=True
+    ) as scratch:  # Ray Train always wants storage
+        place = place.absolute() if place else Path(scratch)
         if config.most == 0:
             sized(1)
-            here = _here(stage, args, tasks or [], listen, place)
-            return _fit(here, 0, scratch, "here")
+            return stage(_worker_here(tasks or [], listen, place), *args)
         return _on_ray(stage, args, config, tasks or [], listen, place, sized, labels or {})
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _here(
-    stage: Callable[..., Any],
-    args: tuple[Any, ...],
-    tasks: list[int],
-    listen: Callable[[Report], None],
-    place: Path,
-) -> Callable[[dict[str, Any]], Any]:
-    def train_function(_: dict[str, Any]) -> Any:
-        import torch
+def _worker_here(tasks: list[int], listen: Callable[[Report], None], place: Path) -> Worker:
+    """The only worker, which is this process."""
+    import torch
 
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        threads = len(os.sched_getaffinity(0))
-        desk = Desk(tasks)
-        # Ray Train's local mode persists nothing that is reported to it.
-        worker = Worker(0, 1, device, threads, desk.claim, listen, partial(_keep_here, place))
-        return stage(worker, *args)
-
-    return train_function
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    threads = len(os.sched_getaffinity(0))
+    claim, keep = Desk(tasks).claim, partial(_keep_here, place)
+    return Worker(0, 1, device, threads, claim, listen, keep)
 
 
 def _keep_here(place: Path, draft: Path | None, name: str) -> None:
@@ -572,24 +560,23 @@ def _fit(
     storage: Path,
     name: str,
 ) -> Any:
-    """Ray Train runs the function on a group of this size (0: here); rank 0's return value."""
+    """Ray Train runs the function on a group of this size; rank 0's return value."""
     import logging
 
     import ray.train
     import ray.train.torch
-    import torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     least = workers if isinstance(workers, int) else workers[0]
-    on_gpu = torch.cuda.is_available() if least == 0 else cluster.gpus() >= least
+    on_gpu = cluster.gpus() >= least
     try:
         trainer = ray_private.lean_trainer(cluster.is_own())(
             train_function,
             train_loop_config={},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
-                use_gpu=on_gpu and least > 0,
-                resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpu and least else {}),
+                use_gpu=on_gpu,
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpu else {}),
             ),
             torch_config=_joined_by("nccl" if on_gpu else "gloo"),
             # All checkpoints stay, as far as Ray goes: where it thins them out, its controller
