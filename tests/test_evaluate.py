@@ -190,6 +190,10 @@ def test_images_that_were_trained_on_are_counted_and_left_out_of_the_figure_to_t
     assert figures["trusted"]["confusion"] == there["test_confusion"]
     written = json.loads((tmp_path / "a" / "evaluation.json").read_text())["metrics"]
     assert written["trusted"] == figures["trusted"]
+    assert figures["tables_show"] == "trusted"
+    assert f"by class, {count('photos/test')} images new to the bundle:" in command.said
+    table = polars.read_csv(tmp_path / "a" / "per_class.csv")
+    assert table["images"].sum() == count("photos/test")
     scored = command("score", "out/bundle", tmp_path / "all", tmp_path / "s")
     assert scored["images_used"] == used and "WARNING" in command.said
     shutil.copytree("photos", tmp_path / "fit", ignore=shutil.ignore_patterns("test"))
@@ -253,7 +257,12 @@ def test_a_bundle_that_gives_several_labels_is_evaluated_on_a_table_of_several(
     )
     assert figures["accuracy"] == pytest.approx((truth == given).mean())
     assert not (tmp_path / "figures" / "confusion.png").exists()
-    assert "round" in command.said
+    assert "round" in command.said and "counts as absent" not in command.said
+    lines = [f"{image.absolute()},{image.parent.name}" for image in images]
+    (tmp_path / "one.csv").write_text("\n".join(["path,label", *lines]))
+    found = command("evaluate", bundle, tmp_path / "one.csv", tmp_path / "one")
+    assert "a class that an image is not labelled with counts as absent" in command.said
+    assert found["metrics"]["per_class"]["round"]["images"] == 0
 
 
 def test_without_a_folder_the_same_evaluation_goes_on_in_the_same_one(
@@ -310,6 +319,7 @@ def test_images_that_cannot_be_read_are_told_and_in_no_figure(command: Any, tmp_
         (["photos/test", "--split", "valid"], "no image in the split valid"),
         (["photos/test/CLASS"], "no folder"),
         (["two.csv", "--multi-label"], "one label"),
+        (["none.csv"], "no label"),
         (["nowhere"], "nowhere"),
     ],
 )
@@ -319,6 +329,8 @@ def test_what_cannot_be_evaluated_is_refused(
     first, second, _ = about("out/bundle")["classes"]
     image = next(Path("photos/test").rglob("*.jpg"))
     Path("two.csv").write_text(f"path,labels\n{image},{first} {second}\n")
+    others = sorted(Path("photos/test").rglob("*.jpg"))[1:3]
+    Path("none.csv").write_text(f'path,tags\n{others[0]},"[""{first}""]"\n{others[1]},[]\n')
     data = words[0].replace("CLASS", first)
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", "out/bundle", data, str(tmp_path / "x"), *words[1:]])

@@ -26,6 +26,7 @@ import numpy as np
 from arrowhead import calibration, extract, metrics, recording, report, shards, sweep
 from arrowhead.bundle import NO_GOLDEN_IMAGES, Bundle
 from arrowhead.cluster import LaunchConfig
+from arrowhead.evaluate import for_tables
 from arrowhead.lr_finder import Curve
 from arrowhead.novelty import Novelty
 from arrowhead.plan import Catalog
@@ -653,17 +654,20 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means
     all of it kept with the run. result: see `inference.evaluate`.
     """
     figures, say = result["metrics"], means.screen.say
-    for line in class_table(figures["per_class"]):
+    shown, title = for_tables(figures), "Labelled images"
+    if figures["tables_show"] == "trusted":
+        words = {"new": "new to the bundle", "validation": "that validated the bundle"}
+        title = f"Images {words[figures['trusted_images']]}"
+        say(f"by class, {shown['images']} images {words[figures['trusted_images']]}:")
+    for line in class_table(shown["per_class"]):
         say(line)
     if figures["faults"]:
         say(f"in no figure: {counted(figures['faults'], 'image')} that could not be read")
     say(evaluation(figures, "labelled"))
     say_used(figures, means.screen)
     files = []
-    if "confusion" in figures:
-        picture = report.confusion_figure(
-            np.array(figures["confusion"]), loaded.classes, "Labelled images"
-        )
+    if "confusion" in shown:
+        picture = report.confusion_figure(np.array(shown["confusion"]), loaded.classes, title)
         files.append(report.save(picture, out / "confusion.png"))
     if means.run:
         means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})

@@ -80,19 +80,14 @@ def labelled(
     """The images to evaluate with their labels, and sentences about what is left out.
 
     catalog: as `listed` gave it. Raises ConfigError where no image has a label or is of the split,
-    where a label is unknown to the bundle, or where an image has several and the bundle gives one.
+    where a label is unknown to the bundle, or where an image has several labels, or none, and the
+    bundle gives one.
     """
     notes: list[str] = []
-    if tables.is_table(data):
-        # A bundle that gives several labels says what the cells of its table are.
-        if (
-            bundle.multi
-            and source.label_separator is None
-            and not set(bundle.classes).issuperset(catalog.classes)
-        ):
-            catalog = plan.labelled(data, replace(source, multi_label=True), teaches=False)
-    else:
+    if not tables.is_table(data):
         catalog, notes = _by_folder(catalog, bundle.classes)
+    elif bundle.multi:
+        catalog = _with_several_labels(data, catalog, source, bundle)
     if config.split:
         catalog = _kept(catalog, [split == config.split for split in catalog.splits])
         if not len(catalog):
@@ -101,15 +96,45 @@ def labelled(
                 "images in train/, valid/ or test/, or a column split in a table.",
                 "leave --split out to evaluate all images.",
             )
+    if not bundle.multi:
+        _must_have_one_label_each(str(data), catalog)
     catalog, unknown = _of_known_classes(str(data), catalog, config, bundle)
-    for path, names in zip(catalog.paths, catalog.labels, strict=True):
-        if len(names) > 1 and not bundle.multi:
-            raise ConfigError(
-                f"{data} gives {path} several labels: {_some(names)}.",
-                "one label for each image: the bundle gives one.",
-                "evaluate a multi-label bundle, or mend the table.",
-            )
+    if bundle.multi and not any(len(names) > 1 for names in catalog.labels):
+        notes.append(
+            "every image has one label at most, and the bundle gives several: a class that an image"
+            " is not labelled with counts as absent from it"
+        )
     return catalog, notes + unknown
+
+
+def _with_several_labels(
+    data: str | Path, catalog: Catalog, source: SourceConfig, bundle: Bundle
+) -> Catalog:
+    """The catalog of a table, its cells split into several labels where the bundle knows more of
+    them then.
+    """
+    known = set(bundle.classes)
+    if source.label_separator is not None or known.issuperset(catalog.classes):
+        return catalog
+    try:
+        split = plan.labelled(data, replace(source, multi_label=True), teaches=False)
+    except ConfigError:  # there is nothing to split
+        return catalog
+    one, several = (
+        sum(name in known for names in found.labels for name in names) for found in (catalog, split)
+    )
+    return split if several > one else catalog
+
+
+def _must_have_one_label_each(data: str, catalog: Catalog) -> None:
+    for path, names in zip(catalog.paths, catalog.labels, strict=True):
+        if len(names) != 1:
+            raise ConfigError(
+                f"{data} gives {path} "
+                + (f"several labels: {_some(names)}." if names else "no label."),
+                "one label for each image: the bundle gives one.",
+                "evaluate a multi-label bundle, or correct the table.",
+            )
 
 
 def _by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog, list[str]]:
@@ -227,7 +252,8 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
     images_used: {trained_on, validated}, how many of the images the bundle was made of; None where
     it does not say. trusted: the same figures without the images that it was trained on, nor those
     it was validated with where others are left; None where all are left, or none. trusted_images:
-    all, new (neither), validation (validated with), none, or unknown.
+    all, new (neither), validation (validated with), none, or unknown. tables_show: trusted, where
+    there are such figures, else all: which of them per_class.csv and confusion.png have.
 
     Takes the memory of N x C float32. Raises DataError as `Request.tables` does.
     """
@@ -255,7 +281,8 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
         )
     found = _judged(chance_NC, label, bundle) | {"faults": faults}
     if not bundle.images:
-        return found | {"images_used": None, "trusted": None, "trusted_images": "unknown"}
+        none = {"images_used": None, "trusted": None, "tables_show": "all"}
+        return found | none | {"trusted_images": "unknown"}
     use_N = np.concatenate(uses)
     counts = np.bincount(use_N, minlength=3)
     said = {"trained_on": int(counts[TRAINED]), "validated": int(counts[VALIDATED])}
@@ -265,7 +292,19 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
         keep_N = use_N == (NEW if counts[NEW] else VALIDATED)
     some = keep_N.any() and not keep_N.all()
     trusted = _judged(chance_NC[keep_N], label[keep_N], bundle) if some else None
-    return found | {"images_used": said, "trusted": trusted, "trusted_images": kind}
+    shown = "trusted" if trusted else "all"
+    return found | {
+        "images_used": said,
+        "trusted": trusted,
+        "trusted_images": kind,
+        "tables_show": shown,
+    }
+
+
+def for_tables(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the figures that `figures` gave those that tables and pictures have."""
+    trusted: Mapping[str, Any] | None = figures["trusted"]
+    return trusted or figures
 
 
 def _judged(chance_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle) -> dict[str, Any]:
@@ -295,10 +334,12 @@ def _logits(chance_NC: NDArray[np.float32], bundle: Bundle) -> NDArray[np.float6
 
 
 def write(out: Path, result: Mapping[str, Any]) -> None:
-    """Write evaluation.json (`result`, see `inference.evaluate`) and per_class.csv."""
+    """Write evaluation.json (`result`, see `inference.evaluate`) and per_class.csv (of the images
+    that the bundle was not made of, where there are such).
+    """
     note, table = out / "evaluation.json", out / "per_class.csv"
     fileio.write_json(note, result)
-    by_class = result["metrics"]["per_class"]
+    by_class = for_tables(result["metrics"])["per_class"]
     columns = list(next(iter(by_class.values())))
     with spreadsheet.writing(table, ["class", *columns]) as sheet:
         for name, line in by_class.items():
