@@ -18,7 +18,7 @@ import polars
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from conftest import Bundled
+from conftest import Bundled, Command
 
 from arrowhead import (
     ConfigError,
@@ -220,6 +220,30 @@ def test_verify_names_what_cannot_be_trusted(torn: Path, harm: str) -> None:
     assert len(problems) == (2 if harm == "swapped" else 1)
 
 
+def test_verify_finds_a_flipped_bit_in_every_file_that_a_scoring_writes_for_programs(
+    bundled: Bundled, images: Path, tmp_path: Path, command: Command
+) -> None:
+    """Pictures and the journal apart: nobody reads those, and its lines have seals."""
+    out = tmp_path / "scores"
+    for words in ([], ["--csv"]):  # the second command writes nothing but the table
+        command("score", bundled(), images, out, *words, code=3)
+    assert scoring.verify(out)["problems"] == []
+    draw = random.Random(3)
+    files = [file for file in out.rglob("*") if file.is_file() and file.suffix != ".png"]
+    files = [file for file in files if file.parent.name != "journal" and file.name != ".lock"]
+    assert {"scores.csv", "request.json", "score.json", "inputs.arrow"} < {f.name for f in files}
+    for file in files:
+        content = file.read_bytes()
+        for _ in range(8):
+            flipped(file, draw)
+            try:
+                (problem,) = scoring.verify(out)["problems"]
+            except DataError as error:
+                problem = error.found
+            assert file.name in problem
+            file.write_bytes(content)
+
+
 def test_verify_refuses_what_it_cannot_begin_with(torn: Path, tmp_path: Path) -> None:
     content = json.loads((torn / "score.json").read_text())
     content["counts"]["inputs"] += 1
@@ -227,7 +251,7 @@ def test_verify_refuses_what_it_cannot_begin_with(torn: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"score\.json has changed"):
         scoring.verify(torn)
     (torn / "score.json").unlink()
-    with pytest.raises(DataError, match="never finished"):
+    with pytest.raises(ConfigError, match="never finished"):
         scoring.verify(torn)
     with pytest.raises(ConfigError, match="holds no scores"):
         scoring.verify(tmp_path)

@@ -57,6 +57,8 @@ def score(
         result = made.result | {"bundle": str(address), "csv": str(table) if table else None}
         if made.fresh:
             scoring.record(made.request, result, loaded)
+        elif table:
+            scoring.record_csv(made.request.out)
     if means.run:
         account.show_scores(result, made.held, out, means.run)
     return result

@@ -371,6 +371,23 @@ def _request(note: Path) -> dict[str, Any]:
     return content
 
 
+def _must_be_finished(out: Path) -> None:
+    _must_be_of_this_layout(out)
+    if not (out / "request.json").is_file():
+        raise ConfigError(
+            f"{out} holds no scores: it has no request.json.",
+            "a folder that `arrowhead score` wrote.",
+            "check the path.",
+        )
+    targets.must_be_text(out)
+    if not (out / "score.json").is_file():
+        raise ConfigError(
+            f"{out} has no score.json: its scoring never finished.",
+            "finished scores.",
+            "run the same score command again: it goes on where it stopped.",
+        )
+
+
 def _must_be_of_this_layout(out: Path) -> None:
     if any(out.glob("part-*.parquet")):
         raise ConfigError(
@@ -557,13 +574,16 @@ def _cells(
 
 
 def record(request: Request, result: Mapping[str, Any], loaded: Bundle) -> None:
-    """Write score.json: the result, and every part with its rows, bytes and sha256."""
+    """Write score.json: the result, and every part with its rows, bytes and sha256; scores.csv,
+    where there is one, with its sha256.
+    """
     there = request.journal()
     listed = [there[number] for number in range(len(request.runs))]
     content = dict(result) | {
         "format": scores_io.FORMAT,
         "classes": loaded.classes,
         "inputs_sha256": fileio.sha256(inputs(request.out)),
+        "csv_sha256": _csv_digest(request.out),
         "parts": [
             {"name": one.name, "rows": one.rows, "bytes": one.bytes, "sha256": one.sha256}
             for one in listed
@@ -572,32 +592,44 @@ def record(request: Request, result: Mapping[str, Any], loaded: Bundle) -> None:
     fileio.write_sealed(request.out / "score.json", content)
 
 
+def record_csv(out: Path) -> None:
+    """Write into score.json, which is there, that scores.csv was written anew."""
+    note, digest = out / "score.json", _csv_digest(out)
+    content = _score(note)
+    if content.get("csv_sha256") != digest:
+        fileio.write_sealed(note, content | {"csv_sha256": digest})
+
+
+def _csv_digest(out: Path) -> str | None:
+    return fileio.sha256(csv_file(out)) if csv_file(out).is_file() else None
+
+
+def _score(note: Path) -> dict[str, Any]:
+    """What score.json says."""
+    repair = "delete it and run the same score command again: parts stay."
+    content = fileio.read_sealed(
+        note, scores_io.FORMAT, upgrade="score again into a new folder", repair=repair
+    )
+    fileio.must_fit(content, scores_io.SCORE, str(note), repair)
+    return content
+
+
 def verify(out: Path) -> dict[str, Any]:
     """Compare everything that `out` holds with score.json: {parts, rows, bytes, problems}.
 
     problems: a line for each, empty if all of it can be trusted. Raises ConfigError where there are
-    no scores, DataError where score.json is missing or has changed.
+    no scores, or only a part of them yet, DataError where score.json has changed.
     """
-    _must_be_of_this_layout(out)
-    if not (out / "request.json").is_file():
-        raise ConfigError(
-            f"{out} holds no scores: it has no request.json.",
-            "a folder that `arrowhead score` wrote.",
-            "check the path.",
-        )
-    targets.must_be_text(out)
-    if not (out / "score.json").is_file():
-        raise DataError(
-            f"{out} has no score.json: its scoring never finished.",
-            "finished scores.",
-            "run the same score command again: it goes on where it stopped.",
-        )
-    note, again = out / "score.json", "delete it and run the same score command again: parts stay."
-    content = fileio.read_sealed(
-        note, scores_io.FORMAT, upgrade="score again into a new folder", repair=again
-    )
-    fileio.must_fit(content, scores_io.SCORE, str(note), again)
+    _must_be_finished(out)
+    content = _score(out / "score.json")
     named, problems = content["parts"], []
+    try:
+        _request(out / "request.json")
+    except DataError as error:
+        problems.append(error.found)
+    digest = content.get("csv_sha256")  # earlier versions wrote none
+    if digest and _csv_digest(out) != digest:
+        problems.append(f"{csv_file(out)} is missing or has changed")
     paths: list[str] | None = None
     if inputs(out).is_file() and fileio.sha256(inputs(out)) == content["inputs_sha256"]:
         paths = shards.read_catalog(inputs(out))["paths"]

@@ -45,6 +45,7 @@ SCORE = {
     "counts": {"inputs": _count},
     "classes": [str],
     "inputs_sha256": shards.DIGEST,
+    "csv_sha256?": (shards.DIGEST, None),
     "parts": [{"name": HERE, "rows": _count, "bytes": _count, "sha256": shards.DIGEST}],
 }
 PART = {"number": _count, "rows": _count, "bytes": _count, "sha256": shards.DIGEST, "inputs": str}
