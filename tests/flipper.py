@@ -53,6 +53,8 @@ def of_bundle(path: Path) -> str:
     for state in (made.body_state, made.head_state):
         for name in sorted(state):
             total.update(name.encode() + state[name].numpy().tobytes())
+    assert made.images
+    total.update(made.images.train.tobytes() + made.images.valid.tobytes())
     for one in made.golden:
         total.update(one.data + one.feature.tobytes() + one.probabilities.tobytes())
     return total.hexdigest()

@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import forks
+import numpy as np
 import pytest
 import torch
 
 from arrowhead import ConfigError, DataError, bundle, checkpoint, cli, fileio, inventory
+from arrowhead.known_images import KnownImages
 from arrowhead.shards import Store
 
 BEFORE = Path(__file__).parent / "written_before"
@@ -35,7 +38,9 @@ def made(tmp_path_factory, tracked) -> Path:
         stopped = Store(Path("stopped").absolute())
         stopped.write_pending(stopped.read_catalog())
         (stopped.path / "manifest.json").unlink()
-        shutil.copytree(BEFORE / "bundle", "bundle")
+        ids = np.arange(5, dtype=np.uint64)
+        whole = replace(bundle.load(BEFORE / "bundle"), images=KnownImages.of(ids, ids + ids))
+        bundle.save(whole, Path("bundle"))
         tensors = {"a": torch.arange(20.0), "b": torch.ones(3, 3, dtype=torch.int64)}
         draft = checkpoint.draft(Path("place"))
         checkpoint.write(draft, tensors, {"key": "key", "number": 3})

@@ -148,6 +148,16 @@ def test_settings_are_keywords_of_the_learner(images, tmp_path):
     assert (learner.store.recipe.body, learner.store.recipe.size) == ("shufflenet_v2_x0_5", 64)
 
 
+def test_settings_that_are_left_out_are_those_of_the_store_that_is_there(learn, images, capsys):
+    again = Learner("resnet18", images, store=learn.store.path)
+    assert "\n0 decoded" in capsys.readouterr().out
+    assert again.store.recipe == learn.store.recipe
+    with pytest.raises(ConfigError, match="size = 64"):
+        Learner("resnet18", images, store=learn.store.path, size=128)
+    with pytest.raises(ConfigError, match="body = resnet18"):
+        Learner("resnet34", images, store=learn.store.path)
+
+
 @pytest.mark.parametrize("weights", ["nowhere.safetensors", "IMAGENET1K_V9"])
 def test_what_a_refusal_offers_is_taken(images, tmp_path, weights):
     with pytest.raises(ConfigError) as refusal:

@@ -220,7 +220,7 @@ def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(conf
 
 def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client, monkeypatch):
     monkeypatch.setattr(
-        tracking, "mlflow_names", lambda names: {one: one for one in names}
+        tracking, "mlflow_names", lambda names, taken: {one: one for one in names}
     )  # as an MLflow with other rules would
     said: list[str] = []
     with start(config, "fit", say=said.append) as run:

@@ -29,6 +29,12 @@ def test_a_name_is_one_that_mlflow_takes_and_stands_for_itself_alone(name):
         assert original(made) == name
 
 
+def folded(name: str) -> str:
+    """As MySQL compares it: neither case nor accents."""
+    apart = unicodedata.normalize("NFKD", name).casefold()
+    return "".join(one for one in apart if not unicodedata.combining(one))
+
+
 @given(st.lists(st.text("ab/?_xF3", max_size=400), unique=True, max_size=20))
 def test_different_names_stay_different_however_long(names):
     made = [mlflow_name(name) for name in names]
@@ -46,17 +52,19 @@ def test_different_names_stay_different_however_long(names):
 )
 def test_names_that_mysql_takes_for_the_same_stay_apart_and_are_read_back(names):
     made = mlflow_names(names)
-    plain = {
-        "".join(
-            one
-            for one in unicodedata.normalize("NFKD", name).casefold()
-            if not unicodedata.combining(one)
-        )
-        for name in made.values()
-    }
-    assert len(plain) == len(names)
+    assert len({folded(name) for name in made.values()}) == len(names)
     assert [original(made[name]) for name in names] == names
     assert all(made[name] == name for name in names if name == "recall.cat")
+
+
+@given(st.lists(st.lists(st.sampled_from(["Dog", "dog", "DOG", "dög", "Dög", "cat"]), max_size=3)))
+def test_names_of_several_writes_keep_their_form_and_stay_apart_on_mysql(writes):
+    taken, forms = {}, {}
+    for names in writes:
+        for name, made in mlflow_names(names, taken).items():
+            assert forms.setdefault(name, made) == made
+            assert original(made) == name
+    assert len({folded(made) for made in forms.values()}) == len(forms)
 
 
 @pytest.mark.parametrize(

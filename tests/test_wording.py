@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -40,6 +42,18 @@ def test_a_printed_command_can_be_pasted(shell):
     shown = visible(command(["printf", r"%s\0", *NAMES]))
     assert shown.isprintable()
     made = subprocess.run([shell, "-c", shown], capture_output=True, check=True).stdout
+    assert made.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding):
+    words = (
+        f"from arrowhead.wording import command; print(command([r'printf', r'%s\\0', *{NAMES}]))"
+    )
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    shown = subprocess.run([sys.executable, "-c", words], capture_output=True, env=env, check=True)
+    line = shown.stdout.decode(encoding).encode().decode()
+    made = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
     assert made.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, Refusal, account, files, pipeline, plan, report
+from arrowhead import ConfigError, Refusal, account, features, files, pipeline, plan, report
 from arrowhead import bundle as bundles
 from arrowhead.decode import PixelConfig
 from arrowhead.extract import ExtractConfig
@@ -160,7 +160,8 @@ class Learner:
 
     body: torchvision's name, or a BodyConfig; images: `Images`; store: folder for the features,
     by default in .arrowhead/ of the working directory; head: linear or lesson (the default here).
-    Opening it decodes what the store does not hold yet. track: record every `fit` and `lr_find` in
+    Opening it decodes what the store does not hold yet; on a store that is there, settings that are
+    left out are the store's own. track: record every `fit` and `lr_find` in
     MLflow; tracking_uri: there (it implies track). settings: fields of `BodyConfig`, `PixelConfig`
     and `ExtractConfig`, such as weights="weights.safetensors", size=128 or batch_size=256.
     """
@@ -190,6 +191,7 @@ class Learner:
                 pixels=_with(pixels, asked),
                 extract=_with(ExtractConfig(), asked),
             )
+            given = {"body", *asked, *_changed(body), *_changed(pixels)}
             self._config = TrainConfig(**_settings({"head": head}, TrainConfig))
         self.images = images
         origin = files.resolve(images.path)
@@ -203,6 +205,7 @@ class Learner:
         self._trained: Trained | None = None
         self._ready: Predictor | None = None
         with _python_words():
+            how = features.as_in_store(folder, how, given)
             pipeline.precompute(images.path, folder, how, self._means)
         self.store = images._store = Store(folder)
 
@@ -466,6 +469,12 @@ def _kind_words(kind: Any) -> str:
     known = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     known |= {NoneType: "None", tuple: "three numbers"}
     return known.get(kind, repr(kind))
+
+
+def _changed(config: Any) -> set[str]:
+    """Names of the fields that are not at their defaults."""
+    every = dataclasses.fields(config)
+    return {one.name for one in every if getattr(config, one.name) != one.default}
 
 
 def _with(config: Any, settings: dict[str, Any]) -> Any:

@@ -118,6 +118,7 @@ class Run:
         self._post, self._id = post, run_id
         self._kin: Kin = kin or {}
         self._inputs: dict[str | None, tuple[str, str]] = {}  # name and digest, by use
+        self._names: dict[str, str] = {}  # see `mlflow_names`
 
     @property
     def run_id(self) -> str:
@@ -144,7 +145,7 @@ class Run:
         """
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         points = {name: [(step, value)] for name, value in numbers.items()}
-        write = {"do": "batch", "run": self._id} | _batch(points)
+        write = {"do": "batch", "run": self._id} | _batch(points, names=self._names)
         if model:
             write["model"] = model.rpartition("/")[2]
         if dataset in self._inputs:
@@ -175,7 +176,8 @@ class Run:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        self._post.write({"do": "batch", "run": self._id} | _batch(points, params, tags))
+        write = _batch(points, params, tags, names=self._names)
+        self._post.write({"do": "batch", "run": self._id} | write)
 
     def keep(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or a directory's files, to the run's artefacts."""
@@ -417,14 +419,17 @@ def _batch(
     points: Points | None = None,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
+    *,
+    names: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Metrics as [name, value, milliseconds, step], params and tags as text.
 
     What is no finite number goes as text: JSON has no word for it. A name that is too long for
-    MLflow is kept whole in the tag `full_name.<its short form>`.
+    MLflow is kept whole in the tag `full_name.<its short form>`. names: those of earlier batches of
+    the run (see `mlflow_names`).
     """
     now = _now()
-    named = mlflow_names([*(points or {}), *(params or {}), *(tags or {})])
+    named = mlflow_names([*(points or {}), *(params or {}), *(tags or {})], names)
     rows = [
         [named[name], value if math.isfinite(value) else str(value), now, int(step)]
         for name, pairs in (points or {}).items()

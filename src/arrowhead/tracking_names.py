@@ -13,7 +13,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 MAX_NAME_CHARS = 250
 _HASH_CHARS = 16
@@ -48,18 +48,30 @@ def mlflow_name(name: str) -> str:
     return shortened(made)
 
 
-def mlflow_names(names: Iterable[str]) -> dict[str, str]:
-    """`mlflow_name` of each of these, which lie together. Where some differ by case or accents
-    only, such as Dog and dog, they are written so that no database takes one for the other.
+def mlflow_names(names: Iterable[str], taken: dict[str, str] | None = None) -> dict[str, str]:
+    """`mlflow_name` of each of these, which are written together. Where some differ by case or
+    accents only, such as Dog and dog, they are written so that no database takes one for the other.
+
+    taken: for names that join those of earlier calls, the same dict in each call; it is filled. A
+    name keeps the form of its first call.
     """
     there = list(dict.fromkeys(names))
+    owners = {} if taken is None else taken  # by folded name: who stands for it as it is
     alike = Counter(map(_folded, there))
+    for name in there:
+        owners.setdefault(_folded(name), name if alike[_folded(name)] == 1 else "")
     return {
-        name: mlflow_name(name)
-        if alike[_folded(name)] == 1
-        else shortened(_DISTINCT.sub(_code, name) or _EMPTY)
+        name: mlflow_name(name) if owners.get(_folded(name)) == name else _apart(name, owners)
         for name in there
     }
+
+
+def _apart(name: str, owners: Mapping[str, str]) -> str:
+    """A form that no database takes for another name that is alike."""
+    made = _DISTINCT.sub(_code, name)
+    if made == name and (other := owners.get(_folded(name))) and other != name:
+        made = re.sub("[a-z]", _code, name, count=1)  # `other` has the name without codes
+    return shortened(made or _EMPTY)
 
 
 def _folded(name: str) -> str:

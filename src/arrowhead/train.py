@@ -105,7 +105,13 @@ class TrainConfig(DescentConfig):
 
     def _must_suit_head(self) -> None:
         """ConfigError if something is asked for that this head does not have."""
-        if self.head == "logistic" and (given := self.of_descent()):
+        given = self.of_descent()
+        if (
+            self.checkpoint_seconds
+            != TrainConfig.__dataclass_fields__["checkpoint_seconds"].default
+        ):
+            given.append("checkpoint_seconds")
+        if self.head == "logistic" and given:
             flag = f"--{given[0].replace('_', '-')}"
             raise ConfigError(
                 f"{flag} {getattr(self, given[0])} is a setting of gradient descent;"

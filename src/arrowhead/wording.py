@@ -6,9 +6,9 @@ command   a command line that a shell reads back as the same words
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable
 
 _PLAIN_IN_DOUBLE_QUOTES = re.compile(r'[^"$`\\!]*')  # ! calls up old commands where one types
@@ -26,15 +26,24 @@ def command(words: Iterable[object]) -> str:
     """The words as a line for a POSIX shell, each quoted where it has to be.
 
     A word with ' in it stands in double quotes where nothing in it has a meaning there, which is
-    shorter. One with control characters, marks that turn the direction of text, or bytes that are
-    not UTF-8 is written as $'…' (bash, zsh, ksh, POSIX 2024): shown on a screen it can still be
-    pasted.
+    shorter. One with control characters, marks that turn the direction of text, bytes that are not
+    UTF-8, or letters that standard output cannot encode is written as $'…' (bash, zsh, ksh, POSIX
+    2024): shown on a screen it can still be pasted.
     """
     return " ".join(_quoted(str(word)) for word in words)
 
 
+def _is_shown(character: str) -> bool:
+    """Whether standard output shows a character as it is."""
+    try:
+        character.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return character.isprintable() or character == "\u00a0"
+
+
 def _quoted(word: str) -> str:
-    if not all(one.isprintable() or one == "\u00a0" for one in word):
+    if not all(map(_is_shown, word)):
         return "$'" + "".join(map(_in_dollar_quotes, word)) + "'"
     if "'" in word and _PLAIN_IN_DOUBLE_QUOTES.fullmatch(word):
         return f'"{word}"'
@@ -45,7 +54,7 @@ def _in_dollar_quotes(character: str) -> str:
     named = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "'": r"\'", "\\": r"\\"}
     if character in named:
         return named[character]
-    if character.isprintable():
+    if _is_shown(character):
         return character
     # Three octal digits at most belong to an escape; of \x some shells take more than two.
-    return "".join(f"\\{byte:03o}" for byte in os.fsencode(character))
+    return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8", "surrogateescape"))
