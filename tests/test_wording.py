@@ -47,9 +47,8 @@ def test_a_printed_command_can_be_pasted(shell):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding):
-    words = (
-        f"from arrowhead.wording import command; print(command([r'printf', r'%s\\0', *{NAMES}]))"
-    )
+    words = "from arrowhead.wording import command"
+    words += f"; print(command(['printf', r'%s\\0', *{NAMES!a}]))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
     shown = subprocess.run([sys.executable, "-c", words], capture_output=True, env=env, check=True)
     line = shown.stdout.decode(encoding).encode().decode()
