@@ -9,7 +9,7 @@ READY := .venv/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos lint audit bench lock clean
+.PHONY: help setup demo test test-slow chaos lint docs audit bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,11 @@ lint: $(READY)  ## ruff and mypy, as in pre-commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A link that leads nowhere fails the build. Only the reference is written anew: its pages are not in git.
+docs: $(READY)  ## the documentation site, in build/site (open index.html)
+	$(BIN)/python docs/make_reference.py
+	NO_COLOR=1 $(BIN)/zensical build --strict --clean
 
 # In an environment of its own, as below. It says 3 where it could ask nobody.
 audit:  ## known vulnerabilities of what the locks hold

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The pictures in docs/pictures, from images that `arrowhead demo` draws: a minute or two on two cores.
+# Without ImageNet weights (no network) the body is random and the accuracy lower; both are said.
+set -euo pipefail
+pictures=$(cd "$(dirname "$0")" && pwd)/pictures
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
+cd "$work"
+
+arrowhead demo
+arrowhead lr-find demo/fit/store
+arrowhead train demo/fit/store demo/best --grid "rate=1e-4..1e-1:4 weight_decay=0,1e-2 seed=0,1,2"
+arrowhead train demo/fit/store demo/folded --folds 5 --learning-curve
+
+cp demo/fit/bundle/report/confusion.png demo/scores/scores.png demo/fit/store/lr_finder.png \
+    demo/folded/report/learning_curve.png "$pictures"
