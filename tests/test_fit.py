@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from conftest import Tracked
 
-from arrowhead import cli
+from arrowhead import ConfigError, Images, Learner, cli
 
 RANDOM = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
@@ -129,6 +129,26 @@ def test_a_changed_body_in_the_store_is_found_before_it_gets_into_a_bundle(fitte
     assert ended.value.code == 4
     assert "body.safetensors" in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_images_of_which_none_can_validate_are_refused_before_any_is_decoded(
+    drawn, tmp_path, capsys
+):
+    for name in ("baskets", "beads"):
+        photos = sorted((drawn / "train" / name).iterdir())
+        (tmp_path / "one" / name).mkdir(parents=True)
+        shutil.copy(photos[0], tmp_path / "one" / name)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", str(tmp_path / "one"), str(out), *RANDOM])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "none can be held out for validation" in said
+    assert "  wanted  two images or more" in said
+    assert "  do      add images" in said
+    assert not (out / "store").exists()
+    with pytest.raises(ConfigError, match="none can be held out"):
+        Learner(Images.from_folder(tmp_path / "one"), "resnet18", weights="random")
 
 
 def test_lr_find_draws_writes_and_suggests(fitted, command):

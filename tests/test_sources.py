@@ -234,6 +234,69 @@ def test_tables_are_read_as_people_save_them(tmp_path: Path, name: str, content:
     assert catalog.sizes.min() > 0
 
 
+SCRIPTS = ("猫 一二三", "изба", "γάτα", "بسة", "ねこ", "고양이", "แมว", "बिल्ली", "🐈🐕", "Möps")
+
+
+@pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_utf_16_without_a_byte_order_mark_is_read_in_any_script(
+    tmp_path: Path, script: str, code: str
+) -> None:
+    names = [f"{script}/{script * 9}{n}.jpg" for n in range(3)]
+    _put(tmp_path, *names)
+    text = "path,label\n" + "".join(f"{name},{script * 20} {name[-5]}\n" for name in names)
+    rows = _rows(plan.labelled(_table(tmp_path, text.encode(code))))
+    assert rows == [(name, (f"{script * 20} {name[-5]}",), "") for name in names]
+    table = _table(tmp_path, "".join(f"{name}\r\n" for name in names).encode(code), "t.txt")
+    assert plan.unlabelled(table).paths == names
+
+
+@pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])
+def test_a_letter_that_is_n_in_the_other_order_does_not_turn_a_table_around(
+    tmp_path: Path, code: str
+) -> None:
+    _put(tmp_path, "1.jpg", "2.jpg")
+    text = f"path,label\n1.jpg,{'一' * 99}\n2.jpg,{'丁' * 99}\n"
+    catalog = plan.labelled(_table(tmp_path, text.encode(code)))
+    assert catalog.classes == ["一" * 99, "丁" * 99]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.txt"])
+@pytest.mark.parametrize("content", [b"path,label\n1.jpg,c\0t\n2.jpg,dog\n", b"\0" * 64])
+def test_bytes_that_are_no_text_are_refused_for_that(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    with pytest.raises(ConfigError, match=r"holds NUL bytes|is UTF-32"):
+        plan.unlabelled(_table(tmp_path, content, name))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://me:secret@example.org/photos?key=secret", "HTTP://example.org/t.csv", "ftp://x/y"],
+)
+def test_a_web_address_is_refused_for_what_it_is(tmp_path: Path, address: str) -> None:
+    from arrowhead import bundle
+
+    _put(tmp_path, "1.jpg", "2.jpg")
+    table = _table(tmp_path, f"path,label\n1.jpg,cat\n{address}/2.jpg,dog\n")
+    for ask in (
+        lambda: plan.labelled(address),
+        lambda: plan.unlabelled(address),
+        lambda: plan.must_be_there(address),
+        lambda: bundle.must_be_there(address),
+        lambda: plan.labelled(table),
+        lambda: plan.labelled(table, SourceConfig(images=address)),
+    ):
+        with pytest.raises(ConfigError, match="is a web address") as refusal:
+            ask()
+        assert "download it first" in refusal.value.do
+        assert "secret" not in str(refusal.value)
+    with pytest.raises(ConfigError, match=r"t\.csv, line 3: "):
+        plan.labelled(table)
+    with pytest.raises(ConfigError, match="is an address of HDFS"):
+        plan.labelled("hdfs://node:8020/photos")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

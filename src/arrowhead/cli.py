@@ -139,6 +139,7 @@ def fit(
     asked = Study(head=head, finder=finder, sweep=many)
     place = pipeline.unfinished(out / "bundle", data, images, asked)
     images, catalog = _ready(data, out / "store", images, Screen(to_stderr=output.json))
+    plan.must_validate(data, catalog)
     with run_context("fit", launch, tracking, output, place, registry) as means:
         result = pipeline.fit(catalog, out, images, asked, means)
         result["files"] = say_written(means.screen, [out / "store", *_bundles(out / "bundle")])

@@ -41,6 +41,8 @@ THREADS = 32  # where files have to be waited for
 FEW_WAITS = 16
 FOLDER, FILE = stat.S_IFDIR >> 12, stat.S_IFREG >> 12
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)(.*)", re.DOTALL)
+# Addresses of pages and services, not of stores that list their objects.
+WEB = ("http", "https", "ftp", "ftps", "hdfs", "webhdfs")
 _ESCAPED = re.compile(r"\\(?:\\|x[0-9a-f]{2})")
 
 Task = TypeVar("Task")
@@ -152,8 +154,9 @@ def raw(path: str) -> bytes:
 def resolve(source: str | Path) -> str:
     """The root that a user's `source` names, as text: what every other function here takes.
 
-    Raises ConfigError for a URI that holds a password: URIs are written to files and screens; and
-    for "", which would be the working folder where a shell's variable is not set.
+    Raises ConfigError for a URI that holds a password: URIs are written to files and screens; for
+    an address of the web; and for "", which would be the working folder where a shell's variable
+    is not set.
     """
     if not (given := os.fspath(source)):
         raise ConfigError(
@@ -166,6 +169,8 @@ def resolve(source: str | Path) -> str:
         from urllib.parse import unquote_to_bytes
 
         return text(os.path.realpath(unquote_to_bytes(path or "/")))
+    if scheme.lower() in WEB:
+        raise _not_a_store(scheme.lower(), host)
     if "@" in host:
         raise ConfigError(
             f"the {scheme}:// address holds a name or a password.",
@@ -173,6 +178,16 @@ def resolve(source: str | Path) -> str:
             "leave them out; put credentials into the environment (AWS_*, GOOGLE_*).",
         )
     return text(os.fsencode(f"{scheme.lower()}://{host}{path.rstrip('/')}"))
+
+
+def _not_a_store(scheme: str, host: str) -> ConfigError:
+    """Why an address of the web is refused; a name, a password and a query are not shown."""
+    kind = "an address of HDFS" if scheme.endswith("hdfs") else "a web address"
+    return ConfigError(
+        f"{scheme}://{host.rpartition('@')[2]}/… is {kind}, which is not read.",
+        "a folder or a table on a disk, or at s3:// or gs://.",
+        "download it first, and give the folder.",
+    )
 
 
 def in_store(root: str) -> bool:

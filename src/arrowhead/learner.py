@@ -206,6 +206,7 @@ class Learner:
         self._ready: Predictor | None = None
         with _python_words():
             how = features.as_in_store(folder, how, given)
+            plan.must_validate(images.path, images.catalog)
             pipeline.precompute(images.path, folder, how, self._means)
         self.store = images._store = Store(folder)
 

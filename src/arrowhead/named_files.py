@@ -106,7 +106,14 @@ CHANGES: tuple[tuple[Callable[[bytes], bytes], str], ...] = (
 
 def _looked_up(source: str, base: bytes, cells: list[bytes], lines: list[int]) -> Found:
     """The files that these paths name, as they are written."""
-    full = [_joined(base, cell) for cell in cells]
+    full = []
+    for cell, line in zip(cells, lines, strict=True):
+        try:
+            full.append(_joined(base, cell))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{source}, line {line}: {error.found}", error.wanted, error.do
+            ) from (error)
     at: dict[bytes, int] = {}
     for path, line in zip(full, lines, strict=True):
         at.setdefault(path, line)

@@ -349,6 +349,36 @@ def _must_teach(source: str, catalog: Catalog, places: Places) -> None:
         )
 
 
+def must_validate(source: str | Path, catalog: Catalog) -> None:
+    """ConfigError for a labelled catalog of which no image can validate, however it is drawn: none
+    is marked for it, and each class has one image only.
+    """
+    if "valid" in catalog.splits:
+        return
+    free = [
+        names for names, split in zip(catalog.labels, catalog.splits, strict=True) if split == ""
+    ]
+    if max(Counter(_rarest(free)).values(), default=0) < 2:
+        raise ConfigError(
+            f"{source} has {counted(len(free), 'image')} to draw from and no class with a second"
+            " one: none can be held out for validation.",
+            "two images or more of some class (better 20 of each), or a split val.",
+            "add images, or put some into val/<class>/ (in a table: a column split).",
+        )
+
+
+def _rarest(labels_K: Sequence[tuple[str, ...]]) -> list[str]:
+    """The class that each image counts for: the rarest of its labels."""
+    number: Counter[str] = Counter()
+    for names, count in Counter(labels_K).items():
+        number.update(dict.fromkeys(names, count))
+    rarest = {
+        names: min(names, key=lambda name: (number[name], name), default="")
+        for names in set(labels_K)
+    }
+    return [rarest[names] for names in labels_K]
+
+
 def _alike(name: str) -> str:
     """What names share that differ in case or Unicode form: a canonical caseless match (UAX 21)."""
     plain = files.raw(name).decode("utf-8", "surrogateescape")
@@ -389,16 +419,10 @@ def drawn(
     for at in np.flatnonzero(count_K[image_M] > 1).tolist():  # copies may be labelled differently
         image = int(image_M[at])
         labels_K[image] = tuple(sorted({*labels_K[image], *catalog.labels[row_M[at]]}))
-    number: Counter[str] = Counter()
-    for names, count in Counter(labels_K).items():
-        number.update(dict.fromkeys(names, count))
-    rarest = {
-        names: min(names, key=lambda name: (number[name], name), default="")
-        for names in set(labels_K)
-    }
+    rarest_K = _rarest(labels_K)
     strata: dict[str, list[int]] = {}
     for image in np.flatnonzero(~fixed_K).tolist():
-        strata.setdefault(rarest[labels_K[image]], []).append(image)
+        strata.setdefault(rarest_K[image], []).append(image)
     for images in strata.values():
         _hold_out(images, count_K, valid_share, valid_K)
     taught = {

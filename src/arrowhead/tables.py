@@ -43,6 +43,7 @@ SPLIT_COLUMNS = ("split", "subset", "set", "dataset", "partition", "phase")
 TRUE = {"true", "t", "yes", "y", "1", "1.0"}
 FALSE = {"false", "f", "no", "n", "0", "0.0"}
 SAMPLE_ROWS = 100
+SAMPLE_BYTES = 2**16  # of a table, to know its encoding by; a multiple of 4
 MAX_TABLE_BYTES = 2**31
 _COMMENTS = re.compile(r"(?:[ \t]*#[^\n]*\n)+")  # lines above a header
 _ITEM = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,\[\]'\"][^,\[\]'\"]*)")
@@ -193,29 +194,66 @@ def _content(source: str, table: bytes) -> bytes:
 
 def _decoded(source: str, content: bytes) -> str:
     """The text of a table; bytes that are not UTF-8 become surrogates."""
-    start = content[:4096]
-    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or start.count(b"\0\0\0") * 5 > len(
-        start
-    ):
+    if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or _is_utf_32(content):
         raise ConfigError(
             f"{source} is UTF-32, which is not read.",
             "a table in UTF-8 or UTF-16.",
             "save it again as CSV in UTF-8.",
         )
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         code = "utf-16"
-    elif start.count(b"\0") * 3 > len(start):  # Latin letters in UTF-16 are every other byte
-        code = "utf-16-le" if start[1::2].count(b"\0") > start[::2].count(b"\0") else "utf-16-be"
-    else:
+    elif b"\0" not in content:
         return content.decode("utf-8-sig", "surrogateescape")
+    elif not (code := _utf_16(content)):
+        raise _holds_nul(source)
     try:
-        return content.decode(code)
+        text = content.decode(code)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{source} looks like UTF-16 but is torn: {error.reason} at byte {error.start}.",
             "a table in UTF-8 or UTF-16.",
             "save it again as CSV in UTF-8.",
         ) from error
+    if "\0" in text:
+        raise _holds_nul(source)
+    return text
+
+
+def _utf_16(content: bytes) -> str:
+    """The UTF-16 that a text with NUL bytes and without a byte order mark is in; "" for none.
+
+    Its line breaks tell, in any script: each is one aligned unit of two bytes. Letters do not: in
+    Chinese few bytes are 0, and those of U+4E00 in one order are the letter N in the other.
+    """
+    start = content[:SAMPLE_BYTES]
+    unit = np.frombuffer(start[: len(start) & ~1], "<u2")
+    little, big = int((unit == 0x000A).sum()), int((unit == 0x0A00).sum())
+    if 2 * max(little, big) > start.count(b"\n"):
+        return "utf-16-le" if little > big else "utf-16-be"
+    if 3 * start.count(b"\0") > len(start):  # one line of Latin letters
+        even, odd = start[::2].count(b"\0"), start[1::2].count(b"\0")
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return ""
+
+
+def _is_utf_32(content: bytes) -> bool:
+    """Whether a text without a byte order mark is UTF-32: no other text is valid as that."""
+    start = content[:SAMPLE_BYTES]
+    for code in ("utf-32-le", "utf-32-be") if len(start) > 3 and b"\0" in start else ():
+        try:
+            start[: len(start) & ~3].decode(code)
+        except UnicodeDecodeError:
+            continue
+        return True
+    return start.count(b"\0\0\0") * 5 > len(start)
+
+
+def _holds_nul(source: str) -> ConfigError:
+    return ConfigError(
+        f"{source} holds NUL bytes: it is no text in UTF-8 or UTF-16.",
+        "a table or list as text, in UTF-8 or UTF-16.",
+        "save it again as CSV in UTF-8, or write one path per line.",
+    )
 
 
 def _lines(source: str, content: bytes) -> Iterator[bytes]:
@@ -223,12 +261,6 @@ def _lines(source: str, content: bytes) -> Iterator[bytes]:
     content = _decoded(source, content).encode("utf-8", "surrogateescape")
     for line in content.split(b"\n"):
         path = line.removesuffix(b"\r")
-        if b"\0" in path:
-            raise ConfigError(
-                f"{source} holds NUL bytes: it is no list of paths.",
-                "a path in each line.",
-                "write one path per line; names with line breaks fit into a CSV.",
-            )
         yield path if path.strip() else b""
 
 
