@@ -14,6 +14,7 @@ import pytest
 from conftest import Tracked
 
 from arrowhead import ConfigError, Images, Learner, cli
+from arrowhead.model import BodyConfig
 
 RANDOM = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
@@ -148,7 +149,7 @@ def test_images_of_which_none_can_validate_are_refused_before_any_is_decoded(
     assert "  do      add images" in said
     assert not (out / "store").exists()
     with pytest.raises(ConfigError, match="none can be held out"):
-        Learner(Images.from_folder(tmp_path / "one"), "resnet18", weights="random")
+        Learner(BodyConfig(body="resnet18", weights="random"), Images.from_folder(tmp_path / "one"))
 
 
 def test_lr_find_draws_writes_and_suggests(fitted, command):
