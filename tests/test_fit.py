@@ -216,6 +216,9 @@ def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, comma
     assert counts["inputs"] == 28 == counts["scored"] + counts["faults"]
     assert counts["ignored"] == 1
     assert result["faults"] == {"not an image": 1, "empty": 1, "truncated": 1}
+    assert result["fault_kinds"] == result["faults"]
+    said = " ".join(command.said.split())
+    assert re.search(r"not read: 1 \S.*cut\.jpg, .*the rows of scores/parts whose column", said)
     rows = polars.read_parquet("scores/parts")
     assert rows["path"].to_list() == sorted(rows["path"].to_list())
     assert rows.height == 28

@@ -230,7 +230,21 @@ def test_bad_files_are_rows_and_too_many_of_them_are_exit_code_3(store, data, co
         "empty",
         "not an image",
     ]
+    assert result["fault_kinds"] == {"empty": 1, "not an image": 1}
     work(command("precompute", data, store, *FLAGS, "--max-faults", "2"))
+
+
+def test_a_precompute_that_ends_for_its_faults_says_their_kinds_files_and_place(
+    store, data, capsys
+):
+    (data / "train" / "beads" / "page.jpg").write_text("<html>not found</html>")
+    (data / "train" / "beads" / "empty.jpg").touch()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["precompute", str(data), str(store), *FLAGS])
+    assert ended.value.code == 3
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "not read: 1 empty, 1 not an image (train/beads/empty.jpg, train/beads/page.jpg)" in said
+    assert f"the rows of {store / 'shards'} whose column fault is filled" in said
 
 
 # --------------------------------------------------------------------------- readers
@@ -445,8 +459,26 @@ def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
     with Store(store).locked(), pytest.raises(ConfigError, match="being written"):
         inventory.gc(store, remove=True)
     (store / "manifest.json").unlink()
-    with pytest.raises(DataError, match="no manifest"):
+    with pytest.raises(ConfigError, match="no manifest"):
         inventory.gc(store, remove=True)
+
+
+@pytest.mark.parametrize(
+    "words", [["features", "info"], ["features", "verify"], ["lr-find"], ["train"]], ids=" ".join
+)
+def test_an_unfinished_store_is_not_called_damaged_and_the_command_that_finishes_it_is_said(
+    store, capsys, tmp_path, words
+):
+    made = Store(store)
+    made.write_pending(listed := made.read_catalog())
+    (store / "manifest.json").unlink()
+    target = [str(tmp_path / "bundle")] if words == ["train"] else []
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, str(store), *target])
+    assert ended.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "its extraction never finished" in said
+    assert f"arrowhead precompute {listed['root']} {store}" in said
 
 
 # ------------------------------------------------------------------------------ memory

@@ -318,12 +318,12 @@ def say_damaged(names: list[str], screen: Screen) -> None:
         screen.say(f"{name} has changed since it was written: its images are scored again")
 
 
-def say_faults(held: Held, out: Path, screen: Screen) -> None:
+def say_faults(kinds: Counter[str], paths: Sequence[str], rows: Path, screen: Screen) -> None:
     """The kinds of the faults, the first files, and where all of them are."""
-    if held.faults:
+    if kinds:
         screen.say(
-            f"not read: {fault_words(held.faults, held.torn)}; all of them: the rows of"
-            f" {out / 'parts'} whose column fault is filled"
+            f"not read: {fault_words(kinds, paths)}; all of them: the rows of {rows} whose column"
+            " fault is filled"
         )
 
 

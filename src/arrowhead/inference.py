@@ -154,10 +154,11 @@ def _scored(
         "ignored": ignored,
     }
     account.say_scores(means, counts, done, loaded, config)
-    account.say_faults(found, out, means.screen)
+    account.say_faults(found.faults, found.torn, out / "parts", means.screen)
     result = {
         "counts": counts,
         "faults": dict(found.faults),
+        "fault_kinds": dict(found.faults),
         "labels": dict(found.labels),
         "seconds": dict(done.seconds),
         "roofline": extract.roofline(done.seconds, done.decoded, done.workers),

@@ -44,7 +44,7 @@ def info(path: Path) -> dict[str, Any]:
     """What a finished store holds.
 
     Returns recipe, fingerprint, images and features by split and class, faults by kind, distinct
-    (contents), shards, bytes, classes. Raises DataError if it is not finished.
+    (contents), shards, bytes, classes. Raises ConfigError if it is not finished.
     """
     store = Store(path)
     manifest, catalog = store.manifest(), Catalog(**store.read_catalog())
@@ -189,8 +189,8 @@ def _spare_digests(store: Store, needed: set[str]) -> Iterator[Finding]:
 def gc(path: Path, *, remove: bool) -> list[Finding]:
     """Drafts and leftovers of a finished store; with `remove`, they are gone when this returns.
 
-    Raises DataError if the store was never finished (then everything in it is needed), ConfigError
-    while another command is writing it, or where a folder of the store is a link: what lies at its
+    Raises ConfigError if the store was never finished (then everything in it is needed), while
+    another command is writing it, or where a folder of the store is a link: what lies at its
     other end may be somebody else's.
     """
     store = Store(path)

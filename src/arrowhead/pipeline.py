@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -56,6 +57,7 @@ from arrowhead.train import TrainConfig, Trained
 
 
 TRIED_AGAIN = ("unreadable", "decoder_crash")  # faults that the next run may not find
+NAMED = 5  # files with faults, by path
 MAX_TRIES = 255  # what the catalog's column holds
 
 
@@ -100,6 +102,10 @@ def precompute(
     faults = sum(one["faults"] for one in manifest["shards"])
     counts = _balance(catalog, faults, done, skipped)
     account.say_counts(means, counts, done)
+    kinds = sum((Counter(one["kinds"]) for one in manifest["shards"]), Counter[str]())
+    torn = fault_list(store) if faults else []
+    first = [one["path"] for one in torn[:NAMED]]
+    account.say_faults(kinds, first, store.path / "shards", means.screen)
     if means.top:
         recording.datasets(means.top, drawn)
     if means.run:
@@ -107,7 +113,8 @@ def precompute(
         means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
     return {
         "counts": counts,
-        "faults": fault_list(store),
+        "faults": torn,
+        "fault_kinds": dict(kinds),
         "seconds": dict(done.seconds),
         "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
         "store": str(path),

@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -519,12 +520,13 @@ class Store:
             self._vouched.add(f"{path.name} {digest}")
 
     def manifest(self) -> dict[str, Any]:
-        """What is complete; DataError before the first complete run."""
+        """What is complete; ConfigError before the first complete run."""
         if not (self.path / "manifest.json").is_file():
-            raise DataError(
+            raise ConfigError(
                 f"{self.path} has no manifest: its extraction never finished.",
                 "a finished store.",
-                "run the same `arrowhead precompute` again: it goes on where it stopped.",
+                f"run the same `{self._extraction()}` (or `fit`) again, with its flags of the"
+                " source: it goes on where it stopped.",
             )
         file = self.path / "manifest.json"
         facts = file.stat()
@@ -534,6 +536,14 @@ class Store:
             fileio.must_fit(content, MANIFEST, str(file), REPAIR)
             self._manifest = stamp, content
         return self._manifest[1]
+
+    def _extraction(self) -> str:
+        """The command that made this unfinished store, as far as it is known."""
+        images = "IMAGES"
+        with suppress(ConfigError, DataError, OSError):  # stopped before it noted its images
+            columns = self.read_pending() if self.pending.is_file() else {}
+            images = columns.get("source") or columns.get("root") or images
+        return shlex.join(["arrowhead", "precompute", images, str(self.path)])
 
     def intact(self) -> dict[str, str]:
         """sha256 by name of the manifest's shards that are on the disk; {} before the first one.
