@@ -1,4 +1,8 @@
-"""What the README shows runs as it is written there."""
+"""What the README and the pages of docs/ show runs as it is written there.
+
+All pages share one project. What several pages show runs once: commands first, in the order of the pages,
+then Python.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,55 @@ import pytest
 
 from arrowhead import cli, cli_cluster
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+GENERATED = {"cli.md", "python.md"}  # in docs/reference: tests/test_docs.py
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "start")),
+    *(
+        ROOT / "docs" / "guides" / f"{name}.md"
+        for name in (
+            "train",
+            "tables",
+            "heads",
+            "score",
+            "features",
+            "python",
+            "cluster",
+            "s3",
+            "export",
+            "mlflow",
+        )
+    ),
+    ROOT / "docs" / "asked.md",
+]
+RUN, SHOWN = {"bash", "python"}, {"text", "console"}  # the latter: output, and what has no command
+FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Paragraphs of text: no heading, list, table, picture or code.
+TEXT = re.compile(r"^(?![#|\-!`<])\S.*(?:\n(?![#|\-!`<]).*\S.*)*", re.MULTILINE)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Code of all pages in their order, each block once."""
+    found = [
+        text
+        for page in PAGES
+        for named, text in FENCE.findall(page.read_text())
+        if named == language
+    ]
+    return list(dict.fromkeys(found))
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return list(dict.fromkeys(lines))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Path]:
-    """photos, new-photos, and a torch cache whose ResNet34 stands in for the downloaded one: of a
-    block where that has three to six, since what it sees matters to nobody here.
+    """photos, new-photos, two tables, and a torch cache whose ResNet34 stands in for the downloaded
+    one: of a block where that has three to six, since what it sees matters to nobody here.
     """
     import torch
     from torchvision import models
@@ -31,6 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     place = tmp_path_factory.mktemp("readme")
     shutil.copytree(drawn, place / "photos", ignore=shutil.ignore_patterns("new"))
     shutil.copytree(drawn / "new", place / "new-photos")
+    tables(place)
     cache = place / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     draft = cache / "draft"
@@ -49,6 +92,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     patch.undo()
 
 
+def tables(place: Path) -> None:
+    """labels.csv with columns as the guide has them, tags.csv with one or two labels per image."""
+    photos = sorted((place / "photos").rglob("*.jpg"))[::3]
+    rows = [(path.relative_to(place / "photos"), path.parent.name) for path in photos]
+    labels = [
+        f"{path},{label},{'train' if i % 4 else 'val'}" for i, (path, label) in enumerate(rows)
+    ]
+    (place / "labels.csv").write_text("\n".join(["image,breed,split", *labels]) + "\n")
+    tags = [f"{path},{label}{'|dark' * (i % 2)}" for i, (path, label) in enumerate(rows)]
+    (place / "tags.csv").write_text("\n".join(["path,tags", *tags]) + "\n")
+
+
 @pytest.fixture(autouse=True)
 def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
@@ -57,53 +112,107 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "hub"))
 
 
-def needs_a_cluster(program: str, words: list[str]) -> bool:
-    """Whether tests/test_submit.py runs its like; here its files are there and its flags exist."""
-    root = Path(__file__).parents[1]
+def needs_others(program: str, words: list[str]) -> bool:
+    """Whether tests/test_submit.py (a cluster) or test_sources.py (an object store) runs its like;
+    here its files are there and its flags exist.
+    """
     if program == "cluster/local.sh":
-        return (root / program).is_file()
+        return (ROOT / program).is_file()
     after = words[words.index("--") + 1 :] if "--" in words else []
     if program == "RAY_AUTH_MODE=token":  # ray job submit … -- python train.py …
         assert after[:2] == ["python", "train.py"]
-        own = [str(root / "jobs" / word) if word.endswith(".toml") else word for word in after[2:]]
+        own = [str(ROOT / "jobs" / word) if word.endswith(".toml") else word for word in after[2:]]
         return cli_cluster.understood(["train", *own]) is not None
     if program == "arrowhead" and words[0] == "submit":
         return cli_cluster.understood(after) is not None
+    if program == "arrowhead" and any(word.startswith("s3://") for word in words):
+        return cli_cluster.understood(words) is not None
     return program == "arrowhead" and words[0] == "jobs"
 
 
-def test_the_commands_run_as_written(capsys):
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 31
-    for command in commands:
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, str]:
+    """What each command printed."""
+    return {}
+
+
+def test_the_commands_run_as_written(capsys, outputs):
+    for command in commands():
         program, *words = shlex.split(command)
-        if needs_a_cluster(program, words):
+        if needs_others(program, words):
             continue
         if program == "mlflow":  # a server: tests/test_fit.py reads what it would show
             assert Path("mlflow.db").is_file()
             continue
         if program in ("python", "curl"):  # a server and its client: tests/test_serve.py
-            assert program == "curl" or (Path(__file__).parents[1] / words[0]).is_file()
+            assert program == "curl" or (ROOT / words[0]).is_file()
             continue
         assert program == "arrowhead"
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
-        assert ended.value.code == 0, (command, capsys.readouterr().err)
-    assert "0 decoded" in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, (command, printed.err)
+        outputs[command] = printed.out + printed.err
+    assert "0 decoded" in outputs["arrowhead fit photos out --head lesson --epochs 5"]
     assert Path("model.onnx").is_file()
 
 
 def test_the_python_runs_as_written(capsys):
-    """In the order of the page, after the commands."""
-    exec(compile("\n".join(blocks("python")), "README.md", "exec"), {})
+    """In the order of the pages, after the commands."""
+    exec(compile("\n".join(blocks("python")), "the pages", "exec"), {})
     shown = capsys.readouterr().out
     assert "epoch  train loss  valid loss  accuracy" in shown
     assert "'path', 'image_id', 'view', 'feature', 'fault'" in shown
+    assert "photo-0000.jpg" in shown
+
+
+def test_the_tour_shows_what_the_commands_print_today(outputs):
+    """Numbers and names differ, words do not; of commands with real photos and of broken files, too."""
+    [tour] = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    told = {start(line) for printed in outputs.values() for line in printed.splitlines()}
+    for line in tour.splitlines():
+        if line.startswith("$ "):
+            assert cli_cluster.understood(shlex.split(line)[2:]) is not None
+        elif line.startswith("not read: "):  # tests/test_score.py has broken files
+            assert '"not read: ' in (ROOT / "src/arrowhead/account.py").read_text()
+        elif line != "…":
+            assert start(line) in told, line
+
+
+def start(line: str) -> str:
+    """The first words of a line, without its numbers."""
+    return re.sub(r"\d[\d.]*", "#", line)[:17]
+
+
+def test_every_block_is_run_or_marked_as_output():
+    docs = [page for page in (ROOT / "docs").rglob("*.md") if not page.is_symlink()]
+    assert {page for page in docs if page.parent.name == "guides"} < set(PAGES)
+    for page in {*PAGES, *docs}:
+        if page.name not in GENERATED or page.parent.name != "reference":
+            named = {language for language, _ in FENCE.findall(page.read_text())}
+            assert named <= (SHOWN | RUN if page in PAGES else SHOWN), page
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) < 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_paragraph_is_over_four_lines(page):
+    for paragraph in TEXT.findall(FENCE.sub("", page.read_text())):
+        assert paragraph.count("\n") < 4, paragraph
+        assert max(map(len, paragraph.splitlines())) <= 125, paragraph
 
 
 def test_make_offers_what_the_readme_names():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    for target in ("demo", "test", "lint", "bench", "clean"):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "lint", "docs", "bench", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert "make demo" in README.split("## ")[0]
     assert "make test" in README.split("## ")[0]
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
