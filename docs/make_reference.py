@@ -41,6 +41,7 @@ def commands() -> str:
     start, rest = page.split("## Table of Contents", 1)
     page = start + "**Commands**" + rest.split("**Commands**", 1)[1]
     page = re.sub(r"\n {8,}(?=\S)", "\n  ", page)  # continued lines, indented as code would be
+    page = re.sub(r"^Example: (.*)$", r"Example: `\1`", page, flags=re.MULTILINE)
     page = page.replace("```console", "```text")
     return page.replace("# arrowhead\n", "# Commands\n", 1)
 

@@ -1,7 +1,7 @@
 """What the README and the pages of docs/ show runs as it is written there.
 
-All pages share one project. What several pages show runs once: commands first, in the order of the pages,
-then Python.
+All pages share one project. What several pages show runs once: commands first, in the order of the
+pages, then Python.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PAGES = [
 RUN, SHOWN = {"bash", "python"}, {"text", "console"}  # the latter: output, and what has no command
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Paragraphs of text: no heading, list, table, picture or code.
-TEXT = re.compile(r"^(?![#|\-!`<])\S.*(?:\n(?![#|\-!`<]).*\S.*)*", re.MULTILINE)
+TEXT = re.compile(r"^(?![#|\-!<])\S.*(?:\n(?![#|\-!<]).*\S.*)*", re.MULTILINE)
 
 
 def blocks(language: str) -> list[str]:
@@ -167,7 +167,7 @@ def test_the_python_runs_as_written(capsys):
 
 
 def test_the_tour_shows_what_the_commands_print_today(outputs):
-    """Numbers and names differ, words do not; of commands with real photos and of broken files, too."""
+    """Numbers and names differ from those of real photos, words do not."""
     [tour] = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     told = {start(line) for printed in outputs.values() for line in printed.splitlines()}
     for line in tour.splitlines():
