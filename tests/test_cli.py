@@ -183,6 +183,17 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     toml.write_text("[train]\nepoch = 3\n")
     found, _, _ = refused("train", "s", "b", "--config", toml)
     assert "epoch" in found
+    toml.write_text("[train]\nepochs = 3\n[score]\ncsv = true\n[features]\n")  # of other verbs
+    assert run("train", "s", "b", "--config", toml) == 0
+    for text, what, fix in (
+        ("[trian]\nepochs = 3\n", "no verb reads [trian]", "write [train]"),
+        ("[Train]\nepochs = 3\n", "no verb reads [Train]", "write [train]"),
+        ("epochs = 3\n", "no verb reads epochs", "put epochs below"),
+        ("[train]\nepochs = 3\n[[score]]\n", "no verb reads score", "put score below"),
+    ):
+        toml.write_text(text)
+        found, _, do = refused("train", "s", "b", "--config", toml)
+        assert what in found and fix in do
 
 
 @pytest.mark.parametrize(

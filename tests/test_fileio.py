@@ -244,6 +244,36 @@ def test_a_kill_between_the_two_renames_leaves_a_folder_that_the_next_one_brings
         assert [one.name for one in tmp_path.iterdir()] == ["it"]
 
 
+def test_the_folder_one_stands_in_has_the_file_that_vouches_for_all_only_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle written in place: killed before any of its moves, it is no bundle."""
+    names = ["bundle.json", "golden", "images.safetensors", "weights.safetensors"]
+    for moves in range(len(names) + 1):
+        here = tmp_path / str(moves)
+        here.mkdir()
+        monkeypatch.chdir(here)
+        code = (
+            "import os\n"
+            "moves, rename = int(sys.argv[2]), Path.rename\n"
+            "def one_less(self, target):\n"
+            "    global moves\n"
+            "    moves -= 1\n"
+            "    return rename(self, target) if moves >= 0 else os.kill(os.getpid(), 9)\n"
+            "Path.rename = one_less\n"
+            "with fileio.draft_folder(Path(sys.argv[1])) as draft:\n"
+            "    (draft / 'golden').mkdir()\n"
+            "    for name in ('weights.safetensors', 'images.safetensors', 'bundle.json'):\n"
+            "        (draft / name).write_text(name)\n"
+            "        os.utime(draft / name, (0, 0))\n"
+        )
+        with other(code, here, str(moves)) as process:
+            process.communicate(timeout=60)
+        assert (here / "bundle.json").exists() == (moves == len(names))
+        assert set(os.listdir(here)) <= set(names)
+        assert len(os.listdir(here)) == moves
+
+
 def test_drafts_of_files_are_swept_when_their_writer_is_gone_and_only_then(tmp_path: Path) -> None:
     code = "with fileio.draft(Path(sys.argv[1])) as draft:\n    say('in the middle')\n"
     with other(code, tmp_path / "a.txt") as killed:

@@ -152,8 +152,9 @@ def test_settings_that_are_left_out_are_those_of_the_store_that_is_there(learn, 
     again = Learner("resnet18", images, store=learn.store.path)
     assert "\n0 decoded" in capsys.readouterr().out
     assert again.store.recipe == learn.store.recipe
-    with pytest.raises(ConfigError, match="size = 64"):
-        Learner("resnet18", images, store=learn.store.path, size=128)
+    for asked in ({"size": 128}, {"pixels": PixelConfig(size=224)}):
+        with pytest.raises(ConfigError, match="size = 64"):
+            Learner("resnet18", images, store=learn.store.path, **asked)
     with pytest.raises(ConfigError, match="body = resnet18"):
         Learner("resnet34", images, store=learn.store.path)
 

@@ -228,9 +228,11 @@ def test_two_workers_find_the_head_of_one(tmp_path: Path) -> None:
 
 
 def test_what_only_gradient_descent_has_is_refused_by_name() -> None:
-    for settings in ({"rate": 0.1}, {"epochs": 3}, {"schedule": "cosine"}, {"best": "accuracy"}):
-        with pytest.raises(ConfigError, match=f"--{next(iter(settings))}"):
-            TrainConfig(head="logistic", **settings)  # type: ignore[arg-type]
+    refused: list[dict[str, Any]] = [{"rate": 0.1}, {"epochs": 3}, {"schedule": "cosine"}]
+    for settings in (*refused, {"best": "accuracy"}, {"checkpoint_seconds": 60.0}):
+        flag = next(iter(settings)).replace("_", "-")
+        with pytest.raises(ConfigError, match=f"--{flag}"):
+            TrainConfig(head="logistic", **settings)
     with pytest.raises(ConfigError, match="--l2"):
         TrainConfig(head="linear", l2=1.0)
     with pytest.raises(ConfigError, match="--grid"):

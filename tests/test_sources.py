@@ -779,4 +779,10 @@ def test_eval_and_holdout_are_words_for_validation(tmp_path: Path) -> None:
     for word in ("eval", "holdout"):
         rows = f"1.jpg,a,train\n2.jpg,a,{word}\n3.jpg,b,train\n"
         (tmp_path / "t.csv").write_text(f"path,label,split\n{rows}")
-        assert plan.labelled(tmp_path / "t.csv").splits == ["train", "valid", "train"]
+        catalog = plan.labelled(tmp_path / "t.csv")
+        assert catalog.splits == ["train", "valid", "train"]
+        assert f"column split: {word} validates" in catalog.notes
+    rows = "1.jpg,a,train\n2.jpg,a,val\n3.jpg,b,holdout\n"
+    (tmp_path / "t.csv").write_text(f"path,label,split\n{rows}")
+    with pytest.raises(ConfigError, match="'holdout' beside 'val' as split: it may mean test"):
+        plan.labelled(tmp_path / "t.csv")

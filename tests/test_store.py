@@ -389,8 +389,11 @@ def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(st
     body = bytearray((store / "body.safetensors").read_bytes())
     body[-1] ^= 1
     (store / "body.safetensors").write_bytes(body)
+    digest = store / "digests" / names[3]
+    digest.write_text("")
     before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
     assert findings(command, store, code=4) == {
+        digest.name: "changed",
         flipped.name: "changed",
         missing.name: "missing",
         "body.safetensors": "changed",

@@ -6,6 +6,7 @@ a table named after the verb.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import shutil
@@ -370,14 +371,30 @@ def configure(config: Path | None) -> None:
         if not config.is_file():
             raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
         try:
-            tomllib.loads(config.read_text("utf-8"))
+            tables = tomllib.loads(config.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"--config {config} cannot be read: {error}.",
                 "a TOML file, with a table named after the verb.",
                 "write e.g. [train] and below it epochs = 20.",
             ) from error
+        _must_name_verbs(config, tables)
         app.config = (Toml(config, must_exist=True, search_parents=False), _given)
+
+
+def _must_name_verbs(config: Path, tables: dict[str, Any]) -> None:
+    """ConfigError for what no verb would read. A misspelt key below a verb cyclopts refuses."""
+    verbs = sorted(name for name in app if not name.startswith("-"))
+    for name, value in tables.items():
+        if name not in verbs or not isinstance(value, dict):
+            table = isinstance(value, dict)
+            near = difflib.get_close_matches(name, verbs, n=1) if table else []
+            meant = f"[{near[0]}]" if near else "a table named after the verb, such as [train]"
+            raise ConfigError(
+                f"--config {config}: no verb reads {f'[{name}]' if table else name}.",
+                f"tables named after verbs: {', '.join(verbs)}.",
+                f"write {meant}." if table else f"put {name} below {meant}.",
+            )
 
 
 def verb_in(words: list[str]) -> str:

@@ -305,8 +305,9 @@ def bundle_verify(
         if not drift.images:
             screen.say(NO_GOLDEN_IMAGES)
         screen.say(
-            f"{bundle} is whole; {counted(drift.images, 'golden image')} replayed: largest feature"
-            f" drift {drift.feature:.1g}, {counted(drift.changed, 'label')} changed"
+            f"{bundle} is whole (report/ is not checked); {counted(drift.images, 'golden image')}"
+            f" replayed: largest feature drift {drift.feature:.1g},"
+            f" {counted(drift.changed, 'label')} changed"
         )
     must_agree(drift, max_drift)
     return 0

@@ -114,10 +114,14 @@ def is_here(path: Path) -> bool:
 
 
 def _fill(folder: Path, path: Path) -> None:
-    """Move what is in a finished folder into one that is there: the file that was written last,
-    which says that all is there, as the last. What is called so there stays: FileExistsError.
+    """Move what is in a finished folder into one that is there: the JSON file that was written
+    last, which says that all is there, as the last. What is called so there stays: FileExistsError.
     """
-    inside = sorted(folder.iterdir(), key=lambda one: (one.is_file(), one.stat().st_mtime_ns))
+
+    def turn(one: Path) -> tuple[bool, bool, int]:
+        return one.is_file(), one.suffix == ".json", one.stat().st_mtime_ns
+
+    inside = sorted(folder.iterdir(), key=turn)
     for one in inside:
         if os.path.lexists(path / one.name):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path / one.name))

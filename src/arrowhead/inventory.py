@@ -99,6 +99,11 @@ def _files(store: Store) -> Iterator[Finding]:
         except DataError as error:
             kind = "changed" if path.is_file() else "missing"
             yield Finding(kind, str(path), f"{error.found} Do: {error.do}")
+    for shard in store.manifest()["shards"]:
+        file = store.path / "digests" / shard["name"]
+        if file.is_file() and file.read_bytes().strip() != shard["sha256"].encode():
+            words = "it is not its shard's sha256. Do: delete it, the manifest has that, too"
+            yield Finding("changed", str(file), words)
     kept = store.golden() or {}
     for name in store.manifest().get("golden", []):
         file = store.golden_file(name)

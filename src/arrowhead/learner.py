@@ -173,7 +173,7 @@ class Learner:
         *,
         store: str | Path | None = None,
         head: str = "lesson",
-        pixels: PixelConfig = PixelConfig(),
+        pixels: PixelConfig | None = None,
         track: bool = False,
         tracking_uri: str | None = None,
         **settings: Any,
@@ -188,10 +188,11 @@ class Learner:
             how = FeatureConfig(
                 source=images.source,
                 body=_with(body, asked),
-                pixels=_with(pixels, asked),
+                pixels=_with(pixels or PixelConfig(), asked),
                 extract=_with(ExtractConfig(), asked),
             )
-            given = {"body", *asked, *_changed(body), *_changed(pixels)}
+            given = {"body", *asked, *_changed(body)}
+            given |= {one.name for one in dataclasses.fields(pixels)} if pixels else set()
             self._config = TrainConfig(**_settings({"head": head}, TrainConfig))
         self.images = images
         origin = files.resolve(images.path)

@@ -504,6 +504,8 @@ class _Sheet:
                 if words <= TRUE or words <= FALSE:
                     blank[at] = meaning[words <= TRUE]
                 notes.append(f"column {self.names[at]}: yes {yes}, no {no}")
+            else:
+                _say_unusual_words(self.source, self.names[at], words, notes)
             if words and (count := cells.count("")):
                 which = f"column {self.names[at]}: an empty cell"
                 does = layouts.WORK[blank[at]] if at in blank else "is drawn (--valid-share)"
@@ -592,6 +594,24 @@ def _say_several(
         )
     else:
         notes.append(f"column {name} has one label for each image")
+
+
+USUAL_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+
+
+def _say_unusual_words(source: str, name: str, words: set[str], notes: list[str]) -> None:
+    """Say how the words of a column that splits are read, where that could surprise. Raises
+    ConfigError for a held-out part beside a validation part: it may be meant to test.
+    """
+    valid = sorted(word for word in words if layouts.role(word) == "valid")
+    held_out = next((word for word in valid if word.startswith("hold")), None)
+    if held_out and (others := [word for word in valid if not word.startswith("hold")]):
+        what = f"{held_out!r} beside {others[0]!r} as {name}: it may mean test or validation"
+        raise _no_split(source, what)
+    parts = {word: part for word in sorted(words - USUAL_SPLITS) if (part := layouts.role(word))}
+    if parts:
+        said = ", ".join(f"{word} {layouts.WORK[part]}" for word, part in parts.items())
+        notes.append(f"column {name}: {said}")
 
 
 def _looks_like_several(cells: set[str]) -> str | None:

@@ -131,7 +131,7 @@ class TrainConfig(DescentConfig):
         return [
             one.name
             for one in fields(self)
-            if one.name not in ("head", "l2", "class_weights", "seed", "checkpoint_seconds")
+            if one.name not in ("head", "l2", "class_weights", "seed")
             and getattr(self, one.name) != one.default
         ]
 
