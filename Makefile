@@ -76,4 +76,4 @@ lock:  ## compile requirements.lock, and from it what images hold (hashes, no in
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets made (the environment too)
-	rm -rf .venv .venv-audit demo out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-audit demo out build dist .cache docs/reference/cli.md docs/reference/python.md .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,6 +40,7 @@ PAGES = [
     ),
     ROOT / "docs" / "asked.md",
 ]
+EXPLANATIONS = [ROOT / f"docs/{name}.md" for name in ("faults", "determinism", "performance")]
 RUN, SHOWN = {"bash", "python"}, {"text", "console"}  # the latter: output, and what has no command
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Paragraphs of text: no heading, list, table, picture or code.
@@ -198,7 +199,7 @@ def test_the_readme_is_short():
     assert len(lines) < 200
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *EXPLANATIONS], ids=lambda page: page.stem)
 def test_no_paragraph_is_over_four_lines(page):
     for paragraph in TEXT.findall(FENCE.sub("", page.read_text())):
         assert paragraph.count("\n") < 4, paragraph
