@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The pictures in docs/pictures, from images that `arrowhead demo` draws: a minute or two on two cores.
+# The pictures in docs/pictures, from images that `arrowhead demo` draws: three minutes on two cores.
 # Without ImageNet weights (no network) the body is random and the accuracy lower; both are said.
 set -euo pipefail
 pictures=$(cd "$(dirname "$0")" && pwd)/pictures

@@ -69,3 +69,13 @@ def test_tables_hold_numbers_and_safe_names(tmp_path: Path) -> None:
     header, line = (tmp_path / "grid.csv").read_text().splitlines()
     assert header == "rate,class_weights,seeds,accuracy,spread,valid_loss,epochs,p"
     assert line == "0.001,'=x,0 1,0.5,,1.5,4,"
+
+
+@pytest.mark.parametrize(("heads", "words"), [(1, "mean of 1 head"), (3, "mean of 3 heads")])
+def test_a_learning_curve_counts_its_heads(heads, words):
+    points = [
+        {"images": images, "mean": 0.5, "spread": None, "values": [0.5] * heads}
+        for images in (10, 20)
+    ]
+    figure = report.learning_figure({"points": points, "figure": "accuracy", "words": "better"})
+    assert figure.axes[0].get_legend_handles_labels()[1] == [words]

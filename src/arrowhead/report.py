@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from arrowhead import fileio, spreadsheet
 from arrowhead.screen import visible
+from arrowhead.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,7 +186,7 @@ def learning_figure(curve: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.fill_between(images, mean - spread, mean + spread, alpha=0.2, linewidth=0)
-    axes.plot(images, mean, "o-", label=f"mean of {len(points[0]['values'])} heads")
+    axes.plot(images, mean, "o-", label=f"mean of {counted(len(points[0]['values']), 'head')}")
     for point in points:
         axes.plot([point["images"]] * len(point["values"]), point["values"], "k.", markersize=3)
     axes.set_xscale("log")
