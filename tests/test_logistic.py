@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError, heads, logistic
+from arrowhead.shards import Store
 from arrowhead.study import Study
 from arrowhead.sweep import SweepConfig
 from arrowhead.train import Data, Mapped, Member, Team, TrainConfig, Trained, class_weighting
@@ -253,3 +254,13 @@ def test_a_rare_class_is_seen_where_validation_has_it_often() -> None:
     data = replace(data, train=data.train[rare])
     weighted, plain = solved(data), solved(data, class_weights="none")
     assert weighted.epochs[0]["balanced_accuracy"] > plain.epochs[0]["balanced_accuracy"] + 0.05
+
+
+def test_a_line_says_that_settings_of_gradient_descent_train_a_linear_head_and_which() -> None:
+    store = Store(Path(__file__).parent / "written_before" / "store")
+    settled, said = Study(head=TrainConfig(epochs=10)).resolve(store)
+    assert settled.head.head == "linear"
+    assert any("linear" in line and "--epochs" in line and "logistic" in line for line in said)
+    settled, said = Study().resolve(store)
+    assert settled.head.head == "logistic"
+    assert not any(line.startswith("head:") for line in said)

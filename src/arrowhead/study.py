@@ -108,6 +108,8 @@ class Study:
             exact = self.teach and self.start is None and not (self.sweep.grid or head.of_descent())
             exact = exact and self.finder == FinderConfig() and work <= logistic.MOST_WORK
             head = dataclasses.replace(head, head="logistic" if exact else "linear")
+            if self.teach and not exact:
+                said.append(f"head: linear, by gradient descent, {self._why_not_exact()}")
         if head.class_weights == "auto":
             wanted = class_weighting(train, valid, classes)
             head = dataclasses.replace(head, class_weights=wanted)
@@ -127,6 +129,18 @@ class Study:
                 f" ({counted(enough.total_epochs, 'epoch')})"
             )
         return dataclasses.replace(self, head=resolve(head, len(train))), said
+
+    def _why_not_exact(self) -> str:
+        """Why --head auto does not take logistic regression, in words."""
+        if flags := ["--" + name.replace("_", "-") for name in self.head.of_descent()]:
+            return f"as {', '.join(flags)} asks for (without: logistic regression, found exactly)"
+        if self.sweep.grid:
+            return "as --grid asks for (without: logistic regression, found exactly)"
+        if self.finder != FinderConfig():
+            return "as the LR finder's flags ask for (without: logistic regression, found exactly)"
+        if self.start is not None:
+            return "going on with the weights that are there"
+        return "as logistic regression would take long here (--head logistic: all the same)"
 
     def finds(self) -> bool:
         """Whether the LR finder is needed."""
