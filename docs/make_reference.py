@@ -27,6 +27,7 @@ CLASSES: tuple[Any, ...] = (
     learner.Answer,
     learner.Classifier,
     learner.DrawnCurve,
+    arrowhead.Refusal,
     arrowhead.ConfigError,
     arrowhead.DataError,
     arrowhead.LostError,
