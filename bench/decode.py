@@ -35,8 +35,10 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
 from arrowhead import demo
-from arrowhead.decode import PixelConfig, frame, header
-from arrowhead.guard import GuardedDecoder
+from arrowhead.decode.geometry import frame
+from arrowhead.decode.headers import header
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.decode.worker_process import GuardedDecoder
 
 CORES = len(os.sched_getaffinity(0))
 BATCH = 32

@@ -26,7 +26,10 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
-from arrowhead import bundle, plan
+from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle import replay
+from arrowhead.bundle.format import Bundle
+from arrowhead.data import sources
 
 Feature = NDArray[np.float32]
 
@@ -40,8 +43,8 @@ def main() -> None:
     asked.add_argument("--only", default="", help="ways whose names hold this")
     asked.add_argument("--out", type=Path)
     settings = asked.parse_args()
-    made = bundle.load(settings.bundle)
-    catalog = plan.unlabelled(settings.data)
+    made = bundle_format.load(settings.bundle)
+    catalog = sources.unlabelled(settings.data)
     rows = np.unique(np.linspace(0, len(catalog) - 1, settings.images).astype(int))
     files = [data for data, fault in (catalog.read(int(r), 2**28) for r in rows) if not fault]
     ours = features(made, made.recipe, files)
@@ -73,19 +76,21 @@ def main() -> None:
         settings.out.write_text(json.dumps(about | {"ways": table}, indent=1) + "\n")
 
 
-def chances(made: bundle.Bundle, feature_ND: Feature) -> Feature:
+def chances(made: Bundle, feature_ND: Feature) -> Feature:
     """What the bundle says of features."""
-    return bundle.probabilities(made.make_head(), feature_ND, made.temperature, multi=made.multi)
+    return bundle_format.probabilities(
+        made.make_head(), feature_ND, made.temperature, multi=made.multi
+    )
 
 
-def features(made: bundle.Bundle, recipe: Any, files: list[bytes], device: str = "cpu") -> Feature:
+def features(made: Bundle, recipe: Any, files: list[bytes], device: str = "cpu") -> Feature:
     """Features by our own decoder, of this recipe."""
     body = dataclasses.replace(made, recipe=recipe).make_body(device)
     parts = [files[at : at + 32] for at in range(0, len(files), 32)]
-    return np.concatenate([bundle.features(recipe, body, part, device, 2) for part in parts])
+    return np.concatenate([replay.features(recipe, body, part, device, 2) for part in parts])
 
 
-def ways(made: bundle.Bundle) -> dict[str, Callable[[list[bytes]], Feature]]:
+def ways(made: Bundle) -> dict[str, Callable[[list[bytes]], Feature]]:
     """Names and makers of features."""
     recipe, size = made.recipe, made.recipe.size
 

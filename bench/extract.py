@@ -30,10 +30,15 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
-from arrowhead import demo, extract, model, plan
-from arrowhead.decode import PixelConfig
-from arrowhead.launch import Worker
-from arrowhead.plan import Catalog
+from arrowhead import demo
+from arrowhead.data import chunks as data_chunks
+from arrowhead.data import sources
+from arrowhead.data.catalog import Catalog
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.features import backbone, extract
+from arrowhead.features.backbone import Body, BodyConfig
+from arrowhead.features.extract import ExtractConfig, Known, Pump
+from arrowhead.runtime.worker import Worker
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -44,7 +49,7 @@ def loader(folder: Path, images: int) -> DataLoader[Any]:
     They are forked here, before any other library has threads: a later fork may hang for ever.
     """
     clean = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
-    norm = transforms.Normalize(model.IMAGENET_MEAN, model.IMAGENET_STD)
+    norm = transforms.Normalize(backbone.IMAGENET_MEAN, backbone.IMAGENET_STD)
     data = datasets.ImageFolder(folder, transforms.Compose([*clean, norm]))
     data.samples = data.samples[:images]
     ready = DataLoader(data, batch_size=32, num_workers=CORES, persistent_workers=True)
@@ -65,15 +70,15 @@ def plain(batches: DataLoader[Any], body: str, memory_format: torch.memory_forma
 
 def pump(folder: Path, body: str, images: int) -> tuple[float, dict[str, float]]:
     """Seconds for as many images through Arrowhead, and its stages' busy seconds."""
-    weights = model.load(model.BodyConfig(body=body, weights="random"))
-    net = model.Body(body, weights.state, pool="avg", mean=weights.mean, std=weights.std)
-    recipe = extract.recipe_of(PixelConfig(), model.BodyConfig(body=body), weights, net.width)
-    catalog = first(plan.labelled(folder), images)
-    chunks = list(enumerate(plan.chunks(catalog.paths, 256)))
+    weights = backbone.load(BodyConfig(body=body, weights="random"))
+    net = Body(body, weights.state, pool="avg", mean=weights.mean, std=weights.std)
+    recipe = extract.recipe_of(PixelConfig(), BodyConfig(body=body), weights, net.width)
+    catalog = first(sources.labelled(folder), images)
+    chunks = list(enumerate(data_chunks.chunks(catalog.paths, 256)))
     worker = Worker(0, 1, "cpu", CORES, lambda: None, lambda report: None)
-    with extract.Pump(worker, net, recipe, PixelConfig(), extract.ExtractConfig()) as through:
+    with Pump(worker, net, recipe, PixelConfig(), ExtractConfig()) as through:
         began = perf_counter()
-        rows = sum(len(chunk.paths) for chunk in through(catalog, chunks, extract.Known()))
+        rows = sum(len(chunk.paths) for chunk in through(catalog, chunks, Known()))
         seconds = perf_counter() - began
         assert rows == images
         return seconds, through.clock.read() | {"workers": seconds}
@@ -104,7 +109,7 @@ def main() -> None:
             demo.draw(Path(scratch), per_class=-(-args.images // 2))
         folder = args.data or Path(scratch) / "train"
         nchw, nhwc = torch.contiguous_format, torch.channels_last
-        images = min(args.images, len(plan.labelled(folder)))
+        images = min(args.images, len(sources.labelled(folder)))
         batches = loader(folder, images)
         ways: dict[str, Callable[[], float]] = {
             "plain": lambda: plain(batches, args.body, nchw),

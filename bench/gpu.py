@@ -413,18 +413,19 @@ def forward(sheet: Sheet) -> None:
 
 def weights_of(settings: Settings) -> Any:
     """The body's tensors."""
-    from arrowhead import model
+    from arrowhead.features import backbone
+    from arrowhead.features.backbone import BodyConfig
 
-    return model.load(model.BodyConfig(body=settings.body, weights=settings.weights))
+    return backbone.load(BodyConfig(body=settings.body, weights=settings.weights))
 
 
 def body_of(settings: Settings, device: str, weights: Any = None) -> Any:
     """The body as Arrowhead builds it."""
-    from arrowhead import model
+    from arrowhead.features.backbone import Body
 
     weights = weights or weights_of(settings)
     about = {"pool": "avg", "mean": weights.mean, "std": weights.std, "size": settings.size}
-    return model.Body(settings.body, weights.state, **about, device=device)
+    return Body(settings.body, weights.state, **about, device=device)
 
 
 def body_rate(settings: Settings, device: str, batch: int) -> float:
@@ -534,25 +535,29 @@ def pipeline(sheet: Sheet) -> None:
 
 def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float, str]:
     """Images per second through the pump, its decoder warm; seconds by stage, what binds."""
-    from arrowhead import extract, model, plan
-    from arrowhead.decode import PixelConfig
-    from arrowhead.launch import Worker
+    from arrowhead.data import chunks as data_chunks
+    from arrowhead.data import sources
+    from arrowhead.decode.pixels import PixelConfig
+    from arrowhead.features import extract
+    from arrowhead.features.backbone import BodyConfig
+    from arrowhead.features.extract import ExtractConfig, Known, Pump
+    from arrowhead.runtime.worker import Worker
 
     settings = sheet.settings
     weights, pixels = weights_of(settings), PixelConfig(size=settings.size)
     body = body_of(settings, device, weights)
-    about = model.BodyConfig(body=settings.body, weights=settings.weights)
+    about = BodyConfig(body=settings.body, weights=settings.weights)
     recipe = extract.recipe_of(pixels, about, weights, body.width)
     worker = Worker(0, 1, device, settings.threads, lambda: None, lambda report: None)
-    config = extract.ExtractConfig(batch_size=batch, chunk_size=8 * batch)
-    found = plan.unlabelled(Path(settings.data))
-    with extract.Pump(worker, body, recipe, pixels, config) as pump:
+    config = ExtractConfig(batch_size=batch, chunk_size=8 * batch)
+    found = sources.unlabelled(Path(settings.data))
+    with Pump(worker, body, recipe, pixels, config) as pump:
 
         def through(rows: int) -> list[Any]:
             catalog = repeated(found, rows)
-            runs = plan.chunks(catalog.paths, config.chunk_size)
+            runs = data_chunks.chunks(catalog.paths, config.chunk_size)
             chunks = [(at, catalog.part(rows)) for at, rows in enumerate(runs)]
-            return list(pump(chunks, extract.Known()))
+            return list(pump(chunks, Known()))
 
         for _ in through(2 * batch):
             pass
@@ -568,7 +573,8 @@ def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float
 
 def decoder_rate(settings: Settings, device: int | None, batch: int) -> float:
     """Images per second of Arrowhead's decoder in this process: decoded, resized, on the CPU."""
-    from arrowhead.decode import Decoder, PixelConfig
+    from arrowhead.decode.decoder import Decoder
+    from arrowhead.decode.pixels import PixelConfig
 
     config = PixelConfig(size=settings.size)
     decoder = Decoder(config, batch_size=batch, threads=settings.threads, device=device)
@@ -582,8 +588,8 @@ def decoder_rate(settings: Settings, device: int | None, batch: int) -> float:
 
 def guarded_rate(settings: Settings, device: int | None, batch: int) -> float:
     """Images per second of the same decoder in a process of its own, two batches under way."""
-    from arrowhead.decode import PixelConfig
-    from arrowhead.guard import GuardedDecoder
+    from arrowhead.decode.pixels import PixelConfig
+    from arrowhead.decode.worker_process import GuardedDecoder
 
     groups = pools(settings, batch, 512 if settings.gpu else 32)
     config = PixelConfig(size=settings.size)
@@ -651,8 +657,8 @@ def squares(
     settings: Settings, files: Sequence[bytes], device: int | None, batch: int
 ) -> tuple[NDArray[np.uint8], list[str | None]]:
     """uint8 (N, S, S, 3) and faults of files, by Arrowhead's guarded decoder."""
-    from arrowhead.decode import PixelConfig
-    from arrowhead.guard import GuardedDecoder
+    from arrowhead.decode.pixels import PixelConfig
+    from arrowhead.decode.worker_process import GuardedDecoder
 
     config = PixelConfig(size=settings.size)
     parts, faults = [], []
@@ -792,8 +798,8 @@ def among(
 
     No new batch is begun after half a minute: a decoder that keeps dying takes its time.
     """
-    from arrowhead.decode import PixelConfig
-    from arrowhead.guard import GuardedDecoder
+    from arrowhead.decode.pixels import PixelConfig
+    from arrowhead.decode.worker_process import GuardedDecoder
 
     told = SimpleNamespace(batches=0, rows=0, photos=0, changed=0, most=0, harmed=[], faults={})
     rng = np.random.default_rng(0)

@@ -36,7 +36,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from arrowhead.train import Data, Held, Member, TrainConfig, Training, train
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.dataset import Data, Held, Member
+from arrowhead.training.trainer import Training, train
 
 CORES = len(os.sched_getaffinity(0))
 RATE = 0.01

@@ -40,13 +40,15 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from arrowhead import heads, pipeline
-from arrowhead.features import FeatureConfig, as_in_store
-from arrowhead.model import BodyConfig
-from arrowhead.plan import Catalog
-from arrowhead.shards import Features, Store
-from arrowhead.study import Study
-from arrowhead.train import TrainConfig
+from arrowhead.commands import precompute
+from arrowhead.commands import train as commands_train
+from arrowhead.data.catalog import Catalog
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.feature_config import FeatureConfig, as_in_store
+from arrowhead.features.store import Features, Store
+from arrowhead.training import heads
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.study import Study
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 RARE = 10  # in 10:1, how many images of the first class there are for one of another
@@ -95,7 +97,7 @@ def main() -> None:
         else:
             norm = {name: tuple(v) for name in ("mean", "std") if (v := getattr(settings, name))}
             body = BodyConfig(body=settings.body, weights=settings.weights, **norm)
-            pipeline.precompute(settings.data, place, FeatureConfig(body=body))
+            precompute.precompute(settings.data, place, FeatureConfig(body=body))
         store = Store(place)
         whole = Catalog(**store.read_catalog())
         found = []
@@ -129,7 +131,7 @@ def measure(
     trained_as: set[tuple[str, str]] = set()
     for seed in range(seeds):
         images = as_in_store(store.path, FeatureConfig(), ())
-        pipeline.precompute(drawn(whole, case, seed), store.path, images)  # decodes nothing
+        precompute.precompute(drawn(whole, case, seed), store.path, images)  # decodes nothing
         test = store.features("test")
         for way, given, took, head in ways(store, test, ours):
             seconds.setdefault(way, []).append(took)
@@ -193,7 +195,7 @@ def ways(
         yield f"C {strength:g}", model.predict(tested), took, ""
     for asked in ours:
         began = time.perf_counter()
-        made = pipeline.learn(store.path, Study(head=TrainConfig(head=asked)))  # type: ignore[arg-type]
+        made = commands_train.learn(store.path, Study(head=TrainConfig(head=asked)))  # type: ignore[arg-type]
         took = time.perf_counter() - began
         assert made.config is not None
         state = {name: torch.from_numpy(value) for name, value in made.winner.state.items()}

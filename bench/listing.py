@@ -76,12 +76,12 @@ def walk(folder: str) -> Iterator[os.DirEntry[str]]:
 
 def measure(way: str, folder: str) -> None:
     """One way, in this process: files, seconds and MiB as one line of JSON."""
-    from arrowhead import plan
+    from arrowhead.data import sources
 
     ways: dict[str, Callable[[], int]] = {
         "count": lambda: count(folder),
         "walk": lambda: sum(1 for _ in walk(folder)),
-        "labelled": lambda: len(plan.labelled(folder)),
+        "labelled": lambda: len(sources.labelled(folder)),
     }
     began = perf_counter()
     rows = ways[way]()

@@ -24,11 +24,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from arrowhead import bundle, demo, extract, pipeline
-from arrowhead.features import FeatureConfig
-from arrowhead.model import BodyConfig
-from arrowhead.novelty import Novelty
-from arrowhead.shards import Store
+from arrowhead import demo
+from arrowhead.bundle import replay
+from arrowhead.commands import precompute
+from arrowhead.evaluation.novelty import Novelty
+from arrowhead.features import extract
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.feature_config import FeatureConfig
+from arrowhead.features.store import Store
 
 PHOTOS = ("matplotlib/mpl-data/sample_data/grace_hopper.jpg",)
 PHOTOS += ("sklearn/datasets/images/flower.jpg", "sklearn/datasets/images/china.jpg")
@@ -51,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         images = FeatureConfig(body=config)
-        pipeline.precompute(settings.data, place / "store", images)
+        precompute.precompute(settings.data, place / "store", images)
         store = Store(place / "store")
         demo.draw(place / "drawn", per_class=24)
         drawn = [file.read_bytes() for file in sorted((place / "drawn").glob("*/*/*.jpg"))]
@@ -86,7 +89,7 @@ def features(store: Store, files: list[bytes]) -> Rows:
     """Features of files by the store's recipe."""
     body = extract.load_body(store.recipe, store.weights, "cpu")
     parts = [files[at : at + 32] for at in range(0, len(files), 32)]
-    return np.concatenate([bundle.features(store.recipe, body, p, "cpu", 2) for p in parts])
+    return np.concatenate([replay.features(store.recipe, body, p, "cpu", 2) for p in parts])
 
 
 def cuttings(each: int) -> list[bytes]:

@@ -100,7 +100,7 @@ def child(words: list[str]) -> None:
     """Run a command; the most kilobytes held, last on stderr."""
     import psutil
 
-    from arrowhead import cli
+    from arrowhead.cli import main as command_line
 
     most = 0
 
@@ -121,7 +121,7 @@ def child(words: list[str]) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        cli.main(words)
+        command_line.main(words)
     finally:
         print(most, file=sys.stderr)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from ray import serve
 
-from arrowhead.bundle import local
-from arrowhead.predict import Predictor
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.bundle.resolve import local
+from arrowhead.inference.predictor import Predictor
+from arrowhead.tracking.client import TrackingConfig
 from examples.serve import serve as routes
 
 

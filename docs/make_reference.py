@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import arrowhead
-from arrowhead import cli, learner
+from arrowhead.cli import main as command_line
+from arrowhead.notebook import Answer, Classifier, DrawnCurve
 
 CLASSES: tuple[Any, ...] = (
     arrowhead.Images,
     arrowhead.Learner,
-    learner.Answer,
-    learner.Classifier,
-    learner.DrawnCurve,
+    Answer,
+    Classifier,
+    DrawnCurve,
     arrowhead.Refusal,
     arrowhead.ConfigError,
     arrowhead.DataError,
@@ -38,7 +39,7 @@ SECTIONS = ("Args", "Returns", "Raises", "Yields")
 
 def commands() -> str:
     """The page of the commands, in Markdown."""
-    page = cli.app.generate_docs(output_format="markdown", recursive=True)
+    page = command_line.app.generate_docs(output_format="markdown", recursive=True)
     start, rest = page.split("## Table of Contents", 1)
     page = start + "**Commands**" + rest.split("**Commands**", 1)[1]
     page = re.sub(r"\n {8,}(?=\S)", "\n  ", page)  # continued lines, indented as code would be

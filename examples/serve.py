@@ -26,7 +26,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from arrowhead.predict import Predictor
+from arrowhead.inference.predictor import Predictor
 
 FORM_BYTES = 10_000  # that a form may have besides its file
 CONNECTIONS = 256

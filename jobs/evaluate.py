@@ -2,6 +2,6 @@
 
 import sys
 
-from arrowhead.cli import main
+from arrowhead.cli.main import main
 
 main(["evaluate", *sys.argv[1:]])

@@ -2,6 +2,6 @@
 
 import sys
 
-from arrowhead.cli import main
+from arrowhead.cli.main import main
 
 main(["precompute", *sys.argv[1:]])

@@ -53,11 +53,11 @@ def _forked_decoders() -> Iterator[None]:
     """Where many tests run, decoders' processes come without their imports; test_guard.py, and a
     file that is run alone, have them as they are.
     """
-    from arrowhead import guard
+    from arrowhead.decode import worker_process
 
     with pytest.MonkeyPatch.context() as patch:
         if "PYTEST_XDIST_WORKER" in os.environ:
-            patch.setattr(guard, "subprocess", forks.Decoders)
+            patch.setattr(worker_process, "subprocess", forks.Decoders)
         yield
 
 
@@ -125,7 +125,7 @@ def pets(
     tmp_path_factory: pytest.TempPathFactory, dogscats: Path, mobilenet: list[str], tracked: Tracked
 ) -> Path:
     """The finished store of the real photos, to be read; of two test processes, one makes it."""
-    from arrowhead import cli
+    from arrowhead.cli.main import main
 
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -135,7 +135,7 @@ def pets(
         if not (place / "pets" / "manifest.json").is_file():
             patch.chdir(tracked(tmp_path_factory.mktemp("pets")))
             with pytest.raises(SystemExit) as ended:
-                cli.main(["precompute", str(dogscats), str(place / "pets"), *mobilenet])
+                main(["precompute", str(dogscats), str(place / "pets"), *mobilenet])
             assert ended.value.code == 0
     return place / "pets"
 
@@ -147,18 +147,23 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
     def save(head: str = "linear", *, pool: str = "avg", **fields: Any) -> Path:
         import torch
 
-        from arrowhead import bundle, extract, heads, model
-        from arrowhead.decode import PixelConfig
+        from arrowhead.bundle import format as bundle_format
+        from arrowhead.bundle import replay
+        from arrowhead.bundle.format import Bundle, Golden
+        from arrowhead.decode.pixels import PixelConfig
+        from arrowhead.features import backbone, extract
+        from arrowhead.features.backbone import BodyConfig
+        from arrowhead.training import heads
 
-        body = model.BodyConfig(body="resnet18", weights="random", pool=pool)
-        weights, width = model.load(body), 1024 if pool == "concat" else 512
+        body = BodyConfig(body="resnet18", weights="random", pool=pool)
+        weights, width = backbone.load(body), 1024 if pool == "concat" else 512
         state = heads.make(head, width, 3, seed=4).state_dict()
         if head == "lesson":  # as if it had been trained: norms that do something
             draw = torch.Generator().manual_seed(1)
             for tensor in state.values():
                 if tensor.dim() == 1 and tensor.is_floating_point():
                     tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
-        made = bundle.Bundle(
+        made = Bundle(
             recipe=extract.recipe_of(PixelConfig(size=64), body, weights, width),
             classes=["baskets", "beads", "leaves"],
             head=head,
@@ -169,18 +174,18 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             **{"temperature": 0.5} | fields,
         )
         images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
-        feature_ND = bundle.features(made.recipe, made.make_body(), images, "cpu", 1)
-        chance_NC = bundle.probabilities(
+        feature_ND = replay.features(made.recipe, made.make_body(), images, "cpu", 1)
+        chance_NC = bundle_format.probabilities(
             made.make_head(), feature_ND, made.temperature, multi=made.multi
         )
         golden = [
-            bundle.Golden(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
+            Golden(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
             for i, (data, feature, chance) in enumerate(
                 zip(images, feature_ND, chance_NC, strict=True)
             )
         ]
         path = tmp_path_factory.mktemp("bundled") / "bundle"
-        bundle.save(replace(made, golden=golden), path)
+        bundle_format.save(replace(made, golden=golden), path)
         return path
 
     return save
@@ -194,11 +199,11 @@ class Command:
         self.said = ""  # on standard error, by the last one
 
     def __call__(self, *words: object, code: int = 0) -> dict[str, Any]:
-        from arrowhead import cli
+        from arrowhead.cli.main import main
 
         self._capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main([*map(str, words), "--json"])
+            main([*map(str, words), "--json"])
         out = self._capsys.readouterr()
         self.said = out.err
         assert ended.value.code == code, out.err

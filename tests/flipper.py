@@ -10,15 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from arrowhead import ConfigError, DataError, bundle, checkpoint, extract
-from arrowhead.shards import Store
+from arrowhead import ConfigError, DataError
+from arrowhead.bundle import format as bundle_format
+from arrowhead.features import extract
+from arrowhead.features.extract import Known
+from arrowhead.features.store import Store
+from arrowhead.training import checkpoint
 
 
 def of_store(path: Path) -> str:
     """Everything that precompute, train and score take from a store."""
     store = Store(path)
     total = hashlib.sha256(repr(store.recipe).encode())
-    known = extract.Known.of(store)
+    known = Known.of(store)
     if (path / "manifest.json").is_file():
         features = store.features()
         for array in (features.feature, features.label, features.row, features.image_id):
@@ -47,7 +51,7 @@ def of_store(path: Path) -> str:
 
 def of_bundle(path: Path) -> str:
     """All of a bundle."""
-    made = bundle.load(path)
+    made = bundle_format.load(path)
     total = hashlib.sha256(repr((made.recipe, made.classes, made.head, made.temperature)).encode())
     total.update(repr((made.metrics, made.lineage, made.multi, made.thresholds)).encode())
     for state in (made.body_state, made.head_state):

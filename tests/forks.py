@@ -38,8 +38,9 @@ from typing import Any
 
 # What a `fit`, a `score` and the decoder's process import in all.
 IMPORTS = """
-    arrowhead.cli arrowhead.pipeline arrowhead.guard arrowhead.extract arrowhead.study
-    arrowhead.train arrowhead.score arrowhead.evaluate arrowhead.tracking arrowhead.launch
+    arrowhead.cli.main arrowhead.commands.train arrowhead.commands.score
+    arrowhead.decode.worker_process arrowhead.inference.score arrowhead.inference.evaluate
+    arrowhead.runtime.launch arrowhead.tracking.run arrowhead.training.heads
     mlflow mlflow.store.tracking.sqlalchemy_store matplotlib.figure matplotlib.backends.backend_agg
     nvidia.dali.fn nvidia.dali.types numpy pandas PIL.Image psutil pyarrow.compute pyarrow.dataset
     pyarrow.parquet ray.train.torch ray.train.v2.api.data_parallel_trainer safetensors.torch torch

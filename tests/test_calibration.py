@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from arrowhead import metrics
-from arrowhead.calibration import Calibration, calibrate, words
+from arrowhead.evaluation import metrics
+from arrowhead.evaluation.calibration import Calibration, calibrate, words
 
 Case = tuple[NDArray[Any], NDArray[Any]]
 

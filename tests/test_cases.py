@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from arrowhead import ConfigError, plan
-from arrowhead.plan import Catalog
-from arrowhead.shards import Store
+from arrowhead import ConfigError
+from arrowhead.data import sources
+from arrowhead.data.catalog import Catalog
+from arrowhead.features.store import Store
 
 Extracted = Callable[..., tuple[dict[str, Any], Catalog, str]]
 
@@ -148,7 +149,7 @@ def test_a_table_is_read_as_it_was_saved(
 
 def test_loose_images_are_told_as_such(drawn: Path) -> None:
     with pytest.raises(ConfigError, match="24 images without a class folder") as refusal:
-        plan.labelled(drawn / "new")
+        sources.labelled(drawn / "new")
     assert "score" in refusal.value.do
 
 

@@ -17,7 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arrowhead import checkpoint
+from arrowhead.training import checkpoint
+from arrowhead.training.checkpoint import Checkpoint
 
 KEY = "a1b2"
 
@@ -39,7 +40,7 @@ def keep(place: Path, number: int, name: str = "", key: str = KEY) -> Path:
     return folder
 
 
-def same(found: checkpoint.Checkpoint | None, number: int, key: str = KEY) -> bool:
+def same(found: Checkpoint | None, number: int, key: str = KEY) -> bool:
     """Whether it is the checkpoint of that number, to the last bit."""
     wanted = tensors(number)
     return (
@@ -264,9 +265,10 @@ def test_pruning_stopped_after_any_step_loses_nothing(tmp_path, monkeypatch):
 
 def write_for_ever(place: Path) -> None:
     """Checkpoint after checkpoint, as a trainer in this process keeps them; says each number."""
-    from arrowhead import launch
+    from arrowhead.runtime import launch
+    from arrowhead.runtime.worker import Worker
 
-    def stage(worker: launch.Worker) -> None:
+    def stage(worker: Worker) -> None:
         last = checkpoint.newest(place, KEY, must_be_well)
         number = last.number if last else 0
         while True:
@@ -348,9 +350,9 @@ def test_a_disk_that_is_full_when_the_bundle_is_saved_is_said_and_the_next_run_g
     words = ["train", "store", "bundle", "--epochs", "2", "--rate", "0.01"]
     code = (
         "import resource, sys\n"
-        "from arrowhead import cli\n"
+        "from arrowhead.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_300_000, resource.RLIM_INFINITY))\n"
-        "cli.main(sys.argv[1:])\n"
+        "main(sys.argv[1:])\n"
     )
     done = forks.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False

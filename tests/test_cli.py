@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from arrowhead import cli, cli_cluster
-from arrowhead.train import TrainConfig
+from arrowhead.cli import cluster, train
+from arrowhead.cli.main import main
+from arrowhead.training.config import TrainConfig
 
 VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor", "submit"]
 
@@ -20,15 +21,15 @@ VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "do
 def run(*args: object) -> int:
     """The exit code of a command, run in this process."""
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(arg) for arg in args])
+        main([str(arg) for arg in args])
     return int(ended.value.code or 0)
 
 
 def test_help_and_version_bring_no_heavy_library():
     script = (
         "import sys; sys.argv = ['arrowhead', '--help']\n"
-        "from arrowhead import cli\n"
-        "try: cli.main()\n"
+        "from arrowhead.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'ray', 'mlflow', 'nvidia', 'pyarrow'} & set(sys.modules)))"
     )
@@ -173,9 +174,11 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     refused, drawn, tmp_path, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(cli, "Store", lambda path: path)
-    monkeypatch.setattr("arrowhead.account.say_account", lambda *args: None)
-    monkeypatch.setattr("arrowhead.pipeline.fit_head", lambda *args: seen.append(args[2]) or {})
+    monkeypatch.setattr(train, "Store", lambda path: path)
+    monkeypatch.setattr("arrowhead.reporting.extraction.say_account", lambda *args: None)
+    monkeypatch.setattr(
+        "arrowhead.commands.train.fit_head", lambda *args: seen.append(args[2]) or {}
+    )
     toml = tmp_path / "train.toml"
     toml.write_text('[train]\nrate = 0.5\nepochs = 3\nhead = "lesson"\n')
     assert run("train", "s", "b", "--config", toml, "--epochs", "4") == 0
@@ -206,12 +209,12 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     ],
 )
 def test_a_found_rate_is_offered_with_the_training_it_was_found_for(flags):
-    asked = cli_cluster.understood(["lr-find", "store", *flags])
+    asked = cluster.understood(["lr-find", "store", *flags])
     assert asked is not None
     head = replace(asked.given.get("head", TrainConfig()), rate=0.00094)
-    offered = cli.flags_of(head)
+    offered = train.flags_of(head)
     assert len(offered) == len(flags) + 2  # no flag that was not asked for, but --rate
-    again = cli_cluster.understood(["train", "store", "bundle", *offered])
+    again = cluster.understood(["train", "store", "bundle", *offered])
     assert again is not None and asdict(again.given["head"]) == asdict(head)
 
 
@@ -220,17 +223,17 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text("[train]\nepochs = 3\n")
     words = ["train", "store", "bundle", "--config", "mine.toml"]
-    call = cli_cluster.understood(words)
+    call = cluster.understood(words)
     assert call is not None and call.given["head"].epochs == 3
     with pytest.raises(SystemExit):
-        cli.main(words)
+        main(words)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "store", "bundle"])
+        main(["train", "store", "bundle"])
     assert ended.value.code == 2
     assert "not a feature store" in capsys.readouterr().err
-    again = cli_cluster.understood(["train", "store", "bundle"])
+    again = cluster.understood(["train", "store", "bundle"])
     assert again is not None and again.given["head"].epochs == TrainConfig().epochs
 
 
@@ -296,7 +299,7 @@ def test_a_home_that_the_shell_did_not_expand_is_expanded_by_every_verb(
     found, _, _ = refused("score", "~/nothing", "~/photos", "~/scores")
     assert str(tmp_path / "nothing") in found
     Path("here.toml").write_text('[precompute]\nimages = "~/elsewhere"\n')
-    call = cli_cluster.understood(["precompute", "a.csv", "s", "--config", "~/here.toml"])
+    call = cluster.understood(["precompute", "a.csv", "s", "--config", "~/here.toml"])
     assert call is not None and call.given["source"].images == str(tmp_path / "elsewhere")
 
 

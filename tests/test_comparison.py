@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead import comparison, sweep
-from arrowhead.comparison import holm, paired_p
-from arrowhead.train import Data, TrainConfig, train_stack
+from arrowhead.training import comparison, grid
+from arrowhead.training.comparison import holm, paired_p
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.dataset import Data
+from arrowhead.training.trainer import train_stack
 
 
 def _data(*, multi: bool = False, copies: bool = False, rows: int = 300) -> Data:
@@ -43,7 +45,7 @@ def test_the_mean_over_images_is_the_figure_of_the_kept_epoch(
         data = _data(multi=multi, copies=copies)
         best = "last" if kind == "linear" else figure
         config = TrainConfig(head=kind, epochs=4, batch_size=32, best=best)
-        members = sweep.members(data, config, 1.0, "rate=1e-3,1e-1 seed=0,1")
+        members = grid.members(data, config, 1.0, "rate=1e-3,1e-1 seed=0,1")
         heads = train_stack(data, members)
         value = comparison.by_image(data, members, heads, [[2, 3], [0], [1]], figure)
         assert value.shape == (3, len(np.unique(data.key[data.valid])))

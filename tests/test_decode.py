@@ -14,8 +14,9 @@ import torchvision.transforms.functional as reference
 from PIL import Image, ImageOps
 
 from arrowhead import ConfigError
-from arrowhead.decode import PixelConfig, header
-from arrowhead.guard import GuardedDecoder
+from arrowhead.decode.headers import header
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.decode.worker_process import GuardedDecoder
 
 SIDE = 64
 

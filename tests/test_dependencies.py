@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from arrowhead import ConfigError, ray_private
-from arrowhead.cluster import must_fit
+from arrowhead import ConfigError
+from arrowhead.runtime import ray_private
+from arrowhead.runtime.ray_cluster import must_fit
 
 ROOT = Path(__file__).resolve().parents[1]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

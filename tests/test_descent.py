@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
-from arrowhead import ConfigError, heads
-from arrowhead.descent import DescentConfig, Loss, Optimizer, balance, factor, must_fit
-from arrowhead.heads import Stack
+from arrowhead import ConfigError
+from arrowhead.training import heads
+from arrowhead.training.heads import Stack
+from arrowhead.training.losses import Loss, balance
+from arrowhead.training.optimizer import Optimizer
+from arrowhead.training.optimizer_config import DescentConfig
+from arrowhead.training.schedule import factor, must_fit
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from arrowhead import cli
+from arrowhead.cli import main as command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 LOADS = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "src"}
@@ -106,7 +106,7 @@ def test_no_page_loads_anything_from_the_network(site):
 
 def test_the_page_of_commands_has_every_command_and_flag(sources):
     page = (sources / "docs/reference/cli.md").read_text()
-    for name in cli.app.resolved_commands():
+    for name in command_line.app.resolved_commands():
         if not name.startswith("-"):
             assert f"## arrowhead {name}\n" in page, name
     for flag in ("--valid-share", "--rate", "--flag-novel", "--workers", "--max-faults"):

@@ -10,7 +10,7 @@ import pytest
 
 NOBODY = """
 import getpass, os, pathlib, pwd, tempfile
-from arrowhead import environment
+from arrowhead.runtime import environment
 os.setgid(54321)
 os.setuid(54321)
 environment.complete()

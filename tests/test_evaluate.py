@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from conftest import Bundled, Tracked
 
-from arrowhead import cli
+from arrowhead.cli.main import main
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 HEAD = ["--epochs", "4", "--rate", "0.01"]
@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracke
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with pytest.raises(SystemExit) as ended:
-            cli.main(["fit", "photos", "out", *FLAGS, *HEAD])
+            main(["fit", "photos", "out", *FLAGS, *HEAD])
     assert ended.value.code == 0
     return folder
 
@@ -115,7 +115,7 @@ def test_without_test_images_there_is_no_test_figure(command: Any, tmp_path: Pat
 def test_an_interval_is_wilsons() -> None:
     from scipy.stats import binomtest
 
-    from arrowhead.metrics import interval
+    from arrowhead.evaluation.metrics import interval
 
     for right, images in ((0, 3), (197, 200), (1, 1), (500, 1000)):
         wilson = binomtest(right, images).proportion_ci(method="wilson")
@@ -280,7 +280,7 @@ def test_without_a_folder_the_same_evaluation_goes_on_in_the_same_one(
     shutil.rmtree(other["out"])
     Path(other["out"]).write_text("mine")
     with pytest.raises(SystemExit) as ended:  # not a traceback, there or where nobody may write
-        cli.main([*map(str, words[:2]), str(place / "photos"), *words[3:]])
+        main([*map(str, words[:2]), str(place / "photos"), *words[3:]])
     assert ended.value.code == 2
 
 
@@ -293,7 +293,7 @@ def test_classes_that_the_bundle_does_not_know_are_refused_or_left_out(
     shutil.rmtree(second)  # a class without images is no fault
     words = ["evaluate", "out/bundle", str(tmp_path / "photos"), str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
-        cli.main(words)
+        main(words)
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert "foxes" in said and "--ignore-unknown-classes" in said
@@ -333,7 +333,7 @@ def test_what_cannot_be_evaluated_is_refused(
     Path("none.csv").write_text(f'path,tags\n{others[0]},"[""{first}""]"\n{others[1]},[]\n')
     data = words[0].replace("CLASS", first)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["evaluate", "out/bundle", data, str(tmp_path / "x"), *words[1:]])
+        main(["evaluate", "out/bundle", data, str(tmp_path / "x"), *words[1:]])
     assert ended.value.code == 2
     assert word in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

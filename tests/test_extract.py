@@ -14,9 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from arrowhead import ConfigError, files, plan
-from arrowhead.decode import PixelConfig
-from arrowhead.extract import (
+from arrowhead import ConfigError
+from arrowhead.data import chunks as data_chunks
+from arrowhead.data import path_text, reading, sources
+from arrowhead.data.catalog import Catalog
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.features.backbone import Body, BodyConfig, load
+from arrowhead.features.extract import (
     Chunk,
     ExtractConfig,
     Known,
@@ -28,11 +33,10 @@ from arrowhead.extract import (
     recipe_of,
     roofline,
 )
-from arrowhead.guard import GuardedDecoder
-from arrowhead.launch import Desk, Report, Worker
-from arrowhead.model import Body, BodyConfig, load
-from arrowhead.plan import Catalog
-from arrowhead.shards import Recipe, Store
+from arrowhead.features.recipe import Recipe
+from arrowhead.features.store import Store
+from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.worker import Report, Worker
 
 PIXELS = PixelConfig(size=64, views=2)
 CONFIG = ExtractConfig(batch_size=16, chunk_size=12, readers=2)
@@ -73,11 +77,11 @@ def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chunks(pump: Pump, folder: Path) -> list[Chunk]:
     """What the pump makes of the folder."""
-    return _pumped(pump, plan.unlabelled(folder))
+    return _pumped(pump, sources.unlabelled(folder))
 
 
 def _pumped(pump: Pump, catalog: Catalog, known: Known | None = None) -> list[Chunk]:
-    runs = plan.chunks(catalog.paths, CONFIG.chunk_size)
+    runs = data_chunks.chunks(catalog.paths, CONFIG.chunk_size)
     return list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), known or Known()))
 
 
@@ -96,7 +100,7 @@ def _total(chunks: list[Chunk]) -> dict[str, int]:
 
 def read(file: bytes, max_bytes: int) -> tuple[bytes, str | None]:
     folder, name = os.path.split(file)
-    return files.read(files.text(folder), files.text(name), max_bytes)
+    return reading.read(path_text.text(folder), path_text.text(name), max_bytes)
 
 
 def _promptly(file: bytes, max_bytes: int = 100) -> tuple[bytes, str | None]:
@@ -197,7 +201,7 @@ def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_feat
         raise AssertionError("an image that was known was decoded again")
 
     monkeypatch.setattr(pump._decoder, "_start", fail)
-    again = _pumped(pump, plan.unlabelled(renamed), Known([chunk.rows() for chunk in chunks]))
+    again = _pumped(pump, sources.unlabelled(renamed), Known([chunk.rows() for chunk in chunks]))
     assert _total(again) == {"files": 30, "decoded": 0, "looked_up": 30, "faults": 0}
     first = _by_path(chunks)
     for path, feature in _by_path(again).items():
@@ -215,7 +219,7 @@ def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_i
     (spoilt / f"{names[7]}-torn.jpg").write_bytes(whole[: len(whole) // 2])
     (spoilt / f"{names[9]}-gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(spoilt / "zz-pipe.jpg")
-    after = _pumped(pump, plan.unlabelled(spoilt))
+    after = _pumped(pump, sources.unlabelled(spoilt))
     assert _total(after) == {"files": 35, "decoded": 30, "looked_up": 0, "faults": 5}
     clean = _by_path(chunks)
     kinds = {}
@@ -245,7 +249,7 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
         return out
 
     pump = Pump(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
-    catalog = plan.unlabelled(folder)
+    catalog = sources.unlabelled(folder)
     (chunk,) = pump([(0, catalog.part(range(4)))], Known())
     assert [bool(fault) for fault in chunk.faults] == [False, True, False, False]
     assert str(chunk.faults[1]).startswith("not finite")
@@ -256,7 +260,7 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
 def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
     made: tuple[Body, Recipe, Path], pump: Pump, folder: Path
 ) -> None:
-    catalog, before = plan.unlabelled(folder), set(threading.enumerate())
+    catalog, before = sources.unlabelled(folder), set(threading.enumerate())
     runs = [(at, catalog.part(range(5 * at, 5 * at + 5))) for at in range(6)]
     taken = pump(runs, Known())
     next(taken)
@@ -282,9 +286,9 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
     _, recipe, weights = made
     store = Store.create(tmp_path / "store", recipe, CONFIG.chunk_size)
     shutil.copy(weights, store.weights)
-    catalog = plan.unlabelled(folder)
-    runs = plan.chunks(catalog.paths, CONFIG.chunk_size)
-    names = [plan.chunk_name(catalog, rows, recipe.fingerprint) for rows in runs]
+    catalog = sources.unlabelled(folder)
+    runs = data_chunks.chunks(catalog.paths, CONFIG.chunk_size)
+    names = [data_chunks.chunk_name(catalog, rows, recipe.fingerprint) for rows in runs]
     reports: list[list[Report]] = [[], []]
     contents = []
     for heard in reports:

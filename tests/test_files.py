@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, exclusions, files
+from arrowhead import ConfigError
+from arrowhead.data import exclusions, listing, path_text, reading, walk
+from arrowhead.data.walk import Listing
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & {0, ord("/")})
 NOT_A_FILE = "not a file: a folder, pipe, socket or device"
@@ -28,10 +30,10 @@ NOT_A_FILE = "not a file: a folder, pipe, socket or device"
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Listing in each of the ways a large folder may be shared out, with few files."""
     if request.param != "one thread":
-        monkeypatch.setattr(files, "PART", 7)
+        monkeypatch.setattr(walk, "PART", 7)
     if request.param == "many threads":  # as if every file had been waited for
         ticks = iter(range(0, 10**9, 10**6))
-        monkeypatch.setattr(files, "getrusage", lambda who: SimpleNamespace(ru_nvcsw=next(ticks)))
+        monkeypatch.setattr(walk, "getrusage", lambda who: SimpleNamespace(ru_nvcsw=next(ticks)))
     return str(request.param)
 
 
@@ -57,8 +59,8 @@ def _put(root: Path, *names: str) -> Path:
     return root
 
 
-def _listed(root: Path) -> files.Listing:
-    return files.listing(files.resolve(root))
+def _listed(root: Path) -> Listing:
+    return listing.listing(path_text.resolve(root))
 
 
 def _grown(root: Path, seed: int) -> Path:
@@ -119,8 +121,8 @@ def _walked(folder: bytes, above: tuple[tuple[int, int], ...] = ()) -> Iterator[
 @given(NAMES)
 @settings(max_examples=500, deadline=None)
 def test_a_name_survives_to_text_and_back(name: bytes) -> None:
-    shown = files.text(name)
-    assert files.raw(shown) == name
+    shown = path_text.text(name)
+    assert path_text.raw(shown) == name
     assert shown.isprintable()
     shown.encode("utf-8")
 
@@ -138,7 +140,7 @@ def test_a_name_survives_to_text_and_back(name: bytes) -> None:
 def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
     name: bytes, shown: str
 ) -> None:
-    assert files.text(name) == shown
+    assert path_text.text(name) == shown
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
@@ -153,10 +155,10 @@ def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
             os.write(handle, name)
             os.close(handle)
         found = _listed(Path(root))
-        assert [files.raw(path) for path in found.paths] == sorted(there, key=files.text)
+        assert [path_text.raw(path) for path in found.paths] == sorted(there, key=path_text.text)
         for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
-            name = files.raw(path)
-            assert files.read(files.resolve(root), path, 99, size, stamp) == (name, None)
+            name = path_text.raw(path)
+            assert reading.read(path_text.resolve(root), path, 99, size, stamp) == (name, None)
 
 
 # ----------------------------------------------------------------------------- listing
@@ -174,11 +176,11 @@ def test_a_listing_has_every_file_once_however_it_is_shared_out(
         for path in all_paths
         if not any(p[:1] == b"." or p in exclusions.JUNK for p in path.split(b"/"))
     ]
-    assert found.paths == sorted(map(files.text, shown))
+    assert found.paths == sorted(map(path_text.text, shown))
     assert len(found.paths) + found.ignored == len(all_paths)
     for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
         try:
-            status = os.stat(top + b"/" + files.raw(path))
+            status = os.stat(top + b"/" + path_text.raw(path))
         except OSError:
             assert (size, stamp) == (-1, 0)
         else:
@@ -207,9 +209,9 @@ def test_links_back_up_the_tree_end_and_dangling_links_stay_rows(tmp_path: Path)
         "cat/gone.jpg": -1,
         "cat/ring": -1,
     }
-    root = files.resolve(tmp_path)
-    assert files.read(root, "cat/gone.jpg", 9) == (b"", "unreadable: No such file or directory")
-    assert files.read(root, "cat/ring", 9)[1] == "unreadable: Too many levels of symbolic links"
+    root = path_text.resolve(tmp_path)
+    assert reading.read(root, "cat/gone.jpg", 9) == (b"", "unreadable: No such file or directory")
+    assert reading.read(root, "cat/ring", 9)[1] == "unreadable: Too many levels of symbolic links"
 
 
 def test_a_folder_that_may_not_be_listed_is_a_row_and_a_fault(open_folder: Path, way: str) -> None:
@@ -221,7 +223,7 @@ def test_a_folder_that_may_not_be_listed_is_a_row_and_a_fault(open_folder: Path,
         assert found.paths == ["cat/1.jpg", "shut"]
         assert found.sizes.tolist() == [9, -1]
         assert found.ignored == 1
-        assert files.read(str(root), "shut", 9) == (b"", "unreadable: Permission denied")
+        assert reading.read(str(root), "shut", 9) == (b"", "unreadable: Permission denied")
         with pytest.raises(ConfigError, match="Permission denied"):
             _listed(root / "shut")
     finally:
@@ -248,19 +250,19 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
 def test_a_file_uri_is_the_folder_it_names(tmp_path: Path) -> None:
     root = tmp_path / "a b%c\u00e9"
     _put(root, "1.jpg")
-    assert files.resolve(root.as_uri()) == files.resolve(root)
-    assert files.listing(files.resolve(root.as_uri())).paths == ["1.jpg"]
+    assert path_text.resolve(root.as_uri()) == path_text.resolve(root)
+    assert listing.listing(path_text.resolve(root.as_uri())).paths == ["1.jpg"]
 
 
 def test_looking_at_named_files_gives_what_a_listing_gives(tmp_path: Path, way: str) -> None:
-    found, root = _listed(_grown(tmp_path, 3)), files.resolve(tmp_path)
-    sizes, stamps = files.look(root, found.paths)
+    found, root = _listed(_grown(tmp_path, 3)), path_text.resolve(tmp_path)
+    sizes, stamps = listing.look(root, found.paths)
     np.testing.assert_array_equal(sizes, found.sizes)
     np.testing.assert_array_equal(stamps, found.stamps)
     _put(tmp_path, "file")
-    absent = ["no", "no/such/file", files.text(b"file\0b")]
+    absent = ["no", "no/such/file", path_text.text(b"file\0b")]
     mixed = sorted([*absent, *found.paths[:3]])
-    sizes, _ = files.look(root, mixed)
+    sizes, _ = listing.look(root, mixed)
     assert [sizes[mixed.index(path)] for path in absent] == [-1, -1, -1]
 
 
@@ -268,7 +270,7 @@ def test_a_named_file_is_seen_in_a_folder_that_may_not_be_listed(open_folder: Pa
     root = _put(open_folder / "tree", "blind/1.jpg")
     (root / "blind").chmod(0o100)
     try:
-        assert files.look(files.resolve(root), ["blind/1.jpg"])[0].tolist() == [11]
+        assert listing.look(path_text.resolve(root), ["blind/1.jpg"])[0].tolist() == [11]
     finally:
         (root / "blind").chmod(0o755)
 
@@ -277,11 +279,14 @@ def test_a_named_file_is_seen_in_a_folder_that_may_not_be_listed(open_folder: Pa
 
 
 def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
-    root = files.resolve(_put(tmp_path, "four"))
-    assert files.read(root, "four", 4) == (b"four", None)
-    assert files.read(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
-    assert files.read(root, "gone", 3) == (b"", "unreadable: No such file or directory")
-    assert files.read(root, files.text(b"a\0b"), 3)[1] == "unreadable: no file can have this name"
+    root = path_text.resolve(_put(tmp_path, "four"))
+    assert reading.read(root, "four", 4) == (b"four", None)
+    assert reading.read(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
+    assert reading.read(root, "gone", 3) == (b"", "unreadable: No such file or directory")
+    assert (
+        reading.read(root, path_text.text(b"a\0b"), 3)[1]
+        == "unreadable: no file can have this name"
+    )
 
 
 def test_pipes_sockets_devices_and_folders_are_no_files_and_never_waited_on(
@@ -294,21 +299,21 @@ def test_pipes_sockets_devices_and_folders_are_no_files_and_never_waited_on(
     with socket.socket(socket.AF_UNIX) as door:
         door.bind("socket")
         for name in ("pipe", "folder", "device", "socket"):
-            assert files.read(files.resolve(tmp_path), name, 99) == (b"", NOT_A_FILE), name
+            assert reading.read(path_text.resolve(tmp_path), name, 99) == (b"", NOT_A_FILE), name
 
 
 def test_a_file_that_differs_from_its_listing_is_a_fault(tmp_path: Path) -> None:
-    root, found = files.resolve(_put(tmp_path, "1.jpg")), _listed(tmp_path)
+    root, found = path_text.resolve(_put(tmp_path, "1.jpg")), _listed(tmp_path)
     size, stamp = int(found.sizes[0]), int(found.stamps[0])
-    assert files.read(root, "1.jpg", 99, size, stamp) == (b"1.jpg", None)
+    assert reading.read(root, "1.jpg", 99, size, stamp) == (b"1.jpg", None)
     os.utime(tmp_path / "1.jpg", ns=(0, stamp + 1))
-    assert files.read(root, "1.jpg", 99, size, stamp)[1] == (
+    assert reading.read(root, "1.jpg", 99, size, stamp)[1] == (
         "changed: it was written again after it was listed"
     )
     (tmp_path / "1.jpg").write_bytes(b"longer than it was")
-    data, fault = files.read(root, "1.jpg", 99, size, stamp)
+    data, fault = reading.read(root, "1.jpg", 99, size, stamp)
     assert (data, fault) == (b"", "changed: it had 5 bytes when it was listed, now it has 18")
-    data, fault = files.read(root, "1.jpg", 99, -1, 0)
+    data, fault = reading.read(root, "1.jpg", 99, -1, 0)
     assert data == b""
     assert fault
     assert fault.startswith("changed: it could not be looked at")
@@ -331,13 +336,13 @@ def test_a_file_that_is_written_to_while_it_is_read_is_a_fault(
 
     monkeypatch.setattr(os, "fdopen", opened)
     fault = "changed: it was written to while it was read"
-    assert files.read(files.resolve(tmp_path), "1.jpg", 99) == (b"", fault)
+    assert reading.read(path_text.resolve(tmp_path), "1.jpg", 99) == (b"", fault)
 
 
 def test_eight_threads_read_their_own_files(tmp_path: Path) -> None:
-    root = files.resolve(_put(tmp_path, *(f"{n}.jpg" for n in range(100))))
+    root = path_text.resolve(_put(tmp_path, *(f"{n}.jpg" for n in range(100))))
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda n: files.read(root, f"{n % 100}.jpg", 99), range(2000)))
+        read = list(pool.map(lambda n: reading.read(root, f"{n % 100}.jpg", 99), range(2000)))
     assert read == [(f"{n % 100}.jpg".encode(), None) for n in range(2000)]
 
 
@@ -345,10 +350,10 @@ def test_a_folder_named_like_an_image_is_a_row_when_nothing_is_in_it(tmp_path: P
     (tmp_path / "cat" / "dog.JPG").mkdir(parents=True)
     (tmp_path / "cat" / "full.png").mkdir()
     (tmp_path / "cat" / "full.png" / "1.jpg").write_bytes(b"1")
-    found = files.listing(files.resolve(str(tmp_path)))
+    found = listing.listing(path_text.resolve(str(tmp_path)))
     assert found.paths == ["cat/dog.JPG", "cat/full.png/1.jpg"]
     assert found.sizes.tolist() == [-1, 1]
-    data, fault = files.read(files.resolve(str(tmp_path)), found.paths[0], 100, -1, 0)
+    data, fault = reading.read(path_text.resolve(str(tmp_path)), found.paths[0], 100, -1, 0)
     assert (data, fault) == (b"", "not a file: a folder, pipe, socket or device")
 
 

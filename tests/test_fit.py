@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 from conftest import Tracked
 
-from arrowhead import ConfigError, Images, Learner, cli
-from arrowhead.model import BodyConfig
+from arrowhead import ConfigError, Images, Learner
+from arrowhead.cli.main import main
+from arrowhead.features.backbone import BodyConfig
 
 RANDOM = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
@@ -44,7 +45,7 @@ def fitted(data: Path, place: Path, drawn: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         with pytest.raises(SystemExit) as ended:
-            cli.main(["fit", str(data), "out", *RANDOM, "--epochs", "4"])
+            main(["fit", str(data), "out", *RANDOM, "--epochs", "4"])
     assert ended.value.code == 0
     return place / "out"
 
@@ -81,7 +82,7 @@ def test_only_what_is_new_is_decoded(fitted, data, command, drawn):
 
 def test_another_recipe_is_refused_by_the_first_differing_field(fitted, data, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["precompute", str(data), "out/store", *RANDOM, "--resize", "squash"])
+        main(["precompute", str(data), "out/store", *RANDOM, "--resize", "squash"])
     assert ended.value.code == 2
     assert "resize = crop" in capsys.readouterr().err
 
@@ -99,7 +100,7 @@ def test_a_flipped_byte_is_found_before_training(fitted, capsys):
     bad[len(bad) // 2] ^= 1
     shard.write_bytes(bytes(bad))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
+        main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
     shard.write_bytes(good)
     assert ended.value.code == 4
     assert shard.name in capsys.readouterr().err
@@ -111,7 +112,7 @@ def test_a_second_fit_does_not_vouch_for_a_changed_shard(fitted, data, command, 
     good = shard.read_bytes()
     shard.write_bytes(good[:-200] + bytes([good[-200] ^ 1]) + good[-199:])
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", str(data), "out", *RANDOM])
+        main(["fit", str(data), "out", *RANDOM])
     assert ended.value.code == 4
     assert shard.name in capsys.readouterr().err
     shard.unlink()  # what the refusal says to do
@@ -125,7 +126,7 @@ def test_a_changed_body_in_the_store_is_found_before_it_gets_into_a_bundle(fitte
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
+        main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
     weights.write_bytes(good)
     assert ended.value.code == 4
     assert "body.safetensors" in capsys.readouterr().err
@@ -141,7 +142,7 @@ def test_images_of_which_none_can_validate_are_refused_before_any_is_decoded(
         shutil.copy(photos[0], tmp_path / "one" / name)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", str(tmp_path / "one"), str(out), *RANDOM])
+        main(["fit", str(tmp_path / "one"), str(out), *RANDOM])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "none can be held out for validation" in said
@@ -191,7 +192,7 @@ def test_a_folder_that_holds_something_else_is_not_taken_for_the_bundle_before(f
     Path("mine.previous").mkdir()
     Path("mine.previous/notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "out/store", "mine", "--epochs", "1"])
+        main(["train", "out/store", "mine", "--epochs", "1"])
     assert ended.value.code == 2
     assert "mine.previous holds files" in capsys.readouterr().err
 
@@ -241,7 +242,7 @@ def test_a_stopped_scoring_goes_on_and_other_requests_are_refused(fitted, drawn,
     assert [part.read_bytes() for part in parts] == before
     assert 0 < result["counts"]["decoded"] < result["counts"]["scored"]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["score", "lesson", str(drawn / "new"), "again", "--chunk-size", "6"])
+        main(["score", "lesson", str(drawn / "new"), "again", "--chunk-size", "6"])
     assert ended.value.code == 2
     assert "of another bundle" in capsys.readouterr().err
 
@@ -253,7 +254,7 @@ def test_a_bundle_with_one_changed_byte_is_refused(fitted, drawn, capsys, place)
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["score", "torn", str(drawn / "new"), "never"])
+        main(["score", "torn", str(drawn / "new"), "never"])
     assert ended.value.code == 4
     assert "weights.safetensors" in capsys.readouterr().err
 

@@ -18,9 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from arrowhead import ConfigError, DataError, bundle, checkpoint, cli, fileio, inventory
-from arrowhead.known_images import KnownImages
-from arrowhead.shards import Store
+from arrowhead import ConfigError, DataError, fileio
+from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle.known_images import KnownImages
+from arrowhead.cli.main import main
+from arrowhead.features import inspect
+from arrowhead.features.store import Store
+from arrowhead.training import checkpoint
 
 BEFORE = Path(__file__).parent / "written_before"
 FLAGS = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64", "--chunk-size", "8"]
@@ -32,15 +36,17 @@ def made(tmp_path_factory, tracked) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tracked(tmp_path_factory.mktemp("made")))
         with pytest.raises(SystemExit) as ended:
-            cli.main(["precompute", str(BEFORE / "images"), "store", *FLAGS])
+            main(["precompute", str(BEFORE / "images"), "store", *FLAGS])
         assert ended.value.code == 0
         shutil.copytree("store", "stopped")
         stopped = Store(Path("stopped").absolute())
         stopped.write_pending(stopped.read_catalog())
         (stopped.path / "manifest.json").unlink()
         ids = np.arange(5, dtype=np.uint64)
-        whole = replace(bundle.load(BEFORE / "bundle"), images=KnownImages.of(ids, ids + ids))
-        bundle.save(whole, Path("bundle"))
+        whole = replace(
+            bundle_format.load(BEFORE / "bundle"), images=KnownImages.of(ids, ids + ids)
+        )
+        bundle_format.save(whole, Path("bundle"))
         tensors = {"a": torch.arange(20.0), "b": torch.ones(3, 3, dtype=torch.int64)}
         draft = checkpoint.draft(Path("place"))
         checkpoint.write(draft, tensors, {"key": "key", "number": 3})
@@ -144,11 +150,11 @@ def test_well_sealed_nonsense_is_refused_and_nothing_else_is_raised(paper, folde
         fileio.write_sealed(path, document)
         try:
             if path.parent.name == "bundle":
-                bundle.info(path.parent)
-                bundle.load(path.parent)
+                bundle_format.info(path.parent)
+                bundle_format.load(path.parent)
             else:
-                inventory.verify(path.parent)
-                inventory.info(path.parent)
+                inspect.verify(path.parent)
+                inspect.info(path.parent)
                 Store(path.parent).features()
         except (DataError, ConfigError) as error:
             assert path.parent.name in error.found, words
@@ -162,8 +168,8 @@ def test_a_paper_that_nests_or_is_something_else_is_refused(text, folders):
     for path in ("store/store.json", "store/manifest.json", "bundle/bundle.json"):
         Path(path).write_text(text)
     for read in (
-        lambda: inventory.verify(Path("store")),
-        lambda: bundle.load(Path("bundle")),
+        lambda: inspect.verify(Path("store")),
+        lambda: bundle_format.load(Path("bundle")),
     ):
         with pytest.raises(DataError):
             read()
@@ -182,7 +188,7 @@ def test_names_in_a_manifest_that_lead_out_of_the_store_are_refused(folders):
         shards = [whole["shards"][0] | {"name": name}, *whole["shards"][1:]]
         fileio.write_sealed(path, whole | {"shards": shards})
         with pytest.raises(DataError, match=r"shards\[0\]\.name"):
-            inventory.gc(folders["store"], remove=True)
+            inspect.gc(folders["store"], remove=True)
 
 
 def test_gc_removes_nothing_at_the_other_end_of_a_link(folders):
@@ -193,5 +199,5 @@ def test_gc_removes_nothing_at_the_other_end_of_a_link(folders):
     assert len(Store(store).features().row) == 24  # reading through a link is fine
     before = sorted(elsewhere.iterdir())
     with pytest.raises(ConfigError, match="is a link"):
-        inventory.gc(store, remove=True)
+        inspect.gc(store, remove=True)
     assert sorted(elsewhere.iterdir()) == before

@@ -32,12 +32,18 @@ from hostile import (
 from PIL import Image, ImageOps, TiffImagePlugin
 from torchvision import models, transforms
 
-from arrowhead import ConfigError, decode, plan
-from arrowhead.decode import PixelConfig, shot
-from arrowhead.extract import ExtractConfig, Known, Pump, recipe_of
-from arrowhead.guard import GuardedDecoder
-from arrowhead.launch import Worker
-from arrowhead.model import Body, BodyConfig, load
+from arrowhead import ConfigError
+from arrowhead.data import chunks as data_chunks
+from arrowhead.data import sources as data_sources
+from arrowhead.decode import pillow_images
+from arrowhead.decode import pixels as decode_pixels
+from arrowhead.decode.decoder import Decoder
+from arrowhead.decode.geometry import shot
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.features.backbone import Body, BodyConfig, load
+from arrowhead.features.extract import ExtractConfig, Known, Pump, recipe_of
+from arrowhead.runtime.worker import Worker
 
 SIDE = 64
 
@@ -330,7 +336,7 @@ def test_a_store_of_the_older_crop_rule_gets_the_pixels_it_always_got(photos: li
         exif[0x0112] = orientation
         files.append(encoded(image, "PNG", exif=exif))
     views = {}
-    for rule in decode.RULES:
+    for rule in decode_pixels.RULES:
         with GuardedDecoder(PixelConfig(size=57), batch_size=8, threads=1, rule=rule) as decoder:
             views[rule] = decoder(files, _ids(2)).views[0]
     old, new = views["dali"], views["dali-upright"]
@@ -529,10 +535,10 @@ def test_features_equal_those_of_plain_torchvision_code(
     weights, pixels = load(config), PixelConfig()
     body = Body(config.body, weights.state, pool="avg", mean=half, std=half)
     recipe = recipe_of(pixels, config, weights, body.width)
-    catalog = plan.unlabelled(tmp_path)
+    catalog = data_sources.unlabelled(tmp_path)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
     with Pump(worker, body, recipe, pixels, ExtractConfig()) as pump:
-        runs = plan.chunks(catalog.paths, 256)
+        runs = data_chunks.chunks(catalog.paths, 256)
         chunks = list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), Known()))
     ours = {
         path: row[0] for done in chunks for path, row in zip(done.paths, done.features, strict=True)
@@ -568,9 +574,9 @@ def test_features_equal_those_of_plain_torchvision_code(
 
 def test_one_decode_serves_all_views(photos: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     counted = {"codec": 0, "Pillow": 0}
-    by_codec, by_pillow = decode.Decoder._decode, decode._by_pillow
+    by_codec, by_pillow = Decoder._decode, pillow_images.by_pillow
 
-    def count_codec(self: decode.Decoder, headers: list) -> list:
+    def count_codec(self: Decoder, headers: list) -> list:
         counted["codec"] += len(headers)
         return by_codec(self, headers)
 
@@ -578,10 +584,10 @@ def test_one_decode_serves_all_views(photos: list[bytes], monkeypatch: pytest.Mo
         counted["Pillow"] += 1
         return by_pillow(data)
 
-    monkeypatch.setattr(decode.Decoder, "_decode", count_codec)
-    monkeypatch.setattr(decode, "_by_pillow", count_pillow)
+    monkeypatch.setattr(Decoder, "_decode", count_codec)
+    monkeypatch.setattr(pillow_images, "by_pillow", count_pillow)
     glass = encoded(Image.open(io.BytesIO(photos[0])).convert("RGBA"), "PNG")
-    engine = decode.Decoder(PixelConfig(size=32, views=5), batch_size=8, threads=1)
+    engine = Decoder(PixelConfig(size=32, views=5), batch_size=8, threads=1)
     made = engine([*photos[:6], glass, glass], _ids(8))
     assert counted == {"codec": 6, "Pillow": 2}
     assert len({view[:8].tobytes() for view in made.views}) == 5
@@ -633,7 +639,7 @@ def test_a_view_is_a_function_of_seed_image_and_view_in_any_batch_order_thread_a
         other_name = decoder(photos[:1], [b"\xff" * 16]).views
     with GuardedDecoder(config, batch_size=5, threads=1) as decoder:
         fives = [decoder(photos[n : n + 5], ids[n : n + 5]).views for n in range(0, 24, 5)]
-    engine = decode.Decoder(config, batch_size=7, threads=1)
+    engine = Decoder(config, batch_size=7, threads=1)
     here = [engine(photos[n : n + 7], ids[n : n + 7]).views for n in range(0, 24, 7)]
     for view in range(4):
         assert np.array_equal(whole[view], again[view])

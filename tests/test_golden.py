@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from arrowhead import bundle, cli, fileio, inventory, shards
-from arrowhead.predict import Predictor
-from arrowhead.shards import Store
+from arrowhead import fileio
+from arrowhead.bundle import format as bundle_format
+from arrowhead.cli.main import main
+from arrowhead.features import catalog_file, inspect
+from arrowhead.features.store import Store
+from arrowhead.inference.predictor import Predictor
 
 BEFORE = Path(__file__).parent / "written_before"
 BODY = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", 64]
@@ -26,7 +29,7 @@ def made(tmp_path_factory, tracked) -> Path:
         patch.chdir(tracked(tmp_path_factory.mktemp("made")))
         shutil.copytree(BEFORE / "images", "photos")
         with pytest.raises(SystemExit) as ended:
-            cli.main(["precompute", "photos", "store", *map(str, BODY)])
+            main(["precompute", "photos", "store", *map(str, BODY)])
         assert ended.value.code == 0
         return Path.cwd()
 
@@ -50,7 +53,7 @@ def test_a_store_alone_trains_and_its_bundle_scores_and_exports_when_the_photos_
     taken = photos(Path("photos"))
     shutil.rmtree("photos")
     command("train", "store", "bundle", *TRAIN)
-    kept = bundle.load(Path("bundle")).golden
+    kept = bundle_format.load(Path("bundle")).golden
     assert len(kept) == 6  # as many as there are validation images
     assert {one.data for one in kept} <= taken
     result = command("score", "bundle", "new", "scores")
@@ -83,20 +86,20 @@ def test_of_a_store_that_kept_none_photos_are_taken_that_are_what_they_were(here
     data[len(data) // 2] ^= 1
     changed.write_bytes(data)
     os.utime(changed, ns=(was.st_mtime_ns, was.st_mtime_ns))
-    shards.write_catalog(here / "moved.arrow", catalog | {"root": str(here / "images")})
+    catalog_file.write_catalog(here / "moved.arrow", catalog | {"root": str(here / "images")})
     digest = fileio.sha256(here / "moved.arrow")
     manifest = Store(here / "old").manifest()
     manifest["catalog"] |= {"name": f"catalog-{digest[:16]}.arrow", "sha256": digest}
     shutil.move("moved.arrow", here / "old" / manifest["catalog"]["name"])
     fileio.write_sealed(here / "old" / "manifest.json", manifest)
     command("train", "old", "bundle", *TRAIN)
-    kept = {one.data for one in bundle.load(Path("bundle")).golden}
+    kept = {one.data for one in bundle_format.load(Path("bundle")).golden}
     assert kept == {(Path("images") / path).read_bytes() for path in valid[1:]}
 
 
 def test_no_photo_is_kept_when_it_is_not_wanted_and_that_is_said(here, command, capsys):
     command("train", "store", "none", *TRAIN, "--no-golden-images")
-    assert bundle.load(Path("none")).golden == []
+    assert bundle_format.load(Path("none")).golden == []
     command("precompute", "photos", "store", *BODY, "--no-golden-images")
     assert list(Path("store/golden").iterdir()) == []
     assert Store(here / "store").golden() == {}
@@ -109,7 +112,7 @@ def test_no_photo_is_kept_when_it_is_not_wanted_and_that_is_said(here, command, 
     assert result["drift"]["images"] == 0
     assert "has no golden images" in command.said
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bundle", "verify", "bundle"])
+        main(["bundle", "verify", "bundle"])
     assert ended.value.code == 0
     assert "has no golden images" in capsys.readouterr().out
 
@@ -119,19 +122,19 @@ def test_a_damaged_copy_is_found_and_not_taken_and_a_missing_one_is_no_damage(he
     damaged, missing = (Store(here / "store").golden_file(name) for name in names[:2])
     damaged.write_bytes(damaged.read_bytes() + b"\0")
     missing.unlink()
-    assert [(one.kind, Path(one.path)) for one in inventory.verify(here / "store")] == [
+    assert [(one.kind, Path(one.path)) for one in inspect.verify(here / "store")] == [
         ("changed", damaged)
     ]
     command("train", "store", "bundle", *TRAIN)
-    assert len(bundle.load(Path("bundle")).golden) == 4
+    assert len(bundle_format.load(Path("bundle")).golden) == 4
     damaged.unlink()
     command("precompute", "photos", "store", *BODY)  # both are copied again
-    assert not any(one.damage for one in inventory.verify(here / "store"))
+    assert not any(one.damage for one in inspect.verify(here / "store"))
     assert Store(here / "store").manifest()["golden"] == names
 
 
 def test_a_server_says_that_it_cannot_check_a_bundle_without_golden_images(bundled, tmp_path):
-    bare = dataclasses.replace(bundle.load(bundled()), golden=[])
-    bundle.save(bare, tmp_path / "bare")
+    bare = dataclasses.replace(bundle_format.load(bundled()), golden=[])
+    bundle_format.save(bare, tmp_path / "bare")
     with pytest.warns(UserWarning, match="has no golden images"):
         Predictor(tmp_path / "bare").close()

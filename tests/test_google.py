@@ -17,7 +17,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from arrowhead import ConfigError, files, plan
+from arrowhead import ConfigError
+from arrowhead.data import reading, sources
 
 ODD = ("a b.jpg", "caf\u00e9 \U0001f415.jpg", "100%25+&.jpg", "q?generation=7.jpg")
 
@@ -130,35 +131,35 @@ def test_class_folders_at_google_are_class_folders(bucket: Bucket) -> None:
     ]
     for key in keys:
         bucket.put(key, key.encode())
-    catalog = plan.labelled("gs://b/d")
+    catalog = sources.labelled("gs://b/d")
     assert catalog.paths == sorted([f"cat/{name}" for name in ODD] + ["dog/1.jpg"])
     assert (catalog.classes, catalog.ignored) == (["cat", "dog"], 2)
     for row, path in enumerate(catalog.paths):
         assert catalog.read(row, 99) == (f"d/{path}".encode(), None)
     assert catalog.read(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
-    assert plan.labelled("gs://b/d/").stamps.tolist() == catalog.stamps.tolist()
+    assert sources.labelled("gs://b/d/").stamps.tolist() == catalog.stamps.tolist()
     with pytest.raises(ConfigError, match="holds nothing"):
-        plan.labelled("gs://b/nowhere")
+        sources.labelled("gs://b/nowhere")
 
 
 def test_an_object_written_again_is_a_fault_also_of_the_same_size_and_time(bucket: Bucket) -> None:
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         bucket.put(f"d/{name}", name.encode())
-    before = plan.unlabelled("gs://b/d")
+    before = sources.unlabelled("gs://b/d")
     bucket.put("d/1.jpg", b"other")
     bucket.put("d/2.jpg", b"longer than it was")
     del bucket.objects["d/3.jpg"]
     assert before.read(0, 99) == (b"", "changed: it was written again after it was listed")
     assert before.read(1, 99)[1] == "changed: it had 5 bytes when it was listed, now it has 18"
     assert before.read(2, 99) == (b"", "unreadable: No such file or directory")
-    after = plan.unlabelled("gs://b/d")
+    after = sources.unlabelled("gs://b/d")
     assert after.stamps[0] != before.stamps[0]
     assert after.read(0, 99) == (b"other", None)
 
 
 def test_the_generation_that_was_judged_is_the_one_that_is_read(bucket: Bucket) -> None:
     bucket.put("d/1.jpg", b"first")
-    files.read("gs://b/d", "1.jpg", 99)
+    reading.read("gs://b/d", "1.jpg", 99)
     generation = bucket.objects["d/1.jpg"][1]
     assert any(f"generation={generation}" in path for path in bucket.asked)
 
@@ -166,7 +167,7 @@ def test_the_generation_that_was_judged_is_the_one_that_is_read(bucket: Bucket) 
 def test_a_server_that_is_away_for_a_moment_costs_no_image(bucket: Bucket) -> None:
     bucket.put("d/away.jpg", b"a" * 1000)
     bucket.put("d/torn.jpg", b"t" * 1000)
-    catalog = plan.unlabelled("gs://b/d")
+    catalog = sources.unlabelled("gs://b/d")
     bucket.unavailable["d/away.jpg"] = 1
     bucket.torn["d/torn.jpg"] = 1
     assert catalog.read(0, 9999) == (b"a" * 1000, None)

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowhead import ConfigError, LostError, guard
-from arrowhead.decode import PixelConfig
-from arrowhead.guard import GuardedDecoder
+from arrowhead import ConfigError, LostError
+from arrowhead.decode import worker_process
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.decode.worker_process import GuardedDecoder
 
 PIXELS = PixelConfig(size=32, views=2)
 
@@ -32,7 +33,7 @@ SABOTAGE = """
 import os, resource, signal, sys, time
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 if sys.argv[0] == "-c":
-    from arrowhead import decode
+    from arrowhead.decode import headers
 
     def give_up():
         raise MemoryError("marked")
@@ -50,7 +51,7 @@ if sys.argv[0] == "-c":
         b"mark: hang": lambda: time.sleep(3600),
         b"mark: slow": be_slow,
     }
-    header = decode.header
+    header = headers.header
 
     def sabotaged(data, config):
         for mark, end in ENDS.items():
@@ -58,13 +59,13 @@ if sys.argv[0] == "-c":
                 end()
         return header(data, config)
 
-    decode.header = sabotaged
+    headers.header = sabotaged
 """
 
 
 @pytest.fixture(autouse=True)
 def _started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "subprocess", subprocess)
+    monkeypatch.setattr(worker_process, "subprocess", subprocess)
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def _gone(process: int, seconds: float = 120.0) -> bool:
     [
         ("segfault", "killed by SIGSEGV", 2),
         ("abort", "killed by SIGABRT", 2),
-        ("killed", "killed by SIGKILL", 1 + guard.KILLS),
+        ("killed", "killed by SIGKILL", 1 + worker_process.KILLS),
         ("exit", "exit code 1", 2),
         ("raise", "exit code 1", 2),
     ],
@@ -323,8 +324,8 @@ def test_a_decoder_that_was_closed_leaves_no_process(photos: list[bytes]) -> Non
 PARENT = """
 import sys, time
 from pathlib import Path
-from arrowhead.decode import PixelConfig
-from arrowhead.guard import GuardedDecoder
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.decode.worker_process import GuardedDecoder
 
 data = Path(sys.argv[1]).read_bytes()
 decoder = GuardedDecoder(PixelConfig(size=32), batch_size=1, threads=1)
@@ -364,7 +365,7 @@ def test_the_child_does_not_outlive_a_parent_killed_outright(
 def test_a_child_that_cannot_start_is_refused_in_three_parts(
     sabotaged: Callable[[str], None], photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "PAUSE", 0.0)
+    monkeypatch.setattr(worker_process, "PAUSE", 0.0)
     before = sorted(os.listdir("/proc/self/fd"))
     sabotaged("import sys; sys.modules['nvidia.dali'] = None")
     with _decoder() as decoder:
@@ -410,9 +411,9 @@ def _killing(
 def test_a_child_killed_while_it_starts_is_started_again(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
-    with _decoder() as decoder, _killing(decoder, guard.STARTS - 1) as killed:
+    with _decoder() as decoder, _killing(decoder, worker_process.STARTS - 1) as killed:
         assert _streamed(decoder, [Batch(photos[:8])], clean) == []
-        assert len(killed) == guard.STARTS - 1
+        assert len(killed) == worker_process.STARTS - 1
 
 
 @pytest.mark.usefixtures("sabotaged")
@@ -424,10 +425,10 @@ def test_a_good_photo_is_no_crash_because_its_decoder_was_killed_from_outside(
     batch = [*photos[:3], _marked(photos[3], "slow"), *photos[4:8]]
     with _decoder() as decoder:
         with _killing(
-            decoder, guard.KILLS, lambda child: (tmp_path / str(child)).exists()
+            decoder, worker_process.KILLS, lambda child: (tmp_path / str(child)).exists()
         ) as killed:
             made = decoder(batch, _ids(batch))
-        assert len(killed) == decoder.deaths == guard.KILLS
+        assert len(killed) == decoder.deaths == worker_process.KILLS
     assert made.faults == [None] * 8
     ids = _ids(batch)
     with _decoder() as decoder:
@@ -440,7 +441,7 @@ def test_a_good_photo_is_no_crash_because_its_decoder_was_killed_from_outside(
 def test_a_decoder_that_is_always_killed_while_it_starts_is_refused_and_the_file_is_not_blamed(
     sabotaged: Callable[[str], None], photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "PAUSE", 0.0)
+    monkeypatch.setattr(worker_process, "PAUSE", 0.0)
     sabotaged(
         "import os, signal, sys; sys.argv[0] == '-c' and os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -455,14 +456,14 @@ def test_a_decoder_that_is_always_killed_while_it_starts_is_refused_and_the_file
 def test_files_that_are_killed_one_after_another_are_the_machines_fault(
     photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "PAUSE", 0.0)
-    monkeypatch.setattr(guard, "KILLS", 1)
+    monkeypatch.setattr(worker_process, "PAUSE", 0.0)
+    monkeypatch.setattr(worker_process, "KILLS", 1)
     deadly = [_marked(photo, "killed") for photo in photos[:8]]
     with _decoder() as decoder:
-        with pytest.raises(LostError, match=f"{guard.KILLED_FILES} files in a row"):
+        with pytest.raises(LostError, match=f"{worker_process.KILLED_FILES} files in a row"):
             decoder(deadly, _ids(deadly))
         assert decoder(photos[:8], _ids(photos[:8])).faults == [None] * 8
-        few = deadly[: guard.KILLED_FILES - 1] + photos[4:8]
+        few = deadly[: worker_process.KILLED_FILES - 1] + photos[4:8]
         for _ in range(2):  # a well one in between: not in a row
             faults = decoder(few, _ids(few)).faults
             assert faults == ["decoder_crash: killed by SIGKILL"] * 4 + [None] * 4

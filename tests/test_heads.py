@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from arrowhead import heads
-from arrowhead.heads import Place, Stack
+from arrowhead.training import heads
+from arrowhead.training.heads import Place, Stack, Standardize
 
 KINDS = ["linear", "lesson"]
 WIDTH = 7
@@ -39,7 +39,7 @@ def _heads(kind: str, classes: int, lanes: int, each: int) -> list[list[nn.Seque
         mean = torch.randn(WIDTH, generator=draw)
         deviation = torch.rand(WIDTH, generator=draw) + 0.5
         for head in made[-1]:
-            if isinstance(head[0], heads.Standardize):
+            if isinstance(head[0], Standardize):
                 head[0].mean.copy_(mean)
                 head[0].deviation.copy_(deviation)
             for part in head:

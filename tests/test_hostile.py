@@ -24,12 +24,13 @@ from hostile import (
 )
 from PIL import Image
 
-from arrowhead import files, plan
-from arrowhead.decode import PixelConfig, Pixels
-from arrowhead.extract import ExtractConfig, Known, Pump, recipe_of
-from arrowhead.guard import GuardedDecoder
-from arrowhead.launch import Worker
-from arrowhead.model import Body, BodyConfig, load
+from arrowhead.data import chunks as data_chunks
+from arrowhead.data import path_text, sources
+from arrowhead.decode.pixels import PixelConfig, Pixels
+from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.features.backbone import Body, BodyConfig, load
+from arrowhead.features.extract import ExtractConfig, Known, Pump, recipe_of
+from arrowhead.runtime.worker import Worker
 
 PIXELS = PixelConfig(size=32, views=2)
 
@@ -325,15 +326,15 @@ def test_what_cannot_be_read_is_a_row_and_odd_names_come_back_as_they_were(
     config = BodyConfig(body="resnet18", weights="random")
     weights = load(config)
     body = Body(config.body, weights.state, pool="avg", mean=weights.mean, std=weights.std, size=32)
-    catalog = plan.unlabelled(tmp_path)
+    catalog = sources.unlabelled(tmp_path)
     recipe = recipe_of(PIXELS, config, weights, body.width)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
     with Pump(worker, body, recipe, PIXELS, ExtractConfig(batch_size=16)) as pump:
-        runs = plan.chunks(catalog.paths, 256)
+        runs = data_chunks.chunks(catalog.paths, 256)
         chunks = list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), Known()))
     faults = {path: fault for c in chunks for path, fault in zip(c.paths, c.faults, strict=True)}
     assert all(path.isprintable() for path in faults)
-    ended = {files.raw(path): fault for path, fault in faults.items()}
+    ended = {path_text.raw(path): fault for path, fault in faults.items()}
     assert ended.keys() == outcomes.keys()
     for name, outcome in outcomes.items():
         kind = ended[name].partition(":")[0] if ended[name] else None

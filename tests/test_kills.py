@@ -55,10 +55,10 @@ def start(folder: Path, data: Path, store: str, workers: int) -> subprocess.Pope
 
 PROGRAM = """
 import json, sys
-from arrowhead import cli
+from arrowhead.cli.main import main
 for words in json.loads(sys.argv[1]):
     try:
-        cli.main(words)
+        main(words)
     except SystemExit as ended:
         if ended.code:
             raise

@@ -19,9 +19,12 @@ from typing import Any
 import forks
 import pytest
 
-from arrowhead import ConfigError, launch
-from arrowhead.cluster import LaunchConfig, secure
-from arrowhead.launch import Desk, Worker
+from arrowhead import ConfigError
+from arrowhead.runtime import launch as runtime_launch
+from arrowhead.runtime import task_queue
+from arrowhead.runtime.ray_cluster import LaunchConfig, secure
+from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.worker import Worker
 
 EPOCHS, ROWS, KEY = 12, 40, "k"
 
@@ -33,7 +36,7 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
     import torch
     import torch.distributed as dist
 
-    from arrowhead import checkpoint
+    from arrowhead.training import checkpoint
 
     said: list[str] = []
     last = checkpoint.newest(place, KEY, said.append)
@@ -75,7 +78,7 @@ def expected(epochs: int = EPOCHS) -> list[float]:
 
 def alone(folder: Path) -> dict[str, Any]:
     """In one process, slowly enough to be killed."""
-    return dict(launch.run(count, folder / "place", EPOCHS, 0.2, place=folder / "place"))
+    return dict(runtime_launch.run(count, folder / "place", EPOCHS, 0.2, place=folder / "place"))
 
 
 def shrink(folder: Path) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def shrink(folder: Path) -> dict[str, Any]:
             victim = next(one["pid"] for one in heard if one.get("rank") == 1 and "pid" in one)
             os.kill(victim, signal.SIGKILL)
 
-    result = launch.run(
+    result = runtime_launch.run(
         count,
         folder / "place",
         EPOCHS,
@@ -127,7 +130,7 @@ def grow(folder: Path) -> dict[str, Any]:
         if report.get("epoch") == 2 and len(sizes) == 1:
             cluster.add_node(num_cpus=1)
 
-    result = launch.run(
+    result = runtime_launch.run(
         count,
         folder / "place",
         150,
@@ -168,10 +171,10 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def test_what_is_kept_here_lies_in_the_place_under_its_name(tmp_path):
     place = tmp_path / "place"
-    result = launch.run(count, place, 3, 0.0, place=place)
+    result = runtime_launch.run(count, place, 3, 0.0, place=place)
     assert result["total"] == expected(3)
     assert sorted(path.name for path in place.iterdir()) == ["epoch-0001", "epoch-0002"]
-    again = launch.run(count, place, 5, 0.0, place=place)
+    again = runtime_launch.run(count, place, 5, 0.0, place=place)
     assert (again["first"], again["total"]) == (3, expected(5))
 
 
@@ -185,7 +188,7 @@ def test_a_name_kept_twice_is_the_later_folder_and_leaves_no_other(tmp_path):
             (draft / "word").write_text(word)
             worker.keep(draft, "same")
 
-    launch.run(twice, place=place)
+    runtime_launch.run(twice, place=place)
     assert [path.name for path in place.iterdir()] == ["same"]
     assert (place / "same" / "word").read_text() == "new"
 
@@ -198,12 +201,12 @@ def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
         worker.keep(draft, "name")
         return draft.exists()
 
-    assert launch.run(once) is False
+    assert runtime_launch.run(once) is False
     assert list(tmp_path.iterdir()) == []
 
 
 def test_work_in_one_process_is_done_without_ray():
-    words = "import sys; from arrowhead import launch; sys.modules['ray'] = None"
+    words = "import sys; from arrowhead.runtime import launch; sys.modules['ray'] = None"
     words += "; print(launch.run(lambda worker: (worker.claim(), worker.world), tasks=[7]))"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(7, 1)\n", "")
@@ -266,7 +269,7 @@ def test_what_was_claimed_and_not_done_is_claimed_again_when_the_group_begins_an
 
 
 def test_a_host_that_falls_silent_is_told_of_once_and_one_that_is_done_never(monkeypatch):
-    monkeypatch.setattr(launch, "SILENT", 0.2)
+    monkeypatch.setattr(task_queue, "SILENT", 0.2)
     desk = Desk([])
     for rank, host in enumerate(["calm", "cut", "done"]):
         desk.beat(rank, host)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from arrowhead import ConfigError, Images, Learner
-from arrowhead.decode import PixelConfig
-from arrowhead.lr_finder import Curve
-from arrowhead.model import BodyConfig
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.training.lr_finder import Curve
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, heads, logistic
-from arrowhead.shards import Store
-from arrowhead.study import Study
-from arrowhead.sweep import SweepConfig
-from arrowhead.train import Data, Mapped, Member, Team, TrainConfig, Trained, class_weighting
+from arrowhead import ConfigError
+from arrowhead.features.store import Store
+from arrowhead.training import heads, logistic
+from arrowhead.training.batches import Team
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.dataset import Data, Mapped, Member, class_weighting
+from arrowhead.training.grid import SweepConfig
+from arrowhead.training.study import Study
+from arrowhead.training.trainer import Trained
 
 Rows = NDArray[Any]
 

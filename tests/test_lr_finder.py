@@ -19,9 +19,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from arrowhead import ConfigError, report
-from arrowhead.lr_finder import Curve, FinderConfig, find, rates, smoothed, suggest
-from arrowhead.train import Data, Held, Member, Team, TrainConfig, train, train_stack
+from arrowhead import ConfigError
+from arrowhead.examine import figures
+from arrowhead.training.batches import Team
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.dataset import Data, Held, Member
+from arrowhead.training.lr_finder import Curve, FinderConfig, find, rates, smoothed, suggest
+from arrowhead.training.trainer import train, train_stack
 
 FIVE = {"held-out", "valley", "steepest", "minimum/10", "slide"}
 
@@ -170,7 +174,7 @@ def test_where_rates_matter_the_rate_is_within_three_of_the_best_of_a_grid(
 def test_the_rate_of_real_features_is_within_three_of_the_best_of_a_grid(
     pets: Path,
 ) -> None:
-    from arrowhead.shards import Store
+    from arrowhead.features.store import Store
 
     store = Store(pets)
     parts = [store.features(split) for split in ("train", "valid")]
@@ -262,7 +266,7 @@ def test_a_range_that_ends_in_nan_still_gives_finite_advice(
     assert all(np.isfinite(rate) and rate > 0 for rate in curve.suggestions.values())
     assert low <= curve.rate <= high
     json.loads(json.dumps(curve.plain(), allow_nan=False))
-    assert report.save(report.lr_figure(curve), tmp_path / "curve.png").stat().st_size > 1000
+    assert figures.save(figures.lr_figure(curve), tmp_path / "curve.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("rows", [5, 8, 66])
@@ -410,7 +414,7 @@ def _curve() -> Curve:
 
 
 def test_the_figure_shows_verdict_and_every_suggestion_in_places_that_do_not_meet() -> None:
-    figure = report.lr_figure(_curve())
+    figure = figures.lr_figure(_curve())
     above, below = figure.axes
     assert "good" in above.get_title()
     assert below.get_xscale() == "log"
@@ -431,7 +435,7 @@ def test_a_spike_does_not_press_the_curve_flat() -> None:
     curve = _curve()
     assert curve.held_out is not None
     curve.held_out[:, 80] = 1e9
-    low, high = report.lr_figure(curve).axes[1].get_ylim()
+    low, high = figures.lr_figure(curve).axes[1].get_ylim()
     assert high - low < 3
 
 
@@ -439,7 +443,7 @@ def test_the_table_has_a_rate_and_a_loss_per_seed_and_nothing_where_it_diverged(
     tmp_path: Path,
 ) -> None:
     curve = _curve()
-    report.lr_csv(curve, tmp_path / "curve.csv")
+    figures.lr_csv(curve, tmp_path / "curve.csv")
     with (tmp_path / "curve.csv").open(newline="") as file:
         head, *lines = csv.reader(file)
     assert head == ["rate", "loss_seed_0", "loss_seed_1"]

@@ -1,96 +1,118 @@
-"""The plan of the house: which room may import which, and which library has which door."""
+"""The map: which package imports which, which library has which doors, how large things are."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-HOUSE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
-FLOORS = [
-    {
-        "environment",
-        "fileio",
-        "targets",
-        "formats",
-        "ray_private",
-        "signals",
-        "object_store",
-        "tracking_address",
-        "exclusions",
-        "wording",
-    },
-    {
-        "files",
-        "decode",
-        "model",
-        "heads",
-        "shards",
-        "metrics",
-        "known_images",
-        "novelty",
-        "spool",
-        "tracking_client",
-        "tracking_names",
-        "cluster",
-        "demo",
-        "screen",
-    },
-    {"layouts", "named_files"},
-    {"tables"},
-    {
-        "plan",
-        "scores_io",
-        "spreadsheet",
-        "guard",
-        "descent",
-        "calibration",
-        "checkpoint",
-        "registry",
-        "jobs",
-        "launch",
-    },
-    {"extract", "doctor", "tracking"},
-    {"bundle", "train", "inventory", "watch"},
-    {"score", "golden", "export", "lr_finder", "comparison"},
-    {"sweep", "features"},
-    {"logistic", "recording", "report", "predict", "evaluate"},
-    {"study"},
-    {"account", "served"},
-    {"pipeline"},
-    {"learner", "inference"},
-    {"cli_app"},
-    {"cli_cluster", "cli_inspect"},
-    {"cli"},
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "arrowhead"
+# From the bottom to the top: a package, or a module beside the packages, imports only from those
+# before it.
+ORDER = [
+    "errors",
+    "wording",
+    "printable",
+    "fileio",
+    "output_paths",
+    "spreadsheet",
+    "arrow_io",
+    "data",
+    "decode",
+    "evaluation",
+    "runtime",
+    "features",
+    "training",
+    "tracking",
+    "bundle",
+    "inference",
+    "examine",
+    "reporting",
+    "commands",
+    "demo",
+    "doctor",
+    "notebook",
+    "cli",
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The modules that import a library.
 DOORS = {
-    "nvidia": {"decode"},
-    "torchvision": {"model"},
-    "pyarrow": {"shards", "scores_io"},
+    "nvidia": {"decode.decoder", "decode.headers"},
+    "torchvision": {"features.backbone"},
+    "pyarrow": {
+        "arrow_io",
+        "features.catalog_file",
+        "features.shard_file",
+        "inference.scores_io",
+        "training.folds_file",
+    },
     "mlflow": {
-        "tracking",
-        "tracking_client",
-        "registry",
-        "served",
-    },  # served: MLflow runs it itself
-    "ray": {"cluster", "launch", "jobs", "ray_private"},
-    "matplotlib": {"report"},
-    "fsspec": {"object_store"},
-    "onnx": {"export"},
-    "onnxruntime": {"export"},
-    "onnxscript": {"export"},
-    "cyclopts": {"cli", "cli_app", "cli_cluster", "cli_inspect"},
-    "rich": {"screen"},
+        "inference.mlflow_model",
+        "tracking.client",
+        "tracking.registry",
+        "tracking.run",
+        "tracking.store",
+        "tracking.system_metrics",
+    },
+    "ray": {
+        "runtime.health",
+        "runtime.jobs",
+        "runtime.meters",
+        "runtime.ray_cluster",
+        "runtime.ray_private",
+        "runtime.ray_train",
+    },
+    "matplotlib": {"examine.figures"},
+    "fsspec": {"data.object_store"},
+    "onnx": {"bundle.export"},
+    "onnxruntime": {"bundle.export"},
+    "onnxscript": {"bundle.export"},
+    "cyclopts": {
+        "cli.app",
+        "cli.artifacts",
+        "cli.cluster",
+        "cli.demo",
+        "cli.inference",
+        "cli.main",
+        "cli.options",
+        "cli.train",
+    },
+    "rich": {"cli.screen"},
 }
 HEAVY = {"torch", "torchvision", "nvidia", "ray", "mlflow", "pyarrow", "matplotlib", "onnx"}
+# The two that import a heavy library when they are imported: heads are torch modules, and MLflow
+# runs the other itself.
+IMPORTED_LATE = {"training.heads", "inference.mlflow_model"}
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts): path
+    for path in sorted(SOURCE.rglob("*.py"))
+    if path.name not in ("__init__.py", "__main__.py")
+}
+MAX_LINES, MAX_MEDIAN_LINES = 600, 250
+MAX_FUNCTION_LINES, MAX_PARAMETERS = 60, 8
+# Those that are still larger: nothing may be added.
+LONG_FUNCTIONS = {
+    "cli.cluster.submit",
+    "commands.precompute.precompute",
+    "commands.score._scored",
+    "commands.train.write_bundle",
+    "inference.score_request.prepare",
+    "inference.scores_io.write_scores",
+}
+MANY_PARAMETERS = {
+    "cli.inference.evaluate",
+    "cli.train.fit",
+    "cli.train.precompute",
+    "cli.train.train",
+}
 
 
-def imports(room: str, *, at_the_top: bool = False) -> set[str]:
-    """Dotted names that a room imports; `at_the_top`: only what its own import brings in."""
-    tree = ast.parse((HOUSE / f"{room}.py").read_text())
+def imports(module: str, *, at_the_top: bool = False) -> set[str]:
+    """Dotted names that a module imports; `at_the_top`: only what its own import brings in."""
+    tree = ast.parse(MODULES[module].read_text())
     found = set()
     for node in tree.body if at_the_top else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -100,30 +122,87 @@ def imports(room: str, *, at_the_top: bool = False) -> set[str]:
     return found
 
 
-def test_every_room_is_on_the_plan():
-    rooms = {path.stem for path in HOUSE.glob("*.py")} - {"__init__", "__main__"}
-    assert rooms == set(FLOOR)
+def ours(module: str, *, at_the_top: bool = False) -> set[str]:
+    """The modules of Arrowhead among them."""
+    names = imports(module, at_the_top=at_the_top)
+    return {name.removeprefix("arrowhead.") for name in names} & MODULES.keys()
 
 
-def test_the_architecture_page_names_every_room_on_its_floor():
-    page = (HOUSE.parents[1] / "docs" / "architecture.md").read_text()
-    told = re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)
-    assert sorted(told) == sorted((str(floor), room) for room, floor in FLOOR.items())
+def functions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function below a node, with the names of what it stands in."""
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+        inner = f"{name}.{child.name}" if named else name
+        if isinstance(child, ast.FunctionDef):
+            yield inner, child
+        yield from functions(child, inner)
 
 
-@pytest.mark.parametrize("room", sorted(FLOOR))
-def test_a_room_only_imports_from_floors_below(room):
-    ours = {name.split(".")[1] for name in imports(room) if name.startswith("arrowhead.")}
-    climbing = {other for other in ours & FLOOR.keys() if FLOOR[other] >= FLOOR[room]}
-    assert climbing == set()
+def test_every_module_is_in_a_package_of_the_order():
+    assert {module.partition(".")[0] for module in MODULES} == set(ORDER)
+
+
+def test_the_architecture_page_names_every_module_in_the_order_of_the_packages():
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text()
+    told = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
+    assert sorted(told) == sorted(MODULES)
+    packages = [module.partition(".")[0] for module in told]
+    assert packages == sorted(packages, key=ORDER.index)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_package_only_imports_from_those_before_it(module):
+    package = module.partition(".")[0]
+    others = {other.partition(".")[0] for other in ours(module)} - {package}
+    assert {one for one in others if ORDER.index(one) > ORDER.index(package)} == set()
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for other in ours(module):
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
 
 
 @pytest.mark.parametrize("library", sorted(DOORS))
-def test_a_library_has_one_door(library):
-    users = {room for room in FLOOR if library in {name.split(".")[0] for name in imports(room)}}
+def test_a_library_has_its_doors_and_no_others(library):
+    users = {one for one in MODULES if library in {name.split(".")[0] for name in imports(one)}}
     assert users == DOORS[library]
 
 
-@pytest.mark.parametrize("room", sorted(FLOOR.keys() - {"heads", "served"}))
-def test_importing_a_room_brings_nothing_heavy(room):
-    assert not {name.split(".")[0] for name in imports(room, at_the_top=True)} & HEAVY
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - IMPORTED_LATE))
+def test_importing_a_module_brings_nothing_heavy(module):
+    assert not {name.split(".")[0] for name in imports(module, at_the_top=True)} & HEAVY
+    assert not ours(module, at_the_top=True) & IMPORTED_LATE
+
+
+@pytest.mark.parametrize("package", sorted(p.parent.name for p in SOURCE.glob("*/__init__.py")))
+def test_a_package_is_a_docstring_and_its_modules(package):
+    tree = ast.parse((SOURCE / package / "__init__.py").read_text())
+    assert ast.get_docstring(tree) and len(tree.body) == 1
+
+
+def test_modules_are_short_enough_to_be_read():
+    lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    assert {module for module, count in lines.items() if count > MAX_LINES} == set()
+    assert median(lines.values()) <= MAX_MEDIAN_LINES
+
+
+def test_functions_are_short_and_take_few_parameters():
+    long, many = set(), set()
+    trees = [(module, ast.parse(path.read_text())) for module, path in MODULES.items()]
+    for name, node in (one for module, tree in trees for one in functions(tree, module)):
+        if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES:
+            long.add(name)
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if len([one for one in given if one.arg not in ("self", "cls")]) > MAX_PARAMETERS:
+            many.add(name)
+    assert long == LONG_FUNCTIONS
+    assert many == MANY_PARAMETERS

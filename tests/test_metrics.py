@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from arrowhead.metrics import (
+from arrowhead.evaluation.metrics import (
     calibration_error,
     class_table,
     confusion,

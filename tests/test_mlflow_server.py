@@ -32,8 +32,8 @@ import psutil
 import pytest
 
 from arrowhead import ConfigError
-from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.tracking.run import start
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 ADMIN = "admin", secrets.token_hex(12)
@@ -195,8 +195,8 @@ def login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 CLIENT = """
 import sys, time
 from pathlib import Path
-from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking.run import start
+from arrowhead.tracking.client import TrackingConfig
 
 address, mine, other = sys.argv[1:]
 with start(TrackingConfig(tracking_uri=address, system_metrics=False), f"client-{mine}") as run:
@@ -239,8 +239,8 @@ def logged(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[str
 def test_three_machines_at_once_on_a_new_database_make_its_tables_once(database, tmp_path):
     program = """
 import sys
-from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking.run import start
+from arrowhead.tracking.client import TrackingConfig
 with start(TrackingConfig(tracking_uri=sys.argv[1], system_metrics=False), sys.argv[2]) as run:
     print(run.run_id)
 """

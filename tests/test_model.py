@@ -19,7 +19,7 @@ from torch import nn
 from torchvision import models
 
 from arrowhead import ConfigError, DataError
-from arrowhead.model import IMAGENET_MEAN, IMAGENET_STD, Body, BodyConfig, Weights, load
+from arrowhead.features.backbone import IMAGENET_MEAN, IMAGENET_STD, Body, BodyConfig, Weights, load
 
 BODIES = {"resnet18": "fc", "mobilenet_v2": "classifier"}
 
@@ -334,7 +334,7 @@ def test_a_body_is_built_without_torchs_compiler():
     """Its import takes longer than all others of a command together."""
     code = (
         "import sys\n"
-        "from arrowhead.model import Body, BodyConfig, load\n"
+        "from arrowhead.features.backbone import Body, BodyConfig, load\n"
         "made = load(BodyConfig(body='resnet18', weights='random'))\n"
         "body = Body('resnet18', made.state, pool='avg', mean=made.mean, std=made.std, size=32)\n"
         "assert body.width == 512\n"

@@ -20,15 +20,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from arrowhead import DataError, bundle, extract, features, fileio, metrics, plan, scores_io, shards
-from arrowhead import score as scoring
-from arrowhead.bundle import Bundle, Golden
-from arrowhead.decode import PixelConfig
-from arrowhead.launch import Desk, Worker
-from arrowhead.model import BodyConfig
-from arrowhead.score import ScoreConfig
-from arrowhead.shards import Recipe, Rows, Store
-from arrowhead.tables import SourceConfig
+from arrowhead import DataError, fileio
+from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle import replay
+from arrowhead.bundle.format import Bundle, Golden
+from arrowhead.data import sources
+from arrowhead.data.catalog import Catalog
+from arrowhead.data.source_config import SourceConfig
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.evaluation import metrics
+from arrowhead.features import catalog_file, extract
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.extract import Chunk, ExtractConfig
+from arrowhead.features.feature_config import FeatureConfig
+from arrowhead.features.recipe import Recipe
+from arrowhead.features.shard_file import Rows
+from arrowhead.features.store import Store
+from arrowhead.inference import layout, score, score_request, scores_io, summary
+from arrowhead.inference.score_request import Request, ScoreConfig
+from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.worker import Worker
 
 RECIPE = Recipe(
     body="resnet18",
@@ -195,15 +206,15 @@ def table(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(table: Path) -> Store:
     """The features of the table's images, by a random body."""
-    from arrowhead import pipeline
+    from arrowhead.commands import precompute
 
-    images = features.FeatureConfig(
+    images = FeatureConfig(
         source=SourceConfig(multi_label=True),
         body=BodyConfig(body="resnet18", weights="random"),
         pixels=PixelConfig(size=64),
-        extract=extract.ExtractConfig(chunk_size=16),
+        extract=ExtractConfig(chunk_size=16),
     )
-    result = pipeline.precompute(table, table.parent / "store", images)
+    result = precompute.precompute(table, table.parent / "store", images)
     assert result["counts"]["faults"] == 1
     return Store(table.parent / "store")
 
@@ -238,12 +249,12 @@ def made(store: Store) -> Bundle:
     with torch.inference_mode():
         logit = bare.make_head()(torch.from_numpy(feature_ND))
     heat = metrics.temperature(logit, torch.from_numpy(valid.label))
-    chance = bundle.probabilities(bare.make_head(), feature_ND, heat, multi=True)
+    chance = bundle_format.probabilities(bare.make_head(), feature_ND, heat, multi=True)
     cut = metrics.thresholds(chance, valid.label)
     figures = metrics.evaluate(
         logit.numpy(), valid.label, classes, temperature=heat, thresholds=cut
     )
-    catalog = plan.Catalog(**store.read_catalog())
+    catalog = Catalog(**store.read_catalog())
     golden = [
         Golden(
             name=f"{at}.img",
@@ -262,24 +273,24 @@ def made(store: Store) -> Bundle:
 def saved(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where that bundle lies."""
     path = tmp_path_factory.mktemp("bundle") / "bundle"
-    bundle.save(made, path)
+    bundle_format.save(made, path)
     return path
 
 
-def _score(path: Path, images: Path, out: Path, **knobs: Any) -> tuple[Bundle, scoring.Request]:
+def _score(path: Path, images: Path, out: Path, **knobs: Any) -> tuple[Bundle, Request]:
     """What the score verb does, in this process."""
-    config, how = ScoreConfig(**knobs), extract.ExtractConfig(chunk_size=16)
-    loaded, catalog = bundle.load(path), plan.unlabelled(images)
-    request = scoring.prepare(out, path, loaded, catalog, config, how.chunk_size)
+    config, how = ScoreConfig(**knobs), ExtractConfig(chunk_size=16)
+    loaded, catalog = bundle_format.load(path), sources.unlabelled(images)
+    request = score_request.prepare(out, path, loaded, catalog, config, how.chunk_size)
     worker = Worker(0, 1, "cpu", 2, Desk(request.missing()).claim, lambda report: None)
-    scoring.score(worker, request, how)
+    score.score(worker, request, how)
     return loaded, request
 
 
 def test_the_labels_of_a_table_are_the_rows_of_its_features(store: Store, table: Path) -> None:
     with table.open(newline="") as file:
         said = {Path(row["path"]).name: row for row in csv.DictReader(file, delimiter="\t")}
-    classes, catalog = store.manifest()["classes"], plan.Catalog(**store.read_catalog())
+    classes, catalog = store.manifest()["classes"], Catalog(**store.read_catalog())
     assert classes == ["brown", "even", "green", "round", "woven"]
     for split in ("train", "valid"):
         found = store.features(split)
@@ -293,7 +304,7 @@ def test_the_labels_of_a_table_are_the_rows_of_its_features(store: Store, table:
 
 
 def test_a_bundle_comes_back_and_says_in_words_what_it_decides(made: Bundle, saved: Path) -> None:
-    back = bundle.load(saved)
+    back = bundle_format.load(saved)
     for field in ("classes", "head", "temperature", "multi", "thresholds", "metrics", "recipe"):
         assert getattr(back, field) == getattr(made, field)
     content = json.loads((saved / "bundle.json").read_text())
@@ -304,18 +315,18 @@ def test_a_bundle_comes_back_and_says_in_words_what_it_decides(made: Bundle, sav
 
 def test_a_bundle_of_one_label_says_so_and_has_no_thresholds(made: Bundle, tmp_path: Path) -> None:
     one = dataclasses.replace(made, multi=False, thresholds=None, golden=())
-    bundle.save(one, tmp_path / "one")
+    bundle_format.save(one, tmp_path / "one")
     content = json.loads((tmp_path / "one" / "bundle.json").read_text())
     assert (content["task"], content["thresholds"]) == ("single-label", None)
-    back = bundle.load(tmp_path / "one")
+    back = bundle_format.load(tmp_path / "one")
     assert (back.multi, back.thresholds) == (False, None)
-    chance = bundle.probabilities(back.make_head(), np.ones((2, 512), np.float16), 1.0)
+    chance = bundle_format.probabilities(back.make_head(), np.ones((2, 512), np.float16), 1.0)
     np.testing.assert_allclose(chance.sum(1), 1, rtol=1e-5)
 
 
 def test_thresholds_that_were_never_tuned_are_one_half(made: Bundle, tmp_path: Path) -> None:
-    bundle.save(dataclasses.replace(made, thresholds=None, golden=()), tmp_path / "half")
-    back = bundle.load(tmp_path / "half")
+    bundle_format.save(dataclasses.replace(made, thresholds=None, golden=()), tmp_path / "half")
+    back = bundle_format.load(tmp_path / "half")
     assert back.thresholds == [0.5] * 5
     chance = np.array([[0.5, 0.4999, 1, 0, np.nan]], np.float32)
     assert back.given(chance).tolist() == [[True, False, True, False, False]]
@@ -327,14 +338,14 @@ def test_a_bundle_of_the_first_format_is_refused_and_has_to_be_trained_again(
     content = json.loads((saved / "bundle.json").read_text())
     fileio.write_json(tmp_path / "bundle.json", content | {"format": 1})
     with pytest.raises(DataError, match="format 1") as refusal:
-        bundle.load(tmp_path)
+        bundle_format.load(tmp_path)
     assert "train again" in refusal.value.do
 
 
 @pytest.fixture(scope="module")
 def scored(
     saved: Path, drawn: Path, table: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Bundle, scoring.Request, polars.DataFrame]]:
+) -> Iterator[tuple[Bundle, Request, polars.DataFrame]]:
     """Bundle, request and rows: all validation images and a file that is none."""
     images = tmp_path_factory.mktemp("images")
     for image in (drawn / "valid").glob("*/*"):
@@ -346,7 +357,7 @@ def scored(
 
 
 def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
-    scored: tuple[Bundle, scoring.Request, polars.DataFrame], store: Store, table: Path
+    scored: tuple[Bundle, Request, polars.DataFrame], store: Store, table: Path
 ) -> None:
     loaded, request, rows = scored
     paths = [path for part in range(len(request.runs)) for path in request.files(part).paths]
@@ -379,12 +390,12 @@ def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
 
 
 def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
-    scored: tuple[Bundle, scoring.Request, polars.DataFrame], store: Store
+    scored: tuple[Bundle, Request, polars.DataFrame], store: Store
 ) -> None:
     loaded, _, rows = scored
     valid, paths = store.features("valid"), store.read_catalog()["paths"]
     feature = valid.feature[:, 0]
-    there = bundle.probabilities(loaded.make_head(), feature, loaded.temperature, multi=True)
+    there = bundle_format.probabilities(loaded.make_head(), feature, loaded.temperature, multi=True)
     by_name = dict(zip([Path(paths[row]).name for row in valid.row], there, strict=True))
     for path, chance in zip(rows["path"], rows["probabilities"], strict=True):
         if chance is not None:
@@ -392,10 +403,10 @@ def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
 
 
 def test_parts_are_counted_by_every_label_given(
-    scored: tuple[Bundle, scoring.Request, polars.DataFrame],
+    scored: tuple[Bundle, Request, polars.DataFrame],
 ) -> None:
     loaded, request, rows = scored
-    held = scoring.held(request, loaded)
+    held = summary.held(request, loaded)
     assert list(held.faults.values()) == [1]
     counted = {
         name: sum(name in labels for labels in rows["labels"] if labels is not None)
@@ -404,10 +415,10 @@ def test_parts_are_counted_by_every_label_given(
     assert held.labels == counted
 
 
-def _chunk(faults: list[str | None]) -> extract.Chunk:
+def _chunk(faults: list[str | None]) -> Chunk:
     paths, ids = [f"{n}.jpg" for n in range(len(faults))], [bytes([n]) * 16 for n in range(9)]
     blank = np.zeros((len(faults), 1, 512), np.float16)
-    return extract.Chunk(0, paths, blank, faults, ids[: len(faults)])
+    return Chunk(0, paths, blank, faults, ids[: len(faults)])
 
 
 def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
@@ -417,18 +428,18 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
     chance = np.full((3, 5), 0.2, np.float32)
     chance[0, :2] = 0.3, 0.25
     config, chunk = ScoreConfig(top_k=1), _chunk([None, None, "empty"])
-    judged = scoring.judged(one, chunk, chance, config)
-    path = scoring.parts(tmp_path) / "part-000000.parquet"
+    judged = score.judged(one, chunk, chance, config)
+    path = layout.parts(tmp_path) / "part-000000.parquet"
     scores_io.write_scores(path, judged, {})
     scores_io.replace_journal(
-        scoring.journal(tmp_path),
+        layout.journal(tmp_path),
         [scores_io.finished(path, 0, rows=3, inputs="", faults={"empty": 1})],
     )
     rows = polars.read_parquet(path)
     assert rows["labels"].dtype == polars.List(polars.String)
     assert rows["labels"].to_list() == [["even"], [], None]
     assert rows["label"].to_list() == ["brown", "brown", None]
-    catalog = plan.Catalog(
+    catalog = Catalog(
         root="/",
         paths=["0.jpg", "1.jpg", "2.jpg"],
         sizes=np.zeros(3, np.int64),
@@ -436,9 +447,9 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
         labels=[()] * 3,
         splits=[""] * 3,
     )
-    shards.write_catalog(scoring.inputs(tmp_path), catalog.columns())
-    asked = scoring.Request(out=tmp_path, bundle=tmp_path, config=config, runs=[range(3)])
-    held = scoring.held(asked, one)
+    catalog_file.write_catalog(layout.inputs(tmp_path), catalog.columns())
+    asked = Request(out=tmp_path, bundle=tmp_path, config=config, runs=[range(3)])
+    held = summary.held(asked, one)
     assert held.faults == {"empty": 1}
     assert held.labels == dict.fromkeys(one.classes, 0) | {"even": 1}
 
@@ -448,7 +459,7 @@ def test_parts_of_a_bundle_with_one_label_each_have_the_columns_they_always_had(
 ) -> None:
     one = dataclasses.replace(made, multi=False, thresholds=None)
     chance = np.array([[0.1, 0.2, 0.4, 0.2, 0.1]], np.float32)
-    judged = scoring.judged(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
+    judged = score.judged(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
     scores_io.write_scores(tmp_path / "one.parquet", judged, {})
     rows = polars.read_parquet(tmp_path / "one.parquet")
     names = ["path", "image_id", "label", "probability", "top_k", "probabilities", "fault"]
@@ -473,12 +484,12 @@ def test_a_golden_image_that_gains_or_loses_a_label_stops_scoring(
     moved = chance.copy()
     moved[other] = cut[other] + 0.01 if chance[other] < cut[other] else cut[other] - 0.01
     path = tmp_path / "bundle"
-    bundle.save(_moved(made, moved), path)
+    bundle_format.save(_moved(made, moved), path)
     with pytest.raises(DataError, match="1 of 3 labels changed"):
         _score(path, drawn / "new", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("part-*"))
     near = np.clip(chance + np.where(chance < cut, -1e-3, 1e-3), 0, 1).astype(np.float32)
-    bundle.save(_moved(made, near), path)
+    bundle_format.save(_moved(made, near), path)
     _score(path, drawn / "new", tmp_path / "again")
 
 
@@ -491,5 +502,5 @@ def test_a_golden_image_that_cannot_be_decoded_here_is_no_agreement(
         made.golden[0], data=made.golden[0].data[:200], probabilities=np.zeros(5, np.float32)
     )
     here = dataclasses.replace(made, multi=multi, thresholds=thresholds, golden=[torn])
-    drift = bundle.replay(here, here.make_body(), here.make_head(), "cpu", 1)
+    drift = replay.replay(here, here.make_body(), here.make_head(), "cpu", 1)
     assert (drift.images, drift.changed, drift.feature) == (1, 1, 2.0)

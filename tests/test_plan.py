@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, files, plan
-from arrowhead.tables import SourceConfig
+from arrowhead import ConfigError
+from arrowhead.data import chunks, path_text, sources
+from arrowhead.data import splits as data_splits
+from arrowhead.data.catalog import Catalog
+from arrowhead.data.source_config import SourceConfig
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & {0, ord("/")})
 
@@ -32,7 +35,7 @@ def _paths(count: int, seed: int) -> list[str]:
 
 
 def _contents(paths: list[str], size: int) -> set[tuple[str, ...]]:
-    return {tuple(paths[row] for row in rows) for rows in plan.chunks(paths, size)}
+    return {tuple(paths[row] for row in rows) for rows in chunks.chunks(paths, size)}
 
 
 # ----------------------------------------------------------------------------- listing
@@ -40,7 +43,7 @@ def _contents(paths: list[str], size: int) -> set[tuple[str, ...]]:
 
 def test_train_and_valid_folders_give_splits_and_labels(tmp_path: Path) -> None:
     _put(tmp_path, "train/cat/1.jpg", "train/dog/deep/2.jpg", "valid/cat/3.jpg", "test/dog/4.jpg")
-    catalog = plan.labelled(tmp_path)
+    catalog = sources.labelled(tmp_path)
     rows = zip(catalog.paths, catalog.labels, catalog.splits, strict=True)
     assert list(rows) == [
         ("test/dog/4.jpg", ("dog",), "test"),
@@ -53,7 +56,7 @@ def test_train_and_valid_folders_give_splits_and_labels(tmp_path: Path) -> None:
 
 
 def test_class_folders_alone_leave_the_split_to_be_drawn(tmp_path: Path) -> None:
-    catalog = plan.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
+    catalog = sources.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
     assert catalog.labels == [("cat",), ("dog",)]
     assert catalog.splits == ["", ""]
 
@@ -73,7 +76,7 @@ def test_splits_are_known_by_their_usual_names(
     tmp_path: Path, train: str, valid: str, test: str
 ) -> None:
     names = [f"{part}/{label}/1.jpg" for part in (train, valid, test) for label in ("a", "b")]
-    catalog = plan.labelled(_put(tmp_path, *names, "other/c/1.jpg"))
+    catalog = sources.labelled(_put(tmp_path, *names, "other/c/1.jpg"))
     splits = dict(zip((path.split("/")[0] for path in catalog.paths), catalog.splits, strict=True))
     assert splits == {train: "train", valid: "valid", test: "test"}
     assert (catalog.classes, catalog.ignored) == (["a", "b"], 1)
@@ -95,10 +98,12 @@ def test_names_with_a_split_in_them_are_splits_where_they_hold_the_same_class_fo
     tmp_path: Path, train: str, valid: str
 ) -> None:
     names = [f"{part}/{label}/1.jpg" for part in (train, valid) for label in ("a", "b")]
-    catalog = plan.labelled(_put(tmp_path / "alike", *names, "seg_pred/3.jpg"))
+    catalog = sources.labelled(_put(tmp_path / "alike", *names, "seg_pred/3.jpg"))
     assert catalog.classes == ["a", "b"]
     assert sorted(catalog.splits) == ["train", "train", "valid", "valid"]
-    catalog = plan.labelled(_put(tmp_path / "not", f"{train}/a/1", f"{train}/b/1", f"{valid}/c/1"))
+    catalog = sources.labelled(
+        _put(tmp_path / "not", f"{train}/a/1", f"{train}/b/1", f"{valid}/c/1")
+    )
     assert catalog.classes == sorted([train, valid])
 
 
@@ -113,7 +118,7 @@ def test_folders_that_look_like_splits_and_are_read_as_classes_are_said(
     tmp_path: Path, upper: tuple[str, ...], lower: tuple[str, ...], words: str
 ) -> None:
     names = [f"{top}/{name}/1.jpg" for top in upper for name in lower]
-    catalog = plan.labelled(_put(tmp_path, *names))
+    catalog = sources.labelled(_put(tmp_path, *names))
     assert catalog.classes == list(upper)
     assert words in " ".join(catalog.notes)
 
@@ -124,7 +129,7 @@ def test_folders_that_look_like_splits_and_are_read_as_classes_are_said(
 def test_without_a_validation_folder_a_share_of_train_is_drawn_and_said(
     tmp_path: Path, test: tuple[str, ...]
 ) -> None:
-    catalog = plan.labelled(_put(tmp_path, "train_set/a/1", "train_set/b/2", *test))
+    catalog = sources.labelled(_put(tmp_path, "train_set/a/1", "train_set/b/2", *test))
     sides = ["test"] * 2 if "test_set/a/3" in test else []
     assert catalog.splits == [*sides, "", ""]
     assert catalog.classes == ["a", "b"]
@@ -143,7 +148,7 @@ def test_without_a_validation_folder_a_share_of_train_is_drawn_and_said(
 def test_a_class_that_is_called_like_a_split_is_a_class_and_said(
     tmp_path: Path, names: tuple[str, ...], classes: list[str]
 ) -> None:
-    catalog = plan.labelled(_put(tmp_path, *names))
+    catalog = sources.labelled(_put(tmp_path, *names))
     assert catalog.classes == classes
     assert "is taken for a class" in catalog.notes[0]
 
@@ -151,7 +156,7 @@ def test_a_class_that_is_called_like_a_split_is_a_class_and_said(
 def test_the_folder_above_is_told_to_give_the_one_below(tmp_path: Path) -> None:
     _put(tmp_path, "photos/cat/1.jpg", "photos/dog/2.jpg")
     with pytest.raises(ConfigError) as refusal:
-        plan.labelled(tmp_path)
+        sources.labelled(tmp_path)
     assert f"{tmp_path}/photos, which holds cat, dog" in refusal.value.do
 
 
@@ -159,7 +164,7 @@ def test_hidden_system_and_unlabelled_files_are_counted_and_left_out(tmp_path: P
     _put(tmp_path, "cat/1.jpg", "dog/2.jpg", "loose.jpg", ".DS_Store")
     _put(tmp_path, "cat/Thumbs.db", "cat/.hidden", ".ipynb_checkpoints/1.jpg", "__MACOSX/dog/._2")
     _put(tmp_path, ".git/config", ".git/objects/ab", ".git/objects/cd")
-    catalog = plan.labelled(tmp_path)
+    catalog = sources.labelled(tmp_path)
     assert catalog.paths == ["cat/1.jpg", "dog/2.jpg"]
     assert catalog.classes == ["cat", "dog"]
     assert catalog.ignored == 9  # every file, also in folders that are hidden
@@ -177,22 +182,22 @@ def test_a_folder_linked_under_two_names_is_listed_the_same_whatever_the_disk_or
             return sorted(listdir(folder), reverse=backwards)
 
         monkeypatch.setattr(os, "listdir", names)
-        found.append(plan.unlabelled(tmp_path).paths)
+        found.append(sources.unlabelled(tmp_path).paths)
     assert found[0] == found[1] == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
 
 
 def test_an_empty_class_folder_is_named_and_changes_no_label(tmp_path: Path) -> None:
     _put(tmp_path, "train/cat/1.jpg", "train/dog/deep/2.jpg", "valid/cat/3.jpg", "valid/dog/4.jpg")
-    before = plan.labelled(tmp_path)
+    before = sources.labelled(tmp_path)
     _put(tmp_path, "train/ant/.hidden")
     (tmp_path / "train/cow/deep").mkdir(parents=True)
     (tmp_path / "valid/cow").mkdir()
     (tmp_path / "other").mkdir()
-    after = plan.labelled(tmp_path)
+    after = sources.labelled(tmp_path)
     assert after.empty == ("train/ant", "train/cow", "valid/cow")
     assert (after.classes, after.labels) == (before.classes, before.labels)
     assert after.digest() == before.digest()
-    assert plan.labelled(_put(tmp_path / "flat", "a/1", "b/2", "c/.3")).empty == ("c",)
+    assert sources.labelled(_put(tmp_path / "flat", "a/1", "b/2", "c/.3")).empty == ("c",)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +214,7 @@ def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_
         _put(tmp_path, "valid/dog/1.jpg", "train/dog/1.jpg")
     _put(tmp_path, *(f"{folder}/1.jpg" for folder in folders), "dog/1.jpg")
     with pytest.raises(ConfigError) as refusal:
-        plan.labelled(tmp_path)
+        sources.labelled(tmp_path)
     for said in (*map(ascii, names), *folders):
         assert said in refusal.value.found
     assert refusal.value.do
@@ -239,7 +244,7 @@ def test_folders_that_cannot_teach_are_refused_with_what_to_do(
     tmp_path: Path, names: tuple[str, ...], word: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan.labelled(_put(tmp_path, *names))
+        sources.labelled(_put(tmp_path, *names))
     assert word in refusal.value.found
     assert refusal.value.wanted
     assert refusal.value.do
@@ -256,24 +261,24 @@ def test_the_digest_is_of_the_contents_list_not_of_where_it_lies(tmp_path: Path)
     here = _put(tmp_path / "here", "cat/1.jpg", "dog/2.jpg")
     there = tmp_path / "there"
     shutil.copytree(here, there)
-    assert plan.labelled(here).digest() == plan.labelled(there).digest()
+    assert sources.labelled(here).digest() == sources.labelled(there).digest()
     (there / "cat/1.jpg").write_bytes(b"longer than it was")
-    assert plan.labelled(here).digest() != plan.labelled(there).digest()
+    assert sources.labelled(here).digest() != sources.labelled(there).digest()
 
 
 # -------------------------------------------------------------------------- arithmetic
 
 
-@given(st.lists(NAMES.map(files.text), max_size=300), st.integers(1, 40))
+@given(st.lists(NAMES.map(path_text.text), max_size=300), st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_in_exactly_one_chunk(paths: list[str], size: int) -> None:
-    runs = plan.chunks(paths, size)
+    runs = chunks.chunks(paths, size)
     assert [row for rows in runs for row in rows] == list(range(len(paths)))
     assert all(2 * len(rows) >= size for rows in runs[:-1])
 
 
 def test_chunks_are_as_long_as_asked_on_average() -> None:
-    runs = plan.chunks(_paths(20_000, 0), 64)
+    runs = chunks.chunks(_paths(20_000, 0), 64)
     assert 0.75 * 64 < 20_000 / len(runs) < 1.5 * 64
     assert max(map(len, runs)) <= 4 * 64
 
@@ -290,21 +295,21 @@ def test_a_replaced_file_a_touched_file_and_another_recipe_belong_to_another_sha
     tmp_path: Path,
 ) -> None:
     _put(tmp_path, "a/1.jpg", "a/2.jpg")
-    before = plan.unlabelled(tmp_path)
-    name = plan.chunk_name(before, range(2), "recipe")
-    assert plan.chunk_name(plan.unlabelled(tmp_path), range(2), "recipe") == name
-    assert plan.chunk_name(before, range(2), "other") != name
-    assert plan.chunk_name(before, range(1), "recipe") != name
+    before = sources.unlabelled(tmp_path)
+    name = chunks.chunk_name(before, range(2), "recipe")
+    assert chunks.chunk_name(sources.unlabelled(tmp_path), range(2), "recipe") == name
+    assert chunks.chunk_name(before, range(2), "other") != name
+    assert chunks.chunk_name(before, range(1), "recipe") != name
     os.utime(tmp_path / "a/2.jpg", ns=(1, 1))
-    assert plan.chunk_name(plan.unlabelled(tmp_path), range(2), "recipe") != name
+    assert chunks.chunk_name(sources.unlabelled(tmp_path), range(2), "recipe") != name
 
 
 def test_tries_rename_the_shards_they_are_in_and_no_other(tmp_path: Path) -> None:
-    before = plan.unlabelled(_put(tmp_path, "a/1.jpg", "a/2.jpg"))
+    before = sources.unlabelled(_put(tmp_path, "a/1.jpg", "a/2.jpg"))
     assert before.tries.tolist() == [0, 0]
     after = replace(before, tries=np.array([0, 1], np.uint8))
     names = [
-        [plan.chunk_name(each, range(row, row + 1), "r") for row in (0, 1)]
+        [chunks.chunk_name(each, range(row, row + 1), "r") for row in (0, 1)]
         for each in (before, after)
     ]
     assert names[0][0] == names[1][0]
@@ -313,7 +318,7 @@ def test_tries_rename_the_shards_they_are_in_and_no_other(tmp_path: Path) -> Non
 
 
 def test_names_of_shards_are_those_of_earlier_versions() -> None:
-    catalog = plan.Catalog(
+    catalog = Catalog(
         root="/",
         paths=["a", "b\\\\c"],
         sizes=np.array([1, -1]),
@@ -321,29 +326,31 @@ def test_names_of_shards_are_those_of_earlier_versions() -> None:
         labels=[("x",), ("y",)],
         splits=["train", ""],
     )
-    assert plan.chunk_name(catalog, range(2), "recipe") == "0b377998edba97ea4ee04c00"
+    assert chunks.chunk_name(catalog, range(2), "recipe") == "0b377998edba97ea4ee04c00"
     assert catalog.digest() == "90e06a84e21bcee5091b25880e16b069"
 
 
 def test_columns_make_the_same_catalog_again(tmp_path: Path) -> None:
-    catalog = plan.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
+    catalog = sources.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
     assert "empty" not in catalog.columns()
-    again = plan.Catalog(**catalog.columns())
+    again = Catalog(**catalog.columns())
     assert again.digest() == catalog.digest()
     assert again.read(1, 99) == (b"dog/2.jpg", None)
 
 
 def test_a_row_whose_file_has_changed_since_the_listing_is_a_fault(tmp_path: Path) -> None:
-    catalog = plan.unlabelled(_put(tmp_path, "1.jpg", "2.jpg"))
+    catalog = sources.unlabelled(_put(tmp_path, "1.jpg", "2.jpg"))
     (tmp_path / "2.jpg").write_bytes(b"other")
     assert catalog.read(0, 99) == (b"1.jpg", None)
     os.utime(tmp_path / "2.jpg", ns=(0, 0))
     assert catalog.read(1, 99) == (b"", "changed: it was written again after it was listed")
 
 
-def _flat(root: Path, **counts: int) -> plan.Catalog:
+def _flat(root: Path, **counts: int) -> Catalog:
     """A catalog of class folders with so many files each."""
-    return plan.labelled(_put(root, *(f"{c}/{n:05}.jpg" for c in counts for n in range(counts[c]))))
+    return sources.labelled(
+        _put(root, *(f"{c}/{n:05}.jpg" for c in counts for n in range(counts[c])))
+    )
 
 
 def _ids(count: int, seed: int = 0) -> list[bytes]:
@@ -355,7 +362,7 @@ def test_of_each_class_a_fifth_validates_and_one_image_at_least_trains(tmp_path:
     counts = {"many": 250, "some": 48, "ten": 10, "three": 3, "two": 2, "single": 1}
     catalog = _flat(tmp_path, **counts)
     for seed in range(5):
-        drawn = plan.drawn(catalog, _ids(len(catalog), seed), 0.2)
+        drawn = data_splits.drawn(catalog, _ids(len(catalog), seed), 0.2)
         pairs = list(zip(drawn.labels, drawn.splits, strict=True))
         held = {name: pairs.count(((name,), "valid")) for name in counts}
         assert held == {"many": 50, "some": 10, "ten": 2, "three": 1, "two": 1, "single": 0}
@@ -365,13 +372,13 @@ def test_of_each_class_a_fifth_validates_and_one_image_at_least_trains(tmp_path:
 def test_copies_of_an_image_stay_on_one_side_also_beside_given_splits(tmp_path: Path) -> None:
     catalog = _flat(tmp_path, cat=100, dog=100)
     ids = _ids(100) * 2  # every dog is a copy of a cat
-    splits = plan.drawn(catalog, ids, 0.2).splits
+    splits = data_splits.drawn(catalog, ids, 0.2).splits
     assert splits[:100] == splits[100:]
     assert splits.count("valid") == 40
     for part in ("valid", "train", "test"):
         given_splits = replace(catalog, splits=[part] * 100 + [""] * 100)
-        assert plan.drawn(given_splits, ids, 0.2).splits == [part] * 200
-    copies = plan.drawn(catalog, [*_ids(1) * 99, _ids(1, 1)[0], *_ids(100, 2)], 0.2).splits
+        assert data_splits.drawn(given_splits, ids, 0.2).splits == [part] * 200
+    copies = data_splits.drawn(catalog, [*_ids(1) * 99, _ids(1, 1)[0], *_ids(100, 2)], 0.2).splits
     assert copies[:99] == ["train"] * 99  # 99 of 100 would be no fifth
     assert copies[99] == "valid"
 
@@ -379,9 +386,11 @@ def test_copies_of_an_image_stay_on_one_side_also_beside_given_splits(tmp_path: 
 def test_a_few_images_more_move_few_others(tmp_path: Path) -> None:
     catalog = _flat(tmp_path, cat=1000, dog=1000)
     ids = _ids(2000)
-    before = plan.drawn(catalog, ids, 0.2).splits
+    before = data_splits.drawn(catalog, ids, 0.2).splits
     _put(tmp_path, *(f"cat/new{n}.jpg" for n in range(10)))
-    after = plan.drawn(plan.labelled(tmp_path), [*ids[:1000], *_ids(10, 1), *ids[1000:]], 0.2)
+    after = data_splits.drawn(
+        sources.labelled(tmp_path), [*ids[:1000], *_ids(10, 1), *ids[1000:]], 0.2
+    )
     kept = after.splits[:1000] + after.splits[1010:]
     assert sum(a != b for a, b in zip(before, kept, strict=True)) <= 10
 
@@ -390,7 +399,7 @@ def test_an_image_that_cannot_be_read_takes_no_place_in_a_split(tmp_path: Path) 
     catalog = _flat(tmp_path, cat=10, dog=3)
     ids = [*_ids(10), _ids(1, 1)[0], bytes(16), bytes(16)]  # what nothing was read of is alike
     faulty = [False] * 11 + [True] * 2
-    splits = plan.drawn(catalog, ids, 0.2, faulty).splits
+    splits = data_splits.drawn(catalog, ids, 0.2, faulty).splits
     assert splits[:10].count("valid") == 2
     assert splits[10:] == ["train"] * 3
 
@@ -405,7 +414,7 @@ def test_every_label_is_taught_whatever_several_labels_images_have(
     labels: list[set[str]], seed: int, share: float
 ) -> None:
     count = len(labels)
-    catalog = plan.Catalog(
+    catalog = Catalog(
         root="/",
         paths=[f"{n:03}" for n in range(count)],
         sizes=np.ones(count, np.int64),
@@ -414,29 +423,29 @@ def test_every_label_is_taught_whatever_several_labels_images_have(
         splits=[""] * count,
     )
     ids = _ids(count, seed)
-    drawn = plan.drawn(catalog, ids, share)
+    drawn = data_splits.drawn(catalog, ids, share)
     parts = list(zip(drawn.labels, drawn.splits, strict=True))
     taught = {name for names, split in parts if split == "train" for name in names}
     assert taught == {name for names in labels for name in names}
-    assert plan.drawn(catalog, ids, share).splits == drawn.splits
+    assert data_splits.drawn(catalog, ids, share).splits == drawn.splits
 
 
 def test_a_larger_share_only_adds_to_the_validation_split_and_given_splits_stay(
     tmp_path: Path,
 ) -> None:
     _put(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "valid/cat/3.jpg")
-    given_splits = plan.labelled(tmp_path)
+    given_splits = sources.labelled(tmp_path)
     zeros = [bytes(16)] * 3  # would fall into the validation split at any share
-    assert plan.drawn(given_splits, zeros, 0.9).splits == given_splits.splits
+    assert data_splits.drawn(given_splits, zeros, 0.9).splits == given_splits.splits
     shutil.rmtree(tmp_path / "valid")
     catalog = _flat(tmp_path / "more", a=200, b=200)
-    small, large = (plan.drawn(catalog, _ids(400), share).splits for share in (0.1, 0.4))
+    small, large = (data_splits.drawn(catalog, _ids(400), share).splits for share in (0.1, 0.4))
     assert all(b == "valid" for a, b in zip(small, large, strict=True) if a == "valid")
     assert small.count("valid") < large.count("valid")
 
 
 @given(st.integers(0, 1000), st.integers(1, 9))
 def test_shares_cover_all_rows_once_and_are_even(count: int, world: int) -> None:
-    shares = [plan.share(count, rank, world) for rank in range(world)]
+    shares = [data_splits.share(count, rank, world) for rank in range(world)]
     assert [row for mine in shares for row in mine] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

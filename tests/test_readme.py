@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from arrowhead import cli, cli_cluster
+from arrowhead.cli import cluster
+from arrowhead.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -124,11 +125,11 @@ def needs_others(program: str, words: list[str]) -> bool:
     if program == "RAY_AUTH_MODE=token":  # ray job submit … -- python train.py …
         assert after[:2] == ["python", "train.py"]
         own = [str(ROOT / "jobs" / word) if word.endswith(".toml") else word for word in after[2:]]
-        return cli_cluster.understood(["train", *own]) is not None
+        return cluster.understood(["train", *own]) is not None
     if program == "arrowhead" and words[0] == "submit":
-        return cli_cluster.understood(after) is not None
+        return cluster.understood(after) is not None
     if program == "arrowhead" and any(word.startswith("s3://") for word in words):
-        return cli_cluster.understood(words) is not None
+        return cluster.understood(words) is not None
     return program == "arrowhead" and words[0] == "jobs"
 
 
@@ -151,7 +152,7 @@ def test_the_commands_run_as_written(capsys, outputs):
             continue
         assert program == "arrowhead"
         with pytest.raises(SystemExit) as ended:
-            cli.main(words)
+            main(words)
         printed = capsys.readouterr()
         assert ended.value.code == 0, (command, printed.err)
         outputs[command] = printed.out + printed.err
@@ -177,7 +178,7 @@ def test_the_tour_shows_what_the_commands_print_today(outputs):
     told = {start(line) for printed in outputs.values() for line in printed.splitlines()}
     for line in tour.splitlines():
         if line.startswith("$ "):
-            assert cli_cluster.understood(shlex.split(line)[2:]) is not None
+            assert cluster.understood(shlex.split(line)[2:]) is not None
         elif line.startswith("not read: "):  # tests/test_score.py has broken files
             assert any('"not read: ' in file.read_text() for file in (ROOT / "src").rglob("*.py"))
         elif line != "…":

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from arrowhead import cli, demo
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead import demo
+from arrowhead.cli.main import main
+from arrowhead.tracking.client import TrackingConfig
 
 SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
 QUIET = ["--no-system-metrics"]
@@ -33,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Any) -
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         words = ["fit", "weave.csv", "out", *SMALL, *QUIET, "--epochs", "3", "--grid", grid]
         with pytest.raises(SystemExit) as ended:
-            cli.main(words)
+            main(words)
         assert ended.value.code == 0
     return folder
 
@@ -172,6 +173,6 @@ def test_the_models_example_is_drawn_and_no_photo_of_the_user_s(client, place, d
 
 def test_a_model_that_is_not_logged_cannot_be_registered(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "out/store", "b", "--no-log-model", "--register", "dogs"])
+        main(["train", "out/store", "b", "--no-log-model", "--register", "dogs"])
     assert ended.value.code == 2
     assert "--no-log-model" in capsys.readouterr().err

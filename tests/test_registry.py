@@ -20,11 +20,14 @@ import polars
 import pytest
 from conftest import Tracked
 
-from arrowhead import ConfigError, DataError, cli, fileio, registry
-from arrowhead import bundle as bundles
-from arrowhead.registry import RegistryConfig
-from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead import ConfigError, DataError, fileio
+from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle import replay, resolve
+from arrowhead.cli.main import main
+from arrowhead.tracking import registry
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.tracking.registry import RegistryConfig
+from arrowhead.tracking.run import start
 
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 SHORT = ["--epochs", "2", "--rate", "0.01"]
@@ -52,7 +55,7 @@ def fitted(place: Path, drawn: Path) -> Path:
         data = place / "data"
         shutil.copytree(drawn, data, ignore=shutil.ignore_patterns("new"))
         with pytest.raises(SystemExit) as ended:
-            cli.main(["fit", str(data), "out", *SMALL, *SHORT, "--register", "weave"])
+            main(["fit", str(data), "out", *SMALL, *SHORT, "--register", "weave"])
     assert ended.value.code == 0
     return place / "out" / "bundle"
 
@@ -157,9 +160,9 @@ def test_mlflow_models_predict_takes_the_input_example(config, folder, fitted, p
     )
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads((place / "answer.json").read_text())["predictions"]
-    bundle, data = bundles.load(fitted), registry._drawn_image()  # nobody's photo
-    feature_1D = bundles.features(bundle.recipe, bundle.make_body(), [data], "cpu", 1)
-    wanted = bundles.probabilities(bundle.make_head(), feature_1D, bundle.temperature)[0]
+    bundle, data = bundle_format.load(fitted), registry._drawn_image()  # nobody's photo
+    feature_1D = replay.features(bundle.recipe, bundle.make_body(), [data], "cpu", 1)
+    wanted = bundle_format.probabilities(bundle.make_head(), feature_1D, bundle.temperature)[0]
     np.testing.assert_allclose(answer["probabilities"], wanted, rtol=0, atol=1e-6)
 
 
@@ -251,7 +254,7 @@ def is_pickle(data: bytes) -> bool:
 def test_nothing_in_the_model_can_be_unpickled(logged):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert is_pickle(pickle.dumps({"a": [1]}, protocol))
-    assert {"served.py", "weights.safetensors"} <= {file.name for file in logged}
+    assert {"mlflow_model.py", "weights.safetensors"} <= {file.name for file in logged}
     unwanted = {".pkl", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
     assert not {file.suffix for file in logged} & unwanted
     assert [file for file in logged if zipfile.is_zipfile(file)] == []  # as torch.save writes
@@ -267,7 +270,7 @@ def test_the_version_says_which_bundle_run_and_model_it_is_of(client, fitted):
     address = f"models:/{output.model_id}"
     assert (int(found.version), found.run_id) == (1, run_of(fitted))
     assert found.tags == {
-        "bundle": bundles.fingerprint(fitted),
+        "bundle": bundle_format.fingerprint(fitted),
         "run_id": run_of(fitted),
         "model": address,
     }
@@ -359,7 +362,7 @@ def test_a_bundle_from_elsewhere_is_registered_with_a_run_of_its_own(
 )
 def test_a_name_that_no_registry_takes_is_refused_before_any_work(flags, named, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", "data", "never", *SMALL, *flags])
+        main(["fit", "data", "never", *SMALL, *flags])
     assert ended.value.code == 2
     assert named in capsys.readouterr().err
     assert not Path("never").exists()
@@ -384,15 +387,15 @@ def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client
         version.tags["model"],
         f"runs:/{version.run_id}/model",
     ):
-        found = bundles.local(address, config, tmp_path)
+        found = resolve.local(address, config, tmp_path)
         assert found.parent == tmp_path
         assert contents(found) == wanted
-    found = bundles.local("models:/weave/latest", config, tmp_path)
+    found = resolve.local("models:/weave/latest", config, tmp_path)
     assert contents(found) == contents(Path("next"))
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
-    assert bundles.local(str(fitted), config, tmp_path) == fitted
-    assert bundles.local(fitted.as_uri(), config, tmp_path) == fitted
-    assert bundles.local("nowhere", config, tmp_path) == Path("nowhere")
+    assert resolve.local(str(fitted), config, tmp_path) == fitted
+    assert resolve.local(fitted.as_uri(), config, tmp_path) == fitted
+    assert resolve.local("nowhere", config, tmp_path) == Path("nowhere")
 
 
 @pytest.fixture
@@ -427,21 +430,21 @@ def test_an_address_with_no_bundle_is_refused_with_what_is_there(
     for name, real in strangers.items():
         address = address.replace(name, real)
     with pytest.raises(ConfigError) as refused:
-        bundles.local(address, config, tmp_path / "scratch")
+        resolve.local(address, config, tmp_path / "scratch")
     assert found in refused.value.found
     assert hint in f"{refused.value.wanted} {refused.value.do}"
     assert not list((tmp_path / "scratch").glob("*"))
 
 
 def test_the_bundle_that_a_run_kept_as_a_file_has_an_address_too(config, strangers, tmp_path):
-    found = bundles.local(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
+    found = resolve.local(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
     assert contents(found) == contents(Path("next"))
 
 
 def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
     for uri in (f"sqlite:///{tmp_path}/no.db", "http://127.0.0.1:9"):
         with pytest.raises(ConfigError, match=uri):
-            bundles.local("models:/weave@champion", TrackingConfig(tracking_uri=uri), tmp_path)
+            resolve.local("models:/weave@champion", TrackingConfig(tracking_uri=uri), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -463,17 +466,17 @@ def stored(fitted: Path) -> Any:
 
 
 def test_a_bundle_in_an_object_store_comes_whole_or_not_at_all(stored, fitted, config, tmp_path):
-    found = bundles.local("memory://shelf/bundle", config, tmp_path)
+    found = resolve.local("memory://shelf/bundle", config, tmp_path)
     assert contents(found) == contents(fitted)
     before = contents(tmp_path)
     stored("golden/0.img", b"other")
     with pytest.raises(DataError, match=r"bundle/golden/0\.img is not the file"):
-        bundles.local("memory://shelf/bundle", config, tmp_path)
+        resolve.local("memory://shelf/bundle", config, tmp_path)
     stored("golden/0.img", None)
     with pytest.raises(DataError, match=r"golden/0.img is missing"):
-        bundles.local("memory://shelf/bundle", config, tmp_path)
+        resolve.local("memory://shelf/bundle", config, tmp_path)
     with pytest.raises(ConfigError, match="not a bundle"):
-        bundles.local("memory://shelf", config, tmp_path)
+        resolve.local("memory://shelf", config, tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -489,7 +492,7 @@ def test_a_bundle_that_wants_to_write_elsewhere_is_refused(stored, fitted, confi
     fileio.write_sealed(copy / "bundle.json", content)
     stored("bundle.json", (copy / "bundle.json").read_bytes())
     with pytest.raises(DataError, match="outside of itself"):
-        bundles.local("memory://shelf/bundle", config, tmp_path / "scratch")
+        resolve.local("memory://shelf/bundle", config, tmp_path / "scratch")
     assert list(tmp_path.rglob("*evil*")) == []
     with pytest.raises(DataError, match="outside of itself"):
-        bundles.load(copy)
+        bundle_format.load(copy)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arrowhead import report
+from arrowhead.examine import figures
 
 # Markup for matplotlib, a formula, HTML; then what the usual font lacks, and what is not printable.
 MARKUP = ["$10_", "a_b$", "$\\frac{", "=1+1", "<b>x", "{}^_", "plain"]
@@ -30,13 +30,13 @@ def _strict() -> Any:
 
 def test_names_that_plotting_reads_as_markup_are_shown_as_they_are(tmp_path: Path) -> None:
     counts = np.eye(len(MARKUP), dtype=np.int64)
-    figure = report.confusion_figure(counts, MARKUP)
-    report.save(figure, tmp_path / "confusion.png")
+    figure = figures.confusion_figure(counts, MARKUP)
+    figures.save(figure, tmp_path / "confusion.png")
     (axes,) = figure.axes
     assert labels(axes.xaxis) == labels(axes.yaxis) == MARKUP
     assert not any(label.get_parse_math() for label in axes.get_xticklabels())
-    figure = report.scores_figure(dict.fromkeys(MARKUP, 3), np.arange(20), np.arange(20))
-    report.save(figure, tmp_path / "scores.png")
+    figure = figures.scores_figure(dict.fromkeys(MARKUP, 3), np.arange(20), np.arange(20))
+    figures.save(figure, tmp_path / "scores.png")
     assert labels(figure.axes[0].yaxis) == MARKUP
 
 
@@ -45,19 +45,19 @@ def test_any_number_of_classes_of_any_name_is_drawn_and_no_two_look_alike(
     count: int, tmp_path: Path
 ) -> None:
     classes = [f"{number} {ODD[number % len(ODD)]}" for number in range(count)]
-    figure = report.confusion_figure(np.eye(count, dtype=np.int64), classes)
+    figure = figures.confusion_figure(np.eye(count, dtype=np.int64), classes)
     (axes,) = figure.axes
     shown = labels(axes.yaxis)
     assert len(set(shown)) == len(shown) == min(count, 180 if count == 900 else count)
     assert all(name.isprintable() and len(name) < 100 for name in shown)
     if count < 200:
-        with Image.open(report.save(figure, tmp_path / "confusion.png")) as image:
+        with Image.open(figures.save(figure, tmp_path / "confusion.png")) as image:
             assert max(image.size) < 4000
         assert [file.name for file in tmp_path.iterdir()] == ["confusion.png"]
 
 
 def test_letters_that_no_font_here_has_can_still_be_told_apart() -> None:
-    figure = report.confusion_figure(np.eye(3, dtype=np.int64), ["\U000e0100a", "\U000f0000", "b"])
+    figure = figures.confusion_figure(np.eye(3, dtype=np.int64), ["\U000e0100a", "\U000f0000", "b"])
     assert labels(figure.axes[0].yaxis) == ["\\U000e0100a", "\\U000f0000", "b"]
 
 
@@ -65,7 +65,7 @@ def test_tables_hold_numbers_and_safe_names(tmp_path: Path) -> None:
     setting = {"seeds": [0, 1], "mean": 0.5, "spread": None, "valid_loss": 1.5}
     setting |= {"epochs": 4, "p": None}
     ranked = {"settings": [setting | {"knobs": {"rate": 1e-3, "class_weights": "=x"}}]}
-    report.grid_csv(ranked | {"figure": "accuracy"}, tmp_path / "grid.csv")
+    figures.grid_csv(ranked | {"figure": "accuracy"}, tmp_path / "grid.csv")
     header, line = (tmp_path / "grid.csv").read_text().splitlines()
     assert header == "rate,class_weights,seeds,accuracy,spread,valid_loss,epochs,p"
     assert line == "0.001,'=x,0 1,0.5,,1.5,4,"
@@ -77,5 +77,5 @@ def test_a_learning_curve_counts_its_heads(heads, words):
         {"images": images, "mean": 0.5, "spread": None, "values": [0.5] * heads}
         for images in (10, 20)
     ]
-    figure = report.learning_figure({"points": points, "figure": "accuracy", "words": "better"})
+    figure = figures.learning_figure({"points": points, "figure": "accuracy", "words": "better"})
     assert figure.axes[0].get_legend_handles_labels()[1] == [words]

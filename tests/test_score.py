@@ -23,10 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Tracked
 
-from arrowhead import ConfigError, DataError, bundle, fileio, plan
-from arrowhead import cli as command_line
-from arrowhead import score as scoring
-from arrowhead.shards import Store
+from arrowhead import ConfigError, DataError, fileio
+from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle import replay
+from arrowhead.cli.main import main
+from arrowhead.data import sources
+from arrowhead.data.catalog import Catalog
+from arrowhead.features.store import Store
+from arrowhead.inference.score_request import ScoreConfig
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
@@ -40,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracke
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with pytest.raises(SystemExit) as ended:
-            command_line.main(["fit", "photos", "out", *FLAGS, "--epochs", "4", "--rate", "0.01"])
+            main(["fit", "photos", "out", *FLAGS, "--epochs", "4", "--rate", "0.01"])
     assert ended.value.code == 0
     return folder
 
@@ -66,7 +70,7 @@ def chances(out: Path) -> Any:
 
 def refused(*words: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        command_line.main([*map(str, words)])
+        main([*map(str, words)])
     return int(ended.value.code or 0)
 
 
@@ -137,7 +141,7 @@ def test_each_part_says_what_made_it_and_the_account_balances(command, out):
     for part in parts:
         notes = pq.read_schema(part).metadata
         assert json.loads(notes[b"arrowhead.recipe"]) == made["recipe"]
-        assert notes[b"arrowhead.bundle"].decode() == bundle.fingerprint(Path("out/bundle"))
+        assert notes[b"arrowhead.bundle"].decode() == bundle_format.fingerprint(Path("out/bundle"))
         assert notes[b"arrowhead.run_id"].decode() == made["lineage"]["run_id"]
         assert notes[b"arrowhead.version"].decode() == made["lineage"]["arrowhead"]
         codecs = {pq.read_metadata(part).row_group(0).column(i).compression for i in range(3)}
@@ -278,9 +282,9 @@ def test_a_finished_scoring_is_not_done_again_but_can_be_written_as_csv(command,
 
 def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, out):
     """As if one file had been written to between the listing and its reading."""
-    listed = plan.unlabelled
+    listed = sources.unlabelled
 
-    def early(source: Any, config: Any, **more: Any) -> plan.Catalog:
+    def early(source: Any, config: Any, **more: Any) -> Catalog:
         catalog = listed(source, config, **more)
         stamps = catalog.stamps.copy()
         stamps[7] -= 10**9
@@ -288,7 +292,7 @@ def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, ou
 
     words = ["score", "out/bundle", "new", out, "--chunk-size", "8"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "unlabelled", early)
+        patch.setattr(sources, "unlabelled", early)
         first = command(*words, "--csv", code=3)
     assert first["faults"] == {"changed": 1}
     again = command(*words)
@@ -388,7 +392,7 @@ def test_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(command, tmp_path
 
 def test_a_threshold_is_passed_by_no_more_of_like_images_than_it_says():
     """Training, validation and new rows of one distribution; 60 draws of each."""
-    from arrowhead.novelty import Novelty
+    from arrowhead.evaluation.novelty import Novelty
 
     draw, passed = np.random.default_rng(0), []
     for _ in range(60):
@@ -399,7 +403,7 @@ def test_a_threshold_is_passed_by_no_more_of_like_images_than_it_says():
 
 
 def test_with_too_few_validation_images_nothing_is_called_novel():
-    from arrowhead.novelty import Novelty
+    from arrowhead.evaluation.novelty import Novelty
 
     train = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float16)
     known = Novelty.of(train[:20], train[20:])
@@ -409,7 +413,7 @@ def test_with_too_few_validation_images_nothing_is_called_novel():
 
 
 def test_novelty_is_the_distance_to_the_fifth_neighbour_on_the_sphere():
-    from arrowhead.novelty import Novelty
+    from arrowhead.evaluation.novelty import Novelty
 
     draw = np.random.default_rng(1)
     train, valid = (draw.normal(size=(n, 6)).astype(np.float16) for n in (50, 9))
@@ -426,12 +430,12 @@ def test_novelty_is_the_distance_to_the_fifth_neighbour_on_the_sphere():
 
 
 def test_the_bank_is_the_same_whatever_the_order_of_the_images(monkeypatch):
-    from arrowhead import novelty
+    from arrowhead.evaluation import novelty as evaluation_novelty
 
-    monkeypatch.setattr(novelty, "ROWS", 50)
+    monkeypatch.setattr(evaluation_novelty, "ROWS", 50)
     ids = np.random.default_rng(0).integers(0, 2**63, 400).astype(np.uint64)
     turn = np.random.default_rng(1).permutation(400)
-    kept, others = novelty.sample(ids), novelty.sample(ids[turn])
+    kept, others = evaluation_novelty.sample(ids), evaluation_novelty.sample(ids[turn])
     assert len(kept) == 50
     assert set(ids[kept]) == set(ids[turn][others])
 
@@ -456,8 +460,8 @@ def test_pictures_of_other_things_are_found_among_cats_and_dogs(
 
 
 def test_a_bundle_that_knows_no_training_images_cannot_flag(out, tmp_path, capsys, place):
-    plain = dataclasses.replace(bundle.load(Path("out/bundle")), novelty=None)
-    bundle.save(plain, tmp_path / "plain")
+    plain = dataclasses.replace(bundle_format.load(Path("out/bundle")), novelty=None)
+    bundle_format.save(plain, tmp_path / "plain")
     assert refused("score", tmp_path / "plain", "new", out, "--flag-novel") == 2
     assert "does not know its training images" in capsys.readouterr().err
     assert not out.exists()
@@ -502,22 +506,22 @@ def test_the_drift_is_said_before_the_first_image_is_scored(out, capsys):
 
 def test_features_of_zeros_have_not_drifted(place):
     """As a random body at a small size may give them in half precision."""
-    made = bundle.load(Path("out/bundle"))
+    made = bundle_format.load(Path("out/bundle"))
     blank = [dataclasses.replace(one, feature=np.zeros(512, np.float32)) for one in made.golden]
     head = made.make_head()
-    chance = bundle.probabilities(head, np.zeros((8, 512), np.float32), made.temperature)
+    chance = bundle_format.probabilities(head, np.zeros((8, 512), np.float32), made.temperature)
     blank = [dataclasses.replace(b, probabilities=c) for b, c in zip(blank, chance, strict=True)]
 
     class Nothing:
         def __call__(self, pixels: Any) -> Any:
             return pixels.new_zeros((len(pixels), 512)).float()
 
-    drift = bundle.replay(dataclasses.replace(made, golden=blank), Nothing(), head, "cpu", 1)
+    drift = replay.replay(dataclasses.replace(made, golden=blank), Nothing(), head, "cpu", 1)
     assert (drift.feature, drift.changed) == (0, 0)
 
 
 def test_golden_images_are_clearly_decided_where_there_are_such():
-    made = bundle.load(Path("out/bundle"))
+    made = bundle_format.load(Path("out/bundle"))
     one = dataclasses.replace(made, classes=["a", "b"], multi=False)
     several = dataclasses.replace(one, multi=True, thresholds=[0.5, 0.4])
     chance = np.array([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]])
@@ -535,7 +539,7 @@ def test_a_bundle_says_what_it_is_and_proves_it(command):
     about = command("bundle", "info", "out/bundle")
     assert about["classes"] == ["baskets", "beads", "leaves"]
     assert about["golden_images"] == 8 and about["novelty"]["k"] == 5
-    assert about["fingerprint"] == bundle.fingerprint(Path("out/bundle"))
+    assert about["fingerprint"] == bundle_format.fingerprint(Path("out/bundle"))
     drift = command("bundle", "verify", "out/bundle")["drift"]
     assert drift["images"] == 8 and drift["changed"] == 0 and drift["feature"] < 1e-5
 
@@ -558,10 +562,10 @@ def test_a_bundle_cannot_name_files_outside_itself(worn, tmp_path):
     digests |= {"golden/golden.json": fileio.sha256(worn / "golden/golden.json")}
     reseal(worn, sha256=digests)
     with pytest.raises(DataError, match="not one of its images"):
-        bundle.load(worn)
+        bundle_format.load(worn)
     reseal(worn, sha256={"../secret": fileio.sha256(tmp_path / "secret")})
     with pytest.raises(DataError, match="outside of itself"):
-        bundle.load(worn)
+        bundle_format.load(worn)
 
 
 def test_tensors_that_do_not_fit_are_refused_not_half_loaded(worn):
@@ -572,7 +576,7 @@ def test_tensors_that_do_not_fit_are_refused_not_half_loaded(worn):
     safetensors.torch.save_file(tensors, worn / "weights.safetensors")
     reseal(worn, sha256={"weights.safetensors": fileio.sha256(worn / "weights.safetensors")})
     with pytest.raises(DataError, match="head do not fit"):
-        bundle.load(worn).make_head()
+        bundle_format.load(worn).make_head()
 
 
 def test_a_bundle_loads_without_ray_and_mlflow(place):
@@ -580,9 +584,10 @@ def test_a_bundle_loads_without_ray_and_mlflow(place):
         "import sys\n"
         "sys.modules.update(ray=None, mlflow=None)\n"  # importing either raises
         "from pathlib import Path\n"
-        "from arrowhead import bundle\n"
-        "made = bundle.load(Path('out/bundle'))\n"
-        "print(made.make_head(), bundle.verify(Path('out/bundle')).changed)\n"
+        "from arrowhead.bundle import format as bundle_format; "
+        "from arrowhead.bundle import replay\n"
+        "made = bundle_format.load(Path('out/bundle'))\n"
+        "print(made.make_head(), replay.verify(Path('out/bundle')).changed)\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True
@@ -603,7 +608,7 @@ def test_a_bundle_holds_nothing_that_could_be_unpickled():
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="top-k"):
-        scoring.ScoreConfig(top_k=0)
+        ScoreConfig(top_k=0)
     for share in (0.0, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="false-alarms"):
-            scoring.ScoreConfig(false_alarms=share)
+            ScoreConfig(false_alarms=share)

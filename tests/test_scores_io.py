@@ -20,23 +20,23 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Bundled, Command
 
-from arrowhead import (
-    ConfigError,
-    DataError,
-    bundle,
-    cli,
-    extract,
-    fileio,
-    plan,
-    scores_io,
-    shards,
-    spreadsheet,
-)
-from arrowhead import score as scoring
-from arrowhead.launch import Desk, Worker
+from arrowhead import ConfigError, DataError, fileio, spreadsheet
+from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle.format import Bundle
+from arrowhead.cli.main import main
+from arrowhead.data import sources
+from arrowhead.data.source_config import SourceConfig
+from arrowhead.features import catalog_file
+from arrowhead.features.extract import ExtractConfig
+from arrowhead.features.recipe import Recipe
+from arrowhead.inference import layout, score, score_request, scores_io, summary, verify
+from arrowhead.inference.score_request import Request, ScoreConfig
+from arrowhead.inference.scores_io import Scores
+from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.worker import Worker
 
 ODD = ["$10_", "a_b$", "=1+1", "<b>x", "a.b", 'q"uote', "s p a c e", "貓", "קשת", "🐈", "x" * 200]
-RECIPE = shards.Recipe(
+RECIPE = Recipe(
     body="resnet18",
     weights="0" * 64,
     pool="avg",
@@ -49,17 +49,17 @@ RECIPE = shards.Recipe(
 COUNTS = dict.fromkeys(("decoded", "looked_up", "skipped", "reused", "faults", "novel"), 0)
 
 
-def scored(path: Path, images: Path, out: Path, **config: object) -> scoring.Request:
+def scored(path: Path, images: Path, out: Path, **config: object) -> Request:
     """Score as the verb does, in this process; without MLflow and screen."""
-    loaded, how = bundle.load(path), extract.ExtractConfig(chunk_size=4)
-    asked = scoring.ScoreConfig(**config)  # type: ignore[arg-type]
-    request = scoring.prepare(out, path, loaded, plan.unlabelled(images), asked, 4)
+    loaded, how = bundle_format.load(path), ExtractConfig(chunk_size=4)
+    asked = ScoreConfig(**config)  # type: ignore[arg-type]
+    request = score_request.prepare(out, path, loaded, sources.unlabelled(images), asked, 4)
     worker = Worker(0, 1, "cpu", 1, Desk(request.missing()).claim, lambda report: None)
-    scoring.score(worker, request, how)
-    found = scoring.held(request, loaded)
+    score.score(worker, request, how)
+    found = summary.held(request, loaded)
     counts = COUNTS | {"inputs": sum(map(len, request.runs))}
     folders = found.folders and found.folders.plain()
-    scoring.record(request, {"counts": counts, "folders": folders}, loaded)
+    score.record(request, {"counts": counts, "folders": folders}, loaded)
     return request
 
 
@@ -101,7 +101,7 @@ def flipped(path: Path, draw: random.Random) -> None:
 
 def test_every_reader_takes_the_folder_of_parts_as_it_is(whole: Path, images: Path) -> None:
     folder = str(whole / "parts")
-    there = plan.unlabelled(images).paths
+    there = sources.unlabelled(images).paths
     assert len(list((whole / "parts").iterdir())) > 2
     assert pandas.read_parquet(folder)["path"].tolist() == there
     assert polars.read_parquet(folder)["path"].to_list() == there
@@ -133,7 +133,7 @@ def test_odd_names_and_a_thousand_classes_are_fields_like_any_other(tmp_path: Pa
     classes = ODD + [f"class {number}" for number in range(1000)]
     draw = np.random.default_rng(0)
     chance = draw.dirichlet(np.ones(len(classes)), 6).astype(np.float32)
-    scores = scores_io.Scores(
+    scores = Scores(
         classes=classes,
         paths=[f"{n}.jpg" for n in range(6)],
         image_ids=[bytes(16)] * 6,
@@ -167,18 +167,18 @@ def test_a_flipped_bit_in_a_part_is_found_and_that_part_alone_is_made_again(
     first, *others = sorted(before)
     for name in others:
         flipped(out / "parts" / name, draw)
-        assert any(name in problem for problem in scoring.verify(out)["problems"])
+        assert any(name in problem for problem in verify.verify(out)["problems"])
     request = scored(path, images, out)
     assert request.damaged == others and len(others) > 1
     assert first not in request.damaged
     assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
-    assert scoring.verify(out)["problems"] == []
+    assert verify.verify(out)["problems"] == []
 
 
 def test_a_part_is_hashed_before_it_is_parsed(torn: Path) -> None:
     """Whatever bit is flipped: refused in words, never rows and never a crash of Parquet's."""
     part = min((torn / "parts").iterdir())
-    said = scores_io.read_journal(scoring.journal(torn))[0][0]
+    said = scores_io.read_journal(layout.journal(torn))[0][0]
     content, draw = part.read_bytes(), random.Random(1)
     for _ in range(300):
         flipped(part, draw)
@@ -201,7 +201,7 @@ def test_other_readers_find_a_flipped_page_by_its_checksum(torn: Path) -> None:
 @pytest.mark.parametrize("harm", ["lost", "swapped", "stranger", "inputs", "cut"])
 def test_verify_names_what_cannot_be_trusted(torn: Path, harm: str) -> None:
     first, second, *_ = sorted((torn / "parts").iterdir())
-    assert scoring.verify(torn)["problems"] == []
+    assert verify.verify(torn)["problems"] == []
     if harm == "lost":
         first.unlink()
     elif harm == "swapped":
@@ -214,7 +214,7 @@ def test_verify_names_what_cannot_be_trusted(torn: Path, harm: str) -> None:
         flipped(torn / "inputs.arrow", random.Random(0))
     else:
         first.write_bytes(first.read_bytes()[:-9])
-    problems = scoring.verify(torn)["problems"]
+    problems = verify.verify(torn)["problems"]
     name = {"stranger": "part-000099", "inputs": "inputs.arrow"}.get(harm, first.name)
     assert any(name in problem for problem in problems)
     assert len(problems) == (2 if harm == "swapped" else 1)
@@ -227,7 +227,7 @@ def test_verify_finds_a_flipped_bit_in_every_file_that_a_scoring_writes_for_prog
     out = tmp_path / "scores"
     for words in ([], ["--csv"]):  # the second command writes nothing but the table
         command("score", bundled(), images, out, *words, code=3)
-    assert scoring.verify(out)["problems"] == []
+    assert verify.verify(out)["problems"] == []
     draw = random.Random(3)
     files = [file for file in out.rglob("*") if file.is_file() and file.suffix != ".png"]
     files = [file for file in files if file.parent.name != "journal" and file.name != ".lock"]
@@ -237,7 +237,7 @@ def test_verify_finds_a_flipped_bit_in_every_file_that_a_scoring_writes_for_prog
         for _ in range(8):
             flipped(file, draw)
             try:
-                (problem,) = scoring.verify(out)["problems"]
+                (problem,) = verify.verify(out)["problems"]
             except DataError as error:
                 problem = error.found
             assert file.name in problem
@@ -249,12 +249,12 @@ def test_verify_refuses_what_it_cannot_begin_with(torn: Path, tmp_path: Path) ->
     content["counts"]["inputs"] += 1
     (torn / "score.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"score\.json has changed"):
-        scoring.verify(torn)
+        verify.verify(torn)
     (torn / "score.json").unlink()
     with pytest.raises(ConfigError, match="never finished"):
-        scoring.verify(torn)
+        verify.verify(torn)
     with pytest.raises(ConfigError, match="holds no scores"):
-        scoring.verify(tmp_path)
+        verify.verify(tmp_path)
 
 
 def test_well_sealed_nonsense_is_refused_in_words(
@@ -273,15 +273,15 @@ def test_well_sealed_nonsense_is_refused_in_words(
     ):
         fileio.write_sealed(torn / "score.json", content | change)
         with pytest.raises(DataError, match="not what Arrowhead writes"):
-            scoring.verify(torn)
+            verify.verify(torn)
     content = json.loads((torn / "request.json").read_text())
     del content["seal"]
-    path, config = bundled(), scoring.ScoreConfig(probabilities=True)
-    loaded, catalog = bundle.load(path), plan.unlabelled(images)
+    path, config = bundled(), ScoreConfig(probabilities=True)
+    loaded, catalog = bundle_format.load(path), sources.unlabelled(images)
     for runs in ([[0]], [["0", "13"]], 7, [[0, 10**15]], [[0, 4]], [[0, 9], [4, 13]]):
         fileio.write_sealed(torn / "request.json", content | {"runs": runs})
         with pytest.raises(DataError):
-            scoring.prepare(torn, path, loaded, catalog, config, 4)
+            score_request.prepare(torn, path, loaded, catalog, config, 4)
     line = {"number": 0, "rows": 1, "bytes": 1, "sha256": "x", "inputs": "y", "faults": {}}
     (torn / "journal" / "x.jsonl").write_bytes(
         b"[" * 200_000 + b"\n" + json.dumps(line | {"seal": "z"}).encode() + b"\n7\nnull\n{}\n"
@@ -294,11 +294,11 @@ def test_the_command_says_what_it_found(
     torn: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words, str(torn)])
+        main([*words, str(torn)])
     assert ended.value.code == 0 and "13 rows" in capsys.readouterr().out
     flipped(min((torn / "parts").iterdir()), random.Random(0))
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words, str(torn), "--json"])
+        main([*words, str(torn), "--json"])
     assert ended.value.code == 4
     assert "part-000000" in json.loads(capsys.readouterr().out)["problems"][0]
 
@@ -310,14 +310,16 @@ def test_a_part_without_a_whole_line_in_the_journal_is_written_again(
     path, out = bundled(), tmp_path / "scores"
     scored(path, images, out)
     before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
-    (journal,) = scoring.journal(out).iterdir()
+    (journal,) = layout.journal(out).iterdir()
     lines = journal.read_bytes().splitlines(keepends=True)
     line = json.loads(lines[0])
     line["rows"] += 1  # its seal does not fit any more
     journal.write_bytes(json.dumps(line).encode() + b"\n" + b"".join(lines[1:-1]) + lines[-1][:-20])
     (out / "parts" / ".part-000001.parquet.abcd.draft").write_bytes(b"half")
-    config = scoring.ScoreConfig()
-    request = scoring.prepare(out, path, bundle.load(path), plan.unlabelled(images), config, 4)
+    config = ScoreConfig()
+    request = score_request.prepare(
+        out, path, bundle_format.load(path), sources.unlabelled(images), config, 4
+    )
     assert request.missing() == [0, len(lines) - 1] and request.damaged == []
     scored(path, images, out)
     assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
@@ -330,7 +332,7 @@ def test_scores_in_the_older_layout_are_refused_and_left_alone(
     shutil.copytree(whole / "parts", out)
     (out / "request.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    for act in (lambda: scored(bundled(), images, out), lambda: scoring.verify(out)):
+    for act in (lambda: scored(bundled(), images, out), lambda: verify.verify(out)):
         with pytest.raises(ConfigError, match="older Arrowhead"):
             act()
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
@@ -384,9 +386,9 @@ def test_no_name_is_a_formula_or_an_escape_sequence_in_a_csv(
         shutil.copy(photo, tmp_path / "photos" / name)
     classes = ["=cmd|'/c calc'!A1", "beads", "-x"]
     path = tmp_path / "bundle"
-    bundle.save(replace(bundle.load(bundled()), classes=classes), path)
+    bundle_format.save(replace(bundle_format.load(bundled()), classes=classes), path)
     request = scored(path, tmp_path / "photos", tmp_path / "scores", probabilities=True)
-    table = scoring.write_csv(request, bundle.load(path))
+    table = score.write_csv(request, bundle_format.load(path))
     content = table.read_bytes()
     assert b"\x1b" not in content and content.count(b"\n") == content.count(b"\r\n") == 9
     with table.open(newline="") as file:
@@ -405,10 +407,10 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
     images: Path, tmp_path: Path
 ) -> None:
     classes = ["sea, sand", "b|c", 'say "x" y']
-    catalog = plan.unlabelled(images / "leaves")
+    catalog = sources.unlabelled(images / "leaves")
     count, out = len(catalog), tmp_path / "scores"
     given = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
-    scores = scores_io.Scores(
+    scores = Scores(
         classes=classes,
         paths=catalog.paths,
         image_ids=[bytes(16)] * count,
@@ -417,12 +419,12 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
         probability=np.full((count, 3), 0.4, np.float32),
         given=given,
     )
-    part = scoring.parts(out) / scores_io.part_name(0)
+    part = layout.parts(out) / scores_io.part_name(0)
     scores_io.write_scores(part, scores, {})
-    shards.write_catalog(scoring.inputs(out), catalog.columns())
+    catalog_file.write_catalog(layout.inputs(out), catalog.columns())
     written = scores_io.finished(part, 0, rows=count, inputs="", faults={})
-    scores_io.replace_journal(scoring.journal(out), [written])
-    made = bundle.Bundle(
+    scores_io.replace_journal(layout.journal(out), [written])
+    made = Bundle(
         recipe=RECIPE,
         classes=classes,
         head="linear",
@@ -433,11 +435,11 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
         metrics={},
         lineage={},
     )
-    config = scoring.ScoreConfig()
-    request = scoring.Request(out=out, bundle=out, config=config, runs=[range(count)])
-    table = scoring.write_csv(request, made)
-    source = plan.SourceConfig(images=str(images / "leaves"), label_column="labels")
-    again = plan.labelled(table, source, teaches=False)
+    config = ScoreConfig()
+    request = Request(out=out, bundle=out, config=config, runs=[range(count)])
+    table = score.write_csv(request, made)
+    source = SourceConfig(images=str(images / "leaves"), label_column="labels")
+    again = sources.labelled(table, source, teaches=False)
     assert again.paths == catalog.paths
     names = np.array(classes)
     assert again.labels == [tuple(sorted(names[row].tolist())) for row in given]

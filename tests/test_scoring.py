@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Bundled
 
-from arrowhead.bundle import load
+from arrowhead.bundle.format import load
 
 ROOT = Path(__file__).resolve().parents[1]
 

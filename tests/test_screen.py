@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from arrowhead import screen
-from arrowhead.screen import Screen, visible
+from arrowhead import printable
+from arrowhead.cli import screen as cli_screen
+from arrowhead.cli.screen import Screen
+from arrowhead.printable import visible
 
 NARROW = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
 LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
@@ -58,10 +60,12 @@ def test_what_steers_a_terminal_is_shown_and_the_rest_stays(capsys, text, shown)
 
 
 def test_every_sign_in_our_own_lines_has_a_plain_form():
-    package = Path(screen.__file__).parent
-    signs = {c for file in package.glob("*.py") for c in file.read_text("utf-8") if c > "\x7e"}
+    package = Path(cli_screen.__file__).parents[1]
+    signs = {c for file in package.rglob("*.py") for c in file.read_text("utf-8") if c > "\x7e"}
     assert "█" in signs
-    assert {c for c in signs if "\\" in c.encode("ascii", screen.ENCODING_ERRORS).decode()} == set()
+    assert {
+        c for c in signs if "\\" in c.encode("ascii", printable.ENCODING_ERRORS).decode()
+    } == set()
 
 
 @pytest.mark.parametrize("variables", [NARROW, LATIN], ids=["ascii", "latin-1"])

@@ -27,7 +27,10 @@ import pytest
 import torch
 from conftest import Bundled
 
-from arrowhead import checkpoint, cli, fileio, scores_io, shards
+from arrowhead import arrow_io, fileio
+from arrowhead.cli.main import main
+from arrowhead.inference import scores_io
+from arrowhead.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
@@ -207,7 +210,7 @@ def made(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         shutil.copytree(drawn, folder / "data", ignore=shutil.ignore_patterns("new"))
         with pytest.raises(SystemExit) as ended:
-            cli.main(["precompute", str(folder / "data"), str(folder / "store"), *SMALL])
+            main(["precompute", str(folder / "data"), str(folder / "store"), *SMALL])
         assert ended.value.code == 0
         yield folder
 
@@ -228,7 +231,7 @@ def ends(
     def run(*words: object, code: int) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(word) for word in words])
+            main([str(word) for word in words])
         said = capsys.readouterr()
         assert not canary.exists(), f"the canary sang in {words}"
         assert ended.value.code == code, said.err
@@ -397,7 +400,7 @@ def _extended(path: Path, kind: str, payload: bytes) -> None:
     if parquet:
         pq.write_table(table, path)
     else:
-        shards.write_arrow(path, table)
+        arrow_io.write_arrow(path, table)
 
 
 def _vouched(store: Path) -> None:

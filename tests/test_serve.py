@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arrowhead.bundle import load
+from arrowhead.bundle.format import load
 
 ROOT = Path(__file__).parents[1]
 MOST = 100_000

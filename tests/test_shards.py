@@ -14,8 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowhead import ConfigError, DataError, fileio, scores_io, shards
-from arrowhead.shards import Recipe, Rows, Store
+from arrowhead import ConfigError, DataError, fileio
+from arrowhead.features import shard_file
+from arrowhead.features.recipe import Recipe
+from arrowhead.features.shard_file import Rows
+from arrowhead.features.store import Store
+from arrowhead.inference import scores_io
+from arrowhead.inference.scores_io import Scores
 
 RECIPE = Recipe(
     body="resnet18",
@@ -81,11 +86,11 @@ def test_a_full_disk_leaves_a_shard_whole_or_absent_and_says_what_to_do(
     with monkeypatch.context() as broken:
         broken.setattr(pa.RecordBatchFileWriter, "write_table", torn)
         with pytest.raises(ConfigError, match="cannot be written") as refusal:
-            shards.write_shard(path, _rows(), RECIPE)
+            shard_file.write_shard(path, _rows(), RECIPE)
     assert str(path) in refusal.value.found
     assert "run the same command again" in refusal.value.do
     assert list(path.parent.iterdir()) == []
-    shards.write_shard(path, _rows(), RECIPE)
+    shard_file.write_shard(path, _rows(), RECIPE)
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -111,18 +116,18 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_pa
     ended = subprocess.run([sys.executable, "-c", code, made.shard("one")], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert made.on_disk() == []
-    shards.write_shard(made.shard("one"), _rows(), RECIPE)
+    shard_file.write_shard(made.shard("one"), _rows(), RECIPE)
     assert made.on_disk() == ["one"]
 
 
 def test_every_torn_shard_is_a_data_error_not_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "one.arrow"
-    shards.write_shard(path, _rows(), RECIPE)
+    shard_file.write_shard(path, _rows(), RECIPE)
     whole = path.read_bytes()
     for length in [0, 1, 7, 8, *range(50, len(whole), 97), len(whole) - 1]:
         path.write_bytes(whole[:length])
         with pytest.raises(DataError) as refusal:
-            shards.read_shard(path, RECIPE)
+            shard_file.read_shard(path, RECIPE)
         assert str(path) in refusal.value.found
 
 
@@ -139,8 +144,8 @@ def test_json_that_is_missing_torn_or_not_text_is_a_data_error(tmp_path: Path) -
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     path, rows = tmp_path / "one.arrow", _rows()
-    shards.write_shard(path, rows, RECIPE)
-    back = shards.read_shard(path, RECIPE)
+    shard_file.write_shard(path, rows, RECIPE)
+    back = shard_file.read_shard(path, RECIPE)
     assert back.features.dtype == np.float16
     np.testing.assert_array_equal(back.features, rows.features)
     assert (list(back.paths), list(back.image_ids)) == (rows.paths, rows.image_ids)
@@ -149,7 +154,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        shards.write_shard(tmp_path / name, _rows(), RECIPE)
+        shard_file.write_shard(tmp_path / name, _rows(), RECIPE)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
@@ -190,7 +195,7 @@ columns, features, faults = shard.schema.names, [row[3] for row in rows], [row[4
 @pytest.mark.parametrize("program", READERS)
 def test_other_programs_open_a_shard_without_arrowhead(program: str, tmp_path: Path) -> None:
     path = tmp_path / "one.arrow"
-    shards.write_shard(path, _rows(), RECIPE)
+    shard_file.write_shard(path, _rows(), RECIPE)
     code = f"""
 import sys
 PATH = sys.argv[1]
@@ -326,7 +331,7 @@ def test_unequal_recipes_are_refused_by_the_first_differing_field(store: Store) 
             Store.create(store.path, other, 3)
         assert f"made with {field} =" in refusal.value.found
         with pytest.raises(ConfigError, match=f"made with {field} ="):
-            shards.read_shard(store.shard("one"), other)
+            shard_file.read_shard(store.shard("one"), other)
 
 
 def test_every_field_of_the_recipe_changes_its_fingerprint() -> None:
@@ -362,7 +367,7 @@ def test_a_store_of_another_format_is_refused(store: Store) -> None:
 
 def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
-    scores = scores_io.Scores(
+    scores = Scores(
         classes=["cat", "dog"],
         paths=["a", "b"],
         image_ids=[bytes(16)] * 2,

@@ -14,7 +14,7 @@ from typing import Any
 import forks
 import pytest
 
-from arrowhead import signals
+from arrowhead.runtime import signals
 
 SLOW = ["--body", "resnet18", "--weights", "random", "--size", "224", "--extract.chunk-size", "4"]
 SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
@@ -111,7 +111,7 @@ def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, d
     assert kept
     # As nohup starts it.
     ignore = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-    ignore += "from arrowhead import cli; cli.main()"
+    ignore += "from arrowhead.cli.main import main; main()"
     on = forks.Popen(
         [sys.executable, "-c", ignore, *words],
         cwd=folder,
@@ -132,7 +132,7 @@ def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, d
 
 PROGRAM = """
 import sys, time
-from arrowhead import signals
+from arrowhead.runtime import signals
 with signals.stops():
     try:
         with signals.deferred():
@@ -181,7 +181,7 @@ def caught(program: str) -> str:
 def test_an_interrupt_that_goes_nowhere_in_a_finalizer_is_raised_again(place):
     program = f"""
 import os, signal, time, weakref
-from arrowhead import signals
+from arrowhead.runtime import signals
 class Thing: pass
 def stopped():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -201,7 +201,7 @@ with signals.stops():
 def test_an_interrupt_that_a_library_swallows_is_raised_again_and_one_that_we_handle_is_not():
     program = """
 import os, signal, time
-from arrowhead import signals
+from arrowhead.runtime import signals
 with signals.stops():
     try:
         try:
@@ -222,7 +222,7 @@ with signals.stops():
 def test_an_interrupt_leaves_no_lock_of_logging_behind():
     program = """
 import io, logging, os, random, signal, threading, time
-from arrowhead import signals
+from arrowhead.runtime import signals
 log = logging.getLogger("x")
 log.propagate = False
 log.addHandler(logging.StreamHandler(io.StringIO()))

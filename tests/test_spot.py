@@ -26,9 +26,10 @@ import pytest
 import ray
 import torch
 
-from arrowhead import ConfigError, LostError, launch
-from arrowhead.cluster import LaunchConfig
-from arrowhead.launch import Worker
+from arrowhead import ConfigError, LostError
+from arrowhead.runtime import launch
+from arrowhead.runtime.ray_cluster import LaunchConfig
+from arrowhead.runtime.worker import Worker
 
 HEAD_NODE = "f" * 51 + "00000"
 # What Ray's AutoscalingCluster does, without its `ray stop`, which would end every Ray here.

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from conftest import Command
 
-from arrowhead import ConfigError, DataError, cli, fileio, inventory, shards
-from arrowhead.shards import Store
+from arrowhead import ConfigError, DataError, fileio
+from arrowhead.cli.main import main
+from arrowhead.features import inspect, shard_file, store_format
+from arrowhead.features.store import Store
 
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--chunk-size", "16"]
 
@@ -29,7 +31,7 @@ def made(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     shutil.copytree(drawn, folder / "data", ignore=shutil.ignore_patterns("new"))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["precompute", str(folder / "data"), str(folder / "store"), *FLAGS])
+        main(["precompute", str(folder / "data"), str(folder / "store"), *FLAGS])
     assert ended.value.code == 0
     return folder
 
@@ -196,9 +198,9 @@ def test_a_file_that_the_decoder_died_over_is_tried_again_by_the_next_run(
     (tmp_path / "sick" / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if sys.argv[0] == '-c':\n"
-        "    from arrowhead import decode\n"
-        "    header = decode.header\n"
-        "    decode.header = lambda data, config: (\n"
+        "    from arrowhead.decode import headers\n"
+        "    header = headers.header\n"
+        "    headers.header = lambda data, config: (\n"
         "        os._exit(7) if data.endswith(b'mark') else header(data, config))\n"
     )
     with monkeypatch.context() as sick:
@@ -240,7 +242,7 @@ def test_a_precompute_that_ends_for_its_faults_says_their_kinds_files_and_place(
     (data / "train" / "beads" / "page.jpg").write_text("<html>not found</html>")
     (data / "train" / "beads" / "empty.jpg").touch()
     with pytest.raises(SystemExit) as ended:
-        cli.main(["precompute", str(data), str(store), *FLAGS])
+        main(["precompute", str(data), str(store), *FLAGS])
     assert ended.value.code == 3
     said = " ".join("".join(capsys.readouterr()).split())
     assert "not read: 1 empty, 1 not an image (train/beads/empty.jpg, train/beads/page.jpg)" in said
@@ -254,7 +256,7 @@ READER = """
 import sys, time
 from pathlib import Path
 from arrowhead import ConfigError, DataError
-from arrowhead.shards import Store
+from arrowhead.features.store import Store
 path, seen = Path(sys.argv[1]), {}
 while not Path(sys.argv[2]).exists():
     try:
@@ -295,13 +297,13 @@ def test_what_a_killed_run_left_is_checked_before_it_is_used(data, command, tmp_
     work(command("precompute", data, "s", *FLAGS))
     (tmp_path / "s" / "manifest.json").unlink()  # as if killed before it
     shard = sorted((tmp_path / "s" / "shards").glob("*.arrow"))[0]
-    rows = shards.read_shard(shard, Store(tmp_path / "s").recipe)
+    rows = shard_file.read_shard(shard, Store(tmp_path / "s").recipe)
     at = shard.read_bytes().index(np.ascontiguousarray(rows.features[0]).tobytes())
     whole = bytearray(shard.read_bytes())
     whole[at] ^= 1
     shard.write_bytes(whole)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["precompute", str(data), "s", *FLAGS])
+        main(["precompute", str(data), "s", *FLAGS])
     assert ended.value.code == 4
     shard.unlink()
     result = command("precompute", data, "s", *FLAGS)
@@ -310,7 +312,7 @@ def test_what_a_killed_run_left_is_checked_before_it_is_used(data, command, tmp_
 
 def test_two_runs_on_one_store_do_not_meet(store, data, capsys):
     with Store(store).locked(), pytest.raises(SystemExit) as ended:
-        cli.main(["precompute", str(data), str(store), *FLAGS])
+        main(["precompute", str(data), str(store), *FLAGS])
     assert ended.value.code == 2
     assert "being written by another" in capsys.readouterr().err
 
@@ -320,12 +322,12 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, command, tm
     code = (
         "import resource, sys, threading, time\n"
         "from pathlib import Path\n"
-        "from arrowhead import cli\n"
+        "from arrowhead.cli.main import main\n"
         "def fill():\n"
         "    while len(list(Path('s/shards').glob('*.arrow'))) < 2: time.sleep(0.001)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
         "threading.Thread(target=fill, daemon=True).start()\n"
-        "cli.main(sys.argv[1:])\n"
+        "main(sys.argv[1:])\n"
     )
     words = ["precompute", str(data), "s", *FLAGS]
     ended = subprocess.run(
@@ -365,7 +367,7 @@ def test_info_tells_what_is_in_a_store(store, command):
 
 def test_info_is_for_people_too(store, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["features", "info", str(store)])
+        main(["features", "info", str(store)])
     shown = capsys.readouterr().out
     assert "72 images = 72 features + 0 faults" in shown
     assert "baskets" in shown
@@ -413,17 +415,17 @@ def test_verify_finds_rows_that_the_hashes_vouch_for_and_the_catalog_does_not(st
     fileio.write_sealed(store / "manifest.json", manifest)
     assert "misfit" in findings(command, store, code=4).values()
     with pytest.raises(DataError, match="shards of other numbers"):
-        inventory.info(store)
+        inspect.info(store)
 
 
 def test_a_store_of_a_newer_format_is_named_and_left_alone(store, capsys):
     head = fileio.read_json(store / "store.json")
-    fileio.write_json(store / "store.json", head | {"format": shards.FORMAT + 1})
+    fileio.write_json(store / "store.json", head | {"format": store_format.FORMAT + 1})
     for verb in ("info", "verify", "gc"):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["features", verb, str(store)])
+            main(["features", verb, str(store)])
         assert ended.value.code == 4
-        assert f"of format {shards.FORMAT + 1}" in capsys.readouterr().err
+        assert f"of format {store_format.FORMAT + 1}" in capsys.readouterr().err
 
 
 def test_gc_removes_what_no_catalog_refers_to_and_only_on_yes(store, data, command):
@@ -457,13 +459,13 @@ def test_gc_keeps_what_a_stopped_extraction_will_go_on_with(store, data, command
 
 
 def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
-    from arrowhead import inventory
+    from arrowhead.features import inspect
 
     with Store(store).locked(), pytest.raises(ConfigError, match="being written"):
-        inventory.gc(store, remove=True)
+        inspect.gc(store, remove=True)
     (store / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="no manifest"):
-        inventory.gc(store, remove=True)
+        inspect.gc(store, remove=True)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +479,7 @@ def test_an_unfinished_store_is_not_called_damaged_and_the_command_that_finishes
     (store / "manifest.json").unlink()
     target = [str(tmp_path / "bundle")] if words == ["train"] else []
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words, str(store), *target])
+        main([*words, str(store), *target])
     assert ended.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "its extraction never finished" in said
@@ -491,12 +493,12 @@ PEAK = """
 import os, re, sys, threading, time
 from pathlib import Path
 import psutil
-from arrowhead import cli
+from arrowhead.cli.main import main
 
 peak = 0
 def held(pid):
     try:
-        if pid != os.getpid() and b"guard.serve" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if pid != os.getpid() and b"process.serve" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             return 0  # a child that is not yet another program: these are its parent's pages
         words = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # gone
@@ -516,7 +518,7 @@ peaks = []
 for folder in ("few", "many"):
     peak = 0
     try:
-        cli.main(["precompute", folder, f"{folder}-store", *sys.argv[1:]])
+        main(["precompute", folder, f"{folder}-store", *sys.argv[1:]])
     except SystemExit as ended:
         assert not ended.code, ended
     peaks.append(peak)

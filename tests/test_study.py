@@ -24,8 +24,9 @@ import pytest
 import safetensors.numpy
 from conftest import Tracked
 
-from arrowhead import cli, study
-from arrowhead.shards import Store
+from arrowhead.cli.main import main
+from arrowhead.features.store import Store
+from arrowhead.training import run as training_run
 
 BODY = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
@@ -53,7 +54,7 @@ def here(place: Path, *words: object, code: int = 0) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         with pytest.raises(SystemExit) as ended:
-            cli.main([*map(str, words)])
+            main([*map(str, words)])
     assert ended.value.code == code
 
 
@@ -214,7 +215,7 @@ def test_a_store_larger_than_memory_is_left_in_the_map_and_gives_the_same_number
 ):
     flags = ["--rate", 0.01, "--epochs", 2]
     held = command("train", store, "held", *flags)
-    monkeypatch.setattr(study, "_free", lambda device: 1000)
+    monkeypatch.setattr(training_run, "_free", lambda device: 1000)
     mapped = command("train", store, "mapped", *flags)
     assert mapped["epochs"] == held["epochs"]
 

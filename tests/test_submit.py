@@ -28,8 +28,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import arrowhead
-from arrowhead import ConfigError, cli, cli_cluster, jobs, launch
-from arrowhead.jobs import Cluster, ClusterConfig
+from arrowhead import ConfigError
+from arrowhead.cli import cluster as cli_cluster
+from arrowhead.cli.main import main
+from arrowhead.runtime import jobs, meters
+from arrowhead.runtime.jobs import Cluster, ClusterConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "jobs").glob("*.toml"))
@@ -50,7 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def command(*words: object) -> str:
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(word) for word in words])
+            main([str(word) for word in words])
         said = capsys.readouterr().err
         assert ended.value.code == 2, said
         assert "  wanted  " in said
@@ -322,7 +325,8 @@ def test_only_source_and_toml_are_sent(tmp_path):
     draft.mkdir()
     size = jobs._pack(draft, toml)
     sent = {str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()}
-    source = {f"arrowhead/{path.name}" for path in Path(arrowhead.__file__).parent.glob("*.py")}
+    package = Path(arrowhead.__file__).parent
+    source = {f"arrowhead/{path.relative_to(package)}" for path in package.rglob("*.py")}
     assert sent == source | {"arrowhead/py.typed", "mine.toml"}
     assert size == sum((draft / name).stat().st_size for name in sent) < 1_000_000
 
@@ -679,13 +683,13 @@ def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scr
 
 @pytest.mark.slow
 def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, extracted):
-    """Ray's own figures are asked of the running cluster, ours are `launch.MEASURES`."""
+    """Ray's own figures are asked of the running cluster, ours are `meters.MEASURES`."""
     board = json.loads((ROOT / "deploy" / "grafana" / "arrowhead.json").read_text())
     texts = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
     asked = {name for text in texts for name in re.findall(r"\bray_\w+", text)}
     ours = {
         f"ray_arrowhead_{name}{'_total' * (kind == 'counter')}": {*keys, "run", "verb"}
-        for name, (kind, _, keys) in launch.MEASURES.items()
+        for name, (kind, _, keys) in meters.MEASURES.items()
     }
     until = monotonic() + 30
     while monotonic() < until and "ray_node_mem_total" not in scraper.seen:

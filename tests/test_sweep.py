@@ -13,9 +13,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from arrowhead import ConfigError, comparison, logistic, sweep
-from arrowhead.sweep import SweepConfig
-from arrowhead.train import Data, TrainConfig, Trained, train_stack
+from arrowhead import ConfigError
+from arrowhead.training import comparison, cross_validation, grid, learning_curve, logistic
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.dataset import Data
+from arrowhead.training.grid import SweepConfig
+from arrowhead.training.trainer import Trained, train_stack
 
 
 def _toy(rows: int = 600, *, width: int = 16, classes: int = 3, apart: float = 1.0) -> Data:
@@ -32,7 +35,7 @@ def _toy(rows: int = 600, *, width: int = 16, classes: int = 3, apart: float = 1
 
 
 def test_a_grid_is_all_combinations_of_its_values() -> None:
-    made = sweep.settings("rate=1e-4..1e-1:4 weight-decay=0,1e-2 dropout=0..0.5:3 seed=0..2")
+    made = grid.settings("rate=1e-4..1e-1:4 weight-decay=0,1e-2 dropout=0..0.5:3 seed=0..2")
     assert len(made) == 4 * 2 * 3 * 3
     assert sorted({one["rate"] for one in made}) == [1e-4, 1e-3, 1e-2, 1e-1]
     assert sorted({one["dropout"] for one in made}) == [0, 0.25, 0.5]
@@ -65,20 +68,20 @@ def test_a_grid_that_cannot_be_read_is_refused_with_its_word(words: str, says: s
 
 def test_a_setting_no_head_can_have_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match="dropout"):
-        sweep.members(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
+        grid.members(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
 
 
 def _ranked(
     data: Data, config: TrainConfig, words: str, *, halving: bool = False, rate: float = 1.0
 ) -> dict[str, Any]:
-    """Train a grid and rank it, as `study.learn` does."""
-    knobs, members = sweep.settings(words), sweep.members(data, config, rate, words)
-    heads = train_stack(data, members, losers=sweep.loser_of(knobs, config) if halving else None)
+    """Train a grid and rank it, as `training.run.learn` does."""
+    knobs, members = grid.settings(words), grid.members(data, config, rate, words)
+    heads = train_stack(data, members, losers=grid.loser_of(knobs, config) if halving else None)
 
     def judge(groups: Any) -> Any:
-        return comparison.by_image(data, members, heads, groups, sweep.figure(config))
+        return comparison.by_image(data, members, heads, groups, grid.figure(config))
 
-    return sweep.summary(knobs, heads, config, judge)
+    return grid.summary(knobs, heads, config, judge)
 
 
 def test_the_best_setting_wins_and_one_that_diverges_ranks_last() -> None:
@@ -86,7 +89,7 @@ def test_the_best_setting_wins_and_one_that_diverges_ranks_last() -> None:
     config = TrainConfig(epochs=5, optimizer="sgd", schedule="constant")
     ranked = _ranked(_toy(), config, words)
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-2, 1e-6, 9e2]
-    assert sweep.settings(words)[ranked["best"]]["rate"] == 1e-2
+    assert grid.settings(words)[ranked["best"]]["rate"] == 1e-2
     assert ranked["alike"] == 0
     assert "distinguishable from the 2 other settings" in ranked["words"]
     assert "not" not in ranked["words"]
@@ -106,9 +109,9 @@ def _head(accuracy: list[float], *, loss: float = 0.5, stopped: str = "") -> Tra
 
 
 def test_the_winner_is_of_the_best_setting_though_another_has_the_best_single_head() -> None:
-    knobs = sweep.settings("rate=1e-3,1e-2 seed=0,1")
+    knobs = grid.settings("rate=1e-3,1e-2 seed=0,1")
     heads = [_head([0.8]), _head([0.82]), _head([0.9]), _head([0.5])]
-    ranked = sweep.summary(knobs, heads, TrainConfig(), lambda groups: np.eye(2))
+    ranked = grid.summary(knobs, heads, TrainConfig(), lambda groups: np.eye(2))
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-3, 1e-2]
     assert ranked["best"] == 1
 
@@ -120,17 +123,17 @@ def test_ten_images_that_only_one_of_two_settings_gets_right_tell_them_apart() -
     right[1, 50:60] = 0
     right[2, 50:59], right[2, 0] = 0, 1
     heads = [_head([row.mean()]) for row in right]
-    knobs = sweep.settings("rate=1,2,3")
+    knobs = grid.settings("rate=1,2,3")
 
     def judge(groups: Any) -> Any:
         return np.stack([right[group].mean(0) for group in groups])
 
-    pair = sweep.summary(knobs[:2], heads[:2], TrainConfig(), judge)
+    pair = grid.summary(knobs[:2], heads[:2], TrainConfig(), judge)
     assert pair["settings"][1]["p"] == pytest.approx(2 * 0.5**10)
     assert (pair["alike"], pair["test"]) == (0, "exact McNemar test")
     assert "distinguishable from the 1 other setting (p at most 0.002" in pair["words"]
     assert "the same 1000 validation images" in pair["words"]
-    every = sweep.summary(knobs, heads, TrainConfig(), judge)
+    every = grid.summary(knobs, heads, TrainConfig(), judge)
     assert [one["knobs"]["rate"] for one in every["settings"]] == [1, 3, 2]
     assert [one["p"] for one in every["settings"][1:]] == pytest.approx(
         [2 * 11 * 0.5**10, 2 * 2 * 0.5**10]  # the smaller of the two counts double
@@ -138,7 +141,7 @@ def test_ten_images_that_only_one_of_two_settings_gets_right_tell_them_apart() -
 
 
 def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_is_claimed() -> None:
-    knobs = sweep.settings("rate=1,2,3,4")
+    knobs = grid.settings("rate=1,2,3,4")
     heads = [
         _head([0.99], stopped="halving"),
         _head([0.6] * 4),
@@ -151,7 +154,7 @@ def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_i
         asked.extend(groups)
         return np.array([[1.0, 1, 1], [1, 0, 1]])
 
-    ranked = sweep.summary(knobs, heads, TrainConfig(epochs=4), judge)
+    ranked = grid.summary(knobs, heads, TrainConfig(epochs=4), judge)
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [4, 2, 3, 1]
     assert (ranked["best"], asked) == (3, [[3], [1]])
     assert [one["p"] is None for one in ranked["settings"]] == [True, False, True, True]
@@ -165,16 +168,16 @@ def test_halving_stops_the_worse_half_twice_and_keeps_the_best() -> None:
     data = _toy()
     words = "rate=1e-6,1e-5,1e-4,1e-3,1e-2,3e-2,1e-1,3e-1 seed=0,1"
     config = TrainConfig(epochs=8, schedule="constant")
-    losers = sweep.loser_of(sweep.settings(words), config)
-    halved = train_stack(data, sweep.members(data, config, 1.0, words), losers=losers)
-    whole = train_stack(data, sweep.members(data, config, 1.0, words))
+    losers = grid.loser_of(grid.settings(words), config)
+    halved = train_stack(data, grid.members(data, config, 1.0, words), losers=losers)
+    whole = train_stack(data, grid.members(data, config, 1.0, words))
     lengths = sorted(len(one.epochs) for one in halved)
     assert lengths == [2] * 8 + [4] * 4 + [8] * 4
     for one, other in zip(halved, whole, strict=True):  # who stays is not disturbed
         for line, same in zip(one.epochs, other.epochs, strict=False):
             assert line == pytest.approx(same, rel=1e-5)
     stayed = {
-        sweep.settings(words)[at]["rate"] for at, one in enumerate(halved) if len(one.epochs) == 8
+        grid.settings(words)[at]["rate"] for at, one in enumerate(halved) if len(one.epochs) == 8
     }
     assert not stayed & {1e-6, 1e-5, 1e-4}
 
@@ -191,20 +194,22 @@ def test_folds_keep_copies_together_and_are_of_equal_size(rows: list[int], count
     key = np.array(rows, np.uint64)
     assume(len(np.unique(key)) > 1)
     label = np.zeros(len(rows), np.int64)
-    part = sweep.folds(key, label, count, ["one"])
+    part = cross_validation.folds(key, label, count, ["one"])
     assert part.min() == 0
     homes = {int(one): {int(p) for p in part[key == one]} for one in np.unique(key)}
     assert all(len(home) == 1 for home in homes.values())
     sizes = np.bincount([next(iter(home)) for home in homes.values()], minlength=count)
     assert sizes.max() - sizes.min() <= 1
     shuffled = np.random.default_rng(0).permutation(len(rows))
-    assert np.array_equal(sweep.folds(key[shuffled], label, count, ["one"]), part[shuffled])
+    assert np.array_equal(
+        cross_validation.folds(key[shuffled], label, count, ["one"]), part[shuffled]
+    )
 
 
 def test_folds_hold_every_class_alike() -> None:
     key = np.random.default_rng(0).integers(1 << 60, size=100).astype(np.uint64)
     label = np.repeat([0, 1, 2], [50, 40, 10])
-    part = sweep.folds(key, label, 5, ["a", "b", "c"])
+    part = cross_validation.folds(key, label, 5, ["a", "b", "c"])
     for one in range(5):
         assert np.bincount(label[part == one]).tolist() == [10, 8, 2]
 
@@ -214,16 +219,16 @@ def test_a_class_of_one_different_image_is_trained_on_in_every_fold_and_named() 
     label = np.repeat([0, 1, 2, 3], [50, 46, 1, 3])
     key[97:] = 97  # one photograph, three copies
     names = ["a", "b", "one", "copied"]
-    part = sweep.folds(key, label, 5, names)
+    part = cross_validation.folds(key, label, 5, names)
     assert part[96:].tolist() == [-1] * 4
-    assert sweep.not_held_out(part, label, names) == {"one": 1, "copied": 3}
+    assert cross_validation.not_held_out(part, label, names) == {"one": 1, "copied": 3}
     assert sorted(set(part[:96])) == [0, 1, 2, 3, 4]
     data = replace(_toy(100, classes=4), label=torch.from_numpy(label))
-    for one in sweep.fold_members(data, TrainConfig(rate=0.1), part):
+    for one in cross_validation.fold_members(data, TrainConfig(rate=0.1), part):
         assert set(label[one.train]) == {0, 1, 2, 3}
         assert {96, 97, 98, 99} <= set(one.train.tolist())
     with pytest.raises(ConfigError, match="can hold out no image"):
-        sweep.folds(key[:2], np.array([0, 1]), 5, names)
+        cross_validation.folds(key[:2], np.array([0, 1]), 5, names)
 
 
 @settings(deadline=None)
@@ -239,7 +244,7 @@ def test_every_fold_learns_every_class_that_it_predicts(seed: int, multi: bool, 
     hot = label > 0 if multi else label[:, None] == np.arange(5)
     names = list("abcde")
     try:
-        part = sweep.folds(key, label, count, names)
+        part = cross_validation.folds(key, label, count, names)
     except ConfigError:
         return
     assert sorted(set(part[part >= 0])) == list(range(part.max() + 1))
@@ -247,7 +252,7 @@ def test_every_fold_learns_every_class_that_it_predicts(seed: int, multi: bool, 
         assert not set(key[part == one]) & set(key[part != one])
         seen = hot[part != one].any(0)
         assert seen[hot[part == one].any(0)].all()
-    named = sweep.not_held_out(part, label, names)
+    named = cross_validation.not_held_out(part, label, names)
     assert named == {
         names[i]: hot[:, i].sum()
         for i in range(5)
@@ -266,7 +271,7 @@ def test_the_labels_of_a_fold_take_no_part_in_what_is_predicted_of_it(best: Any)
     states = []
     for label in (data.label, other):
         shuffled = replace(data, label=label)
-        members = sweep.fold_members(shuffled, config, part)
+        members = cross_validation.fold_members(shuffled, config, part)
         heads = train_stack(shuffled, members, until=7)
         assert [len(one.epochs) for one in heads] == [7, 7, 7]
         states.append([one.state for one in heads])
@@ -289,7 +294,7 @@ def test_weights_of_classes_come_from_no_label_of_the_fold_that_is_predicted(
     states = []
     for here in (label, torch.where(torch.from_numpy(part == 1), 0, label)):
         other = replace(data, label=here)
-        members = sweep.fold_members(other, config, part)
+        members = cross_validation.fold_members(other, config, part)
         made = logistic.train(other, members) if head == "logistic" else train_stack(other, members)
         states.append([one.state for one in made])
     for name, weight in states[0][1].items():
@@ -300,8 +305,8 @@ def test_weights_of_classes_come_from_no_label_of_the_fold_that_is_predicted(
 def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
     data = _toy(100)
     pool = np.arange(100)
-    part = sweep.folds(pool.astype(np.uint64), data.label.numpy(), 4, data.classes)
-    made = sweep.fold_members(data, TrainConfig(rate=0.1), part)
+    part = cross_validation.folds(pool.astype(np.uint64), data.label.numpy(), 4, data.classes)
+    made = cross_validation.fold_members(data, TrainConfig(rate=0.1), part)
     assert sorted(np.concatenate([one.valid for one in made]).tolist()) == pool.tolist()
     for one in made:
         assert not set(one.train.tolist()) & set(one.valid.tolist())
@@ -313,7 +318,7 @@ def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
 
 def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
     data = _toy(1000)
-    made = sweep.share_members(data, TrainConfig(rate=0.1), seeds=2)
+    made = learning_curve.share_members(data, TrainConfig(rate=0.1), seeds=2)
     sets = [set(one.train.tolist()) for _, one in made[::2]]
     assert [len(one) for one in sets] == pytest.approx([40, 80, 160, 400, 800], abs=3)
     assert all(small < large for small, large in itertools.pairwise(sets))
@@ -327,22 +332,22 @@ def test_a_class_of_one_image_is_in_every_share() -> None:
     data = _toy(1000)
     data.label[data.train] = torch.where(data.label[data.train] == 2, 0, data.label[data.train])
     data.label[5] = 2
-    made = sweep.share_members(data, TrainConfig(rate=0.1), seeds=1)
-    assert [share for share, _ in made] == list(sweep.SHARES)
+    made = learning_curve.share_members(data, TrainConfig(rate=0.1), seeds=1)
+    assert [share for share, _ in made] == list(learning_curve.SHARES)
     assert all(5 in one.train for _, one in made)
 
 
 def test_the_learning_curve_says_whether_more_images_would_help() -> None:
     def said(apart: float, rows: int) -> dict[str, Any]:
         data, config = _toy(rows, width=64, apart=apart), TrainConfig(epochs=5, rate=3e-3)
-        shares = sweep.share_members(data, config, seeds=3)
+        shares = learning_curve.share_members(data, config, seeds=3)
         members = [one for _, one in shares]
         heads = train_stack(data, members)
 
         def judge(groups: Any) -> Any:
             return comparison.by_image(data, members, heads, groups, "accuracy")
 
-        return sweep.curve(shares, heads, config, judge)
+        return learning_curve.curve(shares, heads, config, judge)
 
     easy = said(3.0, 4000)
     assert "cannot be said" in easy["words"]

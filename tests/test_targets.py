@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import Command, Tracked
 
-from arrowhead import ConfigError, cli, demo, fileio, model, pipeline
-from arrowhead.model import BodyConfig
-from arrowhead.targets import check_file, check_folder
+from arrowhead import ConfigError, demo, fileio
+from arrowhead.cli import demo as cli_demo
+from arrowhead.cli.main import main
+from arrowhead.commands import train
+from arrowhead.features import backbone
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.output_paths import check_file, check_folder
 
 RANDOM = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
 HEAVY = ("torch", "mlflow", "ray", "pyarrow")
@@ -32,7 +36,7 @@ def store(place: Path, drawn: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         with pytest.raises(SystemExit) as ended:
-            cli.main(["precompute", str(drawn), "store", *RANDOM])
+            main(["precompute", str(drawn), "store", *RANDOM])
     assert ended.value.code == 0
     return place / "store"
 
@@ -47,7 +51,7 @@ def here(store: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
     """What a command that must be refused says was found."""
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in words])
+        main([str(word) for word in words])
     found, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
     assert ended.value.code == code, found
     assert wanted.startswith("  wanted  ") and do.startswith("  do      ")
@@ -111,8 +115,9 @@ def test_a_folder_without_leave_to_write_is_refused(tmp_path):
     """As another user: who is root may write everywhere."""
     (tmp_path / "closed").mkdir(mode=0o555)
     script = (
-        "import sys\nfrom pathlib import Path\nfrom arrowhead import ConfigError, targets\n"
-        "try: targets.check_folder(Path(sys.argv[1]), 'store')\n"
+        "import sys\nfrom pathlib import Path\nfrom arrowhead import ConfigError; "
+        "from arrowhead import output_paths\n"
+        "try: output_paths.check_folder(Path(sys.argv[1]), 'store')\n"
         "except ConfigError as refusal: sys.exit(f'{refusal.found}')\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "closed" / "new")]
@@ -210,7 +215,7 @@ def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys
         if there:
             (tmp_path / "out" / "store" / "store.json").write_text("{}")
         with pytest.raises(SystemExit) as ended:
-            cli.main(["features", "info", str(tmp_path / "out")])
+            main(["features", "info", str(tmp_path / "out")])
         assert ended.value.code == 2
         told = capsys.readouterr().err
         assert (f"do      name {tmp_path / 'out' / 'store'}." in told) is there
@@ -236,8 +241,8 @@ def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys
 )
 def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path, drawn, words, found):
     script = (
-        "import sys\nfrom arrowhead import cli\n"
-        "try: cli.main(sys.argv[1:])\n"
+        "import sys\nfrom arrowhead.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
         f"finally: print([name for name in {HEAVY} if name in sys.modules])\n"
     )
     asked = [str(drawn) if word == "DATA" else word for word in words]
@@ -257,7 +262,7 @@ def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path, d
 def test_the_networks_that_are_known_without_torchvision_are_those_that_it_has():
     import torchvision.models
 
-    assert model._names() == torchvision.models.list_models(module=torchvision.models)
+    assert backbone._names() == torchvision.models.list_models(module=torchvision.models)
 
 
 def test_a_store_that_is_there_is_used_with_its_own_recipe(here, store, drawn, command: Command):
@@ -297,7 +302,7 @@ def test_a_demo_leaves_its_results_only_and_what_was_there(here, monkeypatch, co
     """Smaller than it is, and with a smaller body."""
     monkeypatch.setattr(demo, "draw", partial(demo.draw, per_class=8))
     small = BodyConfig(body="shufflenet_v2_x0_5", weights="random")
-    monkeypatch.setattr(cli, "_demo_body", lambda screen: small)
+    monkeypatch.setattr(cli_demo, "_demo_body", lambda screen: small)
     (here / "try it/scores").mkdir(parents=True)
     (here / "try it/scores/notes.txt").write_text("mine")
     result = command("demo", "try it", "--epochs", "2")
@@ -346,6 +351,6 @@ def test_fit_and_score_write_to_the_folder_that_one_stands_in(
 
 def test_a_second_training_of_a_bundle_is_told_which(here, store, tmp_path, capsys):
     bundle = tmp_path / "bundle"
-    with fileio.occupied(pipeline.training_of(bundle)):
+    with fileio.occupied(train.training_of(bundle)):
         told = refused(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
     assert f"{bundle} is being written" in told and ".training" not in told

@@ -22,12 +22,15 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from arrowhead import ConfigError, cli, spool, tracking
-from arrowhead.registry import RegistryConfig
-from arrowhead.tracking import start
-from arrowhead.tracking_address import without_secret
-from arrowhead.tracking_client import TrackingConfig
-from arrowhead.tracking_names import original
+from arrowhead import ConfigError
+from arrowhead.cli.main import main
+from arrowhead.tracking import outbox, sender
+from arrowhead.tracking import run as tracking_run
+from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.tracking.names import original
+from arrowhead.tracking.registry import RegistryConfig
+from arrowhead.tracking.run import Run, start
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def below(client: Any, run_id: str) -> dict[str, Any]:
 
 
 def test_importing_the_room_does_not_import_mlflow():
-    code = "import sys; from arrowhead import tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys; from arrowhead.tracking import run; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -220,7 +223,7 @@ def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(conf
 
 def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client, monkeypatch):
     monkeypatch.setattr(
-        tracking, "mlflow_names", lambda names, taken: {one: one for one in names}
+        sender, "mlflow_names", lambda names, taken: {one: one for one in names}
     )  # as an MLflow with other rules would
     said: list[str] = []
     with start(config, "fit", say=said.append) as run:
@@ -303,7 +306,7 @@ def test_a_resumed_grid_makes_only_the_heads_that_are_missing(config, client):
 # ----------------------------------------------------------------- one run through crashes
 
 
-def write_epochs(run: tracking.Run, count: int, **params: object) -> str:
+def write_epochs(run: Run, count: int, **params: object) -> str:
     """What a command does each time it is run; the id of its child."""
     run.params({"rate": 0.1, "text": "x" * 6500, **params})
     run.dataset("dogs", "abc", "/data/dogs", "training")
@@ -345,11 +348,11 @@ def test_a_killed_process_leaves_a_run_that_the_next_one_finishes(config, client
     program = f"""
 import os, signal
 from pathlib import Path
-from arrowhead.registry import RegistryConfig
-from arrowhead.tracking import start
-from arrowhead.tracking_address import without_secret
-from arrowhead.tracking_client import TrackingConfig
-from arrowhead.tracking_names import original
+from arrowhead.tracking.registry import RegistryConfig
+from arrowhead.tracking.run import start
+from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.tracking.names import original
 config = TrackingConfig(tracking_uri={config.uri!r}, experiment="killed", system_metrics=False)
 with start(config, "fit", Path("run.json")) as run:
     for step in range(4):
@@ -397,7 +400,7 @@ def test_an_interrupted_run_is_killed_and_its_place_stays(config, client):
 def test_an_interrupted_run_ends_though_another_thread_s_write_never_comes_back(
     config, client, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tracking, "STOPPING", 0.1)
+    monkeypatch.setattr(sender, "STOPPING", 0.1)
     spool_folder, said, held = tmp_path / "unsent", [], threading.Event()
     done = threading.Event()
 
@@ -416,7 +419,7 @@ def test_an_interrupted_run_ends_though_another_thread_s_write_never_comes_back(
         raise KeyboardInterrupt
     done.set()
     assert "2 writes" in said[-1] and str(spool_folder) in said[-1]
-    tracking.send(config, spool_folder, said.append)
+    tracking_run.send(config, spool_folder, said.append)
     for one in (run, below):
         assert client.get_run(one.run_id).info.status == "KILLED"
 
@@ -494,7 +497,7 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     there = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
     (tmp_path / "report.html").write_text("report")
     (tmp_path / "large.bin").write_bytes(bytes(2000))
-    monkeypatch.setattr(spool, "COPIED", 1000)
+    monkeypatch.setattr(outbox, "COPIED", 1000)
     with start(there, "fit", tmp_path / "run.json", say=said.append) as run:
         with run.child("early") as early:
             early.record({"loss": 5.0})
@@ -552,14 +555,14 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     assert "sent to" in said[3]
     assert not folder.exists()
     shutil.copytree(kept, folder)  # as if the sender had died before it could remove it
-    tracking.send(there, say=said.append)
+    tracking_run.send(there, say=said.append)
     check()
     assert not folder.exists()
 
 
 def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch, capsys):
     said: list[str] = []
-    monkeypatch.setattr(tracking, "AGAIN", (0.2, 0.5))
+    monkeypatch.setattr(sender, "AGAIN", (0.2, 0.5))
     there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
     with start(there, "fit", say=said.append) as run:
         run.record({"loss": 0.0}, 0)
@@ -588,7 +591,7 @@ def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
     import sqlite3
 
     said: list[str] = []
-    monkeypatch.setattr(tracking, "AGAIN", (0.1, 0.1))
+    monkeypatch.setattr(sender, "AGAIN", (0.1, 0.1))
     database = sqlite3.connect(workshop / "mlflow.db")
     with start(config, "fit", say=said.append, spool=Path("spool")) as run:
         database.execute("ALTER TABLE metrics RENAME TO away")
@@ -625,7 +628,7 @@ def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, t
         header = {"store": config.uri, "experiment": experiment, "run_id": new}
         (folder / "run.json").write_text(json.dumps(header))
         (folder / "writes.jsonl").write_bytes(whole[:cut].replace(b"RUN", new.encode()))
-        tracking.send(config, tmp_path / "spool", said.append)
+        tracking_run.send(config, tmp_path / "spool", said.append)
         left = sum(end <= cut for end in ends)
         assert points(client, new, "loss") == [(e, e / 2) for e in range(left)], cut
         assert not folder.exists()
@@ -641,9 +644,9 @@ def test_what_was_kept_of_a_deleted_run_is_set_aside(config, client, tmp_path):
     (folder / "run.json").write_text(json.dumps(header))
     (folder / "writes.jsonl").write_text('{"do": "delete"}')
     client.delete_run(run.run_id)
-    tracking.send(config, tmp_path / "spool", said.append)
+    tracking_run.send(config, tmp_path / "spool", said.append)
     assert folder.with_suffix(".refused").is_dir()
-    tracking.send(config, tmp_path / "spool", said.append)
+    tracking_run.send(config, tmp_path / "spool", said.append)
     assert len(said) == 1
 
 
@@ -653,33 +656,38 @@ def test_what_was_kept_of_a_deleted_run_is_set_aside(config, client, tmp_path):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
     """A bundle of a random body and head with three golden images."""
-    from arrowhead import bundle, extract, heads, model
-    from arrowhead.decode import PixelConfig
+    from arrowhead.bundle import format as bundle_format
+    from arrowhead.bundle import replay
+    from arrowhead.bundle.format import Bundle, Golden
+    from arrowhead.decode.pixels import PixelConfig
+    from arrowhead.features import backbone, extract
+    from arrowhead.features.backbone import BodyConfig
+    from arrowhead.training import heads as training_heads
 
-    body, pixels = model.BodyConfig(body="resnet18", weights="random"), PixelConfig(size=64)
-    weights = model.load(body)
+    body, pixels = BodyConfig(body="resnet18", weights="random"), PixelConfig(size=64)
+    weights = backbone.load(body)
     recipe = extract.recipe_of(pixels, body, weights, 512)
-    made = bundle.Bundle(
+    made = Bundle(
         recipe=recipe,
         classes=["baskets", "beads", "leaves"],
         head="linear",
         temperature=1.5,
         body_state=weights.state,
-        head_state=heads.make("linear", 512, 3, seed=4).state_dict(),
+        head_state=training_heads.make("linear", 512, 3, seed=4).state_dict(),
         metrics={},
         lineage={},
     )
     images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
-    feature_ND = bundle.features(recipe, made.make_body(), images, "cpu", 1)
-    chance_NC = bundle.probabilities(made.make_head(), feature_ND, made.temperature)
+    feature_ND = replay.features(recipe, made.make_body(), images, "cpu", 1)
+    chance_NC = bundle_format.probabilities(made.make_head(), feature_ND, made.temperature)
     golden = [
-        bundle.Golden(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=chance_NC[i])
+        Golden(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=chance_NC[i])
         for i, data in enumerate(images)
     ]
     from dataclasses import replace
 
     path = tmp_path_factory.mktemp("model") / "bundle"
-    bundle.save(replace(made, golden=golden), path)
+    bundle_format.save(replace(made, golden=golden), path)
     return path
 
 
@@ -688,7 +696,7 @@ def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
 ):
     import pandas
 
-    from arrowhead.bundle import load
+    from arrowhead.bundle.format import load
 
     with start(config, "fit") as run:
         address = run.model(bundle)
@@ -705,7 +713,7 @@ def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
     assert not kinds & {".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
     served = mlflow.pyfunc.load_model(str(local))
     flavor = served.metadata.flavors["python_function"]
-    assert Path(flavor["model_code_path"]).name == "served.py"
+    assert Path(flavor["model_code_path"]).name == "mlflow_model.py"
     assert "python_model" not in flavor
     golden = load(bundle).golden
     rows = pandas.DataFrame({"image": [one.data for one in golden] + [b"no image"]})
@@ -730,7 +738,7 @@ def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
 
 
 def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server, bundle, tmp_path):
-    from arrowhead.bundle import local
+    from arrowhead.bundle import resolve
 
     there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
     with start(there, "fit", registry=RegistryConfig(register="far")) as run:
@@ -739,7 +747,7 @@ def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server
         assert run.register(bundle) == "models:/far/1"
     wanted = {file.name: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
     for address in ("models:/far@champion", "models:/far/1", model, f"runs:/{run.run_id}/model"):
-        found = local(address, there, tmp_path / "scratch")
+        found = resolve.local(address, there, tmp_path / "scratch")
         assert {f.name: f.read_bytes() for f in found.rglob("*") if f.is_file()} == wanted
     for address, words in {
         "models:/fat@champion": "far",
@@ -748,7 +756,7 @@ def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server
         f"runs:/{'0' * 32}/model": "no run",
     }.items():
         with pytest.raises(ConfigError) as refused:
-            local(address, there, tmp_path / "scratch")
+            resolve.local(address, there, tmp_path / "scratch")
         assert words in str(refused.value)
 
 
@@ -771,7 +779,7 @@ def test_a_password_in_the_address_is_shown_nowhere_and_kept_nowhere(
 
     def run(*words: object) -> str:
         with pytest.raises(SystemExit) as ended:
-            cli.main([*map(str, words)])
+            main([*map(str, words)])
         shown = capfd.readouterr()
         assert ended.value.code == 0, shown.err
         return shown.out + shown.err
@@ -809,7 +817,7 @@ def test_a_refused_address_is_refused_without_its_password(address, verb, monkey
         given = address.format(secret="hunter2", port=taken.getsockname()[1])
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
         with pytest.raises(SystemExit) as ended:
-            cli.main(verb)
+            main(verb)
     shown = capfd.readouterr()
     assert ended.value.code == 2, shown.err
     assert "hunter2" not in shown.out + shown.err
@@ -870,7 +878,7 @@ def test_a_malformed_address_is_refused_before_any_work_in_three_parts_without_i
     else:
         monkeypatch.setenv(by, given)
     with pytest.raises(SystemExit) as ended:
-        cli.main(verb)
+        main(verb)
     shown = capfd.readouterr()
     assert ended.value.code == 2, shown.err
     assert (by if by != "flag" else "--tracking-uri") in shown.err  # and not the missing photos
@@ -908,7 +916,7 @@ def test_python_refuses_a_malformed_address_without_its_secret(address, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     with (
         pytest.raises(ConfigError) as refused,
-        tracking.start(TrackingConfig(), "fit", spool=tmp_path),
+        tracking_run.start(TrackingConfig(), "fit", spool=tmp_path),
     ):
         pytest.fail("it began")
     told += "".join(traceback.format_exception(refused.value))
@@ -959,8 +967,8 @@ def test_an_address_is_shown_without_what_opens_it(text, shown):
 def test_three_commands_at_once_on_a_store_that_is_not_there_are_three_runs(tmp_path):
     program = """
 import sys
-from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead.tracking.run import start
+from arrowhead.tracking.client import TrackingConfig
 config = TrackingConfig(tracking_uri=sys.argv[1] or None, system_metrics=False)
 with start(config, sys.argv[2]) as run:
     run.record({"loss": 1.0})

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from arrowhead.tracking_names import MAX_NAME_CHARS, mlflow_name, mlflow_names, original
+from arrowhead.tracking.names import MAX_NAME_CHARS, mlflow_name, mlflow_names, original
 
 HOSTILE = st.text(st.sampled_from("ab_xX0123F/. ?#:$<ü猫😀\n"), max_size=12) | st.text(max_size=12)
 

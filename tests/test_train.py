@@ -20,28 +20,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from arrowhead import ConfigError, descent, heads
-from arrowhead import train as training_room
-from arrowhead.train import (
-    Data,
-    Held,
-    Lane,
-    Mapped,
-    Member,
-    Saved,
-    Team,
-    TrainConfig,
-    Trained,
-    Training,
-    batches,
-    precision,
-    resolve,
-    spread,
-    steps_of,
-    train,
-    train_stack,
-    view_of,
-)
+from arrowhead import ConfigError
+from arrowhead.training import heads, schedule, trainer
+from arrowhead.training import losses as training_losses
+from arrowhead.training.batches import Lane, Team, batches, view_of
+from arrowhead.training.config import TrainConfig, precision, resolve, steps_of
+from arrowhead.training.dataset import Data, Held, Mapped, Member, spread
+from arrowhead.training.heads import Place
+from arrowhead.training.trainer import Saved, Trained, Training, train, train_stack
 
 KINDS = ["linear", "lesson"]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -291,7 +277,7 @@ class _Drop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.share:
             return x
-        place = heads.Place(self.step, 0, len(x))
+        place = Place(self.step, 0, len(x))
         return x * heads.kept(self.seed, self.layer, place, len(x), x.shape[1], self.share)
 
 
@@ -316,7 +302,7 @@ def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential,
     )
     weights = None
     if config.class_weights == "balanced":
-        weights = descent.balance(label, len(data.classes))
+        weights = training_losses.balance(label, len(data.classes))
     bent = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.smoothing)
     losses, step = [], 0
     for epoch in range(config.epochs):
@@ -325,7 +311,7 @@ def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential,
         for rows in map(torch.from_numpy, order):
             share = step / (len(order) * config.epochs)
             for group in optimizer.param_groups:
-                group["lr"] = rate * descent.factor(share, config, config.epochs)
+                group["lr"] = rate * schedule.factor(share, config, config.epochs)
             for drop in drops:
                 drop.step = step
             logit, truth = head(feature[rows]), label[rows]
@@ -528,7 +514,7 @@ def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
     ]
     training = Training(data, members)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_room, "MOST", most)
+        patch.setattr(trainer, "MOST", most)
         made = training.validate()
     for number, (member, line) in enumerate(zip(members, made, strict=True)):
         state = training.stack.state(*training.seat_of[number])
@@ -569,7 +555,7 @@ def test_validation_of_many_heads_holds_no_more_numbers_than_it_says(kind: str) 
         return logits(feature_LBD, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_room, "MOST", 1 << 20)
+        patch.setattr(trainer, "MOST", 1 << 20)
         patch.setattr(training.stack, "logits", watched)
         training.validate()
     assert sum(sizes) == len(data.valid)

@@ -17,9 +17,12 @@ import forks
 import pytest
 from conftest import Tracked
 
-from arrowhead import ConfigError, cli, watch
-from arrowhead.tracking import start
-from arrowhead.tracking_client import TrackingConfig
+from arrowhead import ConfigError
+from arrowhead.cli.main import main
+from arrowhead.tracking import watch
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.tracking.run import start
+from arrowhead.tracking.watch import View, Watch
 
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 SHORT = ["--epochs", "3", "--rate", "0.01"]
@@ -44,7 +47,10 @@ def config(place: Path) -> TrackingConfig:
 
 def often(place: Path, *words: object) -> subprocess.Popen[str]:
     """A command that records how far it is five times a second."""
-    program = "import sys; from arrowhead import account, cli; account.EVERY = 0.2; cli.main()"
+    program = (
+        "import sys; from arrowhead.reporting import progress; "
+        "from arrowhead.cli.main import main; progress.EVERY = 0.2; main()"
+    )
     return forks.Popen(
         [sys.executable, "-c", program, *map(str, words)],
         cwd=place,
@@ -57,7 +63,7 @@ def often(place: Path, *words: object) -> subprocess.Popen[str]:
 
 def watched(*words: object, code: int = 0) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["watch", *map(str, words)])
+        main(["watch", *map(str, words)])
     assert ended.value.code == code
 
 
@@ -66,15 +72,15 @@ def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
 
     slow = ["--body", "resnet18", "--weights", "random", "--extract.chunk-size", "4"]
     fit = often(place, "fit", drawn, "slow", *slow, *SHORT, "--run-name", "slowly")
-    looks: list[watch.View] = []
+    looks: list[View] = []
     config = TrackingConfig(tracking_uri=f"sqlite:///{place}/mlflow.db")
     while fit.poll() is None and not looks:  # until the run is there
         try:
-            with watch.Watch(config, "slowly") as seen:
+            with Watch(config, "slowly") as seen:
                 looks.append(seen.look())
         except ConfigError:
             time.sleep(0.5)
-    with watch.Watch(config, "slowly") as seen:
+    with Watch(config, "slowly") as seen:
         while looks[-1].running:
             looks.append(seen.look())
             time.sleep(0.3)
@@ -118,12 +124,12 @@ def test_an_interrupted_run_ends_the_watch_with_its_code(place, drawn, capsys):
 
 def test_many_heads_are_counted_and_their_best_is_named(place, drawn, config, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["precompute", str(drawn), "store", *SMALL])
+        main(["precompute", str(drawn), "store", *SMALL])
     assert ended.value.code == 0
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "store", "b", "--grid", "rate=0.003..0.1:4", "--epochs", "3"])
+        main(["train", "store", "b", "--grid", "rate=0.003..0.1:4", "--epochs", "3"])
     assert ended.value.code == 0
-    with watch.Watch(config, "train") as seen:
+    with Watch(config, "train") as seen:
         view = seen.look()
     assert len(view.stages) < 4  # the heads themselves are not stages
     words = "\n".join(watch.lines(view))
@@ -154,7 +160,7 @@ def two(place: Path) -> tuple[str, str]:
 
 
 def found(config: TrackingConfig, word: str | None) -> str:
-    with watch.Watch(config, word) as seen:
+    with Watch(config, word) as seen:
         return seen.look().run_id
 
 
@@ -187,7 +193,7 @@ def test_a_store_that_does_not_answer_and_a_run_that_is_silent_are_said(two, pla
     file = place / "other" / "mlflow.db"
     file.write_bytes((place / "mlflow.db").read_bytes())
     config = TrackingConfig(tracking_uri=f"sqlite:///{file}", system_metrics=False, run_name="mute")
-    with start(config, "fit", spool=place / "unsent") as run, watch.Watch(config) as seen:
+    with start(config, "fit", spool=place / "unsent") as run, Watch(config) as seen:
         view = seen.look()
         assert "nothing new" not in watch.lines(view)[-1]
         time.sleep(0.1)

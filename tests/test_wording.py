@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from arrowhead.screen import visible
+from arrowhead.printable import visible
 from arrowhead.wording import command, counted
 
 NAMES = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowhead.shards import Store
+from arrowhead.features.store import Store
 
 BEFORE = Path(__file__).parent / "written_before"
 SUM = 0.06552159786224365  # of all features, as float64

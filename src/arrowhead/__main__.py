@@ -1,6 +1,6 @@
 """`python -m arrowhead` is the same as `arrowhead`."""
 
-from arrowhead.cli import main
+from arrowhead.cli.main import main
 
 if __name__ == "__main__":
     main()

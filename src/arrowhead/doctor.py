@@ -16,8 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from arrowhead import ConfigError, cluster, guard, tracking_client
-from arrowhead.tracking_address import without_secret
+from arrowhead.decode import worker_process
+from arrowhead.errors import ConfigError
+from arrowhead.runtime import ray_cluster
+from arrowhead.tracking import client
+from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.client import TrackingConfig
 
 GIB = 2**30
 
@@ -77,17 +81,17 @@ def _torch() -> Iterator[Check]:
 
 def _decoder() -> Iterator[Check]:
     version = importlib.metadata.version("nvidia-dali-cuda130")
-    works = ", ".join(guard.works())
+    works = ", ".join(worker_process.works())
     yield Check("dali", "ok", f"{version}, decodes {works} on the CPU")
 
 
 def _ray() -> Iterator[Check]:
     version = importlib.metadata.version("ray")
-    address = cluster.address()
+    address = ray_cluster.address()
     yield Check(
         "ray", "ok", f"{version}, {f'cluster at {address}' if address else 'no cluster running'}"
     )
-    token = cluster.token_file()
+    token = ray_cluster.token_file()
     if token.is_file() and token.stat().st_mode & 0o077:
         yield Check("ray token", "warning", f"{token} can be read by others", f"chmod 600 {token}")
 
@@ -95,11 +99,11 @@ def _ray() -> Iterator[Check]:
 def _mlflow() -> Iterator[Check]:
     version = importlib.metadata.version("mlflow")
     try:
-        tracking_client.must_have_addresses()
+        client.must_have_addresses()
     except ConfigError as error:
         yield Check("mlflow", "missing", f"{version}, {error.found}", error.do)
         return
-    config = tracking_client.TrackingConfig()
+    config = TrackingConfig()
     yield Check("mlflow", "ok", f"{version}, store {without_secret(config.uri)}")
 
 

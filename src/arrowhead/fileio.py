@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from arrowhead import ConfigError, DataError
+from arrowhead.errors import ConfigError, DataError
 
 LOCK = ".lock"
 DRAFT = re.compile(r"\..+\.[0-9a-f]{8}\.draft")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arrowhead import fileio
-from arrowhead.screen import visible
+from arrowhead.printable import visible
 
 STARTS = "=+-@'"  # of a formula; and the mark itself, so that taking one off is always right
 

@@ -1,0 +1,137 @@
+"""The flags of the verbs: each is a field of the dataclass that uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from arrowhead.bundle.export import ExportConfig
+from arrowhead.data.source_config import SourceConfig
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.extract import ExtractConfig
+from arrowhead.features.golden_images import GoldenConfig
+from arrowhead.inference.evaluate import EvaluateConfig
+from arrowhead.inference.score_request import ScoreConfig
+from arrowhead.runtime.jobs import ClusterConfig
+from arrowhead.runtime.ray_cluster import LaunchConfig
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.tracking.registry import RegistryConfig
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.grid import SweepConfig
+from arrowhead.training.lr_finder import FinderConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """How the result is given."""
+
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print the result as one JSON object, last on standard output; all else goes to stderr."""
+
+
+# Verbs that use a part of some settings do not show the rest, and refuse them like any flag that
+# does not exist.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinderHead(TrainConfig):
+    """The settings of a training that its learning rate depends on."""
+
+    l2: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
+    rate: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
+    best: Annotated[
+        Literal["last", "valid_loss", "accuracy", "balanced_accuracy", "f1", "f2"],
+        Parameter(parse=False),
+    ] = "last"
+    patience: Annotated[int, Parameter(parse=False)] = 0
+    checkpoint_seconds: Annotated[float, Parameter(parse=False)] = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSource(SourceConfig):
+    """How labels are read where nothing is held out."""
+
+    valid_share: Annotated[float, Parameter(parse=False)] = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchedTracking(TrackingConfig):
+    """Where runs are looked for."""
+
+    run_name: Annotated[str | None, Parameter(parse=False)] = None
+    system_metrics: Annotated[bool, Parameter(parse=False)] = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingStore(WatchedTracking):
+    """The store that models are read from, or registered in."""
+
+    experiment: Annotated[str, Parameter(parse=False)] = "arrowhead"
+
+
+Data = Annotated[
+    str,
+    Parameter(
+        help="Images: a folder or URI (s3://…, gs://…) of train/CLASS/… and val/CLASS/…, or of"
+        " CLASS/…; or a table, FILE.csv or FILE.tsv, with columns such as path, label and, if you"
+        " like, split."
+    ),
+]
+StorePath = Annotated[
+    Path,
+    Parameter(help="Feature store: a folder that `precompute` made, or OUT/store that `fit` made."),
+]
+BundlePath = Annotated[
+    Path,
+    Parameter(help="Folder for the bundle; one that is there is kept as BUNDLE.previous."),
+]
+BundleAddress = Annotated[
+    str,
+    Parameter(
+        help="Bundle: a folder that `fit` or `train` wrote; a URI of one (s3://…, gs://…); or a"
+        " model in MLflow (models:/NAME@ALIAS, models:/NAME/3, runs:/RUN/model)."
+    ),
+]
+
+
+def _flags(group: str, key: int) -> Any:
+    return Parameter(name="*", group=Group(group, sort_key=key))
+
+
+Source = Annotated[SourceConfig, _flags("Labels", 2)]
+LabelSource = Annotated[ReadSource, _flags("Labels", 2)]
+Body = Annotated[BodyConfig, _flags("Body", 3)]
+Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
+Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
+NamedExtract = Annotated[
+    ExtractConfig, Parameter(name="extract", group=Group("Extraction", sort_key=5))
+]
+Golden = Annotated[
+    GoldenConfig,
+    Parameter(
+        name="*", group=Group("Golden images", sort_key=6), negative_bool="no-", negative=None
+    ),
+]
+Head = Annotated[TrainConfig, _flags("Training", 6)]
+HeadOfFinder = Annotated[FinderHead, _flags("Training", 6)]
+Finder = Annotated[FinderConfig, _flags("LR finder", 7)]
+NamedFinder = Annotated[
+    FinderConfig, Parameter(name="lr-find", group=Group("LR finder", sort_key=7))
+]
+Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
+Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
+Evaluate = Annotated[EvaluateConfig, _flags("Evaluation", 6)]
+Export = Annotated[ExportConfig, _flags("Export", 6)]
+Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
+# negative: their booleans are true, and get a --no-.
+_TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))
+Tracking = Annotated[TrackingConfig, _TRACKING]
+Watched = Annotated[WatchedTracking, _TRACKING]
+Models = Annotated[TrackingStore, _TRACKING]
+Registry = Annotated[RegistryConfig, _TRACKING]
+ToCluster = Annotated[ClusterConfig, _flags("Cluster", 8)]
+Out = Annotated[Output, _flags("Output", 10)]

@@ -1,0 +1,1 @@
+"""From a source to a catalog: folders, tables, tars and object stores."""

@@ -1,0 +1,1 @@
+"""Images to features, and the store that keeps them."""

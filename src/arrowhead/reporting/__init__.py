@@ -1,0 +1,1 @@
+"""What stages report, shown to people and recorded in MLflow."""

@@ -1,0 +1,28 @@
+"""The only worker: this process, without Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from arrowhead import fileio
+from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.worker import Report, Worker
+
+
+def local_worker(tasks: list[int], listen: Callable[[Report], None], place: Path) -> Worker:
+    """The only worker, which is this process."""
+    import torch
+
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    threads = len(os.sched_getaffinity(0))
+    claim, keep = Desk(tasks).claim, partial(_keep_here, place)
+    return Worker(0, 1, device, threads, claim, listen, keep)
+
+
+def _keep_here(place: Path, draft: Path | None, name: str) -> None:
+    if draft is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        fileio.put_in_place(draft, place / name)

@@ -1,0 +1,396 @@
+"""Bundles in MLflow: logged as models, registered under a name, found by their addresses.
+
+log_model       a bundle becomes a run's model, without pickle
+make_version    that model becomes a version of a registered one
+opened          a bundle that is in a store, by its address there
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arrowhead.errors import ConfigError
+from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.client import TrackingConfig, find_run, first_line, missing, reading, usable
+from arrowhead.wording import command
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Recorded
+
+ABOUT = ("dataset", "body", "recipe")  # tags of a run that its model has, too
+MAX_MODEL_NAME_CHARS = 250
+UNSERVED = {"cyclopts", "matplotlib", "ray", "rich"}  # dependencies that scoring never imports
+Fetch = Callable[[str, Path], None]
+"""Copies one file of a folder elsewhere to the disk: its name in the folder, and the place here.
+Raises FileNotFoundError if the folder has none of that name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegistryConfig:
+    """Under which name what was trained can be fetched and served."""
+
+    register: str | None = None
+    """Name in MLflow's model registry: what is trained becomes the next version of that model."""
+    alias: str = "champion"
+    """Alias that --register moves to the new version, for models:/NAME@ALIAS. By MLflow's custom
+    champion is what is used, challenger what is tried beside it."""
+    log_model: bool = True
+    """Keep the bundle in MLflow as a model that it can serve: the size of the body's weights (85 MB
+    for a ResNet34) for every training."""
+
+    def __post_init__(self) -> None:
+        given = self.register
+        if given is not None and not self.log_model:
+            raise ConfigError(
+                f"--register {given} and --no-log-model.",
+                "a model that is logged: a registered model is made of it.",
+                "leave one of them out.",
+            )
+        if given is None:
+            if self.alias != "champion":
+                raise ConfigError(
+                    f"--alias is {self.alias}, but nothing is registered.",
+                    "--register NAME beside it.",
+                    "give both or neither.",
+                )
+            return
+        name, at, alias = given.partition("@")
+        if at or not given.strip() or set(given) & set("/:") or given.startswith("."):
+            raise ConfigError(
+                f"--register is {given!r}.",
+                "a name without / : @ that does not start with a dot.",
+                f"give --register {name} --alias {alias or 'champion'}."
+                if at
+                else "give e.g. dogs.",
+            )
+        taken = self.alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", self.alias)
+        if taken or not re.fullmatch(r"[\w-]{1,255}", self.alias):
+            raise ConfigError(
+                f"--alias is {self.alias!r}.",
+                "letters, digits, _ and -; not latest and not v1, which MLflow keeps to itself.",
+                "give champion or challenger.",
+            )
+
+    def later(self, bundle: Path) -> str:
+        """The command that registers a bundle afterwards."""
+        alias = [] if self.alias == "champion" else ["--alias", self.alias]
+        return command(["arrowhead", "bundle", "register", bundle, self.register, *alias])
+
+
+def opened(uri: str, config: TrackingConfig) -> Fetch:
+    """How the files of a bundle in a store are got.
+
+    uri: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, models:/m-… or
+    runs:/RUN/model. Nothing of the model but the files that are asked for is read. Raises
+    ConfigError if nothing is there, if it holds no bundle, or if the store cannot be used; so does
+    what is returned.
+    """
+    where = without_secret(config.uri)
+    with reading(config, uri) as client:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        source = get_artifact_repository(_placed(client, uri, where), tracking_uri=config.uri)
+        within = [f"{one.path}/" for one in source.list_artifacts("artifacts") if one.is_dir]
+        for inside in ("", *within):  # a folder of a run; in a model, under the name that it had
+            names = {file.path for file in source.list_artifacts(inside.rstrip("/") or None)}
+            if f"{inside}bundle.json" in names:
+                break
+        else:
+            raise ConfigError(
+                f"{uri} is in {where}, but holds no bundle of Arrowhead's.",
+                "a model that `arrowhead fit` or `train` logged.",
+                "give another model; load this one with the program that made it.",
+            )
+
+    def fetch(name: str, target: Path) -> None:
+        with usable(config), tempfile.TemporaryDirectory(dir=target.parent) as draft:
+            os.replace(source.download_artifacts(inside + name, draft), target)
+
+    return fetch
+
+
+def _placed(client: MlflowClient, uri: str, where: str) -> str:
+    """Where the files of a model lie. where: the store, in words."""
+    kind, _, rest = uri.partition(":/")
+    rest = rest.strip("/")
+    if kind == "runs":
+        run_id, _, name = rest.partition("/")
+        return _placed_in_run(client, run_id, name or "model", where)
+    if re.fullmatch(r"m-\w+", rest):
+        return str(_known(client.get_logged_model, rest, uri, where).artifact_location)
+    found = re.fullmatch(r"(?P<name>[^/:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))", rest)
+    if not found:
+        raise ConfigError(
+            f"{uri} does not say which model.",
+            "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-… or runs:/RUN/model.",
+            f"give e.g. models:/{rest.split('/')[0].split('@')[0] or 'NAME'}@champion.",
+        )
+    name, alias, version = found["name"], found["alias"], found["version"]
+    model = registered(client, name)
+    if model is None:
+        names = [one.name for one in client.search_registered_models(max_results=1000)]
+        raise _unknown(f"No model is registered as {name} in {where}", name, names)
+    if alias and alias not in model.aliases:
+        raise _unknown(f"The model {name} has no alias {alias}", alias, list(model.aliases))
+    if alias:
+        version = model.aliases[alias]
+    elif version == "latest":
+        version = str(max((int(one.version) for one in model.latest_versions), default=0))
+    _known(partial(client.get_model_version, name), version, uri, where)
+    source: str = client.get_model_version_download_uri(name, version)
+    return _placed(client, source, where) if source.startswith(("models:", "runs:")) else source
+
+
+def _placed_in_run(client: MlflowClient, run_id: str, name: str, where: str) -> str:
+    """Where a run's model of that name lies, the newest of several; or its artefacts of that name:
+    a bundle whose model could not be logged is kept there.
+    """
+    run = find_run(client, run_id)
+    if run is None:
+        raise _unknown(f"There is no run {run_id} in {where}", run_id, [])
+    outputs = run.outputs.model_outputs if run.outputs else []
+    models = [client.get_logged_model(output.model_id) for output in outputs]
+    # `runs:/RUN/model` is the run's model, whatever it is called.
+    if named := [one for one in models if name in (one.name, "model")]:
+        return str(max(named, key=lambda one: one.creation_timestamp).artifact_location)
+    kept = [file.path for file in client.list_artifacts(run_id) if file.is_dir]
+    if name not in kept:
+        names = sorted({one.name for one in models} | ({"bundle"} & set(kept)))
+        raise _unknown(f"The run {run_id} has no model {name}", name, names)
+    return f"{run.info.artifact_uri.rstrip('/')}/{name}"
+
+
+def _known(get: Callable[[str], Any], key: str, uri: str, where: str) -> Any:
+    """What a store has under a key."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return get(key)
+    except MlflowException as error:
+        if not missing(error):
+            raise
+        raise _unknown(f"There is no {uri} in {where}", key, []) from error
+
+
+def _unknown(found: str, name: str, there: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(name, there, 3) or sorted(there)[:5]
+    return ConfigError(
+        f"{found}.",
+        f"one that is there: {', '.join(close)}." if close else "one that is there.",
+        "check the spelling, and --tracking-uri; `mlflow ui` lists what a store has.",
+    )
+
+
+def registered(client: MlflowClient, name: str) -> Any:
+    """A registered model, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if missing(error):
+            return None
+        raise
+
+
+def must_take(client: MlflowClient, name: str) -> None:
+    """Raises ConfigError if no model can be registered under that name."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = registered(client, name)
+    except MlflowException as error:
+        raise ConfigError(
+            f"Nothing can be registered as {name}: {first_line(error)}",
+            "a store with a model registry: a database, or an MLflow server on one.",
+            "check --tracking-uri and MLFLOW_REGISTRY_URI, or leave out --register.",
+        ) from error
+    if model is not None and "mlflow.prompt.is_prompt" in model.tags:
+        raise ConfigError(
+            f"{name} is the name of a prompt in that registry.",
+            "the name of a model, or a new one.",
+            "give another --register.",
+        )
+
+
+def version_of(client: MlflowClient, name: str, digest: str) -> str | None:
+    """The newest version of a registered model that was made of a bundle."""
+    found = client.search_model_versions(f"tags.bundle = '{digest}'")
+    numbers = [int(one.version) for one in found if one.name == name and one.status == "READY"]
+    return str(max(numbers)) if numbers else None
+
+
+def digest_of(bundle: Path) -> str:
+    """What stands for a bundle here: `bundle.format.fingerprint`."""
+    return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
+
+
+def write_model(bundle: Path, draft: Path, made: Any, run_id: str) -> None:
+    """An MLflow pyfunc model in `draft`/model: bundle, `served.py` and this package's source; no
+    pickle. What a training reports beside the bundle is left out, and the example is drawn: a
+    photo of the user's shows only in the bundle's golden images.
+    """
+    import pandas  # type: ignore[import-untyped]
+
+    with warnings.catch_warnings():  # of MLflow, about the type hints of its own classes
+        warnings.simplefilter("ignore", UserWarning)
+        from mlflow.pyfunc import save_model
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+
+    answer = [
+        ColSpec(DataType.string, "label"),
+        ColSpec(DataType.double, "probability"),
+        ColSpec(Array(DataType.string), "labels"),
+        ColSpec(Array(DataType.double), "probabilities"),
+    ]
+    either = [
+        ColSpec(DataType.binary, "image", required=False),
+        ColSpec(DataType.string, "path", required=False),
+    ]
+    example = pandas.DataFrame({"image": [_drawn_image()]})
+    target, here = draft / "model", Path(__file__).parents[1]
+    content = json.loads((bundle / "bundle.json").read_bytes())
+    about = Model(
+        artifact_path=made.artifact_location,
+        model_uuid=made.model_id,
+        run_id=run_id,
+        model_id=made.model_id,
+    )
+    save_model(
+        str(target),
+        python_model=str(here / "inference" / "mlflow_model.py"),
+        artifacts={"bundle": str(bundle.absolute())},
+        # Arrowhead's own source goes along: the model gives the same where another version of it,
+        # or none, is installed.
+        code_paths=[str(here)],
+        signature=ModelSignature(Schema(either), Schema(answer)),
+        input_example=example,
+        pip_requirements=_requirements(),
+        metadata={"classes": content["classes"], "recipe": content["recipe_fingerprint"]},
+        mlflow_model=about,
+    )
+    for unneeded in [*target.rglob("__pycache__"), *target.glob("artifacts/*/report")]:
+        shutil.rmtree(unneeded, ignore_errors=True)
+
+
+def _drawn_image() -> bytes:
+    """A PNG for the input example: it is shown to whoever may see the model, so no user's photo."""
+    from PIL import Image
+
+    kept = io.BytesIO()
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(kept, "png")
+    return kept.getvalue()
+
+
+def _requirements() -> list[str]:
+    """What scoring needs, pinned to what is installed. MLflow's own guess takes minutes."""
+    from importlib.metadata import requires, version
+
+    names = [
+        re.split(r"[\[<>=!~; ]", line)[0]
+        for line in requires("arrowhead") or []
+        if "extra ==" not in line
+    ]
+    return [f"{one}=={version(one).partition('+')[0]}" for one in names if one not in UNSERVED]
+
+
+def log_model(client: MlflowClient, run_id: str, bundle: Path) -> str:
+    """The address of the run's model of a bundle, models:/m-…, made of it unless it is there."""
+    from mlflow.entities import LoggedModelOutput
+
+    digest, run = digest_of(bundle), client.get_run(run_id)
+    if there := _logged(client, run, digest):
+        return f"models:/{there.model_id}"
+    content = json.loads((bundle / "bundle.json").read_bytes())
+    about = {name: run.data.tags[name] for name in ABOUT if name in run.data.tags}
+    made = client.create_logged_model(
+        run.info.experiment_id,
+        model_name(about.get("dataset", bundle.name), content),
+        run_id,
+        tags=about | {"bundle": digest, "task": content["task"]},
+        params=run.data.params,
+        model_type="image classifier",
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="arrowhead-model-") as draft:
+            write_model(bundle, Path(draft), made, run_id)
+            client.log_model_artifacts(made.model_id, str(Path(draft) / "model"))
+    except BaseException:
+        with contextlib.suppress(Exception):
+            client.finalize_logged_model(made.model_id, "FAILED")
+        raise
+    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
+    client.finalize_logged_model(made.model_id, "READY")
+    return f"models:/{made.model_id}"
+
+
+def model_name(dataset: str, content: Mapping[str, Any]) -> str:
+    """What a logged model is called: dogscats-resnet34-logistic. content: of its bundle.json."""
+    trained = content.get("lineage", {}).get("training", {}).get("head")
+    head = "logistic" if trained == "logistic" else content["head"]  # both are linear in form
+    whole = f"{dataset}-{content['recipe']['body']}-{head}"
+    return re.sub(r"[/:.%\"']", "-", whole)[:MAX_MODEL_NAME_CHARS]
+
+
+def _logged(client: MlflowClient, run: Recorded, digest: str) -> Any:
+    """The run's model of a bundle, or None."""
+    from mlflow.entities import LoggedModelStatus
+
+    for output in run.outputs.model_outputs if run.outputs else []:
+        there = client.get_logged_model(output.model_id)
+        if there.tags.get("bundle") == digest and there.status == LoggedModelStatus.READY:
+            return there
+    return None
+
+
+def make_version(
+    client: MlflowClient,
+    run_id: str,
+    bundle: Path,
+    registry: RegistryConfig,
+    say: Callable[[str], None],
+) -> str:
+    """The address of the bundle's version of a registered model, made of the run's model unless
+    it is there. LookupError if the run has no model of it.
+    """
+    name, digest = str(registry.register), digest_of(bundle)
+    version = version_of(client, name, digest)
+    if version is None:
+        model = _logged(client, client.get_run(run_id), digest)
+        if model is None:
+            raise LookupError("the run has no MLflow model of it")
+        if registered(client, name) is None:
+            client.create_registered_model(name)
+        made = client.create_model_version(
+            name,
+            # Not models:/m-…: a database would ask the process's store for it, not this one.
+            model.artifact_location,
+            run_id,
+            tags={"bundle": digest, "run_id": run_id, "model": f"models:/{model.model_id}"},
+            model_id=model.model_id,
+        )
+        version = str(made.version)
+        # As `mlflow.register_model` notes it, for the UI.
+        noted = json.loads(model.tags.get("mlflow.modelVersions", "[]"))
+        entry = json.dumps([*noted, {"name": name, "version": version}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": entry})
+    client.set_registered_model_alias(name, registry.alias, version)
+    address = f"models:/{name}/{version}"
+    say(f"registered: {address}, and as models:/{name}@{registry.alias}")
+    return address

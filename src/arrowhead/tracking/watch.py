@@ -1,0 +1,311 @@
+"""A run, watched from outside while it works: what it has recorded in MLflow so far.
+
+    Watch      finds a run in a store, by id, name or newness
+      -> look  View: its stages, how far each is, what binds it; the machine's load
+    lines      a View in words
+
+Nothing but the store is asked, so this works from any machine that reaches it, of runs on any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from time import monotonic, time
+from typing import Any
+
+from arrowhead.errors import ConfigError
+from arrowhead.features import extract
+from arrowhead.tracking import client as tracking_client
+from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.wording import counted
+
+Recorded = Any  # a run as MLflow's client gives it
+QUIET = 60.0  # seconds without news, after which a run may be dead
+STAGES = 20  # children that are shown; those of a grid come after its training
+WIDE = 12  # characters of a bar
+CODES = {"FINISHED": 0, "KILLED": 130, "FAILED": 1}
+PARENT = "mlflow.parentRunId"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One run of a command: the whole of it, or a child.
+
+    images: done, total, faults, and img/s since its start; busy: seconds by stage of the path;
+    epoch: the last, of `epochs`; stacks: part -> epoch, heads and the best figure of many heads
+    that learn at once; figures: the newest losses and metrics by name. seconds: so far.
+    """
+
+    name: str
+    status: str
+    seconds: float
+    images: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
+    epoch: int | None = None
+    epochs: int | None = None
+    stacks: dict[str, dict[str, float]] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """A run at a moment. machine: newest system metrics of the machine that drives it, by MLflow's
+    names. quiet: seconds since something in it changed, as long as it was watched.
+    """
+
+    run_id: str
+    facts: dict[str, str]
+    stages: list[Stage]
+    machine: dict[str, float]
+    quiet: float
+    trouble: str | None = None
+    """Why the store did not answer this time; the rest is of the time before."""
+
+    @property
+    def status(self) -> str:
+        """Of the whole run, in MLflow's words."""
+        return self.stages[0].status
+
+    @property
+    def running(self) -> bool:
+        """Whether it may go on."""
+        return self.status not in CODES
+
+    @property
+    def code(self) -> int:
+        """The exit code that its command had, as far as its status tells; of a running one 0."""
+        return CODES.get(self.status, 0)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"status": self.status} | dataclasses.asdict(self)
+
+
+class Watch:
+    """A run to look at. Raises ConfigError if the store cannot be read or knows no such run.
+
+    word: the run's id or its beginning, or its name (the newest that has it); None: the newest.
+    """
+
+    def __init__(self, config: TrackingConfig, word: str | None = None) -> None:
+        self._config, self._word = config, word
+        self._open = ExitStack()
+        self._view: View | None = None
+        self._changed = monotonic()
+
+    def __enter__(self) -> Watch:
+        what = f"run {self._word}" if self._word else "the newest run"
+        self._client = self._open.enter_context(tracking_client.reading(self._config, what))
+        self._run_id = _found(self._client, self._config, self._word)
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.__exit__(*error)
+
+    def look(self) -> View:
+        """The run as it is now; after the first time, as it was if the store does not answer."""
+        try:
+            made = self._look()
+        except Exception as error:
+            if self._view is None:
+                raise
+            self._view = dataclasses.replace(
+                self._view,
+                quiet=monotonic() - self._changed,
+                trouble=tracking_client.first_line(error)[:200],
+            )
+            return self._view
+        if self._view is None or _state(made) != _state(self._view):
+            self._changed = monotonic()
+        self._view = dataclasses.replace(made, quiet=monotonic() - self._changed)
+        return self._view
+
+    def _look(self) -> View:
+        run = self._client.get_run(self._run_id)
+        below = self._client.search_runs(
+            [run.info.experiment_id],
+            f"tags.`{PARENT}` = '{self._run_id}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=STAGES,
+        )
+        children = [one for one in below if one.data.tags.get("part") != "grid"]
+        metrics = run.data.metrics
+        epochs = run.data.params.get("train.epochs")
+        return View(
+            run_id=self._run_id,
+            facts={k: run.data.tags[k] for k in ("dataset", "body") if k in run.data.tags},
+            stages=[self._stage(one, epochs) for one in (run, *children)],
+            machine={k: v for k, v in metrics.items() if k.startswith("system/")},
+            quiet=0.0,
+        )
+
+    def _stage(self, run: Recorded, epochs: str | None) -> Stage:
+        metrics = run.data.metrics
+        progress = {
+            name.removeprefix("progress."): value
+            for name, value in metrics.items()
+            if name.startswith("progress.")
+        }
+        busy = {
+            name.removeprefix("seconds."): progress.pop(name)
+            for name in list(progress)
+            if name.startswith("seconds.")
+        }
+        stacks: dict[str, dict[str, float]] = {}
+        for name in [name for name in progress if "." in name]:
+            part, _, figure = name.partition(".")
+            stacks.setdefault(part, {})[figure] = progress.pop(name)
+        epoch = None
+        if "train_loss" in metrics:
+            history = self._client.get_metric_history(run.info.run_id, "train_loss")
+            epoch = max(point.step for point in history)
+        figures = ("train_loss", "valid_loss", "accuracy", "f2", "rate")
+        ended = run.info.end_time or time() * 1000
+        return Stage(
+            name=str(run.info.run_name),
+            status=str(run.info.status),
+            seconds=max(0.0, (ended - run.info.start_time) / 1000),
+            images=progress,
+            busy=busy,
+            epoch=epoch,
+            epochs=int(epochs) if epochs and epochs.isdigit() and epoch is not None else None,
+            stacks=stacks,
+            figures={name: metrics[name] for name in figures if name in metrics},
+        )
+
+
+def _state(view: View) -> Any:
+    """What changes when something happened."""
+    made = dataclasses.replace(view, quiet=0.0, trouble=None).plain()
+    for stage in made["stages"]:
+        del stage["seconds"]
+    return made
+
+
+def _found(client: Any, config: TrackingConfig, word: str | None) -> str:
+    """The id of the run that is meant."""
+    where = without_secret(config.uri)
+    experiment = client.get_experiment_by_name(config.experiment)
+    latest: list[str] = []
+    for run in _newest(client, experiment.experiment_id) if experiment else ():
+        if word is None or run.info.run_name == word or run.info.run_id.startswith(word):
+            return str(run.info.run_id)
+        latest += [f"{run.info.run_name} {run.info.run_id[:8]}"] if len(latest) < 5 else []
+    if word and word.startswith("raysubmit_"):
+        do = f"a job's log is shown by `arrowhead jobs logs {word} --follow`."
+    elif latest:
+        do = f"give one of the latest: {', '.join(latest)}."
+    else:
+        do = "give --experiment, --tracking-uri or MLFLOW_TRACKING_URI as the command has them."
+    raise ConfigError(
+        f"There is no {f'run {word!r}' if word else 'run'} in the experiment"
+        f" {config.experiment!r} of {where}.",
+        "the id of a run or its first letters, its name, or nothing for the newest.",
+        do,
+    )
+
+
+def _newest(client: Any, experiment: str) -> Iterator[Recorded]:
+    """Runs that have no parent, newest first."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            max_results=1000,
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        yield from (run for run in page if PARENT not in run.data.tags)
+        token = page.token
+        if not token:
+            return
+
+
+# ------------------------------------------------------------------------------ in words
+
+
+def lines(view: View) -> list[str]:
+    """A View for a person: the run, its stages, the machine, and what is wrong."""
+    whole = view.stages[0]
+    since = f"{'for' if view.running else 'after'} {_span(whole.seconds)}"
+    title = [f"{whole.name} {view.run_id[:8]}", f"{view.status.lower()} {since}"]
+    made = [" · ".join([*title, *view.facts.values()])]
+    wide = max(len(stage.name) for stage in view.stages)
+    for stage in view.stages:
+        made += [f"  {stage.name:<{wide}}  {words}" for words in _words(stage, stage is not whole)]
+    if view.running and view.machine:
+        made.append(f"  {'machine':<{wide}}  {_load(view.machine)}")
+    if view.trouble:
+        made.append(f"  the store does not answer: {view.trouble}")
+    if view.running and view.quiet > QUIET:
+        made.append(
+            f"  nothing new for {_span(view.quiet)}. If its process is gone, run the same command"
+            " again: it goes on where it stopped"
+        )
+    return made
+
+
+def _words(stage: Stage, child: bool) -> Iterator[str]:
+    """How far a stage is; nothing for a run that only holds others."""
+    if stage.images:
+        yield _images(stage)
+    for part, figures in stage.stacks.items():
+        named = {k: v for k, v in figures.items() if k not in ("epoch", "heads")}
+        best = "".join(f" · best {name} {value:.4f}" for name, value in named.items())
+        many = counted(round(figures["heads"]), "head")
+        yield f"{part}: epoch {figures['epoch']:.0f} · training {many}{best}"
+    if stage.epoch is not None:
+        of = f" of {stage.epochs}" if stage.epochs else ""
+        found = [f"{k.replace('_', ' ')} {v:.3g}" for k, v in stage.figures.items() if k != "rate"]
+        yield " · ".join([f"epoch {stage.epoch + 1}{of}", *found])
+    elif child and not (stage.images or stage.stacks):
+        yield f"{stage.status.lower()}, {_span(stage.seconds)}"
+
+
+def _images(stage: Stage) -> str:
+    images = stage.images
+    done, total = images.get("images", 0), images.get("total", 0)
+    rate, faults = images.get("rate", 0.0), images.get("faults", 0)
+    share = done / total if total else 1.0
+    bar = "█" * int(WIDE * share) + "░" * (WIDE - int(WIDE * share))
+    parts = [f"{bar} {done:.0f}/{total:.0f}", f"{rate:.1f} img/s"]
+    if stage.status == "RUNNING" and rate and done < total:
+        parts.append(f"{_span((total - done) / rate)} left")
+    parts += [counted(round(faults), "fault")] if faults else []
+    if stage_name := extract.binding(stage.busy):
+        part = stage.busy[stage_name] / sum(stage.busy.values())
+        parts.append(f"bound by {stage_name} ({100 * part:.0f} %)")
+    return " · ".join(parts)
+
+
+def _load(machine: Mapping[str, float]) -> str:
+    """The newest of MLflow's system metrics, those that a person asks for first."""
+    shown = []
+    for name, words in (
+        ("cpu_utilization_percentage", "processor {:.0f} %"),
+        ("system_memory_usage_percentage", "memory {:.0f} %"),
+        ("disk_usage_percentage", "disk {:.0f} % full"),
+    ):
+        value = machine.get(f"system/{name}")
+        shown += [words.format(value)] if value is not None else []
+    for name, value in sorted(machine.items()):
+        chip, _, figure = name.removeprefix("system/").partition("_utilization")
+        if chip.startswith("gpu_") and figure:
+            full = machine.get(f"system/{chip}_memory_usage_percentage")
+            memory = "" if full is None else f", memory {full:.0f} %"
+            shown.append(f"{chip.replace('_', ' ')} {value:.0f} %{memory}")
+    return " · ".join(shown)
+
+
+def _span(seconds: float) -> str:
+    """A duration as people say it."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,35 @@
+"""Out-of-fold probabilities as an Arrow file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrowhead import arrow_io
+
+
+def write_folds(path: Path, columns: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Out-of-fold probabilities as an Arrow file: path, labels, fold, probability
+    (float32 of every class, in the order of `arrowhead.classes`); notes as JSON in the metadata.
+    fold and probability are null where the fold is below 0.
+    """
+    import pyarrow as pa
+
+    chance_NC = np.ascontiguousarray(columns["probability"], np.float32)
+    flat, none_N = pa.array(chance_NC.ravel(), pa.float32()), columns["fold"] < 0
+    table = pa.table(
+        {
+            "path": pa.array(columns["path"], pa.string()),
+            "labels": pa.array([list(one) for one in columns["labels"]], pa.list_(pa.string())),
+            "fold": pa.array(columns["fold"], pa.int32(), mask=none_N),
+            "probability": pa.FixedSizeListArray.from_arrays(
+                flat, chance_NC.shape[1], mask=pa.array(none_N)
+            ),
+        }
+    )
+    marks = {f"arrowhead.{name}": json.dumps(value) for name, value in notes.items()}
+    arrow_io.write_arrow(path, table.replace_schema_metadata(marks))
