@@ -255,7 +255,10 @@ def test_a_bundle_that_gives_several_labels_is_evaluated_on_a_table_of_several(
     assert figures["f1_macro"] == pytest.approx(
         f1_score(truth, given, average="macro", zero_division=0)
     )
-    assert figures["accuracy"] == pytest.approx((truth == given).mean())
+    right = figures["accuracy_at_thresholds"]
+    assert right == pytest.approx((truth == given).mean())
+    both = f"decisions right {right:.4f} at these thresholds, {figures['accuracy']:.4f} at 0.5"
+    assert both in command.said
     assert not (tmp_path / "figures" / "confusion.png").exists()
     assert "round" in command.said and "counts as absent" not in command.said
     lines = [f"{image.absolute()},{image.parent.name}" for image in images]

@@ -128,6 +128,20 @@ def test_each_label_of_several_is_a_regression_of_its_own() -> None:
     assert np.isfinite(solved(data).epochs[0]["valid_loss"])
 
 
+def test_losses_of_several_labels_are_means_over_labels_as_everywhere() -> None:
+    from sklearn.metrics import log_loss
+
+    data = tags()
+    made = solved(data)
+    line = made.epochs[0]
+    for name, rows in (("train_loss", data.train), ("valid_loss", data.valid)):
+        found, there = probabilities(data, made, rows), data.label[rows].numpy()
+        each = [log_loss(there[:, at], found[:, at], labels=[0, 1]) for at in range(3)]
+        assert line[name] == pytest.approx(np.mean(each), abs=1e-4), name
+    assert line["cv_loss"] == pytest.approx(line["valid_loss"], abs=0.15)
+    assert line["train_loss"] < line["cv_loss"] < 0.6
+
+
 def test_the_strength_is_chosen_by_loss_on_rows_held_out() -> None:
     weak, strong = solved(clouds(400, 30, 2, 3.0)), solved(clouds(400, 30, 2, 0.0))
     assert weak.l2 is not None

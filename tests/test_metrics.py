@@ -256,7 +256,8 @@ def test_figures_of_several_labels_are_those_of_scikit_learn(
     assert found["images"] == len(label)
     nats = sk.log_loss(label.ravel(), chance.ravel(), labels=[0, 1])
     assert found["loss"] == pytest.approx(nats, rel=1e-5)
-    assert found["accuracy"] == pytest.approx((passed == label).mean())
+    assert found["accuracy_at_thresholds"] == pytest.approx((passed == label).mean())
+    assert found["accuracy"] == pytest.approx(((logit >= 0) == label).mean())
     for beta in (1, 2):
         for average in ("samples", "macro"):
             if labels == 1:  # scikit-learn takes one column for a plain yes or no
@@ -281,7 +282,7 @@ def test_without_thresholds_a_label_is_given_at_one_half() -> None:
     logit = np.array([[0.0, -0.1], [0.1, 3.0]], np.float32)
     label = np.array([[1, 0], [1, 1]], np.uint8)
     found = evaluate(logit, label, ["a", "b"])
-    assert found["accuracy"] == 1.0
+    assert found["accuracy"] == found["accuracy_at_thresholds"] == 1.0
     assert [line["threshold"] for line in found["per_class"].values()] == [0.5, 0.5]
 
 
@@ -354,6 +355,7 @@ def test_figures_that_are_not_defined_are_none_and_all_of_it_is_json() -> None:
     figures = evaluate(np.zeros((4, 3), np.float32), none, _names(3))
     assert _undefined(figures) == {"auroc", "mean_average_precision"}
     assert (figures["f2_samples"], figures["accuracy"]) == (0, 0)
+    assert figures["accuracy_at_thresholds"] == 0
     assert "loss" in _undefined(evaluate(np.zeros((0, 3)), none[:0], _names(3)))
 
 

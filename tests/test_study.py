@@ -235,7 +235,11 @@ def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
     assert result["epoch"] == int(np.argmax([line["f2"] for line in result["epochs"]]))
     heading = next(line for line in command.said.splitlines() if line.split()[:1] == ["epoch"])
     assert heading.split()[-1] == "f2"
-    assert result["metrics"]["f2_samples"] > 0.6
+    figures, kept = result["metrics"], result["epochs"][result["epoch"]]
+    assert figures["f2_samples"] > 0.6
+    assert figures["accuracy"] == pytest.approx(kept["accuracy"]), "one name, one number"
+    tuned = f"decisions right {figures['accuracy_at_thresholds']:.4f} at these thresholds"
+    assert f"{tuned}, {figures['accuracy']:.4f} at 0.5" in command.said
     made = json.loads(Path("several/bundle/bundle.json").read_text())
     assert made["task"] == "multi-label"
     assert made["thresholds"].keys() == {"baskets", "beads", "leaves", "woven"}

@@ -33,7 +33,8 @@ class Calibration:
         temperature; temperature_fitted: what was fitted, None if there were too few images;
         one label: ece, ece_low, ece_high: calibration error with the temperature that is kept, see
         `metrics.calibration_error`; ece_uncalibrated: with 1; ece_fitted: with the fitted one;
-        several: accuracy, f1 and f2 (see `metrics.evaluate`), each named ..._held_out.
+        several: accuracy_at_thresholds, f1 and f2 (see `metrics.evaluate`), each named
+        ..._held_out.
     """
 
     temperature: float
@@ -184,5 +185,5 @@ def _several(
         cut_C = metrics.thresholds(chance_NC[~held], label_NC[~held].astype(np.uint8))
         given_NC[held] = chance_NC[held] >= cut_C
     decided = metrics.evaluate(np.where(given_NC, 9.0, -9.0), label_NC, classes)
-    names = ("accuracy", "f1_samples", "f2_samples", "f1_macro", "f2_macro")
+    names = ("accuracy_at_thresholds", "f1_samples", "f2_samples", "f1_macro", "f2_macro")
     return {f"{name}_held_out": decided[name] for name in names}

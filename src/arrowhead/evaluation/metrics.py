@@ -55,9 +55,10 @@ def evaluate(
     Several labels per image; an image is given those whose sigmoid(logit / temperature) reaches the
     label's threshold, 0.5 where there are none:
         images; loss: mean binary cross entropy of all N x C decisions, of the logits as they are,
-        in nats; accuracy: share of the decisions that are right; f1_samples, f2_samples: mean over
-        images (the planet challenge's measure), f1_macro, f2_macro: mean over labels, each 0 where
-        undefined, as in scikit-learn; auroc, mean_average_precision: mean over the labels for which
+        in nats; accuracy: share of the decisions that are right at 0.5, as in the epochs of a
+        training; accuracy_at_thresholds: at the thresholds, as all that follows; f1_samples,
+        f2_samples: mean over images (the planet challenge's measure), f1_macro, f2_macro: mean over
+        labels, each 0 where undefined, as in scikit-learn; auroc, mean_average_precision: mean over the labels for which
         they are defined; per_class: precision, recall, f1, threshold and images, by label.
     """
     # Logits of a head that diverged are figures too: None.
@@ -144,10 +145,12 @@ def _several_labels(
     right_C, given_C, present_C = np.zeros((3, count), np.int64)
     right_N, given_N, present_N = np.zeros((3, rows), np.int64)
     nats_C, area_C, precision_C = np.zeros((3, count))
+    right_at_half = 0
     for here in slices(count, rows):
         z_BN = np.ascontiguousarray(logit_NC[:, here].T, np.float64)
         true_BN = np.ascontiguousarray(label_NC[:, here].T) != 0
         nats_C[here] = (np.logaddexp(0, z_BN) - z_BN * true_BN).sum(1)
+        right_at_half += int(((z_BN >= 0) == true_BN).sum())
         # As a bundle gives its probabilities, so that a decision here is a decision there.
         given_BN = (1 / (1 + np.exp(-z_BN / temperature))).astype(np.float32) >= cut_C[here, None]
         both_BN = given_BN & true_BN
@@ -165,7 +168,8 @@ def _several_labels(
     return {
         "images": rows,
         "loss": nats_C.sum() / decisions if decisions else math.nan,
-        "accuracy": 1 - wrong / decisions if decisions else math.nan,
+        "accuracy": right_at_half / decisions if decisions else math.nan,
+        "accuracy_at_thresholds": 1 - wrong / decisions if decisions else math.nan,
         "f1_samples": _mean(_f_beta(right_N, given_N, present_N, 1)),
         "f2_samples": _mean(_f_beta(right_N, given_N, present_N, 2)),
         "f1_macro": _mean(_f_beta(right_C, given_C, present_C, 1)),

@@ -210,7 +210,8 @@ def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
             tuned += f"; {figures['f2_samples_held_out']:.4f} where tuned on other parts of them"
         return (
             f"{said}F2 {figures['f2_samples']:.4f} (mean over {images} {kind} images, at {tuned}) ·"
-            f" decisions right {figures['accuracy']:.4f} · {loss}"
+            f" decisions right {figures['accuracy_at_thresholds']:.4f} at these thresholds,"
+            f" {figures['accuracy']:.4f} at 0.5 · {loss}"
         )
     right = round(figures["accuracy"] * images)
     low, high = metrics.interval(right, images)

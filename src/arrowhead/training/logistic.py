@@ -63,7 +63,8 @@ def train(
 
     `member.config.l2` is its strength; "auto" chooses it by cross-validation within
     `member.train`. Each `Trained` has one line of figures, epoch 0, as a trained head's last, with
-    `l2` and, where it was chosen, `cv_loss`, nats per image.
+    `l2` and, where it was chosen, `cv_loss`. Losses are nats per image; of several labels the mean
+    over labels, as validation's.
     """
     made = []
     for number, member in enumerate(members):
@@ -112,8 +113,8 @@ def _some(data: Data, member: Member) -> Member:
 
 def choose(problem: Problem) -> tuple[float, float, Lanes | None]:
     """The strength with the lowest log loss on rows held out, each strength at its best
-    temperature of 1/2 to 2; its mean loss there without a temperature, nats; and weights to start
-    from.
+    temperature of 1/2 to 2; its mean loss there without a temperature, nats (of several labels the
+    mean over labels); and weights to start from.
 
     At temperature 1 the log loss prefers strengths that are too strong for accuracy: a weak penalty
     makes probabilities too sure, which a temperature mends afterwards (`calibration`), but a strong
@@ -139,7 +140,7 @@ def choose(problem: Problem) -> tuple[float, float, Lanes | None]:
             worse += 1
         if worse == RISES:
             break
-    return best, plain, kept and kept.mean()
+    return best, plain / problem.labels, kept and kept.mean()
 
 
 # ------------------------------------------------------------------------------- the problem
@@ -177,6 +178,7 @@ class Problem:
         self.device, self.classes = data.feature.device, len(data.classes)
         self.multi = data.multi
         self.columns = 1 if self.classes == 2 and not self.multi else self.classes
+        self.labels = self.classes if self.multi else 1
         mean, deviation = spread(data.feature, self.rows)
         self._mean, self._deviation = mean, deviation
         views = data.feature.shape[1]
@@ -331,13 +333,15 @@ class Problem:
         return whole[0], whole[1], whole[2] @ self._axes if slope else product
 
     def losses(self, lanes: Lanes) -> Tensor:
-        """Mean loss over the training rows, without the penalty, nats, float64 (K,)."""
+        """Mean loss over the training rows (and labels, of several), without the penalty, nats,
+        float64 (K,).
+        """
         share = self._shares(self.everything()).expand(len(lanes.weight), -1)
-        return self._pass(lanes, share, slope=False)[0] / self._sum(share.sum(1))
+        return self._pass(lanes, share, slope=False)[0] / self._sum(share.sum(1)) / self.labels
 
     def held_out(self, masks: Tensor, lanes: Lanes) -> float:
-        """Mean loss, nats, of every image under the lane that has not seen it, on its clean view;
-        images that no lane held out are left out.
+        """Mean loss, nats, of every image under the lane that has not seen it, on its clean view,
+        summed over its labels; images that no lane held out are left out.
         """
         share = self._shares(~masks) * self._views
         share = share * (self._flat % self._views == 0).to(self.device)
