@@ -108,6 +108,13 @@ def test_the_runs_of_lr_find_score_and_evaluate_have_their_settings_and_data_set
     judged = command("evaluate", "out/bundle", drawn / "valid", "judged", *QUIET)
     params = client.get_run(judged["run_id"]).data.params
     assert params["bundle"] == judged["bundle_fingerprint"]
+    asked, not_asked = (client.get_run(one["run_id"]).data.metrics for one in (scored, judged))
+    assert asked["novel"] == scored["counts"]["novel"], "counted where --flag-novel asked"
+    written = json.loads(Path("judged/score.json").read_bytes())
+    assert judged["counts"]["novel"] is written["counts"]["novel"] is None
+    assert "novel" not in not_asked and not_asked["inputs"] == judged["counts"]["inputs"]
+    command("scores", "verify", "judged")
+    assert command("watch", judged["run_id"], "--no-follow")["status"] == "FINISHED"
 
 
 def test_a_model_of_logistic_regression_is_named_so(client, place, command):

@@ -32,7 +32,8 @@ class Held:
     labels: Counter[str] = field(default_factory=Counter)
     chances: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
     novelties: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
-    novel: int = 0
+    novel: int | None = None
+    """How many images are marked as novel; None where --flag-novel did not ask for marks."""
     folders: Agreement | None = None
     """How the labels agree with folders that are named after classes, if they are."""
     trained: int | None = None
@@ -98,12 +99,13 @@ def held(request: Request, bundle: Bundle) -> Held:
 
     Raises DataError unless they hold every input once, in order.
     """
-    made = Held(labels=Counter(dict.fromkeys(bundle.classes, 0)))
+    marks = request.config.flag_novel
+    made = Held(labels=Counter(dict.fromkeys(bundle.classes, 0)), novel=0 if marks else None)
     folders = _Folders(bundle.classes)
     used = Counter[int]()
     names = ["image_id", "labels" if bundle.multi else "label", "probability", "fault"]
     names += ["novelty"] if bundle.novelty else []
-    names += ["novel"] if request.config.flag_novel else []
+    names += ["novel"] if marks else []
     for columns in request.read(names):
         pairs = zip(columns["path"], columns["fault"], strict=True)
         torn = [(path, fault.partition(":")[0]) for path, fault in pairs if fault]
@@ -120,7 +122,8 @@ def held(request: Request, bundle: Bundle) -> Held:
                 folders.add(path, label)
         made.chances += np.histogram(_there(columns["probability"]), BINS)[0]
         made.novelties += np.histogram(_there(columns.get("novelty", [])), 2 * BINS)[0]
-        made.novel += sum(map(bool, columns.get("novel", [])))
+        if made.novel is not None:
+            made.novel += sum(map(bool, columns["novel"]))
     made.folders = folders.agreement() if not bundle.multi else None
     if bundle.images:
         made.trained, made.validated = used[TRAINED], used[VALIDATED]

@@ -40,7 +40,7 @@ def cut_of(loaded: Bundle, config: ScoreConfig) -> float | None:
 
 
 def say_scores(
-    means: Means, counts: dict[str, int], done: Work, loaded: Bundle, config: ScoreConfig
+    means: Means, counts: dict[str, Any], done: Work, loaded: Bundle, config: ScoreConfig
 ) -> None:
     """What a scoring came to, and what it was bound by."""
     say = means.screen.say
