@@ -71,6 +71,17 @@ def test_tables_hold_numbers_and_safe_names(tmp_path: Path) -> None:
     assert line == "0.001,'=x,0 1,0.5,,1.5,4,"
 
 
+def test_a_learning_curve_is_a_table_though_all_images_have_one_head(tmp_path: Path) -> None:
+    points = [
+        {"share": 0.5, "images": 10, "mean": 0.5, "spread": 0.1, "values": [0.4, 0.6]},
+        {"share": 1.0, "images": 20, "mean": 0.7, "spread": None, "values": [0.7]},
+    ]
+    curve = {"points": points, "figure": "accuracy"}
+    lines = figures.learning_csv(curve, tmp_path / "curve.csv").read_text().splitlines()
+    assert lines[0] == "share,images,accuracy,spread,head_0,head_1"
+    assert lines[1:] == ["0.5,10,0.5,0.1,0.4,0.6", "1.0,20,0.7,,0.7,"]
+
+
 @pytest.mark.parametrize(("heads", "words"), [(1, "mean of 1 head"), (3, "mean of 3 heads")])
 def test_a_learning_curve_counts_its_heads(heads, words):
     points = [

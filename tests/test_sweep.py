@@ -328,6 +328,29 @@ def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
     assert len(made) == 10
 
 
+def test_shares_of_logistic_regression_are_drawn_as_often_as_seeds_say() -> None:
+    data, config = _toy(1000), TrainConfig(head="logistic", l2=1.0)
+    made = learning_curve.share_members(data, config, seeds=3)
+    by_share = {
+        share: [set(one.train.tolist()) for at, one in made if at == share]
+        for share in learning_curve.SHARES
+    }
+    assert [len(sets) for sets in by_share.values()] == [3, 3, 3, 3, 1], "all images: one way"
+    for sets in list(by_share.values())[:-1]:
+        assert len({len(one) for one in sets}) == 1
+        assert all(one != other for one, other in itertools.combinations(sets, 2))
+    for small, large in itertools.pairwise(list(by_share.values())[:-1]):
+        assert all(one < other for one, other in zip(small, large, strict=True)), "nested"
+    members = [one for _, one in made]
+    heads = logistic.train(data, members)
+
+    def judge(groups: Any) -> Any:
+        return comparison.by_image(data, members, heads, groups, "accuracy")
+
+    points = learning_curve.curve(made, heads, config, judge)["points"]
+    assert all(point["spread"] is not None for point in points[:-1])
+
+
 def test_a_class_of_one_image_is_in_every_share() -> None:
     data = _toy(1000)
     data.label[data.train] = torch.where(data.label[data.train] == 2, 0, data.label[data.train])

@@ -48,7 +48,8 @@ def score(
     """Score every file of `images` (see `sources.unlabelled`) with a bundle (see `resolve.local`).
 
     Returns counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel
-    (None without --flag-novel), ignored} with inputs = scored + faults, faults by kind, labels, drift, seconds by stage.
+    (None without --flag-novel), ignored} with inputs = scored + faults, faults by kind, labels,
+    drift, seconds by stage.
     """
     with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle_format.load(path)

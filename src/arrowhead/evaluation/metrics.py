@@ -59,7 +59,8 @@ def evaluate(
         training; accuracy_at_thresholds: at the thresholds, as all that follows; f1_samples,
         f2_samples: mean over images (the planet challenge's measure), f1_macro, f2_macro: mean over
         labels, each 0 where undefined, as in scikit-learn; auroc, mean_average_precision: mean over
-        the labels for which they are defined; per_class: precision, recall, f1, threshold and images, by label.
+        the labels for which they are defined; per_class: precision, recall, f1, threshold and
+        images, by label.
     """
     # Logits of a head that diverged are figures too: None.
     with np.errstate(invalid="ignore", over="ignore"):

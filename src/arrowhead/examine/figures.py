@@ -202,12 +202,12 @@ def learning_figure(curve: dict[str, Any]) -> Figure:
 
 def learning_csv(curve: dict[str, Any], path: Path) -> Path:
     """share, images, mean, spread, then each head's figure, one line per share; the path."""
-    heads = [f"head_{i}" for i in range(len(curve["points"][0]["values"]))]
+    most = max(len(one["values"]) for one in curve["points"])
+    heads = [f"head_{i}" for i in range(most)]
     with spreadsheet.writing(path, ["share", "images", curve["figure"], "spread", *heads]) as sheet:
         for one in curve["points"]:
-            sheet.row(
-                [*(one[key] for key in ("share", "images", "mean", "spread")), *one["values"]]
-            )
+            figures = [one[key] for key in ("share", "images", "mean", "spread")]
+            sheet.row([*figures, *one["values"], *[None] * (most - len(one["values"]))])
     return path
 
 

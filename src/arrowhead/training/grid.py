@@ -42,7 +42,8 @@ class SweepConfig:
     learning_curve: bool = False
     """Also train on 5, 10, 20, 50 and 100 % of the images: would more of them help?"""
     curve_seeds: int = 3
-    """Heads per share of the learning curve."""
+    """Heads per share of the learning curve, each with another seed; of logistic regression each
+    with other images, but one with all of them."""
 
     def __post_init__(self) -> None:
         if self.folds < 0 or self.folds == 1 or self.folds > 100:

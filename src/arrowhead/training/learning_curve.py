@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arrowhead.training import comparison, cross_validation, grid
 from arrowhead.training.config import TrainConfig
@@ -21,9 +22,31 @@ def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[flo
     """Heads on growing shares of the training images, each share containing the one before, with
     every class alike and present; all take the same number of steps. Shares without two images or
     without one of each class are left out. config: with a learning rate.
+
+    Heads of one share differ by their seeds. In logistic regression nothing is drawn: there they
+    differ by their images, and all images have one head.
     """
+    if config.head == "logistic":
+        draws = [_shares(data, draw) for draw in range(seeds)]
+        return [
+            (share, Member(config=config, rate=0.0, train=rows, valid=data.valid))
+            for share in SHARES
+            if all(share in one for one in draws)
+            for rows in [one[share] for one in (draws if share < 1 else draws[:1])]
+        ]
     rate = cross_validation.rate_of(config)
-    seeds = 1 if config.head == "logistic" else seeds  # nothing in it is drawn
+    members = []
+    for share, rows in _shares(data, 0).items():
+        for seed in range(seeds):
+            one = replace(config, seed=config.seed + seed)
+            members.append((share, Member(config=one, rate=rate, train=rows, valid=data.valid)))
+    return members
+
+
+def _shares(data: Data, draw: int) -> dict[float, NDArray[np.int64]]:
+    """Nested rows of the training images by share, see `share_members`. Draw 0 takes each class in
+    an order of contents, others in an order drawn from that one.
+    """
     label = data.label[data.train].cpu().numpy()
     place = np.empty(len(label))
     stratum = cross_validation.stratum(label)
@@ -31,18 +54,17 @@ def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[flo
         order = np.argsort(
             cross_validation.mixed(data.key[data.train[rows]], "shares"), kind="stable"
         )
+        if draw:
+            order = np.random.default_rng(draw).permutation(order)
         place[rows[order]] = (np.arange(len(rows)) + 0.5) / len(rows)
         place[rows[order[0]]] = 0  # every share has one
-    made = []
+    made = {}
     for share in SHARES:
         rows = data.train[place < share]
         there = label[place < share]
         seen = there.any(0).sum() if data.multi else len(np.unique(there))
-        if len(rows) < 2 or seen < len(data.classes):
-            continue
-        for seed in range(seeds):
-            one = replace(config, seed=config.seed + seed)
-            made.append((share, Member(config=one, rate=rate, train=rows, valid=data.valid)))
+        if len(rows) >= 2 and seen == len(data.classes):
+            made[share] = rows
     return made
 
 
