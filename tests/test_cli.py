@@ -238,6 +238,36 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
 
 
 @pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--heed", "--head"),
+        ("--heed=lesson", "--head"),
+        ("--sede", "--seed"),
+        ("--eed", "--seed"),
+        ("--epoch", "--epochs"),
+        ("--batch", "--batch-size"),
+        ("--val-share", "--valid-share"),
+        ("--store", None),
+        ("--prefix", None),
+        ("--test", None),
+        ("--xyz", None),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_near_one_and_with_none_where_none_is_near(
+    refused, typed, meant
+):
+    found, _, _ = refused("fit", "photos", "out", typed, "x")
+    suggestion = f" Did you mean {meant}?" if meant else ""
+    assert found == f"arrowhead: Unknown option: {typed.partition('=')[0]}.{suggestion}"
+
+
+def test_an_unknown_key_of_a_config_file_is_answered_with_the_near_one(refused):
+    Path("mine.toml").write_text("[train]\nheed = 'lesson'\n")
+    found, _, _ = refused("--config", "mine.toml", "train", "store", "bundle")
+    assert "heed" in found and found.endswith("Did you mean head?")
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["lr-find", "store", "--rate", "0.1"],

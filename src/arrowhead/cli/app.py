@@ -9,12 +9,20 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from cyclopts import App, Argument, ArgumentCollection, Group, Parameter
+from cyclopts import (
+    App,
+    Argument,
+    ArgumentCollection,
+    CycloptsError,
+    Group,
+    Parameter,
+    UnknownOptionError,
+)
 from cyclopts.config import Toml
 
 from arrowhead import __version__
@@ -275,6 +283,39 @@ def _must_name_verbs(config: Path, tables: dict[str, Any]) -> None:
 def verb_in(words: list[str]) -> str:
     """The verb among `words` and a blank, if there is one."""
     return next((f"{word} " for word in words if word in app and not word.startswith("-")), "")
+
+
+def near_flag(name: str, flags: Iterable[str]) -> str | None:
+    """The flag that may be meant by a name, both without dashes; None where nothing is near.
+
+    By the letters that both have in order (difflib), 0 to 1. The first letter is seldom mistyped:
+    it counts as 0.1, and near is above 0.75.
+    """
+
+    def score(flag: str) -> tuple[float, int]:
+        likeness = difflib.SequenceMatcher(None, name, flag, autojunk=False).ratio()
+        return likeness + 0.1 * (name[:1] == flag[:1]), -abs(len(flag) - len(name))
+
+    best = max(sorted(flags), key=score, default=None)
+    return best if best is not None and score(best)[0] > 0.75 else None
+
+
+def not_understood(error: CycloptsError) -> str:
+    """What cyclopts could not parse, in words. Of an unknown flag with our own suggestion: cyclopts
+    counts the dashes as letters, so that short flags look alike.
+    """
+    words = str(error)
+    if not isinstance(error, UnknownOptionError) or "Did you mean to" in words:
+        return words
+    words = words.partition(" Did you mean ")[0]
+    typed = (error.token.keyword or error.token.value).partition("=")[0]
+    dashes = "--" if typed.startswith("--") else ""
+    if not dashes and not typed.startswith("["):  # "[name]" is a key of --config
+        return words
+    known = {name for one in error.argument_collection if one.parse for name in one.names}
+    flags = {name[2:] for name in known if name.startswith("--")}
+    near = near_flag(typed.strip("-[]"), flags)
+    return words if near is None else f"{words} Did you mean {dashes}{near}?"
 
 
 def refuse(found: str, wanted: str, do: str, code: int = 2) -> int:

@@ -16,7 +16,17 @@ from typing import Annotated
 from cyclopts import CycloptsError, Parameter
 
 from arrowhead.cli import artifacts, cluster, demo, inference, train
-from arrowhead.cli.app import answer_must_be_taken, app, finish, give, given, me, refuse, verb_in
+from arrowhead.cli.app import (
+    answer_must_be_taken,
+    app,
+    finish,
+    give,
+    given,
+    me,
+    not_understood,
+    refuse,
+    verb_in,
+)
 from arrowhead.cli.options import Out, Output, Watched, WatchedTracking
 from arrowhead.cli.screen import Screen
 from arrowhead.errors import ConfigError, DataError, LostError, Refusal
@@ -123,7 +133,9 @@ def _run(words: list[str]) -> int:
     except CycloptsError as error:
         wanted = "a verb, its arguments and its flags, as --help lists them."
         # The word that is not understood may be an address.
-        code = refuse(without_secret(str(error)), wanted, f"run {me()} {verb_in(words)}--help.")
+        code = refuse(
+            without_secret(not_understood(error)), wanted, f"run {me()} {verb_in(words)}--help."
+        )
     except LostError as error:
         refuse(error.found, error.wanted, error.do)
         if sys.stdout:
