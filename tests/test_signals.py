@@ -162,6 +162,66 @@ def test_a_step_that_must_be_whole_is_finished_before_the_interrupt():
     assert process.returncode == 0
 
 
+def test_a_step_that_takes_too_long_is_interrupted_all_the_same():
+    program = """
+import os, signal, time
+from arrowhead.runtime import signals
+with signals.stops():
+    try:
+        with signals.deferred(0.3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            print("waited")
+            time.sleep(60)
+    except KeyboardInterrupt as error:
+        signals.handled()
+        print(f"caught {error}")
+    time.sleep(0.5)
+    print("once")
+"""
+    assert caught(program) == "waited\ncaught SIGTERM\nonce\n"
+
+
+def test_a_library_that_starts_replaces_no_handler_and_its_alarm_ends_nothing():
+    program = """
+import ctypes, os, signal, sys, time
+from arrowhead.runtime import signals
+with signals.stops():
+    try:
+        with signals.kept():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray's Python
+            ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))  # as its C++
+            signal.alarm(1)
+            time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt as error:
+        print(f"caught {error}")
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+"""
+    assert caught(program) == "caught SIGTERM\n"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_libraries_end_leaves_the_exit_code_and_no_traceback(stop):
+    program = f"""
+import atexit, os, sys, time
+from arrowhead.runtime import signals
+def slow():
+    print("ending", flush=True)
+    os.kill(os.getpid(), {int(stop)})
+    time.sleep(60)
+atexit.register(slow)
+print("written")
+signals.ends(130)
+sys.exit(130)
+"""
+    words = [sys.executable, "-c", program]
+    ended = subprocess.run(words, text=True, capture_output=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "written\nending\n", "")
+
+
 def caught(program: str) -> str:
     """What a program prints that ends by a signal which it sends to itself."""
     words = [sys.executable, "-c", program]

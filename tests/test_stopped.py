@@ -1,12 +1,16 @@
-"""What a stopped extraction leaves behind, and how it goes on (`make test-slow`)."""
+"""What a stopped command leaves behind, and how it goes on (`make test-slow`)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +68,127 @@ def test_an_extraction_that_ctrl_c_and_kill_9_stopped_ends_with_the_same_bytes(
     assert {shard.name for shard in done} < {shard.name for shard in shards.glob("*.arrow")}
     for name in ("manifest.json", *(f"shards/{file.name}" for file in shards.glob("*.arrow"))):
         assert (tmp_path / "stopped" / name).read_bytes() == (whole / name).read_bytes()
+
+
+# ------------------------------------------------------------------------- two workers on a Ray
+
+SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+CHUNKS = ["--chunk-size", "8"]
+SECONDS = 40  # from a signal to the end; 4 to 10 where nothing else runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a tracking store, and commands of two workers in it."""
+
+    folder: Path
+
+    def start(self, *words: object) -> subprocess.Popen[str]:
+        """A command with a Ray of its own, as a terminal starts it."""
+        env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        return forks.Popen(
+            [sys.executable, "-m", "arrowhead", *map(str, words), "--workers", "2"],
+            cwd=self.folder,
+            env=env | {"STOPPED_FOLDER": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def processes(self) -> dict[int, str]:
+        """Command lines, by process id, of what the commands have started."""
+        mark, found = f"STOPPED_FOLDER={self.folder}\0".encode(), {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(entry.name)] = line.decode(errors="replace")
+        return found
+
+    def stop(
+        self, command: subprocess.Popen[str], blow: signal.Signals, there: Callable[[], object]
+    ) -> str:
+        """Stop a command when something is there; what it said. It leaves no process behind."""
+        until = time.monotonic() + 300
+        while command.poll() is None and not there():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert command.poll() is None, command.communicate()
+        command.send_signal(blow)
+        _, said = command.communicate(timeout=SECONDS)
+        assert command.returncode == 130, said
+        assert "Run the same command again" in said
+        assert "Traceback" not in said
+        until = time.monotonic() + 5  # what was killed takes a moment
+        while left := self.processes():
+            assert time.monotonic() < until, left
+            time.sleep(0.1)
+        return said
+
+    def runs(self, verb: str) -> list[str]:
+        """How the runs of a verb and their children ended, the oldest first."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
+        experiment = client.get_experiment_by_name("arrowhead")
+        found = client.search_runs([experiment.experiment_id], order_by=["start_time"])
+        return [run.info.status for run in found if run.info.run_name == verb]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tracked: Callable[[Path], Path]) -> Iterator[Place]:
+    made = Place(tracked(tmp_path))
+    yield made
+    for pid in made.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_there(place: Place, word: str) -> Callable[[], bool]:
+    return lambda: any(word in line for line in place.processes().values())
+
+
+def test_two_workers_that_are_stopped_while_ray_starts_and_while_they_decode_go_on(place, drawn):
+    words = ["precompute", drawn, "store", *SMALL, *CHUNKS]
+    shards = place.folder / "store" / "shards"
+    said = place.stop(place.start(*words), signal.SIGTERM, is_there(place, "/raylet/raylet "))
+    assert "interrupted by SIGTERM" in said
+    assert place.runs("precompute") == ["KILLED"]
+    place.stop(place.start(*words), signal.SIGINT, lambda: list(shards.glob("*.arrow")))
+    assert place.runs("precompute") == ["KILLED", "KILLED"]
+    done = len(list(shards.glob("*.arrow")))
+    assert done
+    again = finish(place.start(*words, "--json"))
+    assert again["counts"]["skipped"] >= done
+    assert again["counts"]["decoded"] + again["counts"]["reused"] == 72
+    assert place.runs("precompute") == ["KILLED", "KILLED", "FINISHED"]
+
+
+def test_two_workers_that_are_stopped_while_they_train_go_on_in_the_same_run(place, drawn, command):
+    command("precompute", drawn, place.folder / "store", *SMALL)
+    words = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
+    words += ["--checkpoint-seconds", "0"]
+
+    def kept() -> set[str]:
+        return {path.name for path in (place.folder / ".b.training").rglob("heads-*")}
+
+    place.stop(place.start(*words), signal.SIGTERM, kept)
+    first = kept()
+    assert first
+    before = place.runs("train")
+    assert {*before} == {"KILLED"}
+    place.stop(place.start(*words), signal.SIGHUP, lambda: kept() - first)
+    assert max(kept()) > max(first)
+    assert place.runs("train") == before
+
+
+def test_two_workers_that_are_stopped_while_they_score_go_on(place, drawn, bundled):
+    words = ["score", bundled(), drawn, "scores", *CHUNKS]
+    parts = place.folder / "scores" / "parts"
+    place.stop(place.start(*words), signal.SIGTERM, lambda: list(parts.glob("part-*")))
+    done = len(list(parts.glob("part-*")))
+    assert done
+    assert place.runs("score") == ["KILLED"]
+    again = finish(place.start(*words, "--json"))
+    assert again["counts"]["skipped"] >= done
+    assert place.runs("score") == ["KILLED", "FINISHED"]

@@ -222,6 +222,23 @@ def test_what_of_the_mlflow_store_nobody_may_see_is_not_sent(monkeypatch, uri, s
     assert "secret" not in str(refusal.value).lower()
 
 
+def test_a_job_that_is_told_to_end_has_time_to_end_its_mlflow_run(monkeypatch):
+    from ray.dashboard.modules.job import job_supervisor
+
+    sent: dict[str, Any] = {}
+
+    class Client:
+        def submit_job(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+            sent.update(runtime_env["env_vars"])
+            return "raysubmit_1"
+
+    monkeypatch.setattr(jobs, "_client", lambda cluster: contextlib.nullcontext(Client()))
+    jobs.submit(AWAY, ["doctor"], folder=None, variables={"MLFLOW_TRACKING_URI": "sqlite://"})
+    assert sent == {"RAY_JOB_STOP_WAIT_TIME_S": "30", "MLFLOW_TRACKING_URI": "sqlite://"}
+    read = Path(job_supervisor.__file__).read_text()
+    assert '"RAY_JOB_STOP_WAIT_TIME_S"' in read
+
+
 def test_the_address_of_the_mlflow_store_reaches_the_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert cli_cluster._needs(cli_cluster.understood(TRAIN))[1] == {

@@ -113,6 +113,8 @@ def main(words: list[str] | None = None) -> None:
     signals.lossy_output()
     with signals.stops():
         code = _run(sys.argv[1:] if words is None else words)
+    if words is None:
+        signals.ends(code)
     sys.exit(code)
 
 

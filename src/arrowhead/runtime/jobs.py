@@ -38,6 +38,7 @@ from arrowhead.runtime.ray_cluster import token_file
 HERE = "http://127.0.0.1:8265"
 LARGEST = 50_000_000  # bytes; the package is under 1 MB, so more is a mistake that Ray would carry
 PATIENCE = 10.0  # seconds for one small request
+STOP_SECONDS = 30  # from a job's SIGTERM to its SIGKILL: Ray's own 3 may not end an MLflow run
 RETRIES = 5  # of a log that broke off, one second apart, then two, …
 FINISHED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
@@ -321,7 +322,8 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="arrowhead-job-") as draft:
         size = _pack(Path(draft), config)
         with _client(cluster) as client:
-            runtime = {"working_dir": draft, "env_vars": variables or {}}
+            patience = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+            runtime = {"working_dir": draft, "env_vars": patience | (variables or {})}
             job_id = client.submit_job(entrypoint=line, runtime_env=runtime)
     return str(job_id), size
 

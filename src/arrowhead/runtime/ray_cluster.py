@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from arrowhead.errors import ConfigError
-from arrowhead.runtime import ray_private
+from arrowhead.runtime import ray_private, signals
+
+START_SECONDS = 20.0  # an interrupt waits until Ray has started, for so long at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,13 +99,15 @@ def connect(config: LaunchConfig) -> None:
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # for Ray's processes and all of theirs
     try:
-        ray.init(
-            address=address or "local",
-            job_config=ray_private.nothing_from_our_folder(),
-            log_to_driver=False,  # workers report through the desk; Ray's own lines drown it
-            logging_level="warning",
-            **({} if address else own | {"include_dashboard": False}),
-        )
+        # Interrupted half way, Ray aborts this process or leaves its agents behind for a minute.
+        with signals.deferred(START_SECONDS), signals.kept():
+            ray.init(
+                address=address or "local",
+                job_config=ray_private.nothing_from_our_folder(),
+                log_to_driver=False,  # workers report through the desk; Ray's own lines drown it
+                logging_level="warning",
+                **({} if address else own | {"include_dashboard": False}),
+            )
     except ConnectionError as error:
         raise _no_cluster(str(address), error) from error
     except Exception as error:  # of many kinds, according to which process is missing

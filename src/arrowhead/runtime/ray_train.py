@@ -17,7 +17,7 @@ from typing import Any
 
 from arrowhead import fileio
 from arrowhead.errors import ConfigError
-from arrowhead.runtime import health, ray_cluster, ray_private, signals
+from arrowhead.runtime import health, ray_cluster, ray_private
 from arrowhead.runtime.health import Lookout
 from arrowhead.runtime.meters import Meters
 from arrowhead.runtime.ray_cluster import LaunchConfig
@@ -71,8 +71,7 @@ def on_ray(
             left.remove(report["task"])
         listen(report)
 
-    with signals.kept():  # Ray sets its own
-        ray_cluster.connect(config)
+    ray_cluster.connect(config)
     lookout, restarts = Lookout(config, hear), 0
     while True:
         try:

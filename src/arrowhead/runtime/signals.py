@@ -2,7 +2,9 @@
 
     stops          SIGTERM and SIGHUP interrupt like Ctrl-C, while the block lasts
     deferred       none of them inside a step that must not be left half done
+    kept           a library sets none of its own
     handled        the interrupt was caught on purpose
+    ends           the command is over: from here on each ends the process at once
     lossy_output   a closed pipe or a full disk under the log costs the log, not the work
 
 Kubernetes, SLURM, systemd and Ray's `jobs stop` send SIGTERM and wait some seconds before they
@@ -20,6 +22,7 @@ import _thread
 import contextlib
 import errno
 import io
+import math
 import os
 import signal
 import sys
@@ -28,13 +31,20 @@ import weakref
 from collections.abc import Iterator
 from time import monotonic, sleep
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 SAME_SECONDS = 1.0  # `timeout`, systemd and others send two signals for one request to end
 INTERRUPTED = 130  # exit code
+USUAL = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
+STOPPING = tuple(USUAL)
+ALARM_SECONDS = 0.5
 RETRY_SECONDS = 0.01
 MAX_WAIT_SECONDS = 2.0  # for code that holds a lock: it may itself wait for a pipe that is full
 # Modules whose functions take locks for themselves, but for the calls that wait for something else.
@@ -54,6 +64,7 @@ class _State:
         self.first: float | None = None  # when the first SIGTERM or SIGHUP came
         self.deferred = 0  # depth of `deferred` blocks
         self.waiting: int | None = None  # the signal that came inside one
+        self.deferred_until = 0.0  # when it interrupts all the same
         self.again = False  # the next signal is our own, for one that came before
         self.tries_until = 0.0  # from then on, the interrupt is raised wherever the thread is
 
@@ -76,11 +87,7 @@ def stops() -> Iterator[None]:
     _state = _State()
     _state.active = True
     before = {}
-    for number, usual in (
-        (signal.SIGTERM, signal.SIG_DFL),
-        (signal.SIGHUP, signal.SIG_DFL),
-        (signal.SIGINT, signal.default_int_handler),
-    ):
+    for number, usual in USUAL.items():
         if signal.getsignal(number) is usual:
             before[number] = signal.signal(number, _interrupt)
     show_unraisable = sys.unraisablehook
@@ -114,8 +121,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
                 return
             _state.first = monotonic()
         _state.tries_until = monotonic() + MAX_WAIT_SECONDS
-    if _state.deferred:
+    if _state.deferred and (left := _state.deferred_until - monotonic()) > 0:
         _state.waiting = number
+        if not ours and left < math.inf:
+            _thread.start_new_thread(_send_late, (_state, number, left))
     elif _holds_a_lock(frame) and monotonic() < _state.tries_until:
         _thread.start_new_thread(_send_again, (_state, number, None))
     else:
@@ -123,6 +132,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _raise(number: int) -> None:
+    _state.waiting = None
     interrupted = Interrupted(signal.Signals(number).name)
     seen = weakref.ref(interrupted)
     # Not a threading.Thread, whose start takes locks that the interrupted code may hold.
@@ -155,40 +165,78 @@ def _send_again(state: _State, number: int, seen: weakref.ref[Interrupted] | Non
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
+def _send_late(state: _State, number: int, seconds: float) -> None:
+    """In a thread: interrupt a `deferred` block that is not over after so many seconds."""
+    sleep(seconds + RETRY_SECONDS)
+    if state.active and state is _state and state.waiting:
+        state.again = True
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """A short step that is done whole: a signal that comes inside interrupts at its end."""
+def deferred(seconds: float = math.inf) -> Iterator[None]:
+    """A short step that is done whole: a signal that comes inside interrupts at its end, or when
+    the step has lasted for so many seconds.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = _state.deferred_until
+    _state.deferred_until = max(before, monotonic() + seconds)
     _state.deferred += 1
     try:
         yield
     finally:
         _state.deferred -= 1
+        _state.deferred_until = before
     if not _state.deferred and _state.waiting:
-        number, _state.waiting = _state.waiting, None
-        _raise(number)
+        _raise(_state.waiting)
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Keeps this process's handlers through code that sets others, such as `ray.init`; a SystemExit
-    that such a handler of SIGTERM raised inside is an interrupt.
+    """Keeps this process's handlers through code that sets others, such as `ray.init`.
+
+    Ray's C++ puts one of its own over that of SIGTERM. Until it is taken off again, a SIGTERM sets
+    an alarm that aborts the process after three seconds: it is cancelled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
-    before = {number: signal.getsignal(number) for number in numbers}
+    usual, over = signal.signal, threading.Event()
+
+    def other(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in STOPPING else usual(number, handler)
+
+    def no_alarm() -> None:
+        while not over.wait(ALARM_SECONDS):
+            signal.alarm(0)
+
+    if _state.active:
+        threading.Thread(target=no_alarm, daemon=True).start()
+    signal.signal = other  # type: ignore[assignment]
     try:
         yield
-    except SystemExit as error:
-        raise Interrupted(signal.SIGTERM.name) from error
     finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is not handler:
+        signal.signal = usual
+        for number in STOPPING:
+            if (handler := signal.getsignal(number)) is not None:
                 signal.signal(number, handler)
+        over.set()
+        if _state.active:
+            signal.alarm(0)
+
+
+def ends(code: int) -> None:
+    """The command is over, with this exit code: while libraries end theirs, which takes Ray some
+    seconds, SIGTERM, SIGHUP and Ctrl-C end the process at once with the same code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    for number, usual in USUAL.items():
+        if signal.getsignal(number) is usual:
+            signal.signal(number, lambda *_: os._exit(code))
 
 
 # ----------------------------------------------------------------------------------- output
