@@ -208,6 +208,18 @@ def test_images_that_were_trained_on_are_counted_and_left_out_of_the_figure_to_t
     assert "WARNING" not in command.said
 
 
+def test_images_that_all_validated_are_said_to_be_so_in_one_line(
+    command: Any, tmp_path: Path
+) -> None:
+    figures = command("evaluate", "out/bundle", "photos/valid", tmp_path / "a")["metrics"]
+    assert (figures["trusted_images"], figures["trusted"]) == ("validation", None)
+    told = [line for line in command.said.splitlines() if "validated" in line]
+    assert len(told) == 1 and "with all of these images, not trained on them" in told[0]
+    command("score", "out/bundle", "photos/valid", tmp_path / "b")
+    there = figures["images"]
+    assert f"WARNING: the bundle was validated with {there} of these images:" in command.said
+
+
 def test_a_bundle_that_does_not_say_what_it_was_trained_on_is_said_so(
     command: Any, bundled: Bundled, tmp_path: Path
 ) -> None:

@@ -112,6 +112,11 @@ def test_folds_and_learning_curve_use_the_settings_of_the_head_that_is_kept(stor
     folds = polars.read_ipc(searched["folds"]["file"])
     told = ["--rate", 0.01, "--weight-decay", 0.5, "--dropout", 0.3, "--seed", 1]
     asked = command("train", store, "asked", *told, *also)
+    parts = {
+        line.split(" · ")[0]: line for line in command.said.splitlines() if "training " in line
+    }
+    for part in ("folds", "learning-curve"):
+        assert "best" not in parts[part], "the best of these heads says nothing"
     assert searched["rate"] == 0.01
     assert searched["folds"]["figures"] == asked["folds"]["figures"]
     assert folds.equals(polars.read_ipc(asked["folds"]["file"]))

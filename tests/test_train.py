@@ -186,6 +186,16 @@ def test_a_class_without_images_to_learn_from_is_named() -> None:
         Data.of((feature, some), (feature, some), ["ant", "bee", "cat"])
     with pytest.raises(ConfigError, match="validation split has no readable image"):
         Data.of((feature, some % 2 + some // 2), (feature[:0], none), ["ant", "bee"])
+    copies = Data(
+        feature=Held(torch.zeros(6, 1, 2)),
+        label=torch.tensor([0, 0, 0, 1, 1, 1]),
+        key=np.array([7, 7, 7, 8, 8, 8], np.uint64),
+        train=np.arange(6),
+        valid=none,
+        classes=["ant", "bee"],
+    )
+    with pytest.raises(ConfigError, match=r"copies of one \(6 images, 2 different\)"):
+        copies.must_teach()
     several = np.array([[1, 0], [1, 0], [0, 0], [1, 0]], np.uint8)
     with pytest.raises(ConfigError, match="of bee"):
         Data.of((feature, several), (feature, several), ["ant", "bee"])

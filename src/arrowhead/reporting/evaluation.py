@@ -131,20 +131,31 @@ def say_used(figures: Mapping[str, Any], screen: Screen) -> None:
         return
     if kind == "all":
         return
-    screen.say(
-        f"WARNING: the bundle was trained on {used['trained_on']} of these images and validated"
-        f" with {used['validated']}: the figures of all of them are too good"
-    )
     if kind == "none":
-        screen.say("it was trained on all of them: nothing here says how good it is on others")
+        screen.say(
+            "WARNING: the bundle was trained on all of these images: nothing here says how good it"
+            " is on others"
+        )
+    elif trusted is None:
+        screen.say(
+            "the bundle was validated with all of these images, not trained on them: its settings"
+            " and temperature were chosen on them"
+        )
     else:
+        words = used_words(used["trained_on"], used["validated"])
+        screen.say(f"WARNING: the bundle was {words}: the figures of all of them are too good")
         what = "new" if kind == "new" else "validation"
-        words = "it has not seen" if kind == "new" else "it was validated, not trained, with"
-        if trusted is None:
-            screen.say(f"all are images that {words}: rate and temperature were chosen on them")
-        else:
-            screen.say(f"the figure to trust, of the images {words}:")
-            screen.say(evaluation(trusted, what))
+        whose = "it has not seen" if kind == "new" else "it was validated, not trained, with"
+        screen.say(f"the figure to trust, of the images {whose}:")
+        screen.say(evaluation(trusted, what))
+
+
+def used_words(trained: int, validated: int) -> str:
+    """What a bundle was made of some images by; of each how many, where there are any."""
+    both = (("trained on", trained), ("validated with", validated))
+    parts = [f"{what} {count}" for what, count in both if count]
+    parts[0] += " of these images"
+    return " and ".join(parts)
 
 
 def previous(out: Path, means: Means) -> Path | None:

@@ -74,9 +74,9 @@ def say_folders(held: Held, screen: Screen) -> None:
             f" agree ({percent(found.right, found.images)})"
         )
     if held.trained or held.validated:
+        words = evaluation.used_words(held.trained or 0, held.validated or 0)
         screen.say(
-            f"WARNING: the bundle was trained on {held.trained} of these images and validated with"
-            f" {held.validated}: how well it does on them says little about others"
+            f"WARNING: the bundle was {words}: how well it does on them says little about others"
         )
     elif held.trained is None and found:
         screen.say(

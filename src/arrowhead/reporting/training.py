@@ -96,15 +96,15 @@ class Told:
         last = epoch + 1 == config.total_epochs
         if last or epoch == 0 or monotonic() - self._said > 2:
             self._said = monotonic()
-            name = grid.figure(config)
-            pick = min if name == "valid_loss" else max
-            best = pick(line[name] for line in lines.values())
             at = "" if config.head == "logistic" else f"epoch {epoch} · "
-            screen.say(
-                f"{part} · {at}training {counted(len(lines), 'head')} · best {name} {best:.4f}"
-            )
+            words, figures = "", {"epoch": float(epoch), "heads": float(len(lines))}
+            if part == "heads":  # the best fold, or share of the images, says nothing
+                name = grid.figure(config)
+                pick = min if name == "valid_loss" else max
+                figures[name] = pick(line[name] for line in lines.values())
+                words = f" · best {name} {figures[name]:.4f}"
+            screen.say(f"{part} · {at}training {counted(len(lines), 'head')}{words}")
             if self._means.run:
-                figures = {"epoch": epoch, "heads": len(lines), name: best}
                 found = {f"progress.{part}.{k}": v for k, v in figures.items()}
                 self._means.run.record(found, step=epoch)
 

@@ -105,6 +105,8 @@ class Data:
             label = self.label[rows].cpu().numpy()
             seen = np.flatnonzero(label.any(0)) if self.multi else label
             absent = sorted(set(range(len(self.classes))) - set(seen.tolist()))
+            if split == "validation" and len(label) == 0:
+                self._must_have_different_images()
             if len(label) == 0 or (absent and split == "training"):
                 raise ConfigError(
                     f"The {split} split has no readable image"
@@ -113,6 +115,22 @@ class Data:
                     "add images, or hold out another share (--valid-share).",
                 )
         return self
+
+    def _must_have_different_images(self) -> None:
+        """ConfigError where no class has two of them: then no share of the images can validate, as
+        copies of one image stay together.
+        """
+        label, key = self.label[self.train].cpu().numpy(), self.key[self.train]
+        hot = label > 0 if self.multi else label[:, None] == np.arange(len(self.classes))
+        if all(len(np.unique(key[has])) < 2 for has in hot.T):
+            raise ConfigError(
+                "No image can be held out for validation: of the images that can be read, those of"
+                f" each class are copies of one ({len(key)} images, {len(np.unique(key))}"
+                " different).",
+                "two different images or more of some class (better 20 of each): copies of one stay"
+                " together.",
+                "add other images.",
+            )
 
 
 def spread(feature: Held | Mapped, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
