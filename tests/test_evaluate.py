@@ -213,7 +213,7 @@ def test_images_that_all_validated_are_said_to_be_so_in_one_line(
 ) -> None:
     figures = command("evaluate", "out/bundle", "photos/valid", tmp_path / "a")["metrics"]
     assert (figures["trusted_images"], figures["trusted"]) == ("validation", None)
-    told = [line for line in command.said.splitlines() if "validated" in line]
+    told = [line for line in command.said.splitlines() if "the bundle was" in line]
     assert len(told) == 1 and "with all of these images, not trained on them" in told[0]
     command("score", "out/bundle", "photos/valid", tmp_path / "b")
     there = figures["images"]
