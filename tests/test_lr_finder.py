@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from arrowhead import ConfigError
 from arrowhead.examine import figures
+from arrowhead.training import lr_finder
 from arrowhead.training.batches import Team
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, Held, Member
@@ -411,6 +412,18 @@ def _curve() -> Curve:
     seeds = np.stack([_valley(tested), _valley(tested * 1.5)])
     seeds[0, 90:] = np.nan
     return suggest(tested, seeds, seeds * 1.1)
+
+
+def test_suggestions_three_decades_apart_are_not_called_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, finder = _data(100, width=64, classes=3, apart=1), FinderConfig(steps=40)
+    near = find(data, TrainConfig(), finder)
+    assert near.words.startswith("good: seeds agree, and all suggestions lie within a factor of ")
+    monkeypatch.setattr(lr_finder, "WIDE", near.span)
+    assert find(data, TrainConfig(), finder).verdict == "rules differ"
+    wide = replace(near, suggestions={"valley": 1e-4, "slide": 0.2}, verdict="rules differ")
+    assert wide.words == "rules differ: seeds agree, but suggestions lie a factor of 2,000 apart"
 
 
 def test_the_figure_shows_verdict_and_every_suggestion_in_places_that_do_not_meet() -> None:

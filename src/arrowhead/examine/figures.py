@@ -56,7 +56,7 @@ def lr_figure(curve: Curve) -> Figure:
     above.set_ylim(len(names) - 0.4, -0.6)
     for label, name in zip(above.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name == curve.chosen else "normal")
-    above.set_title(f"LR finder: {curve.verdict}")
+    above.set_title(f"LR finder: {curve.words}")
     _losses(below, curve)
     above.set(xscale="log", xlim=(curve.rates[0], curve.rates[-1]))
     below.set(xlabel="learning rate", ylabel=f"loss (nats), mean of {len(curve.losses)}")

@@ -180,7 +180,7 @@ def say_rates(curve: Curve, screen: Screen) -> None:
             f"{name} {rate:.2g}" + ("" if spread is None else f" ({words.format(spread)})")
         )
         words = words if spread is None else "factor {:.2g}"  # said once
-    screen.say(f"learning rate: {' · '.join(found)} — {curve.verdict}")
+    screen.say(f"learning rate: {' · '.join(found)} — {curve.words}")
     if curve.race:
         ran = " · ".join(f"{name} {loss:.4f}" for name, loss in curve.race.items())
         screen.say(f"race, by validation loss: {ran}")

@@ -15,6 +15,7 @@ at any rate. The loss of rows held out says what training will come to, so the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST = 2048  # held-out rows: enough to tell 2 % of the loss, few enough to check 25 times
 SIGNAL = 3.5  # deviations; 600 stores of shuffled labels came to 3.1 at most, 25 looks at each
+WIDE = 1000.0  # factor; suggestions further from each other than this are not called good
 ASTRAY = 4.0  # factor; seeds whose rates spread further than this do not mean the same thing
 
 SHORT = 500  # steps of a training that is tried at several rates, as it will be
@@ -81,7 +83,8 @@ class Curve:
     """What the range test saw, and what it advises.
 
     rates: float64 (S,). losses: float64 (R, S), nats, smoothed, nan from where a seed had diverged.
-    suggestions: rates by name. verdict: good, "flat: no signal" or unstable.
+    suggestions: rates by name. verdict: good (held-out rows tell labels from chance, seeds agree,
+    all suggestions lie within a factor of 1,000), "flat: no signal", unstable, or "rules differ".
     held_out: float64 (R, S), nats on held-out rows after the step, nan where not measured.
     spreads: by the names of suggestions, the factor by which single seeds differ: the geometric
     standard deviation, 1 if all say the same; empty with one seed, or where one had no curve.
@@ -102,6 +105,22 @@ class Curve:
         if self.race:
             return min(self.race, key=self.race.__getitem__)
         return next(iter(self.suggestions))
+
+    @property
+    def span(self) -> float:
+        """The factor between the lowest and the highest suggestion."""
+        return max(self.suggestions.values()) / min(self.suggestions.values())
+
+    @property
+    def words(self) -> str:
+        """The verdict and what it means."""
+        means = {
+            "good": "seeds agree, and all suggestions lie within a factor of"
+            f" {math.ceil(self.span)}",
+            "unstable": "seeds suggest rates far from each other",
+            "rules differ": f"seeds agree, but suggestions lie a factor of {self.span:,.0f} apart",
+        }
+        return f"{self.verdict}: {means[self.verdict]}" if self.verdict in means else self.verdict
 
     @property
     def rate(self) -> float:
@@ -179,6 +198,8 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
         signal = max(signal, strength)
     curve = suggest(tested, smoothed(raw), held_out, signal)
     curve = _scheduled(curve, data, heads, team)
+    if curve.verdict == "good" and curve.span >= WIDE:
+        curve = replace(curve, verdict="rules differ")
     return _raced(curve, data, heads, finder, team) if finder.race else curve
 
 
