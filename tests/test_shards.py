@@ -316,7 +316,7 @@ def test_a_missing_shard_is_found_before_training(store: Store) -> None:
 
 
 def test_a_store_that_never_finished_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="never finished"):
+    with pytest.raises(ConfigError, match="never finished"):
         Store.create(tmp_path / "store", RECIPE, 3).manifest()
 
 
