@@ -50,7 +50,7 @@ def main() -> None:
     ours = features(made, made.recipe, files)
     files = [data for data, feature in zip(files, ours, strict=True) if np.isfinite(feature).all()]
     ours = ours[np.isfinite(ours).all(1)]
-    label_N = chances(made, ours).argmax(1)
+    label_N = probability_counts(made, ours).argmax(1)
     table = {}
     for name, way in ways(made).items():
         if settings.only not in name:
@@ -65,7 +65,7 @@ def main() -> None:
             "median": float(np.median(drift_N)),
             "largest": float(drift_N.max()),
             "largest_of_8": [float(low), float(high)],
-            "labels_changed": int((chances(made, theirs).argmax(1) != label_N).sum()),
+            "labels_changed": int((probability_counts(made, theirs).argmax(1) != label_N).sum()),
         }
         print(
             f"{name:<44} median {np.median(drift_N):.1e}  largest {drift_N.max():.1e}  of 8"
@@ -76,7 +76,7 @@ def main() -> None:
         settings.out.write_text(json.dumps(about | {"ways": table}, indent=1) + "\n")
 
 
-def chances(made: Bundle, feature_ND: Feature) -> Feature:
+def probability_counts(made: Bundle, feature_ND: Feature) -> Feature:
     """What the bundle says of features."""
     return bundle_format.probabilities(
         made.make_head(), feature_ND, made.temperature, multi=made.multi

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, Held, Member
+from arrowhead.training.dataset import Data, Held, Trial
 from arrowhead.training.trainer import Training, train
 
 CORES = len(os.sched_getaffinity(0))
@@ -117,7 +117,7 @@ def bare(data: Data, feature_ND: Tensor, size: int) -> Way:
 # ---------------------------------------------------------------------------------- ours
 
 
-def grid(data: Data, config: TrainConfig, heads: str) -> list[Member]:
+def grid(data: Data, config: TrainConfig, heads: str) -> list[Trial]:
     """The heads of a stack, by the name that the table gives it."""
     rates = np.geomspace(1e-4, 1e-1, 512 if heads == "512 heads" else 16).tolist()
     others = {
@@ -127,7 +127,7 @@ def grid(data: Data, config: TrainConfig, heads: str) -> list[Member]:
         "512 heads": [{}],
     }[heads]
     return [
-        Member(
+        Trial(
             config=replace(config, **other),
             rate=rate,
             train=data.train,

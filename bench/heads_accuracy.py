@@ -142,8 +142,8 @@ def measure(
                 right[weights].setdefault(way, []).append(value)
     made = []
     for weights, accuracies in right.items():
-        means = {way: float(np.mean(values)) for way, values in accuracies.items()}
-        best = max((way for way in means if way.startswith("C ")), key=means.__getitem__)
+        context = {way: float(np.mean(values)) for way, values in accuracies.items()}
+        best = max((way for way in context if way.startswith("C ")), key=context.__getitem__)
         behind = {}
         for way in ours:
             apart = np.subtract(accuracies[best], accuracies[way])
@@ -152,7 +152,7 @@ def measure(
         line = {
             "case": name if len(case.tests) == 1 else f"{name}, tested {weights}",
             "trained_as": dict(sorted(trained_as)),
-            "accuracy": means,
+            "accuracy": context,
             "best_c": best,
             "behind_best_c": behind,
             "seconds": {way: float(np.mean(each)) for way, each in seconds.items()},

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray import serve
 
-from arrowhead.bundle.resolve import local
+from arrowhead.bundle.resolve import bundle_folder
 from arrowhead.inference.predictor import Predictor
 from arrowhead.tracking.client import TrackingConfig
 from examples.serve import serve as routes
@@ -29,7 +29,9 @@ def build(asked: dict[str, Any]) -> serve.Application:
     def ready() -> Any:
         # On the replica: neither a network of torch nor a decoder's process can travel.
         with tempfile.TemporaryDirectory(prefix="arrowhead-bundle-") as scratch:
-            predictor = Predictor(local(str(asked["bundle"]), TrackingConfig(), Path(scratch)))
+            predictor = Predictor(
+                bundle_folder(str(asked["bundle"]), TrackingConfig(), Path(scratch))
+            )
         return routes(predictor, int(asked.get("max_bytes", 20_000_000)))
 
     made: serve.Application = serve.deployment(name="scorer")(serve.ingress(ready)()).bind()

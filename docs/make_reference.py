@@ -58,25 +58,25 @@ def python() -> str:
     ]
     for one in CLASSES:
         parts += [f"## {one.__name__}", signature(one.__name__, one), *text(one)]
-        for name, member in members(one):
-            parts += [f"### {one.__name__}.{name}", *described(one, name, member)]
+        for name, trial in trials(one):
+            parts += [f"### {one.__name__}.{name}", *described(one, name, trial)]
     return "\n\n".join(parts) + "\n"
 
 
-def members(owner: Any) -> Iterator[tuple[str, Any]]:
+def trials(owner: Any) -> Iterator[tuple[str, Any]]:
     """Public methods and properties that the class itself documents, in the order of its source."""
-    for name, member in vars(owner).items():
-        plain = member.__func__ if isinstance(member, staticmethod | classmethod) else member
+    for name, trial in vars(owner).items():
+        plain = trial.__func__ if isinstance(trial, staticmethod | classmethod) else trial
         if not name.startswith("_") and (inspect.isfunction(plain) or isinstance(plain, property)):
             yield name, plain
 
 
-def described(owner: Any, name: str, member: Any) -> list[str]:
+def described(owner: Any, name: str, trial: Any) -> list[str]:
     """A method or property: how it is called, what its docstring says."""
-    if isinstance(member, property):
-        kind = inspect.signature(member.fget).return_annotation
-        return [f"```python\n{owner.__name__}.{name}: {kind}\n```", *text(member)]
-    return [signature(f"{owner.__name__}.{name}", member), *text(member)]
+    if isinstance(trial, property):
+        kind = inspect.signature(trial.fget).return_annotation
+        return [f"```python\n{owner.__name__}.{name}: {kind}\n```", *text(trial)]
+    return [signature(f"{owner.__name__}.{name}", trial), *text(trial)]
 
 
 def signature(name: str, function: Any) -> str:

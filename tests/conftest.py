@@ -175,13 +175,13 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
         )
         images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
         feature_ND = replay.features(made.recipe, made.make_body(), images, "cpu", 1)
-        chance_NC = bundle_format.probabilities(
+        prob_NC = bundle_format.probabilities(
             made.make_head(), feature_ND, made.temperature, multi=made.multi
         )
         golden = [
             Golden(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
             for i, (data, feature, chance) in enumerate(
-                zip(images, feature_ND, chance_NC, strict=True)
+                zip(images, feature_ND, prob_NC, strict=True)
             )
         ]
         path = tmp_path_factory.mktemp("bundled") / "bundle"

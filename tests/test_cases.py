@@ -188,9 +188,9 @@ def test_a_command_run_twice_in_the_folder_of_images_has_the_same_counts(
     data = tracked(_tree(tmp_path / "data", drawn, count=15))
     monkeypatch.chdir(data)
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
-    knobs = ["--epochs", "2", "--rate", "0.01"]
-    first = command("fit", ".", "out", *body, *knobs)
-    again = command("fit", ".", "out", *body, *knobs)
+    overrides = ["--epochs", "2", "--rate", "0.01"]
+    first = command("fit", ".", "out", *body, *overrides)
+    again = command("fit", ".", "out", *body, *overrides)
     assert "left out, written by Arrowhead or MLflow" in command.said
     for name in ("inputs", "features", "faults", "ignored"):
         assert first["counts"][name] == again["counts"][name]

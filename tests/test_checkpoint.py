@@ -275,7 +275,9 @@ def write_for_ever(place: Path) -> None:
             number += 1
             draft = checkpoint.draft(place)
             checkpoint.write(draft, tensors(number), facts(number))
-            worker.keep(draft, f"epoch-{number % 3}")  # names come again: one replaces another
+            worker.save_checkpoint(
+                draft, f"epoch-{number % 3}"
+            )  # names come again: one replaces another
             print(number, flush=True)
             checkpoint.prune(place, KEY)
 

@@ -209,12 +209,12 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     ],
 )
 def test_a_found_rate_is_offered_with_the_training_it_was_found_for(flags):
-    asked = cluster.understood(["lr-find", "store", *flags])
+    asked = cluster.parse_command(["lr-find", "store", *flags])
     assert asked is not None
     head = replace(asked.given.get("head", TrainConfig()), rate=0.00094)
     offered = train.flags_of(head)
     assert len(offered) == len(flags) + 2  # no flag that was not asked for, but --rate
-    again = cluster.understood(["train", "store", "bundle", *offered])
+    again = cluster.parse_command(["train", "store", "bundle", *offered])
     assert again is not None and asdict(again.given["head"]) == asdict(head)
 
 
@@ -223,7 +223,7 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text("[train]\nepochs = 3\n")
     words = ["train", "store", "bundle", "--config", "mine.toml"]
-    call = cluster.understood(words)
+    call = cluster.parse_command(words)
     assert call is not None and call.given["head"].epochs == 3
     with pytest.raises(SystemExit):
         main(words)
@@ -233,7 +233,7 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
         main(["train", "store", "bundle"])
     assert ended.value.code == 2
     assert "not a feature store" in capsys.readouterr().err
-    again = cluster.understood(["train", "store", "bundle"])
+    again = cluster.parse_command(["train", "store", "bundle"])
     assert again is not None and again.given["head"].epochs == TrainConfig().epochs
 
 
@@ -329,7 +329,7 @@ def test_a_home_that_the_shell_did_not_expand_is_expanded_by_every_verb(
     found, _, _ = refused("score", "~/nothing", "~/photos", "~/scores")
     assert str(tmp_path / "nothing") in found
     Path("here.toml").write_text('[precompute]\nimages = "~/elsewhere"\n')
-    call = cluster.understood(["precompute", "a.csv", "s", "--config", "~/here.toml"])
+    call = cluster.parse_command(["precompute", "a.csv", "s", "--config", "~/here.toml"])
     assert call is not None and call.given["source"].images == str(tmp_path / "elsewhere")
 
 

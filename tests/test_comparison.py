@@ -45,9 +45,9 @@ def test_the_mean_over_images_is_the_figure_of_the_kept_epoch(
         data = _data(multi=multi, copies=copies)
         best = "last" if kind == "linear" else figure
         config = TrainConfig(head=kind, epochs=4, batch_size=32, best=best)
-        members = grid.members(data, config, 1.0, "rate=1e-3,1e-1 seed=0,1")
-        heads = train_stack(data, members)
-        value = comparison.by_image(data, members, heads, [[2, 3], [0], [1]], figure)
+        trials = grid.trials(data, config, 1.0, "rate=1e-3,1e-1 seed=0,1")
+        heads = train_stack(data, trials)
+        value = comparison.by_image(data, trials, heads, [[2, 3], [0], [1]], figure)
         assert value.shape == (3, len(np.unique(data.key[data.valid])))
         each = [one.epochs[one.epoch][figure] for one in heads]
         expected = [(each[2] + each[3]) / 2, each[0], each[1]]

@@ -184,7 +184,7 @@ def test_losses_and_slopes_are_those_of_torchs_own_functions(
         label = torch.randint(2, (lanes, classes, rows), generator=draw).float()
     real = torch.rand(lanes, rows, generator=draw) < 0.7 if padded else None
     total = torch.rand(lanes, generator=draw) + 1
-    nats, slope = loss.of(logit.clone(), label, real, total)
+    nats, gradient = loss.of(logit.clone(), label, real, total)
     for lane in range(lanes):
         for head in range(each):
             leaf = logit[lane, head].clone().requires_grad_()
@@ -192,16 +192,16 @@ def test_losses_and_slopes_are_those_of_torchs_own_functions(
             wanted = (each_B if real is None else each_B[real[lane]]).sum()
             (wanted / total[lane]).backward()
             torch.testing.assert_close(nats[lane, head], wanted.detach(), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(slope[lane, head], leaf.grad, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradient[lane, head], leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_a_certain_and_wrong_row_has_a_finite_loss_and_slope(multi: bool) -> None:
     logit = torch.tensor([1e4, -1e4]).view(1, 1, 2, 1)
     label = torch.tensor([0.0, 1.0]).view(1, 2, 1) if multi else torch.tensor([[1]])
-    nats, slope = Loss(multi=multi).of(logit.clone(), label, None, 1.0)
+    nats, gradient = Loss(multi=multi).of(logit.clone(), label, None, 1.0)
     assert float(nats) == pytest.approx(1e4 if multi else 2e4)
-    assert slope.flatten().tolist() == ([0.5, -0.5] if multi else [1, -1])
+    assert gradient.flatten().tolist() == ([0.5, -0.5] if multi else [1, -1])
 
 
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=60))
@@ -275,9 +275,9 @@ def test_each_head_moves_as_torchs_own_optimizer_moves_it(
     for share in (1.0, 0.5, 0.9, 0.1):
         stack.grad.copy_(torch.randn(len(stack.grad), generator=draw))
         for (lane, head), optimizer in theirs.items():
-            slopes = stack.state(lane, head, stack.grad)
+            gradients = stack.state(lane, head, stack.grad)
             for name, weight in single[lane][head].named_parameters():
-                weight.grad = slopes[name].clone()
+                weight.grad = gradients[name].clone()
             optimizer.param_groups[0]["lr"] = float(rates[lane, head]) * share
             optimizer.step()
         if scaled:
@@ -304,12 +304,12 @@ def test_a_step_that_overflows_is_left_out_and_halves_the_scale_of_its_head_alon
         draw = torch.Generator().manual_seed(0)
         for bad in steps:
             drawn = torch.randn(CLASSES, WIDTH, generator=draw)
-            stack.slopes["2.weight"].copy_(drawn.expand(*shape, -1, -1))
-            stack.slopes["2.bias"].copy_(drawn[:, 0].expand(*shape, -1))
+            stack.gradients["2.weight"].copy_(drawn.expand(*shape, -1, -1))
+            stack.gradients["2.bias"].copy_(drawn[:, 0].expand(*shape, -1))
             assert optimizer.scale_LG is not None
             stack.grad.mul_(stack.spread(optimizer.scale_LG))
             if bad:
-                stack.slopes["2.bias"][0, 1, 2] = spoiled
+                stack.gradients["2.bias"][0, 1, 2] = spoiled
             optimizer.move(1.0)
         return stack, optimizer
 
@@ -330,8 +330,8 @@ def test_a_step_that_overflows_is_left_out_and_halves_the_scale_of_its_head_alon
     for bad in (False, True, False):
         drawn = torch.randn(CLASSES, WIDTH, generator=draw)
         if not bad:
-            single.slopes["2.weight"].copy_(drawn.expand(2, 2, -1, -1))
-            single.slopes["2.bias"].copy_(drawn[:, 0].expand(2, 2, -1))
+            single.gradients["2.weight"].copy_(drawn.expand(2, 2, -1, -1))
+            single.gradients["2.bias"].copy_(drawn[:, 0].expand(2, 2, -1))
             alone.move(1.0)
     for name, value in single.state(0, 1).items():
         torch.testing.assert_close(stack.state(0, 1)[name], value, rtol=1e-5, atol=1e-5)
@@ -345,7 +345,7 @@ def test_the_scale_doubles_after_2000_good_steps_as_torchs_scaler_does() -> None
     for step in range(2003):
         stack.grad.zero_()
         if step == 2:
-            stack.slopes["2.bias"][0, 1, 0] = float("inf")
+            stack.gradients["2.bias"][0, 1, 0] = float("inf")
         optimizer.move(1.0)
         if step == 1999:
             assert optimizer.scale_LG.tolist() == [[131072, 32768]]

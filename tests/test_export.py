@@ -29,7 +29,7 @@ from arrowhead.data import sources
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.inference import score, score_request
 from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def scored(
     config, how = ScoreConfig(probabilities=True), ExtractConfig(chunk_size=100)
     loaded, catalog = bundle_format.load(made), sources.unlabelled(images)
     request = score_request.prepare(out, made, loaded, catalog, config, how.chunk_size)
-    worker = Worker(0, 1, "cpu", 2, Desk(request.missing()).claim, lambda report: None)
+    worker = Worker(0, 1, "cpu", 2, TaskQueue(request.missing()).next_task, lambda report: None)
     score.score(worker, request, how)
     column = polars.read_parquet(out / "parts").sort("path")["probabilities"]
     return column.struct.unnest().to_numpy()
@@ -141,8 +141,10 @@ def test_the_file_is_one_and_says_all_that_its_caller_must_know(
     assert said["task"] == ("multi-label" if loaded.multi else "single-label")
     assert said["decision"] == bundle_format.TASKS[said["task"]]
     assert said["temperature"] == loaded.temperature
-    cuts = loaded.thresholds
-    assert said["thresholds"] == (dict(zip(loaded.classes, cuts, strict=True)) if cuts else None)
+    thresholds = loaded.thresholds
+    assert said["thresholds"] == (
+        dict(zip(loaded.classes, thresholds, strict=True)) if thresholds else None
+    )
     assert said["recipe_fingerprint"] == loaded.recipe.fingerprint
     assert said["bundle"] == bundle_format.fingerprint(made)
     assert said["arrowhead"] == export.__version__
@@ -209,8 +211,8 @@ def test_a_file_that_gives_another_label_is_not_kept_however_near_it_is(
     label = int(np.abs(chance_C - 0.5).argmax())
     # Hotter is nearer to a half: what lies below its threshold now rises above it, or falls.
     side = 2e-5 if chance_C[label] < 0.5 else -2e-5
-    cuts = [float(chance + side) if i == label else 0.01 for i, chance in enumerate(chance_C)]
-    bundle_format.save(dataclasses.replace(loaded, thresholds=cuts), path)
+    thresholds = [float(chance + side) if i == label else 0.01 for i, chance in enumerate(chance_C)]
+    bundle_format.save(dataclasses.replace(loaded, thresholds=thresholds), path)
     tampered(monkeypatch, temperature=loaded.temperature * 1.001)
     with pytest.raises(DataError, match=r"largest difference 0\.000\d+, 1 of 3 labels changed"):
         export.export(path, out, ExportConfig(format="pt2"))
@@ -243,7 +245,7 @@ def test_missing_onnx_packages_are_named_with_the_command_that_installs_them(
 def test_weights_beyond_what_onnx_holds_are_refused_before_anything_is_traced(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "MOST", 40_000_000)
+    monkeypatch.setattr(export, "MAX_ONNX_BYTES", 40_000_000)
     monkeypatch.setattr(torch.export, "export", None)
     with pytest.raises(ConfigError, match=r"0\.0 GB, .* ends at 2 GB"):
         export.export(plain, tmp_path / "model.onnx", ExportConfig())

@@ -35,7 +35,7 @@ from arrowhead.features.extract import (
 )
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.store import Store
-from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Report, Worker
 
 PIXELS = PixelConfig(size=64, views=2)
@@ -44,7 +44,7 @@ CONFIG = ExtractConfig(batch_size=16, chunk_size=12, readers=2)
 
 def _worker(tasks: int = 0, reports: list[Report] | None = None) -> Worker:
     heard = [] if reports is None else reports
-    return Worker(0, 1, "cpu", 2, Desk(list(range(tasks))).claim, heard.append)
+    return Worker(0, 1, "cpu", 2, TaskQueue(list(range(tasks))).next_task, heard.append)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def _total(chunks: list[Chunk]) -> dict[str, int]:
 
 def read(file: bytes, max_bytes: int) -> tuple[bytes, str | None]:
     folder, name = os.path.split(file)
-    return reading.read(path_text.text(folder), path_text.text(name), max_bytes)
+    return reading.read(path_text.escape_path(folder), path_text.escape_path(name), max_bytes)
 
 
 def _promptly(file: bytes, max_bytes: int = 100) -> tuple[bytes, str | None]:

@@ -121,8 +121,8 @@ def _walked(folder: bytes, above: tuple[tuple[int, int], ...] = ()) -> Iterator[
 @given(NAMES)
 @settings(max_examples=500, deadline=None)
 def test_a_name_survives_to_text_and_back(name: bytes) -> None:
-    shown = path_text.text(name)
-    assert path_text.raw(shown) == name
+    shown = path_text.escape_path(name)
+    assert path_text.unescape_path(shown) == name
     assert shown.isprintable()
     shown.encode("utf-8")
 
@@ -140,7 +140,7 @@ def test_a_name_survives_to_text_and_back(name: bytes) -> None:
 def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
     name: bytes, shown: str
 ) -> None:
-    assert path_text.text(name) == shown
+    assert path_text.escape_path(name) == shown
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
@@ -155,9 +155,11 @@ def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
             os.write(handle, name)
             os.close(handle)
         found = _listed(Path(root))
-        assert [path_text.raw(path) for path in found.paths] == sorted(there, key=path_text.text)
+        assert [path_text.unescape_path(path) for path in found.paths] == sorted(
+            there, key=path_text.escape_path
+        )
         for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
-            name = path_text.raw(path)
+            name = path_text.unescape_path(path)
             assert reading.read(path_text.resolve(root), path, 99, size, stamp) == (name, None)
 
 
@@ -176,11 +178,11 @@ def test_a_listing_has_every_file_once_however_it_is_shared_out(
         for path in all_paths
         if not any(p[:1] == b"." or p in exclusions.JUNK for p in path.split(b"/"))
     ]
-    assert found.paths == sorted(map(path_text.text, shown))
+    assert found.paths == sorted(map(path_text.escape_path, shown))
     assert len(found.paths) + found.ignored == len(all_paths)
     for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
         try:
-            status = os.stat(top + b"/" + path_text.raw(path))
+            status = os.stat(top + b"/" + path_text.unescape_path(path))
         except OSError:
             assert (size, stamp) == (-1, 0)
         else:
@@ -260,7 +262,7 @@ def test_looking_at_named_files_gives_what_a_listing_gives(tmp_path: Path, way: 
     np.testing.assert_array_equal(sizes, found.sizes)
     np.testing.assert_array_equal(stamps, found.stamps)
     _put(tmp_path, "file")
-    absent = ["no", "no/such/file", path_text.text(b"file\0b")]
+    absent = ["no", "no/such/file", path_text.escape_path(b"file\0b")]
     mixed = sorted([*absent, *found.paths[:3]])
     sizes, _ = listing.look(root, mixed)
     assert [sizes[mixed.index(path)] for path in absent] == [-1, -1, -1]
@@ -284,7 +286,7 @@ def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     assert reading.read(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
     assert reading.read(root, "gone", 3) == (b"", "unreadable: No such file or directory")
     assert (
-        reading.read(root, path_text.text(b"a\0b"), 3)[1]
+        reading.read(root, path_text.escape_path(b"a\0b"), 3)[1]
         == "unreadable: no file can have this name"
     )
 

@@ -94,9 +94,9 @@ def flips(folder: Path, count: int) -> list[tuple[str, int]]:
         inside = file.relative_to(folder)
         kind = inside.name if inside.parent == Path() else inside.suffix
         kinds.setdefault(str(inside.parent / kind), []).append(file)
-    for members in kinds.values():
+    for trials in kinds.values():
         for _ in range(count):
-            file = draw.choice(members)
+            file = draw.choice(trials)
             bits = 8 * file.stat().st_size
             end = draw.choice([bits, bits, min(bits, 8 * 2000)])
             bit = draw.randrange(end)

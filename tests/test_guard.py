@@ -162,7 +162,7 @@ def _gone(process: int, seconds: float = 120.0) -> bool:
     [
         ("segfault", "killed by SIGSEGV", 2),
         ("abort", "killed by SIGABRT", 2),
-        ("killed", "killed by SIGKILL", 1 + worker_process.KILLS),
+        ("killed", "killed by SIGKILL", 1 + worker_process.MAX_KILLS),
         ("exit", "exit code 1", 2),
         ("raise", "exit code 1", 2),
     ],
@@ -425,10 +425,10 @@ def test_a_good_photo_is_no_crash_because_its_decoder_was_killed_from_outside(
     batch = [*photos[:3], _marked(photos[3], "slow"), *photos[4:8]]
     with _decoder() as decoder:
         with _killing(
-            decoder, worker_process.KILLS, lambda child: (tmp_path / str(child)).exists()
+            decoder, worker_process.MAX_KILLS, lambda child: (tmp_path / str(child)).exists()
         ) as killed:
             made = decoder(batch, _ids(batch))
-        assert len(killed) == decoder.deaths == worker_process.KILLS
+        assert len(killed) == decoder.deaths == worker_process.MAX_KILLS
     assert made.faults == [None] * 8
     ids = _ids(batch)
     with _decoder() as decoder:
@@ -457,13 +457,13 @@ def test_files_that_are_killed_one_after_another_are_the_machines_fault(
     photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_process, "PAUSE", 0.0)
-    monkeypatch.setattr(worker_process, "KILLS", 1)
+    monkeypatch.setattr(worker_process, "MAX_KILLS", 1)
     deadly = [_marked(photo, "killed") for photo in photos[:8]]
     with _decoder() as decoder:
-        with pytest.raises(LostError, match=f"{worker_process.KILLED_FILES} files in a row"):
+        with pytest.raises(LostError, match=f"{worker_process.MAX_KILLED_FILES} files in a row"):
             decoder(deadly, _ids(deadly))
         assert decoder(photos[:8], _ids(photos[:8])).faults == [None] * 8
-        few = deadly[: worker_process.KILLED_FILES - 1] + photos[4:8]
+        few = deadly[: worker_process.MAX_KILLED_FILES - 1] + photos[4:8]
         for _ in range(2):  # a well one in between: not in a row
             faults = decoder(few, _ids(few)).faults
             assert faults == ["decoder_crash: killed by SIGKILL"] * 4 + [None] * 4

@@ -124,23 +124,23 @@ def test_logits_slopes_and_statistics_are_those_autograd_finds_for_each_head(
     stack = _stack(kind, single, multi=multi)
     feature = _batch(lanes, rows)
     logit = stack.logits(feature, Place(0, 0, rows))
-    slope = torch.randn(logit.shape, generator=torch.Generator().manual_seed(2))
+    gradient = torch.randn(logit.shape, generator=torch.Generator().manual_seed(2))
     if not multi:
-        slope -= slope.mean(2, keepdim=True)  # as every loss of one label has it
-    stack.descend(slope.clone())
+        gradient -= gradient.mean(2, keepdim=True)  # as every loss of one label has it
+    stack.descend(gradient.clone())
     if kind == "lesson" and rows == 1:  # torch's batch norm refuses it; a store may have it
         assert stack.grad.isfinite().all()
         return
     for lane, number in np.ndindex(lanes, each):
         head = single[lane][number].train()
         plain = head(feature[lane].float()).mT
-        plain.backward(slope[lane, number])
+        plain.backward(gradient[lane, number])
         made = _centred(logit[lane, number], multi=multi)
         wanted = _centred(plain.detach(), multi=multi)
         torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
-        slopes = stack.state(lane, number, stack.grad)
+        gradients = stack.state(lane, number, stack.grad)
         for name, weight in head.named_parameters():
-            torch.testing.assert_close(slopes[name], weight.grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-4)
         for name, buffer in head.named_buffers():
             torch.testing.assert_close(stack.state(lane, number)[name], buffer)
 
@@ -168,13 +168,13 @@ def test_rows_that_fill_a_lane_up_change_nothing(kind: str, counts: list[int]) -
     feature = _batch(lanes, rows)
     real = torch.arange(rows) < torch.tensor(counts)[:, None]
     stack.logits(feature, Place(0, 0, rows), real)
-    slope = torch.ones(lanes, 2, 3, rows)
-    slope[:, :, 0] = -2
-    stack.descend(slope * real[:, None, None])
+    gradient = torch.ones(lanes, 2, 3, rows)
+    gradient[:, :, 0] = -2
+    stack.descend(gradient * real[:, None, None])
     for lane, count in enumerate(counts):
         alone = _stack(kind, [single[lane]])
         alone.logits(feature[lane : lane + 1, :count], Place(0, 0, count))
-        alone.descend(slope[lane : lane + 1, :, :, :count].clone())
+        alone.descend(gradient[lane : lane + 1, :, :, :count].clone())
         for head in range(2):
             for flat, own in ((stack.grad, alone.grad), (None, None)):
                 wanted = alone.state(0, head, own)
@@ -219,15 +219,15 @@ def test_a_state_taken_from_a_stack_stays_as_it_was(kind: str) -> None:
 def test_a_head_with_weights_that_are_not_numbers_disturbs_nobody(kind: str) -> None:
     single = _heads(kind, 2, 2, 2)
     feature, place = _batch(2, 6), Place(0, 0, 6)
-    slope = torch.ones(2, 2, 2, 6)
-    slope[:, :, 0] = -1
+    gradient = torch.ones(2, 2, 2, 6)
+    gradient[:, :, 0] = -1
     well, sick = _stack(kind, single), _stack(kind, single)
     for part in sick.parts.values():
         part[0, 1] = float("nan")
     logits = []
     for stack in (well, sick):
         logits.append(stack.logits(feature, place))
-        stack.descend(slope.clone())
+        stack.descend(gradient.clone())
     assert logits[1][0, 1, 1].isnan().all()
     for lane, head in [(0, 0), (1, 0), (1, 1)]:
         torch.testing.assert_close(logits[1][lane, head], logits[0][lane, head])
@@ -253,10 +253,10 @@ def test_workers_together_drop_what_one_would_have_dropped(
     rows: int, world: int, step: int, layer: int
 ) -> None:
     whole = heads.kept(5, layer, Place(step, 0, rows), rows, 6, 0.5)
-    cuts = [rows * rank // world for rank in range(world + 1)]
+    thresholds = [rows * rank // world for rank in range(world + 1)]
     parts = [
         heads.kept(5, layer, Place(step, start, rows), stop - start, 6, 0.5)
-        for start, stop in pairwise(cuts)
+        for start, stop in pairwise(thresholds)
     ]
     assert torch.equal(torch.cat(parts), whole)
 

@@ -334,7 +334,7 @@ def test_what_cannot_be_read_is_a_row_and_odd_names_come_back_as_they_were(
         chunks = list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), Known()))
     faults = {path: fault for c in chunks for path, fault in zip(c.paths, c.faults, strict=True)}
     assert all(path.isprintable() for path in faults)
-    ended = {path_text.raw(path): fault for path, fault in faults.items()}
+    ended = {path_text.unescape_path(path): fault for path, fault in faults.items()}
     assert ended.keys() == outcomes.keys()
     for name, outcome in outcomes.items():
         kind = ended[name].partition(":")[0] if ended[name] else None

@@ -23,7 +23,7 @@ from arrowhead import ConfigError
 from arrowhead.runtime import launch as runtime_launch
 from arrowhead.runtime import task_queue
 from arrowhead.runtime.ray_cluster import LaunchConfig, secure
-from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
 
 EPOCHS, ROWS, KEY = 12, 40, "k"
@@ -45,7 +45,7 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
     worker.report({"pid": os.getpid(), "rank": worker.rank, "first": first})
     spent = []
     for epoch in range(first, epochs):
-        task = worker.claim()
+        task = worker.next_task()
         time.sleep(nap)  # long against the rest: a kill finds tasks claimed and not done
         rows = torch.zeros(ROWS, dtype=torch.float64)
         mine = range(worker.rank, ROWS, worker.world)
@@ -59,12 +59,12 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
         if draft is not None:
             checkpoint.write(draft, {"total": total}, {"key": KEY, "number": epoch})
         began = time.perf_counter()
-        worker.keep(draft, f"epoch-{epoch:04}")
+        worker.save_checkpoint(draft, f"epoch-{epoch:04}")
         spent.append(time.perf_counter() - began)
         if worker.rank == 0:
             checkpoint.prune(place, KEY)
             worker.report({"epoch": epoch, "world": worker.world})
-    while (task := worker.claim()) is not None:
+    while (task := worker.next_task()) is not None:
         worker.report({"task": task, "rank": worker.rank})
     return {"total": total.tolist(), "first": first, "said": said, "keep": sorted(spent)}
 
@@ -186,7 +186,7 @@ def test_a_name_kept_twice_is_the_later_folder_and_leaves_no_other(tmp_path):
             draft = place / ".x.draft"
             draft.mkdir(parents=True)
             (draft / "word").write_text(word)
-            worker.keep(draft, "same")
+            worker.save_checkpoint(draft, "same")
 
     runtime_launch.run(twice, place=place)
     assert [path.name for path in place.iterdir()] == ["same"]
@@ -198,7 +198,7 @@ def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
 
     def once(worker: Worker) -> bool:
         draft.mkdir()
-        worker.keep(draft, "name")
+        worker.save_checkpoint(draft, "name")
         return draft.exists()
 
     assert runtime_launch.run(once) is False
@@ -207,7 +207,7 @@ def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
 
 def test_work_in_one_process_is_done_without_ray():
     words = "import sys; from arrowhead.runtime import launch; sys.modules['ray'] = None"
-    words += "; print(launch.run(lambda worker: (worker.claim(), worker.world), tasks=[7]))"
+    words += "; print(launch.run(lambda worker: (worker.next_task(), worker.world), tasks=[7]))"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(7, 1)\n", "")
 
@@ -257,42 +257,42 @@ def test_a_range_takes_in_a_machine_that_joins(tmp_path):
 
 
 def test_what_was_claimed_and_not_done_is_claimed_again_when_the_group_begins_anew():
-    desk = Desk([3, 5, 7])
-    desk.open(2)
-    assert [desk.claim(), desk.claim()] == [3, 5]
-    desk.report({"task": 3})
-    desk.open(1)
-    assert [desk.claim(), desk.claim(), desk.claim()] == [5, 7, None]
-    desk.report({"task": 5})
-    desk.report({"task": 5})  # of a worker that was already given up
-    assert desk.read() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
+    queue = TaskQueue([3, 5, 7])
+    queue.open(2)
+    assert [queue.next_task(), queue.next_task()] == [3, 5]
+    queue.report({"task": 3})
+    queue.open(1)
+    assert [queue.next_task(), queue.next_task(), queue.next_task()] == [5, 7, None]
+    queue.report({"task": 5})
+    queue.report({"task": 5})  # of a worker that was already given up
+    assert queue.read() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
 
 
 def test_a_host_that_falls_silent_is_told_of_once_and_one_that_is_done_never(monkeypatch):
-    monkeypatch.setattr(task_queue, "SILENT", 0.2)
-    desk = Desk([])
+    monkeypatch.setattr(task_queue, "SILENT_SECONDS", 0.2)
+    queue = TaskQueue([])
     for rank, host in enumerate(["calm", "cut", "done"]):
-        desk.beat(rank, host)
-    desk.leave(2)
+        queue.beat(rank, host)
+    queue.leave(2)
     time.sleep(0.3)
-    desk.beat(0, "calm")
-    assert desk.read() == [{"silent": "cut"}]
-    assert desk.read() == []
-    desk.open(1)
-    assert desk.read() == [{"workers": 1}]
+    queue.beat(0, "calm")
+    assert queue.read() == [{"silent": "cut"}]
+    assert queue.read() == []
+    queue.open(1)
+    assert queue.read() == [{"workers": 1}]
 
 
 def test_a_machine_that_is_to_go_gets_no_more_tasks_and_is_told_of_once():
-    desk = Desk([3, 5])
-    desk.beat(0, "host-a", "a")
-    desk.beat(1, "host-b", "b")
-    assert desk.claim("a") == 3
-    desk.announce({"a": 1_795_634_185_000, "elsewhere": 0})
-    desk.leave(0)
-    assert desk.claim("a") is None
-    assert desk.claim("b") == 5
-    assert desk.read() == [{"leaving": "host-a", "until": 1_795_634_185_000}]
-    assert desk.read() == []
+    queue = TaskQueue([3, 5])
+    queue.beat(0, "host-a", "a")
+    queue.beat(1, "host-b", "b")
+    assert queue.next_task("a") == 3
+    queue.announce({"a": 1_795_634_185_000, "elsewhere": 0})
+    queue.leave(0)
+    assert queue.next_task("a") is None
+    assert queue.next_task("b") == 5
+    assert queue.read() == [{"leaving": "host-a", "until": 1_795_634_185_000}]
+    assert queue.read() == []
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from arrowhead import ConfigError
 from arrowhead.features.store import Store
 from arrowhead.training import heads, logistic
-from arrowhead.training.batches import Team
+from arrowhead.training.batches import DistributedContext
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, Mapped, Member, class_weighting
+from arrowhead.training.dataset import Data, MemoryMappedFeatures, Trial, class_weighting
 from arrowhead.training.grid import SweepConfig
 from arrowhead.training.study import Study
 from arrowhead.training.trainer import Trained
@@ -59,10 +59,12 @@ def tags(count: int = 240, width: int = 20) -> Data:
     )
 
 
-def solved(data: Data, team: Team = Team(), **settings: Any) -> Trained:
+def solved(
+    data: Data, distributed: DistributedContext = DistributedContext(), **settings: Any
+) -> Trained:
     config = TrainConfig(head="logistic", **settings)
-    member = Member(config=config, rate=0.0, train=data.train, valid=data.valid)
-    return logistic.train(data, [member], team)[0]
+    trial = Trial(config=config, rate=0.0, train=data.train, valid=data.valid)
+    return logistic.train(data, [trial], distributed)[0]
 
 
 def feature_of(data: Data, rows: Rows) -> Rows:
@@ -198,7 +200,7 @@ def test_rows_left_on_the_disk_give_the_same_head(monkeypatch: pytest.MonkeyPatc
     data = clouds(200, 40, 3, 0.3)
     whole = feature_of(data, np.arange(200)).astype(np.float16)[:, None]
     parts = [whole[:70], whole[70:71], whole[71:]]
-    mapped = replace(data, feature=Mapped(parts, np.arange(200), torch.device("cpu")))
+    mapped = replace(data, feature=MemoryMappedFeatures(parts, np.arange(200), torch.device("cpu")))
     held = solved(data)
     monkeypatch.setattr(logistic, "HELD_NUMBERS", 0)
     monkeypatch.setattr(logistic, "BLOCK_NUMBERS", 1 << 10)
@@ -224,7 +226,7 @@ def _worker(rank: int, folder: Path) -> None:
     meet = f"file://{folder}/met"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     for name, data in {"one": clouds(151, 60, 4, 0.3), "several": tags()}.items():
-        made = solved(data, Team(rank, 2))
+        made = solved(data, DistributedContext(rank, 2))
         np.savez(
             folder / f"{name}-{rank}.npz", l2=made.l2, loss=made.epochs[0]["cv_loss"], **made.state
         )

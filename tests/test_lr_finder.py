@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from arrowhead import ConfigError
 from arrowhead.examine import figures
 from arrowhead.training import lr_finder
-from arrowhead.training.batches import Team
+from arrowhead.training.batches import DistributedContext
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, Held, Member
+from arrowhead.training.dataset import Data, InMemoryFeatures, Trial
 from arrowhead.training.lr_finder import Curve, FinderConfig, find, rates, smoothed, suggest
 from arrowhead.training.trainer import train, train_stack
 
@@ -159,12 +159,12 @@ def test_where_rates_matter_the_rate_is_within_three_of_the_best_of_a_grid(
     config = TrainConfig(**told)
     curve = find(data, config, FinderConfig())
     grid = np.geomspace(1e-5, 1e-1, 9)
-    members = [
-        Member(config=replace(config, seed=seed), rate=rate, train=data.train, valid=data.valid)
+    trials = [
+        Trial(config=replace(config, seed=seed), rate=rate, train=data.train, valid=data.valid)
         for rate in [*grid.tolist(), curve.rate]
         for seed in range(2)
     ]
-    ended = [one.epochs[-1]["valid_loss"] for one in train_stack(data, members)]
+    ended = [one.epochs[-1]["valid_loss"] for one in train_stack(data, trials)]
     loss = np.reshape(ended, (10, 2)).mean(1)
     assert loss.max() > 2 * loss.min()
     best = grid[loss[:9].argmin()]
@@ -184,12 +184,12 @@ def test_the_rate_of_real_features_is_within_three_of_the_best_of_a_grid(
     curve = find(data, config, FinderConfig())
     assert curve.verdict == "good"
     grid = np.geomspace(1e-5, 1e-1, 9)
-    members = [
-        Member(config=replace(config, seed=seed), rate=rate, train=data.train, valid=data.valid)
+    trials = [
+        Trial(config=replace(config, seed=seed), rate=rate, train=data.train, valid=data.valid)
         for rate in grid.tolist()
         for seed in range(5)
     ]
-    ends = [one.epochs[-1]["valid_loss"] for one in train_stack(data, members)]
+    ends = [one.epochs[-1]["valid_loss"] for one in train_stack(data, trials)]
     best = grid[np.reshape(ends, (9, 5)).mean(1).argmin()]
     assert best / 3 < curve.rate < best * 3
 
@@ -484,7 +484,7 @@ def _cases() -> dict[str, tuple[Data, TrainConfig, FinderConfig]]:
     poisoned = _data(403, width=16, classes=3, apart=1)
     rows = poisoned.feature.take(torch.arange(403))
     rows[7] = float("nan")
-    poisoned = replace(poisoned, feature=Held(rows[:, None]))
+    poisoned = replace(poisoned, feature=InMemoryFeatures(rows[:, None]))
     few = FinderConfig(steps=30)
     return {
         "linear": (sound, TrainConfig(), few),
@@ -519,7 +519,9 @@ def _together(rank: int, folder: Path) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),  # a rank that waits for nobody ends here
     )
-    found = {name: find(*case, Team(rank, 2)).plain() for name, case in _cases().items()}
+    found = {
+        name: find(*case, DistributedContext(rank, 2)).plain() for name, case in _cases().items()
+    }
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -138,15 +138,15 @@ def test_auroc_of_two_classes_is_that_of_the_second_ties_included(seed: int, tie
 @given(SEEDS, st.sampled_from([3, 8]), st.sampled_from([1.0, 2.5]))
 @settings(deadline=None)
 def test_auroc_of_more_classes_is_the_mean_over_those_that_occur(
-    seed: int, classes: int, heat: float
+    seed: int, classes: int, fitted: float
 ) -> None:
     logit, label = _case(seed, classes)
-    found = evaluate(logit, label, _names(classes), temperature=heat)["auroc"]
+    found = evaluate(logit, label, _names(classes), temperature=fitted)["auroc"]
     present = np.unique(label)
     if len(present) < 2:
         assert found is None
         return
-    chance = _softmax(logit / heat)
+    chance = _softmax(logit / fitted)
     areas = [sk.roc_auc_score(label == one, chance[:, one]) for one in present]
     assert found == pytest.approx(np.mean(areas))
 
@@ -174,8 +174,8 @@ def test_the_calibration_error_is_that_of_the_formula_with_and_without_temperatu
     label, logit = draw.integers(0, classes, rows), draw.normal(size=(rows, classes))
     found = evaluate(logit, label, _names(classes), temperature=2.0)
     right = logit.argmax(1) == label
-    for name, heat in (("ece", 2.0), ("ece_uncalibrated", 1.0)):
-        sure = _softmax(logit / heat).max(1)
+    for name, fitted in (("ece", 2.0), ("ece_uncalibrated", 1.0)):
+        sure = _softmax(logit / fitted).max(1)
         assert found[name] == pytest.approx(_ece_by_hand(sure, right), abs=1e-9)
     assert 0 <= found["ece_low"] <= found["ece"] <= found["ece_high"] <= 1
 
@@ -199,8 +199,8 @@ def test_the_interval_of_the_calibration_error_holds_that_of_many_more_images() 
 
 def test_a_fitted_temperature_mends_the_calibration_error_of_a_head_that_is_too_sure() -> None:
     logit, label = (part.numpy() for part in _logits(5000, 4, 4.0))
-    heat = temperature(torch.from_numpy(logit), torch.from_numpy(label))
-    found = evaluate(logit, label, _names(4), temperature=heat)
+    fitted = temperature(torch.from_numpy(logit), torch.from_numpy(label))
+    found = evaluate(logit, label, _names(4), temperature=fitted)
     assert found["ece_uncalibrated"] > 0.1
     assert found["ece"] < 0.03
 
@@ -246,13 +246,13 @@ def _several(seed: int, labels: int, *, ties: bool = False) -> tuple[NDArray[Any
 @given(SEEDS, st.integers(1, 6), st.booleans(), st.sampled_from([1.0, 0.4]))
 @settings(deadline=None)
 def test_figures_of_several_labels_are_those_of_scikit_learn(
-    seed: int, labels: int, ties: bool, heat: float
+    seed: int, labels: int, ties: bool, fitted: float
 ) -> None:
     logit, label = _several(seed, labels, ties=ties)
     cut = np.random.default_rng(seed).random(labels)
-    found = evaluate(logit, label, _names(labels), temperature=heat, thresholds=cut)
+    found = evaluate(logit, label, _names(labels), temperature=fitted, thresholds=cut)
     chance = torch.from_numpy(logit).sigmoid().double().numpy()
-    passed = ((torch.from_numpy(logit) / heat).sigmoid().numpy() >= cut).astype(np.uint8)
+    passed = ((torch.from_numpy(logit) / fitted).sigmoid().numpy() >= cut).astype(np.uint8)
     assert found["images"] == len(label)
     nats = sk.log_loss(label.ravel(), chance.ravel(), labels=[0, 1])
     assert found["loss"] == pytest.approx(nats, rel=1e-5)
@@ -268,8 +268,8 @@ def test_figures_of_several_labels_are_those_of_scikit_learn(
     both = [one for one in some if label[:, one].sum() < len(label)]
     areas = [sk.roc_auc_score(label[:, one], logit[:, one]) for one in both]
     assert found["auroc"] == (pytest.approx(np.mean(areas)) if areas else None)
-    means = [sk.average_precision_score(label[:, one], logit[:, one]) for one in some]
-    assert found["mean_average_precision"] == (pytest.approx(np.mean(means)) if means else None)
+    context = [sk.average_precision_score(label[:, one], logit[:, one]) for one in some]
+    assert found["mean_average_precision"] == (pytest.approx(np.mean(context)) if context else None)
     for one, line in enumerate(found["per_class"].values()):
         figures = sk.precision_recall_fscore_support(
             label[:, one], passed[:, one], average="binary", zero_division=0
@@ -414,8 +414,8 @@ def test_the_temperature_is_the_minimum_of_what_it_says_it_minimizes() -> None:
     logit, label = _logits(300, 4, 3.0)
     wide = logit.double()
 
-    def nats(heat: float) -> float:
-        chance = (wide / heat).log_softmax(1)
+    def nats(fitted: float) -> float:
+        chance = (wide / fitted).log_softmax(1)
         own = torch.nn.functional.nll_loss(chance, label, reduction="sum")
         return float(own - 0.5 * chance.mean(0).sum())
 
@@ -432,10 +432,10 @@ def test_the_temperature_of_several_labels_recovers_a_known_scale(scale: float) 
     assert found == pytest.approx(scale, rel=0.05)
     wide, half = (honest * scale).double(), label.double()
 
-    def nats(heat: float) -> float:
+    def nats(fitted: float) -> float:
         loss = torch.nn.functional.binary_cross_entropy_with_logits
-        spread = sum(loss(wide / heat, torch.full_like(half, one)) for one in (0.0, 1.0))
-        return float(loss(wide / heat, half, reduction="sum") + 0.5 * spread * 6)
+        spread = sum(loss(wide / fitted, torch.full_like(half, one)) for one in (0.0, 1.0))
+        return float(loss(wide / fitted, half, reduction="sum") + 0.5 * spread * 6)
 
     assert nats(found) < min(nats(found * (1 - 1e-4)), nats(found * (1 + 1e-4)))
 

@@ -209,7 +209,7 @@ with start(TrackingConfig(tracking_uri=address, system_metrics=False), f"client-
         run.record({"loss": float(mine) + 1 / (step + 1)}, step)
     artefact = Path(f"note-{mine}.txt")
     artefact.write_text(f"of client {mine}")
-    run.keep(artefact)
+    run.log_artifact(artefact)
     print(run.run_id)
 """
 

@@ -38,7 +38,7 @@ from arrowhead.features.shard_file import Rows
 from arrowhead.features.store import Store
 from arrowhead.inference import layout, score, score_request, scores_io, summary
 from arrowhead.inference.score_request import Request, ScoreConfig
-from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
 
 RECIPE = Recipe(
@@ -248,11 +248,11 @@ def made(store: Store) -> Bundle:
     feature_ND = valid.feature[:, 0].astype(np.float32)
     with torch.inference_mode():
         logit = bare.make_head()(torch.from_numpy(feature_ND))
-    heat = metrics.temperature(logit, torch.from_numpy(valid.label))
-    chance = bundle_format.probabilities(bare.make_head(), feature_ND, heat, multi=True)
+    fitted = metrics.temperature(logit, torch.from_numpy(valid.label))
+    chance = bundle_format.probabilities(bare.make_head(), feature_ND, fitted, multi=True)
     cut = metrics.thresholds(chance, valid.label)
     figures = metrics.evaluate(
-        logit.numpy(), valid.label, classes, temperature=heat, thresholds=cut
+        logit.numpy(), valid.label, classes, temperature=fitted, thresholds=cut
     )
     catalog = Catalog(**store.read_catalog())
     golden = [
@@ -265,7 +265,7 @@ def made(store: Store) -> Bundle:
         for at in (0, 5, 10)
     ]
     return dataclasses.replace(
-        bare, temperature=heat, thresholds=cut.tolist(), metrics=figures, golden=golden
+        bare, temperature=fitted, thresholds=cut.tolist(), metrics=figures, golden=golden
     )
 
 
@@ -277,12 +277,12 @@ def saved(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _score(path: Path, images: Path, out: Path, **knobs: Any) -> tuple[Bundle, Request]:
+def _score(path: Path, images: Path, out: Path, **overrides: Any) -> tuple[Bundle, Request]:
     """What the score verb does, in this process."""
-    config, how = ScoreConfig(**knobs), ExtractConfig(chunk_size=16)
+    config, how = ScoreConfig(**overrides), ExtractConfig(chunk_size=16)
     loaded, catalog = bundle_format.load(path), sources.unlabelled(images)
     request = score_request.prepare(out, path, loaded, catalog, config, how.chunk_size)
-    worker = Worker(0, 1, "cpu", 2, Desk(request.missing()).claim, lambda report: None)
+    worker = Worker(0, 1, "cpu", 2, TaskQueue(request.missing()).next_task, lambda report: None)
     score.score(worker, request, how)
     return loaded, request
 
@@ -406,7 +406,7 @@ def test_parts_are_counted_by_every_label_given(
     scored: tuple[Bundle, Request, polars.DataFrame],
 ) -> None:
     loaded, request, rows = scored
-    held = summary.held(request, loaded)
+    held = summary.summarize(request, loaded)
     assert list(held.faults.values()) == [1]
     counted = {
         name: sum(name in labels for labels in rows["labels"] if labels is not None)
@@ -449,7 +449,7 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
     )
     catalog_file.write_catalog(layout.inputs(tmp_path), catalog.columns())
     asked = Request(out=tmp_path, bundle=tmp_path, config=config, runs=[range(3)])
-    held = summary.held(asked, one)
+    held = summary.summarize(asked, one)
     assert held.faults == {"empty": 1}
     assert held.labels == dict.fromkeys(one.classes, 0) | {"even": 1}
 

@@ -269,7 +269,7 @@ def test_the_digest_is_of_the_contents_list_not_of_where_it_lies(tmp_path: Path)
 # -------------------------------------------------------------------------- arithmetic
 
 
-@given(st.lists(NAMES.map(path_text.text), max_size=300), st.integers(1, 40))
+@given(st.lists(NAMES.map(path_text.escape_path), max_size=300), st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_in_exactly_one_chunk(paths: list[str], size: int) -> None:
     runs = chunks.chunks(paths, size)

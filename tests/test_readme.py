@@ -125,11 +125,11 @@ def needs_others(program: str, words: list[str]) -> bool:
     if program == "RAY_AUTH_MODE=token":  # ray job submit … -- python train.py …
         assert after[:2] == ["python", "train.py"]
         own = [str(ROOT / "jobs" / word) if word.endswith(".toml") else word for word in after[2:]]
-        return cluster.understood(["train", *own]) is not None
+        return cluster.parse_command(["train", *own]) is not None
     if program == "arrowhead" and words[0] == "submit":
-        return cluster.understood(after) is not None
+        return cluster.parse_command(after) is not None
     if program == "arrowhead" and any(word.startswith("s3://") for word in words):
-        return cluster.understood(words) is not None
+        return cluster.parse_command(words) is not None
     return program == "arrowhead" and words[0] == "jobs"
 
 
@@ -178,7 +178,7 @@ def test_the_tour_shows_what_the_commands_print_today(outputs):
     told = {start(line) for printed in outputs.values() for line in printed.splitlines()}
     for line in tour.splitlines():
         if line.startswith("$ "):
-            assert cluster.understood(shlex.split(line)[2:]) is not None
+            assert cluster.parse_command(shlex.split(line)[2:]) is not None
         elif line.startswith("not read: "):  # tests/test_score.py has broken files
             assert any('"not read: ' in file.read_text() for file in (ROOT / "src").rglob("*.py"))
         elif line != "…":

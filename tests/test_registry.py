@@ -387,22 +387,22 @@ def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client
         version.tags["model"],
         f"runs:/{version.run_id}/model",
     ):
-        found = resolve.local(address, config, tmp_path)
+        found = resolve.bundle_folder(address, config, tmp_path)
         assert found.parent == tmp_path
         assert contents(found) == wanted
-    found = resolve.local("models:/weave/latest", config, tmp_path)
+    found = resolve.bundle_folder("models:/weave/latest", config, tmp_path)
     assert contents(found) == contents(Path("next"))
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
-    assert resolve.local(str(fitted), config, tmp_path) == fitted
-    assert resolve.local(fitted.as_uri(), config, tmp_path) == fitted
-    assert resolve.local("nowhere", config, tmp_path) == Path("nowhere")
+    assert resolve.bundle_folder(str(fitted), config, tmp_path) == fitted
+    assert resolve.bundle_folder(fitted.as_uri(), config, tmp_path) == fitted
+    assert resolve.bundle_folder("nowhere", config, tmp_path) == Path("nowhere")
 
 
 @pytest.fixture
 def strangers(client: Any, config: TrackingConfig, tmp_path: Path) -> dict[str, str]:
     """A run without a model, a run that kept its bundle as a file, a model that is not ours."""
     with start(config, "fit") as bare, start(config, "fit") as kept:
-        kept.keep(Path("next"), "bundle")
+        kept.log_artifact(Path("next"), "bundle")
     model = client.create_logged_model(client.get_run(bare.run_id).info.experiment_id, "alien")
     (tmp_path / "MLmodel").write_text("flavors: {}")
     client.log_model_artifacts(model.model_id, str(tmp_path))
@@ -430,21 +430,23 @@ def test_an_address_with_no_bundle_is_refused_with_what_is_there(
     for name, real in strangers.items():
         address = address.replace(name, real)
     with pytest.raises(ConfigError) as refused:
-        resolve.local(address, config, tmp_path / "scratch")
+        resolve.bundle_folder(address, config, tmp_path / "scratch")
     assert found in refused.value.found
     assert hint in f"{refused.value.wanted} {refused.value.do}"
     assert not list((tmp_path / "scratch").glob("*"))
 
 
 def test_the_bundle_that_a_run_kept_as_a_file_has_an_address_too(config, strangers, tmp_path):
-    found = resolve.local(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
+    found = resolve.bundle_folder(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
     assert contents(found) == contents(Path("next"))
 
 
 def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
     for uri in (f"sqlite:///{tmp_path}/no.db", "http://127.0.0.1:9"):
         with pytest.raises(ConfigError, match=uri):
-            resolve.local("models:/weave@champion", TrackingConfig(tracking_uri=uri), tmp_path)
+            resolve.bundle_folder(
+                "models:/weave@champion", TrackingConfig(tracking_uri=uri), tmp_path
+            )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -466,17 +468,17 @@ def stored(fitted: Path) -> Any:
 
 
 def test_a_bundle_in_an_object_store_comes_whole_or_not_at_all(stored, fitted, config, tmp_path):
-    found = resolve.local("memory://shelf/bundle", config, tmp_path)
+    found = resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
     assert contents(found) == contents(fitted)
     before = contents(tmp_path)
     stored("golden/0.img", b"other")
     with pytest.raises(DataError, match=r"bundle/golden/0\.img is not the file"):
-        resolve.local("memory://shelf/bundle", config, tmp_path)
+        resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
     stored("golden/0.img", None)
     with pytest.raises(DataError, match=r"golden/0.img is missing"):
-        resolve.local("memory://shelf/bundle", config, tmp_path)
+        resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
     with pytest.raises(ConfigError, match="not a bundle"):
-        resolve.local("memory://shelf", config, tmp_path)
+        resolve.bundle_folder("memory://shelf", config, tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -492,7 +494,7 @@ def test_a_bundle_that_wants_to_write_elsewhere_is_refused(stored, fitted, confi
     fileio.write_sealed(copy / "bundle.json", content)
     stored("bundle.json", (copy / "bundle.json").read_bytes())
     with pytest.raises(DataError, match="outside of itself"):
-        resolve.local("memory://shelf/bundle", config, tmp_path / "scratch")
+        resolve.bundle_folder("memory://shelf/bundle", config, tmp_path / "scratch")
     assert list(tmp_path.rglob("*evil*")) == []
     with pytest.raises(DataError, match="outside of itself"):
         bundle_format.load(copy)

@@ -63,7 +63,7 @@ def rows(out: Path) -> polars.DataFrame:
     return polars.read_parquet(out / "parts")
 
 
-def chances(out: Path) -> Any:
+def probability_counts(out: Path) -> Any:
     """float32 (N, C)."""
     return rows(out)["probabilities"].struct.unnest().to_numpy()
 
@@ -178,10 +178,10 @@ def test_raw_probabilities_are_those_before_the_temperature(command, out, tmp_pa
     warm = bundled(temperature=0.5)
     command("score", warm, "new", out, "--probabilities")
     command("score", warm, "new", tmp_path / "raw", "--probabilities", "--raw")
-    raw = np.log(chances(tmp_path / "raw")) / 0.5
-    assert np.abs(chances(out) - chances(tmp_path / "raw")).max() > 0.01
+    raw = np.log(probability_counts(tmp_path / "raw")) / 0.5
+    assert np.abs(probability_counts(out) - probability_counts(tmp_path / "raw")).max() > 0.01
     cooled = np.exp(raw) / np.exp(raw).sum(1, keepdims=True)
-    np.testing.assert_allclose(chances(out), cooled, atol=1e-5)
+    np.testing.assert_allclose(probability_counts(out), cooled, atol=1e-5)
 
 
 def test_the_csv_says_what_the_parquet_says(command, out):
@@ -250,7 +250,7 @@ def test_labels_are_those_of_plain_torchvision_with_the_bundles_weights(command,
         feature = (feature - tensors["head.0.mean"]) / tensors["head.0.deviation"]
         logit = feature @ tensors["head.2.weight"].T + tensors["head.2.bias"]
         chance = (logit / about["temperature"]).softmax(1).numpy()
-    ours = chances(out)
+    ours = probability_counts(out)
     assert np.abs(ours - chance).max() < 0.05
     sure = np.sort(chance, 1)[:, -1] - np.sort(chance, 1)[:, -2] > 0.1
     assert sure.sum() > 12

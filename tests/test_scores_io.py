@@ -32,7 +32,7 @@ from arrowhead.features.recipe import Recipe
 from arrowhead.inference import layout, score, score_request, scores_io, summary, verify
 from arrowhead.inference.score_request import Request, ScoreConfig
 from arrowhead.inference.scores_io import Scores
-from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
 
 ODD = ["$10_", "a_b$", "=1+1", "<b>x", "a.b", 'q"uote', "s p a c e", "貓", "קשת", "🐈", "x" * 200]
@@ -54,9 +54,9 @@ def scored(path: Path, images: Path, out: Path, **config: object) -> Request:
     loaded, how = bundle_format.load(path), ExtractConfig(chunk_size=4)
     asked = ScoreConfig(**config)  # type: ignore[arg-type]
     request = score_request.prepare(out, path, loaded, sources.unlabelled(images), asked, 4)
-    worker = Worker(0, 1, "cpu", 1, Desk(request.missing()).claim, lambda report: None)
+    worker = Worker(0, 1, "cpu", 1, TaskQueue(request.missing()).next_task, lambda report: None)
     score.score(worker, request, how)
-    found = summary.held(request, loaded)
+    found = summary.summarize(request, loaded)
     counts = COUNTS | {"inputs": sum(map(len, request.runs))}
     folders = found.folders and found.folders.plain()
     score.record(request, {"counts": counts, "folders": folders}, loaded)

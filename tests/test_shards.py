@@ -98,8 +98,8 @@ def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> Non
     fileio.write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(TypeError):
         fileio.write_json(tmp_path / "a.json", {"new": object()})
-    with pytest.raises(KeyboardInterrupt), fileio.draft(tmp_path / "a.json") as sketch:
-        sketch.write_text('{"new"')
+    with pytest.raises(KeyboardInterrupt), fileio.draft(tmp_path / "a.json") as draft_file:
+        draft_file.write_text('{"new"')
         raise KeyboardInterrupt
     assert fileio.read_json(tmp_path / "a.json") == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -374,7 +374,8 @@ def test_a_name_of_any_bytes_survives_a_table(labels: dict[bytes, str]) -> None:
             config = SourceConfig(images=folder, label_separator="")
             catalog = sources.labelled(table, config)
         assert {
-            path_text.raw(p): x for p, (x,) in zip(catalog.paths, catalog.labels, strict=True)
+            path_text.unescape_path(p): x
+            for p, (x,) in zip(catalog.paths, catalog.labels, strict=True)
         } == labels
         assert catalog.paths == sorted(catalog.paths)
         assert set(catalog.sizes.tolist()) == {5}
@@ -554,11 +555,11 @@ def test_every_key_of_a_bucket_is_listed_once_and_read(bucket: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda key: _upload(bucket, key), keys))
     catalog = sources.unlabelled(f"s3://{bucket.name}")
-    assert catalog.paths == sorted(path_text.text(key.encode()) for key in keys)
+    assert catalog.paths == sorted(path_text.escape_path(key.encode()) for key in keys)
     rows = [row for row, path in enumerate(catalog.paths) if not path.startswith("many")]
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda row: catalog.read(row, 999), rows))
-    assert read == [(path_text.raw(catalog.paths[row]), None) for row in rows]
+    assert read == [(path_text.unescape_path(catalog.paths[row]), None) for row in rows]
 
 
 def test_an_object_written_again_changes_its_stamp_and_is_a_fault(bucket: Any) -> None:
@@ -661,12 +662,12 @@ def test_any_other_store_that_fsspec_opens_is_listed_and_read() -> None:
     try:
         catalog = sources.labelled("memory://here")
         assert catalog.paths == sorted(
-            path_text.text(k.encode()) for k in keys if ".hidden" not in k
+            path_text.escape_path(k.encode()) for k in keys if ".hidden" not in k
         )
         assert catalog.ignored == 1
         assert catalog.classes == ["cat", "dog"]
         for row, path in enumerate(catalog.paths):
-            assert catalog.read(row, 99) == (path_text.raw(path), None)
+            assert catalog.read(row, 99) == (path_text.unescape_path(path), None)
         assert catalog.read(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
         store.pipe({"/here/dog/1.jpg": b"longer than it was"})
         assert catalog.read(len(catalog) - 1, 99)[1].startswith("changed: it had 9 bytes")

@@ -48,7 +48,7 @@ GOING = re.compile(r"\S+ is going at \d\d:\d\d:\d\d: it takes no more, the other
 def work(worker: Worker, folder: Path, nap: float) -> None:
     """Takes tasks until there are none; notes on the disk where each is begun and done."""
     node = ray.get_runtime_context().get_node_id()
-    while (task := worker.claim()) is not None:
+    while (task := worker.next_task()) is not None:
         note(folder, {"begun": task, "node": node})
         time.sleep(nap)
         note(folder, {"done": task, "node": node})

@@ -250,9 +250,11 @@ def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
     assert made["thresholds"].keys() == {"baskets", "beads", "leaves", "woven"}
     command("score", "several/bundle", drawn / "valid", "several-scores", "--probabilities")
     table = polars.read_parquet("several-scores/parts")
-    cuts = np.array([made["thresholds"][name] for name in made["classes"]])
-    for chances, labels in zip(table["probabilities"], table["labels"].to_list(), strict=True):
-        given = np.array(made["classes"])[np.array([*chances.values()]) >= cuts]
+    thresholds = np.array([made["thresholds"][name] for name in made["classes"]])
+    for probability_counts, labels in zip(
+        table["probabilities"], table["labels"].to_list(), strict=True
+    ):
+        given = np.array(made["classes"])[np.array([*probability_counts.values()]) >= thresholds]
         assert labels == given.tolist()
     assert table["labels"].list.len().max() >= 2
 

@@ -132,7 +132,7 @@ def test_what_answers_but_is_no_ray_is_refused(refused, tmp_path):
 
 
 def test_a_verb_that_is_given_another_cluster_is_refused():
-    call = cli_cluster.understood(
+    call = cli_cluster.parse_command(
         ["train", "s", "b", "--workers", "1", "--address", "10.0.0.1:6379"]
     )
     with pytest.raises(ConfigError, match=r"--address 10\.0\.0\.1"):
@@ -196,7 +196,7 @@ def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path,
 )
 def test_every_file_and_folder_that_a_verb_names_is_known(monkeypatch, words, places):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert sorted(cli_cluster._needs(cli_cluster.understood(words))[0]) == sorted(places)
+    assert sorted(cli_cluster._needs(cli_cluster.parse_command(words))[0]) == sorted(places)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_of_the_mlflow_store_nobody_may_see_is_not_sent(monkeypatch, uri, s
     else:
         flag = ["--tracking-uri", uri]
     with pytest.raises(ConfigError, match=said) as refusal:
-        cli_cluster._needs(cli_cluster.understood([*TRAIN, *flag]))
+        cli_cluster._needs(cli_cluster.parse_command([*TRAIN, *flag]))
     assert "secret" not in str(refusal.value).lower()
 
 
@@ -241,7 +241,7 @@ def test_a_job_that_is_told_to_end_has_time_to_end_its_mlflow_run(monkeypatch):
 
 def test_the_address_of_the_mlflow_store_reaches_the_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert cli_cluster._needs(cli_cluster.understood(TRAIN))[1] == {
+    assert cli_cluster._needs(cli_cluster.parse_command(TRAIN))[1] == {
         "MLFLOW_TRACKING_URI": "http://mlflow:5000"
     }
 
@@ -260,7 +260,7 @@ def test_what_a_verb_reads_must_be_there_before_anything_is_sent(
     tmp_path, monkeypatch, words, inputs
 ):
     monkeypatch.chdir(tmp_path)
-    needed = cli_cluster._needs(cli_cluster.understood(words))[3]
+    needed = cli_cluster._needs(cli_cluster.parse_command(words))[3]
     assert sorted(needed) == inputs
     own = Cluster("http://127.0.0.1:8265", None, (("127.0.0.1", {"CPU": 2.0}),))
     for missing in inputs:
@@ -313,20 +313,20 @@ def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, mon
     ids=lambda value: value[0],
 )
 def test_a_verb_gets_workers_of_the_cluster_unless_it_says_how_many(tmp_path, words, workers):
-    asked = cli_cluster._with_workers(cli_cluster.understood(words), AWAY.units)
+    asked = cli_cluster._with_workers(cli_cluster.parse_command(words), AWAY.units)
     assert asked == [words[0], "--workers", workers, *words[1:]]
-    assert cli_cluster.understood(asked).given["launch"].workers == (
+    assert cli_cluster.parse_command(asked).given["launch"].workers == (
         workers if ":" in workers else 1
     )
     for own in (["--workers", "0"], ["--workers=2"]):
-        call = cli_cluster.understood([*words, *own])
+        call = cli_cluster.parse_command([*words, *own])
         assert cli_cluster._with_workers(call, AWAY.units) == [*words, *own]
     toml = tmp_path / "own.toml"
     toml.write_text(f"[{words[0]}]\nworkers = 3\n")
-    call = cli_cluster.understood([*words, "--config", str(toml)])
+    call = cli_cluster.parse_command([*words, "--config", str(toml)])
     assert cli_cluster._with_workers(call, AWAY.units) == words
     for fewer in (["export", "b", "o.onnx"], ["doctor"]):
-        assert cli_cluster._with_workers(cli_cluster.understood(fewer), AWAY.units) == fewer
+        assert cli_cluster._with_workers(cli_cluster.parse_command(fewer), AWAY.units) == fewer
 
 
 def test_gpus_count_where_there_are_any():
@@ -378,7 +378,7 @@ def test_a_recipe_says_what_it_runs_on_what_and_what_comes_of_it(recipe, monkeyp
         "--",
         recipe.stem.replace("_", "-"),
     )
-    call = cli_cluster.understood([verb, *rest])
+    call = cli_cluster.parse_command([verb, *rest])
     assert call.config == recipe.relative_to(ROOT)
     script = recipe.with_suffix(".py").read_text()
     assert f'main(["{verb}", *sys.argv[1:]])' in script
@@ -759,4 +759,4 @@ def test_down_leaves_nothing_behind(local):
     assert local.script("down") == "not up\n"
     assert local.script("status", code=3) == "not up\n"
     with pytest.raises(ConfigError, match="No Ray job server answers"):
-        jobs.reach(ClusterConfig(address=local.url))
+        jobs.connect(ClusterConfig(address=local.url))

@@ -68,20 +68,20 @@ def test_a_grid_that_cannot_be_read_is_refused_with_its_word(words: str, says: s
 
 def test_a_setting_no_head_can_have_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match="dropout"):
-        grid.members(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
+        grid.trials(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
 
 
 def _ranked(
     data: Data, config: TrainConfig, words: str, *, halving: bool = False, rate: float = 1.0
 ) -> dict[str, Any]:
     """Train a grid and rank it, as `training.run.learn` does."""
-    knobs, members = grid.settings(words), grid.members(data, config, rate, words)
-    heads = train_stack(data, members, losers=grid.loser_of(knobs, config) if halving else None)
+    overrides, trials = grid.settings(words), grid.trials(data, config, rate, words)
+    heads = train_stack(data, trials, losers=grid.loser_of(overrides, config) if halving else None)
 
     def judge(groups: Any) -> Any:
-        return comparison.by_image(data, members, heads, groups, grid.figure(config))
+        return comparison.by_image(data, trials, heads, groups, grid.figure(config))
 
-    return grid.summary(knobs, heads, config, judge)
+    return grid.summary(overrides, heads, config, judge)
 
 
 def test_the_best_setting_wins_and_one_that_diverges_ranks_last() -> None:
@@ -109,9 +109,9 @@ def _head(accuracy: list[float], *, loss: float = 0.5, stopped: str = "") -> Tra
 
 
 def test_the_winner_is_of_the_best_setting_though_another_has_the_best_single_head() -> None:
-    knobs = grid.settings("rate=1e-3,1e-2 seed=0,1")
+    overrides = grid.settings("rate=1e-3,1e-2 seed=0,1")
     heads = [_head([0.8]), _head([0.82]), _head([0.9]), _head([0.5])]
-    ranked = grid.summary(knobs, heads, TrainConfig(), lambda groups: np.eye(2))
+    ranked = grid.summary(overrides, heads, TrainConfig(), lambda groups: np.eye(2))
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-3, 1e-2]
     assert ranked["best"] == 1
 
@@ -123,17 +123,17 @@ def test_ten_images_that_only_one_of_two_settings_gets_right_tell_them_apart() -
     right[1, 50:60] = 0
     right[2, 50:59], right[2, 0] = 0, 1
     heads = [_head([row.mean()]) for row in right]
-    knobs = grid.settings("rate=1,2,3")
+    overrides = grid.settings("rate=1,2,3")
 
     def judge(groups: Any) -> Any:
         return np.stack([right[group].mean(0) for group in groups])
 
-    pair = grid.summary(knobs[:2], heads[:2], TrainConfig(), judge)
+    pair = grid.summary(overrides[:2], heads[:2], TrainConfig(), judge)
     assert pair["settings"][1]["p"] == pytest.approx(2 * 0.5**10)
     assert (pair["alike"], pair["test"]) == (0, "exact McNemar test")
     assert "distinguishable from the 1 other setting (p at most 0.002" in pair["words"]
     assert "the same 1000 validation images" in pair["words"]
-    every = grid.summary(knobs, heads, TrainConfig(), judge)
+    every = grid.summary(overrides, heads, TrainConfig(), judge)
     assert [one["knobs"]["rate"] for one in every["settings"]] == [1, 3, 2]
     assert [one["p"] for one in every["settings"][1:]] == pytest.approx(
         [2 * 11 * 0.5**10, 2 * 2 * 0.5**10]  # the smaller of the two counts double
@@ -141,7 +141,7 @@ def test_ten_images_that_only_one_of_two_settings_gets_right_tell_them_apart() -
 
 
 def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_is_claimed() -> None:
-    knobs = grid.settings("rate=1,2,3,4")
+    overrides = grid.settings("rate=1,2,3,4")
     heads = [
         _head([0.99], stopped="halving"),
         _head([0.6] * 4),
@@ -154,7 +154,7 @@ def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_i
         asked.extend(groups)
         return np.array([[1.0, 1, 1], [1, 0, 1]])
 
-    ranked = grid.summary(knobs, heads, TrainConfig(epochs=4), judge)
+    ranked = grid.summary(overrides, heads, TrainConfig(epochs=4), judge)
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [4, 2, 3, 1]
     assert (ranked["best"], asked) == (3, [[3], [1]])
     assert [one["p"] is None for one in ranked["settings"]] == [True, False, True, True]
@@ -169,8 +169,8 @@ def test_halving_stops_the_worse_half_twice_and_keeps_the_best() -> None:
     words = "rate=1e-6,1e-5,1e-4,1e-3,1e-2,3e-2,1e-1,3e-1 seed=0,1"
     config = TrainConfig(epochs=8, schedule="constant")
     losers = grid.loser_of(grid.settings(words), config)
-    halved = train_stack(data, grid.members(data, config, 1.0, words), losers=losers)
-    whole = train_stack(data, grid.members(data, config, 1.0, words))
+    halved = train_stack(data, grid.trials(data, config, 1.0, words), losers=losers)
+    whole = train_stack(data, grid.trials(data, config, 1.0, words))
     lengths = sorted(len(one.epochs) for one in halved)
     assert lengths == [2] * 8 + [4] * 4 + [8] * 4
     for one, other in zip(halved, whole, strict=True):  # who stays is not disturbed
@@ -224,7 +224,7 @@ def test_a_class_of_one_different_image_is_trained_on_in_every_fold_and_named() 
     assert cross_validation.not_held_out(part, label, names) == {"one": 1, "copied": 3}
     assert sorted(set(part[:96])) == [0, 1, 2, 3, 4]
     data = replace(_toy(100, classes=4), label=torch.from_numpy(label))
-    for one in cross_validation.fold_members(data, TrainConfig(rate=0.1), part):
+    for one in cross_validation.fold_trials(data, TrainConfig(rate=0.1), part):
         assert set(label[one.train]) == {0, 1, 2, 3}
         assert {96, 97, 98, 99} <= set(one.train.tolist())
     with pytest.raises(ConfigError, match="can hold out no image"):
@@ -271,8 +271,8 @@ def test_the_labels_of_a_fold_take_no_part_in_what_is_predicted_of_it(best: Any)
     states = []
     for label in (data.label, other):
         shuffled = replace(data, label=label)
-        members = cross_validation.fold_members(shuffled, config, part)
-        heads = train_stack(shuffled, members, until=7)
+        trials = cross_validation.fold_trials(shuffled, config, part)
+        heads = train_stack(shuffled, trials, until=7)
         assert [len(one.epochs) for one in heads] == [7, 7, 7]
         states.append([one.state for one in heads])
     for name, weight in states[0][1].items():
@@ -294,8 +294,8 @@ def test_weights_of_classes_come_from_no_label_of_the_fold_that_is_predicted(
     states = []
     for here in (label, torch.where(torch.from_numpy(part == 1), 0, label)):
         other = replace(data, label=here)
-        members = cross_validation.fold_members(other, config, part)
-        made = logistic.train(other, members) if head == "logistic" else train_stack(other, members)
+        trials = cross_validation.fold_trials(other, config, part)
+        made = logistic.train(other, trials) if head == "logistic" else train_stack(other, trials)
         states.append([one.state for one in made])
     for name, weight in states[0][1].items():
         np.testing.assert_allclose(weight, states[1][1][name], rtol=1e-5, atol=1e-5)
@@ -306,7 +306,7 @@ def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
     data = _toy(100)
     pool = np.arange(100)
     part = cross_validation.folds(pool.astype(np.uint64), data.label.numpy(), 4, data.classes)
-    made = cross_validation.fold_members(data, TrainConfig(rate=0.1), part)
+    made = cross_validation.fold_trials(data, TrainConfig(rate=0.1), part)
     assert sorted(np.concatenate([one.valid for one in made]).tolist()) == pool.tolist()
     for one in made:
         assert not set(one.train.tolist()) & set(one.valid.tolist())
@@ -318,7 +318,7 @@ def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
 
 def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
     data = _toy(1000)
-    made = learning_curve.share_members(data, TrainConfig(rate=0.1), seeds=2)
+    made = learning_curve.share_trials(data, TrainConfig(rate=0.1), seeds=2)
     sets = [set(one.train.tolist()) for _, one in made[::2]]
     assert [len(one) for one in sets] == pytest.approx([40, 80, 160, 400, 800], abs=3)
     assert all(small < large for small, large in itertools.pairwise(sets))
@@ -330,7 +330,7 @@ def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
 
 def test_shares_of_logistic_regression_are_drawn_as_often_as_seeds_say() -> None:
     data, config = _toy(1000), TrainConfig(head="logistic", l2=1.0)
-    made = learning_curve.share_members(data, config, seeds=3)
+    made = learning_curve.share_trials(data, config, seeds=3)
     by_share = {
         share: [set(one.train.tolist()) for at, one in made if at == share]
         for share in learning_curve.SHARES
@@ -341,11 +341,11 @@ def test_shares_of_logistic_regression_are_drawn_as_often_as_seeds_say() -> None
         assert all(one != other for one, other in itertools.combinations(sets, 2))
     for small, large in itertools.pairwise(list(by_share.values())[:-1]):
         assert all(one < other for one, other in zip(small, large, strict=True)), "nested"
-    members = [one for _, one in made]
-    heads = logistic.train(data, members)
+    trials = [one for _, one in made]
+    heads = logistic.train(data, trials)
 
     def judge(groups: Any) -> Any:
-        return comparison.by_image(data, members, heads, groups, "accuracy")
+        return comparison.by_image(data, trials, heads, groups, "accuracy")
 
     points = learning_curve.curve(made, heads, config, judge)["points"]
     assert all(point["spread"] is not None for point in points[:-1])
@@ -355,7 +355,7 @@ def test_a_class_of_one_image_is_in_every_share() -> None:
     data = _toy(1000)
     data.label[data.train] = torch.where(data.label[data.train] == 2, 0, data.label[data.train])
     data.label[5] = 2
-    made = learning_curve.share_members(data, TrainConfig(rate=0.1), seeds=1)
+    made = learning_curve.share_trials(data, TrainConfig(rate=0.1), seeds=1)
     assert [share for share, _ in made] == list(learning_curve.SHARES)
     assert all(5 in one.train for _, one in made)
 
@@ -363,12 +363,12 @@ def test_a_class_of_one_image_is_in_every_share() -> None:
 def test_the_learning_curve_says_whether_more_images_would_help() -> None:
     def said(apart: float, rows: int) -> dict[str, Any]:
         data, config = _toy(rows, width=64, apart=apart), TrainConfig(epochs=5, rate=3e-3)
-        shares = learning_curve.share_members(data, config, seeds=3)
-        members = [one for _, one in shares]
-        heads = train_stack(data, members)
+        shares = learning_curve.share_trials(data, config, seeds=3)
+        trials = [one for _, one in shares]
+        heads = train_stack(data, trials)
 
         def judge(groups: Any) -> Any:
-            return comparison.by_image(data, members, heads, groups, "accuracy")
+            return comparison.by_image(data, trials, heads, groups, "accuracy")
 
         return learning_curve.curve(shares, heads, config, judge)
 

@@ -24,7 +24,7 @@ import pytest
 
 from arrowhead import ConfigError
 from arrowhead.cli.main import main
-from arrowhead.tracking import outbox, sender
+from arrowhead.tracking import delivery, outbox
 from arrowhead.tracking import run as tracking_run
 from arrowhead.tracking.address import without_secret
 from arrowhead.tracking.client import TrackingConfig
@@ -142,8 +142,8 @@ def test_all_that_is_recorded_can_be_read_back(config, client, tmp_path):
         run.record({"loss": 2.5, "bad": float("nan"), "text": "no number"}, 3)
         run.curve("curve", [float(i) for i in range(2500)])
         run.record({"accuracy.what? ü": 1})
-        run.keep(tmp_path / "figure.png", "figures")
-        run.keep(tmp_path / "folder")
+        run.log_artifact(tmp_path / "figure.png", "figures")
+        run.log_artifact(tmp_path / "folder")
         with run.child("train") as child:
             child.record({"loss": 1.0})
     made = client.get_run(run.run_id)
@@ -223,7 +223,7 @@ def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(conf
 
 def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client, monkeypatch):
     monkeypatch.setattr(
-        sender, "mlflow_names", lambda names, taken: {one: one for one in names}
+        delivery, "mlflow_names", lambda names, taken: {one: one for one in names}
     )  # as an MLflow with other rules would
     said: list[str] = []
     with start(config, "fit", say=said.append) as run:
@@ -400,7 +400,7 @@ def test_an_interrupted_run_is_killed_and_its_place_stays(config, client):
 def test_an_interrupted_run_ends_though_another_thread_s_write_never_comes_back(
     config, client, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sender, "STOPPING", 0.1)
+    monkeypatch.setattr(delivery, "STOPPING", 0.1)
     spool_folder, said, held = tmp_path / "unsent", [], threading.Event()
     done = threading.Event()
 
@@ -411,10 +411,10 @@ def test_an_interrupted_run_ends_though_another_thread_s_write_never_comes_back(
 
     with (
         pytest.raises(KeyboardInterrupt),
-        start(config, "fit", spool=spool_folder, say=said.append) as run,
+        start(config, "fit", outbox=spool_folder, say=said.append) as run,
         run.child("train") as below,
     ):
-        threading.Thread(target=holds, args=(run._post,), daemon=True).start()
+        threading.Thread(target=holds, args=(run._sender,), daemon=True).start()
         assert held.wait(60)
         raise KeyboardInterrupt
     done.set()
@@ -512,8 +512,8 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
         with run.child("late") as late:
             late.record({"loss": 3.0})
         ids = run.children(**heads(3))
-        run.keep(tmp_path / "report.html", "reports")
-        run.keep(tmp_path / "large.bin")
+        run.log_artifact(tmp_path / "report.html", "reports")
+        run.log_artifact(tmp_path / "large.bin")
         assert run.model(tmp_path) is None
     (tmp_path / "report.html").unlink()
     folder = tmp_path / ".arrowhead" / "unsent" / run.run_id
@@ -562,7 +562,7 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
 
 def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch, capsys):
     said: list[str] = []
-    monkeypatch.setattr(sender, "AGAIN", (0.2, 0.5))
+    monkeypatch.setattr(delivery, "RETRY_SECONDS", (0.2, 0.5))
     there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
     with start(there, "fit", say=said.append) as run:
         run.record({"loss": 0.0}, 0)
@@ -591,9 +591,9 @@ def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
     import sqlite3
 
     said: list[str] = []
-    monkeypatch.setattr(sender, "AGAIN", (0.1, 0.1))
+    monkeypatch.setattr(delivery, "RETRY_SECONDS", (0.1, 0.1))
     database = sqlite3.connect(workshop / "mlflow.db")
-    with start(config, "fit", say=said.append, spool=Path("spool")) as run:
+    with start(config, "fit", say=said.append, outbox=Path("spool")) as run:
         database.execute("ALTER TABLE metrics RENAME TO away")
         run.record({"loss": 1.0}, 1)
         run.tags({"verdict": "good"})
@@ -620,8 +620,8 @@ def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, t
     ]
     whole = b"".join(b"\n" + json.dumps(line).encode() for line in lines)
     ends = [found.end() for found in re.finditer(rb"\}\}", whole)]
-    cuts = sorted({0, 1, 7, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)})
-    for cut in cuts:
+    thresholds = sorted({0, 1, 7, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)})
+    for cut in thresholds:
         new = client.create_run(experiment).info.run_id
         folder = tmp_path / "spool" / new
         folder.mkdir(parents=True)
@@ -679,9 +679,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
     )
     images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
     feature_ND = replay.features(recipe, made.make_body(), images, "cpu", 1)
-    chance_NC = bundle_format.probabilities(made.make_head(), feature_ND, made.temperature)
+    prob_NC = bundle_format.probabilities(made.make_head(), feature_ND, made.temperature)
     golden = [
-        Golden(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=chance_NC[i])
+        Golden(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=prob_NC[i])
         for i, data in enumerate(images)
     ]
     from dataclasses import replace
@@ -747,7 +747,7 @@ def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server
         assert run.register(bundle) == "models:/far/1"
     wanted = {file.name: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
     for address in ("models:/far@champion", "models:/far/1", model, f"runs:/{run.run_id}/model"):
-        found = resolve.local(address, there, tmp_path / "scratch")
+        found = resolve.bundle_folder(address, there, tmp_path / "scratch")
         assert {f.name: f.read_bytes() for f in found.rglob("*") if f.is_file()} == wanted
     for address, words in {
         "models:/fat@champion": "far",
@@ -756,7 +756,7 @@ def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server
         f"runs:/{'0' * 32}/model": "no run",
     }.items():
         with pytest.raises(ConfigError) as refused:
-            resolve.local(address, there, tmp_path / "scratch")
+            resolve.bundle_folder(address, there, tmp_path / "scratch")
         assert words in str(refused.value)
 
 
@@ -916,7 +916,7 @@ def test_python_refuses_a_malformed_address_without_its_secret(address, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     with (
         pytest.raises(ConfigError) as refused,
-        tracking_run.start(TrackingConfig(), "fit", spool=tmp_path),
+        tracking_run.start(TrackingConfig(), "fit", outbox=tmp_path),
     ):
         pytest.fail("it began")
     told += "".join(traceback.format_exception(refused.value))

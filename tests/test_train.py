@@ -23,9 +23,15 @@ from torch import Tensor, nn
 from arrowhead import ConfigError
 from arrowhead.training import heads, schedule, trainer
 from arrowhead.training import losses as training_losses
-from arrowhead.training.batches import Lane, Team, batches, view_of
+from arrowhead.training.batches import DistributedContext, Lane, batches, view_of
 from arrowhead.training.config import TrainConfig, precision, resolve, steps_of
-from arrowhead.training.dataset import Data, Held, Mapped, Member, spread
+from arrowhead.training.dataset import (
+    Data,
+    InMemoryFeatures,
+    MemoryMappedFeatures,
+    Trial,
+    mean_and_std,
+)
 from arrowhead.training.heads import Place
 from arrowhead.training.trainer import Saved, Trained, Training, train, train_stack
 
@@ -87,14 +93,14 @@ def _toy(
     return Data.of((feature[:cut], shown[:cut]), (feature[cut:], shown[cut:]), names, device)
 
 
-def _config(**knobs: Any) -> TrainConfig:
+def _config(**overrides: Any) -> TrainConfig:
     plain = {"epochs": 3, "batch_size": 33, "schedule": "constant", "precision": "fp32"}
-    return TrainConfig(**(plain | knobs))
+    return TrainConfig(**(plain | overrides))
 
 
-def _member(data: Data, rate: float, *, rows: Any = None, **knobs: Any) -> Member:
+def _member(data: Data, rate: float, *, rows: Any = None, **overrides: Any) -> Trial:
     mine = data.train if rows is None else rows
-    return Member(config=_config(**knobs), rate=rate, train=mine, valid=data.valid)
+    return Trial(config=_config(**overrides), rate=rate, train=mine, valid=data.valid)
 
 
 def _clean(data: Data, rows: NDArray[np.int64]) -> Tensor:
@@ -142,7 +148,7 @@ def test_features_left_in_their_shards_train_the_very_same_head(tmp_path: Path) 
     row = draw.permutation(60)[:50]
     label = torch.from_numpy(draw.integers(0, 2, 50))
     whole = torch.from_numpy(np.concatenate(parts)[row])
-    held, mapped = Held(whole), Mapped(parts, row, torch.device("cpu"))
+    held, mapped = InMemoryFeatures(whole), MemoryMappedFeatures(parts, row, torch.device("cpu"))
     assert tuple(mapped.shape) == tuple(held.shape) == (50, 2, 5)
     flat = torch.tensor([99, 0, 0, 3, 42])
     assert torch.equal(mapped.take(flat), held.take(flat))
@@ -156,7 +162,7 @@ def test_features_left_in_their_shards_train_the_very_same_head(tmp_path: Path) 
             train=np.arange(40),
             valid=np.arange(40, 50),
             classes=["a", "b"],
-        ).must_teach()
+        ).check_trainable()
         made.append(train(data, _config(batch_size=7), 0.01))
     _assert_same(made[1], made[0])
 
@@ -171,7 +177,7 @@ def test_standardizing_takes_the_mean_and_deviation_of_view_0_of_its_own_rows(
     feature[:, 1] = np.nan
     feature[:, 0, 2] = 7
     rows = draw.permutation(count + 5)[:count]
-    mean, deviation = spread(Held(torch.from_numpy(feature)), rows)
+    mean, deviation = mean_and_std(InMemoryFeatures(torch.from_numpy(feature)), rows)
     mine = feature[rows, 0].astype(np.float64)
     np.testing.assert_allclose(mean, mine.mean(0), rtol=1e-5, atol=1e-5)
     wanted = mine.std(0) if count > 1 else np.ones(3)
@@ -187,7 +193,7 @@ def test_a_class_without_images_to_learn_from_is_named() -> None:
     with pytest.raises(ConfigError, match="validation split has no readable image"):
         Data.of((feature, some % 2 + some // 2), (feature[:0], none), ["ant", "bee"])
     copies = Data(
-        feature=Held(torch.zeros(6, 1, 2)),
+        feature=InMemoryFeatures(torch.zeros(6, 1, 2)),
         label=torch.tensor([0, 0, 0, 1, 1, 1]),
         key=np.array([7, 7, 7, 8, 8, 8], np.uint64),
         train=np.arange(6),
@@ -195,7 +201,7 @@ def test_a_class_without_images_to_learn_from_is_named() -> None:
         classes=["ant", "bee"],
     )
     with pytest.raises(ConfigError, match=r"copies of one \(6 images, 2 different\)"):
-        copies.must_teach()
+        copies.check_trainable()
     several = np.array([[1, 0], [1, 0], [0, 0], [1, 0]], np.uint8)
     with pytest.raises(ConfigError, match="of bee"):
         Data.of((feature, several), (feature, several), ["ant", "bee"])
@@ -509,12 +515,12 @@ def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
     counts: list[int], most: int, multi: bool, kind: str, classes: int
 ) -> None:
     data = _toy(150, width=6, classes=classes, views=2, multi=multi)
-    assert isinstance(data.feature, Held)
+    assert isinstance(data.feature, InMemoryFeatures)
     feature = torch.stack([_clean(data, np.arange(150)), torch.full((150, 6), torch.nan)], 1)
-    data = replace(data, feature=Held(feature.half()))
+    data = replace(data, feature=InMemoryFeatures(feature.half()))
     draw = np.random.default_rng(counts[0])
-    members = [
-        Member(
+    trials = [
+        Trial(
             config=_config(head=kind, seed=seed),
             rate=0.1,
             train=data.train,
@@ -522,14 +528,14 @@ def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
         )
         for seed, count in enumerate(counts)
     ]
-    training = Training(data, members)
+    training = Training(data, trials)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "MOST", most)
+        patch.setattr(trainer, "VALIDATION_NUMBERS", most)
         made = training.validate()
-    for number, (member, line) in enumerate(zip(members, made, strict=True)):
+    for number, (trial, line) in enumerate(zip(trials, made, strict=True)):
         state = training.stack.state(*training.seat_of[number])
         head = heads.restore(kind, 6, classes, state)
-        wanted = _figures(data, member.valid, head)
+        wanted = _figures(data, trial.valid, head)
         assert line == pytest.approx(wanted, rel=1e-5, abs=1e-7)
 
 
@@ -543,8 +549,8 @@ def test_validation_can_be_asked_for_the_first_rows_only() -> None:
 def test_validation_changes_nothing() -> None:
     data = _toy(100)
     for kind in KINDS:
-        members = [_member(data, 0.1, head=kind, dropout=0.5)]
-        asked, left = Training(data, members), Training(data, members)
+        trials = [_member(data, 0.1, head=kind, dropout=0.5)]
+        asked, left = Training(data, trials), Training(data, trials)
         for step in range(4):
             for _ in range(2):
                 asked.validate()
@@ -556,8 +562,8 @@ def test_validation_changes_nothing() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_validation_of_many_heads_holds_no_more_numbers_than_it_says(kind: str) -> None:
     data = _toy(3000, width=32)
-    members = [_member(data, 0.1 + n, head=kind) for n in range(16)]
-    training = Training(data, members)
+    trials = [_member(data, 0.1 + n, head=kind) for n in range(16)]
+    training = Training(data, trials)
     logits, sizes = training.stack.logits, []
 
     def watched(feature_LBD: Tensor, *others: Any) -> Tensor:
@@ -565,7 +571,7 @@ def test_validation_of_many_heads_holds_no_more_numbers_than_it_says(kind: str) 
         return logits(feature_LBD, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "MOST", 1 << 20)
+        patch.setattr(trainer, "VALIDATION_NUMBERS", 1 << 20)
         patch.setattr(training.stack, "logits", watched)
         training.validate()
     assert sum(sizes) == len(data.valid)
@@ -576,9 +582,9 @@ def test_validation_of_many_heads_holds_no_more_numbers_than_it_says(kind: str) 
 # ------------------------------------------------------------------------ stacks of heads
 
 
-def _alone(data: Data, member: Member, steps: int) -> Trained:
+def _alone(data: Data, trial: Trial, steps: int) -> Trained:
     """The head by itself, with as many steps per epoch as the stack takes."""
-    training = Training(data, [member])
+    training = Training(data, [trial])
     training.steps = steps
     return _through(training)[0]
 
@@ -602,15 +608,15 @@ def test_each_stacked_head_equals_the_same_head_trained_alone(
         # Lanes of different numbers of heads.
         if seed == 0 or decay == 0
     ]
-    members = [_member(data, head=kind, optimizer=optimizer, batch_size=40, **one) for one in grid]
-    training = Training(data, members)
+    trials = [_member(data, head=kind, optimizer=optimizer, batch_size=40, **one) for one in grid]
+    training = Training(data, trials)
     assert training.stack.shape == (4, 6)
-    for member, made in zip(members, _through(training), strict=True):
-        alone = _alone(data, member, training.steps)
-        if member.rate < 1:
+    for trial, made in zip(trials, _through(training), strict=True):
+        alone = _alone(data, trial, training.steps)
+        if trial.rate < 1:
             _assert_near(made, alone, 1e-4)
         ended = made.epochs[-1]["train_loss"]
-        assert np.isfinite(ended) if member.rate < 1 else not ended < 10
+        assert np.isfinite(ended) if trial.rate < 1 else not ended < 10
 
 
 @given(st.data())
@@ -623,25 +629,25 @@ def test_heads_on_row_sets_of_any_sizes_learn_side_by_side_as_they_learn_alone(
     size = drawn.draw(st.integers(2, 50), "batch size")
     weights = drawn.draw(st.sampled_from(["none", "balanced"]), "class weights")
     draw = np.random.default_rng(0)
-    members = []
+    trials = []
     for seed, count in enumerate(drawn.draw(st.lists(st.integers(2, 160), min_size=2, max_size=4))):
         rows = np.sort(draw.permutation(160)[:count])
         valid = draw.permutation(200)[: max(1, count // 3)]
         config = _config(epochs=2, batch_size=size, seed=seed % 2, class_weights=weights)
         for rate in (0.001, 0.01)[: 1 + seed % 2]:
-            members.append(Member(config=config, rate=rate, train=rows, valid=valid))
-    training = Training(data, members)
-    for member, made in zip(members, _through(training), strict=True):
-        _assert_near(made, _alone(data, member, training.steps), 1e-4)
+            trials.append(Trial(config=config, rate=rate, train=rows, valid=valid))
+    training = Training(data, trials)
+    for trial, made in zip(trials, _through(training), strict=True):
+        _assert_near(made, _alone(data, trial, training.steps), 1e-4)
 
 
 def test_a_lane_with_fewer_rows_goes_through_them_more_often() -> None:
     data = _toy(200)
-    members = [_member(data, 0.01), _member(data, 0.01, rows=data.train[:40])]
-    training = Training(data, members)
+    trials = [_member(data, 0.01), _member(data, 0.01, rows=data.train[:40])]
+    training = Training(data, trials)
     assert training.steps == 5
     short = _through(training)[1]
-    alone = Training(data, [members[1]])
+    alone = Training(data, [trials[1]])
     assert alone.steps == 2
     for step in range(15):  # three epochs of the stack: its rows were seen 7.5 times
         alone.move(step, 1.0)
@@ -651,9 +657,9 @@ def test_a_lane_with_fewer_rows_goes_through_them_more_often() -> None:
 
 def test_lines_are_recorded_by_member_in_their_order() -> None:
     data = _toy(80)
-    members = [_member(data, 0.01, seed=seed % 2) for seed in range(4)]
+    trials = [_member(data, 0.01, seed=seed % 2) for seed in range(4)]
     lines: list[dict[int, dict[str, float]]] = []
-    made = train_stack(data, members, record=lines.append)
+    made = train_stack(data, trials, record=lines.append)
     assert [list(line) for line in lines] == [[0, 1, 2, 3]] * 3
     for number, one in enumerate(made):
         assert one.epochs == [line[number] for line in lines]
@@ -678,11 +684,11 @@ def _all_after(epoch: int) -> Losers:
     return lambda done, learning, lines: set(learning) if done == epoch else set()
 
 
-def _many(data: Data, kind: str = "linear", **knobs: Any) -> list[Member]:
+def _many(data: Data, kind: str = "linear", **overrides: Any) -> list[Trial]:
     """Heads in ragged lanes, one of them lost from the start."""
     rows = [data.train, data.train[:90]]
     return [
-        _member(data, rate, rows=rows[seed % 2], head=kind, seed=seed, epochs=5, **knobs)
+        _member(data, rate, rows=rows[seed % 2], head=kind, seed=seed, epochs=5, **overrides)
         for seed in range(3)
         for rate in ((0.001, 0.01, 1e30) if seed == 1 else (0.003, 0.03))
     ]
@@ -692,12 +698,12 @@ def _many(data: Data, kind: str = "linear", **knobs: Any) -> list[Member]:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_stopping_losers_changes_nothing_for_the_rest(kind: str, optimizer: str) -> None:
     data = _toy(200)
-    members = _many(data, kind, optimizer=optimizer, dropout=0.3)
-    whole = train_stack(data, members)
-    fewer = train_stack(data, members, losers=_halving)
+    trials = _many(data, kind, optimizer=optimizer, dropout=0.3)
+    whole = train_stack(data, trials)
+    fewer = train_stack(data, trials, losers=_halving)
     lengths = [len(one.epochs) for one in fewer]
     assert sorted(lengths) == [2, 2, 2, 3, 3, 5, 5]
-    at_end = {epoch: train_stack(data, members, losers=_all_after(epoch)) for epoch in (2, 3)}
+    at_end = {epoch: train_stack(data, trials, losers=_all_after(epoch)) for epoch in (2, 3)}
     for number, (made, ended) in enumerate(zip(fewer, lengths, strict=True)):
         assert made.epoch == ended - 1
         # Who was stopped keeps what it had then.
@@ -707,10 +713,10 @@ def test_stopping_losers_changes_nothing_for_the_rest(kind: str, optimizer: str)
 
 def test_stopping_everybody_ends_the_training() -> None:
     data = _toy(100)
-    members = _many(data)
-    made = train_stack(data, members, losers=_all_after(1))
+    trials = _many(data)
+    made = train_stack(data, trials, losers=_all_after(1))
     assert [len(one.epochs) for one in made] == [1] * 7
-    once = train_stack(data, [replace(m, config=replace(m.config, epochs=1)) for m in members])
+    once = train_stack(data, [replace(m, config=replace(m.config, epochs=1)) for m in trials])
     for one, other in zip(made, once, strict=True):
         _assert_same(one, other)
 
@@ -725,15 +731,15 @@ CASES = [*((figure, False) for figure in SINGLE), *((figure, True) for figure in
 @pytest.mark.parametrize(("figure", "multi"), CASES)
 def test_the_epoch_that_is_best_by_the_named_figure_is_kept(figure: str, multi: bool) -> None:
     data = _toy(120, width=40, apart=0.3, multi=multi)  # too few rows: it overfits
-    knobs: dict[str, Any] = {"epochs": 12, "batch_size": 16}
-    full = train(data, _config(**knobs), 0.01)
+    overrides: dict[str, Any] = {"epochs": 12, "batch_size": 16}
+    full = train(data, _config(**overrides), 0.01)
     values = [line[figure] * (-1 if figure == "valid_loss" else 1) for line in full.epochs]
     best = int(np.argmax(values))
-    made = train(data, _config(**knobs, best=figure), 0.01)
+    made = train(data, _config(**overrides, best=figure), 0.01)
     assert made.epoch == best < 11
     assert made.epochs == full.epochs
-    knobs["epochs"] = best + 1
-    short = train(data, _config(**knobs), 0.01)
+    overrides["epochs"] = best + 1
+    short = train(data, _config(**overrides), 0.01)
     for name, value in short.state.items():
         assert np.array_equal(made.state[name], value)
 
@@ -744,8 +750,8 @@ def test_training_ends_when_the_named_figure_has_not_improved_for_that_long(
     figure: str, multi: bool, patience: int
 ) -> None:
     data = _toy(120, width=40, apart=0.3, multi=multi)
-    knobs: dict[str, Any] = {"epochs": 15, "batch_size": 16}
-    full = train(data, _config(**knobs), 0.01)
+    overrides: dict[str, Any] = {"epochs": 15, "batch_size": 16}
+    full = train(data, _config(**overrides), 0.01)
     values = [line[figure] * (-1 if figure == "valid_loss" else 1) for line in full.epochs]
     best = 0
     for epoch, value in enumerate(values):
@@ -753,7 +759,7 @@ def test_training_ends_when_the_named_figure_has_not_improved_for_that_long(
         if epoch - best >= patience:
             break
     lines: list[dict[str, float]] = []
-    config = _config(**knobs, best=figure, patience=patience)
+    config = _config(**overrides, best=figure, patience=patience)
     made = train(data, config, 0.01, record=lines.append)
     assert made.epochs == lines == full.epochs[: epoch + 1]
     assert made.epoch == best
@@ -762,12 +768,17 @@ def test_training_ends_when_the_named_figure_has_not_improved_for_that_long(
 
 def test_each_head_of_a_stack_ends_by_its_own_patience() -> None:
     data = _toy(120, width=40, apart=0.3)
-    knobs: dict[str, Any] = {"epochs": 12, "batch_size": 16, "best": "valid_loss", "patience": 2}
-    members = [_member(data, rate, **knobs) for rate in (1e-4, 3e-3, 1e-2, 0.1)]
-    made = train_stack(data, members)
+    overrides: dict[str, Any] = {
+        "epochs": 12,
+        "batch_size": 16,
+        "best": "valid_loss",
+        "patience": 2,
+    }
+    trials = [_member(data, rate, **overrides) for rate in (1e-4, 3e-3, 1e-2, 0.1)]
+    made = train_stack(data, trials)
     assert len({len(one.epochs) for one in made}) > 2
-    for one, member in zip(made, members, strict=True):
-        alone = train(data, member.config, member.rate)
+    for one, trial in zip(made, trials, strict=True):
+        alone = train(data, trial.config, trial.rate)
         assert one.epoch == alone.epoch
         _assert_near(one, alone, 1e-4)
 
@@ -822,7 +833,7 @@ def _through_files(saved: Saved) -> Saved:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("optimizer", "knobs"),
+    ("optimizer", "overrides"),
     [
         ("adamw", {"schedule": "one-cycle", "dropout": 0.4}),
         ("sgd", {"schedule": "cosine", "best": "valid_loss", "patience": 2}),
@@ -832,39 +843,41 @@ def _through_files(saved: Saved) -> Saved:
 )
 @pytest.mark.parametrize("losers", [None, _halving], ids=["all", "halving"])
 def test_a_training_resumed_after_any_epoch_ends_in_the_very_same_weights(
-    kind: str, optimizer: str, knobs: dict[str, Any], losers: Losers | None
+    kind: str, optimizer: str, overrides: dict[str, Any], losers: Losers | None
 ) -> None:
     data = _toy(200, views=2)
-    members = _many(data, kind, optimizer=optimizer, **knobs)
-    keep = _Keep()
-    whole = train_stack(data, members, losers=losers, keep=keep)
-    assert list(keep.after) == [1, 2, 3, 4, 5]
-    assert keep.over
-    for epoch, saved in keep.after.items():
+    trials = _many(data, kind, optimizer=optimizer, **overrides)
+    after_epoch = _Keep()
+    whole = train_stack(data, trials, losers=losers, after_epoch=after_epoch)
+    assert list(after_epoch.after) == [1, 2, 3, 4, 5]
+    assert after_epoch.over
+    for epoch, saved in after_epoch.after.items():
         again = _Keep()
-        resumed = train_stack(data, members, losers=losers, saved=saved, keep=again)
+        resumed = train_stack(data, trials, losers=losers, saved=saved, after_epoch=again)
         for one, other in zip(resumed, whole, strict=True):
             _assert_same(one, other)
         assert list(again.after) == list(range(epoch + 1, 6))
         for later, (tensors, facts) in again.after.items():  # and so after a second stop
-            assert json.dumps(facts) == json.dumps(keep.after[later][1])
+            assert json.dumps(facts) == json.dumps(after_epoch.after[later][1])
             for name, tensor in tensors.items():
-                assert torch.equal(tensor.nan_to_num(), keep.after[later][0][name].nan_to_num())
+                assert torch.equal(
+                    tensor.nan_to_num(), after_epoch.after[later][0][name].nan_to_num()
+                )
 
 
 def test_a_training_whose_heads_have_all_ended_is_over_when_resumed() -> None:
-    data, keep = _toy(60), _Keep()
-    whole = train_stack(data, _many(data), losers=_all_after(2), keep=keep)
-    assert keep.over
-    again = train_stack(data, _many(data), saved=keep.after[2])
+    data, after_epoch = _toy(60), _Keep()
+    whole = train_stack(data, _many(data), losers=_all_after(2), after_epoch=after_epoch)
+    assert after_epoch.over
+    again = train_stack(data, _many(data), saved=after_epoch.after[2])
     for one, other in zip(again, whole, strict=True):
         _assert_same(one, other)
 
 
 def test_what_was_saved_does_not_move_when_the_training_goes_on() -> None:
     data = _toy(60)
-    members = [_member(data, 0.01, best="valid_loss") for _ in range(2)]
-    training = Training(data, members)
+    trials = [_member(data, 0.01, best="valid_loss") for _ in range(2)]
+    training = Training(data, trials)
     training.epoch()
     saved = training.save()
     wanted = _through_files(saved)
@@ -874,7 +887,7 @@ def test_what_was_saved_does_not_move_when_the_training_goes_on() -> None:
         assert torch.equal(saved[0][name], tensor), name
     assert saved[1] == wanted[1]
     for _ in range(2):  # nor when somebody goes on from it
-        again = Training(data, members)
+        again = Training(data, trials)
         again.load(saved)
         again.epoch()
     for name, tensor in wanted[0].items():
@@ -922,24 +935,24 @@ def test_half_precision_learns_as_well_as_full(kind: str, asked: str) -> None:
 def _assert_overflow_stays_at_home(kind: str, device: str) -> None:
     data = _toy(300, device=device)
     rates = [1e-3, 1e7, 1e-2]  # after a step the second one's weights are beyond fp16
-    members = [
+    trials = [
         _member(data, rate, head=kind, precision="fp16", seed=seed, batch_size=64)
         for seed in range(2)
         for rate in rates
     ]
-    training = Training(data, members)
+    training = Training(data, trials)
     made = _through(training)
     optimizer = training.optimizer
     assert optimizer.scale_LG is not None
     assert training.stack.theta.isfinite().all()
-    for number, member in enumerate(members):
+    for number, trial in enumerate(trials):
         seat = training.seat_of[number]
         skipped = int(optimizer.skipped_LG[seat])
         assert float(optimizer.scale_LG[seat]) == 65536 / 2**skipped
-        if member.rate > 1:
+        if trial.rate > 1:
             assert skipped > 0
             continue
-        alone = Training(data, [member])
+        alone = Training(data, [trial])
         (wanted,) = _through(alone)
         assert int(alone.optimizer.skipped_LG) == skipped < training.steps * 3
         _assert_near(made[number], wanted, 1e-3)
@@ -979,13 +992,15 @@ def test_several_lanes_on_the_gpu_learn_as_on_the_cpu(kind: str, multi: bool, le
         if left:
             whole = _toy(200, views=2, multi=multi).feature.take(torch.arange(400))
             parts = [whole.view(200, 2, -1).numpy()]
-            data = replace(data, feature=Mapped(parts, np.arange(200), torch.device(device)))
+            data = replace(
+                data, feature=MemoryMappedFeatures(parts, np.arange(200), torch.device(device))
+            )
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = False
-        keep = _Keep()
-        members = _many(data, kind, dropout=0.3, class_weights="balanced")
-        made.append(train_stack(data, members, losers=_halving, keep=keep))
-        again = train_stack(data, members, losers=_halving, saved=keep.after[3])
+        after_epoch = _Keep()
+        trials = _many(data, kind, dropout=0.3, class_weights="balanced")
+        made.append(train_stack(data, trials, losers=_halving, after_epoch=after_epoch))
+        again = train_stack(data, trials, losers=_halving, saved=after_epoch.after[3])
         torch.backends.cuda.matmul.allow_tf32 = before
         for one, other in zip(again, made[-1], strict=True):
             _assert_near(one, other, 1e-5)
@@ -996,7 +1011,7 @@ def test_several_lanes_on_the_gpu_learn_as_on_the_cpu(kind: str, multi: bool, le
 # ------------------------------------------------------------------------- many workers
 
 
-def _jobs() -> dict[str, tuple[Data, list[Member]]]:
+def _jobs() -> dict[str, tuple[Data, list[Trial]]]:
     """What one and several workers train, by name."""
     odd = _toy(83)
     assert len(odd.train) == 5 * 13 + 1  # five batches of 13 and one row more
@@ -1030,8 +1045,11 @@ def _jobs() -> dict[str, tuple[Data, list[Member]]]:
                 for seed in range(2)
             ],
         )
-    knobs: dict[str, Any] = {"epochs": 5, "best": "valid_loss", "patience": 1, "batch_size": 13}
-    jobs["linear, stopped early"] = odd, [_member(odd, rate, **knobs) for rate in (1e-3, 0.03, 1)]
+    overrides: dict[str, Any] = {"epochs": 5, "best": "valid_loss", "patience": 1, "batch_size": 13}
+    jobs["linear, stopped early"] = (
+        odd,
+        [_member(odd, rate, **overrides) for rate in (1e-3, 0.03, 1)],
+    )
     return jobs
 
 
@@ -1055,13 +1073,13 @@ def _together(rank: int, folder: Path) -> None:
             world_size=world,
             timeout=timedelta(minutes=5),
         )
-        team, came = Team(rank, world), {}
-        for name, (data, members) in _jobs().items():
-            came[name] = _told(train_stack(data, members, team))
+        distributed, came = DistributedContext(rank, world), {}
+        for name, (data, trials) in _jobs().items():
+            came[name] = _told(train_stack(data, trials, distributed))
             if name in RESUMED:
                 tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
                 facts = json.loads((folder / f"{name}.json").read_text())
-                made = train_stack(data, members, team, saved=(tensors, facts))
+                made = train_stack(data, trials, distributed, saved=(tensors, facts))
                 came[f"{name}, resumed"] = _told(made)
         (folder / f"{world}-{rank}.json").write_text(json.dumps(came))
         dist.barrier()
@@ -1088,11 +1106,11 @@ def by_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
 
     folder = tmp_path_factory.mktemp("workers")
     first: dict[str, Any] = {}
-    for name, (data, members) in _jobs().items():
-        keep = _Keep()
-        first[name] = _told(train_stack(data, members, keep=keep))
+    for name, (data, trials) in _jobs().items():
+        after_epoch = _Keep()
+        first[name] = _told(train_stack(data, trials, after_epoch=after_epoch))
         if name in RESUMED:
-            tensors, facts = keep.after[1]
+            tensors, facts = after_epoch.after[1]
             safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(facts))
             first[f"{name}, resumed"] = first[name]
@@ -1158,7 +1176,7 @@ def test_settings_that_cannot_train_are_refused_in_three_parts(bad: dict[str, fl
 
 
 def test_epochs_that_cut_the_last_cosine_are_refused_with_those_that_do_not() -> None:
-    knobs: dict[str, Any] = {"schedule": "cosine", "cycle_len": 1, "cycle_mult": 2}
-    TrainConfig(epochs=7, **knobs)
+    overrides: dict[str, Any] = {"schedule": "cosine", "cycle_len": 1, "cycle_mult": 2}
+    TrainConfig(epochs=7, **overrides)
     with pytest.raises(ConfigError, match="give --epochs 7 or 15"):
-        TrainConfig(epochs=8, **knobs)
+        TrainConfig(epochs=8, **overrides)

@@ -49,7 +49,7 @@ def often(place: Path, *words: object) -> subprocess.Popen[str]:
     """A command that records how far it is five times a second."""
     program = (
         "import sys; from arrowhead.reporting import progress; "
-        "from arrowhead.cli.main import main; progress.EVERY = 0.2; main()"
+        "from arrowhead.cli.main import main; progress.RECORD_SECONDS = 0.2; main()"
     )
     return forks.Popen(
         [sys.executable, "-c", program, *map(str, words)],
@@ -152,7 +152,7 @@ def two(place: Path) -> tuple[str, str]:
     )
     made = []
     for number in range(2):
-        with start(config, "fit", spool=place / "unsent") as run, run.child("extract") as part:
+        with start(config, "fit", outbox=place / "unsent") as run, run.child("extract") as part:
             part.record({"progress.images": number}, step=number)
         made.append(run.run_id)
         time.sleep(0.01)
@@ -193,7 +193,7 @@ def test_a_store_that_does_not_answer_and_a_run_that_is_silent_are_said(two, pla
     file = place / "other" / "mlflow.db"
     file.write_bytes((place / "mlflow.db").read_bytes())
     config = TrackingConfig(tracking_uri=f"sqlite:///{file}", system_metrics=False, run_name="mute")
-    with start(config, "fit", spool=place / "unsent") as run, Watch(config) as seen:
+    with start(config, "fit", outbox=place / "unsent") as run, Watch(config) as seen:
         view = seen.look()
         assert "nothing new" not in watch.lines(view)[-1]
         time.sleep(0.1)

@@ -15,8 +15,8 @@ def write_arrow(path: Path, table: Any) -> None:
     import pyarrow as pa
 
     with (
-        fileio.draft(path) as sketch,
-        pa.OSFile(str(sketch), "wb") as file,
+        fileio.draft(path) as draft_file,
+        pa.OSFile(str(draft_file), "wb") as file,
         pa.ipc.new_file(file, table.schema) as sink,
     ):
         sink.write_table(table.combine_chunks())

@@ -225,9 +225,9 @@ def _photograph(image: Image.Image, rng: Generator) -> Image.Image:
     width, height = image.size
     blur = rng.uniform(0.4, 1.2) * min(width, height) / 320
     image = image.filter(ImageFilter.GaussianBlur(blur))
-    slope = rng.uniform(-0.2, 0.2, 2)
+    gradient = rng.uniform(-0.2, 0.2, 2)
     right, down = np.linspace(-1, 1, width), np.linspace(-1, 1, height)[:, None]
-    light = 1 + slope[0] * right + slope[1] * down
+    light = 1 + gradient[0] * right + gradient[1] * down
     noise = rng.standard_normal((height, width, 1), np.float32) * rng.uniform(2, 6)
     pixels = np.asarray(image) * light.astype(np.float32)[..., None] + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

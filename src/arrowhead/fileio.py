@@ -249,8 +249,8 @@ def _sync(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """One JSON file, whole or absent."""
-    with draft(path) as sketch:
-        sketch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    with draft(path) as draft_file:
+        draft_file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:

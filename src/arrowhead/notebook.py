@@ -44,8 +44,8 @@ from arrowhead.features.store import Store
 from arrowhead.inference.predictor import Predictor
 from arrowhead.output_paths import check_folder
 from arrowhead.printable import encodable, visible
-from arrowhead.reporting import context
-from arrowhead.reporting.context import Means, Silence
+from arrowhead.reporting import run_context
+from arrowhead.reporting.run_context import RunContext, Silence
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.lr_finder import Curve, FinderConfig
@@ -133,7 +133,10 @@ class Images:
             rows = [i for i, split in enumerate(self.catalog.splits) if split == "valid"]
         else:
             rows = self._store.features("valid").row.tolist()
-        names = [path_text.raw(f"{self.catalog.root}/{self.catalog.paths[row]}") for row in rows]
+        names = [
+            path_text.unescape_path(f"{self.catalog.root}/{self.catalog.paths[row]}")
+            for row in rows
+        ]
         shown = [os.fsdecode(name) for name in names]
         return shown if path_text.in_store(self.catalog.root) else [Path(name) for name in shown]
 
@@ -203,19 +206,19 @@ class Learner:
             self._config = TrainConfig(**_settings({"head": head}, TrainConfig))
         self.images = images
         origin = path_text.resolve(images.path)
-        place = hashlib.blake2b(path_text.raw(origin), digest_size=4).hexdigest()
+        place = hashlib.blake2b(path_text.unescape_path(origin), digest_size=4).hexdigest()
         own = Path(".arrowhead") / f"{origin.rpartition('/')[2]}-{place}-{how.body.body}"
         folder = Path(store) if store else own
         self._tracking = (
             TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None
         )
-        self._means = Means(screen=_Notebook())
+        self._context = RunContext(screen=_Notebook())
         self._trained: Trained | None = None
         self._ready: Predictor | None = None
         with _python_words():
             how = feature_config.as_in_store(folder, how, given)
             sources.must_validate(images.path, images.catalog)
-            precompute.precompute(images.path, folder, how, self._means)
+            precompute.precompute(images.path, folder, how, self._context)
         self.store = images._store = Store(folder)
 
     @staticmethod
@@ -239,23 +242,23 @@ class Learner:
         )
 
     def fit(
-        self, rate: float, epochs: int, *, fresh: bool = False, **knobs: Any
+        self, rate: float, epochs: int, *, fresh: bool = False, **overrides: Any
     ) -> list[dict[str, float]]:
         """Train the head, at a constant rate as in the lesson; one dict of figures per epoch.
 
-        A second call goes on with the weights of the first, unless fresh. knobs: other fields of
-        `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
+        A second call goes on with the weights of the first, unless fresh. overrides: other fields
+        of `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
         """
-        knobs.setdefault("schedule", "constant")
-        with _python_words(), self._run("fit") as means:
+        overrides.setdefault("schedule", "constant")
+        with _python_words(), self._run("fit") as context:
             before = self._config
-            now = _settings({"rate": rate, "epochs": epochs} | knobs, TrainConfig)
+            now = _settings({"rate": rate, "epochs": epochs} | overrides, TrainConfig)
             self._config = dataclasses.replace(before, **now)
             on = self._trained and not fresh and before.head == self._config.head
             start = self._trained.state if on and self._trained else None
             asked = Study(head=self._config, start=start)
-            context.params(means, {f"train.{k}": v for k, v in now.items()})
-            made = train.learn(self.store.path, asked, means)
+            run_context.params(context, {f"train.{k}": v for k, v in now.items()})
+            made = train.learn(self.store.path, asked, context)
         self._trained = made.heads[0]
         self._close()
         return self._trained.epochs
@@ -279,14 +282,14 @@ class Learner:
             log_NC = logit_NC.sigmoid().log() if valid.multi else logit_NC.log_softmax(1)
         return log_NC.numpy()  # type: ignore[no-any-return]
 
-    def lr_find(self, **knobs: Any) -> DrawnCurve:
+    def lr_find(self, **overrides: Any) -> DrawnCurve:
         """The loss under a rising rate, and the rates it suggests; drawn in a notebook.
 
-        knobs: fields of `FinderConfig`, such as low, high, steps, seeds.
+        overrides: fields of `FinderConfig`, such as low, high, steps, seeds.
         """
-        with _python_words(), self._run("lr-find") as means:
-            finder = FinderConfig(**_settings(knobs, FinderConfig))
-            curve = train.find_rate(self.store.path, self._config, finder, means)
+        with _python_words(), self._run("lr-find") as context:
+            finder = FinderConfig(**_settings(overrides, FinderConfig))
+            curve = train.find_rate(self.store.path, self._config, finder, context)
         drawn = DrawnCurve(**{f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)})
         examine_figures.display(examine_figures.lr_figure(drawn))
         return drawn
@@ -297,18 +300,18 @@ class Learner:
         """
         with _python_words():
             out = check_folder(Path(path), "bundle")
-            return train.save(self.store, self._config, self._fitted(), out, self._means)
+            return train.save(self.store, self._config, self._fitted(), out, self._context)
 
     @contextmanager
-    def _run(self, name: str) -> Iterator[Means]:
+    def _run(self, name: str) -> Iterator[RunContext]:
         """What a stage is run with: with a run of its own, where that was asked for."""
         if self._tracking is None:
-            yield self._means
+            yield self._context
             return
         from arrowhead.tracking import run as tracking_run
 
-        with tracking_run.start(self._tracking, name, say=self._means.screen.say) as run:
-            yield dataclasses.replace(self._means, run=run)
+        with tracking_run.start(self._tracking, name, say=self._context.screen.say) as run:
+            yield dataclasses.replace(self._context, run=run)
 
     def _predictor(self) -> Predictor:
         """The trained head with its body, held ready until it is trained on."""
@@ -316,7 +319,7 @@ class Learner:
             self._fitted()
             with tempfile.TemporaryDirectory(prefix="arrowhead-learner-") as scratch:
                 place = Path(scratch) / "bundle"
-                quiet = Means()
+                quiet = RunContext()
                 train.save(self.store, self._config, self._fitted(), place, quiet)
                 self._ready = Predictor(place)
         return self._ready

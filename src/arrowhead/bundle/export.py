@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 OPSET = 20
 TRACED = 2  # images; not 1, which torch may take for a constant
 TOLERANCE = 1e-3
-MOST = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB, and the graph needs some too
+MAX_ONNX_BYTES = (
+    2**31 - 2**24
+)  # bytes of weights: protobuf ends at 2 GiB, and the graph needs some too
 RESIZE = {
     "crop": "shorter side to round(8 / 7 size), then the middle size x size",
     "squash": "both sides to size",
@@ -83,13 +85,13 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
     if config.format == "onnx":
         _must_fit(module)
     about = metadata(bundle, bundle_format.fingerprint(path))
-    with fileio.draft(file) as sketch:
+    with fileio.draft(file) as draft_file:
         with _quiet():
             program = _trace(module, bundle)
-            run = (_onnx if config.format == "onnx" else _pt2)(program, about, sketch)
+            run = (_onnx if config.format == "onnx" else _pt2)(program, about, draft_file)
         sizes = sorted({1, len(pixels_BCHW)})
         worst = max(_difference(bundle, run, pixels_BCHW, wanted_BC, size) for size in sizes)
-        written = sketch.stat().st_size
+        written = draft_file.stat().st_size
     side = bundle.recipe.size
     return {
         "format": config.format,
@@ -231,11 +233,11 @@ def _must_have_onnx() -> None:
 
 def _must_fit(module: nn.Module) -> None:
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
-    if size > MOST:
+    if size > MAX_ONNX_BYTES:
         raise ConfigError(
             f"The weights are {size / 1e9:.1f} GB, and an ONNX file with its weights inside ends at"
             " 2 GB (protobuf's limit).",
-            f"at most {MOST / 1e9:.1f} GB.",
+            f"at most {MAX_ONNX_BYTES / 1e9:.1f} GB.",
             "give --format pt2, which has no such limit, or train on a smaller --body.",
         )
 
@@ -246,7 +248,7 @@ def metadata(bundle: Bundle, fingerprint: str) -> str:
     """
     recipe = bundle.recipe
     task = "multi-label" if bundle.multi else "single-label"
-    cuts = bundle.thresholds or [0.5] * len(bundle.classes)
+    thresholds = bundle.thresholds or [0.5] * len(bundle.classes)
     return json.dumps(
         {
             "arrowhead": __version__,
@@ -268,7 +270,9 @@ def metadata(bundle: Bundle, fingerprint: str) -> str:
             "task": task,
             "decision": bundle_format.TASKS[task],
             "temperature": bundle.temperature,
-            "thresholds": dict(zip(bundle.classes, cuts, strict=True)) if bundle.multi else None,
+            "thresholds": dict(zip(bundle.classes, thresholds, strict=True))
+            if bundle.multi
+            else None,
         }
     )
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FORMAT = 3
 REPORT = "report"
 IMAGES = "images.safetensors"
-PAPER = {
+BUNDLE_SHAPE = {
     "task": str,
     "recipe": dict,
     "classes": [str],
@@ -108,8 +108,8 @@ class Bundle:
         several those that reach their thresholds. A row that is not numbers is given none.
         """
         if self.multi:
-            cut_C = np.array(self.thresholds or [0.5] * len(self.classes))
-            several_NC: NDArray[np.bool_] = probability_NC >= cut_C
+            threshold_C = np.array(self.thresholds or [0.5] * len(self.classes))
+            several_NC: NDArray[np.bool_] = probability_NC >= threshold_C
             return several_NC
         best_N1 = probability_NC.argmax(1)[:, None]
         one_NC: NDArray[np.bool_] = np.arange(len(self.classes)) == best_N1
@@ -118,8 +118,8 @@ class Bundle:
     def margin(self, probability_NC: NDArray[np.float32]) -> NDArray[np.float64]:
         """How far these probabilities are from giving other labels, (N,)."""
         if self.multi:
-            cut_C = np.array(self.thresholds or [0.5] * len(self.classes))
-            nearest_N: NDArray[np.float64] = np.abs(probability_NC - cut_C).min(1)
+            threshold_C = np.array(self.thresholds or [0.5] * len(self.classes))
+            nearest_N: NDArray[np.float64] = np.abs(probability_NC - threshold_C).min(1)
             return nearest_N
         best_N2 = np.sort(probability_NC.astype(np.float64), 1)[:, -2:]
         ahead_N: NDArray[np.float64] = best_N2[:, 1] - best_N2[:, 0]
@@ -181,8 +181,8 @@ def probabilities(
     with torch.inference_mode(), one_thread():
         logits = head(torch.from_numpy(feature_ND.astype(np.float32)).to(device))
         cooled = logits / temperature
-        chances = cooled.sigmoid() if multi else cooled.softmax(1)
-        made: NDArray[np.float32] = chances.cpu().numpy()
+        probability_counts = cooled.sigmoid() if multi else cooled.softmax(1)
+        made: NDArray[np.float32] = probability_counts.cpu().numpy()
     return made
 
 
@@ -285,8 +285,8 @@ def _by_label(bundle: Bundle) -> dict[str, float] | None:
     """The thresholds as a person reads them."""
     if not bundle.multi:
         return None
-    cuts = bundle.thresholds or [0.5] * len(bundle.classes)
-    return dict(zip(bundle.classes, cuts, strict=True))
+    thresholds = bundle.thresholds or [0.5] * len(bundle.classes)
+    return dict(zip(bundle.classes, thresholds, strict=True))
 
 
 def _plain(golden: Golden) -> dict[str, Any]:
@@ -334,7 +334,7 @@ def read_content(file: Path, where: str) -> dict[str, Any]:
     content = fileio.read_sealed(
         file, FORMAT, upgrade="train again", repair=MEND, name=f"{where}/bundle.json"
     )
-    fileio.must_fit(content, PAPER, f"{where}/bundle.json", MEND)
+    fileio.must_fit(content, BUNDLE_SHAPE, f"{where}/bundle.json", MEND)
     for name, digest in content["sha256"].items():
         fileio.must_fit(digest, store_format.DIGEST, f"{where}/bundle.json", MEND)
         if not _inside(name):
@@ -424,7 +424,7 @@ def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:
 
 
 def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
-    kept, named = _golden_paper(path), read_content(path / "bundle.json", str(path))["sha256"]
+    kept, named = _golden_document(path), read_content(path / "bundle.json", str(path))["sha256"]
     for one in kept:
         if f"golden/{one['name']}" not in named:
             raise _torn(f"golden.json names {one['name']!r}, which is not one of its images")
@@ -436,7 +436,7 @@ def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
         yield Golden(name=one["name"], data=data, feature=feature, probabilities=chance)
 
 
-def _golden_paper(path: Path) -> list[dict[str, Any]]:
+def _golden_document(path: Path) -> list[dict[str, Any]]:
     file = path / "golden" / "golden.json"
     kept: list[dict[str, Any]] = fileio.read_json(file)
     fileio.must_fit(kept, GOLDEN, str(file), MEND)
@@ -451,5 +451,5 @@ def info(path: Path) -> dict[str, Any]:
         "bundle": str(path),
         "fingerprint": fingerprint(path),
         "bytes": sum((path / name).stat().st_size for name in names),
-        "golden_images": len(_golden_paper(path)),
+        "golden_images": len(_golden_document(path)),
     }

@@ -20,11 +20,11 @@ def must_be_there(address: str) -> None:
         root := path_text.resolve(address)
     ):
         return
-    if not (Path(os.fsdecode(path_text.raw(root))) / "bundle.json").is_file():
+    if not (Path(os.fsdecode(path_text.unescape_path(root))) / "bundle.json").is_file():
         raise bundle_format.no_bundle(address)
 
 
-def local(address: str, config: TrackingConfig, scratch: Path) -> Path:
+def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
     """The folder of the bundle that a user named.
 
     address: a folder, which is returned as it is; else a model in the tracking store, as
@@ -40,7 +40,7 @@ def local(address: str, config: TrackingConfig, scratch: Path) -> Path:
     root = path_text.resolve(address)
     if path_text.in_store(root):
         return _fetched(partial(reading.fetch, root), address, scratch / "bundle")
-    return Path(os.fsdecode(path_text.raw(root))) if "://" in address else Path(address)
+    return Path(os.fsdecode(path_text.unescape_path(root))) if "://" in address else Path(address)
 
 
 def _fetched(fetch: registry.Fetch, address: str, target: Path) -> Path:

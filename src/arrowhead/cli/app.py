@@ -65,7 +65,7 @@ def run_context(
     """What the stages are run with; the MLflow run is open inside. place: a file that stands for
     the run while it is unfinished, in the folder of its checkpoints; it goes with the run's end.
     """
-    from arrowhead.reporting.context import Means
+    from arrowhead.reporting.run_context import RunContext
     from arrowhead.tracking.run import start
 
     screen = Screen(to_stderr=output.json)
@@ -74,7 +74,7 @@ def run_context(
     opened = start(tracking, verb, place, registry=registry, say=screen.say)
     with _alone(place, screen.say):
         with opened as run:
-            yield Means(launch=launch, screen=screen, run=run)
+            yield RunContext(launch=launch, screen=screen, run=run)
         if place:  # checkpoints of this run are gone, too; those of others stay
             place.unlink(missing_ok=True)
 
@@ -328,7 +328,7 @@ def refuse(found: str, wanted: str, do: str, code: int = 2) -> int:
 @contextmanager
 def fetched(bundle: str, tracking: TrackingConfig) -> Iterator[Path]:
     """The bundle's folder; one that had to be fetched is there only inside."""
-    from arrowhead.bundle.resolve import local
+    from arrowhead.bundle.resolve import bundle_folder
 
     with tempfile.TemporaryDirectory(prefix="arrowhead-bundle-") as scratch:
-        yield local(bundle, tracking, Path(scratch))
+        yield bundle_folder(bundle, tracking, Path(scratch))

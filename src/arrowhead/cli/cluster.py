@@ -71,11 +71,11 @@ def submit(
     if not words:
         raise ConfigError("Nothing to submit.", "a verb after --.", "see arrowhead submit --help.")
     outer = next((Path(one.path) for one in app.config if isinstance(one, Toml)), None)
-    call = understood(list(words), outer)
+    call = parse_command(list(words), outer)
     if call is None:  # --help, and it has been shown
         return 0
     places, variables, need, inputs = _needs(call)
-    there = jobs.reach(cluster)
+    there = jobs.connect(cluster)
     folder = jobs.standing(there, shared or [], places)
     jobs.must_be_there(there, shared or [], folder, inputs)
     if folder is not None:
@@ -122,7 +122,7 @@ class Call:
         return self.tokens[0]
 
 
-def understood(words: list[str], config: Path | None = None) -> Call | None:
+def parse_command(words: list[str], config: Path | None = None) -> Call | None:
     """What a command line asks for, without doing it; None if that was help, which is shown.
 
     config: a TOML file that counts when the words name none. Raises ConfigError for what the verb
@@ -286,7 +286,7 @@ def jobs_list(*, cluster: ToCluster = ClusterConfig(), output: Out = Output()) -
     """
     from arrowhead.runtime import jobs
 
-    there = jobs.reach(cluster)
+    there = jobs.connect(cluster)
     found = jobs.listed(there)
     if output.json:
         give({"address": there.url, "jobs": [asdict(job) for job in found]})
@@ -317,7 +317,7 @@ def jobs_logs(
     """
     from arrowhead.runtime import jobs
 
-    there = jobs.reach(cluster)
+    there = jobs.connect(cluster)
     screen = Screen(to_stderr=output.json)
     if follow:
         back = command(["arrowhead", *sys.argv[1:]])
@@ -339,7 +339,7 @@ def jobs_stop(
     """
     from arrowhead.runtime import jobs
 
-    there = jobs.reach(cluster)
+    there = jobs.connect(cluster)
     was = jobs.stop(there, job_id)
     if not output.json:
         Screen(to_stderr=False).say(f"job {job_id} {'is told to end' if was else 'had ended'}")

@@ -44,7 +44,7 @@ def demo(
     from arrowhead import demo as drawing
     from arrowhead.commands import score
     from arrowhead.commands import train as commands_train
-    from arrowhead.reporting import context
+    from arrowhead.reporting.run_context import child
 
     out = check_folder(out, "results")
     images, fitted, bundle = out / "images", out / "fit", out / "fit" / "bundle"
@@ -52,30 +52,30 @@ def demo(
         check_folder(folder, kind)
     asked = Study(head=head)
     place = commands_train.unfinished(bundle, "demo", asked)
-    with run_context("demo", launch, tracking, output, place) as means:
+    with run_context("demo", launch, tracking, output, place) as context:
         if not images.is_dir():
             draft = out / ".images.draft"  # of a demo that was stopped, or of this one
             shutil.rmtree(draft, ignore_errors=True)
             drew = drawing.draw(draft)
             draft.rename(images)
-            means.screen.say(
+            context.screen.say(
                 f"{counted(drew, 'image')} of {', '.join(drawing.CLASSES)} drawn in {images}"
             )
-        config = FeatureConfig(body=_demo_body(means.screen))
-        result = commands_train.fit(images, fitted, config, asked, means)
+        config = FeatureConfig(body=_demo_body(context.screen))
+        result = commands_train.fit(images, fitted, config, asked, context)
         scores = _new_folder(out / "scores")
-        with context.child(means, "score") as part:
+        with child(context, "score") as part:
             scored = score.score(
                 bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), part
             )
         found = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
-        means.screen.say(f"labels of the images in {images / 'new'}: {found}")
+        context.screen.say(f"labels of the images in {images / 'new'}: {found}")
         wrote = [images, fitted / "store", *train.bundles(bundle), scores]
-        result["files"] = say_written(means.screen, wrote)
+        result["files"] = say_written(context.screen, wrote)
         other, lesson = out / "valid-scores", ["--head", "lesson", "--epochs", "5"]
         score_it = [me(), "score", out / "lesson", images / "valid", other, "--probabilities"]
         train_it = [me(), "train", fitted / "store", out / "lesson", *lesson]
-        say_next(means.screen, [train_it, score_it, ui_command(tracking)])
+        say_next(context.screen, [train_it, score_it, ui_command(tracking)])
     return finish(result | {"scores": str(scores), "labels": scored["labels"]}, output)
 
 

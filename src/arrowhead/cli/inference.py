@@ -65,16 +65,16 @@ def score(
     out = check_folder(out, "scores")
     resolve.must_be_there(bundle)
     sources.must_be_there(images)
-    with run_context("score", launch, tracking, output) as means:
-        result = commands_score.score(bundle, images, out, scores, extract, means, tracking)
+    with run_context("score", launch, tracking, output) as context:
+        result = commands_score.score(bundle, images, out, scores, extract, context, tracking)
         found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
-        means.screen.say(f"labels: {found}")
+        context.screen.say(f"labels: {found}")
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
         made = ["parts", "score.json", "scores.csv", "scores.png"]
         made += ["inputs.arrow", "request.json", "journal"]
-        result["files"] = say_written(means.screen, [out / name for name in made])
+        result["files"] = say_written(context.screen, [out / name for name in made])
         say_next(
-            means.screen, [[sibling("python"), "-P", "-c", code], [me(), "scores", "verify", out]]
+            context.screen, [[sibling("python"), "-P", "-c", code], [me(), "scores", "verify", out]]
         )
     return finish(result, output)
 
@@ -109,14 +109,14 @@ def evaluate(
     out = out and check_folder(out, "scores")
     resolve.must_be_there(bundle)
     sources.must_be_there(data)
-    with run_context("evaluate", launch, tracking, output) as means:
+    with run_context("evaluate", launch, tracking, output) as context:
         result = commands_score.evaluate(
-            bundle, data, out, source, evaluation, extract, means, tracking
+            bundle, data, out, source, evaluation, extract, context, tracking
         )
         folder = Path(result["out"])
         made = ("evaluation.json", "per_class.csv", "confusion.png", "parts", "score.json")
-        result["files"] = say_written(means.screen, [folder / name for name in made])
-        say_next(means.screen, [[me(), "scores", "verify", folder]])
+        result["files"] = say_written(context.screen, [folder / name for name in made])
+        say_next(context.screen, [[me(), "scores", "verify", folder]])
     return finish(result, output)
 
 

@@ -89,11 +89,11 @@ def fit(
     place = commands_train.unfinished(out / "bundle", data, images, asked)
     images, catalog = _ready(data, out / "store", images, Screen(to_stderr=output.json))
     sources.must_validate(data, catalog)
-    with run_context("fit", launch, tracking, output, place, registry) as means:
-        result = commands_train.fit(catalog, out, images, asked, means)
-        result["files"] = say_written(means.screen, [out / "store", *bundles(out / "bundle")])
+    with run_context("fit", launch, tracking, output, place, registry) as context:
+        result = commands_train.fit(catalog, out, images, asked, context)
+        result["files"] = say_written(context.screen, [out / "store", *bundles(out / "bundle")])
         score_it = [me(), "score", result["bundle"], "IMAGES", "SCORES"]
-        say_next(means.screen, [score_it, ui_command(tracking)])
+        say_next(context.screen, [score_it, ui_command(tracking)])
     return finish(result, output)
 
 
@@ -127,10 +127,10 @@ def precompute(
     store = check_folder(store, "store")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     images, catalog = _ready(data, store, images, Screen(to_stderr=output.json))
-    with run_context("precompute", launch, tracking, output) as means:
-        result = commands_precompute.precompute(catalog, store, images, means)
-        result["files"] = say_written(means.screen, [store])
-        say_next(means.screen, [[me(), "lr-find", store], [me(), "train", store, "BUNDLE"]])
+    with run_context("precompute", launch, tracking, output) as context:
+        result = commands_precompute.precompute(catalog, store, images, context)
+        result["files"] = say_written(context.screen, [store])
+        say_next(context.screen, [[me(), "lr-find", store], [me(), "train", store, "BUNDLE"]])
     return finish(result, output)
 
 
@@ -191,16 +191,16 @@ def lr_find(
 
     Store(store := expanded(store))
     check_folder(store, "store")
-    with run_context("lr-find", launch, tracking, output) as means:
-        extraction.say_account(store, means.screen)
-        curve = commands_train.find_rate(store, head, finder, means)
+    with run_context("lr-find", launch, tracking, output) as context:
+        extraction.say_account(store, context.screen)
+        curve = commands_train.find_rate(store, head, finder, context)
         result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
         drawn = [store / "lr_finder.png", store / "lr_finder.csv"]
-        result["files"] = say_written(means.screen, drawn)
-        run_id = means.run.run_id if means.run else None
+        result["files"] = say_written(context.screen, drawn)
+        run_id = context.run.run_id if context.run else None
         # The rate suits the training that was asked about, and no other head or length.
         asked = flags_of(replace(head, rate=float(f"{curve.rate:.2g}")))
-        say_next(means.screen, [[me(), "train", store, "BUNDLE", *asked]])
+        say_next(context.screen, [[me(), "train", store, "BUNDLE", *asked]])
     return finish(result | {"store": str(store), "run_id": run_id}, output)
 
 
@@ -236,11 +236,11 @@ def train(
     check_folder(before, "bundle")
     asked = Study(head=head, finder=finder, sweep=many)
     place = commands_train.unfinished(bundle, store.absolute(), asked)
-    with run_context("train", launch, tracking, output, place, registry) as means:
-        extraction.say_account(store, means.screen)
-        result = commands_train.fit_head(store, bundle, asked, means, golden)
-        result["files"] = say_written(means.screen, bundles(bundle))
-        say_next(means.screen, [[me(), "score", bundle, "IMAGES", "SCORES"]])
+    with run_context("train", launch, tracking, output, place, registry) as context:
+        extraction.say_account(store, context.screen)
+        result = commands_train.fit_head(store, bundle, asked, context, golden)
+        result["files"] = say_written(context.screen, bundles(bundle))
+        say_next(context.screen, [[me(), "score", bundle, "IMAGES", "SCORES"]])
     return finish(result, output)
 
 

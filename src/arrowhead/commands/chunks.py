@@ -8,9 +8,9 @@ from typing import Any
 
 from arrowhead.features import extract
 from arrowhead.features.store import Store
-from arrowhead.reporting import context, scoring, training
-from arrowhead.reporting.context import Means
+from arrowhead.reporting import run_context, scoring, training
 from arrowhead.reporting.progress import Progress, Work
+from arrowhead.reporting.run_context import RunContext
 from arrowhead.runtime import launch
 
 
@@ -32,7 +32,7 @@ def run_chunks(
     total: int,
     there: int,
     title: str,
-    means: Means,
+    context: RunContext,
 ) -> Work:
     """Run a chunk-claiming stage on all workers, shown as one bar. total: images in these tasks;
     there: images of the others, which are done.
@@ -40,19 +40,19 @@ def run_chunks(
     done = Work()
     if not tasks:
         return done
-    progress = Progress(means.run, done, there, there + total)
-    with means.screen.bar(title, total) as advance:
+    progress = Progress(context.run, done, there, there + total)
+    with context.screen.bar(title, total) as advance:
 
         def listen(message: dict[str, Any]) -> None:
             if "restart" in message:
-                training.say_restart(message, means.screen)
+                training.say_restart(message, context.screen)
                 return
             if "warning" in message:
-                means.screen.say(message["warning"])
+                context.screen.say(message["warning"])
                 return
             if "drift" in message:
                 if done.drift is None:  # the others are machines like this one, or refuse
-                    scoring.say_drift(message["drift"], means.screen)
+                    scoring.say_drift(message["drift"], context.screen)
                 done.drift = max(done.drift or {}, message["drift"], key=_far)
                 return
             done.add(message)
@@ -67,11 +67,11 @@ def run_chunks(
         launch.run(
             stage,
             *args,
-            config=means.launch,
+            config=context.launch,
             tasks=tasks,
             listen=listen,
             sized=sized,
-            labels=context.labels(means, title),
+            labels=run_context.labels(context, title),
         )
         done.seconds["workers"] = perf_counter() - began
     progress.now()

@@ -20,9 +20,9 @@ from arrowhead.features import extract, golden_images
 from arrowhead.features.backbone import Body
 from arrowhead.features.feature_config import FeatureConfig, weights_of
 from arrowhead.features.store import Store
-from arrowhead.reporting import context, extraction, recording
-from arrowhead.reporting.context import Means
+from arrowhead.reporting import extraction, recording, run_context
 from arrowhead.reporting.progress import Work
+from arrowhead.reporting.run_context import RunContext
 
 TRIED_AGAIN = ("unreadable", "decoder_crash")  # faults that the next run may not find
 NAMED = 5  # files with faults, by path
@@ -30,7 +30,10 @@ MAX_TRIES = 255  # what the catalog's column holds
 
 
 def precompute(
-    data: str | Path | Catalog, path: Path, images: FeatureConfig, means: Means = Means()
+    data: str | Path | Catalog,
+    path: Path,
+    images: FeatureConfig,
+    context: RunContext = RunContext(),
 ) -> dict[str, Any]:
     """Make the store at `path` hold a feature of every image of `data` (see `labelled`), which
     may have been listed already.
@@ -43,14 +46,14 @@ def precompute(
     began = perf_counter()
     catalog = data if isinstance(data, Catalog) else sources.labelled(data, images.source)
     store = _store(path, images)
-    with store.locked(means.screen.say):
+    with store.locked(context.screen.say):
         intact = store.intact()
         store.examine_leftovers()
-        extraction.say_source(catalog, means.screen)
-        extraction.say_classes(store, catalog, means.screen)
+        extraction.say_source(catalog, context.screen)
+        extraction.say_classes(store, catalog, context.screen)
         catalog = _tried_again(store, catalog, images.extract.max_bytes)
-        context.params(
-            means, {f"recipe.{k}": v for k, v in dataclasses.asdict(store.recipe).items()}
+        run_context.params(
+            context, {f"recipe.{k}": v for k, v in dataclasses.asdict(store.recipe).items()}
         )
         runs = data_chunks.chunks(catalog.paths, store.chunk_size)
         names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
@@ -59,9 +62,9 @@ def precompute(
         total = sum(len(runs[i]) for i in missing)
         args = path, images.pixels, images.extract
         there = len(catalog) - total
-        done = chunks.run_chunks(extract.extract, args, missing, total, there, "extract", means)
+        done = chunks.run_chunks(extract.extract, args, missing, total, there, "extract", context)
         manifest, drawn = _complete(store, catalog, names, images, intact)
-        extraction.say_split(catalog, drawn, means.screen)
+        extraction.say_split(catalog, drawn, context.screen)
     done.seconds["wall"] = perf_counter() - began
     redone = {names[i] for i in missing}
     skipped = sum(
@@ -69,16 +72,16 @@ def precompute(
     )
     faults = sum(one["faults"] for one in manifest["shards"])
     counts = _balance(catalog, faults, done, skipped)
-    extraction.say_counts(means, counts, done)
+    extraction.say_counts(context, counts, done)
     kinds = sum((Counter(one["kinds"]) for one in manifest["shards"]), Counter[str]())
     torn = chunks.fault_list(store) if faults else []
     first = [one["path"] for one in torn[:NAMED]]
-    extraction.say_faults(kinds, first, store.path / "shards", means.screen)
-    if means.top:
-        recording.datasets(means.top, drawn)
-    if means.run:
-        means.run.record(counts | {f"seconds.{k}": v for k, v in done.seconds.items()})
-        means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
+    extraction.say_faults(kinds, first, store.path / "shards", context.screen)
+    if context.top:
+        recording.datasets(context.top, drawn)
+    if context.run:
+        context.run.record(counts | {f"seconds.{k}": v for k, v in done.seconds.items()})
+        context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
     return {
         "counts": counts,
         "faults": torn,
@@ -166,8 +169,8 @@ def _store(path: Path, images: FeatureConfig) -> Store:
         recipe = dataclasses.replace(recipe, decoder=Store(path).recipe.decoder)
     store = Store.create(path, recipe, images.extract.chunk_size)
     if not store.weights.is_file():
-        with fileio.draft(store.weights) as sketch:
-            sketch.write_bytes(safetensors.torch.save(weights.state))
+        with fileio.draft(store.weights) as draft_file:
+            draft_file.write_bytes(safetensors.torch.save(weights.state))
     return store
 
 

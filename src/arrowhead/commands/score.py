@@ -29,10 +29,10 @@ from arrowhead.inference import layout, score_request, summary
 from arrowhead.inference import score as inference_score
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import Request, ScoreConfig
-from arrowhead.inference.summary import Held
+from arrowhead.inference.summary import ScoreSummary
 from arrowhead.output_paths import check_folder
 from arrowhead.reporting import evaluation, extraction, recording, scoring
-from arrowhead.reporting.context import Means
+from arrowhead.reporting.run_context import RunContext
 from arrowhead.tracking.client import TrackingConfig
 
 
@@ -42,24 +42,25 @@ def score(
     out: Path,
     config: ScoreConfig,
     how: ExtractConfig,
-    means: Means,
+    context: RunContext,
     tracking: TrackingConfig = TrackingConfig(),
 ) -> dict[str, Any]:
-    """Score every file of `images` (see `sources.unlabelled`) with a bundle (see `resolve.local`).
+    """Score every file of `images` (see `sources.unlabelled`) with a bundle (see
+    `resolve.bundle_folder`).
 
     Returns counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel
     (None without --flag-novel), ignored} with inputs = scored + faults, faults by kind, labels,
     drift, seconds by stage.
     """
-    with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
+    with fileio.occupied(out, context.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle_format.load(path)
         source = SourceConfig(
             images=config.base, suffix=config.suffix, path_column=config.path_column
         )
         catalog = sources.unlabelled(images, source, base_flag="--base")
-        extraction.say_source(catalog, means.screen)
-        made = _scored(path, loaded, catalog, out, config, how, means, "scoring")
-        scoring.say_folders(made.held, means.screen)
+        extraction.say_source(catalog, context.screen)
+        made = _scored(path, loaded, catalog, out, config, how, context, "scoring")
+        scoring.say_folders(made.held, context.screen)
         # One of an earlier command would else say what the parts no longer say.
         asked = config.csv or layout.csv_file(out).is_file()
         table = inference_score.write_csv(made.request, loaded) if asked else None
@@ -68,8 +69,8 @@ def score(
             inference_score.record(made.request, result, loaded)
         elif table:
             score_request.record_csv(made.request.out)
-    if means.run:
-        scoring.show_scores(result, made.held, out, means.run)
+    if context.run:
+        scoring.show_scores(result, made.held, out, context.run)
     return result
 
 
@@ -80,7 +81,7 @@ def evaluate(
     source: SourceConfig,
     config: EvaluateConfig,
     how: ExtractConfig,
-    means: Means,
+    context: RunContext,
     tracking: TrackingConfig = TrackingConfig(),
 ) -> dict[str, Any]:
     """Score labelled images with a bundle and tell how good the scores are.
@@ -92,12 +93,12 @@ def evaluate(
     out = out or check_folder(
         inference_evaluate.default_folder(str(address), str(data), catalog), "scores"
     )
-    with fileio.occupied(out, means.screen.say), _at_hand(str(address), tracking, out) as path:
+    with fileio.occupied(out, context.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle_format.load(path)
         catalog, notes = inference_evaluate.labelled(data, catalog, source, config, loaded)
         for note in (*catalog.notes, *notes):
-            means.screen.say(note)
-        made = _scored(path, loaded, catalog, out, config.scores, how, means, "evaluation")
+            context.screen.say(note)
+        made = _scored(path, loaded, catalog, out, config.scores, how, context, "evaluation")
         found = inference_evaluate.figures(made.request, loaded)
         result = made.result | {
             "bundle": str(address),
@@ -108,7 +109,7 @@ def evaluate(
         if made.fresh:
             inference_score.record(made.request, made.result | {"bundle": str(address)}, loaded)
         inference_evaluate.write(out, result)
-    evaluation.show_figures(result, loaded, out, means)
+    evaluation.show_figures(result, loaded, out, context)
     return result
 
 
@@ -117,7 +118,7 @@ class _Scored:
     """What a scoring came to. fresh: whether score.json has to be written."""
 
     request: Request
-    held: Held
+    held: ScoreSummary
     result: dict[str, Any]
     fresh: bool
 
@@ -129,29 +130,29 @@ def _scored(
     out: Path,
     config: ScoreConfig,
     how: ExtractConfig,
-    means: Means,
+    context: RunContext,
     use: str,
 ) -> _Scored:
     """Score every file of a catalog into `out`; its account, shown. use: what for, for MLflow."""
     began = perf_counter()
     mark, ignored, files = bundle_format.fingerprint(path), catalog.ignored, len(catalog)
     request = score_request.prepare(out, path, loaded, catalog, config, how.chunk_size)
-    if means.run:
+    if context.run:
         name = recording.dataset_name(catalog)
-        means.run.dataset(name, catalog.digest(), catalog.source or catalog.root, use)
-        means.run.tags({"dataset": name, "body": loaded.recipe.body})
+        context.run.dataset(name, catalog.digest(), catalog.source or catalog.root, use)
+        context.run.tags({"dataset": name, "body": loaded.recipe.body})
         asked = {f"score.{k}": v for k, v in asdict(config).items()}
         asked |= {f"extract.{k}": v for k, v in asdict(how).items()}
-        means.run.params(asked | {"bundle": mark, "recipe": loaded.recipe.json()})
+        context.run.params(asked | {"bundle": mark, "recipe": loaded.recipe.json()})
     del catalog  # of a million files; from here on nobody needs more than some chunks of it
-    extraction.say_damaged(request.damaged, means.screen)
+    extraction.say_damaged(request.damaged, context.screen)
     missing = request.missing()
     total = sum(len(request.runs[number]) for number in missing)
     args = request, how
     done = chunks.run_chunks(
-        inference_score.score, args, missing, total, files - total, "score", means
+        inference_score.score, args, missing, total, files - total, "score", context
     )
-    found = summary.held(request, loaded)
+    found = summary.summarize(request, loaded)
     faults = found.faults.total()
     done.seconds["wall"] = perf_counter() - began
     counts = {
@@ -166,8 +167,8 @@ def _scored(
         "novel": found.novel,
         "ignored": ignored,
     }
-    scoring.say_scores(means, counts, done, loaded, config)
-    extraction.say_faults(found.faults, found.torn, out / "parts", means.screen)
+    scoring.say_scores(context, counts, done, loaded, config)
+    extraction.say_faults(found.faults, found.torn, out / "parts", context.screen)
     result = {
         "counts": counts,
         "faults": dict(found.faults),
@@ -178,13 +179,13 @@ def _scored(
         "bundle_fingerprint": mark,
         "recipe_fingerprint": loaded.recipe.fingerprint,
         "drift": done.drift,
-        "novelty_threshold": scoring.cut_of(loaded, config),
+        "novelty_threshold": scoring.novelty_threshold(loaded, config),
         "folders": found.folders and found.folders.plain(),
         "images_used": found.used,
         "out": str(out),
         "arrowhead": __version__,
         "trained_by": loaded.lineage.get("run_id"),
-        "run_id": means.run.run_id if means.run else None,
+        "run_id": context.run.run_id if context.run else None,
         "too_many_faults": how.too_many(faults, files),
     }
     fresh = bool(missing) or not (out / "score.json").is_file()
@@ -198,6 +199,6 @@ def _at_hand(address: str, tracking: TrackingConfig, out: Path) -> Iterator[Path
     """
     scratch = out / ".bundle"
     try:
-        yield resolve.local(address, tracking, scratch)
+        yield resolve.bundle_folder(address, tracking, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -23,10 +23,10 @@ from arrowhead.features import extract
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.features.store import Features, Store
-from arrowhead.reporting import context, evaluation, experiments, recording, scoring
+from arrowhead.reporting import evaluation, experiments, recording, run_context, scoring
 from arrowhead.reporting import training as reporting_training
-from arrowhead.reporting.context import Means
-from arrowhead.reporting.training import Told
+from arrowhead.reporting.run_context import RunContext
+from arrowhead.reporting.training import StudyReporter
 from arrowhead.runtime import launch
 from arrowhead.training import checkpoint
 from arrowhead.training import run as training_run
@@ -39,47 +39,49 @@ from arrowhead.training.trainer import Trained
 
 
 def find_rate(
-    path: Path, config: TrainConfig, finder: FinderConfig, means: Means = Means()
+    path: Path, config: TrainConfig, finder: FinderConfig, context: RunContext = RunContext()
 ) -> Curve:
     """The LR finder's curve and suggestions on a store."""
     asked = Study(head=config, finder=finder, teach=False)
-    curve = learn(path, asked, means).curve
+    curve = learn(path, asked, context).curve
     assert curve is not None
-    if means.run:
+    if context.run:
         store = Store(path)
-        recording.settings_asked(means.run, asked.resolve(store)[0].head, ())
+        recording.settings_asked(context.run, asked.resolve(store)[0].head, ())
         found = {f"lr_finder.{k}": v for k, v in dataclasses.asdict(finder).items()}
-        means.run.params(found | {"recipe": store.recipe.json()})
-        means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
-        recording.datasets(means.run, Catalog(**store.read_catalog()))
-    reporting_training.show_curve(curve, path, means)
+        context.run.params(found | {"recipe": store.recipe.json()})
+        context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
+        recording.datasets(context.run, Catalog(**store.read_catalog()))
+    reporting_training.show_curve(curve, path, context)
     return curve
 
 
-def learn(path: Path, asked: Study, means: Means = Means(), place: Path | None = None) -> Learned:
+def learn(
+    path: Path, asked: Study, context: RunContext = RunContext(), place: Path | None = None
+) -> Learned:
     """Train on a verified store. place: a folder of checkpoints, where a stopped study goes on."""
     store = Store(path)
     store.verify()
     asked, said = asked.resolve(store)
     for line in said:
-        means.screen.say(line)
-    told = Told(asked, means)
-    run = means.top.run_id if means.top else None
+        context.screen.say(line)
+    told = StudyReporter(asked, context)
+    run = context.top.run_id if context.top else None
     args = path, asked, place, run
     try:
         made: Learned = launch.run(
             training_run.learn,
             *args,
-            config=means.launch,
+            config=context.launch,
             listen=told,
             place=place,
             sized=told.sized,
-            labels=context.labels(means, "train"),
+            labels=run_context.labels(context, "train"),
         )
     finally:
         told.send()
     told.ended(made)
-    reporting_training.say_stop(made, means.screen)
+    reporting_training.say_stop(made, context.screen)
     return made
 
 
@@ -91,16 +93,16 @@ def save(
     config: TrainConfig,
     trained: Trained,
     out: Path,
-    means: Means = Means(),
+    context: RunContext = RunContext(),
     lineage: dict[str, Any] | None = None,
     keep: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
     """Evaluate a head and save it as a bundle to `out`, as `write_bundle` does; its metrics."""
-    with bundle_format.saving(out, evaluation.previous(out, means)) as folder:
-        figures = write_bundle(store, config, trained, folder, means, lineage, keep)
-        evaluation.say_replaced(out, folder, means)
-    if means.run:
-        recording.trained_model(means.run, out, figures)
+    with bundle_format.saving(out, evaluation.previous(out, context)) as folder:
+        figures = write_bundle(store, config, trained, folder, context, lineage, keep)
+        evaluation.say_replaced(out, folder, context)
+    if context.run:
+        recording.trained_model(context.run, out, figures)
     return figures
 
 
@@ -109,7 +111,7 @@ def write_bundle(
     config: TrainConfig,
     trained: Trained,
     folder: Path,
-    means: Means = Means(),
+    context: RunContext = RunContext(),
     lineage: dict[str, Any] | None = None,
     keep: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
@@ -139,36 +141,36 @@ def write_bundle(
     with torch.inference_mode():
         logit_NC = head(torch.from_numpy(valid.feature[:, 0].astype(np.float32)))
     found = calibration.calibrate(logit_NC.numpy(), valid.label, valid.image_id, classes)
-    heat, cuts = found.temperature, found.thresholds
+    temperature, thresholds = found.temperature, found.thresholds
     figures = metrics.evaluate(
-        logit_NC.numpy(), valid.label, classes, temperature=heat, thresholds=cuts
+        logit_NC.numpy(), valid.label, classes, temperature=temperature, thresholds=thresholds
     )
     figures |= found.figures
-    figures |= _test_figures(store, head, classes, heat, cuts)
+    figures |= _test_figures(store, head, classes, temperature, thresholds)
     known, told = _novelty(store, valid), lineage or {}
-    evaluation.say_threshold(known, means.screen)
+    evaluation.say_threshold(known, context.screen)
     lineage = told | {
         "arrowhead": __version__,
-        "run_id": means.run.run_id if means.run else None,
+        "run_id": context.run.run_id if context.run else None,
         "data": Catalog(**store.read_catalog()).digest(),
         "training": config.parameters(),
         "epoch": trained.epoch,
     }
     made = dataclasses.replace(
         made,
-        temperature=heat,
-        thresholds=None if cuts is None else cuts.tolist(),
+        temperature=temperature,
+        thresholds=None if thresholds is None else thresholds.tolist(),
         metrics=figures,
         lineage=lineage,
         novelty=known,
         images=KnownImages.of(store.features("train", mapped=True).image_id, valid.image_id),
     )
-    photos = golden.pick(store, made, means.screen.say) if keep.golden_images else []
+    photos = golden.pick(store, made, context.screen.say) if keep.golden_images else []
     bundle_format.write(dataclasses.replace(made, golden=photos), folder)
     if config.best != "last":
-        means.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
-    scoring.show_evaluation(figures, classes, folder / bundle_format.REPORT, means)
-    evaluation.say_rare_classes(Catalog(**store.read_catalog()), figures, means.screen)
+        context.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
+    scoring.show_evaluation(figures, classes, folder / bundle_format.REPORT, context)
+    evaluation.say_rare_classes(Catalog(**store.read_catalog()), figures, context.screen)
     return figures
 
 
@@ -218,12 +220,12 @@ def fit(
     out: Path,
     images: FeatureConfig,
     asked: Study,
-    means: Means,
+    context: RunContext,
 ) -> dict[str, Any]:
     """The main job: features to OUT/store; rate, head and evaluation to OUT/bundle."""
-    with context.child(means, "extract") as part:
+    with run_context.child(context, "extract") as part:
         result = precompute.precompute(data, out / "store", images, part)
-    return result | fit_head(out / "store", out / "bundle", asked, means, images.golden)
+    return result | fit_head(out / "store", out / "bundle", asked, context, images.golden)
 
 
 def training_of(out: Path) -> Path:
@@ -243,49 +245,49 @@ def unfinished(out: Path, *request: Any) -> Path:
 
 
 def fit_head(
-    path: Path, out: Path, asked: Study, means: Means, keep: GoldenConfig = GoldenConfig()
+    path: Path, out: Path, asked: Study, context: RunContext, keep: GoldenConfig = GoldenConfig()
 ) -> dict[str, Any]:
     """From a store to a bundle: rate, heads, evaluation."""
     store = Store(path)
     settled = asked.resolve(store)[0]
-    if means.run:
-        recording.settings_asked(means.run, settled.head, asked.knobs[0])
-    context.params(
-        means, {f"sweep.{k}": v for k, v in dataclasses.asdict(asked.sweep).items() if v}
+    if context.run:
+        recording.settings_asked(context.run, settled.head, asked.overrides[0])
+    run_context.params(
+        context, {f"sweep.{k}": v for k, v in dataclasses.asdict(asked.sweep).items() if v}
     )
-    context.params(means, {"workers": means.launch.workers, "arrowhead": __version__})
-    if means.run:
-        means.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
-        means.run.params({"recipe": store.recipe.json()})
+    run_context.params(context, {"workers": context.launch.workers, "arrowhead": __version__})
+    if context.run:
+        context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
+        context.run.params({"recipe": store.recipe.json()})
         catalog = Catalog(**store.read_catalog())
-        recording.datasets(means.run, catalog)
+        recording.datasets(context.run, catalog)
     # The heads of a grid are children themselves.
-    with nullcontext(means) if asked.sweep.grid else context.child(means, "train") as part:
+    with nullcontext(context) if asked.sweep.grid else run_context.child(context, "train") as part:
         made = learn(path, asked, part, training_of(out))
     best, chosen = made.winner, made.config
     assert chosen is not None
-    if means.run:
-        recording.settings_used(means.run, chosen)
+    if context.run:
+        recording.settings_used(context.run, chosen)
     rate = None if chosen.head == "logistic" else float(chosen.rate)
     result: dict[str, Any] = {"epochs": best.epochs}
-    with bundle_format.saving(out, evaluation.previous(out, means)) as folder:
+    with bundle_format.saving(out, evaluation.previous(out, context)) as folder:
         beside = folder / bundle_format.REPORT
         if made.curve:
-            with context.child(means, "lr-find") as part:
+            with run_context.child(context, "lr-find") as part:
                 reporting_training.show_curve(made.curve, beside, part)
         if asked.sweep.grid:
-            result["grid"] = experiments.show_grid(store, asked, made, beside, means)
+            result["grid"] = experiments.show_grid(store, asked, made, beside, context)
         if made.folds:
-            found = experiments.show_folds(store, chosen, made.folds, beside, means)
+            found = experiments.show_folds(store, chosen, made.folds, beside, context)
             result["folds"] = found | {"file": str(out / bundle_format.REPORT / found["file"])}
         if made.shares:
-            experiments.show_shares(made.shares, beside, means)
+            experiments.show_shares(made.shares, beside, context)
             result["learning_curve"] = made.shares
-        figures = write_bundle(store, chosen, best, folder, means, {"rate": rate}, keep)
-        evaluation.say_replaced(out, folder, means)
-    if means.run:
-        recording.trained_model(means.run, out, figures)
-    registered = means.run.register(out) if means.run else None
+        figures = write_bundle(store, chosen, best, folder, context, {"rate": rate}, keep)
+        evaluation.say_replaced(out, folder, context)
+    if context.run:
+        recording.trained_model(context.run, out, figures)
+    registered = context.run.register(out) if context.run else None
     checkpoint.forget(training_of(out), settled.key(store))
     return result | {
         "head": chosen.head,
@@ -299,5 +301,5 @@ def fit_head(
         "bundle": str(out),
         "registered": registered,
         "store": str(path),
-        "run_id": means.run.run_id if means.run else None,
+        "run_id": context.run.run_id if context.run else None,
     }

@@ -38,7 +38,7 @@ OWN_FILES = {
 }
 OWN_FIGURES = ("-confusion.png", "-learning-curve.png")  # earlier versions: beside their bundle
 IMAGES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".gif", b".avif")
-USUAL = (*IMAGES, *(ending.upper() for ending in IMAGES))
+IMAGE_ENDINGS = (*IMAGES, *(ending.upper() for ending in IMAGES))
 # Endings of names that say: no image.
 SIDECARS = frozenset(
     b"3gp 7z aac aae bak flv license lrv m2ts mts pp3"
@@ -93,7 +93,7 @@ def sidecars(handle: int, names: list[bytes], kinds: bytearray) -> dict[int, byt
     """Places of the sidecars among the names in an open folder, with their kinds."""
     found = {}
     for at, name in enumerate(names):
-        if name.endswith(USUAL) or kinds[at] != REGULAR:
+        if name.endswith(IMAGE_ENDINGS) or kinds[at] != REGULAR:
             continue
         if kind := sidecar_kind(name):
             with suppress(OSError):  # one that cannot be read stays a row, and a fault

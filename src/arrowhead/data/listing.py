@@ -41,13 +41,13 @@ def listing(root: str) -> Listing:
     if path_text.in_store(root):
         return _stored(root)
     must_be_folder(root)
-    return _without_figures(walk.walked(path_text.raw(root)))
+    return _without_figures(walk.walked(path_text.unescape_path(root)))
 
 
 def must_be_folder(root: str) -> None:
     """ConfigError for a root on a disk that is not there, is no folder, or cannot be listed."""
     try:
-        os.listdir(path_text.raw(root))
+        os.listdir(path_text.unescape_path(root))
     except OSError as error:
         found = {
             FileNotFoundError: f"{root} is not there.",
@@ -98,15 +98,15 @@ def look(root: str, paths: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int
 
     if path_text.in_store(root):
         there = {
-            path_text.text(path_text.encoded(key)): (size, stamp)
+            path_text.escape_path(path_text.encoded(key)): (size, stamp)
             for key, size, stamp in _objects(root)
         }
         rows = [there.get(path, (-1, 0)) for path in paths]
     else:
-        top = path_text.raw(root)
+        top = path_text.unescape_path(root)
 
         def look_at(part: range) -> tuple[list[tuple[int, int]], int, list[range]]:
-            names = [os.path.join(top, path_text.raw(paths[row])) for row in part]
+            names = [os.path.join(top, path_text.unescape_path(paths[row])) for row in part]
             return [walk.file_status(name)[1:] for name in names], len(part), []
 
         parts = [range(at, min(at + PART, len(paths))) for at in range(0, len(paths), PART)]
@@ -139,13 +139,13 @@ def _stored(root: str) -> Listing:
             (n for n, part in enumerate(parts, 1) if exclusions.is_own_name(part)), None
         )
         if mine is not None:
-            own.add(path_text.text(b"/".join(parts[:mine])))
+            own.add(path_text.escape_path(b"/".join(parts[:mine])))
         elif any(part[:1] == b"." or part in exclusions.JUNK for part in parts):
             ignored += parts[-1] != b""
         elif parts[-1]:
-            rows.append((path_text.text(name), size, stamp))
+            rows.append((path_text.escape_path(name), size, stamp))
         else:  # a marker, as consoles make them for a new folder: no file
-            folders.append(path_text.text(name[:-1]))
+            folders.append(path_text.escape_path(name[:-1]))
     aside = _stored_sidecars(root, rows)
     rows = sorted(row for row in rows if row[0] not in aside)
     found = Listing(
@@ -166,7 +166,7 @@ def _own_folders(root: str, keys: list[bytes]) -> set[bytes]:
     for key in keys:
         folder, _, name = key.rpartition(b"/")
         if name in exclusions.OWN_FILES and folder and folder not in found:
-            data, _ = reading.read(root, path_text.text(key), 2**26)
+            data, _ = reading.read(root, path_text.escape_path(key), 2**26)
             found |= {folder} if exclusions.OWN_FILES[name] in data else set()
     return found
 
@@ -180,13 +180,13 @@ def _stored_sidecars(root: str, rows: list[tuple[str, int, int]]) -> dict[str, s
     by_kind: dict[bytes, list[str]] = {}
     empty = {path for path, size, _ in rows if size == 0}
     for path, *_ in rows:
-        name = path_text.raw(path)
+        name = path_text.unescape_path(path)
         if kind := exclusions.sidecar_kind(name.rpartition(b"/")[2]):
             by_kind.setdefault(kind, []).append(path)
 
     def images(paths: Sequence[str]) -> set[str]:
         full = [path for path in paths if path not in empty]
-        keys = [path_text.raw(path).decode("utf-8", "surrogateescape") for path in full]
+        keys = [path_text.unescape_path(path).decode("utf-8", "surrogateescape") for path in full]
         heads = object_store.beginnings(path_text.uri(root), keys, exclusions.HEAD_BYTES)
         pairs = zip(full, heads, strict=True)
         return {
@@ -199,7 +199,7 @@ def _stored_sidecars(root: str, rows: list[tuple[str, int, int]]) -> dict[str, s
         kept = images(paths[::step])
         if kept and step > 1:
             kept = images(paths)
-        found |= {path: path_text.text(kind) for path in paths if path not in kept}
+        found |= {path: path_text.escape_path(kind) for path in paths if path not in kept}
     return found
 
 

@@ -119,10 +119,10 @@ def _looked_up(source: str, base: bytes, cells: list[bytes], lines: list[int]) -
     for path, line in zip(full, lines, strict=True):
         at.setdefault(path, line)
     top = _common(source, base, at)
-    root = path_text.text(
-        top[:-1] if path_text.in_store(path_text.text(top)) else os.path.realpath(top)
+    root = path_text.escape_path(
+        top[:-1] if path_text.in_store(path_text.escape_path(top)) else os.path.realpath(top)
     )
-    paths = [path_text.text(path[len(top) :]) for path in full]
+    paths = [path_text.escape_path(path[len(top) :]) for path in full]
     once = sorted(set(paths))
     sizes, stamps = listing.look(root, once)
     place = {path: row for row, path in enumerate(once)}
@@ -137,38 +137,38 @@ def _below(
     lack an ending. Raises ConfigError for a name that is there twice.
     """
     try:
-        listed = listing.listing(path_text.text(base or b"/")).paths if names else []
+        listed = listing.listing(path_text.escape_path(base or b"/")).paths if names else []
     except ConfigError:
         return {}, ""
     by_name: dict[bytes, list[str]] = {}
     for path in listed:
-        by_name.setdefault(path_text.raw(path).rpartition(b"/")[2], []).append(path)
+        by_name.setdefault(path_text.unescape_path(path).rpartition(b"/")[2], []).append(path)
     found = {}
     for name, line in zip(names, lines, strict=True):
         places = by_name.get(name, [])
         if len(places) > 1:
             raise ConfigError(
-                f"{source}, line {line}: {path_text.text(name)} is in several folders:"
+                f"{source}, line {line}: {path_text.escape_path(name)} is in several folders:"
                 f" {places[0]} and {places[1]}.",
                 "names that lead to one file each.",
                 "write the folder into the path, or give the one folder with --images (in score"
                 " --base).",
             )
         if places:
-            found[name] = path_text.raw(places[0])
+            found[name] = path_text.unescape_path(places[0])
     stems = {name.rpartition(b".")[0]: name for name in by_name} if not found else {}
     known = next((stems[name] for name in names if name in stems), None)
-    return found, "" if known is None else f".{path_text.text(known.rpartition(b'.')[2])}"
+    return found, "" if known is None else f".{path_text.escape_path(known.rpartition(b'.')[2])}"
 
 
 def _none_there(source: str, cells: list[bytes], base: bytes, ending: str) -> ConfigError:
     """Why no file is where a table says."""
-    first = path_text.text(cells[0])
+    first = path_text.escape_path(cells[0])
     do = (
         "give their folder with --images (in score --base), or what the paths lack at the end with"
         " --suffix."
     )
-    why = f"such as {path_text.text(_joined(base, cells[0]))}"
+    why = f"such as {path_text.escape_path(_joined(base, cells[0]))}"
     if re.match(rb"[A-Za-z]:[\\/]|\\\\", cells[0]):
         why = f"such as {first}, a path of a Windows machine"
         do = "make the paths start at the images' folder, and give that with --images."
@@ -184,7 +184,7 @@ def _none_there(source: str, cells: list[bytes], base: bytes, ending: str) -> Co
 def absolute(name: str) -> bytes:
     """A folder or file as a path from the top, or as a URI."""
     if path_text.in_store(name):
-        return path_text.raw(path_text.resolve(name))
+        return path_text.unescape_path(path_text.resolve(name))
     # Not what a link leads to: paths start where the table lies.
     return posixpath.normpath(os.fsencode(Path(name).absolute()))
 
@@ -195,15 +195,15 @@ def _joined(base: bytes, path: bytes) -> bytes:
     if not odd:
         return base.rstrip(b"/") + b"/" + path
     origin, below = _origin(base)
-    if path_text.in_store(shown := path_text.text(path)):
-        origin, below = _origin(path_text.raw(path_text.resolve(shown)))
+    if path_text.in_store(shown := path_text.escape_path(path)):
+        origin, below = _origin(path_text.unescape_path(path_text.resolve(shown)))
         path = b""
     return origin + b"/" + posixpath.normpath(posixpath.join(b"/" + below, path)).lstrip(b"/")
 
 
 def _origin(full: bytes) -> tuple[bytes, bytes]:
     """The store of a URI, such as s3://bucket (b"" on a disk), and the path in it."""
-    if not path_text.in_store(path_text.text(full)):
+    if not path_text.in_store(path_text.escape_path(full)):
         return b"", full
     scheme, _, rest = full.partition(b"://")
     store, slash, path = rest.partition(b"/")
@@ -218,9 +218,9 @@ def _common(source: str, base: bytes, lines: Mapping[bytes, int]) -> bytes:
         return top
     if _origin(first)[0] != _origin(last)[0]:
         raise ConfigError(
-            f"{source} names files in several places: {path_text.text(first)} in line"
+            f"{source} names files in several places: {path_text.escape_path(first)} in line"
             f" {lines[first]},"
-            f" {path_text.text(last)} in line {lines[last]}.",
+            f" {path_text.escape_path(last)} in line {lines[last]}.",
             "files on one disk or in one bucket.",
             "split the table, or copy the files together; --images says where paths start.",
         )

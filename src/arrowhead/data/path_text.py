@@ -18,12 +18,12 @@ WEB = ("http", "https", "ftp", "ftps", "hdfs", "webhdfs")
 _ESCAPED = re.compile(r"\\(?:\\|x[0-9a-f]{2})")
 
 
-def text(raw: bytes) -> str:
+def escape_path(unescape_path: bytes) -> str:
     r"""A file name as text that is valid UTF-8, safe on a screen, and leads back to the name.
 
     Bytes that are not UTF-8, control characters and the backslash become \xNN or \\.
     """
-    name = raw.decode("utf-8", "surrogateescape")
+    name = unescape_path.decode("utf-8", "surrogateescape")
     if name.isprintable() and "\\" not in name:
         return name
     out = []
@@ -39,7 +39,7 @@ def text(raw: bytes) -> str:
     return "".join(out)
 
 
-def raw(path: str) -> bytes:
+def unescape_path(path: str) -> bytes:
     """The file name that `text` was made from."""
     if "\\" not in path:
         return path.encode()
@@ -63,12 +63,12 @@ def resolve(source: str | Path) -> str:
             "The path given is empty.", "a folder, a file or an address.", "give . for this folder."
         )
     if not (uri := _URI.fullmatch(given)):
-        return text(os.path.realpath(os.fsencode(given)))
+        return escape_path(os.path.realpath(os.fsencode(given)))
     scheme, host, path = uri.groups()
     if scheme.lower() == "file":
         from urllib.parse import unquote_to_bytes
 
-        return text(os.path.realpath(unquote_to_bytes(path or "/")))
+        return escape_path(os.path.realpath(unquote_to_bytes(path or "/")))
     if scheme.lower() in WEB:
         raise _not_a_store(scheme.lower(), host)
     if "@" in host:
@@ -77,7 +77,7 @@ def resolve(source: str | Path) -> str:
             "an address without them: it is written to catalogs and to the screen.",
             "leave them out; put credentials into the environment (AWS_*, GOOGLE_*).",
         )
-    return text(os.fsencode(f"{scheme.lower()}://{host}{path.rstrip('/')}"))
+    return escape_path(os.fsencode(f"{scheme.lower()}://{host}{path.rstrip('/')}"))
 
 
 def _not_a_store(scheme: str, host: str) -> ConfigError:
@@ -97,7 +97,7 @@ def in_store(root: str) -> bool:
 
 def uri(root: str) -> str:
     """The text of a root as the store knows it."""
-    return raw(root).decode("utf-8", "surrogateescape")
+    return unescape_path(root).decode("utf-8", "surrogateescape")
 
 
 def encoded(key: str) -> bytes:

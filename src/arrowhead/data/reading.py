@@ -30,14 +30,16 @@ def read(
 
     if path_text.in_store(root):
         try:
-            return object_store.read(path_text.uri(root), path_text.raw(path).decode(), judge)
+            return object_store.read(
+                path_text.uri(root), path_text.unescape_path(path).decode(), judge
+            )
         except FileNotFoundError:
             return b"", "unreadable: No such file or directory"
         except PermissionError:
             return b"", "unreadable: Permission denied"
         except Exception as error:  # stores raise what they like
             return b"", f"unreadable: {object_store.words(error)}"
-    file = os.path.join(path_text.raw(root), path_text.raw(path))
+    file = os.path.join(path_text.unescape_path(root), path_text.unescape_path(path))
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -82,7 +84,7 @@ def fetch(root: str, path: str, target: Path) -> None:
     ConfigError if the store does not give it.
     """
     try:
-        object_store.fetch(path_text.uri(root), path_text.raw(path).decode(), target)
+        object_store.fetch(path_text.uri(root), path_text.unescape_path(path).decode(), target)
     except (ConfigError, FileNotFoundError):
         raise
     except Exception as error:  # stores raise what they like

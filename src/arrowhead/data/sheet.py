@@ -412,7 +412,9 @@ def _names(cell: str, separator: str, lists: bool) -> tuple[str, ...]:
     elif separator:
         parts = cell.split(separator)
     names = {named_files.windows_1252(name.strip()) for name in parts}
-    return tuple(sorted(path_text.text(n.encode("utf-8", "surrogateescape")) for n in names if n))
+    return tuple(
+        sorted(path_text.escape_path(n.encode("utf-8", "surrogateescape")) for n in names if n)
+    )
 
 
 def _say_several(

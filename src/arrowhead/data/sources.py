@@ -59,7 +59,7 @@ def labelled(
         note = "no image is marked for validation: a share of train is held out (--valid-share)"
         catalog = replace(catalog, splits=splits, notes=(*catalog.notes, note))
     if teaches:
-        _must_teach(str(source), catalog, places)
+        _check_trainable(str(source), catalog, places)
     return catalog
 
 
@@ -91,7 +91,7 @@ def _must_need_no_table(
 
 def _shown(table: str | Path) -> str:
     """The text of where a table lies."""
-    return path_text.text(named_files.absolute(str(table)))
+    return path_text.escape_path(named_files.absolute(str(table)))
 
 
 def unlabelled(
@@ -243,7 +243,7 @@ def _loose(root: str, count: int) -> ConfigError:
     )
 
 
-def _must_teach(source: str, catalog: Catalog, places: Places) -> None:
+def _check_trainable(source: str, catalog: Catalog, places: Places) -> None:
     _must_have_images(source, len(places), catalog.ignored)
     where: dict[str, str] = {}
     for (_, names), place in places.items():
@@ -309,5 +309,5 @@ def rarest(labels_K: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _alike(name: str) -> str:
     """What names share that differ in case or Unicode form: a canonical caseless match (UAX 21)."""
-    plain = path_text.raw(name).decode("utf-8", "surrogateescape")
+    plain = path_text.unescape_path(name).decode("utf-8", "surrogateescape")
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", plain).casefold())

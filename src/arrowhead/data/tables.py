@@ -113,7 +113,7 @@ def _content(source: str, table: bytes) -> bytes:
     """The bytes of a table or list."""
     folder, _, leaf = table.rpartition(b"/")
     content, fault = reading.read(
-        path_text.text(folder or b"/"), path_text.text(leaf), MAX_TABLE_BYTES
+        path_text.escape_path(folder or b"/"), path_text.escape_path(leaf), MAX_TABLE_BYTES
     )
     if fault:
         raise ConfigError(

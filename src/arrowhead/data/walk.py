@@ -60,7 +60,7 @@ class Found:
 
     def add(self, path: bytes, size: int, stamp: int) -> None:
         """A row."""
-        self.paths.append(path_text.text(path))
+        self.paths.append(path_text.escape_path(path))
         self.sizes.append(size)
         self.stamps.append(stamp)
 
@@ -159,7 +159,7 @@ def _visit(root: bytes, visit: Visit) -> tuple[Found, int, list[Visit]]:
             if names is None:
                 names = sorted(os.listdir(folder))
                 if visit.folder and not visit.hidden and exclusions.is_own_folder(handle, names):
-                    found.own.append(path_text.text(visit.folder[:-1]))
+                    found.own.append(path_text.escape_path(visit.folder[:-1]))
                     return found, len(names), []
                 names, later = _set_apart(visit, names, found)
             rows = [file_status(name, handle) for name in names]
@@ -181,21 +181,21 @@ def _visit(root: bytes, visit: Visit) -> tuple[Found, int, list[Visit]]:
             later.append(Visit(visit.folder + name + b"/", None, above, visit.hidden))
         elif visit.hidden or at in aside:
             found.ignored += 1
-            found.sidecars.update([path_text.text(aside[at])] if at in aside else [])
+            found.sidecars.update([path_text.escape_path(aside[at])] if at in aside else [])
         else:
             found.add(visit.folder + name, size, stamp)
     if visit.names is None and visit.folder and not (found.paths or visit.hidden):
         if visit.folder[:-1].lower().endswith(IMAGES):  # somebody will miss it: a row, and a fault
             found.add(visit.folder[:-1], -1, 0)
         elif len(names) < PART:
-            found.folders.append(path_text.text(visit.folder[:-1]))
+            found.folders.append(path_text.escape_path(visit.folder[:-1]))
     return found, 1 + len(names), later
 
 
 def _set_apart(visit: Visit, names: list[bytes], found: Found) -> tuple[list[bytes], list[Visit]]:
     """Of all names in a folder those to look at now; visits to the others and to what is hidden."""
     names, junk, ours = (names, [], []) if visit.hidden else exclusions.sorted_out(names)
-    found.own += [path_text.text(visit.folder + name) for name in ours]
+    found.own += [path_text.escape_path(visit.folder + name) for name in ours]
     parts = [names[at : at + PART] for at in range(PART, len(names), PART)]
     later = [visit._replace(names=part) for part in parts]
     return names[:PART], [*later, *([visit._replace(names=junk, hidden=True)] if junk else [])]

@@ -9,8 +9,8 @@ files it was at are tried one by one; a file that kills a second one is quaranti
 `decoder_crash`. Its mates come out as if it had not been there, and nothing else is restarted.
 
 A child that was killed from outside (SIGKILL: the system's out-of-memory killer) says nothing about
-a file. The file is tried again, with fewer threads, `KILLS` times; when several files in a row come
-to nothing so, or when no child can be started, the command is refused instead.
+a file. The file is tried again, with fewer threads, `MAX_KILLS` times; when several files in a row
+come to nothing so, or when no child can be started, the command is refused instead.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from arrowhead.errors import ConfigError, LostError
 UNDER_WAY = 2  # batches: the child has its next one while we take the last
 START = 120.0  # seconds; two on a quiet machine
 STARTS = 3  # attempts, before the command is refused
-KILLS = 4  # deaths by SIGKILL, after which a file that is alone is taken for their cause
-KILLED_FILES = 5  # such files in a row, after which the machine is
+MAX_KILLS = 4  # deaths by SIGKILL, after which a file that is alone is taken for their cause
+MAX_KILLED_FILES = 5  # such files in a row, after which the machine is
 PAUSE = 0.5  # seconds before a second attempt, twice that before a third: memory may come free
 LEAST = 16  # rows: networks compute a row to the same last bit in every batch of 16 or more
 
@@ -240,7 +240,7 @@ class GuardedDecoder:
 
     def _alone(self, file: _Batch, slot: Slot) -> Pixels:
         """The pixels of one file; Died if it is the file that the child dies of."""
-        for attempt in range(KILLS):
+        for attempt in range(MAX_KILLS):
             time.sleep(PAUSE * attempt)
             self._give(file, slot)
             try:
@@ -250,7 +250,7 @@ class GuardedDecoder:
                     raise
                 last = death
         self._killed_files += 1
-        if self._killed_files >= KILLED_FILES:
+        if self._killed_files >= MAX_KILLED_FILES:
             raise self._no_memory(f"while it decoded {self._killed_files} files in a row")
         raise last
 

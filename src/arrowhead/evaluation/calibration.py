@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from arrowhead.evaluation import metrics
 from arrowhead.evaluation.metrics import Labels
 
-FEWEST = 20  # different images, to fit a temperature to
+MIN_IMAGES = 20  # different images, to fit a temperature to
 MARGIN = 1.645  # standard errors: one-sided 5 %
 
 
@@ -60,12 +60,15 @@ def _calibrate(
 ) -> Calibration:
     part_N = _parts(key_N)
     fitted = _fitted(logit_NC, label)
-    enough = len(np.unique(key_N)) >= FEWEST
-    heat_N = np.ones(len(label))  # of each image, fitted to the other parts
+    enough = len(np.unique(key_N)) >= MIN_IMAGES
+    temperature_N = np.ones(len(label))  # of each image, fitted to the other parts
     for held in _held_out(part_N) if enough else ():
-        heat_N[held] = _fitted(logit_NC[~held], label[~held])
+        temperature_N[held] = _fitted(logit_NC[~held], label[~held])
     several = label.ndim == 2
-    plain, cooled = (_judged(logit_NC, label, heat) for heat in (np.ones(len(label)), heat_N))
+    plain, cooled = (
+        _judged(logit_NC, label, temperature)
+        for temperature in (np.ones(len(label)), temperature_N)
+    )
     keep = enough and _gains(plain.nats - cooled.nats, key_N)
     figures: dict[str, Any] = {}
     if not several:
@@ -76,9 +79,9 @@ def _calibrate(
     temperature = fitted if keep else 1.0
     thresholds = None
     if several:
-        chance_NC = _probabilities(logit_NC, np.full(len(label), temperature))
-        thresholds = metrics.thresholds(chance_NC, label.astype(np.uint8))
-        used_N = heat_N if keep else np.ones(len(label))
+        prob_NC = _probabilities(logit_NC, np.full(len(label), temperature))
+        thresholds = metrics.thresholds(prob_NC, label.astype(np.uint8))
+        used_N = temperature_N if keep else np.ones(len(label))
         figures = _several(logit_NC, label, used_N, part_N, classes) if enough else {}
     figures |= {"temperature": temperature, "temperature_fitted": fitted if enough else None}
     return Calibration(
@@ -100,7 +103,7 @@ def words(figures: dict[str, Any]) -> str:
         )
     why = "a fitted one did not help"
     if figures.get("temperature_fitted") is None:
-        why = f"fewer than {FEWEST} different images to fit one"
+        why = f"fewer than {MIN_IMAGES} different images to fit one"
     return f"temperature 1 ({why}){f' · ECE {error}' if error else ''}"
 
 
@@ -139,11 +142,11 @@ class _Judged:
     right: NDArray[np.bool_]
 
 
-def _judged(logit_NC: NDArray[Any], label: Labels, heat_N: NDArray[np.float64]) -> _Judged:
+def _judged(logit_NC: NDArray[Any], label: Labels, temperature_N: NDArray[np.float64]) -> _Judged:
     rows, count = logit_NC.shape
     nats_N, sure_N, right_N = np.zeros(rows), np.zeros(rows), np.zeros(rows, np.bool_)
     for here in metrics.slices(rows, count):
-        z_BC = logit_NC[here].astype(np.float64) / heat_N[here, None]
+        z_BC = logit_NC[here].astype(np.float64) / temperature_N[here, None]
         if label.ndim == 2:
             nats_N[here] = (np.logaddexp(0, z_BC) - z_BC * (label[here] > 0)).mean(1)
             continue
@@ -162,11 +165,15 @@ def _gains(gain_N: NDArray[np.float64], key_N: NDArray[np.uint64]) -> bool:
     return bool(gain_M.mean() > MARGIN * error)
 
 
-def _probabilities(logit_NC: NDArray[Any], heat_N: NDArray[np.float64]) -> NDArray[np.float32]:
+def _probabilities(
+    logit_NC: NDArray[Any], temperature_N: NDArray[np.float64]
+) -> NDArray[np.float32]:
     """Sigmoids as a bundle gives them, so that a decision here is a decision there."""
     import torch
 
-    cooled = torch.from_numpy(logit_NC) / torch.from_numpy(heat_N.astype(np.float32))[:, None]
+    cooled = (
+        torch.from_numpy(logit_NC) / torch.from_numpy(temperature_N.astype(np.float32))[:, None]
+    )
     made: NDArray[np.float32] = cooled.sigmoid().numpy()
     return made
 
@@ -174,16 +181,16 @@ def _probabilities(logit_NC: NDArray[Any], heat_N: NDArray[np.float64]) -> NDArr
 def _several(
     logit_NC: NDArray[Any],
     label_NC: Labels,
-    heat_N: NDArray[np.float64],
+    temperature_N: NDArray[np.float64],
     part_N: NDArray[np.int64],
     classes: list[str],
 ) -> dict[str, Any]:
     """Figures of decisions at thresholds that were tuned on the other parts."""
-    chance_NC = _probabilities(logit_NC, heat_N)
+    prob_NC = _probabilities(logit_NC, temperature_N)
     given_NC = np.zeros(label_NC.shape, np.bool_)
     for held in _held_out(part_N):
-        cut_C = metrics.thresholds(chance_NC[~held], label_NC[~held].astype(np.uint8))
-        given_NC[held] = chance_NC[held] >= cut_C
+        threshold_C = metrics.thresholds(prob_NC[~held], label_NC[~held].astype(np.uint8))
+        given_NC[held] = prob_NC[held] >= threshold_C
     decided = metrics.evaluate(np.where(given_NC, 9.0, -9.0), label_NC, classes)
     names = ("accuracy_at_thresholds", "f1_samples", "f2_samples", "f1_macro", "f2_macro")
     return {f"{name}_held_out": decided[name] for name in names}

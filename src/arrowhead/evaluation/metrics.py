@@ -65,8 +65,10 @@ def evaluate(
     # Logits of a head that diverged are figures too: None.
     with np.errstate(invalid="ignore", over="ignore"):
         if label.ndim == 2:
-            cut_C = np.full(len(classes), 0.5) if thresholds is None else np.asarray(thresholds)
-            return dict(plain(_several_labels(logit_NC, label, classes, temperature, cut_C)))
+            threshold_C = (
+                np.full(len(classes), 0.5) if thresholds is None else np.asarray(thresholds)
+            )
+            return dict(plain(_several_labels(logit_NC, label, classes, temperature, threshold_C)))
         return dict(plain(_one_label(logit_NC, label, classes, temperature)))
 
 
@@ -140,7 +142,7 @@ def _several_labels(
     label_NC: NDArray[Any],
     classes: list[str],
     temperature: float,
-    cut_C: NDArray[np.float64],
+    threshold_C: NDArray[np.float64],
 ) -> dict[str, Any]:
     rows, count = logit_NC.shape
     right_C, given_C, present_C = np.zeros((3, count), np.int64)
@@ -153,7 +155,9 @@ def _several_labels(
         nats_C[here] = (np.logaddexp(0, z_BN) - z_BN * true_BN).sum(1)
         right_at_half += int(((z_BN >= 0) == true_BN).sum())
         # As a bundle gives its probabilities, so that a decision here is a decision there.
-        given_BN = (1 / (1 + np.exp(-z_BN / temperature))).astype(np.float32) >= cut_C[here, None]
+        given_BN = (1 / (1 + np.exp(-z_BN / temperature))).astype(np.float32) >= threshold_C[
+            here, None
+        ]
         both_BN = given_BN & true_BN
         right_C[here], given_C[here], present_C[here] = (
             part.sum(1) for part in (both_BN, given_BN, true_BN)
@@ -178,8 +182,8 @@ def _several_labels(
         "auroc": _mean(area_C[(present_C > 0) & (present_C < rows)]),
         "mean_average_precision": _mean(precision_C[present_C > 0]),
         "per_class": {
-            name: figures | {"threshold": float(cut)}
-            for (name, figures), cut in zip(by_label.items(), cut_C, strict=True)
+            name: figures | {"threshold": float(threshold)}
+            for (name, figures), threshold in zip(by_label.items(), threshold_C, strict=True)
         },
     }
 
@@ -197,15 +201,15 @@ def thresholds(
     F-beta on the rows these were tuned on is too good: the fewer positives a label has, the more.
     For an honest figure, tune on some rows and evaluate on others.
     """
-    cut_C = np.full(probability_NC.shape[1], 0.5)
-    for here in slices(len(cut_C), len(probability_NC)):
+    threshold_C = np.full(probability_NC.shape[1], 0.5)
+    for here in slices(len(threshold_C), len(probability_NC)):
         # What is not a number never passes; it is no reason to have no threshold.
-        chance_BN = np.nan_to_num(np.ascontiguousarray(probability_NC[:, here].T, np.float64))
-        for number, chance_N in zip(range(len(cut_C))[here], chance_BN, strict=True):
-            ranks = _Ranks(chance_N, label_NC[:, number] != 0)
+        prob_BN = np.nan_to_num(np.ascontiguousarray(probability_NC[:, here].T, np.float64))
+        for number, prob_N in zip(range(len(threshold_C))[here], prob_BN, strict=True):
+            ranks = _Ranks(prob_N, label_NC[:, number] != 0)
             if len(ranks.own_P):
-                cut_C[number] = ranks.best_cut(beta)
-    return cut_C
+                threshold_C[number] = ranks.best_threshold(beta)
+    return threshold_C
 
 
 class _Ranks:
@@ -239,7 +243,7 @@ class _Ranks:
         passed_P, right_P = self._passed()
         return float((right_P / passed_P).mean())
 
-    def best_cut(self, beta: float) -> float:
+    def best_threshold(self, beta: float) -> float:
         """The threshold with the best F-beta (see `thresholds`); needs a positive."""
         passed_P, right_P = self._passed()
         at = int(_f_beta(right_P, passed_P, np.array(len(self.own_P)), beta).argmax())
@@ -383,45 +387,45 @@ def temperature(logit_NC: torch.Tensor, label: torch.Tensor) -> float:
     class (of several labels: half a yes and half a no of each), spread over the rows, counts as
     well. 1 where nothing can be learnt: no rows, or a logit that is not finite.
     """
-    slope_of = _slopes_of_labels if label.ndim == 2 else _slopes_of_classes
+    slope_of = _gradients_of_labels if label.ndim == 2 else _gradients_of_classes
     # The nats are convex in 1/T. Newton's steps find where they are flat; a step that leaves what
     # is known to hold the minimum is replaced by the middle of it.
     low, high, sharpness = 1 / 20, 20.0, 1.0
     for _ in range(60):
-        slope, bend = 0.0, 0.0
+        gradient, bend = 0.0, 0.0
         for here in slices(*logit_NC.shape):
             one, two = slope_of(logit_NC[here].double(), label[here], sharpness, len(logit_NC))
-            slope, bend = slope + one, bend + two
-        if not math.isfinite(slope + bend):
+            gradient, bend = gradient + one, bend + two
+        if not math.isfinite(gradient + bend):
             return 1.0
-        if slope == 0:
+        if gradient == 0:
             break
-        low, high = (low, sharpness) if slope > 0 else (sharpness, high)
-        step = sharpness - slope / bend if bend > 0 else math.inf
+        low, high = (low, sharpness) if gradient > 0 else (sharpness, high)
+        step = sharpness - gradient / bend if bend > 0 else math.inf
         before, sharpness = sharpness, step if low < step < high else math.sqrt(low * high)
         if abs(sharpness - before) <= 1e-10 * before:
             break
     return 1 / sharpness
 
 
-def _slopes_of_classes(
+def _gradients_of_classes(
     z_BC: torch.Tensor, label_B: torch.Tensor, sharpness: float, rows: int
 ) -> tuple[float, float]:
     """First and second derivative, by sharpness, of these rows' nats."""
-    chance_BC = (z_BC * sharpness).softmax(1)
-    mean_B = (chance_BC * z_BC).sum(1)
-    spread_B = (chance_BC * (z_BC - mean_B[:, None]).square()).sum(1)
+    prob_BC = (z_BC * sharpness).softmax(1)
+    mean_B = (prob_BC * z_BC).sum(1)
+    spread_B = (prob_BC * (z_BC - mean_B[:, None]).square()).sum(1)
     share = z_BC.shape[1] / (2 * rows)
-    slope = (mean_B * (1 + share)).sum() - z_BC.sum() / (2 * rows)
+    gradient = (mean_B * (1 + share)).sum() - z_BC.sum() / (2 * rows)
     own = z_BC.gather(1, label_B.long()[:, None]).sum()
-    return float(slope - own), float(spread_B.sum() * (1 + share))
+    return float(gradient - own), float(spread_B.sum() * (1 + share))
 
 
-def _slopes_of_labels(
+def _gradients_of_labels(
     z_BC: torch.Tensor, label_BC: torch.Tensor, sharpness: float, rows: int
 ) -> tuple[float, float]:
     """First and second derivative, by sharpness, of these rows' nats."""
-    chance_BC = (z_BC * sharpness).sigmoid()
-    slope_BC = (chance_BC * (1 + 1 / rows) - label_BC - 1 / (2 * rows)) * z_BC
-    bend_BC = chance_BC * (1 - chance_BC) * z_BC.square() * (1 + 1 / rows)
-    return float(slope_BC.sum()), float(bend_BC.sum())
+    prob_BC = (z_BC * sharpness).sigmoid()
+    gradient_BC = (prob_BC * (1 + 1 / rows) - label_BC - 1 / (2 * rows)) * z_BC
+    bend_BC = prob_BC * (1 - prob_BC) * z_BC.square() * (1 + 1 / rows)
+    return float(gradient_BC.sum()), float(bend_BC.sum())

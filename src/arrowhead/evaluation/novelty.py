@@ -78,14 +78,14 @@ class Novelty:
 
     def about(self) -> dict[str, Any]:
         """What a person reads of it in bundle.json."""
-        cut = self.threshold(0.05)
+        threshold = self.threshold(0.05)
         return {
             "method": "distance to the k-th nearest training image, on standardized unit features"
             " (arXiv:2204.06507); 0 to 2",
             "k": min(NEIGHBOUR, len(self.bank)),
             "training_images": len(self.bank),
             "validation_images": len(self.known),
-            "threshold_at_5_percent_false_alarms": cut if math.isfinite(cut) else None,
+            "threshold_at_5_percent_false_alarms": threshold if math.isfinite(threshold) else None,
         }
 
     def __call__(self, feature_ND: NDArray[Any]) -> NDArray[np.float32]:

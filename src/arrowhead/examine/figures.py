@@ -142,7 +142,7 @@ def confusion_figure(
 
 
 def scores_figure(
-    labels: Mapping[str, int], chances: NDArray[np.int64], novelties: NDArray[np.int64]
+    labels: Mapping[str, int], probability_counts: NDArray[np.int64], novelties: NDArray[np.int64]
 ) -> Figure:
     """Predictions at a glance: images by label (the 20 most frequent), and histograms of the best
     label's probability (0 to 1) and of novelty (0 to 2).
@@ -160,7 +160,7 @@ def scores_figure(
     rest = len(labels) - len(shown)
     by_label.set(xlabel="images", title="label" + (f" (and {rest} more)" if rest else ""))
     for axes, counts, end, name in (
-        (by_chance, chances, 1, "probability of the label"),
+        (by_chance, probability_counts, 1, "probability of the label"),
         (by_novelty, novelties, 2, "novelty"),
     ):
         step = end / len(counts)

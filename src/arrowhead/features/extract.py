@@ -149,7 +149,7 @@ def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConf
     runs = data_chunks.chunks(catalog.paths, store.chunk_size)
     names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
     body = load_body(store.recipe, store.weights, worker.device)
-    claimed = ((number, catalog.part(runs[number])) for number in iter(worker.claim, None))
+    claimed = ((number, catalog.part(runs[number])) for number in iter(worker.next_task, None))
     with Pump(worker, body, store.recipe, pixels, config) as pump:
         for chunk in pump(claimed, Known.of(store)):
             with pump.clock.stage("write"):

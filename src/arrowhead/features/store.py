@@ -318,8 +318,8 @@ class Store:
         manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
         manifest["golden"] = list(golden)
         fileio.write_sealed(self.path / "manifest.json", manifest)
-        with fileio.draft(self.path / "catalog.arrow") as sketch:
-            shutil.copyfile(self.path / catalog["name"], sketch)
+        with fileio.draft(self.path / "catalog.arrow") as draft_file:
+            shutil.copyfile(self.path / catalog["name"], draft_file)
         for file in self.spare_golden(golden):
             file.unlink()
         return manifest

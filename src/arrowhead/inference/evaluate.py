@@ -262,13 +262,13 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
     Takes the memory of N x C float32. Raises DataError as `Request.tables` does.
     """
     index = {name: number for number, name in enumerate(bundle.classes)}
-    chances: list[NDArray[np.float32]] = []
+    probability_counts: list[NDArray[np.float32]] = []
     labels: list[NDArray[Any]] = []
     uses: list[NDArray[np.uint8]] = []
     faults = 0
     for table, files in request.tables(["probabilities", "fault", "image_id"]):
         well_N = table["fault"].is_null().to_numpy()
-        chances.append(scores_io.probabilities(table, bundle.classes)[well_N])
+        probability_counts.append(scores_io.probabilities(table, bundle.classes)[well_N])
         label_NC = np.zeros((len(files), len(index)), np.uint8)
         for row, names in enumerate(files.labels):
             label_NC[row, [index[name] for name in names]] = 1
@@ -276,14 +276,14 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
         faults += int((~well_N).sum())
         if bundle.images:
             uses.append(bundle.images.use(table["image_id"].to_pylist())[well_N])
-    chance_NC, label = np.concatenate(chances), np.concatenate(labels)
-    if not len(chance_NC):
+    prob_NC, label = np.concatenate(probability_counts), np.concatenate(labels)
+    if not len(prob_NC):
         raise ConfigError(
             f"none of {counted(faults, 'image')} could be read.",
             "images with labels.",
             f"look at the faults in {request.out / 'parts'}.",
         )
-    found = _judged(chance_NC, label, bundle) | {"faults": faults}
+    found = _judged(prob_NC, label, bundle) | {"faults": faults}
     if not bundle.images:
         none = {"images_used": None, "trusted": None, "tables_show": "all"}
         return found | none | {"trusted_images": "unknown"}
@@ -295,7 +295,7 @@ def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
         kind = "new" if counts[NEW] else "validation" if counts[VALIDATED] else "none"
         keep_N = use_N == (NEW if counts[NEW] else VALIDATED)
     some = keep_N.any() and not keep_N.all()
-    trusted = _judged(chance_NC[keep_N], label[keep_N], bundle) if some else None
+    trusted = _judged(prob_NC[keep_N], label[keep_N], bundle) if some else None
     shown = "trusted" if trusted else "all"
     return found | {
         "images_used": said,
@@ -311,9 +311,9 @@ def for_tables(figures: Mapping[str, Any]) -> Mapping[str, Any]:
     return trusted or figures
 
 
-def _judged(chance_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle) -> dict[str, Any]:
+def _judged(prob_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle) -> dict[str, Any]:
     return metrics.evaluate(
-        _logits(chance_NC, bundle),
+        _logits(prob_NC, bundle),
         label,
         bundle.classes,
         temperature=bundle.temperature,
@@ -321,13 +321,13 @@ def _judged(chance_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle)
     )
 
 
-def _logits(chance_NC: NDArray[np.float32], bundle: Bundle) -> NDArray[np.float64]:
+def _logits(prob_NC: NDArray[np.float32], bundle: Bundle) -> NDArray[np.float64]:
     """Logits that have these calibrated probabilities: the head's, up to a constant for each row.
 
     Probabilities are float32: what is 0 or 1 in them counts as the smallest or largest other value.
     """
     tiny, below_one = np.finfo(np.float32).tiny, float(np.nextafter(np.float32(1), np.float32(0)))
-    wide_NC = np.clip(chance_NC.astype(np.float64), tiny, below_one if bundle.multi else 1.0)
+    wide_NC = np.clip(prob_NC.astype(np.float64), tiny, below_one if bundle.multi else 1.0)
     logit_NC: NDArray[np.float64] = np.log(wide_NC)
     if bundle.multi:
         logit_NC -= np.log1p(-wide_NC)

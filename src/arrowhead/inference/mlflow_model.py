@@ -50,16 +50,16 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
     ) -> pandas.DataFrame:
         """A row per row of `model_input`, which has the column `image` or `path`."""
         made = self._predict(self._images(model_input))
-        classes, chance_NC = self._predict.bundle.classes, made.probabilities
-        best = zip(chance_NC.argmax(1).tolist(), made.faults, strict=True)
+        classes, prob_NC = self._predict.bundle.classes, made.probabilities
+        best = zip(prob_NC.argmax(1).tolist(), made.faults, strict=True)
         labels = [classes[i] if fault is None else None for i, fault in best]
         return pandas.DataFrame(
             {
                 # pandas' own text type would make a None NaN, which is no JSON.
                 "label": pandas.Series(labels, dtype=object, index=model_input.index),
-                "probability": chance_NC.max(1).astype(np.float64),
+                "probability": prob_NC.max(1).astype(np.float64),
                 "labels": [list(compress(classes, row)) for row in made.given.tolist()],
-                "probabilities": list(chance_NC.astype(np.float64)),
+                "probabilities": list(prob_NC.astype(np.float64)),
             },
             index=model_input.index,
         )
@@ -91,13 +91,13 @@ class Served(PythonModel):  # type: ignore[misc]  # mlflow has no types
         most = ExtractConfig().max_bytes
         if path_text.in_store(root):
             return reading.read(root, path, most)[0]
-        top = path_text.raw(root)
-        file = os.path.realpath(os.path.join(top, path_text.raw(path)))
+        top = path_text.unescape_path(root)
+        file = os.path.realpath(os.path.join(top, path_text.unescape_path(path)))
         if os.path.commonpath([top, file]) != top:
             raise MlflowException.invalid_parameter_value(
                 f"{path} is not below the folder that this server may read."
             )
-        return reading.read(root, path_text.text(os.path.relpath(file, top)), most)[0]
+        return reading.read(root, path_text.escape_path(os.path.relpath(file, top)), most)[0]
 
 
 def _cells(column: pandas.Series) -> Iterator[tuple[Any, bool]]:

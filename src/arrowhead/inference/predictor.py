@@ -79,10 +79,10 @@ class Predictor:
                 faults[row] = faults[row] or "not finite: the body gave a number beyond float16"
                 feature_ND[row] = np.nan
             made = self.bundle
-            chance_NC = bundle_format.probabilities(
+            prob_NC = bundle_format.probabilities(
                 self._head, feature_ND, made.temperature, multi=made.multi
             )
-        return Prediction(chance_NC, made.given(chance_NC), faults)
+        return Prediction(prob_NC, made.given(prob_NC), faults)
 
     def close(self) -> None:
         """End the decoder's process."""

@@ -59,15 +59,15 @@ def score(worker: Worker, request: Request, how: ExtractConfig) -> None:
     )
     known = Known.of(Store(config.store)) if config.store else Known()
     finished = Journal(layout.journal(request.out))
-    claimed = ((number, request.files(number)) for number in iter(worker.claim, None))
+    claimed = ((number, request.files(number)) for number in iter(worker.next_task, None))
     with Pump(worker, body, recipe, clean, how) as pump:
         for chunk in pump(claimed, known):
             with pump.clock.stage("write"):
-                heat = 1.0 if config.raw else bundle.temperature
-                chance_NC = bundle_format.probabilities(
-                    head, chunk.features[:, 0], heat, multi=bundle.multi
+                temperature = 1.0 if config.raw else bundle.temperature
+                prob_NC = bundle_format.probabilities(
+                    head, chunk.features[:, 0], temperature, multi=bundle.multi
                 )
-                rows = judged(bundle, chunk, chance_NC, config)
+                rows = judged(bundle, chunk, prob_NC, config)
                 scores_io.write_scores(request.part(chunk.number), rows, mark)
                 part = scores_io.finished(
                     request.part(chunk.number),
@@ -81,7 +81,7 @@ def score(worker: Worker, request: Request, how: ExtractConfig) -> None:
 
 
 def judged(
-    bundle: Bundle, chunk: Chunk, chance_NC: NDArray[np.float32], config: ScoreConfig
+    bundle: Bundle, chunk: Chunk, prob_NC: NDArray[np.float32], config: ScoreConfig
 ) -> Scores:
     """The rows of one part.
 
@@ -101,10 +101,10 @@ def judged(
         paths=chunk.paths,
         image_ids=chunk.image_ids,
         faults=chunk.faults,
-        top=np.argsort(-chance_NC, axis=1, kind="stable")[:, :count],
-        probability=chance_NC,
+        top=np.argsort(-prob_NC, axis=1, kind="stable")[:, :count],
+        probability=prob_NC,
         every=config.probabilities,
-        given=bundle.given(chance_NC) if bundle.multi else None,
+        given=bundle.given(prob_NC) if bundle.multi else None,
         novelty=novelty_N,
         novel=novel_N,
         feature=chunk.features[:, 0] if config.features else None,

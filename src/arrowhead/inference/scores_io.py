@@ -163,9 +163,9 @@ def probabilities(table: Any, classes: Sequence[str]) -> NDArray[np.float32]:
     """The column `probabilities` of a table as float32 (N, C); NaN at a fault."""
     column = table["probabilities"].combine_chunks()
     parts = [column.field(name).to_numpy(zero_copy_only=False) for name in classes]
-    chance_NC: NDArray[np.float32] = np.stack(parts, 1).astype(np.float32, copy=False)
-    chance_NC[column.is_null().to_numpy(zero_copy_only=False)] = np.nan
-    return chance_NC
+    prob_NC: NDArray[np.float32] = np.stack(parts, 1).astype(np.float32, copy=False)
+    prob_NC[column.is_null().to_numpy(zero_copy_only=False)] = np.nan
+    return prob_NC
 
 
 def read_table(path: Path, columns: Sequence[str], digest: str | None = None) -> Any:

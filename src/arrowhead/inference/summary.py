@@ -22,7 +22,7 @@ NAMED = 5  # files with faults, by path
 
 
 @dataclass(kw_only=True, slots=True)
-class Held:
+class ScoreSummary:
     """What the parts of `out` hold. faults: by kind; labels: images by label (one that may have
     several counts under each it is given); chances, novelties: histograms, in twenty steps from 0
     to 1 (novelty: 0 to 2).
@@ -30,8 +30,8 @@ class Held:
 
     faults: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
-    chances: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
-    novelties: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
+    probability_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
+    novelty_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(20, np.int64))
     novel: int | None = None
     """How many images are marked as novel; None where --flag-novel did not ask for marks."""
     folders: Agreement | None = None
@@ -94,13 +94,15 @@ class _Folders:
         return None
 
 
-def held(request: Request, bundle: Bundle) -> Held:
+def summarize(request: Request, bundle: Bundle) -> ScoreSummary:
     """Count what the parts hold, one part at a time.
 
     Raises DataError unless they hold every input once, in order.
     """
     marks = request.config.flag_novel
-    made = Held(labels=Counter(dict.fromkeys(bundle.classes, 0)), novel=0 if marks else None)
+    made = ScoreSummary(
+        labels=Counter(dict.fromkeys(bundle.classes, 0)), novel=0 if marks else None
+    )
     folders = _Folders(bundle.classes)
     used = Counter[int]()
     names = ["image_id", "labels" if bundle.multi else "label", "probability", "fault"]
@@ -120,8 +122,8 @@ def held(request: Request, bundle: Bundle) -> Held:
             made.labels.update(label for label in columns["label"] if label is not None)
             for path, label in zip(columns["path"], columns["label"], strict=True):
                 folders.add(path, label)
-        made.chances += np.histogram(_there(columns["probability"]), BINS)[0]
-        made.novelties += np.histogram(_there(columns.get("novelty", [])), 2 * BINS)[0]
+        made.probability_counts += np.histogram(_there(columns["probability"]), BINS)[0]
+        made.novelty_counts += np.histogram(_there(columns.get("novelty", [])), 2 * BINS)[0]
         if made.novel is not None:
             made.novel += sum(map(bool, columns["novel"]))
     made.folders = folders.agreement() if not bundle.multi else None

@@ -17,16 +17,16 @@ from arrowhead.evaluation import calibration, metrics
 from arrowhead.evaluation.novelty import Novelty
 from arrowhead.examine import figures as examine_figures
 from arrowhead.inference.evaluate import for_tables
-from arrowhead.reporting.context import Means, Screen
+from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.wording import counted
 
 
 def say_threshold(known: Novelty, screen: Screen) -> None:
     """From which distance on an image is novel."""
-    cut = known.threshold(0.05)
-    if np.isfinite(cut):
+    threshold = known.threshold(0.05)
+    if np.isfinite(threshold):
         share = "5 % of images like these are further than"
-        screen.say(f"novelty: {share} {cut:.3f} from the training images")
+        screen.say(f"novelty: {share} {threshold:.3f} from the training images")
     else:
         few = len(known.known)
         screen.say(f"novelty: {counted(few, 'validation image')}: too few for a threshold")
@@ -85,11 +85,11 @@ def class_table(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means) -> None:
+def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, context: RunContext) -> None:
     """How good a bundle is on labelled images: a line, a table of classes, and OUT/confusion.png,
     all of it kept with the run. result: see `commands.score.evaluate`.
     """
-    figures, say = result["metrics"], means.screen.say
+    figures, say = result["metrics"], context.screen.say
     shown, title = for_tables(figures), "Labelled images"
     if figures["tables_show"] == "trusted":
         words = {"new": "new to the bundle", "validation": "that validated the bundle"}
@@ -100,24 +100,24 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, means: Means
     if figures["faults"]:
         say(f"in no figure: {counted(figures['faults'], 'image')} that could not be read")
     say(evaluation(figures, "labelled"))
-    say_used(figures, means.screen)
+    say_used(figures, context.screen)
     files = []
     if "confusion" in shown:
         picture = examine_figures.confusion_figure(
             np.array(shown["confusion"]), loaded.classes, title
         )
         files.append(examine_figures.save(picture, out / "confusion.png"))
-    if means.run:
-        means.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
+    if context.run:
+        context.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
         trusted = figures["trusted"] or {}
-        means.run.record({f"trusted.{k}": v for k, v in trusted.items() if isinstance(v, float)})
-        means.run.record(result["counts"] | (figures["images_used"] or {}))
-        means.run.tags({"trusted_images": figures["trusted_images"]})
+        context.run.record({f"trusted.{k}": v for k, v in trusted.items() if isinstance(v, float)})
+        context.run.record(result["counts"] | (figures["images_used"] or {}))
+        context.run.tags({"trusted_images": figures["trusted_images"]})
         names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
         tags = {tag: result[name] for tag, name in names.items()}
-        means.run.tags(tags | {"trained_by": str(result["trained_by"])})
+        context.run.tags(tags | {"trained_by": str(result["trained_by"])})
         for path in [out / "evaluation.json", out / "per_class.csv", *files]:
-            means.run.keep(path, "evaluation")
+            context.run.log_artifact(path, "evaluation")
 
 
 def say_used(figures: Mapping[str, Any], screen: Screen) -> None:
@@ -158,28 +158,28 @@ def used_words(trained: int, validated: int) -> str:
     return " and ".join(parts)
 
 
-def previous(out: Path, means: Means) -> Path | None:
+def previous(out: Path, context: RunContext) -> Path | None:
     """Where the bundle that is replaced is kept; None for one that this very run had saved before
     it was stopped.
     """
-    run = means.run.run_id if means.run else None
+    run = context.run.run_id if context.run else None
     there = _about(out)
     if there and run and there.get("lineage", {}).get("run_id") == run:
         return None
     return out.with_name(f"{out.name}.previous")
 
 
-def say_replaced(out: Path, new: Path, means: Means) -> None:
+def say_replaced(out: Path, new: Path, context: RunContext) -> None:
     """Say which bundle at `out` the one in the folder `new` takes the place of, and how their
     figures compare; nothing if none is there.
     """
-    kept, old, this = previous(out, means), _about(out), _about(new)
+    kept, old, this = previous(out, context), _about(out), _about(new)
     if kept is None or old is None or this is None:
         return
     words = f"replaces the bundle of {_date(out)}: {_compared(old, this)}; it is kept in {kept}"
     if lost := _about(kept):
         words += f", in place of the bundle of {_date(kept)}: {_compared(lost, this)}"
-    means.screen.say(words)
+    context.screen.say(words)
 
 
 def _date(bundle: Path) -> str:

@@ -11,7 +11,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.examine import figures
 from arrowhead.features.store import Store
 from arrowhead.reporting import recording
-from arrowhead.reporting.context import Means
+from arrowhead.reporting.run_context import RunContext
 from arrowhead.training import folds_file, grid
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.study import Learned, OutOfFold, Study
@@ -22,31 +22,31 @@ SHOWN_SETTINGS = 5  # on the screen
 
 
 def show_grid(
-    store: Store, asked: Study, made: Learned, folder: Path, means: Means
+    store: Store, asked: Study, made: Learned, folder: Path, context: RunContext
 ) -> dict[str, Any]:
     """The ranked heads of a grid: on the screen, as a table, each as a child run."""
-    knobs, heads, ranked = asked.knobs, made.heads, made.ranking
+    overrides, heads, ranked = asked.overrides, made.heads, made.ranking
     assert ranked is not None
-    means.screen.say(
+    context.screen.say(
         f"{counted(len(heads), 'head')}, {counted(len(ranked['settings']), 'setting')}, by"
         f" {ranked['figure']}:"
     )
     for setting in ranked["settings"][:SHOWN_SETTINGS]:
         spread = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
-        means.screen.say(
+        context.screen.say(
             f"  {setting['mean']:.4f}{spread}  loss {setting['valid_loss']:.4f}"
-            f"  {grid.words(setting['knobs'])}{_chance(setting)}"
+            f"  {grid.words(setting['knobs'])}{_p_value(setting)}"
         )
     if len(ranked["settings"]) > SHOWN_SETTINGS:
-        means.screen.say(f"  … the best {SHOWN_SETTINGS}; all of them are in report/grid.csv")
-    means.screen.say(ranked["words"])
+        context.screen.say(f"  … the best {SHOWN_SETTINGS}; all of them are in report/grid.csv")
+    context.screen.say(ranked["words"])
     table = figures.grid_csv(ranked, folder / "grid.csv")
-    if means.run:
-        means.run.keep(table, "grid")
-        means.run.tags({"grid.verdict": ranked["words"]})
-        means.run.children(
-            [grid.words(one) for one in knobs],
-            [{f"train.{name}": value for name, value in one.items()} for one in knobs],
+    if context.run:
+        context.run.log_artifact(table, "grid")
+        context.run.tags({"grid.verdict": ranked["words"]})
+        context.run.children(
+            [grid.words(one) for one in overrides],
+            [{f"train.{name}": value for name, value in one.items()} for one in overrides],
             [_by_epoch(one) for one in heads],
             {"part": "grid", "dataset": recording.dataset_name(Catalog(**store.read_catalog()))}
             | {"body": store.recipe.body, "recipe": store.recipe.fingerprint},
@@ -54,7 +54,7 @@ def show_grid(
     return ranked
 
 
-def _chance(setting: dict[str, Any]) -> str:
+def _p_value(setting: dict[str, Any]) -> str:
     """Whether a setting differs from the best, after its name."""
     if setting["stopped"]:
         return f"  (stopped after {counted(setting['epochs'], 'epoch')})"
@@ -70,7 +70,7 @@ def _by_epoch(head: Trained) -> dict[str, list[tuple[int, float]]]:
 
 
 def show_folds(
-    store: Store, config: TrainConfig, found: OutOfFold, folder: Path, means: Means
+    store: Store, config: TrainConfig, found: OutOfFold, folder: Path, context: RunContext
 ) -> dict[str, Any]:
     """Out-of-fold probabilities into `folder`; mean and spread of the folds' figures."""
     catalog = store.read_catalog()
@@ -82,7 +82,7 @@ def show_folds(
             "path": [catalog["paths"][at] for at in found.row],
             "labels": [catalog["labels"][at] for at in found.row],
             "fold": found.fold,
-            "probability": _chances(found.logit, found.multi),
+            "probability": _p_values(found.logit, found.multi),
         },
         {
             "classes": classes,
@@ -99,21 +99,21 @@ def show_folds(
     }
     shown = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
     long = "" if config.head == "logistic" else f", {counted(found.epochs, 'epoch')} each"
-    means.screen.say(f"{len(found.last)} folds{long}: {shown}")
+    context.screen.say(f"{len(found.last)} folds{long}: {shown}")
     if found.not_held_out:
         names = ", ".join(f"{name} ({count})" for name, count in found.not_held_out.items())
-        means.screen.say(
+        context.screen.say(
             "classes with too few different images to hold out (images): "
             f"{names}. They are trained on in every fold and get no probability."
         )
-    means.screen.say(
+    context.screen.say(
         f"{target.name}: a probability for every image, from a head that has not seen it"
     )
-    if means.run:
-        means.run.record(
+    if context.run:
+        context.run.record(
             {f"folds.{k}.{kind}": v for k, pair in table.items() for kind, v in pair.items()}
         )
-        means.run.keep(target, "folds")
+        context.run.log_artifact(target, "folds")
     return {
         "figures": table,
         "folds": found.last,
@@ -123,7 +123,7 @@ def show_folds(
     }
 
 
-def _chances(logit_NC: Any, multi: bool) -> Any:
+def _p_values(logit_NC: Any, multi: bool) -> Any:
     """Probabilities, float32 (N, C), uncalibrated."""
     import torch
 
@@ -131,19 +131,21 @@ def _chances(logit_NC: Any, multi: bool) -> Any:
     return (logit.sigmoid() if multi else logit.softmax(1)).numpy()
 
 
-def show_shares(curve: dict[str, Any], folder: Path, means: Means) -> None:
+def show_shares(curve: dict[str, Any], folder: Path, context: RunContext) -> None:
     """The learning curve: on the screen, as figure and table."""
     for point in curve["points"]:
         spread = "" if point["spread"] is None else f" ± {point['spread']:.4f}"
         share = f"{100 * point['share']:.0f} %"
-        means.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{spread}")
-    means.screen.say(curve["words"])
+        context.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{spread}")
+    context.screen.say(curve["words"])
     stem = folder / "learning_curve"
     picture = figures.save(figures.learning_figure(curve), stem.with_suffix(".png"))
     table = figures.learning_csv(curve, stem.with_suffix(".csv"))
-    if means.run:
-        means.run.keep(picture, "learning_curve")
-        means.run.keep(table, "learning_curve")
-        means.run.tags({"learning_curve.verdict": curve["words"]})
+    if context.run:
+        context.run.log_artifact(picture, "learning_curve")
+        context.run.log_artifact(table, "learning_curve")
+        context.run.tags({"learning_curve.verdict": curve["words"]})
         for point in curve["points"]:
-            means.run.record({f"learning_curve.{curve['figure']}": point["mean"]}, point["images"])
+            context.run.record(
+                {f"learning_curve.{curve['figure']}": point["mean"]}, point["images"]
+            )

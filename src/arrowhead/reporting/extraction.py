@@ -9,8 +9,8 @@ from pathlib import Path
 from arrowhead.data.catalog import Catalog
 from arrowhead.features import extract
 from arrowhead.features.store import Store
-from arrowhead.reporting.context import Means, Screen
 from arrowhead.reporting.progress import Work
+from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.wording import counted
 
 
@@ -91,10 +91,10 @@ def _account(features: int, faults: int, ignored: int) -> str:
     )
 
 
-def say_counts(means: Means, counts: dict[str, int], done: Work) -> None:
+def say_counts(context: RunContext, counts: dict[str, int], done: Work) -> None:
     """What an extraction came to, and what it was bound by."""
-    means.screen.say(_account(counts["features"], counts["faults"], counts["ignored"]))
-    say_ways(means.screen, counts, done)
+    context.screen.say(_account(counts["features"], counts["faults"], counts["ignored"]))
+    say_ways(context.screen, counts, done)
 
 
 def say_ways(screen: Screen, counts: dict[str, int], done: Work) -> None:

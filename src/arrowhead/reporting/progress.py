@@ -37,7 +37,7 @@ class Work:
             self.seconds[stage] += seconds
 
 
-EVERY = 5.0  # seconds between two records of how far a stage is
+RECORD_SECONDS = 5.0  # seconds between two records of how far a stage is
 
 
 class Progress:
@@ -53,7 +53,7 @@ class Progress:
 
     def __call__(self) -> None:
         """Record, if it is time."""
-        if monotonic() - self._last >= EVERY:
+        if monotonic() - self._last >= RECORD_SECONDS:
             self.now()
 
     def now(self) -> None:

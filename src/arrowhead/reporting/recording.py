@@ -88,4 +88,4 @@ def trained_model(run: Run, bundle: Path, figures: Mapping[str, Any]) -> None:
     if tested:
         run.record(tested, model=model, dataset=USES["test"])
     if model is None and run.logs_models:  # it could not be logged: the run keeps the files
-        run.keep(bundle, "bundle")
+        run.log_artifact(bundle, "bundle")

@@ -12,10 +12,10 @@ from arrowhead.bundle.replay import NO_GOLDEN_IMAGES
 from arrowhead.evaluation import metrics
 from arrowhead.examine import figures as examine_figures
 from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.inference.summary import Held
+from arrowhead.inference.summary import ScoreSummary
 from arrowhead.reporting import evaluation, extraction
-from arrowhead.reporting.context import Means, Screen
 from arrowhead.reporting.progress import Work
+from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.tracking.run import Run
 from arrowhead.wording import counted
 
@@ -31,54 +31,54 @@ def say_drift(drift: dict[str, Any], screen: Screen) -> None:
     )
 
 
-def cut_of(loaded: Bundle, config: ScoreConfig) -> float | None:
+def novelty_threshold(loaded: Bundle, config: ScoreConfig) -> float | None:
     """The novelty above which an image is marked; None if nothing is."""
     if not (loaded.novelty and config.flag_novel):
         return None
-    cut = loaded.novelty.threshold(config.false_alarms)
-    return cut if np.isfinite(cut) else None
+    threshold = loaded.novelty.threshold(config.false_alarms)
+    return threshold if np.isfinite(threshold) else None
 
 
 def say_scores(
-    means: Means, counts: dict[str, Any], done: Work, loaded: Bundle, config: ScoreConfig
+    context: RunContext, counts: dict[str, Any], done: Work, loaded: Bundle, config: ScoreConfig
 ) -> None:
     """What a scoring came to, and what it was bound by."""
-    say = means.screen.say
+    say = context.screen.say
     ignored = f" ({counted(counts['ignored'], 'other file')} ignored)" if counts["ignored"] else ""
     account = f"{counts['scored']} scored + {counted(counts['faults'], 'fault')}"
     say(f"{counted(counts['inputs'], 'input')} = {account}{ignored}")
-    extraction.say_ways(means.screen, counts, done)
+    extraction.say_ways(context.screen, counts, done)
     if not (loaded.novelty and config.flag_novel):
         return
-    cut, share = cut_of(loaded, config), f"{100 * config.false_alarms:g} %"
-    if cut is None:
+    threshold, share = novelty_threshold(loaded, config), f"{100 * config.false_alarms:g} %"
+    if threshold is None:
         say(
             f"no image can be called novel at {share} false alarms: the bundle was validated on"
             f" {counted(len(loaded.novelty.known), 'image')}, too few to say so"
         )
     else:
         say(
-            f"{counted(counts['novel'], 'novel image')}: further than {cut:.3f} from the training"
-            f" images ({share} of images like them are, too)"
+            f"{counted(counts['novel'], 'novel image')}: further than {threshold:.3f} from the"
+            f" training images ({share} of images like them are, too)"
         )
 
 
-def say_folders(held: Held, screen: Screen) -> None:
+def say_folders(summary: ScoreSummary, screen: Screen) -> None:
     """How many of the images the bundle was made of; how the labels agree with the folders' names,
     where these are the bundle's classes.
     """
-    found = held.folders
+    found = summary.folders
     if found:
         screen.say(
             f"the folders are named after classes of the bundle: {found.right} of {found.images}"
             f" agree ({percent(found.right, found.images)})"
         )
-    if held.trained or held.validated:
-        words = evaluation.used_words(held.trained or 0, held.validated or 0)
+    if summary.trained or summary.validated:
+        words = evaluation.used_words(summary.trained or 0, summary.validated or 0)
         screen.say(
             f"WARNING: the bundle was {words}: how well it does on them says little about others"
         )
-    elif held.trained is None and found:
+    elif summary.trained is None and found:
         screen.say(
             "the bundle does not say which images it was trained on: if these are among them, that"
             " figure says little about others"
@@ -91,7 +91,7 @@ def percent(right: int, images: int) -> str:
     return f"{100 * right / images:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
-def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> None:
+def show_scores(result: dict[str, Any], found: ScoreSummary, out: Path, run: Run) -> None:
     """Counts, seconds and a picture of the predictions, recorded. result: see `score`."""
     counts = {f"labels.{label}": count for label, count in found.labels.items()}
     seconds = {f"seconds.{stage}": value for stage, value in result["seconds"].items()}
@@ -99,21 +99,23 @@ def show_scores(result: dict[str, Any], found: Held, out: Path, run: Run) -> Non
     names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
     run.tags({tag: result[name] for tag, name in names.items()})
     run.tags({"trained_by": str(result["trained_by"])})
-    run.keep(out / "score.json")
-    figure = examine_figures.scores_figure(found.labels, found.chances, found.novelties)
-    run.keep(examine_figures.save(figure, out / "scores.png"), "scores")
+    run.log_artifact(out / "score.json")
+    figure = examine_figures.scores_figure(
+        found.labels, found.probability_counts, found.novelty_counts
+    )
+    run.log_artifact(examine_figures.save(figure, out / "scores.png"), "scores")
 
 
 def show_evaluation(
-    figures: dict[str, Any], classes: list[str], folder: Path, means: Means
+    figures: dict[str, Any], classes: list[str], folder: Path, context: RunContext
 ) -> None:
     """A head's figures on one line for validation and one for test, if there is one; its confusion
     matrices go into `folder`, and to the run.
     """
     test = {k.removeprefix("test_"): v for k, v in figures.items() if k.startswith("test_")}
-    means.screen.say(evaluation.evaluation(figures))
+    context.screen.say(evaluation.evaluation(figures))
     if test:
-        means.screen.say(
+        context.screen.say(
             f"{evaluation.evaluation(test, 'test')} · nothing was chosen on these images"
         )
     for name, found in (("confusion", figures), ("test_confusion", test)):
@@ -121,5 +123,5 @@ def show_evaluation(
             title = "Test images" if found is test else "Validation images"
             figure = examine_figures.confusion_figure(np.array(found["confusion"]), classes, title)
             picture = examine_figures.save(figure, folder / f"{name}.png")
-            if means.run:
-                means.run.keep(picture, "evaluation")
+            if context.run:
+                context.run.log_artifact(picture, "evaluation")

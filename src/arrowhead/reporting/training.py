@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from arrowhead.examine import figures as examine_figures
-from arrowhead.reporting.context import Means, Screen
+from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.training import grid
 from arrowhead.training.lr_finder import Curve
 from arrowhead.training.study import Learned, Study
@@ -28,11 +28,11 @@ def say_restart(message: dict[str, Any], screen: Screen) -> None:
 MAX_EPOCH_LINES = 30  # on the screen; --json, MLflow and watch have every epoch
 
 
-class Told:
+class StudyReporter:
     """What workers report of a study, shown and recorded; once, however often they start again."""
 
-    def __init__(self, asked: Study, means: Means) -> None:
-        self._asked, self._means = asked, means
+    def __init__(self, asked: Study, context: RunContext) -> None:
+        self._asked, self._context = asked, context
         self._done: set[Any] = set()
         self._said = self._sent = 0.0
         self._best = -np.inf
@@ -41,18 +41,18 @@ class Told:
 
     def send(self) -> None:
         """Record the epochs that were not recorded yet: one request for all of them."""
-        if self._points and self._means.run:
-            self._means.run.series(self._points)
+        if self._points and self._context.run:
+            self._context.run.series(self._points)
         self._points, self._sent = defaultdict(list), monotonic()
 
     def sized(self, workers: int) -> None:
         """How many workers there are now."""
-        if str(self._means.launch.workers) not in ("0", str(workers)):
-            self._means.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
+        if str(self._context.launch.workers) not in ("0", str(workers)):
+            self._context.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
 
     def __call__(self, message: dict[str, Any]) -> None:
         """Take one report (see `training.run.learn`)."""
-        screen = self._means.screen
+        screen = self._context.screen
         if "restart" in message:
             say_restart(message, screen)
         elif "warning" in message:
@@ -72,7 +72,7 @@ class Told:
 
     def _epoch(self, message: dict[str, Any]) -> None:
         part, epoch, lines = message["part"], message["epoch"], message["lines"]
-        screen, config = self._means.screen, self._asked.head
+        screen, config = self._context.screen, self._asked.head
         if part == "heads" and not self._asked.sweep.grid:
             if "rate" not in message:
                 say_logistic(lines[0], screen)
@@ -104,16 +104,16 @@ class Told:
                 figures[name] = pick(line[name] for line in lines.values())
                 words = f" · best {name} {figures[name]:.4f}"
             screen.say(f"{part} · {at}training {counted(len(lines), 'head')}{words}")
-            if self._means.run:
+            if self._context.run:
                 found = {f"progress.{part}.{k}": v for k, v in figures.items()}
-                self._means.run.record(found, step=epoch)
+                self._context.run.record(found, step=epoch)
 
     def ended(self, made: Learned) -> None:
         """Say the lines of the epoch that is kept and of the last one, if they were left out."""
         if made.heads and self._unsaid:
             one = made.winner
             for epoch in sorted({one.epoch, len(one.epochs) - 1} & self._unsaid.keys()):
-                self._means.screen.say(self._unsaid.pop(epoch))
+                self._context.screen.say(self._unsaid.pop(epoch))
 
     def _row(self, line: dict[str, float], column: str) -> str:
         """One epoch; a star where what --best names is better than ever before."""
@@ -187,13 +187,13 @@ def say_rates(curve: Curve, screen: Screen) -> None:
     screen.say(f"rate {curve.rate:.2g} ({curve.chosen})")
 
 
-def show_curve(curve: Curve, folder: Path, means: Means) -> None:
+def show_curve(curve: Curve, folder: Path, context: RunContext) -> None:
     """Figure and CSV into `folder`, and to the run."""
     figure = examine_figures.save(examine_figures.lr_figure(curve), folder / "lr_finder.png")
     examine_figures.lr_csv(curve, folder / "lr_finder.csv")
-    if means.run:
-        means.run.keep(figure, "lr_finder")
-        means.run.keep(folder / "lr_finder.csv", "lr_finder")
+    if context.run:
+        context.run.log_artifact(figure, "lr_finder")
+        context.run.log_artifact(folder / "lr_finder.csv", "lr_finder")
         named = {k.replace("/", "_over_"): k for k in curve.suggestions}
         found = {f"rate.{name}": curve.suggestions[k] for name, k in named.items()}
         found |= {
@@ -202,9 +202,9 @@ def show_curve(curve: Curve, folder: Path, means: Means) -> None:
         for name, k in named.items():
             if curve.race and np.isfinite(curve.race[k]):
                 found[f"race.{name}"] = curve.race[k]
-        means.run.record(found | {"rate": curve.rate})
+        context.run.record(found | {"rate": curve.rate})
         alive = np.isfinite(curve.losses).all(0)
         mean = curve.losses.mean(0)
-        means.run.curve("lr_finder.rate", curve.rates[alive].tolist())
-        means.run.curve("lr_finder.loss", mean[alive].tolist())
-        means.run.tags({"lr_finder.verdict": curve.verdict})
+        context.run.curve("lr_finder.rate", curve.rates[alive].tolist())
+        context.run.curve("lr_finder.loss", mean[alive].tolist())
+        context.run.tags({"lr_finder.verdict": curve.verdict})

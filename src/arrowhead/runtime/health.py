@@ -15,11 +15,13 @@ from arrowhead.runtime import ray_cluster, task_queue
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.runtime.worker import Report
 
-BEAT = 1.0  # seconds between a worker's signs of life, and between looks at the cluster
+HEARTBEAT_SECONDS = (
+    1.0  # seconds between a worker's signs of life, and between looks at the cluster
+)
 
 
 @contextlib.contextmanager
-def heard(desk: Any, rank: int) -> Iterator[None]:
+def heard(queue: Any, rank: int) -> Iterator[None]:
     """Signs of life to the desk as long as this block lasts."""
     import ray
 
@@ -28,10 +30,10 @@ def heard(desk: Any, rank: int) -> Iterator[None]:
 
     def beat() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(desk.beat.remote(rank, host, node))
-            while not ended.wait(BEAT):
-                ray.get(desk.beat.remote(rank, host, node))
-            ray.get(desk.leave.remote(rank))
+            ray.get(queue.beat.remote(rank, host, node))
+            while not ended.wait(HEARTBEAT_SECONDS):
+                ray.get(queue.beat.remote(rank, host, node))
+            ray.get(queue.leave.remote(rank))
 
     threading.Thread(target=beat, daemon=True).start()
     try:
@@ -40,11 +42,11 @@ def heard(desk: Any, rank: int) -> Iterator[None]:
         ended.set()
 
 
-WORD = 5.0  # seconds between two looks at what a group waits for
-MINUTE = 60.0  # after which a person who still waits is told again
+LOOK_SECONDS = 5.0  # seconds between two looks at what a group waits for
+REMIND_SECONDS = 60.0  # after which a person who still waits is told again
 
 
-class Lookout:
+class HealthMonitor:
     """Sees what Ray keeps to itself, or says late: room that is waited for, hosts that are cut off,
     machines that are announced to go (`going`: node ids, and when, in milliseconds since 1970).
 
@@ -71,7 +73,7 @@ class Lookout:
         ended = threading.Event()
 
         def look() -> None:
-            while not ended.wait(BEAT):
+            while not ended.wait(HEARTBEAT_SECONDS):
                 with contextlib.suppress(Exception):  # Ray may end under it
                     self._look()
 
@@ -104,7 +106,7 @@ class Lookout:
                 raise found
             self._listen(found)
 
-    def held(self) -> dict[str, str]:
+    def own_placement_groups(self) -> dict[str, str]:
         """The placement groups of this group, with their states."""
         found = ray_cluster.placement_groups()
         return {name: state for name, state in found.items() if name not in self._others}
@@ -112,25 +114,25 @@ class Lookout:
     def _look(self) -> None:
         self.going = ray_cluster.going()
         now = time.monotonic()
-        if not (self._begun or self._silent or now > self._looked + WORD):
+        if not (self._begun or self._silent or now > self._looked + LOOK_SECONDS):
             return
-        held = self.held()
+        own_placement_groups = self.own_placement_groups()
         if self._begun:
-            self._begun, self._running = False, set(held)
-        works = bool(self._running & held.keys())
+            self._begun, self._running = False, set(own_placement_groups)
+        works = bool(self._running & own_placement_groups.keys())
         while self._silent:
             host = self._silent.pop()
             if works:  # else Ray has ended these workers itself
-                said = f"a worker on {host} has not answered for {task_queue.SILENT:.0f} s."
+                said = f"a worker on {host} has not answered for {task_queue.SILENT_SECONDS:.0f} s."
                 said += " If its machine is cut off, Ray gives it up in about a minute, and"
                 said += " the others start again"
                 self._found.append({"warning": said})
-        if works or "CREATED" in held.values():
+        if works or "CREATED" in own_placement_groups.values():
             self._idle, self._room = now, -1
-        elif now > self._looked + WORD:
+        elif now > self._looked + LOOK_SECONDS:
             self._look_for_room(now)
             ray_cluster.recount()
-        if now > self._looked + WORD:
+        if now > self._looked + LOOK_SECONDS:
             self._looked = now
 
     def _look_for_room(self, now: float) -> None:
@@ -139,7 +141,7 @@ class Lookout:
         if now > self._idle + self._config.wait:
             said = f"For {self._config.wait:.0f} s the cluster had no room for {wanted}."
             self._found.append(lost_error(said))
-        elif room < least and (room != self._room or now > self._said + MINUTE):
+        elif room < least and (room != self._room or now > self._said + REMIND_SECONDS):
             self._room, self._said = room, now
             said = f"waiting for {wanted}: the cluster has room for {room}"
             self._found.append({"warning": said})

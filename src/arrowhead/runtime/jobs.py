@@ -106,7 +106,7 @@ class Job:
 # -------------------------------------------------------------------------- the address
 
 
-def reach(config: ClusterConfig) -> Cluster:
+def connect(config: ClusterConfig) -> Cluster:
     """The cluster at the address, asked for its nodes. Raises ConfigError if nothing answers there,
     if it does not take the token, or if others could read it.
     """

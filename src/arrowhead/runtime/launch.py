@@ -17,9 +17,10 @@ What workers measure goes to Prometheus, where the cluster is scraped: each proc
 numbers to the Ray of its machine every ten seconds and when it ends, so `kill -9` costs the last of
 them. They are for watching; what counts is what is reported.
 
-A stage that wants to go on in its middle keeps checkpoints (`worker.keep`); it is started anew, on
-all ranks, whenever the group is, and looks for the newest one itself. Ray Train is told of each,
-but what it notes is never read again: every start of a group has an attempt's folder of its own.
+A stage that wants to go on in its middle keeps checkpoints (`worker.save_checkpoint`); it is
+started anew, on all ranks, whenever the group is, and looks for the newest one itself. Ray Train is
+told of each, but what it notes is never read again: every start of a group has an attempt's folder
+of its own.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def run(
     """Run `stage(worker, *args)` on every worker; rank 0's return value.
 
     tasks: the numbers that workers claim. listen: gets every report, here, in order of arrival.
-    place: the folder that `worker.keep` fills, on a disk that all workers share; without one, what
-    is kept lives as long as this call. sized: told how many workers there are, at every start.
+    place: the folder that `worker.save_checkpoint` fills, on a disk that all workers share; without
+    one, what is kept lives as long as this call. sized: told how many workers there are, at every
+    start.
     labels: what all that is measured is marked with.
     """
     # Workers start in a directory of Ray's own.

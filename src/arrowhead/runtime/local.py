@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from arrowhead import fileio
-from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Report, Worker
 
 
@@ -18,11 +18,11 @@ def local_worker(tasks: list[int], listen: Callable[[Report], None], place: Path
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     threads = len(os.sched_getaffinity(0))
-    claim, keep = Desk(tasks).claim, partial(_keep_here, place)
-    return Worker(0, 1, device, threads, claim, listen, keep)
+    next_task, save_checkpoint = TaskQueue(tasks).next_task, partial(_save_checkpoint_here, place)
+    return Worker(0, 1, device, threads, next_task, listen, save_checkpoint)
 
 
-def _keep_here(place: Path, draft: Path | None, name: str) -> None:
+def _save_checkpoint_here(place: Path, draft: Path | None, name: str) -> None:
     if draft is not None:
         place.mkdir(parents=True, exist_ok=True)
         fileio.put_in_place(draft, place / name)

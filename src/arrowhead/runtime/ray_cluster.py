@@ -221,7 +221,7 @@ def beside_us() -> Any:
 # ------------------------------------------------------------------------- machines and room
 
 
-SETTLED = 5.0  # seconds that Ray may take to give back what a lost group held
+SETTLE_SECONDS = 5.0  # seconds that Ray may take to give back what a lost group held
 
 
 def size(config: LaunchConfig) -> int | tuple[int, int]:
@@ -240,7 +240,7 @@ def size(config: LaunchConfig) -> int | tuple[int, int]:
     if config.least == config.most:
         return config.most
     recount()
-    until = time.monotonic() + SETTLED
+    until = time.monotonic() + SETTLE_SECONDS
     while (free := room(config, free=True)) < min(config.most, there := room(config, free=False)):
         if time.monotonic() > until:
             break

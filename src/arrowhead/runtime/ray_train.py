@@ -18,14 +18,14 @@ from typing import Any
 from arrowhead import fileio
 from arrowhead.errors import ConfigError
 from arrowhead.runtime import health, ray_cluster, ray_private
-from arrowhead.runtime.health import Lookout
+from arrowhead.runtime.health import HealthMonitor
 from arrowhead.runtime.meters import Meters
 from arrowhead.runtime.ray_cluster import LaunchConfig
-from arrowhead.runtime.task_queue import Desk
+from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Report, Worker
 
 
-def _keep_in_group(draft: Path | None, name: str) -> None:
+def _save_checkpoint_in_group(draft: Path | None, name: str) -> None:
     """Rank 0 names its folder, and Ray Train, which needs to hear it of all ranks, is told."""
     import ray.train
 
@@ -72,18 +72,18 @@ def on_ray(
         listen(report)
 
     ray_cluster.connect(config)
-    lookout, restarts = Lookout(config, hear), 0
+    monitor, restarts = HealthMonitor(config, hear), 0
     while True:
         try:
-            with lookout.watch():
-                result = _group(stage, args, config, left, lookout, place, labels)
-            if not (left and lookout.leaving):
+            with monitor.watch():
+                result = _group(stage, args, config, left, monitor, place, labels)
+            if not (left and monitor.leaving):
                 return result
             listen({"restart": "Every machine that had workers is announced to go"})
         except _NoRoomError:
             continue  # `lookout` ends this
         except _WorkerGoneError as gone:
-            restarts += not lookout.leaving
+            restarts += not monitor.leaving
             if restarts > config.restarts:
                 said = f"{str(gone).rstrip('.')}. It was started again {config.restarts} times."
                 raise health.lost_error(said) from gone
@@ -92,7 +92,7 @@ def on_ray(
 
 
 def _on_worker(
-    desk: Any, stage: Callable[..., Any], args: tuple[Any, ...], labels: dict[str, str]
+    queue: Any, stage: Callable[..., Any], args: tuple[Any, ...], labels: dict[str, str]
 ) -> Callable[[dict[str, Any]], Any]:
     """What Ray Train runs on every worker of a group."""
 
@@ -108,17 +108,17 @@ def _on_worker(
             world=context.get_world_size(),
             device=str(ray.train.torch.get_device()),
             threads=torch.get_num_threads(),
-            claim=lambda: ray.get(desk.claim.remote(node)),
-            report=lambda message: ray.get(desk.report.remote(message)),
-            keep=_keep_in_group,
+            next_task=lambda: ray.get(queue.next_task.remote(node)),
+            report=lambda message: ray.get(queue.report.remote(message)),
+            save_checkpoint=_save_checkpoint_in_group,
             measure=Meters(labels),
         )
         # Ray starts this again, on all ranks, when it resizes the group: nobody may claim before
         # the desk knows.
         if worker.rank == 0:
-            ray.get(desk.open.remote(worker.world))
+            ray.get(queue.open.remote(worker.world))
         ray.train.collective.barrier()
-        with health.heard(desk, worker.rank):
+        with health.heard(queue, worker.rank):
             return stage(worker, *args)
 
     return train_function
@@ -129,26 +129,26 @@ def _group(
     args: tuple[Any, ...],
     config: LaunchConfig,
     tasks: list[int],
-    lookout: Lookout,
+    monitor: HealthMonitor,
     place: Path,
     labels: dict[str, str],
 ) -> Any:
     """One worker group, from its start to its end."""
     import ray
 
-    going = lookout.going
-    desk = ray.remote(num_cpus=0, scheduling_strategy=ray_cluster.beside_us())(Desk).remote(
+    going = monitor.going
+    queue = ray.remote(num_cpus=0, scheduling_strategy=ray_cluster.beside_us())(TaskQueue).remote(
         tasks, going
     )
-    train_function = _on_worker(desk, stage, args, labels)
+    train_function = _on_worker(queue, stage, args, labels)
 
     def pass_on() -> None:
         nonlocal going
-        if lookout.going != going:
-            going = lookout.going
-            desk.announce.remote(going)
-        for report in ray.get(desk.read.remote()):
-            lookout.hear(report)
+        if monitor.going != going:
+            going = monitor.going
+            queue.announce.remote(going)
+        for report in ray.get(queue.read.remote()):
+            monitor.hear(report)
 
     # Ray is waited for in a thread: where it has died it would hang for a minute, then end us.
     fitted: Future[Any] = Future()
@@ -170,7 +170,7 @@ def _group(
             wait([fitted], timeout=0.25)
             with contextlib.suppress(ray.exceptions.RayError):
                 pass_on()
-            lookout.tell()
+            monitor.tell()
         return fitted.result()
     except ray.exceptions.RayError as error:
         if ray_cluster.is_dead():
@@ -179,21 +179,21 @@ def _group(
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
             pass_on()
-            ray.kill(desk)
+            ray.kill(queue)
         if not ray_cluster.is_dead():
             with contextlib.suppress(ray.exceptions.RayError):
-                ray_cluster.give_back(lookout.held())
+                ray_cluster.give_back(monitor.own_placement_groups())
         _sweep(place)
 
 
-GIVEN_UP = 90.0  # seconds after which Ray has given up a machine that does not answer
+GIVE_UP_SECONDS = 90.0  # seconds after which Ray has given up a machine that does not answer
 
 
 def _settle(listen: Callable[[Report], None]) -> None:
     """After a loss: wait until Ray counts on no machine that does not answer. Started earlier, the
     group would be given room there, and wait for it.
     """
-    until, told = time.monotonic() + GIVEN_UP, ""
+    until, told = time.monotonic() + GIVE_UP_SECONDS, ""
     while (
         not ray_cluster.is_dead()
         and (deaf := ", ".join(ray_cluster.deaf()))

@@ -6,10 +6,12 @@ import time
 
 from arrowhead.runtime.worker import Report
 
-SILENT = 10.0  # seconds without one, after which the driver is told; Ray itself takes a minute
+SILENT_SECONDS = (
+    10.0  # seconds without one, after which the driver is told; Ray itself takes a minute
+)
 
 
-class Desk:
+class TaskQueue:
     """Hands out task numbers and keeps reports until the driver reads them.
 
     going: machines (node ids) that are announced to go, and when (milliseconds since 1970, 0: not
@@ -41,7 +43,7 @@ class Desk:
         """A worker has done its part; nothing more is heard of it."""
         self._heard.pop(rank, None)
 
-    def claim(self, node: str = "") -> int | None:
+    def next_task(self, node: str = "") -> int | None:
         """The next task's number; None when all are taken, or when the machine is to go."""
         return None if node in self._going else next(self._tasks, None)
 
@@ -61,7 +63,7 @@ class Desk:
         """The reports since the last reading; `silent`: a host that is not heard any more,
         `leaving`: one that is announced to go, `until` then.
         """
-        old = time.monotonic() - SILENT
+        old = time.monotonic() - SILENT_SECONDS
         silent = {host for host, last in self._heard.values() if last < old}
         self._reports += [{"silent": host} for host in sorted(silent - self._silent)]
         self._silent = silent

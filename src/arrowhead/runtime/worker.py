@@ -10,7 +10,7 @@ from typing import Any
 
 Report = dict[str, Any]
 Measure = Callable[..., None]
-Keep = Callable[[Path | None, str], None]
+SaveCheckpoint = Callable[[Path | None, str], None]
 
 
 def _forget(draft: Path | None, name: str) -> None:
@@ -27,11 +27,12 @@ def _unmeasured(name: str, value: float, **labels: str) -> None:
 class Worker:
     """What a stage knows of where it runs.
 
-    device: cpu or cuda:K; threads: CPU threads it may use; claim: the next task's number, None
+    device: cpu or cuda:K; threads: CPU threads it may use; next_task: the next task's number, None
     when all are taken; report: sends one small dict of plain values to the driver.
 
-    keep(draft, name): all ranks together give the finished folder `draft` its name below the place
-    of checkpoints; rank 0 passes the folder, which must lie on the place's disk, the others None.
+    save_checkpoint(draft, name): all ranks together give the finished folder `draft` its name below
+    the place of checkpoints; rank 0 passes the folder, which must lie on the place's disk, the
+    others None.
 
     measure(name, value, **labels): a number for whoever watches the cluster, see `MEASURES`.
     """
@@ -40,7 +41,7 @@ class Worker:
     world: int
     device: str
     threads: int
-    claim: Callable[[], int | None]
+    next_task: Callable[[], int | None]
     report: Callable[[Report], None]
-    keep: Keep = _forget
+    save_checkpoint: SaveCheckpoint = _forget
     measure: Measure = _unmeasured

@@ -36,7 +36,7 @@ HARMLESS = {
 FOLDERS = ("file", "sqlite")  # their paths may hold anything
 DATABASES = ("postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
-OTHERS = ("databricks", "databricks-uc", "uc")  # addresses of MLflow's own making
+MLFLOW_SCHEMES = ("databricks", "databricks-uc", "uc")  # addresses of MLflow's own making
 ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": MIN_SECRET_CHARS,
@@ -163,7 +163,7 @@ def _malformed(uri: str) -> tuple[str, str]:
     if re.search(r"[\s\x00-\x1f\x7f]", uri):
         return "it has a blank or a line break in it", ""
     plugins = {one.name for one in entry_points(group="mlflow.tracking_store")}
-    if scheme not in (*SERVERS, *DATABASES, *OTHERS, *plugins):
+    if scheme not in (*SERVERS, *DATABASES, *MLFLOW_SCHEMES, *plugins):
         return f"MLflow has no stores of the kind {scheme}", ""
     if scheme not in (*SERVERS, *DATABASES):
         return "", ""

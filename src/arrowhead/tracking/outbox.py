@@ -25,7 +25,7 @@ COPIED = 64 << 20  # bytes: what is larger is not copied to the spool, its place
 Write = dict[str, Any]
 
 
-class Spool:
+class Outbox:
     """Writes of one run that are to be sent later, on the disk, in order."""
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:

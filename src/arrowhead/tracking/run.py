@@ -37,11 +37,12 @@ from uuid import uuid4
 from arrowhead import fileio
 from arrowhead.errors import ConfigError, DataError, LostError
 from arrowhead.runtime import environment, signals
-from arrowhead.tracking import sender, system_metrics
+from arrowhead.tracking import delivery, system_metrics
 from arrowhead.tracking import store as tracking_store
 from arrowhead.tracking.address import without_secret
 from arrowhead.tracking.client import TrackingConfig, find_run, open_store, patience, search, usable
-from arrowhead.tracking.outbox import Spool, Write, stamp, write_whole
+from arrowhead.tracking.delivery import ENDING, Points, Sender
+from arrowhead.tracking.outbox import Outbox, Write, stamp, write_whole
 from arrowhead.tracking.registry import (
     RegistryConfig,
     digest_of,
@@ -50,7 +51,6 @@ from arrowhead.tracking.registry import (
     must_take,
     version_of,
 )
-from arrowhead.tracking.sender import ENDING, Points, Post
 from arrowhead.tracking.store import Say, Store
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 
 UNSENT = Path(".arrowhead") / "unsent"
-Kin = dict[str, list[tuple[str, str]]]
+ChildRuns = dict[str, list[tuple[str, str]]]
 """Children that a resumed run has: name to (run id, status), oldest first."""
 
 
@@ -79,21 +79,21 @@ def _to_stderr(line: str) -> None:
 class Run:
     """One MLflow run that is being written. Nothing in here raises because a store is gone."""
 
-    def __init__(self, post: Post, run_id: str, kin: Kin | None = None) -> None:
-        self._post, self._id = post, run_id
-        self._kin: Kin = kin or {}
+    def __init__(self, sender: Sender, run_id: str, children: ChildRuns | None = None) -> None:
+        self._sender, self._id = sender, run_id
+        self._child_runs: ChildRuns = children or {}
         self._inputs: dict[str | None, tuple[str, str]] = {}  # name and digest, by use
         self._names: dict[str, str] = {}  # see `mlflow_names`
 
     @property
     def run_id(self) -> str:
         """MLflow's id. A child made while the store is away has one of ours until it is sent."""
-        return self._post.store.ids.get(self._id, self._id)
+        return self._sender.store.ids.get(self._id, self._id)
 
     @property
     def logs_models(self) -> bool:
         """Whether `model` logs what it is given."""
-        return self._post.registry.log_model
+        return self._sender.registry.log_model
 
     def record(
         self,
@@ -110,12 +110,12 @@ class Run:
         """
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         points = {name: [(step, value)] for name, value in numbers.items()}
-        write = {"do": "batch", "run": self._id} | sender.batch(points, names=self._names)
+        write = {"do": "batch", "run": self._id} | delivery.batch(points, names=self._names)
         if model:
             write["model"] = model.rpartition("/")[2]
         if dataset in self._inputs:
             write["dataset"] = list(self._inputs[dataset])
-        self._post.write(write)
+        self._sender.write(write)
 
     def series(self, points: Points) -> None:
         """Log numbers at many steps: (step, value) by name, in requests of 1,000."""
@@ -141,16 +141,16 @@ class Run:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        write = sender.batch(points, params, tags, names=self._names)
-        self._post.write({"do": "batch", "run": self._id} | write)
+        write = delivery.batch(points, params, tags, names=self._names)
+        self._sender.write({"do": "batch", "run": self._id} | write)
 
-    def keep(self, path: Path, folder: str | None = None) -> None:
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or a directory's files, to the run's artefacts."""
         if not path.exists():
-            self._post.say(f"not kept with the run, it is not there: {path}")
+            self._sender.say(f"not kept with the run, it is not there: {path}")
             return
         inside = (folder or path.name) if path.is_dir() else folder
-        self._post.write(
+        self._sender.write(
             {"do": "file", "run": self._id, "path": str(path.absolute()), "folder": inside}
         )
 
@@ -176,7 +176,7 @@ class Run:
             if value:
                 data[key] = json.dumps(value, ensure_ascii=False)
         self._inputs[use] = data["name"], data["digest"]
-        self._post.write({"do": "inputs", "run": self._id, "data": data, "use": use})
+        self._sender.write({"do": "inputs", "run": self._id, "data": data, "use": use})
 
     def model(self, bundle: Path) -> str | None:
         """Log a bundle as a pyfunc model with signature and input example; its address, models:/m-…
@@ -191,30 +191,32 @@ class Run:
         pickled: the bundle, `served.py`, Arrowhead's own source. None if none is to be logged
         (--no-log-model) or, with a message, if the store does not take it.
         """
-        return self._post.model(self.run_id, bundle) if self.logs_models else None
+        return self._sender.model(self.run_id, bundle) if self.logs_models else None
 
     def register(self, bundle: Path) -> str | None:
         """Make the model that was logged of a bundle a version of the registered model that
         `start` was given, once, and give it the alias; models:/NAME/VERSION. None if no name was
         given or, with a message that says how to do it later, if the registry does not take it.
         """
-        return self._post.register(self.run_id, bundle) if self._post.registry.register else None
+        return (
+            self._sender.register(self.run_id, bundle) if self._sender.registry.register else None
+        )
 
     @contextmanager
     def child(self, name: str) -> Iterator[Run]:
         """A run below this one, ended FINISHED, or FAILED when the block raises (KILLED by an
         interrupt). A resumed run takes up the child of that name that it has.
         """
-        if self._kin.get(name):
-            below, _ = self._kin[name].pop(0)
-            self._post.write({"do": "status", "run": below, "status": "RUNNING", "end": None})
+        if self._child_runs.get(name):
+            below, _ = self._child_runs[name].pop(0)
+            self._sender.write({"do": "status", "run": below, "status": "RUNNING", "end": None})
             new = False
         else:
             made = _made(name, self._id, tracking_store.facts(name))
-            self._post.write({"do": "make", "made": made})
+            self._sender.write({"do": "make", "made": made})
             below, new = made["local"], True
-        with _ended(self._post, below, new):
-            yield Run(self._post, below)
+        with _ended(self._sender, below, new):
+            yield Run(self._sender, below)
 
     def children(
         self,
@@ -235,9 +237,9 @@ class Run:
         writes: list[Write] = []
         for name, values, points in zip(names, params, metrics, strict=True):
             made = _made(name, self._id, facts)
-            if self._kin.get(name):
-                below, status = self._kin[name].pop(0)
-                self._post.store.ids[made["local"]] = below
+            if self._child_runs.get(name):
+                below, status = self._child_runs[name].pop(0)
+                self._sender.store.ids[made["local"]] = below
                 if status == "FINISHED":
                     ids.append(below)
                     continue
@@ -247,11 +249,11 @@ class Run:
                     "do": "head",
                     "made": made,
                     "end": tracking_store.now_ms(),
-                    **sender.batch(points, values),
+                    **delivery.batch(points, values),
                 }
             )
-        self._post.write(*writes)
-        return [self._post.store.ids.get(one, one) for one in ids]
+        self._sender.write(*writes)
+        return [self._sender.store.ids.get(one, one) for one in ids]
 
 
 @contextmanager
@@ -261,20 +263,19 @@ def start(
     place: Path | None = None,
     *,
     registry: RegistryConfig = RegistryConfig(),
-    spool: Path | None = None,
+    outbox: Path | None = None,
     say: Say = _to_stderr,
 ) -> Iterator[Run]:
     """A parent run; ended FINISHED, FAILED when the block raises, KILLED when it is interrupted.
 
     place: a file that is there while the run is unfinished; with it the same command (`name`) on
     the same store and experiment takes that run up again. registry: what `Run.register` does.
-    spool: a folder for what cannot be sent, one folder in it per run; default .arrowhead/unsent.
+    outbox: a folder for what cannot be sent, one folder in it per run; default .arrowhead/unsent.
     say: takes one line for a person, once per trouble.
 
-    Raises ConfigError when the store, or the registry that is asked for, cannot be used, before any
-    work is done.
+    Raises ConfigError, before any work, when the store or the registry asked for cannot be used.
     """
-    base = (spool or _unsent()).absolute()
+    base = (outbox or _unsent()).absolute()
     with contextlib.ExitStack() as until_begun:
         with usable(config):
             client, experiment = open_store(config)
@@ -283,11 +284,11 @@ def start(
             store = Store(client, experiment, say)
             mark = {"store": without_secret(config.uri), "experiment": experiment}
             taken = _taken_up(client, place, mark | {"verb": name}, say) if place else None
-            sender.send_all(store, base, mark["store"], taken.info.run_id if taken else None)
+            delivery.send_all(store, base, mark["store"], taken.info.run_id if taken else None)
             # A signal between a run's making and the block that ends it would leave it RUNNING.
             until_begun.enter_context(signals.deferred())
             if taken:
-                run_id, kin = taken.info.run_id, _kin(client, taken)
+                run_id, children = taken.info.run_id, _child_runs(client, taken)
                 times = int(taken.data.tags.get("arrowhead.resumed", 0)) + 1
                 client.update_run(run_id, status="RUNNING")
                 client.set_tag(run_id, "arrowhead.resumed", str(times))
@@ -297,51 +298,53 @@ def start(
                 if place:  # before the run is there: a kill in between must not leave two
                     fresh = {"verb": name, "run_id": None, "start": made["start"]}
                     write_whole(place, mark | fresh)
-                run_id, kin = store.make(made), {}
+                run_id, children = store.make(made), {}
         if place:
             write_whole(place, mark | {"verb": name, "run_id": run_id})
-        post = Post(store, Spool(base / run_id, mark | {"run_id": run_id}), config.uri, registry)
+        mark |= {"run_id": run_id}
+        sender = Sender(store, Outbox(base / run_id, mark), config.uri, registry)
         done = False
         try:
-            with _ended(post, run_id, taken is None), system_metrics.gauge(config, post, run_id):
+            gauge = system_metrics.gauge(config, sender, run_id)
+            with _ended(sender, run_id, taken is None), gauge:
                 until_begun.close()
-                yield Run(post, run_id, kin)
+                yield Run(sender, run_id, children)
             done = True
         except ConfigError:
             done = taken is None
             raise
         finally:
-            post.close()
+            sender.close()
             if place and done:
                 place.unlink(missing_ok=True)
 
 
 @contextmanager
-def _ended(post: Post, run_id: str, new: bool) -> Iterator[None]:
+def _ended(sender: Sender, run_id: str, new: bool) -> Iterator[None]:
     """Sets how the run ended. A request that was refused is no run: a new one is deleted."""
     try:
         yield
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | LostError)
         how = "KILLED" if stopped else "FAILED"
-        within = sender.STOPPING if stopped else ENDING
+        within = delivery.STOPPING if stopped else ENDING
         with signals.deferred():
             ended = {"do": "status", "run": run_id, "status": how, "end": tracking_store.now_ms()}
-            post.write(ended, within=within)
+            sender.write(ended, within=within)
             if isinstance(error, ConfigError) and new:
-                post.write({"do": "delete", "run": run_id}, within=within)
+                sender.write({"do": "delete", "run": run_id}, within=within)
         raise
     ended = {"do": "status", "run": run_id, "status": "FINISHED", "end": tracking_store.now_ms()}
-    post.write(ended, within=ENDING)
+    sender.write(ended, within=ENDING)
 
 
-def send(config: TrackingConfig, spool: Path | None = None, say: Say = _to_stderr) -> None:
+def send(config: TrackingConfig, outbox: Path | None = None, say: Say = _to_stderr) -> None:
     """Send what earlier runs could not. Raises ConfigError when the store cannot be used."""
     with usable(config):
         client, experiment = open_store(config)
         store = Store(client, experiment, say)
-        sender.send_all(
-            store, (spool or _unsent()).absolute(), without_secret(config.uri), None, math.inf
+        delivery.send_all(
+            store, (outbox or _unsent()).absolute(), without_secret(config.uri), None, math.inf
         )
 
 
@@ -350,7 +353,7 @@ def register(
     config: TrackingConfig,
     registry: RegistryConfig,
     *,
-    spool: Path | None = None,
+    outbox: Path | None = None,
     say: Say = _to_stderr,
 ) -> str:
     """Make a finished bundle a version of a registered model; models:/NAME/VERSION.
@@ -363,7 +366,7 @@ def register(
         client, experiment = open_store(config)
         must_take(client, registry.register)
         store = Store(client, experiment, say)
-        sender.send_all(store, (spool or _unsent()).absolute(), without_secret(config.uri), None)
+        delivery.send_all(store, (outbox or _unsent()).absolute(), without_secret(config.uri), None)
         if version_of(client, registry.register, digest_of(bundle)) is None:
             trained = json.loads((bundle / "bundle.json").read_bytes())["lineage"].get("run_id")
             known = find_run(client, trained) if trained else None
@@ -423,10 +426,10 @@ def _taken_up(
     return None if run.info.status == "FINISHED" else run
 
 
-def _kin(client: MlflowClient, run: Recorded) -> Kin:
+def _child_runs(client: MlflowClient, run: Recorded) -> ChildRuns:
     """The children of a run."""
-    kin: Kin = {}
+    children: ChildRuns = {}
     below = f"tags.mlflow.parentRunId = '{run.info.run_id}'"
     for child in search(client, run.info.experiment_id, below):
-        kin.setdefault(child.info.run_name, []).append((child.info.run_id, child.info.status))
-    return kin
+        children.setdefault(child.info.run_name, []).append((child.info.run_id, child.info.status))
+    return children

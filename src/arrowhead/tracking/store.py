@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-LONGEST = 6000  # characters of a param's value that MLflow keeps
+MAX_PARAM_CHARS = 6000  # characters of a param's value that MLflow keeps
 
 Say = Callable[[str], None]
 """One write as it lies in a spool: `do` names a method of `Store`, the rest are its arguments."""
@@ -64,7 +64,7 @@ def _commit(folder: Path) -> str | None:
 
 
 @dataclass(slots=True)
-class _Held:
+class _Logged:
     """What a run has already and is not given again."""
 
     params: dict[str, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Store:
         self.client, self.experiment, self.say = client, experiment, say
         self.ids: dict[str, str] = {}
         """Our id of a run that was made here, to MLflow's."""
-        self._held: dict[str, _Held] = {}
+        self._logged: dict[str, _Logged] = {}
 
     def do(self, write: Write, folder: Path) -> None:
         """Carry one write out; relative paths of files are under `folder`."""
@@ -119,7 +119,7 @@ class Store:
                 self.experiment, start_time=made["start"], tags=tags, run_name=made["name"]
             ).info
             run_id = info.run_id
-            self._held[run_id] = _Held()
+            self._logged[run_id] = _Logged()
         self.ids[made["local"]] = run_id
         return run_id
 
@@ -150,12 +150,12 @@ class Store:
             raise LookupError(f"the run {run} is not made yet")
         return self.ids.get(run, run)
 
-    def _has(self, run_id: str) -> _Held:
+    def _has(self, run_id: str) -> _Logged:
         """What the run has: nothing if it was made here, else read once."""
-        if run_id not in self._held:
+        if run_id not in self._logged:
             run = self.client.get_run(run_id)
             given = run.inputs.dataset_inputs if run.inputs else []
-            self._held[run_id] = _Held(
+            self._logged[run_id] = _Logged(
                 params=dict(run.data.params),
                 steps={
                     name: {point.step for point in self.client.get_metric_history(run_id, name)}
@@ -169,24 +169,24 @@ class Store:
                     if tag.key == "mlflow.data.context"
                 },
             )
-        return self._held[run_id]
+        return self._logged[run_id]
 
     def _log(self, run_id: str, write: Write) -> None:
         """Metrics, params and tags in as few requests as MLflow allows."""
         from mlflow.entities import Metric, Param, RunTag
 
-        held = self._has(run_id)
+        logged = self._has(run_id)
         data = dict(zip(("dataset_name", "dataset_digest"), write.get("dataset", ()), strict=False))
         metrics = [
             Metric(name, float(value), at, step, model_id=write.get("model"), **data)
             for name, value, at, step in write["metrics"]
-            if step not in held.steps.get(name, ())
+            if step not in logged.steps.get(name, ())
         ]
-        new = {k: v for k, v in write["params"].items() if k not in held.params}
+        new = {k: v for k, v in write["params"].items() if k not in logged.params}
         other = {
             k: v
             for k, v in write["params"].items()
-            if k in held.params and held.params[k] != v[:LONGEST]
+            if k in logged.params and logged.params[k] != v[:MAX_PARAM_CHARS]
         }
         again = {shortened(f"resumed.{name}"): value for name, value in other.items()}
         tags = write["tags"] | again
@@ -198,10 +198,10 @@ class Store:
             room = 1000 - len(some) - len(few)
             part, metrics = metrics[:room], metrics[room:]
             self.client.log_batch(run_id, metrics=part, params=some, tags=few)
-        held.params |= {name: value[:LONGEST] for name, value in new.items()}
+        logged.params |= {name: value[:MAX_PARAM_CHARS] for name, value in new.items()}
         for name, value in other.items():
             self.say(
-                f"param {name} of run {run_id} was {held.params[name][:80]} and is now"
+                f"param {name} of run {run_id} was {logged.params[name][:80]} and is now"
                 f" {value[:80]}: the new value is the tag resumed.{name}"
             )
 

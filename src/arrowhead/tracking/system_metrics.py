@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from arrowhead.tracking import sender
+from arrowhead.tracking import delivery
 from arrowhead.tracking.client import TrackingConfig, first_line
-from arrowhead.tracking.sender import Post
+from arrowhead.tracking.delivery import Sender
 
-SOONEST, USUAL = (
+MIN_INTERVAL_SECONDS, DEFAULT_INTERVAL_SECONDS = (
     0.5,
     10.0,
 )  # seconds between samples of system metrics: a run's first, its later ones
 
 
 @contextmanager
-def gauge(config: TrackingConfig, post: Post, run_id: str) -> Iterator[None]:
+def gauge(config: TrackingConfig, sender: Sender, run_id: str) -> Iterator[None]:
     """System metrics of this process's machine, under MLflow's names, while the block lasts.
 
     The collectors are MLflow's, the thread is ours: MLflow's own ends for good at the first
@@ -29,7 +29,7 @@ def gauge(config: TrackingConfig, post: Post, run_id: str) -> Iterator[None]:
         yield
         return
     stop = threading.Event()
-    watch = threading.Thread(target=_watch, args=(post, run_id, stop), daemon=True)
+    watch = threading.Thread(target=_watch, args=(sender, run_id, stop), daemon=True)
     watch.start()
     try:
         yield
@@ -38,23 +38,25 @@ def gauge(config: TrackingConfig, post: Post, run_id: str) -> Iterator[None]:
         watch.join(5.0)
 
 
-def _watch(post: Post, run_id: str, stop: threading.Event) -> None:
+def _watch(sender: Sender, run_id: str, stop: threading.Event) -> None:
     try:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        usual = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or USUAL)
-        collect = SystemMetricsMonitor(run_id, tracking_uri=post.store.client.tracking_uri)
+        usual = float(
+            os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or DEFAULT_INTERVAL_SECONDS
+        )
+        collect = SystemMetricsMonitor(run_id, tracking_uri=sender.store.client.tracking_uri)
         collect.collect_metrics()  # the first figures are of the time since the machine started
-        began, step = monotonic(), post.store.samples(run_id)
+        began, step = monotonic(), sender.store.samples(run_id)
         while not stop.is_set():
             for one in collect.monitors:
                 one.clear_metrics()
             # Short runs get a few samples, long ones no more than MLflow's usual.
-            stop.wait(min(usual, max(SOONEST, (monotonic() - began) / 4)))
+            stop.wait(min(usual, max(MIN_INTERVAL_SECONDS, (monotonic() - began) / 4)))
             collect.collect_metrics()
             found = {f"system/{k}": v for k, v in collect.aggregate_metrics().items()}
             points = {name: [(step, float(value))] for name, value in found.items()}
-            post.write({"do": "batch", "run": run_id} | sender.batch(points))
+            sender.write({"do": "batch", "run": run_id} | delivery.batch(points))
             step += 1
     except Exception as error:
-        post.say(f"no system metrics are recorded: {first_line(error)}")
+        sender.say(f"no system metrics are recorded: {first_line(error)}")

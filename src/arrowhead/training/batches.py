@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class DistributedContext:
     """This worker's rank among `world` workers that train together."""
 
     rank: int = 0
@@ -59,7 +59,7 @@ class Lane:
         self._pass = -1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Rows for `Held.take`, int64 (B,), `Held.take`, and the labels, (B,) or (B, C)."""
+        """Rows for `InMemoryFeatures.take`, int64 (B,), and the labels, (B,) or (B, C)."""
         if self._pass != step // self.steps:
             self._begin(step // self.steps)
         end = step % self.steps

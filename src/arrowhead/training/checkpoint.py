@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT, SEALED = 1, 2  # of a checkpoint; of the sealed file its label is
-PAPER = {
+LABEL_SHAPE = {
     "checkpoint": int,
     "facts": {"key": str, "number": int},
     "sha256": re.compile("[0-9a-f]{64}"),
@@ -81,8 +81,8 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str,
     }
     data = safetensors.torch.save(plain)
     (folder / LABEL).unlink(missing_ok=True)
-    with fileio.draft(folder / STATE) as sketch:
-        sketch.write_bytes(data)
+    with fileio.draft(folder / STATE) as draft_file:
+        draft_file.write_bytes(data)
     label = {
         "format": SEALED,
         "checkpoint": FORMAT,
@@ -190,7 +190,7 @@ def _label(folder: Path) -> dict[str, Any]:
     """What a checkpoint's label says; DataError if it cannot be read."""
     repair = "train again."
     content = fileio.read_sealed(folder / LABEL, SEALED, upgrade="train again", repair=repair)
-    fileio.must_fit(content, PAPER, str(folder / LABEL), repair)
+    fileio.must_fit(content, LABEL_SHAPE, str(folder / LABEL), repair)
     return content
 
 

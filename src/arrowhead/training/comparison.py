@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead.data import splits
-from arrowhead.training.batches import Team
-from arrowhead.training.dataset import Data, Member
-from arrowhead.training.trainer import MOST, Trained, figures_by_image
+from arrowhead.training.batches import DistributedContext
+from arrowhead.training.dataset import Data, Trial
+from arrowhead.training.trainer import VALIDATION_NUMBERS, Trained, figures_by_image
 
 if TYPE_CHECKING:
     from arrowhead.training.heads import Stack
@@ -32,35 +32,35 @@ EXACT = 16  # so many differing images at most are flipped in all ways: 65,536
 
 def by_image(
     data: Data,
-    members: Sequence[Member],
+    trials: Sequence[Trial],
     heads: Sequence[Trained],
     groups: Sequence[Sequence[int]],
     figure: str,
-    team: Team = Team(),
+    distributed: DistributedContext = DistributedContext(),
 ) -> NDArray[np.float64]:
     """The figure of each group of heads (the seeds of a setting) for each validation image, float64
     (groups, images); the mean of a row is the mean of the heads' figures. Same on every worker.
 
-    members, heads: of one stack, validated on the same rows, with the weights that are kept.
+    trials, heads: of one stack, validated on the same rows, with the weights that are kept.
     groups: positions in them. figure: as in the heads' lines: valid_loss (nats), accuracy,
     balanced_accuracy, f1, f2. Images with one content count once, with the sum of their values.
     """
     import torch
     import torch.distributed as dist
 
-    valid, device = members[groups[0][0]].valid, data.feature.device
+    valid, device = trials[groups[0][0]].valid, data.feature.device
     name = "accuracy" if figure == "balanced_accuracy" else figure
-    share = splits.share(len(valid), team.rank, team.world)
+    share = splits.share(len(valid), distributed.rank, distributed.world)
     value = torch.zeros(len(groups), len(valid), device=device)
     home = {head: group for group, some in enumerate(groups) for head in some}
     stacks: dict[int, list[int]] = {}  # heads that learned from the same rows: one product
     for head in home:
-        stacks.setdefault(id(members[head].train), []).append(head)
+        stacks.setdefault(id(trials[head].train), []).append(head)
     for numbers in stacks.values():
-        stack = _stack(data, members[numbers[0]], [heads[at] for at in numbers])
+        stack = _stack(data, trials[numbers[0]], [heads[at] for at in numbers])
         into = torch.tensor([home[at] for at in numbers], device=device)
         weight = torch.tensor([1 / len(groups[home[at]]) for at in numbers], device=device)
-        size = max(16, MOST // stack.held(data.feature.shape[2]))
+        size = max(16, VALIDATION_NUMBERS // stack.held(data.feature.shape[2]))
         for at in range(share.start, share.stop, size):
             here = slice(at, min(at + size, share.stop))
             rows = torch.from_numpy(valid[here])
@@ -68,7 +68,7 @@ def by_image(
             label = data.label[rows.to(data.label.device)][None]
             found = figures_by_image(stack.logits(feature[None]), label, multi=data.multi)[name]
             value[:, here].index_add_(0, into, found[0].float() * weight[:, None])
-    if team.world > 1:
+    if distributed.world > 1:
         dist.all_reduce(value)  # zero but for each worker's own images: exact
     worst = 1e30 if figure == "valid_loss" else 0.0  # of a head that diverged
     plain = np.nan_to_num(value.cpu().numpy().astype(np.float64), nan=worst, posinf=worst)
@@ -78,7 +78,7 @@ def by_image(
     return _once(plain, data.key[valid])
 
 
-def _stack(data: Data, member: Member, heads: Sequence[Trained]) -> Stack:
+def _stack(data: Data, trial: Trial, heads: Sequence[Trained]) -> Stack:
     """The heads as they were kept, in one lane."""
     import torch
 
@@ -89,7 +89,7 @@ def _stack(data: Data, member: Member, heads: Sequence[Trained]) -> Stack:
         {name: torch.from_numpy(value).to(device) for name, value in one.state.items()}
         for one in heads
     ]
-    return Stack.of(member.config.kind, [states], [0.0], [0], multi=data.multi)
+    return Stack.of(trial.config.kind, [states], [0.0], [0], multi=data.multi)
 
 
 def _balance(label_N: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from arrowhead.errors import ConfigError
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, Member
+from arrowhead.training.dataset import Data, Trial
 
 
 def folds(
@@ -74,7 +74,7 @@ def rate_of(config: TrainConfig) -> float:
     return 0.0 if config.head == "logistic" else float(config.rate)
 
 
-def fold_members(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> list[Member]:
+def fold_trials(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> list[Trial]:
     """One head per part: it learns from the images of all others. Splits other than train and valid
     take no part. config: with a learning rate.
 
@@ -84,6 +84,6 @@ def fold_members(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> li
     config, rate = replace(config, best="last", patience=0), rate_of(config)
     pool = np.sort(np.concatenate([data.train, data.valid]))
     return [
-        Member(config=config, rate=rate, train=pool[part != one], valid=pool[part == one])
+        Trial(config=config, rate=rate, train=pool[part != one], valid=pool[part == one])
         for one in range(int(part.max()) + 1)
     ]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Held:
+class InMemoryFeatures:
     """Features in memory, on the device they are used on: float16 (N, V, D)."""
 
     def __init__(self, feature_NVD: Tensor) -> None:
@@ -31,7 +31,7 @@ class Held:
         return self._flat.index_select(0, flat_B)
 
 
-class Mapped:
+class MemoryMappedFeatures:
     """Features left in memory-mapped shards, float16 (n, V, D) each, for stores larger than memory.
 
     row: which row of all shards each of ours is, int64 (N,).
@@ -45,7 +45,7 @@ class Mapped:
         self.shape: Sequence[int] = (len(row), *parts[0].shape[1:])
 
     def take(self, flat_B: Tensor) -> Tensor:
-        """As `Held.take`."""
+        """As `InMemoryFeatures.take`."""
         import torch
 
         ours, view = np.divmod(flat_B.cpu().numpy(), self.shape[1])
@@ -66,7 +66,7 @@ class Data:
     the device. key: uint64 (N,), of the image's content. train, valid: int64 rows.
     """
 
-    feature: Held | Mapped
+    feature: InMemoryFeatures | MemoryMappedFeatures
     label: Tensor
     key: NDArray[np.uint64]
     train: NDArray[np.int64]
@@ -85,21 +85,21 @@ class Data:
         classes: Sequence[str],
         device: str = "cpu",
     ) -> Data:
-        """From (feature (n, V, D), label (n,) or (n, C)) per split; see `must_teach`."""
+        """From (feature (n, V, D), label (n,) or (n, C)) per split; see `check_trainable`."""
         import torch
 
         feature = torch.from_numpy(np.concatenate([train[0], valid[0]])).to(device)
         rows = np.arange(len(feature))
         return Data(
-            feature=Held(feature),
+            feature=InMemoryFeatures(feature),
             label=torch.from_numpy(np.concatenate([train[1], valid[1]])).to(device),
             key=rows.astype(np.uint64),
             train=rows[: len(train[1])],
             valid=rows[len(train[1]) :],
             classes=classes,
-        ).must_teach()
+        ).check_trainable()
 
-    def must_teach(self) -> Data:
+    def check_trainable(self) -> Data:
         """Itself; ConfigError if a split is empty or nothing teaches one of the classes."""
         for split, rows in (("training", self.train), ("validation", self.valid)):
             label = self.label[rows].cpu().numpy()
@@ -133,7 +133,9 @@ class Data:
             )
 
 
-def spread(feature: Held | Mapped, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def mean_and_std(
+    feature: InMemoryFeatures | MemoryMappedFeatures, rows: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each column over the clean view of some rows, float32 (D,); a column
     that never varies counts as 1.
     """
@@ -154,7 +156,7 @@ def spread(feature: Held | Mapped, rows: NDArray[np.int64]) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Member:
+class Trial:
     """One head of a stack: how it is trained, at which rate, on which rows."""
 
     config: TrainConfig
@@ -177,22 +179,22 @@ def class_weighting(
     return "validation" if clear else "none"
 
 
-def class_weights(data: Data, member: Member) -> Tensor | None:
+def class_weights(data: Data, trial: Trial) -> Tensor | None:
     """What each class weighs in the loss of a head, float32 (C,); None: all the same.
 
     They come from the labels of the images that it learns from and, where classes are to weigh as
     in validation, of the validation images; of these a head that is trained without a fold leaves
     out what is in that fold, since it is to be predicted.
     """
-    asked, classes = member.config.class_weights, len(data.classes)
-    label = data.label[member.train]
+    asked, classes = trial.config.class_weights, len(data.classes)
+    label = data.label[trial.train]
     if asked == "balanced":
         return losses.balance(label, classes)
     if asked == "none" or data.multi:
         return None
     valid = data.valid
-    if member.valid is not valid:
-        valid = np.setdiff1d(valid, member.valid)
+    if trial.valid is not valid:
+        valid = np.setdiff1d(valid, trial.valid)
     wanted = data.label[valid]
     if (
         asked == "auto"

@@ -19,15 +19,15 @@ def write_folds(path: Path, columns: Mapping[str, Any], notes: Mapping[str, Any]
     """
     import pyarrow as pa
 
-    chance_NC = np.ascontiguousarray(columns["probability"], np.float32)
-    flat, none_N = pa.array(chance_NC.ravel(), pa.float32()), columns["fold"] < 0
+    prob_NC = np.ascontiguousarray(columns["probability"], np.float32)
+    flat, none_N = pa.array(prob_NC.ravel(), pa.float32()), columns["fold"] < 0
     table = pa.table(
         {
             "path": pa.array(columns["path"], pa.string()),
             "labels": pa.array([list(one) for one in columns["labels"]], pa.list_(pa.string())),
             "fold": pa.array(columns["fold"], pa.int32(), mask=none_N),
             "probability": pa.FixedSizeListArray.from_arrays(
-                flat, chance_NC.shape[1], mask=pa.array(none_N)
+                flat, prob_NC.shape[1], mask=pa.array(none_N)
             ),
         }
     )

@@ -1,4 +1,4 @@
-"""Many heads in one pass: a grid of settings, members of a stack, and its summary."""
+"""Many heads in one pass: a grid of settings, trials of a stack, and its summary."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from numpy.typing import NDArray
 from arrowhead.errors import ConfigError
 from arrowhead.training import comparison
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, Member
+from arrowhead.training.dataset import Data, Trial
 from arrowhead.training.trainer import Trained
 from arrowhead.wording import counted
 
-KNOBS = {"rate": "geometric", "weight_decay": "geometric", "dropout": "even", "seed": "whole"}
-MOST = 4096
+GRID_SETTINGS = {
+    "rate": "geometric",
+    "weight_decay": "geometric",
+    "dropout": "even",
+    "seed": "whole",
+}
+MAX_GRID_SIZE = 4096
 Lines = Sequence[list[dict[str, float]]]
 Judge = Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
 """Groups of heads to their values, image by image: see `comparison.by_image`."""
@@ -73,19 +78,19 @@ def settings(words: str) -> list[dict[str, float]]:
     for word in words.split():
         name, _, listed = word.partition("=")
         name = name.replace("-", "_")
-        if name not in KNOBS or name in values or not listed:
+        if name not in GRID_SETTINGS or name in values or not listed:
             raise ConfigError(
                 f"--grid has {word!r}.",
-                f"NAME=VALUES, each NAME once, of {', '.join(KNOBS)} (heads of one pass share all"
-                " else).",
+                f"NAME=VALUES, each NAME once, of {', '.join(GRID_SETTINGS)} (heads of one pass"
+                " share all else).",
                 'write e.g. --grid "rate=1e-4..1e-1:16 dropout=0,0.5 seed=0,1,2".',
             )
         values[name] = [value for part in listed.split(",") for value in _values(name, part)]
     count = math.prod(len(some) for some in values.values())
-    if not values or count > MOST:
+    if not values or count > MAX_GRID_SIZE:
         raise ConfigError(
             f"--grid makes {counted(count, 'head') if values else 'no heads'}.",
-            f"1 to {MOST} in one pass.",
+            f"1 to {MAX_GRID_SIZE} in one pass.",
             "give fewer values.",
         )
     return [dict(zip(values, some, strict=True)) for some in itertools.product(*values.values())]
@@ -98,39 +103,41 @@ def _values(name: str, words: str) -> list[float]:
     try:
         if not dots:
             made = [float(words)]
-        elif KNOBS[name] == "whole" and not colon:
+        elif GRID_SETTINGS[name] == "whole" and not colon:
             made = [float(n) for n in range(int(low), int(high) + 1)]
         else:
-            if KNOBS[name] == "geometric" and not 0 < float(low) <= float(high):
+            if GRID_SETTINGS[name] == "geometric" and not 0 < float(low) <= float(high):
                 raise ValueError
-            space = np.geomspace if KNOBS[name] == "geometric" else np.linspace
+            space = np.geomspace if GRID_SETTINGS[name] == "geometric" else np.linspace
             made = [float(f"{x:.6g}") for x in space(float(low), float(high), int(count))]
-        if not made or (KNOBS[name] == "whole" and any(value != int(value) for value in made)):
+        if not made or (
+            GRID_SETTINGS[name] == "whole" and any(value != int(value) for value in made)
+        ):
             raise ValueError
     except (ValueError, OverflowError) as error:
         raise ConfigError(
             f"--grid has {words!r} for {name}.",
             "a number, or LOW..HIGH:N"
-            + (" above 0" if KNOBS[name] == "geometric" else "")
-            + (" (whole numbers)" if KNOBS[name] == "whole" else "")
+            + (" above 0" if GRID_SETTINGS[name] == "geometric" else "")
+            + (" (whole numbers)" if GRID_SETTINGS[name] == "whole" else "")
             + ".",
             f"write e.g. {name}={'0,1,2' if name == 'seed' else '0.1..0.5:3'}.",
         ) from error
-    return [int(value) if KNOBS[name] == "whole" else value for value in made]
+    return [int(value) if GRID_SETTINGS[name] == "whole" else value for value in made]
 
 
-def members(data: Data, config: TrainConfig, rate: float, grid: str | None) -> list[Member]:
+def trials(data: Data, config: TrainConfig, rate: float, grid: str | None) -> list[Trial]:
     """The heads of a grid (one without), over the training split. rate: where the grid has none."""
     made = []
-    for knobs in settings(grid) if grid else [{}]:
-        own: dict[str, Any] = dict(knobs)
+    for overrides in settings(grid) if grid else [{}]:
+        own: dict[str, Any] = dict(overrides)
         one = replace(config, **({"rate": rate} | own))
-        made.append(Member(config=one, rate=float(one.rate), train=data.train, valid=data.valid))
+        made.append(Trial(config=one, rate=float(one.rate), train=data.train, valid=data.valid))
     return made
 
 
 def loser_of(
-    knobs: Sequence[Mapping[str, float]], config: TrainConfig
+    overrides: Sequence[Mapping[str, float]], config: TrainConfig
 ) -> Callable[[int, Sequence[int], Lines], set[int]]:
     """For `train_stack`: the worse half of the settings, after a quarter and half of the epochs.
 
@@ -141,7 +148,7 @@ def loser_of(
     def losers(done: int, numbers: Sequence[int], lines: Lines) -> set[int]:
         if done not in rungs:
             return set()
-        groups = _groups([knobs[number] for number in numbers])
+        groups = _groups([overrides[number] for number in numbers])
         ranked = sorted(
             groups, key=lambda group: _mean([lines[numbers[at]][-1] for at in group], config)
         )
@@ -150,10 +157,10 @@ def loser_of(
     return losers
 
 
-def _groups(knobs: Sequence[Mapping[str, float]]) -> list[list[int]]:
+def _groups(overrides: Sequence[Mapping[str, float]]) -> list[list[int]]:
     """Positions that differ in their seed only."""
     groups: dict[Any, list[int]] = {}
-    for at, one in enumerate(knobs):
+    for at, one in enumerate(overrides):
         groups.setdefault(tuple((k, v) for k, v in one.items() if k != "seed"), []).append(at)
     return list(groups.values())
 
@@ -180,7 +187,7 @@ def figure(config: TrainConfig) -> str:
 
 
 def summary(
-    knobs: Sequence[Mapping[str, float]],
+    overrides: Sequence[Mapping[str, float]],
     heads: Sequence[Trained],
     config: TrainConfig,
     judge: Judge,
@@ -203,15 +210,15 @@ def summary(
         reached = min(len(heads[at].epochs) for at in group) if stopped else 0
         return stopped, -reached, *_mean([lines[at] for at in group], config)
 
-    ranked = sorted(_groups(knobs), key=rank)
+    ranked = sorted(_groups(overrides), key=rank)
     table: list[dict[str, Any]] = []
     for group in ranked:
         values = [lines[at][name] for at in group]
         table.append(
             {
-                "knobs": {k: v for k, v in knobs[group[0]].items() if k != "seed"},
+                "knobs": {k: v for k, v in overrides[group[0]].items() if k != "seed"},
                 "heads": group,
-                "seeds": [int(knobs[at].get("seed", config.seed)) for at in group],
+                "seeds": [int(overrides[at].get("seed", config.seed)) for at in group],
                 "mean": float(np.mean(values)),
                 "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "valid_loss": float(np.mean([lines[at]["valid_loss"] for at in group])),
@@ -250,23 +257,23 @@ def _verdict(
         return f"one setting was trained to the end: nothing to compare{note}"
     if len(table[0]["seeds"]) == 1:
         note += "; one seed each, another seed may rank them otherwise"
-    chances = [row["p"] for row in finished[1:]]
-    alike = sum(p > comparison.SURE for p in chances)
-    others = f"{len(chances)} other setting{'s' if len(chances) > 1 else ''}"
-    if len(chances) > 1:
-        test += f", corrected for {len(chances)} comparisons (Holm)"
+    p_values = [row["p"] for row in finished[1:]]
+    alike = sum(p > comparison.SURE for p in p_values)
+    others = f"{len(p_values)} other setting{'s' if len(p_values) > 1 else ''}"
+    if len(p_values) > 1:
+        test += f", corrected for {len(p_values)} comparisons (Holm)"
     if not alike:
         return (
-            f"the best is distinguishable from the {others} (p at most {max(chances):.2g}: {test})"
+            f"the best is distinguishable from the {others} (p at most {max(p_values):.2g}: {test})"
             f"{note}"
         )
-    least = min(p for p in chances if p > comparison.SURE)
+    least = min(p for p in p_values if p > comparison.SURE)
     return (
         f"the best is not distinguishable from {alike} of the {others} (p at least {least:.2g}:"
         f" {test}){note}"
     )
 
 
-def words(knobs: Mapping[str, float]) -> str:
+def words(overrides: Mapping[str, float]) -> str:
     """A setting as one writes it in a grid."""
-    return " ".join(f"{name}={value:.6g}" for name, value in knobs.items()) or "as given"
+    return " ".join(f"{name}={value:.6g}" for name, value in overrides.items()) or "as given"

@@ -112,7 +112,7 @@ class Stack(ABC):
         self.theta = torch.cat([parts[name].flatten() for name in self.learned])
         self.grad = torch.zeros_like(self.theta)
         self.buffers = {name: part for name, part in parts.items() if name not in self.learned}
-        self.parts, self.slopes = self.views(self.theta), self.views(self.grad)
+        self.parts, self.gradients = self.views(self.theta), self.views(self.grad)
 
     @staticmethod
     def of(
@@ -250,13 +250,16 @@ class Linear(Stack):
     def descend(self, slope_LGCB: Tensor) -> None:
         """See `Stack.descend`."""
         lanes, each = self.shape
-        slope = slope_LGCB[:, :, 1:] if self._pair else slope_LGCB
-        slope = slope.flatten(1, 2)
-        made = torch.bmm(slope.to(self._x.dtype), self._x).float()
+        gradient = slope_LGCB[:, :, 1:] if self._pair else slope_LGCB
+        gradient = gradient.flatten(1, 2)
+        made = torch.bmm(gradient.to(self._x.dtype), self._x).float()
         if not self._scaled:
             made.mul_(self._scale)
-        weight, bias = self.slopes["2.weight"], self.slopes["2.bias"]
-        made, sums = made.view(lanes, each, -1, made.shape[2]), slope.sum(2).view(lanes, each, -1)
+        weight, bias = self.gradients["2.weight"], self.gradients["2.bias"]
+        made, sums = (
+            made.view(lanes, each, -1, made.shape[2]),
+            gradient.sum(2).view(lanes, each, -1),
+        )
         if self._pair:
             torch.neg(made[:, :, 0], out=weight[:, :, 0])
             torch.neg(sums[:, :, 0], out=bias[:, :, 0])
@@ -310,7 +313,7 @@ class Lesson(Stack):
         """The learned parts for autograd, which adds what it finds to our own slopes."""
         leaves = {name: part.detach().requires_grad_() for name, part in self.parts.items()}
         for name, leaf in leaves.items():
-            leaf.grad = self.slopes[name]
+            leaf.grad = self.gradients[name]
         return leaves
 
     def _norm(

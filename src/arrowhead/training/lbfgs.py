@@ -30,17 +30,17 @@ def minimize(
     found = start_KP.clone()
     lane = torch.arange(len(found), device=found.device)
     at = found.clone()
-    value, slope = measure(at, lane)
-    way, length = -slope, torch.ones_like(value)
+    value, gradient = measure(at, lane)
+    way, length = -gradient, torch.ones_like(value)
     pairs = _Pairs(memory, at)
     for _ in range(MOST_EVALUATIONS):
-        along = (slope * way).sum(1)
-        done = (slope.norm(dim=1) <= to) | (length < 1e-9) | ~(along < 0)
+        along = (gradient * way).sum(1)
+        done = (gradient.norm(dim=1) <= to) | (length < 1e-9) | ~(along < 0)
         if done.any():
             found[lane[done]] = at[done]
             stay = ~done
-            kept = (one[stay] for one in (lane, at, value, slope, way, length, along))
-            lane, at, value, slope, way, length, along = kept
+            kept = (one[stay] for one in (lane, at, value, gradient, way, length, along))
+            lane, at, value, gradient, way, length, along = kept
             pairs.keep(stay)
         if not len(lane):
             return found
@@ -50,10 +50,10 @@ def minimize(
         room = 1e-13 * value.abs().clamp(min=1e-3)
         good = new_value.isfinite() & (new_value <= value + 1e-4 * length * along + room)
         step = torch.where(good[:, None], there - at, 0)
-        pairs.add(step, torch.where(good[:, None], new_slope - slope, 0), good)
+        pairs.add(step, torch.where(good[:, None], new_slope - gradient, 0), good)
         at, value = at + step, torch.where(good, new_value, value)
-        slope = torch.where(good[:, None], new_slope, slope)
-        way = torch.where(good[:, None], -pairs.times(slope), way)
+        gradient = torch.where(good[:, None], new_slope, gradient)
+        way = torch.where(good[:, None], -pairs.times(gradient), way)
         length = torch.where(good, 1.0, length * 0.3)
     found[lane] = at
     return found
@@ -85,13 +85,13 @@ class _Pairs:
         self._step, self._change = self._step[:, stay], self._change[:, stay]
         self._weight, self._scale = self._weight[:, stay], self._scale[stay]
 
-    def times(self, slope: Tensor) -> Tensor:
+    def times(self, gradient: Tensor) -> Tensor:
         """The inverse Hessian times a gradient (K, P)."""
         newest = [
             (self._count - 1 - age) % len(self._step)
             for age in range(min(self._count, len(self._step)))
         ]
-        made, shares = slope.clone(), []
+        made, shares = gradient.clone(), []
         for slot in newest:
             share = self._weight[slot] * (self._step[slot] * made).sum(1)
             made -= share[:, None] * self._change[slot]

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from arrowhead.training import comparison, cross_validation, grid
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, Member
+from arrowhead.training.dataset import Data, Trial
 from arrowhead.training.grid import Judge
 from arrowhead.training.trainer import Trained
 
 SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[float, Member]]:
+def share_trials(data: Data, config: TrainConfig, seeds: int) -> list[tuple[float, Trial]]:
     """Heads on growing shares of the training images, each share containing the one before, with
     every class alike and present; all take the same number of steps. Shares without two images or
     without one of each class are left out. config: with a learning rate.
@@ -29,22 +29,22 @@ def share_members(data: Data, config: TrainConfig, seeds: int) -> list[tuple[flo
     if config.head == "logistic":
         draws = [_shares(data, draw) for draw in range(seeds)]
         return [
-            (share, Member(config=config, rate=0.0, train=rows, valid=data.valid))
+            (share, Trial(config=config, rate=0.0, train=rows, valid=data.valid))
             for share in SHARES
             if all(share in one for one in draws)
             for rows in [one[share] for one in (draws if share < 1 else draws[:1])]
         ]
     rate = cross_validation.rate_of(config)
-    members = []
+    trials = []
     for share, rows in _shares(data, 0).items():
         for seed in range(seeds):
             one = replace(config, seed=config.seed + seed)
-            members.append((share, Member(config=one, rate=rate, train=rows, valid=data.valid)))
-    return members
+            trials.append((share, Trial(config=one, rate=rate, train=rows, valid=data.valid)))
+    return trials
 
 
 def _shares(data: Data, draw: int) -> dict[float, NDArray[np.int64]]:
-    """Nested rows of the training images by share, see `share_members`. Draw 0 takes each class in
+    """Nested rows of the training images by share, see `share_trials`. Draw 0 takes each class in
     an order of contents, others in an order drawn from that one.
     """
     label = data.label[data.train].cpu().numpy()
@@ -69,7 +69,7 @@ def _shares(data: Data, draw: int) -> dict[float, NDArray[np.int64]]:
 
 
 def curve(
-    shares: Sequence[tuple[float, Member]],
+    shares: Sequence[tuple[float, Trial]],
     heads: Sequence[Trained],
     config: TrainConfig,
     judge: Judge,

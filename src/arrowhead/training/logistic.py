@@ -28,8 +28,8 @@ import numpy as np
 
 from arrowhead.data import splits
 from arrowhead.training import cross_validation, lbfgs
-from arrowhead.training.batches import Team
-from arrowhead.training.dataset import Data, Member, class_weights, spread
+from arrowhead.training.batches import DistributedContext
+from arrowhead.training.dataset import Data, Trial, class_weights, mean_and_std
 from arrowhead.training.trainer import Trained, evaluate
 
 if TYPE_CHECKING:
@@ -55,57 +55,57 @@ AXES_ROWS = 8192  # rows the principal axes are taken from: they only steer
 
 def train(
     data: Data,
-    members: Sequence[Member],
-    team: Team = Team(),
+    trials: Sequence[Trial],
+    distributed: DistributedContext = DistributedContext(),
     record: Callable[[dict[int, dict[str, float]]], None] = lambda lines: None,
 ) -> list[Trained]:
-    """The head of each member, found exactly; all workers must call it together.
+    """The head of each trial, found exactly; all workers must call it together.
 
-    `member.config.l2` is its strength; "auto" chooses it by cross-validation within
-    `member.train`. Each `Trained` has one line of figures, epoch 0, as a trained head's last, with
+    `trial.config.l2` is its strength; "auto" chooses it by cross-validation within
+    `trial.train`. Each `Trained` has one line of figures, epoch 0, as a trained head's last, with
     `l2` and, where it was chosen, `cv_loss`. Losses are nats per image; of several labels the mean
     over labels, as validation's.
     """
     made = []
-    for number, member in enumerate(members):
-        one = _train(data, member, team)
+    for number, trial in enumerate(trials):
+        one = _train(data, trial, distributed)
         record({number: one.epochs[0]})
         made.append(one)
     return made
 
 
-def _train(data: Data, member: Member, team: Team) -> Trained:
-    problem = Problem(data, member, team)
+def _train(data: Data, trial: Trial, distributed: DistributedContext) -> Trained:
+    problem = Problem(data, trial, distributed)
     chosen: dict[str, float] = {}
     start = None
-    strength = member.config.l2
+    strength = trial.config.l2
     if strength == "auto":
-        some = _some(data, member)
+        some = _some(data, trial)
         strength, loss, start = choose(
-            problem if some is member else Problem(data, some, team, problem.axes)
+            problem if some is trial else Problem(data, some, distributed, problem.axes)
         )
         chosen = {"cv_loss": loss}
     found = problem.solve(problem.everything(), strength, start, TIGHT)
     state = problem.state(found)
     losses = float(problem.losses(found)[0])
-    figures = evaluate(data, member, state, team)
+    figures = evaluate(data, trial, state, distributed)
     line = {"epoch": 0, "train_loss": losses} | figures | {"l2": strength} | chosen
     return Trained(state=state, epochs=[line], epoch=0, l2=strength)
 
 
-def _some(data: Data, member: Member) -> Member:
-    """The member on few enough of its images for cross-validation, drawn by content, alike for
+def _some(data: Data, trial: Trial) -> Trial:
+    """The trial on few enough of its images for cross-validation, drawn by content, alike for
     every class.
     """
     views, width = data.feature.shape[1:]
-    classes, rows = len(data.classes), member.train
+    classes, rows = len(data.classes), trial.train
     most = max(20 * classes, CHOICE_WORK // (views * width * classes), AXES_ROWS)
     if len(rows) <= most:
-        return member
+        return trial
     label = data.label.cpu().numpy()[rows]
     parts = math.ceil(len(rows) / most)
     part = cross_validation.folds(data.key[rows], label, parts, data.classes)
-    return replace(member, train=rows[part <= 0])  # -1: classes too rare to be divided
+    return replace(trial, train=rows[part <= 0])  # -1: classes too rare to be divided
 
 
 # ------------------------------------------------------------------------------ the strength
@@ -170,24 +170,28 @@ class Problem:
     """
 
     def __init__(
-        self, data: Data, member: Member, team: Team, axes: tuple[Tensor, Tensor] | None = None
+        self,
+        data: Data,
+        trial: Trial,
+        distributed: DistributedContext,
+        axes: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         import torch
 
-        self.data, self.rows, self.team = data, member.train, team
+        self.data, self.rows, self.distributed = data, trial.train, distributed
         self.device, self.classes = data.feature.device, len(data.classes)
         self.multi = data.multi
         self.columns = 1 if self.classes == 2 and not self.multi else self.classes
         self.labels = self.classes if self.multi else 1
-        mean, deviation = spread(data.feature, self.rows)
+        mean, deviation = mean_and_std(data.feature, self.rows)
         self._mean, self._deviation = mean, deviation
         views = data.feature.shape[1]
-        mine = splits.share(len(self.rows), team.rank, team.world)
+        mine = splits.share(len(self.rows), distributed.rank, distributed.world)
         self._mine = slice(mine.start, mine.stop)
         flat = self.rows[self._mine, None] * views + np.arange(views)
         self._flat = torch.from_numpy(flat.reshape(-1))
         self._views, self.width = views, data.feature.shape[2]
-        weights = class_weights(data, member)
+        weights = class_weights(data, trial)
         self._image = torch.arange(len(mine)).repeat_interleave(views).to(self.device)
         self._label = data.label[torch.from_numpy(self.rows[self._mine]).to(data.label.device)]
         self._gain = None if weights is None else weights.double()
@@ -269,7 +273,7 @@ class Problem:
     def _sum(self, mine: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        if self.team.world > 1:
+        if self.distributed.world > 1:
             dist.all_reduce(mine)
         return mine
 
@@ -282,7 +286,7 @@ class Problem:
 
     # ------------------------------------------------------------------------------ losses
 
-    def _nats(self, logit_BKC: Tensor, here: slice, *, slope: bool) -> tuple[Tensor, Tensor]:
+    def _nats(self, logit_BKC: Tensor, here: slice, *, gradient: bool) -> tuple[Tensor, Tensor]:
         """Of each row and lane the loss (B, K), and its slope at the logits (B, K, C), or the
         curvature there (the diagonal) where `slope` is False.
         """
@@ -294,17 +298,17 @@ class Problem:
             log = logit_BKC.log_softmax(2)
             index = label[:, None, None].expand(-1, log.shape[1], 1)
             nats, prob = -log.gather(2, index)[:, :, 0], log.exp()
-            if not slope:
+            if not gradient:
                 return nats, prob * (1 - prob)
             return nats, prob.scatter_add(2, index, torch.full_like(prob[:, :, :1], -1.0))
         present = (label if self.multi else label[:, None]).double()[:, None]
         gain = 1.0 if self._gain is None or not self.multi else 1 + present * (self._gain - 1)
         nats = (gain * (softplus(logit_BKC) - present * logit_BKC)).sum(2)
         prob = logit_BKC.sigmoid()
-        return nats, gain * (prob * (1 - prob) if not slope else prob - present)
+        return nats, gain * (prob * (1 - prob) if not gradient else prob - present)
 
     def _pass(
-        self, lanes: Lanes, share_KN: Tensor, *, slope: bool
+        self, lanes: Lanes, share_KN: Tensor, *, gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass over all rows: losses (K,), what `_nats` gives summed over rows (K, C), and
         for a slope the products with the rows along the axes (K, C, A).
@@ -319,25 +323,25 @@ class Problem:
         product = torch.zeros_like(weight_KCD)
         for here, x_BD in self._blocks(count):
             logit = (x_BD @ flat_weight.T).view(len(x_BD), count, -1) + lanes.bias
-            loss_BK, second = self._nats(logit, here, slope=slope)
+            loss_BK, second = self._nats(logit, here, gradient=gradient)
             weight_BK = share_KN[:, here].T
             nats += (loss_BK * weight_BK).sum(0)
             second = second * weight_BK[..., None]
             sums += second.sum(0)
-            if slope:
+            if gradient:
                 product += (second.flatten(1).T @ x_BD).view_as(product)
-        shapes = [nats, sums, product] if slope else [nats, sums]
+        shapes = [nats, sums, product] if gradient else [nats, sums]
         flat = self._sum(torch.cat([one.flatten() for one in shapes]))
         parts = torch.split(flat, [one.numel() for one in shapes])
         whole = [part.view_as(one) for part, one in zip(parts, shapes, strict=True)]
-        return whole[0], whole[1], whole[2] @ self._axes if slope else product
+        return whole[0], whole[1], whole[2] @ self._axes if gradient else product
 
     def losses(self, lanes: Lanes) -> Tensor:
         """Mean loss over the training rows (and labels, of several), without the penalty, nats,
         float64 (K,).
         """
         share = self._shares(self.everything()).expand(len(lanes.weight), -1)
-        return self._pass(lanes, share, slope=False)[0] / self._sum(share.sum(1)) / self.labels
+        return self._pass(lanes, share, gradient=False)[0] / self._sum(share.sum(1)) / self.labels
 
     def held_out(self, masks: Tensor, lanes: Lanes) -> float:
         """Mean loss, nats, of every image under the lane that has not seen it, on its clean view,
@@ -345,7 +349,7 @@ class Problem:
         """
         share = self._shares(~masks) * self._views
         share = share * (self._flat % self._views == 0).to(self.device)
-        total, *_ = self._pass(lanes, share, slope=False)
+        total, *_ = self._pass(lanes, share, gradient=False)
         return float(total.sum() / self._sum(share.sum().clone()[None])[0])
 
     # --------------------------------------------------------------------------- the minimum
@@ -397,7 +401,7 @@ class Problem:
         total = self._sum(share.sum(1))
         penalty = strength / total
         # About the Hessian: how much the probabilities can still move, times the variances.
-        _, sums, _ = self._pass(start, share, slope=False)
+        _, sums, _ = self._pass(start, share, gradient=False)
         curve = (sums / total[:, None]).clamp(min=1e-4)
         scale = (curve[..., None] * self._variance + penalty[:, None, None]).rsqrt()
         bias_scale = curve.rsqrt()
@@ -408,11 +412,11 @@ class Problem:
 
         def measure(point: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
             lanes, n = lanes_of(point, which), total[which]
-            nats, sums, product = self._pass(lanes, share[which], slope=True)
+            nats, sums, product = self._pass(lanes, share[which], gradient=True)
             square = lanes.weight.square().sum((1, 2))
-            slope = product / n[:, None, None] + penalty[which, None, None] * lanes.weight
-            slope_bias = sums / n[:, None] * bias_scale[which]
-            flat = torch.cat([slope * scale[which], slope_bias[..., None]], 2).flatten(1)
+            gradient = product / n[:, None, None] + penalty[which, None, None] * lanes.weight
+            gradient_bias = sums / n[:, None] * bias_scale[which]
+            flat = torch.cat([gradient * scale[which], gradient_bias[..., None]], 2).flatten(1)
             return nats / n + penalty[which] / 2 * square, flat
 
         first = torch.cat([start.weight / scale, (start.bias / bias_scale)[..., None]], 2)

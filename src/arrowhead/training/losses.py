@@ -54,16 +54,18 @@ class Loss:
         log = logit.log_softmax(2)
         nats = log.gather(2, index)[:, :, 0].neg_()
         if self.classes is None and not self.smoothing:
-            slope = log.exp_()
-            return nats, slope.scatter_add_(2, index, slope.new_full((), -1.0).expand_as(index))
+            gradient = log.exp_()
+            return nats, gradient.scatter_add_(
+                2, index, gradient.new_full((), -1.0).expand_as(index)
+            )
         weights = log.new_ones(classes) if self.classes is None else self.classes.to(log.dtype)
         weights_LC, s = weights.view(-1, classes).expand(lanes, -1), self.smoothing
         mine_LB = weights_LC.gather(1, label_LB.expand(lanes, -1))
         even = (weights_LC * (s / classes)).view(lanes, 1, -1, 1)
         hard = mine_LB[:, None] * (1 - s)
         nats = nats * hard - (log * even).sum(2)
-        slope = log.exp_().mul_(hard[:, :, None] + even.sum(2, True)).sub_(even)
-        return nats, slope.scatter_add_(2, index, -hard[:, :, None].expand_as(index))
+        gradient = log.exp_().mul_(hard[:, :, None] + even.sum(2, True)).sub_(even)
+        return nats, gradient.scatter_add_(2, index, -hard[:, :, None].expand_as(index))
 
     def _sigmoid(self, logit: Tensor, label_LCB: Tensor) -> tuple[Tensor, Tensor]:
         """Binary cross entropy of each label, the mean over labels."""
@@ -74,8 +76,8 @@ class Loss:
             wanted if self.classes is None else wanted * self.classes.view(-1, 1, logit.shape[2], 1)
         )
         nats = (gain * softplus(-logit) + (1 - wanted) * softplus(logit)).mean(2)
-        slope = (1 - wanted) * logit.sigmoid() - gain * (-logit).sigmoid()
-        return nats, slope.div_(logit.shape[2])
+        gradient = (1 - wanted) * logit.sigmoid() - gain * (-logit).sigmoid()
+        return nats, gradient.div_(logit.shape[2])
 
 
 def balance(label: Tensor, classes: int) -> Tensor:

@@ -24,15 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead.errors import ConfigError
-from arrowhead.training.batches import Team
+from arrowhead.training.batches import DistributedContext
 from arrowhead.training.config import TrainConfig, steps_of
-from arrowhead.training.dataset import Data, Member
+from arrowhead.training.dataset import Data, Trial
 from arrowhead.training.trainer import Training, threads_for, train_stack
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST = 2048  # held-out rows: enough to tell 2 % of the loss, few enough to check 25 times
+MAX_HELD_OUT_ROWS = (
+    2048  # held-out rows: enough to tell 2 % of the loss, few enough to check 25 times
+)
 SIGNAL = 3.5  # deviations; 600 stores of shuffled labels came to 3.1 at most, 25 looks at each
 WIDE = 1000.0  # factor; suggestions further from each other than this are not called good
 ASTRAY = 4.0  # factor; seeds whose rates spread further than this do not mean the same thing
@@ -114,13 +116,15 @@ class Curve:
     @property
     def words(self) -> str:
         """The verdict and what it means."""
-        means = {
+        context = {
             "good": "seeds agree, and all suggestions lie within a factor of"
             f" {math.ceil(self.span)}",
             "unstable": "seeds suggest rates far from each other",
             "rules differ": f"seeds agree, but suggestions lie a factor of {self.span:,.0f} apart",
         }
-        return f"{self.verdict}: {means[self.verdict]}" if self.verdict in means else self.verdict
+        return (
+            f"{self.verdict}: {context[self.verdict]}" if self.verdict in context else self.verdict
+        )
 
     @property
     def rate(self) -> float:
@@ -160,7 +164,12 @@ def rates(config: FinderConfig) -> Floats:
 # ------------------------------------------------------------------------------- the test
 
 
-def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Team()) -> Curve:
+def find(
+    data: Data,
+    config: TrainConfig,
+    finder: FinderConfig,
+    distributed: DistributedContext = DistributedContext(),
+) -> Curve:
     """The curve of every seed and what they suggest.
 
     All workers must call it together. Whether to go on is decided from numbers that all of them
@@ -170,11 +179,11 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
 
     tested = rates(finder)
     # Rows come sorted by path, that is by class: the first 2,048 may all be cats.
-    some = np.sort(np.random.default_rng(0).permutation(len(data.valid))[:MOST])
+    some = np.sort(np.random.default_rng(0).permutation(len(data.valid))[:MAX_HELD_OUT_ROWS])
     heads = [replace(config, seed=config.seed + seed) for seed in range(finder.seeds)]
     held = data.valid[some]
-    members = [Member(config=one, rate=1.0, train=data.train, valid=held) for one in heads]
-    training = Training(data, members, team)
+    trials = [Trial(config=one, rate=1.0, train=data.train, valid=held) for one in heads]
+    training = Training(data, trials, distributed)
     raw = np.full((finder.seeds, finder.steps), np.nan)
     held_out, signal = raw.copy(), 0.0
     every = max(1, finder.steps // 25)
@@ -185,7 +194,7 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
         if len(waiting) < every and number + 1 < finder.steps:
             continue
         # One sum for several steps: asking after each would wait for the device each time.
-        found = _summed(torch.stack(waiting).double(), team).cpu().numpy()
+        found = _summed(torch.stack(waiting).double(), distributed).cpu().numpy()
         found[np.abs(found) > HUGE] = np.inf
         seats = [training.seat_of[seed] for seed in range(finder.seeds)]
         raw[:, number + 1 - len(waiting) : number + 1] = [found[:, i, k] for i, k in seats]
@@ -193,26 +202,29 @@ def find(data: Data, config: TrainConfig, finder: FinderConfig, team: Team = Tea
         alive = ~np.isnan(smoothed(raw[:, : number + 1])[:, -1])
         if not alive.any():
             break
-        nats, strength = _checked(training, held, alive, team)
+        nats, strength = _checked(training, held, alive, distributed)
         held_out[alive, number] = nats[alive]
         signal = max(signal, strength)
     curve = suggest(tested, smoothed(raw), held_out, signal)
-    curve = _scheduled(curve, data, heads, team)
+    curve = _scheduled(curve, data, heads, distributed)
     if curve.verdict == "good" and curve.span >= WIDE:
         curve = replace(curve, verdict="rules differ")
-    return _raced(curve, data, heads, finder, team) if finder.race else curve
+    return _raced(curve, data, heads, finder, distributed) if finder.race else curve
 
 
-def _summed(mine: Tensor, team: Team) -> Tensor:
+def _summed(mine: Tensor, distributed: DistributedContext) -> Tensor:
     import torch.distributed as dist
 
-    if team.world > 1:
+    if distributed.world > 1:
         dist.all_reduce(mine)
     return mine
 
 
 def _checked(
-    training: Training, rows: NDArray[np.int64], alive: NDArray[np.bool_], team: Team
+    training: Training,
+    rows: NDArray[np.int64],
+    alive: NDArray[np.bool_],
+    distributed: DistributedContext,
 ) -> tuple[Floats, float]:
     """Of heads on rows held out: the loss of each, float64 (R,), nats; and how far the living ones
     see more than chance, in deviations.
@@ -247,7 +259,7 @@ def _checked(
     found = torch.cat(
         [nats.double() / len(rows), agree_B.sum()[None], agree_B.square().sum()[None]]
     )
-    found = _summed(found if team.rank == 0 else torch.zeros_like(found), team).cpu()
+    found = _summed(found if distributed.rank == 0 else torch.zeros_like(found), distributed).cpu()
     losses = found[:-2].numpy()
     losses[losses > HUGE] = np.inf
     total, squares = found[-2:].tolist()
@@ -259,7 +271,9 @@ def _checked(
     return losses, float(normal)
 
 
-def _scheduled(curve: Curve, data: Data, heads: Sequence[TrainConfig], team: Team) -> Curve:
+def _scheduled(
+    curve: Curve, data: Data, heads: Sequence[TrainConfig], distributed: DistributedContext
+) -> Curve:
     """The curve with one more suggestion, `schedule`, before the others: of rates around the first
     one, by factors of two, the one whose training ends with the lowest validation loss.
 
@@ -277,12 +291,12 @@ def _scheduled(curve: Curve, data: Data, heads: Sequence[TrainConfig], team: Tea
     heads = heads if work * len(heads) <= MOST_WORK else heads[:1]
     heads = [replace(one, best="last", patience=0) for one in heads]
     around = np.unique(np.clip(curve.rate * 2.0 ** np.array(AROUND), tested[0], tested[-1]))
-    members = [
-        Member(config=one, rate=float(rate), train=data.train, valid=data.valid)
+    trials = [
+        Trial(config=one, rate=float(rate), train=data.train, valid=data.valid)
         for rate in around
         for one in heads
     ]
-    ended = [one.epochs[-1]["valid_loss"] for one in train_stack(data, members, team)]
+    ended = [one.epochs[-1]["valid_loss"] for one in train_stack(data, trials, distributed)]
     losses = np.reshape(ended, (len(around), len(heads))).mean(1)
     best = int(np.where(np.isfinite(losses), losses, np.inf).argmin())
     found = {"schedule": float(around[best])}
@@ -290,7 +304,11 @@ def _scheduled(curve: Curve, data: Data, heads: Sequence[TrainConfig], team: Tea
 
 
 def _raced(
-    curve: Curve, data: Data, heads: Sequence[TrainConfig], finder: FinderConfig, team: Team
+    curve: Curve,
+    data: Data,
+    heads: Sequence[TrainConfig],
+    finder: FinderConfig,
+    distributed: DistributedContext,
 ) -> Curve:
     """The curve with the validation loss, mean of the seeds, that each suggested rate comes to."""
     names: dict[float, list[str]] = {}
@@ -300,12 +318,12 @@ def _raced(
     if epochs != heads[0].epochs:  # other cycles would be cut off
         heads = [replace(one, epochs=epochs, cycle_len=None, cycle_mult=1) for one in heads]
     heads = [replace(one, best="last", patience=0) for one in heads]
-    members = [
-        Member(config=one, rate=rate, train=data.train, valid=data.valid)
+    trials = [
+        Trial(config=one, rate=rate, train=data.train, valid=data.valid)
         for rate in names
         for one in heads
     ]
-    ended = [one.epochs[-1]["valid_loss"] for one in train_stack(data, members, team)]
+    ended = [one.epochs[-1]["valid_loss"] for one in train_stack(data, trials, distributed)]
     race: dict[str, float] = {}
     for rate, losses in zip(names, np.reshape(ended, (len(names), len(heads))), strict=True):
         mean = float(losses.mean())
@@ -407,12 +425,12 @@ def _rules(tested: Floats, losses: Floats, held_out: Floats | None) -> dict[str,
     rate, mean = tested[alive], losses[:, alive].mean(0)
     log = np.log(rate)
     lowest = int(mean.argmin())
-    slope = np.gradient(mean, log)
+    gradient = np.gradient(mean, log)
     start, stop = _longest_fall(mean)
     chosen = {} if held_out is None else {"held-out": _held_out(tested, held_out)}
     chosen |= {
         "valley": rate[start + (stop - start) // 2],
-        "steepest": rate[int(slope[: lowest + 1].argmin())],
+        "steepest": rate[int(gradient[: lowest + 1].argmin())],
         "minimum/10": rate[lowest] / 10,
         "slide": rate[_slide(mean)],
     }
@@ -452,10 +470,10 @@ def _slide(mean: Floats) -> int:
     """The lower end of the window where it stops. fastai's 15 steps and 0.005 per step are of 100
     steps and of a loss of about 1: shares of the curve's length and fall here.
     """
-    slope = np.gradient(mean)
+    gradient = np.gradient(mean)
     width = max(1, round(0.15 * len(mean)))
     apart = 0.5 / len(mean) * (mean[0] - mean.min())
     left = len(mean) - 1 - width
-    while left > 0 and abs(slope[left + width] - slope[left]) > apart:
+    while left > 0 and abs(gradient[left + width] - gradient[left]) > apart:
         left -= 1
     return left

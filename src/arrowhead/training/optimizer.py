@@ -77,15 +77,15 @@ class Optimizer:
             self.fine_LG[grown] = 0
 
     def _step(self, factor: float) -> None:
-        slope, room = self.stack.grad, self._room
+        gradient, room = self.stack.grad, self._room
         if self.config.optimizer == "sgd":
-            _add(slope, self.stack.theta, self._decay, 1.0)
+            _add(gradient, self.stack.theta, self._decay, 1.0)
             if self.config.momentum:
-                slope = self.first.mul_(self.config.momentum).add_(slope)
-            _add(self.stack.theta, slope, self._rate, -factor)
+                gradient = self.first.mul_(self.config.momentum).add_(gradient)
+            _add(self.stack.theta, gradient, self._rate, -factor)
             return
-        self.first.lerp_(slope, 0.1)
-        self.second.mul_(0.999).addcmul_(slope, slope, value=0.001)
+        self.first.lerp_(gradient, 0.1)
+        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         room.copy_(self.second).sqrt_()
         _add(self.stack.theta, self.stack.theta, self._shrink, -factor)
         if self.scale_LG is None:

@@ -33,10 +33,10 @@ from arrowhead.training import (
     schedule,
 )
 from arrowhead.training import grid as training_grid
-from arrowhead.training.batches import Team
+from arrowhead.training.batches import DistributedContext
 from arrowhead.training.checkpoint import Checkpoint
 from arrowhead.training.config import TrainConfig, as_used
-from arrowhead.training.dataset import Data, Held, Mapped, Member
+from arrowhead.training.dataset import Data, InMemoryFeatures, MemoryMappedFeatures, Trial
 from arrowhead.training.lr_finder import Curve
 from arrowhead.training.study import Learned, OutOfFold, Study
 from arrowhead.training.trainer import Saved, Trained, train_stack
@@ -55,46 +55,46 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
     began = perf_counter()
     store = Store(path)
     data, row = data_of(store, worker.device, worker.world)
-    team = Team(worker.rank, worker.world)
+    distributed = DistributedContext(worker.rank, worker.world)
     note = {"key": study.key(store), "run_id": run}
     log = _Log(worker, place, note, study.head.checkpoint_seconds)
-    made = Learned(curve=_curve(log, data, study, team))
+    made = Learned(curve=_curve(log, data, study, distributed))
     rate = made.curve.rate if made.curve else study.head.rate
     if not study.teach:
         made.seconds = perf_counter() - began
         return made
     grid = study.sweep.grid
     if study.head.head == "logistic":
-        members = [Member(config=study.head, rate=0.0, train=data.train, valid=data.valid)]
+        trials = [Trial(config=study.head, rate=0.0, train=data.train, valid=data.valid)]
     else:
-        members = training_grid.members(
+        trials = training_grid.trials(
             data, study.head, 1.0 if rate == "auto" else float(rate), grid
         )
-        members = [dataclasses.replace(one, start=study.start) for one in members]
-    losers = training_grid.loser_of(study.knobs, study.head) if study.sweep.halving else None
-    made.heads = log.train("heads", data, members, team, losers)
+        trials = [dataclasses.replace(one, start=study.start) for one in trials]
+    losers = training_grid.loser_of(study.overrides, study.head) if study.sweep.halving else None
+    made.heads = log.train("heads", data, trials, distributed, losers)
     if grid:
-        judge = _judge(data, members, made.heads, study.head, team)
-        made.ranking = training_grid.summary(study.knobs, made.heads, study.head, judge)
+        judge = _judge(data, trials, made.heads, study.head, distributed)
+        made.ranking = training_grid.summary(study.overrides, made.heads, study.head, judge)
         made.best = made.ranking["best"]
-    winner = members[made.best].config
+    winner = trials[made.best].config
     if made.winner.l2 is not None:
         winner = dataclasses.replace(winner, l2=made.winner.l2)
     made.config = winner
     if study.sweep.folds:
-        made.folds = _folds(log, data, row, study, made, team)
+        made.folds = _folds(log, data, row, study, made, distributed)
     if study.sweep.learning_curve:
-        shares = learning_curve.share_members(data, winner, study.sweep.curve_seeds)
-        members = [one for _, one in shares]
-        ended = log.train("learning-curve", data, members, team)
-        judge = _judge(data, members, ended, winner, team)
+        shares = learning_curve.share_trials(data, winner, study.sweep.curve_seeds)
+        trials = [one for _, one in shares]
+        ended = log.train("learning-curve", data, trials, distributed)
+        judge = _judge(data, trials, ended, winner, distributed)
         made.shares = learning_curve.curve(shares, ended, winner, judge)
     made.config = as_used(winner, data.feature.device)  # what is recorded; all was trained with it
     made.seconds = perf_counter() - began
     return made
 
 
-def _curve(log: _Log, data: Data, study: Study, team: Team) -> Curve | None:
+def _curve(log: _Log, data: Data, study: Study, distributed: DistributedContext) -> Curve | None:
     """The LR finder's curve, from the checkpoint where there is one: on another number of workers
     its last bits, and so the rate, might differ.
     """
@@ -104,7 +104,7 @@ def _curve(log: _Log, data: Data, study: Study, team: Team) -> Curve | None:
     curve = (
         _again(kept.facts["curve"])
         if kept
-        else lr_finder.find(data, study.head, study.finder, team)
+        else lr_finder.find(data, study.head, study.finder, distributed)
     )
     log.curve = curve
     log.tell({"curve": curve})
@@ -132,7 +132,7 @@ def _folds(
     row: NDArray[np.int64],
     study: Study,
     made: Learned,
-    team: Team,
+    distributed: DistributedContext,
 ) -> OutOfFold:
     """Train the winner's settings once per fold, for as many epochs as the winner's weights took:
     were the epoch chosen on the fold that is predicted, its labels would take part.
@@ -146,8 +146,8 @@ def _folds(
     pool = np.sort(np.concatenate([data.train, data.valid]))
     label = data.label.cpu().numpy()[pool]
     part = cross_validation.folds(data.key[pool], label, study.sweep.folds, data.classes)
-    members = cross_validation.fold_members(data, winner, part)
-    ended = log.train("folds", data, members, team, until=epochs)
+    trials = cross_validation.fold_trials(data, winner, part)
+    ended = log.train("folds", data, trials, distributed, until=epochs)
     logit = np.full((len(pool), len(data.classes)), np.nan, np.float32)
     views, width = data.feature.shape[1:]
     for number, one in enumerate(ended):
@@ -171,14 +171,14 @@ def _folds(
 
 def _judge(
     data: Data,
-    members: Sequence[Member],
+    trials: Sequence[Trial],
     heads: Sequence[Trained],
     config: TrainConfig,
-    team: Team,
+    distributed: DistributedContext,
 ) -> training_grid.Judge:
     """What compares these heads, image by image; to be called on every worker."""
     name = training_grid.figure(config)
-    return lambda groups: comparison.by_image(data, members, heads, groups, name, team)
+    return lambda groups: comparison.by_image(data, trials, heads, groups, name, distributed)
 
 
 class _Log:
@@ -209,19 +209,19 @@ class _Log:
         self,
         part: str,
         data: Data,
-        members: Sequence[Member],
-        team: Team,
+        trials: Sequence[Trial],
+        distributed: DistributedContext,
         losers: Callable[..., set[int]] | None = None,
         until: int | None = None,
     ) -> list[Trained]:
         """Train a stack, from its last checkpoint on (see `train_stack`)."""
-        config = members[0].config
+        config = trials[0].config
 
         def rate_at(epoch: int) -> dict[str, float]:
-            if len(members) > 1 or config.head == "logistic":
+            if len(trials) > 1 or config.head == "logistic":
                 return {}
             factor = schedule.factor(epoch / config.total_epochs, config, config.total_epochs)
-            return {"rate": members[0].rate * factor}
+            return {"rate": trials[0].rate * factor}
 
         def record(lines: dict[int, dict[str, float]]) -> None:
             epoch = int(next(iter(lines.values()))["epoch"])
@@ -229,7 +229,7 @@ class _Log:
             self._measure(part, list(lines.values()))
 
         if config.head == "logistic":  # seconds: a stopped one begins again
-            ended = logistic.train(data, members, team)
+            ended = logistic.train(data, trials, distributed)
             record({number: one.epochs[0] for number, one in enumerate(ended)})
             return ended
         kept = self.newest(part)
@@ -243,14 +243,21 @@ class _Log:
             self.tell({"part": part, "goes_on": kept.facts["done"]})
         last = [monotonic()]
 
-        def keep(save: Callable[[], Saved], epoch: int, over: bool) -> None:
+        def after_epoch(save: Callable[[], Saved], epoch: int, over: bool) -> None:
             due = over or monotonic() - last[0] >= self._seconds
-            if self._place is not None and _agreed(due, team, data.feature.device):
+            if self._place is not None and _agreed(due, distributed, data.feature.device):
                 self._keep(part, save, epoch)
                 last[0] = monotonic()
 
         return train_stack(
-            data, members, team, record, losers=losers, saved=saved, keep=keep, until=until
+            data,
+            trials,
+            distributed,
+            record,
+            losers=losers,
+            saved=saved,
+            after_epoch=after_epoch,
+            until=until,
         )
 
     def _measure(self, part: str, lines: list[dict[str, float]]) -> None:
@@ -266,25 +273,25 @@ class _Log:
 
     def _keep(self, part: str, save: Callable[[], Saved], epoch: int) -> None:
         assert self._place is not None
-        sketch = None
+        draft_file = None
         key = f"{self._note['key']}:{part}"
         if self._worker.rank == 0:
-            sketch = checkpoint.draft(self._place)
+            draft_file = checkpoint.draft(self._place)
             tensors, facts = save()
             curve = self.curve.plain() if self.curve else None
             noted = facts | self._note | {"key": key, "number": epoch, "curve": curve}
-            checkpoint.write(sketch, tensors, noted)
-        self._worker.keep(sketch, f"{part}-{epoch:06d}")
+            checkpoint.write(draft_file, tensors, noted)
+        self._worker.save_checkpoint(draft_file, f"{part}-{epoch:06d}")
         if self._worker.rank == 0:
             checkpoint.prune(self._place, key)
 
 
-def _agreed(due: bool, team: Team, device: torch.device) -> bool:
+def _agreed(due: bool, distributed: DistributedContext, device: torch.device) -> bool:
     """Rank 0's clock decides for all: a rank that kept alone would wait for ever."""
     import torch
     import torch.distributed as dist
 
-    if team.world == 1:
+    if distributed.world == 1:
         return due
     flag = torch.tensor([float(due)], device=device)
     dist.broadcast(flag, 0)
@@ -304,11 +311,11 @@ def data_of(store: Store, device: str, world: int = 1) -> tuple[Data, NDArray[np
     size = files * recipe.views * recipe.width * 2
     fits = size * (world if chip.type == "cpu" else 1) < _free(chip) // 2
     part = store.features(mapped=not fits)
-    feature: Held | Mapped
+    feature: InMemoryFeatures | MemoryMappedFeatures
     if fits:
-        feature = Held(torch.from_numpy(part.feature).to(chip))
+        feature = InMemoryFeatures(torch.from_numpy(part.feature).to(chip))
     else:
-        feature = Mapped(store.maps(), part.row, chip)
+        feature = MemoryMappedFeatures(store.maps(), part.row, chip)
     data = Data(
         feature=feature,
         label=torch.from_numpy(part.label).to(chip),
@@ -317,7 +324,7 @@ def data_of(store: Store, device: str, world: int = 1) -> tuple[Data, NDArray[np
         valid=np.flatnonzero(part.split == "valid"),
         classes=store.manifest()["classes"],
     )
-    return data.must_teach(), part.row
+    return data.check_trainable(), part.row
 
 
 def _free(device: torch.device) -> int:

@@ -36,10 +36,10 @@ class Study:
     teach: bool = True
     """False: the LR finder alone."""
     start: Mapping[str, NDArray[Any]] | None = None
-    """Weights that the heads begin with (see `dataset.Member`)."""
+    """Weights that the heads begin with (see `dataset.Trial`)."""
 
     @property
-    def knobs(self) -> list[dict[str, float]]:
+    def overrides(self) -> list[dict[str, float]]:
         """What each head of the grid is given; one empty dict without a grid."""
         return grid.settings(self.sweep.grid) if self.sweep.grid else [{}]
 
@@ -112,7 +112,7 @@ class Study:
         """Whether the LR finder is needed."""
         if self.head.head == "logistic":
             return False
-        return not self.teach or (self.head.rate == "auto" and "rate" not in self.knobs[0])
+        return not self.teach or (self.head.rate == "auto" and "rate" not in self.overrides[0])
 
     def key(self, store: Store) -> str:
         """Stands for these settings and the store's content: what a checkpoint belongs to."""

@@ -27,9 +27,9 @@ from arrowhead.data import splits
 from arrowhead.errors import ConfigError
 from arrowhead.training import config as training_config
 from arrowhead.training import dataset, schedule
-from arrowhead.training.batches import Lane, Team
+from arrowhead.training.batches import DistributedContext, Lane
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, Member
+from arrowhead.training.dataset import Data, Trial
 from arrowhead.training.losses import Loss
 from arrowhead.training.optimizer import Optimizer
 
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MOST = 1 << 20  # numbers that validation holds at once: 4 MiB of float32 stay in the caches
+VALIDATION_NUMBERS = (
+    1 << 20
+)  # numbers that validation holds at once: 4 MiB of float32 stay in the caches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,16 +70,14 @@ class Training:
     def __init__(
         self,
         data: Data,
-        members: Sequence[Member],
-        team: Team = Team(),
+        trials: Sequence[Trial],
+        distributed: DistributedContext = DistributedContext(),
         states: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
-        most = max(len(member.train) for member in members)
-        members = [
-            replace(one, config=training_config.resolve(one.config, most)) for one in members
-        ]
-        self.data, self.members, self.team = data, members, team
-        self.config = members[0].config
+        most = max(len(trial.train) for trial in trials)
+        trials = [replace(one, config=training_config.resolve(one.config, most)) for one in trials]
+        self.data, self.trials, self.distributed = data, trials, distributed
+        self.config = trials[0].config
         figures = ("f1", "f2") if data.multi else ("balanced_accuracy",)
         if self.config.best not in ("last", "valid_loss", "accuracy", *figures):
             raise ConfigError(
@@ -88,36 +88,34 @@ class Training:
             )
         self.device = data.feature.device
         self.dtype = training_config.precision(self.config.precision, self.device)
-        sizes = {len(member.train) for member in members}
+        sizes = {len(trial.train) for trial in trials}
         self.steps = max(
             len(training_config.batch_ends(size, self.config.batch_size)) for size in sizes
         )
         self.done = 0
-        self.lines: list[list[dict[str, float]]] = [[] for _ in members]
+        self.lines: list[list[dict[str, float]]] = [[] for _ in trials]
         self.best: dict[int, tuple[float, int]] = {}
         self.stopped: dict[int, str] = {}
         self._kept: dict[int, dict[str, Tensor]] = {}
         spreads: dict[int, tuple[Tensor, Tensor]] = {}
-        fresh = states or [self._fresh(member, spreads) for member in members]
-        self._seat(range(len(members)), fresh)
+        fresh = states or [self._fresh(trial, spreads) for trial in trials]
+        self._seat(range(len(trials)), fresh)
 
-    def _fresh(
-        self, member: Member, spreads: dict[int, tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
+    def _fresh(self, trial: Trial, spreads: dict[int, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The weights that a head begins with."""
         import torch
 
         from arrowhead.training import heads
 
-        config, width = member.config, self.data.feature.shape[2]
+        config, width = trial.config, self.data.feature.shape[2]
         made = heads.make(config.kind, width, len(self.data.classes), seed=config.seed)
         state = made.state_dict()
-        if member.start is not None:
-            state = {name: torch.from_numpy(np.array(one)) for name, one in member.start.items()}
+        if trial.start is not None:
+            state = {name: torch.from_numpy(np.array(one)) for name, one in trial.start.items()}
         elif config.kind == "linear":
-            if id(member.train) not in spreads:
-                spreads[id(member.train)] = dataset.spread(self.data.feature, member.train)
-            state["0.mean"], state["0.deviation"] = spreads[id(member.train)]
+            if id(trial.train) not in spreads:
+                spreads[id(trial.train)] = dataset.mean_and_std(self.data.feature, trial.train)
+            state["0.mean"], state["0.deviation"] = spreads[id(trial.train)]
         # The lesson's head multiplies last bits a thousandfold in a few epochs: in float32 another
         # number of workers would end elsewhere. On a CPU doubles cost it twice the time.
         wide = config.kind == "lesson" and self.dtype is None and self.device.type == "cpu"
@@ -129,7 +127,7 @@ class Training:
         }
 
     def _seat(self, numbers: Sequence[int], states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Give these members their places in a stack, lane by lane. Short lanes are filled up with
+        """Give these trials their places in a stack, lane by lane. Short lanes are filled up with
         copies that stand still.
         """
         import torch
@@ -138,13 +136,13 @@ class Training:
 
         lanes: dict[Any, list[int]] = {}
         for number in numbers:
-            one = self.members[number]
+            one = self.trials[number]
             key = id(one.train), id(one.valid), one.config.seed, one.config.dropout
             lanes.setdefault(key, []).append(number)
         each = max(map(len, lanes.values()))
         seats = [lane + lane[:1] * (each - len(lane)) for lane in lanes.values()]
         state_of = dict(zip(numbers, states, strict=True))
-        first = [self.members[lane[0]] for lane in seats]
+        first = [self.trials[lane[0]] for lane in seats]
         self.numbers = list(numbers)
         self.seat_of = {
             n: (i, k) for i, lane in enumerate(lanes.values()) for k, n in enumerate(lane)
@@ -159,8 +157,8 @@ class Training:
         rate_LG = torch.zeros(len(seats), each, device=self.device, dtype=self.stack.theta.dtype)
         decay_LG = torch.zeros_like(rate_LG)
         for number, seat in self.seat_of.items():
-            rate_LG[seat] = self.members[number].rate
-            decay_LG[seat] = self.members[number].config.weight_decay
+            rate_LG[seat] = self.trials[number].rate
+            decay_LG[seat] = self.trials[number].config.weight_decay
         scaled = self.dtype is torch.float16
         self.optimizer = Optimizer(self.stack, self.config, rate_LG, decay_LG, scaled=scaled)
         size = self.config.batch_size
@@ -175,7 +173,7 @@ class Training:
         self._nats = torch.zeros(self.stack.shape, dtype=torch.float64, device=self.device)
         self._total = torch.zeros(len(seats), dtype=torch.float64, device=self.device)
 
-    def _class_weights(self, first: Sequence[Member]) -> Tensor | None:
+    def _class_weights(self, first: Sequence[Trial]) -> Tensor | None:
         """Weights of the classes for each lane, float32 (L, C); (C,) where all share rows."""
         import torch
 
@@ -196,16 +194,16 @@ class Training:
         from arrowhead.training.heads import Place
 
         flat_LB, label, real_LB, total = self._batch(step)
-        mine = splits.share(flat_LB.shape[1], self.team.rank, self.team.world)
+        mine = splits.share(flat_LB.shape[1], self.distributed.rank, self.distributed.world)
         here = slice(mine.start, mine.stop)
         feature = self.data.feature.take(flat_LB[:, here].reshape(-1))
         feature_LBD = feature.view(len(flat_LB), len(mine), self.data.feature.shape[2])
         real_LB = None if real_LB is None else real_LB[:, here]
-        place = Place(step, mine.start, flat_LB.shape[1], self.team.world > 1)
+        place = Place(step, mine.start, flat_LB.shape[1], self.distributed.world > 1)
         logit_LGCB = self.stack.logits(feature_LBD, place, real_LB, self.dtype)
         nats_LG, slope_LGCB = self.loss.of(logit_LGCB, label[..., here], real_LB, total)
         self.stack.descend(self.optimizer.scaled(slope_LGCB))
-        if self.team.world > 1:
+        if self.distributed.world > 1:
             dist.all_reduce(self.stack.grad)
         self.optimizer.move(factor)
         self._nats += nats_LG
@@ -254,8 +252,10 @@ class Training:
         device, classes = self.data.label.device, len(self.data.classes)
         kinds = 4 if self.data.multi else 2 + classes
         sums = torch.zeros(*self.stack.shape, kinds, dtype=torch.float64, device=device)
-        shares = [splits.share(len(one), self.team.rank, self.team.world) for one in rows]
-        size = max(16, MOST // self.stack.held(self.data.feature.shape[2]))
+        shares = [
+            splits.share(len(one), self.distributed.rank, self.distributed.world) for one in rows
+        ]
+        size = max(16, VALIDATION_NUMBERS // self.stack.held(self.data.feature.shape[2]))
         for at in range(0, max(map(len, shares)), size):
             parts = [
                 one[share.start : share.stop][at : at + size]
@@ -269,7 +269,7 @@ class Training:
             label = self.data.label[at_LB.to(device)]
             real = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
             sums += self._tally(self.stack.logits(feature), label, real.to(device))
-        if self.team.world > 1:
+        if self.distributed.world > 1:
             dist.all_reduce(sums)
         sums = sums.cpu()
         return [self._figures(sums[self.seat_of[n]], self._rows_of(n, rows)) for n in self.numbers]
@@ -317,7 +317,7 @@ class Training:
         for step in range(self.done * self.steps, (self.done + 1) * self.steps):
             share = step / (self.steps * epochs)
             self.move(step, schedule.factor(share, self.config, epochs))
-        if self.team.world > 1:
+        if self.distributed.world > 1:
             dist.all_reduce(self._nats)
         losses = (self._nats / self._total[:, None]).cpu()
         self._nats, self._total = self._nats * 0, self._total * 0
@@ -464,14 +464,17 @@ def figures_by_image(logit_LGCB: Tensor, label: Tensor, *, multi: bool) -> dict[
 
 
 def evaluate(
-    data: Data, member: Member, state: Mapping[str, NDArray[Any]], team: Team = Team()
+    data: Data,
+    trial: Trial,
+    state: Mapping[str, NDArray[Any]],
+    distributed: DistributedContext = DistributedContext(),
 ) -> dict[str, float]:
-    """Figures of a finished head over the member's validation rows (see `Training.validate`)."""
+    """Figures of a finished head over the trial's validation rows (see `Training.validate`)."""
     import torch
 
     device = data.feature.device
     there = {name: torch.from_numpy(value).to(device) for name, value in state.items()}
-    return Training(data, [member], team, [there]).validate()[0]
+    return Training(data, [trial], distributed, [there]).validate()[0]
 
 
 def _single(value: Tensor) -> Tensor:
@@ -498,29 +501,30 @@ def threads_for(training: Training) -> Iterator[None]:
 
 
 Record = Callable[[dict[int, dict[str, float]]], None]
-Keep = Callable[[Callable[[], Saved], int, bool], None]
+AfterEpoch = Callable[[Callable[[], Saved], int, bool], None]
 
 
 def train_stack(
     data: Data,
-    members: Sequence[Member],
-    team: Team = Team(),
+    trials: Sequence[Trial],
+    distributed: DistributedContext = DistributedContext(),
     record: Record = lambda lines: None,
     *,
     losers: Callable[[int, Sequence[int], Sequence[list[dict[str, float]]]], set[int]]
     | None = None,
     saved: Saved | None = None,
-    keep: Keep = lambda save, epoch, over: None,
+    after_epoch: AfterEpoch = lambda save, epoch, over: None,
     until: int | None = None,
 ) -> list[Trained]:
-    """Train many heads at once; one Trained per member, in their order.
+    """Train many heads at once; one Trained per trial, in their order.
 
-    record: gets each epoch's lines by member. losers: of (epochs done, who still learns, all lines
-    by member), whom to stop. keep: called after every epoch with the means to save, the number of
-    epochs done, and whether it was the last. saved: what was saved then, to go on from there.
+    record: gets each epoch's lines by trial. losers: of (epochs done, who still learns, all lines
+    by trial), which to stop. after_epoch: called after every epoch with a function that saves, the
+    number of epochs done, and whether it was the last. saved: what was saved then, to go on from
+    there.
     until: end after so many epochs of a schedule that is made for all of them.
     """
-    training = Training(data, members, team)
+    training = Training(data, trials, distributed)
     if saved:
         training.load(saved)
     until = training.config.total_epochs if until is None else until
@@ -534,7 +538,7 @@ def train_stack(
         if out and not training.over:
             training.stopped |= out
             training.stop(set(out))
-        keep(training.save, training.done, training.over or training.done == until)
+        after_epoch(training.save, training.done, training.over or training.done == until)
     return training.trained()
 
 
@@ -542,14 +546,19 @@ def train(
     data: Data,
     config: TrainConfig,
     rate: float,
-    team: Team = Team(),
+    distributed: DistributedContext = DistributedContext(),
     record: Callable[[dict[str, float]], None] = lambda line: None,
     *,
     saved: Saved | None = None,
-    keep: Keep = lambda save, epoch, over: None,
+    after_epoch: AfterEpoch = lambda save, epoch, over: None,
 ) -> Trained:
     """Train one head by gradient descent; `record` gets each epoch's figures as they come."""
-    member = Member(config=config, rate=rate, train=data.train, valid=data.valid)
+    trial = Trial(config=config, rate=rate, train=data.train, valid=data.valid)
     return train_stack(
-        data, [member], team, lambda lines: record(lines[0]), saved=saved, keep=keep
+        data,
+        [trial],
+        distributed,
+        lambda lines: record(lines[0]),
+        saved=saved,
+        after_epoch=after_epoch,
     )[0]

@@ -15,11 +15,11 @@ from arrowhead.tracking import store as tracking_store
 from arrowhead.tracking.address import without_secret
 from arrowhead.tracking.client import PROBE, find_run, first_line, refused, silence
 from arrowhead.tracking.names import is_shortened, mlflow_names, shortened
-from arrowhead.tracking.outbox import Spool, Write, stamp
+from arrowhead.tracking.outbox import Outbox, Write, stamp
 from arrowhead.tracking.registry import RegistryConfig, log_model, make_version
 from arrowhead.tracking.store import Store
 
-AGAIN = 5.0, 60.0  # seconds between tries while the store is away: the first, the longest
+RETRY_SECONDS = 5.0, 60.0  # seconds between tries while the store is away: the first, the longest
 OTHERS = 30.0  # seconds at the start for what earlier runs left unsent
 STOPPING, ENDING = 5.0, 30.0
 """Seconds that the last writes of a run wait for one of another thread: of a run that is
@@ -55,16 +55,16 @@ def batch(
     return {"metrics": rows, "params": kept, "tags": marks}
 
 
-class Post:
+class Sender:
     """The way to the store: each write is carried out, or kept until the store is back."""
 
-    def __init__(self, store: Store, spool: Spool, uri: str, registry: RegistryConfig) -> None:
+    def __init__(self, store: Store, outbox: Outbox, uri: str, registry: RegistryConfig) -> None:
         self.store, self.say, self.registry = store, store.say, registry
-        self._spool, self._uri = spool, uri
+        self._outbox, self._uri = outbox, uri
         self._turn = threading.RLock()  # system metrics come from a thread of their own
         self._away = False
-        self._wait = AGAIN[0]
-        self._next = monotonic() if len(spool) else math.inf
+        self._wait = RETRY_SECONDS[0]
+        self._next = monotonic() if len(outbox) else math.inf
         self._said: set[str] = set()
         self._stuck = False  # another thread's write has not come back in time
 
@@ -90,7 +90,7 @@ class Post:
     def _tried(self, write: Write) -> bool:
         """Whether that write is dealt with; if not, the store has gone away."""
         try:
-            self.store.do(write, self._spool.folder)
+            self.store.do(write, self._outbox.folder)
         except Exception as error:
             if refused(error):
                 self._once(f"MLflow refuses what is written to it: {first_line(error)}")
@@ -99,34 +99,34 @@ class Post:
             if silent is None and self.store.answers():
                 self._once(
                     f"not recorded yet, though {self._place} answers: {first_line(error)}."
-                    f" It is kept in {self._spool.folder} and tried again"
+                    f" It is kept in {self._outbox.folder} and tried again"
                 )
                 self._keep(write)
                 return True
             self._away = True
             self.say(
                 f"{self._place} is gone ({silent or first_line(error)}). The work goes on; what is"
-                f" to be recorded is kept in {self._spool.folder} and sent when it is back"
+                f" to be recorded is kept in {self._outbox.folder} and sent when it is back"
             )
             return False
         return True
 
     def _keep(self, write: Write) -> None:
-        why = self._spool.add(tracking_store.plain(write, self.store.ids))
+        why = self._outbox.add(tracking_store.plain(write, self.store.ids))
         if why:
-            self._once(f"{self._spool.folder} cannot be written, only memory is left: {why}")
+            self._once(f"{self._outbox.folder} cannot be written, only memory is left: {why}")
         if self._next == math.inf:
             self._next = monotonic() + self._wait
 
     def _resend(self) -> None:
         """Try what is kept; if that fails, not again for a while."""
         gone = silence(self._uri, PROBE) is not None or not self.store.answers()
-        left = len(self._spool) if gone else _send(self.store, self._spool, math.inf)
+        left = len(self._outbox) if gone else _send(self.store, self._outbox, math.inf)
         if left:
-            self._wait = min(2 * self._wait, AGAIN[1])
+            self._wait = min(2 * self._wait, RETRY_SECONDS[1])
             self._next = monotonic() + self._wait
         else:
-            self._wait, self._next = AGAIN[0], math.inf
+            self._wait, self._next = RETRY_SECONDS[0], math.inf
         if self._away and not gone:
             self._away = not self.store.answers()
             if not self._away:
@@ -137,20 +137,20 @@ class Post:
         """Try once more what is left, and say where it stays."""
         ours = self._turn.acquire(timeout=0 if self._stuck else STOPPING)
         try:
-            if len(self._spool) and ours:
+            if len(self._outbox) and ours:
                 self._resend()
-            if lost := self._spool.in_memory:
+            if lost := self._outbox.in_memory:
                 self.say(
-                    f"{lost} writes to {self._place} are lost: neither it nor {self._spool.folder}"
+                    f"{lost} writes to {self._place} are lost: neither it nor {self._outbox.folder}"
                     " took them. The results of the command are whole"
                 )
-            elif left := len(self._spool):
+            elif left := len(self._outbox):
                 self.say(
                     f"{left} writes to {self._place} are not sent. They are kept in"
-                    f" {self._spool.folder}; the next arrowhead command with this store sends them"
+                    f" {self._outbox.folder}; the next arrowhead command with this store sends them"
                     " first (in Python: arrowhead.tracking.run.send)"
                 )
-            self._spool.release()
+            self._outbox.release()
         finally:
             if ours:
                 self._turn.release()
@@ -191,27 +191,27 @@ class Post:
         return f"the tracking store {without_secret(self._uri)}"
 
 
-def _send(store: Store, spool: Spool, until: float) -> int:
+def _send(store: Store, outbox: Outbox, until: float) -> int:
     """Send what a spool holds, in order, until a time; how many writes are left in it.
 
     A write that fails while the store answers is passed over, and stays.
     """
-    writes, left = spool.read(), []
+    writes, left = outbox.read(), []
     for at, one in enumerate(writes):
         if monotonic() > until:
             left += writes[at:]
             break
         try:
-            store.do(one, spool.folder)
+            store.do(one, outbox.folder)
         except Exception as error:
             if refused(error):
-                store.say(f"MLflow refuses what was kept in {spool.folder}: {first_line(error)}")
+                store.say(f"MLflow refuses what was kept in {outbox.folder}: {first_line(error)}")
             elif store.answers():
                 left.append(one)
             else:
                 left += writes[at:]
                 break
-    spool.replace([tracking_store.plain(one, store.ids) for one in left])
+    outbox.replace([tracking_store.plain(one, store.ids) for one in left])
     return len(left)
 
 
@@ -226,8 +226,8 @@ def send_all(
             run_id, experiment = str(header["run_id"]), str(header["experiment"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        spool = Spool(file.parent, header)
-        if header.get("store") != place or file.parent.name != run_id or not spool.lock():
+        outbox = Outbox(file.parent, header)
+        if header.get("store") != place or file.parent.name != run_id or not outbox.lock():
             continue
         try:
             run = find_run(store.client, run_id)
@@ -237,9 +237,9 @@ def send_all(
                 file.parent.rename(aside)
                 continue
             theirs = Store(store.client, experiment, store.say)
-            if left := _send(theirs, spool, math.inf if run_id == own else until):
+            if left := _send(theirs, outbox, math.inf if run_id == own else until):
                 store.say(f"{left} writes of run {run_id} are still to be sent: {file.parent}")
             else:
                 store.say(f"sent to {place}: what was kept of run {run_id}")
         finally:
-            spool.release()
+            outbox.release()

@@ -45,7 +45,7 @@ class Silence:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Means:
+class RunContext:
     """What a stage is run with: where, what it is shown on, and the MLflow run, if any."""
 
     launch: LaunchConfig = LaunchConfig()
@@ -61,21 +61,21 @@ class Means:
 
 
 @contextmanager
-def child(means: Means, name: str) -> Iterator[Means]:
+def child(context: RunContext, name: str) -> Iterator[RunContext]:
     """The same means with a run of their own below the run, if there is one."""
-    if means.run is None:
-        yield means
+    if context.run is None:
+        yield context
         return
-    with means.run.child(name) as run:
-        yield dataclasses.replace(means, run=run, parent=means.top)
+    with context.run.child(name) as run:
+        yield dataclasses.replace(context, run=run, parent=context.top)
 
 
-def params(means: Means, values: dict[str, Any]) -> None:
+def params(context: RunContext, values: dict[str, Any]) -> None:
     """Settings, recorded if there is a run."""
-    if means.run:
-        means.run.params(values)
+    if context.run:
+        context.run.params(values)
 
 
-def labels(means: Means, verb: str) -> dict[str, str]:
+def labels(context: RunContext, verb: str) -> dict[str, str]:
     """What a stage's measures are marked with."""
-    return {"run": means.top.run_id if means.top else "none", "verb": verb}
+    return {"run": context.top.run_id if context.top else "none", "verb": verb}
