@@ -206,8 +206,9 @@ assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_while_libraries_end_leaves_the_exit_code_and_no_traceback(stop):
     program = f"""
-import atexit, os, sys, time
+import atexit, os, signal, sys, time
 from arrowhead.runtime import signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 def slow():
     print("ending", flush=True)
     os.kill(os.getpid(), {int(stop)})

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -416,7 +417,7 @@ def occupied(
             folder.mkdir(parents=True, exist_ok=True)
             handle = _acquire(folder, say, shown or folder)
         except (FileNotFoundError, FileExistsError):
-            if folder.exists() and not folder.is_dir():
+            if _is_no_folder(folder):
                 raise
             continue  # the one before has just removed it
         break
@@ -431,6 +432,14 @@ def occupied(
                 for one in sorted(made, key=lambda one: len(one.parts), reverse=True)[1:]:
                     one.rmdir()
         os.close(handle)
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether something else is there. Asked once: it may go, and come back, between two looks."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def _acquire(folder: Path, say: Callable[[str], None], shown: Path) -> int:
