@@ -536,7 +536,7 @@ def test_memory_does_not_grow_with_the_number_of_images(drawn, tmp_path):
     allocates is no growth.
     """
     photos = sorted(drawn.glob("train/*/*.jpg"))
-    for folder, count in (("few", 40), ("many", 200)):
+    for folder, count in (("few", 80), ("many", 240)):
         for label in ("a", "b"):
             (tmp_path / folder / label).mkdir(parents=True)
         for number in range(count):
