@@ -253,7 +253,7 @@ def test_scores_survive_kills_of_workers_cluster_and_driver(data, folder):
     words[3], draw = "shaken", random.Random(0)
     for victim in ("driver", "worker", "gcs", "driver", "worker", "raylet"):
         before = len(list((folder / "shaken" / "parts").glob("part-*")))
-        if before == len(calm):
+        if before > len(calm) - 10:  # too little is left to be struck in its middle
             shutil.rmtree(folder / "shaken")
             before = 0
         command = run(folder, [*words, "--workers", "2"])
