@@ -192,3 +192,26 @@ def test_two_workers_that_are_stopped_while_they_score_go_on(place, drawn, bundl
     again = finish(place.start(*words, "--json"))
     assert again["counts"]["skipped"] >= done
     assert place.runs("score") == ["KILLED", "FINISHED"]
+
+
+def test_a_stopped_run_is_killed_though_its_ray_answers_no_more(place, drawn, command):
+    """Whoever stops a whole service stops Ray's processes, too: nothing may be asked of them."""
+    command("precompute", drawn, place.folder / "store", *SMALL)
+    words = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
+    train = place.start(*words, "--checkpoint-seconds", "0")
+    until = time.monotonic() + 300
+    while not list((place.folder / ".b.training").glob("attempt-*/heads-??????")):
+        assert train.poll() is None, train.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    for pid, line in place.processes().items():
+        if "/raylet/raylet " in line or "gcs_server " in line:
+            os.kill(pid, signal.SIGSTOP)
+    train.send_signal(signal.SIGTERM)
+    until = time.monotonic() + 30  # after 60, Ray itself would end the process
+    while "RUNNING" in place.runs("train"):
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    assert {*place.runs("train")} == {"KILLED"}
+    train.kill()
+    train.communicate(timeout=30)

@@ -17,7 +17,7 @@ from typing import Any
 
 from arrowhead import fileio
 from arrowhead.errors import ConfigError
-from arrowhead.runtime import health, ray_cluster, ray_private
+from arrowhead.runtime import health, ray_cluster, ray_private, signals
 from arrowhead.runtime.health import HealthMonitor
 from arrowhead.runtime.meters import Meters
 from arrowhead.runtime.ray_cluster import LaunchConfig
@@ -163,6 +163,7 @@ def _group(
             fitted.set_exception(error)
 
     threading.Thread(target=fit, daemon=True).start()
+    ends = False  # a Ray of our own, with this process
     try:
         while not fitted.done():
             if ray_cluster.is_dead():
@@ -176,14 +177,29 @@ def _group(
         if ray_cluster.is_dead():
             raise health.lost_error("The Ray that ran this command has died.") from error
         raise _WorkerGoneError(health.line(error, 0)) from error
+    except signals.Interrupted:
+        ends = ray_cluster.is_own()
+        raise
     finally:
-        with contextlib.suppress(ray.exceptions.RayError):
-            pass_on()
-            ray.kill(queue)
-        if not ray_cluster.is_dead():
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray_cluster.give_back(monitor.own_placement_groups())
+        if not (ends or ray_cluster.is_dead()):
+            _clean_up(pass_on, queue, monitor)
         _sweep(place)
+
+
+def _clean_up(pass_on: Callable[[], None], queue: Any, monitor: HealthMonitor) -> None:
+    """Take the last reports and give back what a group held.
+
+    Not after an interrupt where Ray is our own: whoever stops a service tells Ray's processes, too
+    (systemd, scancel). Once they are gone, Ray ends the process that asks it for anything, and its
+    MLflow run would stay RUNNING.
+    """
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        pass_on()
+        ray.kill(queue)
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray_cluster.give_back(monitor.own_placement_groups())
 
 
 GIVE_UP_SECONDS = 90.0  # seconds after which Ray has given up a machine that does not answer
