@@ -281,7 +281,7 @@ def write_for_ever(place: Path) -> None:
             print(number, flush=True)
             checkpoint.prune(place, KEY)
 
-    launch.run(stage, place=place)
+    launch.run(stage, checkpoint_dir=place)
 
 
 def test_after_a_kill_at_any_moment_the_last_one_kept_is_there(tmp_path):

@@ -13,12 +13,12 @@ import getpass, os, pathlib, pwd, tempfile
 from arrowhead.runtime import environment
 os.setgid(54321)
 os.setuid(54321)
-environment.complete()
+environment.ensure_home_and_user()
 first = pathlib.Path.home()
 (first / "cache").mkdir(exist_ok=True)
 print(first.stat().st_mode & 0o777, getpass.getuser())
 del os.environ["HOME"]
-environment.complete()
+environment.ensure_home_and_user()
 print(pathlib.Path.home() == first)
 """
 

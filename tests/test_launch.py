@@ -48,9 +48,9 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
         task = worker.next_task()
         time.sleep(nap)  # long against the rest: a kill finds tasks claimed and not done
         rows = torch.zeros(ROWS, dtype=torch.float64)
-        mine = range(worker.rank, ROWS, worker.world)
+        mine = range(worker.rank, ROWS, worker.world_size)
         rows[list(mine)] = torch.tensor([float(row * (epoch + 1)) for row in mine]).double()
-        if worker.world > 1:
+        if worker.world_size > 1:
             dist.all_reduce(rows)
         total += rows
         if task is not None:
@@ -63,7 +63,7 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
         spent.append(time.perf_counter() - began)
         if worker.rank == 0:
             checkpoint.prune(place, KEY)
-            worker.report({"epoch": epoch, "world": worker.world})
+            worker.report({"epoch": epoch, "world": worker.world_size})
     while (task := worker.next_task()) is not None:
         worker.report({"task": task, "rank": worker.rank})
     return {"total": total.tolist(), "first": first, "said": said, "keep": sorted(spent)}
@@ -78,7 +78,9 @@ def expected(epochs: int = EPOCHS) -> list[float]:
 
 def alone(folder: Path) -> dict[str, Any]:
     """In one process, slowly enough to be killed."""
-    return dict(runtime_launch.run(count, folder / "place", EPOCHS, 0.2, place=folder / "place"))
+    return dict(
+        runtime_launch.run(count, folder / "place", EPOCHS, 0.2, checkpoint_dir=folder / "place")
+    )
 
 
 def shrink(folder: Path) -> dict[str, Any]:
@@ -107,9 +109,9 @@ def shrink(folder: Path) -> dict[str, Any]:
         0.3,
         config=LaunchConfig(workers="1:2"),
         tasks=list(range(20)),
-        listen=listen,
-        place=folder / "place",
-        sized=sizes.append,
+        on_report=listen,
+        checkpoint_dir=folder / "place",
+        on_start=sizes.append,
     )
     return {**result, "sizes": sizes, "heard": heard}
 
@@ -137,9 +139,9 @@ def grow(folder: Path) -> dict[str, Any]:
         1.0,
         config=LaunchConfig(workers="1:2"),
         tasks=list(range(60)),
-        listen=listen,
-        place=folder / "place",
-        sized=sizes.append,
+        on_report=listen,
+        checkpoint_dir=folder / "place",
+        on_start=sizes.append,
     )
     return {**result, "sizes": sizes, "heard": heard}
 
@@ -171,10 +173,10 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def test_what_is_kept_here_lies_in_the_place_under_its_name(tmp_path):
     place = tmp_path / "place"
-    result = runtime_launch.run(count, place, 3, 0.0, place=place)
+    result = runtime_launch.run(count, place, 3, 0.0, checkpoint_dir=place)
     assert result["total"] == expected(3)
     assert sorted(path.name for path in place.iterdir()) == ["epoch-0001", "epoch-0002"]
-    again = runtime_launch.run(count, place, 5, 0.0, place=place)
+    again = runtime_launch.run(count, place, 5, 0.0, checkpoint_dir=place)
     assert (again["first"], again["total"]) == (3, expected(5))
 
 
@@ -188,7 +190,7 @@ def test_a_name_kept_twice_is_the_later_folder_and_leaves_no_other(tmp_path):
             (draft / "word").write_text(word)
             worker.save_checkpoint(draft, "same")
 
-    runtime_launch.run(twice, place=place)
+    runtime_launch.run(twice, checkpoint_dir=place)
     assert [path.name for path in place.iterdir()] == ["same"]
     assert (place / "same" / "word").read_text() == "new"
 
@@ -207,7 +209,9 @@ def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
 
 def test_work_in_one_process_is_done_without_ray():
     words = "import sys; from arrowhead.runtime import launch; sys.modules['ray'] = None"
-    words += "; print(launch.run(lambda worker: (worker.next_task(), worker.world), tasks=[7]))"
+    words += (
+        "; print(launch.run(lambda worker: (worker.next_task(), worker.world_size), tasks=[7]))"
+    )
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(7, 1)\n", "")
 
@@ -258,41 +262,41 @@ def test_a_range_takes_in_a_machine_that_joins(tmp_path):
 
 def test_what_was_claimed_and_not_done_is_claimed_again_when_the_group_begins_anew():
     queue = TaskQueue([3, 5, 7])
-    queue.open(2)
+    queue.start_group(2)
     assert [queue.next_task(), queue.next_task()] == [3, 5]
     queue.report({"task": 3})
-    queue.open(1)
+    queue.start_group(1)
     assert [queue.next_task(), queue.next_task(), queue.next_task()] == [5, 7, None]
     queue.report({"task": 5})
     queue.report({"task": 5})  # of a worker that was already given up
-    assert queue.read() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
+    assert queue.take_reports() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
 
 
 def test_a_host_that_falls_silent_is_told_of_once_and_one_that_is_done_never(monkeypatch):
-    monkeypatch.setattr(task_queue, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(task_queue, "HEARTBEAT_TIMEOUT_SECONDS", 0.2)
     queue = TaskQueue([])
     for rank, host in enumerate(["calm", "cut", "done"]):
-        queue.beat(rank, host)
-    queue.leave(2)
+        queue.heartbeat(rank, host)
+    queue.finish_worker(2)
     time.sleep(0.3)
-    queue.beat(0, "calm")
-    assert queue.read() == [{"silent": "cut"}]
-    assert queue.read() == []
-    queue.open(1)
-    assert queue.read() == [{"workers": 1}]
+    queue.heartbeat(0, "calm")
+    assert queue.take_reports() == [{"silent": "cut"}]
+    assert queue.take_reports() == []
+    queue.start_group(1)
+    assert queue.take_reports() == [{"workers": 1}]
 
 
 def test_a_machine_that_is_to_go_gets_no_more_tasks_and_is_told_of_once():
     queue = TaskQueue([3, 5])
-    queue.beat(0, "host-a", "a")
-    queue.beat(1, "host-b", "b")
+    queue.heartbeat(0, "host-a", "a")
+    queue.heartbeat(1, "host-b", "b")
     assert queue.next_task("a") == 3
-    queue.announce({"a": 1_795_634_185_000, "elsewhere": 0})
-    queue.leave(0)
+    queue.set_draining({"a": 1_795_634_185_000, "elsewhere": 0})
+    queue.finish_worker(0)
     assert queue.next_task("a") is None
     assert queue.next_task("b") == 5
-    assert queue.read() == [{"leaving": "host-a", "until": 1_795_634_185_000}]
-    assert queue.read() == []
+    assert queue.take_reports() == [{"leaving": "host-a", "until": 1_795_634_185_000}]
+    assert queue.take_reports() == []
 
 
 @pytest.mark.parametrize(
@@ -300,7 +304,7 @@ def test_a_machine_that_is_to_go_gets_no_more_tasks_and_is_told_of_once():
 )
 def test_workers_are_a_number_or_a_range(asked, least, most):
     config = LaunchConfig(workers=asked)
-    assert (config.least, config.most) == (least, most)
+    assert (config.min_workers, config.max_workers) == (least, most)
 
 
 @pytest.mark.parametrize("asked", [-1, "-1", "0:2", "2:1", "1:", ":2", "1:2:3", "two", "", "1.5"])

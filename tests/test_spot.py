@@ -93,8 +93,8 @@ def drive(address: str, folder: Path, scenario: str) -> dict[str, Any]:
         0.5,
         config=LaunchConfig(workers="1:2" if scenario == "all" else "2:3", address=address),
         tasks=list(range({"one": 60, "all": 20}[scenario])),
-        listen=listen,
-        sized=sizes.append,
+        on_report=listen,
+        on_start=sizes.append,
     )
     refused = refusal(address, folder, "5:6")
     return {"heard": heard, "sizes": sizes, "drained": sorted(drained), "refused": refused}

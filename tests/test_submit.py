@@ -700,13 +700,13 @@ def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scr
 
 @pytest.mark.slow
 def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, extracted):
-    """Ray's own figures are asked of the running cluster, ours are `meters.MEASURES`."""
+    """Ray's own figures are asked of the running cluster, ours are `meters.METRICS`."""
     board = json.loads((ROOT / "deploy" / "grafana" / "arrowhead.json").read_text())
     texts = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
     asked = {name for text in texts for name in re.findall(r"\bray_\w+", text)}
     ours = {
         f"ray_arrowhead_{name}{'_total' * (kind == 'counter')}": {*keys, "run", "verb"}
-        for name, (kind, _, keys) in meters.MEASURES.items()
+        for name, (kind, _, keys) in meters.METRICS.items()
     }
     until = monotonic() + 30
     while monotonic() < until and "ray_node_mem_total" not in scraper.seen:

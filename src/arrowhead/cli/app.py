@@ -69,7 +69,7 @@ def run_context(
     from arrowhead.tracking.run import start
 
     screen = Screen(to_stderr=output.json)
-    if not launch.most and (idle := sorted(given() & {"restarts", "wait"})):
+    if not launch.max_workers and (idle := sorted(given() & {"restarts", "wait"})):
         screen.say(f"without --workers no effect: {', '.join('--' + one for one in idle)}")
     opened = start(tracking, verb, place, registry=registry, say=screen.say)
     with _alone(place, screen.say):

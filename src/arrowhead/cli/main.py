@@ -109,7 +109,7 @@ app.command(cluster.jobs_app)
 
 def main(words: list[str] | None = None) -> None:
     """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
-    environment.complete()
+    environment.ensure_home_and_user()
     signals.lossy_output()
     with signals.stops():
         code = _run(sys.argv[1:] if words is None else words)

@@ -69,8 +69,8 @@ def run_chunks(
             *args,
             config=context.launch,
             tasks=tasks,
-            listen=listen,
-            sized=sized,
+            on_report=listen,
+            on_start=sized,
             labels=run_context.labels(context, title),
         )
         done.seconds["workers"] = perf_counter() - began

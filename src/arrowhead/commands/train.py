@@ -73,9 +73,9 @@ def learn(
             training_run.learn,
             *args,
             config=context.launch,
-            listen=told,
-            place=place,
-            sized=told.sized,
+            on_report=told,
+            checkpoint_dir=place,
+            on_start=told.sized,
             labels=run_context.labels(context, "train"),
         )
     finally:

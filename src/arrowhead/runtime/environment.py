@@ -1,4 +1,4 @@
-"""What a process must find around it: a home and a user name, where a container has neither."""
+"""Variables every process needs: a home and a user name, even where a container has neither."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import tempfile
 from pathlib import Path
 
 
-def complete() -> None:
-    """Give this process, and those that it starts, HOME and USER where they are missing.
+def ensure_home_and_user() -> None:
+    """Set HOME and USER for this process and its children where they are missing.
 
     A container may run under a user id without an entry in the password file. Python's `Path.home`
     then raises, and so do torch, matplotlib and Ray, which keep caches and tokens at home. The home
-    is a temporary folder of this user's own.
+    becomes a temporary folder that only this user may enter.
     """
     try:
         Path.home()
     except RuntimeError:
-        os.environ["HOME"] = str(own_folder("home"))
+        os.environ["HOME"] = str(private_temp_folder("home"))
     try:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["USER"] = str(os.getuid())
 
 
-def own_folder(name: str) -> Path:
-    """A temporary folder that nobody else may enter, the same for every command of this user."""
+def private_temp_folder(name: str) -> Path:
+    """A temporary folder that only this user may enter, the same for every command."""
     folder = Path(tempfile.gettempdir()) / f"arrowhead-{name}-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        facts = folder.lstat()
-        if folder.is_dir() and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
+        stat = folder.lstat()
+        if folder.is_dir() and stat.st_uid == os.getuid() and not stat.st_mode & 0o077:
             return folder
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix=f"arrowhead-{name}-"))  # the name is taken by somebody else
+    return Path(tempfile.mkdtemp(prefix=f"arrowhead-{name}-"))  # another user has taken the name

@@ -30,10 +30,10 @@ def heard(queue: Any, rank: int) -> Iterator[None]:
 
     def beat() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(queue.beat.remote(rank, host, node))
+            ray.get(queue.heartbeat.remote(rank, host, node))
             while not ended.wait(HEARTBEAT_SECONDS):
-                ray.get(queue.beat.remote(rank, host, node))
-            ray.get(queue.leave.remote(rank))
+                ray.get(queue.heartbeat.remote(rank, host, node))
+            ray.get(queue.finish_worker.remote(rank))
 
     threading.Thread(target=beat, daemon=True).start()
     try:
@@ -123,7 +123,8 @@ class HealthMonitor:
         while self._silent:
             host = self._silent.pop()
             if works:  # else Ray has ended these workers itself
-                said = f"a worker on {host} has not answered for {task_queue.SILENT_SECONDS:.0f} s."
+                seconds = task_queue.HEARTBEAT_TIMEOUT_SECONDS
+                said = f"a worker on {host} has not answered for {seconds:.0f} s."
                 said += " If its machine is cut off, Ray gives it up in about a minute, and"
                 said += " the others start again"
                 self._found.append({"warning": said})
@@ -136,7 +137,7 @@ class HealthMonitor:
             self._looked = now
 
     def _look_for_room(self, now: float) -> None:
-        least, room = self._config.least, ray_cluster.room(self._config, free=True)
+        least, room = self._config.min_workers, ray_cluster.room(self._config, free=True)
         wanted = f"{least} worker{'s' if least > 1 else ''}"
         if now > self._idle + self._config.wait:
             said = f"For {self._config.wait:.0f} s the cluster had no room for {wanted}."

@@ -1,4 +1,4 @@
-"""The only worker: this process, without Ray."""
+"""The only worker of a run without Ray: this process."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Report, Worker
 
 
-def local_worker(tasks: list[int], listen: Callable[[Report], None], place: Path) -> Worker:
-    """The only worker, which is this process."""
+def local_worker(
+    tasks: list[int], on_report: Callable[[Report], None], checkpoint_dir: Path
+) -> Worker:
+    """This process as the only worker, on the first GPU if there is one."""
     import torch
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     threads = len(os.sched_getaffinity(0))
-    next_task, save_checkpoint = TaskQueue(tasks).next_task, partial(_save_checkpoint_here, place)
-    return Worker(0, 1, device, threads, next_task, listen, save_checkpoint)
+    save_checkpoint = partial(_save_checkpoint, checkpoint_dir)
+    return Worker(0, 1, device, threads, TaskQueue(tasks).next_task, on_report, save_checkpoint)
 
 
-def _save_checkpoint_here(place: Path, draft: Path | None, name: str) -> None:
+def _save_checkpoint(checkpoint_dir: Path, draft: Path | None, name: str) -> None:
     if draft is not None:
-        place.mkdir(parents=True, exist_ok=True)
-        fileio.put_in_place(draft, place / name)
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        fileio.put_in_place(draft, checkpoint_dir / name)

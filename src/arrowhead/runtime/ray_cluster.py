@@ -54,13 +54,13 @@ class LaunchConfig:
                 "0 (this process) or more, or a range of at least 1.",
                 "give e.g. 2, or 1:2.",
             )
-        if ":" in str(self.workers) and not 1 <= self.least <= self.most:
+        if ":" in str(self.workers) and not 1 <= self.min_workers <= self.max_workers:
             raise ConfigError(
                 f"--workers is {self.workers}.",
                 "MIN:MAX with MIN of 1 or more and MAX not below it.",
                 "give e.g. 1:2.",
             )
-        if self.address and not self.most:
+        if self.address and not self.max_workers:
             raise ConfigError(
                 f"--address {self.address} needs workers.",
                 "--workers of 1 or more with an address.",
@@ -68,12 +68,12 @@ class LaunchConfig:
             )
 
     @property
-    def least(self) -> int:
+    def min_workers(self) -> int:
         """Workers without which no group is started; 0: this process."""
         return int(str(self.workers).partition(":")[0])
 
     @property
-    def most(self) -> int:
+    def max_workers(self) -> int:
         """Workers of a group that has all the room it asks for; 0: this process."""
         return int(str(self.workers).rpartition(":")[2])
 
@@ -95,7 +95,7 @@ def connect(config: LaunchConfig) -> None:
         _must_answer(address)
     else:  # nobody takes this machine back; the process that would look for it takes seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    own: dict[str, Any] = {"num_cpus": max(config.most, os.cpu_count() or 1)}
+    own: dict[str, Any] = {"num_cpus": max(config.max_workers, os.cpu_count() or 1)}
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # for Ray's processes and all of theirs
     try:
@@ -231,22 +231,28 @@ def size(config: LaunchConfig) -> int | tuple[int, int]:
     room that others hold. So the range ends where the free room does, unless all of it is free:
     then machines that join later, or that an autoscaler brings, make the group larger.
     """
-    if (limit := _most(config)) < config.least:
+    if (limit := _most(config)) < config.min_workers:
         raise ConfigError(
             f"--workers is {config.workers}; the cluster grows to {limit} at most.",
             "no more workers than it has CPUs (GPUs, where it has enough) when it is full-grown.",
             f"give --workers {limit}, or raise max_workers in the cluster's file.",
         )
-    if config.least == config.most:
-        return config.most
+    if config.min_workers == config.max_workers:
+        return config.max_workers
     recount()
     until = time.monotonic() + SETTLE_SECONDS
-    while (free := room(config, free=True)) < min(config.most, there := room(config, free=False)):
+    while (free := room(config, free=True)) < min(
+        config.max_workers, there := room(config, free=False)
+    ):
         if time.monotonic() > until:
             break
         time.sleep(0.25)
-    most = config.most if free >= min(config.most, there) else max(free, config.least)
-    return (config.least, most) if config.least < most else most
+    most = (
+        config.max_workers
+        if free >= min(config.max_workers, there)
+        else max(free, config.min_workers)
+    )
+    return (config.min_workers, most) if config.min_workers < most else most
 
 
 def room(config: LaunchConfig, free: bool) -> int:
@@ -264,7 +270,7 @@ def room(config: LaunchConfig, free: bool) -> int:
 
 def _kinds(config: LaunchConfig) -> list[str]:
     """What each worker takes one of."""
-    return ["CPU", "GPU"] if gpus() >= config.least else ["CPU"]
+    return ["CPU", "GPU"] if gpus() >= config.min_workers else ["CPU"]
 
 
 def _workers(kinds: list[str], resources: dict[str, float]) -> int:
@@ -314,7 +320,7 @@ def _most(config: LaunchConfig) -> int:
     grown = _full_grown()
     there = ray.cluster_resources()
     most = {kind: max(grown.get(kind, 0), there.get(kind, 0)) for kind in ("CPU", "GPU")}
-    return _workers(_kinds(config), most) if grown else config.most
+    return _workers(_kinds(config), most) if grown else config.max_workers
 
 
 def going() -> dict[str, int]:

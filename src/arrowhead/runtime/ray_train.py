@@ -50,7 +50,7 @@ def _save_checkpoint_in_group(draft: Path | None, name: str) -> None:
     )
 
 
-def on_ray(
+def run_on_ray(
     stage: Callable[..., Any],
     args: tuple[Any, ...],
     config: LaunchConfig,
@@ -105,7 +105,7 @@ def _on_worker(
         context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
         worker = Worker(
             rank=context.get_world_rank(),
-            world=context.get_world_size(),
+            world_size=context.get_world_size(),
             device=str(ray.train.torch.get_device()),
             threads=torch.get_num_threads(),
             next_task=lambda: ray.get(queue.next_task.remote(node)),
@@ -116,7 +116,7 @@ def _on_worker(
         # Ray starts this again, on all ranks, when it resizes the group: nobody may claim before
         # the desk knows.
         if worker.rank == 0:
-            ray.get(queue.open.remote(worker.world))
+            ray.get(queue.start_group.remote(worker.world_size))
         ray.train.collective.barrier()
         with health.heard(queue, worker.rank):
             return stage(worker, *args)
@@ -146,8 +146,8 @@ def _group(
         nonlocal going
         if monitor.going != going:
             going = monitor.going
-            queue.announce.remote(going)
-        for report in ray.get(queue.read.remote()):
+            queue.set_draining.remote(going)
+        for report in ray.get(queue.take_reports.remote()):
             monitor.hear(report)
 
     # Ray is waited for in a thread: where it has died it would hang for a minute, then end us.

@@ -1,4 +1,4 @@
-"""What a stage is given: its rank, device, tasks, and where it reports."""
+"""The worker that a stage runs on: its rank, device, tasks, and how it reports."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ Measure = Callable[..., None]
 SaveCheckpoint = Callable[[Path | None, str], None]
 
 
-def _forget(draft: Path | None, name: str) -> None:
-    """Keep nothing: what a worker does that nobody gave a place."""
+def _discard_checkpoint(draft: Path | None, name: str) -> None:
+    """Save nothing: the default of a worker without a checkpoint directory."""
     if draft is not None:
         shutil.rmtree(draft)
 
 
-def _unmeasured(name: str, value: float, **labels: str) -> None:
-    """Measure nothing: there is no cluster whose Ray would pass it on."""
+def _ignore_measurement(name: str, value: float, **labels: str) -> None:
+    """Measure nothing: without a cluster no Ray passes the numbers on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a stage knows of where it runs.
+    """What a stage knows about the process it runs in.
 
-    device: cpu or cuda:K; threads: CPU threads it may use; next_task: the next task's number, None
-    when all are taken; report: sends one small dict of plain values to the driver.
-
-    save_checkpoint(draft, name): all ranks together give the finished folder `draft` its name below
-    the place of checkpoints; rank 0 passes the folder, which must lie on the place's disk, the
-    others None.
-
-    measure(name, value, **labels): a number for whoever watches the cluster, see `MEASURES`.
+    Attributes:
+        rank: This worker's number, 0 to world_size - 1.
+        world_size: Number of workers in the group.
+        device: "cpu" or "cuda:K".
+        threads: CPU threads the stage may use.
+        next_task: Returns the next task's number, None when no task is left.
+        report: Sends one small dict of plain values to the driver.
+        save_checkpoint: Called as `save_checkpoint(draft, name)` by all ranks together. Moves the
+            finished folder `draft` to `name` in the checkpoint directory. Rank 0 passes the folder,
+            which must lie on the same disk as that directory; the others pass None.
+        measure: Called as `measure(name, value, **labels)`. Publishes a number for those who watch
+            the cluster, see `meters.METRICS`.
     """
 
     rank: int
-    world: int
+    world_size: int
     device: str
     threads: int
     next_task: Callable[[], int | None]
     report: Callable[[Report], None]
-    save_checkpoint: SaveCheckpoint = _forget
-    measure: Measure = _unmeasured
+    save_checkpoint: SaveCheckpoint = _discard_checkpoint
+    measure: Measure = _ignore_measurement

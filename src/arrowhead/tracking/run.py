@@ -66,7 +66,7 @@ ChildRuns = dict[str, list[tuple[str, str]]]
 def _unsent() -> Path:
     """Where writes are kept: in this folder or, where it cannot be written, in a temporary one."""
     here = os.access(UNSENT if UNSENT.exists() else ".", os.W_OK)
-    return UNSENT if here else environment.own_folder("unsent")
+    return UNSENT if here else environment.private_temp_folder("unsent")
 
 
 def _to_stderr(line: str) -> None:

@@ -54,8 +54,8 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
     """
     began = perf_counter()
     store = Store(path)
-    data, row = data_of(store, worker.device, worker.world)
-    distributed = DistributedContext(worker.rank, worker.world)
+    data, row = data_of(store, worker.device, worker.world_size)
+    distributed = DistributedContext(worker.rank, worker.world_size)
     note = {"key": study.key(store), "run_id": run}
     log = _Log(worker, place, note, study.head.checkpoint_seconds)
     made = Learned(curve=_curve(log, data, study, distributed))
