@@ -27,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 from arrowhead import demo
 from arrowhead.bundle import replay
 from arrowhead.commands import precompute
-from arrowhead.evaluation.novelty import Novelty
+from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.features import extract
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.feature_config import FeatureConfig
@@ -137,7 +137,7 @@ def detectors(train: Rows, label: Rows, valid: Rows) -> dict[str, Detector]:
         return detect
 
     return {
-        "ours: k = 5, standardized": Novelty.of(train, valid),
+        "ours: k = 5, standardized": NoveltyDetector.fit(train, valid).distances,
         "k = 5 (Sun et al. 2022)": neighbours(5),
         "k = 50": neighbours(50),
         "Mahalanobis (Lee et al. 2018)": mahalanobis(False),

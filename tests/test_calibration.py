@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from arrowhead.evaluation import metrics
-from arrowhead.evaluation.calibration import Calibration, calibrate, words
+from arrowhead.evaluation.calibration import Calibration, calibrate, describe
 
 Case = tuple[NDArray[Any], NDArray[Any]]
 
@@ -33,7 +33,7 @@ def _many(rows: int, classes: int, scale: float, seed: int = 0) -> Case:
 def _fit(logit: NDArray[Any], label: NDArray[Any], key: Any = None) -> Calibration:
     key = np.arange(len(label), dtype=np.uint64) if key is None else key
     made = calibrate(logit, label, key, [f"c{i}" for i in range(logit.shape[1])])
-    json.dumps(made.figures, allow_nan=False)
+    json.dumps(made.metrics, allow_nan=False)
     return made
 
 
@@ -46,13 +46,13 @@ def test_a_head_that_is_too_sure_or_not_sure_enough_gets_a_temperature(
     made = _fit(*make(400, classes, scale))
     assert made.temperature == pytest.approx(scale, rel=0.3)
     if make is _one:
-        figures = made.figures
+        figures = made.metrics
         assert figures["ece"] < figures["ece_uncalibrated"] / 2
         assert figures["ece"] == figures["ece_fitted"]
         low, high = figures["ece_low"], figures["ece_high"]
         assert 0 <= low <= figures["ece"] <= high
-        error = f"ECE {figures['ece']:.3f} ({low:.3f} to {high:.3f}) on held-out parts"
-        assert f"{error}, {figures['ece_uncalibrated']:.3f} without" in words(figures)
+        error = f"ECE {figures['ece']:.3f} ({low:.3f} to {high:.3f}) on held-out images"
+        assert f"{error}, {figures['ece_uncalibrated']:.3f} without" in describe(figures)
 
 
 @pytest.mark.parametrize("make", [_one, _many])
@@ -67,7 +67,7 @@ def test_a_temperature_that_makes_the_calibration_error_larger_is_not_kept() -> 
     """On images that did not fit it; in every one of many small sets that are a little too sure."""
     used = 0
     for seed in range(40):
-        figures = _fit(*_one(200, 10, 1.5, seed)).figures
+        figures = _fit(*_one(200, 10, 1.5, seed)).metrics
         assert figures["ece"] <= figures["ece_uncalibrated"]
         assert (figures["temperature"] == 1) == (figures["ece"] == figures["ece_uncalibrated"])
         used += figures["temperature"] != 1
@@ -79,10 +79,10 @@ def test_the_figure_is_of_images_that_did_not_fit_the_temperature() -> None:
     only through the temperature of the others.
     """
     logit, label = _one(100, 3, 4.0)
-    held_out = _fit(logit, label).figures["ece"]
+    held_out = _fit(logit, label).metrics["ece"]
     import torch
 
-    fitted = metrics.temperature(torch.from_numpy(logit), torch.from_numpy(label))
+    fitted = metrics.fit_temperature(torch.from_numpy(logit), torch.from_numpy(label))
     inside = metrics.evaluate(logit, label, list("abc"), temperature=fitted)["ece"]
     assert held_out != inside
     copies = np.zeros(100, np.uint64)  # one photograph a hundred times: nothing is left to fit to
@@ -93,8 +93,8 @@ def test_the_figure_is_of_images_that_did_not_fit_the_temperature() -> None:
 @pytest.mark.parametrize("make", [_one, _many])
 def test_too_few_images_get_no_temperature(make: Any, rows: int) -> None:
     made = _fit(*make(rows, 3, 5.0))
-    assert (made.temperature, made.figures["temperature_fitted"]) == (1, None)
-    assert "fewer than 20 different images" in words(made.figures)
+    assert (made.temperature, made.metrics["temperature_fitted"]) == (1, None)
+    assert "fewer than 20 different images" in describe(made.metrics)
 
 
 def test_thresholds_are_tuned_on_all_images_and_judged_on_parts_that_were_left_out() -> None:
@@ -106,7 +106,7 @@ def test_thresholds_are_tuned_on_all_images_and_judged_on_parts_that_were_left_o
     inside = metrics.evaluate(
         noise, label, list("abcdefghijkl"), temperature=made.temperature, thresholds=made.thresholds
     )
-    assert made.figures["f2_macro_held_out"] < inside["f2_macro"] - 0.02
+    assert made.metrics["f2_macro_held_out"] < inside["f2_macro"] - 0.02
 
 
 def test_a_head_that_diverged_keeps_temperature_1() -> None:
@@ -114,8 +114,8 @@ def test_a_head_that_diverged_keeps_temperature_1() -> None:
     logit[7, 1] = np.nan
     made = _fit(logit, label)
     assert made.temperature == 1
-    assert made.figures["ece"] is None
-    assert words(made.figures) == "temperature 1 (a fitted one did not help)"
+    assert made.metrics["ece"] is None
+    assert describe(made.metrics) == "temperature 1 (a fitted one did not help)"
     logit, label = _many(50, 3, 2.0)
     logit[7, 1] = np.inf
     assert _fit(logit, label).temperature == 1

@@ -115,12 +115,12 @@ def test_without_test_images_there_is_no_test_figure(command: Any, tmp_path: Pat
 def test_an_interval_is_wilsons() -> None:
     from scipy.stats import binomtest
 
-    from arrowhead.evaluation.metrics import interval
+    from arrowhead.evaluation.metrics import wilson_interval
 
     for right, images in ((0, 3), (197, 200), (1, 1), (500, 1000)):
         wilson = binomtest(right, images).proportion_ci(method="wilson")
-        assert interval(right, images) == pytest.approx((wilson.low, wilson.high), abs=1e-6)
-    assert interval(0, 0) == (0.0, 1.0)
+        assert wilson_interval(right, images) == pytest.approx((wilson.low, wilson.high), abs=1e-6)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 # ------------------------------------------------------------------------------ arrowhead evaluate

@@ -18,11 +18,11 @@ from sklearn import metrics as sk
 from arrowhead.evaluation.metrics import (
     calibration_error,
     class_table,
-    confusion,
+    confusion_matrix,
     evaluate,
-    per_class,
-    temperature,
-    thresholds,
+    fit_temperature,
+    fit_thresholds,
+    per_class_metrics,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -30,7 +30,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def test_confusion_counts_labels_in_rows_and_guesses_in_columns() -> None:
     label, guess = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0, 1])
-    assert confusion(label, guess, 4).tolist() == [
+    assert confusion_matrix(label, guess, 4).tolist() == [
         [1, 2, 0, 0],
         [1, 1, 0, 0],
         [0, 1, 0, 0],
@@ -40,7 +40,7 @@ def test_confusion_counts_labels_in_rows_and_guesses_in_columns() -> None:
 
 def test_per_class_figures_match_a_hand_written_example() -> None:
     counts = np.array([[1, 2, 0], [1, 1, 0], [0, 1, 0]])
-    assert per_class(counts, ["ant", "bee", "cat"]) == {
+    assert per_class_metrics(counts, ["ant", "bee", "cat"]) == {
         "ant": {"precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "images": 3},
         "bee": {"precision": 1 / 4, "recall": 1 / 2, "f1": 1 / 3, "images": 2},
         "cat": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "images": 1},  # never guessed
@@ -51,7 +51,7 @@ def test_the_table_of_classes_begins_with_the_worst_and_ends_with_those_nothing_
     None
 ):
     counts = np.array([[1, 2, 0, 0], [1, 1, 0, 0], [0, 0, 9, 0], [0, 0, 0, 0]])
-    lines = class_table(per_class(counts, ["ant", "bumblebee", "cat", "dog"]))
+    lines = class_table(per_class_metrics(counts, ["ant", "bumblebee", "cat", "dog"]))
     assert [line.split() for line in lines] == [
         ["class", "precision", "recall", "F1", "images"],
         ["ant", "0.5000", "0.3333", "0.4000", "3"],
@@ -69,7 +69,7 @@ def test_the_table_of_classes_begins_with_the_worst_and_ends_with_those_nothing_
 @settings(deadline=None)
 def test_every_row_is_counted_once(pairs: list[tuple[int, int]]) -> None:
     label, guess = np.array(pairs, np.int64).reshape(-1, 2).T
-    counts = confusion(label, guess, 5)
+    counts = confusion_matrix(label, guess, 5)
     assert counts.sum() == len(pairs)
     assert np.diag(counts).sum() == (label == guess).sum()
 
@@ -199,7 +199,7 @@ def test_the_interval_of_the_calibration_error_holds_that_of_many_more_images() 
 
 def test_a_fitted_temperature_mends_the_calibration_error_of_a_head_that_is_too_sure() -> None:
     logit, label = (part.numpy() for part in _logits(5000, 4, 4.0))
-    fitted = temperature(torch.from_numpy(logit), torch.from_numpy(label))
+    fitted = fit_temperature(torch.from_numpy(logit), torch.from_numpy(label))
     found = evaluate(logit, label, _names(4), temperature=fitted)
     assert found["ece_uncalibrated"] > 0.1
     assert found["ece"] < 0.03
@@ -299,7 +299,7 @@ def test_no_threshold_is_better_and_no_higher_one_as_good(
 ) -> None:
     logit, label = _several(seed, 3, ties=ties)
     chance = (1 / (1 + np.exp(-logit.astype(np.float64)))).astype(kind)
-    found = thresholds(chance, label, beta)
+    found = fit_thresholds(chance, label, beta)
     for column, mine, cut in zip(chance.T, label.T == 1, found, strict=True):
         if not mine.any():
             assert cut == 0.5
@@ -315,14 +315,14 @@ def test_no_threshold_is_better_and_no_higher_one_as_good(
 def test_a_threshold_stands_in_the_middle_of_a_gap_so_last_bits_change_no_label() -> None:
     chance = np.array([[0.9], [0.7], [0.3], [0.1]], np.float32)
     label = np.array([[1], [1], [0], [0]], np.uint8)
-    assert thresholds(chance, label)[0] == pytest.approx(0.5)
-    assert thresholds(chance[:2], label[:2])[0] == pytest.approx(0.35)  # nothing below but 0
+    assert fit_thresholds(chance, label)[0] == pytest.approx(0.5)
+    assert fit_thresholds(chance[:2], label[:2])[0] == pytest.approx(0.35)  # nothing below but 0
 
 
 @pytest.mark.parametrize("low", [0.5, np.nextafter(0.5, 0), np.nextafter(0.5, 1)])
 def test_probabilities_that_touch_are_parted_all_the_same(low: float) -> None:
     high = np.nextafter(low, 1)
-    cut = thresholds(np.array([[high], [low]]), np.array([[1], [0]], np.uint8))[0]
+    cut = fit_thresholds(np.array([[high], [low]]), np.array([[1], [0]], np.uint8))[0]
     assert low < cut <= high
 
 
@@ -330,7 +330,7 @@ def test_a_tuned_threshold_gains_over_one_half_on_the_rows_it_was_tuned_on() -> 
     draw = np.random.default_rng(0)
     label = (draw.random((2000, 4)) < 0.05).astype(np.uint8)
     logit = draw.normal(size=label.shape) + 2.0 * label - 3
-    cut = thresholds(1 / (1 + np.exp(-logit)), label)
+    cut = fit_thresholds(1 / (1 + np.exp(-logit)), label)
     plain, tuned = (evaluate(logit, label, _names(4), thresholds=at) for at in (None, cut))
     assert tuned["f2_macro"] > plain["f2_macro"] + 0.1
 
@@ -366,8 +366,8 @@ def test_a_head_that_diverged_gives_none_not_a_crash(bad: float) -> None:
     assert _undefined(found) >= {"loss"}
     found = evaluate(logit, np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], np.uint8), _names(3))
     json.dumps(found, allow_nan=False)
-    assert np.isfinite(thresholds(logit, np.ones((3, 3), np.uint8))).all()
-    assert temperature(torch.from_numpy(logit), torch.tensor([2, 0, 0])) == 1
+    assert np.isfinite(fit_thresholds(logit, np.ones((3, 3), np.uint8))).all()
+    assert fit_temperature(torch.from_numpy(logit), torch.tensor([2, 0, 0])) == 1
 
 
 # --------------------------------------------------------------------------- temperature
@@ -384,13 +384,13 @@ def _logits(rows: int, classes: int, scale: float) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
 def test_the_temperature_recovers_a_known_scale(scale: float, classes: int) -> None:
-    found = temperature(*_logits(20_000, classes, scale))
+    found = fit_temperature(*_logits(20_000, classes, scale))
     assert found == pytest.approx(scale, rel=0.05)
 
 
 def test_the_temperature_lowers_the_loss_and_keeps_every_guess() -> None:
     logit, label = _logits(500, 3, 4.0)
-    cooled = logit / temperature(logit, label)
+    cooled = logit / fit_temperature(logit, label)
     loss = torch.nn.functional.cross_entropy
     assert loss(cooled, label) < loss(logit, label)
     assert torch.equal(cooled.argmax(1), logit.argmax(1))
@@ -398,16 +398,16 @@ def test_the_temperature_lowers_the_loss_and_keeps_every_guess() -> None:
 
 def test_rows_that_are_all_right_or_few_do_not_run_to_the_border() -> None:
     right = 5 * torch.eye(3).repeat(20, 1)
-    assert 0.06 < temperature(right, torch.arange(3).repeat(20)) < 19
-    assert 0.06 < temperature(right[:1], torch.tensor([0])) < 19
+    assert 0.06 < fit_temperature(right, torch.arange(3).repeat(20)) < 19
+    assert 0.06 < fit_temperature(right[:1], torch.tensor([0])) < 19
     # Twice as sure means twice the temperature: the minimum is real, no plateau of rounding.
-    once, twice = (temperature(sure * right, torch.arange(3).repeat(20)) for sure in (0.2, 0.4))
+    once, twice = (fit_temperature(sure * right, torch.arange(3).repeat(20)) for sure in (0.2, 0.4))
     assert twice == pytest.approx(2 * once, rel=0.01)
 
 
 def test_float16_logits_as_large_as_they_get_still_give_a_temperature() -> None:
     logit = torch.tensor([[60000.0, -60000.0], [-60000.0, 60000.0]], dtype=torch.float16)
-    assert 0.05 <= temperature(logit, torch.tensor([0, 1])) <= 20
+    assert 0.05 <= fit_temperature(logit, torch.tensor([0, 1])) <= 20
 
 
 def test_the_temperature_is_the_minimum_of_what_it_says_it_minimizes() -> None:
@@ -419,7 +419,7 @@ def test_the_temperature_is_the_minimum_of_what_it_says_it_minimizes() -> None:
         own = torch.nn.functional.nll_loss(chance, label, reduction="sum")
         return float(own - 0.5 * chance.mean(0).sum())
 
-    found = temperature(logit, label)
+    found = fit_temperature(logit, label)
     assert nats(found) < min(nats(found * (1 - 1e-4)), nats(found * (1 + 1e-4)))
 
 
@@ -428,7 +428,7 @@ def test_the_temperature_of_several_labels_recovers_a_known_scale(scale: float) 
     draw = torch.Generator().manual_seed(0)
     honest = 2 * torch.randn(5000, 6, generator=draw) - 1
     label = torch.bernoulli(honest.sigmoid(), generator=draw).to(torch.uint8)
-    found = temperature(honest * scale, label)
+    found = fit_temperature(honest * scale, label)
     assert found == pytest.approx(scale, rel=0.05)
     wide, half = (honest * scale).double(), label.double()
 
@@ -443,12 +443,12 @@ def test_the_temperature_of_several_labels_recovers_a_known_scale(scale: float) 
 def test_several_labels_that_are_all_right_do_not_run_to_the_border() -> None:
     label = (torch.arange(20)[:, None] % torch.tensor([2, 3, 5]) == 0).to(torch.uint8)
     sure = 5.0 * (2 * label.float() - 1)
-    once, twice = temperature(sure, label), temperature(2 * sure, label)
+    once, twice = fit_temperature(sure, label), fit_temperature(2 * sure, label)
     assert 0.06 < once < 19
     assert twice == pytest.approx(2 * once, rel=1e-6)
 
 
 def test_logits_that_say_nothing_keep_their_temperature() -> None:
-    assert temperature(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)) == 1
-    assert temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)) == 1
-    assert temperature(torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.uint8)) == 1
+    assert fit_temperature(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)) == 1
+    assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)) == 1
+    assert fit_temperature(torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.uint8)) == 1

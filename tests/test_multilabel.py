@@ -248,9 +248,9 @@ def made(store: Store) -> Bundle:
     feature_ND = valid.feature[:, 0].astype(np.float32)
     with torch.inference_mode():
         logit = bare.make_head()(torch.from_numpy(feature_ND))
-    fitted = metrics.temperature(logit, torch.from_numpy(valid.label))
+    fitted = metrics.fit_temperature(logit, torch.from_numpy(valid.label))
     chance = bundle_format.probabilities(bare.make_head(), feature_ND, fitted, multi=True)
-    cut = metrics.thresholds(chance, valid.label)
+    cut = metrics.fit_thresholds(chance, valid.label)
     figures = metrics.evaluate(
         logit.numpy(), valid.label, classes, temperature=fitted, thresholds=cut
     )

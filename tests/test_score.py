@@ -392,28 +392,28 @@ def test_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(command, tmp_path
 
 def test_a_threshold_is_passed_by_no_more_of_like_images_than_it_says():
     """Training, validation and new rows of one distribution; 60 draws of each."""
-    from arrowhead.evaluation.novelty import Novelty
+    from arrowhead.evaluation.novelty import NoveltyDetector
 
     draw, passed = np.random.default_rng(0), []
     for _ in range(60):
         train, valid, new = (draw.normal(size=(n, 8)).astype(np.float16) for n in (80, 60, 200))
-        known = Novelty.of(train, valid)
-        passed.append((known(new) > known.threshold(0.1)).mean())
+        known = NoveltyDetector.fit(train, valid)
+        passed.append((known.distances(new) > known.threshold(0.1)).mean())
     assert 0.06 < np.mean(passed) < 0.105
 
 
 def test_with_too_few_validation_images_nothing_is_called_novel():
-    from arrowhead.evaluation.novelty import Novelty
+    from arrowhead.evaluation.novelty import NoveltyDetector
 
     train = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float16)
-    known = Novelty.of(train[:20], train[20:])
+    known = NoveltyDetector.fit(train[:20], train[20:])
     assert np.isinf(known.threshold(0.05))
-    assert known.about()["threshold_at_5_percent_false_alarms"] is None
+    assert known.summary()["threshold_at_5_percent_false_alarms"] is None
     assert np.isfinite(known.threshold(0.2))
 
 
 def test_novelty_is_the_distance_to_the_fifth_neighbour_on_the_sphere():
-    from arrowhead.evaluation.novelty import Novelty
+    from arrowhead.evaluation.novelty import NoveltyDetector
 
     draw = np.random.default_rng(1)
     train, valid = (draw.normal(size=(n, 6)).astype(np.float16) for n in (50, 9))
@@ -426,16 +426,21 @@ def test_novelty_is_the_distance_to_the_fifth_neighbour_on_the_sphere():
 
     apart = np.linalg.norm(unit(new)[:, None] - unit(wide)[None], axis=2)
     expected = np.sort(apart, axis=1)[:, 4]
-    np.testing.assert_allclose(Novelty.of(train, valid)(valid), expected, atol=2e-3)
+    np.testing.assert_allclose(
+        NoveltyDetector.fit(train, valid).distances(valid), expected, atol=2e-3
+    )
 
 
 def test_the_bank_is_the_same_whatever_the_order_of_the_images(monkeypatch):
     from arrowhead.evaluation import novelty as evaluation_novelty
 
-    monkeypatch.setattr(evaluation_novelty, "ROWS", 50)
+    monkeypatch.setattr(evaluation_novelty, "MAX_BANK_ROWS", 50)
     ids = np.random.default_rng(0).integers(0, 2**63, 400).astype(np.uint64)
     turn = np.random.default_rng(1).permutation(400)
-    kept, others = evaluation_novelty.sample(ids), evaluation_novelty.sample(ids[turn])
+    kept, others = (
+        evaluation_novelty.sample_bank_rows(ids),
+        evaluation_novelty.sample_bank_rows(ids[turn]),
+    )
     assert len(kept) == 50
     assert set(ids[kept]) == set(ids[turn][others])
 

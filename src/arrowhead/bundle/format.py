@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from arrowhead import fileio, output_paths
 from arrowhead.bundle.known_images import KnownImages
 from arrowhead.errors import ConfigError, DataError
-from arrowhead.evaluation.novelty import Novelty
+from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.features import store_format
 from arrowhead.features.backbone import Body
 from arrowhead.features.recipe import Recipe
@@ -93,7 +93,7 @@ class Bundle:
     metrics: dict[str, Any]
     lineage: dict[str, Any]
     """Arrowhead's version, MLflow run id, digest of the data, and the like."""
-    novelty: Novelty | None = None
+    novelty: NoveltyDetector | None = None
     images: KnownImages | None = None
     """Which images it was trained on and validated with; None where it does not say (0.1.0)."""
     golden: Sequence[Golden] = ()
@@ -273,7 +273,7 @@ def write(bundle: Bundle, folder: Path) -> None:
         "head": bundle.head,
         "temperature": bundle.temperature,
         "thresholds": _by_label(bundle),
-        "novelty": bundle.novelty and bundle.novelty.about(),
+        "novelty": bundle.novelty and bundle.novelty.summary(),
         "metrics": bundle.metrics,
         "lineage": bundle.lineage,
         "sha256": {str(file.relative_to(folder)): fileio.sha256(file) for file in files},
@@ -410,11 +410,11 @@ def _images(path: Path) -> KnownImages:
         raise _torn(f"{path / IMAGES} cannot be read: {error}") from error
 
 
-def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> Novelty | None:
+def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> NoveltyDetector | None:
     if not tensors:
         return None
     try:
-        found = Novelty.from_tensors(tensors)
+        found = NoveltyDetector.from_tensors(tensors)
     except KeyError as error:
         raise _torn(f"it lacks novelty.{error.args[0]}") from error
     sizes = [tuple(one.shape) for one in (found.mean, found.deviation, found.bank[:1])]

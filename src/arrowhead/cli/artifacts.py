@@ -235,7 +235,7 @@ def bundle_info(
     shown = {k: v for k, v in figures.items() if k not in CALIBRATION}
     screen.say("figures: " + " · ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if "temperature" in metrics:
-        screen.say(f"calibration: {calibration.words(metrics)}")
+        screen.say(f"calibration: {calibration.describe(metrics)}")
     if known := held["novelty"]:
         cut = known["threshold_at_5_percent_false_alarms"]
         screen.say(

@@ -18,7 +18,7 @@ from arrowhead.bundle.known_images import KnownImages
 from arrowhead.commands import precompute
 from arrowhead.data.catalog import Catalog
 from arrowhead.evaluation import calibration, metrics, novelty
-from arrowhead.evaluation.novelty import Novelty
+from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.features import extract
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.golden_images import GoldenConfig
@@ -145,7 +145,7 @@ def write_bundle(
     figures = metrics.evaluate(
         logit_NC.numpy(), valid.label, classes, temperature=temperature, thresholds=thresholds
     )
-    figures |= found.figures
+    figures |= found.metrics
     figures |= _test_figures(store, head, classes, temperature, thresholds)
     known, told = _novelty(store, valid), lineage or {}
     evaluation.say_threshold(known, context.screen)
@@ -191,16 +191,16 @@ def _test_figures(
     return {f"test_{name}": value for name, value in found.items()}
 
 
-def _novelty(store: Store, valid: Features) -> Novelty:
+def _novelty(store: Store, valid: Features) -> NoveltyDetector:
     """What the bundle remembers of the training images, from their clean view."""
     train = store.features("train", mapped=True)
-    row_M = train.row[novelty.sample(train.image_id)]
+    row_M = train.row[novelty.sample_bank_rows(train.image_id)]
     bank, first = [], 0
     for part in store.maps():
         here = row_M[(row_M >= first) & (row_M < first + len(part))] - first
         bank.append(part[here, 0])
         first += len(part)
-    return Novelty.of(np.concatenate(bank), valid.feature[:, 0])
+    return NoveltyDetector.fit(np.concatenate(bank), valid.feature[:, 0])
 
 
 # --------------------------------------------------------------------------- many heads

@@ -1,1 +1,1 @@
-"""Figures of predictions and features: pure functions."""
+"""Metrics, calibration and novelty: pure functions of predictions and features."""

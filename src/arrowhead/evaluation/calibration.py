@@ -1,11 +1,11 @@
-"""Probabilities that mean what they say, judged on images that did not fit them.
+"""Temperature scaling and decision thresholds, judged by cross-fitting.
 
-    logits, labels, contents of the validation images
-      -> calibrate    a temperature where it helps, else 1; thresholds; figures on held-out parts
+    logits, labels, content hashes of the validation images
+      -> calibrate    a temperature (1 unless another one helps), thresholds, held-out metrics
 
-A temperature or a threshold looks better on the images it was fitted to than it is. So each part of
-the validation images is judged by what was fitted to all others (cross-fitting); what a bundle then
-uses is fitted to all of them.
+A temperature or a threshold looks better on the images it was fitted to than it is. So the
+validation images are divided into folds, and each fold is judged with what was fitted to the
+others (cross-fitting). What a bundle then uses is fitted to all of them.
 """
 
 from __future__ import annotations
@@ -20,177 +20,195 @@ from numpy.typing import NDArray
 from arrowhead.evaluation import metrics
 from arrowhead.evaluation.metrics import Labels
 
-MIN_IMAGES = 20  # different images, to fit a temperature to
-MARGIN = 1.645  # standard errors: one-sided 5 %
+MIN_IMAGES = 20  # distinct images, to fit a temperature to
+SIGNIFICANCE_Z = 1.645  # standard errors of a one-sided test at 5 %
+HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: 2**64 / golden ratio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What a bundle gives its probabilities and labels by.
+    """How a bundle turns logits into probabilities and labels.
 
-    thresholds: float64 (C,), None where images have one label. figures: for the bundle's metrics,
-    all of images that took no part in fitting what they were judged by:
-        temperature; temperature_fitted: what was fitted, None if there were too few images;
-        one label: ece, ece_low, ece_high: calibration error with the temperature that is kept, see
-        `metrics.calibration_error`; ece_uncalibrated: with 1; ece_fitted: with the fitted one;
-        several: accuracy_at_thresholds, f1 and f2 (see `metrics.evaluate`), each named
+    thresholds: float64 (C,), None where images have one label. metrics: for the metrics of the
+    bundle, from images that took no part in fitting what they were judged with:
+        temperature; temperature_fitted: the fitted one, None if there were too few images;
+        with one label: ece, ece_low, ece_high: calibration error with the temperature in use, see
+        `metrics.calibration_error`; ece_uncalibrated: with temperature 1; ece_fitted: with the
+        fitted one;
+        with several labels: accuracy_at_thresholds, f1 and f2 (see `metrics.evaluate`), each named
         ..._held_out.
     """
 
     temperature: float
     thresholds: NDArray[np.float64] | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 def calibrate(
-    logit_NC: NDArray[Any], label: Labels, key_N: NDArray[np.uint64], classes: list[str]
+    logit_NC: NDArray[Any], label: Labels, image_id_N: NDArray[np.uint64], classes: list[str]
 ) -> Calibration:
     """Fit a temperature, and thresholds where images have several labels, to validation images.
 
-    key_N: of an image's content; copies of one image are held out together. The temperature is 1
-    unless a fitted one makes held-out images more likely by more than chance (1.645 standard errors
-    of the mean gain in log-likelihood) and their calibration error no larger.
+    The temperature stays 1 unless a fitted one makes held-out images significantly more likely
+    (by 1.645 standard errors of the mean gain in log-likelihood) without increasing their
+    calibration error.
+
+    Args:
+        logit_NC: float32 logits.
+        label: see `metrics.Labels`.
+        image_id_N: hashes of the images' contents; copies of an image are held out together.
+        classes: the C class names.
     """
-    with np.errstate(invalid="ignore", over="ignore"):  # of a head that diverged: 1
-        return _calibrate(logit_NC, label, key_N, classes)
+    with np.errstate(invalid="ignore", over="ignore"):  # a diverged head gets temperature 1
+        return _calibrate(logit_NC, label, image_id_N, classes)
 
 
 def _calibrate(
-    logit_NC: NDArray[Any], label: Labels, key_N: NDArray[np.uint64], classes: list[str]
+    logit_NC: NDArray[Any], label: Labels, image_id_N: NDArray[np.uint64], classes: list[str]
 ) -> Calibration:
-    part_N = _parts(key_N)
-    fitted = _fitted(logit_NC, label)
-    enough = len(np.unique(key_N)) >= MIN_IMAGES
-    temperature_N = np.ones(len(label))  # of each image, fitted to the other parts
-    for held in _held_out(part_N) if enough else ():
-        temperature_N[held] = _fitted(logit_NC[~held], label[~held])
-    several = label.ndim == 2
-    plain, cooled = (
-        _judged(logit_NC, label, temperature)
-        for temperature in (np.ones(len(label)), temperature_N)
-    )
-    keep = enough and _gains(plain.nats - cooled.nats, key_N)
-    figures: dict[str, Any] = {}
-    if not several:
-        before, after = (metrics.calibration_error(one.sure, one.right) for one in (plain, cooled))
-        keep = keep and after[0] <= before[0]
-        figures |= zip(("ece", "ece_low", "ece_high"), after if keep else before, strict=True)
-        figures |= {"ece_uncalibrated": before[0], "ece_fitted": after[0] if enough else None}
-    temperature = fitted if keep else 1.0
+    fold_N = _assign_folds(image_id_N)
+    fitted = _fit_temperature(logit_NC, label)
+    has_enough_images = len(np.unique(image_id_N)) >= MIN_IMAGES
+    no_scaling_N = np.ones(len(label))
+    cross_fitted_N = no_scaling_N.copy()  # for each image, fitted to the other folds
+    if has_enough_images:
+        for held_out_N in _held_out_masks(fold_N):
+            cross_fitted_N[held_out_N] = _fit_temperature(logit_NC[~held_out_N], label[~held_out_N])
+    before = _score_images(logit_NC, label, no_scaling_N)
+    after = _score_images(logit_NC, label, cross_fitted_N)
+    use_fitted = has_enough_images and _is_significant(before.loss - after.loss, image_id_N)
+    if label.ndim == 1:
+        ece_before = metrics.calibration_error(before.confidence, before.correct)
+        ece_after = metrics.calibration_error(after.confidence, after.correct)
+        use_fitted = use_fitted and ece_after[0] <= ece_before[0]
+    temperature = fitted if use_fitted else 1.0
     thresholds = None
-    if several:
-        prob_NC = _probabilities(logit_NC, np.full(len(label), temperature))
-        thresholds = metrics.thresholds(prob_NC, label.astype(np.uint8))
-        used_N = temperature_N if keep else np.ones(len(label))
-        figures = _several(logit_NC, label, used_N, part_N, classes) if enough else {}
-    figures |= {"temperature": temperature, "temperature_fitted": fitted if enough else None}
+    held_out: dict[str, Any] = {}
+    if label.ndim == 2:
+        prob_NC = _sigmoid(logit_NC, np.full(len(label), temperature))
+        thresholds = metrics.fit_thresholds(prob_NC, label.astype(np.uint8))
+        if has_enough_images:
+            temperature_N = cross_fitted_N if use_fitted else no_scaling_N
+            held_out = _threshold_metrics(logit_NC, label, temperature_N, fold_N, classes)
+    else:
+        error, low, high = ece_after if use_fitted else ece_before
+        held_out = {"ece": error, "ece_low": low, "ece_high": high}
+        held_out["ece_uncalibrated"] = ece_before[0]
+        held_out["ece_fitted"] = ece_after[0] if has_enough_images else None
+    held_out["temperature"] = temperature
+    held_out["temperature_fitted"] = fitted if has_enough_images else None
     return Calibration(
-        temperature=temperature, thresholds=thresholds, figures=metrics.plain(figures)
+        temperature=temperature, thresholds=thresholds, metrics=metrics.to_json_types(held_out)
     )
 
 
-def words(figures: dict[str, Any]) -> str:
-    """The temperature, and what it does for images that took no part in fitting it."""
-    temperature, error = figures["temperature"], ""
-    if figures.get("ece_high") is not None:
-        error = f"{figures['ece']:.3f} ({figures['ece_low']:.3f} to {figures['ece_high']:.3f})"
+def describe(calibration_metrics: dict[str, Any]) -> str:
+    """Say in one line which temperature is used and what it does to held-out images."""
+    temperature, error = calibration_metrics["temperature"], ""
+    if calibration_metrics.get("ece_high") is not None:
+        ece, low, high = (calibration_metrics[name] for name in ("ece", "ece_low", "ece_high"))
+        error = f"{ece:.3f} ({low:.3f} to {high:.3f})"
     if temperature != 1:
         if not error:
             return f"temperature {temperature:.2f}"
-        before = figures["ece_uncalibrated"]
+        before = calibration_metrics["ece_uncalibrated"]
         return (
-            f"temperature {temperature:.2f} · ECE {error} on held-out parts, {before:.3f} without"
+            f"temperature {temperature:.2f} · ECE {error} on held-out images, {before:.3f} without"
         )
-    why = "a fitted one did not help"
-    if figures.get("temperature_fitted") is None:
-        why = f"fewer than {MIN_IMAGES} different images to fit one"
-    return f"temperature 1 ({why}){f' · ECE {error}' if error else ''}"
+    reason = "a fitted one did not help"
+    if calibration_metrics.get("temperature_fitted") is None:
+        reason = f"fewer than {MIN_IMAGES} different images to fit one"
+    return f"temperature 1 ({reason}){f' · ECE {error}' if error else ''}"
 
 
-def _parts(key_N: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Which part each image is in, int64 (N,): a function of the contents alone. Ten parts; fewer
-    of many images, where a part less to fit to changes nothing.
+def _assign_folds(image_id_N: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The fold of each image, int64 (N,): a function of the contents alone.
+
+    Ten folds; fewer for many images, where fitting to a smaller share of them changes nothing.
     """
-    different, where = np.unique(key_N, return_inverse=True)
-    count = len(different)
-    parts = 10 if count < 2_000 else 5 if count < 20_000 else 2
-    mixed = np.argsort(different * np.uint64(0x9E3779B97F4A7C15), kind="stable")
-    dealt = np.empty(count, np.int64)
-    dealt[mixed] = np.arange(count) % parts
-    made: NDArray[np.int64] = dealt[where]
-    return made
+    distinct, index_N = np.unique(image_id_N, return_inverse=True)
+    count = len(distinct)
+    folds = 10 if count < 2_000 else 5 if count < 20_000 else 2
+    shuffled = np.argsort(distinct * HASH_MULTIPLIER, kind="stable")
+    fold_of_distinct = np.empty(count, np.int64)
+    fold_of_distinct[shuffled] = np.arange(count) % folds
+    fold_N: NDArray[np.int64] = fold_of_distinct[index_N]
+    return fold_N
 
 
-def _held_out(part_N: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
-    return (part_N == part for part in np.unique(part_N))
+def _held_out_masks(fold_N: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
+    return (fold_N == fold for fold in np.unique(fold_N))
 
 
-def _fitted(logit_NC: NDArray[Any], label: Labels) -> float:
+def _fit_temperature(logit_NC: NDArray[Any], label: Labels) -> float:
     import torch
 
-    return metrics.temperature(torch.from_numpy(logit_NC), torch.from_numpy(label))
+    return metrics.fit_temperature(torch.from_numpy(logit_NC), torch.from_numpy(label))
 
 
 @dataclass(frozen=True, slots=True)
-class _Judged:
-    """Each image under a temperature: nats (with several labels their mean); confidence in the best
-    label, and whether it is right (zeros with several), float64 (N,).
+class _ImageScores:
+    """How each image scores under a temperature, (N,) each.
+
+    loss: in nats, with several labels their mean. confidence in the predicted class, and whether it
+    is correct: zeros with several labels.
     """
 
-    nats: NDArray[np.float64]
-    sure: NDArray[np.float64]
-    right: NDArray[np.bool_]
+    loss: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+    correct: NDArray[np.bool_]
 
 
-def _judged(logit_NC: NDArray[Any], label: Labels, temperature_N: NDArray[np.float64]) -> _Judged:
+def _score_images(
+    logit_NC: NDArray[Any], label: Labels, temperature_N: NDArray[np.float64]
+) -> _ImageScores:
     rows, count = logit_NC.shape
-    nats_N, sure_N, right_N = np.zeros(rows), np.zeros(rows), np.zeros(rows, np.bool_)
-    for here in metrics.slices(rows, count):
-        z_BC = logit_NC[here].astype(np.float64) / temperature_N[here, None]
+    loss_N, confidence_N, correct_N = np.zeros(rows), np.zeros(rows), np.zeros(rows, np.bool_)
+    for block in metrics.block_slices(rows, count):
+        z_BC = logit_NC[block].astype(np.float64) / temperature_N[block, None]
         if label.ndim == 2:
-            nats_N[here] = (np.logaddexp(0, z_BC) - z_BC * (label[here] > 0)).mean(1)
+            loss_N[block] = (np.logaddexp(0, z_BC) - z_BC * (label[block] > 0)).mean(1)
             continue
-        log_BC = z_BC - metrics.log_sum_exp(z_BC)[:, None]
-        nats_N[here] = -np.take_along_axis(log_BC, label[here, None], 1)[:, 0]
-        sure_N[here] = np.exp(log_BC.max(1))
-        right_N[here] = z_BC.argmax(1) == label[here]
-    return _Judged(nats_N, sure_N, right_N)
+        log_prob_BC = z_BC - metrics.log_sum_exp(z_BC)[:, None]
+        loss_N[block] = -np.take_along_axis(log_prob_BC, label[block, None], 1)[:, 0]
+        confidence_N[block] = np.exp(log_prob_BC.max(1))
+        correct_N[block] = z_BC.argmax(1) == label[block]
+    return _ImageScores(loss_N, confidence_N, correct_N)
 
 
-def _gains(gain_N: NDArray[np.float64], key_N: NDArray[np.uint64]) -> bool:
-    """Whether the mean gain is above 0 by more than chance; copies of an image count as one."""
-    different, where = np.unique(key_N, return_inverse=True)
-    gain_M = np.bincount(where, gain_N)
-    error = gain_M.std(ddof=1) / np.sqrt(len(different)) if len(different) > 1 else np.inf
-    return bool(gain_M.mean() > MARGIN * error)
+def _is_significant(gain_N: NDArray[np.float64], image_id_N: NDArray[np.uint64]) -> bool:
+    """Whether the mean gain is significantly above 0; copies of an image count as one."""
+    distinct, index_N = np.unique(image_id_N, return_inverse=True)
+    gain_M = np.bincount(index_N, gain_N)
+    error = gain_M.std(ddof=1) / np.sqrt(len(distinct)) if len(distinct) > 1 else np.inf
+    return bool(gain_M.mean() > SIGNIFICANCE_Z * error)
 
 
-def _probabilities(
-    logit_NC: NDArray[Any], temperature_N: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    """Sigmoids as a bundle gives them, so that a decision here is a decision there."""
+def _sigmoid(logit_NC: NDArray[Any], temperature_N: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Probabilities in float32, as a bundle computes them, so that both decide alike."""
     import torch
 
-    cooled = (
-        torch.from_numpy(logit_NC) / torch.from_numpy(temperature_N.astype(np.float32))[:, None]
-    )
-    made: NDArray[np.float32] = cooled.sigmoid().numpy()
-    return made
+    temperature_N1 = torch.from_numpy(temperature_N.astype(np.float32))[:, None]
+    prob_NC: NDArray[np.float32] = (torch.from_numpy(logit_NC) / temperature_N1).sigmoid().numpy()
+    return prob_NC
 
 
-def _several(
+def _threshold_metrics(
     logit_NC: NDArray[Any],
     label_NC: Labels,
     temperature_N: NDArray[np.float64],
-    part_N: NDArray[np.int64],
+    fold_N: NDArray[np.int64],
     classes: list[str],
 ) -> dict[str, Any]:
-    """Figures of decisions at thresholds that were tuned on the other parts."""
-    prob_NC = _probabilities(logit_NC, temperature_N)
-    given_NC = np.zeros(label_NC.shape, np.bool_)
-    for held in _held_out(part_N):
-        threshold_C = metrics.thresholds(prob_NC[~held], label_NC[~held].astype(np.uint8))
-        given_NC[held] = prob_NC[held] >= threshold_C
-    decided = metrics.evaluate(np.where(given_NC, 9.0, -9.0), label_NC, classes)
+    """Metrics of decisions at thresholds that were fitted to the other folds."""
+    prob_NC = _sigmoid(logit_NC, temperature_N)
+    predicted_NC = np.zeros(label_NC.shape, np.bool_)
+    for held_out_N in _held_out_masks(fold_N):
+        threshold_C = metrics.fit_thresholds(
+            prob_NC[~held_out_N], label_NC[~held_out_N].astype(np.uint8)
+        )
+        predicted_NC[held_out_N] = prob_NC[held_out_N] >= threshold_C
+    # Logits of +-9 pass and fail the default threshold of 0.5.
+    result = metrics.evaluate(np.where(predicted_NC, 9.0, -9.0), label_NC, classes)
     names = ("accuracy_at_thresholds", "f1_samples", "f2_samples", "f1_macro", "f2_macro")
-    return {f"{name}_held_out": decided[name] for name in names}
+    return {f"{name}_held_out": result[name] for name in names}

@@ -1,14 +1,14 @@
-"""Every figure of a head, from its logits for rows it was not trained on.
+"""Evaluation metrics of a classification head, computed from its logits on held-out images.
 
-    all logits, labels      -> evaluate     every figure of a head, ready for JSON
-                            -> temperature  one number that makes probabilities honest
-    probabilities, labels   -> thresholds   from where on an image is given a label
+    all logits, labels      -> evaluate          every metric of a head, ready for JSON
+                            -> fit_temperature   the temperature that calibrates the probabilities
+    probabilities, labels   -> fit_thresholds    the decision threshold of each label
 
 Labels are int64 (N,), or uint8 (N, C) of zeros and ones where an image may have several.
 
-Whatever goes by rank (AUROC, average precision, thresholds) needs one sort of a class's scores and
-the places of its positives in it: 5 s for all of them at 200,000 x 1,000, where scikit-learn's
-functions, which the tests compare with, would take 85 s.
+The results equal scikit-learn's, which the tests compare with. The rank-based metrics (AUROC,
+average precision, thresholds) share one sort of each class's scores: 5 s for all of them at
+200,000 x 1,000, where scikit-learn's functions would take 85 s.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 Labels = NDArray[np.int64] | NDArray[np.uint8]
-TOP = 5
-BINS = 15
+TOP_K = 5
+MAX_CALIBRATION_BINS = 15
+MIN_IMAGES_PER_BIN = 20
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -39,105 +40,128 @@ def evaluate(
     temperature: float = 1.0,
     thresholds: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
-    """Every figure of a head, from its logits (any float type) for rows it was not trained on.
+    """Compute every metric of a head from its logits for images it was not trained on.
 
-    All of it is plain and finite, as JSON wants it; None where a figure is not defined.
+    Args:
+        logit_NC: logits of any float type.
+        label: int64 (N,), or uint8 (N, C) where an image may have several labels.
+        classes: the C class names.
+        temperature: divides the logits before they become probabilities.
+        thresholds: float64 (C,), the probability from which an image gets each label; 0.5 by
+            default. Used only with several labels per image.
 
-    One label per image:
-        images; loss: mean cross entropy of the logits as they are, in nats; accuracy;
-        accuracy_interval: its 95 % confidence interval;
-        top_5_accuracy, of more than 5 classes: of equal logits the first counts more;
-        balanced_accuracy: mean recall of the classes that occur; auroc: of two classes that of the
-        second, of more the mean of each against the rest, over the classes that occur;
-        ece, ece_low, ece_high: calibration error of softmax(logits / temperature), and its 95 %
-        interval (see `calibration_error`), ece_uncalibrated: of softmax(logits);
-        per_class: see `per_class`; confusion: see `confusion`.
-    Several labels per image; an image is given those whose sigmoid(logit / temperature) reaches the
-    label's threshold, 0.5 where there are none:
-        images; loss: mean binary cross entropy of all N x C decisions, of the logits as they are,
-        in nats; accuracy: share of the decisions that are right at 0.5, as in the epochs of a
-        training; accuracy_at_thresholds: at the thresholds, as all that follows; f1_samples,
-        f2_samples: mean over images (the planet challenge's measure), f1_macro, f2_macro: mean over
-        labels, each 0 where undefined, as in scikit-learn; auroc, mean_average_precision: mean over
-        the labels for which they are defined; per_class: precision, recall, f1, threshold and
-        images, by label.
+    Returns:
+        A dict for JSON: plain Python types, and None for a metric that is undefined or not finite.
+
+        With one label per image:
+            images; loss: mean cross entropy of the logits without temperature, in nats; accuracy;
+            accuracy_interval: its 95 % confidence interval;
+            top_5_accuracy, with more than 5 classes: among equal logits the first class wins;
+            balanced_accuracy: mean recall of the classes that occur; auroc: with two classes that
+            of the second, with more the mean one-vs-rest AUROC of the classes that occur;
+            ece, ece_low, ece_high: expected calibration error of softmax(logits / temperature) and
+            its 95 % interval (see `calibration_error`); ece_uncalibrated: that of softmax(logits);
+            per_class: see `per_class_metrics`; confusion: see `confusion_matrix`.
+        With several labels per image, where an image gets the labels whose
+        sigmoid(logit / temperature) reaches their threshold:
+            images; loss: mean binary cross entropy of all N x C decisions, of the logits without
+            temperature, in nats; accuracy: share of correct decisions at 0.5, as shown for each
+            epoch of a training; accuracy_at_thresholds: the same at the thresholds, which all
+            following metrics use, too; f1_samples, f2_samples: mean over images (the metric of the
+            Planet challenge); f1_macro, f2_macro: mean over labels; all F scores are 0 where
+            undefined, as in scikit-learn; auroc, mean_average_precision: mean over the labels for
+            which they are defined; per_class: precision, recall, f1, threshold and images by label.
     """
-    # Logits of a head that diverged are figures too: None.
+    # A diverged head has non-finite logits, which become None.
     with np.errstate(invalid="ignore", over="ignore"):
         if label.ndim == 2:
             threshold_C = (
                 np.full(len(classes), 0.5) if thresholds is None else np.asarray(thresholds)
             )
-            return dict(plain(_several_labels(logit_NC, label, classes, temperature, threshold_C)))
-        return dict(plain(_one_label(logit_NC, label, classes, temperature)))
+            metrics = _multi_label_metrics(logit_NC, label, classes, temperature, threshold_C)
+        else:
+            metrics = _single_label_metrics(logit_NC, label, classes, temperature)
+        return dict(to_json_types(metrics))
 
 
-def plain(figure: Any) -> Any:
-    """The same in Python's own types; None for what is not a finite number."""
-    if isinstance(figure, dict):
-        return {name: plain(value) for name, value in figure.items()}
-    if isinstance(figure, np.ndarray):
-        return figure.tolist()
-    if isinstance(figure, (float, np.floating)):
-        return float(figure) if math.isfinite(figure) else None
-    return figure
+def to_json_types(value: Any) -> Any:
+    """Convert a metric, or a dict of them, to Python's own types; non-finite numbers to None."""
+    if isinstance(value, dict):
+        return {name: to_json_types(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
-def _one_label(
+def _single_label_metrics(
     logit_NC: NDArray[Any], label_N: NDArray[Any], classes: list[str], temperature: float
 ) -> dict[str, Any]:
     rows, count = logit_NC.shape
-    guess_N, ahead_N = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-    nats_N, raw_N, sure_N, norm_N = np.zeros((4, rows))
-    for here in slices(rows, count):
-        z_BC, own_B1 = logit_NC[here].astype(np.float64), label_N[here, None]
-        z_B1, top_B = np.take_along_axis(z_BC, own_B1, 1), z_BC.max(1)
-        tied_BC = (z_BC == z_B1) & (np.arange(count) < own_B1)
-        guess_N[here], ahead_N[here] = z_BC.argmax(1), ((z_BC > z_B1) | tied_BC).sum(1)
-        total_B, norm_N[here] = log_sum_exp(z_BC), log_sum_exp(z_BC / temperature)
-        nats_N[here], raw_N[here] = total_B - z_B1[:, 0], np.exp(top_B - total_B)
-        sure_N[here] = np.exp(top_B / temperature - norm_N[here])
-    counts_CC = confusion(label_N, guess_N, count)
-    right_N, present_C = guess_N == label_N, counts_CC.sum(1)
-    error, low, high = calibration_error(sure_N, right_N)
-    figures = {
+    predicted_N, rank_N = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    loss_N, raw_confidence_N, confidence_N, log_norm_N = np.zeros((4, rows))
+    for block in block_slices(rows, count):
+        z_BC, label_B1 = logit_NC[block].astype(np.float64), label_N[block, None]
+        label_z_B1, max_z_B = np.take_along_axis(z_BC, label_B1, 1), z_BC.max(1)
+        tied_BC = (z_BC == label_z_B1) & (np.arange(count) < label_B1)
+        predicted_N[block] = z_BC.argmax(1)
+        rank_N[block] = ((z_BC > label_z_B1) | tied_BC).sum(1)
+        raw_log_norm_B = log_sum_exp(z_BC)
+        log_norm_N[block] = log_sum_exp(z_BC / temperature)
+        loss_N[block] = raw_log_norm_B - label_z_B1[:, 0]
+        raw_confidence_N[block] = np.exp(max_z_B - raw_log_norm_B)
+        confidence_N[block] = np.exp(max_z_B / temperature - log_norm_N[block])
+    counts_CC = confusion_matrix(label_N, predicted_N, count)
+    correct_N, support_C = predicted_N == label_N, counts_CC.sum(1)
+    recall_C = np.diag(counts_CC) / np.maximum(support_C, 1)
+    ece, ece_low, ece_high = calibration_error(confidence_N, correct_N)
+    metrics = {
         "images": rows,
-        "loss": _mean(nats_N),
-        "accuracy": _mean(right_N),
-        "accuracy_interval": list(interval(int(right_N.sum()), rows)),
-        "balanced_accuracy": _mean((np.diag(counts_CC) / np.maximum(present_C, 1))[present_C > 0]),
-        "auroc": _auroc_of_classes(logit_NC, label_N, temperature, norm_N),
-        "ece": error,
-        "ece_low": low,
-        "ece_high": high,
-        "ece_uncalibrated": calibration_error(raw_N, right_N)[0],
-        "per_class": per_class(counts_CC, classes),
+        "loss": _mean(loss_N),
+        "accuracy": _mean(correct_N),
+        "accuracy_interval": list(wilson_interval(int(correct_N.sum()), rows)),
+        "balanced_accuracy": _mean(recall_C[support_C > 0]),
+        "auroc": _mean_auroc(logit_NC, label_N, temperature, log_norm_N),
+        "ece": ece,
+        "ece_low": ece_low,
+        "ece_high": ece_high,
+        "ece_uncalibrated": calibration_error(raw_confidence_N, correct_N)[0],
+        "per_class": per_class_metrics(counts_CC, classes),
         "confusion": counts_CC,
     }
-    if count > TOP:
-        figures[f"top_{TOP}_accuracy"] = _mean(ahead_N < TOP)
-    return figures
+    if count > TOP_K:
+        metrics[f"top_{TOP_K}_accuracy"] = _mean(rank_N < TOP_K)
+    return metrics
 
 
-def _auroc_of_classes(
-    logit_NC: NDArray[Any], label_N: NDArray[Any], temperature: float, norm_N: NDArray[np.float64]
+def _mean_auroc(
+    logit_NC: NDArray[Any],
+    label_N: NDArray[Any],
+    temperature: float,
+    log_norm_N: NDArray[np.float64],
 ) -> float:
-    """Mean over the classes that occur; norm_N: log of the softmax's denominator."""
+    """Mean one-vs-rest AUROC of the classes that occur; with two classes, that of the second.
+
+    log_norm_N: log of the softmax's denominator.
+    """
     rows, count = logit_NC.shape
     if count == 2:
-        wide_N2 = logit_NC.astype(np.float64)
-        return _Ranks(wide_N2[:, 1] - wide_N2[:, 0], label_N == 1).auroc
-    areas = []
-    for here in slices(count, rows):
-        # Of log-probabilities: they rank as probabilities do, but do not run into 0.
-        z_BN = np.ascontiguousarray(logit_NC[:, here].T, np.float64) / temperature - norm_N
-        for number, z_N in zip(range(count)[here], z_BN, strict=True):
-            if (mine := label_N == number).any():
-                areas.append(_Ranks(z_N, mine).auroc)
-    return _mean(np.array(areas))
+        logit_N2 = logit_NC.astype(np.float64)
+        return _RankedScores(logit_N2[:, 1] - logit_N2[:, 0], label_N == 1).auroc
+    aurocs = []
+    for block in block_slices(count, rows):
+        # Log-probabilities rank as probabilities do, but do not underflow to 0.
+        log_prob_BN = (
+            np.ascontiguousarray(logit_NC[:, block].T, np.float64) / temperature - log_norm_N
+        )
+        for class_index, log_prob_N in zip(range(count)[block], log_prob_BN, strict=True):
+            if (positive_N := label_N == class_index).any():
+                aurocs.append(_RankedScores(log_prob_N, positive_N).auroc)
+    return _mean(np.array(aurocs))
 
 
-def _several_labels(
+def _multi_label_metrics(
     logit_NC: NDArray[Any],
     label_NC: NDArray[Any],
     classes: list[str],
@@ -145,287 +169,327 @@ def _several_labels(
     threshold_C: NDArray[np.float64],
 ) -> dict[str, Any]:
     rows, count = logit_NC.shape
-    right_C, given_C, present_C = np.zeros((3, count), np.int64)
-    right_N, given_N, present_N = np.zeros((3, rows), np.int64)
-    nats_C, area_C, precision_C = np.zeros((3, count))
-    right_at_half = 0
-    for here in slices(count, rows):
-        z_BN = np.ascontiguousarray(logit_NC[:, here].T, np.float64)
-        true_BN = np.ascontiguousarray(label_NC[:, here].T) != 0
-        nats_C[here] = (np.logaddexp(0, z_BN) - z_BN * true_BN).sum(1)
-        right_at_half += int(((z_BN >= 0) == true_BN).sum())
-        # As a bundle gives its probabilities, so that a decision here is a decision there.
-        given_BN = (1 / (1 + np.exp(-z_BN / temperature))).astype(np.float32) >= threshold_C[
-            here, None
-        ]
-        both_BN = given_BN & true_BN
-        right_C[here], given_C[here], present_C[here] = (
-            part.sum(1) for part in (both_BN, given_BN, true_BN)
+    correct_C, predicted_C, support_C = np.zeros((3, count), np.int64)
+    correct_N, predicted_N, support_N = np.zeros((3, rows), np.int64)
+    loss_C, auroc_C, average_precision_C = np.zeros((3, count))
+    correct_at_half = 0
+    for block in block_slices(count, rows):
+        z_BN = np.ascontiguousarray(logit_NC[:, block].T, np.float64)
+        label_BN = np.ascontiguousarray(label_NC[:, block].T) != 0
+        loss_C[block] = (np.logaddexp(0, z_BN) - z_BN * label_BN).sum(1)
+        correct_at_half += int(((z_BN >= 0) == label_BN).sum())
+        # float32, as a bundle computes its probabilities, so that both decide alike.
+        prob_BN = (1 / (1 + np.exp(-z_BN / temperature))).astype(np.float32)
+        predicted_BN = prob_BN >= threshold_C[block, None]
+        correct_BN = predicted_BN & label_BN
+        correct_C[block], predicted_C[block], support_C[block] = (
+            part.sum(1) for part in (correct_BN, predicted_BN, label_BN)
         )
-        for total_N, part in ((right_N, both_BN), (given_N, given_BN), (present_N, true_BN)):
+        for total_N, part in (
+            (correct_N, correct_BN),
+            (predicted_N, predicted_BN),
+            (support_N, label_BN),
+        ):
             total_N += part.sum(0)
-        ranks = [_Ranks(z_N, true_N) for z_N, true_N in zip(z_BN, true_BN, strict=True)]
-        area_C[here] = [one.auroc for one in ranks]
-        precision_C[here] = [one.average_precision for one in ranks]
+        ranked = [
+            _RankedScores(z_N, positive_N) for z_N, positive_N in zip(z_BN, label_BN, strict=True)
+        ]
+        auroc_C[block] = [scores.auroc for scores in ranked]
+        average_precision_C[block] = [scores.average_precision for scores in ranked]
     decisions = rows * count
-    wrong = (given_C + present_C - 2 * right_C).sum()
-    by_label = _by_name(right_C, given_C, present_C, classes)
+    wrong = (predicted_C + support_C - 2 * correct_C).sum()
+    by_label = _precision_recall_f1(correct_C, predicted_C, support_C, classes)
     return {
         "images": rows,
-        "loss": nats_C.sum() / decisions if decisions else math.nan,
-        "accuracy": right_at_half / decisions if decisions else math.nan,
+        "loss": loss_C.sum() / decisions if decisions else math.nan,
+        "accuracy": correct_at_half / decisions if decisions else math.nan,
         "accuracy_at_thresholds": 1 - wrong / decisions if decisions else math.nan,
-        "f1_samples": _mean(_f_beta(right_N, given_N, present_N, 1)),
-        "f2_samples": _mean(_f_beta(right_N, given_N, present_N, 2)),
-        "f1_macro": _mean(_f_beta(right_C, given_C, present_C, 1)),
-        "f2_macro": _mean(_f_beta(right_C, given_C, present_C, 2)),
-        "auroc": _mean(area_C[(present_C > 0) & (present_C < rows)]),
-        "mean_average_precision": _mean(precision_C[present_C > 0]),
+        "f1_samples": _mean(_f_beta(correct_N, predicted_N, support_N, 1)),
+        "f2_samples": _mean(_f_beta(correct_N, predicted_N, support_N, 2)),
+        "f1_macro": _mean(_f_beta(correct_C, predicted_C, support_C, 1)),
+        "f2_macro": _mean(_f_beta(correct_C, predicted_C, support_C, 2)),
+        "auroc": _mean(auroc_C[(support_C > 0) & (support_C < rows)]),
+        "mean_average_precision": _mean(average_precision_C[support_C > 0]),
         "per_class": {
-            name: figures | {"threshold": float(threshold)}
-            for (name, figures), threshold in zip(by_label.items(), threshold_C, strict=True)
+            name: metrics | {"threshold": float(threshold)}
+            for (name, metrics), threshold in zip(by_label.items(), threshold_C, strict=True)
         },
     }
 
 
-def thresholds(
-    probability_NC: NDArray[Any], label_NC: NDArray[np.uint8], beta: float = 2.0
+def fit_thresholds(
+    prob_NC: NDArray[Any], label_NC: NDArray[np.uint8], beta: float = 2.0
 ) -> NDArray[np.float64]:
-    """The threshold of each label that gives it the best F-beta on these rows: float64 (C,).
+    """Find the decision threshold of each label with the best F-beta on these images.
 
-    A label is given where its probability reaches the threshold. Every cut that makes a difference
-    is tried; of equally good ones the highest is taken, and then the middle between the lowest
-    probability that passes and the next one below, so that last bits change no label. beta 2 counts
-    recall four times as much as precision does. A label without a positive row gets 0.5.
+    An image gets a label where its probability reaches the threshold. Every threshold that makes a
+    difference is tried. Among equally good ones the highest is taken, and then the middle between
+    the lowest probability that passes and the next one below, so that rounding changes no label.
 
-    F-beta on the rows these were tuned on is too good: the fewer positives a label has, the more.
-    For an honest figure, tune on some rows and evaluate on others.
+    F-beta on the images the thresholds were fitted to is too optimistic, and the more so the fewer
+    positives a label has. For an honest estimate, fit on some images and evaluate on others.
+
+    Args:
+        prob_NC: probabilities.
+        label_NC: zeros and ones.
+        beta: with 2, recall weighs four times as much as precision.
+
+    Returns:
+        float64 (C,); 0.5 for a label without a positive image.
     """
-    threshold_C = np.full(probability_NC.shape[1], 0.5)
-    for here in slices(len(threshold_C), len(probability_NC)):
-        # What is not a number never passes; it is no reason to have no threshold.
-        prob_BN = np.nan_to_num(np.ascontiguousarray(probability_NC[:, here].T, np.float64))
-        for number, prob_N in zip(range(len(threshold_C))[here], prob_BN, strict=True):
-            ranks = _Ranks(prob_N, label_NC[:, number] != 0)
-            if len(ranks.own_P):
-                threshold_C[number] = ranks.best_threshold(beta)
+    threshold_C = np.full(prob_NC.shape[1], 0.5)
+    for block in block_slices(len(threshold_C), len(prob_NC)):
+        # A NaN never reaches a threshold, but must not keep the label from having one.
+        prob_BN = np.nan_to_num(np.ascontiguousarray(prob_NC[:, block].T, np.float64))
+        for class_index, prob_N in zip(range(len(threshold_C))[block], prob_BN, strict=True):
+            ranked = _RankedScores(prob_N, label_NC[:, class_index] != 0)
+            if len(ranked.positive_P):
+                threshold_C[class_index] = ranked.best_threshold(beta)
     return threshold_C
 
 
-class _Ranks:
-    """Where the scores of one class's positive rows stand among all.
+class _RankedScores:
+    """The ranks of one class's positive images (P of them) among the scores of all N images.
 
-    own_P: scores of the positives, highest first. Adding a negative to what passes only makes F
-    worse, and both areas are sums over the positives, so no other place needs to be known.
+    Only the positives' ranks are needed: lowering a threshold to accept one more negative only
+    makes F-beta worse, and AUROC and average precision are sums over the positives.
+
+    positive_P: scores of the positives, highest first; below_P: how many scores are below each.
     """
 
-    def __init__(self, score_N: NDArray[np.float64], true_N: NDArray[np.bool_]) -> None:
-        self.line_N = np.sort(score_N)
-        self.own_P = np.sort(score_N[true_N])[::-1]
-        self.below_P = np.searchsorted(self.line_N, self.own_P, "left")
+    def __init__(self, score_N: NDArray[np.float64], positive_N: NDArray[np.bool_]) -> None:
+        self.sorted_N = np.sort(score_N)
+        self.positive_P = np.sort(score_N[positive_N])[::-1]
+        self.below_P = np.searchsorted(self.sorted_N, self.positive_P, "left")
 
     @property
     def auroc(self) -> float:
-        """The chance that a positive stands above a negative, half for a tie; nan without both."""
-        rows, own = len(self.line_N), len(self.own_P)
-        if not own or own == rows or not self._finite:
+        """Probability that a positive ranks above a negative, a tie counting half.
+
+        NaN without positives or without negatives.
+        """
+        rows, positives = len(self.sorted_N), len(self.positive_P)
+        if not positives or positives == rows or not self._is_finite:
             return math.nan
-        not_above_P = np.searchsorted(self.line_N, self.own_P, "right")
-        # Twice the pairs that are in order; among the positives themselves that is own squared.
-        pairs = int(self.below_P.sum()) + int(not_above_P.sum()) - own**2
-        return pairs / (2 * own * (rows - own))
+        not_above_P = np.searchsorted(self.sorted_N, self.positive_P, "right")
+        # Twice the correctly ordered pairs. Pairs of two positives contribute positives**2.
+        pairs = int(self.below_P.sum()) + int(not_above_P.sum()) - positives**2
+        return pairs / (2 * positives * (rows - positives))
 
     @property
     def average_precision(self) -> float:
-        """The mean of the precision at each positive; rows of equal score pass together."""
-        if not len(self.own_P) or not self._finite:
+        """Mean precision at each positive; images of equal score pass a threshold together."""
+        if not len(self.positive_P) or not self._is_finite:
             return math.nan
-        passed_P, right_P = self._passed()
-        return float((right_P / passed_P).mean())
+        accepted_P, correct_P = self._accepted()
+        return float((correct_P / accepted_P).mean())
 
     def best_threshold(self, beta: float) -> float:
-        """The threshold with the best F-beta (see `thresholds`); needs a positive."""
-        passed_P, right_P = self._passed()
-        at = int(_f_beta(right_P, passed_P, np.array(len(self.own_P)), beta).argmax())
-        lowest, below = float(self.own_P[at]), int(self.below_P[at])
-        middle = (lowest + (float(self.line_N[below - 1]) if below else 0.0)) / 2
-        return middle if not below or middle > self.line_N[below - 1] else lowest
+        """The threshold with the best F-beta (see `fit_thresholds`); requires a positive."""
+        accepted_P, correct_P = self._accepted()
+        f_beta_P = _f_beta(correct_P, accepted_P, np.array(len(self.positive_P)), beta)
+        best = int(f_beta_P.argmax())
+        lowest, below = float(self.positive_P[best]), int(self.below_P[best])
+        middle = (lowest + (float(self.sorted_N[below - 1]) if below else 0.0)) / 2
+        return middle if not below or middle > self.sorted_N[below - 1] else lowest
 
-    def _passed(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows, and positive rows, whose score is at least that of each positive."""
-        right_P = np.searchsorted(-self.own_P, -self.own_P, "right")
-        return len(self.line_N) - self.below_P, right_P
+    def _accepted(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many images, and how many positives, score at least as high as each positive."""
+        correct_P = np.searchsorted(-self.positive_P, -self.positive_P, "right")
+        return len(self.sorted_N) - self.below_P, correct_P
 
     @property
-    def _finite(self) -> bool:
-        return bool(np.isfinite(self.line_N[[0, -1]]).all())  # nan is sorted to the end
+    def _is_finite(self) -> bool:
+        return bool(np.isfinite(self.sorted_N[[0, -1]]).all())  # np.sort moves NaN to the end
 
 
 def _f_beta(
-    right: NDArray[np.int64], given: NDArray[np.int64], present: NDArray[np.int64], beta: float
+    correct: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    support: NDArray[np.int64],
+    beta: float,
 ) -> NDArray[np.float64]:
-    """F-beta of each; 0 where nothing is right, nor could be."""
+    """F-beta from counts; 0 where it is undefined."""
     weight = beta**2
-    score: NDArray[np.float64] = (1 + weight) * right / np.maximum(weight * present + given, 1)
+    denominator = np.maximum(weight * support + predicted, 1)
+    score: NDArray[np.float64] = (1 + weight) * correct / denominator
     return score
 
 
 def calibration_error(
-    sure_N: NDArray[np.float64], right_N: NDArray[np.bool_]
+    confidence_N: NDArray[np.float64], correct_N: NDArray[np.bool_]
 ) -> tuple[float, float, float]:
-    """Expected calibration error: the mean distance of confidence from accuracy, bin by bin (Guo et
-    al., arXiv:1706.04599, 2), and its 95 % interval: 1.96 standard deviations of 200 resamples.
+    """Expected calibration error (ECE) and its 95 % interval: (error, low, high).
 
-    15 bins of equal numbers of images (Nixon et al., arXiv:1904.01685), fewer where a bin would
-    have less than 20; equal confidences share a bin. Bins of equal width would leave nearly all
-    images in one. nan without images.
+    The ECE is the mean distance between confidence and accuracy over bins of confidence (Guo et
+    al., arXiv:1706.04599, section 2). The interval is 1.96 standard deviations of 200 bootstrap
+    resamples. There are 15 bins with equal numbers of images (Nixon et al., arXiv:1904.01685),
+    fewer where a bin would have less than 20; equal confidences share a bin. Bins of equal width
+    would put nearly all images into one. NaN without images.
     """
-    rows = len(sure_N)
-    if not rows or not np.isfinite(sure_N).all():
+    rows = len(confidence_N)
+    if not rows or not np.isfinite(confidence_N).all():
         return math.nan, math.nan, math.nan
-    bins = max(1, min(BINS, rows // 20))
-    edges = np.sort(sure_N)[np.arange(1, bins) * rows // bins]
-    bin_N, gap_N = np.searchsorted(edges, sure_N, "right"), right_N - sure_N
+    bins = max(1, min(MAX_CALIBRATION_BINS, rows // MIN_IMAGES_PER_BIN))
+    edges = np.sort(confidence_N)[np.arange(1, bins) * rows // bins]
+    bin_N, gap_N = np.searchsorted(edges, confidence_N, "right"), correct_N - confidence_N
 
-    def error(of: Any) -> float:
-        return float(np.abs(np.bincount(bin_N[of], gap_N[of], bins)).sum() / rows)
+    def error_of(sample: Any) -> float:
+        return float(np.abs(np.bincount(bin_N[sample], gap_N[sample], bins)).sum() / rows)
 
-    draw, found = np.random.default_rng(0), error(slice(None))
-    away = 1.96 * float(np.std([error(draw.integers(rows, size=rows)) for _ in range(200)]))
-    return found, max(found - away, 0.0), min(found + away, 1.0)
+    rng, error = np.random.default_rng(0), error_of(slice(None))
+    resampled = [error_of(rng.integers(rows, size=rows)) for _ in range(200)]
+    half_width = 1.96 * float(np.std(resampled))
+    return error, max(error - half_width, 0.0), min(error + half_width, 1.0)
 
 
 def log_sum_exp(z_BC: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The log of each row's sum of exponentials, float64 (B,)."""
-    top_B1 = z_BC.max(1, keepdims=True)
-    total_B: NDArray[np.float64] = np.log(np.exp(z_BC - top_B1).sum(1)) + top_B1[:, 0]
-    return total_B
+    """The log of each row's sum of exponentials, float64 (B,), without overflow."""
+    max_B1 = z_BC.max(1, keepdims=True)
+    result_B: NDArray[np.float64] = np.log(np.exp(z_BC - max_B1).sum(1)) + max_B1[:, 0]
+    return result_B
 
 
 def _mean(value_N: NDArray[Any]) -> float:
     return float(value_N.mean()) if len(value_N) else math.nan
 
 
-def slices(length: int, width: int) -> Iterator[slice]:
-    """Slices of `length` lines of `width` numbers: 32 MB of float64 at a time, or 16 lines."""
-    lines = max(16, 2**22 // max(width, 1))
-    for at in range(0, length, lines):
-        yield slice(at, min(at + lines, length))
+def block_slices(length: int, width: int) -> Iterator[slice]:
+    """Slices over `length` rows of `width` numbers: 32 MB of float64 each, or at least 16 rows."""
+    rows = max(16, 2**22 // max(width, 1))
+    for start in range(0, length, rows):
+        yield slice(start, min(start + rows, length))
 
 
-def interval(right: int, images: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % confidence interval of a share, `right` of `images`: Wilson's (JASA 22, 1927), which
-    keeps to 0..1 and holds for few images and for shares near 0 and 1.
+def wilson_interval(correct: int, images: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % confidence interval (low, high) of the proportion `correct` of `images`.
+
+    Wilson's score interval (JASA 22, 1927), which stays within 0..1 and holds for few images and
+    for proportions near 0 and 1.
     """
     if not images:
         return 0.0, 1.0
-    share, weight = right / images, z * z / images
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    proportion, weight = correct / images, z * z / images
+    center = (proportion + weight / 2) / (1 + weight)
+    variance = proportion * (1 - proportion) / images + weight / (4 * images)
+    half_width = z * math.sqrt(variance) / (1 + weight)
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 # ------------------------------------------------------------------------------- classes
 
 
-def confusion(
-    label_N: NDArray[np.int64], guess_N: NDArray[np.int64], classes: int
+def confusion_matrix(
+    label_N: NDArray[np.int64], predicted_N: NDArray[np.int64], classes: int
 ) -> NDArray[np.int64]:
-    """Counts, int64 (C, C): row = the label, column = the guess."""
-    return np.bincount(label_N * classes + guess_N, minlength=classes**2).reshape(classes, classes)
+    """Counts of images, int64 (C, C): rows are labels, columns are predictions."""
+    counts = np.bincount(label_N * classes + predicted_N, minlength=classes**2)
+    return counts.reshape(classes, classes)
 
 
-def per_class(counts_CC: NDArray[np.int64], names: list[str]) -> dict[str, dict[str, float]]:
+def per_class_metrics(
+    counts_CC: NDArray[np.int64], names: list[str]
+) -> dict[str, dict[str, float]]:
     """Precision, recall, f1 (0 to 1; 0 where undefined) and number of images, by class."""
-    return _by_name(np.diag(counts_CC), counts_CC.sum(0), counts_CC.sum(1), names)
+    return _precision_recall_f1(np.diag(counts_CC), counts_CC.sum(0), counts_CC.sum(1), names)
 
 
-def _by_name(
-    right_C: NDArray[np.int64],
-    given_C: NDArray[np.int64],
-    present_C: NDArray[np.int64],
+def _precision_recall_f1(
+    correct_C: NDArray[np.int64],
+    predicted_C: NDArray[np.int64],
+    support_C: NDArray[np.int64],
     names: list[str],
 ) -> dict[str, dict[str, float]]:
-    score_C = _f_beta(right_C, given_C, present_C, 1)
+    f1_C = _f_beta(correct_C, predicted_C, support_C, 1)
     return {
         name: {
-            "precision": float(right_C[i] / max(given_C[i], 1)),
-            "recall": float(right_C[i] / max(present_C[i], 1)),
-            "f1": float(score_C[i]),
-            "images": int(present_C[i]),
+            "precision": float(correct_C[i] / max(predicted_C[i], 1)),
+            "recall": float(correct_C[i] / max(support_C[i], 1)),
+            "f1": float(f1_C[i]),
+            "images": int(support_C[i]),
         }
         for i, name in enumerate(names)
     }
 
 
-def class_table(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """`per_class` figures as lines of text, the lowest F1 first; a heading, then one per class.
+def class_table(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Format per-class metrics as lines of text: a heading, then one line per class.
 
-    Classes without an image come last: nothing is known of them.
+    The lowest F1 comes first. Classes without an image come last: their metrics say nothing.
     """
-    names = sorted(figures, key=lambda name: (figures[name]["images"] == 0, figures[name]["f1"]))
+    names = sorted(by_class, key=lambda name: (by_class[name]["images"] == 0, by_class[name]["f1"]))
     width = max(5, *(len(name) for name in names)) if names else 5
-    tuned = any("threshold" in one for one in figures.values())
-    head = f"{'class':<{width}}  {'precision':>9}  {'recall':>6}  {'F1':>6}  {'images':>6}"
-    lines = [head + ("  threshold" if tuned else "")]
+    has_thresholds = any("threshold" in metrics for metrics in by_class.values())
+    heading = f"{'class':<{width}}  {'precision':>9}  {'recall':>6}  {'F1':>6}  {'images':>6}"
+    lines = [heading + ("  threshold" if has_thresholds else "")]
     for name in names:
-        one = figures[name]
-        line = f"{name:<{width}}  {one['precision']:>9.4f}  {one['recall']:>6.4f}"
-        line += f"  {one['f1']:>6.4f}  {int(one['images']):>6}"
-        lines.append(line + (f"  {one['threshold']:>9.4f}" if tuned else ""))
+        metrics = by_class[name]
+        line = f"{name:<{width}}  {metrics['precision']:>9.4f}  {metrics['recall']:>6.4f}"
+        line += f"  {metrics['f1']:>6.4f}  {int(metrics['images']):>6}"
+        lines.append(line + (f"  {metrics['threshold']:>9.4f}" if has_thresholds else ""))
     return lines
 
 
 # --------------------------------------------------------------------------- temperature
 
 
-def temperature(logit_NC: torch.Tensor, label: torch.Tensor) -> float:
-    """The T that makes softmax(logits / T) fit the labels best (Guo et al., arXiv:1706.04599, 4.2).
+def fit_temperature(logit_NC: torch.Tensor, label: torch.Tensor) -> float:
+    """Find the temperature T that minimizes the loss of softmax(logits / T) on these labels.
 
-    With labels (N, C), several per image, that of sigmoid(logits / T). T is sought between 1/20 and
-    20, to 10 digits. Where all rows are right it would run to the border; so half a row of every
-    class (of several labels: half a yes and half a no of each), spread over the rows, counts as
-    well. 1 where nothing can be learnt: no rows, or a logit that is not finite.
+    The method is temperature scaling (Guo et al., arXiv:1706.04599, section 4.2), with T between
+    1/20 and 20, to 10 digits. With labels (N, C), several per image, the loss is that of
+    sigmoid(logits / T). Where all images are right T would run to its lower bound. So the loss also
+    counts half an image of every class (with several labels: half a positive and half a negative of
+    each), spread over all images.
+
+    Returns:
+        T, or 1 if nothing can be fitted: there are no images, or a logit is not finite.
     """
-    slope_of = _gradients_of_labels if label.ndim == 2 else _gradients_of_classes
-    # The nats are convex in 1/T. Newton's steps find where they are flat; a step that leaves what
-    # is known to hold the minimum is replaced by the middle of it.
-    low, high, sharpness = 1 / 20, 20.0, 1.0
+    derivatives = _sigmoid_loss_derivatives if label.ndim == 2 else _softmax_loss_derivatives
+    # The loss is convex in 1/T. Newton's method finds its minimum; a step that leaves the interval
+    # known to hold the minimum is replaced by the (geometric) middle of the interval.
+    low, high, inverse_temperature = 1 / 20, 20.0, 1.0
     for _ in range(60):
-        gradient, bend = 0.0, 0.0
-        for here in slices(*logit_NC.shape):
-            one, two = slope_of(logit_NC[here].double(), label[here], sharpness, len(logit_NC))
-            gradient, bend = gradient + one, bend + two
-        if not math.isfinite(gradient + bend):
+        gradient, curvature = 0.0, 0.0
+        for block in block_slices(*logit_NC.shape):
+            first, second = derivatives(
+                logit_NC[block].double(), label[block], inverse_temperature, len(logit_NC)
+            )
+            gradient, curvature = gradient + first, curvature + second
+        if not math.isfinite(gradient + curvature):
             return 1.0
         if gradient == 0:
             break
-        low, high = (low, sharpness) if gradient > 0 else (sharpness, high)
-        step = sharpness - gradient / bend if bend > 0 else math.inf
-        before, sharpness = sharpness, step if low < step < high else math.sqrt(low * high)
-        if abs(sharpness - before) <= 1e-10 * before:
+        if gradient > 0:
+            high = inverse_temperature
+        else:
+            low = inverse_temperature
+        step = inverse_temperature - gradient / curvature if curvature > 0 else math.inf
+        previous = inverse_temperature
+        inverse_temperature = step if low < step < high else math.sqrt(low * high)
+        if abs(inverse_temperature - previous) <= 1e-10 * previous:
             break
-    return 1 / sharpness
+    return 1 / inverse_temperature
 
 
-def _gradients_of_classes(
-    z_BC: torch.Tensor, label_B: torch.Tensor, sharpness: float, rows: int
+def _softmax_loss_derivatives(
+    z_BC: torch.Tensor, label_B: torch.Tensor, inverse_temperature: float, rows: int
 ) -> tuple[float, float]:
-    """First and second derivative, by sharpness, of these rows' nats."""
-    prob_BC = (z_BC * sharpness).softmax(1)
+    """First and second derivative of these rows' loss with respect to 1/T."""
+    prob_BC = (z_BC * inverse_temperature).softmax(1)
     mean_B = (prob_BC * z_BC).sum(1)
-    spread_B = (prob_BC * (z_BC - mean_B[:, None]).square()).sum(1)
-    share = z_BC.shape[1] / (2 * rows)
-    gradient = (mean_B * (1 + share)).sum() - z_BC.sum() / (2 * rows)
-    own = z_BC.gather(1, label_B.long()[:, None]).sum()
-    return float(gradient - own), float(spread_B.sum() * (1 + share))
+    variance_B = (prob_BC * (z_BC - mean_B[:, None]).square()).sum(1)
+    prior_weight = z_BC.shape[1] / (2 * rows)
+    gradient = (mean_B * (1 + prior_weight)).sum() - z_BC.sum() / (2 * rows)
+    label_z = z_BC.gather(1, label_B.long()[:, None]).sum()
+    return float(gradient - label_z), float(variance_B.sum() * (1 + prior_weight))
 
 
-def _gradients_of_labels(
-    z_BC: torch.Tensor, label_BC: torch.Tensor, sharpness: float, rows: int
+def _sigmoid_loss_derivatives(
+    z_BC: torch.Tensor, label_BC: torch.Tensor, inverse_temperature: float, rows: int
 ) -> tuple[float, float]:
-    """First and second derivative, by sharpness, of these rows' nats."""
-    prob_BC = (z_BC * sharpness).sigmoid()
+    """First and second derivative of these rows' loss with respect to 1/T."""
+    prob_BC = (z_BC * inverse_temperature).sigmoid()
     gradient_BC = (prob_BC * (1 + 1 / rows) - label_BC - 1 / (2 * rows)) * z_BC
-    bend_BC = prob_BC * (1 - prob_BC) * z_BC.square() * (1 + 1 / rows)
-    return float(gradient_BC.sum()), float(bend_BC.sum())
+    curvature_BC = prob_BC * (1 - prob_BC) * z_BC.square() * (1 + 1 / rows)
+    return float(gradient_BC.sum()), float(curvature_BC.sum())

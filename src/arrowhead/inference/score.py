@@ -93,7 +93,7 @@ def judged(
     novelty_N = novel_N = None
     if bundle.novelty:
         with bundle_format.one_thread():
-            novelty_N = bundle.novelty(chunk.features[:, 0])
+            novelty_N = bundle.novelty.distances(chunk.features[:, 0])
         if config.flag_novel:
             novel_N = novelty_N > bundle.novelty.threshold(config.false_alarms)
     return Scores(

@@ -64,7 +64,7 @@ class Agreement:
             "images": self.images,
             "right": self.right,
             "accuracy": self.right / self.images,
-            "accuracy_interval": list(metrics.interval(self.right, self.images)),
+            "accuracy_interval": list(metrics.wilson_interval(self.right, self.images)),
         }
 
 

@@ -14,14 +14,14 @@ import numpy as np
 from arrowhead.bundle.format import Bundle
 from arrowhead.data.catalog import Catalog
 from arrowhead.evaluation import calibration, metrics
-from arrowhead.evaluation.novelty import Novelty
+from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.examine import figures as examine_figures
 from arrowhead.inference.evaluate import for_tables
 from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.wording import counted
 
 
-def say_threshold(known: Novelty, screen: Screen) -> None:
+def say_threshold(known: NoveltyDetector, screen: Screen) -> None:
     """From which distance on an image is novel."""
     threshold = known.threshold(0.05)
     if np.isfinite(threshold):
@@ -209,7 +209,7 @@ def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
     """A head's figures on one line, as `metrics.evaluate` gives them. kind: of the images."""
     loss = "loss not finite" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
     if "temperature" in figures:
-        loss += f" · {calibration.words(figures)}"
+        loss += f" · {calibration.describe(figures)}"
     elif figures.get("ece") is not None:
         loss += (
             f" · ECE {figures['ece']:.3f} ({figures['ece_low']:.3f} to {figures['ece_high']:.3f})"
@@ -225,7 +225,7 @@ def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
             f" {figures['accuracy']:.4f} at 0.5 · {loss}"
         )
     right = round(figures["accuracy"] * images)
-    low, high = metrics.interval(right, images)
+    low, high = metrics.wilson_interval(right, images)
     balanced = f" · balanced {figures['balanced_accuracy']:.4f}"
     return (
         f"{said}accuracy {figures['accuracy']:.4f} ({right} of {images} {kind} images, 95 %"

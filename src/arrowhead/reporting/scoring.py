@@ -87,7 +87,7 @@ def say_folders(summary: ScoreSummary, screen: Screen) -> None:
 
 def percent(right: int, images: int) -> str:
     """A share with its 95 % confidence interval (Wilson)."""
-    low, high = metrics.interval(right, images)
+    low, high = metrics.wilson_interval(right, images)
     return f"{100 * right / images:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
