@@ -200,7 +200,7 @@ def ways(
         assert made.config is not None
         state = {name: torch.from_numpy(value) for name, value in made.winner.state.items()}
         classes = store.manifest()["classes"]
-        ready = heads.restore(made.config.kind, store.recipe.width, len(classes), state)
+        ready = heads.restore(made.config.architecture, store.recipe.width, len(classes), state)
         with torch.inference_mode():
             given = ready(torch.from_numpy(test.feature[:, 0].astype(np.float32))).argmax(1)
         yield asked, given.numpy(), took, made.config.head

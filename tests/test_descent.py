@@ -20,8 +20,8 @@ from arrowhead.training import heads
 from arrowhead.training.heads import Stack
 from arrowhead.training.losses import Loss, balance
 from arrowhead.training.optimizer import Optimizer
-from arrowhead.training.optimizer_config import DescentConfig
-from arrowhead.training.schedule import factor, must_fit
+from arrowhead.training.optimizer_config import OptimizerConfig
+from arrowhead.training.schedule import check_cycles, lr_factor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,15 +36,15 @@ def _one_thread() -> Iterator[None]:
 # ------------------------------------------------------------------------------ schedules
 
 
-def _rates(config: DescentConfig, epochs: int, steps: int) -> np.ndarray:
+def _rates(config: OptimizerConfig, epochs: int, steps: int) -> np.ndarray:
     """The factor at each step, (epochs, steps)."""
     count = epochs * steps
-    made = [factor(step / count, config, epochs) for step in range(count)]
+    made = [lr_factor(step / count, config, epochs) for step in range(count)]
     return np.array(made).reshape(epochs, steps)
 
 
 def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing() -> None:
-    rates = [factor(share, DescentConfig(), 7) for share in np.linspace(0, 1, 101)]
+    rates = [lr_factor(share, OptimizerConfig(), 7) for share in np.linspace(0, 1, 101)]
     assert rates[0] == pytest.approx(1 / 25)
     assert rates[25] == max(rates) == pytest.approx(1)
     assert rates[100] == pytest.approx(0, abs=1e-12)
@@ -54,22 +54,22 @@ def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing() -> None:
 
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
 def test_one_cycle_has_its_highest_rate_where_its_warm_up_ends(warmup: float) -> None:
-    config = DescentConfig(warmup=warmup)
-    rates = [factor(step / 1000, config, 3) for step in range(1000)]
+    config = OptimizerConfig(warmup=warmup)
+    rates = [lr_factor(step / 1000, config, 3) for step in range(1000)]
     assert int(np.argmax(rates)) == round(warmup * 1000)
     assert max(rates) == pytest.approx(1)
 
 
 def test_constant_is_constant_and_its_warm_up_a_straight_line() -> None:
-    assert (_rates(DescentConfig(schedule="constant"), 3, 10) == 1).all()
-    rates = _rates(DescentConfig(schedule="constant", warmup=0.2), 1, 100)[0]
+    assert (_rates(OptimizerConfig(schedule="constant"), 3, 10) == 1).all()
+    rates = _rates(OptimizerConfig(schedule="constant", warmup=0.2), 1, 100)[0]
     assert rates[0] == pytest.approx(1 / 25)
     assert np.diff(rates[:21]) == pytest.approx(np.full(20, (1 - 1 / 25) / 20))
     assert rates[20:] == pytest.approx(np.ones(80))
 
 
 def test_sgdr_restarts_at_full_rate_after_1_2_and_4_epochs() -> None:
-    config = DescentConfig(schedule="cosine", cycle_len=1, cycle_mult=2)
+    config = OptimizerConfig(schedule="cosine", cycle_len=1, cycle_mult=2)
     rates = _rates(config, 7, 50).flatten()
     starts = np.flatnonzero(np.diff(rates, prepend=0) > 0)
     assert starts.tolist() == [0, 50, 150]
@@ -84,8 +84,8 @@ def test_each_cosine_starts_at_the_first_step_of_its_epoch_however_the_shares_ro
     length: int, mult: int, cycles: int, steps: int
 ) -> None:
     lengths = [length * mult**number for number in range(cycles)]
-    config = DescentConfig(schedule="cosine", cycle_len=length, cycle_mult=mult)
-    must_fit(config, sum(lengths))
+    config = OptimizerConfig(schedule="cosine", cycle_len=length, cycle_mult=mult)
+    check_cycles(config, sum(lengths))
     rates = _rates(config, sum(lengths), steps)
     for start in np.cumsum([0, *lengths[:-1]]):
         assert rates[start, 0] == pytest.approx(1, abs=1e-6)
@@ -93,12 +93,12 @@ def test_each_cosine_starts_at_the_first_step_of_its_epoch_however_the_shares_ro
 
 
 def test_one_cosine_falls_over_all_epochs_and_a_warm_up_only_lowers_it() -> None:
-    plain = _rates(DescentConfig(schedule="cosine"), 5, 20).flatten()
+    plain = _rates(OptimizerConfig(schedule="cosine"), 5, 20).flatten()
     assert plain == pytest.approx((1 + np.cos(np.pi * np.arange(100) / 100)) / 2)
-    warm = _rates(DescentConfig(schedule="cosine", warmup=0.3), 5, 20).flatten()
+    warm = _rates(OptimizerConfig(schedule="cosine", warmup=0.3), 5, 20).flatten()
     assert warm[30:] == pytest.approx(plain[30:])
     assert (warm[:30] < plain[:30]).all()
-    assert factor(1.0, DescentConfig(schedule="cosine"), 5) == pytest.approx(0, abs=1e-12)
+    assert lr_factor(1.0, OptimizerConfig(schedule="cosine"), 5) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_one_cosine_falls_over_all_epochs_and_a_warm_up_only_lowers_it() -> None
 def test_a_cosine_that_would_be_cut_is_refused_with_the_epochs_that_fit(
     epochs: int, near: str
 ) -> None:
-    config = DescentConfig(schedule="cosine", cycle_len=1, cycle_mult=2)
+    config = OptimizerConfig(schedule="cosine", cycle_len=1, cycle_mult=2)
     with pytest.raises(ConfigError, match=f"--epochs {near}"):
-        must_fit(config, epochs)
+        check_cycles(config, epochs)
     with pytest.raises(ConfigError, match="--epochs 3,"):
-        must_fit(DescentConfig(schedule="cosine", cycle_len=3), 2)
+        check_cycles(OptimizerConfig(schedule="cosine", cycle_len=3), 2)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_a_cosine_that_would_be_cut_is_refused_with_the_epochs_that_fit(
 )
 def test_a_descent_that_leads_nowhere_is_refused_in_three_parts(knob: str, bad: float) -> None:
     with pytest.raises(ConfigError) as refusal:
-        DescentConfig(schedule="cosine", **{knob: bad})  # type: ignore[arg-type]
+        OptimizerConfig(schedule="cosine", **{knob: bad})  # type: ignore[arg-type]
     assert f"--{knob.replace('_', '-')} is" in refusal.value.found
     assert all((refusal.value.wanted, refusal.value.do))
 
 
 def test_restarts_are_refused_where_there_is_no_cosine_to_restart() -> None:
     with pytest.raises(ConfigError, match="--cycle-len 2"):
-        DescentConfig(cycle_len=2)
+        OptimizerConfig(cycle_len=2)
 
 
 # --------------------------------------------------------------------------------- losses
@@ -244,16 +244,16 @@ def _stack(shape: tuple[int, int]) -> tuple[Stack, list[list[nn.Sequential]]]:
 @pytest.mark.parametrize(
     "config",
     [
-        DescentConfig(optimizer="adamw"),
-        DescentConfig(optimizer="sgd"),
-        DescentConfig(optimizer="sgd", momentum=0.0),
+        OptimizerConfig(optimizer="adamw"),
+        OptimizerConfig(optimizer="sgd"),
+        OptimizerConfig(optimizer="sgd", momentum=0.0),
     ],
     ids=["adamw", "sgd", "sgd without momentum"],
 )
 @pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "scaled"])
 @pytest.mark.parametrize("alike", [False, True], ids=["own rates", "one rate"])
 def test_each_head_moves_as_torchs_own_optimizer_moves_it(
-    config: DescentConfig, scaled: bool, alike: bool
+    config: OptimizerConfig, scaled: bool, alike: bool
 ) -> None:
     rates = torch.full_like(RATES, 0.05) if alike else RATES
     decays = torch.full_like(DECAYS, 0.1) if alike else DECAYS
@@ -294,7 +294,7 @@ def test_each_head_moves_as_torchs_own_optimizer_moves_it(
 def test_a_step_that_overflows_is_left_out_and_halves_the_scale_of_its_head_alone(
     kind: str, spoiled: float
 ) -> None:
-    config = DescentConfig(optimizer=kind, weight_decay=0.1)  # type: ignore[arg-type]
+    config = OptimizerConfig(optimizer=kind, weight_decay=0.1)  # type: ignore[arg-type]
 
     def run(shape: tuple[int, int], steps: list[bool]) -> tuple[Stack, Optimizer]:
         """Steps with the same slopes for every head; True: head (0, 1) overflows."""
@@ -340,7 +340,7 @@ def test_a_step_that_overflows_is_left_out_and_halves_the_scale_of_its_head_alon
 def test_the_scale_doubles_after_2000_good_steps_as_torchs_scaler_does() -> None:
     stack, _ = _stack((1, 2))
     zeros = torch.zeros(1, 2)
-    optimizer = Optimizer(stack, DescentConfig(), zeros, zeros, scaled=True)
+    optimizer = Optimizer(stack, OptimizerConfig(), zeros, zeros, scaled=True)
     assert optimizer.scale_LG is not None
     for step in range(2003):
         stack.grad.zero_()
@@ -356,7 +356,7 @@ def test_the_scale_doubles_after_2000_good_steps_as_torchs_scaler_does() -> None
 def test_an_optimizer_goes_on_where_another_was_left(scaled: bool) -> None:
     def fresh() -> tuple[Stack, Optimizer]:
         stack, _ = _stack((2, 3))
-        return stack, Optimizer(stack, DescentConfig(), RATES, DECAYS, scaled=scaled)
+        return stack, Optimizer(stack, OptimizerConfig(), RATES, DECAYS, scaled=scaled)
 
     def walk(stack: Stack, optimizer: Optimizer, steps: range) -> None:
         for step in steps:

@@ -24,7 +24,7 @@ from arrowhead import ConfigError
 from arrowhead.training import heads, schedule, trainer
 from arrowhead.training import losses as training_losses
 from arrowhead.training.batches import DistributedContext, Lane, batches, view_of
-from arrowhead.training.config import TrainConfig, precision, resolve, steps_of
+from arrowhead.training.config import TrainConfig, matmul_dtype, resolve_epochs, total_steps
 from arrowhead.training.dataset import (
     Data,
     InMemoryFeatures,
@@ -54,15 +54,15 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("images", [2, 145, 600, 20_000, 1_000_000])
 def test_epochs_auto_are_enough_steps_for_any_number_of_images(images: int) -> None:
-    config = resolve(TrainConfig(head="linear"), images)
-    assert steps_of(config, images) >= 400
+    config = resolve_epochs(TrainConfig(head="linear"), images)
+    assert total_steps(config, images) >= 400
     assert config.total_epochs == max(5, -(-400 // -(-images // 64)))
     cycles = TrainConfig(head="linear", schedule="cosine", cycle_len=1, cycle_mult=2)
-    assert resolve(cycles, images).total_epochs + 1 in [2**n for n in range(1, 12)]
+    assert resolve_epochs(cycles, images).total_epochs + 1 in [2**n for n in range(1, 12)]
 
 
 def test_epochs_that_are_given_stay() -> None:
-    assert resolve(TrainConfig(epochs=5), 145).epochs == 5
+    assert resolve_epochs(TrainConfig(epochs=5), 145).epochs == 5
 
 
 # ------------------------------------------------------------------------------------ toys
@@ -327,7 +327,7 @@ def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential,
         for rows in map(torch.from_numpy, order):
             share = step / (len(order) * config.epochs)
             for group in optimizer.param_groups:
-                group["lr"] = rate * schedule.factor(share, config, config.epochs)
+                group["lr"] = rate * schedule.lr_factor(share, config, config.epochs)
             for drop in drops:
                 drop.step = step
             logit, truth = head(feature[rows]), label[rows]
@@ -906,9 +906,9 @@ def _halves() -> None:
 
 
 def test_auto_is_full_precision_on_a_cpu() -> None:
-    assert precision("auto", torch.device("cpu")) is None
-    assert precision("bf16", torch.device("cpu")) is torch.bfloat16
-    assert precision("fp16", torch.device("cpu")) is torch.float16
+    assert matmul_dtype("auto", torch.device("cpu")) is None
+    assert matmul_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    assert matmul_dtype("fp16", torch.device("cpu")) is torch.float16
 
 
 def _assert_precise_enough(kind: str, asked: str, device: str) -> None:

@@ -341,7 +341,7 @@ class Learner:
 
         trained = {name: torch.tensor(value) for name, value in self._fitted().state.items()}
         width, classes = self.store.recipe.width, len(self.images.classes)
-        return heads.restore(self._config.kind, width, classes, trained)
+        return heads.restore(self._config.architecture, width, classes, trained)
 
 
 class Classifier:

@@ -129,7 +129,7 @@ def write_bundle(
     made = Bundle(
         recipe=store.recipe,
         classes=classes,
-        head=config.kind,
+        head=config.architecture,
         temperature=1.0,
         multi=valid.multi,
         body_state=extract.load_weights(store.recipe, store.weights),

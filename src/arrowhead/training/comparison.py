@@ -89,7 +89,7 @@ def _stack(data: Data, trial: Trial, heads: Sequence[Trained]) -> Stack:
         {name: torch.from_numpy(value).to(device) for name, value in one.state.items()}
         for one in heads
     ]
-    return Stack.of(trial.config.kind, [states], [0.0], [0], multi=data.multi)
+    return Stack.of(trial.config.architecture, [states], [0.0], [0], multi=data.multi)
 
 
 def _balance(label_N: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from arrowhead.errors import ConfigError
 from arrowhead.training.batches import DistributedContext
-from arrowhead.training.config import TrainConfig, steps_of
+from arrowhead.training.config import TrainConfig, total_steps
 from arrowhead.training.dataset import Data, Trial
 from arrowhead.training.trainer import Training, threads_for, train_stack
 
@@ -283,8 +283,8 @@ def _scheduled(
     work, the curve stays as it is.
     """
     width, config, tested = data.feature.shape[2], heads[0], curve.rates
-    columns = 512 if config.kind == "lesson" else len(data.classes)
-    steps = steps_of(config, len(data.train))
+    columns = 512 if config.architecture == "lesson" else len(data.classes)
+    steps = total_steps(config, len(data.train))
     work = steps * len(AROUND) * config.batch_size * width * columns
     if steps > SHORT or work > MOST_WORK or curve.verdict.startswith("flat"):
         return curve

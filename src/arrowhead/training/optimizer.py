@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from arrowhead.training.optimizer_config import DescentConfig
+from arrowhead.training.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class Optimizer:
     def __init__(
         self,
         stack: Stack,
-        config: DescentConfig,
+        config: OptimizerConfig,
         rate_LG: Tensor,
         decay_LG: Tensor,
         *,

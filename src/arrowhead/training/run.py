@@ -35,7 +35,7 @@ from arrowhead.training import (
 from arrowhead.training import grid as training_grid
 from arrowhead.training.batches import DistributedContext
 from arrowhead.training.checkpoint import Checkpoint
-from arrowhead.training.config import TrainConfig, as_used
+from arrowhead.training.config import TrainConfig, resolve_defaults
 from arrowhead.training.dataset import Data, InMemoryFeatures, MemoryMappedFeatures, Trial
 from arrowhead.training.lr_finder import Curve
 from arrowhead.training.study import Learned, OutOfFold, Study
@@ -89,7 +89,9 @@ def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str
         ended = log.train("learning-curve", data, trials, distributed)
         judge = _judge(data, trials, ended, winner, distributed)
         made.shares = learning_curve.curve(shares, ended, winner, judge)
-    made.config = as_used(winner, data.feature.device)  # what is recorded; all was trained with it
+    made.config = resolve_defaults(
+        winner, data.feature.device
+    )  # what is recorded; all was trained with it
     made.seconds = perf_counter() - began
     return made
 
@@ -152,7 +154,7 @@ def _folds(
     views, width = data.feature.shape[1:]
     for number, one in enumerate(ended):
         state = {name: torch.from_numpy(value) for name, value in one.state.items()}
-        head = training_heads.restore(winner.kind, width, len(data.classes), state)
+        head = training_heads.restore(winner.architecture, width, len(data.classes), state)
         with torch.inference_mode():
             for at in np.array_split(np.flatnonzero(part == number), 1 + len(pool) // 65536):
                 flat = torch.from_numpy(pool[at] * views).to(data.feature.device)
@@ -220,7 +222,7 @@ class _Log:
         def rate_at(epoch: int) -> dict[str, float]:
             if len(trials) > 1 or config.head == "logistic":
                 return {}
-            factor = schedule.factor(epoch / config.total_epochs, config, config.total_epochs)
+            factor = schedule.lr_factor(epoch / config.total_epochs, config, config.total_epochs)
             return {"rate": trials[0].rate * factor}
 
         def record(lines: dict[int, dict[str, float]]) -> None:

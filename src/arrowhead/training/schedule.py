@@ -1,44 +1,56 @@
-"""The learning rate at each step, as a factor of its highest."""
+"""Learning rate schedules: the rate at each step, as a factor of the peak learning rate.
+
+PyTorch's schedulers step through a state; here the factor is a pure function of the share of
+training that is done, so a checkpoint does not hold a scheduler.
+"""
 
 from __future__ import annotations
 
 import math
 
 from arrowhead.errors import ConfigError
-from arrowhead.training.optimizer_config import DescentConfig
+from arrowhead.training.optimizer_config import OptimizerConfig
+
+START_FACTOR = 1 / 25  # a warm-up starts at this factor of the peak rate
 
 
-def warm_up_of(config: DescentConfig) -> float:
-    """The share of all steps under a rising rate, the default included."""
+def warmup_share(config: OptimizerConfig) -> float:
+    """Return the share of all steps that warm up, with the schedule's default if none is set."""
     if config.warmup is not None:
         return config.warmup
     return 0.25 if config.schedule == "one-cycle" else 0.0
 
 
-def factor(share: float, config: DescentConfig, epochs: int) -> float:
-    """The learning rate, over its highest, when `share` (0 to 1) of `epochs` is done.
+def lr_factor(progress: float, config: OptimizerConfig, epochs: int) -> float:
+    """Return the learning rate as a factor of its peak.
 
-    one-cycle (Smith & Topin, arXiv:1708.07120): here a cosine both up and down, from 1/25. cosine
-    with restarts: SGDR (Loshchilov & Hutter, arXiv:1608.03983). A warm-up before constant or
-    cosine rises in a straight line, from 1/25 too.
+    one-cycle (Smith & Topin, arXiv:1708.07120) rises and falls along a cosine, from 1/25 of the
+    peak. cosine with restarts is SGDR (Loshchilov & Hutter, arXiv:1608.03983). The warm-up before
+    constant or cosine is linear, from 1/25 too.
+
+    Args:
+        progress: The share of the training that is done, from 0 to 1.
+        config: The schedule, its warm-up and its cycles.
+        epochs: The number of epochs of the whole training.
     """
-    warm = warm_up_of(config)
-    risen = min(share / warm, 1.0) if warm else 1.0
+    warmup = warmup_share(config)
+    warmup_done = min(progress / warmup, 1.0) if warmup else 1.0
     if config.schedule == "one-cycle":
-        if risen < 1:
-            return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * risen)) / 2
-        return (1 + math.cos(math.pi * (share - warm) / (1 - warm))) / 2
-    ramp = 1 / 25 + (1 - 1 / 25) * risen
+        if warmup_done < 1:
+            rise = (1 - math.cos(math.pi * warmup_done)) / 2
+            return START_FACTOR + (1 - START_FACTOR) * rise
+        return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+    warmup_factor = START_FACTOR + (1 - START_FACTOR) * warmup_done
     if config.schedule == "constant":
-        return ramp
-    done, cycle = share * epochs, float(config.cycle_len or epochs)
-    while done >= cycle - 1e-9 and config.cycle_len:
-        done, cycle = done - cycle, cycle * config.cycle_mult
-    return ramp * (1 + math.cos(math.pi * min(max(done, 0.0) / cycle, 1.0))) / 2
+        return warmup_factor
+    epoch, cycle = progress * epochs, float(config.cycle_len or epochs)
+    while epoch >= cycle - 1e-9 and config.cycle_len:
+        epoch, cycle = epoch - cycle, cycle * config.cycle_mult
+    return warmup_factor * (1 + math.cos(math.pi * min(max(epoch, 0.0) / cycle, 1.0))) / 2
 
 
-def must_fit(config: DescentConfig, epochs: int) -> None:
-    """ConfigError if the last cosine would be cut off."""
+def check_cycles(config: OptimizerConfig, epochs: int) -> None:
+    """Raise ConfigError if the last cosine would be cut off."""
     if not config.cycle_len:
         return
     ends = _cycle_ends(config.cycle_len, config.cycle_mult, epochs)
@@ -47,21 +59,21 @@ def must_fit(config: DescentConfig, epochs: int) -> None:
         raise ConfigError(
             f"{epochs} epochs cut the last cosine off: cycles end after epoch"
             f" {', '.join(map(str, ends))}.",
-            "epochs that end with a cycle, where the rate is lowest.",
+            "a number of epochs at which a cycle ends and the learning rate is lowest.",
             f"give --epochs {near}, or another --cycle-len.",
         )
 
 
-def whole_cycles(config: DescentConfig, epochs: int) -> int:
-    """The first number of epochs, from `epochs` on, that ends with a cycle."""
+def round_up_to_cycle(config: OptimizerConfig, epochs: int) -> int:
+    """Return the first number of epochs, from `epochs` on, at which a cycle ends."""
     if not config.cycle_len:
         return epochs
     return _cycle_ends(config.cycle_len, config.cycle_mult, epochs)[-1]
 
 
-def _cycle_ends(first: int, factor: int, epochs: int) -> list[int]:
-    """After which epochs cycles end, up to the first that is at `epochs` or later."""
-    ends = [first]
+def _cycle_ends(cycle_len: int, cycle_mult: int, epochs: int) -> list[int]:
+    """Return the epochs after which cycles end, up to the first one at `epochs` or later."""
+    ends = [cycle_len]
     while ends[-1] < epochs:
-        ends.append(ends[-1] + first * factor ** len(ends))
+        ends.append(ends[-1] + cycle_len * cycle_mult ** len(ends))
     return ends

@@ -18,7 +18,7 @@ from arrowhead.features.store import Store
 from arrowhead.training import config as training_config
 from arrowhead.training import grid
 from arrowhead.training import logistic as training_logistic
-from arrowhead.training.config import MIN_STEPS, TrainConfig, steps_of
+from arrowhead.training.config import MIN_STEPS, TrainConfig, total_steps
 from arrowhead.training.dataset import class_weighting
 from arrowhead.training.grid import SweepConfig
 from arrowhead.training.lr_finder import Curve, FinderConfig
@@ -71,7 +71,11 @@ class Study:
         head, said = self.head, []
         if head.head == "auto":
             work = len(train) * recipe.views * recipe.width * classes
-            exact = self.teach and self.start is None and not (self.sweep.grid or head.of_descent())
+            exact = (
+                self.teach
+                and self.start is None
+                and not (self.sweep.grid or head.changed_descent_settings())
+            )
             exact = exact and self.finder == FinderConfig() and work <= training_logistic.MOST_WORK
             head = dataclasses.replace(head, head="logistic" if exact else "linear")
             if self.teach and not exact:
@@ -84,21 +88,27 @@ class Study:
                     "classes come in other shares in training than in validation: training images"
                     " are weighted as validation has them (--class-weights none: as they come)"
                 )
-        enough = training_config.resolve(dataclasses.replace(head, epochs="auto"), len(train))
-        steps = steps_of(head, len(train))
+        enough = training_config.resolve_epochs(
+            dataclasses.replace(head, epochs="auto"), len(train)
+        )
+        steps = total_steps(head, len(train))
         given = head.epochs != "auto" and head.rate == "auto"  # who gives both knows their own mind
-        if given and 2 * steps < min(MIN_STEPS, steps_of(enough, len(train))):
+        if given and 2 * steps < min(MIN_STEPS, total_steps(enough, len(train))):
             said.append(
                 f"--epochs {head.epochs} of {counted(len(train), 'image')} is"
                 f" {counted(steps, 'step')};"
-                f" --epochs auto would take {steps_of(enough, len(train))}"
+                f" --epochs auto would take {total_steps(enough, len(train))}"
                 f" ({counted(enough.total_epochs, 'epoch')})"
             )
-        return dataclasses.replace(self, head=training_config.resolve(head, len(train))), said
+        return dataclasses.replace(
+            self, head=training_config.resolve_epochs(head, len(train))
+        ), said
 
     def _why_not_exact(self) -> str:
         """Why --head auto does not take logistic regression, in words."""
-        if flags := ["--" + name.replace("_", "-") for name in self.head.of_descent()]:
+        if flags := [
+            "--" + name.replace("_", "-") for name in self.head.changed_descent_settings()
+        ]:
             return f"as {', '.join(flags)} asks for (without: logistic regression, found exactly)"
         if self.sweep.grid:
             return "as --grid asks for (without: logistic regression, found exactly)"

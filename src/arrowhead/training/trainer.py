@@ -75,7 +75,9 @@ class Training:
         states: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
         most = max(len(trial.train) for trial in trials)
-        trials = [replace(one, config=training_config.resolve(one.config, most)) for one in trials]
+        trials = [
+            replace(one, config=training_config.resolve_epochs(one.config, most)) for one in trials
+        ]
         self.data, self.trials, self.distributed = data, trials, distributed
         self.config = trials[0].config
         figures = ("f1", "f2") if data.multi else ("balanced_accuracy",)
@@ -87,7 +89,7 @@ class Training:
                 "give another --best.",
             )
         self.device = data.feature.device
-        self.dtype = training_config.precision(self.config.precision, self.device)
+        self.dtype = training_config.matmul_dtype(self.config.precision, self.device)
         sizes = {len(trial.train) for trial in trials}
         self.steps = max(
             len(training_config.batch_ends(size, self.config.batch_size)) for size in sizes
@@ -108,17 +110,17 @@ class Training:
         from arrowhead.training import heads
 
         config, width = trial.config, self.data.feature.shape[2]
-        made = heads.make(config.kind, width, len(self.data.classes), seed=config.seed)
+        made = heads.make(config.architecture, width, len(self.data.classes), seed=config.seed)
         state = made.state_dict()
         if trial.start is not None:
             state = {name: torch.from_numpy(np.array(one)) for name, one in trial.start.items()}
-        elif config.kind == "linear":
+        elif config.architecture == "linear":
             if id(trial.train) not in spreads:
                 spreads[id(trial.train)] = dataset.mean_and_std(self.data.feature, trial.train)
             state["0.mean"], state["0.deviation"] = spreads[id(trial.train)]
         # The lesson's head multiplies last bits a thousandfold in a few epochs: in float32 another
         # number of workers would end elsewhere. On a CPU doubles cost it twice the time.
-        wide = config.kind == "lesson" and self.dtype is None and self.device.type == "cpu"
+        wide = config.architecture == "lesson" and self.dtype is None and self.device.type == "cpu"
         return {
             name: value.to(self.device).double()
             if wide and value.is_floating_point()
@@ -148,7 +150,7 @@ class Training:
             n: (i, k) for i, lane in enumerate(lanes.values()) for k, n in enumerate(lane)
         }
         self.stack = Stack.of(
-            self.config.kind,
+            self.config.architecture,
             [[state_of[number] for number in lane] for lane in seats],
             [one.config.dropout for one in first],
             [one.config.seed for one in first],
@@ -316,7 +318,7 @@ class Training:
         epochs = self.config.total_epochs
         for step in range(self.done * self.steps, (self.done + 1) * self.steps):
             share = step / (self.steps * epochs)
-            self.move(step, schedule.factor(share, self.config, epochs))
+            self.move(step, schedule.lr_factor(share, self.config, epochs))
         if self.distributed.world > 1:
             dist.all_reduce(self._nats)
         losses = (self._nats / self._total[:, None]).cpu()
