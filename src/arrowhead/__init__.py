@@ -1,4 +1,4 @@
-"""Arrowhead: a folder of images becomes a trained, examined, deployable classifier.
+"""Arrowhead: a folder of images becomes a trained, evaluated, deployable classifier.
 
 Each image is decoded once; every experiment after that takes seconds. Importing this
 package runs nothing heavy: `Images` and `Learner` bring torch when they are first named.

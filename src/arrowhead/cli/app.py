@@ -42,7 +42,7 @@ app = App(
     version=__version__,
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,  # ours says how to go on
-    help="A folder of images becomes a trained, examined, deployable classifier.\n\n"
+    help="A folder of images becomes a trained, evaluated, deployable classifier.\n\n"
     "Each image is decoded once; every experiment after that takes seconds."
     " Start with `arrowhead demo`, or `arrowhead fit DATA OUT` on your own folder.",
 )
