@@ -98,7 +98,6 @@ LONG_FUNCTIONS = {
     "cli.cluster.submit",
     "commands.precompute.precompute",
     "commands.score._scored",
-    "commands.train.write_bundle",
     "inference.score_request.prepare",
     "inference.scores_io.write_scores",
 }

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arrowhead import __version__
+from arrowhead.bundle import build
 from arrowhead.bundle import format as bundle_format
-from arrowhead.bundle import golden
-from arrowhead.bundle.format import Bundle
-from arrowhead.bundle.known_images import KnownImages
 from arrowhead.commands import precompute
 from arrowhead.data.catalog import Catalog
-from arrowhead.evaluation import calibration, metrics, novelty
-from arrowhead.evaluation.novelty import NoveltyDetector
-from arrowhead.features import extract
+from arrowhead.features import golden_images
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.golden_images import GoldenConfig
-from arrowhead.features.store import Features, Store
+from arrowhead.features.store import Store
 from arrowhead.reporting import evaluation, experiments, recording, run_context, scoring
 from arrowhead.reporting import training as reporting_training
 from arrowhead.reporting.run_context import RunContext
@@ -95,11 +90,11 @@ def save(
     out: Path,
     context: RunContext = RunContext(),
     lineage: dict[str, Any] | None = None,
-    keep: GoldenConfig = GoldenConfig(),
+    golden: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
     """Evaluate a head and save it as a bundle to `out`, as `write_bundle` does; its metrics."""
     with bundle_format.saving(out, evaluation.previous(out, context)) as folder:
-        figures = write_bundle(store, config, trained, folder, context, lineage, keep)
+        figures = write_bundle(store, config, trained, folder, context, lineage, golden)
         evaluation.say_replaced(out, folder, context)
     if context.run:
         recording.trained_model(context.run, out, figures)
@@ -113,94 +108,40 @@ def write_bundle(
     folder: Path,
     context: RunContext = RunContext(),
     lineage: dict[str, Any] | None = None,
-    keep: GoldenConfig = GoldenConfig(),
+    golden: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
-    """Evaluate a head on the validation split and write its bundle into a folder of
-    `bundle.format.saving`, with its confusion matrices; its metrics.
-
-    Temperature and thresholds are fitted to the validation images; what they are worth is judged on
-    parts of them that were left out (see `calibration.calibrate`). The split test, if there is one,
-    is looked at once, at the end, and only to be told: test_accuracy and the like.
+    """Build the bundle of a trained head, write it into a folder of `bundle.format.saving` with
+    confusion matrices beside it, and report its metrics, which are returned.
     """
-    import torch
-
-    valid = store.features("valid")
-    classes = store.manifest()["classes"]
-    made = Bundle(
-        recipe=store.recipe,
-        classes=classes,
-        head=config.architecture,
-        temperature=1.0,
-        multi=valid.multi,
-        body_state=extract.load_weights(store.recipe, store.weights),
-        head_state={name: torch.tensor(value) for name, value in trained.state.items()},
-        metrics={},
-        lineage={},
+    run_id = context.run.run_id if context.run else None
+    bundle = build.build(
+        store,
+        config,
+        trained,
+        candidates=_golden_candidates(store) if golden.golden_images else {},
+        lineage=(lineage or {}) | {"run_id": run_id},
     )
-    head = made.make_head()
-    with torch.inference_mode():
-        logit_NC = head(torch.from_numpy(valid.feature[:, 0].astype(np.float32)))
-    found = calibration.calibrate(logit_NC.numpy(), valid.label, valid.image_id, classes)
-    temperature, thresholds = found.temperature, found.thresholds
-    figures = metrics.evaluate(
-        logit_NC.numpy(), valid.label, classes, temperature=temperature, thresholds=thresholds
-    )
-    figures |= found.metrics
-    figures |= _test_figures(store, head, classes, temperature, thresholds)
-    known, told = _novelty(store, valid), lineage or {}
-    evaluation.say_threshold(known, context.screen)
-    lineage = told | {
-        "arrowhead": __version__,
-        "run_id": context.run.run_id if context.run else None,
-        "data": Catalog(**store.read_catalog()).digest(),
-        "training": config.parameters(),
-        "epoch": trained.epoch,
-    }
-    made = dataclasses.replace(
-        made,
-        temperature=temperature,
-        thresholds=None if thresholds is None else thresholds.tolist(),
-        metrics=figures,
-        lineage=lineage,
-        novelty=known,
-        images=KnownImages.of(store.features("train", mapped=True).image_id, valid.image_id),
-    )
-    photos = golden.pick(store, made, context.screen.say) if keep.golden_images else []
-    bundle_format.write(dataclasses.replace(made, golden=photos), folder)
+    bundle_format.write(bundle, folder)
+    assert bundle.novelty is not None
+    evaluation.say_threshold(bundle.novelty, context.screen)
+    if golden.golden_images and not bundle.golden:
+        evaluation.say_no_golden_images(context.screen)
     if config.best != "last":
         context.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
-    scoring.show_evaluation(figures, classes, folder / bundle_format.REPORT, context)
-    evaluation.say_rare_classes(Catalog(**store.read_catalog()), figures, context.screen)
-    return figures
+    report = folder / bundle_format.REPORT
+    scoring.show_evaluation(bundle.metrics, bundle.classes, report, context)
+    evaluation.say_rare_classes(Catalog(**store.read_catalog()), bundle.metrics, context.screen)
+    return bundle.metrics
 
 
-def _test_figures(
-    store: Store, head: Any, classes: list[str], temperature: float, thresholds: Any
-) -> dict[str, Any]:
-    """A trained head's figures for the split test, each named test_…; {} without such images."""
-    import torch
-
-    test = store.features("test")
-    if not len(test.row):
-        return {}
-    with torch.inference_mode():
-        logit_NC = head(torch.from_numpy(test.feature[:, 0].astype(np.float32))).numpy()
-    found = metrics.evaluate(
-        logit_NC, test.label, classes, temperature=temperature, thresholds=thresholds
-    )
-    return {f"test_{name}": value for name, value in found.items()}
-
-
-def _novelty(store: Store, valid: Features) -> NoveltyDetector:
-    """What the bundle remembers of the training images, from their clean view."""
-    train = store.features("train", mapped=True)
-    row_M = train.row[novelty.sample_bank_rows(train.image_id)]
-    bank, first = [], 0
-    for part in store.maps():
-        here = row_M[(row_M >= first) & (row_M < first + len(part))] - first
-        bank.append(part[here, 0])
-        first += len(part)
-    return NoveltyDetector.fit(np.concatenate(bank), valid.feature[:, 0])
+def _golden_candidates(store: Store) -> Mapping[bytes, bytes]:
+    """The copies of photos that the store keeps. Stores of version 0.1.0 keep none: then the photos
+    themselves, if they are unchanged.
+    """
+    images = store.golden()
+    if images is None:
+        return golden_images.from_photos(store, Catalog(**store.read_catalog()))
+    return images
 
 
 # --------------------------------------------------------------------------- many heads
@@ -245,7 +186,7 @@ def unfinished(out: Path, *request: Any) -> Path:
 
 
 def fit_head(
-    path: Path, out: Path, asked: Study, context: RunContext, keep: GoldenConfig = GoldenConfig()
+    path: Path, out: Path, asked: Study, context: RunContext, golden: GoldenConfig = GoldenConfig()
 ) -> dict[str, Any]:
     """From a store to a bundle: rate, heads, evaluation."""
     store = Store(path)
@@ -283,7 +224,7 @@ def fit_head(
         if made.shares:
             experiments.show_shares(made.shares, beside, context)
             result["learning_curve"] = made.shares
-        figures = write_bundle(store, chosen, best, folder, context, {"rate": rate}, keep)
+        figures = write_bundle(store, chosen, best, folder, context, {"rate": rate}, golden)
         evaluation.say_replaced(out, folder, context)
     if context.run:
         recording.trained_model(context.run, out, figures)

@@ -395,6 +395,15 @@ class Store:
             shard_file.feature_column(table, self.recipe) for table in self._tables(self.manifest())
         ]
 
+    def clean_features(self, row_M: NDArray[np.int64]) -> NDArray[np.float16]:
+        """float16 (M, D): the clean view of these rows of the catalog, which ascend."""
+        parts, first = [], 0
+        for shard in self.maps():
+            here = row_M[(row_M >= first) & (row_M < first + len(shard))] - first
+            parts.append(shard[here, 0])
+            first += len(shard)
+        return np.concatenate(parts)
+
     def features(self, split: str | None = None, *, mapped: bool = False) -> Features:
         """Features and labels of one split, or of every image; those with a fault are left out.
 

@@ -32,6 +32,14 @@ def say_threshold(known: NoveltyDetector, screen: Screen) -> None:
         screen.say(f"novelty: {counted(few, 'validation image')}: too few for a threshold")
 
 
+def say_no_golden_images(screen: Screen) -> None:
+    """Warn that no machine can be compared with this one."""
+    screen.say(
+        "No golden images: the bundle will not prove that a machine which scores with it sees"
+        " images as this one does. Run precompute on the photos again to have some."
+    )
+
+
 IMBALANCE = 3  # times as many training images as the rarest class: rare classes are named
 
 
