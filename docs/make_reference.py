@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ CLASSES: tuple[Any, ...] = (
     arrowhead.LostError,
 )
 WIDTH = 80
-SECTIONS = ("Args", "Returns", "Raises", "Yields")
+SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 
 
 def commands() -> str:
@@ -121,7 +122,8 @@ def section(block: str) -> str:
     title, _, lines = block.partition("\n")
     if title.rstrip(":") not in SECTIONS or not title.endswith(":"):
         return block
-    items = re.split(r"\n(?=\S)", inspect.cleandoc(lines))
+    text = textwrap.dedent(lines)
+    items = [text] if title in ("Returns:", "Yields:") else re.split(r"\n(?=\S)", text)
     shown = [re.sub(r"^([\w*.]+):", r"`\1`:", " ".join(item.split())) for item in items]
     return f"**{title.rstrip(':')}**\n\n" + "\n".join(f"- {item}" for item in shown)
 

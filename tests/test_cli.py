@@ -189,10 +189,10 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     toml.write_text("[train]\nepochs = 3\n[score]\ncsv = true\n[features]\n")  # of other verbs
     assert run("train", "s", "b", "--config", toml) == 0
     for text, what, fix in (
-        ("[trian]\nepochs = 3\n", "no verb reads [trian]", "write [train]"),
-        ("[Train]\nepochs = 3\n", "no verb reads [Train]", "write [train]"),
-        ("epochs = 3\n", "no verb reads epochs", "put epochs below"),
-        ("[train]\nepochs = 3\n[[score]]\n", "no verb reads score", "put score below"),
+        ("[trian]\nepochs = 3\n", "no command reads [trian]", "write [train]"),
+        ("[Train]\nepochs = 3\n", "no command reads [Train]", "write [train]"),
+        ("epochs = 3\n", "no command reads epochs", "put epochs below"),
+        ("[train]\nepochs = 3\n[[score]]\n", "no command reads score", "put score below"),
     ):
         toml.write_text(text)
         found, _, do = refused("train", "s", "b", "--config", toml)
@@ -211,11 +211,11 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
 def test_a_found_rate_is_offered_with_the_training_it_was_found_for(flags):
     asked = cluster.parse_command(["lr-find", "store", *flags])
     assert asked is not None
-    head = replace(asked.given.get("head", TrainConfig()), rate=0.00094)
+    head = replace(asked.arguments.get("head", TrainConfig()), rate=0.00094)
     offered = train.flags_of(head)
     assert len(offered) == len(flags) + 2  # no flag that was not asked for, but --rate
     again = cluster.parse_command(["train", "store", "bundle", *offered])
-    assert again is not None and asdict(again.given["head"]) == asdict(head)
+    assert again is not None and asdict(again.arguments["head"]) == asdict(head)
 
 
 def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monkeypatch, capsys):
@@ -224,7 +224,7 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
     Path("mine.toml").write_text("[train]\nepochs = 3\n")
     words = ["train", "store", "bundle", "--config", "mine.toml"]
     call = cluster.parse_command(words)
-    assert call is not None and call.given["head"].epochs == 3
+    assert call is not None and call.arguments["head"].epochs == 3
     with pytest.raises(SystemExit):
         main(words)
     (tmp_path / "other").mkdir()
@@ -234,7 +234,7 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
     assert ended.value.code == 2
     assert "not a feature store" in capsys.readouterr().err
     again = cluster.parse_command(["train", "store", "bundle"])
-    assert again is not None and again.given["head"].epochs == TrainConfig().epochs
+    assert again is not None and again.arguments["head"].epochs == TrainConfig().epochs
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_a_home_that_the_shell_did_not_expand_is_expanded_by_every_verb(
     assert str(tmp_path / "nothing") in found
     Path("here.toml").write_text('[precompute]\nimages = "~/elsewhere"\n')
     call = cluster.parse_command(["precompute", "a.csv", "s", "--config", "~/here.toml"])
-    assert call is not None and call.given["source"].images == str(tmp_path / "elsewhere")
+    assert call is not None and call.arguments["source"].images == str(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(

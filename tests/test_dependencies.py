@@ -15,7 +15,7 @@ import pytest
 
 from arrowhead import ConfigError
 from arrowhead.runtime import ray_private
-from arrowhead.runtime.ray_cluster import must_fit
+from arrowhead.runtime.ray_cluster import check_ray_version
 
 ROOT = Path(__file__).resolve().parents[1]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -75,7 +75,7 @@ def test_every_requirement_has_a_lower_bound() -> None:
 
 
 def test_ray_has_the_private_names_that_we_use() -> None:
-    assert ray_private.missing() == []
+    assert ray_private.missing_names() == []
 
 
 def test_a_ray_that_lacks_one_of_them_is_refused_in_words(
@@ -85,7 +85,7 @@ def test_a_ray_that_lacks_one_of_them_is_refused_in_words(
     changed = ("ray._private.services", "find_gcs_addresses", ("of_tomorrow",))
     monkeypatch.setattr(ray_private, "NAMES", (*ray_private.NAMES, gone, changed))
     with pytest.raises(ConfigError, match="nodes_of_tomorrow") as refusal:
-        must_fit()
+        check_ray_version()
     assert "and 1 more" in refusal.value.found
     assert "requirements.lock" in refusal.value.wanted
 

@@ -22,7 +22,7 @@ import pytest
 from arrowhead import ConfigError
 from arrowhead.runtime import launch as runtime_launch
 from arrowhead.runtime import task_queue
-from arrowhead.runtime.ray_cluster import LaunchConfig, secure
+from arrowhead.runtime.ray_cluster import LaunchConfig, enable_token_auth
 from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
 
@@ -121,7 +121,7 @@ def grow(folder: Path) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    secure()
+    enable_token_auth()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
     heard: list[dict[str, Any]] = []

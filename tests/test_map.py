@@ -95,7 +95,6 @@ MAX_LINES, MAX_MEDIAN_LINES = 600, 250
 MAX_FUNCTION_LINES, MAX_PARAMETERS = 60, 8
 # Those that are still larger: nothing may be added.
 LONG_FUNCTIONS = {
-    "cli.cluster.submit",
     "commands.precompute.precompute",
     "commands.score._scored",
     "inference.score_request.prepare",

@@ -133,7 +133,7 @@ def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, d
 PROGRAM = """
 import sys, time
 from arrowhead.runtime import signals
-with signals.stops():
+with signals.interrupt_on_signals():
     try:
         with signals.deferred():
             print("ready", flush=True)
@@ -166,7 +166,7 @@ def test_a_step_that_takes_too_long_is_interrupted_all_the_same():
     program = """
 import os, signal, time
 from arrowhead.runtime import signals
-with signals.stops():
+with signals.interrupt_on_signals():
     try:
         with signals.deferred(0.3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -174,7 +174,7 @@ with signals.stops():
             print("waited")
             time.sleep(60)
     except KeyboardInterrupt as error:
-        signals.handled()
+        signals.mark_handled()
         print(f"caught {error}")
     time.sleep(0.5)
     print("once")
@@ -186,9 +186,9 @@ def test_a_library_that_starts_replaces_no_handler_and_its_alarm_ends_nothing():
     program = """
 import ctypes, os, signal, sys, time
 from arrowhead.runtime import signals
-with signals.stops():
+with signals.interrupt_on_signals():
     try:
-        with signals.kept():
+        with signals.keep_handlers():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray's Python
             ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))  # as its C++
             signal.alarm(1)
@@ -215,7 +215,7 @@ def slow():
     time.sleep(60)
 atexit.register(slow)
 print("written")
-signals.ends(130)
+signals.exit_on_signals(130)
 sys.exit(130)
 """
     words = [sys.executable, "-c", program]
@@ -247,7 +247,7 @@ class Thing: pass
 def stopped():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.1)
-with signals.stops():
+with signals.interrupt_on_signals():
     try:
         thing = Thing()
         {place}
@@ -263,7 +263,7 @@ def test_an_interrupt_that_a_library_swallows_is_raised_again_and_one_that_we_ha
     program = """
 import os, signal, time
 from arrowhead.runtime import signals
-with signals.stops():
+with signals.interrupt_on_signals():
     try:
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -272,7 +272,7 @@ with signals.stops():
             pass
         time.sleep(60)
     except KeyboardInterrupt as error:
-        signals.handled()
+        signals.mark_handled()
         print(f"caught {error}")
     time.sleep(0.5)
     print("whole")
@@ -292,7 +292,7 @@ def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 for turn in range(100):  # without care, one in forty stops every thread that logs
     try:
-        with signals.stops():
+        with signals.interrupt_on_signals():
             threading.Thread(target=stop).start()
             while True:
                 log.warning("a line")
@@ -315,7 +315,7 @@ def test_signals_that_come_together_are_one_and_a_later_one_ends_at_once():
     assert process.stdout
     assert process.stdout.readline() == "whole\n"
     assert process.stdout.readline().startswith("caught SIG")
-    time.sleep(signals.SAME_SECONDS + 0.2)
+    time.sleep(signals.DUPLICATE_SECONDS + 0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[0] == ""

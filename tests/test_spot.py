@@ -42,7 +42,9 @@ FAKE = {
 }
 
 
-GOING = re.compile(r"\S+ is going at \d\d:\d\d:\d\d: it takes no more, the others go on")
+GOING = re.compile(
+    r"\S+ will be taken away at \d\d:\d\d:\d\d: it gets no new work, the others continue"
+)
 
 
 def work(worker: Worker, folder: Path, nap: float) -> None:
@@ -230,7 +232,7 @@ def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cl
     assert "--workers is 5:6; the cluster grows to 4 at most" in found["refused"]
     assert found["sizes"][0] in (2, 3)
     assert done(found) == Counter(range(60))
-    assert told(found, "restart") == ["A machine was taken back, as announced"]
+    assert told(found, "restart") == ["A machine was taken away, as announced"]
     # It ends what it has; a group that is started again loses what its other workers had in hand.
     gone = found["drained"]
     assert count(found, "begun", gone) == count(found, "done", gone)
@@ -250,7 +252,7 @@ def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cl
 def test_when_all_machines_are_announced_to_go_the_work_moves_to_others(cluster, tmp_path):
     found = run(cluster, tmp_path, "all")
     assert done(found) == Counter(range(20))
-    assert told(found, "restart") == ["Every machine that had workers is announced to go"]
+    assert told(found, "restart") == ["Every machine with workers will be taken away"]
     assert Counter(one["begun"] for one in found["notes"] if "begun" in one) == Counter(range(20))
     last = next(one["node"] for one in reversed(found["heard"]) if "node" in one)
     assert last not in found["drained"]

@@ -73,9 +73,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         (["trian", "store", "bundle"], 'Did you mean "train"?'),
         (["train", "store"], "--bundle"),
         (["train", "store", "bundle", "--rate", "-1"], "--rate"),
-        (["demo"], "`demo` is not for a cluster"),
-        (["submit", "--", "train", "store", "bundle"], "`submit` is not for a cluster"),
-        (["jobs", "list"], "`jobs` is not for a cluster"),
+        (["demo"], "`demo` does not run on a cluster"),
+        (["submit", "--", "train", "store", "bundle"], "`submit` does not run on a cluster"),
+        (["jobs", "list"], "`jobs` does not run on a cluster"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -145,12 +145,12 @@ def test_a_verb_that_is_given_another_cluster_is_refused():
 def test_paths_of_this_machine_are_refused_on_a_cluster_of_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"{tmp_path}/photos is on this machine") as refusal:
-        jobs.standing(AWAY, [], ["photos"])
+        jobs.job_folder(AWAY, [], ["photos"])
     assert f"--shared {tmp_path}" in refusal.value.do
-    assert jobs.standing(AWAY, [], []) is None  # addresses only: nothing here is needed
-    assert jobs.standing(AWAY, [tmp_path], ["photos", f"{tmp_path}/out"]) == tmp_path
+    assert jobs.job_folder(AWAY, [], []) is None  # addresses only: nothing here is needed
+    assert jobs.job_folder(AWAY, [tmp_path], ["photos", f"{tmp_path}/out"]) == tmp_path
     with pytest.raises(ConfigError, match=r"\.\./photos|photos is on this machine"):
-        jobs.standing(AWAY, [tmp_path], ["../photos"])
+        jobs.job_folder(AWAY, [tmp_path], ["../photos"])
 
 
 def test_from_outside_a_shared_folder_only_absolute_paths_reach_into_it(tmp_path, monkeypatch):
@@ -158,9 +158,9 @@ def test_from_outside_a_shared_folder_only_absolute_paths_reach_into_it(tmp_path
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     shared = [tmp_path / "shared"]
-    assert jobs.standing(AWAY, shared, [f"{tmp_path}/shared/photos"]) is None
+    assert jobs.job_folder(AWAY, shared, [f"{tmp_path}/shared/photos"]) is None
     with pytest.raises(ConfigError, match="is relative to") as refusal:
-        jobs.standing(AWAY, shared, ["../shared/photos"])
+        jobs.job_folder(AWAY, shared, ["../shared/photos"])
     assert refusal.value.do == f"give {tmp_path}/shared/photos."
 
 
@@ -168,14 +168,14 @@ def test_a_shared_folder_may_be_a_link_to_where_we_are(tmp_path, monkeypatch):
     (tmp_path / "disk" / "mine").mkdir(parents=True)
     (tmp_path / "shared").symlink_to("disk")
     monkeypatch.chdir(tmp_path / "shared" / "mine")
-    assert jobs.standing(AWAY, [tmp_path / "shared"], ["out"]) == tmp_path / "shared" / "mine"
+    assert jobs.job_folder(AWAY, [tmp_path / "shared"], ["out"]) == tmp_path / "shared" / "mine"
 
 
 def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tunnel = Cluster("http://127.0.0.1:8265", None, AWAY.nodes)
     with pytest.raises(ConfigError, match="is on this machine"):
-        jobs.standing(tunnel, [], ["photos"])
+        jobs.job_folder(tunnel, [], ["photos"])
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,9 @@ def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path,
 )
 def test_every_file_and_folder_that_a_verb_names_is_known(monkeypatch, words, places):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert sorted(cli_cluster._needs(cli_cluster.parse_command(words))[0]) == sorted(places)
+    assert sorted(cli_cluster._requirements(cli_cluster.parse_command(words)).paths) == sorted(
+        places
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_what_of_the_mlflow_store_nobody_may_see_is_not_sent(monkeypatch, uri, s
     else:
         flag = ["--tracking-uri", uri]
     with pytest.raises(ConfigError, match=said) as refusal:
-        cli_cluster._needs(cli_cluster.parse_command([*TRAIN, *flag]))
+        cli_cluster._requirements(cli_cluster.parse_command([*TRAIN, *flag]))
     assert "secret" not in str(refusal.value).lower()
 
 
@@ -233,7 +235,7 @@ def test_a_job_that_is_told_to_end_has_time_to_end_its_mlflow_run(monkeypatch):
             return "raysubmit_1"
 
     monkeypatch.setattr(jobs, "_client", lambda cluster: contextlib.nullcontext(Client()))
-    jobs.submit(AWAY, ["doctor"], folder=None, variables={"MLFLOW_TRACKING_URI": "sqlite://"})
+    jobs.submit(AWAY, ["doctor"], folder=None, env_vars={"MLFLOW_TRACKING_URI": "sqlite://"})
     assert sent == {"RAY_JOB_STOP_WAIT_TIME_S": "30", "MLFLOW_TRACKING_URI": "sqlite://"}
     read = Path(job_supervisor.__file__).read_text()
     assert '"RAY_JOB_STOP_WAIT_TIME_S"' in read
@@ -241,7 +243,7 @@ def test_a_job_that_is_told_to_end_has_time_to_end_its_mlflow_run(monkeypatch):
 
 def test_the_address_of_the_mlflow_store_reaches_the_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert cli_cluster._needs(cli_cluster.parse_command(TRAIN))[1] == {
+    assert cli_cluster._requirements(cli_cluster.parse_command(TRAIN)).env_vars == {
         "MLFLOW_TRACKING_URI": "http://mlflow:5000"
     }
 
@@ -260,20 +262,20 @@ def test_what_a_verb_reads_must_be_there_before_anything_is_sent(
     tmp_path, monkeypatch, words, inputs
 ):
     monkeypatch.chdir(tmp_path)
-    needed = cli_cluster._needs(cli_cluster.parse_command(words))[3]
+    needed = cli_cluster._requirements(cli_cluster.parse_command(words)).inputs
     assert sorted(needed) == inputs
     own = Cluster("http://127.0.0.1:8265", None, (("127.0.0.1", {"CPU": 2.0}),))
     for missing in inputs:
         for name in inputs:
             (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / missing).rmdir()
-        with pytest.raises(ConfigError, match=f"{tmp_path}/{missing} is not there"):
-            jobs.must_be_there(own, [], tmp_path, needed)
-        with pytest.raises(ConfigError, match="is not there"):
-            jobs.must_be_there(AWAY, [tmp_path], tmp_path, needed)
-        jobs.must_be_there(AWAY, [], None, needed)  # we cannot see it
+        with pytest.raises(ConfigError, match=f"{tmp_path}/{missing} does not exist"):
+            jobs.check_inputs(own, [], tmp_path, needed)
+        with pytest.raises(ConfigError, match="does not exist"):
+            jobs.check_inputs(AWAY, [tmp_path], tmp_path, needed)
+        jobs.check_inputs(AWAY, [], None, needed)  # we cannot see it
         (tmp_path / missing).mkdir()
-        jobs.must_be_there(own, [], tmp_path, needed)
+        jobs.check_inputs(own, [], tmp_path, needed)
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
@@ -287,7 +289,7 @@ def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, mon
             return "raysubmit_1"
 
     monkeypatch.setattr(jobs, "_client", lambda cluster: contextlib.nullcontext(Client()))
-    jobs.submit(AWAY, ["doctor"], folder=None, need="MLFLOW_TRACKING_URI")
+    jobs.submit(AWAY, ["doctor"], folder=None, required_variable="MLFLOW_TRACKING_URI")
     bare = {"PATH": os.environ["PATH"]}
     done = subprocess.run([shell, "-c", sent[0]], env=bare, capture_output=True, text=True)
     assert done.returncode == 2
@@ -313,26 +315,29 @@ def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, mon
     ids=lambda value: value[0],
 )
 def test_a_verb_gets_workers_of_the_cluster_unless_it_says_how_many(tmp_path, words, workers):
-    asked = cli_cluster._with_workers(cli_cluster.parse_command(words), AWAY.units)
+    asked = cli_cluster._with_workers(cli_cluster.parse_command(words), AWAY.worker_capacity)
     assert asked == [words[0], "--workers", workers, *words[1:]]
-    assert cli_cluster.parse_command(asked).given["launch"].workers == (
+    assert cli_cluster.parse_command(asked).arguments["launch"].workers == (
         workers if ":" in workers else 1
     )
     for own in (["--workers", "0"], ["--workers=2"]):
         call = cli_cluster.parse_command([*words, *own])
-        assert cli_cluster._with_workers(call, AWAY.units) == [*words, *own]
+        assert cli_cluster._with_workers(call, AWAY.worker_capacity) == [*words, *own]
     toml = tmp_path / "own.toml"
     toml.write_text(f"[{words[0]}]\nworkers = 3\n")
     call = cli_cluster.parse_command([*words, "--config", str(toml)])
-    assert cli_cluster._with_workers(call, AWAY.units) == words
+    assert cli_cluster._with_workers(call, AWAY.worker_capacity) == words
     for fewer in (["export", "b", "o.onnx"], ["doctor"]):
-        assert cli_cluster._with_workers(cli_cluster.parse_command(fewer), AWAY.units) == fewer
+        assert (
+            cli_cluster._with_workers(cli_cluster.parse_command(fewer), AWAY.worker_capacity)
+            == fewer
+        )
 
 
 def test_gpus_count_where_there_are_any():
     nodes = (("a", {"CPU": 16.0}), ("b", {"CPU": 16.0, "GPU": 4.0}), ("c", {"GPU": 4.0}))
-    assert Cluster("", None, nodes).units == 8
-    assert Cluster("", None, (("a", {}),)).units == 1
+    assert Cluster("", None, nodes).worker_capacity == 8
+    assert Cluster("", None, (("a", {}),)).worker_capacity == 1
 
 
 def test_only_source_and_toml_are_sent(tmp_path):
@@ -340,7 +345,7 @@ def test_only_source_and_toml_are_sent(tmp_path):
     toml.write_text("[train]\nepochs = 1\n")
     draft = tmp_path / "draft"
     draft.mkdir()
-    size = jobs._pack(draft, toml)
+    size = jobs._copy_source(draft, toml)
     sent = {str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()}
     package = Path(arrowhead.__file__).parent
     source = {f"arrowhead/{path.relative_to(package)}" for path in package.rglob("*.py")}
@@ -353,7 +358,7 @@ def test_too_large_an_upload_is_refused_with_its_reason(tmp_path):
     with toml.open("wb") as file:
         file.truncate(60_000_000)
     with pytest.raises(ConfigError, match=r"6\d MB would be sent .*huge.toml") as refusal:
-        jobs._pack(tmp_path, toml)
+        jobs._copy_source(tmp_path, toml)
     assert "50 MB at most" in refusal.value.wanted
 
 
@@ -533,7 +538,7 @@ def test_whoever_has_no_token_runs_nothing(local):
 def test_a_submit_without_the_token_is_refused_with_where_to_put_it(local, tmp_path):
     words = ["submit", "--", *TRAIN]
     _, err = local.run(*words, code=2, HOME=str(tmp_path))
-    assert "asks for a token and there is none here" in err
+    assert "asks for a token, and this machine has none" in err
     assert "RAY_AUTH_TOKEN_PATH" in err
     assert f"{tmp_path}/.ray/auth_token" in err
     _, err = local.run(*words, code=2, HOME=str(tmp_path), RAY_AUTH_TOKEN="wrong")

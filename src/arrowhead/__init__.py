@@ -1,11 +1,11 @@
 """Arrowhead: a folder of images becomes a trained, evaluated, deployable classifier.
 
-Each image is decoded once; every experiment after that takes seconds. Importing this
-package runs nothing heavy: `Images` and `Learner` bring torch when they are first named.
+Each image is decoded once; every experiment after that takes seconds. Importing this package is
+fast: torch is imported when `Images` or `Learner` is first used.
 """
 
-# `python -m arrowhead`, without -P, puts the folder we stand in before all others. It may be one of
-# data, whose `numpy.py` or `typing.py` would be run: out with it, before anything is imported.
+# Without -P, `python -m arrowhead` puts the current folder first on sys.path. It may be a folder of
+# data, and a `numpy.py` or `typing.py` in it would be run. So remove it before importing anything.
 import sys
 
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:

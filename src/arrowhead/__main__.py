@@ -1,4 +1,4 @@
-"""`python -m arrowhead` is the same as `arrowhead`."""
+"""Run `python -m arrowhead` like the program `arrowhead`."""
 
 from arrowhead.cli.main import main
 

@@ -1,11 +1,10 @@
-"""Photo-like pictures of three things, for trying Arrowhead without a data set of one's own.
+"""Draw photo-like images of three classes, to try Arrowhead without a data set.
 
-In: an empty folder, how many images each class gets, a seed. Out: JPEG files in the layout that
-Arrowhead reads, `train/<class>/` and `valid/<class>/`, with unlabelled ones in `new/` to score.
+The JPEG files lie in `train/<class>/` and `valid/<class>/`, and unlabelled ones to score in `new/`.
 
-A still life lies on a patterned ground among clutter: a woven basket, a coil of beads, or a sprig
-of leaves. Colours, light, clutter and camera come from the same distributions for every class, so
-only the subject's shape and texture tell them apart.
+Each image shows a still life on a patterned table among clutter: a woven basket, a coil of beads,
+or a sprig of leaves. Colours, light, clutter and camera have the same distributions for every
+class, so only the subject's shape and texture tell the classes apart.
 """
 
 from __future__ import annotations
@@ -29,9 +28,17 @@ Floats = NDArray[np.float32]
 
 
 def draw(folder: Path, *, per_class: int = 120, seed: int = 0) -> int:
-    """Write FOLDER/{train,valid}/<class>/<name>.jpg and FOLDER/new/<name>.jpg; return their number.
+    """Write FOLDER/{train,valid}/<class>/<name>.jpg and FOLDER/new/<name>.jpg.
 
-    The same arguments write the same bytes. Files already there under other names stay.
+    The same arguments write the same bytes. Existing files under other names stay.
+
+    Args:
+        folder: Where to write.
+        per_class: Images of each class, of which a quarter are for validation.
+        seed: Of all random choices.
+
+    Returns:
+        The number of images.
     """
     valid = round(per_class * VALID_SHARE)
     for label, name in enumerate(CLASSES):
@@ -40,8 +47,8 @@ def draw(folder: Path, *, per_class: int = 120, seed: int = 0) -> int:
             rng = np.random.default_rng([seed, label, index])
             _save(folder / part / name / f"{name}-{index:04d}.jpg", label, rng)
     for index in range(NEW_IMAGES):
-        # A label of its own keeps these scenes apart from the training ones; the class is drawn,
-        # so that neither a file's name nor its place in the folder tells it.
+        # Another seed than for the training images. The class is drawn at random, so neither a
+        # file's name nor its position in the folder reveals it.
         rng = np.random.default_rng([seed, len(CLASSES), index])
         _save(folder / "new" / f"photo-{index:04d}.jpg", int(rng.integers(len(CLASSES))), rng)
     return len(CLASSES) * per_class + NEW_IMAGES
@@ -60,13 +67,13 @@ def _scene(label: int, rng: Generator) -> Image.Image:
     image = _ground(width, height, rng)
     _scatter(image, int(rng.integers(3, 7)), rng)
     side = int(min(width, height) * rng.uniform(0.95, 1.15))
-    _place(image, SUBJECTS[CLASSES[label]](side, rng), rng)
+    _paste(image, SUBJECTS[CLASSES[label]](side, rng), rng)
     _scatter(image, int(rng.integers(0, 3)), rng)
     return _photograph(image, rng)
 
 
 def _colour(rng: Generator) -> Colour:
-    """One colour for anything in a scene: every class draws from this same distribution."""
+    """A random colour, from the same distribution for every class."""
     hue, saturation, value = rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.45, 0.9)
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -78,13 +85,13 @@ def _shade(colour: Colour, factor: float) -> Colour:
 
 
 def _smooth(width: int, height: int, cells: tuple[int, int], rng: Generator) -> Floats:
-    """Smooth noise about 0, float32 [height, width]: some `cells` (x, y) bumps across the image."""
+    """Smooth noise around 0, float32 [height, width], with `cells` (x, y) bumps per side."""
     grid = rng.uniform(-1, 1, (cells[1], cells[0])).astype(np.float32)
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _ground(width: int, height: int, rng: Generator) -> Image.Image:
-    """A table top, RGB: two colours mixed by noise, streaked like wood or mottled like stone."""
+    """A table top in RGB: two colours mixed by noise, streaked like wood or mottled like stone."""
     first, second = np.array(_colour(rng), np.float32), np.array(_colour(rng), np.float32)
     mix = 0.5 + 0.4 * _smooth(width, height, (3, 3), rng)
     fine = (int(rng.integers(3, 60)), int(rng.integers(3, 60)))
@@ -94,7 +101,7 @@ def _ground(width: int, height: int, rng: Generator) -> Image.Image:
 
 
 def _scatter(image: Image.Image, count: int, rng: Generator) -> None:
-    """Lay `count` paper scraps, coins and pencils onto the image, each with a hard shadow."""
+    """Draw `count` paper scraps, coins and pencils onto the image, each with a hard shadow."""
     pen = ImageDraw.Draw(image)
     for _ in range(count):
         centre = rng.uniform(0, 1, 2) * image.size
@@ -107,13 +114,13 @@ def _scatter(image: Image.Image, count: int, rng: Generator) -> None:
 
 
 def _outline(radius: float, rng: Generator) -> NDArray[np.float64]:
-    """A polygon about the origin in pixels, [corners, 2]: triangle to circle, round to slender."""
+    """A polygon around the origin in pixels, [corners, 2]: triangle to circle, wide to slender."""
     corners = int(rng.choice((3, 4, 4, 5, 32)))
     angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     stretch = rng.uniform(0.15, 1.0)
     points = radius / np.sqrt(stretch) * np.stack([np.cos(angles), stretch * np.sin(angles)], 1)
-    turned: NDArray[np.float64] = points @ _rotation(rng.uniform(0, 2 * np.pi))
-    return turned
+    rotated: NDArray[np.float64] = points @ _rotation(rng.uniform(0, 2 * np.pi))
+    return rotated
 
 
 def _rotation(angle: float) -> NDArray[np.float64]:
@@ -121,11 +128,11 @@ def _rotation(angle: float) -> NDArray[np.float64]:
     return np.array([[cos, sin], [-sin, cos]], np.float64)
 
 
-def _place(image: Image.Image, tile: Image.Image, rng: Generator) -> None:
-    """Turn an RGBA tile by any angle and paste it with a soft shadow, mostly inside the image."""
+def _paste(image: Image.Image, tile: Image.Image, rng: Generator) -> None:
+    """Rotate an RGBA tile by any angle and paste it with a soft shadow, mostly inside the image."""
     tile = tile.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR, expand=True)
-    room = np.array(image.size) - tile.size
-    x, y = (room * rng.uniform(0.1, 0.9, 2)).astype(int).tolist()
+    free = np.array(image.size) - tile.size
+    x, y = (free * rng.uniform(0.1, 0.9, 2)).astype(int).tolist()
     mask = tile.getchannel("A")
     drop = max(2, min(tile.size) // 40)
     shadow = mask.filter(ImageFilter.BoxBlur(drop)).point(lambda alpha: alpha * 0.6)
@@ -134,12 +141,12 @@ def _place(image: Image.Image, tile: Image.Image, rng: Generator) -> None:
 
 
 def _basket(side: int, rng: Generator) -> Image.Image:
-    """A round or oval basket seen from above, RGBA [side, side]: strands over and under."""
+    """A woven basket seen from above, round or oval, RGBA [side, side]."""
     strands = rng.uniform(19, 24)
     x = np.arange(side, dtype=np.float32)[None] / side
     cell, within = np.divmod(x * strands, 1)
     bulge = np.sin(np.pi * within)
-    # Each cell shows either the strand along y or the one along x, round across its own width.
+    # Each cell shows the strand along y or the one along x, each shaded like a cylinder.
     over = (cell + cell.T) % 2 == 0
     light = 0.4 + np.where(over, 0.45 * bulge + 0.25 * bulge.T, 0.25 * bulge + 0.45 * bulge.T)
     colours = np.array([_colour(rng), _colour(rng)], np.float32)
@@ -152,7 +159,7 @@ def _basket(side: int, rng: Generator) -> Image.Image:
 
 
 def _beads(side: int, rng: Generator) -> Image.Image:
-    """A string of glossy beads laid in a coil, RGBA [side, side]."""
+    """A string of glossy beads in a coil, RGBA [side, side]."""
     turns = rng.uniform(3.3, 4.5)
     pitch = side / 2 / (turns + 0.5)
     ball = max(2, int(pitch * 0.46))
@@ -179,7 +186,7 @@ def _bead(radius: int, colour: Colour) -> Image.Image:
 
 
 def _sprig(side: int, rng: Generator) -> Image.Image:
-    """A stem with leaves to its left and right and one on top, RGBA [side, side]."""
+    """A stem with leaves on both sides and one on top, RGBA [side, side]."""
     tile = Image.new("RGBA", (side, side))
     pen = ImageDraw.Draw(tile)
     colours = [_colour(rng), _colour(rng)]
@@ -221,7 +228,7 @@ def _leaf(
 
 
 def _photograph(image: Image.Image, rng: Generator) -> Image.Image:
-    """The same scene under light from one side, slightly out of focus, with sensor noise; RGB."""
+    """The scene with light from one side, slightly out of focus, with sensor noise; RGB."""
     width, height = image.size
     blur = rng.uniform(0.4, 1.2) * min(width, height) / 320
     image = image.filter(ImageFilter.GaussianBlur(blur))

@@ -1,7 +1,4 @@
-"""This machine, looked over: one line per thing that Arrowhead stands on.
-
-checks   -> ok, warning (works, but…) or missing, each with what to do
-"""
+"""Check what Arrowhead needs on this machine; each check is ok, a warning or missing."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding; `fix` is empty when all is well."""
+    """The result of one check; `fix` says what to do, and is empty if all is well."""
 
     name: str
     state: Literal["ok", "warning", "missing"]
@@ -40,30 +37,32 @@ class Check:
         return asdict(self)
 
     def line(self) -> str:
-        """As a line for a person."""
+        """As a line to print."""
         fix = f"  → {self.fix}" if self.fix else ""
         return f"{self.state:<8} {self.name:<10} {self.found}{fix}"
 
 
 def checks() -> list[Check]:
-    """Every check; one that breaks is itself a finding."""
-    return [check for examine in EXAMINED for check in _safely(examine)]
+    """Run every check. An exception in one becomes its result."""
+    return [check for function in CHECKS for check in _run_check(function)]
 
 
-def _safely(examine: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    name = examine.__name__.strip("_")
+def _run_check(function: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    name = function.__name__.strip("_")
     try:
-        yield from examine()
-    except Exception as error:  # a broken install can fail in any way; that is what is looked for
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        yield Check(name, "missing", words, f"reinstall the package that {name} needs")
+        yield from function()
+    except Exception as error:  # a broken installation can fail in any way
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        yield Check(name, "missing", message, f"reinstall the package that {name} needs")
 
 
 def _python() -> Iterator[Check]:
     version = platform.python_version()
-    fine = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    fix = "" if fine else "use Python 3.11, 3.12 or 3.13"
-    yield Check("python", "ok" if fine else "warning", f"{version}, {os.cpu_count()} cores", fix)
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    fix = "" if supported else "use Python 3.11, 3.12 or 3.13"
+    yield Check(
+        "python", "ok" if supported else "warning", f"{version}, {os.cpu_count()} cores", fix
+    )
 
 
 def _torch() -> Iterator[Check]:
@@ -72,22 +71,27 @@ def _torch() -> Iterator[Check]:
     build = f"{torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}"
     yield Check("torch", "ok", f"{build}, {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
-        yield Check("gpu", "warning", "none", "fine for thousands of images; slow for millions")
+        yield Check(
+            "gpu",
+            "warning",
+            "none",
+            "the CPU is fast enough for thousands of images, slow for millions",
+        )
     for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        found = f"{about.name}, compute capability {about.major}.{about.minor}"
-        yield Check("gpu", "ok", f"{found}, {about.total_memory / GIB:.0f} GiB")
+        gpu = torch.cuda.get_device_properties(number)
+        found = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}"
+        yield Check("gpu", "ok", f"{found}, {gpu.total_memory / GIB:.0f} GiB")
 
 
 def _decoder() -> Iterator[Check]:
     version = importlib.metadata.version("nvidia-dali-cuda130")
-    works = ", ".join(worker_process.works())
-    yield Check("dali", "ok", f"{version}, decodes {works} on the CPU")
+    formats = ", ".join(worker_process.works())
+    yield Check("dali", "ok", f"{version}, decodes {formats} on the CPU")
 
 
 def _ray() -> Iterator[Check]:
     version = importlib.metadata.version("ray")
-    address = ray_cluster.address()
+    address = ray_cluster.cluster_address()
     yield Check(
         "ray", "ok", f"{version}, {f'cluster at {address}' if address else 'no cluster running'}"
     )
@@ -115,7 +119,7 @@ def _weights() -> Iterator[Check]:
             "weights", "ok", f"{len(files)} in {home}: {', '.join(f.name for f in files[:5])}"
         )
     else:
-        fix = "--weights auto downloads them, or give --weights FILE"
+        fix = "--weights auto downloads them; or give --weights FILE"
         yield Check("weights", "warning", f"none cached in {home}", fix)
 
 
@@ -125,7 +129,7 @@ def _memory() -> Iterator[Check]:
         fix = (
             ""
             if free >= 1
-            else "give the container more (docker run --shm-size=8g): Ray keeps objects there"
+            else "give the container more (docker run --shm-size=8g): Ray stores objects there"
         )
         yield Check("/dev/shm", "ok" if free >= 1 else "warning", f"{free:.1f} GiB free", fix)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -137,10 +141,10 @@ def _memory() -> Iterator[Check]:
 
 def _disk() -> Iterator[Check]:
     free = shutil.disk_usage(Path.cwd()).free / GIB
-    fix = "" if free >= 5 else "a million images need 1 to 4 GiB of features: free some space"
+    fix = "" if free >= 5 else "free some space: the features of a million images need 1 to 4 GiB"
     yield Check(
         "disk", "ok" if free >= 5 else "warning", f"{free:.0f} GiB free in {Path.cwd()}", fix
     )
 
 
-EXAMINED = (_python, _torch, _decoder, _ray, _mlflow, _weights, _memory, _disk)
+CHECKS = (_python, _torch, _decoder, _ray, _mlflow, _weights, _memory, _disk)

@@ -1,11 +1,11 @@
-"""The lesson's three lines.
+"""The Python API for notebooks, in three lines.
 
     images = Images.from_folder("data/dogscats")
     learn = Learner("resnet34", images)        # decodes every image once
     learn.fit(0.01, 3)                         # epoch, train loss, valid loss, accuracy
 
-After that `learn.predict()`, `learn.lr_find()` and `learn.save(folder)` take seconds: they work
-on the stored features.
+After that `learn.predict()`, `learn.lr_find()` and `learn.save(folder)` take seconds, because they
+use the stored features.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class _Notebook(Silence):
-    """A screen that prints."""
+class _PrintingScreen(Silence):
+    """A screen that prints lines with `print`."""
 
     def say(self, line: str) -> None:
-        """Print it."""
+        """Print a line."""
         print(encodable(visible(line)))  # noqa: T201
 
 
 class Images:
-    """Labelled images; nothing is opened before a Learner needs it."""
+    """Labelled images. No file is opened before a Learner needs it."""
 
     def __init__(self, path: str, catalog: Catalog, source: SourceConfig = SourceConfig()) -> None:
         self.path, self.catalog, self.source = path, catalog, source
@@ -73,47 +73,59 @@ class Images:
 
     @staticmethod
     def from_folder(path: str | Path, **source: Any) -> Images:
-        """Images below PATH/train/<class> and PATH/valid/<class>, or PATH/<class>.
+        """Images in PATH/train/<class> and PATH/valid/<class>, or in PATH/<class>.
 
-        PATH may be an address such as s3://bucket/photos, or a table (see `sources.labelled`).
-        source: fields of `SourceConfig`, such as valid_share=0.3. Raises ConfigError for a missing
-        or empty folder, or fewer than two classes.
+        Args:
+            path: A folder, an address such as s3://bucket/photos, or a table (see
+                `sources.labelled`).
+            source: Fields of `SourceConfig`, such as valid_share=0.3.
+
+        Raises:
+            ConfigError: The folder is missing or empty, or there are fewer than two classes.
         """
-        with _python_words():
-            config = SourceConfig(**_settings(source, SourceConfig))
+        with _python_refusals():
+            config = SourceConfig(**_check_settings(source, SourceConfig))
             return Images(os.fspath(path), sources.labelled(path, config), config)
 
     @staticmethod
     def from_table(table: str | Path, **source: Any) -> Images:
-        """Images that a CSV or TSV file names, with their labels.
+        """Images listed in a CSV or TSV file with their labels.
 
-        source: fields of `SourceConfig`, such as images="photos" (where the paths begin) or
-        suffix=".jpg". Raises ConfigError as `from_folder` does.
+        Args:
+            table: The file.
+            source: Fields of `SourceConfig`, such as images="photos" (the folder that paths are
+                relative to) or suffix=".jpg".
+
+        Raises:
+            ConfigError: As in `from_folder`.
         """
         return Images.from_folder(table, **source)
 
     def __repr__(self) -> str:
-        """How many images there are, by split and class."""
+        """The number of images by split and class."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for split, names in zip(self.catalog.splits, self.catalog.labels, strict=True):
             counts[split or "no split yet"].update(names)
         lines = [f"Images({self.path!r}): {len(self.catalog)} images, {len(self.classes)} classes"]
-        for split, held in counts.items():
-            shown = ", ".join(f"{name} {count}" for name, count in sorted(held.items())[:12])
-            lines.append(f"  {split}: {shown}{', …' * (len(held) > 12)}")
+        for split, by_class in counts.items():
+            shown = ", ".join(f"{name} {count}" for name, count in sorted(by_class.items())[:12])
+            lines.append(f"  {split}: {shown}{', …' * (len(by_class) > 12)}")
         return "\n".join(map(visible, lines))
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; their positions are the labels."""
+        """Names of the classes; a label is an index into this list."""
         return self.catalog.classes
 
     @property
     def valid_labels(self) -> NDArray[np.int64] | NDArray[np.uint8]:
-        """int64 (n_valid,): labels of the readable validation images, in path order; uint8
-        (n_valid, C), 1 where an image has the label, if images have several.
+        """Labels of the readable validation images, in path order.
 
-        Where PATH has no valid/, they are known once a Learner has read the images.
+        If PATH has no folder valid/, they are known once a Learner has read the images.
+
+        Returns:
+            int64 (n_valid,); for images with several labels uint8 (n_valid, C), 1 where an image
+            has the label.
         """
         if self._store is not None:
             return self._store.features("valid").label
@@ -126,8 +138,9 @@ class Images:
 
     @property
     def valid_paths(self) -> list[Path] | list[str]:
-        """Files of the readable validation images, in the order of `valid_labels`; in an object
-        store their addresses.
+        """Paths of the readable validation images, in the order of `valid_labels`.
+
+        For images in an object store, their addresses.
         """
         if self._store is None:
             rows = [i for i, split in enumerate(self.catalog.splits) if split == "valid"]
@@ -143,8 +156,15 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an image file was given: its most probable label, the labels it has (several, or none,
-    where images may have several), every class's probability. None, each, at a fault.
+    """The prediction for one image file.
+
+    Attributes:
+        path: The file.
+        label: The most probable label.
+        probability: Its probability.
+        labels: The predicted labels: one, or any number if images may have several.
+        probabilities: The probability of every class.
+        fault: Why the file could not be read. All other attributes but `path` are then None.
     """
 
     path: str
@@ -156,24 +176,31 @@ class Answer:
 
 
 class DrawnCurve(Curve):
-    """A curve that can be drawn."""
+    """An LR finder curve with a plot."""
 
     def plot(self) -> Any:
-        """The curve and its suggestions as a matplotlib figure; shown where a notebook can."""
+        """Plot the curve and its suggestions; returns the matplotlib figure."""
         figure = examine_figures.lr_figure(self)
         examine_figures.display(figure)
         return figure
 
 
 class Learner:
-    """A head on a body that stays as it is.
+    """A head that is trained on the features of a frozen body.
 
-    body: torchvision's name, or a BodyConfig; images: `Images`; store: folder for the features,
-    by default in .arrowhead/ of the working directory; head: linear or lesson (the default here).
-    Opening it decodes what the store does not hold yet; on a store that is there, settings that are
-    left out are the store's own. track: record every `fit` and `lr_find` in
-    MLflow; tracking_uri: there (it implies track). settings: fields of `BodyConfig`, `PixelConfig`
-    and `ExtractConfig`, such as weights="weights.safetensors", size=128 or batch_size=256.
+    Creating a Learner decodes all images that are not in the store yet. If the store exists,
+    settings that you leave out are taken from it.
+
+    Args:
+        body: The name of a torchvision network, or a BodyConfig.
+        images: The labelled images.
+        store: Folder for the features. Default: a folder in .arrowhead/ of the current directory.
+        head: "linear" or "lesson".
+        pixels: How images are resized and augmented.
+        track: Record every `fit` and `lr_find` in MLflow.
+        tracking_uri: The MLflow store; implies `track`.
+        settings: Fields of `BodyConfig`, `PixelConfig` and `ExtractConfig`, such as
+            weights="weights.safetensors", size=128 or batch_size=256.
     """
 
     def __init__(
@@ -188,93 +215,109 @@ class Learner:
         tracking_uri: str | None = None,
         **settings: Any,
     ) -> None:
-        with _python_words():
-            asked = _settings(settings, BodyConfig, PixelConfig, ExtractConfig, but=("body",))
+        with _python_refusals():
+            options = _check_settings(
+                settings, BodyConfig, PixelConfig, ExtractConfig, exclude=("body",)
+            )
             if not isinstance(images, Images):
                 raise ConfigError(
                     f"images is {images!r}.", "Images.", "give Images.from_folder(PATH)."
                 )
             body = BodyConfig(body=body) if isinstance(body, str) else body
-            how = FeatureConfig(
+            config = FeatureConfig(
                 source=images.source,
-                body=_with(body, asked),
-                pixels=_with(pixels or PixelConfig(), asked),
-                extract=_with(ExtractConfig(), asked),
+                body=_replace_fields(body, options),
+                pixels=_replace_fields(pixels or PixelConfig(), options),
+                extract=_replace_fields(ExtractConfig(), options),
             )
-            given = {"body", *asked, *_changed(body)}
-            given |= {one.name for one in dataclasses.fields(pixels)} if pixels else set()
-            self._config = TrainConfig(**_settings({"head": head}, TrainConfig))
+            given = {"body", *options, *_changed_fields(body)}
+            given |= {field.name for field in dataclasses.fields(pixels)} if pixels else set()
+            self._config = TrainConfig(**_check_settings({"head": head}, TrainConfig))
         self.images = images
-        origin = path_text.resolve(images.path)
-        place = hashlib.blake2b(path_text.unescape_path(origin), digest_size=4).hexdigest()
-        own = Path(".arrowhead") / f"{origin.rpartition('/')[2]}-{place}-{how.body.body}"
-        folder = Path(store) if store else own
+        source = path_text.resolve(images.path)
+        digest = hashlib.blake2b(path_text.unescape_path(source), digest_size=4).hexdigest()
+        name = f"{source.rpartition('/')[2]}-{digest}-{config.body.body}"
+        folder = Path(store) if store else Path(".arrowhead") / name
         self._tracking = (
             TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None
         )
-        self._context = RunContext(screen=_Notebook())
+        self._context = RunContext(screen=_PrintingScreen())
         self._trained: Trained | None = None
-        self._ready: Predictor | None = None
-        with _python_words():
-            how = feature_config.as_in_store(folder, how, given)
+        self._cached_predictor: Predictor | None = None
+        with _python_refusals():
+            config = feature_config.as_in_store(folder, config, given)
             sources.must_validate(images.path, images.catalog)
-            precompute.precompute(images.path, folder, how, self._context)
+            precompute.precompute(images.path, folder, config, self._context)
         self.store = images._store = Store(folder)
 
     @staticmethod
     def load(path: str | Path) -> Classifier:
-        """The bundle at `path`, ready to `predict`. Raises ConfigError if there is none, DataError
-        if it is damaged or this machine sees its golden images differently.
+        """Load the bundle at `path` for `predict`.
+
+        Raises:
+            ConfigError: There is no bundle.
+            DataError: It is damaged, or this machine computes other results for its golden images.
         """
-        with _python_words():
+        with _python_refusals():
             return Classifier(Path(path))
 
     def __repr__(self) -> str:
-        """Body, head, and the last epoch's figures."""
+        """Body, head, and the metrics of the kept epoch."""
         recipe = self.store.recipe
-        told = "not fitted yet"
+        status = "not fitted yet"
         if self._trained:
             last = self._trained.epochs[self._trained.epoch]
-            told = ", ".join(f"{k} {v:.4f}" for k, v in last.items() if k != "epoch")
+            status = ", ".join(f"{k} {v:.4f}" for k, v in last.items() if k != "epoch")
         return (
             f"Learner({recipe.body}, {self._config.head} head, {recipe.size} pixels,"
-            f" {len(self.images.classes)} classes): {told}"
+            f" {len(self.images.classes)} classes): {status}"
         )
 
     def fit(
         self, rate: float, epochs: int, *, fresh: bool = False, **overrides: Any
     ) -> list[dict[str, float]]:
-        """Train the head, at a constant rate as in the lesson; one dict of figures per epoch.
+        """Train the head, by default at a constant learning rate.
 
-        A second call goes on with the weights of the first, unless fresh. overrides: other fields
-        of `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
+        Args:
+            rate: The learning rate.
+            epochs: Passes over the training images.
+            fresh: Start with new weights; otherwise a second call continues from the first.
+            overrides: Other fields of `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
+
+        Returns:
+            One dict of metrics per epoch.
         """
         overrides.setdefault("schedule", "constant")
-        with _python_words(), self._run("fit") as context:
+        with _python_refusals(), self._run("fit") as context:
             before = self._config
-            now = _settings({"rate": rate, "epochs": epochs} | overrides, TrainConfig)
-            self._config = dataclasses.replace(before, **now)
-            on = self._trained and not fresh and before.head == self._config.head
-            start = self._trained.state if on and self._trained else None
-            asked = Study(head=self._config, start=start)
-            run_context.params(context, {f"train.{k}": v for k, v in now.items()})
-            made = train.learn(self.store.path, asked, context)
-        self._trained = made.heads[0]
-        self._close()
+            settings = _check_settings({"rate": rate, "epochs": epochs} | overrides, TrainConfig)
+            self._config = dataclasses.replace(before, **settings)
+            resume = self._trained and not fresh and before.head == self._config.head
+            start = self._trained.state if resume and self._trained else None
+            study = Study(head=self._config, start=start)
+            run_context.params(context, {f"train.{k}": v for k, v in settings.items()})
+            result = train.learn(self.store.path, study, context)
+        self._trained = result.heads[0]
+        self._close_predictor()
         return self._trained.epochs
 
     def predict(
         self, paths: Sequence[str | Path] | None = None
     ) -> NDArray[np.float32] | list[Answer]:
-        """float32 (n_valid, C): log-probabilities of the validation images, in path order.
+        """Predict the validation images, or the given files.
 
-        With paths: what each of these image files is given, with calibrated probabilities (see
-        `Answer`); a bad file has a fault and spoils no other.
+        Args:
+            paths: Image files. A file that cannot be read gets a fault; the others are not
+                affected.
+
+        Returns:
+            Without paths, float32 (n_valid, C): log-probabilities of the validation images, in path
+            order. With paths, one `Answer` per file, with calibrated probabilities.
         """
         import torch
 
         if paths is not None:
-            return answers(self._predictor(), paths)
+            return predict_files(self._predictor(), paths)
         valid = self.store.features("valid")
         feature_ND = torch.from_numpy(valid.feature[:, 0].astype(np.float32))
         with torch.inference_mode():
@@ -283,28 +326,34 @@ class Learner:
         return log_NC.numpy()  # type: ignore[no-any-return]
 
     def lr_find(self, **overrides: Any) -> DrawnCurve:
-        """The loss under a rising rate, and the rates it suggests; drawn in a notebook.
+        """Measure the loss under a rising learning rate; suggest rates; plot in a notebook.
 
-        overrides: fields of `FinderConfig`, such as low, high, steps, seeds.
+        Args:
+            overrides: Fields of `FinderConfig`, such as low, high, steps, seeds.
         """
-        with _python_words(), self._run("lr-find") as context:
-            finder = FinderConfig(**_settings(overrides, FinderConfig))
+        with _python_refusals(), self._run("lr-find") as context:
+            finder = FinderConfig(**_check_settings(overrides, FinderConfig))
             curve = train.find_rate(self.store.path, self._config, finder, context)
-        drawn = DrawnCurve(**{f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)})
-        examine_figures.display(examine_figures.lr_figure(drawn))
-        return drawn
+        fields = {f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)}
+        drawn_curve = DrawnCurve(**fields)
+        examine_figures.display(examine_figures.lr_figure(drawn_curve))
+        return drawn_curve
 
     def save(self, path: str | Path) -> dict[str, Any]:
-        """Save the trained head and its body as a bundle for `arrowhead score`; its metrics. A
-        bundle that is there is kept as PATH.previous.
+        """Save the trained head and its body as a bundle for `arrowhead score`.
+
+        An existing bundle is kept as PATH.previous.
+
+        Returns:
+            The bundle's metrics.
         """
-        with _python_words():
+        with _python_refusals():
             out = check_folder(Path(path), "bundle")
             return train.save(self.store, self._config, self._fitted(), out, self._context)
 
     @contextmanager
     def _run(self, name: str) -> Iterator[RunContext]:
-        """What a stage is run with: with a run of its own, where that was asked for."""
+        """The RunContext of a stage, with an MLflow run if tracking is on."""
         if self._tracking is None:
             yield self._context
             return
@@ -314,20 +363,20 @@ class Learner:
             yield dataclasses.replace(self._context, run=run)
 
     def _predictor(self) -> Predictor:
-        """The trained head with its body, held ready until it is trained on."""
-        if self._ready is None:
+        """A predictor with the trained head, kept until the next `fit`."""
+        if self._cached_predictor is None:
             self._fitted()
             with tempfile.TemporaryDirectory(prefix="arrowhead-learner-") as scratch:
-                place = Path(scratch) / "bundle"
+                bundle = Path(scratch) / "bundle"
                 quiet = RunContext()
-                train.save(self.store, self._config, self._fitted(), place, quiet)
-                self._ready = Predictor(place)
-        return self._ready
+                train.save(self.store, self._config, self._fitted(), bundle, quiet)
+                self._cached_predictor = Predictor(bundle)
+        return self._cached_predictor
 
-    def _close(self) -> None:
-        if self._ready:
-            self._ready.close()
-            self._ready = None
+    def _close_predictor(self) -> None:
+        if self._cached_predictor:
+            self._cached_predictor.close()
+            self._cached_predictor = None
 
     def _fitted(self) -> Trained:
         if self._trained is None:
@@ -345,80 +394,79 @@ class Learner:
 
 
 class Classifier:
-    """A bundle held ready: files in, labels and probabilities out."""
+    """A loaded bundle: predicts labels and probabilities of image files."""
 
     def __init__(self, path: Path) -> None:
         resolve.must_be_there(str(path))
-        self.path, self._ready = path, Predictor(path)
+        self.path, self._predictor = path, Predictor(path)
 
     def __repr__(self) -> str:
-        """Body, head, classes and the figures it was saved with."""
-        held = self._ready.bundle
-        figures = {k: v for k, v in held.metrics.items() if k in ("accuracy", "f2_samples")}
-        told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        return (
-            f"Classifier({held.recipe.body}, {held.head} head, {len(self.classes)} classes): {told}"
-        )
+        """Body, head, classes and the saved metrics."""
+        bundle = self._predictor.bundle
+        metrics = {k: v for k, v in bundle.metrics.items() if k in ("accuracy", "f2_samples")}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        described = f"{bundle.recipe.body}, {bundle.head} head, {len(self.classes)} classes"
+        return f"Classifier({described}): {shown}"
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes."""
-        return self._ready.bundle.classes
+        return self._predictor.bundle.classes
 
     def predict(self, paths: Sequence[str | Path]) -> list[Answer]:
-        """What each of these image files is given; a bad file has a fault and spoils no other."""
-        return answers(self._ready, paths)
+        """Predict image files; a file that cannot be read gets a fault and affects no other."""
+        return predict_files(self._predictor, paths)
 
     def close(self) -> None:
-        """End the decoder's process."""
-        self._ready.close()
+        """Stop the decoder process."""
+        self._predictor.close()
 
 
-def answers(ready: Predictor, paths: Sequence[str | Path]) -> list[Answer]:
-    """What a bundle gives these files, in their order."""
-    named = [paths] if isinstance(paths, str | Path) else list(paths)
-    contents, made = [], {}
-    for at, path in enumerate(named):
+def predict_files(predictor: Predictor, paths: Sequence[str | Path]) -> list[Answer]:
+    """One answer per file, in order."""
+    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    contents, answers = [], {}
+    for i, path in enumerate(files):
         try:
-            contents.append((at, Path(path).read_bytes()))
+            contents.append((i, Path(path).read_bytes()))
         except OSError as error:
-            made[at] = Answer(str(path), fault=f"unreadable: {error.strerror}")
-    found = ready([content for _, content in contents])
-    classes = np.array(ready.bundle.classes, object)
-    for row, (at, _) in enumerate(contents):
-        path, fault = str(named[at]), found.faults[row]
+            answers[i] = Answer(str(path), fault=f"unreadable: {error.strerror}")
+    predictions = predictor([content for _, content in contents])
+    classes = np.array(predictor.bundle.classes, object)
+    for row, (i, _) in enumerate(contents):
+        path, fault = str(files[i]), predictions.faults[row]
         if fault:
-            made[at] = Answer(path, fault=fault)
+            answers[i] = Answer(path, fault=fault)
             continue
-        chance_C = found.probabilities[row]
-        made[at] = Answer(
+        probability_C = predictions.probabilities[row]
+        answers[i] = Answer(
             path,
-            label=classes[chance_C.argmax()],
-            probability=float(chance_C.max()),
-            labels=list(classes[found.given[row]]),
-            probabilities=dict(zip(classes, chance_C.tolist(), strict=True)),
+            label=classes[probability_C.argmax()],
+            probability=float(probability_C.max()),
+            labels=list(classes[predictions.given[row]]),
+            probabilities=dict(zip(classes, probability_C.tolist(), strict=True)),
         )
-    return [made[at] for at in range(len(named))]
+    return [answers[i] for i in range(len(files))]
 
 
 @contextmanager
-def _python_words() -> Iterator[None]:
-    """Refusals speak of keyword arguments, not of flags."""
+def _python_refusals() -> Iterator[None]:
+    """Inside this block, refusals name keyword arguments instead of flags."""
     try:
         yield
     except Refusal as error:
-        words = map(_as_keywords, (error.found, error.wanted, error.do))
-        raise type(error)(*words) from None
+        parts = map(_flags_to_keywords, (error.found, error.wanted, error.do))
+        raise type(error)(*parts) from None
 
 
-# A flag, and what is given to it where that is clearly no word of the sentence.
+# A flag, with its value if that is clearly not a word of the sentence.
 _FLAG = re.compile(
     r"--([a-z][a-z\d-]*)(?: (\d[\d.e-]*\d|\d|[A-Z]{2,}[\w.]*|random|auto|linear|last))?"
 )
 
 
-def _as_keywords(text: str) -> str:
-    """A line with flags as the keyword arguments that they are in Python."""
+def _flags_to_keywords(text: str) -> str:
+    """The text with every flag replaced by the keyword argument, such as `size=128`."""
 
     def keyword(flag: re.Match[str]) -> str:
         value = flag[2] or ""
@@ -428,71 +476,83 @@ def _as_keywords(text: str) -> str:
     return _FLAG.sub(keyword, text)
 
 
-def _settings(given: dict[str, Any], *kinds: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Keyword arguments, whose names and types must be those of fields of these dataclasses.
+def _check_settings(
+    given: dict[str, Any], *configs: Any, exclude: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Check keyword arguments against the fields of dataclasses.
 
-    but: fields that are not meant. Raises ConfigError for any other name or type.
+    Args:
+        given: Names and values.
+        configs: The dataclasses.
+        exclude: Fields that are not allowed.
+
+    Returns:
+        The settings, with paths as text and numbers of NumPy as Python's.
+
+    Raises:
+        ConfigError: A name or type does not match.
     """
     hints = {
-        f.name: get_type_hints(kind)[f.name]
-        for kind in kinds
-        for f in dataclasses.fields(kind)
-        if f.name not in but
+        f.name: get_type_hints(config)[f.name]
+        for config in configs
+        for f in dataclasses.fields(config)
+        if f.name not in exclude
     }
-    made = {}
+    settings = {}
     for name, value in given.items():
         if name not in hints:
             close = difflib.get_close_matches(name, hints, 1)
             raise ConfigError(
-                f"{name}= is no setting here.",
+                f"{name}= is not a setting of this call.",
                 f"one of {', '.join(sorted(hints))}.",
                 f"did you mean {close[0]}=?" if close else "leave it out.",
             )
-        kinds_of = _kinds(hints[name])
-        made[name] = _plain_value(value)
-        if not any(_is_a(made[name], kind) for kind in kinds_of):
-            words = " or ".join(dict.fromkeys(map(_kind_words, kinds_of)))
-            raise ConfigError(f"{name}={value!r}.", f"{words}.", f"give another {name}=.")
-    return made
+        types = _allowed_types(hints[name])
+        settings[name] = _to_python(value)
+        if not any(_matches(settings[name], one) for one in types):
+            allowed = " or ".join(dict.fromkeys(map(_type_name, types)))
+            raise ConfigError(f"{name}={value!r}.", f"{allowed}.", f"give another {name}=.")
+    return settings
 
 
-def _plain_value(value: Any) -> Any:
-    """Paths as text, numbers of NumPy as Python's."""
+def _to_python(value: Any) -> Any:
+    """The value, with paths as text and numbers of NumPy as Python's."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _kinds(hint: Any) -> list[Any]:
-    """The kinds of values that a type stands for: classes, and single values of a Literal."""
+def _allowed_types(hint: Any) -> list[Any]:
+    """The types of a type hint, and the single values of a Literal."""
     if get_origin(hint) in (Union, UnionType, Literal):
-        return [kind for part in get_args(hint) for kind in _kinds(part)]
+        return [one for part in get_args(hint) for one in _allowed_types(part)]
     return [get_origin(hint) or hint]
 
 
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind in (int, float):
-        number = numbers.Integral if kind is int else numbers.Real
+def _matches(value: Any, allowed: Any) -> bool:
+    """Whether a value has the allowed type, or is the allowed value."""
+    if allowed in (int, float):
+        number = numbers.Integral if allowed is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) else value == kind
+    return isinstance(value, allowed) if isinstance(allowed, type) else value == allowed
 
 
-def _kind_words(kind: Any) -> str:
-    known = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    known |= {NoneType: "None", tuple: "three numbers"}
-    return known.get(kind, repr(kind))
+def _type_name(allowed: Any) -> str:
+    """A type or value as words for a refusal."""
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    names |= {NoneType: "None", tuple: "three numbers"}
+    return names.get(allowed, repr(allowed))
 
 
-def _changed(config: Any) -> set[str]:
-    """Names of the fields that are not at their defaults."""
-    every = dataclasses.fields(config)
-    return {one.name for one in every if getattr(config, one.name) != one.default}
+def _changed_fields(config: Any) -> set[str]:
+    """Names of the fields that differ from their defaults."""
+    return {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
 
 
-def _with(config: Any, settings: dict[str, Any]) -> Any:
-    """A dataclass with those of the settings that are its own."""
-    own = {f.name for f in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{k: v for k, v in settings.items() if k in own})
+def _replace_fields(config: Any, settings: dict[str, Any]) -> Any:
+    """The dataclass with those of the settings that are its fields."""
+    names = {f.name for f in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in settings.items() if k in names})
 
 
 __all__ = ["Answer", "Classifier", "Images", "Learner"]

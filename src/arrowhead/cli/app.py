@@ -1,4 +1,4 @@
-"""What verbs have in common: the app, how a verb begins and how it ends."""
+"""What all commands share: the app, how a command begins and how it ends."""
 
 from __future__ import annotations
 
@@ -41,153 +41,179 @@ app = App(
     name="arrowhead",
     version=__version__,
     default_parameter=Parameter(negative=""),
-    suppress_keyboard_interrupt=False,  # ours says how to go on
+    suppress_keyboard_interrupt=False,  # `main` handles it
     help="A folder of images becomes a trained, evaluated, deployable classifier.\n\n"
     "Each image is decoded once; every experiment after that takes seconds."
     " Start with `arrowhead demo`, or `arrowhead fit DATA OUT` on your own folder.",
 )
 app.meta.suppress_keyboard_interrupt = False
-app.meta.group_parameters = Group("Everywhere", sort_key=9)
+app.meta.group_parameters = Group("All commands", sort_key=9)
 
 
-# ------------------------------------------------------------------- what verbs are run with
+# ------------------------------------------------------------------- how a command begins
 
 
 @contextmanager
 def run_context(
-    verb: str,
+    name: str,
     launch: LaunchConfig,
     tracking: TrackingConfig,
     output: Output,
-    place: Path | None = None,
+    run_file: Path | None = None,
     registry: RegistryConfig = RegistryConfig(),
 ) -> Iterator[Any]:
-    """What the stages are run with; the MLflow run is open inside. place: a file that stands for
-    the run while it is unfinished, in the folder of its checkpoints; it goes with the run's end.
+    """The RunContext of a command; its MLflow run is open inside the block.
+
+    Args:
+        name: The command, which also names the run.
+        launch: Where the work is done.
+        tracking: Where the run is recorded.
+        output: How to print the result.
+        run_file: A file that remembers the unfinished run, in the folder of its checkpoints.
+            Removed when the run has finished.
+        registry: Where the bundle will be registered.
     """
     from arrowhead.reporting.run_context import RunContext
     from arrowhead.tracking.run import start
 
     screen = Screen(to_stderr=output.json)
-    if not launch.max_workers and (idle := sorted(given() & {"restarts", "wait"})):
-        screen.say(f"without --workers no effect: {', '.join('--' + one for one in idle)}")
-    opened = start(tracking, verb, place, registry=registry, say=screen.say)
-    with _alone(place, screen.say):
+    if not launch.max_workers and (unused := sorted(given_flags() & {"restarts", "wait"})):
+        flags = ", ".join(f"--{flag}" for flag in unused)
+        screen.say(f"{flags} {'have' if unused[1:] else 'has'} no effect without --workers")
+    opened = start(tracking, name, run_file, registry=registry, say=screen.say)
+    with _only_process(run_file, screen.say):
         with opened as run:
             yield RunContext(launch=launch, screen=screen, run=run)
-        if place:  # checkpoints of this run are gone, too; those of others stay
-            place.unlink(missing_ok=True)
+        if run_file:  # the checkpoints of this run are gone too; those of others stay
+            run_file.unlink(missing_ok=True)
 
 
 @contextmanager
-def _alone(place: Path | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Nobody else trains to the same bundle; a folder of checkpoints with none in it goes again."""
-    if place is None:
+def _only_process(run_file: Path | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Lock the folder of checkpoints, so that no other process trains the same bundle."""
+    if run_file is None:
         yield
         return
     from arrowhead import fileio
     from arrowhead.commands import train
 
-    with fileio.occupied(place.parent, say, shown=train.bundle_of(place.parent)):
+    with fileio.occupied(run_file.parent, say, shown=train.bundle_of(run_file.parent)):
         yield
 
 
-def me() -> str:
-    """How the user called us, so that the next command can be pasted."""
-    ours = Path(sys.argv[0]).name == "arrowhead"  # not a script in jobs/, not python -m
-    return sys.argv[0] if ours and "/" in sys.argv[0] and not _on_path() else "arrowhead"
+def program() -> str:
+    """The program as the user called it, for commands to paste."""
+    direct = Path(sys.argv[0]).name == "arrowhead"  # not a script in jobs/, not python -m
+    return sys.argv[0] if direct and "/" in sys.argv[0] and not _is_on_path() else "arrowhead"
 
 
-def _on_path() -> bool:
-    found = shutil.which("arrowhead")
-    return found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve()
+def _is_on_path() -> bool:
+    path = shutil.which("arrowhead")
+    return path is not None and Path(path).resolve() == Path(sys.argv[0]).resolve()
 
 
-def sibling(program: str) -> str:
-    """Another program of the same environment, called as the user called us."""
-    return str(Path(me()).with_name(program))
+def sibling_program(name: str) -> str:
+    """Another program of the same environment, with the path that the user typed."""
+    return str(Path(program()).with_name(name))
 
 
 def ui_command(tracking: TrackingConfig) -> str:
-    """The command that opens MLflow's UI on the runs. An address with a secret is not shown: the
-    shell puts it in.
+    """The command that opens MLflow's UI on the runs.
+
+    An address with a secret is not shown: the shell fills in the variable.
     """
     uri = tracking.uri
-    if uri.startswith("http"):  # a server, whose UI is there already
-        return command([sibling("python"), "-P", "-m", "webbrowser", without_secret(uri)])
+    if uri.startswith("http"):  # a server, which already has a UI
+        return command([sibling_program("python"), "-P", "-m", "webbrowser", without_secret(uri)])
     shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else command([uri])
-    return f"{command([sibling('mlflow')])} ui --backend-store-uri {shown}"
+    return f"{command([sibling_program('mlflow')])} ui --backend-store-uri {shown}"
 
 
-def say_next(screen: Any, commands: Sequence[str | Sequence[object]]) -> None:
-    """The commands to try now, one a line, ready to be pasted into a shell: words are quoted where
-    that is needed, a string is taken as it is.
+# --------------------------------------------------------------------- how a command ends
+
+
+def show_next_commands(screen: Any, commands: Sequence[str | Sequence[object]]) -> None:
+    """Show the commands to try next, one a line, ready to paste into a shell.
+
+    Args:
+        screen: Where to show them.
+        commands: Each a list of words, which are quoted as needed, or a string, shown as it is.
     """
     screen.say("next:")
     for one in commands:
         screen.say(f"  {one if isinstance(one, str) else command(one)}")
 
 
-def say_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
-    """Say what a verb has written: each folder or file that is there, and what lies in a folder
-    called report; all of these paths.
+def show_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
+    """Show what a command has written.
+
+    Args:
+        screen: Where to show it.
+        paths: Files and folders; those that do not exist are left out.
+
+    Returns:
+        The paths shown, with the files of a folder called report.
     """
-    there = [Path(path) for path in paths if Path(path).exists()]
-    found: list[str] = []
+    written: list[str] = []
     screen.say("written:")
-    for path in there:
-        found.append(str(path))
+    for path in map(Path, paths):
+        if not path.exists():
+            continue
+        written.append(str(path))
         screen.say(f"  {path}")
-        beside = path / "report"
-        inside = sorted(beside.iterdir()) if beside.is_dir() and path.suffix != ".previous" else []
-        found += map(str, inside)
-        if inside:
-            screen.say(f"  {beside}: {', '.join(one.name for one in inside)}")
-    return found
+        report = path / "report"
+        files = sorted(report.iterdir()) if report.is_dir() and path.suffix != ".previous" else []
+        written += map(str, files)
+        if files:
+            screen.say(f"  {report}: {', '.join(file.name for file in files)}")
+    return written
 
 
 def finish(result: dict[str, Any], output: Output) -> int:
-    """Print the result if it was asked for; the exit code."""
+    """Print the result if --json is given; the exit code."""
     if output.json:
-        give(result)
+        print_result(result)
     if not result.get("too_many_faults"):
         return 0
     counts = result["counts"]
     Screen(to_stderr=True).say(
         f"arrowhead: {counts['faults']} of {counts['inputs']} images could not be read, more than"
-        " --max-faults allows. Everything else is written."
+        " --max-faults allows. The results for all other images are written."
     )
     return 3
 
 
-def give(result: dict[str, Any]) -> None:
-    """Print the result as one line of JSON on standard output. Raises ConfigError if it is not
-    taken, by a full disk or the like; a reader that has gone wants no more.
+def print_result(result: dict[str, Any]) -> None:
+    """Print the result as one line of JSON on standard output.
+
+    Raises:
+        ConfigError: It could not be written, for example to a full disk. Not if the reader has
+            gone, because then nobody wants the result.
     """
-    Screen(to_stderr=False).give(json.dumps(_plain(result), allow_nan=False))
-    answer_must_be_taken()
+    Screen(to_stderr=False).print_raw(json.dumps(_jsonable(result), allow_nan=False))
+    check_output_written()
 
 
-def answer_must_be_taken() -> None:
-    """ConfigError if something of standard output was lost and its reader had not gone."""
-    if error := signals.lost():
+def check_output_written() -> None:
+    """Raise ConfigError if part of standard output could not be written."""
+    if error := signals.output_error():
         raise ConfigError(
             f"The result could not be written to standard output: {error.strerror}.",
-            "a file or pipe that takes it.",
-            "send it elsewhere and run the same command again; what is done is not done twice.",
+            "a file or pipe that can be written.",
+            "redirect the output elsewhere and run the same command again; finished work is kept.",
         )
 
 
-def _plain(value: Any) -> Any:
-    """The same as JSON can hold it: None for what is not a finite number."""
+def _jsonable(value: Any) -> Any:
+    """The value as JSON can hold it: None for numbers that are not finite."""
     if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _jsonable(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_jsonable(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ------------------------------------------------------------------------------ the door
+# ---------------------------------------------------------------------------- the flags
 
 
 @app.meta.default
@@ -195,28 +221,30 @@ def entry(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[
         Path | None,
-        Parameter(help="TOML file with the same flags, in a table named after the verb."),
+        Parameter(help="TOML file that sets flags, in a table named after the command."),
     ] = None,
 ) -> Any:
-    """Where every command line comes in: --config first, then the verb."""
+    """The entry of every command line: first --config, then the command."""
     configure(config)
     return app(tokens, exit_on_error=False, print_error=False)
 
 
-class _Given:
-    """Notes which flags were given, on the command line or in the TOML file, and expands ~ in
-    paths, quoted for the shell or not: for cyclopts a source of flags that adds none.
+class _GivenFlags:
+    """Remembers which flags are given_flags, on the command line or in the TOML file.
+
+    Also expands ~ in paths, even if the shell did not. For cyclopts this is a source of flags that
+    adds none.
     """
 
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        """Called by cyclopts after the sources before it, before anything is converted."""
+        """Called by cyclopts after the TOML file is read, before values are converted."""
         given = (argument.name for argument in arguments if argument.tokens)
         self.names = frozenset(name.lstrip("-").replace("-", "_") for name in given)
         for argument in arguments:
-            if _is_place(argument):
+            if _is_path(argument):
                 argument.tokens = [
                     token.evolve(value=str(expanded(Path(token.value))))
                     if token.value.startswith("~")
@@ -224,110 +252,120 @@ class _Given:
                     for token in argument.tokens
                 ]
         tracked = any(argument.name == "--tracking-uri" for argument in arguments)
-        if tracked and "tracking_uri" not in self.names:  # the verb asks the variables
+        if tracked and "tracking_uri" not in self.names:  # then MLflow's variables count
             must_have_addresses()
 
 
-PLACES = {"--data", "--bundle", "--images", "--base", "--weights"}  # paths or addresses
+PATH_ARGUMENTS = {"--data", "--bundle", "--images", "--base", "--weights"}  # or addresses
 
 
-def _is_place(argument: Argument) -> bool:
-    """Whether an argument names a file or folder, or may."""
-    if argument.name in PLACES:
+def _is_path(argument: Argument) -> bool:
+    """Whether an argument is, or may be, a file or folder."""
+    if argument.name in PATH_ARGUMENTS:
         return True
     return Path in (argument.hint, *get_args(argument.hint))
 
 
-_given = _Given()
+_given_flags = _GivenFlags()
 
 
-def given() -> frozenset[str]:
-    """Names of the flags that the verb at hand was given, as fields are called: max_pixels."""
-    return _given.names
+def given_flags() -> frozenset[str]:
+    """The flags given to the current command, by their field names, such as max_pixels."""
+    return _given_flags.names
 
 
 def configure(config: Path | None) -> None:
-    """Flags are also read from this TOML file, or from none."""
-    app.config = (_given,)
+    """Read flags from this TOML file too, or from no file."""
+    app.config = (_given_flags,)
     if config is not None:
         config = expanded(config)
         if not config.is_file():
-            raise ConfigError(f"--config {config} is not there.", "a TOML file.", "check the path.")
+            raise ConfigError(
+                f"--config {config} does not exist.", "a TOML file.", "check the path."
+            )
         try:
             tables = tomllib.loads(config.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"--config {config} cannot be read: {error}.",
-                "a TOML file, with a table named after the verb.",
+                "a TOML file, with a table named after the command.",
                 "write e.g. [train] and below it epochs = 20.",
             ) from error
-        _must_name_verbs(config, tables)
-        app.config = (Toml(config, must_exist=True, search_parents=False), _given)
+        _check_tables(config, tables)
+        app.config = (Toml(config, must_exist=True, search_parents=False), _given_flags)
 
 
-def _must_name_verbs(config: Path, tables: dict[str, Any]) -> None:
-    """ConfigError for what no verb would read. A misspelt key below a verb cyclopts refuses."""
-    verbs = sorted(name for name in app if not name.startswith("-"))
+def _check_tables(config: Path, tables: dict[str, Any]) -> None:
+    """Raise ConfigError for a table that no command reads; cyclopts checks the keys inside."""
+    commands = sorted(name for name in app if not name.startswith("-"))
     for name, value in tables.items():
-        if name not in verbs or not isinstance(value, dict):
+        if name not in commands or not isinstance(value, dict):
             table = isinstance(value, dict)
-            near = difflib.get_close_matches(name, verbs, n=1) if table else []
-            meant = f"[{near[0]}]" if near else "a table named after the verb, such as [train]"
+            near = difflib.get_close_matches(name, commands, n=1) if table else []
+            fix = f"[{near[0]}]" if near else "a table named after the command, such as [train]"
             raise ConfigError(
-                f"--config {config}: no verb reads {f'[{name}]' if table else name}.",
-                f"tables named after verbs: {', '.join(verbs)}.",
-                f"write {meant}." if table else f"put {name} below {meant}.",
+                f"--config {config}: no command reads {f'[{name}]' if table else name}.",
+                f"tables named after commands: {', '.join(commands)}.",
+                f"write {fix}." if table else f"put {name} below {fix}.",
             )
 
 
-def verb_in(words: list[str]) -> str:
-    """The verb among `words` and a blank, if there is one."""
+# ---------------------------------------------------------------------------- refusals
+
+
+def command_in(words: list[str]) -> str:
+    """The first command among `words`, with a space after it; "" if there is none."""
     return next((f"{word} " for word in words if word in app and not word.startswith("-")), "")
 
 
-def near_flag(name: str, flags: Iterable[str]) -> str | None:
-    """The flag that may be meant by a name, both without dashes; None where nothing is near.
+def closest_flag(name: str, flags: Iterable[str]) -> str | None:
+    """The flag that a misspelt name probably means, None if none is similar.
 
-    By the letters that both have in order (difflib), 0 to 1. The first letter is seldom mistyped:
-    it counts as 0.1, and near is above 0.75.
+    The similarity is difflib's ratio, plus 0.1 for the same first letter, which is seldom mistyped;
+    it must be above 0.75.
+
+    Args:
+        name: What the user typed, without dashes.
+        flags: The known flags, without dashes.
     """
 
     def score(flag: str) -> tuple[float, int]:
-        likeness = difflib.SequenceMatcher(None, name, flag, autojunk=False).ratio()
-        return likeness + 0.1 * (name[:1] == flag[:1]), -abs(len(flag) - len(name))
+        similarity = difflib.SequenceMatcher(None, name, flag, autojunk=False).ratio()
+        return similarity + 0.1 * (name[:1] == flag[:1]), -abs(len(flag) - len(name))
 
     best = max(sorted(flags), key=score, default=None)
     return best if best is not None and score(best)[0] > 0.75 else None
 
 
-def not_understood(error: CycloptsError) -> str:
-    """What cyclopts could not parse, in words. Of an unknown flag with our own suggestion: cyclopts
-    counts the dashes as letters, so that short flags look alike.
+def parse_error_message(error: CycloptsError) -> str:
+    """The message for a command line that cyclopts could not parse.
+
+    An unknown flag gets Arrowhead's own suggestion: cyclopts compares the dashes too, so short
+    flags look alike to it.
     """
-    words = str(error)
-    if not isinstance(error, UnknownOptionError) or "Did you mean to" in words:
-        return words
-    words = words.partition(" Did you mean ")[0]
+    message = str(error)
+    if not isinstance(error, UnknownOptionError) or "Did you mean to" in message:
+        return message
+    message = message.partition(" Did you mean ")[0]
     typed = (error.token.keyword or error.token.value).partition("=")[0]
     dashes = "--" if typed.startswith("--") else ""
     if not dashes and not typed.startswith("["):  # "[name]" is a key of --config
-        return words
-    known = {name for one in error.argument_collection if one.parse for name in one.names}
-    flags = {name[2:] for name in known if name.startswith("--")}
-    near = near_flag(typed.strip("-[]"), flags)
-    return words if near is None else f"{words} Did you mean {dashes}{near}?"
+        return message
+    names = {name for one in error.argument_collection if one.parse for name in one.names}
+    flags = {name[2:] for name in names if name.startswith("--")}
+    closest = closest_flag(typed.strip("-[]"), flags)
+    return message if closest is None else f"{message} Did you mean {dashes}{closest}?"
 
 
-def refuse(found: str, wanted: str, do: str, code: int = 2) -> int:
-    """Say a refusal on standard error; its exit code."""
-    for head, words in (("arrowhead: ", found), ("  wanted  ", wanted), ("  do      ", do)):
-        Screen(to_stderr=True).say(hidden(head + " ".join(words.strip().splitlines())))
-    return code
+def show_refusal(found: str, wanted: str, do: str) -> None:
+    """Show the three parts of a refusal on standard error."""
+    for label, text in (("arrowhead: ", found), ("  wanted  ", wanted), ("  do      ", do)):
+        Screen(to_stderr=True).say(hidden(label + " ".join(text.strip().splitlines())))
 
 
 @contextmanager
-def fetched(bundle: str, tracking: TrackingConfig) -> Iterator[Path]:
-    """The bundle's folder; one that had to be fetched is there only inside."""
+def local_bundle(bundle: str, tracking: TrackingConfig) -> Iterator[Path]:
+    """The folder of a bundle; a downloaded one exists only inside the block."""
     from arrowhead.bundle.resolve import bundle_folder
 
     with tempfile.TemporaryDirectory(prefix="arrowhead-bundle-") as scratch:

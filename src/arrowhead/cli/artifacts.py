@@ -1,4 +1,4 @@
-"""Verbs that look into what was made: stores, bundles and scores."""
+"""The commands that inspect stores, scores and bundles."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from arrowhead.cli.app import fetched, finish, give, me, say_next
+from arrowhead.cli.app import finish, local_bundle, print_result, program, show_next_commands
 from arrowhead.cli.options import (
     BundleAddress,
     Models,
     Out,
     Output,
+    StorePath,
     TrackingStore,
     Watched,
     WatchedTracking,
@@ -27,109 +28,102 @@ from arrowhead.wording import counted
 
 features = App(
     name="features",
-    help="Look into a feature store, check it, clean it.",
+    help="Inspect a feature store, check it, clean it up.",
     sort_key=8,
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
 )
-Finished = Annotated[
-    Path,
-    Parameter(help="Feature store: a folder that `precompute` made, or OUT/store that `fit` made."),
-]
 
 
 @features.command
-def info(store: Finished, *, output: Out = Output()) -> int:
-    """What is in a store: images by class and split, faults by kind, recipe, size.
+def info(store: StorePath, *, output: Out = Output()) -> int:
+    """Show a store's images by class and split, faults by kind, recipe and size.
 
     Example: arrowhead features info out/store
     """
     from arrowhead.features import inspect
 
-    held = inspect.info(store)
+    facts = inspect.info(store)
     if output.json:
-        give(held)
+        print_result(facts)
         return 0
     screen = Screen(to_stderr=False)
-    faults = sum(held["faults"].values())
+    faults = sum(facts["faults"].values())
     screen.say(
-        f"{store}: {counted(held['images'], 'image')} = {counted(held['features'], 'feature')}"
-        f" + {counted(faults, 'fault')} · {counted(held['distinct'], 'different content')} ·"
-        f" {counted(held['shards'], 'shard')} ·"
-        f" {held['bytes'] / 1e6:.1f} MB"
+        f"{store}: {counted(facts['images'], 'image')} = {counted(facts['features'], 'feature')}"
+        f" + {counted(faults, 'fault')} · {counted(facts['distinct'], 'different content')} ·"
+        f" {counted(facts['shards'], 'shard')} ·"
+        f" {facts['bytes'] / 1e6:.1f} MB"
     )
-    recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
-    screen.say(f"recipe {held['fingerprint']}: {recipe}")
-    splits = sorted({split for counts in held["by_class"].values() for split in counts})
-    wide = max([5, *map(len, held["by_class"])])
-    screen.say(f"{'class':<{wide}}" + "".join(f"{split:>9}" for split in splits))
-    for name, counts in held["by_class"].items():
-        screen.say(f"{name:<{wide}}" + "".join(f"{counts.get(split, 0):>9}" for split in splits))
-    for kind, count in held["faults"].items():
+    recipe = " · ".join(f"{name} {value}" for name, value in facts["recipe"].items())
+    screen.say(f"recipe {facts['fingerprint']}: {recipe}")
+    splits = sorted({split for counts in facts["by_class"].values() for split in counts})
+    width = max([5, *map(len, facts["by_class"])])
+    screen.say(f"{'class':<{width}}" + "".join(f"{split:>9}" for split in splits))
+    for name, counts in facts["by_class"].items():
+        screen.say(f"{name:<{width}}" + "".join(f"{counts.get(split, 0):>9}" for split in splits))
+    for kind, count in facts["faults"].items():
         screen.say(f"fault: {kind} {count}")
     return 0
 
 
 @features.command
-def verify(store: Finished, *, output: Out = Output()) -> int:
-    """Check a store from end to end: hashes, schema, row counts, duplicates, classes.
+def verify(store: StorePath, *, output: Out = Output()) -> int:
+    """Check a whole store: hashes, schema, row counts, duplicates, classes.
 
-    Exit code 4 when something in it cannot be trusted. Nothing is repaired.
+    The exit code is 4 if the store is damaged. Nothing is repaired.
 
     Example: arrowhead features verify out/store
     """
     from arrowhead.features import inspect
 
-    found = inspect.verify(store)
-    _show_findings(found, output)
-    damaged = any(one.damage for one in found)
+    findings = inspect.verify(store)
+    _show_findings(findings, output)
+    damaged = any(finding.damage for finding in findings)
     if not output.json:
-        Screen(to_stderr=False).say(f"{store} {'is DAMAGED' if damaged else 'is whole'}")
+        Screen(to_stderr=False).say(f"{store} {'is DAMAGED' if damaged else 'is complete'}")
     return 4 if damaged else 0
 
 
 @features.command
 def gc(
-    store: Finished,
+    store: StorePath,
     *,
-    yes: Annotated[bool, Parameter(help="Remove them; without it they are only listed.")] = False,
+    yes: Annotated[bool, Parameter(help="Remove the files instead of listing them.")] = False,
     output: Out = Output(),
 ) -> int:
-    """List what nothing refers to any more: drafts, shards and catalogs of earlier runs.
+    """List files that are no longer used: drafts, and shards and catalogs of earlier runs.
 
-    Shards left from an earlier catalog are still looked up by content: keep them if those images
-    may come back.
+    Shards of an earlier catalog can save work: if their images come back, they are not decoded
+    again. Keep such shards if you expect that.
 
     Example: arrowhead features gc out/store --yes
     """
     from arrowhead.features import inspect
 
-    found = inspect.gc(store, remove=yes)
-    _show_findings(found, output)
+    findings = inspect.gc(store, remove=yes)
+    _show_findings(findings, output)
     if not output.json:
-        many = counted(len(found), "file")
-        told = (
-            f"{many} removed"
-            if yes
-            else f"{many} found; --yes removes {'it' if len(found) == 1 else 'them'}"
-        )
-        Screen(to_stderr=False).say(told if found else "nothing to remove")
+        files = counted(len(findings), "file")
+        them = "it" if len(findings) == 1 else "them"
+        summary = f"{files} removed" if yes else f"{files} found; --yes removes {them}"
+        Screen(to_stderr=False).say(summary if findings else "nothing to remove")
     return 0
 
 
-def _show_findings(found: list[Any], output: Output) -> None:
+def _show_findings(findings: list[Any], output: Output) -> None:
     if output.json:
-        give({"findings": [{**asdict(one), "damage": one.damage} for one in found]})
+        print_result({"findings": [{**asdict(one), "damage": one.damage} for one in findings]})
         return
-    for one in found:
-        Screen(to_stderr=False).say(f"{one.kind}: {one.path}: {one.words}")
+    for finding in findings:
+        Screen(to_stderr=False).say(f"{finding.kind}: {finding.path}: {finding.words}")
 
 
 # ------------------------------------------------------------------------------ scores
 
 scores_app = App(
     name="scores",
-    help="Check what `score` wrote.",
+    help="Check the output of `score`.",
     sort_key=8,
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
@@ -138,37 +132,38 @@ scores_app = App(
 
 @scores_app.command(name="verify")
 def scores_verify(
-    out: Annotated[Path, Parameter(help="Scores: a folder that `score` wrote.")],
+    out: Annotated[Path, Parameter(help="Scores: a folder written by `score`.")],
     *,
     output: Out = Output(),
 ) -> int:
-    """Check scores from end to end: the hash of every part, its rows, their order.
+    """Check scores: the hash of every part, its rows and their order.
 
-    Exit code 4 when something in them cannot be trusted. Nothing is repaired: the same score
-    command makes damaged parts again. `arrowhead score verify OUT` does the same.
+    The exit code is 4 if the scores are damaged. Nothing is repaired: run the same score command
+    again to replace damaged parts. `arrowhead score verify OUT` does the same.
 
     Example: arrowhead scores verify scores/
     """
     from arrowhead.inference import verify as inference_verify
 
-    found = inference_verify.verify(out)
+    result = inference_verify.verify(out)
     if output.json:
-        give(found)
+        print_result(result)
     else:
         screen = Screen(to_stderr=False)
-        for problem in found["problems"]:
+        for problem in result["problems"]:
             screen.say(problem)
         screen.say(
-            f"{out}: {counted(found['parts'], 'part')} · {counted(found['rows'], 'row')} ·"
-            f" {found['bytes'] / 1e6:.1f} MB:"
-            f" {'all as written' if not found['problems'] else 'cannot be trusted'}"
+            f"{out}: {counted(result['parts'], 'part')} · {counted(result['rows'], 'row')} ·"
+            f" {result['bytes'] / 1e6:.1f} MB:"
+            f" {'unchanged' if not result['problems'] else 'DAMAGED'}"
         )
-    return 4 if found["problems"] else 0
+    return 4 if result["problems"] else 0
 
 
-def scores_verb(words: list[str]) -> list[str]:
-    """`score verify OUT` as `scores verify OUT`: scoring takes three names, so this is no scoring
-    with a bundle called verify.
+def expand_score_verify(words: list[str]) -> list[str]:
+    """Turn `score verify OUT` into `scores verify OUT`.
+
+    `score` takes three positional arguments, so this cannot mean a bundle called verify.
     """
     names = [word for word in words if not word.startswith("-")]
     return ["scores", *words[1:]] if words[:2] == ["score", "verify"] and len(names) == 3 else words
@@ -178,14 +173,14 @@ def scores_verb(words: list[str]) -> list[str]:
 
 bundles = App(
     name="bundle",
-    help="Look into a bundle, check it, register it.",
+    help="Inspect a bundle, check it, register it.",
     sort_key=8,
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
 )
 
 
-CALIBRATION = (  # figures that have a line of their own
+CALIBRATION_METRICS = (  # shown on their own line
     "temperature",
     "temperature_fitted",
     "ece",
@@ -194,7 +189,7 @@ CALIBRATION = (  # figures that have a line of their own
     "ece_uncalibrated",
     "ece_fitted",
 )
-SHOWN = ("l2", "best", "batch_size", "weight_decay", "dropout", "seed")  # of a bundle's training
+TRAINING_SETTINGS = ("l2", "best", "batch_size", "weight_decay", "dropout", "seed")  # to show
 
 
 @bundles.command(name="info")
@@ -203,12 +198,12 @@ def bundle_info(
     *,
     per_class: Annotated[
         bool,
-        Parameter(help="Also precision, recall, F1 and images of each class, the worst first."),
+        Parameter(help="Also show precision, recall, F1 and images of each class, worst first."),
     ] = False,
     tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
-    """What a bundle is: task, classes, recipe, head, how it was trained, figures, lineage.
+    """Show a bundle's task, classes, recipe, head, training, metrics and lineage.
 
     Example: arrowhead bundle info out/bundle --per-class
     """
@@ -216,60 +211,65 @@ def bundle_info(
     from arrowhead.evaluation import calibration
     from arrowhead.evaluation.metrics import class_table
 
-    with fetched(bundle, tracking) as folder:
-        held = bundle_format.info(folder) | {"bundle": bundle}
+    with local_bundle(bundle, tracking) as folder:
+        facts = bundle_format.info(folder) | {"bundle": bundle}
     if output.json:
-        give(held)
+        print_result(facts)
         return 0
     screen = Screen(to_stderr=False)
     screen.say(
-        f"{bundle}: {held['task']}, {counted(len(held['classes']), 'class', 'classes')} ·"
-        f" {held['bytes'] / 1e6:.1f} MB · fingerprint {held['fingerprint']}"
+        f"{bundle}: {facts['task']}, {counted(len(facts['classes']), 'class', 'classes')} ·"
+        f" {facts['bytes'] / 1e6:.1f} MB · fingerprint {facts['fingerprint']}"
     )
-    screen.say(f"classes: {', '.join(held['classes'][:20])}{' …' * (len(held['classes']) > 20)}")
-    recipe = " · ".join(f"{name} {value}" for name, value in held["recipe"].items())
-    screen.say(f"recipe {held['recipe_fingerprint']}: {recipe}")
-    screen.say(_head_of(held))
-    metrics = held["metrics"]
-    figures = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-    shown = {k: v for k, v in figures.items() if k not in CALIBRATION}
-    screen.say("figures: " + " · ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    screen.say(f"classes: {', '.join(facts['classes'][:20])}{' …' * (len(facts['classes']) > 20)}")
+    recipe = " · ".join(f"{name} {value}" for name, value in facts["recipe"].items())
+    screen.say(f"recipe {facts['recipe_fingerprint']}: {recipe}")
+    screen.say(_head_line(facts))
+    metrics = facts["metrics"]
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+    shown = {k: v for k, v in numbers.items() if k not in CALIBRATION_METRICS}
+    screen.say("metrics: " + " · ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if "temperature" in metrics:
         screen.say(f"calibration: {calibration.describe(metrics)}")
-    if known := held["novelty"]:
-        cut = known["threshold_at_5_percent_false_alarms"]
+    if novelty := facts["novelty"]:
+        threshold = novelty["threshold_at_5_percent_false_alarms"]
+        value = "unknown (too few validation images)" if threshold is None else f"{threshold:.3f}"
         screen.say(
-            f"novelty: {known['training_images']} training images kept; threshold at 5 % false"
-            f" alarms {'unknown (too few validation images)' if cut is None else f'{cut:.3f}'}"
+            f"novelty: {novelty['training_images']} training images kept; threshold at 5 % false"
+            f" alarms {value}"
         )
-    lineage = held["lineage"]
+    lineage = facts["lineage"]
     screen.say(
         f"made by arrowhead {lineage.get('arrowhead')}, MLflow run {lineage.get('run_id')},"
         f" data {lineage.get('data')}"
     )
-    screen.say(counted(held["golden_images"], "golden image"))
+    screen.say(counted(facts["golden_images"], "golden image"))
     for name, images in (("per_class", "validation"), ("test_per_class", "test")):
-        if per_class and (found := held["metrics"].get(name)):
+        if per_class and (table := facts["metrics"].get(name)):
             screen.say(f"{images} images, by class:")
-            for line in class_table(found):
+            for line in class_table(table):
                 screen.say(line)
     return 0
 
 
-def _head_of(held: dict[str, Any]) -> str:
-    """A bundle's head and how it was trained, as far as the bundle knows."""
-    lineage = held["lineage"]
+def _head_line(facts: dict[str, Any]) -> str:
+    """A bundle's head and its training settings, as far as they are known."""
+    lineage = facts["lineage"]
     training = lineage.get("training") or {}
-    exact = " by logistic regression" if training.get("head") == "logistic" else ""
-    parts = [f"head: {held['head']}{exact}"]
+    logistic = " by logistic regression" if training.get("head") == "logistic" else ""
+    parts = [f"head: {facts['head']}{logistic}"]
     rate = lineage.get("rate", training.get("rate"))
     if isinstance(rate, float):
         parts.append(f"learning rate {rate:.4g}")
-    if "epochs" in training and not exact:
-        kept = f" (kept: epoch {lineage['epoch']})" if "epoch" in lineage else ""
-        parts.append(f"epochs {training['epochs']}{kept}")
-    parts += [f"{name.replace('_', ' ')} {training[name]}" for name in SHOWN if name in training]
-    return " · ".join([*parts, f"temperature {held['temperature']:.3f}"])
+    if "epochs" in training and not logistic:
+        best = f" (kept: epoch {lineage['epoch']})" if "epoch" in lineage else ""
+        parts.append(f"epochs {training['epochs']}{best}")
+    parts += [
+        f"{name.replace('_', ' ')} {training[name]}"
+        for name in TRAINING_SETTINGS
+        if name in training
+    ]
+    return " · ".join([*parts, f"temperature {facts['temperature']:.3f}"])
 
 
 @bundles.command(name="verify")
@@ -277,15 +277,16 @@ def bundle_verify(
     bundle: BundleAddress,
     *,
     max_drift: Annotated[
-        float, Parameter(help="Largest cosine distance of a golden image's feature.")
+        float,
+        Parameter(help="Largest cosine distance allowed between stored and recomputed features."),
     ] = ScoreConfig().max_drift,
     tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
-    """Check a bundle: seal, hashes, shapes; then replay its golden images on this machine.
+    """Check a bundle: checksums and shapes; then score its golden images on this machine.
 
-    Exit code 4 when something in it cannot be trusted, or when this machine sees the images
-    differently.
+    Golden images are a few images kept in the bundle with their results. The exit code is 4 if the
+    bundle is damaged, or if this machine computes other results.
 
     Example: arrowhead bundle verify out/bundle
     """
@@ -294,18 +295,18 @@ def bundle_verify(
     from arrowhead.bundle.resolve import must_be_there
 
     must_be_there(bundle)
-    with fetched(bundle, tracking) as folder:
+    with local_bundle(bundle, tracking) as folder:
         drift = replay.verify(folder)
     if output.json:
-        give({"bundle": bundle, "drift": asdict(drift)})
+        print_result({"bundle": bundle, "drift": asdict(drift)})
     else:
         screen = Screen(to_stderr=False)
         if not drift.images:
             screen.say(NO_GOLDEN_IMAGES)
         screen.say(
-            f"{bundle} is whole (report/ is not checked); {counted(drift.images, 'golden image')}"
-            f" replayed: largest feature drift {drift.feature:.1g},"
-            f" {counted(drift.changed, 'label')} changed"
+            f"{bundle} is complete (report/ is not checked);"
+            f" {counted(drift.images, 'golden image')} scored again: largest feature drift"
+            f" {drift.feature:.1g}, {counted(drift.changed, 'label')} changed"
         )
     must_agree(drift, max_drift)
     return 0
@@ -313,26 +314,29 @@ def bundle_verify(
 
 @bundles.command
 def register(
-    bundle: Annotated[Path, Parameter(help="Bundle: a folder that `fit` or `train` wrote.")],
+    bundle: Annotated[Path, Parameter(help="Bundle: a folder written by `fit` or `train`.")],
     name: Annotated[str, Parameter(help="Name of the registered model.")],
     *,
-    alias: Annotated[str, Parameter(help="Alias that is moved to the new version.")] = "champion",
+    alias: Annotated[str, Parameter(help="Alias to move to the new version.")] = "champion",
     tracking: Watched = WatchedTracking(),
     output: Out = Output(),
 ) -> int:
-    """Make a bundle a version of a registered model in MLflow, as --register of `fit` does. Done
-    before, it only moves the alias.
+    """Register a bundle as a new version of a model in MLflow, like --register of `fit`.
+
+    If the bundle is registered already, this only moves the alias.
 
     Example: arrowhead bundle register out/bundle dogs --alias challenger
     """
     from arrowhead.bundle.format import load
     from arrowhead.bundle.resolve import must_be_there
-    from arrowhead.tracking.run import register as enter
+    from arrowhead.tracking.run import register as register_model
 
     must_be_there(str(bundle))
-    load(bundle)  # whole, or refused
+    load(bundle)  # raises if it is damaged
     screen = Screen(to_stderr=output.json)
-    asked = RegistryConfig(register=name, alias=alias)
-    address = enter(bundle, tracking, asked, say=screen.say)
-    say_next(screen, [[me(), "score", f"models:/{name}@{alias}", "IMAGES", "SCORES"]])
+    config = RegistryConfig(register=name, alias=alias)
+    address = register_model(bundle, tracking, config, say=screen.say)
+    show_next_commands(
+        screen, [[program(), "score", f"models:/{name}@{alias}", "IMAGES", "SCORES"]]
+    )
     return finish({"registered": address, "bundle": str(bundle)}, output)

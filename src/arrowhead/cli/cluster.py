@@ -1,4 +1,4 @@
-"""Verbs of a cluster: a command sent there, and the jobs that it has."""
+"""The commands `submit` and `jobs`: run a command on a cluster, and look after its jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Toml
 
-from arrowhead.cli.app import app, configure, entry, finish, give, me, say_next, verb_in
+from arrowhead.cli.app import (
+    app,
+    command_in,
+    configure,
+    entry,
+    finish,
+    print_result,
+    program,
+    show_next_commands,
+)
 from arrowhead.cli.options import Out, Output, ToCluster
 from arrowhead.cli.screen import Screen
 from arrowhead.data.source_config import SourceConfig
@@ -32,14 +41,14 @@ from arrowhead.wording import command
 
 # --------------------------------------------------------------------------- a cluster
 
-# Verbs that belong to the machine of whoever types them.
-ELSEWHERE = ("submit", "jobs", "watch", "demo")
-MANY = ("fit", "precompute", "score", "evaluate")  # what takes workers and decodes images
+# Commands that make sense only on the user's own machine.
+LOCAL_COMMANDS = ("submit", "jobs", "watch", "demo")
+DECODING_COMMANDS = ("fit", "precompute", "score", "evaluate")  # these use many workers
 
 
 def submit(
     *words: Annotated[
-        str, Parameter(name="verb", help="After --: a verb, its arguments and its flags.")
+        str, Parameter(name="command", help="After --: a command, its arguments and its flags.")
     ],
     cluster: ToCluster = ClusterConfig(),
     shared: Annotated[
@@ -52,90 +61,112 @@ def submit(
     ] = None,
     follow: Annotated[
         bool,
-        Parameter(negative="--no-follow", help="Show the job's log and end with its exit code."),
+        Parameter(
+            negative="--no-follow", help="Show the job's log and return the job's exit code."
+        ),
     ] = True,
     output: Out = Output(),
 ) -> int:
-    """Run a verb on a Ray cluster: checked here, run there, its log and exit code brought back.
+    """Run a command on a Ray cluster, and show its log and exit code here.
 
-    Only Arrowhead's source and the verb's --config file are sent, never data. The job stands in
-    the folder you stand in; on other machines that takes --shared, and addresses (s3://…) need
-    nothing. Without --workers, `fit`, `precompute` and `score` get --workers 1:N, N being the
-    cluster's GPUs (CPUs where it has none), `train` and `lr-find` one worker. Ctrl-C leaves the
-    job running. The token is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    The command is checked here before anything is sent. Only Arrowhead's source and the --config
+    file are sent, never data. The job runs in the current folder; if the cluster has other
+    machines, that folder must be in --shared. Addresses (s3://…) always work. Without --workers,
+    `fit`, `precompute`, `score` and `evaluate` get --workers 1:N, where N is the cluster's number
+    of GPUs (or CPUs, if it has no GPU); `train` and `lr-find` get one worker. Ctrl-C leaves the job
+    running. The token comes from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
 
     Example: arrowhead submit -- fit photos/ out/ --epochs 10
     """
+    if not words:
+        raise ConfigError(
+            "There is no command to submit.", "a command after --.", "see arrowhead submit --help."
+        )
+    config = next((Path(one.path) for one in app.config if isinstance(one, Toml)), None)
+    call = parse_command(list(words), config)
+    if call is None:  # --help, which has been shown
+        return 0
+    return _submit(call, cluster, shared or [], follow, output)
+
+
+def _submit(
+    call: Call, config: ClusterConfig, shared: list[Path], follow: bool, output: Output
+) -> int:
+    """Check a command against the cluster and start it there; the exit code."""
     from arrowhead.runtime import jobs
 
-    if not words:
-        raise ConfigError("Nothing to submit.", "a verb after --.", "see arrowhead submit --help.")
-    outer = next((Path(one.path) for one in app.config if isinstance(one, Toml)), None)
-    call = parse_command(list(words), outer)
-    if call is None:  # --help, and it has been shown
-        return 0
-    places, variables, need, inputs = _needs(call)
-    there = jobs.connect(cluster)
-    folder = jobs.standing(there, shared or [], places)
-    jobs.must_be_there(there, shared or [], folder, inputs)
-    if folder is not None:
-        need = None
+    needs = _requirements(call)
+    cluster = jobs.connect(config)
+    folder = jobs.job_folder(cluster, shared, needs.paths)
+    jobs.check_inputs(cluster, shared, folder, needs.inputs)
     screen = Screen(to_stderr=output.json)
-    if there.token is None:
-        screen.say(f"{there.url} asks for no token: whoever reaches it can run code there.")
+    if cluster.token is None:
+        screen.say(f"{cluster.url} asks for no token: everyone who reaches it can run code there.")
     job_id, size = jobs.submit(
-        there,
-        _with_workers(call, there.units),
+        cluster,
+        _with_workers(call, cluster.worker_capacity),
         folder=folder,
         config=call.config,
-        variables=variables,
-        need=need,
+        env_vars=needs.env_vars,
+        required_variable=needs.required_variable if folder is None else None,
     )
-    away = "" if cluster.address is None else f" --address {there.url}"
-    away += " --insecure" if cluster.insecure else ""
-    back = f"{me()} jobs logs {job_id} --follow{away}"
-    began = f"job {job_id} at {there.url}: {size / 1e6:.2f} MB sent"
-    sent = {"address": there.url, "uploaded_bytes": size}
+    flags = "" if config.address is None else f" --address {cluster.url}"
+    flags += " --insecure" if config.insecure else ""
+    logs_command = f"{program()} jobs logs {job_id} --follow{flags}"
+    started = f"job {job_id} at {cluster.url}: {size / 1e6:.2f} MB sent"
+    details = {"address": cluster.url, "uploaded_bytes": size}
     if follow:
-        return _followed(there, job_id, screen, output, back, sent, began)
-    screen.say(began)
-    say_next(screen, [back, f"{me()} jobs stop {job_id}{away}"])
-    job = jobs.look(there, job_id)
-    finish({"job_id": job_id, "status": job.status, "exit_code": job.exit_code} | sent, output)
+        return _follow(cluster, job_id, screen, output, logs_command, details, started)
+    screen.say(started)
+    show_next_commands(screen, [logs_command, f"{program()} jobs stop {job_id}{flags}"])
+    job = jobs.get_job(cluster, job_id)
+    finish({"job_id": job_id, "status": job.status, "exit_code": job.exit_code} | details, output)
     return 0
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A verb's command line, understood: its function and what that is given; the tokens without
-    --config, and that file.
+    """A parsed command line.
+
+    Attributes:
+        function: The function of the command.
+        arguments: Its arguments by name.
+        tokens: The words without --config; the first is the command's name.
+        config: The file of --config.
     """
 
-    verb: Callable[..., Any]
-    given: dict[str, Any]
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
     tokens: list[str]
     config: Path | None
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """The command's name."""
         return self.tokens[0]
 
 
 def parse_command(words: list[str], config: Path | None = None) -> Call | None:
-    """What a command line asks for, without doing it; None if that was help, which is shown.
+    """Parse a command line without running it.
 
-    config: a TOML file that counts when the words name none. Raises ConfigError for what the verb
-    would refuse at its start, and for a verb that has no place on a cluster.
+    Args:
+        words: The command, its arguments and its flags.
+        config: A TOML file that is used if the words name none.
+
+    Returns:
+        The parsed call; None if the words ask for help, which is then shown.
+
+    Raises:
+        ConfigError: The command line is invalid, or the command does not run on a cluster.
     """
     quiet: dict[str, Any] = {"exit_on_error": False, "print_error": False}
-    if words[0] in ELSEWHERE:
+    if words[0] in LOCAL_COMMANDS:
         raise ConfigError(
-            f"`{words[0]}` is not for a cluster.",
-            "a verb that works on data: fit, precompute, lr-find, train, score, export, …",
-            f"run `{me()} {words[0]}` here.",
+            f"`{words[0]}` does not run on a cluster.",
+            "a command that works on data: fit, precompute, lr-find, train, score, export, …",
+            f"run `{program()} {words[0]}` here.",
         )
-    before, app.config = app.config, ()  # a file named before is not for these words
+    before, app.config = app.config, ()  # these words have a --config of their own, or none
     try:
         entry_point, outer, _ = app.meta.parse_args(words, **quiet)
         if entry_point is not entry:
@@ -143,161 +174,193 @@ def parse_command(words: list[str], config: Path | None = None) -> Call | None:
             return None
         tokens = list(outer.args)
         configure(file := outer.kwargs.get("config") or config)
-        verb, bound, _ = app.parse_args(tokens, **quiet)
+        function, bound, _ = app.parse_args(tokens, **quiet)
     except CycloptsError as error:
         raise ConfigError(
             without_secret(str(error).strip().replace("\n", " ")),
-            "a verb, its arguments and its flags, as --help lists them.",
-            f"run {me()} {verb_in(words)}--help.",
+            "a command, its arguments and its flags, as --help lists them.",
+            f"run {program()} {command_in(words)}--help.",
         ) from error
     finally:
         app.config = before
     bound.apply_defaults()
-    return Call(verb, dict(bound.arguments), tokens, file)
+    return Call(function, dict(bound.arguments), tokens, file)
 
 
-def _needs(call: Call) -> tuple[list[str], dict[str, str], str | None, list[str]]:
-    """Files and folders of this machine that a verb names; variables of ours that its job gets;
-    a variable that the head node must have where the job cannot stand in this folder; and of the
-    files and folders those that must be there before it begins.
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """What a command needs on the cluster.
+
+    Attributes:
+        paths: Local files and folders that it reads or writes.
+        inputs: Those of them that must exist before it starts.
+        env_vars: Variables of this environment that the job gets.
+        required_variable: A variable that the head node must have if the job cannot run in the
+            current folder.
     """
+
+    paths: list[str]
+    inputs: list[str]
+    env_vars: dict[str, str]
+    required_variable: str | None
+
+
+def _requirements(call: Call) -> Requirements:
+    """The files, folders and variables that a command needs."""
+    outputs: list[Any] = []
+    inputs: list[Any] = []
+    for name, value in call.arguments.items():
+        if (call.name, name) in (("precompute", "store"), ("train", "bundle")) or name == "out":
+            outputs.append(value)
+        elif name in ("data", "store", "bundle", "images"):
+            inputs.append(value)
+        elif isinstance(value, SourceConfig):
+            inputs.append(value.images)
+        elif isinstance(value, EvaluateConfig):
+            inputs.append(value.store)
+        elif isinstance(value, ScoreConfig):
+            inputs += [value.base, value.store]
+        elif isinstance(value, BodyConfig) and Path(value.weights).suffix in WEIGHT_FILES:
+            inputs.append(value.weights)
+    env_vars: dict[str, str] = {}
+    required_variable = None
+    tracking = call.arguments.get("tracking")
+    if isinstance(tracking, TrackingConfig):
+        from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = tracking.tracking_uri or from_environment
+        if uri is None:
+            required_variable = "MLFLOW_TRACKING_URI"
+        else:
+            _check_no_secret(uri)
+            if file := re.fullmatch(r"(?:sqlite:///|file:(?://)?)?(?!\w+:)(.+)", uri):
+                outputs.append(file[1])
+        if from_environment and not tracking.tracking_uri:
+            env_vars["MLFLOW_TRACKING_URI"] = from_environment
+    return Requirements(
+        _local_paths(outputs + inputs), _local_paths(inputs), env_vars, required_variable
+    )
+
+
+def _local_paths(values: list[Any]) -> list[str]:
+    """The values that are paths: no None, no address in an object store or MLflow."""
     from arrowhead.data import path_text
 
-    named: list[Any] = []
-    read: list[Any] = []
-    for name, value in call.given.items():
-        if (call.name, name) in (("precompute", "store"), ("train", "bundle")) or name == "out":
-            named.append(value)
-        elif name in ("data", "store", "bundle", "images"):
-            read.append(value)
-        elif isinstance(value, SourceConfig):
-            read.append(value.images)
-        elif isinstance(value, EvaluateConfig):
-            read.append(value.store)
-        elif isinstance(value, ScoreConfig):
-            read += [value.base, value.store]
-        elif isinstance(value, BodyConfig) and Path(value.weights).suffix in WEIGHT_FILES:
-            read.append(value.weights)
-    variables: dict[str, str] = {}
-    need = None
-    tracking = call.given.get("tracking")
-    if isinstance(tracking, TrackingConfig):
-        own = os.environ.get("MLFLOW_TRACKING_URI")
-        uri = tracking.tracking_uri or own
-        if uri is None:
-            need = "MLFLOW_TRACKING_URI"
-        else:
-            _must_hide_nothing(uri)
-            if file := re.fullmatch(r"(?:sqlite:///|file:(?://)?)?(?!\w+:)(.+)", uri):
-                named.append(file[1])
-        if own and not tracking.tracking_uri:
-            variables["MLFLOW_TRACKING_URI"] = own
-
-    def local(ones: list[Any]) -> list[str]:
-        places = [os.fspath(one).removeprefix("file://") for one in ones if one is not None]
-        models = ("models:/", "runs:/")
-        return [one for one in places if not path_text.in_store(one) and not one.startswith(models)]
-
-    return local(named + read), variables, need, local(read)
+    paths = [os.fspath(value).removeprefix("file://") for value in values if value is not None]
+    models = ("models:/", "runs:/")
+    return [path for path in paths if not path_text.in_store(path) and not path.startswith(models)]
 
 
-def _must_hide_nothing(uri: str) -> None:
-    """Refuse the address of a store that whoever may list jobs should not see."""
-    if re.search(r"\$[{(\w]", uri):  # Ray fills ${NAME} in from the head's environment
+def _check_no_secret(uri: str) -> None:
+    """Raise ConfigError for the address of a tracking store that would show a secret in a job."""
+    if re.search(r"\$[{(\w]", uri):  # Ray replaces ${NAME} from the head node's environment
         raise ConfigError(
             "The address of the MLflow store holds a variable ($…).",
-            "the address itself: what is filled in would be seen by whoever may list jobs.",
-            "write the address out; one with a password is set as MLFLOW_TRACKING_URI where the"
+            "the address itself: everyone who may list jobs would see the variable's value.",
+            "write out the address; if it has a password, set MLFLOW_TRACKING_URI where the"
             " cluster is started.",
         )
     if secrets_of(uri):
         raise ConfigError(
             "The address of the MLflow store holds a password.",
-            "an address without: whoever may list jobs sees it.",
+            "an address without one: everyone who may list jobs sees it.",
             "set MLFLOW_TRACKING_URI where the cluster is started, and unset it here.",
         )
 
 
-def _with_workers(call: Call, units: int) -> list[str]:
-    """The tokens, with workers for a verb that takes them and was not told how many."""
-    launch = call.given.get("launch")
+def _with_workers(call: Call, capacity: int) -> list[str]:
+    """The call's tokens, with --workers added if the command has that flag and it is not set."""
+    launch = call.arguments.get("launch")
     if not isinstance(launch, LaunchConfig):
         return call.tokens
     if launch.address is not None:
         raise ConfigError(
-            f"`{call.name}` is given --address {launch.address}, but it will run inside a cluster.",
+            f"`{call.name}` has --address {launch.address}, but it will run inside a cluster.",
             "the address of the cluster's job server, before --.",
-            f"{me()} submit --address URL -- {call.name} … without --address.",
+            f"write {program()} submit --address URL -- {call.name} …",
         )
     table = Toml(call.config).config.get(call.name, {}) if call.config else {}
     if "workers" in table or any(re.match(r"--workers(=|$)", token) for token in call.tokens):
         return call.tokens
-    workers = f"1:{units}" if call.name in MANY and units > 1 else "1"
+    workers = f"1:{capacity}" if call.name in DECODING_COMMANDS and capacity > 1 else "1"
     return [call.name, "--workers", workers, *call.tokens[1:]]
 
 
-def _followed(
+def _follow(
     cluster: Any,
     job_id: str,
     screen: Screen,
     output: Output,
-    back: str,
-    sent: dict[str, Any],
-    began: str | None = None,
+    logs_command: str,
+    details: dict[str, Any],
+    started: str | None = None,
 ) -> int:
-    """Show a job's log until it ends; its exit code, or 130 when Ctrl-C leaves it running.
+    """Show a job's log until it ends.
 
-    began: a line to begin with. Whoever reads it may press Ctrl-C at once.
+    Args:
+        cluster: The job's cluster.
+        job_id: The job.
+        screen: Where to show the log.
+        output: How to print the result.
+        logs_command: The command that follows the job again, shown after Ctrl-C.
+        details: Further keys of the result.
+        started: A first line. Its reader may press Ctrl-C at once.
+
+    Returns:
+        The job's exit code, or 130 if Ctrl-C leaves it running.
     """
     from arrowhead.runtime import jobs
 
     try:
-        if began:
-            screen.say(began)
-        job = jobs.follow(cluster, job_id, screen.say)
+        if started:
+            screen.say(started)
+        job = jobs.follow_job(cluster, job_id, screen.say)
         status, code = job.status, job.exit_code or 0
     except KeyboardInterrupt:
-        signals.handled()
+        signals.mark_handled()
         status, code = "RUNNING", 130
         screen.say("")  # the terminal has shown ^C
-        screen.say(f"The job goes on. To come back: {back}")
+        screen.say(f"The job is still running. To follow it again: {logs_command}")
     if code == 127:
-        screen.say("`python` is not on the PATH of the head node, or there is no Arrowhead in it.")
-    ended = None if status == "RUNNING" else code
-    finish({"job_id": job_id, "status": status, "exit_code": ended} | sent, output)
+        screen.say(
+            "`python` is not on the PATH of the head node, or Arrowhead is not installed in it."
+        )
+    exit_code = None if status == "RUNNING" else code
+    finish({"job_id": job_id, "status": status, "exit_code": exit_code} | details, output)
     return code
 
 
 jobs_app = App(
     name="jobs",
-    help="The jobs of a cluster: list them, read their logs, stop them.",
+    help="List the jobs of a cluster, read their logs, stop them.",
     sort_key=9,
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
 )
-JobId = Annotated[str, Parameter(name="id", help="The job's id, as `submit` and `jobs list` say.")]
+JobId = Annotated[
+    str, Parameter(name="id", help="The job's id, as `submit` and `jobs list` show it.")
+]
 
 
 @jobs_app.command(name="list")
 def jobs_list(*, cluster: ToCluster = ClusterConfig(), output: Out = Output()) -> int:
-    """The jobs that the cluster knows, oldest first.
+    """List the jobs of a cluster, oldest first.
 
     Example: arrowhead jobs list
     """
     from arrowhead.runtime import jobs
 
-    there = jobs.connect(cluster)
-    found = jobs.listed(there)
+    server = jobs.connect(cluster)
+    listed = jobs.list_jobs(server)
     if output.json:
-        give({"address": there.url, "jobs": [asdict(job) for job in found]})
+        print_result({"address": server.url, "jobs": [asdict(job) for job in listed]})
         return 0
     screen = Screen(to_stderr=False)
-    for job in found:
+    for job in listed:
         began = strftime("%Y-%m-%d %H:%M", localtime(job.began)) if job.began else "-" * 16
         code = "" if job.exit_code is None else f" {job.exit_code}"
         screen.say(f"{job.job_id}  {began}  {job.status + code:<13}  {job.command}")
-    if not found:
-        screen.say(f"{there.url} has no jobs.")
+    if not listed:
+        screen.say(f"{server.url} has no jobs.")
     return 0
 
 
@@ -306,26 +369,26 @@ def jobs_logs(
     job_id: JobId,
     *,
     follow: Annotated[
-        bool, Parameter(help="Go on until the job ends, with its exit code.")
+        bool, Parameter(help="Wait until the job ends, and return its exit code.")
     ] = False,
     cluster: ToCluster = ClusterConfig(),
     output: Out = Output(),
 ) -> int:
-    """What a job has written. With --follow Ctrl-C leaves the job running.
+    """Show a job's log. With --follow, Ctrl-C leaves the job running.
 
     Example: arrowhead jobs logs raysubmit_VLSAnCQLcPmMnJm2 --follow
     """
     from arrowhead.runtime import jobs
 
-    there = jobs.connect(cluster)
+    server = jobs.connect(cluster)
     screen = Screen(to_stderr=output.json)
     if follow:
-        back = command(["arrowhead", *sys.argv[1:]])
-        return _followed(there, job_id, screen, output, back, {"address": there.url})
-    for line in jobs.logs(there, job_id):
+        same_command = command(["arrowhead", *sys.argv[1:]])
+        return _follow(server, job_id, screen, output, same_command, {"address": server.url})
+    for line in jobs.read_log(server, job_id):
         screen.say(line)
     if output.json:
-        give({"address": there.url} | asdict(jobs.look(there, job_id)))
+        print_result({"address": server.url} | asdict(jobs.get_job(server, job_id)))
     return 0
 
 
@@ -333,14 +396,15 @@ def jobs_logs(
 def jobs_stop(
     job_id: JobId, *, cluster: ToCluster = ClusterConfig(), output: Out = Output()
 ) -> int:
-    """End a job. What it had finished is kept; the same command goes on from there.
+    """Stop a job. Finished work is kept; submit the same command again to continue.
 
     Example: arrowhead jobs stop raysubmit_VLSAnCQLcPmMnJm2
     """
     from arrowhead.runtime import jobs
 
-    there = jobs.connect(cluster)
-    was = jobs.stop(there, job_id)
+    server = jobs.connect(cluster)
+    stopped = jobs.stop_job(server, job_id)
     if not output.json:
-        Screen(to_stderr=False).say(f"job {job_id} {'is told to end' if was else 'had ended'}")
-    return finish({"job_id": job_id, "address": there.url, "stopped": was}, output)
+        state = "is stopping" if stopped else "had already ended"
+        Screen(to_stderr=False).say(f"job {job_id} {state}")
+    return finish({"job_id": job_id, "address": server.url, "stopped": stopped}, output)

@@ -1,4 +1,4 @@
-"""The verb demo: the main job on images drawn here."""
+"""The command demo: fit and score on images that it draws itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from arrowhead.cli import train
-from arrowhead.cli.app import finish, me, run_context, say_next, say_written, ui_command
+from arrowhead.cli.app import (
+    finish,
+    program,
+    run_context,
+    show_next_commands,
+    show_written,
+    ui_command,
+)
 from arrowhead.cli.options import Head, Launch, Out, Output, Tracking
 from arrowhead.cli.screen import Screen
 from arrowhead.errors import ConfigError
@@ -36,12 +43,12 @@ def demo(
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
 ) -> int:
-    """The main job on images made here: draw, fit, score.
+    """Try Arrowhead on images that it draws itself: draw, fit, score.
 
-    Needs no data and no network. With ImageNet weights in torch's cache or a connection the body
-    is a trained one; without, it says so and goes on with a random one.
+    Needs no data and no network. It uses ImageNet weights if they are in torch's cache or can be
+    downloaded; otherwise it says so and uses random weights.
     """
-    from arrowhead import demo as drawing
+    from arrowhead import demo as demo_images
     from arrowhead.commands import score
     from arrowhead.commands import train as commands_train
     from arrowhead.reporting.run_context import child
@@ -50,49 +57,50 @@ def demo(
     images, fitted, bundle = out / "images", out / "fit", out / "fit" / "bundle"
     for folder, kind in ((images, "results"), (fitted / "store", "store"), (bundle, "bundle")):
         check_folder(folder, kind)
-    asked = Study(head=head)
-    place = commands_train.unfinished(bundle, "demo", asked)
-    with run_context("demo", launch, tracking, output, place) as context:
+    study = Study(head=head)
+    run_file = commands_train.unfinished(bundle, "demo", study)
+    with run_context("demo", launch, tracking, output, run_file) as context:
         if not images.is_dir():
-            draft = out / ".images.draft"  # of a demo that was stopped, or of this one
+            draft = out / ".images.draft"  # perhaps left by a demo that was stopped
             shutil.rmtree(draft, ignore_errors=True)
-            drew = drawing.draw(draft)
+            drawn = demo_images.draw(draft)
             draft.rename(images)
             context.screen.say(
-                f"{counted(drew, 'image')} of {', '.join(drawing.CLASSES)} drawn in {images}"
+                f"{counted(drawn, 'image')} of {', '.join(demo_images.CLASSES)} drawn in {images}"
             )
         config = FeatureConfig(body=_demo_body(context.screen))
-        result = commands_train.fit(images, fitted, config, asked, context)
+        result = commands_train.fit(images, fitted, config, study, context)
         scores = _new_folder(out / "scores")
-        with child(context, "score") as part:
+        with child(context, "score") as child_context:
             scored = score.score(
-                bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), part
+                bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), child_context
             )
-        found = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
-        context.screen.say(f"labels of the images in {images / 'new'}: {found}")
-        wrote = [images, fitted / "store", *train.bundles(bundle), scores]
-        result["files"] = say_written(context.screen, wrote)
-        other, lesson = out / "valid-scores", ["--head", "lesson", "--epochs", "5"]
-        score_it = [me(), "score", out / "lesson", images / "valid", other, "--probabilities"]
-        train_it = [me(), "train", fitted / "store", out / "lesson", *lesson]
-        say_next(context.screen, [train_it, score_it, ui_command(tracking)])
+        counts = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
+        context.screen.say(f"labels of the images in {images / 'new'}: {counts}")
+        written = [images, fitted / "store", *train.bundles(bundle), scores]
+        result["files"] = show_written(context.screen, written)
+        flags = ["--head", "lesson", "--epochs", "5"]
+        train_command = [program(), "train", fitted / "store", out / "lesson", *flags]
+        score_command = [program(), "score", out / "lesson", images / "valid"]
+        score_command += [out / "valid-scores", "--probabilities"]
+        show_next_commands(context.screen, [train_command, score_command, ui_command(tracking)])
     return finish(result | {"scores": str(scores), "labels": scored["labels"]}, output)
 
 
 def _new_folder(path: Path) -> Path:
-    """`path`, or where that is taken, the first of path-2, path-3 … that is not."""
+    """`path`, or the first of path-2, path-3 … that does not exist."""
     names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
-    return next(one for one in names if not os.path.lexists(one))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _demo_body(screen: Screen) -> BodyConfig:
-    """A trained body where one can be had, else, said aloud, a random one."""
+    """A body with ImageNet weights if possible, else with random weights and a warning."""
     try:
         backbone.load(BodyConfig())
     except ConfigError:
         screen.say(
-            "No ImageNet weights in torch's cache and none could be downloaded: the body is RANDOM."
-            " It still sees textures; expect far less than with trained weights."
+            "ImageNet weights are not in torch's cache and could not be downloaded: the body has"
+            " RANDOM weights. It still sees textures, but its accuracy will be far lower."
         )
         return BodyConfig(weights="random")
     return BodyConfig()

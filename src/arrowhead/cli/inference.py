@@ -1,4 +1,4 @@
-"""The verbs that use a bundle: score, evaluate, export."""
+"""The commands that use a bundle: score, evaluate, export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from cyclopts import Parameter
 
 from arrowhead.bundle import resolve
 from arrowhead.bundle.export import ExportConfig
-from arrowhead.cli.app import fetched, finish, me, run_context, say_next, say_written, sibling
+from arrowhead.cli.app import (
+    finish,
+    local_bundle,
+    program,
+    run_context,
+    show_next_commands,
+    show_written,
+    sibling_program,
+)
 from arrowhead.cli.options import (
     BundleAddress,
     Data,
@@ -41,8 +49,8 @@ def score(
     images: Annotated[
         str,
         Parameter(
-            help="Images: a folder or URI, with or without folders inside; a table (.csv, .tsv:"
-            " column path); or a list (.txt: a path per line)."
+            help="Images: a folder or URI, including its subfolders; a table (.csv, .tsv) with a"
+            " column path; or a list (.txt) with one path per line."
         ),
     ],
     out: Annotated[Path, Parameter(help="Folder for the Parquet parts and score.json.")],
@@ -53,10 +61,11 @@ def score(
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
 ) -> int:
-    """Label every image of a folder or list: one row per file, faults included, in its order.
+    """Label every image of a folder, table or list.
 
-    A stopped run goes on where it was. The images are made ready exactly as in training; a few
-    golden images in the bundle are replayed first to prove it.
+    Writes one row per file, in order; files that cannot be read get a row with the fault. A stopped
+    run continues where it was. Images are preprocessed exactly as in training. To check this, a few
+    images kept in the bundle ("golden images") are scored first and compared.
 
     Example: arrowhead score out/bundle new-photos/ scores/ --flag-novel --csv
     """
@@ -67,14 +76,15 @@ def score(
     sources.must_be_there(images)
     with run_context("score", launch, tracking, output) as context:
         result = commands_score.score(bundle, images, out, scores, extract, context, tracking)
-        found = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
-        context.screen.say(f"labels: {found}")
+        counts = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
+        context.screen.say(f"labels: {counts}")
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
-        made = ["parts", "score.json", "scores.csv", "scores.png"]
-        made += ["inputs.arrow", "request.json", "journal"]
-        result["files"] = say_written(context.screen, [out / name for name in made])
-        say_next(
-            context.screen, [[sibling("python"), "-P", "-c", code], [me(), "scores", "verify", out]]
+        names = ["parts", "score.json", "scores.csv", "scores.png"]
+        names += ["inputs.arrow", "request.json", "journal"]
+        result["files"] = show_written(context.screen, [out / name for name in names])
+        show_next_commands(
+            context.screen,
+            [[sibling_program("python"), "-P", "-c", code], [program(), "scores", "verify", out]],
         )
     return finish(result, output)
 
@@ -84,9 +94,7 @@ def evaluate(
     data: Data,
     out: Annotated[
         Path | None,
-        Parameter(
-            help="Folder for figures and predictions; without, evaluation-… in the working folder."
-        ),
+        Parameter(help="Folder for the results. Default: evaluation-… in the current folder."),
     ] = None,
     *,
     evaluation: Evaluate = EvaluateConfig(),
@@ -96,11 +104,11 @@ def evaluate(
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
 ) -> int:
-    """How good a bundle is on labelled images: accuracy with its 95 % interval, calibration, a
-    table of classes, the confusion matrix.
+    """Evaluate a bundle on labelled images.
 
-    The images are scored as `score` does it, so a stopped evaluation goes on where it was. Writes
-    evaluation.json, per_class.csv, confusion.png and the predictions, OUT/parts.
+    Reports accuracy with its 95 % interval, calibration, a table of classes and the confusion
+    matrix. Images are scored as with `score`, so a stopped evaluation continues where it was.
+    Writes evaluation.json, per_class.csv, confusion.png and the predictions in OUT/parts.
 
     Example: arrowhead evaluate out/bundle new-labelled-photos/ --split test
     """
@@ -114,9 +122,9 @@ def evaluate(
             bundle, data, out, source, evaluation, extract, context, tracking
         )
         folder = Path(result["out"])
-        made = ("evaluation.json", "per_class.csv", "confusion.png", "parts", "score.json")
-        result["files"] = say_written(context.screen, [folder / name for name in made])
-        say_next(context.screen, [[me(), "scores", "verify", folder]])
+        names = ("evaluation.json", "per_class.csv", "confusion.png", "parts", "score.json")
+        result["files"] = show_written(context.screen, [folder / name for name in names])
+        show_next_commands(context.screen, [[program(), "scores", "verify", folder]])
     return finish(result, output)
 
 
@@ -124,18 +132,18 @@ def export(
     bundle: BundleAddress,
     out: Annotated[
         Path,
-        Parameter(help="File that ends in .onnx or .pt2; or a folder for model.onnx, model.pt2."),
+        Parameter(help="File ending in .onnx or .pt2, or a folder for model.onnx or model.pt2."),
     ],
     *,
     what: Export = ExportConfig(),
     tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
-    """Write a bundle as one file for programs without Arrowhead: uint8 pixels in, calibrated
-    probabilities out, for any number of images.
+    """Export a bundle as one ONNX or pt2 file, for programs without Arrowhead.
 
-    How pixels are made and what the probabilities mean is in the file's metadata. The file is run
-    on the golden images; one that gives other numbers than the bundle is not kept.
+    The model takes uint8 pixels of any number of images and returns calibrated probabilities. The
+    metadata says how to preprocess the pixels and which class each probability belongs to. The file
+    is checked on the bundle's golden images, and deleted if its results differ from the bundle's.
 
     Example: arrowhead export out/bundle model.onnx
     """
@@ -144,7 +152,7 @@ def export(
     out = expanded(out)
     check_file(bundle_export.file_of(out, what.format))
     resolve.must_be_there(bundle)
-    with fetched(bundle, tracking) as folder:
+    with local_bundle(bundle, tracking) as folder:
         result = bundle_export.export(folder, out, what) | {"bundle": bundle}
     screen = Screen(to_stderr=output.json)
     sizes = " and ".join(map(str, result["batch_sizes"]))
@@ -153,11 +161,11 @@ def export(
         f" {result['checked_on']} in batches of {sizes}: largest difference"
         f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
     )
-    result["files"] = say_written(screen, [result["file"]])
+    result["files"] = show_written(screen, [result["file"]])
     if what.format == "onnx":
-        opened = f"onnxruntime.InferenceSession({result['file']!r}).get_inputs()[0]"
-        code = f"import onnxruntime; print({opened})"
+        expression = f"onnxruntime.InferenceSession({result['file']!r}).get_inputs()[0]"
+        code = f"import onnxruntime; print({expression})"
     else:
         code = f"import torch; print(torch.export.load({result['file']!r}).graph_signature)"
-    say_next(screen, [[sibling("python"), "-P", "-c", code]])
+    show_next_commands(screen, [[sibling_program("python"), "-P", "-c", code]])
     return finish(result, output)

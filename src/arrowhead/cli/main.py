@@ -1,8 +1,8 @@
 """The command line: flags in, exit code out.
 
 Every flag is a field of the dataclass that uses it; `--config FILE.toml` sets the same fields in
-a table named after the verb. Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 bad
-request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to go on).
+a table named after the command. Exit codes: 0 done, 1 a bug in Arrowhead (with a traceback), 2 bad
+request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to continue).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from cyclopts import CycloptsError, Parameter
 
 from arrowhead.cli import artifacts, cluster, demo, inference, train
 from arrowhead.cli.app import (
-    answer_must_be_taken,
     app,
+    check_output_written,
+    command_in,
     finish,
-    give,
-    given,
-    me,
-    not_understood,
-    refuse,
-    verb_in,
+    given_flags,
+    parse_error_message,
+    print_result,
+    program,
+    show_refusal,
 )
 from arrowhead.cli.options import Out, Output, Watched, WatchedTracking
 from arrowhead.cli.screen import Screen
@@ -38,52 +38,56 @@ from arrowhead.tracking.address import hidden, without_secret
 def watch(
     run: Annotated[
         str | None,
-        Parameter(help="The run's id or its first letters, or its name; without, the newest run."),
+        Parameter(help="The run's id, the start of its id, or its name. Default: the newest run."),
     ] = None,
     *,
     follow: Annotated[
-        bool, Parameter(negative="--no-follow", help="Go on until the run ends; else show it once.")
+        bool,
+        Parameter(negative="--no-follow", help="Watch until the run ends, or show it once."),
     ] = True,
-    every: Annotated[float, Parameter(help="Seconds between two looks.")] = 2.0,
+    every: Annotated[float, Parameter(help="Seconds between two updates.")] = 2.0,
     tracking: Watched = WatchedTracking(),
     output: Out = Output(),
 ) -> int:
-    """Watch a run from another terminal, or another machine: how far each stage is and what binds
-    it, epochs, the machine's load. It looks into MLflow, where the run records itself.
+    """Watch a run from another terminal or machine.
 
-    Exit code 0 when the run has finished, 130 when it was interrupted, 1 when it failed. Ctrl-C
-    ends the watching, never the run.
+    Shows the progress of each stage and what limits its speed, the epochs, and the load of the
+    machine, as recorded in MLflow. The exit code is 0 if the run has finished, 130 if it was
+    interrupted, 1 if it failed. Ctrl-C stops watching, never the run.
 
     Example: arrowhead watch --tracking-uri http://127.0.0.1:5000
     """
     from arrowhead.tracking import watch as tracking_watch
     from arrowhead.tracking.watch import Watch
 
-    if "every" in given() and not follow:
-        raise ConfigError("--every has no effect with --no-follow.", "one.", "leave one out.")
+    if "every" in given_flags() and not follow:
+        raise ConfigError(
+            "--every has no effect with --no-follow.", "one of the two.", "leave one out."
+        )
     if not every > 0:
         raise ConfigError(f"--every is {every}.", "more than 0 seconds.", "give e.g. 2.")
     screen = Screen(to_stderr=output.json)
-    with Watch(tracking, run) as seen, screen.live() as show:
-        view = seen.look()
+    with Watch(tracking, run) as watched, screen.live() as show:
+        view = watched.look()
         show(tracking_watch.lines(view))
         while follow and view.running:
             sleep(every)
-            view = seen.look()
+            view = watched.look()
             show(tracking_watch.lines(view))
     finish(view.plain(), output)
     return 0 if not follow else view.code
 
 
 def doctor(*, output: Out = Output()) -> int:
-    """Look this machine over: what is installed, what it can do, what to mend. Exit code 0 when
-    nothing that Arrowhead needs is missing.
-    """
-    from arrowhead import doctor as examination
+    """Check this machine: what is installed, what it can do, and what to fix.
 
-    checks = examination.checks()
+    The exit code is 1 if something that Arrowhead needs is missing.
+    """
+    from arrowhead import doctor as arrowhead_doctor
+
+    checks = arrowhead_doctor.checks()
     if output.json:
-        give({"checks": [check.plain() for check in checks]})
+        print_result({"checks": [check.plain() for check in checks]})
     else:
         for check in checks:
             Screen(to_stderr=False).say(check.line())
@@ -108,54 +112,56 @@ app.command(cluster.jobs_app)
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run the verb in `words` (default: the command line's); say what went wrong; exit."""
+    """Run the command in `words` (default: sys.argv), show what went wrong, and exit."""
     environment.ensure_home_and_user()
-    signals.lossy_output()
-    with signals.stops():
+    signals.make_output_lossy()
+    with signals.interrupt_on_signals():
         code = _run(sys.argv[1:] if words is None else words)
     if words is None:
-        signals.ends(code)
+        signals.exit_on_signals(code)
     sys.exit(code)
 
 
-TELLING = ("features", "scores", "bundle", "jobs", "doctor")  # verbs whose lines are the result
+# Commands whose result is what they print: it is an error if that cannot be written.
+PRINTING_COMMANDS = ("features", "scores", "bundle", "jobs", "doctor")
 
 
 def _run(words: list[str]) -> int:
-    """Run a verb; its exit code, after what went wrong is said."""
-    words = artifacts.scores_verb(words)
-    app.config = ()  # of an earlier call in this process
+    """Run a command; show what went wrong; the exit code."""
+    words = artifacts.expand_score_verify(words)
+    app.config = ()  # forget an earlier call in this process
     take_any_text()
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
-        if words and words[0] in TELLING:
+        if words and words[0] in PRINTING_COMMANDS:
             if sys.stdout:
                 sys.stdout.flush()
-            answer_must_be_taken()
+            check_output_written()
     except CycloptsError as error:
-        wanted = "a verb, its arguments and its flags, as --help lists them."
-        # The word that is not understood may be an address.
-        code = refuse(
-            without_secret(not_understood(error)), wanted, f"run {me()} {verb_in(words)}--help."
-        )
+        wanted = "a command, its arguments and its flags, as --help lists them."
+        # The word that cannot be parsed may be an address with a password.
+        found = without_secret(parse_error_message(error))
+        show_refusal(found, wanted, f"run {program()} {command_in(words)}--help.")
+        code = 2
     except LostError as error:
-        refuse(error.found, error.wanted, error.do)
+        show_refusal(error.found, error.wanted, error.do)
         if sys.stdout:
             sys.stdout.flush()
-        os._exit(signals.INTERRUPTED)  # leaving a Ray that is dead takes a minute
+        os._exit(signals.INTERRUPTED_EXIT_CODE)  # a normal exit would wait a minute for a dead Ray
     except Refusal as error:
-        code = refuse(error.found, error.wanted, error.do, 4 if isinstance(error, DataError) else 2)
+        show_refusal(error.found, error.wanted, error.do)
+        code = 4 if isinstance(error, DataError) else 2
     except KeyboardInterrupt as error:
-        signals.handled()
+        signals.mark_handled()
         by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
         screen = Screen(to_stderr=True)
-        screen.say("")  # the terminal has shown ^C
-        screen.say(f"arrowhead: interrupted{by}. Run the same command again to go on.")
-        code = signals.INTERRUPTED
+        screen.say("")  # a new line after the terminal's ^C
+        screen.say(f"arrowhead: interrupted{by}. Run the same command again to continue.")
+        code = signals.INTERRUPTED_EXIT_CODE
     except Exception:
-        told = traceback.format_exc()
-        if hidden(told) == told:
+        text = traceback.format_exc()
+        if hidden(text) == text:
             raise
-        sys.stderr.write(hidden(told))  # as Python would, without the store's password
+        sys.stderr.write(hidden(text))  # without the password of the tracking store
         code = 1
     return code if isinstance(code, int) else 0

@@ -1,4 +1,4 @@
-"""The flags of the verbs: each is a field of the dataclass that uses it."""
+"""The flags of the commands: each is a field of the dataclass that uses it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from arrowhead.training.lr_finder import FinderConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """How the result is given."""
+    """How the result is printed."""
 
     json: Annotated[bool, Parameter(negative="")] = False
-    """Print the result as one JSON object, last on standard output; all else goes to stderr."""
+    """Print the result as one JSON object on standard output; all other output goes to stderr."""
 
 
-# Verbs that use a part of some settings do not show the rest, and refuse them like any flag that
-# does not exist.
+# Commands that use only some fields of a dataclass hide the other flags, and refuse them like any
+# flag that does not exist.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinderHead(TrainConfig):
-    """The settings of a training that its learning rate depends on."""
+    """The training settings on which the learning rate depends."""
 
     l2: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
     rate: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
@@ -53,14 +53,14 @@ class FinderHead(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadSource(SourceConfig):
-    """How labels are read where nothing is held out."""
+    """How labels are read if no images are held out."""
 
     valid_share: Annotated[float, Parameter(parse=False)] = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchedTracking(TrackingConfig):
-    """Where runs are looked for."""
+    """Where to find runs."""
 
     run_name: Annotated[str | None, Parameter(parse=False)] = None
     system_metrics: Annotated[bool, Parameter(parse=False)] = True
@@ -68,7 +68,7 @@ class WatchedTracking(TrackingConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingStore(WatchedTracking):
-    """The store that models are read from, or registered in."""
+    """The tracking store from which models are read."""
 
     experiment: Annotated[str, Parameter(parse=False)] = "arrowhead"
 
@@ -76,23 +76,22 @@ class TrackingStore(WatchedTracking):
 Data = Annotated[
     str,
     Parameter(
-        help="Images: a folder or URI (s3://…, gs://…) of train/CLASS/… and val/CLASS/…, or of"
-        " CLASS/…; or a table, FILE.csv or FILE.tsv, with columns such as path, label and, if you"
-        " like, split."
+        help="Images: a folder or URI (s3://…, gs://…) with train/CLASS/… and val/CLASS/…, or with"
+        " CLASS/…; or a table (.csv, .tsv) with columns such as path, label and, optionally, split."
     ),
 ]
 StorePath = Annotated[
     Path,
-    Parameter(help="Feature store: a folder that `precompute` made, or OUT/store that `fit` made."),
+    Parameter(help="Feature store: a folder written by `precompute`, or OUT/store of `fit`."),
 ]
 BundlePath = Annotated[
     Path,
-    Parameter(help="Folder for the bundle; one that is there is kept as BUNDLE.previous."),
+    Parameter(help="Folder for the bundle; an existing bundle is kept as BUNDLE.previous."),
 ]
 BundleAddress = Annotated[
     str,
     Parameter(
-        help="Bundle: a folder that `fit` or `train` wrote; a URI of one (s3://…, gs://…); or a"
+        help="Bundle: a folder written by `fit` or `train`; the URI of one (s3://…, gs://…); or a"
         " model in MLflow (models:/NAME@ALIAS, models:/NAME/3, runs:/RUN/model)."
     ),
 ]
@@ -127,7 +126,7 @@ Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
 Evaluate = Annotated[EvaluateConfig, _flags("Evaluation", 6)]
 Export = Annotated[ExportConfig, _flags("Export", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
-# negative: their booleans are true, and get a --no-.
+# negative: booleans that are true by default get a --no- flag.
 _TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))
 Tracking = Annotated[TrackingConfig, _TRACKING]
 Watched = Annotated[WatchedTracking, _TRACKING]

@@ -17,7 +17,7 @@ from arrowhead.printable import ENCODING_ERRORS
 from arrowhead.wording import counted
 
 Advance = Callable[[int, int, str], None]
-SELDOM = 10.0  # seconds between lines of progress where nobody sees a bar move
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 codecs.register_error(ENCODING_ERRORS, printable._plain)
@@ -28,42 +28,50 @@ class Screen:
 
     def __init__(self, to_stderr: bool) -> None:
         self.console = Console(stderr=to_stderr, highlight=False, emoji=False)
-        self._passing, self._passed = False, -SELDOM  # whether such a line is shown; when last
+        self._status_shown, self._status_time = False, -LINE_SECONDS
 
     def say(self, line: str) -> None:
-        """One line; its control characters are shown, not obeyed."""
-        self._wipe()
+        """Print a line, with control characters made visible."""
+        self._clear_status()
         self.console.print(printable.visible(line), markup=False, soft_wrap=True)
 
     def passing(self, line: str) -> None:
-        """A line whose place the next one takes, at most ten a second; only on a terminal."""
+        """On a terminal, show a line that the next one replaces, at most ten a second."""
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             return
-        if monotonic() - self._passed < 0.1:
+        if monotonic() - self._status_time < 0.1:
             return
-        self._passed = monotonic()
-        self._wipe()
-        self._passing = True
+        self._status_time = monotonic()
+        self._clear_status()
+        self._status_shown = True
         text = Text(printable.visible(line), end="", no_wrap=True, overflow="ellipsis")
         text.truncate(max(self.console.width - 1, 1))
         self.console.print(text, end="", soft_wrap=True)
         self.console.file.flush()
 
-    def _wipe(self) -> None:
-        if self._passing:
-            self._passing = False
+    def _clear_status(self) -> None:
+        if self._status_shown:
+            self._status_shown = False
             self.console.file.write("\r\x1b[2K")
 
-    def give(self, line: str) -> None:
-        """One line for a program to read: no style, no wrapping, and out at once."""
-        self._wipe()
+    def print_raw(self, line: str) -> None:
+        """Print a line for a program to read: without style or wrapping, and flushed."""
+        self._clear_status()
         self.console.file.write(f"{line}\n")
         self.console.file.flush()
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
-        """A live bar with img/s, time left and faults; on a pipe a line every ten seconds."""
-        self._wipe()
+        """Show a bar with images per second, time left and faults; without a terminal, lines.
+
+        Args:
+            title: What is going on.
+            total: Number of images.
+
+        Yields:
+            A function to call with images done, new faults, and what limits the speed.
+        """
+        self._clear_status()
         with (
             self._live(title, total)
             if self.console.is_terminal
@@ -93,31 +101,31 @@ class Screen:
                 faults=counted(0, "fault"),
                 binding="…",
             )
-            began, faults = monotonic(), 0
+            start, faults = monotonic(), 0
 
-            def advance(done: int, more_faults: int, binding: str) -> None:
+            def advance(done: int, new_faults: int, binding: str) -> None:
                 nonlocal faults
-                faults += more_faults
-                so_far = progress.tasks[0].completed + done
-                rate = so_far / max(monotonic() - began, 1e-9)
-                told = counted(faults, "fault")
-                progress.update(task, advance=done, rate=rate, faults=told, binding=binding)
+                faults += new_faults
+                completed = progress.tasks[0].completed + done
+                rate = completed / max(monotonic() - start, 1e-9)
+                fault_count = counted(faults, "fault")
+                progress.update(task, advance=done, rate=rate, faults=fault_count, binding=binding)
 
             yield advance
 
     @contextmanager
     def _lines(self, title: str, total: int) -> Iterator[Advance]:
-        began = said = monotonic()
-        so_far = faults = 0
+        start = last_line = monotonic()
+        completed = faults = 0
 
-        def advance(done: int, more_faults: int, binding: str) -> None:
-            nonlocal so_far, faults, said
-            so_far, faults = so_far + done, faults + more_faults
-            if monotonic() - said > SELDOM or so_far == total:
-                said = monotonic()
-                rate = so_far / max(said - began, 1e-9)
+        def advance(done: int, new_faults: int, binding: str) -> None:
+            nonlocal completed, faults, last_line
+            completed, faults = completed + done, faults + new_faults
+            if monotonic() - last_line > LINE_SECONDS or completed == total:
+                last_line = monotonic()
+                rate = completed / max(last_line - start, 1e-9)
                 self.say(
-                    f"{title} {so_far}/{total} · {rate:.1f} img/s · {counted(faults, 'fault')}"
+                    f"{title} {completed}/{total} · {rate:.1f} img/s · {counted(faults, 'fault')}"
                     f" · bound by {binding}"
                 )
 
@@ -125,8 +133,9 @@ class Screen:
 
     @contextmanager
     def live(self) -> Iterator[Callable[[Sequence[str]], None]]:
-        """Lines that replace the ones before; on a pipe those that are new, every ten seconds and
-        at the end.
+        """Show lines that replace the previous ones; without a terminal, only new lines.
+
+        New lines are printed every ten seconds and at the end.
         """
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False) as area:
@@ -134,22 +143,22 @@ class Screen:
                     Text("\n".join(map(printable.visible, lines))), refresh=True
                 )
             return
-        said: list[str] = []
-        newest: Sequence[str] = []
-        last = -SELDOM
+        printed: list[str] = []
+        latest: Sequence[str] = []
+        last_time = -LINE_SECONDS
 
         def show(lines: Sequence[str]) -> None:
-            nonlocal said, newest, last
-            newest = lines
-            if monotonic() - last >= SELDOM:
-                last = monotonic()
-                self._new(lines, said)
-                said = list(lines)
+            nonlocal printed, latest, last_time
+            latest = lines
+            if monotonic() - last_time >= LINE_SECONDS:
+                last_time = monotonic()
+                self._print_new(lines, printed)
+                printed = list(lines)
 
         yield show
-        self._new(newest, said)
+        self._print_new(latest, printed)
 
-    def _new(self, lines: Sequence[str], said: Sequence[str]) -> None:
+    def _print_new(self, lines: Sequence[str], printed: Sequence[str]) -> None:
         for line in lines:
-            if line not in said:
+            if line not in printed:
                 self.say(line)

@@ -1,4 +1,4 @@
-"""The verbs that make stores and bundles: fit, precompute, lr-find, train."""
+"""The commands that write stores and bundles: fit, precompute, lr-find, train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from arrowhead.cli.app import finish, given, me, run_context, say_next, say_written, ui_command
+from arrowhead.cli.app import (
+    finish,
+    given_flags,
+    program,
+    run_context,
+    show_next_commands,
+    show_written,
+    ui_command,
+)
 from arrowhead.cli.options import (
     Body,
     BundlePath,
@@ -56,7 +64,7 @@ from arrowhead.wording import counted
 
 def fit(
     data: Data,
-    out: Annotated[Path, Parameter(help="Folder for the results: OUT/store and OUT/bundle.")],
+    out: Annotated[Path, Parameter(help="Folder for the results, OUT/store and OUT/bundle.")],
     *,
     source: Source = SourceConfig(),
     body: Body = BodyConfig(),
@@ -71,10 +79,11 @@ def fit(
     registry: Registry = RegistryConfig(),
     output: Out = Output(),
 ) -> int:
-    """The main job: a folder of images becomes a trained classifier.
+    """Train a classifier on a folder of images. This is the main command.
 
-    Catalog, features, learning rate, head, evaluation, bundle; recorded in MLflow. Run it again
-    with other training flags: no image is decoded a second time.
+    It lists the images, extracts their features, chooses a learning rate, trains a head, evaluates
+    it, saves a bundle, and records all of this in MLflow. Run it again with other training flags:
+    no image is decoded a second time.
 
     Example: arrowhead fit photos/ out/ --body resnet34
     """
@@ -85,15 +94,15 @@ def fit(
     for folder in bundles(out / "bundle"):
         check_folder(folder, "bundle")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
-    asked = Study(head=head, finder=finder, sweep=many)
-    place = commands_train.unfinished(out / "bundle", data, images, asked)
-    images, catalog = _ready(data, out / "store", images, Screen(to_stderr=output.json))
+    study = Study(head=head, finder=finder, sweep=many)
+    run_file = commands_train.unfinished(out / "bundle", data, images, study)
+    images, catalog = _prepare(data, out / "store", images, Screen(to_stderr=output.json))
     sources.must_validate(data, catalog)
-    with run_context("fit", launch, tracking, output, place, registry) as context:
-        result = commands_train.fit(catalog, out, images, asked, context)
-        result["files"] = say_written(context.screen, [out / "store", *bundles(out / "bundle")])
-        score_it = [me(), "score", result["bundle"], "IMAGES", "SCORES"]
-        say_next(context.screen, [score_it, ui_command(tracking)])
+    with run_context("fit", launch, tracking, output, run_file, registry) as context:
+        result = commands_train.fit(catalog, out, images, study, context)
+        result["files"] = show_written(context.screen, [out / "store", *bundles(out / "bundle")])
+        score_command = [program(), "score", result["bundle"], "IMAGES", "SCORES"]
+        show_next_commands(context.screen, [score_command, ui_command(tracking)])
     return finish(result, output)
 
 
@@ -102,8 +111,8 @@ def precompute(
     store: Annotated[
         Path,
         Parameter(
-            help="Folder for the feature store; in one that is there, only new or changed images"
-            " are decoded."
+            help="Folder for the feature store. If it exists, only new and changed images are"
+            " decoded."
         ),
     ],
     *,
@@ -116,9 +125,9 @@ def precompute(
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
 ) -> int:
-    """Decode every image once and store what the body sees in it.
+    """Decode every image once and store its features.
 
-    A stopped run goes on where it was; a second run decodes only what is new or changed.
+    A stopped run continues where it was; a second run decodes only new and changed images.
 
     Example: arrowhead precompute photos/ store/ --workers 2
     """
@@ -126,49 +135,55 @@ def precompute(
 
     store = check_folder(store, "store")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
-    images, catalog = _ready(data, store, images, Screen(to_stderr=output.json))
+    images, catalog = _prepare(data, store, images, Screen(to_stderr=output.json))
     with run_context("precompute", launch, tracking, output) as context:
         result = commands_precompute.precompute(catalog, store, images, context)
-        result["files"] = say_written(context.screen, [store])
-        say_next(context.screen, [[me(), "lr-find", store], [me(), "train", store, "BUNDLE"]])
+        result["files"] = show_written(context.screen, [store])
+        show_next_commands(
+            context.screen, [[program(), "lr-find", store], [program(), "train", store, "BUNDLE"]]
+        )
     return finish(result, output)
 
 
-def _ready(
-    data: str, store: Path, asked: FeatureConfig, screen: Screen
+def _prepare(
+    data: str, store: Path, request: FeatureConfig, screen: Screen
 ) -> tuple[FeatureConfig, Catalog]:
-    """What can be refused at once is refused; the settings, with what an existing store remembers,
-    and the images.
+    """Check the request, list the images, and take over the settings of an existing store.
+
+    Returns:
+        The settings, with the store's own where no flag was given, and the images.
     """
-    images = as_in_store(store, asked, given())
+    images = as_in_store(store, request, given_flags())
     backbone.check(images.body)
     catalog = sources.labelled(data, images.source)
-    if images != asked:
+    if images != request:
         body, pixels = images.body, images.pixels
-        own = f" with {body.weights}" if body.weights != asked.body.weights else ""
+        weights = f" with {body.weights}" if body.weights != request.body.weights else ""
         screen.say(
-            f"as in {store}: body {body.body}{own} · pool {body.pool} · {pixels.size} pixels,"
+            f"as in {store}: body {body.body}{weights} · pool {body.pool} · {pixels.size} pixels,"
             f" {pixels.resize} · {counted(pixels.views, 'view')}"
         )
-    _say_unused(images, catalog, store, screen)
+    _report_unused_flags(images, catalog, store, screen)
     return images, catalog
 
 
-def _say_unused(images: FeatureConfig, catalog: Catalog, store: Path, screen: Screen) -> None:
-    """Refuse, or say, what was asked for and changes nothing here."""
-    if images.pixels.views == 1 and (idle := given() & {"augment", "augment_seed"}):
-        flag = "--" + min(idle).replace("_", "-")
+def _report_unused_flags(
+    images: FeatureConfig, catalog: Catalog, store: Path, screen: Screen
+) -> None:
+    """Refuse or mention flags that have no effect here."""
+    if images.pixels.views == 1 and (unused := given_flags() & {"augment", "augment_seed"}):
+        flag = "--" + min(unused).replace("_", "-")
         raise ConfigError(
-            f"{flag} has no effect with one view of each image, which is clean.",
-            "views to augment.",
-            f"add e.g. --views 4, or leave {flag} out.",
+            f"{flag} has no effect with one view per image, which is not augmented.",
+            "more than one view.",
+            f"add e.g. --views 4, or leave out {flag}.",
         )
-    if given() & {"chunk_size", "extract.chunk_size"} and (store / "store.json").is_file():
-        begun = Store(store).chunk_size
-        if begun != images.extract.chunk_size:
-            screen.say(f"--chunk-size is not used: {store} was begun with {begun}")
-    if "valid_share" in given() and "" not in catalog.splits:
-        screen.say("--valid-share is not used: the images come with a validation split")
+    if given_flags() & {"chunk_size", "extract.chunk_size"} and (store / "store.json").is_file():
+        chunk_size = Store(store).chunk_size
+        if chunk_size != images.extract.chunk_size:
+            screen.say(f"--chunk-size is not used: {store} was started with {chunk_size}")
+    if "valid_share" in given_flags() and "" not in catalog.splits:
+        screen.say("--valid-share is not used: the images already have a validation split")
 
 
 def lr_find(
@@ -180,9 +195,9 @@ def lr_find(
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
 ) -> int:
-    """Try a rising learning rate on stored features and suggest one.
+    """Suggest a learning rate: train on stored features while the rate rises.
 
-    Writes lr_finder.png and lr_finder.csv into the store's folder and to MLflow.
+    Writes lr_finder.png and lr_finder.csv to the store's folder and to MLflow.
 
     Example: arrowhead lr-find out/store --head lesson
     """
@@ -195,20 +210,22 @@ def lr_find(
         extraction.say_account(store, context.screen)
         curve = commands_train.find_rate(store, head, finder, context)
         result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
-        drawn = [store / "lr_finder.png", store / "lr_finder.csv"]
-        result["files"] = say_written(context.screen, drawn)
+        files = [store / "lr_finder.png", store / "lr_finder.csv"]
+        result["files"] = show_written(context.screen, files)
         run_id = context.run.run_id if context.run else None
-        # The rate suits the training that was asked about, and no other head or length.
-        asked = flags_of(replace(head, rate=float(f"{curve.rate:.2g}")))
-        say_next(context.screen, [[me(), "train", store, "BUNDLE", *asked]])
+        # The rate suits exactly this head and training length.
+        flags = flags_of(replace(head, rate=float(f"{curve.rate:.2g}")))
+        show_next_commands(context.screen, [[program(), "train", store, "BUNDLE", *flags]])
     return finish(result | {"store": str(store), "run_id": run_id}, output)
 
 
 def flags_of(head: TrainConfig) -> list[str]:
-    """The flags that ask for this training, but those whose default it has."""
-    plain = asdict(TrainConfig())
-    asked = {name: value for name, value in asdict(head).items() if value != plain[name]}
-    return [word for name in asked for word in (f"--{name.replace('_', '-')}", str(asked[name]))]
+    """The flags for this training, without those at their default."""
+    default = asdict(TrainConfig())
+    changed = {name: value for name, value in asdict(head).items() if value != default[name]}
+    return [
+        word for name in changed for word in (f"--{name.replace('_', '-')}", str(changed[name]))
+    ]
 
 
 def train(
@@ -224,7 +241,7 @@ def train(
     registry: Registry = RegistryConfig(),
     output: Out = Output(),
 ) -> int:
-    """Train a head on stored features and save it with its body as a bundle.
+    """Train a head on stored features, and save body and head as a bundle.
 
     Example: arrowhead train out/store out/bundle --head lesson --epochs 5 --rate 0.01
     """
@@ -232,18 +249,18 @@ def train(
     from arrowhead.reporting import extraction
 
     Store(store := expanded(store))
-    bundle, before = bundles(check_folder(bundle, "bundle"))
-    check_folder(before, "bundle")
-    asked = Study(head=head, finder=finder, sweep=many)
-    place = commands_train.unfinished(bundle, store.absolute(), asked)
-    with run_context("train", launch, tracking, output, place, registry) as context:
+    bundle, previous = bundles(check_folder(bundle, "bundle"))
+    check_folder(previous, "bundle")
+    study = Study(head=head, finder=finder, sweep=many)
+    run_file = commands_train.unfinished(bundle, store.absolute(), study)
+    with run_context("train", launch, tracking, output, run_file, registry) as context:
         extraction.say_account(store, context.screen)
-        result = commands_train.fit_head(store, bundle, asked, context, golden)
-        result["files"] = say_written(context.screen, bundles(bundle))
-        say_next(context.screen, [[me(), "score", bundle, "IMAGES", "SCORES"]])
+        result = commands_train.fit_head(store, bundle, study, context, golden)
+        result["files"] = show_written(context.screen, bundles(bundle))
+        show_next_commands(context.screen, [[program(), "score", bundle, "IMAGES", "SCORES"]])
     return finish(result, output)
 
 
 def bundles(path: Path) -> list[Path]:
-    """A bundle, and the one that it has replaced."""
+    """The folders of a bundle and of the bundle that it replaces."""
     return [path, path.with_name(f"{path.name}.previous")]

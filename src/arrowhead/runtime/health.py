@@ -1,4 +1,7 @@
-"""Machines that are silent or announced to go, and workers that wait for room: said early."""
+"""Early reports of machines that are silent or draining, and of workers that wait for resources.
+
+Ray tells a Train driver neither: it drops a machine after about a minute, and waits silently.
+"""
 
 from __future__ import annotations
 
@@ -15,149 +18,153 @@ from arrowhead.runtime import ray_cluster, task_queue
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.runtime.worker import Report
 
-HEARTBEAT_SECONDS = (
-    1.0  # seconds between a worker's signs of life, and between looks at the cluster
-)
+HEARTBEAT_SECONDS = 1.0  # between a worker's heartbeats, and between two polls of the cluster
+RESOURCES_SECONDS = 5.0  # between two looks at the free resources
+REMINDER_SECONDS = 60.0  # between two warnings about the same lack of resources
 
 
 @contextlib.contextmanager
-def heard(queue: Any, rank: int) -> Iterator[None]:
-    """Signs of life to the desk as long as this block lasts."""
+def heartbeats(queue: Any, rank: int) -> Iterator[None]:
+    """Send heartbeats to the task queue inside this block."""
     import ray
 
     host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     ended = threading.Event()
 
-    def beat() -> None:
+    def send() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(queue.heartbeat.remote(rank, host, node))
             while not ended.wait(HEARTBEAT_SECONDS):
                 ray.get(queue.heartbeat.remote(rank, host, node))
             ray.get(queue.finish_worker.remote(rank))
 
-    threading.Thread(target=beat, daemon=True).start()
+    threading.Thread(target=send, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
 
 
-LOOK_SECONDS = 5.0  # seconds between two looks at what a group waits for
-REMIND_SECONDS = 60.0  # after which a person who still waits is told again
-
-
 class HealthMonitor:
-    """Sees what Ray keeps to itself, or says late: room that is waited for, hosts that are cut off,
-    machines that are announced to go (`going`: node ids, and when, in milliseconds since 1970).
+    """Warns about missing resources, hosts that stopped answering, and draining machines.
 
-    The room of a group of workers is a placement group: there from before its workers are started
-    until they have all ended, and another one whenever Ray starts the group anew. Only a thread
-    asks Ray for it: where the head has died, who asks hangs for a minute and is ended by Ray.
+    The resources of a worker group are a placement group: it exists from before the workers start
+    until all of them have ended, and Ray creates another whenever it restarts the group. Only a
+    thread asks Ray for it: a call to a head node that has died blocks for a minute, then Ray ends
+    the calling process.
+
+    Attributes:
+        leaving: Whether a machine of the current group will be taken away.
+        draining: All draining machines: node id -> when, in milliseconds since 1970 (0: unknown).
     """
 
-    def __init__(self, config: LaunchConfig, listen: Callable[[Report], None]) -> None:
-        self._config, self._listen = config, listen
-        self._others = set(ray_cluster.placement_groups())  # our caller's
-        self.leaving = False  # whether a machine of this group is announced to go
-        self.going: dict[str, int] = {}
-        self._begun = False
-        self._silent: list[str] = []
-        self._found: list[Report | LostError] = []
-        self._running: set[str] = set()
-        self._room = -1
-        self._idle = self._looked = self._said = time.monotonic()
+    def __init__(self, config: LaunchConfig, on_report: Callable[[Report], None]) -> None:
+        self._config, self._on_report = config, on_report
+        self._existing_groups = set(ray_cluster.placement_groups())  # the caller's own
+        self.leaving = False
+        self.draining: dict[str, int] = {}
+        self._group_started = False  # since the last poll
+        self._silent_hosts: list[str] = []
+        self._pending: list[Report | LostError] = []
+        self._running_groups: set[str] = set()
+        self._last_capacity = -1
+        self._last_busy = self._last_poll = self._last_warning = time.monotonic()
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Look, in a thread, as long as this block lasts."""
+        """Poll the cluster from a thread inside this block."""
         ended = threading.Event()
 
-        def look() -> None:
+        def poll() -> None:
             while not ended.wait(HEARTBEAT_SECONDS):
-                with contextlib.suppress(Exception):  # Ray may end under it
-                    self._look()
+                with contextlib.suppress(Exception):  # Ray may end meanwhile
+                    self._poll()
 
         self.leaving = False
-        threading.Thread(target=look, daemon=True).start()
+        threading.Thread(target=poll, daemon=True).start()
         try:
             yield
         finally:
             ended.set()
 
-    def hear(self, report: Report) -> None:
-        """Pass a report on, or what it means."""
+    def handle(self, report: Report) -> None:
+        """Pass a report on, or turn it into a warning."""
         if "leaving" in report:
             self.leaving = True
             until = time.strftime("at %H:%M:%S", time.localtime(report["until"] / 1000))
             when = until if report["until"] else "soon"
-            said = f"{report['leaving']} is going {when}: it takes no more, the others go on"
-            self._listen({"warning": said})
+            warning = f"{report['leaving']} will be taken away {when}: it gets no new work, the"
+            self._on_report({"warning": f"{warning} others continue"})
         elif "silent" in report:
-            self._silent.append(report["silent"])
+            self._silent_hosts.append(report["silent"])
         else:
-            self._begun |= "workers" in report
-            self._listen(report)
+            self._group_started |= "workers" in report
+            self._on_report(report)
 
-    def tell(self) -> None:
-        """Pass on what was seen; LostError when no workers could be started for too long."""
-        while self._found:
-            found = self._found.pop(0)
-            if isinstance(found, LostError):
-                raise found
-            self._listen(found)
+    def flush(self) -> None:
+        """Pass on the warnings so far; raise LostError if workers waited too long to start."""
+        while self._pending:
+            warning = self._pending.pop(0)
+            if isinstance(warning, LostError):
+                raise warning
+            self._on_report(warning)
 
     def own_placement_groups(self) -> dict[str, str]:
-        """The placement groups of this group, with their states."""
-        found = ray_cluster.placement_groups()
-        return {name: state for name, state in found.items() if name not in self._others}
+        """The placement groups of this run: id -> state."""
+        groups = ray_cluster.placement_groups()
+        return {k: state for k, state in groups.items() if k not in self._existing_groups}
 
-    def _look(self) -> None:
-        self.going = ray_cluster.going()
+    def _poll(self) -> None:
+        self.draining = ray_cluster.draining_nodes()
         now = time.monotonic()
-        if not (self._begun or self._silent or now > self._looked + LOOK_SECONDS):
+        due = now > self._last_poll + RESOURCES_SECONDS
+        if not (self._group_started or self._silent_hosts or due):
             return
-        own_placement_groups = self.own_placement_groups()
-        if self._begun:
-            self._begun, self._running = False, set(own_placement_groups)
-        works = bool(self._running & own_placement_groups.keys())
-        while self._silent:
-            host = self._silent.pop()
-            if works:  # else Ray has ended these workers itself
+        groups = self.own_placement_groups()
+        if self._group_started:
+            self._group_started, self._running_groups = False, set(groups)
+        running = bool(self._running_groups & groups.keys())
+        while self._silent_hosts:
+            host = self._silent_hosts.pop()
+            if running:  # otherwise Ray has ended these workers itself
                 seconds = task_queue.HEARTBEAT_TIMEOUT_SECONDS
-                said = f"a worker on {host} has not answered for {seconds:.0f} s."
-                said += " If its machine is cut off, Ray gives it up in about a minute, and"
-                said += " the others start again"
-                self._found.append({"warning": said})
-        if works or "CREATED" in own_placement_groups.values():
-            self._idle, self._room = now, -1
-        elif now > self._looked + LOOK_SECONDS:
-            self._look_for_room(now)
-            ray_cluster.recount()
-        if now > self._looked + LOOK_SECONDS:
-            self._looked = now
+                warning = f"a worker on {host} has not answered for {seconds:.0f} s. If its machine"
+                warning += " is cut off, Ray gives it up in about a minute, and the others restart"
+                self._pending.append({"warning": warning})
+        if running or "CREATED" in groups.values():
+            self._last_busy, self._last_capacity = now, -1
+        elif due:
+            self._check_capacity(now)
+            ray_cluster.refresh_resources()
+        if due:
+            self._last_poll = now
 
-    def _look_for_room(self, now: float) -> None:
-        least, room = self._config.min_workers, ray_cluster.room(self._config, free=True)
-        wanted = f"{least} worker{'s' if least > 1 else ''}"
-        if now > self._idle + self._config.wait:
-            said = f"For {self._config.wait:.0f} s the cluster had no room for {wanted}."
-            self._found.append(lost_error(said))
-        elif room < least and (room != self._room or now > self._said + REMIND_SECONDS):
-            self._room, self._said = room, now
-            said = f"waiting for {wanted}: the cluster has room for {room}"
-            self._found.append({"warning": said})
+    def _check_capacity(self, now: float) -> None:
+        """Warn about missing resources; give up after `--wait` seconds."""
+        minimum = self._config.min_workers
+        capacity = ray_cluster.worker_capacity(self._config, only_free=True)
+        workers = f"{minimum} worker{'s' if minimum > 1 else ''}"
+        if now > self._last_busy + self._config.wait:
+            reason = f"For {self._config.wait:.0f} s the cluster had no room for {workers}."
+            self._pending.append(lost_error(reason))
+        elif capacity < minimum and (
+            capacity != self._last_capacity or now > self._last_warning + REMINDER_SECONDS
+        ):
+            self._last_capacity, self._last_warning = capacity, now
+            warning = f"waiting for {workers}: the cluster has room for {capacity}"
+            self._pending.append({"warning": warning})
 
 
-def lost_error(what: str) -> LostError:
-    """The refusal when what ran the work is gone."""
+def lost_error(reason: str) -> LostError:
+    """The refusal when workers or Ray are gone."""
     return LostError(
-        what,
-        "workers and a Ray that live to the end; what they had finished is kept.",
-        "run the same command again: it goes on where it stopped.",
+        reason,
+        "workers and a Ray that run to the end; finished work is kept.",
+        "run the same command again: it continues where it stopped.",
     )
 
 
-def line(error: Any, which: int) -> str:
-    """One line of what Ray says, without its colours and what stands in brackets."""
+def error_line(error: Any, index: int) -> str:
+    """One line of an error of Ray, without colours and parentheses, at most 200 characters."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(re.sub(r" *\([^()]*(\([^()]*\)[^()]*)*\)", "", lines[which]), 200)
+    return textwrap.shorten(re.sub(r" *\([^()]*(\([^()]*\)[^()]*)*\)", "", lines[index]), 200)

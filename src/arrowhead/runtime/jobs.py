@@ -1,13 +1,13 @@
-"""A command onto a cluster: Ray Jobs, with a token, a small upload and the job's own exit code.
+"""Run a command on a cluster with Ray Jobs.
 
-    words of a verb        as they would be typed here; `cli.cluster` has understood them
-      -> reach             what answers at the address, whether it takes the token, its nodes
-      -> standing          the folder the job will stand in: this one, if the cluster has it
-      -> submit            the package's source and the TOML go up, never data
-      -> follow            the job's lines as they come, then how it ended
+    connect       checks the address and the token; returns the cluster's nodes
+    job_folder    the job's working directory: this one, if the cluster has it
+    submit        sends the package's source and the TOML file, never data
+    follow_job    prints the job's log as it grows; returns how the job ended
 
-Every call begins with one small request that may take ten seconds and no longer; Ray, whose client
-waits for ever, is imported after that. A cluster that asks for no token is not sent one.
+Ray's job client promises neither a timeout nor that a token stays where it belongs: each command
+here starts with one small request that takes ten seconds at most, and a cluster that asks for no
+token is not sent one. Ray is imported only after that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,35 +33,39 @@ import arrowhead
 from arrowhead.errors import ConfigError, LostError
 from arrowhead.runtime.ray_cluster import token_file
 
-HERE = "http://127.0.0.1:8265"
-LARGEST = 50_000_000  # bytes; the package is under 1 MB, so more is a mistake that Ray would carry
-PATIENCE = 10.0  # seconds for one small request
-STOP_SECONDS = 30  # from a job's SIGTERM to its SIGKILL: Ray's own 3 may not end an MLflow run
-RETRIES = 5  # of a log that broke off, one second apart, then two, …
-FINISHED = {"SUCCEEDED", "FAILED", "STOPPED"}
+LOCAL_ADDRESS = "http://127.0.0.1:8265"
+MAX_UPLOAD_BYTES = 50_000_000  # the package is about 1 MB: anything larger is a mistake
+REQUEST_TIMEOUT_SECONDS = 10.0
+STOP_WAIT_SECONDS = 30  # from a job's SIGTERM to its SIGKILL: Ray's 3 may not end an MLflow run
+MAX_RETRIES = 5  # of an interrupted log: after one second, then two, …
+FINAL_STATES = {"SUCCEEDED", "FAILED", "STOPPED"}
 
-# What Ray writes into a job's log: its own INFO lines, and the command that the user has typed.
-_NOISE = re.compile(
+# Lines that Ray adds to a job's log: its own INFO lines, and the command that was submitted.
+_RAY_LINES = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+INFO \w+\.py:\d+ -- |Running entrypoint for job "
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """Which cluster."""
+    """Which cluster to use."""
 
     address: str | None = None
-    """Its job server, http(s)://HOST:PORT. Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
-    http://127.0.0.1:8265."""
+    """Address of the cluster's job server, http(s)://HOST:PORT. Default: RAY_API_SERVER_ADDRESS,
+    RAY_ADDRESS, or http://127.0.0.1:8265."""
     insecure: bool = False
-    """Go on where others can listen or take part: plain http to another machine (the token would
-    travel readable), or another machine's cluster that asks for no token."""
+    """Allow plain http to another machine (others on the network could read the token), and a
+    cluster on another machine that asks for no token (everyone could run code there)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A job server that answered; token: None where it asks for none; nodes: IP address and
-    resources of each that is alive.
+    """A job server that has answered.
+
+    Attributes:
+        url: Its address.
+        token: The token, None if the server asks for none.
+        nodes: IP address and resources of each node that is alive.
     """
 
     url: str
@@ -71,28 +73,37 @@ class Cluster:
     nodes: tuple[tuple[str, dict[str, float]], ...]
 
     @property
-    def here(self) -> bool:
-        """Whether every node is this machine, so that its paths are ours. An address on loopback
-        alone does not say so: it may be the end of a tunnel.
+    def is_local(self) -> bool:
+        """Whether every node is this machine, so that paths mean the same there.
+
+        The URL does not tell: a loopback address may be the end of a tunnel.
         """
         import psutil
 
-        own = {one.address for card in psutil.net_if_addrs().values() for one in card}
+        own = {one.address for cards in psutil.net_if_addrs().values() for one in cards}
         return bool(self.nodes) and all(address in own for address, _ in self.nodes)
 
     @property
-    def units(self) -> int:
-        """Workers that it has room for: one per GPU, or per CPU where it has no GPU; at least 1."""
+    def worker_capacity(self) -> int:
+        """Workers that it can hold: one per GPU, or per CPU if it has no GPU; at least 1."""
         total = {
-            kind: sum(int(has.get(kind, 0)) for _, has in self.nodes) for kind in ("GPU", "CPU")
+            kind: sum(int(resources.get(kind, 0)) for _, resources in self.nodes)
+            for kind in ("GPU", "CPU")
         }
         return max(1, total["GPU"] or total["CPU"])
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job: its id, Ray's word for its state, exit code (None until there is one), the command,
-    when it began (seconds since 1970) and, where Ray lost it, what Ray says.
+    """A job of the cluster.
+
+    Attributes:
+        job_id: Its submission id.
+        status: Ray's name of its state.
+        exit_code: None until it has ended.
+        command: Its shell command.
+        began: When it started, in seconds since 1970.
+        words: Ray's message about it, one line.
     """
 
     job_id: str
@@ -107,22 +118,24 @@ class Job:
 
 
 def connect(config: ClusterConfig) -> Cluster:
-    """The cluster at the address, asked for its nodes. Raises ConfigError if nothing answers there,
-    if it does not take the token, or if others could read it.
+    """Connect to the job server at the address and get its nodes.
+
+    Raises:
+        ConfigError: Nothing answers there, the token is not accepted, or others could read it.
     """
     url = _url(config)
-    near = _is_near(url)
-    if url.startswith("http:") and not near and not config.insecure:
+    loopback = _is_loopback(url)
+    if url.startswith("http:") and not loopback and not config.insecure:
         raise ConfigError(
-            f"{url} is plain http to another machine: who is on the way could read the token.",
+            f"{url} is plain http to another machine: others on the network could read the token.",
             "https, or a tunnel that ends on this machine.",
             "ssh -L 8265:127.0.0.1:8265 HOST (or kubectl port-forward) and"
-            f" --address {HERE}; or, where you trust the network, --insecure.",
+            f" --address {LOCAL_ADDRESS}; or --insecure, if you trust the network.",
         )
     token = None
     status, body = _get(url, None)
     if status in (401, 403):
-        token, source = _token(url)
+        token, source = _find_token(url)
         status, body = _get(url, token)
         if status in (401, 403):
             raise ConfigError(
@@ -131,11 +144,11 @@ def connect(config: ClusterConfig) -> Cluster:
                 f"copy it from its head node (`ray get-auth-token` there) to {token_file()}, mode"
                 " 0600, or set RAY_AUTH_TOKEN_PATH.",
             )
-    elif status == 200 and not near and not config.insecure:
+    elif status == 200 and not loopback and not config.insecure:
         raise ConfigError(
-            f"{url} asks for no token: whoever reaches it runs code there.",
+            f"{url} asks for no token: everyone who reaches it can run code there.",
             "a cluster with token authentication.",
-            "start it with RAY_AUTH_MODE=token; to use it as it is, --insecure.",
+            "start it with RAY_AUTH_MODE=token, or add --insecure to use it as it is.",
         )
     try:
         if status != 200:
@@ -146,33 +159,34 @@ def connect(config: ClusterConfig) -> Cluster:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"What answers at {url} is no Ray job server ({error}).",
-            "the address of a Ray dashboard, whose port is 8265 unless it was moved.",
-            f"check the address; {HERE} is that of `cluster/local.sh up`.",
+            f"The server at {url} is no Ray job server ({error}).",
+            "the address of a Ray dashboard; its port is 8265 unless it was changed.",
+            f"check the address; {LOCAL_ADDRESS} is that of `cluster/local.sh up`.",
         ) from error
     return Cluster(url, token, nodes)
 
 
 def _url(config: ClusterConfig) -> str:
-    named = {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
-    given = {"--address": config.address} | named
-    name, address = next(((k, v) for k, v in given.items() if v and v != "auto"), ("", HERE))
+    """The URL of the job server: from the flag, the variables, or the default."""
+    variables = {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
+    candidates = ({"--address": config.address} | variables).items()
+    name, address = next(((k, v) for k, v in candidates if v and v != "auto"), ("", LOCAL_ADDRESS))
     gcs = name == "RAY_ADDRESS" and "://" not in address
     parts = urlsplit(address if "://" in address else f"http://{address}")
     try:
-        fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
     except ValueError:
-        fits = False
-    if gcs or not fits or parts.username or parts.query:
+        valid = False
+    if gcs or not valid or parts.username or parts.query:
         raise ConfigError(
-            f"{name} is {address if '@' not in address else 'an address with a name in it'}.",
+            f"{name} is {address if '@' not in address else 'an address with a user name in it'}.",
             "the address of a job server: http://HOST:8265 or https://HOST.",
-            f"give e.g. --address {HERE}.",
+            f"give e.g. --address {LOCAL_ADDRESS}.",
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
-def _is_near(url: str) -> bool:
+def _is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -181,22 +195,23 @@ def _is_near(url: str) -> bool:
 
 
 def _get(url: str, token: str | None) -> tuple[int, bytes]:
-    """Status and body of the list of nodes; ConfigError where nothing answers."""
-    import requests  # Ray's client uses it too: proxies and certificates are the same
+    """Status and body of the list of nodes; ConfigError if nothing answers."""
+    import requests  # as Ray's client does, so proxies and certificates are the same
 
     try:
-        answer = requests.get(
+        response = requests.get(
             f"{url}/api/v0/nodes?limit=10000",
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=PATIENCE,
-            allow_redirects=False,  # a token goes where it was meant to go
+            timeout=REQUEST_TIMEOUT_SECONDS,
+            allow_redirects=False,  # the token goes to no other server
         )
     except requests.RequestException as error:
-        raise _silent(url, error) from error
-    return answer.status_code, answer.content
+        raise _no_answer(url, error) from error
+    return response.status_code, response.content
 
 
-def _silent(url: str, error: Exception) -> ConfigError:
+def _no_answer(url: str, error: Exception) -> ConfigError:
+    """The refusal when no job server answers."""
     why = "it did not answer in time" if "timed out" in str(error) else "nothing listens there"
     if "certificate" in str(error).lower():
         why = "its certificate is not trusted here (REQUESTS_CA_BUNDLE)"
@@ -207,8 +222,8 @@ def _silent(url: str, error: Exception) -> ConfigError:
     )
 
 
-def _token(url: str) -> tuple[str, str]:
-    """The token, and where it was found: where Ray looks, in Ray's order."""
+def _find_token(url: str) -> tuple[str, str]:
+    """The token and its source; the places and their order are Ray's."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token, "RAY_AUTH_TOKEN"
     path = token_file()
@@ -218,7 +233,7 @@ def _token(url: str) -> tuple[str, str]:
         token = ""
     if not token:
         raise ConfigError(
-            f"{url} asks for a token and there is none here.",
+            f"{url} asks for a token, and this machine has none.",
             f"the cluster's token in RAY_AUTH_TOKEN, or in a file: RAY_AUTH_TOKEN_PATH names it,"
             f" else {Path.home() / '.ray' / 'auth_token'}.",
             f"copy it from the head node (`ray get-auth-token` there) to {path}, mode 0600.",
@@ -229,12 +244,19 @@ def _token(url: str) -> tuple[str, str]:
 # --------------------------------------------------------------------------- the folder
 
 
-def standing(cluster: Cluster, shared: list[Path], places: list[str]) -> Path | None:
-    """The folder that the job stands in, so that relative paths mean there what they mean here;
-    None if the cluster does not have it and nothing needs it.
+def job_folder(cluster: Cluster, shared: list[Path], paths: list[str]) -> Path | None:
+    """The job's working directory, in which relative paths mean the same as here.
 
-    shared: folders that every node has under the same path. places: files and folders that the
-    verb will read or write. Raises ConfigError for one that the cluster does not have.
+    Args:
+        cluster: Where the job will run.
+        shared: Folders that every node has under the same path.
+        paths: Files and folders that the command will read or write.
+
+    Returns:
+        The folder; None if the cluster does not have this one and no path needs it.
+
+    Raises:
+        ConfigError: The cluster does not have one of the paths.
     """
     if not cluster.nodes:
         raise ConfigError(
@@ -242,50 +264,56 @@ def standing(cluster: Cluster, shared: list[Path], places: list[str]) -> Path | 
             "a head node that is up.",
             "wait a little and submit again.",
         )
-    here = Path.cwd()
-    if cluster.here:
-        return here
-    folders = [Path(os.path.normpath(here / folder)) for folder in shared]
-    # cwd is a physical path; --shared may name a link to where we are.
+    cwd = Path.cwd()
+    if cluster.is_local:
+        return cwd
+    folders = [Path(os.path.normpath(cwd / folder)) for folder in shared]
+    # cwd is a path without links; --shared may be a link to a folder that contains it.
     real = ((folder, folder.resolve()) for folder in folders)
-    stand = next((f / here.relative_to(r) for f, r in real if here.is_relative_to(r)), None)
-    for place in places:
-        path = Path(os.path.normpath((stand or here) / place))
+    job_cwd = next((f / cwd.relative_to(r) for f, r in real if cwd.is_relative_to(r)), None)
+    for name in paths:
+        path = Path(os.path.normpath((job_cwd or cwd) / name))
         if not any(path.is_relative_to(folder) for folder in folders):
             raise ConfigError(
                 f"{path} is on this machine; {cluster.url} is a cluster of other machines"
                 f" ({', '.join(sorted({address for address, _ in cluster.nodes})[:3])}).",
-                "addresses (s3://…, gs://…), or paths below a folder that every node has.",
-                "copy it to such a place; if the nodes have this folder under the same path, say"
+                "addresses (s3://…, gs://…), or paths in a folder that every node has.",
+                "copy it to such a place; if the nodes have this folder under the same path, add"
                 f" --shared {path.parent}.",
             )
-        if stand is None and not Path(place).is_absolute():
+        if job_cwd is None and not Path(name).is_absolute():
             raise ConfigError(
-                f"{place} is relative to {here}, which the cluster does not have.",
-                "an absolute path, or a command from below --shared.",
+                f"{name} is relative to {cwd}, which the cluster does not have.",
+                "an absolute path, or a command started inside a --shared folder.",
                 f"give {path}.",
             )
-    return stand
+    return job_cwd
 
 
-def must_be_there(
-    cluster: Cluster, shared: list[Path], stand: Path | None, inputs: list[str]
+def check_inputs(
+    cluster: Cluster, shared: list[Path], folder: Path | None, inputs: list[str]
 ) -> None:
-    """Refuse, before anything is sent, what the verb is to read and is not there.
+    """Raise ConfigError for an input that does not exist, before anything is sent.
 
-    Only where this machine sees what the cluster will see: its own disk, or a shared folder that it
-    has. stand: as `standing` gives it.
+    Checks only what this machine sees as the cluster does: its own disk, and shared folders that
+    exist here too.
+
+    Args:
+        cluster: Where the job will run.
+        shared: Folders that every node has under the same path.
+        folder: The job's working directory, from `job_folder`.
+        inputs: Files and folders that the command will read.
     """
-    here = Path.cwd()
-    folders = [Path(os.path.normpath(here / folder)) for folder in shared]
-    for place in inputs:
-        path = Path(os.path.normpath((stand or here) / place))
-        seen = cluster.here or any(path.is_relative_to(f) and f.is_dir() for f in folders)
-        if seen and not os.path.lexists(path):
+    cwd = Path.cwd()
+    folders = [Path(os.path.normpath(cwd / one)) for one in shared]
+    for name in inputs:
+        path = Path(os.path.normpath((folder or cwd) / name))
+        visible = cluster.is_local or any(path.is_relative_to(f) and f.is_dir() for f in folders)
+        if visible and not os.path.lexists(path):
             raise ConfigError(
-                f"{path} is not there.",
+                f"{path} does not exist.",
                 "a file or folder to read.",
-                f"check the path; relative ones begin at {stand or here}.",
+                f"check the path; relative ones start at {folder or cwd}.",
             )
 
 
@@ -294,54 +322,61 @@ def must_be_there(
 
 def submit(
     cluster: Cluster,
-    words: list[str],
+    command: list[str],
     *,
     folder: Path | None,
     config: Path | None = None,
-    variables: dict[str, str] | None = None,
-    need: str | None = None,
+    env_vars: dict[str, str] | None = None,
+    required_variable: str | None = None,
 ) -> tuple[str, int]:
-    """Start `arrowhead WORDS` on the head node; the job's id and the bytes that were sent.
+    """Start `arrowhead COMMAND` on the head node.
 
-    folder: where it stands; None: in a folder of Ray's, gone afterwards. config: a TOML file, sent
-    along. variables: environment of the job; whoever may list jobs sees it. need: a variable that
-    the head node must have set, or the job ends with exit code 2.
+    Args:
+        cluster: Where to run.
+        command: The command's words, without "arrowhead".
+        folder: Its working directory; None: a temporary folder of Ray's.
+        config: A TOML file that is sent along for --config.
+        env_vars: Environment variables of the job; everyone who may list jobs sees them.
+        required_variable: A variable that must be set on the head node; if it is not, the job ends
+            with exit code 2.
+
+    Returns:
+        The job's id, and how many bytes were sent.
     """
     toml = ""
-    if config is not None:  # it lies where the job begins: in Ray's copy of what was sent
+    if config is not None:  # it is in the folder where the job starts: Ray's copy of the upload
         toml = f'--config "${"OLDPWD" if folder else "PWD"}"{shlex.quote(f"/{config.name}")} '
-    # -P: what lies in the folder is not imported.
-    line = f"exec python -P -m arrowhead {toml}{shlex.join(words)}"
+    # -P: import nothing from the working directory.
+    line = f"exec python -P -m arrowhead {toml}{shlex.join(command)}"
     if folder is not None:
         line = f"cd {shlex.quote(str(folder))} && {line}"
-    if need is not None:  # ${NAME:?words} would end bash, which /bin/sh may be, with 127
-        words_of_it = f"arrowhead: {need} is not set on the head node: set it, or give the flag"
-        line = (
-            f'[ -n "${{{need}:-}}" ] || {{ echo {shlex.quote(words_of_it)} >&2; exit 2; }}; {line}'
-        )
-    with tempfile.TemporaryDirectory(prefix="arrowhead-job-") as draft:
-        size = _pack(Path(draft), config)
+    if required_variable is not None:  # ${NAME:?text} would end bash with 127
+        name = required_variable
+        message = f"arrowhead: {name} is not set on the head node: set it, or give the flag"
+        line = f'[ -n "${{{name}:-}}" ] || {{ echo {shlex.quote(message)} >&2; exit 2; }}; {line}'
+    with tempfile.TemporaryDirectory(prefix="arrowhead-job-") as upload:
+        size = _copy_source(Path(upload), config)
         with _client(cluster) as client:
-            patience = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
-            runtime = {"working_dir": draft, "env_vars": patience | (variables or {})}
-            job_id = client.submit_job(entrypoint=line, runtime_env=runtime)
+            stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}
+            runtime_env = {"working_dir": upload, "env_vars": stop_wait | (env_vars or {})}
+            job_id = client.submit_job(entrypoint=line, runtime_env=runtime_env)
     return str(job_id), size
 
 
-def _pack(folder: Path, config: Path | None) -> int:
-    """Fill the folder that is sent: our source, the TOML, nothing else. Its bytes."""
+def _copy_source(folder: Path, config: Path | None) -> int:
+    """Copy the package's source and the TOML file to the folder that is sent; their bytes."""
     source = Path(arrowhead.__file__).parent
     files = {path: f"arrowhead/{path.relative_to(source)}" for path in sorted(source.rglob("*.py"))}
     files[source / "py.typed"] = "arrowhead/py.typed"
     if config is not None:
         files[config] = config.name
     size = sum(path.stat().st_size for path in files)
-    if size > LARGEST:
+    if size > MAX_UPLOAD_BYTES:
         largest = max(files, key=lambda path: path.stat().st_size)
         raise ConfigError(
             f"{size / 1e6:.0f} MB would be sent to the cluster, most of it {largest}.",
-            f"{LARGEST / 1e6:.0f} MB at most: every node keeps a copy for every job.",
-            "keep data in a place that the cluster reads (s3://…, a shared folder) and name it.",
+            f"{MAX_UPLOAD_BYTES / 1e6:.0f} MB at most: every node keeps a copy for every job.",
+            "put data where the cluster can read it (s3://…, a shared folder) and give its path.",
         )
     for path, name in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -349,118 +384,93 @@ def _pack(folder: Path, config: Path | None) -> int:
     return size
 
 
-def look(cluster: Cluster, job_id: str) -> Job:
-    """How a job is doing. Raises ConfigError for a job that the cluster does not know."""
+def get_job(cluster: Cluster, job_id: str) -> Job:
+    """The job with this id. Raises ConfigError if the cluster does not know it."""
     with _client(cluster) as client:
         return _job(client.get_job_info(job_id))
 
 
-def listed(cluster: Cluster) -> list[Job]:
+def list_jobs(cluster: Cluster) -> list[Job]:
     """The jobs that the cluster knows, oldest first."""
     with _client(cluster) as client:
         jobs = [_job(info) for info in client.list_jobs() if info.submission_id]
     return sorted(jobs, key=lambda job: job.began or 0)
 
 
-def stop(cluster: Cluster, job_id: str) -> bool:
+def stop_job(cluster: Cluster, job_id: str) -> bool:
     """Ask a job to end; whether it was running."""
     with _client(cluster) as client:
         return bool(client.stop_job(job_id))
 
 
-def logs(cluster: Cluster, job_id: str) -> list[str]:
-    """What a job has written so far, line by line, without Ray's own lines."""
+def read_log(cluster: Cluster, job_id: str) -> list[str]:
+    """The lines of a job's log so far, without Ray's own."""
     with _client(cluster) as client:
-        written = client.get_job_logs(job_id).splitlines()
-    return [line for line in written if not _NOISE.match(line)]
+        lines = client.get_job_logs(job_id).splitlines()
+    return [line for line in lines if not _RAY_LINES.match(line)]
 
 
-def follow(cluster: Cluster, job_id: str, say: Callable[[str], None]) -> Job:
-    """Say every line of a job's log as it comes, until it ends; how it ended.
+def follow_job(cluster: Cluster, job_id: str, show: Callable[[str], None]) -> Job:
+    """Show each line of a job's log as it comes, until the job ends.
 
-    Raises LostError when the cluster is not there any more, or when Ray lost the job.
+    Returns:
+        The ended job.
+
+    Raises:
+        LostError: The cluster does not answer any more, or Ray lost the job.
     """
-    said = 0  # characters; a log that broke off is told from its beginning again
-    with _client(cluster) as client, _interrupts() as look:
+    shown = 0  # characters: after an interruption the log comes again from its beginning
 
-        async def tell() -> None:
-            nonlocal said
-            seen, rest = 0, ""
-            async for text in client.tail_job_logs(job_id):
-                look()
-                seen += len(text)
-                if seen <= said:
-                    continue
-                fresh = text[len(text) - (seen - said) :]
-                *lines, rest = (rest + fresh).split("\n")
-                for line in lines:
-                    if not _NOISE.match(line):
-                        say(line)
-                said = seen - len(rest)
-            if rest:
-                say(rest)
+    async def show_log(client: Any) -> None:
+        nonlocal shown
+        received, rest = 0, ""
+        async for text in client.tail_job_logs(job_id):
+            received += len(text)
+            if received <= shown:
+                continue
+            new = text[len(text) - (received - shown) :]
+            *lines, rest = (rest + new).split("\n")
+            for line in lines:
+                if not _RAY_LINES.match(line):
+                    show(line)
+            shown = received - len(rest)
+        if rest:
+            show(rest)
 
-        for attempt in range(RETRIES + 1):
+    with _client(cluster) as client:
+        for attempt in range(MAX_RETRIES + 1):
             try:
-                asyncio.run(tell())
-                look()
-                while (job := _job(client.get_job_info(job_id))).status not in FINISHED:
+                asyncio.run(show_log(client))
+                while (job := _job(client.get_job_info(job_id))).status not in FINAL_STATES:
                     time.sleep(0.5)
                 break
-            except Exception as error:  # of aiohttp, requests and Ray, according to the moment
+            except Exception as error:  # of aiohttp, requests or Ray, depending on the moment
                 if _is_unknown(error):
                     raise
-                if attempt == RETRIES:
+                if attempt == MAX_RETRIES:
                     raise LostError(
-                        f"{cluster.url} answers no more; job {job_id} may go on.",
-                        "a way to the cluster that stays open.",
+                        f"{cluster.url} does not answer any more; job {job_id} may still run.",
+                        "a connection to the cluster that stays open.",
                         f"when it answers again: arrowhead jobs logs {job_id} --follow",
                     ) from error
                 time.sleep(attempt + 1)
     if job.status == "FAILED" and job.exit_code is None:
         raise LostError(
             f"Ray lost job {job_id}: {job.words}",
-            "a job that runs to its own end; what it had finished is kept.",
-            "submit the same command again: it goes on where it stopped.",
+            "a job that runs to its end; finished work is kept.",
+            "submit the same command again: it continues where it stopped.",
         )
     return job
 
 
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C or SIGTERM is an interrupt at once inside this block, or at the next call of what it
-    gives.
-
-    asyncio's own way cancels the task, and libraries that wait for a connection may lose that.
-    """
-    pressed: list[int] = []
-
-    def press(number: int, frame: Any) -> None:
-        pressed.append(number)
-        raise KeyboardInterrupt
-
-    def look() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # signals are the main one's
-        yield look
-        return
-    before = {one: signal.signal(one, press) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield look
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
 def _job(info: Any) -> Job:
+    """Ray's details of a job as a `Job`, with the exit code that a shell would show."""
     status, code = str(info.status), info.driver_exit_code
     if status == "STOPPED":
         code = 130
-    elif status not in FINISHED:
+    elif status not in FINAL_STATES:
         code = None
-    elif code is not None and code < 0:  # by a signal: as a shell says it
+    elif code is not None and code < 0:  # ended by a signal
         code = 128 - code
     return Job(
         job_id=info.submission_id,
@@ -478,8 +488,8 @@ def _is_unknown(error: Exception) -> bool:
 
 @contextmanager
 def _client(cluster: Cluster) -> Iterator[Any]:
-    """Ray's client of this cluster; what it raises inside comes out in three parts."""
-    # Its variables beat the address it is given.
+    """Ray's job client of this cluster; its errors inside the block become refusals."""
+    # Ray prefers this variable to the address that it is given.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = cluster.url
     import requests
@@ -488,24 +498,24 @@ def _client(cluster: Cluster) -> Iterator[Any]:
 
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)
-    # Said outright: RAY_AUTH_MODE would have to be in the environment before ray was imported.
+    # Explicit, because Ray reads RAY_AUTH_MODE only when it is imported.
     headers = {"Authorization": f"Bearer {cluster.token}"} if cluster.token else {}
     try:
         yield JobSubmissionClient(cluster.url, headers=headers)
     except AuthenticationError as error:
         raise ConfigError(
-            f"{cluster.url} takes the token no more.",
+            f"{cluster.url} no longer accepts the token.",
             "the token that this cluster was started with.",
             "run the command again.",
         ) from error
     except (requests.RequestException, ConnectionError) as error:
-        raise _silent(cluster.url, error) from error
+        raise _no_answer(cluster.url, error) from error
     except RuntimeError as error:
         if not _is_unknown(error):
             raise
         raise ConfigError(
             f"{cluster.url} knows no such job.",
-            "the id of a job of this cluster; a cluster that was started anew has none.",
+            "the id of a job on this cluster; after a restart it has no jobs.",
             "see `arrowhead jobs list`.",
         ) from error
     finally:

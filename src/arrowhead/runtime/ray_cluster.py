@@ -1,10 +1,11 @@
-"""The Ray cluster that work is done on: joined or started, its lock, its machines and their room.
+"""Join or start the Ray cluster that does the work; know its machines and their free resources.
 
-    connect        the cluster at an address, or a Ray of our own with its token on
-    size, room     how many workers it can hold: now, and when it is full-grown
-    going, deaf    machines that are announced to go, or that take no connection
+    connect                           the cluster at an address, or a private Ray with a token
+    worker_count, worker_capacity     how many workers it can hold: now, and with its autoscaler
+    draining_nodes, unreachable_nodes machines that will be taken away, or do not answer
 
-Much of this Ray has no public way to ask for: what is private of it is in `runtime.ray_private`.
+Ray promises neither that an unreachable or draining machine gets no work, nor that waiting for
+resources ends; Ray's private names needed for that are in `runtime.ray_private`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from arrowhead.errors import ConfigError
 from arrowhead.runtime import ray_private, signals
 
-START_SECONDS = 20.0  # an interrupt waits until Ray has started, for so long at most
+STARTUP_TIMEOUT_SECONDS = 20.0  # an interrupt waits until Ray has started, at most this long
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +35,16 @@ class LaunchConfig:
     """Where the work is done."""
 
     workers: int | str = 0
-    """0: in this process. N: a Ray Train group of N workers, one per GPU, or per CPU. MIN:MAX (e.g.
-    1:2): as many as there is room for, and on with fewer when some are lost."""
+    """0: run in this process. N: N Ray Train workers, one per GPU, or one per CPU if there are too
+    few GPUs. MIN:MAX (e.g. 1:2): as many as the cluster has room for; if workers are lost, continue
+    with fewer."""
     address: str | None = None
-    """Of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a Ray of our own."""
+    """Address of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a new Ray on
+    this machine."""
     restarts: int = 3
-    """How often a group that lost a worker is started again before the command gives up."""
+    """How often to start the workers again after one is lost, before the command gives up."""
     wait: float = 1800.0
-    """Seconds to wait for machines with room for the workers before the command gives up."""
+    """Seconds to wait until the cluster has room for the workers, before the command gives up."""
 
     def __post_init__(self) -> None:
         if self.restarts < 0:
@@ -69,49 +72,56 @@ class LaunchConfig:
 
     @property
     def min_workers(self) -> int:
-        """Workers without which no group is started; 0: this process."""
+        """The smallest worker group that is started; 0: this process."""
         return int(str(self.workers).partition(":")[0])
 
     @property
     def max_workers(self) -> int:
-        """Workers of a group that has all the room it asks for; 0: this process."""
+        """The size of the worker group if the cluster has room for it; 0: this process."""
         return int(str(self.workers).rpartition(":")[2])
 
 
 def connect(config: LaunchConfig) -> None:
-    """Join the cluster, or start a Ray of our own: loopback dashboard, token on."""
-    secure()
-    # A rank's second report waits until Ray has asked for its first, every 2 s if left alone.
+    """Join the cluster, or start a private Ray with token authentication and no dashboard.
+
+    Raises:
+        ConfigError: The cluster does not answer, or Ray does not start.
+    """
+    enable_token_auth()
+    # A rank's second report waits until Ray has read its first one; the default is every 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # Room is there at once or has to be counted again; left alone Ray hopes for it for a minute.
+    # By default Ray waits a minute for resources. If they are not free at once, count them again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray
 
     if ray.is_initialized():
         return
-    must_fit()
+    check_ray_version()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        _must_answer(address)
-    else:  # nobody takes this machine back; the process that would look for it takes seconds
+        _check_reachable(address)
+    else:  # nobody preempts this machine, and the process that watches for it takes seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    own: dict[str, Any] = {"num_cpus": max(config.max_workers, os.cpu_count() or 1)}
+    private_ray = {
+        "num_cpus": max(config.max_workers, os.cpu_count() or 1),
+        "include_dashboard": False,
+    }
     before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"  # for Ray's processes and all of theirs
+    os.environ["PYTHONSAFEPATH"] = "1"  # inherited by all of Ray's processes
     try:
-        # Interrupted half way, Ray aborts this process or leaves its agents behind for a minute.
-        with signals.deferred(START_SECONDS), signals.kept():
+        # Interrupted half way, Ray aborts this process or leaves its agents for a minute.
+        with signals.deferred(STARTUP_TIMEOUT_SECONDS), signals.keep_handlers():
             ray.init(
                 address=address or "local",
-                job_config=ray_private.nothing_from_our_folder(),
-                log_to_driver=False,  # workers report through the desk; Ray's own lines drown it
+                job_config=ray_private.job_config_without_cwd(),
+                log_to_driver=False,  # workers report through the task queue
                 logging_level="warning",
-                **({} if address else own | {"include_dashboard": False}),
+                **({} if address else private_ray),
             )
     except ConnectionError as error:
-        raise _no_cluster(str(address), error) from error
-    except Exception as error:  # of many kinds, according to which process is missing
-        raise _no_start(address, error) from error
+        raise _unreachable_error(str(address), error) from error
+    except Exception as error:  # of many types, depending on which process is missing
+        raise _start_error(address, error) from error
     finally:
         os.environ.pop("PYTHONSAFEPATH")
         if before is not None:
@@ -119,62 +129,65 @@ def connect(config: LaunchConfig) -> None:
     atexit.register(ray.shutdown)
 
 
-def must_fit() -> None:
-    """Refuse a Ray that lacks what we use of its private names."""
+def check_ray_version() -> None:
+    """Raise ConfigError if this Ray lacks one of the private names that Arrowhead uses."""
     import ray
 
-    if lacking := ray_private.missing():
+    if names := ray_private.missing_names():
         raise ConfigError(
-            f"Ray {ray.__version__} has no {lacking[0]} that Arrowhead can use"
-            f"{f' (and {len(lacking) - 1} more)' if lacking[1:] else ''}.",
+            f"Ray {ray.__version__} has no {names[0]} that Arrowhead can use"
+            f"{f' (and {len(names) - 1} more)' if names[1:] else ''}.",
             "the version in requirements.lock, or another that pyproject.toml allows.",
-            "install that one, or run with --workers 0.",
+            "install that version, or run with --workers 0.",
         )
 
 
-def _must_answer(address: str) -> None:
-    """Refuse a HOST:PORT where nothing listens; Ray itself would wait there for ever."""
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError if nothing listens at HOST:PORT; Ray itself would wait forever."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():  # auto, local: Ray finds these without waiting
+    if not port.isdigit():  # auto, local: Ray resolves these without waiting
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise _no_cluster(address, error) from error
+        raise _unreachable_error(address, error) from error
 
 
-def _no_cluster(address: str, error: Exception) -> ConfigError:
+def _unreachable_error(address: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"No Ray cluster answers at {address}: {error}.",
         "the address of a running head node.",
-        "start one (`ray start --head`), or leave --address out for a Ray of this machine.",
+        "start one (`ray start --head`), or leave out --address to start Ray on this machine.",
     )
 
 
-def _no_start(address: str | None, error: BaseException) -> ConfigError:
-    """Ray raises its own words, or ends the process with them, when a raylet or GCS is missing."""
+def _start_error(address: str | None, error: BaseException) -> ConfigError:
+    """The refusal when Ray does not start: the first line of Ray's message, without colours."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
     why = textwrap.shorten(lines[0], 200)
     if address:
         return ConfigError(
-            f"The Ray at {address} answers, but knows no node on this machine: {why}",
-            "a machine that is a node of that cluster: a raylet runs on it.",
+            f"The Ray cluster at {address} answers, but this machine is not a node of it: {why}",
+            "a node of that cluster: a machine on which its raylet runs.",
             f"start one here (`ray start --address {address}`), or send the command to the cluster"
             " with `arrowhead submit`.",
         )
     return ConfigError(
         f"Ray does not start on this machine: {why}",
-        "its processes (raylet, GCS) running, with memory and room below /tmp and /dev/shm.",
+        "running Ray processes (raylet, GCS), with free memory and space in /tmp and /dev/shm.",
         "see /tmp/ray/session_latest/logs, or run with --workers 0, which needs no Ray.",
     )
 
 
-def secure() -> Path:
-    """Switch Ray's token authentication on; the token file, made (mode 0600) if there is none.
+def enable_token_auth() -> Path:
+    """Turn on Ray's token authentication; create the token file (mode 0600) if it is missing.
 
-    Without it anyone who reaches the job port runs code here (CVE-2023-48022).
+    Without a token, anyone who reaches the job port can run code here (CVE-2023-48022).
+
+    Returns:
+        The token file.
     """
-    if "ray" not in sys.modules:  # ray reads it once, at import; later, ray.init sees to it
+    if "ray" not in sys.modules:  # ray reads this once, when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     path = token_file()
     if not path.exists() and "RAY_AUTH_TOKEN" not in os.environ:
@@ -192,179 +205,180 @@ def token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def address() -> str | None:
+def cluster_address() -> str | None:
     """Address of the Ray cluster this machine belongs to, None without one."""
-    found = ray_private.gcs_addresses()
-    return os.environ.get("RAY_ADDRESS") or (found[0] if found else None)
+    addresses = ray_private.gcs_addresses()
+    return os.environ.get("RAY_ADDRESS") or (addresses[0] if addresses else None)
 
 
-def is_own() -> bool:
-    """Whether the Ray that we are in was started by this process, and ends with it."""
-    node = ray_private.own_node()
+def is_private() -> bool:
+    """Whether this process started the Ray it uses, so that Ray ends with it."""
+    node = ray_private.local_node()
     return bool(node and node.is_head())
 
 
 def is_dead() -> bool:
-    """Whether a process of a Ray that we started (raylet, GCS) has died."""
-    node = ray_private.own_node()
+    """Whether a process (raylet, GCS) of a private Ray has died."""
+    node = ray_private.local_node()
     return bool(node and node.dead_processes())
 
 
-def beside_us() -> Any:
-    """Where this process runs: no machine that goes takes what is placed so."""
+def on_this_node() -> Any:
+    """A scheduling strategy: on the driver's machine, so the loss of another does no harm."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-# ------------------------------------------------------------------------- machines and room
+# ------------------------------------------------------------------- machines and resources
 
 
-SETTLE_SECONDS = 5.0  # seconds that Ray may take to give back what a lost group held
+RELEASE_SECONDS = 5.0  # that Ray may take to free the resources of a lost group
 
 
-def size(config: LaunchConfig) -> int | tuple[int, int]:
-    """What Ray Train is asked for: so many workers, or from so many to so many.
+def worker_count(config: LaunchConfig) -> int | tuple[int, int]:
+    """The number of workers to request from Ray Train, or a range (min, max) for an elastic group.
 
-    Ray's elastic groups follow what the machines have, not what is free of it, and then wait for
-    room that others hold. So the range ends where the free room does, unless all of it is free:
-    then machines that join later, or that an autoscaler brings, make the group larger.
+    Ray's elastic groups follow the total resources of the machines, not the free ones, and then
+    wait for resources that others hold. So the range ends at the free resources, unless all
+    resources are free: then machines that join later make the group larger.
     """
-    if (limit := _most(config)) < config.min_workers:
+    if (limit := _max_capacity(config)) < config.min_workers:
         raise ConfigError(
-            f"--workers is {config.workers}; the cluster grows to {limit} at most.",
-            "no more workers than it has CPUs (GPUs, where it has enough) when it is full-grown.",
+            f"--workers is {config.workers}; the cluster can grow to {limit} at most.",
+            "no more workers than its CPUs (or GPUs, if it has enough) at its maximum size.",
             f"give --workers {limit}, or raise max_workers in the cluster's file.",
         )
     if config.min_workers == config.max_workers:
         return config.max_workers
-    recount()
-    until = time.monotonic() + SETTLE_SECONDS
-    while (free := room(config, free=True)) < min(
-        config.max_workers, there := room(config, free=False)
-    ):
-        if time.monotonic() > until:
+    refresh_resources()
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while True:
+        free = worker_capacity(config, only_free=True)
+        wanted = min(config.max_workers, worker_capacity(config, only_free=False))
+        if free >= wanted or time.monotonic() > deadline:
             break
         time.sleep(0.25)
-    most = (
-        config.max_workers
-        if free >= min(config.max_workers, there)
-        else max(free, config.min_workers)
-    )
-    return (config.min_workers, most) if config.min_workers < most else most
+    limit = config.max_workers if free >= wanted else max(free, config.min_workers)
+    return (config.min_workers, limit) if config.min_workers < limit else limit
 
 
-def room(config: LaunchConfig, free: bool) -> int:
-    """Workers that the cluster can hold: in all of its machines, or in the free room of those that
-    are to stay.
+def worker_capacity(config: LaunchConfig, only_free: bool) -> int:
+    """How many workers the cluster can hold.
+
+    Args:
+        config: The request; decides whether a worker takes a GPU.
+        only_free: Count the free resources of machines that are not draining, else all resources.
     """
     import ray
 
-    kinds = _kinds(config)
-    if not free:
+    kinds = _resource_kinds(config)
+    if not only_free:
         return _workers(kinds, ray.cluster_resources())
-    nodes, leaving = ray_private.free_resources(), going()
-    return sum(_workers(kinds, its) for node, its in nodes.items() if node not in leaving)
+    nodes, draining = ray_private.free_resources(), draining_nodes()
+    return sum(_workers(kinds, free) for node, free in nodes.items() if node not in draining)
 
 
-def _kinds(config: LaunchConfig) -> list[str]:
-    """What each worker takes one of."""
+def _resource_kinds(config: LaunchConfig) -> list[str]:
+    """The resources of which each worker takes one unit."""
     return ["CPU", "GPU"] if gpus() >= config.min_workers else ["CPU"]
 
 
 def _workers(kinds: list[str], resources: dict[str, float]) -> int:
-    """Workers that resources suffice for."""
+    """How many workers the resources are enough for."""
     return int(min(resources.get(kind, 0) for kind in kinds))
 
 
 def gpus() -> int:
-    """GPUs of the cluster, with those that its autoscaler may bring."""
+    """GPUs of the cluster, including those that its autoscaler may add."""
     import ray
 
-    return int(max(ray.cluster_resources().get("GPU", 0), _full_grown().get("GPU", 0)))
+    return int(max(ray.cluster_resources().get("GPU", 0), _autoscaler_limits().get("GPU", 0)))
 
 
-def _full_grown() -> dict[str, float]:
-    """CPUs and GPUs of the cluster when its autoscaler has brought all it may; empty if unknown.
+def _autoscaler_limits() -> dict[str, float]:
+    """CPUs and GPUs of the cluster at its maximum size; empty if unknown.
 
-    Ray's autoscaler tells nobody what it may bring. `ray up` leaves its file on the head, where
-    drivers run; it says nothing of a Ray of our own there.
+    Ray has no call for this. `ray up` leaves its configuration file on the head node, where drivers
+    run; that file says nothing about a private Ray on the same machine.
     """
     import yaml  # type: ignore[import-untyped]
 
-    if is_own():
+    if is_private():
         return {}
     try:
-        file = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
-        kinds, limit, head = (
-            file["available_node_types"],
-            file["max_workers"],
-            file["head_node_type"],
+        config = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
+        node_types, max_workers, head = (
+            config["available_node_types"],
+            config["max_workers"],
+            config["head_node_type"],
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return {}
-    grown = {}
-    for what in ("CPU", "GPU"):
-        has = {kind: its.get("resources", {}).get(what, 0) for kind, its in kinds.items()}
-        most = {kind: min(its.get("max_workers", limit), limit) for kind, its in kinds.items()}
-        machines = sorted((has[kind] for kind in kinds for _ in range(most[kind])), reverse=True)
-        grown[what] = float(has[head] + sum(machines[:limit]))
-    return grown
+    count = {k: min(v.get("max_workers", max_workers), max_workers) for k, v in node_types.items()}
+    limits = {}
+    for resource in ("CPU", "GPU"):
+        units = {k: v.get("resources", {}).get(resource, 0) for k, v in node_types.items()}
+        machines = sorted((units[k] for k in node_types for _ in range(count[k])), reverse=True)
+        limits[resource] = float(units[head] + sum(machines[:max_workers]))
+    return limits
 
 
-def _most(config: LaunchConfig) -> int:
-    """Workers that a cluster with an autoscaler can ever hold; without one, any number."""
+def _max_capacity(config: LaunchConfig) -> int:
+    """How many workers a cluster with an autoscaler can ever hold; without one, any number."""
     import ray
 
-    grown = _full_grown()
-    there = ray.cluster_resources()
-    most = {kind: max(grown.get(kind, 0), there.get(kind, 0)) for kind in ("CPU", "GPU")}
-    return _workers(_kinds(config), most) if grown else config.max_workers
+    limits = _autoscaler_limits()
+    now = ray.cluster_resources()
+    resources = {kind: max(limits.get(kind, 0), now.get(kind, 0)) for kind in ("CPU", "GPU")}
+    return _workers(_resource_kinds(config), resources) if limits else config.max_workers
 
 
-def going() -> dict[str, int]:
-    """Machines that are announced to go (node ids), and when: milliseconds since 1970, or 0."""
+def draining_nodes() -> dict[str, int]:
+    """Machines that will be taken away: node id -> when, in ms since 1970 (0: unknown)."""
     return ray_private.draining_nodes()
 
 
-def deaf() -> list[str]:
-    """Machines that Ray takes for alive and that take no connection."""
+def unreachable_nodes() -> list[str]:
+    """Addresses of machines that Ray lists as alive but that accept no connection."""
     import ray
 
-    found = []
+    addresses = []
     for node in ray.nodes():
-        place = node["NodeManagerAddress"], node["NodeManagerPort"]
         try:
             if node["Alive"]:
-                socket.create_connection(place, timeout=2).close()
+                raylet = node["NodeManagerAddress"], node["NodeManagerPort"]
+                socket.create_connection(raylet, timeout=2).close()
         except OSError:
-            found.append(node["NodeManagerAddress"])
-    return found
+            addresses.append(node["NodeManagerAddress"])
+    return addresses
 
 
-def recount() -> None:
-    """Have Ray's elastic groups see what machines there are now: they look every 20 s only."""
+def refresh_resources() -> None:
+    """Make Ray's elastic groups see the machines of now; by themselves they look every 20 s."""
     with contextlib.suppress(Exception):
-        ray_private.recount()
+        ray_private.refresh_resources()
 
 
 def placement_groups() -> dict[str, str]:
-    """Those of this process that are not removed, with their states."""
+    """Placement groups of this process that are not removed: id -> state."""
     import ray
     from ray.util.placement_group import placement_group_table
 
-    ours = ray.get_runtime_context().get_job_id()  # the end of their names
-    states = {name: one["state"] for name, one in placement_group_table().items()}
-    return {k: state for k, state in states.items() if k.endswith(ours) and state != "REMOVED"}
+    job_id = ray.get_runtime_context().get_job_id()  # the end of their ids
+    states = {group_id: group["state"] for group_id, group in placement_group_table().items()}
+    return {k: state for k, state in states.items() if k.endswith(job_id) and state != "REMOVED"}
 
 
-def give_back(groups: Iterable[str]) -> None:
-    """Free the room of a group that is gone. Where one fails while its workers are joined to each
-    other, Ray keeps the room as long as this process lives, and the next group would wait for it.
+def remove_placement_groups(group_ids: Iterable[str]) -> None:
+    """Free the resources of a worker group that has ended.
+
+    If a group fails while its workers are connected to each other, Ray keeps its resources as long
+    as this process lives, and the next group would wait for them.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    for name in groups:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
+    for group_id in group_ids:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group_id)))

@@ -1,8 +1,9 @@
-"""The corners of Ray that have no public way in: all of them, and whether they are there.
+"""All uses of Ray's private names, and a check that the installed Ray has them.
 
-Ray promises none of these names. `NAMES` lists each with the parameters that we pass, and `missing`
-compares the list with the Ray that is installed before a cluster is joined, so that another version
-of Ray is refused in words. Above the newest version they were seen in, pyproject.toml takes none.
+Ray may change these names at any time. `NAMES` lists each with the parameters that Arrowhead
+passes. Before a cluster is joined, `missing_names` compares the list with the installed Ray, so
+another version of Ray is refused with a clear message. pyproject.toml allows no version of Ray
+newer than the newest one known to have all of these names.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Iterable
 from typing import Any
 
 _TRAIN = "ray.train.v2._internal"
-_COORDINATOR = "AutoscalingCoordinator"  # name and namespace of an actor of Ray's
+_COORDINATOR = "AutoscalingCoordinator"  # name and namespace of a Ray actor
 
-# Module, name in it, and the parameters that we pass; None for what is no function.
+# Module, name in it, and the parameters that Arrowhead passes (None: not a function).
 NAMES: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("ray._private.services", "find_gcs_addresses", ()),
     ("ray._private.worker", "_global_node", None),
@@ -37,7 +38,6 @@ NAMES: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
         ("self", "worker_group", "backend_config"),
     ),
     (f"{_TRAIN}.execution.worker_group.worker_group", "WorkerGroup.execute", ()),
-    (f"{_TRAIN}.execution.storage", "StorageContext.experiment_fs_path", None),
     (f"{_TRAIN}.exceptions", "WorkerHealthCheckTimeoutError", None),
     (f"{_TRAIN}.exceptions", "WorkerHealthCheckFailedError", None),
     (f"{_TRAIN}.exceptions", "WorkerGroupStartupTimeoutError", None),
@@ -51,27 +51,27 @@ NAMES: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
 )
 
 
-def missing() -> list[str]:
-    """The names that this Ray lacks, or that do not take our parameters any more."""
+def missing_names() -> list[str]:
+    """The names that this Ray lacks, or that no longer take the parameters in `NAMES`."""
     import ray.job_config
 
-    lacking = []
+    missing = []
     for module, name, parameters in NAMES:
         try:
-            found: Any = importlib.import_module(module)
+            value: Any = importlib.import_module(module)
             for part in name.split("."):
-                found = getattr(found, part)
-            fits = parameters is None or {*parameters} <= {*inspect.signature(found).parameters}
+                value = getattr(value, part)
+            matches = parameters is None or {*parameters} <= {*inspect.signature(value).parameters}
         except (ImportError, AttributeError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            lacking.append(f"{module}.{name}")
+            matches = False
+        if not matches:
+            missing.append(f"{module}.{name}")
     if not isinstance(getattr(ray.job_config.JobConfig(), "_py_driver_sys_path", None), list):
-        lacking.append("ray.job_config.JobConfig._py_driver_sys_path")
-    return lacking
+        missing.append("ray.job_config.JobConfig._py_driver_sys_path")
+    return missing
 
 
-# --------------------------------------------------------------------- the Ray we are in
+# ------------------------------------------------------------------- the connected cluster
 
 
 def gcs_addresses() -> list[str]:
@@ -81,71 +81,79 @@ def gcs_addresses() -> list[str]:
     return sorted(services.find_gcs_addresses())
 
 
-def own_node() -> Any:
+def local_node() -> Any:
     """The node that this process has started, with `is_head` and `dead_processes`; or None."""
-    import ray._private.worker as inside
+    import ray._private.worker as ray_worker
 
-    return getattr(inside, "_global_node", None)
+    return getattr(ray_worker, "_global_node", None)
 
 
 def draining_nodes() -> dict[str, int]:
-    """Machines that are announced to go (node ids), and when: milliseconds since 1970, or 0."""
-    import ray._private.state as inside
+    """Machines that will be taken away: node id -> when, in ms since 1970 (0: unknown)."""
+    import ray._private.state as ray_state
 
-    return dict(inside.state.get_draining_nodes())
+    return dict(ray_state.state.get_draining_nodes())
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """What is free of each machine, by node id."""
-    import ray._private.state as inside
+    """Free resources of each machine, by node id."""
+    import ray._private.state as ray_state
 
-    return dict(inside.available_resources_per_node())
+    return dict(ray_state.available_resources_per_node())
 
 
-def recount() -> None:
-    """Have Ray's elastic groups see what machines there are now: they look every 20 s only."""
+def refresh_resources() -> None:
+    """Make Ray's elastic groups see the machines of now; by themselves they look every 20 s."""
     import ray
 
-    counts = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
-    ray.get(counts.get_reserved_resources.remote("arrowhead", recompute=True), timeout=5)
+    coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+    ray.get(coordinator.get_reserved_resources.remote("arrowhead", recompute=True), timeout=5)
 
 
-class _Closed(list[str]):
-    """Takes nothing up."""
+class _AlwaysEmptyList(list[str]):
+    """A list that ignores `extend`."""
 
     def extend(self, items: Iterable[str]) -> None:
-        """Leave them."""
+        """Ignore the items."""
 
 
-def nothing_from_our_folder() -> Any:
-    """Settings of a driver whose workers import nothing from the folder that it stands in: it is a
-    folder of data, and its `numpy.py` would be run.
+def job_config_without_cwd() -> Any:
+    """A JobConfig whose workers import nothing from the driver's working directory.
+
+    That may be a folder of data, and a `numpy.py` in it would be run.
     """
     import ray.job_config
 
     config = ray.job_config.JobConfig()
-    config._py_driver_sys_path = _Closed()  # Ray adds our folder to this
+    config._py_driver_sys_path = _AlwaysEmptyList()  # Ray adds the working directory to this
     return config
 
 
 # ------------------------------------------------------------------------------ Ray Train
 
 
-def lean_trainer(own: bool) -> Any:
-    """Ray's trainer, less two processes that each group would wait seconds for: one hands out Ray
-    data sets, of which there are none; one frees the room of a driver that was killed, which in a
-    Ray of our `own` goes with it.
+def fast_starting_trainer(private_ray: bool) -> Any:
+    """TorchTrainer without two helper processes, which each group start would wait seconds for.
+
+    One distributes Ray data sets, of which there are none. The other frees the resources of a
+    driver that was killed; a private Ray ends with its driver anyway.
+
+    Args:
+        private_ray: Whether this process started the Ray it uses.
+
+    Returns:
+        The subclass of TorchTrainer.
     """
     import ray.train.torch
     from ray.train.v2._internal.callbacks import datasets, placement_group_callback
 
-    needless: list[type] = [datasets.DatasetsCallback]
-    if own:
-        needless.append(placement_group_callback.PlacementGroupCleanerCallback)
+    unneeded: list[type] = [datasets.DatasetsCallback]
+    if private_ray:
+        unneeded.append(placement_group_callback.PlacementGroupCleanerCallback)
 
     class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            usual = super()._create_default_callbacks()
-            return [one for one in usual if not isinstance(one, tuple(needless))]
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if not isinstance(one, tuple(unneeded))]
 
     return Trainer

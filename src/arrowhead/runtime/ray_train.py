@@ -1,4 +1,8 @@
-"""A stage on a group of Ray Train workers, started again after a loss."""
+"""Run a stage on a group of Ray Train workers, and start the group again after a loss.
+
+Ray Train's own FailureConfig cannot tell a lost worker from a refusal, continues no task queue, and
+leaves half a checkpoint when its copy is killed; so Arrowhead has a loop of its own here.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +29,8 @@ from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Report, Worker
 
-
-def _save_checkpoint_in_group(draft: Path | None, name: str) -> None:
-    """Rank 0 names its folder, and Ray Train, which needs to hear it of all ranks, is told."""
-    import ray.train
-
-    attempt = Path(ray.train.get_context().get_storage().experiment_fs_path)
-    if draft is not None and not attempt.is_dir():
-        raise ConfigError(
-            f"{attempt.parent} on {socket.gethostname()} is not the folder that the command sees.",
-            "a place for checkpoints on a disk that all machines share.",
-            "write to a shared folder, or run with --workers 0.",
-        )
-
-    def settle(written: Any, name: str) -> Any:
-        # Ray's own way copies file by file and flushes nothing: a kill leaves half a checkpoint.
-        fileio.put_in_place(Path(written.path), attempt / name)
-        return ray.train.Checkpoint.from_directory(attempt / name)
-
-    ray.train.report(
-        {},
-        checkpoint=None if draft is None else ray.train.Checkpoint.from_directory(draft),
-        checkpoint_dir_name=name,
-        checkpoint_upload_fn=settle,
-    )
+ATTEMPT_PREFIX = "attempt-"
+GIVE_UP_SECONDS = 90.0  # after this Ray has given up a machine that does not answer
 
 
 def run_on_ray(
@@ -55,46 +38,122 @@ def run_on_ray(
     args: tuple[Any, ...],
     config: LaunchConfig,
     tasks: list[int],
-    listen: Callable[[Report], None],
-    place: Path,
-    sized: Callable[[int], None],
+    on_report: Callable[[Report], None],
+    checkpoint_dir: Path,
+    on_start: Callable[[int], None],
     labels: dict[str, str],
 ) -> Any:
-    """Run on a worker group, and again with what is left to do when a worker was lost."""
-    left = list(tasks)
+    """Run a stage on a worker group; start the group again if a worker is lost.
 
-    def hear(report: Report) -> None:
+    Args and return value are those of `launch.run`.
+
+    Raises:
+        LostError: Workers were lost more than `config.restarts` times, Ray died, or the cluster had
+            no room for the workers for `config.wait` seconds.
+    """
+    unfinished = list(tasks)
+
+    def handle(report: Report) -> None:
         if report.keys() == {"workers"}:
-            sized(report["workers"])
+            on_start(report["workers"])
             return
-        if report.get("task") in left:
-            left.remove(report["task"])
-        listen(report)
+        if report.get("task") in unfinished:
+            unfinished.remove(report["task"])
+        on_report(report)
 
     ray_cluster.connect(config)
-    monitor, restarts = HealthMonitor(config, hear), 0
+    monitor, restarts = HealthMonitor(config, handle), 0
     while True:
         try:
             with monitor.watch():
-                result = _group(stage, args, config, left, monitor, place, labels)
-            if not (left and monitor.leaving):
+                result = _run_group(
+                    stage, args, config, unfinished, monitor, checkpoint_dir, labels
+                )
+            if not (unfinished and monitor.leaving):
                 return result
-            listen({"restart": "Every machine that had workers is announced to go"})
-        except _NoRoomError:
-            continue  # `lookout` ends this
-        except _WorkerGoneError as gone:
+            on_report({"restart": "Every machine with workers will be taken away"})
+        except _NoCapacityError:
+            continue  # until the monitor raises LostError
+        except _WorkerLostError as error:
             restarts += not monitor.leaving
             if restarts > config.restarts:
-                said = f"{str(gone).rstrip('.')}. It was started again {config.restarts} times."
-                raise health.lost_error(said) from gone
-            listen({"restart": str(gone)})
-        _settle(listen)
+                reason = f"{str(error).rstrip('.')}. It was started again {config.restarts} times."
+                raise health.lost_error(reason) from error
+            on_report({"restart": str(error)})
+        _wait_for_unreachable_nodes(on_report)
 
 
-def _on_worker(
-    queue: Any, stage: Callable[..., Any], args: tuple[Any, ...], labels: dict[str, str]
+def _run_group(
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    config: LaunchConfig,
+    tasks: list[int],
+    monitor: HealthMonitor,
+    checkpoint_dir: Path,
+    labels: dict[str, str],
+) -> Any:
+    """Run one worker group, from its start to its end."""
+    import ray
+
+    draining = monitor.draining
+    queue = ray.remote(num_cpus=0, scheduling_strategy=ray_cluster.on_this_node())(
+        TaskQueue
+    ).remote(tasks, draining)
+    # Never an old name: Ray would read its own files there, which a kill may have corrupted.
+    attempt = f"{ATTEMPT_PREFIX}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+    _remove_empty_attempts(checkpoint_dir)
+    train_function = _train_function(queue, stage, args, checkpoint_dir / attempt, labels)
+
+    def forward() -> None:
+        nonlocal draining
+        if monitor.draining != draining:
+            draining = monitor.draining
+            queue.set_draining.remote(draining)
+        for report in ray.get(queue.take_reports.remote()):
+            monitor.handle(report)
+
+    # In a thread: if Ray has died, the call blocks for a minute and then ends the process.
+    future: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            workers = ray_cluster.worker_count(config)
+            future.set_result(_fit(train_function, workers, checkpoint_dir, attempt))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    ends_with_us = False  # a private Ray, after an interrupt
+    try:
+        while not future.done():
+            if ray_cluster.is_dead():
+                raise health.lost_error("The Ray that ran this command has died.")
+            wait([future], timeout=0.25)
+            with contextlib.suppress(ray.exceptions.RayError):
+                forward()
+            monitor.flush()
+        return future.result()
+    except ray.exceptions.RayError as error:
+        if ray_cluster.is_dead():
+            raise health.lost_error("The Ray that ran this command has died.") from error
+        raise _WorkerLostError(health.error_line(error, 0)) from error
+    except signals.Interrupted:
+        ends_with_us = ray_cluster.is_private()
+        raise
+    finally:
+        if not (ends_with_us or ray_cluster.is_dead()):
+            _clean_up(forward, queue, monitor)
+        _remove_empty_attempts(checkpoint_dir)
+
+
+def _train_function(
+    queue: Any,
+    stage: Callable[..., Any],
+    args: tuple[Any, ...],
+    attempt: Path,
+    labels: dict[str, str],
 ) -> Callable[[dict[str, Any]], Any]:
-    """What Ray Train runs on every worker of a group."""
+    """The function that Ray Train runs on every worker of a group."""
 
     def train_function(_: dict[str, Any]) -> Any:
         import ray
@@ -110,125 +169,82 @@ def _on_worker(
             threads=torch.get_num_threads(),
             next_task=lambda: ray.get(queue.next_task.remote(node)),
             report=lambda message: ray.get(queue.report.remote(message)),
-            save_checkpoint=_save_checkpoint_in_group,
+            save_checkpoint=partial(_save_checkpoint, attempt),
             measure=Meters(labels),
         )
-        # Ray starts this again, on all ranks, when it resizes the group: nobody may claim before
-        # the desk knows.
+        # Ray calls this again on all ranks when it resizes the group. Nobody may take a task
+        # before the queue has started with the new group.
         if worker.rank == 0:
             ray.get(queue.start_group.remote(worker.world_size))
         ray.train.collective.barrier()
-        with health.heard(queue, worker.rank):
+        with health.heartbeats(queue, worker.rank):
             return stage(worker, *args)
 
     return train_function
 
 
-def _group(
-    stage: Callable[..., Any],
-    args: tuple[Any, ...],
-    config: LaunchConfig,
-    tasks: list[int],
-    monitor: HealthMonitor,
-    place: Path,
-    labels: dict[str, str],
-) -> Any:
-    """One worker group, from its start to its end."""
-    import ray
+def _save_checkpoint(attempt: Path, draft: Path | None, name: str) -> None:
+    """Move rank 0's draft into the attempt's folder, and tell Ray Train on all ranks."""
+    import ray.train
 
-    going = monitor.going
-    queue = ray.remote(num_cpus=0, scheduling_strategy=ray_cluster.beside_us())(TaskQueue).remote(
-        tasks, going
+    if draft is not None and not attempt.is_dir():
+        raise ConfigError(
+            f"{attempt.parent} on {socket.gethostname()} is not the folder that the command sees.",
+            "a checkpoint folder on a disk that all machines share.",
+            "write to a shared folder, or run with --workers 0.",
+        )
+
+    def move(source: Any, name: str) -> Any:
+        # Ray copies file by file and does not flush: after a kill half a checkpoint remains.
+        fileio.put_in_place(Path(source.path), attempt / name)
+        return ray.train.Checkpoint.from_directory(attempt / name)
+
+    ray.train.report(
+        {},
+        checkpoint=None if draft is None else ray.train.Checkpoint.from_directory(draft),
+        checkpoint_dir_name=name,
+        checkpoint_upload_fn=move,
     )
-    train_function = _on_worker(queue, stage, args, labels)
-
-    def pass_on() -> None:
-        nonlocal going
-        if monitor.going != going:
-            going = monitor.going
-            queue.set_draining.remote(going)
-        for report in ray.get(queue.take_reports.remote()):
-            monitor.hear(report)
-
-    # Ray is waited for in a thread: where it has died it would hang for a minute, then end us.
-    fitted: Future[Any] = Future()
-    # Never an old name: Ray would read its own notes there, which a kill may have torn.
-    attempt = f"{ATTEMPT}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
-    _sweep(place)
-
-    def fit() -> None:
-        try:
-            fitted.set_result(_fit(train_function, ray_cluster.size(config), place, attempt))
-        except BaseException as error:
-            fitted.set_exception(error)
-
-    threading.Thread(target=fit, daemon=True).start()
-    ends = False  # a Ray of our own, with this process
-    try:
-        while not fitted.done():
-            if ray_cluster.is_dead():
-                raise health.lost_error("The Ray that ran this command has died.")
-            wait([fitted], timeout=0.25)
-            with contextlib.suppress(ray.exceptions.RayError):
-                pass_on()
-            monitor.tell()
-        return fitted.result()
-    except ray.exceptions.RayError as error:
-        if ray_cluster.is_dead():
-            raise health.lost_error("The Ray that ran this command has died.") from error
-        raise _WorkerGoneError(health.line(error, 0)) from error
-    except signals.Interrupted:
-        ends = ray_cluster.is_own()
-        raise
-    finally:
-        if not (ends or ray_cluster.is_dead()):
-            _clean_up(pass_on, queue, monitor)
-        _sweep(place)
 
 
-def _clean_up(pass_on: Callable[[], None], queue: Any, monitor: HealthMonitor) -> None:
-    """Take the last reports and give back what a group held.
+def _clean_up(forward: Callable[[], None], queue: Any, monitor: HealthMonitor) -> None:
+    """Forward the last reports and free the resources of a group.
 
-    Not after an interrupt where Ray is our own: whoever stops a service tells Ray's processes, too
-    (systemd, scancel). Once they are gone, Ray ends the process that asks it for anything, and its
+    Not called after an interrupt if Ray is private: whoever stops a service also stops Ray's
+    processes (systemd, scancel). Once they are gone, Ray ends a process that calls it, and the
     MLflow run would stay RUNNING.
     """
     import ray
 
     with contextlib.suppress(ray.exceptions.RayError):
-        pass_on()
+        forward()
         ray.kill(queue)
     with contextlib.suppress(ray.exceptions.RayError):
-        ray_cluster.give_back(monitor.own_placement_groups())
+        ray_cluster.remove_placement_groups(monitor.own_placement_groups())
 
 
-GIVE_UP_SECONDS = 90.0  # seconds after which Ray has given up a machine that does not answer
+def _wait_for_unreachable_nodes(on_report: Callable[[Report], None]) -> None:
+    """After a loss, wait until Ray has given up all machines that do not answer.
 
-
-def _settle(listen: Callable[[Report], None]) -> None:
-    """After a loss: wait until Ray counts on no machine that does not answer. Started earlier, the
-    group would be given room there, and wait for it.
+    If the group started earlier, Ray would place it on these machines and wait for them.
     """
-    until, told = time.monotonic() + GIVE_UP_SECONDS, ""
+    deadline, reported = time.monotonic() + GIVE_UP_SECONDS, ""
     while (
         not ray_cluster.is_dead()
-        and (deaf := ", ".join(ray_cluster.deaf()))
-        and time.monotonic() < until
+        and (hosts := ", ".join(ray_cluster.unreachable_nodes()))
+        and time.monotonic() < deadline
     ):
-        if deaf != told:
-            listen({"warning": f"{deaf} does not answer: waiting until Ray gives it up"})
-        told = deaf
+        if hosts != reported:
+            on_report({"warning": f"{hosts} does not answer: waiting until Ray gives it up"})
+        reported = hosts
         time.sleep(0.5)
-    ray_cluster.recount()
+    ray_cluster.refresh_resources()
 
 
-ATTEMPT = "attempt-"
-
-
-def _sweep(place: Path) -> None:
-    """Remove attempts' folders that hold nothing but Ray's notes."""
-    for attempt in place.glob(f"{ATTEMPT}*"):
-        if attempt.is_dir() and not any(inside.is_dir() for inside in attempt.iterdir()):
+def _remove_empty_attempts(checkpoint_dir: Path) -> None:
+    """Remove attempt folders that hold only Ray's own files."""
+    for attempt in checkpoint_dir.glob(f"{ATTEMPT_PREFIX}*"):
+        if attempt.is_dir() and not any(path.is_dir() for path in attempt.iterdir()):
             shutil.rmtree(attempt, ignore_errors=True)
 
 
@@ -238,36 +254,35 @@ def _fit(
     storage: Path,
     name: str,
 ) -> Any:
-    """Ray Train runs the function on a group of this size; rank 0's return value."""
+    """Run the function with Ray Train on a group of this size; rank 0's return value."""
     import logging
 
     import ray.train
     import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    least = workers if isinstance(workers, int) else workers[0]
-    on_gpu = ray_cluster.gpus() >= least
+    minimum = workers if isinstance(workers, int) else workers[0]
+    use_gpu = ray_cluster.gpus() >= minimum
     try:
-        trainer = ray_private.lean_trainer(ray_cluster.is_own())(
+        trainer = ray_private.fast_starting_trainer(ray_cluster.is_private())(
             train_function,
             train_loop_config={},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
-                use_gpu=on_gpu,
-                resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpu else {}),
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if use_gpu else {}),
             ),
-            torch_config=_joined_by("nccl" if on_gpu else "gloo"),
-            # All checkpoints stay, as far as Ray goes: where it thins them out, its controller
-            # fails on one that `checkpoint.prune` has removed before.
+            torch_config=_torch_config("nccl" if use_gpu else "gloo"),
+            # Ray keeps all checkpoints: if it deleted some, its controller would fail on those that
+            # `checkpoint.prune` has already removed.
             run_config=ray.train.RunConfig(
                 storage_path=str(storage),
                 name=name,
-                # Room for an elastic group may be gone before Ray takes it. Alone it would wait
-                # for that room for ever; here the loop above counts again.
                 failure_config=ray.train.FailureConfig(
+                    # Resources for an elastic group may be gone before Ray takes them. Ray would
+                    # wait for them forever; instead `run_on_ray` counts the resources again.
                     controller_failure_limit=-1 if isinstance(workers, int) else 0,
-                    # After a machine that was announced to go, too: Ray counts on it until it has
-                    # gone.
+                    # Likewise after a preemption: Ray counts on a draining machine to the end.
                     max_preemption_failures=0,
                 ),
             ),
@@ -277,62 +292,62 @@ def _fit(
         raise _cause(error) from None
 
 
-def _joined_by(backend: str) -> Any:
-    """Ray's way to join workers, after each has told gloo which network card to use.
+def _torch_config(backend: str) -> Any:
+    """Ray's TorchConfig, with the network interface for gloo chosen on each worker.
 
-    By itself gloo takes the address that the machine's name stands for, which on many is one of
-    the machine's own (127.0.1.1): workers on two hosts would not find each other.
+    By default gloo uses the address that the machine's name resolves to, often 127.0.1.1: workers
+    on two hosts would not find each other.
     """
     import ray.train.torch
 
-    usual: Any = ray.train.torch.TorchConfig
+    base: Any = ray.train.torch.TorchConfig
 
-    class Backend(usual(backend).backend_cls):  # type: ignore[misc]
+    class Backend(base(backend).backend_cls):  # type: ignore[misc]
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_choose_card)
+            worker_group.execute(_choose_network_interface)
             super().on_start(worker_group, backend_config)
 
-    class Joined(usual):  # type: ignore[misc]
+    class Config(base):  # type: ignore[misc]
         backend_cls = Backend
 
-    return Joined(backend)
+    return Config(backend)
 
 
-def _choose_card() -> None:
-    """Tell gloo the network card that has the address by which Ray knows this machine."""
+def _choose_network_interface() -> None:
+    """Make gloo use the network interface that has Ray's address of this machine."""
     import psutil
     import ray
 
     address = ray.util.get_node_ip_address()
-    for card, its in psutil.net_if_addrs().items():
-        if any(one.address == address for one in its):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-class _WorkerGoneError(RuntimeError):
+class _WorkerLostError(RuntimeError):
     """A worker process or its machine is gone."""
 
 
-class _NoRoomError(RuntimeError):
-    """Workers were not given room in time."""
+class _NoCapacityError(RuntimeError):
+    """Ray found no resources for the workers in time."""
 
 
 def _cause(error: Any) -> BaseException:
-    """What really happened: a worker lost, or the worker's own exception inside Ray's."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    for rank, failure in getattr(error, "worker_failures", {}).items():
-        if type(failure).__name__.startswith("WorkerHealthCheck"):  # Ray keeps the class private
-            found = re.search("node_ip='([^']*)'", str(failure))
-            host = f" on {found[1]}" if found else ""
-            why = health.line(failure, -1)
-            return _WorkerGoneError(f"Worker {rank}{host} is gone: {why}")
-    if not failures:  # the controller's own end, or a machine taken back
+    """What happened: a lost worker, or the exception of the stage inside Ray's own."""
+    failures = dict(getattr(error, "worker_failures", {}))
+    for rank, failure in failures.items():
+        if type(failure).__name__.startswith("WorkerHealthCheck"):  # a private class of Ray
+            address = re.search("node_ip='([^']*)'", str(failure))
+            host = f" on {address[1]}" if address else ""
+            reason = health.error_line(failure, -1)
+            return _WorkerLostError(f"Worker {rank}{host} is gone: {reason}")
+    if not failures:  # Ray's controller failed, or a machine was taken away
         if type(error).__name__ == "PreemptionError":
-            return _WorkerGoneError("A machine was taken back, as announced")
+            return _WorkerLostError("A machine was taken away, as announced")
         inner = getattr(error, "controller_failure", error)
         if type(inner).__name__ == "WorkerGroupStartupTimeoutError":
-            return _NoRoomError(str(inner))
-        return _WorkerGoneError(health.line(inner, -1))
-    failure = failures[0]
+            return _NoCapacityError(str(inner))
+        return _WorkerLostError(health.error_line(inner, -1))
+    failure = next(iter(failures.values()))
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
     return inner or failure  # type: ignore[no-any-return]

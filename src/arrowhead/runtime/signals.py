@@ -1,19 +1,20 @@
-"""How a command is told to end from outside, and what its output does when nobody takes it.
+"""Signals that ask a command to end, and output that nobody reads.
 
-    stops          SIGTERM and SIGHUP interrupt like Ctrl-C, while the block lasts
-    deferred       none of them inside a step that must not be left half done
-    kept           a library sets none of its own
-    handled        the interrupt was caught on purpose
-    ends           the command is over: from here on each ends the process at once
-    lossy_output   a closed pipe or a full disk under the log costs the log, not the work
+    interrupt_on_signals   SIGTERM and SIGHUP interrupt like Ctrl-C inside the block
+    deferred               none of them interrupts inside a step that must complete
+    keep_handlers          a library cannot replace the handlers inside the block
+    mark_handled           the interrupt was caught on purpose
+    exit_on_signals        the command is over: any further signal ends the process at once
+    make_output_lossy      a closed pipe or a full disk under the log loses log lines, not the work
 
-Kubernetes, SLURM, systemd and Ray's `jobs stop` send SIGTERM and wait some seconds before they
-kill; a terminal that goes away sends SIGHUP, which `nohup` has set to be ignored.
+Kubernetes, SLURM, systemd and Ray's `jobs stop` send SIGTERM and kill after some seconds; a closing
+terminal sends SIGHUP, which `nohup` ignores.
 
-Python raises an interrupt between any two instructions of the main thread. Two places are wrong:
-where a lock has been taken and nothing releases it yet (in `logging`, it would stop every thread),
-and where the exception goes nowhere (a finalizer, `__del__`, a callback from C). In the first the
-interrupt waits a moment; after the second it is raised again.
+Python raises an interrupt between any two instructions of the main thread. In two places that goes
+wrong: where a lock is held and nothing releases it yet (in `logging`, that would stop every
+thread), and where exceptions are swallowed (finalizers, `__del__`, callbacks from C). In the first
+case the interrupt waits a moment; in the second it is raised again. Neither Python's own handlers
+nor Ray's promise this, and Ray replaces the SIGTERM handler of its driver.
 """
 
 from __future__ import annotations
@@ -36,49 +37,49 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-SAME_SECONDS = 1.0  # `timeout`, systemd and others send two signals for one request to end
-INTERRUPTED = 130  # exit code
-USUAL = {
+DUPLICATE_SECONDS = 1.0  # `timeout`, systemd and others send two signals for one request
+INTERRUPTED_EXIT_CODE = 130
+DEFAULT_HANDLERS = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
 }
-STOPPING = tuple(USUAL)
-ALARM_SECONDS = 0.5
+STOP_SIGNALS = tuple(DEFAULT_HANDLERS)
+ALARM_SECONDS = 0.5  # between two cancellations of the alarm that Ray sets
 RETRY_SECONDS = 0.01
-MAX_WAIT_SECONDS = 2.0  # for code that holds a lock: it may itself wait for a pipe that is full
-# Modules whose functions take locks for themselves, but for the calls that wait for something else.
+MAX_WAIT_SECONDS = 2.0  # for code that holds a lock: it may itself wait for a full pipe
+# Modules whose functions hold locks, except in the calls that wait for something else.
 LOCKING_MODULES = ("logging", "threading", "weakref", "importlib._bootstrap", "queue")
 WAITING_CALLS = ("wait", "wait_for", "join", "_wait_for_tstate_lock", "get", "put")
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was told to end by a signal; its text is the signal's name."""
+    """A signal asked the process to end; the exception's text is the signal's name."""
 
 
 class _State:
-    """Signals that came while the block of `stops` lasts."""
+    """Signals received inside a block of `interrupt_on_signals`."""
 
     def __init__(self) -> None:
         self.active = False
         self.first: float | None = None  # when the first SIGTERM or SIGHUP came
-        self.deferred = 0  # depth of `deferred` blocks
-        self.waiting: int | None = None  # the signal that came inside one
-        self.deferred_until = 0.0  # when it interrupts all the same
-        self.again = False  # the next signal is our own, for one that came before
-        self.tries_until = 0.0  # from then on, the interrupt is raised wherever the thread is
+        self.deferred_depth = 0  # of nested `deferred` blocks
+        self.pending: int | None = None  # the signal that came inside one
+        self.deferred_until = 0.0  # when it interrupts anyway
+        self.resent = False  # the next signal is sent by this module, for an earlier one
+        self.wait_until = 0.0  # after this, the interrupt is raised even where a lock is held
 
 
 _state = _State()
 
 
 @contextlib.contextmanager
-def stops() -> Iterator[None]:
-    """SIGTERM, SIGHUP and Ctrl-C raise Interrupted in the main thread, while the block lasts.
+def interrupt_on_signals() -> Iterator[None]:
+    """SIGTERM, SIGHUP and Ctrl-C raise Interrupted in the main thread inside this block.
 
-    A second SIGTERM or SIGHUP, a second or more after the first, ends the process at once with
+    A second SIGTERM or SIGHUP, at least a second after the first, ends the process at once with
     exit code 130. A signal that is ignored when the block begins stays ignored. Does nothing
-    outside the main thread, which alone may handle signals.
+    outside the main thread, because only that can handle signals.
     """
     global _state
     if threading.current_thread() is not threading.main_thread():
@@ -87,16 +88,16 @@ def stops() -> Iterator[None]:
     _state = _State()
     _state.active = True
     before = {}
-    for number, usual in USUAL.items():
-        if signal.getsignal(number) is usual:
+    for number, default in DEFAULT_HANDLERS.items():
+        if signal.getsignal(number) is default:
             before[number] = signal.signal(number, _interrupt)
     show_unraisable = sys.unraisablehook
 
-    def unraisable(lost: sys.UnraisableHookArgs) -> None:
-        if not isinstance(lost.exc_value, Interrupted):  # which is raised again
-            show_unraisable(lost)
+    def hide_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):  # which is raised again
+            show_unraisable(unraisable)
 
-    sys.unraisablehook = unraisable
+    sys.unraisablehook = hide_interrupts
     try:
         yield
     finally:
@@ -106,37 +107,39 @@ def stops() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def handled() -> None:
-    """The interrupt has been caught and the command ends: it is not raised again."""
+def mark_handled() -> None:
+    """Do not raise the interrupt again: it was caught, and the command ends."""
     _state.active = False
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    ours, _state.again = _state.again, False
-    if not ours:
-        if number != signal.SIGINT:  # pressed twice, Ctrl-C interrupts twice, as everywhere
+    """The signal handler: raise Interrupted now, or arrange for it to be raised later."""
+    resent, _state.resent = _state.resent, False
+    if not resent:
+        if number != signal.SIGINT:  # Ctrl-C pressed twice interrupts twice, as everywhere
             if _state.first is not None:
-                if monotonic() - _state.first > SAME_SECONDS:
-                    os._exit(INTERRUPTED)
+                if monotonic() - _state.first > DUPLICATE_SECONDS:
+                    os._exit(INTERRUPTED_EXIT_CODE)
                 return
             _state.first = monotonic()
-        _state.tries_until = monotonic() + MAX_WAIT_SECONDS
-    if _state.deferred and (left := _state.deferred_until - monotonic()) > 0:
-        _state.waiting = number
-        if not ours and left < math.inf:
-            _thread.start_new_thread(_send_late, (_state, number, left))
-    elif _holds_a_lock(frame) and monotonic() < _state.tries_until:
-        _thread.start_new_thread(_send_again, (_state, number, None))
+        _state.wait_until = monotonic() + MAX_WAIT_SECONDS
+    if _state.deferred_depth and (left := _state.deferred_until - monotonic()) > 0:
+        _state.pending = number
+        if not resent and left < math.inf:
+            _thread.start_new_thread(_resend_after, (_state, number, left))
+    elif _holds_a_lock(frame) and monotonic() < _state.wait_until:
+        _thread.start_new_thread(_resend, (_state, number, None))
     else:
         _raise(number)
 
 
 def _raise(number: int) -> None:
-    _state.waiting = None
+    """Raise Interrupted, and again if something swallows it."""
+    _state.pending = None
     interrupted = Interrupted(signal.Signals(number).name)
-    seen = weakref.ref(interrupted)
-    # Not a threading.Thread, whose start takes locks that the interrupted code may hold.
-    _thread.start_new_thread(_send_again, (_state, number, seen))
+    reference = weakref.ref(interrupted)
+    # Not a threading.Thread: its start takes locks that the interrupted code may hold.
+    _thread.start_new_thread(_resend, (_state, number, reference))
     try:
         raise interrupted
     finally:
@@ -144,6 +147,7 @@ def _raise(number: int) -> None:
 
 
 def _holds_a_lock(frame: FrameType | None) -> bool:
+    """Whether the interrupted code may hold a lock of Python's own modules."""
     if frame is None:
         return False
     name = frame.f_globals.get("__name__") or ""
@@ -151,91 +155,96 @@ def _holds_a_lock(frame: FrameType | None) -> bool:
     return locking and frame.f_code.co_name not in WAITING_CALLS
 
 
-def _send_again(state: _State, number: int, seen: weakref.ref[Interrupted] | None) -> None:
-    """In a thread: interrupt the main thread once more, soon, or when the interrupt is no more.
+def _resend(state: _State, number: int, reference: weakref.ref[Interrupted] | None) -> None:
+    """In a thread: interrupt the main thread again, soon or once the exception has been freed.
 
-    While an interrupt ends its command, through every `finally` and `except`, somebody holds it.
-    Where it has been freed and the command still runs, it was swallowed.
+    While an interrupt ends its command, through every `finally` and `except`, some frame refers to
+    it. If it has been freed and the command still runs, it was swallowed.
     """
     sleep(RETRY_SECONDS)
-    while seen is not None and seen() is not None and state.active:
+    while reference is not None and reference() is not None and state.active:
         sleep(RETRY_SECONDS)
     if state.active and state is _state:
-        state.again = True
+        state.resent = True
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
-def _send_late(state: _State, number: int, seconds: float) -> None:
+def _resend_after(state: _State, number: int, seconds: float) -> None:
     """In a thread: interrupt a `deferred` block that is not over after so many seconds."""
     sleep(seconds + RETRY_SECONDS)
-    if state.active and state is _state and state.waiting:
-        state.again = True
+    if state.active and state is _state and state.pending:
+        state.resent = True
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 @contextlib.contextmanager
 def deferred(seconds: float = math.inf) -> Iterator[None]:
-    """A short step that is done whole: a signal that comes inside interrupts at its end, or when
-    the step has lasted for so many seconds.
+    """Complete a short step: a signal inside the block interrupts at its end.
+
+    Args:
+        seconds: The longest time that a signal waits; then it interrupts the step.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = _state.deferred_until
     _state.deferred_until = max(before, monotonic() + seconds)
-    _state.deferred += 1
+    _state.deferred_depth += 1
     try:
         yield
     finally:
-        _state.deferred -= 1
+        _state.deferred_depth -= 1
         _state.deferred_until = before
-    if not _state.deferred and _state.waiting:
-        _raise(_state.waiting)
+    if not _state.deferred_depth and _state.pending:
+        _raise(_state.pending)
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """Keeps this process's handlers through code that sets others, such as `ray.init`.
+def keep_handlers() -> Iterator[None]:
+    """Keep this process's handlers while code inside the block sets others, such as `ray.init`.
 
-    Ray's C++ puts one of its own over that of SIGTERM. Until it is taken off again, a SIGTERM sets
-    an alarm that aborts the process after three seconds: it is cancelled.
+    Ray's C++ code sets its own SIGTERM handler. Until that is replaced again, a SIGTERM sets an
+    alarm that aborts the process after three seconds; a thread cancels it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    usual, over = signal.signal, threading.Event()
+    set_handler, ended = signal.signal, threading.Event()
 
-    def other(number: int, handler: Any) -> Any:
-        return signal.getsignal(number) if number in STOPPING else usual(number, handler)
+    def ignore_stop_signals(number: int, handler: Any) -> Any:
+        if number in STOP_SIGNALS:
+            return signal.getsignal(number)
+        return set_handler(number, handler)
 
-    def no_alarm() -> None:
-        while not over.wait(ALARM_SECONDS):
+    def cancel_alarms() -> None:
+        while not ended.wait(ALARM_SECONDS):
             signal.alarm(0)
 
     if _state.active:
-        threading.Thread(target=no_alarm, daemon=True).start()
-    signal.signal = other  # type: ignore[assignment]
+        threading.Thread(target=cancel_alarms, daemon=True).start()
+    signal.signal = ignore_stop_signals  # type: ignore[assignment]
     try:
         yield
     finally:
-        signal.signal = usual
-        for number in STOPPING:
+        signal.signal = set_handler
+        for number in STOP_SIGNALS:
             if (handler := signal.getsignal(number)) is not None:
                 signal.signal(number, handler)
-        over.set()
+        ended.set()
         if _state.active:
             signal.alarm(0)
 
 
-def ends(code: int) -> None:
-    """The command is over, with this exit code: while libraries end theirs, which takes Ray some
-    seconds, SIGTERM, SIGHUP and Ctrl-C end the process at once with the same code.
+def exit_on_signals(code: int) -> None:
+    """From now on SIGTERM, SIGHUP and Ctrl-C end the process at once with this exit code.
+
+    For a command that is over, while libraries shut down, which takes Ray some seconds.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    for number, usual in USUAL.items():
-        if signal.getsignal(number) is usual:
+    for number, default in DEFAULT_HANDLERS.items():
+        if signal.getsignal(number) is default:
             signal.signal(number, lambda *_: os._exit(code))
 
 
@@ -243,15 +252,16 @@ def ends(code: int) -> None:
 
 
 class _LossyFile(io.FileIO):
-    """A file that takes everything: what the system refuses to write is lost.
+    """A file that discards what the system refuses to write.
 
-    error: the first error that lost something, but that of a reader who has gone: nobody misses it.
+    Attributes:
+        error: The first error that lost output, except for a reader that has gone.
     """
 
     error: OSError | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write, or lose, all of it."""
+        """Write all of it, or discard it."""
         try:
             return super().write(data)
         except BlockingIOError:
@@ -262,9 +272,10 @@ class _LossyFile(io.FileIO):
             return len(memoryview(data).cast("B"))
 
 
-def lossy_output() -> None:
-    """Make standard output and standard error lose what cannot be written. Streams that are not the
-    process's own (a notebook's, a test's) stay as they are.
+def make_output_lossy() -> None:
+    """Let standard output and standard error discard what cannot be written.
+
+    Streams that are not the process's own (a notebook's, a test's) stay as they are.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -273,7 +284,7 @@ def lossy_output() -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
             file = _LossyFile(stream.fileno(), "w", closefd=False)
-            made = io.TextIOWrapper(
+            lossy = io.TextIOWrapper(
                 io.BufferedWriter(file),
                 encoding=stream.encoding,
                 errors=stream.errors,
@@ -281,13 +292,14 @@ def lossy_output() -> None:
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )
-            made.mode = "w"  # type: ignore[misc]  # as Python's own
-            setattr(sys, name, made)
+            lossy.mode = "w"  # type: ignore[misc]  # as on Python's own streams
+            setattr(sys, name, lossy)
 
 
-def lost() -> OSError | None:
-    """The error for which standard output has lost something, None if all of it was taken, or the
-    reader had gone. Only after `lossy_output`.
+def output_error() -> OSError | None:
+    """The error that lost part of standard output, if any; only after `make_output_lossy`.
+
+    None too if the reader had gone, because nobody misses that output.
     """
     buffer = getattr(sys.stdout, "buffer", None)
     return getattr(getattr(buffer, "raw", None), "error", None)
