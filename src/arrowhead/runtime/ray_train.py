@@ -112,17 +112,9 @@ def _run_group(
         for report in ray.get(queue.take_reports.remote()):
             monitor.handle(report)
 
-    # In a thread: if Ray has died, the call blocks for a minute and then ends the process.
-    future: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            workers = ray_cluster.worker_count(config)
-            future.set_result(_fit(train_function, workers, checkpoint_dir, attempt))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=fit, daemon=True).start()
+    future = _run_in_thread(
+        lambda: _fit(train_function, ray_cluster.worker_count(config), checkpoint_dir, attempt)
+    )
     ends_with_us = False  # a private Ray, after an interrupt
     try:
         while not future.done():
@@ -144,6 +136,23 @@ def _run_group(
         if not (ends_with_us or ray_cluster.is_dead()):
             _clean_up(forward, queue, monitor)
         _remove_empty_attempts(checkpoint_dir)
+
+
+def _run_in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call Ray in a thread: if Ray has died, a call blocks for a minute and then ends the process.
+
+    Not with a ThreadPoolExecutor, because Python waits for its threads when it exits.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _train_function(
