@@ -12,25 +12,25 @@ class SourceConfig:
     """Where labels and splits come from when folders do not say, and how a table is read."""
 
     valid_share: float = 0.2
-    """Share of each class held out for validation, 0 to 1, when DATA does not say which images
-    validate. Chosen by content, so copies of one image never fall on both sides."""
+    """Share of each class held out for validation, 0 to 1, if DATA has no validation split.
+    Chosen by content, so copies of one image are never in both splits."""
     images: str | None = None
-    """Folder or address that the paths in a CSV or TSV start from; its own folder if not given."""
+    """Folder or address that the paths in a table are relative to. Default: the table's folder."""
     suffix: str = ""
-    """Added to every path in a CSV or TSV that names images without it, such as .jpg."""
+    """Suffix to add to the paths in a table if they lack it, such as .jpg."""
     path_column: str | None = None
-    """Column of a CSV or TSV with the images' paths; if not given, path, image, filename, id …"""
+    """Column of a table with the images' paths. Default: path, image, filename, id …"""
     label_column: str | None = None
-    """Column with the labels; if not given, label, class, category, breed …"""
+    """Column of a table with the labels. Default: label, class, category, breed …"""
     split_column: str | None = None
-    """Column that says which images train, validate and test, in words (train, val, test) or as
-    yes and no; if not given, split, is_valid …"""
+    """Column of a table with the split: train, val or test, or yes and no. Default: split,
+    is_valid …"""
     multi_label: bool = False
-    """Images of a CSV or TSV may have several labels each: they are split at --label-separator.
-    A column called tags, or one of lists (["sun", "sea"]), always has several."""
+    """Allow several labels per image in a table, separated by --label-separator. A column called
+    tags, or one with lists (["sun", "sea"]), always has several."""
     label_separator: str | None = None
-    """Stands between several labels of one image, such as "|"; asks for several labels, too. If not
-    given: the first of | ; , that occurs, else a space. An empty one means one label each."""
+    """Separator between several labels of an image, such as "|"; implies --multi-label. Default:
+    the first of | ; , that occurs, else a space. An empty separator means one label per image."""
 
     def __post_init__(self) -> None:
         if not 0 < self.valid_share < 1:

@@ -31,21 +31,21 @@ class PixelConfig:
     """From a file to the square that the body sees."""
 
     size: int = 224
-    """Side of the square, in pixels."""
+    """Height and width of the body's input, in pixels."""
     resize: Literal["crop", "squash", "pad"] = "crop"
-    """crop: shorter side to 8/7 of size, the middle cut out (torchvision's rule);
-    squash: both sides to size; pad: longer side to size, the rest black."""
+    """crop: resize the shorter side to 8/7 of --size and crop the centre (as torchvision does);
+    squash: resize both sides to --size; pad: resize the longer side to --size, pad with black."""
     views: int = 1
-    """Rows per image: view 0 is clean, the others are augmented."""
+    """Views (feature vectors) per image: the first is unchanged, the others are augmented."""
     augment: Literal["side-on", "top-down", "none"] = "side-on"
-    """Policy of views 1 and up: side-on for photos (crops, mirror, slight turns, light);
-    top-down for satellite or microscope images (also quarter turns); none repeats view 0."""
+    """How views are augmented: side-on for photos (crops, flips, small rotations, brightness);
+    top-down for satellite or microscope images (also rotations by 90 degrees); none."""
     augment_seed: int = 0
     """Seed of the augmented views; part of the recipe."""
     max_pixels: int = 100_000_000
-    """Images whose header claims more pixels are refused before they are decoded."""
+    """Do not decode images with more pixels than this; they become faults."""
     max_scans: int = 100
-    """JPEGs with more scans are refused before they are decoded (usual progressive ones: 10)."""
+    """Do not decode JPEGs with more scans than this (usual progressive JPEGs have 10)."""
 
     def __post_init__(self) -> None:
         for knob, value, low, high in (

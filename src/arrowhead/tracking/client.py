@@ -47,7 +47,7 @@ REFUSED = {
 
 
 def _default() -> str:
-    """The store in this folder."""
+    """The store here."""
     return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
@@ -56,13 +56,13 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     tracking_uri: str | None = field(default=None, repr=False)
-    """MLflow store. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in this directory."""
+    """MLflow tracking store. Default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db here."""
     experiment: str = "arrowhead"
     """Name of the MLflow experiment."""
     run_name: str | None = None
-    """Name of the run. Default: the command."""
+    """Name of the MLflow run. Default: the name of the command."""
     system_metrics: bool = True
-    """Record this machine's processor, memory, disk, network and NVIDIA GPUs while a run lasts."""
+    """Record the load of this machine during the run: CPU, memory, disk, network, NVIDIA GPUs."""
 
     def __post_init__(self) -> None:
         if self.tracking_uri:

@@ -45,13 +45,13 @@ class RegistryConfig:
     """Under which name what was trained can be fetched and served."""
 
     register: str | None = None
-    """Name in MLflow's model registry: what is trained becomes the next version of that model."""
+    """Register the bundle as the next version of this model in MLflow's model registry."""
     alias: str = "champion"
-    """Alias that --register moves to the new version, for models:/NAME@ALIAS. By MLflow's custom
-    champion is what is used, challenger what is tried beside it."""
+    """Alias that --register moves to the new version, for models:/NAME@ALIAS. By convention in
+    MLflow, champion is the model in use, and challenger a candidate to replace it."""
     log_model: bool = True
-    """Keep the bundle in MLflow as a model that it can serve: the size of the body's weights (85 MB
-    for a ResNet34) for every training."""
+    """Log the bundle as an MLflow model, which MLflow can serve. Each training then stores a copy
+    of the body's weights (85 MB for a ResNet34)."""
 
     def __post_init__(self) -> None:
         given = self.register
