@@ -37,7 +37,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.features import backbone, extract
 from arrowhead.features.backbone import Body, BodyConfig
-from arrowhead.features.extract import ExtractConfig, Known, Pump
+from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline
 from arrowhead.runtime.worker import Worker
 
 CORES = len(os.sched_getaffinity(0))
@@ -72,16 +72,16 @@ def pump(folder: Path, body: str, images: int) -> tuple[float, dict[str, float]]
     """Seconds for as many images through Arrowhead, and its stages' busy seconds."""
     weights = backbone.load(BodyConfig(body=body, weights="random"))
     net = Body(body, weights.state, pool="avg", mean=weights.mean, std=weights.std)
-    recipe = extract.recipe_of(PixelConfig(), BodyConfig(body=body), weights, net.width)
+    recipe = extract.make_recipe(PixelConfig(), BodyConfig(body=body), weights, net.width)
     catalog = first(sources.labelled(folder), images)
     chunks = list(enumerate(data_chunks.chunks(catalog.paths, 256)))
     worker = Worker(0, 1, "cpu", CORES, lambda: None, lambda report: None)
-    with Pump(worker, net, recipe, PixelConfig(), ExtractConfig()) as through:
+    with FeaturePipeline(worker, net, recipe, PixelConfig(), ExtractConfig()) as through:
         began = perf_counter()
-        rows = sum(len(chunk.paths) for chunk in through(catalog, chunks, Known()))
+        rows = sum(len(chunk.paths) for chunk in through(catalog, chunks, FeatureCache()))
         seconds = perf_counter() - began
         assert rows == images
-        return seconds, through.clock.read() | {"workers": seconds}
+        return seconds, through.timer.take() | {"workers": seconds}
 
 
 def first(catalog: Catalog, images: int) -> Catalog:

@@ -515,7 +515,7 @@ def pipeline(sheet: Sheet) -> None:
     sizes = (128, 256)
     for batch in sizes:
         sheet.measure(
-            f"extract.Pump, batch {batch}",
+            f"extract.FeaturePipeline, batch {batch}",
             "img/s",
             partial(pump_rate, sheet, "cuda:0", batch, settings.images),
             on="GPU",
@@ -527,7 +527,7 @@ def pipeline(sheet: Sheet) -> None:
     if settings.gpu:
         return
     work = partial(pump_rate, sheet, "cpu", 32, min(settings.images, 64))
-    sheet.measure("extract.Pump, batch 32", "img/s", work, on="CPU", ceiling="pipeline")
+    sheet.measure("extract.FeaturePipeline, batch 32", "img/s", work, on="CPU", ceiling="pipeline")
     for name, part in (("decode.Decoder", decoder_rate), ("guard.GuardedDecoder", guarded_rate)):
         on_cpu = partial(part, settings, None, 32)
         sheet.measure(f"{name}, batch 32: files' bytes to squares", "img/s", on_cpu, on="CPU")
@@ -540,34 +540,34 @@ def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float
     from arrowhead.decode.pixels import PixelConfig
     from arrowhead.features import extract
     from arrowhead.features.backbone import BodyConfig
-    from arrowhead.features.extract import ExtractConfig, Known, Pump
+    from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline
     from arrowhead.runtime.worker import Worker
 
     settings = sheet.settings
     weights, pixels = weights_of(settings), PixelConfig(size=settings.size)
     body = body_of(settings, device, weights)
     about = BodyConfig(body=settings.body, weights=settings.weights)
-    recipe = extract.recipe_of(pixels, about, weights, body.width)
+    recipe = extract.make_recipe(pixels, about, weights, body.width)
     worker = Worker(0, 1, device, settings.threads, lambda: None, lambda report: None)
     config = ExtractConfig(batch_size=batch, chunk_size=8 * batch)
     found = sources.unlabelled(Path(settings.data))
-    with Pump(worker, body, recipe, pixels, config) as pump:
+    with FeaturePipeline(worker, body, recipe, pixels, config) as pump:
 
         def through(rows: int) -> list[Any]:
             catalog = repeated(found, rows)
             runs = data_chunks.chunks(catalog.paths, config.chunk_size)
             chunks = [(at, catalog.part(rows)) for at, rows in enumerate(runs)]
-            return list(pump(chunks, Known()))
+            return list(pump(chunks, FeatureCache()))
 
         for _ in through(2 * batch):
             pass
-        pump.clock.read()
+        pump.timer.take()
         began = perf_counter()
         chunks = through(images)
-        spent, busy = perf_counter() - began, pump.clock.read()
+        spent, busy = perf_counter() - began, pump.timer.take()
     faults = sum(fault is not None for chunk in chunks for fault in chunk.faults)
     parts = " · ".join(f"{stage} {busy[stage]:.2f} s" for stage in extract.STAGES if stage in busy)
-    note = f"{images} images in {spent:.2f} s: {parts}; bound by {extract.binding(busy)}"
+    note = f"{images} images in {spent:.2f} s: {parts}; bound by {extract.bottleneck(busy)}"
     return images / spent, note + (f"; {faults} faults" if faults else "")
 
 

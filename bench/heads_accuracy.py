@@ -44,7 +44,7 @@ from arrowhead.commands import precompute
 from arrowhead.commands import train as commands_train
 from arrowhead.data.catalog import Catalog
 from arrowhead.features.backbone import BodyConfig
-from arrowhead.features.feature_config import FeatureConfig, as_in_store
+from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.features.store import Features, Store
 from arrowhead.training import heads
 from arrowhead.training.config import TrainConfig
@@ -130,7 +130,7 @@ def measure(
     seconds: dict[str, list[float]] = {}
     trained_as: set[tuple[str, str]] = set()
     for seed in range(seeds):
-        images = as_in_store(store.path, FeatureConfig(), ())
+        images = complete_from_store(store.path, FeatureConfig(), ())
         precompute.precompute(drawn(whole, case, seed), store.path, images)  # decodes nothing
         test = store.features("test")
         for way, given, took, head in ways(store, test, ours):

@@ -65,7 +65,7 @@ def serve(predictor: Predictor, most: int, *, requests: int = 16, seconds: float
         return {
             "label": label,
             "probability": probabilities[label],
-            "labels": list(compress(classes, made.given[0])),
+            "labels": list(compress(classes, made.labels[0])),
             "probabilities": probabilities,
         }
 

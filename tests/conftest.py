@@ -164,7 +164,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
                 if tensor.dim() == 1 and tensor.is_floating_point():
                     tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
         made = Bundle(
-            recipe=extract.recipe_of(PixelConfig(size=64), body, weights, width),
+            recipe=extract.make_recipe(PixelConfig(size=64), body, weights, width),
             classes=["baskets", "beads", "leaves"],
             head=head,
             body_state=weights.state,

@@ -13,7 +13,7 @@ import numpy as np
 from arrowhead import ConfigError, DataError
 from arrowhead.bundle import format as bundle_format
 from arrowhead.features import extract
-from arrowhead.features.extract import Known
+from arrowhead.features.extract import FeatureCache
 from arrowhead.features.store import Store
 from arrowhead.training import checkpoint
 
@@ -22,7 +22,7 @@ def of_store(path: Path) -> str:
     """Everything that precompute, train and score take from a store."""
     store = Store(path)
     total = hashlib.sha256(repr(store.recipe).encode())
-    known = Known.of(store)
+    known = FeatureCache.from_store(store)
     if (path / "manifest.json").is_file():
         features = store.features()
         for array in (features.feature, features.label, features.row, features.image_id):
@@ -36,16 +36,20 @@ def of_store(path: Path) -> str:
                 }
             ).encode()
         )
-        for one in store.maps():
+        for one in store.mapped_features():
             total.update(np.ascontiguousarray(one).tobytes())
-        ids = [image_id for rows in store.rows() for image_id in rows.image_ids]
+        ids = [image_id for rows in store.shards() for image_id in rows.image_ids]
     else:
         total.update(repr(store.read_pending()["paths"]).encode())
-        ids = [image_id for name in store.on_disk() for image_id in store.read(name).image_ids]
+        ids = [
+            image_id
+            for name in store.shard_names()
+            for image_id in store.read_shard(name).image_ids
+        ]
     for image_id in ids:
         found = known.get(image_id)
         total.update(b"" if found is None else found.tobytes())
-    extract.load_weights(store.recipe, store.weights)
+    extract.load_weights(store.recipe, store.weights_path)
     return total.hexdigest()
 
 

@@ -31,7 +31,7 @@ def test_a_store_and_a_head_give_a_complete_bundle_without_the_photos(
         store,
         TrainConfig(head="linear"),
         Trained(state=state, epochs=[], epoch=4),
-        candidates=store.golden() or {},
+        candidates=store.load_golden() or {},
         lineage={"run_id": "abc"},
     )
     valid = store.features("valid")

@@ -85,7 +85,9 @@ def scored(
     config, how = ScoreConfig(probabilities=True), ExtractConfig(chunk_size=100)
     loaded, catalog = bundle_format.load(made), sources.unlabelled(images)
     request = score_request.prepare(out, made, loaded, catalog, config, how.chunk_size)
-    worker = Worker(0, 1, "cpu", 2, TaskQueue(request.missing()).next_task, lambda report: None)
+    worker = Worker(
+        0, 1, "cpu", 2, TaskQueue(request.unfinished_parts()).next_task, lambda report: None
+    )
     score.score(worker, request, how)
     column = polars.read_parquet(out / "parts").sort("path")["probabilities"]
     return column.struct.unnest().to_numpy()

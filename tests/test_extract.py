@@ -24,13 +24,13 @@ from arrowhead.features.backbone import Body, BodyConfig, load
 from arrowhead.features.extract import (
     Chunk,
     ExtractConfig,
-    Known,
-    Pump,
-    ahead,
+    FeatureCache,
+    FeaturePipeline,
     extract,
     load_body,
-    pixels_of,
-    recipe_of,
+    make_pixel_config,
+    make_recipe,
+    prefetch,
     roofline,
 )
 from arrowhead.features.recipe import Recipe
@@ -54,13 +54,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Body, Recipe, Path]:
     weights = load(config)
     path = tmp_path_factory.mktemp("weights") / "body.safetensors"
     safetensors.torch.save_file(weights.state, path)
-    recipe = recipe_of(PIXELS, config, weights, 512)
+    recipe = make_recipe(PIXELS, config, weights, 512)
     return load_body(recipe, path, "cpu"), recipe, path
 
 
 @pytest.fixture(scope="module")
-def pump(made: tuple[Body, Recipe, Path]) -> Iterator[Pump]:
-    with Pump(_worker(), made[0], made[1], PIXELS, CONFIG) as ready:
+def pump(made: tuple[Body, Recipe, Path]) -> Iterator[FeaturePipeline]:
+    with FeaturePipeline(_worker(), made[0], made[1], PIXELS, CONFIG) as ready:
         yield ready
 
 
@@ -75,14 +75,18 @@ def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chunks(pump: Pump, folder: Path) -> list[Chunk]:
+def chunks(pump: FeaturePipeline, folder: Path) -> list[Chunk]:
     """What the pump makes of the folder."""
     return _pumped(pump, sources.unlabelled(folder))
 
 
-def _pumped(pump: Pump, catalog: Catalog, known: Known | None = None) -> list[Chunk]:
+def _pumped(
+    pump: FeaturePipeline, catalog: Catalog, known: FeatureCache | None = None
+) -> list[Chunk]:
     runs = data_chunks.chunks(catalog.paths, CONFIG.chunk_size)
-    return list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), known or Known()))
+    return list(
+        pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), known or FeatureCache())
+    )
 
 
 def _by_path(chunks: list[Chunk]) -> dict[str, np.ndarray]:
@@ -191,7 +195,11 @@ def test_features_are_the_bodys_of_the_decoders_pixels(
 
 
 def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_features(
-    pump: Pump, chunks: list[Chunk], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pump: FeaturePipeline,
+    chunks: list[Chunk],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     renamed = shutil.copytree(folder, tmp_path / "renamed")
     for path in list(renamed.iterdir()):
@@ -201,7 +209,9 @@ def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_feat
         raise AssertionError("an image that was known was decoded again")
 
     monkeypatch.setattr(pump._decoder, "_start", fail)
-    again = _pumped(pump, sources.unlabelled(renamed), Known([chunk.rows() for chunk in chunks]))
+    again = _pumped(
+        pump, sources.unlabelled(renamed), FeatureCache([chunk.rows() for chunk in chunks])
+    )
     assert _total(again) == {"files": 30, "decoded": 0, "looked_up": 30, "faults": 0}
     first = _by_path(chunks)
     for path, feature in _by_path(again).items():
@@ -209,7 +219,7 @@ def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_feat
 
 
 def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_identical(
-    pump: Pump, chunks: list[Chunk], folder: Path, tmp_path: Path
+    pump: FeaturePipeline, chunks: list[Chunk], folder: Path, tmp_path: Path
 ) -> None:
     spoilt = shutil.copytree(folder, tmp_path / "spoilt")
     names = sorted(os.listdir(spoilt))
@@ -248,9 +258,9 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
         out[1] = 1e6
         return out
 
-    pump = Pump(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
+    pump = FeaturePipeline(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     catalog = sources.unlabelled(folder)
-    (chunk,) = pump([(0, catalog.part(range(4)))], Known())
+    (chunk,) = pump([(0, catalog.part(range(4)))], FeatureCache())
     assert [bool(fault) for fault in chunk.faults] == [False, True, False, False]
     assert str(chunk.faults[1]).startswith("not finite")
     assert not chunk.features[1].any()
@@ -258,11 +268,11 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
 
 
 def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
-    made: tuple[Body, Recipe, Path], pump: Pump, folder: Path
+    made: tuple[Body, Recipe, Path], pump: FeaturePipeline, folder: Path
 ) -> None:
     catalog, before = sources.unlabelled(folder), set(threading.enumerate())
     runs = [(at, catalog.part(range(5 * at, 5 * at + 5))) for at in range(6)]
-    taken = pump(runs, Known())
+    taken = pump(runs, FeatureCache())
     next(taken)
     taken.close()
     del taken
@@ -271,9 +281,9 @@ def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
     def fail(pixels: torch.Tensor) -> torch.Tensor:
         raise MemoryError("no room")
 
-    broken = Pump(_worker(), fail, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
+    broken = FeaturePipeline(_worker(), fail, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     with pytest.raises(MemoryError, match="no room"):
-        list(broken(runs, Known()))
+        list(broken(runs, FeatureCache()))
     assert set(threading.enumerate()) <= before
 
 
@@ -285,7 +295,7 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
 ) -> None:
     _, recipe, weights = made
     store = Store.create(tmp_path / "store", recipe, CONFIG.chunk_size)
-    shutil.copy(weights, store.weights)
+    shutil.copy(weights, store.weights_path)
     catalog = sources.unlabelled(folder)
     runs = data_chunks.chunks(catalog.paths, CONFIG.chunk_size)
     names = [data_chunks.chunk_name(catalog, rows, recipe.fingerprint) for rows in runs]
@@ -294,15 +304,15 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
     for heard in reports:
         store.write_pending(catalog.columns())
         extract(_worker(len(runs), heard), store.path, PIXELS, CONFIG)
-        assert store.on_disk() == sorted(names)
-        contents.append([store.shard(name).read_bytes() for name in names])
+        assert store.shard_names() == sorted(names)
+        contents.append([store.shard_path(name).read_bytes() for name in names])
     assert contents[0] == contents[1]
     assert [sum(r["decoded"] for r in heard) for heard in reports] == [30, 0]
     assert [sum(r["looked_up"] for r in heard) for heard in reports] == [0, 30]
     assert [sum(r["files"] for r in heard) for heard in reports] == [30, 30]
     assert set(reports[0][0]["seconds"]) == {"read", "decode", "forward", "write"}
-    found = Known.of(store)
-    for rows in map(store.read, names):
+    found = FeatureCache.from_store(store)
+    for rows in map(store.read_shard, names):
         for image_id, feature in zip(rows.image_ids, rows.features, strict=True):
             assert np.array_equal(found.get(image_id), feature)
     assert found.get(bytes(16)) is None
@@ -319,15 +329,15 @@ def test_ahead_gives_the_items_in_order_and_then_the_exception() -> None:
 
     made = []
     with pytest.raises(ValueError, match="the sixth"):
-        made.extend(ahead(items(), 2))
+        made.extend(prefetch(items(), 2))
         made.append(-1)
     taken = []
     with pytest.raises(ValueError, match="the sixth"):
-        for item in ahead(items(), 2):
+        for item in prefetch(items(), 2):
             taken.append(item)
     assert taken == [0, 1, 2, 3, 4]
-    assert list(ahead(range(100), 1)) == list(range(100))
-    assert list(ahead([], 3)) == []
+    assert list(prefetch(range(100), 1)) == list(range(100))
+    assert list(prefetch([], 3)) == []
 
 
 def test_ahead_stops_its_thread_when_the_taker_quits() -> None:
@@ -340,7 +350,7 @@ def test_ahead_stops_its_thread_when_the_taker_quits() -> None:
             drawn += 1
             yield drawn
 
-    for item in ahead(endless(), 2):
+    for item in prefetch(endless(), 2):
         assert drawn <= item + 3  # two in the line, one in the maker's hand
         if item == 20:
             break
@@ -352,7 +362,7 @@ def test_ahead_stops_its_thread_when_the_taker_quits() -> None:
 
 
 def test_a_recipe_and_its_pixels_lead_to_each_other(made: tuple[Body, Recipe, Path]) -> None:
-    assert pixels_of(made[1]) == PIXELS
+    assert make_pixel_config(made[1]) == PIXELS
     assert made[1].augment == "side-on"
 
 
@@ -384,5 +394,5 @@ def test_the_roofline_names_the_stage_that_binds() -> None:
     seconds = {"read": 1.0, "decode": 2.0, "forward": 6.0, "write": 1.0, "workers": 8.0}
     line = roofline(seconds, images=120, workers=2)
     assert "forward 60 %" in line
-    assert "bound by forward: 15.0 img/s (it alone would do 40.0)" in line
+    assert "bound by forward: 15.0 img/s (forward alone: 40.0)" in line
     assert roofline({"workers": 1.0}, 0, 1).startswith("nothing decoded")

@@ -42,7 +42,7 @@ from arrowhead.decode.geometry import shot
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.decode.worker_process import GuardedDecoder
 from arrowhead.features.backbone import Body, BodyConfig, load
-from arrowhead.features.extract import ExtractConfig, Known, Pump, recipe_of
+from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline, make_recipe
 from arrowhead.runtime.worker import Worker
 
 SIDE = 64
@@ -534,12 +534,14 @@ def test_features_equal_those_of_plain_torchvision_code(
     config = BodyConfig(body="mobilenet_v2", weights=mobilenet[3], mean=half, std=half)
     weights, pixels = load(config), PixelConfig()
     body = Body(config.body, weights.state, pool="avg", mean=half, std=half)
-    recipe = recipe_of(pixels, config, weights, body.width)
+    recipe = make_recipe(pixels, config, weights, body.width)
     catalog = data_sources.unlabelled(tmp_path)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
-    with Pump(worker, body, recipe, pixels, ExtractConfig()) as pump:
+    with FeaturePipeline(worker, body, recipe, pixels, ExtractConfig()) as pump:
         runs = data_chunks.chunks(catalog.paths, 256)
-        chunks = list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), Known()))
+        chunks = list(
+            pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), FeatureCache())
+        )
     ours = {
         path: row[0] for done in chunks for path, row in zip(done.paths, done.features, strict=True)
     }

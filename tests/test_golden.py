@@ -69,7 +69,7 @@ def test_the_choice_depends_on_content_alone(here, command):
     command("precompute", "photos", "again", *BODY)
     assert Store(here / "again").manifest()["golden"] == first
     for name in first:
-        data = Store(here / "again").golden_file(name).read_bytes()
+        data = Store(here / "again").golden_path(name).read_bytes()
         assert hashlib.blake2b(data, digest_size=16).hexdigest() == name
 
 
@@ -102,7 +102,7 @@ def test_no_photo_is_kept_when_it_is_not_wanted_and_that_is_said(here, command, 
     assert bundle_format.load(Path("none")).golden == []
     command("precompute", "photos", "store", *BODY, "--no-golden-images")
     assert list(Path("store/golden").iterdir()) == []
-    assert Store(here / "store").golden() == {}
+    assert Store(here / "store").load_golden() == {}
     command("train", "store", "bundle", *TRAIN)
     assert "No golden images" in command.said
     taken = photos(Path("photos"))
@@ -119,7 +119,7 @@ def test_no_photo_is_kept_when_it_is_not_wanted_and_that_is_said(here, command, 
 
 def test_a_damaged_copy_is_found_and_not_taken_and_a_missing_one_is_no_damage(here, command):
     names = Store(here / "store").manifest()["golden"]
-    damaged, missing = (Store(here / "store").golden_file(name) for name in names[:2])
+    damaged, missing = (Store(here / "store").golden_path(name) for name in names[:2])
     damaged.write_bytes(damaged.read_bytes() + b"\0")
     missing.unlink()
     assert [(one.kind, Path(one.path)) for one in inspect.verify(here / "store")] == [

@@ -29,7 +29,7 @@ from arrowhead.data import path_text, sources
 from arrowhead.decode.pixels import PixelConfig, Pixels
 from arrowhead.decode.worker_process import GuardedDecoder
 from arrowhead.features.backbone import Body, BodyConfig, load
-from arrowhead.features.extract import ExtractConfig, Known, Pump, recipe_of
+from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline, make_recipe
 from arrowhead.runtime.worker import Worker
 
 PIXELS = PixelConfig(size=32, views=2)
@@ -327,11 +327,13 @@ def test_what_cannot_be_read_is_a_row_and_odd_names_come_back_as_they_were(
     weights = load(config)
     body = Body(config.body, weights.state, pool="avg", mean=weights.mean, std=weights.std, size=32)
     catalog = sources.unlabelled(tmp_path)
-    recipe = recipe_of(PIXELS, config, weights, body.width)
+    recipe = make_recipe(PIXELS, config, weights, body.width)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
-    with Pump(worker, body, recipe, PIXELS, ExtractConfig(batch_size=16)) as pump:
+    with FeaturePipeline(worker, body, recipe, PIXELS, ExtractConfig(batch_size=16)) as pump:
         runs = data_chunks.chunks(catalog.paths, 256)
-        chunks = list(pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), Known()))
+        chunks = list(
+            pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), FeatureCache())
+        )
     faults = {path: fault for c in chunks for path, fault in zip(c.paths, c.faults, strict=True)}
     assert all(path.isprintable() for path in faults)
     ended = {path_text.unescape_path(path): fault for path, fault in faults.items()}

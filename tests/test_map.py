@@ -97,8 +97,6 @@ MAX_FUNCTION_LINES, MAX_PARAMETERS = 60, 8
 LONG_FUNCTIONS = {
     "commands.precompute.precompute",
     "commands.score._scored",
-    "inference.score_request.prepare",
-    "inference.scores_io.write_scores",
 }
 MANY_PARAMETERS = {
     "cli.inference.evaluate",

@@ -158,7 +158,7 @@ def test_a_weights_file_that_does_not_fit_is_a_data_error_naming_a_tensor(
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_weights_file_that_is_torn_or_missing_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
-    with pytest.raises(ConfigError, match="not there"):
+    with pytest.raises(ConfigError, match="does not exist"):
         load(BodyConfig(body="resnet18", weights=str(path)))
     for content in (b"", b"\x80\x02garbage", b"<html>404</html>"):
         path.write_bytes(content)

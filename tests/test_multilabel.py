@@ -34,10 +34,10 @@ from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import Chunk, ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.recipe import Recipe
-from arrowhead.features.shard_file import Rows
+from arrowhead.features.shard_file import ShardRows
 from arrowhead.features.store import Store
 from arrowhead.inference import layout, score, score_request, scores_io, summary
-from arrowhead.inference.score_request import Request, ScoreConfig
+from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
 from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
 
@@ -67,15 +67,15 @@ def _store(
     recipe = dataclasses.replace(RECIPE, views=views, augment="none" if views == 1 else "side-on")
     made = Store.create(path, recipe, 3)
     paths, names = [f"{number:04}.jpg" for number in range(len(labels))], []
-    while (first := sum(len(made.read(name).paths) for name in names)) < len(paths):
+    while (first := sum(len(made.read_shard(name).paths) for name in names)) < len(paths):
         here = paths[first : first + int(draw.integers(1, 5))]
         faults = ["empty" if drawn < sick else None for drawn in draw.random(len(here))]
         features = draw.normal(size=(len(here), views, 3)).astype(np.float16)
         features[[fault is not None for fault in faults]] = 0
         ids = [draw.bytes(16) for _ in here]
         names.append(f"shard{len(names)}")
-        rows = Rows(paths=here, image_ids=ids, features=features, faults=faults)
-        made.write(names[-1], rows)
+        rows = ShardRows(paths=here, image_ids=ids, features=features, faults=faults)
+        made.write_shard(names[-1], rows)
     columns = {
         "root": "/data",
         "paths": paths,
@@ -86,7 +86,7 @@ def _store(
         "tries": np.zeros(len(paths), np.uint8),
         "ignored": 0,
     }
-    made.complete(names, columns, {})
+    made.commit(names, columns, {})
     return made
 
 
@@ -116,7 +116,7 @@ def test_features_hold_what_shards_and_catalog_say_row_by_row(
         classes = store.manifest()["classes"]
         rows = [
             row
-            for part in store.rows()
+            for part in store.shards()
             for row in zip(part.image_ids, part.features.copy(), part.faults, strict=True)
         ]
         several = any(len(names) != 1 for names in labels)
@@ -128,9 +128,9 @@ def test_features_hold_what_shards_and_catalog_say_row_by_row(
                 if fault is None and split in (None, splits[row])
             ]
             assert found.row.tolist() == well
-            lean = store.features(split, mapped=True)
+            lean = store.features(split, rows_only=True)
             assert lean.feature.shape == (len(well), views, 0)
-            assert np.array_equal(np.concatenate(store.maps())[lean.row], found.feature)
+            assert np.array_equal(np.concatenate(store.mapped_features())[lean.row], found.feature)
             assert np.array_equal(lean.label, found.label)
             assert found.multi == several
             assert found.feature.shape == (len(well), views, 3)
@@ -168,15 +168,15 @@ def test_rows_read_from_a_shard_are_a_view_of_the_file_and_features_are_not(
     tmp_path: Path,
 ) -> None:
     store = _store(tmp_path / "s", [("a",), ("b",)], ["train", "train"])
-    (part, *_), found = store.rows(), store.features("train")
+    (part, *_), found = store.shards(), store.features("train")
     address, inside = part.features.ctypes.data, []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(".arrow"):
             low, high = (int(edge, 16) for edge in line.split()[0].split("-"))
             inside.append(low <= address < high)
     assert any(inside)
-    for name in store.on_disk():
-        store.shard(name).write_bytes(b"")  # what was read does not hang on it
+    for name in store.shard_names():
+        store.shard_path(name).write_bytes(b"")  # what was read does not hang on it
     assert found.feature.flags.writeable
     assert np.isfinite(found.feature).all()
 
@@ -240,7 +240,7 @@ def made(store: Store) -> Bundle:
         head="linear",
         temperature=1.0,
         multi=True,
-        body_state=extract.load_weights(store.recipe, store.weights),
+        body_state=extract.load_weights(store.recipe, store.weights_path),
         head_state=head,
         metrics={},
         lineage={"run_id": "none"},
@@ -277,12 +277,14 @@ def saved(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _score(path: Path, images: Path, out: Path, **overrides: Any) -> tuple[Bundle, Request]:
+def _score(path: Path, images: Path, out: Path, **overrides: Any) -> tuple[Bundle, ScoreRequest]:
     """What the score verb does, in this process."""
     config, how = ScoreConfig(**overrides), ExtractConfig(chunk_size=16)
     loaded, catalog = bundle_format.load(path), sources.unlabelled(images)
     request = score_request.prepare(out, path, loaded, catalog, config, how.chunk_size)
-    worker = Worker(0, 1, "cpu", 2, TaskQueue(request.missing()).next_task, lambda report: None)
+    worker = Worker(
+        0, 1, "cpu", 2, TaskQueue(request.unfinished_parts()).next_task, lambda report: None
+    )
     score.score(worker, request, how)
     return loaded, request
 
@@ -345,7 +347,7 @@ def test_a_bundle_of_the_first_format_is_refused_and_has_to_be_trained_again(
 @pytest.fixture(scope="module")
 def scored(
     saved: Path, drawn: Path, table: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Bundle, Request, polars.DataFrame]]:
+) -> Iterator[tuple[Bundle, ScoreRequest, polars.DataFrame]]:
     """Bundle, request and rows: all validation images and a file that is none."""
     images = tmp_path_factory.mktemp("images")
     for image in (drawn / "valid").glob("*/*"):
@@ -357,10 +359,12 @@ def scored(
 
 
 def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
-    scored: tuple[Bundle, Request, polars.DataFrame], store: Store, table: Path
+    scored: tuple[Bundle, ScoreRequest, polars.DataFrame], store: Store, table: Path
 ) -> None:
     loaded, request, rows = scored
-    paths = [path for part in range(len(request.runs)) for path in request.files(part).paths]
+    paths = [
+        path for part in range(len(request.part_rows)) for path in request.part_files(part).paths
+    ]
     assert rows["path"].to_list() == paths == sorted(paths)
     cut = dict(zip(loaded.classes, loaded.thresholds or [], strict=True))
     for row in rows.iter_rows(named=True):
@@ -390,7 +394,7 @@ def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
 
 
 def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
-    scored: tuple[Bundle, Request, polars.DataFrame], store: Store
+    scored: tuple[Bundle, ScoreRequest, polars.DataFrame], store: Store
 ) -> None:
     loaded, _, rows = scored
     valid, paths = store.features("valid"), store.read_catalog()["paths"]
@@ -403,7 +407,7 @@ def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
 
 
 def test_parts_are_counted_by_every_label_given(
-    scored: tuple[Bundle, Request, polars.DataFrame],
+    scored: tuple[Bundle, ScoreRequest, polars.DataFrame],
 ) -> None:
     loaded, request, rows = scored
     held = summary.summarize(request, loaded)
@@ -428,12 +432,12 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
     chance = np.full((3, 5), 0.2, np.float32)
     chance[0, :2] = 0.3, 0.25
     config, chunk = ScoreConfig(top_k=1), _chunk([None, None, "empty"])
-    judged = score.judged(one, chunk, chance, config)
-    path = layout.parts(tmp_path) / "part-000000.parquet"
+    judged = score.make_scores(one, chunk, chance, config)
+    path = layout.parts_dir(tmp_path) / "part-000000.parquet"
     scores_io.write_scores(path, judged, {})
     scores_io.replace_journal(
-        layout.journal(tmp_path),
-        [scores_io.finished(path, 0, rows=3, inputs="", faults={"empty": 1})],
+        layout.journal_dir(tmp_path),
+        [scores_io.describe_part(path, 0, rows=3, inputs="", faults={"empty": 1})],
     )
     rows = polars.read_parquet(path)
     assert rows["labels"].dtype == polars.List(polars.String)
@@ -447,8 +451,8 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
         labels=[()] * 3,
         splits=[""] * 3,
     )
-    catalog_file.write_catalog(layout.inputs(tmp_path), catalog.columns())
-    asked = Request(out=tmp_path, bundle=tmp_path, config=config, runs=[range(3)])
+    catalog_file.write_catalog(layout.inputs_path(tmp_path), catalog.columns())
+    asked = ScoreRequest(output_dir=tmp_path, bundle=tmp_path, config=config, part_rows=[range(3)])
     held = summary.summarize(asked, one)
     assert held.faults == {"empty": 1}
     assert held.labels == dict.fromkeys(one.classes, 0) | {"even": 1}
@@ -459,7 +463,7 @@ def test_parts_of_a_bundle_with_one_label_each_have_the_columns_they_always_had(
 ) -> None:
     one = dataclasses.replace(made, multi=False, thresholds=None)
     chance = np.array([[0.1, 0.2, 0.4, 0.2, 0.1]], np.float32)
-    judged = score.judged(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
+    judged = score.make_scores(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
     scores_io.write_scores(tmp_path / "one.parquet", judged, {})
     rows = polars.read_parquet(tmp_path / "one.parquet")
     names = ["path", "image_id", "label", "probability", "top_k", "probabilities", "fault"]

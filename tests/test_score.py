@@ -161,7 +161,7 @@ def test_features_are_those_of_the_store_and_a_store_saves_the_decoding(command,
         assert (tmp_path / "lean" / "parts" / part.name).read_bytes() == part.read_bytes()
     held = {
         path: feature[0]
-        for shard in Store(Path("out/store")).rows()
+        for shard in Store(Path("out/store")).shards()
         for path, feature in zip(shard.paths, shard.features, strict=True)
     }
     for row in rows(out).to_dicts():

@@ -30,7 +30,7 @@ from arrowhead.features import catalog_file
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.recipe import Recipe
 from arrowhead.inference import layout, score, score_request, scores_io, summary, verify
-from arrowhead.inference.score_request import Request, ScoreConfig
+from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
 from arrowhead.inference.scores_io import Scores
 from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
@@ -49,17 +49,19 @@ RECIPE = Recipe(
 COUNTS = dict.fromkeys(("decoded", "looked_up", "skipped", "reused", "faults", "novel"), 0)
 
 
-def scored(path: Path, images: Path, out: Path, **config: object) -> Request:
+def scored(path: Path, images: Path, out: Path, **config: object) -> ScoreRequest:
     """Score as the verb does, in this process; without MLflow and screen."""
     loaded, how = bundle_format.load(path), ExtractConfig(chunk_size=4)
     asked = ScoreConfig(**config)  # type: ignore[arg-type]
     request = score_request.prepare(out, path, loaded, sources.unlabelled(images), asked, 4)
-    worker = Worker(0, 1, "cpu", 1, TaskQueue(request.missing()).next_task, lambda report: None)
+    worker = Worker(
+        0, 1, "cpu", 1, TaskQueue(request.unfinished_parts()).next_task, lambda report: None
+    )
     score.score(worker, request, how)
     found = summary.summarize(request, loaded)
-    counts = COUNTS | {"inputs": sum(map(len, request.runs))}
-    folders = found.folders and found.folders.plain()
-    score.record(request, {"counts": counts, "folders": folders}, loaded)
+    counts = COUNTS | {"inputs": sum(map(len, request.part_rows))}
+    folders = found.folders and found.folders.to_dict()
+    score.write_summary(request, {"counts": counts, "folders": folders}, loaded)
     return request
 
 
@@ -138,16 +140,16 @@ def test_odd_names_and_a_thousand_classes_are_fields_like_any_other(tmp_path: Pa
         paths=[f"{n}.jpg" for n in range(6)],
         image_ids=[bytes(16)] * 6,
         faults=[None] * 6,
-        top=np.argsort(-chance, axis=1)[:, :3],
+        top_index=np.argsort(-chance, axis=1)[:, :3],
         probability=chance,
-        every=True,
+        all_probabilities=True,
     )
     path = tmp_path / "parts" / "part-000000.parquet"
     scores_io.write_scores(path, scores, {})
     rows = polars.read_parquet(path.parent)["probabilities"].struct.unnest()
     assert rows.columns == classes
     np.testing.assert_array_equal(rows.to_numpy(), chance)
-    ours = scores_io.read_parquet(path, ["probabilities"])["probabilities"]
+    ours = scores_io.read_columns(path, ["probabilities"])["probabilities"]
     assert list(ours[0]) == classes
     pandas_rows = pandas.read_parquet(path.parent)["probabilities"]
     assert list(pandas_rows[0].values()) == chance[0].tolist()
@@ -169,8 +171,8 @@ def test_a_flipped_bit_in_a_part_is_found_and_that_part_alone_is_made_again(
         flipped(out / "parts" / name, draw)
         assert any(name in problem for problem in verify.verify(out)["problems"])
     request = scored(path, images, out)
-    assert request.damaged == others and len(others) > 1
-    assert first not in request.damaged
+    assert request.damaged_parts == others and len(others) > 1
+    assert first not in request.damaged_parts
     assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
     assert verify.verify(out)["problems"] == []
 
@@ -178,14 +180,14 @@ def test_a_flipped_bit_in_a_part_is_found_and_that_part_alone_is_made_again(
 def test_a_part_is_hashed_before_it_is_parsed(torn: Path) -> None:
     """Whatever bit is flipped: refused in words, never rows and never a crash of Parquet's."""
     part = min((torn / "parts").iterdir())
-    said = scores_io.read_journal(layout.journal(torn))[0][0]
+    said = scores_io.read_journal(layout.journal_dir(torn))[0][0]
     content, draw = part.read_bytes(), random.Random(1)
     for _ in range(300):
         flipped(part, draw)
         with pytest.raises(DataError, match="sha256 differs"):
-            scores_io.read_parquet(part, ["path"], said.sha256)
+            scores_io.read_columns(part, ["path"], said.sha256)
         part.write_bytes(content)
-    assert scores_io.read_parquet(part, ["path"], said.sha256)["path"]
+    assert scores_io.read_columns(part, ["path"], said.sha256)["path"]
 
 
 def test_other_readers_find_a_flipped_page_by_its_checksum(torn: Path) -> None:
@@ -310,7 +312,7 @@ def test_a_part_without_a_whole_line_in_the_journal_is_written_again(
     path, out = bundled(), tmp_path / "scores"
     scored(path, images, out)
     before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
-    (journal,) = layout.journal(out).iterdir()
+    (journal,) = layout.journal_dir(out).iterdir()
     lines = journal.read_bytes().splitlines(keepends=True)
     line = json.loads(lines[0])
     line["rows"] += 1  # its seal does not fit any more
@@ -320,7 +322,7 @@ def test_a_part_without_a_whole_line_in_the_journal_is_written_again(
     request = score_request.prepare(
         out, path, bundle_format.load(path), sources.unlabelled(images), config, 4
     )
-    assert request.missing() == [0, len(lines) - 1] and request.damaged == []
+    assert request.unfinished_parts() == [0, len(lines) - 1] and request.damaged_parts == []
     scored(path, images, out)
     assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
 
@@ -349,7 +351,7 @@ def test_folders_named_after_classes_are_compared_with_the_labels(
     request = scored(bundled(), tmp_path / "photos", tmp_path / "scores")
     rows = polars.read_parquet(tmp_path / "scores" / "parts").drop_nulls("label")
     right = sum(path.split("/")[-2] == label for path, label in rows[["path", "label"]].rows())
-    said = json.loads((request.out / "score.json").read_text())["folders"]
+    said = json.loads((request.output_dir / "score.json").read_text())["folders"]
     assert (said["images"], said["right"]) == (12, right)
     low, high = said["accuracy_interval"]
     assert 0 <= low < right / 12 < high <= 1
@@ -361,7 +363,7 @@ def test_folders_of_other_names_say_nothing_about_accuracy(
     shutil.copytree(images, tmp_path / "photos")
     (tmp_path / "photos" / "beads").rename(tmp_path / "photos" / "unsorted")
     request = scored(bundled(), tmp_path / "photos", tmp_path / "scores")
-    assert json.loads((request.out / "score.json").read_text())["folders"] is None
+    assert json.loads((request.output_dir / "score.json").read_text())["folders"] is None
 
 
 # -------------------------------------------------------------------------------- spreadsheets
@@ -415,15 +417,15 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
         paths=catalog.paths,
         image_ids=[bytes(16)] * count,
         faults=[None] * count,
-        top=np.zeros((count, 1), int),
+        top_index=np.zeros((count, 1), int),
         probability=np.full((count, 3), 0.4, np.float32),
-        given=given,
+        labels=given,
     )
-    part = layout.parts(out) / scores_io.part_name(0)
+    part = layout.parts_dir(out) / scores_io.part_name(0)
     scores_io.write_scores(part, scores, {})
-    catalog_file.write_catalog(layout.inputs(out), catalog.columns())
-    written = scores_io.finished(part, 0, rows=count, inputs="", faults={})
-    scores_io.replace_journal(layout.journal(out), [written])
+    catalog_file.write_catalog(layout.inputs_path(out), catalog.columns())
+    written = scores_io.describe_part(part, 0, rows=count, inputs="", faults={})
+    scores_io.replace_journal(layout.journal_dir(out), [written])
     made = Bundle(
         recipe=RECIPE,
         classes=classes,
@@ -436,7 +438,7 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
         lineage={},
     )
     config = ScoreConfig()
-    request = Request(out=out, bundle=out, config=config, runs=[range(count)])
+    request = ScoreRequest(output_dir=out, bundle=out, config=config, part_rows=[range(count)])
     table = score.write_csv(request, made)
     source = SourceConfig(images=str(images / "leaves"), label_column="labels")
     again = sources.labelled(table, source, teaches=False)

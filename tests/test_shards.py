@@ -17,7 +17,7 @@ import pytest
 from arrowhead import ConfigError, DataError, fileio
 from arrowhead.features import shard_file
 from arrowhead.features.recipe import Recipe
-from arrowhead.features.shard_file import Rows
+from arrowhead.features.shard_file import ShardRows
 from arrowhead.features.store import Store
 from arrowhead.inference import scores_io
 from arrowhead.inference.scores_io import Scores
@@ -36,12 +36,12 @@ RECIPE = Recipe(
 )
 
 
-def _rows(first: int = 0, files: int = 3) -> Rows:
+def _rows(first: int = 0, files: int = 3) -> ShardRows:
     """Rows whose features tell file, view and column; the second file is a fault."""
     number = np.arange(first, first + files)[:, None, None]
     features = (100 * number + 10 * np.arange(2)[:, None] + np.arange(4)).astype(np.float16)
     features[1] = 0
-    return Rows(
+    return ShardRows(
         paths=[f"train/a/{first + i}.jpg" for i in range(files)],
         image_ids=[bytes([first + i]) * 16 for i in range(files)],
         features=features,
@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> Store:
     """Two shards of three files; the catalog puts files 0, 1, 3 into train, the others aside."""
     made = Store.create(tmp_path / "store", RECIPE, 3)
     for name, first in (("one", 0), ("two", 3)):
-        made.write(name, _rows(first))
+        made.write_shard(name, _rows(first))
     columns = {
         "root": r"/data/bl\xf6d",
         "paths": [f"train/a/{i}.jpg" for i in range(6)],
@@ -65,7 +65,7 @@ def store(tmp_path: Path) -> Store:
         "tries": np.zeros(6, np.uint8),
         "ignored": 7,
     }
-    made.complete(["one", "two"], columns, {})
+    made.commit(["one", "two"], columns, {})
     return made
 
 
@@ -113,11 +113,11 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_pa
         "    sketch.write_bytes(b'ARROW1 half a shard')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code, made.shard("one")], check=False)
+    ended = subprocess.run([sys.executable, "-c", code, made.shard_path("one")], check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert made.on_disk() == []
-    shard_file.write_shard(made.shard("one"), _rows(), RECIPE)
-    assert made.on_disk() == ["one"]
+    assert made.shard_names() == []
+    shard_file.write_shard(made.shard_path("one"), _rows(), RECIPE)
+    assert made.shard_names() == ["one"]
 
 
 def test_every_torn_shard_is_a_data_error_not_a_crash(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_any_flipped_bit_of_the_papers_is_found_before_training(store: Store) ->
 def test_any_flipped_bit_of_shards_and_catalog_is_found_before_training(store: Store) -> None:
     """One bit of every byte."""
     catalog = store.path / store.manifest()["catalog"]["name"]
-    for path in (store.shard("two"), catalog):
+    for path in (store.shard_path("two"), catalog):
         whole = path.read_bytes()
         for byte in range(len(whole)):
             path.write_bytes(_flipped(path, 8 * byte + byte % 8))
@@ -276,7 +276,7 @@ def test_any_flipped_bit_of_shards_and_catalog_is_found_before_training(store: S
 
 def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: Store) -> None:
     """What a killed run left is used by the next one: a changed feature must not be."""
-    path = store.shard("one")
+    path = store.shard_path("one")
     whole = path.read_bytes()
     feature = np.arange(4, dtype=np.float16).tobytes()  # of file 0, view 0
     at = whole.index(feature)
@@ -284,33 +284,33 @@ def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: S
     (store.path / "manifest.json").unlink()
     (store.path / "digests" / "one").unlink()  # as older versions wrote it
     with pytest.raises(DataError, match=r"one\.arrow has changed"):  # nothing else vouches for it
-        Store(store.path).read("one")
+        Store(store.path).read_shard("one")
     path.write_bytes(whole)
     shutil.rmtree(store.path / "digests")
-    np.testing.assert_array_equal(Store(store.path).read("one").features, _rows(0).features)
-    store.shard("two").write_bytes(store.shard("two").read_bytes()[:-100])
+    np.testing.assert_array_equal(Store(store.path).read_shard("one").features, _rows(0).features)
+    store.shard_path("two").write_bytes(store.shard_path("two").read_bytes()[:-100])
     with pytest.raises(DataError, match=r"two\.arrow has changed"):
-        Store(store.path).examine_leftovers()
-    store.shard("two").unlink()
-    Store(store.path).examine_leftovers()
+        Store(store.path).check_unlisted_shards()
+    store.shard_path("two").unlink()
+    Store(store.path).check_unlisted_shards()
     path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
     with pytest.raises(DataError, match=r"one\.arrow differs from .*digests.one"):
-        Store(store.path).read("one")
+        Store(store.path).read_shard("one")
 
 
 def test_a_second_writer_is_refused_while_the_first_is_at_work(store: Store) -> None:
     with (
-        store.locked(),
+        store.lock(),
         pytest.raises(ConfigError, match="being written"),
-        Store(store.path).locked(),
+        Store(store.path).lock(),
     ):
         pass
-    with store.locked():  # and given back
+    with store.lock():  # and given back
         pass
 
 
 def test_a_missing_shard_is_found_before_training(store: Store) -> None:
-    store.shard("one").unlink()
+    store.shard_path("one").unlink()
     with pytest.raises(DataError, match=r"one\.arrow is missing"):
         store.verify()
 
@@ -331,7 +331,7 @@ def test_unequal_recipes_are_refused_by_the_first_differing_field(store: Store) 
             Store.create(store.path, other, 3)
         assert f"made with {field} =" in refusal.value.found
         with pytest.raises(ConfigError, match=f"made with {field} ="):
-            shard_file.read_shard(store.shard("one"), other)
+            shard_file.read_shard(store.shard_path("one"), other)
 
 
 def test_every_field_of_the_recipe_changes_its_fingerprint() -> None:
@@ -372,11 +372,11 @@ def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
         paths=["a", "b"],
         image_ids=[bytes(16)] * 2,
         faults=[None, "empty: the file has no bytes"],
-        top=np.array([[1, 0], [0, 1]]),
+        top_index=np.array([[1, 0], [0, 1]]),
         probability=np.array([[0.25, 0.75], [0.5, 0.5]], np.float32),
     )
     scores_io.write_scores(path, scores, {"made": "here"})
-    assert scores_io.read_parquet(path, ["path", "label", "top_k"]) == {
+    assert scores_io.read_columns(path, ["path", "label", "top_k"]) == {
         "path": ["a", "b"],
         "label": ["dog", None],
         "top_k": [
@@ -386,4 +386,4 @@ def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
     }
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match=r"scores\.parquet"):
-        scores_io.read_parquet(path, ["path"])
+        scores_io.read_columns(path, ["path"])

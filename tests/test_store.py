@@ -67,7 +67,7 @@ def store(made: Path, tmp_path: Path) -> Path:
 def features_by_path(path: Path) -> dict[str, np.ndarray]:
     return {
         name: np.array(feature)
-        for rows in Store(path).rows()
+        for rows in Store(path).shards()
         for name, feature, fault in zip(rows.paths, rows.features, rows.faults, strict=True)
         if fault is None
     }
@@ -311,7 +311,7 @@ def test_what_a_killed_run_left_is_checked_before_it_is_used(data, command, tmp_
 
 
 def test_two_runs_on_one_store_do_not_meet(store, data, capsys):
-    with Store(store).locked(), pytest.raises(SystemExit) as ended:
+    with Store(store).lock(), pytest.raises(SystemExit) as ended:
         main(["precompute", str(data), str(store), *FLAGS])
     assert ended.value.code == 2
     assert "being written by another" in capsys.readouterr().err
@@ -379,7 +379,7 @@ def test_verify_finds_a_whole_store_whole(store, command):
 
 def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(store, command):
     names = [one["name"] for one in Store(store).manifest()["shards"]]
-    flipped, missing = (Store(store).shard(name) for name in names[:2])
+    flipped, missing = (Store(store).shard_path(name) for name in names[:2])
     whole = bytearray(flipped.read_bytes())
     whole[len(whole) // 2] ^= 1
     flipped.write_bytes(whole)
@@ -387,7 +387,7 @@ def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(st
     draft = store / "shards" / f".{names[2]}.arrow.0123abcd.draft"
     draft.write_bytes(b"half")
     stray = store / "shards" / "0123.arrow"
-    shutil.copy(Store(store).shard(names[2]), stray)
+    shutil.copy(Store(store).shard_path(names[2]), stray)
     body = bytearray((store / "body.safetensors").read_bytes())
     body[-1] ^= 1
     (store / "body.safetensors").write_bytes(body)
@@ -414,7 +414,7 @@ def test_verify_finds_rows_that_the_hashes_vouch_for_and_the_catalog_does_not(st
     manifest["shards"].append(manifest["shards"][0])
     fileio.write_sealed(store / "manifest.json", manifest)
     assert "misfit" in findings(command, store, code=4).values()
-    with pytest.raises(DataError, match="shards of other numbers"):
+    with pytest.raises(DataError, match="shards hold another number"):
         inspect.info(store)
 
 
@@ -461,7 +461,7 @@ def test_gc_keeps_what_a_stopped_extraction_will_go_on_with(store, data, command
 def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
     from arrowhead.features import inspect
 
-    with Store(store).locked(), pytest.raises(ConfigError, match="being written"):
+    with Store(store).lock(), pytest.raises(ConfigError, match="being written"):
         inspect.gc(store, remove=True)
     (store / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="no manifest"):

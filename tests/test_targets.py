@@ -218,7 +218,7 @@ def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys
             main(["features", "info", str(tmp_path / "out")])
         assert ended.value.code == 2
         told = capsys.readouterr().err
-        assert (f"do      name {tmp_path / 'out' / 'store'}." in told) is there
+        assert (f"do      give {tmp_path / 'out' / 'store'}." in told) is there
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys
     [
         (["fit", "nowhere", "out"], "nowhere is not there"),
         (["precompute", "nowhere.csv", "out"], "nowhere.csv cannot be read"),
-        (["fit", "DATA", "out", "--weights", "no.safetensors"], "no.safetensors is not there"),
+        (["fit", "DATA", "out", "--weights", "no.safetensors"], "no.safetensors does not exist"),
         (["fit", "DATA", "out", "--body", "resnet43"], "'resnet43'"),
         (["train", "nowhere", "b"], "nowhere is not a feature store"),
         (["lr-find", "nowhere"], "nowhere is not a feature store"),
@@ -262,7 +262,9 @@ def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path, d
 def test_the_networks_that_are_known_without_torchvision_are_those_that_it_has():
     import torchvision.models
 
-    assert backbone._names() == torchvision.models.list_models(module=torchvision.models)
+    assert backbone._registered_networks() == torchvision.models.list_models(
+        module=torchvision.models
+    )
 
 
 def test_a_store_that_is_there_is_used_with_its_own_recipe(here, store, drawn, command: Command):

@@ -666,7 +666,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
 
     body, pixels = BodyConfig(body="resnet18", weights="random"), PixelConfig(size=64)
     weights = backbone.load(body)
-    recipe = extract.recipe_of(pixels, body, weights, 512)
+    recipe = extract.make_recipe(pixels, body, weights, 512)
     made = Bundle(
         recipe=recipe,
         classes=["baskets", "beads", "leaves"],

@@ -245,7 +245,7 @@ class Learner:
         self._trained: Trained | None = None
         self._cached_predictor: Predictor | None = None
         with _python_refusals():
-            config = feature_config.as_in_store(folder, config, given)
+            config = feature_config.complete_from_store(folder, config, given)
             sources.must_validate(images.path, images.catalog)
             precompute.precompute(images.path, folder, config, self._context)
         self.store = images._store = Store(folder)
@@ -443,7 +443,7 @@ def predict_files(predictor: Predictor, paths: Sequence[str | Path]) -> list[Ans
             path,
             label=classes[probability_C.argmax()],
             probability=float(probability_C.max()),
-            labels=list(classes[predictions.given[row]]),
+            labels=list(classes[predictions.labels[row]]),
             probabilities=dict(zip(classes, probability_C.tolist(), strict=True)),
         )
     return [answers[i] for i in range(len(files))]

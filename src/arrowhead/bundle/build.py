@@ -69,7 +69,7 @@ def build(
     if len(test.row):
         tested = metrics.evaluate(_logits(head, test), test.label, bundle.classes, **decision)
         figures |= {f"test_{name}": value for name, value in tested.items()}
-    train_ids = store.features("train", mapped=True).image_id
+    train_ids = store.features("train", rows_only=True).image_id
     bundle = dataclasses.replace(
         bundle,
         temperature=calibrated.temperature,
@@ -92,7 +92,7 @@ def _uncalibrated(store: Store, config: TrainConfig, trained: Trained, *, multi:
         head=config.architecture,
         temperature=1.0,
         multi=multi,
-        body_state=extract.load_weights(store.recipe, store.weights),
+        body_state=extract.load_weights(store.recipe, store.weights_path),
         head_state={name: torch.tensor(value) for name, value in trained.state.items()},
         metrics={},
         lineage={},
@@ -120,6 +120,6 @@ def _lineage(store: Store, config: TrainConfig, trained: Trained) -> dict[str, A
 
 def _novelty(store: Store, valid: Features) -> NoveltyDetector:
     """The novelty detector: fitted to clean training features, calibrated on validation images."""
-    train = store.features("train", mapped=True)
+    train = store.features("train", rows_only=True)
     row_M = train.row[novelty.sample_bank_rows(train.image_id)]
     return NoveltyDetector.fit(store.clean_features(row_M), valid.feature[:, 0])

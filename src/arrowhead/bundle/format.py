@@ -50,8 +50,8 @@ BUNDLE_SHAPE = {
     "metrics": dict,
     "lineage": dict,
     "sha256": {
-        "weights.safetensors": store_format.DIGEST,
-        "golden/golden.json": store_format.DIGEST,
+        "weights.safetensors": store_format.SHA256,
+        "golden/golden.json": store_format.SHA256,
     },
 }
 GOLDEN = [{"name": str, "feature": [float], "probabilities": [float]}]
@@ -336,7 +336,7 @@ def read_content(file: Path, where: str) -> dict[str, Any]:
     )
     fileio.must_fit(content, BUNDLE_SHAPE, f"{where}/bundle.json", MEND)
     for name, digest in content["sha256"].items():
-        fileio.must_fit(digest, store_format.DIGEST, f"{where}/bundle.json", MEND)
+        fileio.must_fit(digest, store_format.SHA256, f"{where}/bundle.json", MEND)
         if not _inside(name):
             raise DataError(
                 f"{where} names a file outside of itself: {name!r}.",

@@ -32,7 +32,7 @@ def choose(store: Store, bundle: Bundle, candidates: Mapping[bytes, bytes]) -> l
     """
     if not candidates:
         return []
-    part = store.features(mapped=True)
+    part = store.features(rows_only=True)
     ids = np.array([int.from_bytes(image_id[:8]) for image_id in candidates], np.uint64)
     position_M = np.flatnonzero(np.isin(part.image_id, ids))
     _, first = np.unique(part.image_id[position_M], return_index=True)

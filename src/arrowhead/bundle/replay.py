@@ -112,7 +112,7 @@ def decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> Guard
     clean = dataclasses.replace(recipe, views=1, augment="none", augment_seed=0)
     number = int(device.partition(":")[2] or 0) if "cuda" in device else None
     return GuardedDecoder(
-        extract.pixels_of(clean),
+        extract.make_pixel_config(clean),
         batch_size=batch_size,
         threads=threads,
         device=number,

@@ -28,8 +28,7 @@ from arrowhead.cli.options import Out, Output, ToCluster
 from arrowhead.cli.screen import Screen
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.errors import ConfigError
-from arrowhead.features.backbone import FILES as WEIGHT_FILES
-from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.backbone import WEIGHTS_SUFFIXES, BodyConfig
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.runtime import signals
@@ -220,7 +219,7 @@ def _requirements(call: Call) -> Requirements:
             inputs.append(value.store)
         elif isinstance(value, ScoreConfig):
             inputs += [value.base, value.store]
-        elif isinstance(value, BodyConfig) and Path(value.weights).suffix in WEIGHT_FILES:
+        elif isinstance(value, BodyConfig) and Path(value.weights).suffix in WEIGHTS_SUFFIXES:
             inputs.append(value.weights)
     env_vars: dict[str, str] = {}
     required_variable = None

@@ -48,7 +48,7 @@ from arrowhead.errors import ConfigError
 from arrowhead.features import backbone
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
-from arrowhead.features.feature_config import FeatureConfig, as_in_store
+from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.features.store import Store
 from arrowhead.output_paths import check_folder, expanded
@@ -153,8 +153,8 @@ def _prepare(
     Returns:
         The settings, with the store's own where no flag was given, and the images.
     """
-    images = as_in_store(store, request, given_flags())
-    backbone.check(images.body)
+    images = complete_from_store(store, request, given_flags())
+    backbone.check_config(images.body)
     catalog = sources.labelled(data, images.source)
     if images != request:
         body, pixels = images.body, images.pixels

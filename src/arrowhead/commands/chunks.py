@@ -18,7 +18,7 @@ def fault_list(store: Store, most: int = 1000) -> list[dict[str, str]]:
     """Path and fault of the first `most` images that could not be read."""
     found = [
         {"path": path, "fault": fault}
-        for rows in store.rows()
+        for rows in store.shards()
         for path, fault in zip(rows.paths, rows.faults, strict=True)
         if fault
     ]
@@ -57,7 +57,7 @@ def run_chunks(
                 return
             done.add(message)
             faults = sum(message["faults"].values())
-            advance(message["files"], faults, extract.binding(done.seconds))
+            advance(message["files"], faults, extract.bottleneck(done.seconds))
             progress()
 
         def sized(workers: int) -> None:

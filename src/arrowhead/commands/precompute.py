@@ -18,7 +18,7 @@ from arrowhead.data import sources, splits
 from arrowhead.data.catalog import Catalog
 from arrowhead.features import extract, golden_images
 from arrowhead.features.backbone import Body
-from arrowhead.features.feature_config import FeatureConfig, weights_of
+from arrowhead.features.feature_config import FeatureConfig, resolve_weights
 from arrowhead.features.store import Store
 from arrowhead.reporting import extraction, recording, run_context
 from arrowhead.reporting.progress import Work
@@ -46,9 +46,9 @@ def precompute(
     began = perf_counter()
     catalog = data if isinstance(data, Catalog) else sources.labelled(data, images.source)
     store = _store(path, images)
-    with store.locked(context.screen.say):
-        intact = store.intact()
-        store.examine_leftovers()
+    with store.lock(context.screen.say):
+        intact = store.intact_shards()
+        store.check_unlisted_shards()
         extraction.say_source(catalog, context.screen)
         extraction.say_classes(store, catalog, context.screen)
         catalog = _tried_again(store, catalog, images.extract.max_bytes)
@@ -58,7 +58,7 @@ def precompute(
         runs = data_chunks.chunks(catalog.paths, store.chunk_size)
         names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
         store.write_pending(catalog.columns())
-        missing = [i for i, name in enumerate(names) if not store.shard(name).is_file()]
+        missing = [i for i, name in enumerate(names) if not store.shard_path(name).is_file()]
         total = sum(len(runs[i]) for i in missing)
         args = path, images.pixels, images.extract
         there = len(catalog) - total
@@ -133,7 +133,7 @@ def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
     faults = {
         path: fault
         for one in passing
-        for rows in [store.read(one["name"])]
+        for rows in [store.read_shard(one["name"])]
         for path, fault in zip(rows.paths, rows.faults, strict=True)
         if fault and fault.startswith(TRIED_AGAIN)
     }
@@ -155,7 +155,7 @@ def _store(path: Path, images: FeatureConfig) -> Store:
     """The store for these settings, its body's weights inside."""
     import safetensors.torch
 
-    weights = weights_of(path, images.body)
+    weights = resolve_weights(path, images.body)
     body = Body(
         images.body.body,
         weights.state,
@@ -164,12 +164,12 @@ def _store(path: Path, images: FeatureConfig) -> Store:
         std=weights.std,
         size=images.pixels.size,
     )
-    recipe = extract.recipe_of(images.pixels, images.body, weights, body.width)
+    recipe = extract.make_recipe(images.pixels, images.body, weights, body.width)
     if (path / "store.json").is_file():  # it goes on as it was begun, photo by photo
         recipe = dataclasses.replace(recipe, decoder=Store(path).recipe.decoder)
     store = Store.create(path, recipe, images.extract.chunk_size)
-    if not store.weights.is_file():
-        with fileio.draft(store.weights) as draft_file:
+    if not store.weights_path.is_file():
+        with fileio.draft(store.weights_path) as draft_file:
             draft_file.write_bytes(safetensors.torch.save(weights.state))
     return store
 
@@ -184,14 +184,18 @@ def _complete(
     """Check that every file has its row, draw the splits, keep golden images, write catalog and
     manifest.
     """
-    parts = [store.read(name) for name in names]
+    parts = [store.read_shard(name) for name in names]
     if [path for rows in parts for path in rows.paths] != catalog.paths:
         raise AssertionError("the shards do not hold every file of the catalog once, in order")
     ids = [image_id for rows in parts for image_id in rows.image_ids]
     faults = [fault for rows in parts for fault in rows.faults]
     faulty = [fault is not None for fault in faults]
     drawn = splits.drawn(catalog, ids, images.source.valid_share, faulty)
-    kept = golden_images.keep(store, drawn, ids, faults) if images.golden.golden_images else []
-    manifest = store.complete(names, drawn.columns(), intact, kept)
-    store.drop_pending()
+    kept = (
+        golden_images.save_candidates(store, drawn, ids, faults)
+        if images.golden.golden_images
+        else []
+    )
+    manifest = store.commit(names, drawn.columns(), intact, kept)
+    store.delete_pending()
     return manifest, drawn

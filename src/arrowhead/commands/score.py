@@ -28,7 +28,7 @@ from arrowhead.inference import evaluate as inference_evaluate
 from arrowhead.inference import layout, score_request, summary
 from arrowhead.inference import score as inference_score
 from arrowhead.inference.evaluate import EvaluateConfig
-from arrowhead.inference.score_request import Request, ScoreConfig
+from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
 from arrowhead.inference.summary import ScoreSummary
 from arrowhead.output_paths import check_folder
 from arrowhead.reporting import evaluation, extraction, recording, scoring
@@ -62,13 +62,13 @@ def score(
         made = _scored(path, loaded, catalog, out, config, how, context, "scoring")
         scoring.say_folders(made.held, context.screen)
         # One of an earlier command would else say what the parts no longer say.
-        asked = config.csv or layout.csv_file(out).is_file()
+        asked = config.csv or layout.csv_path(out).is_file()
         table = inference_score.write_csv(made.request, loaded) if asked else None
         result = made.result | {"bundle": str(address), "csv": str(table) if table else None}
         if made.fresh:
-            inference_score.record(made.request, result, loaded)
+            inference_score.write_summary(made.request, result, loaded)
         elif table:
-            score_request.record_csv(made.request.out)
+            score_request.update_csv_digest(made.request.output_dir)
     if context.run:
         scoring.show_scores(result, made.held, out, context.run)
     return result
@@ -86,20 +86,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score labelled images with a bundle and tell how good the scores are.
 
-    Returns what `score` does and `metrics` (see `figures`). out: None for a folder in the
-    working directory (see `inference.evaluate.default_folder`).
+    Returns what `score` does and `metrics` (see `compute_metrics`). out: None for a folder in the
+    working directory (see `inference.evaluate.default_output_dir`).
     """
-    catalog = inference_evaluate.listed(data, source)
+    catalog = inference_evaluate.list_images(data, source)
     out = out or check_folder(
-        inference_evaluate.default_folder(str(address), str(data), catalog), "scores"
+        inference_evaluate.default_output_dir(str(address), str(data), catalog), "scores"
     )
     with fileio.occupied(out, context.screen.say), _at_hand(str(address), tracking, out) as path:
         loaded = bundle_format.load(path)
-        catalog, notes = inference_evaluate.labelled(data, catalog, source, config, loaded)
+        catalog, notes = inference_evaluate.attach_labels(data, catalog, source, config, loaded)
         for note in (*catalog.notes, *notes):
             context.screen.say(note)
         made = _scored(path, loaded, catalog, out, config.scores, how, context, "evaluation")
-        found = inference_evaluate.figures(made.request, loaded)
+        found = inference_evaluate.compute_metrics(made.request, loaded)
         result = made.result | {
             "bundle": str(address),
             "data": str(data),
@@ -107,8 +107,10 @@ def evaluate(
             "metrics": found,
         }
         if made.fresh:
-            inference_score.record(made.request, made.result | {"bundle": str(address)}, loaded)
-        inference_evaluate.write(out, result)
+            inference_score.write_summary(
+                made.request, made.result | {"bundle": str(address)}, loaded
+            )
+        inference_evaluate.write_results(out, result)
     evaluation.show_figures(result, loaded, out, context)
     return result
 
@@ -117,7 +119,7 @@ def evaluate(
 class _Scored:
     """What a scoring came to. fresh: whether score.json has to be written."""
 
-    request: Request
+    request: ScoreRequest
     held: ScoreSummary
     result: dict[str, Any]
     fresh: bool
@@ -143,11 +145,11 @@ def _scored(
         context.run.tags({"dataset": name, "body": loaded.recipe.body})
         asked = {f"score.{k}": v for k, v in asdict(config).items()}
         asked |= {f"extract.{k}": v for k, v in asdict(how).items()}
-        context.run.params(asked | {"bundle": mark, "recipe": loaded.recipe.json()})
+        context.run.params(asked | {"bundle": mark, "recipe": loaded.recipe.to_json()})
     del catalog  # of a million files; from here on nobody needs more than some chunks of it
-    extraction.say_damaged(request.damaged, context.screen)
-    missing = request.missing()
-    total = sum(len(request.runs[number]) for number in missing)
+    extraction.say_damaged(request.damaged_parts, context.screen)
+    missing = request.unfinished_parts()
+    total = sum(len(request.part_rows[number]) for number in missing)
     args = request, how
     done = chunks.run_chunks(
         inference_score.score, args, missing, total, files - total, "score", context
@@ -168,7 +170,7 @@ def _scored(
         "ignored": ignored,
     }
     scoring.say_scores(context, counts, done, loaded, config)
-    extraction.say_faults(found.faults, found.torn, out / "parts", context.screen)
+    extraction.say_faults(found.faults, found.unreadable, out / "parts", context.screen)
     result = {
         "counts": counts,
         "faults": dict(found.faults),
@@ -180,8 +182,8 @@ def _scored(
         "recipe_fingerprint": loaded.recipe.fingerprint,
         "drift": done.drift,
         "novelty_threshold": scoring.novelty_threshold(loaded, config),
-        "folders": found.folders and found.folders.plain(),
-        "images_used": found.used,
+        "folders": found.folders and found.folders.to_dict(),
+        "images_used": found.images_used,
         "out": str(out),
         "arrowhead": __version__,
         "trained_by": loaded.lineage.get("run_id"),

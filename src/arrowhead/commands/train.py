@@ -44,7 +44,7 @@ def find_rate(
         store = Store(path)
         recording.settings_asked(context.run, asked.resolve(store)[0].head, ())
         found = {f"lr_finder.{k}": v for k, v in dataclasses.asdict(finder).items()}
-        context.run.params(found | {"recipe": store.recipe.json()})
+        context.run.params(found | {"recipe": store.recipe.to_json()})
         context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
         recording.datasets(context.run, Catalog(**store.read_catalog()))
     reporting_training.show_curve(curve, path, context)
@@ -138,9 +138,9 @@ def _golden_candidates(store: Store) -> Mapping[bytes, bytes]:
     """The copies of photos that the store keeps. Stores of version 0.1.0 keep none: then the photos
     themselves, if they are unchanged.
     """
-    images = store.golden()
+    images = store.load_golden()
     if images is None:
-        return golden_images.from_photos(store, Catalog(**store.read_catalog()))
+        return golden_images.read_candidates(store, Catalog(**store.read_catalog()))
     return images
 
 
@@ -199,7 +199,7 @@ def fit_head(
     run_context.params(context, {"workers": context.launch.workers, "arrowhead": __version__})
     if context.run:
         context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
-        context.run.params({"recipe": store.recipe.json()})
+        context.run.params({"recipe": store.recipe.to_json()})
         catalog = Catalog(**store.read_catalog())
         recording.datasets(context.run, catalog)
     # The heads of a grid are children themselves.

@@ -1,1 +1,1 @@
-"""Images to features, and the store that keeps them."""
+"""Images to features, and the store that holds them."""

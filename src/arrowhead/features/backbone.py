@@ -1,8 +1,11 @@
-"""Bodies: torchvision networks without their final layer, pooled to one row per image.
+"""Bodies: pretrained torchvision backbones without their final layer, one feature row per image.
 
-name, weights          torchvision's, a file, or random on purpose
-  -> load              float32 tensors by name, their sha256, mean and std
-  -> Body              uint8 (B, 3, S, S) -> float32 (B, D), batch norm folded, channels last
+    name, weights          of torchvision, from a file, or random
+      -> load              float32 tensors by name, their sha256, mean and std
+      -> Body              uint8 (B, 3, S, S) -> float32 (B, D), batch norm folded, channels last
+
+Unlike torchvision and timm, loading checks the hash of a cached file, never unpickles code, and
+identifies weights by their tensors, whichever file they came from.
 """
 
 from __future__ import annotations
@@ -28,24 +31,29 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-FILES = (".safetensors", ".pth", ".pt")  # endings of --weights that name a file
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")  # a --weights value that ends so is a file
+DOWNLOAD_TIMEOUT_SECONDS = 20
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")  # torchvision's names: resnet18-f37072fd.pth
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, for training only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BodyConfig:
-    """The network that turns a picture into a feature."""
+    """The network that turns an image into a feature."""
 
     body: str = "resnet34"
     """Any torchvision classification network, its final layer removed."""
     weights: str = "auto"
     """auto: torchvision's default ImageNet weights, from the torch hub cache or downloaded;
-    a torchvision weights name (IMAGENET1K_V1); a .safetensors or .pth file; random, knowingly."""
+    a torchvision weights name (IMAGENET1K_V1); a .safetensors or .pth file; or random (untrained).
+    """
     mean: tuple[float, float, float] | None = None
-    """Channel means the weights were made with, of pixels scaled to 0..1. Default: ImageNet's."""
+    """Channel means that the weights were trained with, of pixels scaled to 0..1. Default: those of
+    ImageNet."""
     std: tuple[float, float, float] | None = None
-    """Channel deviations, likewise."""
+    """Channel standard deviations, likewise."""
     pool: Literal["avg", "max", "concat"] = "avg"
-    """From the last feature map to one row; concat (avg and max) is the lesson's."""
+    """Pooling from the last feature map to one row; concat joins avg and max, as fast.ai does."""
 
     def __post_init__(self) -> None:
         if self.std is not None and not all(value > 0 for value in self.std):
@@ -56,7 +64,7 @@ class BodyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """A body's tensors by name, without the final layer, and what pixels they expect."""
+    """A body's tensors by name, without the final layer, and the normalization of its input."""
 
     state: dict[str, torch.Tensor]
     mean: tuple[float, float, float]
@@ -64,78 +72,85 @@ class Weights:
 
     @property
     def sha256(self) -> str:
-        """Hash of names, shapes and values: the same whichever file they came from."""
-        total = hashlib.sha256()
+        """Hash of names, dtypes, shapes and values, independent of the file format."""
+        digest = hashlib.sha256()
         for name, tensor in sorted(self.state.items()):
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            total.update(tensor.contiguous().numpy().tobytes())
-        return total.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------ weights
 
 
-def check(config: BodyConfig) -> None:
-    """ConfigError for an unknown body or a weights file that is not there, torch unseen: importing
-    it to find a slip of the pen takes seconds.
+def check_config(config: BodyConfig) -> None:
+    """Raise ConfigError for an unknown body or a missing weights file.
+
+    This does not import torch, which would take seconds just to find a typo.
     """
-    known = _names()
-    if known and config.body not in known:
-        raise _unknown(config.body, known)
-    if Path(config.weights).suffix in FILES:
-        _must_be_file(Path(config.weights))
+    networks = _registered_networks()
+    if networks and config.body not in networks:
+        raise _unknown_body_error(config.body, networks)
+    if Path(config.weights).suffix in WEIGHTS_SUFFIXES:
+        _require_file(Path(config.weights))
 
 
-def _names() -> list[str]:
-    """The networks in torchvision's source, by what registers them; none if it is not as known."""
+def _registered_networks() -> list[str]:
+    """Names of torchvision's classification networks, found in its source by their decorator.
+
+    Empty if a version of torchvision registers them in another way.
+    """
     spec = find_spec("torchvision")
-    folders = [Path(one) / "models" for one in (spec and spec.submodule_search_locations) or ()]
-    registered = re.compile(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
-    texts = [file.read_text("utf-8") for folder in folders for file in folder.glob("*.py")]
-    return sorted(name for text in texts for name in registered.findall(text))
+    locations = (spec and spec.submodule_search_locations) or ()
+    folders = [Path(location) / "models" for location in locations]
+    decorated = re.compile(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+    sources = [file.read_text("utf-8") for folder in folders for file in folder.glob("*.py")]
+    return sorted(name for source in sources for name in decorated.findall(source))
 
 
 def load(config: BodyConfig) -> Weights:
-    """The weights that `config` names.
+    """Load the weights that `config` names.
 
-    Raises ConfigError for an unknown body or weights name, or when ImageNet weights can be had
-    neither from the cache nor by download; DataError for a file that does not fit the body.
+    Raises:
+        ConfigError: the body or the weights name is unknown, ImageNet weights are neither in the
+            cache nor can they be downloaded, or the weights do not fit the body.
+        DataError: the file cannot be read.
     """
     import torch
 
-    net, final = _headless(config.body)
+    net, final_layer = _build_without_final_layer(config.body)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if config.weights == "random":
-        state = dict(_build(config.body).state_dict())
-    elif (suffix := Path(config.weights).suffix) in FILES:
-        state = _from_file(Path(config.weights), suffix)
+        state = dict(_build_network(config.body).state_dict())
+    elif (suffix := Path(config.weights).suffix) in WEIGHTS_SUFFIXES:
+        state = _read_state_dict(Path(config.weights), suffix)
     else:
-        state, mean, std = _from_torchvision(config)
-    unused = (f"{final}.", "aux1.", "aux2.", "AuxLogits.")
+        state, mean, std = _load_torchvision_weights(config)
+    unused = (f"{final_layer}.", *AUXILIARY_HEADS)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     try:
         with torch.no_grad():
             net.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ConfigError(
-            f"{config.weights} does not fit {config.body}: {_first_misfit(error)}",
-            f"the tensors of torchvision's {config.body}, by its names.",
-            "give the --body the weights were made for.",
+            f"{config.weights} does not fit {config.body}: {_first_mismatch(error)}",
+            f"the tensors of torchvision's {config.body}, with the same names and shapes.",
+            "give the --body that the weights were trained for.",
         ) from error
     state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     return Weights(state=state, mean=config.mean or mean, std=config.std or std)
 
 
-def _first_misfit(error: RuntimeError) -> str:
+def _first_mismatch(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     return lines[0][:200] if lines else str(error)[:200]
 
 
-def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
+def _read_state_dict(path: Path, suffix: str) -> dict[str, torch.Tensor]:
     import safetensors.torch
     import torch
 
-    _must_be_file(path)
+    _require_file(path)
     try:
         if suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
@@ -144,51 +159,52 @@ def _from_file(path: Path, suffix: str) -> dict[str, torch.Tensor]:
         raise DataError(
             f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0][:200]}",
             "tensors by name: safetensors, or a state dict saved by torch.save.",
-            "save it again with safetensors; whole pickled models are not opened.",
+            "save it again with safetensors; pickled models are not opened.",
         ) from error
 
 
-def _must_be_file(path: Path) -> None:
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(
-            f"--weights {path} is not there.",
+            f"--weights {path} does not exist.",
             "a .safetensors or .pth file of the body's weights.",
             "check the path, or use --weights auto.",
         )
 
 
-def _from_torchvision(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
+def _load_torchvision_weights(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """The state dict, mean and std of weights that torchvision knows by name."""
     import torch
 
-    models = _torchvision()
-    known = models.get_model_weights(config.body)
+    models = _import_torchvision_models()
+    available = models.get_model_weights(config.body)
     try:
-        chosen = known["DEFAULT" if config.weights == "auto" else config.weights]
+        weights = available["DEFAULT" if config.weights == "auto" else config.weights]
     except KeyError:
         raise ConfigError(
             f"{config.body} has no weights called {config.weights!r}.",
-            f"auto, random, a .safetensors or .pth file, or {', '.join(known.__members__)}.",
+            f"auto, random, a .safetensors or .pth file, or {', '.join(available.__members__)}.",
             "give one of these.",
         ) from None
-    name = chosen.url.rpartition("/")[2]
+    name = weights.url.rpartition("/")[2]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not cached.is_file():
-        _download(config.body, chosen.url, cached)
-    _must_match_its_name(cached)
-    preset = chosen.transforms()
+        _download(config.body, weights.url, cached)
+    _check_hash_in_name(cached)
+    preset = weights.transforms()
     mean, std = getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD)
-    return _from_file(cached, ".pth"), tuple(mean), tuple(std)
+    return _read_state_dict(cached, ".pth"), tuple(mean), tuple(std)
 
 
 def _download(body: str, url: str, cached: Path) -> None:
-    """Fetch torchvision's file into torch's cache; it appears there only if its hash is right."""
+    """Download torchvision's file into torch's cache, where it appears only with the right hash."""
     import torch
 
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # urllib would wait for a silent host for ever
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # urllib would wait forever
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        digest = re.search(r"-([0-9a-f]{8,})\.", cached.name)
+        digest = HASH_IN_NAME.search(cached.name)
         torch.hub.download_url_to_file(
             url, str(cached), hash_prefix=digest[1] if digest else None, progress=False
         )
@@ -196,23 +212,26 @@ def _download(body: str, url: str, cached: Path) -> None:
         raise ConfigError(
             f"The ImageNet weights of {body} are not in torch's cache ({cached}) and could not be"
             f" downloaded from {url}: {error or type(error).__name__}.",
-            "the file in the cache, or a connection.",
-            "give a file you have (--weights PATH.safetensors or PATH.pth), or choose untrained"
-            " weights knowingly (--weights random).",
+            "the file in the cache, or a network connection.",
+            "give a file that you have (--weights PATH.safetensors or PATH.pth), or use untrained"
+            " weights (--weights random).",
         ) from error
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous_timeout)
 
 
-def _must_match_its_name(cached: Path) -> None:
-    """Torchvision's file names carry the start of the sha256; torch never looks a second time."""
-    digest = re.search(r"-([0-9a-f]{8,})\.", cached.name)
+def _check_hash_in_name(cached: Path) -> None:
+    """Compare a cached file with the start of the sha256 in its name.
+
+    torch checks this only when it downloads the file.
+    """
+    expected = HASH_IN_NAME.search(cached.name)
     with cached.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest and not found.startswith(digest[1]):
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected and not actual.startswith(expected[1]):
         raise DataError(
-            f"{cached} is torn: its sha256 starts with {found[:8]}.",
-            f"{digest[1]}, as its name says.",
+            f"{cached} is damaged: its sha256 starts with {actual[:8]}.",
+            f"{expected[1]}, as its name says.",
             "delete the file; it is downloaded again.",
         )
 
@@ -220,22 +239,23 @@ def _must_match_its_name(cached: Path) -> None:
 # ----------------------------------------------------------------------------- networks
 
 
-def _torchvision() -> Any:
-    """torchvision.models, imported without torch's compiler.
+def _import_torchvision_models() -> Any:
+    """Import torchvision.models without torch's compiler.
 
-    One predicate of torchvision's detection operators brings the compiler in: 2.3 s where the rest
-    of the import takes 0.2, in every command. Classification networks never ask it.
+    torchvision's detection operators import the compiler for one predicate, which takes 2.3 s where
+    the rest of the import takes 0.2 s. Classification networks never call it, so a stub replaces
+    the module during the import.
     """
     name = "torch._dynamo.utils"
     if "torchvision" not in sys.modules and name not in sys.modules:
-        stand_in = ModuleType(name)
-        stand_in.is_compile_supported = lambda device: False  # type: ignore[attr-defined]
-        sys.modules[name] = stand_in
+        stub = ModuleType(name)
+        stub.is_compile_supported = lambda device: False  # type: ignore[attr-defined]
+        sys.modules[name] = stub
         try:
             import torchvision
-        except ImportError:  # another torchvision, which asks for more
-            for half in [one for one in sys.modules if one.partition(".")[0] == "torchvision"]:
-                del sys.modules[half]
+        except ImportError:  # this version of torchvision needs more than the stub has
+            for module in [one for one in sys.modules if one.partition(".")[0] == "torchvision"]:
+                del sys.modules[module]
         finally:
             del sys.modules[name]
     import torchvision.models
@@ -243,70 +263,70 @@ def _torchvision() -> Any:
     return torchvision.models
 
 
-def _build(body: str) -> nn.Module:
-    models = _torchvision()
-    known = models.list_models(module=models)
-    if body not in known:
-        raise _unknown(body, known)
+def _build_network(body: str) -> nn.Module:
+    models = _import_torchvision_models()
+    networks = models.list_models(module=models)
+    if body not in networks:
+        raise _unknown_body_error(body, networks)
     import torch
 
-    # These two carry auxiliary heads for training, and shift their input to other statistics.
-    inception = body in ("googlenet", "inception_v3")
-    extra = {"aux_logits": False, "init_weights": False, "transform_input": True}
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they are
-        torch.manual_seed(0)  # and a random body is the same body on every worker
-        net: nn.Module = models.get_model(body, weights=None, **extra if inception else {})
+    # These two have auxiliary heads for training, and normalize their input in another way.
+    is_inception = body in ("googlenet", "inception_v3")
+    options = {"aux_logits": False, "init_weights": False, "transform_input": True}
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
+        torch.manual_seed(0)  # a random body is the same on every worker
+        net: nn.Module = models.get_model(body, weights=None, **options if is_inception else {})
         return net
 
 
-def _unknown(body: str, known: list[str]) -> ConfigError:
-    close = difflib.get_close_matches(body, known, 3)
+def _unknown_body_error(body: str, networks: list[str]) -> ConfigError:
+    close = difflib.get_close_matches(body, networks, 3)
     return ConfigError(
         f"torchvision has no classification network called {body!r}.",
-        f"one of its {len(known)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
+        f"one of its {len(networks)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
         f"did you mean {' or '.join(close)}?" if close else "see torchvision.models.",
     )
 
 
-def _headless(body: str) -> tuple[nn.Module, str]:
-    """The network with its final layer replaced by the identity, and that layer's name."""
+def _build_without_final_layer(body: str) -> tuple[nn.Module, str]:
+    """The network with its final layer replaced by the identity, and the name of that layer."""
     from torch import nn
 
-    net = _build(body)
-    final = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)]
-    if not final:
+    net = _build_network(body)
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
         raise ConfigError(
-            f"{body} ends in no linear layer that could be removed.",
-            "a network whose last layer is linear, as nearly all of torchvision's are.",
+            f"{body} has no linear layer at its end that could be removed.",
+            "a network whose last layer is linear, as in nearly all of torchvision's.",
             "give another --body.",
         )
-    parent, _, leaf = final[-1].rpartition(".")
-    setattr(net.get_submodule(parent), leaf, nn.Identity())
-    return net.eval(), final[-1]
+    parent, _, attribute = linear[-1].rpartition(".")
+    setattr(net.get_submodule(parent), attribute, nn.Identity())
+    return net.eval(), linear[-1]
 
 
-def _trunk(net: nn.Module, body: str) -> nn.Module:
-    """The part of a headless network that ends in a feature map (B, C, H, W)."""
+def _feature_map_layers(net: nn.Module, body: str) -> nn.Module:
+    """The layers of a network that compute its last feature map (B, C, H, W)."""
     from torch import nn
 
-    if body.startswith("densenet"):  # its last activation is not a module
+    if body.startswith("densenet"):  # its last activation is a function, not a module
         return nn.Sequential(net.features, nn.ReLU(inplace=True))  # type: ignore[arg-type]
     if hasattr(net, "features") and not body.startswith("swin"):
         return net.features  # type: ignore[return-value]
-    parts = dict(net.named_children())
-    if "avgpool" in parts and body not in ("googlenet", "inception_v3"):
-        return nn.Sequential(*list(parts.values())[: list(parts).index("avgpool")])
+    children = dict(net.named_children())
+    if "avgpool" in children and body not in ("googlenet", "inception_v3"):
+        return nn.Sequential(*list(children.values())[: list(children).index("avgpool")])
     raise ConfigError(
-        f"{body} has no feature map to pool in another way.",
+        f"{body} has no feature map, which --pool max and concat need.",
         "a convolutional network for --pool max or concat.",
         "use --pool avg.",
     )
 
 
 class Body:
-    """uint8 pixels (B, 3, S, S) -> float32 features (B, D), on one device, for inference only.
+    """Computes features on one device: uint8 pixels (B, 3, S, S) -> float32 (B, D); inference only.
 
-    module: what it runs, as one torch module, for those who build on it.
+    module: the torch module, from uint8 pixels to features; width: D.
     """
 
     def __init__(
@@ -322,17 +342,17 @@ class Body:
     ) -> None:
         import torch
 
-        net, _ = _headless(body)
+        net, _ = _build_without_final_layer(body)
         net.load_state_dict(dict(weights))
-        fused = _fused(net if pool == "avg" else _trunk(net, body))
+        fused = _fuse_batch_norms(net if pool == "avg" else _feature_map_layers(net, body))
         fused.to(memory_format=torch.channels_last)
-        self.module = _sight(fused, pool, mean, std).to(device)
+        self.module = _make_feature_extractor(fused, pool, mean, std).to(device)
         self._device = torch.device(device)
-        blank = torch.zeros((16, 3, size, size), dtype=torch.uint8, device=device)
-        self.width = int(self(blank).shape[1])
+        black_images = torch.zeros((16, 3, size, size), dtype=torch.uint8, device=device)
+        self.width = int(self(black_images).shape[1])
 
     def __call__(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Features of a batch; the order of rows is kept. float16 arithmetic on CUDA."""
+        """Features of a batch, in the order of its images; with float16 arithmetic on CUDA."""
         import torch
 
         on_gpu = self._device.type == "cuda"
@@ -341,14 +361,18 @@ class Body:
             return out
 
 
-def _sight(
+def _make_feature_extractor(
     net: nn.Module, pool: str, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> nn.Module:
-    """The way from pixels to features as one module; net: headless, or a trunk if it is pooled."""
+    """Build the module that normalizes pixels, runs `net` and pools.
+
+    net: for pool avg the network without its final layer, which pools itself; else the layers up to
+    the last feature map.
+    """
     import torch
     from torch import nn
 
-    class Sight(nn.Module):
+    class FeatureExtractor(nn.Module):
         mean: torch.Tensor
         std: torch.Tensor
 
@@ -368,13 +392,13 @@ def _sight(
             highest = out.amax((2, 3))
             return highest if pool == "max" else torch.cat([out.mean((2, 3)), highest], 1)
 
-    return Sight().eval()
+    return FeatureExtractor().eval()
 
 
-def _fused(net: nn.Module) -> nn.Module:
-    """The network with batch norms folded into the convolutions before them (1.24x to 1.29x).
+def _fuse_batch_norms(net: nn.Module) -> nn.Module:
+    """Fold batch norms into the convolutions before them (1.24x to 1.29x as fast).
 
-    Networks that cannot be traced (branches on values) stay as they are: same features, slower.
+    Networks that torch.fx cannot trace stay as they are: same features, slower.
     """
     from torch.fx.experimental.optimization import fuse
 

@@ -1,4 +1,4 @@
-"""A catalog as an Arrow file."""
+"""Reads and writes a catalog (the list of images with labels and splits) as an Arrow file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from arrowhead.features.store_format import REPAIR
 
 
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
-    """A catalog as an Arrow file: path, size, stamp, labels, split, tries; its root as metadata."""
+    """Write a catalog (`Catalog.columns`) as one Arrow file, complete or not at all.
+
+    Columns: path, size, stamp, labels, split, tries. Metadata: root, ignored, source.
+    """
     import pyarrow as pa
 
     table = pa.table(
@@ -28,16 +31,14 @@ def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
             "tries": pa.array(columns["tries"], pa.uint8()),
         }
     )
-    root = {"arrowhead.root": columns["root"], "arrowhead.ignored": str(columns["ignored"])}
+    metadata = {"arrowhead.root": columns["root"], "arrowhead.ignored": str(columns["ignored"])}
     if columns.get("source"):
-        root["arrowhead.source"] = columns["source"]
-    arrow_io.write_arrow(path, table.replace_schema_metadata(root))
+        metadata["arrowhead.source"] = columns["source"]
+    arrow_io.write_arrow(path, table.replace_schema_metadata(metadata))
 
 
 def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
-    """The columns that `write_catalog` wrote, as the fields of `Catalog`; some rows of them,
-    or all.
-    """
+    """Read what `write_catalog` wrote as the fields of `Catalog`; all rows unless `rows` is set."""
     table = catalog_table(path)
     if rows is not None:
         table = table.slice(rows.start, len(rows))
@@ -55,11 +56,11 @@ def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
 
 
 def catalog_table(path: Path) -> Any:
-    """The memory-mapped pyarrow table of a catalog; DataError if it is of another shape."""
+    """The memory-mapped pyarrow table of a catalog; raises DataError if its schema differs."""
     import pyarrow as pa
 
     table = arrow_io.read_arrow(path)
-    kinds = {
+    types = {
         "path": pa.string(),
         "size": pa.int64(),
         "stamp": pa.int64(),
@@ -67,20 +68,24 @@ def catalog_table(path: Path) -> Any:
         "split": pa.dictionary(pa.int32(), pa.string()),
         "tries": pa.uint8(),
     }
-    notes = table.schema.metadata or {}
-    fits = dict(zip(table.column_names, table.schema.types, strict=True)) == kinds
-    fits &= not any(column.null_count for column in table.columns)
-    if not (fits and b"arrowhead.root" in notes and notes.get(b"arrowhead.ignored", b"").isdigit()):
+    metadata = table.schema.metadata or {}
+    is_valid = (
+        dict(zip(table.column_names, table.schema.types, strict=True)) == types
+        and not any(column.null_count for column in table.columns)
+        and b"arrowhead.root" in metadata
+        and metadata.get(b"arrowhead.ignored", b"").isdigit()
+    )
+    if not is_valid:
         raise DataError(
             f"{path} is not a catalog as Arrowhead writes it: {table.schema.to_string()[:300]}",
-            f"the columns {', '.join(kinds)}, without gaps; root and ignored in the metadata.",
+            f"the columns {', '.join(types)} without nulls; root and ignored in the metadata.",
             REPAIR,
         )
     return table
 
 
 def split_column(table: Any) -> NDArray[np.str_]:
-    """The splits of a catalog's table, str (N,)."""
+    """The split of each row of a catalog's table, str (N,)."""
     column = arrow_io.whole(table["split"])
     names = np.array(column.dictionary.to_pylist(), np.str_)
     split_N: NDArray[np.str_] = names[column.indices.to_numpy()]
@@ -90,27 +95,29 @@ def split_column(table: Any) -> NDArray[np.str_]:
 def label_column(
     table: Any, classes: Sequence[str], row: NDArray[np.int64]
 ) -> NDArray[np.int64] | NDArray[np.uint8]:
-    """The labels of some rows of a catalog's table, as `Features` holds them."""
+    """The labels of the rows `row` of a catalog's table, in the form of `Features.label`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     column = arrow_io.whole(table["labels"])
-    ends = column.offsets.to_numpy()
-    known = pa.array(classes, pa.string())
-    number = pc.index_in(column.values, value_set=known).to_numpy(zero_copy_only=False)
-    number, count = number[ends[0] : ends[-1]], np.diff(ends)
-    if np.isnan(number.astype(np.float64)).any():
+    offsets = column.offsets.to_numpy()
+    value_set = pa.array(classes, pa.string())
+    class_index = pc.index_in(column.values, value_set=value_set).to_numpy(zero_copy_only=False)
+    class_index = class_index[offsets[0] : offsets[-1]]
+    labels_per_row = np.diff(offsets)
+    if np.isnan(class_index.astype(np.float64)).any():
         raise DataError(
             "The store's catalog has labels that are not among the classes of its manifest.",
             f"the classes {', '.join(classes[:5])} and so on.",
             "run the same precompute again, or extract again into a new store.",
         )
-    if (count == 1).all():
-        only: NDArray[np.int64] = number[row].astype(np.int64)
-        return only
-    place = np.full(len(count), -1)
-    place[row] = np.arange(len(row))
-    owner = np.repeat(place, count)
+    if (labels_per_row == 1).all():
+        single: NDArray[np.int64] = class_index[row].astype(np.int64)
+        return single
+    output_row = np.full(len(labels_per_row), -1)  # -1: a row that was not asked for
+    output_row[row] = np.arange(len(row))
+    row_of_label = np.repeat(output_row, labels_per_row)
+    selected = row_of_label >= 0
     label = np.zeros((len(row), len(classes)), np.uint8)
-    label[owner[owner >= 0], number[owner >= 0]] = 1
+    label[row_of_label[selected], class_index[selected]] = 1
     return label

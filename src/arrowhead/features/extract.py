@@ -1,14 +1,15 @@
-"""Images to feature shards.
+"""Feature extraction: reads, decodes and runs the body on images, chunk by chunk.
 
-    chunk of the plan      up to 2 x chunk_size rows of the catalog
+    chunk                  up to 2 x chunk_size rows of the catalog
       -> read              bytes and their hash; unreadable files become faults
-      -> known features    looked up by hash: a renamed or touched image is not decoded again
-      -> decode            in a process of its own: uint8 (B, S, S, 3) per view, and the faults
+      -> FeatureCache      looked up by hash: a renamed or touched image is not decoded again
+      -> decode            in a separate process: uint8 (B, S, S, 3) per view, and faults
       -> body              float32 (B, D)
-      -> shard             one file, whole or absent
+      -> shard             one file, written completely or not at all
 
-Reading, decoding and the forward pass run ahead of each other in their own threads. A chunk is
-the unit of restart: a stopped run repeats at most one chunk per worker.
+Reading, decoding and the forward pass overlap in separate threads. A chunk is the unit of restart:
+a stopped run repeats at most one chunk per worker. Unlike torch's DataLoader, the pipeline turns an
+image that crashes or hangs the decoder into a fault of that image and goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from arrowhead.decode.worker_process import GuardedDecoder
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features.backbone import Body, BodyConfig, Weights
 from arrowhead.features.recipe import Recipe
-from arrowhead.features.shard_file import Rows
+from arrowhead.features.shard_file import ShardRows
 from arrowhead.features.store import Store
 from arrowhead.runtime.worker import Worker
 
@@ -48,24 +49,26 @@ STAGES = ("read", "decode", "forward", "write")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig:
-    """How the images are worked through; none of it changes a feature."""
+    """How images are processed; none of these settings changes a feature."""
 
     batch_size: int = 32
     """Images per decode and forward pass (try 256 on a GPU)."""
     chunk_size: int = 256
-    """Typical images per shard: the unit that workers claim and that a stopped run repeats."""
+    """Typical number of images per shard. A worker takes one chunk at a time, and a stopped run
+    repeats at most that."""
     readers: int = 8
     """Threads that read files, per worker."""
     max_bytes: int = 256 * 2**20
-    """Larger files are refused unread."""
+    """Larger files are not read; they become faults."""
     max_faults: float = 0.01
-    """Exit code 3 above this: a share of the images below 1, a count from 1 on."""
+    """More faults than this end the command with exit code 3. Below 1: a share of the images; from
+    1 on: a count."""
     patience: float = 60.0
-    """Seconds a batch may take to decode (and one more per megabyte of files) before the decoder is
-    taken for hung, its process replaced, and the batch tried file by file."""
+    """Seconds that decoding a batch may take, plus one per megabyte of files. After that the
+    decoder counts as hung: its process is replaced, and the batch is tried file by file."""
 
     def __post_init__(self) -> None:
-        for knob, value, low in (
+        for flag, value, minimum in (
             ("batch-size", self.batch_size, 1),
             ("chunk-size", self.chunk_size, 1),
             ("readers", self.readers, 1),
@@ -73,17 +76,17 @@ class ExtractConfig:
             ("max-faults", self.max_faults, 0),
             ("patience", self.patience, 1),
         ):
-            if not value >= low:  # true of nan, too
-                raise ConfigError(f"--{knob} is {value}.", f"{low} or more.", "raise it.")
+            if not value >= minimum:  # also refuses NaN
+                raise ConfigError(f"--{flag} is {value}.", f"{minimum} or more.", "raise it.")
 
     def too_many(self, faults: int, inputs: int) -> bool:
-        """Whether this many faults break the limit."""
+        """Whether this many faults exceed the limit."""
         limit = self.max_faults if self.max_faults >= 1 else self.max_faults * inputs
         return faults > limit
 
 
-class Clock:
-    """Busy seconds by stage, added up by several threads."""
+class StageTimer:
+    """Adds up the busy seconds of each stage; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -91,27 +94,27 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time this block takes as `name`'s."""
-        began = perf_counter()
+        """Add the time that the `with` block takes to the stage `name`."""
+        start = perf_counter()
         try:
             yield
         finally:
-            self.add(name, perf_counter() - began)
+            self.add(name, perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Count seconds measured elsewhere as `name`'s."""
+        """Add seconds that were measured elsewhere to the stage `name`."""
         with self._lock:
             self._seconds[name] += seconds
 
-    def read(self) -> dict[str, float]:
-        """The seconds since the last reading, which therefore add up."""
+    def take(self) -> dict[str, float]:
+        """Return the seconds by stage since the last call, and start again from 0."""
         with self._lock:
             seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
 
-def recipe_of(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: int) -> Recipe:
-    """The recipe that these settings come to."""
+def make_recipe(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: int) -> Recipe:
+    """The recipe of these settings."""
     return Recipe(
         body=body.body,
         weights=weights.sha256,
@@ -128,8 +131,8 @@ def recipe_of(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: in
     )
 
 
-def pixels_of(recipe: Recipe) -> PixelConfig:
-    """The pixel settings that a recipe stands for; the limits are not part of it."""
+def make_pixel_config(recipe: Recipe) -> PixelConfig:
+    """The pixel settings of a recipe, with default limits, which are not part of it."""
     return PixelConfig(
         size=recipe.size,
         resize=recipe.resize,  # type: ignore[arg-type]
@@ -139,30 +142,33 @@ def pixels_of(recipe: Recipe) -> PixelConfig:
     )
 
 
-# ------------------------------------------------------------------------------- a stage
+# ----------------------------------------------------------------------- extraction stage
 
 
 def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConfig) -> None:
-    """Write the shard of every chunk this worker claims from the store's pending catalog."""
+    """Write the shard of every chunk that this worker takes from the store's pending catalog."""
     store = Store(path)
     catalog = Catalog(**store.read_pending())
-    runs = data_chunks.chunks(catalog.paths, store.chunk_size)
-    names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
-    body = load_body(store.recipe, store.weights, worker.device)
-    claimed = ((number, catalog.part(runs[number])) for number in iter(worker.next_task, None))
-    with Pump(worker, body, store.recipe, pixels, config) as pump:
-        for chunk in pump(claimed, Known.of(store)):
-            with pump.clock.stage("write"):
-                store.write(names[chunk.number], chunk.rows())
-            tell(worker, chunk, pump.clock.read(), "features_written")
+    chunk_rows = data_chunks.chunks(catalog.paths, store.chunk_size)
+    names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
+    body = load_body(store.recipe, store.weights_path, worker.device)
+    chunks = ((number, catalog.part(chunk_rows[number])) for number in iter(worker.next_task, None))
+    with FeaturePipeline(worker, body, store.recipe, pixels, config) as pipeline:
+        for chunk in pipeline(chunks, FeatureCache.from_store(store)):
+            with pipeline.timer.stage("write"):
+                store.write_shard(names[chunk.number], chunk.rows())
+            report_chunk(worker, chunk, pipeline.timer.take(), "features_written")
 
 
-def tell(worker: Worker, chunk: Chunk, seconds: dict[str, float], written: str) -> None:
-    """Report a chunk that is written, and measure it; written: the name of what was written."""
+def report_chunk(worker: Worker, chunk: Chunk, seconds: dict[str, float], metric: str) -> None:
+    """Report a finished chunk to the driver and to the cluster's metrics.
+
+    metric: name of the metric that counts the written rows.
+    """
     counts = chunk.counts()
     worker.report(counts | {"seconds": seconds})
     worker.measure("images_decoded", counts["decoded"])
-    worker.measure(written, counts["decoded"] + counts["looked_up"])
+    worker.measure(metric, counts["decoded"] + counts["looked_up"])
     for kind, count in counts["faults"].items():
         worker.measure("faults", count, kind=kind)
     for stage, value in seconds.items():
@@ -170,7 +176,7 @@ def tell(worker: Worker, chunk: Chunk, seconds: dict[str, float], written: str) 
 
 
 def load_body(recipe: Recipe, weights: Path, device: str) -> Body:
-    """The body of a recipe, from its weights file."""
+    """Build the body of a recipe from a weights file."""
     return Body(
         recipe.body,
         load_weights(recipe, weights),
@@ -183,84 +189,93 @@ def load_body(recipe: Recipe, weights: Path, device: str) -> Body:
 
 
 def load_weights(recipe: Recipe, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a recipe's body; DataError if the file no longer holds them."""
+    """Load the tensors of a recipe's body; raises DataError if the file does not hold them."""
     import safetensors.torch
 
     try:
         state = dict(safetensors.torch.load_file(path))
     except (OSError, SafetensorError) as error:
-        state, found = {}, str(error)
+        state, actual = {}, str(error)
     else:
-        found = Weights(state=state, mean=recipe.mean, std=recipe.std).sha256
-    if found != recipe.weights:
+        actual = Weights(state=state, mean=recipe.mean, std=recipe.std).sha256
+    if actual != recipe.weights:
         raise DataError(
-            f"{path} is not the body that made the features: {found}.",
+            f"{path} does not hold the weights that made the features: {actual}.",
             f"tensors whose sha256 is {recipe.weights}.",
-            "delete the file and run precompute again: it is written anew, nothing is decoded.",
+            "delete the file and run precompute again: it writes the file again and decodes"
+            " nothing.",
         )
     return state
 
 
-class Known:
-    """Features (V, D) of the well images that are on the disk, by image id; memory-mapped.
+class FeatureCache:
+    """Looks up features that are in shards already, by image id.
 
-    Holds 32 bytes per image in memory.
+    The features stay memory-mapped; each image takes 32 bytes of memory.
     """
 
-    def __init__(self, parts: Sequence[Rows] = ()) -> None:
-        self._features = [rows.features for rows in parts]
-        well = [(i, j) for i, rows in enumerate(parts) for j, f in enumerate(rows.faults) if not f]
-        ids = np.array([parts[i].image_ids[j] for i, j in well], "V16")
+    def __init__(self, shards: Sequence[ShardRows] = ()) -> None:
+        self._features = [shard.features for shard in shards]
+        positions = [
+            (shard_index, row)
+            for shard_index, shard in enumerate(shards)
+            for row, fault in enumerate(shard.faults)
+            if not fault
+        ]
+        ids = np.array([shards[i].image_ids[row] for i, row in positions], "V16")
         order = np.argsort(ids, kind="stable") if len(ids) else np.zeros(0, np.int64)
-        self._ids, self._places = ids[order], np.array(well, np.int64).reshape(-1, 2)[order]
+        self._ids = ids[order]
+        self._positions = np.array(positions, np.int64).reshape(-1, 2)[order]
 
     @staticmethod
-    def of(store: Store) -> Known:
-        """What a store's shards hold, also those that no manifest names (yet, or any more).
+    def from_store(store: Store) -> FeatureCache:
+        """Index all shards of a store, including those that are not in its manifest.
 
-        The manifest's are taken as they are: `Store.intact` compares them with their hashes.
-        Raises DataError if another one differs from what was written.
+        Shards in the manifest are not checked here (`Store.intact_shards` does that). Raises
+        DataError if the content of another shard has changed.
         """
         finished = (store.path / "manifest.json").is_file()
-        named = {one["name"] for one in store.manifest()["shards"]} if finished else set()
-        store.examine_leftovers()
-        return Known([store.read(name, check=name not in named) for name in store.on_disk()])
+        listed = {shard["name"] for shard in store.manifest()["shards"]} if finished else set()
+        store.check_unlisted_shards()
+        return FeatureCache(
+            [store.read_shard(name, check=name not in listed) for name in store.shard_names()]
+        )
 
     def get(self, image_id: bytes) -> NDArray[np.float16] | None:
-        """The image's features, None if it has never been decoded."""
-        wanted = np.array(image_id, "V16")
-        at = int(np.searchsorted(self._ids, wanted))
-        if at == len(self._ids) or self._ids[at] != wanted:
+        """The features of an image, float16 (V, D); None if no shard holds it."""
+        key = np.array(image_id, "V16")
+        index = int(np.searchsorted(self._ids, key))
+        if index == len(self._ids) or self._ids[index] != key:
             return None
-        shard, row = self._places[at]
-        found: NDArray[np.float16] = self._features[shard][row]
-        return found
+        shard_index, row = self._positions[index]
+        feature: NDArray[np.float16] = self._features[shard_index][row]
+        return feature
 
 
-# ------------------------------------------------------------------------------ the pump
+# --------------------------------------------------------------------------- the pipeline
 
 
 @dataclass(slots=True)
 class Batch:
-    """Images on their way: which chunk's rows they are, their bytes, then pixels and faults.
-
-    `last` marks the batch that completes its chunk (it may hold no images at all).
-    """
+    """Images of one chunk that pass through the pipeline together."""
 
     rows: list[int]
+    """Their rows in the chunk."""
     encoded: list[bytes]
     image_ids: list[bytes]
     chunk: Chunk
     last: bool
+    """Whether it completes the chunk; such a batch may be empty."""
     views: list[torch.Tensor] = field(default_factory=list)
+    """Pixels, once decoded: uint8 (B, 3, S, S) per view."""
     faults: list[str | None] = field(default_factory=list)
-    made: torch.cuda.Event | None = None
-    """On a GPU: its features have arrived."""
+    ready_event: torch.cuda.Event | None = None
+    """On a GPU: set when the features have been copied to the host."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """The rows of one chunk while they are being filled in; positions count from its start."""
+    """The images of one chunk, whose features and faults the pipeline fills in."""
 
     number: int
     paths: list[str]
@@ -270,22 +285,25 @@ class Chunk:
     looked_up: int = 0
     fallback: int = 0
 
-    def rows(self) -> Rows:
-        """The rows as the shard takes them."""
-        return Rows(
+    def rows(self) -> ShardRows:
+        """The chunk as rows of a shard."""
+        return ShardRows(
             paths=self.paths,
             image_ids=self.image_ids,
             features=self.features,
             faults=self.faults,
         )
 
-    def spoil(self, row: int, fault: str) -> None:
-        """Make a row a fault."""
+    def mark_fault(self, row: int, fault: str) -> None:
+        """Mark an image as faulty and clear its features."""
         self.faults[row] = fault
         self.features[row] = 0
 
     def counts(self) -> dict[str, Any]:
-        """Files = decoded + looked_up + all faults; fallback: how many of the decoded by Pillow."""
+        """Counts for a report, where files = decoded + looked_up + faults.
+
+        fallback: images that Pillow decoded; faults: by kind.
+        """
         kinds = Counter(fault.partition(":")[0] for fault in self.faults if fault)
         return {
             "task": self.number,
@@ -297,20 +315,19 @@ class Chunk:
         }
 
 
-class Pump:
-    """Chunks of a catalog in, their rows with features out, in the order they were claimed.
+class FeaturePipeline:
+    """Computes the features of the images of one chunk after another, in order.
 
-    The one way from files to features: extraction writes what comes out, scoring puts a head
-    behind it.
+    Extraction writes the resulting chunks to shards; scoring runs a head on them.
     """
 
     def __init__(
         self, worker: Worker, body: Body, recipe: Recipe, pixels: PixelConfig, config: ExtractConfig
     ) -> None:
-        self.clock = Clock()
+        self.timer = StageTimer()
         self._body, self._recipe, self._config = body, recipe, config
         self._device = worker.device
-        self._copies: torch.cuda.Stream | None = None
+        self._copy_stream: torch.cuda.Stream | None = None
         self._decoder = GuardedDecoder(
             pixels,
             batch_size=config.batch_size,
@@ -320,156 +337,165 @@ class Pump:
             rule=recipe.decoder,
         )
 
-    def __enter__(self) -> Pump:
+    def __enter__(self) -> FeaturePipeline:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._decoder.close()
 
-    def __call__(self, chunks: Iterable[tuple[int, Catalog]], known: Known) -> Iterator[Chunk]:
-        """Each chunk (number, the rows of its files), filled in; images that are `known` are not
-        decoded.
+    def __call__(
+        self, chunks: Iterable[tuple[int, Catalog]], cache: FeatureCache
+    ) -> Iterator[Chunk]:
+        """Yield each chunk with its features.
+
+        Args:
+            chunks: (number, the chunk's images).
+            cache: features of images that need not be decoded.
         """
         with ThreadPoolExecutor(self._config.readers, "read") as readers:
-            read = ahead(self._read(chunks, known, readers), 2)
-            under_way: deque[tuple[Batch, list[torch.Tensor]]] = deque()
-            for batch in ahead(self._decode(read), 2):
-                under_way.append((batch, self._forward(batch)))
-                # On a GPU the next batch is queued before the last one's features are waited for.
-                if len(under_way) > (self._device != "cpu"):
-                    yield from self._finish(*under_way.popleft())
-            for last in under_way:
-                yield from self._finish(*last)
+            batches = prefetch(self._read(chunks, cache, readers), 2)
+            in_flight: deque[tuple[Batch, list[torch.Tensor]]] = deque()
+            for batch in prefetch(self._decode(batches), 2):
+                in_flight.append((batch, self._forward(batch)))
+                # On a GPU, queue the next batch before waiting for the previous one's features.
+                if len(in_flight) > (self._device != "cpu"):
+                    yield from self._finish(*in_flight.popleft())
+            for remaining in in_flight:
+                yield from self._finish(*remaining)
 
     def _read(
         self,
         chunks: Iterable[tuple[int, Catalog]],
-        known: Known,
+        cache: FeatureCache,
         readers: ThreadPoolExecutor,
     ) -> Iterator[Batch]:
         shape = self._recipe.views, self._recipe.width
         for number, files in chunks:
-            blank = np.zeros((len(files), *shape), np.float16)
-            chunk = Chunk(number, list(files.paths), blank, [None] * len(files))
+            features = np.zeros((len(files), *shape), np.float16)
+            chunk = Chunk(number, list(files.paths), features, [None] * len(files))
             batch = Batch([], [], [], chunk, last=False)
-            # Even batches: a last one of a few rows would be filled up with black ones.
-            full = -(-len(files) // -(-len(files) // self._config.batch_size))
-            for row, (data, fault) in enumerate(self._in_order(files, readers)):
+            # Batches of equal size: a short last one would be padded with black images.
+            batches = -(-len(files) // self._config.batch_size)
+            images_per_batch = -(-len(files) // batches)
+            for row, (data, fault) in enumerate(self._read_files(files, readers)):
                 image_id = hashlib.blake2b(data, digest_size=16).digest()
                 chunk.image_ids.append(image_id)
                 if fault:
-                    chunk.spoil(row, fault)
-                elif (there := known.get(image_id)) is not None:
-                    chunk.features[row] = there[: self._recipe.views]
+                    chunk.mark_fault(row, fault)
+                elif (cached := cache.get(image_id)) is not None:
+                    chunk.features[row] = cached[: self._recipe.views]
                     chunk.looked_up += 1
                 else:
                     batch.rows.append(row)
                     batch.encoded.append(data)
                     batch.image_ids.append(image_id)
-                if len(batch.rows) == full:
+                if len(batch.rows) == images_per_batch:
                     yield batch
                     batch = Batch([], [], [], chunk, last=False)
             yield replace(batch, last=True)
 
-    def _in_order(
+    def _read_files(
         self, files: Catalog, readers: ThreadPoolExecutor
     ) -> Iterator[tuple[bytes, str | None]]:
-        """Contents and faults of files, in order, at most two batches ahead of the taker."""
-        waiting: deque[Future[tuple[bytes, str | None]]] = deque()
+        """Contents and faults of files, in order; reads at most two batches ahead."""
+        pending: deque[Future[tuple[bytes, str | None]]] = deque()
         for row in range(len(files)):
-            waiting.append(readers.submit(files.read, row, self._config.max_bytes))
-            if len(waiting) > 2 * self._config.batch_size:
-                yield self._arrived(waiting.popleft())
-        while waiting:
-            yield self._arrived(waiting.popleft())
+            pending.append(readers.submit(files.read, row, self._config.max_bytes))
+            if len(pending) > 2 * self._config.batch_size:
+                yield self._wait_for(pending.popleft())
+        while pending:
+            yield self._wait_for(pending.popleft())
 
-    def _arrived(self, coming: Future[tuple[bytes, str | None]]) -> tuple[bytes, str | None]:
-        with self.clock.stage("read"):  # what is waited for here was not read ahead in time
-            return coming.result()
+    def _wait_for(self, future: Future[tuple[bytes, str | None]]) -> tuple[bytes, str | None]:
+        with self.timer.stage("read"):  # only waiting counts, not reading ahead
+            return future.result()
 
     def _decode(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch, pixels in self._decoder.stream(batches):
-            self.clock.add("decode", pixels.seconds)
-            batch.views = [self._placed(view) for view in pixels.views if batch.rows]
+            self.timer.add("decode", pixels.seconds)
+            batch.views = [self._to_device(view) for view in pixels.views if batch.rows]
             batch.faults, batch.encoded = pixels.faults, []
             batch.chunk.fallback += sum(pixels.fallback)
             yield batch
 
-    def _placed(self, view_BHWC: NDArray[np.uint8]) -> torch.Tensor:
-        """Pixels where the body takes them: uint8 (B, 3, S, S), on its device."""
+    def _to_device(self, view_BHWC: NDArray[np.uint8]) -> torch.Tensor:
+        """Pixels on the body's device, uint8 (B, 3, S, S)."""
         import torch
 
         pixels = torch.from_numpy(view_BHWC).permute(0, 3, 1, 2)
         if self._device == "cpu":
             return pixels
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copies):  # beside the forward pass of the batch before
+        if self._copy_stream is None:
+            self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copy_stream):  # overlaps the previous forward pass
             return pixels.pin_memory().to(self._device, non_blocking=True)
 
     def _forward(self, batch: Batch) -> list[torch.Tensor]:
-        """The features (B, D) of each view; from a GPU they are on their way when this returns."""
+        """The features (B, D) of each view; from a GPU, only valid after `batch.ready_event`."""
         import torch
 
-        with self.clock.stage("forward"):
-            if self._copies is not None:
-                torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        with self.timer.stage("forward"):
+            if self._copy_stream is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
                 for pixels in batch.views:
                     pixels.record_stream(torch.cuda.current_stream(self._device))
-            made = [self._body(pixels)[: len(batch.rows)] for pixels in batch.views]
+            features = [self._body(pixels)[: len(batch.rows)] for pixels in batch.views]
             if self._device != "cpu":
-                made = [feature.to("cpu", non_blocking=True) for feature in made]
-                batch.made = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                batch.made.record()
+                features = [feature.to("cpu", non_blocking=True) for feature in features]
+                batch.ready_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                batch.ready_event.record()
         batch.views = []
-        return made
+        return features
 
-    def _finish(self, batch: Batch, made: list[torch.Tensor]) -> Iterator[Chunk]:
-        """Put a batch's features into its chunk; the chunk, when this batch was its last."""
+    def _finish(self, batch: Batch, views: list[torch.Tensor]) -> Iterator[Chunk]:
+        """Copy a batch's features into its chunk; yield the chunk if the batch completes it."""
         features = batch.chunk.features
-        with self.clock.stage("forward"):
-            if batch.made is not None:
-                batch.made.synchronize()
-            for view, feature in enumerate(made):
-                with np.errstate(over="ignore"):  # what float16 cannot hold is a fault below
+        with self.timer.stage("forward"):
+            if batch.ready_event is not None:
+                batch.ready_event.synchronize()
+            for view, feature in enumerate(views):
+                with np.errstate(over="ignore"):  # float16 overflow becomes a fault below
                     features[batch.rows, view] = feature.numpy().astype(np.float16)
         for row, fault in zip(batch.rows, batch.faults, strict=True):
             if fault is None and not np.isfinite(features[row]).all():
                 fault = "not finite: the body gave a number beyond float16"
             if fault:
-                batch.chunk.spoil(row, fault)
+                batch.chunk.mark_fault(row, fault)
         if batch.last:
             yield batch.chunk
 
 
-def ahead(items: Iterable[Any], depth: int) -> Iterator[Any]:
-    """The items, made up to `depth` ahead by a thread of their own; its exception comes through."""
-    line: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+def prefetch(items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """Yield the items while a thread computes up to `depth` of them ahead.
+
+    An exception in the thread is raised here, after the items before it.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
-    def offer(kind: str, value: Any) -> bool:
+    def put(kind: str, value: Any) -> bool:
         while not stopped.is_set():
             try:
-                line.put((kind, value), timeout=0.1)
+                ready.put((kind, value), timeout=0.1)
             except queue.Full:
                 continue
             return True
         return False
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for item in items:
-                if not offer("item", item):
+                if not put("item", item):
                     return
-            offer("end", None)
+            put("end", None)
         except BaseException as error:
-            offer("error", error)
+            put("error", error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     try:
         while True:
-            kind, value = line.get()
+            kind, value = ready.get()
             if kind == "error":
                 raise value
             if kind == "end":
@@ -480,24 +506,27 @@ def ahead(items: Iterable[Any], depth: int) -> Iterator[Any]:
         thread.join()
 
 
-# ------------------------------------------------------------------------- what it came to
+# ---------------------------------------------------------------------------- throughput
 
 
-def binding(seconds: Mapping[str, float]) -> str:
-    """The stage that was busy longest, "" before any was."""
+def bottleneck(seconds: Mapping[str, float]) -> str:
+    """The stage that was busy longest; "" if none was."""
     busy = {stage: seconds.get(stage, 0.0) for stage in STAGES}
     return max(busy, key=lambda stage: busy[stage]) if any(busy.values()) else ""
 
 
 def roofline(seconds: Mapping[str, float], images: int, workers: int) -> str:
-    """Which stage binds: shares of the busy time, and the rate if that stage ran alone.
+    """Say which stage is the bottleneck: shares of busy time, the rate, and its upper bound.
 
-    seconds: by stage, summed over the workers, and `workers`, from launch to the last chunk.
+    Args:
+        seconds: by stage, summed over the workers; `workers`: from launch to the last chunk.
+        images: decoded images.
+        workers: number of workers.
     """
     total = sum(seconds.get(stage, 0.0) for stage in STAGES)
     if not images or not total:
-        return "nothing decoded: every image was there already"
+        return "nothing decoded: the features of all images exist already"
     shares = " · ".join(f"{s} {100 * seconds.get(s, 0) / total:.0f} %" for s in STAGES)
-    stage = binding(seconds)
-    reached, possible = images / seconds["workers"], images * workers / seconds[stage]
-    return f"{shares} — bound by {stage}: {reached:.1f} img/s (it alone would do {possible:.1f})"
+    stage = bottleneck(seconds)
+    rate, upper_bound = images / seconds["workers"], images * workers / seconds[stage]
+    return f"{shares} — bound by {stage}: {rate:.1f} img/s ({stage} alone: {upper_bound:.1f})"

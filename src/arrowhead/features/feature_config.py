@@ -1,7 +1,8 @@
-"""How images become features: as it is asked for, and as a store remembers it.
+"""The settings of a feature extraction, and how an existing store completes them.
 
-FeatureConfig   where labels come from, pixels, body, and the working of it
-as_in_store     what was asked, completed by the recipe of a store that is there
+FeatureConfig          labels, pixels, body, extraction, golden images
+complete_from_store    takes the settings that the user did not give from a store's recipe
+resolve_weights        loads the weights that the settings name, or those of the store
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from arrowhead.features.store import Store
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:
-    """How images become features: where labels come from, pixels, body, and the working of it."""
+    """All settings of a feature extraction."""
 
     source: SourceConfig = SourceConfig()
     pixels: PixelConfig = PixelConfig()
@@ -34,68 +35,79 @@ class FeatureConfig:
     golden: GoldenConfig = GoldenConfig()
 
 
-def as_in_store(path: Path, asked: FeatureConfig, given: Collection[str]) -> FeatureConfig:
-    """The settings that were asked for, completed by the recipe of the store at `path`.
+def complete_from_store(
+    path: Path, config: FeatureConfig, explicit: Collection[str]
+) -> FeatureConfig:
+    """Replace the settings that the user did not give by those of an existing store.
 
-    given: names of the recipe's settings that the user has said (body, weights, size, …). All
-    others are the store's own, its weights too. Without a store nothing changes. Raises ConfigError
-    for a setting that contradicts the recipe.
+    Without a store at `path`, `config` is returned as it is.
+
+    Args:
+        path: the store, which need not exist.
+        config: the settings, as given or by default.
+        explicit: names of the settings that the user gave (body, weights, size, …). All others,
+            the weights included, are taken from the store's recipe.
+
+    Raises:
+        ConfigError: an explicit setting contradicts the recipe.
     """
     if not (path / "store.json").is_file():
-        return asked
+        return config
     store = Store(path)
     recipe = store.recipe
-    pixels = features_extract.pixels_of(recipe)
-    own: dict[str, Any] = {"body": recipe.body, "pool": recipe.pool}
-    own |= {"mean": recipe.mean, "std": recipe.std}
-    own |= {"size": pixels.size, "resize": pixels.resize, "views": pixels.views}
+    pixels = features_extract.make_pixel_config(recipe)
+    stored: dict[str, Any] = {"body": recipe.body, "pool": recipe.pool}
+    stored |= {"mean": recipe.mean, "std": recipe.std}
+    stored |= {"size": pixels.size, "resize": pixels.resize, "views": pixels.views}
     if pixels.views > 1:
-        own |= {"augment": pixels.augment, "augment_seed": pixels.augment_seed}
-    said = {f.name: getattr(asked.body, f.name) for f in dataclasses.fields(BodyConfig)}
-    said |= {f.name: getattr(asked.pixels, f.name) for f in dataclasses.fields(PixelConfig)}
-    for name, value in own.items():
-        if name in given and said[name] != value:
+        stored |= {"augment": pixels.augment, "augment_seed": pixels.augment_seed}
+    requested = {f.name: getattr(config.body, f.name) for f in dataclasses.fields(BodyConfig)}
+    requested |= {f.name: getattr(config.pixels, f.name) for f in dataclasses.fields(PixelConfig)}
+    for name, value in stored.items():
+        if name in explicit and requested[name] != value:
             flag = "--" + name.replace("_", "-")
-            mine = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            argument = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise ConfigError(
-                f"{path} was made with {name} = {value}, and {flag} asks for {said[name]}.",
-                "one recipe: features made in two ways cannot be compared.",
-                f"leave {flag} out (the store's own is used), give {flag} {mine}, or write to"
+                f"{path} was made with {name} = {value}, and {flag} asks for {requested[name]}.",
+                "the same recipe: features of different recipes cannot be compared.",
+                f"leave {flag} out (the store's value is used), give {flag} {argument}, or write to"
                 " another folder.",
             )
     body = BodyConfig(
         body=recipe.body,
-        weights=asked.body.weights
-        if "weights" in given or not store.weights.is_file()
-        else str(store.weights),
+        weights=config.body.weights
+        if "weights" in explicit or not store.weights_path.is_file()
+        else str(store.weights_path),
         mean=recipe.mean,
         std=recipe.std,
         pool=recipe.pool,  # type: ignore[arg-type]
     )
-    limits = {name: getattr(asked.pixels, name) for name in ("max_pixels", "max_scans")}
-    return dataclasses.replace(asked, body=body, pixels=dataclasses.replace(pixels, **limits))
+    limits = {name: getattr(config.pixels, name) for name in ("max_pixels", "max_scans")}
+    return dataclasses.replace(config, body=body, pixels=dataclasses.replace(pixels, **limits))
 
 
-def weights_of(path: Path, body: BodyConfig) -> Weights:
-    """The weights that `body` names, or those that the store at `path` keeps.
+def resolve_weights(path: Path, body: BodyConfig) -> Weights:
+    """Load the weights that `body` names: usually those in the store at `path`, if it exists.
 
-    Raises DataError if the store's are damaged, ConfigError if others than the store's are named.
+    Raises:
+        DataError: the store's weights are damaged.
+        ConfigError: `body` names other weights than those that made the store.
     """
     if not (path / "store.json").is_file():
         return backbone.load(body)
     store = Store(path)
     recipe = store.recipe
-    if body.weights == str(store.weights):
-        state = features_extract.load_weights(recipe, store.weights)
+    if body.weights == str(store.weights_path):
+        state = features_extract.load_weights(recipe, store.weights_path)
         return Weights(state=state, mean=recipe.mean, std=recipe.std)
-    found = backbone.load(body)
-    if body.body == recipe.body and found.sha256 != recipe.weights:
+    weights = backbone.load(body)
+    if body.body == recipe.body and weights.sha256 != recipe.weights:
         raise ConfigError(
-            f"{path} was made with other weights than those of --weights {body.weights}: sha256"
-            f" {recipe.weights[:12]}…, not {found.sha256[:12]}….",
-            "one recipe: features made in two ways cannot be compared.",
-            "leave --weights out (the store keeps its own), or write to another folder."
-            if store.weights.is_file()
-            else "give --weights as when the store was made, or write to another folder.",
+            f"{path} was made with other weights than --weights {body.weights}: their sha256 is"
+            f" {recipe.weights[:12]}…, not {weights.sha256[:12]}….",
+            "the same recipe: features of different recipes cannot be compared.",
+            "leave --weights out (the store contains its weights), or write to another folder."
+            if store.weights_path.is_file()
+            else "give the --weights that made the store, or write to another folder.",
         )
-    return found
+    return weights

@@ -1,10 +1,10 @@
-"""What is in a feature store, whether it is whole, and what in it is not needed.
+"""Describes, verifies and cleans a feature store.
 
     info      counts by class and split, faults by kind, recipe, size
-    verify    every file against its hash, every row against the catalog; litter, too
-    gc        what neither the manifest nor a running extraction refers to; removed on request
+    verify    compares every file with its hash and every row with the catalog
+    gc        lists, and removes on request, files that nothing refers to
 
-Nothing is repaired here: a finding names the file, and what to do.
+Nothing is repaired here: a finding names the file and says what to do.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from arrowhead.wording import counted
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing wrong with a store.
+    """A problem with one file of a store.
 
-    kind: changed, missing, misfit (damage: features cannot be trusted), or draft, leftover,
-    unfinished (litter: nobody reads it). path: the file. words: what was found, what to do.
+    kind: changed, missing or misfit (damage: the features cannot be trusted); or draft, leftover or
+    unfinished (an unneeded file that nothing reads). path: the file. words: what was found and what
+    to do.
     """
 
     kind: str
@@ -44,25 +45,29 @@ class Finding:
 
 
 def info(path: Path) -> dict[str, Any]:
-    """What a finished store holds.
+    """Describe a finished store.
 
-    Returns recipe, fingerprint, images and features by split and class, faults by kind, distinct
-    (contents), shards, bytes, classes. Raises ConfigError if it is not finished.
+    Returns:
+        A dict for JSON: store, recipe, fingerprint, classes, images, features, faults by kind,
+        distinct (image contents), features by class and split, shards, bytes, root.
+
+    Raises:
+        ConfigError: the store is not finished.
     """
     store = Store(path)
     manifest, catalog = store.manifest(), Catalog(**store.read_catalog())
     by_class: dict[str, Counter[str]] = defaultdict(Counter)
-    kinds, contents, row = Counter[str](), set[bytes](), 0
-    for rows in store.rows():
+    fault_kinds, contents, row = Counter[str](), set[bytes](), 0
+    for rows in store.shards():
         for image_id, fault in zip(rows.image_ids, rows.faults, strict=True):
             if fault:
-                kinds[fault.partition(":")[0]] += 1
+                fault_kinds[fault.partition(":")[0]] += 1
             else:
                 contents.add(image_id)
             for name in catalog.labels[row]:
                 by_class[name][catalog.splits[row]] += not fault
             row += 1
-    faults = kinds.total()
+    faults = fault_kinds.total()
     return {
         "store": str(path),
         "recipe": dataclasses.asdict(store.recipe),
@@ -70,7 +75,7 @@ def info(path: Path) -> dict[str, Any]:
         "classes": manifest["classes"],
         "images": len(catalog),
         "features": len(catalog) - faults,
-        "faults": dict(kinds),
+        "faults": dict(fault_kinds),
         "distinct": len(contents),
         "by_class": {name: dict(counts) for name, counts in sorted(by_class.items())},
         "shards": len(manifest["shards"]),
@@ -80,138 +85,138 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> list[Finding]:
-    """Everything that is wrong with a store, damage first.
+    """Find all problems of a store, damage first.
 
-    Raises DataError for a store of another format, or whose own papers (store.json, manifest)
-    are missing or have changed.
+    Raises DataError for a store of another format, or if store.json or the manifest is missing or
+    has changed.
     """
     store = Store(path)
     manifest = store.manifest()
-    found = list(_files(store))
-    found += _rows(store, manifest, {one.path for one in found})
-    return found + litter(store)
+    findings = list(_check_files(store))
+    findings += _check_rows(store, manifest, {finding.path for finding in findings})
+    return findings + find_unneeded(store)
 
 
-def _files(store: Store) -> Iterator[Finding]:
-    """Files that are missing, or not the ones that were written."""
-    named = store.hashes()
-    named[store.path / "catalog.arrow"] = store.manifest()["catalog"]["sha256"]
-    for path, digest in named.items():
+def _check_files(store: Store) -> Iterator[Finding]:
+    """Find files that are missing or have changed."""
+    hashes = store.expected_hashes()
+    hashes[store.path / "catalog.arrow"] = store.manifest()["catalog"]["sha256"]
+    for path, digest in hashes.items():
         try:
-            store_format.must_be_intact(path, digest)
+            store_format.check_sha256(path, digest)
         except DataError as error:
             kind = "changed" if path.is_file() else "missing"
             yield Finding(kind, str(path), f"{error.found} Do: {error.do}")
     for shard in store.manifest()["shards"]:
         file = store.path / "digests" / shard["name"]
         if file.is_file() and file.read_bytes().strip() != shard["sha256"].encode():
-            words = "it is not its shard's sha256. Do: delete it, the manifest has that, too"
+            words = "not the sha256 of its shard. Do: delete it; the manifest has the sha256, too"
             yield Finding("changed", str(file), words)
-    kept = store.golden() or {}
+    intact_images = store.load_golden() or {}
     for name in store.manifest().get("golden", []):
-        file = store.golden_file(name)
-        if file.is_file() and bytes.fromhex(name) not in kept:
-            words = "its bytes are not the photo's any more. Do: delete it, run precompute again"
+        file = store.golden_path(name)
+        if file.is_file() and bytes.fromhex(name) not in intact_images:
+            words = "its bytes have changed. Do: delete it and run precompute again"
             yield Finding("changed", str(file), words)
     try:
-        extract.load_weights(store.recipe, store.weights)
+        extract.load_weights(store.recipe, store.weights_path)
     except DataError as error:
-        kind = "changed" if store.weights.is_file() else "missing"
-        yield Finding(kind, str(store.weights), f"{error.found} Do: {error.do}")
+        kind = "changed" if store.weights_path.is_file() else "missing"
+        yield Finding(kind, str(store.weights_path), f"{error.found} Do: {error.do}")
 
 
-def _rows(store: Store, manifest: dict[str, Any], bad: set[str]) -> Iterator[Finding]:
-    """Rows that are not the catalog's: each file once, in order, as the manifest counts them.
+def _check_rows(store: Store, manifest: dict[str, Any], bad_files: set[str]) -> Iterator[Finding]:
+    """Find shards that do not agree with the catalog and the manifest.
 
-    bad: files that are known not to be what was written; they are not looked into.
+    bad_files: files that are already known to have changed; they are not read.
     """
-    catalog = store.path / manifest["catalog"]["name"]
+    catalog_path = str(store.path / manifest["catalog"]["name"])
     paths: list[str] = []
-    for one in manifest["shards"]:
-        path = store.shard(one["name"])
-        if str(path) in bad:
+    for shard in manifest["shards"]:
+        path = store.shard_path(shard["name"])
+        if str(path) in bad_files:
             continue
         try:
-            rows = store.read(one["name"], check=True)
+            rows = store.read_shard(shard["name"], check=True)
         except (DataError, ConfigError) as error:
             yield Finding("misfit", str(path), f"{error.found} Do: {error.do}")
             continue
         faults = sum(fault is not None for fault in rows.faults)
-        if (len(rows.paths), faults) != (one["files"], one["faults"]):
-            held = f"{counted(len(rows.paths), 'file')} and {counted(faults, 'fault')}"
-            words = f"{held}; the manifest says {one}"
-            yield Finding("misfit", str(path), words)
+        if (len(rows.paths), faults) != (shard["files"], shard["faults"]):
+            counts = f"{counted(len(rows.paths), 'file')} and {counted(faults, 'fault')}"
+            yield Finding("misfit", str(path), f"it holds {counts}; the manifest says {shard}")
         paths += rows.paths
-    twice = [name for name, count in Counter(paths).items() if count > 1]
-    if twice:
-        yield Finding(
-            "misfit", str(store.path), f"two rows of {counted(len(twice), 'file')}: {twice[:3]}"
-        )
-    if bad - {str(store.weights)}:
+    duplicates = [name for name, count in Counter(paths).items() if count > 1]
+    if duplicates:
+        words = f"more than one row for {counted(len(duplicates), 'file')}: {duplicates[:3]}"
+        yield Finding("misfit", str(store.path), words)
+    if bad_files - {str(store.weights_path)}:
         return
-    listed = Catalog(**store.read_catalog())
-    if listed.paths != paths:
-        yield Finding("misfit", str(catalog), "its files are not those of the shards")
-    if listed.classes != manifest["classes"]:
-        yield Finding("misfit", str(catalog), "its classes are not those of the manifest")
+    catalog = Catalog(**store.read_catalog())
+    if catalog.paths != paths:
+        yield Finding("misfit", catalog_path, "its files are not those of the shards")
+    if catalog.classes != manifest["classes"]:
+        yield Finding("misfit", catalog_path, "its classes are not those of the manifest")
 
 
-def litter(store: Store) -> list[Finding]:
-    """Drafts, and what neither the manifest nor an unfinished extraction refers to."""
+def find_unneeded(store: Store) -> list[Finding]:
+    """Find drafts, and files that neither the manifest nor an unfinished extraction refers to."""
     manifest = store.manifest()
-    needed = {one["name"] for one in manifest["shards"]}
-    found = []
-    if store.pending.is_file():
+    needed = {shard["name"] for shard in manifest["shards"]}
+    findings = []
+    if store.pending_path.is_file():
         try:
-            listed = Catalog(**store.read_pending())
-            runs = chunks.chunks(listed.paths, store.chunk_size)
-            needed |= {chunks.chunk_name(listed, rows, store.recipe.fingerprint) for rows in runs}
-        except DataError:  # nobody knows what it needs
-            needed |= set(store.on_disk())
-        words = "an extraction is under way or was stopped. Do: run the same precompute again"
-        found.append(Finding("unfinished", str(store.pending), words))
+            pending = Catalog(**store.read_pending())
+            for rows in chunks.chunks(pending.paths, store.chunk_size):
+                needed.add(chunks.chunk_name(pending, rows, store.recipe.fingerprint))
+        except DataError:  # it cannot be read, so any shard may be needed
+            needed |= set(store.shard_names())
+        words = "an extraction is running or was stopped. Do: run the same precompute again"
+        findings.append(Finding("unfinished", str(store.pending_path), words))
     for draft in sorted([*store.path.glob(".*.draft"), *store.path.glob("*/.*.draft")]):
-        found.append(Finding("draft", str(draft), "left by a killed writer. Do: features gc"))
-    for name in store.on_disk():
+        words = "an unfinished file of a killed process. Do: features gc"
+        findings.append(Finding("draft", str(draft), words))
+    for name in store.shard_names():
         if name not in needed:
             words = "no catalog refers to it any more. Do: features gc"
-            found.append(Finding("leftover", str(store.shard(name)), words))
+            findings.append(Finding("leftover", str(store.shard_path(name)), words))
     for catalog in sorted(store.path.glob("catalog-*.arrow")):
         if catalog.name != manifest["catalog"]["name"]:
-            words = "of an earlier run. Do: features gc"
-            found.append(Finding("leftover", str(catalog), words))
-    for photo in store.spare_golden(manifest.get("golden", [])):
-        found.append(Finding("leftover", str(photo), "no bundle will take it. Do: features gc"))
-    return found + list(_spare_digests(store, needed))
+            words = "the catalog of an earlier run. Do: features gc"
+            findings.append(Finding("leftover", str(catalog), words))
+    for image in store.unused_golden(manifest.get("golden", [])):
+        words = "no longer a golden image. Do: features gc"
+        findings.append(Finding("leftover", str(image), words))
+    return findings + list(_find_unneeded_digests(store, needed))
 
 
-def _spare_digests(store: Store, needed: set[str]) -> Iterator[Finding]:
-    """Digests of shards that nobody needs."""
-    spare = needed | ({store.pending.stem} if store.pending.is_file() else set())
+def _find_unneeded_digests(store: Store, needed_shards: set[str]) -> Iterator[Finding]:
+    needed = needed_shards | ({store.pending_path.stem} if store.pending_path.is_file() else set())
     for file in sorted(store.path.glob("digests/*")):
-        if file.name not in spare and not file.name.startswith("."):
-            words = "of a shard that no catalog refers to any more. Do: features gc"
+        if file.name not in needed and not file.name.startswith("."):
+            words = "the digest of a shard that no catalog refers to any more. Do: features gc"
             yield Finding("leftover", str(file), words)
 
 
 def gc(path: Path, *, remove: bool) -> list[Finding]:
-    """Drafts and leftovers of a finished store; with `remove`, they are gone when this returns.
+    """List the drafts and leftovers of a finished store; with `remove`, also remove them.
 
-    Raises ConfigError if the store was never finished (then everything in it is needed), while
-    another command is writing it, or where a folder of the store is a link: what lies at its
-    other end may be somebody else's.
+    Raises:
+        ConfigError: the store was never finished (then every file is needed), another process is
+            writing to it, or a folder of the store is a symbolic link, whose target may belong to
+            something else.
     """
     store = Store(path)
-    with store.locked():
-        found = [one for one in litter(store) if one.kind in ("draft", "leftover")]
-        for one in found:
-            folder = Path(one.path).parent
+    with store.lock():
+        findings = [one for one in find_unneeded(store) if one.kind in ("draft", "leftover")]
+        for finding in findings:
+            folder = Path(finding.path).parent
             if folder.is_symlink() and folder != path:
                 raise ConfigError(
                     f"{folder} is a link to {folder.readlink()}.",
-                    "a folder of the store's own: nothing is removed at the other end of a link.",
-                    "look there yourself, or put the folder itself in the link's place.",
+                    "a folder inside the store: files behind a link are not removed.",
+                    "check the files there yourself, or replace the link by the folder itself.",
                 )
-        for one in found if remove else []:
-            fileio.remove(Path(one.path))
-    return found
+        for finding in findings if remove else []:
+            fileio.remove(Path(finding.path))
+    return findings

@@ -1,4 +1,4 @@
-"""The recipe: how a feature was made, and its fingerprint."""
+"""The recipe: every setting that determines a feature, and a fingerprint of them."""
 
 from __future__ import annotations
 
@@ -11,70 +11,79 @@ from typing import Any
 
 from arrowhead import fileio
 from arrowhead.errors import ConfigError, DataError
-from arrowhead.features.store_format import FORMAT, RECIPE
+from arrowhead.features.store_format import FORMAT, RECIPE_SCHEMA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How a feature was made. Features of unequal recipes are never mixed."""
+    """Every setting that determines a feature. Features of different recipes are never mixed."""
 
     format: int = FORMAT
     body: str
     """torchvision's name of the network."""
     weights: str
-    """sha256 of the body's tensors, whichever file they came from."""
+    """sha256 of the body's tensors, see `backbone.Weights.sha256`."""
     pool: str
-    """avg, max or concat (both): from the last feature map to one row."""
+    """Pooling of the last feature map: avg, max or concat (both)."""
     width: int
-    """D, numbers per feature."""
+    """Numbers per feature (D)."""
     size: int
-    """Side of the square the body sees, in pixels."""
+    """Side of the square input image, in pixels."""
     resize: str
-    """crop (shorter side to 8/7 of size, middle cut out), squash, or pad."""
+    """crop (shorter side to 8/7 of size, then a center crop), squash, or pad."""
     interpolation: str = "linear"
     antialias: bool = True
     mean: tuple[float, float, float]
     """Per channel, of pixels scaled to 0..1."""
     std: tuple[float, float, float]
     views: int = 1
-    """Rows per image: view 0 is clean, the others augmented."""
+    """Rows per image: view 0 is clean, the others are augmented."""
     augment: str = "none"
-    """Policy of the augmented views."""
+    """Augmentation policy of the other views."""
     augment_seed: int = 0
     dtype: str = "float16"
     decoder: str = "dali"
-    """Who decodes, and where a turned photo's middle is (`pixels.RULES`)."""
+    """The decoder, and how it crops photos with an EXIF rotation (`pixels.RULES`)."""
 
-    def json(self) -> str:
-        """Canonical: sorted keys, no spaces."""
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that stand for the recipe."""
-        return hashlib.blake2b(self.json().encode(), digest_size=8).hexdigest()
+        """A hash of the recipe, 16 hex digits."""
+        return hashlib.blake2b(self.to_json().encode(), digest_size=8).hexdigest()
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any], where: str) -> Recipe:
-        """The recipe in `fields`, read from `where`; DataError if it is of another format."""
-        known = {field.name for field in dataclasses.fields(Recipe)}
-        if fields.get("format") != FORMAT or set(fields) != known:
+        """Parse a recipe; `where` it was read from is for error messages.
+
+        Raises DataError if it has another format.
+        """
+        field_names = {field.name for field in dataclasses.fields(Recipe)}
+        if fields.get("format") != FORMAT or set(fields) != field_names:
             raise DataError(
                 f"{where} holds a recipe of format {fields.get('format')}.",
-                f"format {FORMAT}, with the fields this version knows.",
+                f"format {FORMAT}, with the fields that this version knows.",
                 "use the Arrowhead version that wrote it, or extract again into a new store.",
             )
-        fileio.must_fit(fields, RECIPE, f"the recipe in {where}", "extract again into a new store.")
+        fileio.must_fit(
+            fields, RECIPE_SCHEMA, f"the recipe in {where}", "extract again into a new store."
+        )
         triples = {name: tuple(fields[name]) for name in ("mean", "std")}
         return Recipe(**{**fields, **triples})
 
-    def must_equal(self, other: Recipe, ours: str, theirs: str) -> None:
-        """Refuse to mix features of this recipe (in `ours`) with those of `other` (`theirs`)."""
+    def require_equal(self, other: Recipe, ours: str, theirs: str) -> None:
+        """Raise ConfigError if features of `other` cannot be mixed with those of this recipe.
+
+        ours, theirs: names of what the two recipes belong to, for the message.
+        """
         for field in dataclasses.fields(Recipe):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
-            if mine != its:
+            our_value, their_value = getattr(self, field.name), getattr(other, field.name)
+            if our_value != their_value:
                 raise ConfigError(
-                    f"{ours} was made with {field.name} = {mine}, {theirs} with {its}.",
-                    "one recipe: features made in two ways cannot be compared.",
-                    f"ask for {field.name} = {mine}, or write to another place.",
+                    f"{ours} was made with {field.name} = {our_value}, {theirs} with"
+                    f" {their_value}.",
+                    "the same recipe: features of different recipes cannot be compared.",
+                    f"use {field.name} = {our_value}, or write to another folder.",
                 )

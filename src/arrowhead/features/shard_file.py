@@ -1,4 +1,4 @@
-"""A shard: the rows of one chunk as an Arrow file."""
+"""Reads and writes shards: the features of one chunk of images as an Arrow file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from arrowhead.errors import DataError
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.store_format import EXTRACT_AGAIN
 
-COLUMNS = ("path", "image_id", "view", "feature", "fault")  # of a shard
+COLUMNS = ("path", "image_id", "view", "feature", "fault")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """The rows of one chunk: R files x V views, in catalog order, views of a file together.
+class ShardRows:
+    """The features of one chunk: R images with V views each, in catalog order.
 
-    paths: R; image_ids: R of 16 bytes; features: float16 (R, V, D), zero where faulty;
-    faults: R, None when the image is well.
+    paths: R; image_ids: R of 16 bytes; features: float16 (R, V, D), zero for an image with a
+    fault; faults: R, None for an image without a fault.
     """
 
     paths: Sequence[str]
@@ -37,54 +37,68 @@ class Rows:
     faults: Sequence[str | None]
 
 
-def write_shard(path: Path, rows: Rows, recipe: Recipe) -> None:
-    """One Arrow IPC file; columns path, image_id, view, feature, fault."""
+def write_shard(path: Path, rows: ShardRows, recipe: Recipe) -> None:
+    """Write one Arrow IPC file with a row per image and view, complete or not at all.
+
+    `feature` is null for an image with a fault. The recipe and a hash of the content are in the
+    metadata.
+    """
     import pyarrow as pa
 
-    files, views, width = rows.features.shape
+    images, views, width = rows.features.shape
     faults = [fault for fault in rows.faults for _ in range(views)]
-    absent = pa.array([fault is not None for fault in faults], pa.bool_())
+    has_fault = pa.array([fault is not None for fault in faults], pa.bool_())
     table = pa.table(
         {
             "path": pa.array([path for path in rows.paths for _ in range(views)], pa.string()),
             "image_id": pa.array([i for i in rows.image_ids for _ in range(views)], pa.binary(16)),
-            "view": pa.array(np.tile(np.arange(views, dtype=np.uint8), files)),
+            "view": pa.array(np.tile(np.arange(views, dtype=np.uint8), images)),
             "feature": pa.FixedSizeListArray.from_arrays(
-                pa.array(rows.features.reshape(-1)), width, mask=absent
+                pa.array(rows.features.reshape(-1)), width, mask=has_fault
             ),
             "fault": pa.array(faults, pa.string()),
         }
     )
-    notes = {"arrowhead.recipe": recipe.json(), "arrowhead.digest": _digest(rows, recipe)}
-    arrow_io.write_arrow(path, table.replace_schema_metadata(notes))
+    metadata = {
+        "arrowhead.recipe": recipe.to_json(),
+        "arrowhead.digest": _content_hash(rows, recipe),
+    }
+    arrow_io.write_arrow(path, table.replace_schema_metadata(metadata))
 
 
-def _digest(rows: Rows, recipe: Recipe) -> str:
-    """Hash of a shard's content: vouches for a shard that no manifest names yet."""
-    total = hashlib.blake2b(recipe.json().encode(), digest_size=16)
-    total.update(json.dumps([list(rows.paths), list(rows.faults)]).encode())
-    total.update(b"".join(rows.image_ids))
-    for row, fault in zip(rows.features, rows.faults, strict=True):
+def _content_hash(rows: ShardRows, recipe: Recipe) -> str:
+    """Hash of a shard's content, by which a shard can be checked that is in no manifest yet."""
+    digest = hashlib.blake2b(recipe.to_json().encode(), digest_size=16)
+    digest.update(json.dumps([list(rows.paths), list(rows.faults)]).encode())
+    digest.update(b"".join(rows.image_ids))
+    for feature, fault in zip(rows.features, rows.faults, strict=True):
         if fault is None:
-            total.update(row.tobytes())
-    return total.hexdigest()
+            digest.update(feature.tobytes())
+    return digest.hexdigest()
 
 
-def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
-    """The rows of a shard; its features are a view of the memory map, nothing is copied.
+def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> ShardRows:
+    """Read a shard; the features are a view of the memory-mapped file, without a copy.
 
-    check: compare the content with the digest inside. DataError if they differ.
+    Args:
+        path: the shard.
+        recipe: the recipe it must have been made with.
+        check: also compare the content with the hash in its metadata.
+
+    Raises:
+        ConfigError: the shard was made with another recipe.
+        DataError: it cannot be read, or its content has changed.
     """
     table = shard_table(path, recipe)
     views = recipe.views
-    rows = Rows(
+    rows = ShardRows(
         paths=table["path"].to_pylist()[::views],
         image_ids=table["image_id"].to_pylist()[::views],
         features=feature_column(table, recipe),
         faults=table["fault"].to_pylist()[::views],
     )
-    digest = table.schema.metadata.get(b"arrowhead.digest", b"").decode()
-    if check and digest != _digest(rows, recipe):
+    stored_hash = table.schema.metadata.get(b"arrowhead.digest", b"").decode()
+    if check and stored_hash != _content_hash(rows, recipe):
         raise DataError(
             f"{path} differs from the digest inside it: its bytes have changed since they were"
             " written.",
@@ -95,30 +109,30 @@ def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> Rows:
 
 
 def shard_table(path: Path, recipe: Recipe) -> Any:
-    """The memory-mapped pyarrow table of a shard made by this recipe."""
+    """The memory-mapped pyarrow table of a shard, its recipe and columns checked."""
     import pyarrow as pa
 
     table = arrow_io.read_arrow(path)
-    made = Recipe.from_dict(_recipe_note(table), str(path))
-    made.must_equal(recipe, str(path), "the store")
-    kinds = [
+    shard_recipe = Recipe.from_dict(_stored_recipe(table), str(path))
+    shard_recipe.require_equal(recipe, str(path), "the store")
+    types = [
         pa.string(),
         pa.binary(16),
         pa.uint8(),
-        pa.list_(pa.float16(), made.width),
+        pa.list_(pa.float16(), shard_recipe.width),
         pa.string(),
     ]
-    if (tuple(table.column_names), table.schema.types) != (COLUMNS, kinds):
-        found = ", ".join(f"{one.name} {one.type}" for one in table.schema)
+    if (tuple(table.column_names), table.schema.types) != (COLUMNS, types):
+        columns = ", ".join(f"{field.name} {field.type}" for field in table.schema)
         raise DataError(
-            f"{path} has the columns {found}.",
-            f"{', '.join(COLUMNS)}, of the types that precompute writes.",
+            f"{path} has the columns {columns}.",
+            f"{', '.join(COLUMNS)}, with the types that precompute writes.",
             "delete the file and run precompute again: only its images are decoded again.",
         )
     return table
 
 
-def _recipe_note(table: Any) -> dict[str, Any]:
+def _stored_recipe(table: Any) -> dict[str, Any]:
     try:
         fields = json.loads((table.schema.metadata or {}).get(b"arrowhead.recipe", b"{}"))
     except (ValueError, RecursionError):
@@ -127,24 +141,24 @@ def _recipe_note(table: Any) -> dict[str, Any]:
 
 
 def feature_column(table: Any, recipe: Recipe) -> NDArray[np.float16]:
-    """float16 (R, V, D): a view of the memory map, zero where faulty."""
+    """The features, float16 (R, V, D), as a view of the memory map; zero where there is a fault."""
     flat = arrow_io.whole(table["feature"]).values.to_numpy(zero_copy_only=True)
     feature: NDArray[np.float16] = flat.reshape(-1, recipe.views, recipe.width)
     return feature
 
 
 def id_column(table: Any) -> NDArray[np.uint64]:
-    """uint64 (rows of the shard,): the first 8 bytes of every image id, big endian."""
+    """The first 8 bytes of every image id as a big-endian number, uint64 (rows of the table,)."""
     ids = arrow_io.whole(table["image_id"])
-    words = np.frombuffer(ids.buffers()[1], ">u8").reshape(-1, 2)
-    return words[ids.offset : ids.offset + len(ids), 0].astype(np.uint64)
+    halves = np.frombuffer(ids.buffers()[1], ">u8").reshape(-1, 2)
+    return halves[ids.offset : ids.offset + len(ids), 0].astype(np.uint64)
 
 
-def examine(paths: Sequence[Path]) -> None:
-    """DataError for the first shard whose content is not what its digest inside was made of.
+def check_content(paths: Sequence[Path]) -> None:
+    """Raise DataError for the first shard whose content differs from the hash in its metadata.
 
-    In a process of its own, since Arrow can end one over a flipped bit. Shards that older versions
-    left when they were stopped are the only ones that nothing else vouches for.
+    This runs in a subprocess, because a flipped bit can crash Arrow. It is needed only for shards
+    of which no sha256 is recorded: those that older versions left when they were stopped.
     """
     if not paths:
         return
@@ -154,21 +168,21 @@ def examine(paths: Sequence[Path]) -> None:
         "from arrowhead.features import shard_file\n"
         "for name in sys.stdin.buffer.read().split(bytes(1)):\n"
         "    path = Path(os.fsdecode(name))\n"
-        "    made = shard_file._recipe_note(arrow_io.read_arrow(path))\n"
-        "    recipe = Recipe.from_dict(made, str(path))\n"
+        "    fields = shard_file._stored_recipe(arrow_io.read_arrow(path))\n"
+        "    recipe = Recipe.from_dict(fields, str(path))\n"
         "    shard_file.read_shard(path, recipe, check=True)\n"
         "    print(flush=True)\n"
     )
-    ended = subprocess.run(  # noqa: S603 - ourselves
+    process = subprocess.run(  # noqa: S603 - runs this Python
         [sys.executable, "-P", "-c", code],
         input=bytes(1).join(map(os.fsencode, paths)),
         capture_output=True,
         check=False,
     )
-    if ended.returncode:
-        bad = paths[len(ended.stdout.splitlines())]
+    if process.returncode:
+        bad = paths[len(process.stdout.splitlines())]  # one line of output per intact shard
         raise DataError(
-            f"{bad} has changed since it was written: reading it ends with {ended.returncode}.",
+            f"{bad} has changed since it was written: reading it exits with {process.returncode}.",
             "the bytes that Arrowhead wrote.",
             EXTRACT_AGAIN,
         )

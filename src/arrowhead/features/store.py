@@ -1,24 +1,26 @@
-"""Rows to Arrow files and back.
+"""The feature store: a directory of features with one recipe, and its files.
 
     rows of one chunk      path, image_id, view, feature, fault
-      -> write_shard       one Arrow IPC file, whole or absent
-    all shards             named by the manifest, their hashes checked
-      -> Store.features    float16 (N, D), gathered from the memory maps
+      -> write_shard       one Arrow IPC file, complete or not at all
+    all shards             listed in the manifest, their hashes checked
+      -> Store.features    float16 (N, V, D), gathered from the memory-mapped shards
 
     store/
       store.json           format, recipe, fingerprint, chunk size
       catalog-<hash>.arrow paths, stamps, labels and splits; immutable
       body.safetensors     the weights that made the features
       shards/<name>.arrow  immutable
-      golden/<id>.img      a few of the photos, for bundles to check machines by
+      golden/<id>.img      copies of a few photos, with which bundles check other machines
       digests/<name>       sha256 of each shard, and of the pending catalog
+      pending.arrow        the catalog of an extraction that has not finished
       manifest.json        what is complete: catalog, shards, their hashes; replaced atomically
-      catalog.arrow        another name of the newest catalog, for people
+      catalog.arrow        a copy of the current catalog under a fixed name, for people
 
-A file gets its own name only when it is whole. What is done is read off the disk, so a
-stopped run goes on without a journal. Whoever reads starts at the manifest: what it names never
-changes, so a reader sees the last whole state or the next one. No file is given to Arrow before
-its bytes are compared with their sha256: a flipped bit can end the process in there.
+A file gets its name only when it is complete, so the files on the disk show what is done, and a
+stopped run continues without a journal. Readers start at the manifest. The files that it lists
+never change, so a reader sees either the previous complete state or the next one, which
+memory-mapped data sets of other libraries do not promise. Arrow opens no file before its sha256 is
+compared: a flipped bit can crash it.
 """
 
 from __future__ import annotations
@@ -42,26 +44,26 @@ from arrowhead import fileio, output_paths
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import catalog_file, shard_file, store_format
 from arrowhead.features.recipe import Recipe
-from arrowhead.features.shard_file import Rows
+from arrowhead.features.shard_file import ShardRows
 from arrowhead.features.store_format import (
-    DIGEST,
     EXTRACT_AGAIN,
     FORMAT,
-    GOLDEN,
-    HEAD,
-    MANIFEST,
+    IMAGE_ID,
+    MANIFEST_SCHEMA,
     REPAIR,
+    SHA256,
+    STORE_SCHEMA,
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Features:
-    """Labelled features of one split, or of all; well images only, in catalog order; n rows.
+    """Features with labels, of one split or of all; n images without a fault, in catalog order.
 
-    feature: float16 (n, V, D); label: int64 (n,), numbers of `classes`, where every image of the
-    store has one label; else uint8 (n, C), 1 where the image has the label; row: int64 (n,), rows
-    of the catalog; image_id: uint64 (n,), the first 8 bytes of the image id, big endian; split: str
-    (n,), train, valid or test.
+    feature: float16 (n, V, D); label: int64 (n,), indices of `classes`, if every image of the store
+    has one label; else uint8 (n, C), 1 where the image has the label; row: int64 (n,), rows of the
+    catalog; image_id: uint64 (n,), the first 8 bytes of the image id, big endian; split: str (n,),
+    train, valid or test.
     """
 
     feature: NDArray[np.float16]
@@ -77,231 +79,246 @@ class Features:
 
 
 class Store:
-    """A directory of features made in one way. Open an existing one, or `create` it."""
+    """A directory of features with the same recipe. Opens an existing one; `create` makes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._vouched: set[str] = set()  # files whose bytes were those of this sha256
+        self._checked: set[str] = set()  # files whose sha256 (or content) was found right
         self._manifest: tuple[tuple[int, ...], dict[str, Any]] | None = None
         if not (path / "store.json").is_file():
-            inner = path / "store"  # `path` is what fit was given as OUT
-            found = (inner / "store.json").is_file()
+            inner = path / "store"  # if `path` is the OUT of fit
+            has_inner = (inner / "store.json").is_file()
             raise ConfigError(
                 f"{path} is not a feature store: it has no store.json.",
                 "a folder written by `arrowhead precompute`, or the store in the OUT of `fit`.",
-                f"name {inner}." if found else f"run `arrowhead precompute DATA {path}` first.",
+                f"give {inner}." if has_inner else f"run `arrowhead precompute DATA {path}` first.",
             )
         output_paths.must_be_text(path)
-        head = store_format.read_sealed(path / "store.json")
-        fileio.must_fit(head, HEAD, str(path / "store.json"), REPAIR)
-        self.recipe = Recipe.from_dict(head.get("recipe", {}), str(path / "store.json"))
-        self.chunk_size = int(head["chunk_size"])
+        content = store_format.read_sealed(path / "store.json")
+        fileio.must_fit(content, STORE_SCHEMA, str(path / "store.json"), REPAIR)
+        self.recipe = Recipe.from_dict(content.get("recipe", {}), str(path / "store.json"))
+        self.chunk_size = int(content["chunk_size"])
 
     @staticmethod
     def create(path: Path, recipe: Recipe, chunk_size: int) -> Store:
-        """The store at `path` for this recipe: made, or opened if it is already there.
+        """Create the store at `path` for this recipe, or open it if it exists.
 
-        Raises ConfigError, naming the first differing field, if it was made in another way.
+        Raises ConfigError if it exists with another recipe.
         """
         if (path / "store.json").is_file():
             store = Store(path)
-            store.recipe.must_equal(recipe, str(path), "this run")
+            store.recipe.require_equal(recipe, str(path), "this run")
             return store
         output_paths.check_folder(path, "store")
-        head = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
-        head |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
-        fileio.write_sealed(path / "store.json", head)
+        content = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
+        content |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
+        fileio.write_sealed(path / "store.json", content)
         return Store(path)
 
-    def locked(
-        self, say: Callable[[str], None] = fileio.warn_of_locks
+    def lock(
+        self, warn: Callable[[str], None] = fileio.warn_of_locks
     ) -> AbstractContextManager[None]:
-        """One writer at a time; ConfigError if another process is writing here."""
-        return fileio.locked(self.path, say)
+        """Lock the store for writing; raises ConfigError if another process is writing to it.
+
+        warn: called with a sentence if the file system has no locks.
+        """
+        return fileio.locked(self.path, warn)
 
     @property
-    def weights(self) -> Path:
-        """Where the body's weights lie."""
+    def weights_path(self) -> Path:
+        """The file of the body's weights."""
         return self.path / "body.safetensors"
 
-    def shard(self, name: str) -> Path:
-        """Where the shard of that name lies, or would lie."""
+    def shard_path(self, name: str) -> Path:
+        """The file of a shard, which may not exist yet."""
         return self.path / "shards" / f"{name}.arrow"
 
-    def on_disk(self) -> list[str]:
-        """Names of all whole shards, live or left over from an earlier catalog."""
+    def shard_names(self) -> list[str]:
+        """Names of all shards on the disk, including those left over from an earlier catalog."""
         return sorted(path.stem for path in (self.path / "shards").glob("*.arrow"))
 
-    def write(self, name: str, rows: Rows) -> None:
-        """Write the shard of that name, and what vouches for it until a manifest does."""
-        shard_file.write_shard(self.shard(name), rows, self.recipe)
-        self._note_digest(self.shard(name))
+    def write_shard(self, name: str, rows: ShardRows) -> None:
+        """Write a shard, and its sha256 into digests/ until a manifest lists it."""
+        shard_file.write_shard(self.shard_path(name), rows, self.recipe)
+        self._record_hash(self.shard_path(name))
 
-    def read(self, name: str, *, check: bool = False) -> Rows:
-        """The rows of the shard of that name, its bytes compared with their sha256 first.
+    def read_shard(self, name: str, *, check: bool = False) -> ShardRows:
+        """Read a shard after comparing its sha256.
 
-        check: compare the content with the digest inside, too. DataError if either differs.
+        check: also compare the content with the hash in its metadata. Raises DataError if either
+        differs.
         """
-        self._vouch(self.shard(name), self._named().get(name))
-        return shard_file.read_shard(self.shard(name), self.recipe, check=check)
+        self._check_hash(self.shard_path(name), self._manifest_hashes().get(name))
+        return shard_file.read_shard(self.shard_path(name), self.recipe, check=check)
 
     @property
-    def pending(self) -> Path:
-        """Where the catalog of the extraction that is under way lies, or would lie."""
+    def pending_path(self) -> Path:
+        """The catalog of an unfinished extraction, which may not exist."""
         return self.path / "pending.arrow"
 
     def write_pending(self, columns: Mapping[str, Any]) -> None:
-        """Write the catalog of an extraction (`columns` as `write_catalog` takes them)."""
-        catalog_file.write_catalog(self.pending, columns)
-        self._note_digest(self.pending)
+        """Write the catalog of an extraction that starts; `columns`: see `Catalog.columns`."""
+        catalog_file.write_catalog(self.pending_path, columns)
+        self._record_hash(self.pending_path)
 
     def read_pending(self) -> dict[str, Any]:
-        """What `write_pending` wrote; DataError if it has changed, or nothing vouches for it."""
-        digest = self._noted_digest(self.pending)
+        """Read what `write_pending` wrote; raises DataError if it has changed."""
+        digest = self._recorded_hash(self.pending_path)
         if digest is None:
             raise DataError(
-                f"Nothing vouches for {self.pending}: its digest is missing.",
-                f"its sha256 in {self._digest_file(self.pending)}.",
+                f"{self.pending_path} cannot be checked: its recorded sha256 is missing.",
+                f"its sha256 in {self._hash_path(self.pending_path)}.",
                 "run the same precompute again.",
             )
-        self._vouch(self.pending, digest)
-        return catalog_file.read_catalog(self.pending)
+        self._check_hash(self.pending_path, digest)
+        return catalog_file.read_catalog(self.pending_path)
 
-    def drop_pending(self) -> None:
-        """The extraction is complete."""
-        self.pending.unlink()
-        self._digest_file(self.pending).unlink(missing_ok=True)
+    def delete_pending(self) -> None:
+        """Delete the pending catalog of an extraction that is complete."""
+        self.pending_path.unlink()
+        self._hash_path(self.pending_path).unlink(missing_ok=True)
 
-    def _digest_file(self, path: Path) -> Path:
+    def _hash_path(self, path: Path) -> Path:
         return self.path / "digests" / path.stem
 
-    def _note_digest(self, path: Path) -> None:
-        with fileio.draft(self._digest_file(path)) as temporary:
+    def _record_hash(self, path: Path) -> None:
+        with fileio.draft(self._hash_path(path)) as temporary:
             temporary.write_text(fileio.sha256(path) + "\n")
 
-    def _noted_digest(self, path: Path) -> str | None:
+    def _recorded_hash(self, path: Path) -> str | None:
         try:
-            found = self._digest_file(path).read_text(errors="replace").strip()
+            digest = self._hash_path(path).read_text(errors="replace").strip()
         except FileNotFoundError:
             return None
-        return found if DIGEST.fullmatch(found) else "not a sha256"
+        return digest if SHA256.fullmatch(digest) else "not a sha256"
 
-    def examine_leftovers(self) -> None:
-        """Examine every shard that neither a manifest nor a digest vouches for, all in one go.
+    def check_unlisted_shards(self) -> None:
+        """Check the content of every shard of which no sha256 is recorded, in one subprocess.
 
-        Raises DataError for the first whose content is not what was written.
+        Raises DataError for the first shard whose content has changed.
         """
-        named, there = self._named(), self.on_disk()
-        paths = [self.shard(name) for name in there if name not in named]
-        self._examine([path for path in paths if self._noted_digest(path) is None])
+        listed = self._manifest_hashes()
+        paths = [self.shard_path(name) for name in self.shard_names() if name not in listed]
+        self._check_content([path for path in paths if self._recorded_hash(path) is None])
 
-    def _examine(self, paths: Sequence[Path]) -> None:
-        new = [path for path in paths if path.name not in self._vouched]
-        shard_file.examine(new)
-        for path in new:
-            self._vouched.add(path.name)
-            with suppress(OSError, ConfigError):  # a store that may only be read
-                self._note_digest(path)
+    def _check_content(self, paths: Sequence[Path]) -> None:
+        unchecked = [path for path in paths if path.name not in self._checked]
+        shard_file.check_content(unchecked)
+        for path in unchecked:
+            self._checked.add(path.name)
+            with suppress(OSError, ConfigError):  # the store may be read-only
+                self._record_hash(path)
 
-    def _named(self) -> dict[str, str]:
+    def _manifest_hashes(self) -> dict[str, str]:
         """sha256 by name of the manifest's shards; {} without a manifest."""
         if not (self.path / "manifest.json").is_file():
             return {}
-        return {one["name"]: one["sha256"] for one in self.manifest()["shards"]}
+        return {shard["name"]: shard["sha256"] for shard in self.manifest()["shards"]}
 
-    def _vouch(self, path: Path, digest: str | None) -> None:
-        """Compare a file with its sha256 before anything parses it, once per store object.
+    def _check_hash(self, path: Path, digest: str | None) -> None:
+        """Compare a file with its sha256 before it is parsed, once per `Store` object.
 
-        digest: None for a shard that no manifest names; what was noted when it was written is
-        taken, and of a shard that an older version wrote its content is examined.
+        digest: None for a shard that is not in the manifest; then the sha256 recorded when it was
+        written is used, or for a shard of an older version the hash in its metadata.
         """
         witness = "the manifest"
         if digest is None:
-            digest, witness = self._noted_digest(path), str(self._digest_file(path))
+            digest, witness = self._recorded_hash(path), str(self._hash_path(path))
         if digest is None:
-            self._examine([path] if path.is_file() else [])
-        elif f"{path.name} {digest}" not in self._vouched:
+            self._check_content([path] if path.is_file() else [])
+        elif f"{path.name} {digest}" not in self._checked:
             fileio.must_hash_to(path, digest, witness=witness, repair=EXTRACT_AGAIN)
-            self._vouched.add(f"{path.name} {digest}")
+            self._checked.add(f"{path.name} {digest}")
 
     def manifest(self) -> dict[str, Any]:
-        """What is complete; ConfigError before the first complete run."""
+        """The manifest, read again when its file changes.
+
+        Raises ConfigError if no extraction has finished yet.
+        """
         if not (self.path / "manifest.json").is_file():
             raise ConfigError(
                 f"{self.path} has no manifest: its extraction never finished.",
                 "a finished store.",
-                f"run the same `{self._extraction()}` (or `fit`) again, with its flags of the"
-                " source: it goes on where it stopped.",
+                f"run the same `{self._extraction_command()}` (or `fit`) again, with the same flags"
+                " for the source: it continues where it stopped.",
             )
         file = self.path / "manifest.json"
-        facts = file.stat()
-        stamp = facts.st_ino, facts.st_size, facts.st_mtime_ns
+        status = file.stat()
+        stamp = status.st_ino, status.st_size, status.st_mtime_ns
         if self._manifest is None or self._manifest[0] != stamp:
             content = store_format.read_sealed(file)
-            fileio.must_fit(content, MANIFEST, str(file), REPAIR)
+            fileio.must_fit(content, MANIFEST_SCHEMA, str(file), REPAIR)
             self._manifest = stamp, content
         return self._manifest[1]
 
-    def _extraction(self) -> str:
-        """The command that made this unfinished store, as far as it is known."""
+    def _extraction_command(self) -> str:
+        """The command that made this unfinished store, as far as it can be reconstructed."""
         images = "IMAGES"
-        with suppress(ConfigError, DataError, OSError):  # stopped before it noted its images
-            columns = self.read_pending() if self.pending.is_file() else {}
+        with suppress(ConfigError, DataError, OSError):  # stopped before it recorded its images
+            columns = self.read_pending() if self.pending_path.is_file() else {}
             images = columns.get("source") or columns.get("root") or images
         return shlex.join(["arrowhead", "precompute", images, str(self.path)])
 
-    def intact(self) -> dict[str, str]:
-        """sha256 by name of the manifest's shards that are on the disk; {} before the first one.
+    def intact_shards(self) -> dict[str, str]:
+        """sha256 by name of those shards in the manifest that exist; {} without a manifest.
 
-        Raises DataError if one has changed: rows are looked up in them, and a new manifest would
-        vouch for it. A missing shard is no error here: it is extracted again.
+        Raises DataError if one has changed, since its features would be reused and listed in a new
+        manifest. A missing shard is no error: it is extracted again.
         """
-        if not (self.path / "manifest.json").is_file():
-            return {}
-        named = {shard["name"]: shard["sha256"] for shard in self.manifest()["shards"]}
-        there = {name: digest for name, digest in named.items() if self.shard(name).is_file()}
-        for name, digest in there.items():
-            self._vouch(self.shard(name), digest)
-        return there
+        existing = {
+            name: digest
+            for name, digest in self._manifest_hashes().items()
+            if self.shard_path(name).is_file()
+        }
+        for name, digest in existing.items():
+            self._check_hash(self.shard_path(name), digest)
+        return existing
 
-    def golden_file(self, name: str) -> Path:
-        """Where the photo of that image id (32 hex digits) lies, or would lie."""
+    def golden_path(self, name: str) -> Path:
+        """The file of a golden image, named by its image id (32 hex digits); may not exist."""
         return self.path / "golden" / f"{name}.img"
 
-    def golden(self) -> dict[bytes, bytes] | None:
-        """The photos that were kept, by image id; without those that are missing or have changed.
+    def load_golden(self) -> dict[bytes, bytes] | None:
+        """The golden images by image id, without those that are missing or have changed.
 
-        None for a store that says nothing of them: of an older version, or unfinished.
+        None if the manifest has no list of them: the store is unfinished or of an older version.
         """
         finished = (self.path / "manifest.json").is_file()
         names = self.manifest().get("golden") if finished else None
         if names is None:
             return None
-        found = {}
+        images = {}
         for name in names:
             with suppress(OSError):
-                data = self.golden_file(name).read_bytes()
+                data = self.golden_path(name).read_bytes()
                 if hashlib.blake2b(data, digest_size=16).hexdigest() == name:
-                    found[bytes.fromhex(name)] = data
-        return found
+                    images[bytes.fromhex(name)] = data
+        return images
 
-    def complete(
+    def commit(
         self,
         names: Sequence[str],
         columns: Mapping[str, Any],
         intact: Mapping[str, str],
         golden: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Write the catalog (`columns` as `read_catalog` gives them) and the manifest of these
-        shards; the store is now readable.
+        """Write the catalog and the manifest; from then on readers see these shards.
 
-        intact: digests that are known already, as `intact` gave them. golden: names of the photos
-        that were kept; others in their folder are removed. Raises DataError if another
-        shard differs from what was written.
+        Args:
+            names: the shards, in catalog order.
+            columns: the catalog, see `Catalog.columns`.
+            intact: hashes that are known already, from `intact_shards`.
+            golden: names of the golden images; other files in their folder are removed.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            DataError: the content of a shard that is not in `intact_shards` has changed.
         """
         entries = []
         for name in names:
-            rows = self.read(name, check=name not in intact)
+            rows = self.read_shard(name, check=name not in intact)
             kinds = Counter(fault.partition(":")[0] for fault in rows.faults if fault)
             entries.append(
                 {
@@ -309,132 +326,142 @@ class Store:
                     "files": len(rows.paths),
                     "faults": kinds.total(),
                     "kinds": dict(kinds),
-                    "bytes": self.shard(name).stat().st_size,
-                    "sha256": intact.get(name) or fileio.sha256(self.shard(name)),
+                    "bytes": self.shard_path(name).stat().st_size,
+                    "sha256": intact.get(name) or fileio.sha256(self.shard_path(name)),
                 }
             )
-        catalog = self._keep_catalog(columns) | {"tries": int(columns["tries"].sum())}
+        catalog = self._write_catalog(columns) | {"tries": int(columns["tries"].sum())}
         classes = sorted({name for names in columns["labels"] for name in names})
         manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
         manifest["golden"] = list(golden)
         fileio.write_sealed(self.path / "manifest.json", manifest)
-        with fileio.draft(self.path / "catalog.arrow") as draft_file:
-            shutil.copyfile(self.path / catalog["name"], draft_file)
-        for file in self.spare_golden(golden):
+        with fileio.draft(self.path / "catalog.arrow") as temporary:
+            shutil.copyfile(self.path / catalog["name"], temporary)
+        for file in self.unused_golden(golden):
             file.unlink()
         return manifest
 
-    def spare_golden(self, names: Sequence[str]) -> list[Path]:
-        """Photos that were kept once and are not among `names`; none if their folder is a link."""
+    def unused_golden(self, names: Sequence[str]) -> list[Path]:
+        """Golden images that are not among `names`; none if their folder is a symbolic link."""
         folder = self.path / "golden"
-        there = [] if folder.is_symlink() else sorted(folder.glob("*.img"))
-        return [file for file in there if GOLDEN.fullmatch(file.stem) and file.stem not in names]
+        files = [] if folder.is_symlink() else sorted(folder.glob("*.img"))
+        return [file for file in files if IMAGE_ID.fullmatch(file.stem) and file.stem not in names]
 
-    def _keep_catalog(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a catalog under the name its content gives it."""
-        new = fileio.draft_path(self.path / "catalog")
+    def _write_catalog(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a catalog under a name that contains its hash; the manifest's entry for it."""
+        temporary = fileio.draft_path(self.path / "catalog")
         try:
-            catalog_file.write_catalog(new, columns)
-            digest = fileio.sha256(new)
-            kept = self.path / f"catalog-{digest[:16]}.arrow"
-            os.replace(new, kept)
+            catalog_file.write_catalog(temporary, columns)
+            digest = fileio.sha256(temporary)
+            path = self.path / f"catalog-{digest[:16]}.arrow"
+            os.replace(temporary, path)
         finally:
-            new.unlink(missing_ok=True)
-        return {"name": kept.name, "sha256": digest}
+            temporary.unlink(missing_ok=True)
+        return {"name": path.name, "sha256": digest}
 
     def verify(self) -> None:
-        """Compare every file the manifest names with its hash; DataError for the first misfit."""
-        self._vouched.clear()
-        for path, digest in self.hashes().items():
-            self._vouch(path, digest)
+        """Compare every file in the manifest with its hash; DataError for the first difference."""
+        self._checked.clear()
+        for path, digest in self.expected_hashes().items():
+            self._check_hash(path, digest)
 
-    def hashes(self) -> dict[Path, str]:
-        """sha256 of every file the manifest names."""
-        manifest = self.manifest()
-        expected = {self.path / manifest["catalog"]["name"]: manifest["catalog"]["sha256"]}
-        return expected | {self.shard(one["name"]): one["sha256"] for one in manifest["shards"]}
+    def expected_hashes(self) -> dict[Path, str]:
+        """The manifest's sha256 of its catalog and of every shard."""
+        catalog = self.manifest()["catalog"]
+        return {self.path / catalog["name"]: catalog["sha256"]} | {
+            self.shard_path(name): digest for name, digest in self._manifest_hashes().items()
+        }
 
-    def rows(self) -> Iterator[Rows]:
-        """The complete shards, in catalog order, memory-mapped.
+    def shards(self) -> Iterator[ShardRows]:
+        """Read the manifest's shards one by one, in catalog order, memory-mapped.
 
-        Raises DataError where they do not hold one row for every file of the catalog.
+        Raises DataError if they do not hold one row for every image of the catalog.
         """
         manifest = self.manifest()
-        files, first = catalog_file.catalog_table(self._catalog_of(manifest)).num_rows, 0
+        images, done = catalog_file.catalog_table(self._catalog_path(manifest)).num_rows, 0
         for shard in manifest["shards"]:
-            rows = self.read(shard["name"])
-            first += len(rows.paths)
-            if first > files:
+            rows = self.read_shard(shard["name"])
+            done += len(rows.paths)
+            if done > images:
                 break
             yield rows
-        if first != files:
-            raise self._of_other_numbers(files)
+        if done != images:
+            raise self._row_count_error(images)
 
     def read_catalog(self) -> dict[str, Any]:
-        """The columns of the manifest's catalog: the fields of `catalog.Catalog`."""
-        return catalog_file.read_catalog(self._catalog_of(self.manifest()))
+        """Read the manifest's catalog as the fields of `Catalog`."""
+        return catalog_file.read_catalog(self._catalog_path(self.manifest()))
 
-    def _catalog_of(self, manifest: Mapping[str, Any]) -> Path:
-        """The manifest's catalog, compared with its hash."""
-        named = manifest["catalog"]
-        path = self.path / str(named["name"])
-        self._vouch(path, named["sha256"])
+    def _catalog_path(self, manifest: Mapping[str, Any]) -> Path:
+        """The file of the manifest's catalog, after comparing its hash."""
+        catalog = manifest["catalog"]
+        path = self.path / str(catalog["name"])
+        self._check_hash(path, catalog["sha256"])
         return path
 
     def _tables(self, manifest: Mapping[str, Any]) -> Iterator[Any]:
         """The tables of the manifest's shards, in catalog order, memory-mapped."""
-        for one in manifest["shards"]:
-            self._vouch(self.shard(one["name"]), one["sha256"])
-            yield shard_file.shard_table(self.shard(one["name"]), self.recipe)
+        for shard in manifest["shards"]:
+            self._check_hash(self.shard_path(shard["name"]), shard["sha256"])
+            yield shard_file.shard_table(self.shard_path(shard["name"]), self.recipe)
 
-    def maps(self) -> list[NDArray[np.float16]]:
-        """The features of every shard where they lie, memory-mapped: float16 (R, V, D) each, in
-        catalog order, zero where faulty.
+    def mapped_features(self) -> list[NDArray[np.float16]]:
+        """The memory-mapped features of every shard, float16 (R, V, D) each, in catalog order.
+
+        An image with a fault has zeros.
         """
         return [
             shard_file.feature_column(table, self.recipe) for table in self._tables(self.manifest())
         ]
 
     def clean_features(self, row_M: NDArray[np.int64]) -> NDArray[np.float16]:
-        """float16 (M, D): the clean view of these rows of the catalog, which ascend."""
+        """The features of view 0 of some rows of the catalog, float16 (M, D).
+
+        row_M: in ascending order. A row with a fault gives zeros.
+        """
         parts, first = [], 0
-        for shard in self.maps():
-            here = row_M[(row_M >= first) & (row_M < first + len(shard))] - first
-            parts.append(shard[here, 0])
+        for shard in self.mapped_features():
+            index = row_M[(row_M >= first) & (row_M < first + len(shard))] - first
+            parts.append(shard[index, 0])
             first += len(shard)
         return np.concatenate(parts)
 
-    def features(self, split: str | None = None, *, mapped: bool = False) -> Features:
-        """Features and labels of one split, or of every image; those with a fault are left out.
+    def features(self, split: str | None = None, *, rows_only: bool = False) -> Features:
+        """Load features and labels of one split, or of all images, without those with a fault.
 
-        Takes the memory of what it returns: shards are mapped one at a time, and copied from there.
-        mapped: leave `feature` empty, (n, V, 0): `row` finds them in `maps`.
+        This needs no more memory than the result: shards are mapped and copied one at a time.
+
+        Args:
+            split: train, valid or test; None for all.
+            rows_only: leave `feature` empty, (n, V, 0); `row` finds the features in
+                `mapped_features`.
         """
         manifest = self.manifest()
-        table = catalog_file.catalog_table(self._catalog_of(manifest))
+        table = catalog_file.catalog_table(self._catalog_path(manifest))
         split_N = catalog_file.split_column(table)
-        asked = np.ones(len(split_N), bool) if split is None else split_N == split
-        # As many rows as the split has: its faults are not counted before they are met.
-        most, views = int(asked.sum()), self.recipe.views
-        feature = np.empty((most, views, 0 if mapped else self.recipe.width), np.float16)
-        row, image_id = np.empty(most, np.int64), np.empty(most, np.uint64)
+        selected_N = np.ones(len(split_N), bool) if split is None else split_N == split
+        # Room for the whole split: how many of its images have a fault is not known yet.
+        max_rows, views = int(selected_N.sum()), self.recipe.views
+        feature = np.empty((max_rows, views, 0 if rows_only else self.recipe.width), np.float16)
+        row, image_id = np.empty(max_rows, np.int64), np.empty(max_rows, np.uint64)
         done = first = 0
-        for rows in self._tables(manifest):
-            well = np.asarray(rows["fault"].is_null())[::views]
-            if first + len(well) > len(asked):
+        for shard in self._tables(manifest):
+            without_fault = np.asarray(shard["fault"].is_null())[::views]
+            if first + len(without_fault) > len(selected_N):
                 break
-            mine = np.flatnonzero(well & asked[first : first + len(well)])
-            here = slice(done, done + len(mine))
-            whole = shard_file.feature_column(rows, self.recipe)[:, :, : feature.shape[2]]
-            if len(mine) == len(whole):
-                feature[here] = whole
-            else:
-                whole.take(mine, axis=0, out=feature[here], mode="clip")  # "raise" copies twice
-            row[here] = first + mine
-            image_id[here] = shard_file.id_column(rows)[::views][mine]
-            done, first = here.stop, first + len(well)
-        if first != len(asked):
-            raise self._of_other_numbers(len(asked))
+            index = np.flatnonzero(without_fault & selected_N[first : first + len(without_fault)])
+            target = slice(done, done + len(index))
+            shard_feature = shard_file.feature_column(shard, self.recipe)
+            shard_feature = shard_feature[:, :, : feature.shape[2]]
+            if len(index) == len(shard_feature):
+                feature[target] = shard_feature
+            else:  # mode "raise" would copy twice
+                shard_feature.take(index, axis=0, out=feature[target], mode="clip")
+            row[target] = first + index
+            image_id[target] = shard_file.id_column(shard)[::views][index]
+            done, first = target.stop, first + len(without_fault)
+        if first != len(selected_N):
+            raise self._row_count_error(len(selected_N))
         row = row[:done]
         return Features(
             feature=feature[:done],
@@ -444,9 +471,9 @@ class Store:
             split=split_N[row],
         )
 
-    def _of_other_numbers(self, files: int) -> DataError:
+    def _row_count_error(self, images: int) -> DataError:
         return DataError(
-            f"{self.path} has a catalog of {files} files, and shards of other numbers.",
+            f"{self.path} has a catalog of {images} files, but its shards hold another number.",
             "one row of a shard for every file of the catalog.",
             "run the same precompute again, or extract again into a new store.",
         )

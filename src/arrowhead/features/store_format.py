@@ -1,4 +1,4 @@
-"""The JSON files of a feature store: their keys and types, and refusals of damaged ones."""
+"""The JSON files of a feature store: their schemas, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from arrowhead import fileio
 
 FORMAT = 2
 REPAIR = (
-    "restore the file from a copy, or delete it and run the same precompute again: features that"
-    " are there are not decoded again."
+    "restore the file from a copy, or delete it and run the same precompute again: images whose"
+    " features exist are not decoded again."
 )
 EXTRACT_AGAIN = (
     "delete the file and run the same precompute again: only its images are decoded again."
@@ -22,45 +22,48 @@ def _positive(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _triple(value: Any) -> bool:
-    fits = isinstance(value, list | tuple) and len(value) == 3
-    return fits and {type(one) for one in value} <= {int, float}
+def _three_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and {type(item) for item in value} <= {int, float}
+    )
 
 
-DIGEST = re.compile("[0-9a-f]{64}")
-NAME = re.compile("[0-9a-z]+")  # of a shard: no way out of its folder
-RECIPE = {
+SHA256 = re.compile("[0-9a-f]{64}")
+SHARD_NAME = re.compile("[0-9a-z]+")  # without / and dots, so a name cannot leave the folder
+RECIPE_SCHEMA = {
     **dict.fromkeys(("body", "weights", "pool", "resize", "interpolation", "augment"), str),
     **dict.fromkeys(("dtype", "decoder"), str),
     **dict.fromkeys(("width", "size", "views"), _positive),
     **dict.fromkeys(("format", "augment_seed"), int),
-    **dict.fromkeys(("mean", "std"), _triple),
+    **dict.fromkeys(("mean", "std"), _three_numbers),
     "antialias": bool,
 }
-GOLDEN = re.compile("[0-9a-f]{32}")  # an image id
-HEAD = {"recipe": dict, "chunk_size": _positive}
-MANIFEST = {
+IMAGE_ID = re.compile("[0-9a-f]{32}")
+STORE_SCHEMA = {"recipe": dict, "chunk_size": _positive}
+MANIFEST_SCHEMA = {
     "classes": [str],
     "catalog": {
         "name": re.compile(r"catalog-[0-9a-f]+\.arrow"),
-        "sha256": DIGEST,
+        "sha256": SHA256,
         "tries": int,
     },
     "shards": [
-        {"name": NAME, "files": _positive, "faults": int, "kinds": {str: int}, "bytes": int}
-        | {"sha256": DIGEST}
+        {"name": SHARD_NAME, "files": _positive, "faults": int, "kinds": {str: int}, "bytes": int}
+        | {"sha256": SHA256}
     ],
-    "golden?": [GOLDEN],  # absent in what version 0.1.0 wrote
+    "golden?": [IMAGE_ID],  # absent in what version 0.1.0 wrote
 }
 
 
-def must_be_intact(path: Path, digest: str) -> None:
-    """DataError if a file of a store is missing or its bytes are not those of this sha256."""
+def check_sha256(path: Path, digest: str) -> None:
+    """Raise DataError if a file of a store is missing or its sha256 is not `digest`."""
     fileio.must_hash_to(path, digest, witness="the manifest", repair=EXTRACT_AGAIN)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """A sealed JSON file of a store."""
+    """Read a sealed JSON file of a store."""
     return fileio.read_sealed(
         path,
         FORMAT,

@@ -1,1 +1,1 @@
-"""A bundle on images."""
+"""Scores images with a bundle, evaluates it, and serves it."""

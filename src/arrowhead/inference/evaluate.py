@@ -1,11 +1,11 @@
-"""A bundle on labelled images: how good is it there?
+"""Evaluates a bundle on labelled images.
 
-    a folder or table, labelled   -> labelled   catalog, its labels among the bundle's classes
-    score parts                   -> figures    every figure of `metrics.evaluate`
-    figures                       -> write      evaluation.json, per_class.csv
+    a folder or table with labels   -> attach_labels     catalog with labels and splits
+    score parts                     -> compute_metrics   every metric of `metrics.evaluate`
+    metrics                         -> write_results     evaluation.json, per_class.csv
 
-The images are scored as `score` does it, with the probability of every class; the labels are
-joined to the rows afterwards, so nothing about a label can reach a score.
+The images are scored as `score` does it, with the probability of every class. Labels are joined to
+the scores afterwards, so they cannot affect a score.
 """
 
 from __future__ import annotations
@@ -30,33 +30,34 @@ from arrowhead.data.source_config import SourceConfig
 from arrowhead.errors import ConfigError
 from arrowhead.evaluation import metrics
 from arrowhead.inference import scores_io
-from arrowhead.inference.score_request import Request, ScoreConfig
+from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
 from arrowhead.wording import counted
 
-MAX_NAMES = 10  # in a refusal
+MAX_NAMES = 10  # listed in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What is evaluated, and how its images are scored."""
+    """Which images are evaluated, and how they are scored."""
 
     split: Literal["train", "valid", "test"] | None = None
-    """Only the images of this split; without, all of them."""
+    """Evaluate only the images of this split. Default: all."""
     ignore_unknown_classes: bool = False
-    """Leave images out whose class the bundle does not know; without, they are refused."""
+    """Leave out images of classes that the bundle does not know, instead of an error."""
     store: Path | None = None
     """Feature store of the same recipe: images whose features it holds are not decoded."""
     max_drift: float = 0.005
-    """Refuse when a golden image's feature is further than this cosine distance from what it was
-    where the bundle was made."""
+    """Refuse to score if a golden image's feature here differs by more than this cosine distance
+    from the one on the machine that made the bundle."""
     max_pixels: int = 100_000_000
     """Images whose header claims more pixels are refused before they are decoded."""
     max_scans: int = 100
-    """JPEGs with more scans are refused before they are decoded (usual progressive ones: 10)."""
+    """JPEGs with more scans are refused before they are decoded (a progressive JPEG usually has
+    10)."""
 
     @property
     def scores(self) -> ScoreConfig:
-        """The same as settings of a scoring."""
+        """The corresponding settings of `score`."""
         return ScoreConfig(
             probabilities=True,
             store=self.store,
@@ -69,31 +70,43 @@ class EvaluateConfig:
 # ------------------------------------------------------------------------------- labels
 
 
-def listed(data: str | Path, source: SourceConfig) -> Catalog:
-    """The files of `data`: CLASS/… or SPLIT/CLASS/…, or a table as `fit` takes it, whose labels are
-    in the catalog already. Raises ConfigError for a source that is missing, empty or torn.
+def list_images(data: str | Path, source: SourceConfig) -> Catalog:
+    """List the images of a folder or table; those of a table already with labels.
+
+    data: a folder CLASS/… or SPLIT/CLASS/…, or a table as `fit` takes it. Raises ConfigError for a
+    source that is missing, empty or damaged.
     """
     if tables.is_table(data):
         return sources.labelled(data, source, teaches=False)
     return sources.unlabelled(data, source)
 
 
-def labelled(
+def attach_labels(
     data: str | Path, catalog: Catalog, source: SourceConfig, config: EvaluateConfig, bundle: Bundle
 ) -> tuple[Catalog, list[str]]:
-    """The images to evaluate with their labels, and sentences about what is left out.
+    """Select the images to evaluate, with their labels.
 
-    catalog: as `listed` gave it. Raises ConfigError where no image has a label or is of the split,
-    where a label is unknown to the bundle, or where an image has several labels, or none, and the
-    bundle gives one.
+    Args:
+        data: the folder or table.
+        catalog: its images, from `list_images`.
+        source: how to read a table.
+        config: which images to select.
+        bundle: the bundle to evaluate.
+
+    Returns:
+        The catalog, and messages about what is left out.
+
+    Raises:
+        ConfigError: no image has a label or is in the split, the bundle does not know a label, or
+            an image has several labels or none while the bundle assigns exactly one.
     """
     notes: list[str] = []
     if not tables.is_table(data):
-        catalog, notes = _by_folder(catalog, bundle.classes)
+        catalog, notes = _label_by_folder(catalog, bundle.classes)
     elif bundle.multi:
-        catalog = _with_several_labels(data, catalog, source, bundle)
+        catalog = _split_labels_if_better(data, catalog, source, bundle)
     if config.split:
-        catalog = _kept(catalog, [split == config.split for split in catalog.splits])
+        catalog = _select(catalog, [split == config.split for split in catalog.splits])
         if not len(catalog):
             raise ConfigError(
                 f"{data} has no image in the split {config.split}.",
@@ -101,116 +114,118 @@ def labelled(
                 "leave --split out to evaluate all images.",
             )
     if not bundle.multi:
-        _must_have_one_label_each(str(data), catalog)
-    catalog, unknown = _of_known_classes(str(data), catalog, config, bundle)
+        _require_one_label_each(str(data), catalog)
+    catalog, unknown_notes = _select_known_classes(str(data), catalog, config, bundle)
     if bundle.multi and not any(len(names) > 1 for names in catalog.labels):
         notes.append(
-            "every image has one label at most, and the bundle gives several: a class that an image"
-            " is not labelled with counts as absent from it"
+            "no image has more than one label, but the bundle assigns several: a class that is not"
+            " among an image's labels counts as absent from the image"
         )
-    return catalog, notes + unknown
+    return catalog, notes + unknown_notes
 
 
-def _with_several_labels(
+def _split_labels_if_better(
     data: str | Path, catalog: Catalog, source: SourceConfig, bundle: Bundle
 ) -> Catalog:
-    """The catalog of a table, its cells split into several labels where the bundle knows more of
-    them then.
-    """
+    """Read a table's label cells as lists of labels if the bundle then knows more of the labels."""
     known = set(bundle.classes)
     if source.label_separator is not None or known.issuperset(catalog.classes):
         return catalog
     try:
         split = sources.labelled(data, replace(source, multi_label=True), teaches=False)
-    except ConfigError:  # there is nothing to split
+    except ConfigError:  # the cells cannot be split
         return catalog
-    one, several = (
-        sum(name in known for names in found.labels for name in names) for found in (catalog, split)
+    known_unsplit, known_split = (
+        sum(name in known for names in candidate.labels for name in names)
+        for candidate in (catalog, split)
     )
-    return split if several > one else catalog
+    return split if known_split > known_unsplit else catalog
 
 
-def _must_have_one_label_each(data: str, catalog: Catalog) -> None:
+def _require_one_label_each(data: str, catalog: Catalog) -> None:
     for path, names in zip(catalog.paths, catalog.labels, strict=True):
         if len(names) != 1:
             raise ConfigError(
                 f"{data} gives {path} "
-                + (f"several labels: {_some(names)}." if names else "no label."),
-                "one label for each image: the bundle gives one.",
+                + (f"several labels: {_abbreviate(names)}." if names else "no label."),
+                "one label for each image: the bundle assigns exactly one.",
                 "evaluate a multi-label bundle, or correct the table.",
             )
 
 
-def _by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog, list[str]]:
-    """Labels and splits by the folders that images lie in: CLASS/… or SPLIT/CLASS/…
+def _label_by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog, list[str]]:
+    """Take labels and splits from the images' folders: CLASS/… or SPLIT/CLASS/…
 
-    Of the two the one that more images fit is taken.
+    The layout that more images fit is used. Returns the catalog and messages about what is left
+    out.
     """
     known = set(classes)
     folders = [path.split("/")[:-1] for path in catalog.paths]
-    roles = [(layouts.role(parts[0]) or "") if parts else "" for parts in folders]
-    flat = sum(bool(parts) and parts[0] in known for parts in folders)
-    deep = sum(
-        len(parts) > 1 and bool(role) and parts[1] in known
-        for parts, role in zip(folders, roles, strict=True)
+    splits = [(layouts.role(parts[0]) or "") if parts else "" for parts in folders]
+    without_split = sum(bool(parts) and parts[0] in known for parts in folders)
+    with_split = sum(
+        len(parts) > 1 and bool(split) and parts[1] in known
+        for parts, split in zip(folders, splits, strict=True)
     )
-    if flat == deep == 0:
-        tops = sorted({"/".join(parts[:2]) for parts in folders if parts})
+    if without_split == with_split == 0:
+        names = sorted({"/".join(parts[:2]) for parts in folders if parts})
         raise ConfigError(
             f"no folder in {catalog.root} is named after a class of the bundle: it has"
-            f" {_some(tops) or 'none'}.",
-            f"folders named {_some(sorted(known))}; or train/, valid/, test/ with such folders.",
+            f" {_abbreviate(names) or 'none'}.",
+            f"folders named {_abbreviate(sorted(known))}; or train/, valid/, test/ with such"
+            " folders.",
             "rename the folders, or name images and labels in a table (.csv: path, label).",
         )
-    depth = int(deep > flat)
-    inside = [
-        len(parts) > depth and (not depth or bool(role))
-        for parts, role in zip(folders, roles, strict=True)
+    depth = int(with_split > without_split)
+    has_label = [
+        len(parts) > depth and (not depth or bool(split))
+        for parts, split in zip(folders, splits, strict=True)
     ]
     labels: list[tuple[str, ...]] = [
-        (parts[depth],) if fits else () for parts, fits in zip(folders, inside, strict=True)
+        (parts[depth],) if labelled else ()
+        for parts, labelled in zip(folders, has_label, strict=True)
     ]
-    splits = roles if depth else [""] * len(catalog)
-    out = len(inside) - sum(inside)
-    notes = [f"left out: {counted(out, 'file')} outside of class folders"] if out else []
-    return _kept(replace(catalog, labels=labels, splits=splits), inside), notes
+    if not depth:
+        splits = [""] * len(catalog)
+    left_out = len(has_label) - sum(has_label)
+    notes = [f"left out: {counted(left_out, 'file')} outside of class folders"] if left_out else []
+    return _select(replace(catalog, labels=labels, splits=splits), has_label), notes
 
 
-def _of_known_classes(
+def _select_known_classes(
     data: str, catalog: Catalog, config: EvaluateConfig, bundle: Bundle
 ) -> tuple[Catalog, list[str]]:
+    """Leave out images, or with several labels only labels, that the bundle does not know."""
     known = set(bundle.classes)
-    strange = Counter(name for names in catalog.labels for name in names if name not in known)
-    if not strange:
+    unknown = Counter(name for names in catalog.labels for name in names if name not in known)
+    if not unknown:
         return catalog, []
+    names = _abbreviate(sorted(unknown))
+    known_names = f"its {len(known)} classes: {_abbreviate(bundle.classes)}."
+    images = counted(unknown.total(), "image")
     if not config.ignore_unknown_classes:
         raise ConfigError(
-            f"{data} has {counted(strange.total(), 'image')} of classes that the bundle does not"
-            " know:"
-            f" {_some(sorted(strange))}.",
-            f"its {len(known)} classes: {_some(bundle.classes)}.",
-            "--ignore-unknown-classes leaves them out.",
+            f"{data} has {images} of classes that the bundle does not know: {names}.",
+            known_names,
+            "use --ignore-unknown-classes to leave them out.",
         )
-    note = f"left out: {counted(strange.total(), 'image')} of classes unknown to the bundle"
-    if bundle.multi:  # only that label: what else the image shows is known
-        labels = [tuple(name for name in names if name in known) for names in catalog.labels]
-        note = (
-            f"left out: {counted(strange.total(), 'label')} unknown to the bundle:"
-            f" {_some(sorted(strange))}"
-        )
+    if bundle.multi:  # the image's other labels are still valid
+        labels = [tuple(label for label in row if label in known) for row in catalog.labels]
+        unknown_labels = counted(unknown.total(), "label")
+        note = f"left out: {unknown_labels} unknown to the bundle: {names}"
         return replace(catalog, labels=labels), [note]
-    kept = _kept(catalog, [known.issuperset(names) for names in catalog.labels])
-    if not len(kept):
+    selected = _select(catalog, [known.issuperset(names) for names in catalog.labels])
+    if not len(selected):
         raise ConfigError(
             f"{data} has no image of a class that the bundle knows.",
-            f"its {len(known)} classes: {_some(bundle.classes)}.",
-            "evaluate on images of these, or another bundle.",
+            known_names,
+            "evaluate on images of these classes, or use another bundle.",
         )
-    return kept, [f"{note}: {_some(sorted(strange))}"]
+    return selected, [f"left out: {images} of classes unknown to the bundle: {names}"]
 
 
-def _kept(catalog: Catalog, mask: Sequence[bool]) -> Catalog:
-    """Some of its rows."""
+def _select(catalog: Catalog, mask: Sequence[bool]) -> Catalog:
+    """The rows of a catalog for which the mask is true; the others count as ignored."""
     if all(mask):
         return catalog
     mask_N = np.array(mask, bool)
@@ -226,92 +241,116 @@ def _kept(catalog: Catalog, mask: Sequence[bool]) -> Catalog:
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
+    """The first names as a list in words, and how many more there are."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 
 
-def default_folder(bundle: str, data: str, catalog: Catalog) -> Path:
-    """Where an evaluation goes when nobody says: the same for the same bundle, images and labels,
-    so that a stopped one goes on.
+def default_output_dir(bundle: str, data: str, catalog: Catalog) -> Path:
+    """The folder of an evaluation for which none was given.
+
+    It is the same for the same bundle, images and labels, so that a stopped evaluation continues.
     """
-    note = Path(bundle) / "bundle.json"
-    mark = fileio.sha256(note) if note.is_file() else bundle
-    word = hashlib.blake2b(f"{mark} {catalog.digest()}".encode(), digest_size=3).hexdigest()
+    bundle_json = Path(bundle) / "bundle.json"
+    bundle_id = fileio.sha256(bundle_json) if bundle_json.is_file() else bundle
+    key = f"{bundle_id} {catalog.digest()}"
+    suffix = hashlib.blake2b(key.encode(), digest_size=3).hexdigest()
     stem = (
         Path(data.rstrip("/")).resolve().stem
         if "://" not in data
         else data.rstrip("/").rpartition("/")[2]
     )
-    return Path(f"evaluation-{stem}-{word}")
+    return Path(f"evaluation-{stem}-{suffix}")
 
 
-# ------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------- metrics
 
 
-def figures(request: Request, bundle: Bundle) -> dict[str, Any]:
-    """All that `metrics.evaluate` gives, of the scored images whose labels inputs.arrow holds;
-    faults: images that could not be read, which are in no other figure.
+def compute_metrics(request: ScoreRequest, bundle: Bundle) -> dict[str, Any]:
+    """Compute every metric of the scored images, whose labels are in inputs.arrow.
 
-    images_used: {trained_on, validated}, how many of the images the bundle was made of; None where
-    it does not say. trusted: the same figures without the images that it was trained on, nor those
-    it was validated with where others are left; None where all are left, or none. trusted_images:
-    all, new (neither), validation (validated with), none, or unknown. tables_show: trusted, where
-    there are such figures, else all: which of them per_class.csv and confusion.png have.
+    Needs memory for N x C float32.
 
-    Takes the memory of N x C float32. Raises DataError as `Request.tables` does.
+    Returns:
+        All that `metrics.evaluate` returns, and
+        faults: images that could not be read, which are in no other metric;
+        images_used: {trained_on, validated}, how many of the images the bundle was made from; None
+            if the bundle does not record that;
+        trusted: the same metrics without images that the bundle was trained on, nor those that
+            validated it if others are left; None if all images are left, or none;
+        trusted_images: which those are: all, new (neither trained on nor validated with),
+            validation, none, or unknown;
+        tables_show: trusted, if there are such metrics, else all: what per_class.csv and
+            confusion.png show.
+
+    Raises:
+        ConfigError: no image could be read.
+        DataError: see `ScoreRequest.read_tables`.
     """
-    index = {name: number for number, name in enumerate(bundle.classes)}
-    probability_counts: list[NDArray[np.float32]] = []
-    labels: list[NDArray[Any]] = []
-    uses: list[NDArray[np.uint8]] = []
-    faults = 0
-    for table, files in request.tables(["probabilities", "fault", "image_id"]):
-        well_N = table["fault"].is_null().to_numpy()
-        probability_counts.append(scores_io.probabilities(table, bundle.classes)[well_N])
-        label_NC = np.zeros((len(files), len(index)), np.uint8)
-        for row, names in enumerate(files.labels):
-            label_NC[row, [index[name] for name in names]] = 1
-        labels.append(label_NC[well_N] if bundle.multi else label_NC[well_N].argmax(1))
-        faults += int((~well_N).sum())
-        if bundle.images:
-            uses.append(bundle.images.use(table["image_id"].to_pylist())[well_N])
-    prob_NC, label = np.concatenate(probability_counts), np.concatenate(labels)
+    prob_NC, label, use_N, faults = _join_labels(request, bundle)
     if not len(prob_NC):
         raise ConfigError(
             f"none of {counted(faults, 'image')} could be read.",
             "images with labels.",
-            f"look at the faults in {request.out / 'parts'}.",
+            f"look at the faults in {request.output_dir / 'parts'}.",
         )
-    found = _judged(prob_NC, label, bundle) | {"faults": faults}
-    if not bundle.images:
-        none = {"images_used": None, "trusted": None, "tables_show": "all"}
-        return found | none | {"trusted_images": "unknown"}
-    use_N = np.concatenate(uses)
+    result = _evaluate(prob_NC, label, bundle) | {"faults": faults}
+    if use_N is None:
+        unknown = {"images_used": None, "trusted": None, "tables_show": "all"}
+        return result | unknown | {"trusted_images": "unknown"}
     counts = np.bincount(use_N, minlength=3)
-    said = {"trained_on": int(counts[TRAINED]), "validated": int(counts[VALIDATED])}
-    kind, keep_N = "all", np.ones(len(use_N), bool)
+    kind, trusted_N = "all", np.ones(len(use_N), bool)
     if counts[NEW] < len(use_N):
         kind = "new" if counts[NEW] else "validation" if counts[VALIDATED] else "none"
-        keep_N = use_N == (NEW if counts[NEW] else VALIDATED)
-    some = keep_N.any() and not keep_N.all()
-    trusted = _judged(prob_NC[keep_N], label[keep_N], bundle) if some else None
-    shown = "trusted" if trusted else "all"
-    return found | {
-        "images_used": said,
+        trusted_N = use_N == (NEW if counts[NEW] else VALIDATED)
+    is_proper_subset = trusted_N.any() and not trusted_N.all()
+    trusted = _evaluate(prob_NC[trusted_N], label[trusted_N], bundle) if is_proper_subset else None
+    return result | {
+        "images_used": {
+            "trained_on": int(counts[TRAINED]),
+            "validated": int(counts[VALIDATED]),
+        },
         "trusted": trusted,
         "trusted_images": kind,
-        "tables_show": shown,
+        "tables_show": "trusted" if trusted else "all",
     }
 
 
-def for_tables(figures: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the figures that `figures` gave those that tables and pictures have."""
-    trusted: Mapping[str, Any] | None = figures["trusted"]
-    return trusted or figures
+def _join_labels(
+    request: ScoreRequest, bundle: Bundle
+) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.uint8] | None, int]:
+    """Probabilities (N, C), labels (N,) or (N, C), and use by the bundle (N,) of all scored images.
+
+    The use (see `KnownImages.use`) is None if the bundle does not record it. The last value is the
+    number of images with a fault, which are left out.
+    """
+    class_index = {name: index for index, name in enumerate(bundle.classes)}
+    probabilities: list[NDArray[np.float32]] = []
+    labels: list[NDArray[Any]] = []
+    uses: list[NDArray[np.uint8]] = []
+    faults = 0
+    for table, files in request.read_tables(["probabilities", "fault", "image_id"]):
+        ok_N = table["fault"].is_null().to_numpy()
+        probabilities.append(scores_io.probabilities(table, bundle.classes)[ok_N])
+        label_NC = np.zeros((len(files), len(class_index)), np.uint8)
+        for row, names in enumerate(files.labels):
+            label_NC[row, [class_index[name] for name in names]] = 1
+        labels.append(label_NC[ok_N] if bundle.multi else label_NC[ok_N].argmax(1))
+        faults += int((~ok_N).sum())
+        if bundle.images:
+            uses.append(bundle.images.use(table["image_id"].to_pylist())[ok_N])
+    use_N = np.concatenate(uses) if bundle.images else None
+    return np.concatenate(probabilities), np.concatenate(labels), use_N, faults
 
 
-def _judged(prob_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle) -> dict[str, Any]:
+def reported_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the result of `compute_metrics`, the metrics that tables and figures show."""
+    trusted: Mapping[str, Any] | None = metrics["trusted"]
+    return trusted or metrics
+
+
+def _evaluate(prob_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle) -> dict[str, Any]:
     return metrics.evaluate(
         _logits(prob_NC, bundle),
         label,
@@ -322,29 +361,29 @@ def _judged(prob_NC: NDArray[np.float32], label: NDArray[Any], bundle: Bundle) -
 
 
 def _logits(prob_NC: NDArray[np.float32], bundle: Bundle) -> NDArray[np.float64]:
-    """Logits that have these calibrated probabilities: the head's, up to a constant for each row.
+    """Logits that give these calibrated probabilities: the head's, up to a constant per row.
 
-    Probabilities are float32: what is 0 or 1 in them counts as the smallest or largest other value.
+    A probability of 0 or 1 is replaced by the nearest float32 inside that range.
     """
     tiny, below_one = np.finfo(np.float32).tiny, float(np.nextafter(np.float32(1), np.float32(0)))
-    wide_NC = np.clip(prob_NC.astype(np.float64), tiny, below_one if bundle.multi else 1.0)
-    logit_NC: NDArray[np.float64] = np.log(wide_NC)
+    clipped_NC = np.clip(prob_NC.astype(np.float64), tiny, below_one if bundle.multi else 1.0)
+    logit_NC: NDArray[np.float64] = np.log(clipped_NC)
     if bundle.multi:
-        logit_NC -= np.log1p(-wide_NC)
+        logit_NC -= np.log1p(-clipped_NC)
     return logit_NC * bundle.temperature
 
 
-# ------------------------------------------------------------------------------- written
+# ------------------------------------------------------------------------------- results
 
 
-def write(out: Path, result: Mapping[str, Any]) -> None:
-    """Write evaluation.json (`result`, see `evaluate`) and per_class.csv (of the images
-    that the bundle was not made of, where there are such).
+def write_results(out: Path, result: Mapping[str, Any]) -> None:
+    """Write evaluation.json and per_class.csv.
+
+    result: see `commands.score.evaluate`. The CSV shows the `reported_metrics`.
     """
-    note, table = out / "evaluation.json", out / "per_class.csv"
-    fileio.write_json(note, result)
-    by_class = for_tables(result["metrics"])["per_class"]
+    fileio.write_json(out / "evaluation.json", result)
+    by_class = reported_metrics(result["metrics"])["per_class"]
     columns = list(next(iter(by_class.values())))
-    with spreadsheet.writing(table, ["class", *columns]) as sheet:
-        for name, line in by_class.items():
-            sheet.row([name, *line.values()])
+    with spreadsheet.writing(out / "per_class.csv", ["class", *columns]) as sheet:
+        for name, values in by_class.items():
+            sheet.row([name, *values.values()])

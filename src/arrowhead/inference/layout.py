@@ -1,4 +1,4 @@
-"""Where the files of a scoring lie."""
+"""The paths of the files in a scores folder."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 
 
-def parts(out: Path) -> Path:
-    """The folder of the Parquet parts; nothing else lies in it, so readers take it as it is."""
+def parts_dir(out: Path) -> Path:
+    """The folder of the Parquet parts, and of nothing else: readers can open it as it is."""
     return out / "parts"
 
 
-def journal(out: Path) -> Path:
+def journal_dir(out: Path) -> Path:
     """The folder of the workers' journals of finished parts."""
     return out / "journal"
 
 
-def inputs(out: Path) -> Path:
-    """The list of files that `out` holds the scores of."""
+def inputs_path(out: Path) -> Path:
+    """The catalog of the scored images."""
     return out / "inputs.arrow"
 
 
-def csv_file(out: Path) -> Path:
-    """The scores as one CSV, which lies there where it was asked for."""
+def csv_path(out: Path) -> Path:
+    """The scores as one CSV file, which exists only if --csv was given."""
     return out / "scores.csv"
 
 
-def must_be_of_this_layout(out: Path) -> None:
-    """ConfigError if an older version wrote what is there."""
+def check_layout(out: Path) -> None:
+    """Raise ConfigError if an older version wrote the scores in `out`."""
     if any(out.glob("part-*.parquet")):
         raise ConfigError(
-            f"{out} holds scores of an older Arrowhead: their parts lie beside score.json and have"
-            " no hashes.",
-            f"parts in {parts(out)}, each with its sha256.",
-            "give another OUT; what is in that folder can still be read as Parquet.",
+            f"{out} holds scores of an older Arrowhead version: the parts are beside score.json and"
+            " have no hashes.",
+            f"parts in {parts_dir(out)}, each with its sha256.",
+            "give another OUT; the old parts can still be read as Parquet.",
         )
 
 
-def inputs_of(files: Catalog) -> str:
-    """A hash of files' paths, sizes and stamps: a file of the same size may hold another image."""
+def hash_inputs(files: Catalog) -> str:
+    """A hash of the images' paths, sizes and stamps; it changes when one of them is replaced."""
     return chunks.chunk_name(files, range(len(files)), "")

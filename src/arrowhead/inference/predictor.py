@@ -1,11 +1,11 @@
-"""Images one request at a time: a bundle held ready, for servers.
+"""Online inference: a loaded bundle that classifies a few images per call, for servers.
 
-encoded images       a few, of any number
-  -> decoder         in its own process, kept running between requests
-  -> body, head      as `score` does
-  -> Prediction      probabilities, or a fault, per image
+    encoded images       any number
+      -> decoder         in a separate process that keeps running between calls
+      -> body, head      the same code as `score`
+      -> Prediction      probabilities, or a fault, for each image
 
-Threads may share one: they take turns.
+Threads can share a predictor; their calls run one after another.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle import replay
 from arrowhead.inference.score_request import ScoreConfig
 
-BATCH = 32
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What n images came out as.
+    """The predictions for n images.
 
-    probabilities: float32 (n, C), NaN where there is a fault. given: bool (n, C), the labels each
-    has (see `Bundle.given`). faults: n, None when the image is well.
+    probabilities: float32 (n, C), NaN where there is a fault. labels: bool (n, C), the labels of
+    each image (see `Bundle.given`). faults: n, None for an image without a fault.
     """
 
     probabilities: NDArray[np.float32]
-    given: NDArray[np.bool_]
+    labels: NDArray[np.bool_]
     faults: list[str | None]
 
 
 class Predictor:
-    """The bundle at `path`, ready on the GPU if there is one; threads take turns.
+    """Loads a bundle, onto the GPU if there is one, and classifies images with it; thread-safe.
 
-    Its golden images are replayed first: a machine that sees them differently raises DataError
-    instead of serving (`do`: what to do about it there). A bundle without any is served with a
-    warning.
+    The bundle's golden images are replayed first. A bundle without any gives a warning.
+
+    Args:
+        path: the bundle's folder.
+        do: advice for the DataError that is raised if this machine computes other features or
+            labels for the golden images.
     """
 
     def __init__(
@@ -61,16 +64,16 @@ class Predictor:
         replay.must_agree(drift, ScoreConfig().max_drift, do)
         if not drift.images:
             warnings.warn(replay.NO_GOLDEN_IMAGES, stacklevel=2)
-        self._decoder = replay.decoder(self.bundle.recipe, device, threads, BATCH)
-        self._turn = threading.Lock()
+        self._decoder = replay.decoder(self.bundle.recipe, device, threads, BATCH_SIZE)
+        self._lock = threading.Lock()
 
     def __call__(self, images: Sequence[bytes]) -> Prediction:
-        """What the bundle gives these encoded images; a bad one spoils no other."""
+        """Classify encoded images; a fault of one does not affect the others."""
         faults: list[str | None] = []
         features = [np.empty((0, self.bundle.recipe.width), np.float32)]
-        with self._turn:  # one decoder, and one number of threads for torch
-            for at in range(0, len(images), BATCH):
-                batch = images[at : at + BATCH]
+        with self._lock:  # the decoder and torch's number of threads are shared
+            for start in range(0, len(images), BATCH_SIZE):
+                batch = images[start : start + BATCH_SIZE]
                 pixels = self._decoder(batch, [bytes(16)] * len(batch))
                 features.append(replay.seen(self._body, pixels))
                 faults += pixels.faults
@@ -78,12 +81,11 @@ class Predictor:
             for row in np.flatnonzero(~np.isfinite(feature_ND).all(1)):
                 faults[row] = faults[row] or "not finite: the body gave a number beyond float16"
                 feature_ND[row] = np.nan
-            made = self.bundle
             prob_NC = bundle_format.probabilities(
-                self._head, feature_ND, made.temperature, multi=made.multi
+                self._head, feature_ND, self.bundle.temperature, multi=self.bundle.multi
             )
-        return Prediction(prob_NC, made.given(prob_NC), faults)
+        return Prediction(prob_NC, self.bundle.given(prob_NC), faults)
 
     def close(self) -> None:
-        """End the decoder's process."""
+        """Stop the decoder's process."""
         self._decoder.close()

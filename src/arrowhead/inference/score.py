@@ -1,14 +1,14 @@
-"""Images and a bundle to score files.
+"""Scores images with a bundle and writes the score files.
 
-    unlabelled catalog     one row per file, in input order; kept in inputs.arrow
-      -> extract.Pump      features, by the recipe of the bundle
-      -> head              calibrated probabilities; the labels they give; novelty
-      -> part              one Parquet file per chunk, whole or absent, its sha256 in a journal
-      -> score.json        counts, lineage, seconds by stage, every part; written last
+    catalog                      one row per image, in input order; saved as inputs.arrow
+      -> extract.FeaturePipeline features with the recipe of the bundle
+      -> head                    calibrated probabilities, labels, novelty
+      -> part                    one Parquet file per chunk, and its sha256 in a journal
+      -> score.json              counts, lineage, seconds by stage, every part; written last
 
-A part that is in the journal, with those bytes, is done: a stopped run goes on with the others.
-Nobody holds more than a chunk or two of rows at a time: workers read theirs off the memory map of
-inputs.arrow.
+A part that is in the journal and has that sha256 is done; a stopped run continues with the others.
+Memory does not grow with the number of images: workers read their rows from the memory-mapped
+inputs.arrow, one chunk at a time.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle import replay
 from arrowhead.bundle.format import Bundle
 from arrowhead.features import extract
-from arrowhead.features.extract import Chunk, ExtractConfig, Known, Pump
+from arrowhead.features.extract import Chunk, ExtractConfig, FeatureCache, FeaturePipeline
 from arrowhead.features.store import Store
 from arrowhead.inference import layout, score_request, scores_io
-from arrowhead.inference.score_request import Request, ScoreConfig
+from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
 from arrowhead.inference.scores_io import Journal, Scores
 from arrowhead.runtime.worker import Worker
 
 
-def score(worker: Worker, request: Request, how: ExtractConfig) -> None:
-    """Score every chunk this worker claims; the golden images' drift is reported before the first.
+def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) -> None:
+    """Score every chunk that this worker takes.
 
-    Raises DataError when they come out differently here.
+    The bundle's golden images are replayed first and their drift is reported. Raises DataError if
+    this machine computes other features or labels for them.
     """
     config, bundle = request.config, bundle_format.load(request.bundle)
     body, head = bundle.make_body(worker.device), bundle.make_head(worker.device)
@@ -47,49 +48,49 @@ def score(worker: Worker, request: Request, how: ExtractConfig) -> None:
     drift = replay.replay(bundle, body, head, worker.device, worker.threads)
     worker.report({"drift": asdict(drift)})
     replay.must_agree(drift, config.max_drift)
-    mark = {
-        "arrowhead.recipe": bundle.recipe.json(),
+    metadata = {
+        "arrowhead.recipe": bundle.recipe.to_json(),
         "arrowhead.bundle": bundle_format.fingerprint(request.bundle),
         "arrowhead.run_id": str(bundle.lineage.get("run_id")),
         "arrowhead.version": __version__,
     }
-    recipe = score_request.one_view(bundle.recipe)
-    clean = replace(
-        extract.pixels_of(recipe), max_pixels=config.max_pixels, max_scans=config.max_scans
+    recipe = score_request.single_view(bundle.recipe)
+    pixels = replace(
+        extract.make_pixel_config(recipe), max_pixels=config.max_pixels, max_scans=config.max_scans
     )
-    known = Known.of(Store(config.store)) if config.store else Known()
-    finished = Journal(layout.journal(request.out))
-    claimed = ((number, request.files(number)) for number in iter(worker.next_task, None))
-    with Pump(worker, body, recipe, clean, how) as pump:
-        for chunk in pump(claimed, known):
-            with pump.clock.stage("write"):
+    cache = FeatureCache.from_store(Store(config.store)) if config.store else FeatureCache()
+    journal = Journal(layout.journal_dir(request.output_dir))
+    chunks = ((number, request.part_files(number)) for number in iter(worker.next_task, None))
+    with FeaturePipeline(worker, body, recipe, pixels, extract_config) as pipeline:
+        for chunk in pipeline(chunks, cache):
+            with pipeline.timer.stage("write"):
                 temperature = 1.0 if config.raw else bundle.temperature
                 prob_NC = bundle_format.probabilities(
                     head, chunk.features[:, 0], temperature, multi=bundle.multi
                 )
-                rows = judged(bundle, chunk, prob_NC, config)
-                scores_io.write_scores(request.part(chunk.number), rows, mark)
-                part = scores_io.finished(
-                    request.part(chunk.number),
+                path = request.part_path(chunk.number)
+                scores_io.write_scores(path, make_scores(bundle, chunk, prob_NC, config), metadata)
+                part = scores_io.describe_part(
+                    path,
                     chunk.number,
-                    inputs=layout.inputs_of(request.files(chunk.number)),
+                    inputs=layout.hash_inputs(request.part_files(chunk.number)),
                     rows=len(chunk.paths),
                     faults=chunk.counts()["faults"],
                 )
-                finished.write(part)
-            extract.tell(worker, chunk, pump.clock.read(), "scores_written")
+                journal.append(part)
+            extract.report_chunk(worker, chunk, pipeline.timer.take(), "scores_written")
 
 
-def judged(
+def make_scores(
     bundle: Bundle, chunk: Chunk, prob_NC: NDArray[np.float32], config: ScoreConfig
 ) -> Scores:
-    """The rows of one part.
+    """Make the scores of one part from the probabilities of its images.
 
-    Where an image may have several labels, `given` are those it is given (see `Bundle.given`), and
-    its best label is the most probable one, given or not. Thresholds were tuned on calibrated
-    probabilities: with --raw they are applied to uncalibrated ones all the same.
+    Where an image may have several labels, `labels` are those that reach their threshold, and
+    `label` is the most probable one even if it does not. The thresholds were fitted to calibrated
+    probabilities, but with --raw they are applied to uncalibrated ones.
     """
-    count = min(config.top_k, len(bundle.classes))
+    k = min(config.top_k, len(bundle.classes))
     novelty_N = novel_N = None
     if bundle.novelty:
         with bundle_format.one_thread():
@@ -101,64 +102,63 @@ def judged(
         paths=chunk.paths,
         image_ids=chunk.image_ids,
         faults=chunk.faults,
-        top=np.argsort(-prob_NC, axis=1, kind="stable")[:, :count],
+        top_index=np.argsort(-prob_NC, axis=1, kind="stable")[:, :k],
         probability=prob_NC,
-        every=config.probabilities,
-        given=bundle.given(prob_NC) if bundle.multi else None,
+        all_probabilities=config.probabilities,
+        labels=bundle.given(prob_NC) if bundle.multi else None,
         novelty=novelty_N,
         novel=novel_N,
         feature=chunk.features[:, 0] if config.features else None,
     )
 
 
-def write_csv(request: Request, bundle: Bundle) -> Path:
-    """The parts as one CSV for people and programs without Parquet, whole or absent."""
-    target = layout.csv_file(request.out)
+def write_csv(request: ScoreRequest, bundle: Bundle) -> Path:
+    """Write all parts as one CSV file, complete or not at all; returns its path."""
+    path = layout.csv_path(request.output_dir)
     names = ["image_id", "label", "probability"]
     names += ["labels"] if bundle.multi else []
     names += ["novelty"] if bundle.novelty else []
     names += ["novel"] if request.config.flag_novel else []
     names += ["fault"]
-    every = bundle.classes if request.config.probabilities else []
-    header = ["path", *names, *(f"probability.{name}" for name in every)]
-    with spreadsheet.writing(target, header) as sheet:
-        for columns in request.read([*names, *(["probabilities"] if every else [])]):
-            for row in _cells(columns, names, every):
+    classes = bundle.classes if request.config.probabilities else []
+    header = ["path", *names, *(f"probability.{name}" for name in classes)]
+    with spreadsheet.writing(path, header) as sheet:
+        for columns in request.read_columns([*names, *(["probabilities"] if classes else [])]):
+            for row in _csv_rows(columns, names, classes):
                 sheet.row(row)
-    return target
+    return path
 
 
-def _cells(
-    columns: dict[str, list[Any]], names: Sequence[str], every: Sequence[str]
+def _csv_rows(
+    columns: dict[str, list[Any]], names: Sequence[str], classes: Sequence[str]
 ) -> Iterator[list[Any]]:
-    columns["image_id"] = [one.hex() for one in columns["image_id"]]
+    """Rows with the columns `names`, then the probability of each of `classes`."""
+    columns["image_id"] = [image_id.hex() for image_id in columns["image_id"]]
     if "labels" in columns:
-        # As a list, which `tables` reads back: names may hold spaces, commas, anything.
+        # A JSON list, which `data.tables` can read: class names may contain any character.
         columns["labels"] = [
-            None if given is None else json.dumps(given, ensure_ascii=False)
-            for given in columns["labels"]
+            None if labels is None else json.dumps(labels, ensure_ascii=False)
+            for labels in columns["labels"]
         ]
     if "novel" in columns:
-        columns["novel"] = [None if one is None else int(one) for one in columns["novel"]]
-    for at, plain in enumerate(zip(*(columns[name] for name in ["path", *names]), strict=True)):
-        by_class = columns["probabilities"][at] if every else None
-        yield [*plain, *(by_class[name] if by_class else None for name in every)]
+        columns["novel"] = [None if flag is None else int(flag) for flag in columns["novel"]]
+    for i, cells in enumerate(zip(*(columns[name] for name in ["path", *names]), strict=True)):
+        by_class = columns["probabilities"][i] if classes else None
+        yield [*cells, *(by_class[name] if by_class else None for name in classes)]
 
 
-def record(request: Request, result: Mapping[str, Any], loaded: Bundle) -> None:
-    """Write score.json: the result, and every part with its rows, bytes and sha256; scores.csv,
-    where there is one, with its sha256.
-    """
-    there = request.journal()
-    listed = [there[number] for number in range(len(request.runs))]
+def write_summary(request: ScoreRequest, result: Mapping[str, Any], bundle: Bundle) -> None:
+    """Write score.json: the result, and the hashes of every part, the inputs and scores.csv."""
+    finished = request.finished_parts()
+    parts = [finished[number] for number in range(len(request.part_rows))]
     content = dict(result) | {
         "format": scores_io.FORMAT,
-        "classes": loaded.classes,
-        "inputs_sha256": fileio.sha256(layout.inputs(request.out)),
-        "csv_sha256": score_request.csv_digest(request.out),
+        "classes": bundle.classes,
+        "inputs_sha256": fileio.sha256(layout.inputs_path(request.output_dir)),
+        "csv_sha256": score_request.csv_digest(request.output_dir),
         "parts": [
-            {"name": one.name, "rows": one.rows, "bytes": one.bytes, "sha256": one.sha256}
-            for one in listed
+            {"name": part.name, "rows": part.rows, "bytes": part.bytes, "sha256": part.sha256}
+            for part in parts
         ],
     }
-    fileio.write_sealed(request.out / "score.json", content)
+    fileio.write_sealed(request.output_dir / "score.json", content)

@@ -1,4 +1,8 @@
-"""What is asked of a scoring, where it lies, and what of it is done."""
+"""The request of a scoring: settings, images, output folder, and which parts are done.
+
+prepare                -> ScoreRequest    checks the settings, or continues a stopped scoring
+request.read_tables    the finished parts, one after another
+"""
 
 from __future__ import annotations
 
@@ -19,16 +23,15 @@ from arrowhead.features.store import Store
 from arrowhead.inference import layout, scores_io
 from arrowhead.inference.scores_io import Part
 
-PASSING = (
-    "changed",
-    "unreadable",
-    "decoder_crash",
-)  # faults that may be gone when the same command runs again
-REQUESTED = {
+# Faults that may be gone when the same command runs again.
+TRANSIENT_FAULTS = ("changed", "unreadable", "decoder_crash")
+# How another request differs, for keys of request.json that are not flags.
+REQUEST_WORDS = {
     "bundle": "of another bundle",
     "images": "of images in another folder",
     "inputs": "of other images (by their names, sizes or times)",
-}  # what a request is made of, in words; the rest are flags
+}
+SCORE_AGAIN = "delete that folder and score again, or give another OUT."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,38 +39,39 @@ class ScoreConfig:
     """What is written for each image."""
 
     top_k: int = 5
-    """Labels listed per image, best first (at most the number of classes)."""
+    """Labels listed per image, most probable first (at most the number of classes)."""
     probabilities: bool = False
-    """Also write the probability of every class: a struct with a field for each."""
+    """Also write the probability of every class, as a struct with a field for each."""
     features: bool = False
-    """Also write the body's features: for search, clustering, plots."""
+    """Also write the body's features, for search, clustering or plots."""
     raw: bool = False
-    """Uncalibrated probabilities: the bundle's temperature is not used."""
+    """Write uncalibrated probabilities, without the bundle's temperature."""
     flag_novel: bool = False
     """Also write `novel`: whether the image's novelty is above the threshold of --false-alarms."""
     false_alarms: float = 0.05
     """Share of images like the training images that --flag-novel may mark by mistake, 0 to 1."""
     csv: bool = False
     """Also write OUT/scores.csv: path, image_id, label, probability, novelty, fault, and with
-    --probabilities a column for every class. A text that a spreadsheet would run as a formula has
+    --probabilities a column for every class. A text that a spreadsheet would run as a formula gets
     a ' in front."""
     store: Path | None = None
     """Feature store of the same recipe: images whose features it holds are not decoded."""
     path_column: str | None = None
-    """Column of a table with the images' paths; if not given, path, image, filename, id …"""
+    """Column of a table with the images' paths. Default: path, image, filename, id …"""
     base: str | None = None
-    """Folder or address that the paths in a list or table start from; its own folder if not
-    given."""
+    """Folder or URI that the paths in a list or table are relative to. Default: the folder of the
+    list or table."""
     suffix: str = ""
-    """Added to every path in a list or table that names images without it, such as .jpg."""
+    """Appended to every path in a list or table that names images without it, such as .jpg."""
     max_drift: float = 0.005
-    """Refuse to score when a golden image's feature is further than this cosine distance from what
-    it was where the bundle was made. Another decoder is 0.003 away at most, another resize rule or
-    deviation 0.1 and more (bench/drift.py)."""
+    """Refuse to score if a golden image's feature here differs by more than this cosine distance
+    from the one on the machine that made the bundle. Another decoder differs by at most 0.003,
+    another resize rule or standard deviation by 0.1 and more (bench/drift.py)."""
     max_pixels: int = 100_000_000
     """Images whose header claims more pixels are refused before they are decoded."""
     max_scans: int = 100
-    """JPEGs with more scans are refused before they are decoded (usual progressive ones: 10)."""
+    """JPEGs with more scans are refused before they are decoded (a progressive JPEG usually has
+    10)."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -81,82 +85,84 @@ class ScoreConfig:
         if self.false_alarms != 0.05 and not self.flag_novel:
             raise ConfigError(
                 f"--false-alarms {self.false_alarms:g} has no --flag-novel.",
-                "images to be marked with so many false alarms.",
+                "--flag-novel, whose threshold it sets.",
                 "add --flag-novel, or leave --false-alarms out.",
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """Scores that are asked for, settled: where they go, and what each part is of."""
+class ScoreRequest:
+    """A validated scoring: what is scored, with which settings, and where the scores go."""
 
-    out: Path
+    output_dir: Path
     bundle: Path
     config: ScoreConfig
-    runs: list[range]
-    """Rows of inputs.arrow by part."""
-    damaged: list[str] = field(default_factory=list)
-    """Names of parts whose bytes have changed since they were written; they are made again."""
+    part_rows: list[range]
+    """For each part, its rows in inputs.arrow."""
+    damaged_parts: list[str] = field(default_factory=list)
+    """File names of parts that have changed since they were written; they are scored again."""
 
-    def part(self, number: int) -> Path:
-        """Where a chunk's scores lie."""
-        return layout.parts(self.out) / scores_io.part_name(number)
+    def part_path(self, number: int) -> Path:
+        """The Parquet file of a part."""
+        return layout.parts_dir(self.output_dir) / scores_io.part_name(number)
 
-    def files(self, number: int) -> Catalog:
-        """The files that a part is of."""
-        return Catalog(**catalog_file.read_catalog(layout.inputs(self.out), self.runs[number]))
+    def part_files(self, number: int) -> Catalog:
+        """The images of a part."""
+        inputs = layout.inputs_path(self.output_dir)
+        return Catalog(**catalog_file.read_catalog(inputs, self.part_rows[number]))
 
-    def journal(self) -> dict[int, Part]:
-        """The finished parts."""
-        return _on_disk(self.out, scores_io.read_journal(layout.journal(self.out)))
+    def finished_parts(self) -> dict[int, Part]:
+        """The finished parts by number."""
+        journal = scores_io.read_journal(layout.journal_dir(self.output_dir))
+        return _match_with_files(layout.parts_dir(self.output_dir), journal)
 
-    def missing(self) -> list[int]:
-        """The parts to be made: not there (see `prepare`), or with a fault that may have passed."""
-        there = scores_io.read_journal(layout.journal(self.out))
+    def unfinished_parts(self) -> list[int]:
+        """Numbers of the parts to score: not in the journal, or with transient faults."""
+        journal = scores_io.read_journal(layout.journal_dir(self.output_dir))
         return [
             number
-            for number in range(len(self.runs))
-            if not any(_settled(one) for one in there.get(number, []))
+            for number in range(len(self.part_rows))
+            if all(_has_transient_faults(part) for part in journal.get(number, []))
         ]
 
-    def read(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-        """Some columns of every part as lists (see `tables`)."""
-        return (table.to_pydict() for table, _ in self.tables(columns))
+    def read_columns(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+        """Read some columns of every part as lists (see `read_tables`)."""
+        return (table.to_pydict() for table, _ in self.read_tables(columns))
 
-    def tables(self, columns: Sequence[str]) -> Iterator[tuple[Any, Catalog]]:
-        """Some columns of every part as a pyarrow table, and the files that it is of; in input
-        order, its bytes checked first.
+    def read_tables(self, columns: Sequence[str]) -> Iterator[tuple[Any, Catalog]]:
+        """Read some columns of every part as a pyarrow table, with the images of the part.
 
-        Raises DataError unless the parts hold every input once, in order.
+        Parts come in the order of the inputs. Raises DataError if a part is missing, has changed,
+        or does not hold its images in order.
         """
-        there = self.journal()
-        for number in range(len(self.runs)):
-            path, part = self.part(number), there.get(number)
+        finished = self.finished_parts()
+        for number in range(len(self.part_rows)):
+            path, part = self.part_path(number), finished.get(number)
             if part is None:
-                raise _not_those_files(path)
-            files = self.files(number)
+                raise _wrong_files_error(path)
+            files = self.part_files(number)
             table = scores_io.read_table(path, ["path", *columns], part.sha256)
             if table["path"].to_pylist() != files.paths:
-                raise _not_those_files(path)
+                raise _wrong_files_error(path)
             yield table, files
 
 
-def _settled(part: Part) -> bool:
-    return not any(part.faults.get(kind) for kind in PASSING)
+def _has_transient_faults(part: Part) -> bool:
+    return any(part.faults.get(kind) for kind in TRANSIENT_FAULTS)
 
 
-def _on_disk(out: Path, journal: Mapping[int, Sequence[Part]]) -> dict[int, Part]:
-    """Of what the journal says of each part, that which its bytes are."""
-    found = {}
-    for number, said in journal.items():
-        for part in (
-            said[:1] if len(said) == 1 else [one for one in said if one.is_at(layout.parts(out))]
-        ):
-            found[number] = part
-    return found
+def _match_with_files(parts_dir: Path, journal: Mapping[int, Sequence[Part]]) -> dict[int, Part]:
+    """Of several journal records of one part, choose the one that describes the file."""
+    matched = {}
+    for number, records in journal.items():
+        if len(records) > 1:
+            records = [part for part in records if part.is_intact(parts_dir)]
+        if records:
+            matched[number] = records[-1]
+    return matched
 
 
-def _not_those_files(path: Path) -> DataError:
+def _wrong_files_error(path: Path) -> DataError:
     return DataError(
         f"{path} does not hold the files it should.",
         "one row per file, in the order of the files.",
@@ -164,30 +170,31 @@ def _not_those_files(path: Path) -> DataError:
     )
 
 
-def one_view(recipe: Recipe) -> Recipe:
-    """The recipe for scoring: images are seen once, clean, however many views trained the head."""
+def single_view(recipe: Recipe) -> Recipe:
+    """The recipe for scoring: one view without augmentation, however many the head trained on."""
     return replace(recipe, views=1, augment="none", augment_seed=0)
 
 
 def prepare(
     out: Path, path: Path, bundle: Bundle, catalog: Catalog, config: ScoreConfig, chunk_size: int
-) -> Request:
-    """Make `out` ready for these inputs and settings.
+) -> ScoreRequest:
+    """Prepare the folder `out` for scoring, or for continuing the same scoring.
 
-    Raises ConfigError if `out` holds other scores, if the bundle knows no novelty to flag, or if
-    the store is of another recipe; DataError if something in the store has changed.
+    Args:
+        out: the scores folder, new or with scores of the same request.
+        path: the folder of `bundle`.
+        bundle: scores the images.
+        catalog: the images.
+        config: what is written.
+        chunk_size: typical number of images per part.
+
+    Raises:
+        ConfigError: `out` holds other scores, the bundle has no novelty detector to flag with, or
+            the store has another recipe.
+        DataError: a file of the store or of the scores has changed.
     """
-    if config.flag_novel and not bundle.novelty:
-        raise ConfigError(
-            f"{path} does not know its training images: it was saved without them.",
-            "a bundle that `fit` or `train` made, for --flag-novel.",
-            "leave --flag-novel out, or train again.",
-        )
-    if config.store:
-        known = Store(config.store)
-        one_view(known.recipe).must_equal(one_view(bundle.recipe), str(config.store), str(path))
-        known.intact()
-    asked = {
+    _check_config(path, bundle, config)
+    settings = {
         "bundle": bundle_format.fingerprint(path),
         "images": catalog.root,
         "inputs": catalog.digest(),
@@ -199,92 +206,124 @@ def prepare(
         "false_alarms": config.false_alarms if config.flag_novel else None,
         "chunk_size": chunk_size,
     }
-    note, new = out / "request.json", True
-    layout.must_be_of_this_layout(out)
-    if note.is_file():
-        found = request(note)
-        if differing := [key for key in asked if found.get(key) != asked[key]]:
-            first = differing[0]
-            flag = f"with another setting of --{first.replace('_', '-')}"
-            raise ConfigError(
-                f"{out} holds scores of another request: {REQUESTED.get(first, flag)}.",
-                "the same bundle, images and settings, to go on; or a new folder.",
-                "give another OUT, or delete that folder.",
-            )
-        runs, new = [range(*ends) for ends in found["runs"]], False
-        ends = [0, *(run.stop for run in runs)]
-        if [run.start for run in runs] != ends[:-1] or ends[-1] != len(catalog):
-            raise DataError(f"{note} divides the inputs otherwise.", "each input once.", SCORE_ANEW)
-    else:
+    request_path = out / "request.json"
+    layout.check_layout(out)
+    is_new = not request_path.is_file()
+    if is_new:
         output_paths.check_folder(out, "scores")
-        runs = chunks.chunks(catalog.paths, chunk_size)
-    # Other files that were seen change nothing about the scores, nor may they change this file.
-    catalog_file.write_catalog(layout.inputs(out), replace(catalog, ignored=0).columns())
-    if new:
-        content = asked | {"runs": [[run.start, run.stop] for run in runs]}
-        fileio.write_sealed(note, content | {"format": scores_io.FORMAT})
-    damaged = _go_on(out, catalog, runs)
-    # Workers start in a directory of their own.
+        part_rows = chunks.chunks(catalog.paths, chunk_size)
+    else:
+        part_rows = _read_part_rows(out, settings, len(catalog))
+    # The number of ignored files does not affect the scores, so it must not change this file.
+    catalog_file.write_catalog(layout.inputs_path(out), replace(catalog, ignored=0).columns())
+    if is_new:
+        settings["runs"] = [[rows.start, rows.stop] for rows in part_rows]
+        fileio.write_sealed(request_path, settings | {"format": scores_io.FORMAT})
+    damaged = _discard_unusable_parts(out, catalog, part_rows)
+    # Absolute paths, because workers start in another working directory.
     store = config.store and config.store.absolute()
-    config = replace(config, store=store)
-    return Request(
-        out=out.absolute(), bundle=path.absolute(), config=config, runs=runs, damaged=damaged
+    return ScoreRequest(
+        output_dir=out.absolute(),
+        bundle=path.absolute(),
+        config=replace(config, store=store),
+        part_rows=part_rows,
+        damaged_parts=damaged,
     )
 
 
-SCORE_ANEW = "delete that folder and score again, or give another OUT."
+def _check_config(path: Path, bundle: Bundle, config: ScoreConfig) -> None:
+    """Raise ConfigError if the bundle at `path`, or the store, does not fit the settings."""
+    if config.flag_novel and not bundle.novelty:
+        raise ConfigError(
+            f"{path} does not know its training images: it was saved without them.",
+            "a bundle that `fit` or `train` made, for --flag-novel.",
+            "leave --flag-novel out, or train again.",
+        )
+    if config.store:
+        store = Store(config.store)
+        store_recipe, bundle_recipe = single_view(store.recipe), single_view(bundle.recipe)
+        store_recipe.require_equal(bundle_recipe, str(config.store), str(path))
+        store.intact_shards()
 
 
-def request(note: Path) -> dict[str, Any]:
-    """What request.json says."""
+def _read_part_rows(out: Path, settings: Mapping[str, Any], images: int) -> list[range]:
+    """The rows of each part as request.json has them.
+
+    Raises ConfigError if `out` holds scores with other settings, DataError if the parts do not
+    cover every image once.
+    """
+    request_path = out / "request.json"
+    content = read_request(request_path)
+    differing = [key for key in settings if content.get(key) != settings[key]]
+    if differing:
+        flag = f"with another setting of --{differing[0].replace('_', '-')}"
+        raise ConfigError(
+            f"{out} holds scores of another request: {REQUEST_WORDS.get(differing[0], flag)}.",
+            "the same bundle, images and settings, to continue; or a new folder.",
+            "give another OUT, or delete that folder.",
+        )
+    part_rows = [range(*ends) for ends in content["runs"]]
+    stops = [0, *(rows.stop for rows in part_rows)]
+    if [rows.start for rows in part_rows] != stops[:-1] or stops[-1] != images:
+        raise DataError(
+            f"{request_path} does not divide the inputs into parts without gaps or overlaps.",
+            "each input in one part.",
+            SCORE_AGAIN,
+        )
+    return part_rows
+
+
+def read_request(path: Path) -> dict[str, Any]:
+    """Read request.json."""
     content = fileio.read_sealed(
-        note, scores_io.FORMAT, upgrade="score into a new folder", repair=SCORE_ANEW
+        path, scores_io.FORMAT, upgrade="score into a new folder", repair=SCORE_AGAIN
     )
-    fileio.must_fit(content, scores_io.REQUEST, str(note), SCORE_ANEW)
+    fileio.must_fit(content, scores_io.REQUEST_SCHEMA, str(path), SCORE_AGAIN)
     return content
 
 
-def _go_on(out: Path, catalog: Catalog, runs: list[range]) -> list[str]:
-    """Leave in the journal what is there and whole, of these files; names of damaged parts.
+def _discard_unusable_parts(out: Path, catalog: Catalog, part_rows: list[range]) -> list[str]:
+    """Keep only intact parts of these images in `out` and its journal; names of damaged parts.
 
-    The other parts are removed, and so are the drafts of a run that was killed.
+    Drafts of a run that was killed are removed, too.
     """
-    said = scores_io.read_journal(layout.journal(out))
-    kept, damaged = [], []
-    for number, run in enumerate(runs):
-        path = layout.parts(out) / scores_io.part_name(number)
-        now = layout.inputs_of(catalog.part(run)) if number in said else ""
-        current = [one for one in said.get(number, []) if one.inputs == now]
-        if whole := next((one for one in current if one.is_at(layout.parts(out))), None):
-            kept.append(whole)
+    parts_dir = layout.parts_dir(out)
+    journal = scores_io.read_journal(layout.journal_dir(out))
+    intact, damaged = [], []
+    for number, rows in enumerate(part_rows):
+        path = parts_dir / scores_io.part_name(number)
+        inputs = layout.hash_inputs(catalog.part(rows)) if number in journal else ""
+        current = [part for part in journal.get(number, []) if part.inputs == inputs]
+        if part := next((part for part in current if part.is_intact(parts_dir)), None):
+            intact.append(part)
             continue
         if current and path.is_file():
             damaged.append(path.name)
         path.unlink(missing_ok=True)
-    for draft in layout.parts(out).glob(".part-*.draft"):
+    for draft in parts_dir.glob(".part-*.draft"):
         draft.unlink(missing_ok=True)
-    scores_io.replace_journal(layout.journal(out), kept)
+    scores_io.replace_journal(layout.journal_dir(out), intact)
     return damaged
 
 
-def record_csv(out: Path) -> None:
-    """Write into score.json, which is there, that scores.csv was written anew."""
-    note, digest = out / "score.json", csv_digest(out)
-    content = score(note)
+def update_csv_digest(out: Path) -> None:
+    """Record in score.json, which exists, the sha256 of a scores.csv that was written again."""
+    path, digest = out / "score.json", csv_digest(out)
+    content = read_score(path)
     if content.get("csv_sha256") != digest:
-        fileio.write_sealed(note, content | {"csv_sha256": digest})
+        fileio.write_sealed(path, content | {"csv_sha256": digest})
 
 
 def csv_digest(out: Path) -> str | None:
-    """The sha256 of the CSV, None without one."""
-    return fileio.sha256(layout.csv_file(out)) if layout.csv_file(out).is_file() else None
+    """The sha256 of scores.csv, None if there is none."""
+    return fileio.sha256(layout.csv_path(out)) if layout.csv_path(out).is_file() else None
 
 
-def score(note: Path) -> dict[str, Any]:
-    """What score.json says."""
-    repair = "delete it and run the same score command again: parts stay."
+def read_score(path: Path) -> dict[str, Any]:
+    """Read score.json."""
+    repair = "delete it and run the same score command again: the parts are kept."
     content = fileio.read_sealed(
-        note, scores_io.FORMAT, upgrade="score again into a new folder", repair=repair
+        path, scores_io.FORMAT, upgrade="score again into a new folder", repair=repair
     )
-    fileio.must_fit(content, scores_io.SCORE, str(note), repair)
+    fileio.must_fit(content, scores_io.SCORE_SCHEMA, str(path), repair)
     return content

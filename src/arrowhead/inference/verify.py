@@ -1,4 +1,4 @@
-"""Scores compared with what was written."""
+"""Verifies finished scores: compares every file with the hashes in score.json."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from arrowhead.features import catalog_file
 from arrowhead.inference import layout, score_request, scores_io
 
 
-def _must_be_finished(out: Path) -> None:
-    """ConfigError unless the scoring in `out` has ended."""
-    layout.must_be_of_this_layout(out)
+def _require_finished(out: Path) -> None:
+    """Raise ConfigError unless `out` holds scores of a scoring that has finished."""
+    layout.check_layout(out)
     if not (out / "request.json").is_file():
         raise ConfigError(
             f"{out} holds no scores: it has no request.json.",
@@ -25,57 +25,56 @@ def _must_be_finished(out: Path) -> None:
         raise ConfigError(
             f"{out} has no score.json: its scoring never finished.",
             "finished scores.",
-            "run the same score command again: it goes on where it stopped.",
+            "run the same score command again: it continues where it stopped.",
         )
 
 
 def verify(out: Path) -> dict[str, Any]:
-    """Compare everything that `out` holds with score.json: {parts, rows, bytes, problems}.
+    """Compare all files in `out` with score.json.
 
-    problems: a line for each, empty if all of it can be trusted. Raises ConfigError where there are
-    no scores, or only a part of them yet, DataError where score.json has changed.
+    Returns:
+        {scores, parts, rows, bytes, problems}. problems: one line each, empty if all scores can be
+        trusted.
+
+    Raises:
+        ConfigError: there are no scores, or the scoring has not finished.
+        DataError: score.json has changed.
     """
-    _must_be_finished(out)
-    content = score_request.score(out / "score.json")
-    named, problems = content["parts"], []
+    _require_finished(out)
+    content = score_request.read_score(out / "score.json")
+    parts, problems = content["parts"], []
     try:
-        score_request.request(out / "request.json")
+        score_request.read_request(out / "request.json")
     except DataError as error:
         problems.append(error.found)
-    digest = content.get("csv_sha256")  # earlier versions wrote none
-    if digest and score_request.csv_digest(out) != digest:
-        problems.append(f"{layout.csv_file(out)} is missing or has changed")
-    paths: list[str] | None = None
-    if (
-        layout.inputs(out).is_file()
-        and fileio.sha256(layout.inputs(out)) == content["inputs_sha256"]
-    ):
-        paths = catalog_file.read_catalog(layout.inputs(out))["paths"]
+    csv_digest = content.get("csv_sha256")  # earlier versions did not write it
+    if csv_digest and score_request.csv_digest(out) != csv_digest:
+        problems.append(f"{layout.csv_path(out)} is missing or has changed")
+    inputs, paths = layout.inputs_path(out), None
+    if inputs.is_file() and fileio.sha256(inputs) == content["inputs_sha256"]:
+        paths = catalog_file.read_catalog(inputs)["paths"]
     else:
-        problems.append(f"{layout.inputs(out)} is missing or has changed")
-    first = 0
-    for one in named:
+        problems.append(f"{inputs} is missing or has changed")
+    rows = 0
+    for part in parts:
+        path = layout.parts_dir(out) / part["name"]
         try:
-            rows = scores_io.read_parquet(layout.parts(out) / one["name"], ["path"], one["sha256"])[
-                "path"
-            ]
+            part_paths = scores_io.read_columns(path, ["path"], part["sha256"])["path"]
         except DataError as error:
             problems.append(error.found)
         else:
-            if paths is not None and rows != paths[first : first + one["rows"]]:
-                problems.append(
-                    f"{layout.parts(out) / one['name']} is not of the files it should be"
-                )
-        first += one["rows"]
-    known = {one["name"] for one in named}
-    strange = sorted({file.name for file in layout.parts(out).glob("*")} - known)
-    problems += [f"{layout.parts(out) / name} is not named in score.json" for name in strange]
-    if first != content["counts"]["inputs"]:
-        problems.append(f"the parts hold {first} rows, score.json counts other inputs")
+            if paths is not None and part_paths != paths[rows : rows + part["rows"]]:
+                problems.append(f"{path} does not hold the files it should")
+        rows += part["rows"]
+    listed = {part["name"] for part in parts}
+    unlisted = sorted({file.name for file in layout.parts_dir(out).glob("*")} - listed)
+    problems += [f"{layout.parts_dir(out) / name} is not listed in score.json" for name in unlisted]
+    if rows != content["counts"]["inputs"]:
+        problems.append(f"the parts hold {rows} rows, but score.json counts another number")
     return {
         "scores": str(out),
-        "parts": len(named),
-        "rows": first,
-        "bytes": sum(one["bytes"] for one in named),
+        "parts": len(parts),
+        "rows": rows,
+        "bytes": sum(part["bytes"] for part in parts),
         "problems": problems,
     }

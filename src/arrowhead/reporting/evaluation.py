@@ -16,7 +16,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.evaluation import calibration, metrics
 from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.examine import figures as examine_figures
-from arrowhead.inference.evaluate import for_tables
+from arrowhead.inference.evaluate import reported_metrics
 from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.wording import counted
 
@@ -98,7 +98,7 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, context: Run
     all of it kept with the run. result: see `commands.score.evaluate`.
     """
     figures, say = result["metrics"], context.screen.say
-    shown, title = for_tables(figures), "Labelled images"
+    shown, title = reported_metrics(figures), "Labelled images"
     if figures["tables_show"] == "trusted":
         words = {"new": "new to the bundle", "validation": "that validated the bundle"}
         title = f"Images {words[figures['trusted_images']]}"
@@ -129,7 +129,7 @@ def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, context: Run
 
 
 def say_used(figures: Mapping[str, Any], screen: Screen) -> None:
-    """Which of the figures to trust. figures: see `inference.evaluate.figures`."""
+    """Which of the figures to trust. figures: see `inference.evaluate.compute_metrics`."""
     used, trusted, kind = (figures[k] for k in ("images_used", "trusted", "trusted_images"))
     if used is None:
         screen.say(

@@ -27,7 +27,7 @@ class Work:
     faults: int = 0
 
     def add(self, message: dict[str, Any]) -> None:
-        """A finished chunk (see `extract.tell`)."""
+        """A finished chunk (see `extract.report_chunk`)."""
         self.files += message["files"]
         self.faults += sum(message["faults"].values())
         self.decoded += message["decoded"]

@@ -276,7 +276,7 @@ def _images(stage: Stage) -> str:
     if stage.status == "RUNNING" and rate and done < total:
         parts.append(f"{_span((total - done) / rate)} left")
     parts += [counted(round(faults), "fault")] if faults else []
-    if stage_name := extract.binding(stage.busy):
+    if stage_name := extract.bottleneck(stage.busy):
         part = stage.busy[stage_name] / sum(stage.busy.values())
         parts.append(f"bound by {stage_name} ({100 * part:.0f} %)")
     return " · ".join(parts)

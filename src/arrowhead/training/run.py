@@ -312,12 +312,12 @@ def data_of(store: Store, device: str, world: int = 1) -> tuple[Data, NDArray[np
     files = sum(one["files"] for one in store.manifest()["shards"])
     size = files * recipe.views * recipe.width * 2
     fits = size * (world if chip.type == "cpu" else 1) < _free(chip) // 2
-    part = store.features(mapped=not fits)
+    part = store.features(rows_only=not fits)
     feature: InMemoryFeatures | MemoryMappedFeatures
     if fits:
         feature = InMemoryFeatures(torch.from_numpy(part.feature).to(chip))
     else:
-        feature = MemoryMappedFeatures(store.maps(), part.row, chip)
+        feature = MemoryMappedFeatures(store.mapped_features(), part.row, chip)
     data = Data(
         feature=feature,
         label=torch.from_numpy(part.label).to(chip),

@@ -65,7 +65,7 @@ class Study:
         """The study with what is auto made definite for a store, and lines that say what a user
         might not expect.
         """
-        part = store.features(mapped=True)
+        part = store.features(rows_only=True)
         train, valid = (part.label[part.split == split] for split in ("train", "valid"))
         classes, recipe = len(store.manifest()["classes"]), store.recipe
         head, said = self.head, []
@@ -130,7 +130,7 @@ class Study:
         for name, value in sorted((self.start or {}).items()):
             asked[f"start.{name}"] = hashlib.sha256(value.tobytes()).hexdigest()
         del asked["head"]["checkpoint_seconds"]
-        held = {str(path): digest for path, digest in store.hashes().items()}
+        held = {str(path): digest for path, digest in store.expected_hashes().items()}
         text = json.dumps([__version__, asked, sorted(held.values())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
