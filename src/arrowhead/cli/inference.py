@@ -135,7 +135,7 @@ def export(
         Parameter(help="File ending in .onnx or .pt2, or a folder for model.onnx or model.pt2."),
     ],
     *,
-    what: Export = ExportConfig(),
+    options: Export = ExportConfig(),
     tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
@@ -150,10 +150,10 @@ def export(
     from arrowhead.bundle import export as bundle_export
 
     out = expanded(out)
-    check_file(bundle_export.file_of(out, what.format))
+    check_file(bundle_export.file_of(out, options.format))
     resolve.must_be_there(bundle)
     with local_bundle(bundle, tracking) as folder:
-        result = bundle_export.export(folder, out, what) | {"bundle": bundle}
+        result = bundle_export.export(folder, out, options) | {"bundle": bundle}
     screen = Screen(to_stderr=output.json)
     sizes = " and ".join(map(str, result["batch_sizes"]))
     screen.say(
@@ -162,7 +162,7 @@ def export(
         f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
     )
     result["files"] = show_written(screen, [result["file"]])
-    if what.format == "onnx":
+    if options.format == "onnx":
         expression = f"onnxruntime.InferenceSession({result['file']!r}).get_inputs()[0]"
         code = f"import onnxruntime; print({expression})"
     else:

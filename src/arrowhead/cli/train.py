@@ -73,7 +73,7 @@ def fit(
     head: Head = TrainConfig(),
     golden: Golden = GoldenConfig(),
     finder: NamedFinder = FinderConfig(),
-    many: Sweep = SweepConfig(),
+    sweep: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     registry: Registry = RegistryConfig(),
@@ -94,7 +94,7 @@ def fit(
     for folder in bundles(out / "bundle"):
         check_folder(folder, "bundle")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
-    study = Study(head=head, finder=finder, sweep=many)
+    study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.unfinished(out / "bundle", data, images, study)
     images, catalog = _prepare(data, out / "store", images, Screen(to_stderr=output.json))
     sources.must_validate(data, catalog)
@@ -235,7 +235,7 @@ def train(
     head: Head = TrainConfig(),
     golden: Golden = GoldenConfig(),
     finder: NamedFinder = FinderConfig(),
-    many: Sweep = SweepConfig(),
+    sweep: Sweep = SweepConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     registry: Registry = RegistryConfig(),
@@ -251,7 +251,7 @@ def train(
     Store(store := expanded(store))
     bundle, previous = bundles(check_folder(bundle, "bundle"))
     check_folder(previous, "bundle")
-    study = Study(head=head, finder=finder, sweep=many)
+    study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.unfinished(bundle, store.absolute(), study)
     with run_context("train", launch, tracking, output, run_file, registry) as context:
         extraction.say_account(store, context.screen)
