@@ -29,14 +29,15 @@ HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: 2**64 / go
 class Calibration:
     """How a bundle turns logits into probabilities and labels.
 
-    thresholds: float64 (C,), None where images have one label. metrics: for the metrics of the
-    bundle, from images that took no part in fitting what they were judged with:
-        temperature; temperature_fitted: the fitted one, None if there were too few images;
-        with one label: ece, ece_low, ece_high: calibration error with the temperature in use, see
-        `metrics.calibration_error`; ece_uncalibrated: with temperature 1; ece_fitted: with the
-        fitted one;
-        with several labels: accuracy_at_thresholds, f1 and f2 (see `metrics.evaluate`), each named
-        ..._held_out.
+    Attributes:
+        temperature: Divides the logits.
+        thresholds: float64 (C,); None where images have one label.
+        metrics: For the bundle's metrics, from images that took no part in fitting what they were
+            judged with. temperature; temperature_fitted: the fitted one, None if there were too few
+            images. With one label also ece, ece_low, ece_high: the calibration error with the
+            temperature in use (see `metrics.calibration_error`); ece_uncalibrated: with temperature
+            1; ece_fitted: with the fitted one. With several labels also accuracy_at_thresholds, f1
+            and f2 (see `metrics.evaluate`), each named ..._held_out.
     """
 
     temperature: float
@@ -77,24 +78,23 @@ def _calibrate(
     before = _score_images(logit_NC, label, no_scaling_N)
     after = _score_images(logit_NC, label, cross_fitted_N)
     use_fitted = has_enough_images and _is_significant(before.loss - after.loss, image_id_N)
+    held_out: dict[str, Any] = {}
     if label.ndim == 1:
         ece_before = metrics.calibration_error(before.confidence, before.correct)
         ece_after = metrics.calibration_error(after.confidence, after.correct)
         use_fitted = use_fitted and ece_after[0] <= ece_before[0]
+        error, low, high = ece_after if use_fitted else ece_before
+        held_out = {"ece": error, "ece_low": low, "ece_high": high}
+        held_out["ece_uncalibrated"] = ece_before[0]
+        held_out["ece_fitted"] = ece_after[0] if has_enough_images else None
     temperature = fitted if use_fitted else 1.0
     thresholds = None
-    held_out: dict[str, Any] = {}
     if label.ndim == 2:
         prob_NC = _sigmoid(logit_NC, np.full(len(label), temperature))
         thresholds = metrics.fit_thresholds(prob_NC, label.astype(np.uint8))
         if has_enough_images:
             temperature_N = cross_fitted_N if use_fitted else no_scaling_N
             held_out = _threshold_metrics(logit_NC, label, temperature_N, fold_N, classes)
-    else:
-        error, low, high = ece_after if use_fitted else ece_before
-        held_out = {"ece": error, "ece_low": low, "ece_high": high}
-        held_out["ece_uncalibrated"] = ece_before[0]
-        held_out["ece_fitted"] = ece_after[0] if has_enough_images else None
     held_out["temperature"] = temperature
     held_out["temperature_fitted"] = fitted if has_enough_images else None
     return Calibration(

@@ -43,8 +43,11 @@ def sample_bank_rows(image_id_N: NDArray[np.uint64]) -> NDArray[np.int64]:
 class NoveltyDetector:
     """Measures the distance of images from the training images.
 
-    mean, deviation: float32 (D,), of the training features; bank: float16 (M, D), their
-    standardized unit vectors; known: float32 (n,), ascending: the distances of n validation images.
+    Attributes:
+        mean: float32 (D,), of the training features.
+        deviation: float32 (D,), their standard deviation.
+        bank: float16 (M, D), standardized unit vectors of M training images.
+        known: float32 (n,), ascending: the distances of n validation images.
     """
 
     mean: torch.Tensor

@@ -29,9 +29,11 @@ from arrowhead.wording import counted
 class Finding:
     """A problem with one file of a store.
 
-    kind: changed, missing or misfit (damage: the features cannot be trusted); or draft, leftover or
-    unfinished (an unneeded file that nothing reads). path: the file. words: what was found and what
-    to do.
+    Attributes:
+        kind: changed, missing or misfit (damage: the features cannot be trusted); or draft,
+            leftover or unfinished (a file that readers do not need).
+        path: The file.
+        words: What was found and what to do.
     """
 
     kind: str

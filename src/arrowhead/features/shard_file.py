@@ -27,8 +27,11 @@ COLUMNS = ("path", "image_id", "view", "feature", "fault")
 class ShardRows:
     """The features of one chunk: R images with V views each, in catalog order.
 
-    paths: R; image_ids: R of 16 bytes; features: float16 (R, V, D), zero for an image with a
-    fault; faults: R, None for an image without a fault.
+    Attributes:
+        paths: R, relative to the catalog's root.
+        image_ids: R hashes of 16 bytes of the files' contents.
+        features: float16 (R, V, D); zeros for an image with a fault.
+        faults: R; None for an image without a fault.
     """
 
     paths: Sequence[str]
@@ -158,7 +161,7 @@ def check_content(paths: Sequence[Path]) -> None:
     """Raise DataError for the first shard whose content differs from the hash in its metadata.
 
     This runs in a subprocess, because a flipped bit can crash Arrow. It is needed only for shards
-    of which no sha256 is recorded: those that older versions left when they were stopped.
+    whose sha256 is recorded nowhere: those that older versions left when they were stopped.
     """
     if not paths:
         return

@@ -60,10 +60,13 @@ from arrowhead.features.store_format import (
 class Features:
     """Features with labels, of one split or of all; n images without a fault, in catalog order.
 
-    feature: float16 (n, V, D); label: int64 (n,), indices of `classes`, if every image of the store
-    has one label; else uint8 (n, C), 1 where the image has the label; row: int64 (n,), rows of the
-    catalog; image_id: uint64 (n,), the first 8 bytes of the image id, big endian; split: str (n,),
-    train, valid or test.
+    Attributes:
+        feature: float16 (n, V, D), D numbers for each of V views of an image.
+        label: int64 (n,), indices of the manifest's classes, if every image of the store has one
+            label; else uint8 (n, C), 1 where the image has the label.
+        row: int64 (n,), rows of the catalog.
+        image_id: uint64 (n,), the first 8 bytes of the image id, big endian.
+        split: str (n,): train, valid or test.
     """
 
     feature: NDArray[np.float16]
@@ -193,7 +196,7 @@ class Store:
         return digest if SHA256.fullmatch(digest) else "not a sha256"
 
     def check_unlisted_shards(self) -> None:
-        """Check the content of every shard of which no sha256 is recorded, in one subprocess.
+        """Check the content of every shard whose sha256 is recorded nowhere, in one subprocess.
 
         Raises DataError for the first shard whose content has changed.
         """
@@ -314,7 +317,7 @@ class Store:
             The manifest.
 
         Raises:
-            DataError: the content of a shard that is not in `intact_shards` has changed.
+            DataError: the content of a shard that is not in `intact` has changed.
         """
         entries = []
         for name in names:

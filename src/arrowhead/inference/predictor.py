@@ -31,8 +31,10 @@ BATCH_SIZE = 32
 class Prediction:
     """The predictions for n images.
 
-    probabilities: float32 (n, C), NaN where there is a fault. labels: bool (n, C), the labels of
-    each image (see `Bundle.given`). faults: n, None for an image without a fault.
+    Attributes:
+        probabilities: float32 (n, C); NaN where there is a fault.
+        labels: bool (n, C), the labels of each image (see `Bundle.given`).
+        faults: n; None for an image without a fault.
     """
 
     probabilities: NDArray[np.float32]

@@ -69,12 +69,19 @@ PART_SCHEMA = {
 class Scores:
     """The scores of one chunk: N images, C classes, K labels listed per image.
 
-    classes: C names; paths: N; image_ids: N of 16 bytes; faults: N, None for an image without a
-    fault; top_index: int64 (N, K), the most probable classes in descending order; probability:
-    float32 (N, C), of which all columns are written with all_probabilities.
-
-    Not written if None: labels: bool (N, C), the labels that each image gets where it may have
-    several; novelty: float32 (N,); novel: bool (N,); feature: float16 (N, D).
+    Attributes:
+        classes: C names.
+        paths: N.
+        image_ids: N hashes of 16 bytes.
+        faults: N; None for an image without a fault.
+        top_index: int64 (N, K), the most probable classes in descending order.
+        probability: float32 (N, C).
+        all_probabilities: Whether to write the probability of every class.
+        labels: bool (N, C), the labels of each image where it may have several. This and the
+            following are not written if they are None.
+        novelty: float32 (N,), distances from the training images.
+        novel: bool (N,), whether they exceed the threshold.
+        feature: float16 (N, D).
     """
 
     classes: Sequence[str]
@@ -227,9 +234,14 @@ def _changed_part_error(path: Path) -> DataError:
 class Part:
     """A finished part, as the journal records it.
 
-    bytes: the file's size; inputs: a hash of its images' paths, sizes and stamps
-    (`layout.hash_inputs`), which shows that a part is out of date if images were replaced; faults:
-    number by kind.
+    Attributes:
+        number: Its position among the parts.
+        rows: One per image.
+        bytes: The size of the file.
+        sha256: Of the file.
+        inputs: A hash of its images' paths, sizes and stamps (`layout.hash_inputs`). It shows that
+            a part is out of date if images were replaced.
+        faults: Their number by kind.
     """
 
     number: int
