@@ -276,7 +276,7 @@ def test_a_bundle_that_gives_several_labels_is_evaluated_on_a_table_of_several(
     lines = [f"{image.absolute()},{image.parent.name}" for image in images]
     (tmp_path / "one.csv").write_text("\n".join(["path,label", *lines]))
     found = command("evaluate", bundle, tmp_path / "one.csv", tmp_path / "one")
-    assert "a class that an image is not labelled with counts as absent" in command.said
+    assert "a class that is not among an image's labels counts as absent" in command.said
     assert found["metrics"]["per_class"]["round"]["images"] == 0
 
 
