@@ -80,17 +80,17 @@ def run_context(
     if not launch.max_workers and (unused := sorted(given_flags() & {"restarts", "wait"})):
         flags = ", ".join(f"--{flag}" for flag in unused)
         screen.say(f"{flags} {'have' if unused[1:] else 'has'} no effect without --workers")
-    opened = start(tracking, name, run_file, registry=registry, say=screen.say)
-    with _only_process(run_file, screen.say):
-        with opened as run:
+    mlflow_run = start(tracking, name, run_file, registry=registry, say=screen.say)
+    with _lock_checkpoints(run_file, screen.say):
+        with mlflow_run as run:
             yield RunContext(launch=launch, screen=screen, run=run)
         if run_file:  # the checkpoints of this run are gone too; those of others stay
             run_file.unlink(missing_ok=True)
 
 
 @contextmanager
-def _only_process(run_file: Path | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Lock the folder of checkpoints, so that no other process trains the same bundle."""
+def _lock_checkpoints(run_file: Path | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Lock the folder of checkpoints, so no other process trains the same bundle."""
     if run_file is None:
         yield
         return
