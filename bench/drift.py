@@ -87,7 +87,7 @@ def features(made: Bundle, recipe: Any, files: list[bytes], device: str = "cpu")
     """Features by our own decoder, of this recipe."""
     body = dataclasses.replace(made, recipe=recipe).make_body(device)
     parts = [files[at : at + 32] for at in range(0, len(files), 32)]
-    return np.concatenate([replay.features(recipe, body, part, device, 2) for part in parts])
+    return np.concatenate([replay.clean_features(recipe, body, part, device, 2) for part in parts])
 
 
 def ways(made: Bundle) -> dict[str, Callable[[list[bytes]], Feature]]:

@@ -89,7 +89,7 @@ def features(store: Store, files: list[bytes]) -> Rows:
     """Features of files by the store's recipe."""
     body = extract.load_body(store.recipe, store.weights_path, "cpu")
     parts = [files[at : at + 32] for at in range(0, len(files), 32)]
-    return np.concatenate([replay.features(store.recipe, body, p, "cpu", 2) for p in parts])
+    return np.concatenate([replay.clean_features(store.recipe, body, p, "cpu", 2) for p in parts])
 
 
 def cuttings(each: int) -> list[bytes]:

@@ -149,7 +149,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
 
         from arrowhead.bundle import format as bundle_format
         from arrowhead.bundle import replay
-        from arrowhead.bundle.format import Bundle, Golden
+        from arrowhead.bundle.format import Bundle, GoldenImage
         from arrowhead.decode.pixels import PixelConfig
         from arrowhead.features import backbone, extract
         from arrowhead.features.backbone import BodyConfig
@@ -174,12 +174,12 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             **{"temperature": 0.5} | fields,
         )
         images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
-        feature_ND = replay.features(made.recipe, made.make_body(), images, "cpu", 1)
+        feature_ND = replay.clean_features(made.recipe, made.make_body(), images, "cpu", 1)
         prob_NC = bundle_format.probabilities(
             made.make_head(), feature_ND, made.temperature, multi=made.multi
         )
         golden = [
-            Golden(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
+            GoldenImage(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
             for i, (data, feature, chance) in enumerate(
                 zip(images, feature_ND, prob_NC, strict=True)
             )

@@ -61,8 +61,8 @@ def of_bundle(path: Path) -> str:
     for state in (made.body_state, made.head_state):
         for name in sorted(state):
             total.update(name.encode() + state[name].numpy().tobytes())
-    assert made.images
-    total.update(made.images.train.tobytes() + made.images.valid.tobytes())
+    assert made.known_images
+    total.update(made.known_images.train.tobytes() + made.known_images.valid.tobytes())
     for one in made.golden:
         total.update(one.data + one.feature.tobytes() + one.probabilities.tobytes())
     return total.hexdigest()

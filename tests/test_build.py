@@ -40,7 +40,7 @@ def test_a_store_and_a_head_give_a_complete_bundle_without_the_photos(
     assert bundle.metrics["temperature"] == bundle.temperature
     assert bundle.lineage["run_id"] == "abc" and bundle.lineage["epoch"] == 4
     assert len(bundle.golden) == 8 and bundle.novelty is not None
-    assert bundle.images.use([bytes(16)])[0] == 0
+    assert bundle.known_images.lookup([bytes(16)])[0] == 0
     bundle_format.save(bundle, tmp_path / "bundle")
     assert bundle_format.load(tmp_path / "bundle").metrics == bundle.metrics
 

@@ -98,7 +98,7 @@ def pixels(images: Path, plain: Path) -> NDArray[np.uint8]:
     """The twenty images as our decoder shows them, (20, 3, 64, 64)."""
     files = [path.read_bytes() for path in sorted(images.iterdir())]
     recipe = bundle_format.load(plain).recipe
-    with replay.decoder(recipe, "cpu", 2, 20) as decode:
+    with replay.clean_decoder(recipe, "cpu", 2, 20) as decode:
         return decode(files, [bytes(16)] * 20).views[0].transpose(0, 3, 1, 2).copy()
 
 
@@ -173,7 +173,7 @@ def test_features_pass_through_float16_inside_the_graph(exported: dict[str, Any]
 
 def test_the_account_names_what_was_checked(exported: dict[str, Any]) -> None:
     assert exported["batch_sizes"] == [1, 3]
-    assert export.TRACED not in exported["batch_sizes"]
+    assert export.TRACE_BATCH_SIZE not in exported["batch_sizes"]
     assert exported["images"] == 3
     assert 0 <= exported["largest_difference"] <= exported["tolerance"] == export.TOLERANCE
     assert exported["inputs"] == {"pixels": ["uint8", "batch", 3, 64, 64]}
@@ -185,11 +185,11 @@ def test_the_account_names_what_was_checked(exported: dict[str, Any]) -> None:
 
 def tampered(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
     """The graph is made of a bundle that is another than the one it is checked against."""
-    whole = export.whole
+    inference_module = export.inference_module
     monkeypatch.setattr(
         export,
-        "whole",
-        lambda loaded, *parts: whole(dataclasses.replace(loaded, **fields), *parts),
+        "inference_module",
+        lambda loaded, *parts: inference_module(dataclasses.replace(loaded, **fields), *parts),
     )
 
 

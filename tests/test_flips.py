@@ -44,7 +44,7 @@ def made(tmp_path_factory, tracked) -> Path:
         (stopped.path / "manifest.json").unlink()
         ids = np.arange(5, dtype=np.uint64)
         whole = replace(
-            bundle_format.load(BEFORE / "bundle"), images=KnownImages.of(ids, ids + ids)
+            bundle_format.load(BEFORE / "bundle"), known_images=KnownImages.from_ids(ids, ids + ids)
         )
         bundle_format.save(whole, Path("bundle"))
         tensors = {"a": torch.arange(20.0), "b": torch.ones(3, 3, dtype=torch.int64)}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from arrowhead import DataError, fileio
 from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle import replay
-from arrowhead.bundle.format import Bundle, Golden
+from arrowhead.bundle.format import Bundle, GoldenImage
 from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
@@ -256,7 +256,7 @@ def made(store: Store) -> Bundle:
     )
     catalog = Catalog(**store.read_catalog())
     golden = [
-        Golden(
+        GoldenImage(
             name=f"{at}.img",
             data=catalog.read(int(valid.row[at]), 2**20)[0],
             feature=feature_ND[at],
@@ -331,7 +331,7 @@ def test_thresholds_that_were_never_tuned_are_one_half(made: Bundle, tmp_path: P
     back = bundle_format.load(tmp_path / "half")
     assert back.thresholds == [0.5] * 5
     chance = np.array([[0.5, 0.4999, 1, 0, np.nan]], np.float32)
-    assert back.given(chance).tolist() == [[True, False, True, False, False]]
+    assert back.predict_labels(chance).tolist() == [[True, False, True, False, False]]
 
 
 def test_a_bundle_of_the_first_format_is_refused_and_has_to_be_trained_again(

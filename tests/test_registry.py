@@ -161,7 +161,7 @@ def test_mlflow_models_predict_takes_the_input_example(config, folder, fitted, p
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads((place / "answer.json").read_text())["predictions"]
     bundle, data = bundle_format.load(fitted), registry._drawn_image()  # nobody's photo
-    feature_1D = replay.features(bundle.recipe, bundle.make_body(), [data], "cpu", 1)
+    feature_1D = replay.clean_features(bundle.recipe, bundle.make_body(), [data], "cpu", 1)
     wanted = bundle_format.probabilities(bundle.make_head(), feature_1D, bundle.temperature)[0]
     np.testing.assert_allclose(answer["probabilities"], wanted, rtol=0, atol=1e-6)
 

@@ -285,7 +285,7 @@ def test_a_web_address_is_refused_for_what_it_is(tmp_path: Path, address: str) -
         lambda: sources.labelled(address),
         lambda: sources.unlabelled(address),
         lambda: sources.must_be_there(address),
-        lambda: resolve.must_be_there(address),
+        lambda: resolve.check_exists(address),
         lambda: sources.labelled(table),
         lambda: sources.labelled(table, SourceConfig(images=address)),
     ):

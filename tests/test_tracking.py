@@ -658,7 +658,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
     """A bundle of a random body and head with three golden images."""
     from arrowhead.bundle import format as bundle_format
     from arrowhead.bundle import replay
-    from arrowhead.bundle.format import Bundle, Golden
+    from arrowhead.bundle.format import Bundle, GoldenImage
     from arrowhead.decode.pixels import PixelConfig
     from arrowhead.features import backbone, extract
     from arrowhead.features.backbone import BodyConfig
@@ -678,10 +678,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
         lineage={},
     )
     images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
-    feature_ND = replay.features(recipe, made.make_body(), images, "cpu", 1)
+    feature_ND = replay.clean_features(recipe, made.make_body(), images, "cpu", 1)
     prob_NC = bundle_format.probabilities(made.make_head(), feature_ND, made.temperature)
     golden = [
-        Golden(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=prob_NC[i])
+        GoldenImage(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=prob_NC[i])
         for i, data in enumerate(images)
     ]
     from dataclasses import replace

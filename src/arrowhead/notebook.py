@@ -397,7 +397,7 @@ class Classifier:
     """A loaded bundle: predicts labels and probabilities of image files."""
 
     def __init__(self, path: Path) -> None:
-        resolve.must_be_there(str(path))
+        resolve.check_exists(str(path))
         self.path, self._predictor = path, Predictor(path)
 
     def __repr__(self) -> str:

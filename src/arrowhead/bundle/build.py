@@ -77,7 +77,7 @@ def build(
         metrics=figures,
         lineage=_lineage(store, config, trained) | lineage,
         novelty=_novelty(store, valid),
-        images=KnownImages.of(train_ids, valid.image_id),
+        known_images=KnownImages.from_ids(train_ids, valid.image_id),
     )
     return dataclasses.replace(bundle, golden=golden.choose(store, bundle, candidates))
 

@@ -1,14 +1,15 @@
-"""All that scoring needs, in one directory.
+"""The bundle, a directory with everything that scoring needs: save, load and check it.
 
     bundle/
       bundle.json          format, task, recipe, classes, head, temperature, thresholds, metrics,
                            novelty, lineage, hashes; sealed
       weights.safetensors  body.*, head.* and novelty.*
-      images.safetensors   train, valid: which images it was made of, 8 bytes of a hash of each
-      golden/              a few images, and the probabilities they gave where the bundle was made
-      report/              figures and tables for people; no hash covers them, nothing reads them
+      images.safetensors   train, valid: 8 bytes of the hash of each training and validation image
+      golden/              a few images, with the features and probabilities they gave on the
+                           machine that built the bundle
+      report/              figures and tables for people; not hashed, and never read back
 
-Nothing in it can execute. It is saved whole or not at all, and checked when it is loaded.
+A bundle holds no code. It is written atomically, and its hashes are checked when it is loaded.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 
 FORMAT = 3
-REPORT = "report"
-IMAGES = "images.safetensors"
-BUNDLE_SHAPE = {
+REPORT_FOLDER = "report"
+KNOWN_IMAGES_FILE = "images.safetensors"
+BUNDLE_SCHEMA = {
     "task": str,
     "recipe": dict,
     "classes": [str],
@@ -54,9 +55,9 @@ BUNDLE_SHAPE = {
         "golden/golden.json": store_format.SHA256,
     },
 }
-GOLDEN = [{"name": str, "feature": [float], "probabilities": [float]}]
-PARTS = {"body", "head", "novelty"}
-MEND = "copy the bundle again from where it was made, or train again."
+GOLDEN_SCHEMA = [{"name": str, "feature": [float], "probabilities": [float]}]
+TENSOR_GROUPS = {"body", "head", "novelty"}
+REPAIR = "copy the bundle again from where it was made, or train again."
 TASKS = {
     "single-label": "An image is given the class with the largest softmax(logits / temperature).",
     "multi-label": "An image is given every label whose sigmoid(logit / temperature) is at or above"
@@ -65,8 +66,12 @@ TASKS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Golden:
-    """One image kept for checking: its name in golden/, its bytes, its image id, what it gave."""
+class GoldenImage:
+    """An image to check other machines with.
+
+    name: of the file in golden/; data: the encoded image; feature: float32 (D,); probabilities:
+    float32 (C,), calibrated.
+    """
 
     name: str
     data: bytes
@@ -76,67 +81,73 @@ class Golden:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A classifier: how pixels are made (recipe), what sees them (body), what decides (head)."""
+    """A classifier: a recipe for pixels and features, the weights of body and head, calibration."""
 
     recipe: Recipe
     classes: list[str]
     head: str
     """linear or lesson."""
     temperature: float
-    """Logits are divided by it before the softmax or sigmoid."""
+    """The logits are divided by it before the softmax or sigmoid."""
     multi: bool = False
     """Whether an image may have several labels, or none."""
     thresholds: list[float] | None = None
-    """Of a multi-label bundle: the probability at which each of `classes` is given (None: 0.5)."""
+    """Multi-label only: each of `classes` is predicted from this probability on (None: 0.5)."""
     body_state: Mapping[str, torch.Tensor]
     head_state: Mapping[str, torch.Tensor]
     metrics: dict[str, Any]
     lineage: dict[str, Any]
-    """Arrowhead's version, MLflow run id, digest of the data, and the like."""
+    """Arrowhead's version, the MLflow run id, a digest of the data, and so on."""
     novelty: NoveltyDetector | None = None
-    images: KnownImages | None = None
-    """Which images it was trained on and validated with; None where it does not say (0.1.0)."""
-    golden: Sequence[Golden] = ()
+    known_images: KnownImages | None = None
+    """The training and validation images; None in bundles of version 0.1.0."""
+    golden: Sequence[GoldenImage] = ()
 
     def __post_init__(self) -> None:
         assert self.thresholds is None or (
             self.multi and len(self.thresholds) == len(self.classes)
-        ), "a threshold for every label, and only where an image may have several"
+        ), "only a multi-label bundle has thresholds, one for every class"
 
-    def given(self, probability_NC: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Which labels these probabilities give each image, bool (N, C): one, or where it may have
-        several those that reach their thresholds. A row that is not numbers is given none.
+    def predict_labels(self, probability_NC: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Decide on labels, bool (N, C).
+
+        One label: the class with the highest probability. Multi-label: every class whose
+        probability reaches its threshold. A row of NaN gets no label.
         """
         if self.multi:
-            threshold_C = np.array(self.thresholds or [0.5] * len(self.classes))
-            several_NC: NDArray[np.bool_] = probability_NC >= threshold_C
-            return several_NC
+            reached_NC: NDArray[np.bool_] = probability_NC >= self._threshold_C()
+            return reached_NC
         best_N1 = probability_NC.argmax(1)[:, None]
-        one_NC: NDArray[np.bool_] = np.arange(len(self.classes)) == best_N1
-        return one_NC & ~np.isnan(probability_NC)
+        is_best_NC: NDArray[np.bool_] = np.arange(len(self.classes)) == best_N1
+        return is_best_NC & ~np.isnan(probability_NC)
 
     def margin(self, probability_NC: NDArray[np.float32]) -> NDArray[np.float64]:
-        """How far these probabilities are from giving other labels, (N,)."""
+        """How far the probabilities are from a change of label, float64 (N,).
+
+        One label: between the two most probable classes. Multi-label: to the nearest threshold.
+        """
         if self.multi:
-            threshold_C = np.array(self.thresholds or [0.5] * len(self.classes))
-            nearest_N: NDArray[np.float64] = np.abs(probability_NC - threshold_C).min(1)
+            nearest_N: NDArray[np.float64] = np.abs(probability_NC - self._threshold_C()).min(1)
             return nearest_N
         best_N2 = np.sort(probability_NC.astype(np.float64), 1)[:, -2:]
-        ahead_N: NDArray[np.float64] = best_N2[:, 1] - best_N2[:, 0]
-        return ahead_N
+        margin_N: NDArray[np.float64] = best_N2[:, 1] - best_N2[:, 0]
+        return margin_N
+
+    def _threshold_C(self) -> NDArray[np.float64]:
+        return np.array(self.thresholds or [0.5] * len(self.classes))
 
     def make_head(self, device: str = "cpu") -> nn.Module:
         """The head, ready for inference: float32 (B, D) to logits (B, C)."""
         from arrowhead.training import heads
 
-        with _fitting("head"):
+        with _shape_errors_as_damage("head"):
             head = heads.restore(self.head, self.recipe.width, len(self.classes), self.head_state)
         return head.to(device)
 
     def make_body(self, device: str = "cpu") -> Body:
         """The body, ready for inference."""
         recipe = self.recipe
-        with _fitting("body"):
+        with _shape_errors_as_damage("body"):
             body = Body(
                 recipe.body,
                 self.body_state,
@@ -147,48 +158,55 @@ class Bundle:
                 device=device,
             )
         if body.width != recipe.width:
-            raise _torn(f"the body gives {body.width} numbers, its recipe says {recipe.width}")
+            raise _damaged(
+                f"the features of its body have {body.width} numbers, its recipe says"
+                f" {recipe.width}"
+            )
         return body
 
 
 @contextmanager
-def _fitting(part: str) -> Iterator[None]:
-    """Tensors of other names or shapes than bundle.json speaks of are damage."""
+def _shape_errors_as_damage(part: str) -> Iterator[None]:
+    """Raise DataError if tensors do not have the names and shapes that bundle.json implies."""
     try:
         yield
-    except RuntimeError as error:  # torch's word for both
-        words = " ".join(str(error).split())[:300]
-        raise _torn(f"the tensors of the {part} do not fit it: {words}") from error
+    except RuntimeError as error:  # what `load_state_dict` raises for both
+        message = " ".join(str(error).split())[:300]
+        raise _damaged(f"the tensors of the {part} do not fit: {message}") from error
 
 
-def _torn(what: str) -> DataError:
+def _damaged(reason: str) -> DataError:
     return DataError(
-        f"The bundle is not whole: {what}.",
-        "a bundle as `arrowhead fit` or `arrowhead train` writes it.",
-        MEND,
+        f"The bundle is damaged: {reason}.",
+        "a bundle that `arrowhead fit` or `arrowhead train` wrote.",
+        REPAIR,
     )
 
 
 def probabilities(
     head: nn.Module, feature_ND: NDArray[Any], temperature: float, *, multi: bool = False
 ) -> NDArray[np.float32]:
-    """float32 (N, C) from features of any float type: softmax(head(feature) / temperature), or its
-    sigmoid where an image may have several labels.
+    """Calibrated probabilities of the classes, float32 (N, C).
+
+    Args:
+        head: From float32 features (N, D) to logits (N, C).
+        feature_ND: Features of any float type.
+        temperature: Divides the logits.
+        multi: Sigmoid instead of softmax.
     """
     import torch
 
     device = next(head.parameters()).device
-    with torch.inference_mode(), one_thread():
-        logits = head(torch.from_numpy(feature_ND.astype(np.float32)).to(device))
-        cooled = logits / temperature
-        probability_counts = cooled.sigmoid() if multi else cooled.softmax(1)
-        made: NDArray[np.float32] = probability_counts.cpu().numpy()
-    return made
+    with torch.inference_mode(), single_thread():
+        logit_NC = head(torch.from_numpy(feature_ND.astype(np.float32)).to(device)) / temperature
+        prob_NC = logit_NC.sigmoid() if multi else logit_NC.softmax(1)
+        array_NC: NDArray[np.float32] = prob_NC.cpu().numpy()
+    return array_NC
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """A small matrix product whose last bits do not depend on how many threads share it."""
+def single_thread() -> Iterator[None]:
+    """Run torch on one CPU thread, so that the last bits do not depend on the number of cores."""
     import torch
 
     before = torch.get_num_threads()
@@ -202,15 +220,16 @@ def one_thread() -> Iterator[None]:
 # -------------------------------------------------------------------------------- saving
 
 
-def must_be_replaceable(path: Path) -> None:
-    """ConfigError if a bundle cannot be saved to `path`, because it holds something else."""
+def check_replaceable(path: Path) -> None:
+    """Raise ConfigError if `path` holds something other than a bundle."""
     if path.exists() and not (path / "bundle.json").is_file():
         if path.is_dir():
-            here = fileio.is_here(path)  # it is filled, and what MLflow and we keep in it stays
+            # In the working directory, files of MLflow and Arrowhead may lie beside a bundle's.
+            here = fileio.is_here(path)
             if all(here and output_paths.unasked(one.name) for one in path.iterdir()):
                 return
         raise ConfigError(
-            f"{path} holds files that are not a bundle's."
+            f"{path} holds files that do not belong to a bundle."
             if path.is_dir()
             else f"{path} is a file.",
             "a new or empty folder, or an older bundle to replace.",
@@ -219,32 +238,38 @@ def must_be_replaceable(path: Path) -> None:
 
 
 @contextmanager
-def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """A folder to `write` a bundle into, which becomes `path` at the end, or nothing does.
+def draft(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Give a temporary folder to `write` a bundle into; it becomes `path` at a normal exit.
 
-    What a person should find beside the bundle goes into its folder REPORT: no hash covers that.
-    The bundle that is there is replaced; it becomes `previous`, if that is given. Raises
-    ConfigError if `path` holds something else, or when the disk is full.
+    Figures and tables for people go into its REPORT_FOLDER, which is not hashed. A bundle that
+    already exists is replaced.
+
+    Args:
+        path: Where the bundle will be.
+        previous: Where the bundle that is replaced is moved; None deletes it.
+
+    Raises:
+        ConfigError: If `path` holds something other than a bundle, or the disk is full.
     """
-    must_be_replaceable(path)
+    check_replaceable(path)
     with fileio.draft_folder(path, previous) as folder:
-        (folder / REPORT).mkdir()
+        (folder / REPORT_FOLDER).mkdir()
         yield folder
-        if not any((folder / REPORT).iterdir()):
-            (folder / REPORT).rmdir()
+        if not any((folder / REPORT_FOLDER).iterdir()):
+            (folder / REPORT_FOLDER).rmdir()
         if not (folder / "bundle.json").is_file():
             raise AssertionError("no bundle was written")
 
 
 def save(bundle: Bundle, path: Path, previous: Path | None = None) -> str:
-    """Write the bundle to `path` as `saving` does, with nothing beside it; its fingerprint."""
-    with saving(path, previous) as folder:
+    """Write the bundle to `path`, without a report; return its fingerprint (see `draft`)."""
+    with draft(path, previous) as folder:
         write(bundle, folder)
     return fingerprint(path)
 
 
 def write(bundle: Bundle, folder: Path) -> None:
-    """Write the bundle's files into a folder of `saving`."""
+    """Write the bundle's files into the folder that `draft` gave."""
     import safetensors.numpy
     import safetensors.torch
 
@@ -252,17 +277,17 @@ def write(bundle: Bundle, folder: Path) -> None:
     tensors = {f"body.{name}": t.contiguous() for name, t in bundle.body_state.items()}
     tensors |= {f"head.{name}": t.contiguous() for name, t in bundle.head_state.items()}
     if bundle.novelty:
-        kept = bundle.novelty.tensors().items()
-        tensors |= {f"novelty.{name}": t.contiguous() for name, t in kept}
-    (folder / "weights.safetensors").write_bytes(safetensors.torch.save(tensors))
-    listed = []
-    if bundle.images:
-        listed = [folder / IMAGES]
-        listed[0].write_bytes(safetensors.numpy.save(bundle.images.tensors()))
-    for golden in bundle.golden:
-        (folder / "golden" / golden.name).write_bytes(golden.data)
-    fileio.write_json(folder / "golden" / "golden.json", [_plain(one) for one in bundle.golden])
-    files = [folder / "weights.safetensors", *listed, *sorted((folder / "golden").iterdir())]
+        novelty = bundle.novelty.tensors().items()
+        tensors |= {f"novelty.{name}": t.contiguous() for name, t in novelty}
+    files = [folder / "weights.safetensors"]
+    files[0].write_bytes(safetensors.torch.save(tensors))
+    if bundle.known_images:
+        files.append(folder / KNOWN_IMAGES_FILE)
+        files[1].write_bytes(safetensors.numpy.save(bundle.known_images.tensors()))
+    for image in bundle.golden:
+        (folder / "golden" / image.name).write_bytes(image.data)
+    fileio.write_json(folder / "golden" / "golden.json", [_as_json(one) for one in bundle.golden])
+    files += sorted((folder / "golden").iterdir())
     content = {
         "format": FORMAT,
         "task": (task := "multi-label" if bundle.multi else "single-label"),
@@ -272,7 +297,7 @@ def write(bundle: Bundle, folder: Path) -> None:
         "classes": bundle.classes,
         "head": bundle.head,
         "temperature": bundle.temperature,
-        "thresholds": _by_label(bundle),
+        "thresholds": _thresholds_by_class(bundle),
         "novelty": bundle.novelty and bundle.novelty.summary(),
         "metrics": bundle.metrics,
         "lineage": bundle.lineage,
@@ -281,24 +306,23 @@ def write(bundle: Bundle, folder: Path) -> None:
     fileio.write_sealed(folder / "bundle.json", content)
 
 
-def _by_label(bundle: Bundle) -> dict[str, float] | None:
-    """The thresholds as a person reads them."""
+def _thresholds_by_class(bundle: Bundle) -> dict[str, float] | None:
     if not bundle.multi:
         return None
     thresholds = bundle.thresholds or [0.5] * len(bundle.classes)
     return dict(zip(bundle.classes, thresholds, strict=True))
 
 
-def _plain(golden: Golden) -> dict[str, Any]:
+def _as_json(image: GoldenImage) -> dict[str, Any]:
     return {
-        "name": golden.name,
-        "feature": golden.feature.tolist(),
-        "probabilities": golden.probabilities.tolist(),
+        "name": image.name,
+        "feature": image.feature.tolist(),
+        "probabilities": image.probabilities.tolist(),
     }
 
 
 def fingerprint(path: Path) -> str:
-    """16 hex digits that stand for everything in the bundle."""
+    """16 hex digits that identify the bundle: bundle.json has the hashes of all other files."""
     return fileio.sha256(path / "bundle.json")[:16]
 
 
@@ -306,65 +330,68 @@ def fingerprint(path: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What bundle.json says, every file it names compared with its hash.
+    """Read bundle.json and check every file that it names against its hash.
 
-    Raises ConfigError if there is no bundle, DataError if it is torn or of another format.
+    Raises:
+        ConfigError: If there is no bundle.
+        DataError: If the bundle is damaged or of another format.
     """
     fileio.recover(path)
     if not (path / "bundle.json").is_file():
-        raise no_bundle(str(path))
+        raise no_bundle_error(str(path))
     output_paths.must_be_text(path)
-    content = read_content(path / "bundle.json", str(path))
+    content = read_bundle_json(path / "bundle.json", str(path))
     for name, digest in content["sha256"].items():
-        must_be_file(path / name, digest, f"{path / name}")
+        check_sha256(path / name, digest, f"{path / name}")
     return content
 
 
-def no_bundle(where: str) -> ConfigError:
-    """The refusal where there is no bundle."""
+def no_bundle_error(address: str) -> ConfigError:
+    """The error for an address without a bundle."""
     return ConfigError(
-        f"{where} is not a bundle: it has no bundle.json.",
-        "a folder written by `arrowhead fit` or `arrowhead train`.",
+        f"{address} is not a bundle: it has no bundle.json.",
+        "a folder that `arrowhead fit` or `arrowhead train` wrote.",
         "check the path (fit writes OUT/bundle).",
     )
 
 
-def read_content(file: Path, where: str) -> dict[str, Any]:
-    """What bundle.json says. where: the bundle, in words."""
+def read_bundle_json(file: Path, address: str) -> dict[str, Any]:
+    """Read and check bundle.json alone. address: the bundle's name in messages."""
+    name_in_messages = f"{address}/bundle.json"
     content = fileio.read_sealed(
-        file, FORMAT, upgrade="train again", repair=MEND, name=f"{where}/bundle.json"
+        file, FORMAT, upgrade="train again", repair=REPAIR, name=name_in_messages
     )
-    fileio.must_fit(content, BUNDLE_SHAPE, f"{where}/bundle.json", MEND)
+    fileio.must_fit(content, BUNDLE_SCHEMA, name_in_messages, REPAIR)
     for name, digest in content["sha256"].items():
-        fileio.must_fit(digest, store_format.SHA256, f"{where}/bundle.json", MEND)
-        if not _inside(name):
+        fileio.must_fit(digest, store_format.SHA256, name_in_messages, REPAIR)
+        if not _is_inside(name):
             raise DataError(
-                f"{where} names a file outside of itself: {name!r}.",
+                f"{address} names a file outside its folder: {name!r}.",
                 "names of files in the bundle's own folder.",
-                "do not use it; ask where it comes from.",
+                "do not use this bundle; check where it comes from.",
             )
     return content
 
 
-def must_be_file(file: Path, digest: str, where: str) -> None:
-    """DataError unless the file has this sha256."""
+def check_sha256(file: Path, digest: str, address: str) -> None:
+    """Raise DataError unless the file has this sha256. address: its name in messages."""
     if not file.is_file() or fileio.sha256(file) != digest:
         raise DataError(
-            f"{where} is not the file this bundle was saved with.",
-            f"the bytes whose sha256 is {digest}.",
-            MEND,
+            f"{address} is not the file that this bundle was saved with.",
+            f"a file whose sha256 is {digest}.",
+            REPAIR,
         )
 
 
-def _inside(name: str) -> bool:
-    """Whether a name that a bundle gives is one that `save` gives: no way out of the folder."""
+def _is_inside(name: str) -> bool:
+    """Whether `write` could have used this name: it cannot point out of the bundle's folder."""
     folder, _, leaf = name.rpartition("/")
-    fine = name.isprintable() and "\\" not in name
-    return fine and folder in ("", "golden") and leaf not in ("", ".", "..")
+    is_plain = name.isprintable() and "\\" not in name
+    return is_plain and folder in ("", "golden") and leaf not in ("", ".", "..")
 
 
 def load(path: Path) -> Bundle:
-    """The bundle at `path`, checked as `read` does, and that its parts are of one piece."""
+    """Load the bundle at `path`; checks it as `read` does, and that its parts fit together."""
     import safetensors.torch
     from safetensors import SafetensorError
 
@@ -372,17 +399,20 @@ def load(path: Path) -> Bundle:
     try:
         tensors = safetensors.torch.load_file(path / "weights.safetensors")
     except (OSError, SafetensorError) as error:
-        raise _torn(f"{path / 'weights.safetensors'} cannot be read: {error}") from error
-    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in PARTS}
+        raise _damaged(f"{path / 'weights.safetensors'} cannot be read: {error}") from error
+    groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in TENSOR_GROUPS}
     for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if part not in PARTS:
-            raise _torn(f"weights.safetensors holds {name!r}, which belongs to no part of it")
-        parts[part][rest] = tensor
+        group, _, rest = name.partition(".")
+        if group not in TENSOR_GROUPS:
+            raise _damaged(f"weights.safetensors holds {name!r}, which no part of a bundle uses")
+        groups[group][rest] = tensor
     recipe = Recipe.from_dict(content["recipe"], str(path))
     classes, multi = content["classes"], content["task"] == "multi-label"
     if content["task"] not in TASKS or (multi and content["thresholds"].keys() != set(classes)):
-        raise _torn(f"{path / 'bundle.json'} is of no task this version knows, or lacks thresholds")
+        raise _damaged(
+            f"{path / 'bundle.json'} has a task that this version does not know, or lacks"
+            " thresholds"
+        )
     return Bundle(
         recipe=recipe,
         classes=classes,
@@ -390,66 +420,67 @@ def load(path: Path) -> Bundle:
         temperature=content["temperature"],
         multi=multi,
         thresholds=[content["thresholds"][name] for name in classes] if multi else None,
-        body_state=parts["body"],
-        head_state=parts["head"],
+        body_state=groups["body"],
+        head_state=groups["head"],
         metrics=content["metrics"],
         lineage=content["lineage"],
-        novelty=_novelty(parts["novelty"], recipe.width),
-        images=_images(path) if IMAGES in content["sha256"] else None,
-        golden=list(_golden(path, recipe.width, len(classes))),
+        novelty=_load_novelty(groups["novelty"], recipe.width),
+        known_images=_load_known_images(path) if KNOWN_IMAGES_FILE in content["sha256"] else None,
+        golden=list(_load_golden(path, recipe.width, len(classes))),
     )
 
 
-def _images(path: Path) -> KnownImages:
+def _load_known_images(path: Path) -> KnownImages:
     import safetensors.numpy
     from safetensors import SafetensorError
 
     try:
-        return KnownImages.from_tensors(safetensors.numpy.load_file(path / IMAGES))
+        return KnownImages.from_tensors(safetensors.numpy.load_file(path / KNOWN_IMAGES_FILE))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _torn(f"{path / IMAGES} cannot be read: {error}") from error
+        raise _damaged(f"{path / KNOWN_IMAGES_FILE} cannot be read: {error}") from error
 
 
-def _novelty(tensors: Mapping[str, torch.Tensor], width: int) -> NoveltyDetector | None:
+def _load_novelty(tensors: Mapping[str, torch.Tensor], width: int) -> NoveltyDetector | None:
     if not tensors:
         return None
     try:
-        found = NoveltyDetector.from_tensors(tensors)
+        detector = NoveltyDetector.from_tensors(tensors)
     except KeyError as error:
-        raise _torn(f"it lacks novelty.{error.args[0]}") from error
-    sizes = [tuple(one.shape) for one in (found.mean, found.deviation, found.bank[:1])]
-    if sizes != [(width,), (width,), (1, width)] or found.known.dim() != 1:
-        raise _torn(f"the tensors of novelty are not of features of {width} numbers")
-    return found
+        raise _damaged(f"it lacks novelty.{error.args[0]}") from error
+    shapes = [tuple(one.shape) for one in (detector.mean, detector.deviation, detector.bank[:1])]
+    if shapes != [(width,), (width,), (1, width)] or detector.known.dim() != 1:
+        raise _damaged(f"the tensors of novelty are not for features of {width} numbers")
+    return detector
 
 
-def _golden(path: Path, width: int, classes: int) -> Iterator[Golden]:
-    kept, named = _golden_document(path), read_content(path / "bundle.json", str(path))["sha256"]
-    for one in kept:
-        if f"golden/{one['name']}" not in named:
-            raise _torn(f"golden.json names {one['name']!r}, which is not one of its images")
-        feature = np.array(one["feature"], np.float32)
-        chance = np.array(one["probabilities"], np.float32)
-        if (feature.shape, chance.shape) != ((width,), (classes,)):
-            raise _torn("golden.json is of another recipe or other classes")
-        data = (path / "golden" / one["name"]).read_bytes()
-        yield Golden(name=one["name"], data=data, feature=feature, probabilities=chance)
+def _load_golden(path: Path, width: int, class_count: int) -> Iterator[GoldenImage]:
+    hashed = read_bundle_json(path / "bundle.json", str(path))["sha256"]
+    for entry in _read_golden_json(path):
+        name = entry["name"]
+        if f"golden/{name}" not in hashed:
+            raise _damaged(f"golden.json names {name!r}, which is not one of its images")
+        feature = np.array(entry["feature"], np.float32)
+        probabilities = np.array(entry["probabilities"], np.float32)
+        if (feature.shape, probabilities.shape) != ((width,), (class_count,)):
+            raise _damaged("golden.json is of another recipe or other classes")
+        data = (path / "golden" / name).read_bytes()
+        yield GoldenImage(name=name, data=data, feature=feature, probabilities=probabilities)
 
 
-def _golden_document(path: Path) -> list[dict[str, Any]]:
+def _read_golden_json(path: Path) -> list[dict[str, Any]]:
     file = path / "golden" / "golden.json"
-    kept: list[dict[str, Any]] = fileio.read_json(file)
-    fileio.must_fit(kept, GOLDEN, str(file), MEND)
-    return kept
+    entries: list[dict[str, Any]] = fileio.read_json(file)
+    fileio.must_fit(entries, GOLDEN_SCHEMA, str(file), REPAIR)
+    return entries
 
 
 def info(path: Path) -> dict[str, Any]:
-    """What a bundle is, for a person: bundle.json without its hashes, its fingerprint and size."""
+    """Describe a bundle: bundle.json without its hashes, the fingerprint and the size."""
     content = read(path)
     names = ["bundle.json", *content.pop("sha256")]
     return content | {
         "bundle": str(path),
         "fingerprint": fingerprint(path),
         "bytes": sum((path / name).stat().st_size for name in names),
-        "golden_images": len(_golden_document(path)),
+        "golden_images": len(_read_golden_json(path)),
     }

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from arrowhead.bundle import format as bundle_format
-from arrowhead.bundle.format import Bundle, Golden
+from arrowhead.bundle.format import Bundle, GoldenImage
 from arrowhead.features.store import Store
 
 MAX_GOLDEN_IMAGES = 8
 CLEAR_MARGIN = 0.1  # of probability; a larger margin counts as no clearer
 
 
-def choose(store: Store, bundle: Bundle, candidates: Mapping[bytes, bytes]) -> list[Golden]:
+def choose(store: Store, bundle: Bundle, candidates: Mapping[bytes, bytes]) -> list[GoldenImage]:
     """Choose golden images, and add the features and probabilities that they give.
 
     The candidates (validation images, if there are any among them) are divided into
@@ -47,11 +47,11 @@ def choose(store: Store, bundle: Bundle, candidates: Mapping[bytes, bytes]) -> l
         bundle.make_head(), feature_MD, bundle.temperature, multi=bundle.multi
     )
     clear_M = np.minimum(bundle.margin(prob_MC), CLEAR_MARGIN)
-    chosen: list[Golden] = []
+    chosen: list[GoldenImage] = []
     for group in np.array_split(np.arange(len(position_M)), MAX_GOLDEN_IMAGES):
         for i in group[np.argsort(-clear_M[group], kind="stable")][:1]:
             chosen.append(
-                Golden(
+                GoldenImage(
                     name=f"{len(chosen)}.img",
                     data=data_by_id[int(part.image_id[position_M[i]])],
                     feature=feature_MD[i],

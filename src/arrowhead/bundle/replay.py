@@ -1,4 +1,4 @@
-"""A bundle's golden images replayed: does this machine see what its maker saw?"""
+"""Run a bundle's golden images on this machine and compare with the results stored in it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 NO_GOLDEN_IMAGES = (
-    "The bundle has no golden images: nothing proves that this machine sees images as the one that"
-    " trained it. Train again from a store that keeps some to have that checked."
+    "The bundle has no golden images, so this machine cannot be compared with the one that trained"
+    " it. Train again from a store with golden images to have that checked."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far this machine is from the one that made the bundle.
+    """How much the results of this machine differ from those of the one that built the bundle.
 
-    images: golden images replayed; feature: largest cosine distance of a feature (0: none);
-    probability: largest change of a probability; changed: images whose labels differ.
+    images: number of golden images; feature: largest cosine distance of a feature (0: equal);
+    probability: largest change of a probability; changed: number of images whose labels differ.
     """
 
     images: int
@@ -45,29 +45,27 @@ class Drift:
     changed: int
 
 
-def must_agree(
+def check_drift(
     drift: Drift,
-    most: float,
+    max_drift: float,
     do: str = "check that decoder, weights and recipe are the bundle's. --max-drift allows more"
     " drift, but never other labels.",
 ) -> None:
-    """DataError when golden images came out differently: a feature further off than `most`, or
-    another label. do: what to do about it.
+    """Raise DataError if a feature drifts by more than `max_drift`, or a label changes.
+
+    do: the third part of the error, what the user should do.
     """
-    if drift.changed or not drift.feature <= most:
+    if drift.changed or not drift.feature <= max_drift:
         raise DataError(
             f"The bundle's golden images come out differently on this machine: largest feature"
             f" drift {drift.feature:.2g}, {drift.changed} of {drift.images} labels changed.",
-            f"a drift of at most {most:g} and the same labels.",
+            f"a drift of at most {max_drift:g} and the same labels.",
             do,
         )
 
 
 def verify(path: Path) -> Drift:
-    """Load the bundle at `path` and replay its golden images here; how far they drift.
-
-    Raises DataError if it is torn.
-    """
+    """Load the bundle at `path` and replay its golden images; raises DataError if it is damaged."""
     import torch
 
     bundle = bundle_format.load(path)
@@ -77,54 +75,59 @@ def verify(path: Path) -> Drift:
 
 
 def replay(bundle: Bundle, body: Body, head: nn.Module, device: str, threads: int) -> Drift:
-    """Decode and score the golden images here and compare with what they gave at first."""
+    """Decode and score the golden images on this machine and compare with the stored results.
+
+    An image that cannot be decoded here counts as the largest possible drift.
+    """
     if not bundle.golden:
         return Drift(0, 0.0, 0.0, 0)
-    feature_ND = features(bundle.recipe, body, [one.data for one in bundle.golden], device, threads)
-    before_ND = np.stack([one.feature for one in bundle.golden])
-    before_NC = np.stack([one.probabilities for one in bundle.golden])
-    now_NC = bundle_format.probabilities(head, feature_ND, bundle.temperature, multi=bundle.multi)
-    norms = np.linalg.norm(feature_ND, axis=1) * np.linalg.norm(before_ND, axis=1)
-    cosine = (feature_ND * before_ND).sum(1) / np.maximum(norms, 1e-12)
-    cosine[(feature_ND == before_ND).all(1)] = 1  # also where both are zeros, without direction
-    # An image that cannot be decoded here is as far away as can be.
-    lost = np.isnan(feature_ND).any(1)
-    cosine[lost], now_NC[lost] = -1, 1 - before_NC[lost]
-    changed = lost | (bundle.given(now_NC) != bundle.given(before_NC)).any(1)
+    images = [image.data for image in bundle.golden]
+    feature_ND = clean_features(bundle.recipe, body, images, device, threads)
+    prob_NC = bundle_format.probabilities(head, feature_ND, bundle.temperature, multi=bundle.multi)
+    stored_ND = np.stack([image.feature for image in bundle.golden])
+    stored_NC = np.stack([image.probabilities for image in bundle.golden])
+    norm_N = np.linalg.norm(feature_ND, axis=1) * np.linalg.norm(stored_ND, axis=1)
+    cosine_N = (feature_ND * stored_ND).sum(1) / np.maximum(norm_N, 1e-12)
+    cosine_N[(feature_ND == stored_ND).all(1)] = 1  # includes two zero vectors
+    failed_N = np.isnan(feature_ND).any(1)
+    cosine_N[failed_N], prob_NC[failed_N] = -1, 1 - stored_NC[failed_N]
+    label_NC, stored_label_NC = bundle.predict_labels(prob_NC), bundle.predict_labels(stored_NC)
+    changed_N = failed_N | (label_NC != stored_label_NC).any(1)
     return Drift(
         images=len(bundle.golden),
-        feature=float(max(0.0, 1 - cosine.min())),
-        probability=float(np.abs(now_NC - before_NC).max()),
-        changed=int(changed.sum()),
+        feature=float(max(0.0, 1 - cosine_N.min())),
+        probability=float(np.abs(prob_NC - stored_NC).max()),
+        changed=int(changed_N.sum()),
     )
 
 
-def features(
+def clean_features(
     recipe: Recipe, body: Body, images: Sequence[bytes], device: str, threads: int
 ) -> NDArray[np.float32]:
-    """float32 (N, D): clean features of a few images, NaN where one cannot be decoded."""
-    with decoder(recipe, device, threads, max(16, len(images))) as decode:
-        return seen(body, decode(images, [bytes(16)] * len(images)))
+    """Features of encoded images without augmentation, float32 (N, D); NaN if decoding fails."""
+    with clean_decoder(recipe, device, threads, max(16, len(images))) as decode:
+        return features_of_pixels(body, decode(images, [bytes(16)] * len(images)))
 
 
-def decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> GuardedDecoder:
-    """What makes the clean view of images, whatever views the recipe trained on."""
+def clean_decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> GuardedDecoder:
+    """A decoder that gives one view of each image, without the recipe's augmentation."""
     clean = dataclasses.replace(recipe, views=1, augment="none", augment_seed=0)
-    number = int(device.partition(":")[2] or 0) if "cuda" in device else None
+    gpu = int(device.partition(":")[2] or 0) if "cuda" in device else None
     return GuardedDecoder(
         extract.make_pixel_config(clean),
         batch_size=batch_size,
         threads=threads,
-        device=number,
+        device=gpu,
         rule=recipe.decoder,
     )
 
 
-def seen(body: Body, pixels: Pixels) -> NDArray[np.float32]:
-    """float32 (N, D): the features of decoded images, NaN where there is a fault."""
+def features_of_pixels(body: Body, pixels: Pixels) -> NDArray[np.float32]:
+    """Features of decoded images, float32 (N, D) with float16 precision; NaN at a fault."""
     import torch
 
-    view = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
-    out = body(view)[: len(pixels.faults)].cpu().numpy().astype(np.float16).astype(np.float32)
-    out[[fault is not None for fault in pixels.faults]] = np.nan
-    return out
+    view_NCHW = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
+    feature_ND = body(view_NCHW)[: len(pixels.faults)].cpu().numpy()
+    feature_ND = feature_ND.astype(np.float16).astype(np.float32)
+    feature_ND[[fault is not None for fault in pixels.faults]] = np.nan
+    return feature_ND

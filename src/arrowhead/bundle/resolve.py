@@ -1,4 +1,4 @@
-"""What a user names becomes a bundle's folder: a path, a registered model, a URI."""
+"""Resolve what the user names (a path, a registered model, a URI) to a bundle's folder."""
 
 from __future__ import annotations
 
@@ -14,52 +14,56 @@ from arrowhead.tracking import registry
 from arrowhead.tracking.client import TrackingConfig
 
 
-def must_be_there(address: str) -> None:
-    """ConfigError for a folder without a bundle; what is in a store is not asked for."""
+def check_exists(address: str) -> None:
+    """Raise ConfigError for a local folder without a bundle; remote addresses are not checked."""
     if address.startswith(("models:/", "runs:/")) or path_text.in_store(
         root := path_text.resolve(address)
     ):
         return
     if not (Path(os.fsdecode(path_text.unescape_path(root))) / "bundle.json").is_file():
-        raise bundle_format.no_bundle(address)
+        raise bundle_format.no_bundle_error(address)
 
 
 def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
-    """The folder of the bundle that a user named.
+    """The folder of a bundle, downloaded if it is not local.
 
-    address: a folder, which is returned as it is; else a model in the tracking store, as
-    `registry.opened` takes it, or a URI such as s3://bucket/bundle. Of these every file that
-    bundle.json names is fetched into scratch/bundle and compared with its hash: that folder is
-    whole or absent, and an older one there is replaced. Raises ConfigError if there is no bundle,
-    DataError if it is torn, of another format, or wants to write elsewhere.
+    Args:
+        address: A local folder, which is returned unchanged; a model in the tracking store (see
+            `registry.opened`); or a URI such as s3://bucket/bundle.
+        config: The tracking store.
+        scratch: A remote bundle is downloaded to scratch/bundle, atomically; an older one there is
+            replaced. Each file is checked against its hash.
+
+    Raises:
+        ConfigError: If there is no bundle.
+        DataError: If it is damaged, of another format, or names files outside its folder.
     """
     if Path(address).is_dir():
         return Path(address)
     if address.startswith(("models:/", "runs:/")):
-        return _fetched(registry.opened(address, config), address, scratch / "bundle")
+        return _download(registry.opened(address, config), address, scratch / "bundle")
     root = path_text.resolve(address)
     if path_text.in_store(root):
-        return _fetched(partial(reading.fetch, root), address, scratch / "bundle")
+        return _download(partial(reading.fetch, root), address, scratch / "bundle")
     return Path(os.fsdecode(path_text.unescape_path(root))) if "://" in address else Path(address)
 
 
-def _fetched(fetch: registry.Fetch, address: str, target: Path) -> Path:
+def _download(fetch: registry.Fetch, address: str, target: Path) -> Path:
     with fileio.draft_folder(target) as folder:
         try:
             fetch("bundle.json", folder / "bundle.json")
         except FileNotFoundError as error:
-            raise bundle_format.no_bundle(address) from error
-        for name, digest in bundle_format.read_content(folder / "bundle.json", address)[
-            "sha256"
-        ].items():
+            raise bundle_format.no_bundle_error(address) from error
+        content = bundle_format.read_bundle_json(folder / "bundle.json", address)
+        for name, digest in content["sha256"].items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             try:
                 fetch(name, folder / name)
             except FileNotFoundError as error:
                 raise DataError(
-                    f"{address} is not whole: {name} is missing.",
+                    f"{address} is incomplete: {name} is missing.",
                     "every file that bundle.json names.",
                     "copy the bundle there again, or train again.",
                 ) from error
-            bundle_format.must_be_file(folder / name, digest, f"{address}/{name}")
+            bundle_format.check_sha256(folder / name, digest, f"{address}/{name}")
     return target

@@ -290,11 +290,10 @@ def bundle_verify(
 
     Example: arrowhead bundle verify out/bundle
     """
-    from arrowhead.bundle import replay
-    from arrowhead.bundle.replay import NO_GOLDEN_IMAGES, must_agree
-    from arrowhead.bundle.resolve import must_be_there
+    from arrowhead.bundle import replay, resolve
+    from arrowhead.bundle.replay import NO_GOLDEN_IMAGES, check_drift
 
-    must_be_there(bundle)
+    resolve.check_exists(bundle)
     with local_bundle(bundle, tracking) as folder:
         drift = replay.verify(folder)
     if output.json:
@@ -308,7 +307,7 @@ def bundle_verify(
             f" {counted(drift.images, 'golden image')} scored again: largest feature drift"
             f" {drift.feature:.1g}, {counted(drift.changed, 'label')} changed"
         )
-    must_agree(drift, max_drift)
+    check_drift(drift, max_drift)
     return 0
 
 
@@ -327,11 +326,11 @@ def register(
 
     Example: arrowhead bundle register out/bundle dogs --alias challenger
     """
+    from arrowhead.bundle import resolve
     from arrowhead.bundle.format import load
-    from arrowhead.bundle.resolve import must_be_there
     from arrowhead.tracking.run import register as register_model
 
-    must_be_there(str(bundle))
+    resolve.check_exists(str(bundle))
     load(bundle)  # raises if it is damaged
     screen = Screen(to_stderr=output.json)
     config = RegistryConfig(register=name, alias=alias)

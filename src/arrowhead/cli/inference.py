@@ -72,7 +72,7 @@ def score(
     from arrowhead.commands import score as commands_score
 
     out = check_folder(out, "scores")
-    resolve.must_be_there(bundle)
+    resolve.check_exists(bundle)
     sources.must_be_there(images)
     with run_context("score", launch, tracking, output) as context:
         result = commands_score.score(bundle, images, out, scores, extract, context, tracking)
@@ -115,7 +115,7 @@ def evaluate(
     from arrowhead.commands import score as commands_score
 
     out = out and check_folder(out, "scores")
-    resolve.must_be_there(bundle)
+    resolve.check_exists(bundle)
     sources.must_be_there(data)
     with run_context("evaluate", launch, tracking, output) as context:
         result = commands_score.evaluate(
@@ -150,8 +150,8 @@ def export(
     from arrowhead.bundle import export as bundle_export
 
     out = expanded(out)
-    check_file(bundle_export.file_of(out, options.format))
-    resolve.must_be_there(bundle)
+    check_file(bundle_export.output_file(out, options.format))
+    resolve.check_exists(bundle)
     with local_bundle(bundle, tracking) as folder:
         result = bundle_export.export(folder, out, options) | {"bundle": bundle}
     screen = Screen(to_stderr=output.json)

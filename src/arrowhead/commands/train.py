@@ -93,7 +93,7 @@ def save(
     golden: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
     """Evaluate a head and save it as a bundle to `out`, as `write_bundle` does; its metrics."""
-    with bundle_format.saving(out, evaluation.previous(out, context)) as folder:
+    with bundle_format.draft(out, evaluation.previous(out, context)) as folder:
         figures = write_bundle(store, config, trained, folder, context, lineage, golden)
         evaluation.say_replaced(out, folder, context)
     if context.run:
@@ -110,7 +110,7 @@ def write_bundle(
     lineage: dict[str, Any] | None = None,
     golden: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
-    """Build the bundle of a trained head, write it into a folder of `bundle.format.saving` with
+    """Build the bundle of a trained head, write it into a folder of `bundle.format.draft` with
     confusion matrices beside it, and report its metrics, which are returned.
     """
     run_id = context.run.run_id if context.run else None
@@ -128,7 +128,7 @@ def write_bundle(
         evaluation.say_no_golden_images(context.screen)
     if config.best != "last":
         context.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
-    report = folder / bundle_format.REPORT
+    report = folder / bundle_format.REPORT_FOLDER
     scoring.show_evaluation(bundle.metrics, bundle.classes, report, context)
     evaluation.say_rare_classes(Catalog(**store.read_catalog()), bundle.metrics, context.screen)
     return bundle.metrics
@@ -200,8 +200,7 @@ def fit_head(
     if context.run:
         context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
         context.run.params({"recipe": store.recipe.to_json()})
-        catalog = Catalog(**store.read_catalog())
-        recording.datasets(context.run, catalog)
+        recording.datasets(context.run, Catalog(**store.read_catalog()))
     # The heads of a grid are children themselves.
     with nullcontext(context) if asked.sweep.grid else run_context.child(context, "train") as part:
         made = learn(path, asked, part, training_of(out))
@@ -211,8 +210,8 @@ def fit_head(
         recording.settings_used(context.run, chosen)
     rate = None if chosen.head == "logistic" else float(chosen.rate)
     result: dict[str, Any] = {"epochs": best.epochs}
-    with bundle_format.saving(out, evaluation.previous(out, context)) as folder:
-        beside = folder / bundle_format.REPORT
+    with bundle_format.draft(out, evaluation.previous(out, context)) as folder:
+        beside = folder / bundle_format.REPORT_FOLDER
         if made.curve:
             with run_context.child(context, "lr-find") as part:
                 reporting_training.show_curve(made.curve, beside, part)
@@ -220,7 +219,9 @@ def fit_head(
             result["grid"] = experiments.show_grid(store, asked, made, beside, context)
         if made.folds:
             found = experiments.show_folds(store, chosen, made.folds, beside, context)
-            result["folds"] = found | {"file": str(out / bundle_format.REPORT / found["file"])}
+            result["folds"] = found | {
+                "file": str(out / bundle_format.REPORT_FOLDER / found["file"])
+            }
         if made.shares:
             experiments.show_shares(made.shares, beside, context)
             result["learning_curve"] = made.shares

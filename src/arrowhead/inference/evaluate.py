@@ -338,9 +338,9 @@ def _join_labels(
             label_NC[row, [class_index[name] for name in names]] = 1
         labels.append(label_NC[ok_N] if bundle.multi else label_NC[ok_N].argmax(1))
         faults += int((~ok_N).sum())
-        if bundle.images:
-            uses.append(bundle.images.use(table["image_id"].to_pylist())[ok_N])
-    use_N = np.concatenate(uses) if bundle.images else None
+        if bundle.known_images:
+            uses.append(bundle.known_images.lookup(table["image_id"].to_pylist())[ok_N])
+    use_N = np.concatenate(uses) if bundle.known_images else None
     return np.concatenate(probabilities), np.concatenate(labels), use_N, faults
 
 

@@ -33,7 +33,7 @@ class Prediction:
 
     Attributes:
         probabilities: float32 (n, C); NaN where there is a fault.
-        labels: bool (n, C), the labels of each image (see `Bundle.given`).
+        labels: bool (n, C), the labels of each image (see `Bundle.predict_labels`).
         faults: n; None for an image without a fault.
     """
 
@@ -63,10 +63,10 @@ class Predictor:
         self._body, self._head = self.bundle.make_body(device), self.bundle.make_head(device)
         threads = len(os.sched_getaffinity(0))
         drift = replay.replay(self.bundle, self._body, self._head, device, threads)
-        replay.must_agree(drift, ScoreConfig().max_drift, do)
+        replay.check_drift(drift, ScoreConfig().max_drift, do)
         if not drift.images:
             warnings.warn(replay.NO_GOLDEN_IMAGES, stacklevel=2)
-        self._decoder = replay.decoder(self.bundle.recipe, device, threads, BATCH_SIZE)
+        self._decoder = replay.clean_decoder(self.bundle.recipe, device, threads, BATCH_SIZE)
         self._lock = threading.Lock()
 
     def __call__(self, images: Sequence[bytes]) -> Prediction:
@@ -77,7 +77,7 @@ class Predictor:
             for start in range(0, len(images), BATCH_SIZE):
                 batch = images[start : start + BATCH_SIZE]
                 pixels = self._decoder(batch, [bytes(16)] * len(batch))
-                features.append(replay.seen(self._body, pixels))
+                features.append(replay.features_of_pixels(self._body, pixels))
                 faults += pixels.faults
             feature_ND = np.concatenate(features)
             for row in np.flatnonzero(~np.isfinite(feature_ND).all(1)):
@@ -86,7 +86,7 @@ class Predictor:
             prob_NC = bundle_format.probabilities(
                 self._head, feature_ND, self.bundle.temperature, multi=self.bundle.multi
             )
-        return Prediction(prob_NC, self.bundle.given(prob_NC), faults)
+        return Prediction(prob_NC, self.bundle.predict_labels(prob_NC), faults)
 
     def close(self) -> None:
         """Stop the decoder's process."""

@@ -47,7 +47,7 @@ def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) 
         bundle = replace(bundle, novelty=bundle.novelty.to(worker.device))
     drift = replay.replay(bundle, body, head, worker.device, worker.threads)
     worker.report({"drift": asdict(drift)})
-    replay.must_agree(drift, config.max_drift)
+    replay.check_drift(drift, config.max_drift)
     metadata = {
         "arrowhead.recipe": bundle.recipe.to_json(),
         "arrowhead.bundle": bundle_format.fingerprint(request.bundle),
@@ -93,7 +93,7 @@ def make_scores(
     k = min(config.top_k, len(bundle.classes))
     novelty_N = novel_N = None
     if bundle.novelty:
-        with bundle_format.one_thread():
+        with bundle_format.single_thread():
             novelty_N = bundle.novelty.distances(chunk.features[:, 0])
         if config.flag_novel:
             novel_N = novelty_N > bundle.novelty.threshold(config.false_alarms)
@@ -105,7 +105,7 @@ def make_scores(
         top_index=np.argsort(-prob_NC, axis=1, kind="stable")[:, :k],
         probability=prob_NC,
         all_probabilities=config.probabilities,
-        labels=bundle.given(prob_NC) if bundle.multi else None,
+        labels=bundle.predict_labels(prob_NC) if bundle.multi else None,
         novelty=novelty_N,
         novel=novel_N,
         feature=chunk.features[:, 0] if config.features else None,

@@ -116,8 +116,8 @@ def summarize(request: ScoreRequest, bundle: Bundle) -> ScoreSummary:
         summary.faults.update(kind for _, kind in faults)
         missing_paths = MAX_UNREADABLE_PATHS - len(summary.unreadable)
         summary.unreadable += [path for path, _ in faults][:missing_paths]
-        if bundle.images:
-            use_N = bundle.images.use(columns["image_id"])
+        if bundle.known_images:
+            use_N = bundle.known_images.lookup(columns["image_id"])
             uses.update(use_N[[fault is None for fault in columns["fault"]]].tolist())
         if bundle.multi:
             summary.labels.update(label for labels in columns["labels"] for label in labels or ())
@@ -130,7 +130,7 @@ def summarize(request: ScoreRequest, bundle: Bundle) -> ScoreSummary:
         if summary.novel is not None:
             summary.novel += sum(map(bool, columns["novel"]))
     summary.folders = folders.result() if not bundle.multi else None
-    if bundle.images:
+    if bundle.known_images:
         summary.trained, summary.validated = uses[TRAINED], uses[VALIDATED]
     return summary
 
