@@ -1,22 +1,22 @@
-# Everything runs inside .venv, which the first target to need it makes:
-# Python, git and make are all that must be there. `make` alone lists the targets.
+# All targets use .venv, which is created when it is first needed. Only Python, git and make must be
+# installed. `make` alone lists the targets.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# Where it is set, as in many container images, every process compiles torch, Ray and MLflow anew:
-# seconds each, and the tests start hundreds of processes.
+# With this variable, which many container images set, every process compiles torch, Ray and MLflow
+# again. That takes seconds, and the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow chaos lint docs audit bench lock clean
 
-help:  ## this list
+help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(READY)  ## make .venv: the locked packages, then Arrowhead itself, editable
+setup: $(READY)  ## create .venv with the locked packages and Arrowhead, editable
 
-# The lock holds a hash for every package; uv refuses one that differs.
+# The lock has a hash for every package; uv refuses a package with another hash.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
@@ -24,48 +24,48 @@ $(READY): requirements.lock pyproject.toml
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps --editable .
 	touch $(READY)
 
-demo: $(READY)  ## the main job on images made here: fit, score, the next commands
+demo: $(READY)  ## draw images, train on them, score a folder, show the next commands
 	$(BIN)/arrowhead demo
 
-# Two at a time, a file staying with one of them: its tests share folders, some in their order. The
-# files come in the order that tests/conftest.py gives them. Not in addopts: a single file is quicker
-# without workers.
-test: $(READY)  ## what one waits for: every promise that one machine keeps (needs no GPU)
+# Two processes. All tests of a file run in one process and in their order, because they share folders.
+# tests/conftest.py sets the order of the files. This is not in addopts, because a single file is
+# faster without worker processes.
+test: $(READY)  ## run the tests that need one machine and no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY)  ## clusters, several hosts, spot machines, kills, services, installations
+test-slow: $(READY)  ## test clusters, several hosts, spot machines, kills, services, installations
 	$(BIN)/python -m pytest -m 'slow and not chaos' -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(READY)  ## kills and flipped bits at moments and places drawn at random (an hour)
+chaos: $(READY)  ## test kills and flipped bits at random moments and places (an hour)
 	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_flips.py
 
-lint: $(READY)  ## ruff and mypy, as in pre-commit
+lint: $(READY)  ## run ruff and mypy, as in pre-commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A link that leads nowhere fails the build. Only the reference is written anew: its pages are not in git.
-docs: $(READY)  ## the documentation site, in build/site (open index.html)
+# A broken link fails the build. The generated reference pages are not in git.
+docs: $(READY)  ## build the documentation site in build/site (open index.html)
 	$(BIN)/python docs/make_reference.py
 	NO_COLOR=1 $(BIN)/zensical build --strict --clean
 
-# In an environment of its own, as below. It says 3 where it could ask nobody.
-audit:  ## known vulnerabilities of what the locks hold
+# In a separate environment, as for `lock`. The exit code is 3 if no advisory database could be reached.
+audit:  ## look up known vulnerabilities of the locked packages
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet "pip-audit==2.10.1"
-	rm -f .venv-audit/found.json
+	rm -f .venv-audit/report.json
 	-.venv-audit/bin/pip-audit --disable-pip --require-hashes --progress-spinner off --format json \
-		--output .venv-audit/found.json -r requirements.lock -r deploy/mlflow.lock >/dev/null 2>&1
-	.venv-audit/bin/python .ci/audit.py .venv-audit/found.json
+		--output .venv-audit/report.json -r requirements.lock -r deploy/mlflow.lock >/dev/null 2>&1
+	.venv-audit/bin/python .ci/audit.py .venv-audit/report.json
 
-bench: $(READY)  ## extraction against the plain torchvision loop, in one run
+bench: $(READY)  ## compare extraction with a plain torchvision loop, in one run
 	$(BIN)/python bench/extract.py
 
 COMPILE := .venv-lock/bin/uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --quiet
 
-# In an environment of its own: the lock must not depend on what happens to be installed.
-lock:  ## compile requirements.lock, and from it what images hold (hashes, no index addresses)
+# In a separate environment, because the lock must not depend on installed packages.
+lock:  ## compile requirements.lock and the locks of the images (hashes, no index addresses)
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "uv==0.13.9"
 	$(COMPILE) pyproject.toml --all-extras --output-file requirements.lock
@@ -75,5 +75,5 @@ lock:  ## compile requirements.lock, and from it what images hold (hashes, no in
 	$(COMPILE) --constraint requirements.lock deploy/build.in --output-file deploy/build.lock
 	rm -rf .venv-lock
 
-clean:  ## remove what the targets made (the environment too)
+clean:  ## remove everything that the targets made, including the environment
 	rm -rf .venv .venv-audit demo out build dist .cache docs/reference/cli.md docs/reference/python.md .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""What pip-audit found in the locks, on some lines: `audit.py FOUND.json`.
+"""Print what pip-audit reports about the locks: `audit.py REPORT.json`.
 
-pip-audit passes over what its advisory database does not know, or does not answer for, and calls
-that success. Here an audit of nothing is none.
+pip-audit skips packages that its advisory database does not know, and reports success if the
+database does not answer. This script reports failure if no package was audited.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 
 
 def main(path: Path) -> int:
-    """0: no advisory is known; 1: some are; 3: the database could not be asked."""
-    held = json.loads(path.read_text()) if path.is_file() else {"dependencies": []}
-    asked = [one for one in held["dependencies"] if "vulns" in one]
-    for one in asked:
-        for known in one["vulns"]:
-            mended = ", ".join(known["fix_versions"]) or "no version yet"
-            names = " ".join([known["id"], *known.get("aliases", [])])
-            print(f"{one['name']} {one['version']}: {names}; mended in {mended}")
-    if not asked:
+    """0: no advisory is known; 1: some are; 3: the database could not be reached."""
+    report = json.loads(path.read_text()) if path.is_file() else {"dependencies": []}
+    audited = [package for package in report["dependencies"] if "vulns" in package]
+    for package in audited:
+        for advisory in package["vulns"]:
+            fixed = ", ".join(advisory["fix_versions"]) or "no version yet"
+            names = " ".join([advisory["id"], *advisory.get("aliases", [])])
+            print(f"{package['name']} {package['version']}: {names}; fixed in {fixed}")
+    if not audited:
         print("No advisory database answered: nothing was audited.")
         return 3
-    affected = sum(bool(one["vulns"]) for one in asked)
-    print(f"{len(asked)} packages audited, {affected} with known vulnerabilities")
+    affected = sum(bool(package["vulns"]) for package in audited)
+    print(f"{len(audited)} packages audited, {affected} with known vulnerabilities")
     return 1 if affected else 0
 
 

@@ -1,10 +1,13 @@
 #!/bin/sh
-# MLflow's server with logins, its secrets from files.
+# The MLflow server with logins; its secrets come from files.
 #
-# SECRETS (default /run/secrets) holds files postgres, admin, session, s3-id and s3-key. DATABASE is
-# host[:port] of PostgreSQL, with the databases mlflow and logins of a user mlflow. BUCKET is where
-# artefacts go (s3://…), MLFLOW_S3_ENDPOINT_URL the store that has it, HOSTS what clients call us.
-# They go to MLflow through its environment and a file of mode 0600: its words are for all to read.
+# SECRETS (default /run/secrets): the folder of the files postgres, admin, session, s3-id and s3-key.
+# DATABASE: host[:port] of PostgreSQL, with the databases mlflow and logins of a user mlflow.
+# BUCKET: where artifacts go (s3://…). MLFLOW_S3_ENDPOINT_URL: the object store that has it.
+# HOSTS: the host names that clients use.
+#
+# Secrets reach MLflow through its environment and a file of mode 0600, because every user of the
+# machine can read the arguments of a process.
 set -eu
 umask 077
 secret() { cat "${SECRETS:-/run/secrets}/$1"; }

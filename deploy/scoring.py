@@ -1,12 +1,13 @@
-"""A bundle as a Ray Serve application: what deploy/kubernetes/ray-service.yaml runs.
+"""A bundle as a Ray Serve application, which deploy/kubernetes/ray-service.yaml runs.
 
     serve run deploy.scoring:build bundle=models:/dogs/1
 
-bundle        a folder that replicas see; or an address in MLflow or a store, which each fetches
-max_bytes     of an image (default 20,000,000)
+bundle        a folder that all replicas can read, or an address (MLflow, object store) that each
+              replica downloads
+max_bytes     the largest image (default 20,000,000)
 
-The routes are those of examples/serve.py, in front of the same `Predictor`. A replica replays the
-golden images before it answers; one whose machine sees them differently never becomes ready.
+The routes are those of examples/serve.py, with the same `Predictor`. A replica checks the golden
+images before it answers; it never becomes ready if its machine gives different results.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from arrowhead.tracking.client import TrackingConfig
 from examples.serve import serve as routes
 
 
-def build(asked: dict[str, Any]) -> serve.Application:
-    """Ray Serve calls this with the `args` of the application."""
+def build(args: dict[str, Any]) -> serve.Application:
+    """Build the application; Ray Serve calls this with the application's `args`."""
 
-    def ready() -> Any:
-        # On the replica: neither a network of torch nor a decoder's process can travel.
+    def make_routes() -> Any:
+        # Runs on the replica, because neither a torch module nor a decoder process can be sent.
         with tempfile.TemporaryDirectory(prefix="arrowhead-bundle-") as scratch:
             predictor = Predictor(
-                bundle_folder(str(asked["bundle"]), TrackingConfig(), Path(scratch))
+                bundle_folder(str(args["bundle"]), TrackingConfig(), Path(scratch))
             )
-        return routes(predictor, int(asked.get("max_bytes", 20_000_000)))
+        return routes(predictor, int(args.get("max_bytes", 20_000_000)))
 
-    made: serve.Application = serve.deployment(name="scorer")(serve.ingress(ready)()).bind()
-    return made
+    scorer: serve.Application = serve.deployment(name="scorer")(serve.ingress(make_routes)()).bind()
+    return scorer

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The pictures in docs/pictures, from images that `arrowhead demo` draws: three minutes on two cores.
-# Without ImageNet weights (no network) the body is random and the accuracy lower; both are said.
+# Make the pictures in docs/pictures from images that `arrowhead demo` draws: three minutes on two cores.
+# Without ImageNet weights (no network) the body is random and the accuracy lower; the output says so.
 set -euo pipefail
 pictures=$(cd "$(dirname "$0")" && pwd)/pictures
 work=$(mktemp -d)

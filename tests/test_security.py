@@ -562,7 +562,7 @@ def test_a_config_with_yaml_tags_is_refused(words, made, canary, ends, tmp_path)
                 {"name": "b", "skip_reason": "not found"},
             ],
             1,
-            "a 1: CVE-1; mended in 2",
+            "a 1: CVE-1; fixed in 2",
         ),
     ],
     ids=["clean", "unknown", "empty", "vulnerable"],

@@ -175,7 +175,7 @@ def test_a_form_that_holds_no_one_image_says_so(port: int, path: Path) -> None:
     for sent, said in (
         (form(('name="file"', photo)), "0 files"),
         (form(file, file), "2 files"),
-        ({**whole, "body": whole["body"][:-60]}, "breaks off"),
+        ({**whole, "body": whole["body"][:-60]}, "incomplete"),
         ({**whole, "headers": {"Content-Type": "multipart/form-data"}}, "no boundary"),
     ):
         status, told = ask(port, "POST", "/predict", **sent)

@@ -501,7 +501,7 @@ def post(host: str, port: int, path: str, token: str | None) -> int:
 
 @pytest.mark.slow
 def test_it_is_up_once_and_says_so(local):
-    assert "it is up already" in local.script("up", "1")
+    assert "it is already up" in local.script("up", "1")
     assert "Active:" in local.script("status")
     taken = local.env | {"XDG_STATE_HOME": str(local.home / "other")}
     said = Local(local.home, local.port, taken).script("up", "1", code=2)
