@@ -1,17 +1,17 @@
-"""Images per second through the guarded decoder and through a bare DALI pipeline, in one run.
+"""Compare the images per second of the guarded decoder and a bare DALI pipeline, in one run.
 
     python bench/decode.py [--data FOLDER] [--images N] [--rounds R] [--threads T] [--size S]
 
-Three ways take turns, round by round, so that a busy machine slows all of them:
+Three alternatives run in turns, round by round, so that a busy machine slows all of them:
 
     bare            one DALI pipeline in this process: fn.decoders.image, the same resize. It has
-                    no header check, no process of its own, and dies of the first bad file
-    guarded         guard.GuardedDecoder.stream on the same files, all good
-    1 % bad         the same with every 100th file cut short
+                    no header check and no child process, and stops at the first bad file
+    guarded         GuardedDecoder.stream on the same files, all good
+    1 % bad         the same with every 100th file truncated
 
-Each way gets the same bytes in memory, batches of 32, and gives NumPy arrays of its own. Medians
-and ratios are printed and written to bench/results/, of the rates and of the seconds of processor
-time, which a busy machine disturbs less. Without --data, images are drawn.
+All get the same bytes in memory, in batches of 32, and return new NumPy arrays. Medians and ratios
+of the rates and of processor time, which a busy machine disturbs less, are printed and written to
+bench/results/. Without --data, images are drawn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """Files' bytes and their names, as the guarded decoder takes them."""
+    """The bytes and ids of files, as the guarded decoder takes them."""
 
     encoded: Sequence[bytes]
     image_ids: Sequence[bytes]
@@ -60,21 +60,21 @@ def batches(files: Sequence[bytes]) -> list[Batch]:
 
 
 def bare(all_batches: Sequence[Batch], config: PixelConfig, threads: int) -> Callable[[], int]:
-    """What decodes and resizes these batches by DALI alone, and counts the images.
+    """A function that decodes and resizes these batches with DALI alone and counts the images.
 
-    The regions that are resized come from the headers, as in the guarded decoder; they are read
-    beforehand, so that this way does nothing but decode and resize.
+    The crops come from the headers, as in the guarded decoder. They are computed here, so that the
+    function only decodes and resizes.
     """
-    fed = []
+    inputs = []
     for batch in all_batches:
         arrays = [np.frombuffer(data, np.uint8) for data in batch.encoded]
         regions = [frame(config, header(data, config)) for data in batch.encoded]
-        fed.append((arrays, *map(list, zip(*regions, strict=True))))
+        inputs.append((arrays, *map(list, zip(*regions, strict=True))))
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2)
     def plain() -> Any:
         kinds = {"dtype": [types.UINT8, types.FLOAT, types.FLOAT], "ndim": [1, 1, 1]}
-        encoded, start, end = fn.external_source(fed, num_outputs=3, cycle="raise", **kinds)
+        encoded, start, end = fn.external_source(inputs, num_outputs=3, cycle="raise", **kinds)
         exact = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
         image = fn.decoders.image(encoded, device="cpu", **exact)
         smooth = {"interp_type": types.INTERP_LINEAR, "antialias": True}
@@ -88,8 +88,8 @@ def bare(all_batches: Sequence[Batch], config: PixelConfig, threads: int) -> Cal
         count = 0
         try:
             while True:
-                (made,) = pipeline.run()
-                count += len(made.as_array().copy())
+                (pixels,) = pipeline.run()
+                count += len(pixels.as_array().copy())
         except StopIteration:
             pipeline.reset()
         return count
@@ -97,32 +97,32 @@ def bare(all_batches: Sequence[Batch], config: PixelConfig, threads: int) -> Cal
     return run
 
 
-def ratios(taken: dict[str, list[float]]) -> dict[str, float]:
-    """The median, over the rounds, of how much less each way took than bare."""
+def shares_of_bare(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The rate of each alternative as a share of the bare one's: the median over rounds."""
     return {
-        name: statistics.median(b / t for b, t in zip(taken["bare"], own, strict=True))
-        for name, own in taken.items()
+        name: statistics.median(b / s for b, s in zip(seconds["bare"], own, strict=True))
+        for name, own in seconds.items()
     }
 
 
-def busy(process: int | None) -> float:
-    """Seconds of processor time that we and another process have had."""
-    theirs = 0.0
-    if process:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        theirs = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return process_time() + theirs
+def processor_seconds(child: int | None) -> float:
+    """Processor time of this process and a child process so far."""
+    child_seconds = 0.0
+    if child:
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        child_seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return process_time() + child_seconds
 
 
 def main() -> None:
     """Measure, print, write."""
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    asked.add_argument("--data", type=Path, help="folder of JPEGs, at any depth")
-    asked.add_argument("--images", type=int, default=1024)
-    asked.add_argument("--rounds", type=int, default=7)
-    asked.add_argument("--threads", type=int, default=CORES)
-    asked.add_argument("--size", type=int, default=224)
-    args = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of JPEGs, at any depth")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=CORES)
+    parser.add_argument("--size", type=int, default=224)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.data is None:
             demo.draw(Path(scratch), per_class=100)
@@ -130,39 +130,39 @@ def main() -> None:
         files = [path.read_bytes() for path in islice(cycle(paths), args.images)]
     config = PixelConfig(size=args.size)
     good = batches(files)
-    cut = [data[: len(data) // 2] if n % 100 == 50 else data for n, data in enumerate(files)]
-    bad = batches(cut)
-    plain = bare(good, config, args.threads)
+    truncated = [data[: len(data) // 2] if n % 100 == 50 else data for n, data in enumerate(files)]
+    bad = batches(truncated)
+    run_bare = bare(good, config, args.threads)
 
     times: dict[str, list[float]] = {"bare": [], "guarded": [], "1 % bad": []}
     with GuardedDecoder(config, batch_size=BATCH, threads=args.threads) as guarded:
 
-        def ours(all_batches: Sequence[Batch], faults: int) -> None:
-            made = [
+        def decode_guarded(all_batches: Sequence[Batch], faults: int) -> None:
+            counts = [
                 (len(b.encoded), sum(map(bool, p.faults))) for b, p in guarded.stream(all_batches)
             ]
-            assert np.sum(made, axis=0).tolist() == [len(files), faults]
+            assert np.sum(counts, axis=0).tolist() == [len(files), faults]
 
-        def theirs() -> None:
-            assert plain() == len(files)
+        def decode_bare() -> None:
+            assert run_bare() == len(files)
 
-        ways: dict[str, Callable[[], None]] = {
-            "bare": theirs,
-            "guarded": lambda: ours(good, 0),
-            "1 % bad": lambda: ours(bad, len(range(50, len(files), 100))),
+        alternatives: dict[str, Callable[[], None]] = {
+            "bare": decode_bare,
+            "guarded": lambda: decode_guarded(good, 0),
+            "1 % bad": lambda: decode_guarded(bad, len(range(50, len(files), 100))),
         }
-        work: dict[str, list[float]] = {name: [] for name in ways}
+        work: dict[str, list[float]] = {name: [] for name in alternatives}
         for number in range(args.rounds + 1):
-            for name, way in ways.items():
+            for name, decode in alternatives.items():
                 child = guarded._child.pid if guarded._child else None
-                had, began = busy(child), perf_counter()
-                way()
-                if number:  # the first round warms up
-                    times[name].append(perf_counter() - began)
-                    work[name].append(busy(child) - had)
+                work_before, start = processor_seconds(child), perf_counter()
+                decode()
+                if number:  # the first round is a warm-up
+                    times[name].append(perf_counter() - start)
+                    work[name].append(processor_seconds(child) - work_before)
         assert guarded.deaths == 0
-    rates = {name: len(files) / statistics.median(taken) for name, taken in times.items()}
-    share, work_share = ratios(times), ratios(work)
+    rates = {name: len(files) / statistics.median(seconds) for name, seconds in times.items()}
+    share, work_share = shares_of_bare(times), shares_of_bare(work)
     for name, rate in rates.items():
         each = statistics.median(work[name]) / len(files) * 1000
         print(

@@ -1,15 +1,15 @@
-"""Images per second through Arrowhead's pump and through the plain torchvision loop, in one run.
+"""Compare the images per second of Arrowhead's extraction and a plain torchvision loop, in one run.
 
     python bench/extract.py [--data FOLDER] [--images N] [--rounds R] [--body NAME]
 
-Three ways take turns, round by round, so that a busy machine slows all of them:
+Three alternatives run in turns, round by round, so that a busy machine slows all of them:
 
     plain           ImageFolder, DataLoader (one worker process per core), eager network
-    channels-last   the same with the network and its batches in channels-last order
+    channels-last   the same with network and batches in channels-last memory format
     arrowhead       read, DALI, folded batch norms, channels-last, features to float16
 
-Weights are random: speed does not depend on them. Medians and ratios are printed and written to
-bench/results/. Without --data, images are drawn.
+Weights are random, because the speed does not depend on them. Medians and ratios are printed and
+written to bench/results/. Without --data, images are drawn.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from torchvision import datasets, models, transforms
 from arrowhead import demo
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data import sources
-from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.features import backbone, extract
 from arrowhead.features.backbone import Body, BodyConfig
@@ -44,66 +43,55 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def loader(folder: Path, images: int) -> DataLoader[Any]:
-    """torchvision's ordinary loader, its worker processes up and running.
+    """torchvision's usual data loader, with its worker processes started.
 
-    They are forked here, before any other library has threads: a later fork may hang for ever.
+    They are forked here, before any other library has threads: a later fork may hang.
     """
-    clean = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
-    norm = transforms.Normalize(backbone.IMAGENET_MEAN, backbone.IMAGENET_STD)
-    data = datasets.ImageFolder(folder, transforms.Compose([*clean, norm]))
+    steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
+    steps.append(transforms.Normalize(backbone.IMAGENET_MEAN, backbone.IMAGENET_STD))
+    data = datasets.ImageFolder(folder, transforms.Compose(steps))
     data.samples = data.samples[:images]
-    ready = DataLoader(data, batch_size=32, num_workers=CORES, persistent_workers=True)
-    for _ in ready:
+    batches = DataLoader(data, batch_size=32, num_workers=CORES, persistent_workers=True)
+    for _ in batches:
         pass
-    return ready
+    return batches
 
 
 def plain(batches: DataLoader[Any], body: str, memory_format: torch.memory_format) -> float:
-    """Seconds for one pass of torchvision's own loop."""
+    """Seconds for one pass of the torchvision loop."""
     net = models.get_model(body, weights=None).eval().to(memory_format=memory_format)
-    began = perf_counter()
+    start = perf_counter()
     with torch.inference_mode():
         for batch, _ in batches:
             net(batch.to(memory_format=memory_format))
-    return perf_counter() - began
+    return perf_counter() - start
 
 
 def pump(folder: Path, body: str, images: int) -> tuple[float, dict[str, float]]:
-    """Seconds for as many images through Arrowhead, and its stages' busy seconds."""
+    """Seconds of Arrowhead for this many images, and the busy seconds of its stages."""
     weights = backbone.load(BodyConfig(body=body, weights="random"))
     net = Body(body, weights.state, pool="avg", mean=weights.mean, std=weights.std)
     recipe = extract.make_recipe(PixelConfig(), BodyConfig(body=body), weights, net.width)
-    catalog = first(sources.labelled(folder), images)
-    chunks = list(enumerate(data_chunks.chunks(catalog.paths, 256)))
+    catalog = sources.labelled(folder).part(range(images))
+    runs = data_chunks.chunks(catalog.paths, 256)
+    chunks = [(number, catalog.part(rows)) for number, rows in enumerate(runs)]
     worker = Worker(0, 1, "cpu", CORES, lambda: None, lambda report: None)
-    with FeaturePipeline(worker, net, recipe, PixelConfig(), ExtractConfig()) as through:
-        began = perf_counter()
-        rows = sum(len(chunk.paths) for chunk in through(catalog, chunks, FeatureCache()))
-        seconds = perf_counter() - began
+    with FeaturePipeline(worker, net, recipe, PixelConfig(), ExtractConfig()) as extraction:
+        start = perf_counter()
+        rows = sum(len(chunk.paths) for chunk in extraction(chunks, FeatureCache()))
+        seconds = perf_counter() - start
         assert rows == images
-        return seconds, through.timer.take() | {"workers": seconds}
-
-
-def first(catalog: Catalog, images: int) -> Catalog:
-    """The first rows of a catalog."""
-    return Catalog(
-        root=catalog.root,
-        paths=catalog.paths[:images],
-        sizes=catalog.sizes[:images],
-        stamps=catalog.stamps[:images],
-        labels=catalog.labels[:images],
-        splits=catalog.splits[:images],
-    )
+        return seconds, extraction.timer.take() | {"workers": seconds}
 
 
 def main() -> None:
-    """Measure, print, write."""
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    asked.add_argument("--data", type=Path, help="folder with one folder per class")
-    asked.add_argument("--images", type=int, default=256)
-    asked.add_argument("--rounds", type=int, default=3)
-    asked.add_argument("--body", default="resnet34")
-    args = asked.parse_args()
+    """Measure, print the rates and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with one folder per class")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--body", default="resnet34")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.data is None:
             demo.draw(Path(scratch), per_class=-(-args.images // 2))

@@ -1,23 +1,23 @@
-"""A CUDA machine in one command: its ceilings, the pump's own rate beside them, correctness.
+"""Measure a CUDA machine in one command: its limits, Arrowhead's rate, correctness.
 
     python bench/gpu.py [--data FOLDER] [--images N] [--body resnet34] [--weights FILE|random]
                         [--size 224] [--out DIR] [--seconds 450] [--cpu]
 
-    machine      what is there, and whether it has a hardware JPEG engine
-    decode       JPEGs alone: nvImageCodec and DALI, by share of the hardware engine and by threads
-    forward      the body alone: as Arrowhead builds it, and torchvision's own, compiled
-    copies       pixels to the device, features back
-    pipeline     files on disk to features in memory, and where the time goes
-    correctness  features and pixels of the GPU back end against the CPU's
-    hostile      files that are no photos among photos, in batches of 64
+    machine      versions, the GPU, and whether it has a hardware JPEG engine
+    decode       only decoding: nvImageCodec and DALI, by load of the hardware engine and by threads
+    forward      only the body: as Arrowhead builds it, and torchvision's network, compiled
+    copies       only copies: pixels to the device, features back
+    pipeline     files on disk to features in memory, and the time of each stage
+    correctness  features and pixels of the GPU back end compared with the CPU's
+    hostile      broken files among photos, in batches of 64
 
-It needs no network and imports neither Ray nor MLflow. Each section is a process of its own: one
-that fails, dies or runs out of time is reported and the next one goes on. Rows appear in
-bench/results/gpu_<gpu>_<date>.json and .md. Exit code 1: something failed or missed its mark.
+It needs no network and imports neither Ray nor MLflow. Each section runs in its own process: if one
+fails, crashes or runs out of time, it is reported and the next one starts. Results are written to
+bench/results/gpu_<gpu>_<date>.json and .md. Exit code 1: something failed or missed its target.
 
-Without a CUDA device, or with --cpu, the same sections run on the CPU at small counts, in one
-process: that tests this program and measures nothing. Every line then says so, and results are
-kept only with --out.
+Without a CUDA device, or with --cpu, the same sections run on the CPU with few images, in one
+process. That tests this program but measures nothing. Every line then says so, and results are
+written only with --out.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "src"))  # this checkout is measured, whatever is installed
+sys.path.insert(0, str(REPO / "src"))  # measure this checkout, not an installed package
 
-MARK = 0.999  # cosine that features of two back ends must reach
-HINTS = (0.0, 0.5, 0.75, 1.0)
+MIN_COSINE = 0.999  # between the features of two back ends
+LOAD_HINTS = (0.0, 0.5, 0.75, 1.0)
 LEFT_OUT = {
-    "Ray": "the pump is measured in one process; starting workers is no matter of the GPU",
-    "MLflow": "nothing is recorded but the two files; a bare CUDA machine need not have it",
-    "shards": "features stay in memory: the disk of a borrowed machine says nothing",
-    "head training": "features are in memory and steps are small; the CPU figures tell enough",
+    "Ray": "extraction is measured in one process; starting workers does not depend on the GPU",
+    "MLflow": "only the two files are written; a bare CUDA machine may not have MLflow",
+    "shards": "features stay in memory: the disk of a borrowed machine is not typical",
+    "head training": "features are in memory and steps are small; the CPU figures are sufficient",
 }
-# Seconds a section may take; in the order in which they run, what matters most first.
-LIMITS = {
+# Seconds that a section may take, in the order in which the sections run: most important first.
+LIMIT_SECONDS = {
     "machine": 90,
     "correctness": 120,
     "hostile": 150,
@@ -74,9 +74,9 @@ REPORTED = ("machine", "decode", "forward", "copies", "pipeline", "correctness",
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every section is told.
+    """The settings of every section.
 
-    gpu: whether there is one and it is to be used; engine: whether it has one for JPEGs.
+    gpu: whether to use a GPU; engine: whether the GPU has a hardware JPEG engine.
     """
 
     data: str
@@ -94,17 +94,17 @@ class Settings:
         return min(16, self.cores)
 
 
-# --------------------------------------------------------------------- what a section writes
+# ------------------------------------------------------------------ the results of a section
 
 
 class Sheet:
-    """The rows of one section, each on the disk as soon as it is known."""
+    """The results of one section, each written to disk at once."""
 
     def __init__(self, section: str, settings: Settings, file: Path) -> None:
         self.section, self.settings, self._file = section, settings, file
 
     def fact(self, **facts: Any) -> None:
-        """Something about the machine."""
+        """Record a fact about the machine."""
         self._write({"facts": facts})
 
     def row(
@@ -118,9 +118,11 @@ class Sheet:
         passed: bool | None = None,
         ceiling: str = "",
     ) -> None:
-        """One line. ceiling: the limit that it is a measure of, or "pipeline" for what is limited.
+        """Record one row of the table.
 
-        passed: whether a mark was reached, None where there is none.
+        Args:
+            ceiling: The limit that the row measures, or "pipeline" for Arrowhead's own rate.
+            passed: Whether a target was reached; None without a target.
         """
         if on == "GPU" and not self.settings.gpu:
             value, note, passed = None, "needs a GPU", None
@@ -130,21 +132,21 @@ class Sheet:
     def measure(
         self, what: str, unit: str, work: Callable[[], Any], *, on: str, ceiling: str = ""
     ) -> None:
-        """The row of a number (or of a number and a note) that `work` finds."""
+        """Record a row with the number (or number and note) that `work` returns."""
         if on == "GPU" and not self.settings.gpu:
             self.row(what, None, unit, on=on)
             return
         say(f"  {what}")
         try:
-            found = work()
+            result = work()
         except Exception as error:
             self.fail(what, error, on=on)
             return
-        value, note = found if isinstance(found, tuple) else (found, "")
+        value, note = result if isinstance(result, tuple) else (result, "")
         self.row(what, value, unit, on=on, note=note, ceiling=ceiling)
 
     def fail(self, what: str, error: Exception, *, on: str = "") -> None:
-        """Something went wrong and the rest goes on."""
+        """Record a failure; the rest of the section continues."""
         words = traceback.format_exception_only(error)[-1].strip()[:300]
         print(traceback.format_exc(), file=sys.stderr)
         self._write({"failure": {"section": self.section, "what": what, "error": words}})
@@ -152,7 +154,7 @@ class Sheet:
             self.row(what, None, on=on, note=f"failed: {words}")
 
     def ended(self, seconds: float) -> None:
-        """The section is over; what it should not have imported, if it did."""
+        """Record the end of the section, and whether it imported Ray or MLflow."""
         imported = sorted({"ray", "mlflow"} & sys.modules.keys())
         ended = {"section": self.section, "seconds": round(seconds, 1), "imported": imported}
         self._write({"ended": ended})
@@ -163,25 +165,25 @@ class Sheet:
 
 
 def say(words: str) -> None:
-    """Progress, for whoever waits."""
+    """Print progress."""
     print(words, file=sys.stderr, flush=True)
 
 
 def rate(step: Callable[[], int], settings: Settings, seconds: float = 2.0) -> float:
-    """Things per second. A step does some and says how many; the first two are not timed."""
-    wait = synchronised if settings.gpu else (lambda: None)
+    """Items per second. A step returns how many items it did; the first two are a warm-up."""
+    wait = synchronize if settings.gpu else (lambda: None)
     for _ in range(2):
         step()
     wait()
-    began, done = perf_counter(), 0
-    while (spent := perf_counter() - began) < (seconds if settings.gpu else 0.3):
+    start, done = perf_counter(), 0
+    while (elapsed := perf_counter() - start) < (seconds if settings.gpu else 0.3):
         done += step()
         wait()
-    return done / spent
+    return done / elapsed
 
 
-def synchronised() -> None:
-    """Wait until the GPU has done everything it was given."""
+def synchronize() -> None:
+    """Wait until the GPU has finished all its work."""
     import torch
 
     torch.cuda.synchronize()
@@ -191,7 +193,7 @@ def synchronised() -> None:
 
 
 def jpegs(settings: Settings, count: int) -> list[bytes]:
-    """Different JPEGs of the folder, in the order of their names; at most `count`."""
+    """The first `count` JPEGs of the folder, in the order of their names."""
     files = sorted(Path(settings.data).rglob("*.jp*g"))[:count]
     if not files:
         raise FileNotFoundError(f"no .jpg below {settings.data}")
@@ -199,7 +201,7 @@ def jpegs(settings: Settings, count: int) -> list[bytes]:
 
 
 def repeated(catalog: Any, images: int) -> Any:
-    """A catalog of as many rows, the same files over and over: the page cache serves them."""
+    """A catalog of this many rows that repeats the same files, so that the page cache has them."""
     rows = np.arange(images) % len(catalog)
     columns: dict[str, Any] = {}
     for field in dataclasses.fields(catalog):
@@ -211,16 +213,16 @@ def repeated(catalog: Any, images: int) -> Any:
     return dataclasses.replace(catalog, **columns)
 
 
-def names(count: int) -> list[bytes]:
-    """Image ids, for decoding that keeps none."""
+def image_ids(count: int) -> list[bytes]:
+    """Placeholder image ids, for decoding without a store."""
     return [number.to_bytes(16, "little") for number in range(count)]
 
 
-def pools(settings: Settings, batch: int, count: int) -> Any:
-    """Batches of as many JPEGs, round and round."""
+def endless_batches(settings: Settings, batch: int, count: int) -> Any:
+    """Batches of the first `count` JPEGs, repeated without end."""
     photos = jpegs(settings, count)
-    stock = list(itertools.islice(itertools.cycle(photos), -(-len(photos) // batch) * batch))
-    return itertools.cycle([stock[at : at + batch] for at in range(0, len(stock), batch)])
+    files = list(itertools.islice(itertools.cycle(photos), -(-len(photos) // batch) * batch))
+    return itertools.cycle([files[at : at + batch] for at in range(0, len(files), batch)])
 
 
 # ------------------------------------------------------------------------------- sections
@@ -231,7 +233,7 @@ def machine(sheet: Sheet) -> None:
     from nvidia import dali, nvimgcodec
 
     gpu, about = sheet.settings.gpu, None
-    if gpu:  # not asked otherwise: importing torch takes its time
+    if gpu:  # importing torch is slow
         import torch
 
         gpu = torch.cuda.is_available()
@@ -255,29 +257,29 @@ def machine(sheet: Sheet) -> None:
     sheet.row("memory", about and round(about.total_memory / 2**30, 1), "GiB", on="GPU")
     sheet.measure("driver", "", driver, on="GPU")
 
-    def found() -> tuple[str, str]:
-        state, words = engine(sheet.settings)
+    def probe_engine() -> tuple[str, str]:
+        state, message = engine(sheet.settings)
         sheet.fact(engine=state == "present")
-        return state, words
+        return state, message
 
-    sheet.measure("hardware JPEG engine", "", found, on="GPU")
+    sheet.measure("hardware JPEG engine", "", probe_engine, on="GPU")
 
 
 def driver() -> str:
     """The NVIDIA driver's version."""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def engine(settings: Settings) -> tuple[str, str]:
-    """present, or absent; and what nvImageCodec says of it when asked to be talkative."""
+    """present or absent, and the verbose message of nvImageCodec about it."""
     program = (
         "import sys; from nvidia import nvimgcodec as nv\n"
         "decoder = nv.Decoder(device_id=0, backends=[nv.Backend(nv.HW_GPU_ONLY)])\n"
-        "made = decoder.decode(nv.CodeStream(sys.stdin.buffer.read()))\n"
-        "print('decoded' if made is not None else 'refused')\n"
+        "image = decoder.decode(nv.CodeStream(sys.stdin.buffer.read()))\n"
+        "print('decoded' if image is not None else 'refused')\n"
     )
-    asked = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program],
         input=jpegs(settings, 1)[0],
         capture_output=True,
@@ -285,16 +287,17 @@ def engine(settings: Settings) -> tuple[str, str]:
         check=False,
         env=os.environ | {"PYNVIMGCODEC_VERBOSITY": "3"},
     )
-    words = re.sub(r"\x1b\[[0-9;]*m", "", (asked.stdout + asked.stderr).decode(errors="replace"))
-    told = [line.strip() for line in words.splitlines() if "HW decoder" in line]
-    there = asked.stdout.rstrip().endswith(b"decoded")
-    return ("present" if there else "absent"), (told or words.split("\n"))[-1][-150:]
+    output = (process.stdout + process.stderr).decode(errors="replace")
+    output = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    messages = [line.strip() for line in output.splitlines() if "HW decoder" in line]
+    present = process.stdout.rstrip().endswith(b"decoded")
+    return ("present" if present else "absent"), (messages or output.split("\n"))[-1][-150:]
 
 
 def decode(sheet: Sheet) -> None:
-    """JPEGs to pixels and nothing else."""
+    """Measure only decoding: JPEGs to pixels."""
     settings = sheet.settings
-    for hint, threads in itertools.product(HINTS, (8, 16)):
+    for hint, threads in itertools.product(LOAD_HINTS, (8, 16)):
         work = partial(codec_rate, settings, gpu_backends(hint), threads)
         what = f"nvImageCodec, hardware load {hint}, {threads} threads"
         sheet.measure(what, "img/s", work, on="GPU", ceiling="decode")
@@ -306,7 +309,7 @@ def decode(sheet: Sheet) -> None:
         sheet.measure(what, "img/s", partial(codec_rate, settings, alone, 16), on="GPU")
     else:
         sheet.row(what, None, "img/s", on="GPU", note="no hardware JPEG engine")
-    for hint, threads in itertools.product(HINTS, (8, 16)):
+    for hint, threads in itertools.product(LOAD_HINTS, (8, 16)):
         work = partial(dali_rate, settings, "mixed", hint, threads)
         what = f"DALI mixed, hw_decoder_load {hint}, {threads} threads"
         sheet.measure(what, "img/s", work, on="GPU", ceiling="decode")
@@ -319,13 +322,13 @@ def decode(sheet: Sheet) -> None:
 
 
 def gpu_backends(hint: float) -> list[tuple[str, float]]:
-    """The decoder's back ends as Arrowhead asks for them, by share of the batch."""
+    """The decoder's back ends with their load hints, as Arrowhead configures them."""
     others = ("GPU_ONLY", "HYBRID_CPU_GPU", "CPU_ONLY")
     return [("HW_GPU_ONLY", hint), *((kind, 1.0) for kind in others)]
 
 
 def codec(backends: list[tuple[str, float]], threads: int, options: str = "") -> tuple[Any, Any]:
-    """A decoder of nvImageCodec and its parameters, which are Arrowhead's."""
+    """A decoder of nvImageCodec with Arrowhead's parameters."""
     from nvidia import nvimgcodec as nv
 
     cpu = all(kind == "CPU_ONLY" for kind, _ in backends)
@@ -349,13 +352,13 @@ def codec_rate(
     photos = jpegs(settings, 512 if settings.gpu else 32)
     streams = [nv.CodeStream(photo) for photo in photos]
     groups = itertools.cycle([streams[at : at + batch] for at in range(0, len(streams), batch)])
-    missed = sum(made is None for made in decoder.decode(streams, params=params))
+    failed = sum(image is None for image in decoder.decode(streams, params=params))
 
     def step() -> int:
-        made = decoder.decode(next(groups), params=params)
-        return sum(image is not None for image in made)
+        images = decoder.decode(next(groups), params=params)
+        return sum(image is not None for image in images)
 
-    note = f"{missed} of {len(streams)} not decoded, and not counted" if missed else ""
+    note = f"{failed} of {len(streams)} not decoded, and not counted" if failed else ""
     return rate(step, settings), note
 
 
@@ -364,7 +367,7 @@ def dali_rate(settings: Settings, device: str, hint: float, threads: int) -> flo
     from nvidia.dali import fn, pipeline_def, types
 
     batch = 128 if settings.gpu else 16
-    groups = pools(settings, batch, 512 if settings.gpu else 32)
+    groups = endless_batches(settings, batch, 512 if settings.gpu else 32)
     more = {"hw_decoder_load": hint} if device == "mixed" else {}
 
     @pipeline_def(
@@ -393,7 +396,7 @@ def dali_rate(settings: Settings, device: str, hint: float, threads: int) -> flo
 
 
 def forward(sheet: Sheet) -> None:
-    """Pixels to features and nothing else."""
+    """Measure only the forward pass: pixels to features."""
     settings = sheet.settings
     for batch in (256, 512):
         work = partial(body_rate, settings, "cuda:0", batch)
@@ -429,7 +432,7 @@ def body_of(settings: Settings, device: str, weights: Any = None) -> Any:
 
 
 def body_rate(settings: Settings, device: str, batch: int) -> float:
-    """Images per second of Arrowhead's body; the pixels lie on its device."""
+    """Images per second of Arrowhead's body, with the pixels already on its device."""
     import torch
 
     body, side = body_of(settings, device), settings.size
@@ -463,54 +466,54 @@ def plain_rate(settings: Settings, device: str, batch: int, compiled: bool) -> f
 
 
 def copies(sheet: Sheet) -> None:
-    """What has to move, moved and nothing else."""
+    """Measure only copies between host and device."""
     settings = sheet.settings
     shape = 256, settings.size, settings.size, 3
 
-    def there() -> tuple[float, str]:
+    def to_device() -> tuple[float, str]:
         import torch
 
         pixels = torch.zeros(shape, dtype=torch.uint8).pin_memory()
-        return moved(pixels, lambda: pixels.to("cuda:0", non_blocking=True))
+        return copy_rate(pixels, lambda: pixels.to("cuda:0", non_blocking=True))
 
-    def back() -> tuple[float, str]:
+    def to_host() -> tuple[float, str]:
         import torch
 
         features = torch.zeros((256, 512), device="cuda:0")
-        home = torch.zeros((256, 512)).pin_memory()
-        return moved(features, lambda: home.copy_(features, non_blocking=True))
+        target = torch.zeros((256, 512)).pin_memory()
+        return copy_rate(features, lambda: target.copy_(features, non_blocking=True))
 
-    def moved(data: Any, move: Callable[[], Any]) -> tuple[float, str]:
+    def copy_rate(data: Any, copy: Callable[[], Any]) -> tuple[float, str]:
         def step() -> int:
             for _ in range(16):
-                move()
+                copy()
             return 16
 
         times = rate(step, settings, 1.0)
         return 256 * times, f"{times * data.nbytes / 1e9:.1f} GB/s, batch 256"
 
     def in_memory() -> tuple[float, str]:
-        pixels = np.full(shape, 7, np.uint8)  # zeros would be one page of memory, over and over
-        home = np.full_like(pixels, 0)
+        pixels = np.full(shape, 7, np.uint8)  # the pages of a zero array would all be one page
+        target = np.full_like(pixels, 0)
 
         def step() -> int:
-            np.copyto(home, pixels)
+            np.copyto(target, pixels)
             return 1
 
         times = rate(step, settings, 1.0)
         return (
             256 * times,
-            f"{times * pixels.nbytes / 1e9:.1f} GB/s; an image on its way is moved so four times",
+            f"{times * pixels.nbytes / 1e9:.1f} GB/s; extraction copies each image four times",
         )
 
     what = "pixels to the device, pinned"
-    sheet.measure(what, "img/s", there, on="GPU", ceiling="copy")
-    sheet.measure("512 features to the host, pinned", "img/s", back, on="GPU")
+    sheet.measure(what, "img/s", to_device, on="GPU", ceiling="copy")
+    sheet.measure("512 features to the host, pinned", "img/s", to_host, on="GPU")
     sheet.measure("pixels within memory, one thread", "img/s", in_memory, on="CPU")
 
 
 def pipeline(sheet: Sheet) -> None:
-    """Files on disk to features, in one process with its guarded decoder; and its parts."""
+    """Measure the complete extraction in one process with its guarded decoder, and its parts."""
     settings = sheet.settings
     sizes = (128, 256)
     for batch in sizes:
@@ -521,20 +524,20 @@ def pipeline(sheet: Sheet) -> None:
             on="GPU",
             ceiling="pipeline",
         )
-    for name, work in (("decode.Decoder", decoder_rate), ("guard.GuardedDecoder", guarded_rate)):
+    for name, work in (("Decoder", decoder_rate), ("GuardedDecoder", guarded_rate)):
         on_gpu = partial(work, settings, 0, 256)
-        sheet.measure(f"{name}, batch 256: files' bytes to squares", "img/s", on_gpu, on="GPU")
+        sheet.measure(f"{name}, batch 256: bytes to pixels", "img/s", on_gpu, on="GPU")
     if settings.gpu:
         return
     work = partial(pump_rate, sheet, "cpu", 32, min(settings.images, 64))
     sheet.measure("extract.FeaturePipeline, batch 32", "img/s", work, on="CPU", ceiling="pipeline")
-    for name, part in (("decode.Decoder", decoder_rate), ("guard.GuardedDecoder", guarded_rate)):
+    for name, part in (("Decoder", decoder_rate), ("GuardedDecoder", guarded_rate)):
         on_cpu = partial(part, settings, None, 32)
-        sheet.measure(f"{name}, batch 32: files' bytes to squares", "img/s", on_cpu, on="CPU")
+        sheet.measure(f"{name}, batch 32: bytes to pixels", "img/s", on_cpu, on="CPU")
 
 
 def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float, str]:
-    """Images per second through the pump, its decoder warm; seconds by stage, what binds."""
+    """Images per second of the extraction with a warm decoder; seconds by stage, bottleneck."""
     from arrowhead.data import chunks as data_chunks
     from arrowhead.data import sources
     from arrowhead.decode.pixels import PixelConfig
@@ -550,52 +553,52 @@ def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float
     recipe = extract.make_recipe(pixels, about, weights, body.width)
     worker = Worker(0, 1, device, settings.threads, lambda: None, lambda report: None)
     config = ExtractConfig(batch_size=batch, chunk_size=8 * batch)
-    found = sources.unlabelled(Path(settings.data))
+    listed = sources.unlabelled(Path(settings.data))
     with FeaturePipeline(worker, body, recipe, pixels, config) as pump:
 
-        def through(rows: int) -> list[Any]:
-            catalog = repeated(found, rows)
+        def extract_rows(rows: int) -> list[Any]:
+            catalog = repeated(listed, rows)
             runs = data_chunks.chunks(catalog.paths, config.chunk_size)
             chunks = [(at, catalog.part(rows)) for at, rows in enumerate(runs)]
             return list(pump(chunks, FeatureCache()))
 
-        for _ in through(2 * batch):
+        for _ in extract_rows(2 * batch):
             pass
         pump.timer.take()
-        began = perf_counter()
-        chunks = through(images)
-        spent, busy = perf_counter() - began, pump.timer.take()
+        start = perf_counter()
+        chunks = extract_rows(images)
+        elapsed, busy = perf_counter() - start, pump.timer.take()
     faults = sum(fault is not None for chunk in chunks for fault in chunk.faults)
     parts = " · ".join(f"{stage} {busy[stage]:.2f} s" for stage in extract.STAGES if stage in busy)
-    note = f"{images} images in {spent:.2f} s: {parts}; bound by {extract.bottleneck(busy)}"
-    return images / spent, note + (f"; {faults} faults" if faults else "")
+    note = f"{images} images in {elapsed:.2f} s: {parts}; bottleneck: {extract.bottleneck(busy)}"
+    return images / elapsed, note + (f"; {faults} faults" if faults else "")
 
 
 def decoder_rate(settings: Settings, device: int | None, batch: int) -> float:
-    """Images per second of Arrowhead's decoder in this process: decoded, resized, on the CPU."""
+    """Images per second of Arrowhead's decoder in this process: decoded, resized, in CPU memory."""
     from arrowhead.decode.decoder import Decoder
     from arrowhead.decode.pixels import PixelConfig
 
     config = PixelConfig(size=settings.size)
     decoder = Decoder(config, batch_size=batch, threads=settings.threads, device=device)
-    groups = pools(settings, batch, 512 if settings.gpu else 32)
+    groups = endless_batches(settings, batch, 512 if settings.gpu else 32)
 
     def step() -> int:
-        return len(decoder(next(groups), names(batch)).faults)
+        return len(decoder(next(groups), image_ids(batch)).faults)
 
     return rate(step, settings, 3.0)
 
 
 def guarded_rate(settings: Settings, device: int | None, batch: int) -> float:
-    """Images per second of the same decoder in a process of its own, two batches under way."""
+    """Images per second of the same decoder in a child process, with two batches in progress."""
     from arrowhead.decode.pixels import PixelConfig
     from arrowhead.decode.worker_process import GuardedDecoder
 
-    groups = pools(settings, batch, 512 if settings.gpu else 32)
+    groups = endless_batches(settings, batch, 512 if settings.gpu else 32)
     config = PixelConfig(size=settings.size)
     threads = settings.threads
     with GuardedDecoder(config, batch_size=batch, threads=threads, device=device) as guarded:
-        endless = (SimpleNamespace(encoded=one, image_ids=names(batch)) for one in groups)
+        endless = (SimpleNamespace(encoded=one, image_ids=image_ids(batch)) for one in groups)
         stream = guarded.stream(endless)
 
         def step() -> int:
@@ -605,43 +608,46 @@ def guarded_rate(settings: Settings, device: int | None, batch: int) -> float:
 
 
 def correctness(sheet: Sheet) -> None:
-    """Two back ends, the same files. Without a GPU: the CPU against itself, in other batches."""
+    """Compare two back ends on the same files. Without a GPU: the CPU with other batch sizes."""
     import torch
 
     settings = sheet.settings
     photos = jpegs(settings, min(settings.images, 256 if settings.gpu else 32))
     odd = kinds(photos[0])
     on, device = ("GPU", 0) if settings.gpu else ("CPU", None)
-    place = f"cuda:{device}" if settings.gpu else "cpu"
-    say("  squares and features of both back ends")
+    torch_device = f"cuda:{device}" if settings.gpu else "cpu"
+    say("  pixels and features of both back ends")
     files = [*photos, *odd.values()]
-    expected, fine = squares(settings, files, None, 64)
-    found, also = squares(settings, files, device, 128 if settings.gpu else 16)
-    well = [row for row in range(len(photos)) if not fine[row] and not also[row]]
-    there = features(settings, "cpu", expected[well])
-    cases = {"features": features(settings, place, found[well])}
-    cases["features of the same pixels"] = features(settings, place, expected[well])
+    cpu_pixels, cpu_faults = pixels_of(settings, files, None, 64)
+    other_pixels, faults = pixels_of(settings, files, device, 128 if settings.gpu else 16)
+    good = [row for row in range(len(photos)) if not cpu_faults[row] and not faults[row]]
+    cpu_features = features(settings, "cpu", cpu_pixels[good])
+    cases = {"features": features(settings, torch_device, other_pixels[good])}
+    cases["features of the same pixels"] = features(settings, torch_device, cpu_pixels[good])
     against = "the CPU's" if settings.gpu else "the CPU's in smaller batches"
-    for name, here in cases.items():
-        alike = torch.cosine_similarity(here, there, dim=1)
-        note = f"mean {alike.mean():.6f}, {len(well)} photos; mark {MARK}"
-        least = float(alike.min())
+    for name, other_features in cases.items():
+        cosine = torch.cosine_similarity(other_features, cpu_features, dim=1)
+        note = f"mean {cosine.mean():.6f}, {len(good)} photos; target {MIN_COSINE}"
+        least = float(cosine.min())
         what = f"{name} against {against}, least"
-        sheet.row(what, least, "cosine", on=on, note=note, passed=least >= MARK)
+        sheet.row(what, least, "cosine", on=on, note=note, passed=least >= MIN_COSINE)
         if on == "CPU":
             sheet.row(f"{name} against the CPU's, least", None, "cosine", on="GPU")
-    others = float(torch.cosine_similarity(there, there.roll(1, 0), dim=1).mean())
-    sheet.row("features of one photo and the next, for scale", others, "cosine", on="CPU")
-    off = np.abs(expected.astype(int) - found.astype(int))
-    what = "square against the CPU's, mean difference"
-    note = f"most {off[well].max()}, of 255; {len(photos) - len(well)} photos became faults"
-    sheet.row(f"photos: {what}", float(off[well].mean()), "grey levels", on="GPU", note=note)
+    shifted = float(torch.cosine_similarity(cpu_features, cpu_features.roll(1, 0), dim=1).mean())
+    sheet.row("features of one photo and the next, for scale", shifted, "cosine", on="CPU")
+    difference = np.abs(cpu_pixels.astype(int) - other_pixels.astype(int))
+    what = "pixels against the CPU's, mean difference"
+    note = (
+        f"largest {difference[good].max()}, of 255; {len(photos) - len(good)} photos became faults"
+    )
+    mean = float(difference[good].mean())
+    sheet.row(f"photos: {what}", mean, "grey levels", on="GPU", note=note)
     for row, name in enumerate(odd, len(photos)):
-        note = f"most {off[row].max()}"
-        if fine[row] != also[row]:
-            note = f"{also[row] or 'well'}; on the CPU {fine[row] or 'well'}"
-        passed = fine[row] == also[row] and bool(off[row].mean() <= 3)
-        mean = float(off[row].mean())
+        note = f"largest {difference[row].max()}"
+        if cpu_faults[row] != faults[row]:
+            note = f"{faults[row] or 'decoded'}; on the CPU {cpu_faults[row] or 'decoded'}"
+        passed = cpu_faults[row] == faults[row] and bool(difference[row].mean() <= 3)
+        mean = float(difference[row].mean())
         sheet.row(f"{name}: {what}", mean, "grey levels", on="GPU", note=note, passed=passed)
     for name, backends, options in (
         ("as Arrowhead asks", gpu_backends(1.0), ""),
@@ -653,10 +659,10 @@ def correctness(sheet: Sheet) -> None:
         sheet.measure(what, "grey levels", work, on="GPU")
 
 
-def squares(
+def pixels_of(
     settings: Settings, files: Sequence[bytes], device: int | None, batch: int
 ) -> tuple[NDArray[np.uint8], list[str | None]]:
-    """uint8 (N, S, S, 3) and faults of files, by Arrowhead's guarded decoder."""
+    """Pixels, uint8 (N, S, S, 3), and faults of files, by Arrowhead's guarded decoder."""
     from arrowhead.decode.pixels import PixelConfig
     from arrowhead.decode.worker_process import GuardedDecoder
 
@@ -667,14 +673,14 @@ def squares(
     ) as guarded:
         for at in range(0, len(files), batch):
             group = files[at : at + batch]
-            pixels = guarded(group, names(len(group)))
+            pixels = guarded(group, image_ids(len(group)))
             parts.append(pixels.views[0][: len(group)].copy())
             faults += pixels.faults
     return np.concatenate(parts), faults
 
 
 def features(settings: Settings, device: str, pixels: NDArray[np.uint8]) -> Any:
-    """float32 (N, D) on the CPU, of squares."""
+    """Features, float32 (N, D) on the CPU, of pixels (N, S, S, 3)."""
     import torch
 
     body = body_of(settings, device)
@@ -683,7 +689,7 @@ def features(settings: Settings, device: str, pixels: NDArray[np.uint8]) -> Any:
 
 
 def kinds(photo: bytes) -> dict[str, bytes]:
-    """One photo in kinds that decoders treat differently."""
+    """One photo in formats that decoders handle differently."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(photo)).convert("RGB").resize((333, 251))
@@ -722,139 +728,143 @@ def codec_differs(
     """Mean difference of decoded photos, in full size, from the CPU's."""
     from nvidia import nvimgcodec as nv
 
-    made = []
-    for ways, more in ((backends, options), ([("CPU_ONLY", 1.0)], "")):
-        decoder, params = codec(ways, 8, more)
+    both = []
+    for some_backends, some_options in ((backends, options), ([("CPU_ONLY", 1.0)], "")):
+        decoder, params = codec(some_backends, 8, some_options)
         decoded = decoder.decode([nv.CodeStream(photo) for photo in photos], params=params)
-        made.append([np.asarray(image.cpu()).astype(int) for image in decoded])
-    off = [np.abs(a - b) for a, b in zip(*made, strict=True)]
-    return float(np.mean([o.mean() for o in off])), f"most {max(int(o.max()) for o in off)}"
+        both.append([np.asarray(image.cpu()).astype(int) for image in decoded])
+    differences = [np.abs(a - b) for a, b in zip(*both, strict=True)]
+    largest = max(int(difference.max()) for difference in differences)
+    return float(np.mean([difference.mean() for difference in differences])), f"largest {largest}"
 
 
 def hostile(sheet: Sheet) -> None:
-    """Bad files among photos. Every row must be accounted for and no photo may change."""
+    """Decode bad files among photos. Every file must have a row, and no photo may change."""
     settings = sheet.settings
     photos = jpegs(settings, 64)
-    sets = {"hostile files made here": spoiled(photos)}
-    if settings.gpu and (more := neighbours()):
-        cases = more.hostile(photos)
+    sets = {"hostile files made here": broken_files(photos)}
+    if settings.gpu and (module := hostile_module()):
+        cases = module.hostile(photos)
         sets["those of tests/hostile.py"] = {name: case.data for name, case in cases.items()}
-    for called, files in sets.items():
-        say(f"  {len(files)} {called}")
+    for name, files in sets.items():
+        say(f"  {len(files)} {name}")
         try:
-            besieged(sheet, called, list(files.items()), photos)
+            report_hostile(sheet, name, list(files.items()), photos)
         except Exception as error:
-            sheet.fail(called, error, on="GPU" if settings.gpu else "CPU")
+            sheet.fail(name, error, on="GPU" if settings.gpu else "CPU")
 
 
-def besieged(
-    sheet: Sheet, called: str, bad: list[tuple[str, bytes]], photos: Sequence[bytes]
+def report_hostile(
+    sheet: Sheet, name: str, bad: list[tuple[str, bytes]], photos: Sequence[bytes]
 ) -> None:
-    """The rows of one set of hostile files."""
+    """Record the rows of one set of hostile files."""
     on, device = ("GPU", 0) if sheet.settings.gpu else ("CPU", None)
-    told = among(sheet.settings, bad, photos, device)
-    note = f"in {told.batches} of {-(-len(bad) // 40)} batches of 64"
-    sheet.row(f"{called}: deaths of the decoder", told.deaths, "", on=on, note=note)
-    note = f"{len(told.faults)} hostile files, {told.photos} photos"
-    whole = told.rows == 64 * told.batches == len(told.faults) + told.photos
-    sheet.row(f"{called}: rows accounted for", told.rows, "rows", on=on, note=note, passed=whole)
-    note = "; ".join(sorted(set(told.harmed)))[:300]
-    what = f"{called}: photos beside them that became faults"
-    sheet.row(what, len(told.harmed), "photos", on=on, note=note, passed=not told.harmed)
-    note = f"{told.changed} of {told.photos} photos differ at all"
-    what = f"{called}: photos' pixels against a run without them, most"
-    sheet.row(what, told.most, "grey levels", on=on, note=note, passed=told.most == 0)
-    well = sorted(name for name, fault in told.faults.items() if fault is None)
-    note = "came out well: " + (", ".join(well)[:300] or "none")
-    what = f"{called}: how many became faults"
-    sheet.row(what, len(told.faults) - len(well), "files", on=on, note=note)
-    what = f"{called}: how many the CPU judges otherwise"
+    result = decode_among_photos(sheet.settings, bad, photos, device)
+    note = f"in {result.batches} of {-(-len(bad) // 40)} batches of 64"
+    sheet.row(f"{name}: deaths of the decoder", result.deaths, "", on=on, note=note)
+    note = f"{len(result.faults)} hostile files, {result.photos} photos"
+    complete = result.rows == 64 * result.batches == len(result.faults) + result.photos
+    sheet.row(f"{name}: rows accounted for", result.rows, "rows", on=on, note=note, passed=complete)
+    note = "; ".join(sorted(set(result.photo_faults)))[:300]
+    what, count = f"{name}: photos beside them that became faults", len(result.photo_faults)
+    sheet.row(what, count, "photos", on=on, note=note, passed=not count)
+    note = f"{result.changed} of {result.photos} photos differ at all"
+    what = f"{name}: photos' pixels against a run without them, largest difference"
+    largest = result.largest
+    sheet.row(what, largest, "grey levels", on=on, note=note, passed=largest == 0)
+    decoded = sorted(bad_name for bad_name, fault in result.faults.items() if fault is None)
+    note = "decoded: " + (", ".join(decoded)[:300] or "none")
+    what = f"{name}: how many became faults"
+    sheet.row(what, len(result.faults) - len(decoded), "files", on=on, note=note)
+    what = f"{name}: how many the CPU judges differently"
     if not sheet.settings.gpu:
         sheet.row(what, None, "files", on="GPU")
         return
-    cpu = among(sheet.settings, bad, photos, None).faults
-    both = [name for name in told.faults if name in cpu]
-    differ = [name for name in both if (told.faults[name] is None) != (cpu[name] is None)]
-    note = "; ".join(f"{name}: {told.faults[name]}, on the CPU {cpu[name]}" for name in differ)
+    cpu = decode_among_photos(sheet.settings, bad, photos, None).faults
+    both = [bad_name for bad_name in result.faults if bad_name in cpu]
+    differ = [one for one in both if (result.faults[one] is None) != (cpu[one] is None)]
+    note = "; ".join(f"{one}: {result.faults[one]}, on the CPU {cpu[one]}" for one in differ)
     sheet.row(what, len(differ), f"of {len(both)}", on="GPU", note=note[:2000])
 
 
-def neighbours() -> ModuleType | None:
-    """tests/hostile.py, which knows several hundred more, where it lies beside us."""
+def hostile_module() -> ModuleType | None:
+    """tests/hostile.py, which has several hundred more files, if it exists."""
     file = REPO / "tests" / "hostile.py"
     spec = importlib.util.spec_from_file_location("hostile", file)
     if not file.is_file() or not spec or not spec.loader:
         return None
-    room = importlib.util.module_from_spec(spec)
-    sys.modules["hostile"] = room
-    spec.loader.exec_module(room)
-    return room
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hostile"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def among(
+def decode_among_photos(
     settings: Settings, bad: list[tuple[str, bytes]], photos: Sequence[bytes], device: int | None
 ) -> SimpleNamespace:
-    """What became of hostile files, 40 at a time, and of the photos that make 64 of them.
+    """Decode hostile files in batches of 64: up to 40 of them, the rest photos.
 
-    No new batch is begun after half a minute: a decoder that keeps dying takes its time.
+    No new batch starts after half a minute, because a decoder that keeps dying is slow.
     """
     from arrowhead.decode.pixels import PixelConfig
     from arrowhead.decode.worker_process import GuardedDecoder
 
-    told = SimpleNamespace(batches=0, rows=0, photos=0, changed=0, most=0, harmed=[], faults={})
+    result = SimpleNamespace(
+        batches=0, rows=0, photos=0, changed=0, largest=0, photo_faults=[], faults={}
+    )
     rng = np.random.default_rng(0)
     config, threads = PixelConfig(size=settings.size), settings.threads
-    began = perf_counter()
+    start = perf_counter()
     with GuardedDecoder(
         config, batch_size=64, threads=threads, device=device, patience=30
     ) as guarded:
         for at in range(0, len(bad), 40):
-            if perf_counter() - began > 30:
+            if perf_counter() - start > 30:
                 break
             some, order = bad[at : at + 40], rng.permutation(64)
-            mates = [row for row in range(64) if order[row] >= len(some)]
+            photo_rows = [row for row in range(64) if order[row] >= len(some)]
             files = [
                 some[n][1] if n < len(some) else photos[row % len(photos)]
                 for row, n in enumerate(order)
             ]
-            mixed = guarded(files, names(64))
-            alone = guarded([files[row] for row in mates], names(len(mates)))
-            told.batches += 1
-            told.rows += len(mixed.faults)
-            told.photos += len(mates)
-            told.harmed += [mixed.faults[row] for row in mates if mixed.faults[row]]
+            mixed = guarded(files, image_ids(64))
+            alone = guarded([files[row] for row in photo_rows], image_ids(len(photo_rows)))
+            result.batches += 1
+            result.rows += len(mixed.faults)
+            result.photos += len(photo_rows)
+            result.photo_faults += [mixed.faults[row] for row in photo_rows if mixed.faults[row]]
             for row, n in enumerate(order):
                 if n < len(some):
-                    told.faults[some[n][0]] = mixed.faults[row]
-            for place, row in enumerate(mates):
-                here, there = mixed.views[0][row], alone.views[0][place]
-                off = np.abs(here.astype(int) - there.astype(int)).max()
-                told.changed += int(off > 0)
-                told.most = max(told.most, int(off))
-        told.deaths = guarded.deaths
-    return told
+                    result.faults[some[n][0]] = mixed.faults[row]
+            for position, row in enumerate(photo_rows):
+                pixels, expected = mixed.views[0][row], alone.views[0][position]
+                difference = np.abs(pixels.astype(int) - expected.astype(int)).max()
+                result.changed += int(difference > 0)
+                result.largest = max(result.largest, int(difference))
+        result.deaths = guarded.deaths
+    return result
 
 
-def spoiled(photos: Sequence[bytes]) -> dict[str, bytes]:
-    """40-odd files that are no whole photos, made from four that are."""
+def broken_files(photos: Sequence[bytes]) -> dict[str, bytes]:
+    """About 50 broken files, by name, made from four photos."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    found: dict[str, bytes] = {
+    result: dict[str, bytes] = {
         "empty": b"",
         "a web page": b"<!DOCTYPE html><html><body>Not Found</body></html>\n" * 20,
         "text": b"This was a photo once.\n" * 99,
         "noise": b"\0" + rng.bytes(4000),
-        "a start and an end": b"\xff\xd8\xff\xd9",
+        "a JPEG's first and last marker only": b"\xff\xd8\xff\xd9",
         "a PNG's signature and noise": b"\x89PNG\r\n\x1a\n" + rng.bytes(3000),
     }
     for number, photo in enumerate(photos[:4]):
         image = Image.open(io.BytesIO(photo)).convert("RGB")
         image.thumbnail((400, 400))
-        sheets = {kind: io.BytesIO() for kind in ("JPEG", "PNG")}
-        for kind, sheet in sheets.items():
-            image.save(sheet, kind)
-        plain, png = (sheet.getvalue() for sheet in sheets.values())
+        outputs = {kind: io.BytesIO() for kind in ("JPEG", "PNG")}
+        for kind, output in outputs.items():
+            image.save(output, kind)
+        plain, png = (output.getvalue() for output in outputs.values())
         frame, tables, scan = (
             plain.index(mark) for mark in (b"\xff\xc0", b"\xff\xc4", b"\xff\xda")
         )
@@ -876,44 +886,46 @@ def spoiled(photos: Sequence[bytes]) -> dict[str, bytes]:
             "12 bits": patched(frame + 4, b"\x0c"),
             "30000 x 30000": patched(frame + 5, huge),
             "a segment of length 1": patched(4, b"\0\1"),
-            "torn PNG": png[: len(png) // 2],
+            "truncated PNG": png[: len(png) // 2],
         }
-        found |= {f"{name} ({number})": data for name, data in files.items()}
-    return found
+        result |= {f"{name} ({number})": data for name, data in files.items()}
+    return result
 
 
 # ------------------------------------------------------------------------------ the report
 
 
-def serve(sections: Sequence[str], file: Path, settings: Settings) -> None:
-    """Sections one after the other, in a process of their own."""
+def run_sections(sections: Sequence[str], file: Path, settings: Settings) -> None:
+    """Run sections in this process, one after the other."""
     for section in sections:
         say(section)
-        began, sheet = perf_counter(), Sheet(section, settings, file)
+        start, sheet = perf_counter(), Sheet(section, settings, file)
         try:
             globals()[section](sheet)
         except Exception as error:
             sheet.fail("the section", error)
-        sheet.ended(perf_counter() - began)
+        sheet.ended(perf_counter() - start)
 
 
 def run(
     sections: Sequence[str], settings: Settings, seconds: float, scratch: Path
 ) -> list[dict[str, Any]]:
-    """The lines that sections wrote, and one of failure for each that did not come to its end."""
+    """Run sections in a child process. The lines that they wrote, and a failure for each section
+    that did not finish.
+    """
     file = scratch / f"{sections[0]}.jsonl"
     file.touch()
     error = ""
     if seconds < 10:
         error = "left out: the time was used up"
     else:
-        told = ",".join(sections), str(file), json.dumps(dataclasses.asdict(settings))
-        call = [sys.executable, str(Path(__file__).resolve()), "--sections", *told]
-        child = subprocess.Popen(call, start_new_session=True, stdout=sys.stderr)
+        values = ",".join(sections), str(file), json.dumps(dataclasses.asdict(settings))
+        command = [sys.executable, str(Path(__file__).resolve()), "--sections", *values]
+        child = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
         try:
             if code := child.wait(seconds):
-                died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                error = f"its process died: {died}"
+                reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                error = f"its process died: {reason}"
         except subprocess.TimeoutExpired:
             error = f"stopped after {seconds:.0f} s"
         finally:
@@ -930,7 +942,7 @@ def run(
 
 
 def shares(rows: list[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
-    """The pump's rate as a share of the lowest ceiling, a row for each batch size."""
+    """Arrowhead's rate as a share of the lowest limit, one row per batch size."""
     on = "GPU" if gpu else "CPU"
     best: dict[str, float] = {}
     for row in rows:
@@ -940,31 +952,39 @@ def shares(rows: list[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
         return []
     lowest = min(best, key=lambda name: best[name])
     note = "ceilings: " + ", ".join(f"{name} {best[name]:,.0f} img/s" for name in sorted(best))
-    made = []
+    result = []
     for row in rows:
         if row["ceiling"] == "pipeline" and row["on"] == on and row["value"]:
-            more = {"what": f"{row['what']}: share of the lowest ceiling, {lowest}", "note": note}
+            title = {"what": f"{row['what']}: share of the lowest ceiling, {lowest}", "note": note}
             share = {"value": row["value"] / best[lowest], "unit": "", "ceiling": ""}
-            made.append(row | more | share)
-    return made
+            result.append(row | title | share)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     gpu = result["gpu"] is not None
-    where = result["gpu"] or "no GPU: CPU only, small counts, this measures nothing"
+    where = result["gpu"] or "no GPU: CPU only, few images, this measures nothing"
     lines = [
         f"# bench/gpu.py, {where}, {result['date']}",
         "",
         f"`{result['command']}`: {result['photos']}; {result['seconds']['total']:.0f} s in all.",
         "",
-        "| section | measured | on | value | unit | mark | note |",
+        "| section | measured | on | value | unit | target | note |",
         "|---|---|---|---:|---|---|---|",
     ]
     for row in result["rows"]:
         on = row["on"] if gpu else "CPU only" if row["on"] == "CPU" else "CPU only: no GPU"
-        mark = {True: "pass", False: "**missed**", None: ""}[row["passed"]]
-        cells = [row["section"], row["what"], on, shown(row), row["unit"], mark, row["note"]]
+        target = {True: "pass", False: "**missed**", None: ""}[row["passed"]]
+        cells = [
+            row["section"],
+            row["what"],
+            on,
+            format_value(row),
+            row["unit"],
+            target,
+            row["note"],
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", "Failed:" if result["failures"] else "Nothing failed."]
     lines += [f"- {f['section']}, {f['what']}: {f['error']}" for f in result["failures"]]
@@ -973,8 +993,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Imported: {imported}."]) + "\n"
 
 
-def shown(row: dict[str, Any]) -> str:
-    """A value as the table has it."""
+def format_value(row: dict[str, Any]) -> str:
+    """The value of a row, formatted for the table."""
     value = row["value"]
     if value is None or isinstance(value, str):
         return value or "–"
@@ -983,10 +1003,10 @@ def shown(row: dict[str, Any]) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def photos_for(asked: Path | None, images: int, scratch: Path) -> tuple[Path, str]:
-    """The folder of photos, and what to call it."""
-    if asked:
-        return asked, "the photos given"
+def photo_folder(data: Path | None, images: int, scratch: Path) -> tuple[Path, str]:
+    """The folder of photos, and its description."""
+    if data:
+        return data, "the photos of --data"
     for beside in (REPO.parent / "shared", REPO / "shared"):
         if (folder := beside / "data" / "dogscats").is_dir():
             return folder, "real photos (dogscats)"
@@ -999,26 +1019,26 @@ def photos_for(asked: Path | None, images: int, scratch: Path) -> tuple[Path, st
 
 def main() -> int:
     """Run the sections, print the table, write the files."""
-    asked = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    asked.add_argument("--data", type=Path, help="a folder of photos")
-    asked.add_argument("--images", type=int, default=8192, help="how many go through the pump")
-    asked.add_argument("--body", default="resnet34")
-    asked.add_argument("--weights", default="random", help="a file, or random: as fast")
-    asked.add_argument("--size", type=int, default=224)
-    asked.add_argument("--out", type=Path, help="default: bench/results, where there is a GPU")
-    asked.add_argument("--seconds", type=float, default=450, help="for everything")
-    asked.add_argument("--cpu", action="store_true", help="use no GPU, even if there is one")
-    asked.add_argument("--sections", nargs=3, help=argparse.SUPPRESS)
-    args = asked.parse_args()
+    parser.add_argument("--data", type=Path, help="a folder of photos")
+    parser.add_argument("--images", type=int, default=8192, help="images to extract")
+    parser.add_argument("--body", default="resnet34")
+    parser.add_argument("--weights", default="random", help="a file, or random (as fast)")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--out", type=Path, help="default with a GPU: bench/results")
+    parser.add_argument("--seconds", type=float, default=450, help="time limit")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU, even if there is one")
+    parser.add_argument("--sections", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
     if args.sections:
-        sections, file, told = args.sections
-        serve(sections.split(","), Path(file), Settings(**json.loads(told)))
+        sections, file, values = args.sections
+        run_sections(sections.split(","), Path(file), Settings(**json.loads(values)))
         return 0
-    began, lines = perf_counter(), []
+    start, lines = perf_counter(), []
     with tempfile.TemporaryDirectory() as scratch:
-        folder, called = photos_for(args.data, args.images, Path(scratch))
+        folder, description = photo_folder(args.data, args.images, Path(scratch))
         settings = Settings(
             data=str(folder.resolve()),
             images=args.images,
@@ -1029,16 +1049,16 @@ def main() -> int:
             cores=len(os.sched_getaffinity(0)),
         )
         facts: dict[str, Any] = {"gpu": False, "engine": False}
-        waiting = [[section] for section in LIMITS]
+        waiting = [[section] for section in LIMIT_SECONDS]
         while waiting:
             sections = waiting.pop(0)
-            left = args.seconds - (perf_counter() - began)
-            limit = min(left, sum(LIMITS[section] for section in sections))
+            left = args.seconds - (perf_counter() - start)
+            limit = min(left, sum(LIMIT_SECONDS[section] for section in sections))
             lines += (new := run(sections, settings, limit, Path(scratch)))
             for line in new:
                 facts |= line.get("facts", {})
             settings = dataclasses.replace(settings, gpu=facts["gpu"], engine=facts["engine"])
-            if waiting and not settings.gpu:  # what starts up slowly need do so only once
+            if waiting and not settings.gpu:  # one process for all: slow imports happen only once
                 waiting = [[section for group in waiting for section in group]]
         different = len(list(folder.rglob("*.jp*g")))
     rows = [line["row"] for line in lines if "row" in line]
@@ -1051,19 +1071,19 @@ def main() -> int:
     seconds = {end["section"]: end["seconds"] for end in ended}
     result = {
         "what": "bench/gpu.py",
-        "mode": "gpu" if settings.gpu else "CPU only: no figure here is a GPU's",
+        "mode": "gpu" if settings.gpu else "CPU only: no value here is from a GPU",
         "gpu": gpu,
         "date": str(date.today()),
         "command": "python bench/gpu.py"
         + f" --images {args.images} --body {args.body} --size {args.size}"
         + f" --weights {'random' if args.weights == 'random' else '(a file)'}"
         + (" --cpu" if args.cpu else ""),
-        "photos": f"{called}, {different} different ones",
+        "photos": f"{description}, {different} different ones",
         "rows": rows,
         "failures": [line["failure"] for line in lines if "failure" in line],
         "left_out": LEFT_OUT,
         "imported": sorted(imported | ({"ray", "mlflow"} & sys.modules.keys())),
-        "seconds": seconds | {"total": round(perf_counter() - began, 1)},
+        "seconds": seconds | {"total": round(perf_counter() - start, 1)},
     }
     print(table(result))
     out = args.out or (REPO / "bench" / "results" if settings.gpu else None)

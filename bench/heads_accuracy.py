@@ -1,21 +1,23 @@
-"""How right the heads are beside scikit-learn's LogisticRegression, on few and on many images.
+"""Compare the accuracy of the heads with scikit-learn's LogisticRegression, on few and many images.
 
     .venv/bin/python bench/heads_accuracy.py --data PHOTOS --body mobilenet_v2 --weights FILE
     .venv/bin/python bench/heads_accuracy.py --store STORE
 
-For each of ten seeds, so many images per class are drawn for training, of all of PHOTOS or STORE
-whatever their split; a quarter as many (25 at most) for validation; all others are the test. They
-become the splits of a copy of the store, and each head is trained on it as `arrowhead train STORE
-BUNDLE --head HEAD` trains it (`auto`: no --head), its rate or strength chosen by itself.
+For each of ten seeds, a number of images per class is drawn for training, from all of PHOTOS or
+STORE, whatever their split; a quarter as many (at most 25) for validation; all others are for the
+test. They become the splits of a copy of the store, and each head is trained on it as `arrowhead
+train STORE BUNDLE --head HEAD` does (`auto`: without --head), with its own choice of learning rate
+or strength.
 
-scikit-learn gets the same images and standardized features at four values of C, and the best of
-the four is the one with the highest mean over seeds, picked with the test labels in hand: nobody
-can choose that well. Printed beside each mean: how far it is behind that best, and the standard
-error of this difference, seed by seed. Bar: 0.5 points behind at most.
+scikit-learn gets the same images and standardized features with four values of C. The best value is
+the one with the highest mean test accuracy over seeds, which is chosen on the test labels and so
+cannot be reached in practice. For each head this prints how far its mean is behind that best, with
+the standard error of the difference over seeds. The aim is at most 0.5 points behind.
 
-Accuracy is the mean of the classes' recalls, weighted. 10:1: every class but the first has a tenth
-of its training images, and so has validation, where it is "as trained"; the classes weigh 10:1 in
-the test, or the same. Shuffled: labels that mean nothing; right is chance.
+Accuracy is the weighted mean of the recalls of the classes. 10:1: every class but the first has a
+tenth of its training images, and in "validated as trained" also a tenth of its validation images;
+in the test the classes are weighted 10:1 or equally. Shuffled: the labels are random, so the
+accuracy is that of chance.
 """
 
 from __future__ import annotations
@@ -51,12 +53,14 @@ from arrowhead.training.config import TrainConfig
 from arrowhead.training.study import Study
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-RARE = 10  # in 10:1, how many images of the first class there are for one of another
+RATIO = 10  # in 10:1, images of the first class per image of another class
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to draw images. train: per class. rare: RARE:1. tests: names of the test weights."""
+    """How images are drawn. train: images per class. rare: where classes are RATIO:1. tests: the
+    weightings of the test.
+    """
 
     train: int
     rare: Literal["", "train", "train and valid"] = ""
@@ -75,41 +79,41 @@ CASES = {
 
 
 def main() -> None:
-    """Extract unless there is a store, measure, print; JSON if asked to."""
-    asked = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    source = asked.add_mutually_exclusive_group(required=True)
+    """Extract features unless a store is given, measure, print, and write JSON with --out."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="labelled photos, as `arrowhead precompute` takes them")
     source.add_argument("--store", type=Path, help="a feature store, instead of --data")
-    asked.add_argument("--body", default="resnet34")
-    asked.add_argument("--weights", default="auto")
-    asked.add_argument("--mean", type=float, nargs=3, help="of the weights' own training")
-    asked.add_argument("--std", type=float, nargs=3, help="of the weights' own training")
-    asked.add_argument("--seeds", type=int, default=10)
-    asked.add_argument("--heads", nargs="+", default=["auto", "logistic", "linear"])
-    asked.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    asked.add_argument("--out", type=Path, help="write the figures there, as JSON")
-    settings = asked.parse_args()
+    parser.add_argument("--body", default="resnet34")
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--mean", type=float, nargs=3, help="of the weights' own training")
+    parser.add_argument("--std", type=float, nargs=3, help="of the weights' own training")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--heads", nargs="+", default=["auto", "logistic", "linear"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    args = parser.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "store"
-        if settings.store:
-            shutil.copytree(settings.store, place)
+        copy = Path(folder) / "store"
+        if args.store:
+            shutil.copytree(args.store, copy)
         else:
-            norm = {name: tuple(v) for name in ("mean", "std") if (v := getattr(settings, name))}
-            body = BodyConfig(body=settings.body, weights=settings.weights, **norm)
-            precompute.precompute(settings.data, place, FeatureConfig(body=body))
-        store = Store(place)
-        whole = Catalog(**store.read_catalog())
-        found = []
-        for name in settings.cases:
-            found += measure(store, whole, name, settings.seeds, settings.heads)
-    if settings.out:
-        about = about_this(store.recipe.body, len(whole), settings.seeds)
-        settings.out.write_text(json.dumps({"about": about, "cases": found}, indent=1) + "\n")
+            norm = {name: tuple(v) for name in ("mean", "std") if (v := getattr(args, name))}
+            body = BodyConfig(body=args.body, weights=args.weights, **norm)
+            precompute.precompute(args.data, copy, FeatureConfig(body=body))
+        store = Store(copy)
+        catalog = Catalog(**store.read_catalog())
+        results = []
+        for name in args.cases:
+            results += measure(store, catalog, name, args.seeds, args.heads)
+    if args.out:
+        about = environment(store.recipe.body, len(catalog), args.seeds)
+        args.out.write_text(json.dumps({"about": about, "cases": results}, indent=1) + "\n")
 
 
-def about_this(body: str, images: int, seeds: int) -> dict[str, Any]:
-    """What the figures depend on."""
+def environment(body: str, images: int, seeds: int) -> dict[str, Any]:
+    """The settings and versions that the results depend on."""
     names = ("numpy", "scikit-learn", "torch")
     return {
         "date": datetime.date.today().isoformat(),
@@ -122,113 +126,117 @@ def about_this(body: str, images: int, seeds: int) -> dict[str, Any]:
 
 
 def measure(
-    store: Store, whole: Catalog, name: str, seeds: int, ours: list[str]
+    store: Store, catalog: Catalog, name: str, seeds: int, head_kinds: list[str]
 ) -> list[dict[str, Any]]:
-    """Of one case: accuracy in percent and seconds of each way, one line for each test."""
+    """Accuracy in percent and seconds of each model in one case: one result for each test."""
     case = CASES[name]
-    right: dict[str, dict[str, list[float]]] = {test: {} for test in case.tests}
+    measured: dict[str, dict[str, list[float]]] = {test: {} for test in case.tests}
     seconds: dict[str, list[float]] = {}
     trained_as: set[tuple[str, str]] = set()
     for seed in range(seeds):
         images = complete_from_store(store.path, FeatureConfig(), ())
-        precompute.precompute(drawn(whole, case, seed), store.path, images)  # decodes nothing
+        precompute.precompute(
+            draw_splits(catalog, case, seed), store.path, images
+        )  # decodes nothing
         test = store.features("test")
-        for way, given, took, head in ways(store, test, ours):
-            seconds.setdefault(way, []).append(took)
+        for model, predicted, duration, head in predictions(store, test, head_kinds):
+            seconds.setdefault(model, []).append(duration)
             if head:
-                trained_as.add((way, head))
+                trained_as.add((model, head))
             for weights in case.tests:
-                value = accuracy(given, test.label, RARE if weights == "as trained" else 1)
-                right[weights].setdefault(way, []).append(value)
-    made = []
-    for weights, accuracies in right.items():
-        context = {way: float(np.mean(values)) for way, values in accuracies.items()}
-        best = max((way for way in context if way.startswith("C ")), key=context.__getitem__)
+                value = accuracy(predicted, test.label, RATIO if weights == "as trained" else 1)
+                measured[weights].setdefault(model, []).append(value)
+    results = []
+    for weights, accuracies in measured.items():
+        mean = {model: float(np.mean(values)) for model, values in accuracies.items()}
+        best = max((model for model in mean if model.startswith("C ")), key=mean.__getitem__)
         behind = {}
-        for way in ours:
-            apart = np.subtract(accuracies[best], accuracies[way])
-            error = float(apart.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else None
-            behind[way] = {"mean": float(apart.mean()), "standard_error": error}
-        line = {
+        for kind in head_kinds:
+            difference = np.subtract(accuracies[best], accuracies[kind])
+            error = float(difference.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else None
+            behind[kind] = {"mean": float(difference.mean()), "standard_error": error}
+        result = {
             "case": name if len(case.tests) == 1 else f"{name}, tested {weights}",
             "trained_as": dict(sorted(trained_as)),
-            "accuracy": context,
+            "accuracy": mean,
             "best_c": best,
             "behind_best_c": behind,
-            "seconds": {way: float(np.mean(each)) for way, each in seconds.items()},
+            "seconds": {model: float(np.mean(each)) for model, each in seconds.items()},
         }
-        made.append(rounded(line))
-        show(made[-1])
-    return made
+        results.append(round_numbers(result))
+        show(results[-1])
+    return results
 
 
-def drawn(whole: Catalog, case: Case, seed: int) -> Catalog:
-    """The catalog with the splits, and where they are shuffled the labels, of one draw."""
+def draw_splits(catalog: Catalog, case: Case, seed: int) -> Catalog:
+    """The catalog with new random splits, and in a shuffled case with shuffled labels."""
     rng = np.random.default_rng(seed)
-    labels = list(whole.labels)
+    labels = list(catalog.labels)
     if case.shuffled:
         labels = [labels[row] for row in rng.permutation(len(labels))]
     splits = np.full(len(labels), "test", dtype="U5")
-    for number, class_name in enumerate(whole.classes):
+    for number, class_name in enumerate(catalog.classes):
         rows = rng.permutation([row for row, names in enumerate(labels) if names == (class_name,)])
         valid = min(case.train // 4, 25)
-        train = case.train // RARE if number and case.rare else case.train
+        train = case.train // RATIO if number and case.rare else case.train
         if number and case.rare == "train and valid":
-            valid = max(1, valid // RARE)
+            valid = max(1, valid // RATIO)
         splits[rows[:train]] = "train"
         splits[rows[train : train + valid]] = "valid"
-    return dataclasses.replace(whole, labels=labels, splits=splits.tolist())
+    return dataclasses.replace(catalog, labels=labels, splits=splits.tolist())
 
 
-def ways(
-    store: Store, test: Features, ours: list[str]
+def predictions(
+    store: Store, test: Features, head_kinds: list[str]
 ) -> Iterator[tuple[str, NDArray[np.int64], float, str]]:
-    """Each way's labels of the test images, its seconds, and of ours the head that it took."""
+    """For each model: its name, predicted labels of the test images, seconds, and the kind of head
+    (empty for scikit-learn).
+    """
     train = store.features("train")
     scaler = StandardScaler().fit(train.feature[:, 0].astype(np.float64))
-    wide = scaler.transform(train.feature[:, 0].astype(np.float64))
-    tested = scaler.transform(test.feature[:, 0].astype(np.float64))
+    train_feature = scaler.transform(train.feature[:, 0].astype(np.float64))
+    test_feature = scaler.transform(test.feature[:, 0].astype(np.float64))
     for strength in STRENGTHS:
-        began = time.perf_counter()
-        model = LogisticRegression(C=strength, max_iter=5000).fit(wide, train.label)
-        took = time.perf_counter() - began
-        yield f"C {strength:g}", model.predict(tested), took, ""
-    for asked in ours:
-        began = time.perf_counter()
-        made = commands_train.learn(store.path, Study(head=TrainConfig(head=asked)))  # type: ignore[arg-type]
-        took = time.perf_counter() - began
-        assert made.config is not None
-        state = {name: torch.from_numpy(value) for name, value in made.winner.state.items()}
+        start = time.perf_counter()
+        model = LogisticRegression(C=strength, max_iter=5000).fit(train_feature, train.label)
+        seconds = time.perf_counter() - start
+        yield f"C {strength:g}", model.predict(test_feature), seconds, ""
+    for kind in head_kinds:
+        start = time.perf_counter()
+        learned = commands_train.learn(store.path, Study(head=TrainConfig(head=kind)))  # type: ignore[arg-type]
+        seconds = time.perf_counter() - start
+        assert learned.config is not None
+        state = {name: torch.from_numpy(value) for name, value in learned.winner.state.items()}
         classes = store.manifest()["classes"]
-        ready = heads.restore(made.config.architecture, store.recipe.width, len(classes), state)
+        head = heads.restore(learned.config.architecture, store.recipe.width, len(classes), state)
         with torch.inference_mode():
-            given = ready(torch.from_numpy(test.feature[:, 0].astype(np.float32))).argmax(1)
-        yield asked, given.numpy(), took, made.config.head
+            predicted = head(torch.from_numpy(test.feature[:, 0].astype(np.float32))).argmax(1)
+        yield kind, predicted.numpy(), seconds, learned.config.head
 
 
-def accuracy(given: NDArray[np.int64], label: NDArray[np.int64], first: int) -> float:
-    """Percent right, where the first class weighs `first` times as much as each other one."""
-    recall = [float((given[label == number] == number).mean()) for number in np.unique(label)]
+def accuracy(predicted: NDArray[np.int64], label: NDArray[np.int64], first: int) -> float:
+    """Accuracy in percent, with the first class weighted `first` times as much as the others."""
+    recall = [float((predicted[label == number] == number).mean()) for number in np.unique(label)]
     return 100 * float(np.average(recall, weights=[first] + [1] * (len(recall) - 1)))
 
 
-def rounded(value: Any) -> Any:
-    """Numbers to two places, all through."""
+def round_numbers(value: Any) -> Any:
+    """Round all numbers to two decimal places."""
     if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
+        return {name: round_numbers(one) for name, one in value.items()}
     return round(value, 2) if isinstance(value, float) else value
 
 
-def show(line: dict[str, Any]) -> None:
-    """One case in a few lines."""
-    print(f"{line['case']} ({line['best_c']} is the best of four)", flush=True)
-    for way, value in line["accuracy"].items():
-        words = f"  {way:10} {value:6.2f}  {line['seconds'][way]:5.2f} s"
-        if way in line["behind_best_c"]:
-            apart = line["behind_best_c"][way]
-            words += f"  behind by {apart['mean']:5.2f} ± {apart['standard_error'] or 0:.2f}"
-            words += f"  ({line['trained_as'][way]})"
-        print(words, flush=True)
+def show(result: dict[str, Any]) -> None:
+    """Print the result of one case."""
+    print(f"{result['case']} ({result['best_c']} is the best of four)", flush=True)
+    for model, value in result["accuracy"].items():
+        line = f"  {model:10} {value:6.2f}  {result['seconds'][model]:5.2f} s"
+        if model in result["behind_best_c"]:
+            behind = result["behind_best_c"][model]
+            line += f"  behind by {behind['mean']:5.2f} ± {behind['standard_error'] or 0:.2f}"
+            line += f"  ({result['trained_as'][model]})"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_a_section_that_dies_keeps_its_rows_and_is_reported(tmp_path, monkeypatc
 
 def test_what_fails_is_named_and_the_rest_of_its_section_goes_on(tmp_path):
     file = tmp_path / "lines.jsonl"
-    gpu.serve(["decode"], file, settings(tmp_path))  # a folder without photos
+    gpu.run_sections(["decode"], file, settings(tmp_path))  # a folder without photos
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     failures = [line["failure"] for line in lines if "failure" in line]
     assert len(failures) == 2  # nvImageCodec and DALI, on the CPU

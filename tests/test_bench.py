@@ -1,0 +1,58 @@
+"""The programs in bench/ still fit the code that they measure: each runs on little data."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+def load(name: str) -> ModuleType:
+    """Import a program as a module."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in BENCH.glob("*.py")))
+def test_a_program_imports_and_has_flags(name):
+    program = [sys.executable, str(BENCH / f"{name}.py"), "--help"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_extraction_is_measured(drawn):
+    seconds, stages = load("extract").pump(drawn / "train", "shufflenet_v2_x0_5", 8)
+    assert seconds > 0
+    assert stages.keys() >= {"read", "decode", "forward", "workers"}
+
+
+def test_head_training_is_measured():
+    import torch
+
+    head = load("head")
+    args = argparse.Namespace(classes=[2], batches=[8], rounds=1, seconds=0.001)
+    feature_ND = torch.randn(80, 4).half()
+    assert head.compare_loops(feature_ND, args)[0]["rows_per_second"].keys() > {"sgd", "adamw"}
+    assert len(head.compare_stacks(feature_ND, args)) == 2  # optimizers
+
+
+def test_listing_is_measured(tmp_path, capsys, monkeypatch):
+    listing = load("listing")
+    monkeypatch.setattr(listing, "FILES_PER_FOLDER", 2)
+    listing.create_tree(tmp_path, 30)
+    for name in listing.ALTERNATIVES:
+        listing.measure(name, str(tmp_path))
+        assert json.loads(capsys.readouterr().out)["files"] == 30
