@@ -1,10 +1,13 @@
 """Draws figures with matplotlib and writes the tables behind them as CSV.
 
-LR finder's curve  -> lr_figure         loss against learning rate, suggestions marked
-counts (C, C)      -> confusion_figure  labels against predictions
-histograms         -> scores_figure     labels, probabilities and novelty of scored images
-learning curve     -> learning_figure   a metric against the number of training images
-ranked grid        -> grid_csv          one row per setting, the best first
+    LR finder's curve  -> lr_figure         loss against learning rate, suggestions marked
+    counts (C, C)      -> confusion_figure  labels against predictions
+    histograms         -> scores_figure     labels, probabilities and novelty of scored images
+    learning curve     -> learning_figure   a metric against the number of training images
+    ranked grid        -> grid_csv          one row per setting, the best first
+
+Class names in any script are readable: unlike in plain matplotlib, fonts that have their characters
+are searched for, `$` starts no formula, and control characters are escaped.
 """
 
 from __future__ import annotations
