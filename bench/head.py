@@ -9,7 +9,7 @@ alternative runs for about S seconds in each round.
 
     loader      DataLoader(TensorDataset, shuffle=True, num_workers=0), linear, cross entropy, SGD
     bare        the same by hand: x = X[perm[i:i+B]].float(), a new permutation for each pass
-    sgd, adamw  Training.move, with the same SGD as the loops, and with adamw, the default
+    sgd, adamw  Training.train_step, with the same SGD as the loops, and with adamw, the default
     stacks      64 heads: 16 rates x 4 weight decays, or 16 rates x 4 seeds (each seed with its own
                 batches); 512 heads: 512 rates. Two classes, time per step compared with one head
     end to end  train(): epochs with validation, against the bare loop, which never validates
@@ -129,7 +129,7 @@ def grid(data: Data, config: TrainConfig, heads: str) -> list[Trial]:
     return [
         Trial(
             config=replace(config, **other),
-            rate=rate,
+            lr=rate,
             train=data.train,
             valid=data.valid,
         )
@@ -152,7 +152,7 @@ def arrowhead(data: Data, size: int, optimizer: str, heads: str = "one") -> Loop
     def run(steps: int) -> float:
         start = perf_counter()
         for step in range(done[0], done[0] + steps):
-            training.move(step, 1.0)
+            training.train_step(step, 1.0)
         done[0] += steps
         return perf_counter() - start
 

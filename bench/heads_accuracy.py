@@ -208,7 +208,9 @@ def predictions(
         assert learned.config is not None
         state = {name: torch.from_numpy(value) for name, value in learned.winner.state.items()}
         classes = store.manifest()["classes"]
-        head = heads.restore(learned.config.architecture, store.recipe.width, len(classes), state)
+        head = heads.restore_head(
+            learned.config.architecture, store.recipe.width, len(classes), state
+        )
         with torch.inference_mode():
             predicted = head(torch.from_numpy(test.feature[:, 0].astype(np.float32))).argmax(1)
         yield kind, predicted.numpy(), seconds, learned.config.head

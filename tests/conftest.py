@@ -157,7 +157,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
 
         body = BodyConfig(body="resnet18", weights="random", pool=pool)
         weights, width = backbone.load(body), 1024 if pool == "concat" else 512
-        state = heads.make(head, width, 3, seed=4).state_dict()
+        state = heads.build_head(head, width, 3, seed=4).state_dict()
         if head == "lesson":  # as if it had been trained: norms that do something
             draw = torch.Generator().manual_seed(1)
             for tensor in state.values():

@@ -13,7 +13,7 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.features.store import Store
 from arrowhead.training import heads
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.trainer import Trained
+from arrowhead.training.trainer import TrainedHead
 
 
 def test_a_store_and_a_head_give_a_complete_bundle_without_the_photos(
@@ -24,13 +24,13 @@ def test_a_store_and_a_head_give_a_complete_bundle_without_the_photos(
     command("precompute", "photos", "store", "--body", "resnet18", "--weights", "random")
     shutil.rmtree("photos")
     store = Store(tmp_path / "store")
-    head = heads.make("linear", store.recipe.width, 3, seed=4).state_dict()
+    head = heads.build_head("linear", store.recipe.width, 3, seed=4).state_dict()
     state = {name: tensor.numpy() for name, tensor in head.items()}
     state |= {"2.weight": 0 * state["2.weight"], "2.bias": np.array([0, 1, 0], np.float32)}
     bundle = build.build(
         store,
         TrainConfig(head="linear"),
-        Trained(state=state, epochs=[], epoch=4),
+        TrainedHead(state=state, epochs=[], epoch=4),
         candidates=store.load_golden() or {},
         lineage={"run_id": "abc"},
     )

@@ -95,7 +95,7 @@ def test_the_highest_number_is_the_newest_whatever_folders_are_called(tmp_path):
 def test_another_trainings_checkpoints_are_neither_used_nor_spoken_of(tmp_path):
     keep(tmp_path, 1)
     other = keep(tmp_path, 2, key="other")
-    os.truncate(other / checkpoint.STATE, 5)
+    os.truncate(other / checkpoint.TENSORS_FILE, 5)
     assert same(checkpoint.newest(tmp_path, KEY, must_be_well), 1)
     assert checkpoint.newest(tmp_path, "third", must_be_well) is None
     checkpoint.prune(tmp_path, KEY)
@@ -123,11 +123,11 @@ def falls_back(place: Path, bad: Path) -> None:
     assert same(checkpoint.newest(place, KEY, said.append), 1)
     assert len(said) == 1
     assert str(bad) in said[0]
-    assert "the whole one before it" in said[0]
+    assert "Using the one before it" in said[0]
     assert "epoch-0001" in said[0]
 
 
-@pytest.mark.parametrize("name", [checkpoint.LABEL, checkpoint.STATE])
+@pytest.mark.parametrize("name", [checkpoint.METADATA_FILE, checkpoint.TENSORS_FILE])
 def test_a_file_cut_at_any_length_is_found_out(tmp_path, name):
     keep(tmp_path, 1)
     bad = keep(tmp_path, 2)
@@ -141,7 +141,7 @@ def test_a_file_cut_at_any_length_is_found_out(tmp_path, name):
     falls_back(tmp_path, bad)
 
 
-@pytest.mark.parametrize("name", [checkpoint.LABEL, checkpoint.STATE])
+@pytest.mark.parametrize("name", [checkpoint.METADATA_FILE, checkpoint.TENSORS_FILE])
 def test_a_flipped_bit_anywhere_is_found_out(tmp_path, name):
     keep(tmp_path, 1)
     bad = keep(tmp_path, 2)
@@ -155,7 +155,7 @@ def test_a_flipped_bit_anywhere_is_found_out(tmp_path, name):
             found = checkpoint.newest(tmp_path, KEY, said.append)
             # A bit of the label's layout may change nothing that it says.
             assert (same(found, 1) and len(said) == 1) or (same(found, 2) and not said)
-            if name == checkpoint.STATE:
+            if name == checkpoint.TENSORS_FILE:
                 assert same(found, 1)
 
 
@@ -165,21 +165,21 @@ def test_a_label_of_any_other_content_is_found_out(tmp_path_factory, content):
     place = tmp_path_factory.mktemp("place")
     keep(place, 1)
     bad = keep(place, 2)
-    (bad / checkpoint.LABEL).write_bytes(content)
+    (bad / checkpoint.METADATA_FILE).write_bytes(content)
     falls_back(place, bad)
 
 
 def test_with_nothing_whole_there_is_one_warning_each_and_no_checkpoint(tmp_path):
     for number in (1, 2):
-        os.truncate(keep(tmp_path, number) / checkpoint.STATE, 9)
+        os.truncate(keep(tmp_path, number) / checkpoint.TENSORS_FILE, 9)
     said: list[str] = []
     assert checkpoint.newest(tmp_path, KEY, said.append) is None
-    assert [("none is whole" in one) for one in said] == [True, True]
+    assert [("There is no complete one" in one) for one in said] == [True, True]
 
 
 def test_the_tensors_of_another_checkpoint_are_not_taken_for_its_own(tmp_path):
     first, second = keep(tmp_path, 1), keep(tmp_path, 2)
-    shutil.copyfile(first / checkpoint.STATE, second / checkpoint.STATE)
+    shutil.copyfile(first / checkpoint.TENSORS_FILE, second / checkpoint.TENSORS_FILE)
     falls_back(tmp_path, second)
 
 
@@ -187,37 +187,37 @@ def test_the_tensors_of_another_checkpoint_are_not_taken_for_its_own(tmp_path):
 
 
 def names(place: Path) -> list[str]:
-    return sorted(path.parent.name for path in place.rglob(checkpoint.STATE))
+    return sorted(path.parent.name for path in place.rglob(checkpoint.TENSORS_FILE))
 
 
 def test_the_two_newest_whole_ones_stay_and_a_torn_one_is_not_counted(tmp_path):
     for number in range(1, 6):
         keep(tmp_path, number, f"attempt-{number % 2}/epoch-{number:04}")
-    os.truncate(tmp_path / "attempt-1" / "epoch-0005" / checkpoint.STATE, 40)
-    os.truncate(tmp_path / "attempt-1" / "epoch-0003" / checkpoint.LABEL, 40)
+    os.truncate(tmp_path / "attempt-1" / "epoch-0005" / checkpoint.TENSORS_FILE, 40)
+    os.truncate(tmp_path / "attempt-1" / "epoch-0003" / checkpoint.METADATA_FILE, 40)
     checkpoint.prune(tmp_path, KEY)
     assert names(tmp_path) == ["epoch-0002", "epoch-0004"]
 
 
 def test_while_nothing_is_whole_nothing_but_drafts_is_removed(tmp_path):
     for number in (1, 2, 3):
-        os.truncate(keep(tmp_path, number) / checkpoint.STATE, 9)
-    checkpoint.write(checkpoint.draft(tmp_path), tensors(4), facts(4))
+        os.truncate(keep(tmp_path, number) / checkpoint.TENSORS_FILE, 9)
+    checkpoint.write(checkpoint.draft_path(tmp_path), tensors(4), facts(4))
     checkpoint.prune(tmp_path, KEY)
     assert names(tmp_path) == ["epoch-0001", "epoch-0002", "epoch-0003"]
 
 
 def test_a_draft_is_no_checkpoint_and_is_removed(tmp_path):
     keep(tmp_path, 1)
-    checkpoint.write(checkpoint.draft(tmp_path), tensors(2), facts(2))
+    checkpoint.write(checkpoint.draft_path(tmp_path), tensors(2), facts(2))
     (tmp_path / "attempt-1" / ".epoch-0003.0badcafe.draft").mkdir(parents=True)
     assert same(checkpoint.newest(tmp_path, KEY, must_be_well), 1)
     checkpoint.prune(tmp_path, KEY)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "attempt-1",
-        checkpoint.LABEL,
+        checkpoint.METADATA_FILE,
         "epoch-0001",
-        checkpoint.STATE,
+        checkpoint.TENSORS_FILE,
     ]
 
 
@@ -273,7 +273,7 @@ def write_for_ever(place: Path) -> None:
         number = last.number if last else 0
         while True:
             number += 1
-            draft = checkpoint.draft(place)
+            draft = checkpoint.draft_path(place)
             checkpoint.write(draft, tensors(number), facts(number))
             worker.save_checkpoint(
                 draft, f"epoch-{number % 3}"
@@ -303,7 +303,7 @@ def test_after_a_kill_at_any_moment_the_last_one_kept_is_there(tmp_path):
 
 
 def test_a_label_can_be_read_by_people(tmp_path):
-    label = json.loads((keep(tmp_path, 3) / checkpoint.LABEL).read_text())
+    label = json.loads((keep(tmp_path, 3) / checkpoint.METADATA_FILE).read_text())
     assert label["facts"] == facts(3)
     assert set(label) == {"format", "checkpoint", "facts", "sha256", "seal"}
 
@@ -320,11 +320,11 @@ def test_a_training_that_is_done_takes_its_own_checkpoints_away_and_no_others(tm
     attempt = keep(tmp_path / "attempt-1", 3, key=f"{KEY}:heads")
     (tmp_path / "attempt-1" / "rays-notes.json").write_text("{}")
     others = [keep(tmp_path, 4, key="other:heads"), keep(tmp_path / "attempt-2", 5, key="c3")]
-    checkpoint.forget(tmp_path, KEY)
+    checkpoint.remove_finished(tmp_path, KEY)
     assert not any(folder.exists() for folder in [*ours, attempt.parent])
     assert all(folder.exists() for folder in others)
     assert same(checkpoint.newest(tmp_path, "other:heads", must_be_well), 4, "other:heads")
-    checkpoint.forget(tmp_path / "absent", KEY)
+    checkpoint.remove_finished(tmp_path / "absent", KEY)
 
 
 def test_a_success_leaves_what_other_unfinished_trainings_of_that_bundle_go_on_with(

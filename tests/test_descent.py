@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from arrowhead import ConfigError
 from arrowhead.training import heads
 from arrowhead.training.heads import Stack
-from arrowhead.training.losses import Loss, balance
+from arrowhead.training.losses import Loss, balanced_weights
 from arrowhead.training.optimizer import Optimizer
 from arrowhead.training.optimizer_config import OptimizerConfig
 from arrowhead.training.schedule import check_cycles, lr_factor
@@ -146,11 +146,11 @@ def test_restarts_are_refused_where_there_is_no_cosine_to_restart() -> None:
 
 def _torchs(loss: Loss, logit_CB: Tensor, label: Tensor) -> Tensor:
     """Each row's loss, (B,), by torch's own functions."""
-    if not loss.multi:
-        own = {"weight": loss.classes, "label_smoothing": loss.smoothing, "reduction": "none"}
+    if not loss.multilabel:
+        own = {"weight": loss.class_weights, "label_smoothing": loss.smoothing, "reduction": "none"}
         return nn.functional.cross_entropy(logit_CB.mT, label, **own)  # type: ignore[arg-type]
     wanted = label * (1 - loss.smoothing) + loss.smoothing / 2
-    gain = None if loss.classes is None else loss.classes[:, None]
+    gain = None if loss.class_weights is None else loss.class_weights[:, None]
     every = nn.functional.binary_cross_entropy_with_logits(
         logit_CB, wanted, pos_weight=gain, reduction="none"
     )
@@ -175,31 +175,31 @@ def test_losses_and_slopes_are_those_of_torchs_own_functions(
     padded: bool,
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    lanes, each, classes, rows = shape
+    groups, each, classes, rows = shape
     logit = 5 * torch.randn(shape, generator=draw)
     weights = torch.rand(classes, generator=draw) + 0.1 if weighted else None
-    loss = Loss(multi=multi, smoothing=smoothing, classes=weights)
-    label = torch.randint(classes, (lanes, rows), generator=draw)
+    loss = Loss(multilabel=multi, smoothing=smoothing, class_weights=weights)
+    label = torch.randint(classes, (groups, rows), generator=draw)
     if multi:
-        label = torch.randint(2, (lanes, classes, rows), generator=draw).float()
-    real = torch.rand(lanes, rows, generator=draw) < 0.7 if padded else None
-    total = torch.rand(lanes, generator=draw) + 1
-    nats, gradient = loss.of(logit.clone(), label, real, total)
-    for lane in range(lanes):
+        label = torch.randint(2, (groups, classes, rows), generator=draw).float()
+    real = torch.rand(groups, rows, generator=draw) < 0.7 if padded else None
+    total = torch.rand(groups, generator=draw) + 1
+    nats, gradient = loss.sum_and_gradient(logit.clone(), label, real, total)
+    for group in range(groups):
         for head in range(each):
-            leaf = logit[lane, head].clone().requires_grad_()
-            each_B = _torchs(loss, leaf, label[lane])
-            wanted = (each_B if real is None else each_B[real[lane]]).sum()
-            (wanted / total[lane]).backward()
-            torch.testing.assert_close(nats[lane, head], wanted.detach(), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(gradient[lane, head], leaf.grad, rtol=1e-5, atol=1e-6)
+            leaf = logit[group, head].clone().requires_grad_()
+            each_B = _torchs(loss, leaf, label[group])
+            wanted = (each_B if real is None else each_B[real[group]]).sum()
+            (wanted / total[group]).backward()
+            torch.testing.assert_close(nats[group, head], wanted.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(gradient[group, head], leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_a_certain_and_wrong_row_has_a_finite_loss_and_slope(multi: bool) -> None:
     logit = torch.tensor([1e4, -1e4]).view(1, 1, 2, 1)
     label = torch.tensor([0.0, 1.0]).view(1, 2, 1) if multi else torch.tensor([[1]])
-    nats, gradient = Loss(multi=multi).of(logit.clone(), label, None, 1.0)
+    nats, gradient = Loss(multilabel=multi).sum_and_gradient(logit.clone(), label, None, 1.0)
     assert float(nats) == pytest.approx(1e4 if multi else 2e4)
     assert gradient.flatten().tolist() == ([0.5, -0.5] if multi else [1, -1])
 
@@ -209,15 +209,15 @@ def test_a_certain_and_wrong_row_has_a_finite_loss_and_slope(multi: bool) -> Non
 def test_balanced_weights_are_scikit_learns(some: list[int]) -> None:
     label = np.array([*range(5), *some])
     wanted = compute_class_weight("balanced", classes=np.arange(5), y=label)
-    np.testing.assert_allclose(balance(torch.from_numpy(label), 5), wanted, rtol=1e-6)
+    np.testing.assert_allclose(balanced_weights(torch.from_numpy(label), 5), wanted, rtol=1e-6)
 
 
 def test_a_balanced_label_weighs_as_much_by_its_presence_as_by_its_absence() -> None:
     label = torch.tensor([[1, 0], [0, 0], [0, 1], [0, 1], [0, 1]], dtype=torch.uint8)
-    weights = balance(label, 2)
+    weights = balanced_weights(label, 2)
     present, absent = label.sum(0), (1 - label).sum(0)
     torch.testing.assert_close(weights * present, absent.float())
-    never, always = balance(torch.tensor([[0, 1]] * 9, dtype=torch.uint8), 2).tolist()
+    never, always = balanced_weights(torch.tensor([[0, 1]] * 9, dtype=torch.uint8), 2).tolist()
     assert np.isfinite([never, always]).all()
     assert min(never, always) > 0
 
@@ -231,13 +231,13 @@ DECAYS = torch.tensor([[0.0, 0.1, 0.01], [0.5, 0.0, 0.0]])
 
 def _stack(shape: tuple[int, int]) -> tuple[Stack, list[list[nn.Sequential]]]:
     """A stack of different heads, and the heads themselves."""
-    lanes, each = shape
+    groups, each = shape
     single = [
-        [heads.make("linear", WIDTH, CLASSES, seed=10 * lane + head) for head in range(each)]
-        for lane in range(lanes)
+        [heads.build_head("linear", WIDTH, CLASSES, seed=10 * group + head) for head in range(each)]
+        for group in range(groups)
     ]
-    states = [[head.state_dict() for head in lane] for lane in single]
-    made = Stack.of("linear", states, [0.0] * lanes, [0] * lanes)
+    states = [[head.state_dict() for head in group] for group in single]
+    made = Stack.from_states("linear", states, [0.0] * groups, [0] * groups)
     return made, single
 
 
@@ -260,13 +260,13 @@ def test_each_head_moves_as_torchs_own_optimizer_moves_it(
     stack, single = _stack((2, 3))
     ours = Optimizer(stack, config, rates, decays, scaled=scaled)
     theirs: dict[tuple[int, int], torch.optim.Optimizer] = {}
-    for lane, head in np.ndindex(2, 3):
+    for group, head in np.ndindex(2, 3):
         own: dict[str, Any] = {
-            "lr": float(rates[lane, head]),
-            "weight_decay": float(decays[lane, head]),
+            "lr": float(rates[group, head]),
+            "weight_decay": float(decays[group, head]),
         }
-        learned = single[lane][head].parameters()
-        theirs[lane, head] = (
+        learned = single[group][head].parameters()
+        theirs[group, head] = (
             torch.optim.AdamW(learned, **own)
             if config.optimizer == "adamw"
             else torch.optim.SGD(learned, momentum=config.momentum, **own)
@@ -274,18 +274,18 @@ def test_each_head_moves_as_torchs_own_optimizer_moves_it(
     draw = torch.Generator().manual_seed(0)
     for share in (1.0, 0.5, 0.9, 0.1):
         stack.grad.copy_(torch.randn(len(stack.grad), generator=draw))
-        for (lane, head), optimizer in theirs.items():
-            gradients = stack.state(lane, head, stack.grad)
-            for name, weight in single[lane][head].named_parameters():
+        for (group, head), optimizer in theirs.items():
+            gradients = stack.state(group, head, stack.grad)
+            for name, weight in single[group][head].named_parameters():
                 weight.grad = gradients[name].clone()
-            optimizer.param_groups[0]["lr"] = float(rates[lane, head]) * share
+            optimizer.param_groups[0]["lr"] = float(rates[group, head]) * share
             optimizer.step()
         if scaled:
             stack.grad.mul_(65536)
-        ours.move(share)
-    for lane, head in theirs:
-        made = stack.state(lane, head)
-        for name, weight in single[lane][head].named_parameters():
+        ours.step(share)
+    for group, head in theirs:
+        made = stack.state(group, head)
+        for name, weight in single[group][head].named_parameters():
             torch.testing.assert_close(made[name], weight.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -306,21 +306,21 @@ def test_a_step_that_overflows_is_left_out_and_halves_the_scale_of_its_head_alon
             drawn = torch.randn(CLASSES, WIDTH, generator=draw)
             stack.gradients["2.weight"].copy_(drawn.expand(*shape, -1, -1))
             stack.gradients["2.bias"].copy_(drawn[:, 0].expand(*shape, -1))
-            assert optimizer.scale_LG is not None
-            stack.grad.mul_(stack.spread(optimizer.scale_LG))
+            assert optimizer.scale_GH is not None
+            stack.grad.mul_(stack.expand_to_weights(optimizer.scale_GH))
             if bad:
                 stack.gradients["2.bias"][0, 1, 2] = spoiled
-            optimizer.move(1.0)
+            optimizer.step(1.0)
         return stack, optimizer
 
     stack, optimizer = run((2, 2), [False, True, False])
     undisturbed, _ = run((2, 2), [False, False, False])
-    assert optimizer.scale_LG is not None
-    assert optimizer.scale_LG.tolist() == [[65536, 32768], [65536, 65536]]
-    assert optimizer.skipped_LG.tolist() == [[0, 1], [0, 0]]
-    for lane, head in [(0, 0), (1, 0), (1, 1)]:
-        for name, value in undisturbed.state(lane, head).items():
-            assert torch.equal(stack.state(lane, head)[name], value)
+    assert optimizer.scale_GH is not None
+    assert optimizer.scale_GH.tolist() == [[65536, 32768], [65536, 65536]]
+    assert optimizer.skipped_GH.tolist() == [[0, 1], [0, 0]]
+    for group, head in [(0, 0), (1, 0), (1, 1)]:
+        for name, value in undisturbed.state(group, head).items():
+            assert torch.equal(stack.state(group, head)[name], value)
     # The head that overflowed is where it would be had the step never been asked for.
     single, _ = _stack((2, 2))
     alone = Optimizer(
@@ -332,7 +332,7 @@ def test_a_step_that_overflows_is_left_out_and_halves_the_scale_of_its_head_alon
         if not bad:
             single.gradients["2.weight"].copy_(drawn.expand(2, 2, -1, -1))
             single.gradients["2.bias"].copy_(drawn[:, 0].expand(2, 2, -1))
-            alone.move(1.0)
+            alone.step(1.0)
     for name, value in single.state(0, 1).items():
         torch.testing.assert_close(stack.state(0, 1)[name], value, rtol=1e-5, atol=1e-5)
 
@@ -341,15 +341,15 @@ def test_the_scale_doubles_after_2000_good_steps_as_torchs_scaler_does() -> None
     stack, _ = _stack((1, 2))
     zeros = torch.zeros(1, 2)
     optimizer = Optimizer(stack, OptimizerConfig(), zeros, zeros, scaled=True)
-    assert optimizer.scale_LG is not None
+    assert optimizer.scale_GH is not None
     for step in range(2003):
         stack.grad.zero_()
         if step == 2:
             stack.gradients["2.bias"][0, 1, 0] = float("inf")
-        optimizer.move(1.0)
+        optimizer.step(1.0)
         if step == 1999:
-            assert optimizer.scale_LG.tolist() == [[131072, 32768]]
-    assert optimizer.scale_LG.tolist() == [[131072, 65536]]
+            assert optimizer.scale_GH.tolist() == [[131072, 32768]]
+    assert optimizer.scale_GH.tolist() == [[131072, 65536]]
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -362,11 +362,11 @@ def test_an_optimizer_goes_on_where_another_was_left(scaled: bool) -> None:
         for step in steps:
             draw = torch.Generator().manual_seed(step)
             stack.grad.copy_(torch.randn(len(stack.grad), generator=draw))
-            optimizer.move(1.0)
+            optimizer.step(1.0)
 
     stack, optimizer = fresh()
     walk(stack, optimizer, range(3))
-    tensors = {name: one.clone() for name, one in optimizer.tensors().items()}
+    tensors = {name: one.clone() for name, one in optimizer.state_tensors().items()}
     theta, steps = stack.theta.clone(), optimizer.steps
     walk(stack, optimizer, range(3, 6))
     again, resumed = fresh()

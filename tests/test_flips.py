@@ -48,7 +48,7 @@ def made(tmp_path_factory, tracked) -> Path:
         )
         bundle_format.save(whole, Path("bundle"))
         tensors = {"a": torch.arange(20.0), "b": torch.ones(3, 3, dtype=torch.int64)}
-        draft = checkpoint.draft(Path("place"))
+        draft = checkpoint.draft_path(Path("place"))
         checkpoint.write(draft, tensors, {"key": "key", "number": 3})
         draft.rename("place/epoch-3")
         return Path.cwd()

@@ -1,5 +1,5 @@
 """The heads' promises: in a stack each does what plain torch modules would do, rows that only fill
-a lane up are not there, and dropout is drawn for the row, whoever holds it.
+a group up are not there, and dropout is drawn for the row, whoever holds it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from arrowhead.training import heads
-from arrowhead.training.heads import Place, Stack, Standardize
+from arrowhead.training.heads import BatchSlice, Stack, Standardize
 
 KINDS = ["linear", "lesson"]
 WIDTH = 7
@@ -30,12 +30,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _heads(kind: str, classes: int, lanes: int, each: int) -> list[list[nn.Sequential]]:
-    """Heads with weights of their own; those of a lane share the mean and deviation."""
+def _heads(kind: str, classes: int, groups: int, each: int) -> list[list[nn.Sequential]]:
+    """Heads with weights of their own; those of a group share the mean and deviation."""
     draw = torch.Generator().manual_seed(0)
     made = []
-    for lane in range(lanes):
-        made.append([heads.make(kind, WIDTH, classes, seed=lane * each + n) for n in range(each)])
+    for group in range(groups):
+        made.append(
+            [heads.build_head(kind, WIDTH, classes, seed=group * each + n) for n in range(each)]
+        )
         mean = torch.randn(WIDTH, generator=draw)
         deviation = torch.rand(WIDTH, generator=draw) + 0.5
         for head in made[-1]:
@@ -49,12 +51,12 @@ def _heads(kind: str, classes: int, lanes: int, each: int) -> list[list[nn.Seque
 
 
 def _stack(kind: str, single: list[list[nn.Sequential]], *, multi: bool = False) -> Stack:
-    states = [[head.state_dict() for head in lane] for lane in single]
-    return Stack.of(kind, states, [0.0] * len(states), [0] * len(states), multi=multi)
+    states = [[head.state_dict() for head in group] for group in single]
+    return Stack.from_states(kind, states, [0.0] * len(states), [0] * len(states), multilabel=multi)
 
 
-def _batch(lanes: int, rows: int) -> Tensor:
-    drawn = np.random.default_rng(1).normal(size=(lanes, rows, WIDTH)).astype(np.float16)
+def _batch(groups: int, rows: int) -> Tensor:
+    drawn = np.random.default_rng(1).normal(size=(groups, rows, WIDTH)).astype(np.float16)
     return torch.from_numpy(drawn)
 
 
@@ -67,7 +69,7 @@ def _centred(logit_CB: Tensor, *, multi: bool) -> Tensor:
 
 
 def test_the_lesson_head_is_the_lessons() -> None:
-    parts = [type(part) for part in heads.make("lesson", 16, 3)]
+    parts = [type(part) for part in heads.build_head("lesson", 16, 3)]
     norm, drop = nn.BatchNorm1d, nn.Dropout
     assert parts == [norm, drop, nn.Linear, nn.ReLU, norm, drop, nn.Linear]
 
@@ -75,7 +77,7 @@ def test_the_lesson_head_is_the_lessons() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_weights_are_a_function_of_the_seed_and_of_nothing_else(kind: str) -> None:
     def weights(seed: int) -> Tensor:
-        return nn.utils.parameters_to_vector(heads.make(kind, 5, 3, seed=seed).parameters())
+        return nn.utils.parameters_to_vector(heads.build_head(kind, 5, 3, seed=seed).parameters())
 
     torch.manual_seed(1)
     first = weights(3)
@@ -96,14 +98,14 @@ def test_a_head_out_of_a_stack_says_what_it_said_in_the_stack(
     feature = _batch(2, 9)
     logit = stack.logits(feature)
     assert logit.shape == (2, 3, classes, 9)
-    for lane, head in np.ndindex(2, 3):
-        single = heads.restore(kind, WIDTH, classes, stack.state(lane, head))
+    for group, head in np.ndindex(2, 3):
+        single = heads.restore_head(kind, WIDTH, classes, stack.state(group, head))
         assert not single.training
         with torch.inference_mode():
-            wanted = single(feature[lane].float()).mT
-        made = _centred(logit[lane, head], multi=multi)
+            wanted = single(feature[group].float()).mT
+        made = _centred(logit[group, head], multi=multi)
         torch.testing.assert_close(made, _centred(wanted, multi=multi), rtol=1e-5, atol=1e-5)
-    same = stack.logits(feature[:1])  # one batch for all lanes
+    same = stack.logits(feature[:1])  # one batch for all groups
     torch.testing.assert_close(same[0], logit[0])
     torch.testing.assert_close(same[1], stack.logits(feature[:1].expand(2, -1, -1))[1])
 
@@ -115,34 +117,34 @@ def test_a_head_out_of_a_stack_says_what_it_said_in_the_stack(
 @pytest.mark.parametrize("multi", [False, True])
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(
-    ("lanes", "each", "rows"), [(1, 1, 2), (1, 1, 1), (2, 3, 20), (2, 5, 3), (1, 6, 6)]
+    ("groups", "each", "rows"), [(1, 1, 2), (1, 1, 1), (2, 3, 20), (2, 5, 3), (1, 6, 6)]
 )
 def test_logits_slopes_and_statistics_are_those_autograd_finds_for_each_head(
-    kind: str, multi: bool, classes: int, lanes: int, each: int, rows: int
+    kind: str, multi: bool, classes: int, groups: int, each: int, rows: int
 ) -> None:
-    single = _heads(kind, classes, lanes, each)
+    single = _heads(kind, classes, groups, each)
     stack = _stack(kind, single, multi=multi)
-    feature = _batch(lanes, rows)
-    logit = stack.logits(feature, Place(0, 0, rows))
+    feature = _batch(groups, rows)
+    logit = stack.logits(feature, BatchSlice(0, 0, rows))
     gradient = torch.randn(logit.shape, generator=torch.Generator().manual_seed(2))
     if not multi:
         gradient -= gradient.mean(2, keepdim=True)  # as every loss of one label has it
-    stack.descend(gradient.clone())
+    stack.backward(gradient.clone())
     if kind == "lesson" and rows == 1:  # torch's batch norm refuses it; a store may have it
         assert stack.grad.isfinite().all()
         return
-    for lane, number in np.ndindex(lanes, each):
-        head = single[lane][number].train()
-        plain = head(feature[lane].float()).mT
-        plain.backward(gradient[lane, number])
-        made = _centred(logit[lane, number], multi=multi)
+    for group, number in np.ndindex(groups, each):
+        head = single[group][number].train()
+        plain = head(feature[group].float()).mT
+        plain.backward(gradient[group, number])
+        made = _centred(logit[group, number], multi=multi)
         wanted = _centred(plain.detach(), multi=multi)
         torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
-        gradients = stack.state(lane, number, stack.grad)
+        gradients = stack.state(group, number, stack.grad)
         for name, weight in head.named_parameters():
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-4)
         for name, buffer in head.named_buffers():
-            torch.testing.assert_close(stack.state(lane, number)[name], buffer)
+            torch.testing.assert_close(stack.state(group, number)[name], buffer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,9 +153,9 @@ def test_a_worker_without_a_row_of_the_batch_adds_nothing(kind: str, classes: in
     stack = _stack(kind, _heads(kind, classes, 2, 3))
     stack.grad.fill_(1)
     if kind == "linear":  # alone: the lesson's statistics would be those of no row at all
-        logit = stack.logits(_batch(2, 0), Place(0, 3, 3))
+        logit = stack.logits(_batch(2, 0), BatchSlice(0, 3, 3))
         assert logit.shape == (2, 3, classes, 0)
-        stack.descend(logit)
+        stack.backward(logit)
         assert not stack.grad.any()
     assert stack.logits(_batch(2, 0)).shape == (2, 3, classes, 0)
 
@@ -162,23 +164,23 @@ def test_a_worker_without_a_row_of_the_batch_adds_nothing(kind: str, classes: in
 @given(counts=st.lists(st.integers(2, 8), min_size=2, max_size=4))
 @settings(deadline=None, max_examples=15)
 def test_rows_that_fill_a_lane_up_change_nothing(kind: str, counts: list[int]) -> None:
-    lanes, rows = len(counts), max(counts)
-    single = _heads(kind, 3, lanes, 2)
+    groups, rows = len(counts), max(counts)
+    single = _heads(kind, 3, groups, 2)
     stack = _stack(kind, single)
-    feature = _batch(lanes, rows)
+    feature = _batch(groups, rows)
     real = torch.arange(rows) < torch.tensor(counts)[:, None]
-    stack.logits(feature, Place(0, 0, rows), real)
-    gradient = torch.ones(lanes, 2, 3, rows)
+    stack.logits(feature, BatchSlice(0, 0, rows), real)
+    gradient = torch.ones(groups, 2, 3, rows)
     gradient[:, :, 0] = -2
-    stack.descend(gradient * real[:, None, None])
-    for lane, count in enumerate(counts):
-        alone = _stack(kind, [single[lane]])
-        alone.logits(feature[lane : lane + 1, :count], Place(0, 0, count))
-        alone.descend(gradient[lane : lane + 1, :, :, :count].clone())
+    stack.backward(gradient * real[:, None, None])
+    for group, count in enumerate(counts):
+        alone = _stack(kind, [single[group]])
+        alone.logits(feature[group : group + 1, :count], BatchSlice(0, 0, count))
+        alone.backward(gradient[group : group + 1, :, :, :count].clone())
         for head in range(2):
             for flat, own in ((stack.grad, alone.grad), (None, None)):
                 wanted = alone.state(0, head, own)
-                for name, value in stack.state(lane, head, flat).items():
+                for name, value in stack.state(group, head, flat).items():
                     torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)
 
 
@@ -186,22 +188,22 @@ def test_rows_that_fill_a_lane_up_change_nothing(kind: str, counts: list[int]) -
 def test_flat_tensors_of_a_stack_fall_into_parts_and_heads(kind: str) -> None:
     single = _heads(kind, 3, 2, 3)
     stack = _stack(kind, single)
-    for lane, head in np.ndindex(2, 3):
-        for name, value in single[lane][head].state_dict().items():
-            assert torch.equal(stack.state(lane, head)[name], value)
-    numbers = stack.spread(torch.arange(6.0).view(2, 3))
-    for lane, head in np.ndindex(2, 3):
-        own = stack.state(lane, head, numbers)
-        assert all((own[name] == 3 * lane + head).all() for name in stack.learned)
+    for group, head in np.ndindex(2, 3):
+        for name, value in single[group][head].state_dict().items():
+            assert torch.equal(stack.state(group, head)[name], value)
+    numbers = stack.expand_to_weights(torch.arange(6.0).view(2, 3))
+    for group, head in np.ndindex(2, 3):
+        own = stack.state(group, head, numbers)
+        assert all((own[name] == 3 * group + head).all() for name in stack.parameter_names)
     picked = torch.tensor([[4, 0]])
-    some = stack.taken(stack.theta, picked)
+    some = stack.select_heads(stack.theta, picked)
     fewer = _stack(kind, [[single[1][1], single[0][0]]])
     assert torch.equal(some, fewer.theta)
     flat = stack.theta.clone()
-    stack.views(flat)[stack.learned[0]][1, 2].view(-1)[0] = float("nan")
-    stack.views(flat)[stack.learned[-1]][0, 1, 0] = float("-inf")
-    assert stack.finite(flat).tolist() == [[True, False, True], [True, True, False]]
-    assert stack.finite(stack.theta).all()
+    stack.unflatten(flat)[stack.parameter_names[0]][1, 2].view(-1)[0] = float("nan")
+    stack.unflatten(flat)[stack.parameter_names[-1]][0, 1, 0] = float("-inf")
+    assert stack.finite_heads(flat).tolist() == [[True, False, True], [True, True, False]]
+    assert stack.finite_heads(stack.theta).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,21 +220,21 @@ def test_a_state_taken_from_a_stack_stays_as_it_was(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_with_weights_that_are_not_numbers_disturbs_nobody(kind: str) -> None:
     single = _heads(kind, 2, 2, 2)
-    feature, place = _batch(2, 6), Place(0, 0, 6)
+    feature, place = _batch(2, 6), BatchSlice(0, 0, 6)
     gradient = torch.ones(2, 2, 2, 6)
     gradient[:, :, 0] = -1
     well, sick = _stack(kind, single), _stack(kind, single)
-    for part in sick.parts.values():
+    for part in sick.parameters.values():
         part[0, 1] = float("nan")
     logits = []
     for stack in (well, sick):
         logits.append(stack.logits(feature, place))
-        stack.descend(gradient.clone())
+        stack.backward(gradient.clone())
     assert logits[1][0, 1, 1].isnan().all()
-    for lane, head in [(0, 0), (1, 0), (1, 1)]:
-        torch.testing.assert_close(logits[1][lane, head], logits[0][lane, head])
-        for name, value in well.state(lane, head, well.grad).items():
-            torch.testing.assert_close(sick.state(lane, head, sick.grad)[name], value)
+    for group, head in [(0, 0), (1, 0), (1, 1)]:
+        torch.testing.assert_close(logits[1][group, head], logits[0][group, head])
+        for name, value in well.state(group, head, well.grad).items():
+            torch.testing.assert_close(sick.state(group, head, sick.grad)[name], value)
 
 
 # ------------------------------------------------------------------------------- dropout
@@ -240,7 +242,7 @@ def test_a_head_with_weights_that_are_not_numbers_disturbs_nobody(kind: str) -> 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
 def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
-    mask = heads.kept(1, 0, Place(3, 0, 400), 400, 50, share)
+    mask = heads.dropout_mask(1, 0, BatchSlice(3, 0, 400), 400, 50, share)
     assert mask.dtype == torch.float32
     assert float((mask == 0).double().mean()) == pytest.approx(share, abs=0.02)
     assert float(mask.mean()) == pytest.approx(1, abs=0.06)
@@ -252,10 +254,10 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
 def test_workers_together_drop_what_one_would_have_dropped(
     rows: int, world: int, step: int, layer: int
 ) -> None:
-    whole = heads.kept(5, layer, Place(step, 0, rows), rows, 6, 0.5)
+    whole = heads.dropout_mask(5, layer, BatchSlice(step, 0, rows), rows, 6, 0.5)
     thresholds = [rows * rank // world for rank in range(world + 1)]
     parts = [
-        heads.kept(5, layer, Place(step, start, rows), stop - start, 6, 0.5)
+        heads.dropout_mask(5, layer, BatchSlice(step, start, rows), stop - start, 6, 0.5)
         for start, stop in pairwise(thresholds)
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -263,7 +265,7 @@ def test_workers_together_drop_what_one_would_have_dropped(
 
 def test_each_seed_layer_and_step_has_a_mask_of_its_own() -> None:
     made = [
-        heads.kept(seed, layer, Place(step, 0, 20), 20, 20, 0.5)
+        heads.dropout_mask(seed, layer, BatchSlice(step, 0, 20), 20, 20, 0.5)
         for seed in range(2)
         for layer in range(2)
         for step in range(2)
@@ -278,14 +280,15 @@ def test_each_lane_has_dropout_of_its_own_and_only_while_it_trains(kind: str) ->
     single = _heads(kind, 3, 1, 1)
     state = single[0][0].state_dict()
     feature = _batch(1, 50).expand(3, -1, -1)
-    stack = Stack.of(kind, [[state]] * 3, [0.0, 0.5, 0.5], [0, 0, 1])
+    stack = Stack.from_states(kind, [[state]] * 3, [0.0, 0.5, 0.5], [0, 0, 1])
     still = stack.logits(feature)
     torch.testing.assert_close(still[1:], still[:1].expand(2, -1, -1, -1))
-    made = stack.logits(feature, Place(0, 0, 50))
+    made = stack.logits(feature, BatchSlice(0, 0, 50))
     torch.testing.assert_close(
-        made[0], Stack.of(kind, [[state]], [0.0], [0]).logits(feature[:1], Place(0, 0, 50))[0]
+        made[0],
+        Stack.from_states(kind, [[state]], [0.0], [0]).logits(feature[:1], BatchSlice(0, 0, 50))[0],
     )
     for one, other in [(0, 1), (0, 2), (1, 2)]:
         assert not torch.allclose(made[one], made[other], atol=1e-3)
-    again = Stack.of(kind, [[state]], [0.5], [1]).logits(feature[:1], Place(0, 0, 50))
+    again = Stack.from_states(kind, [[state]], [0.5], [1]).logits(feature[:1], BatchSlice(0, 0, 50))
     torch.testing.assert_close(again[0], made[2])

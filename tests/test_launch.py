@@ -55,7 +55,7 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
         total += rows
         if task is not None:
             worker.report({"task": task, "rank": worker.rank})
-        draft = checkpoint.draft(place) if worker.rank == 0 else None
+        draft = checkpoint.draft_path(place) if worker.rank == 0 else None
         if draft is not None:
             checkpoint.write(draft, {"total": total}, {"key": KEY, "number": epoch})
         began = time.perf_counter()

@@ -19,10 +19,10 @@ from arrowhead.features.store import Store
 from arrowhead.training import heads, logistic
 from arrowhead.training.batches import DistributedContext
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.dataset import Data, MemoryMappedFeatures, Trial, class_weighting
+from arrowhead.training.dataset import Data, MemoryMappedFeatures, Trial, resolve_class_weights
 from arrowhead.training.grid import SweepConfig
 from arrowhead.training.study import Study
-from arrowhead.training.trainer import Trained
+from arrowhead.training.trainer import TrainedHead
 
 Rows = NDArray[Any]
 
@@ -44,7 +44,7 @@ def clouds(count: int, width: int, classes: int, apart: float, seed: int = 0) ->
     split = count * 3 // 4
     rows = feature.astype(np.float16)[:, None]
     names = [f"class {one}" for one in range(classes)]
-    return Data.of((rows[:split], label[:split]), (rows[split:], label[split:]), names)
+    return Data.from_arrays((rows[:split], label[:split]), (rows[split:], label[split:]), names)
 
 
 def tags(count: int = 240, width: int = 20) -> Data:
@@ -54,16 +54,16 @@ def tags(count: int = 240, width: int = 20) -> Data:
     seen = feature[:, 0, :2] + draw.normal(size=(count, 2)) > 0.5
     label = np.concatenate([seen, np.ones((count, 1))], 1).astype(np.uint8)
     split = count * 3 // 4
-    return Data.of(
+    return Data.from_arrays(
         (feature[:split], label[:split]), (feature[split:], label[split:]), ["a", "b", "always"]
     )
 
 
 def solved(
     data: Data, distributed: DistributedContext = DistributedContext(), **settings: Any
-) -> Trained:
+) -> TrainedHead:
     config = TrainConfig(head="logistic", **settings)
-    trial = Trial(config=config, rate=0.0, train=data.train, valid=data.valid)
+    trial = Trial(config=config, lr=0.0, train=data.train, valid=data.valid)
     return logistic.train(data, [trial], distributed)[0]
 
 
@@ -71,14 +71,14 @@ def feature_of(data: Data, rows: Rows) -> Rows:
     return data.feature.take(torch.from_numpy(rows)).double().numpy()
 
 
-def probabilities(data: Data, made: Trained, rows: Rows) -> Rows:
+def probabilities(data: Data, made: TrainedHead, rows: Rows) -> Rows:
     state = {name: torch.from_numpy(value) for name, value in made.state.items()}
     width, classes = data.feature.shape[2], len(data.classes)
     with torch.inference_mode():
-        logit = heads.restore("linear", width, classes, state)(
+        logit = heads.restore_head("linear", width, classes, state)(
             torch.from_numpy(feature_of(data, rows)).float()
         )
-    found: Rows = (logit.sigmoid() if data.multi else logit.softmax(1)).numpy()
+    found: Rows = (logit.sigmoid() if data.multilabel else logit.softmax(1)).numpy()
     return found
 
 
@@ -162,7 +162,7 @@ def test_a_rare_class_does_not_make_the_strength_too_strong() -> None:
     way = draw.normal(size=600)
     feature = draw.normal(size=(2530, 600)) + 5 * label[:, None] * way / np.linalg.norm(way)
     rows = feature.astype(np.float16)[:, None]
-    data = Data.of((rows[:330], label[:330]), (rows[330:], label[330:]), ["often", "rare"])
+    data = Data.from_arrays((rows[:330], label[:330]), (rows[330:], label[330:]), ["often", "rare"])
     found = solved(data).epochs[0]
     fixed = [solved(data, l2=l2).epochs[0] for l2 in (100.0, 10.0, 1.0, 0.1)]
     for figure in ("accuracy", "balanced_accuracy"):
@@ -188,11 +188,13 @@ def test_columns_that_never_vary_and_classes_of_one_image_are_taken() -> None:
     feature = np.concatenate([draw.normal(size=(31, 5)), np.full((31, 3), 7.0)], 1)
     label = np.array([0] * 15 + [1] * 15 + [2])
     rows = feature.astype(np.float16)[:, None]
-    data = Data.of((rows, label), (rows[:30], label[:30]), ["a", "b", "once"])
+    data = Data.from_arrays((rows, label), (rows[:30], label[:30]), ["a", "b", "once"])
     made = solved(data)
     assert (made.state["2.weight"][:, 5:] == 0).all()
     assert all(np.isfinite(value).all() for value in made.state.values())
-    flat = Data.of((rows[:, :, 5:], label), (rows[:30, :, 5:], label[:30]), ["a", "b", "once"])
+    flat = Data.from_arrays(
+        (rows[:, :, 5:], label), (rows[:30, :, 5:], label[:30]), ["a", "b", "once"]
+    )
     assert np.isfinite(solved(flat).epochs[0]["valid_loss"])
 
 
@@ -202,8 +204,8 @@ def test_rows_left_on_the_disk_give_the_same_head(monkeypatch: pytest.MonkeyPatc
     parts = [whole[:70], whole[70:71], whole[71:]]
     mapped = replace(data, feature=MemoryMappedFeatures(parts, np.arange(200), torch.device("cpu")))
     held = solved(data)
-    monkeypatch.setattr(logistic, "HELD_NUMBERS", 0)
-    monkeypatch.setattr(logistic, "BLOCK_NUMBERS", 1 << 10)
+    monkeypatch.setattr(logistic, "MAX_CACHED_VALUES", 0)
+    monkeypatch.setattr(logistic, "BLOCK_VALUES", 1 << 10)
     found = solved(mapped)
     assert found.l2 == held.l2
     for name, value in held.state.items():
@@ -262,10 +264,10 @@ def test_what_only_gradient_descent_has_is_refused_by_name() -> None:
 
 def test_training_is_weighted_as_validation_only_where_their_classes_clearly_differ() -> None:
     rare = np.array([0] * 200 + [1] * 20)
-    assert class_weighting(rare, np.array([0] * 100 + [1] * 100), 2) == "validation"
-    assert class_weighting(rare, np.array([0] * 50 + [1] * 5), 2) == "none"
-    assert class_weighting(rare, np.array([0] * 48 + [1] * 7), 2) == "none"
-    assert class_weighting(np.eye(2, dtype=np.uint8), np.eye(2, dtype=np.uint8), 2) == "none"
+    assert resolve_class_weights(rare, np.array([0] * 100 + [1] * 100), 2) == "validation"
+    assert resolve_class_weights(rare, np.array([0] * 50 + [1] * 5), 2) == "none"
+    assert resolve_class_weights(rare, np.array([0] * 48 + [1] * 7), 2) == "none"
+    assert resolve_class_weights(np.eye(2, dtype=np.uint8), np.eye(2, dtype=np.uint8), 2) == "none"
 
 
 def test_a_rare_class_is_seen_where_validation_has_it_often() -> None:

@@ -25,7 +25,14 @@ from arrowhead.training import lr_finder
 from arrowhead.training.batches import DistributedContext
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, InMemoryFeatures, Trial
-from arrowhead.training.lr_finder import Curve, FinderConfig, find, rates, smoothed, suggest
+from arrowhead.training.lr_finder import (
+    Curve,
+    FinderConfig,
+    find_learning_rate,
+    rate_range,
+    smooth,
+    suggest,
+)
 from arrowhead.training.trainer import train, train_stack
 
 FIVE = {"held-out", "valley", "steepest", "minimum/10", "slide"}
@@ -60,8 +67,8 @@ def _data(
         many |= np.eye(classes, dtype=np.uint8)[(label + 1) % classes] * draw.integers(
             2, size=(rows, 1), dtype=np.uint8
         )
-        return Data.of((feature[:cut], many[:cut]), (feature[cut:], many[cut:]), names)
-    return Data.of((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
+        return Data.from_arrays((feature[:cut], many[:cut]), (feature[cut:], many[cut:]), names)
+    return Data.from_arrays((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
 
 
 # ------------------------------------------------------------------------------- verdicts
@@ -76,14 +83,16 @@ def test_labels_that_mean_nothing_are_flat(
 ) -> None:
     for seed in range(4):
         data = _data(rows, width=width, classes=classes, apart=0, seed=seed, multi=multi)
-        assert find(data, TrainConfig(), FinderConfig()).verdict == "flat: no signal"
+        assert find_learning_rate(data, TrainConfig(), FinderConfig()).verdict == "flat: no signal"
 
 
 def test_shuffled_labels_are_flat_though_heads_learn_them_by_heart() -> None:
     kind = _data(160, width=512, classes=2, apart=1)
     for seed in range(40):
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(kind.label)))
-        curve = find(replace(kind, label=kind.label[order]), TrainConfig(), FinderConfig())
+        curve = find_learning_rate(
+            replace(kind, label=kind.label[order]), TrainConfig(), FinderConfig()
+        )
         assert curve.verdict == "flat: no signal"
         assert np.nanmin(curve.losses) < 0.5 * curve.losses[0, 0]
 
@@ -92,7 +101,10 @@ def test_the_lessons_head_is_flat_too_on_shuffled_labels() -> None:
     for seed in range(3):
         data = _data(400, width=32, classes=3, apart=0, seed=seed)
         finder = FinderConfig(steps=50)
-        assert find(data, TrainConfig(head="lesson"), finder).verdict == "flat: no signal"
+        assert (
+            find_learning_rate(data, TrainConfig(head="lesson"), finder).verdict
+            == "flat: no signal"
+        )
 
 
 @pytest.mark.parametrize("apart", [0.15, 1.0])
@@ -101,13 +113,13 @@ def test_a_signal_is_never_flat_however_weak_or_small_the_store(multi: bool, apa
     for seed in range(3):
         rows = 100 if apart == 1 else 2000
         data = _data(rows, width=64, classes=3, apart=apart, seed=seed, multi=multi)
-        assert find(data, TrainConfig(), FinderConfig()).verdict == "good"
+        assert find_learning_rate(data, TrainConfig(), FinderConfig()).verdict == "good"
 
 
 def test_a_short_training_gets_a_rate_that_was_tried_with_its_number_of_steps() -> None:
     data = _data(180, width=128, classes=5, apart=0.3)
     config = TrainConfig(head="linear", epochs=5)  # 15 steps
-    curve = find(data, config, FinderConfig())
+    curve = find_learning_rate(data, config, FinderConfig())
     assert curve.chosen == "schedule"
     ends = {
         name: train(data, config, curve.suggestions[name]).epochs[-1]
@@ -115,13 +127,16 @@ def test_a_short_training_gets_a_rate_that_was_tried_with_its_number_of_steps() 
     }
     assert ends["schedule"]["valid_loss"] < ends["held-out"]["valid_loss"]
     assert curve.suggestions["schedule"] > curve.suggestions["held-out"]
-    assert "schedule" not in find(data, replace(config, epochs=200), FinderConfig()).suggestions
+    assert (
+        "schedule"
+        not in find_learning_rate(data, replace(config, epochs=200), FinderConfig()).suggestions
+    )
 
 
 def test_held_out_rows_of_all_classes_decide_though_rows_come_class_by_class() -> None:
     data = _data(30000, width=16, classes=2, apart=1)
     assert set(data.label[data.valid[:2048]].tolist()) == {0}
-    assert find(data, TrainConfig(), FinderConfig(steps=40)).verdict == "good"
+    assert find_learning_rate(data, TrainConfig(), FinderConfig(steps=40)).verdict == "good"
 
 
 # ------------------------------------------------------------------------- rates that train
@@ -141,7 +156,7 @@ def test_separable_features_are_good_and_the_rate_trains_well(
 ) -> None:
     data = _data(800, width=width, classes=classes, apart=1, multi=multi)
     config = TrainConfig(head=head, epochs=10)  # type: ignore[arg-type]
-    curve = find(data, config, FinderConfig())
+    curve = find_learning_rate(data, config, FinderConfig())
     assert curve.verdict == "good"
     assert curve.suggestions.keys() - {"schedule"} == curve.spreads.keys() == FIVE
     assert curve.rate == curve.suggestions[curve.chosen]
@@ -157,10 +172,10 @@ def test_where_rates_matter_the_rate_is_within_three_of_the_best_of_a_grid(
 ) -> None:
     data = _data(400, width=256, classes=2, apart=0.15)
     config = TrainConfig(**told)
-    curve = find(data, config, FinderConfig())
+    curve = find_learning_rate(data, config, FinderConfig())
     grid = np.geomspace(1e-5, 1e-1, 9)
     trials = [
-        Trial(config=replace(config, seed=seed), rate=rate, train=data.train, valid=data.valid)
+        Trial(config=replace(config, seed=seed), lr=rate, train=data.train, valid=data.valid)
         for rate in [*grid.tolist(), curve.rate]
         for seed in range(2)
     ]
@@ -180,12 +195,12 @@ def test_the_rate_of_real_features_is_within_three_of_the_best_of_a_grid(
     store = Store(pets)
     parts = [store.features(split) for split in ("train", "valid")]
     (taught, held) = ((np.array(part.feature), np.array(part.label)) for part in parts)
-    data, config = Data.of(taught, held, ["cats", "dogs"]), TrainConfig()
-    curve = find(data, config, FinderConfig())
+    data, config = Data.from_arrays(taught, held, ["cats", "dogs"]), TrainConfig()
+    curve = find_learning_rate(data, config, FinderConfig())
     assert curve.verdict == "good"
     grid = np.geomspace(1e-5, 1e-1, 9)
     trials = [
-        Trial(config=replace(config, seed=seed), rate=rate, train=data.train, valid=data.valid)
+        Trial(config=replace(config, seed=seed), lr=rate, train=data.train, valid=data.valid)
         for rate in grid.tolist()
         for seed in range(5)
     ]
@@ -198,7 +213,7 @@ def test_a_race_is_won_by_the_lowest_validation_loss() -> None:
     data = _data(400, width=64, classes=3, apart=0.3)
     config = TrainConfig(epochs=4, seed=3)
     finder = FinderConfig(race=True, seeds=2, steps=40)
-    curve = find(data, config, finder)
+    curve = find_learning_rate(data, config, finder)
     assert curve.race is not None
     assert curve.race.keys() == FIVE | {"schedule"}
     assert curve.race[curve.chosen] == min(curve.race.values())
@@ -208,10 +223,10 @@ def test_a_race_is_won_by_the_lowest_validation_loss() -> None:
         for seed in (3, 4)
     ]
     assert curve.race[curve.chosen] == pytest.approx(np.mean(alone), rel=1e-4)
-    short = find(data, config, replace(finder, race_epochs=1)).race
+    short = find_learning_rate(data, config, replace(finder, race_epochs=1)).race
     assert short is not None
     assert short["held-out"] != curve.race["held-out"]
-    assert find(data, config, FinderConfig(seeds=2, steps=40)).race is None
+    assert find_learning_rate(data, config, FinderConfig(seeds=2, steps=40)).race is None
 
 
 def test_a_race_of_a_few_epochs_runs_whatever_the_training_would_end_or_keep_by() -> None:
@@ -219,7 +234,9 @@ def test_a_race_of_a_few_epochs_runs_whatever_the_training_would_end_or_keep_by(
     config = TrainConfig(
         schedule="cosine", cycle_len=1, cycle_mult=2, epochs=7, best="accuracy", patience=1
     )
-    curve = find(data, config, FinderConfig(race=True, race_epochs=2, seeds=1, steps=20))
+    curve = find_learning_rate(
+        data, config, FinderConfig(race=True, race_epochs=2, seeds=1, steps=20)
+    )
     assert curve.race is not None
     assert curve.spreads == {}  # one seed differs from nobody
 
@@ -242,7 +259,9 @@ def test_a_rate_whose_heads_diverge_loses_the_race_and_is_none_in_json() -> None
 
 def test_the_same_seed_draws_the_same_curve_and_every_seed_its_own() -> None:
     data = _data(400, width=16, classes=3, apart=1)
-    first, again = (find(data, TrainConfig(), FinderConfig(steps=30)) for _ in range(2))
+    first, again = (
+        find_learning_rate(data, TrainConfig(), FinderConfig(steps=30)) for _ in range(2)
+    )
     assert np.array_equal(first.losses, again.losses, equal_nan=True)
     assert first.suggestions == again.suggestions
     assert len({tuple(row) for row in first.losses.tolist()}) == 3
@@ -250,8 +269,8 @@ def test_the_same_seed_draws_the_same_curve_and_every_seed_its_own() -> None:
 
 def test_a_seeds_curve_is_the_one_it_draws_alone() -> None:
     data = _data(400, width=16, classes=3, apart=1)
-    both = find(data, TrainConfig(), FinderConfig(steps=30, seeds=2))
-    alone = find(data, TrainConfig(seed=1), FinderConfig(steps=30, seeds=1))
+    both = find_learning_rate(data, TrainConfig(), FinderConfig(steps=30, seeds=2))
+    alone = find_learning_rate(data, TrainConfig(seed=1), FinderConfig(steps=30, seeds=1))
     np.testing.assert_allclose(both.losses[1], alone.losses[0], rtol=1e-4)
 
 
@@ -262,7 +281,7 @@ def test_a_range_that_ends_in_nan_still_gives_finite_advice(
 ) -> None:
     data = _data(400, width=16, classes=3, apart=1)
     config = TrainConfig(head=head, epochs=3)  # type: ignore[arg-type]
-    curve = find(data, config, FinderConfig(low=low, high=high, steps=25, seeds=2))
+    curve = find_learning_rate(data, config, FinderConfig(low=low, high=high, steps=25, seeds=2))
     assert (curve.suggestions.keys() - {"schedule"}) | {"held-out"} == FIVE
     assert all(np.isfinite(rate) and rate > 0 for rate in curve.suggestions.values())
     assert low <= curve.rate <= high
@@ -274,14 +293,16 @@ def test_a_range_that_ends_in_nan_still_gives_finite_advice(
 def test_stores_of_a_few_rows_are_tested_too(rows: int) -> None:
     taught = np.eye(4, dtype=np.float16)[np.arange(rows) % 2][:, None], np.arange(rows) % 2
     held = taught[0][:1], taught[1][:1]
-    curve = find(Data.of(taught, held, ["a", "b"]), TrainConfig(), FinderConfig(steps=20))
+    curve = find_learning_rate(
+        Data.from_arrays(taught, held, ["a", "b"]), TrainConfig(), FinderConfig(steps=20)
+    )
     assert np.isfinite(curve.rate)
     assert curve.verdict == "flat: no signal"  # one held-out row proves nothing
 
 
 def test_a_seed_that_diverges_leaves_nan_behind_it_and_bounds_the_advice() -> None:
     data = _data(400, width=16, classes=3, apart=1)
-    curve = find(data, TrainConfig(), FinderConfig(high=1e10))
+    curve = find_learning_rate(data, TrainConfig(), FinderConfig(high=1e10))
     gone = np.isnan(curve.losses).any(0)
     assert gone.any()
     assert not np.isnan(curve.losses[:, 0]).any()
@@ -337,7 +358,7 @@ def test_spikes_infinities_and_lone_nans_move_no_suggestion() -> None:
     plain = np.stack([_valley(tested)] * 3)
     hurt = plain.copy()
     hurt[0, 20], hurt[1, 55], hurt[2, 70:72], hurt[0, 48] = 1e30, np.nan, np.inf, -1e30
-    well, ill = (suggest(tested, smoothed(one)) for one in (plain, hurt))
+    well, ill = (suggest(tested, smooth(one)) for one in (plain, hurt))
     assert np.array_equal(np.isnan(well.losses), np.isnan(ill.losses))
     for name, rate in well.suggestions.items():
         assert ill.suggestions[name] == pytest.approx(rate, rel=0.2)
@@ -345,14 +366,14 @@ def test_spikes_infinities_and_lone_nans_move_no_suggestion() -> None:
 
 def test_smoothing_moves_nothing_to_higher_rates() -> None:
     step = np.where(np.arange(100) < 50, 2.0, 1.0)
-    assert np.gradient(smoothed(step[None])[0]).argmin() in (49, 50)
+    assert np.gradient(smooth(step[None])[0]).argmin() in (49, 50)
 
 
 def test_losses_end_where_no_batch_is_finite_any_more() -> None:
     raw = np.ones((2, 40))
     raw[0, 20:] = np.nan
     raw[1, 30:] = 100.0
-    gone = np.isnan(smoothed(raw))
+    gone = np.isnan(smooth(raw))
     assert 18 <= gone[0].argmax() <= 22
     assert 20 <= gone[1].argmax() <= 30
     assert gone[:, -1].all()
@@ -373,7 +394,7 @@ def test_seeds_that_disagree_are_unstable() -> None:
 
 
 def test_rates_rise_geometrically_from_low_to_high() -> None:
-    tested = rates(FinderConfig(low=1e-4, high=1e-1, steps=31))
+    tested = rate_range(FinderConfig(low=1e-4, high=1e-1, steps=31))
     assert (tested[0], tested[-1]) == (pytest.approx(1e-4), pytest.approx(1e-1))
     np.testing.assert_allclose(tested[1:] / tested[:-1], 10**0.1)
 
@@ -418,10 +439,10 @@ def test_suggestions_three_decades_apart_are_not_called_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, finder = _data(100, width=64, classes=3, apart=1), FinderConfig(steps=40)
-    near = find(data, TrainConfig(), finder)
+    near = find_learning_rate(data, TrainConfig(), finder)
     assert near.words.startswith("good: seeds agree, and all suggestions lie within a factor of ")
-    monkeypatch.setattr(lr_finder, "WIDE", near.span)
-    assert find(data, TrainConfig(), finder).verdict == "rules differ"
+    monkeypatch.setattr(lr_finder, "MAX_SUGGESTION_SPAN", near.span)
+    assert find_learning_rate(data, TrainConfig(), finder).verdict == "rules differ"
     wide = replace(near, suggestions={"valley": 1e-4, "slide": 0.2}, verdict="rules differ")
     assert wide.words == "rules differ: seeds agree, but suggestions lie a factor of 2,000 apart"
 
@@ -503,7 +524,7 @@ def _cases() -> dict[str, tuple[Data, TrainConfig, FinderConfig]]:
 @cache
 def _alone(name: str) -> Curve:
     """What one process finds of a case."""
-    return find(*_cases()[name])
+    return find_learning_rate(*_cases()[name])
 
 
 def _together(rank: int, folder: Path) -> None:
@@ -520,7 +541,8 @@ def _together(rank: int, folder: Path) -> None:
         timeout=timedelta(seconds=60),  # a rank that waits for nobody ends here
     )
     found = {
-        name: find(*case, DistributedContext(rank, 2)).plain() for name, case in _cases().items()
+        name: find_learning_rate(*case, DistributedContext(rank, 2)).plain()
+        for name, case in _cases().items()
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()

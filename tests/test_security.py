@@ -503,17 +503,17 @@ def test_what_ray_would_unpickle_beside_checkpoints_is_passed_over(
     for name in ("checkpoint_manager_snapshot.json", "trainer.pkl", ".validate_storage_marker"):
         (place / "attempt-1" / name).write_bytes(payload)
     said = ends("train", made / "store", "bundle", "--epochs", "1", "--rate", "0.01", code=0)
-    assert "torn or has changed" in said
+    assert "incomplete or has changed" in said
 
 
 def test_a_checkpoint_whose_label_vouches_for_a_pickle_is_passed_over(payload, canary, tmp_path):
     checkpoint.write(tmp_path / "1", {"w": torch.ones(2)}, {"key": "k", "number": 1})
     checkpoint.write(tmp_path / "2", {"w": torch.ones(3)}, {"key": "k", "number": 2})
-    (tmp_path / "2" / checkpoint.STATE).write_bytes(payload)
-    label = json.loads((tmp_path / "2" / checkpoint.LABEL).read_text())
+    (tmp_path / "2" / checkpoint.TENSORS_FILE).write_bytes(payload)
+    label = json.loads((tmp_path / "2" / checkpoint.METADATA_FILE).read_text())
     del label["seal"]
-    label["sha256"] = fileio.sha256(tmp_path / "2" / checkpoint.STATE)
-    fileio.write_sealed(tmp_path / "2" / checkpoint.LABEL, label)
+    label["sha256"] = fileio.sha256(tmp_path / "2" / checkpoint.TENSORS_FILE)
+    fileio.write_sealed(tmp_path / "2" / checkpoint.METADATA_FILE, label)
     said: list[str] = []
     found = checkpoint.newest(tmp_path, "k", said.append)
     assert found is not None and found.number == 1

@@ -220,7 +220,7 @@ def test_a_store_larger_than_memory_is_left_in_the_map_and_gives_the_same_number
 ):
     flags = ["--rate", 0.01, "--epochs", 2]
     held = command("train", store, "held", *flags)
-    monkeypatch.setattr(training_run, "_free", lambda device: 1000)
+    monkeypatch.setattr(training_run, "_free_bytes", lambda device: 1000)
     mapped = command("train", store, "mapped", *flags)
     assert mapped["epochs"] == held["epochs"]
 
@@ -349,7 +349,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(undisturbed, shaken):
 
 def test_a_torn_checkpoint_falls_back_to_the_one_before_it_and_says_so(shaken):
     assert shaken.torn in shaken.said
-    assert "torn or has changed" in shaken.said
+    assert "incomplete or has changed" in shaken.said
 
 
 def test_a_stopped_training_goes_on_in_the_same_run_and_doubles_no_step(undisturbed, shaken, place):

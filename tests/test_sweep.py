@@ -18,7 +18,7 @@ from arrowhead.training import comparison, cross_validation, grid, learning_curv
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data
 from arrowhead.training.grid import SweepConfig
-from arrowhead.training.trainer import Trained, train_stack
+from arrowhead.training.trainer import TrainedHead, train_stack
 
 
 def _toy(rows: int = 600, *, width: int = 16, classes: int = 3, apart: float = 1.0) -> Data:
@@ -28,14 +28,14 @@ def _toy(rows: int = 600, *, width: int = 16, classes: int = 3, apart: float = 1
     feature = (centre[label] + draw.normal(size=(rows, 1, width))).astype(np.float16)
     cut = rows * 4 // 5
     names = [f"class {n}" for n in range(classes)]
-    return Data.of((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
+    return Data.from_arrays((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
 
 
 # ----------------------------------------------------------------------------------- grids
 
 
 def test_a_grid_is_all_combinations_of_its_values() -> None:
-    made = grid.settings("rate=1e-4..1e-1:4 weight-decay=0,1e-2 dropout=0..0.5:3 seed=0..2")
+    made = grid.parse_grid("rate=1e-4..1e-1:4 weight-decay=0,1e-2 dropout=0..0.5:3 seed=0..2")
     assert len(made) == 4 * 2 * 3 * 3
     assert sorted({one["rate"] for one in made}) == [1e-4, 1e-3, 1e-2, 1e-1]
     assert sorted({one["dropout"] for one in made}) == [0, 0.25, 0.5]
@@ -68,20 +68,24 @@ def test_a_grid_that_cannot_be_read_is_refused_with_its_word(words: str, says: s
 
 def test_a_setting_no_head_can_have_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match="dropout"):
-        grid.trials(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
+        grid.grid_trials(_toy(), TrainConfig(), 0.01, "dropout=0.5,1.5")
 
 
 def _ranked(
     data: Data, config: TrainConfig, words: str, *, halving: bool = False, rate: float = 1.0
 ) -> dict[str, Any]:
-    """Train a grid and rank it, as `training.run.learn` does."""
-    overrides, trials = grid.settings(words), grid.trials(data, config, rate, words)
-    heads = train_stack(data, trials, losers=grid.loser_of(overrides, config) if halving else None)
+    """Train a grid and rank it, as `training.run.run_study` does."""
+    overrides, trials = grid.parse_grid(words), grid.grid_trials(data, config, rate, words)
+    heads = train_stack(
+        data, trials, stop_rule=grid.halving_rule(overrides, config) if halving else None
+    )
 
     def judge(groups: Any) -> Any:
-        return comparison.by_image(data, trials, heads, groups, grid.figure(config))
+        return comparison.metric_by_image(
+            data, trials, heads, groups, grid.selection_metric(config)
+        )
 
-    return grid.summary(overrides, heads, config, judge)
+    return grid.rank_settings(overrides, heads, config, judge)
 
 
 def test_the_best_setting_wins_and_one_that_diverges_ranks_last() -> None:
@@ -89,7 +93,7 @@ def test_the_best_setting_wins_and_one_that_diverges_ranks_last() -> None:
     config = TrainConfig(epochs=5, optimizer="sgd", schedule="constant")
     ranked = _ranked(_toy(), config, words)
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-2, 1e-6, 9e2]
-    assert grid.settings(words)[ranked["best"]]["rate"] == 1e-2
+    assert grid.parse_grid(words)[ranked["best"]]["rate"] == 1e-2
     assert ranked["alike"] == 0
     assert "distinguishable from the 2 other settings" in ranked["words"]
     assert "not" not in ranked["words"]
@@ -103,15 +107,15 @@ def test_settings_that_differ_by_chance_only_are_said_to_be_alike(best: Any) -> 
     assert "not distinguishable from 2 of the 2 other settings" in ranked["words"]
 
 
-def _head(accuracy: list[float], *, loss: float = 0.5, stopped: str = "") -> Trained:
+def _head(accuracy: list[float], *, loss: float = 0.5, stopped: str = "") -> TrainedHead:
     lines = [{"epoch": i, "valid_loss": loss, "accuracy": x} for i, x in enumerate(accuracy)]
-    return Trained(state={}, epochs=lines, epoch=len(lines) - 1, stopped=stopped)
+    return TrainedHead(state={}, epochs=lines, epoch=len(lines) - 1, stopped=stopped)
 
 
 def test_the_winner_is_of_the_best_setting_though_another_has_the_best_single_head() -> None:
-    overrides = grid.settings("rate=1e-3,1e-2 seed=0,1")
+    overrides = grid.parse_grid("rate=1e-3,1e-2 seed=0,1")
     heads = [_head([0.8]), _head([0.82]), _head([0.9]), _head([0.5])]
-    ranked = grid.summary(overrides, heads, TrainConfig(), lambda groups: np.eye(2))
+    ranked = grid.rank_settings(overrides, heads, TrainConfig(), lambda groups: np.eye(2))
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [1e-3, 1e-2]
     assert ranked["best"] == 1
 
@@ -123,17 +127,17 @@ def test_ten_images_that_only_one_of_two_settings_gets_right_tell_them_apart() -
     right[1, 50:60] = 0
     right[2, 50:59], right[2, 0] = 0, 1
     heads = [_head([row.mean()]) for row in right]
-    overrides = grid.settings("rate=1,2,3")
+    overrides = grid.parse_grid("rate=1,2,3")
 
     def judge(groups: Any) -> Any:
         return np.stack([right[group].mean(0) for group in groups])
 
-    pair = grid.summary(overrides[:2], heads[:2], TrainConfig(), judge)
+    pair = grid.rank_settings(overrides[:2], heads[:2], TrainConfig(), judge)
     assert pair["settings"][1]["p"] == pytest.approx(2 * 0.5**10)
     assert (pair["alike"], pair["test"]) == (0, "exact McNemar test")
     assert "distinguishable from the 1 other setting (p at most 0.002" in pair["words"]
     assert "the same 1000 validation images" in pair["words"]
-    every = grid.summary(overrides, heads, TrainConfig(), judge)
+    every = grid.rank_settings(overrides, heads, TrainConfig(), judge)
     assert [one["knobs"]["rate"] for one in every["settings"]] == [1, 3, 2]
     assert [one["p"] for one in every["settings"][1:]] == pytest.approx(
         [2 * 11 * 0.5**10, 2 * 2 * 0.5**10]  # the smaller of the two counts double
@@ -141,7 +145,7 @@ def test_ten_images_that_only_one_of_two_settings_gets_right_tell_them_apart() -
 
 
 def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_is_claimed() -> None:
-    overrides = grid.settings("rate=1,2,3,4")
+    overrides = grid.parse_grid("rate=1,2,3,4")
     heads = [
         _head([0.99], stopped="halving"),
         _head([0.6] * 4),
@@ -154,7 +158,7 @@ def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_i
         asked.extend(groups)
         return np.array([[1.0, 1, 1], [1, 0, 1]])
 
-    ranked = grid.summary(overrides, heads, TrainConfig(epochs=4), judge)
+    ranked = grid.rank_settings(overrides, heads, TrainConfig(epochs=4), judge)
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [4, 2, 3, 1]
     assert (ranked["best"], asked) == (3, [[3], [1]])
     assert [one["p"] is None for one in ranked["settings"]] == [True, False, True, True]
@@ -168,16 +172,16 @@ def test_halving_stops_the_worse_half_twice_and_keeps_the_best() -> None:
     data = _toy()
     words = "rate=1e-6,1e-5,1e-4,1e-3,1e-2,3e-2,1e-1,3e-1 seed=0,1"
     config = TrainConfig(epochs=8, schedule="constant")
-    losers = grid.loser_of(grid.settings(words), config)
-    halved = train_stack(data, grid.trials(data, config, 1.0, words), losers=losers)
-    whole = train_stack(data, grid.trials(data, config, 1.0, words))
+    losers = grid.halving_rule(grid.parse_grid(words), config)
+    halved = train_stack(data, grid.grid_trials(data, config, 1.0, words), stop_rule=losers)
+    whole = train_stack(data, grid.grid_trials(data, config, 1.0, words))
     lengths = sorted(len(one.epochs) for one in halved)
     assert lengths == [2] * 8 + [4] * 4 + [8] * 4
     for one, other in zip(halved, whole, strict=True):  # who stays is not disturbed
         for line, same in zip(one.epochs, other.epochs, strict=False):
             assert line == pytest.approx(same, rel=1e-5)
     stayed = {
-        grid.settings(words)[at]["rate"] for at, one in enumerate(halved) if len(one.epochs) == 8
+        grid.parse_grid(words)[at]["rate"] for at, one in enumerate(halved) if len(one.epochs) == 8
     }
     assert not stayed & {1e-6, 1e-5, 1e-4}
 
@@ -194,7 +198,7 @@ def test_folds_keep_copies_together_and_are_of_equal_size(rows: list[int], count
     key = np.array(rows, np.uint64)
     assume(len(np.unique(key)) > 1)
     label = np.zeros(len(rows), np.int64)
-    part = cross_validation.folds(key, label, count, ["one"])
+    part = cross_validation.assign_folds(key, label, count, ["one"])
     assert part.min() == 0
     homes = {int(one): {int(p) for p in part[key == one]} for one in np.unique(key)}
     assert all(len(home) == 1 for home in homes.values())
@@ -202,14 +206,14 @@ def test_folds_keep_copies_together_and_are_of_equal_size(rows: list[int], count
     assert sizes.max() - sizes.min() <= 1
     shuffled = np.random.default_rng(0).permutation(len(rows))
     assert np.array_equal(
-        cross_validation.folds(key[shuffled], label, count, ["one"]), part[shuffled]
+        cross_validation.assign_folds(key[shuffled], label, count, ["one"]), part[shuffled]
     )
 
 
 def test_folds_hold_every_class_alike() -> None:
     key = np.random.default_rng(0).integers(1 << 60, size=100).astype(np.uint64)
     label = np.repeat([0, 1, 2], [50, 40, 10])
-    part = cross_validation.folds(key, label, 5, ["a", "b", "c"])
+    part = cross_validation.assign_folds(key, label, 5, ["a", "b", "c"])
     for one in range(5):
         assert np.bincount(label[part == one]).tolist() == [10, 8, 2]
 
@@ -219,7 +223,7 @@ def test_a_class_of_one_different_image_is_trained_on_in_every_fold_and_named() 
     label = np.repeat([0, 1, 2, 3], [50, 46, 1, 3])
     key[97:] = 97  # one photograph, three copies
     names = ["a", "b", "one", "copied"]
-    part = cross_validation.folds(key, label, 5, names)
+    part = cross_validation.assign_folds(key, label, 5, names)
     assert part[96:].tolist() == [-1] * 4
     assert cross_validation.not_held_out(part, label, names) == {"one": 1, "copied": 3}
     assert sorted(set(part[:96])) == [0, 1, 2, 3, 4]
@@ -228,7 +232,7 @@ def test_a_class_of_one_different_image_is_trained_on_in_every_fold_and_named() 
         assert set(label[one.train]) == {0, 1, 2, 3}
         assert {96, 97, 98, 99} <= set(one.train.tolist())
     with pytest.raises(ConfigError, match="can hold out no image"):
-        cross_validation.folds(key[:2], np.array([0, 1]), 5, names)
+        cross_validation.assign_folds(key[:2], np.array([0, 1]), 5, names)
 
 
 @settings(deadline=None)
@@ -244,7 +248,7 @@ def test_every_fold_learns_every_class_that_it_predicts(seed: int, multi: bool, 
     hot = label > 0 if multi else label[:, None] == np.arange(5)
     names = list("abcde")
     try:
-        part = cross_validation.folds(key, label, count, names)
+        part = cross_validation.assign_folds(key, label, count, names)
     except ConfigError:
         return
     assert sorted(set(part[part >= 0])) == list(range(part.max() + 1))
@@ -272,7 +276,7 @@ def test_the_labels_of_a_fold_take_no_part_in_what_is_predicted_of_it(best: Any)
     for label in (data.label, other):
         shuffled = replace(data, label=label)
         trials = cross_validation.fold_trials(shuffled, config, part)
-        heads = train_stack(shuffled, trials, until=7)
+        heads = train_stack(shuffled, trials, stop_epoch=7)
         assert [len(one.epochs) for one in heads] == [7, 7, 7]
         states.append([one.state for one in heads])
     for name, weight in states[0][1].items():
@@ -305,7 +309,9 @@ def test_weights_of_classes_come_from_no_label_of_the_fold_that_is_predicted(
 def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
     data = _toy(100)
     pool = np.arange(100)
-    part = cross_validation.folds(pool.astype(np.uint64), data.label.numpy(), 4, data.classes)
+    part = cross_validation.assign_folds(
+        pool.astype(np.uint64), data.label.numpy(), 4, data.classes
+    )
     made = cross_validation.fold_trials(data, TrainConfig(rate=0.1), part)
     assert sorted(np.concatenate([one.valid for one in made]).tolist()) == pool.tolist()
     for one in made:
@@ -345,7 +351,7 @@ def test_shares_of_logistic_regression_are_drawn_as_often_as_seeds_say() -> None
     heads = logistic.train(data, trials)
 
     def judge(groups: Any) -> Any:
-        return comparison.by_image(data, trials, heads, groups, "accuracy")
+        return comparison.metric_by_image(data, trials, heads, groups, "accuracy")
 
     points = learning_curve.curve(made, heads, config, judge)["points"]
     assert all(point["spread"] is not None for point in points[:-1])
@@ -368,12 +374,12 @@ def test_the_learning_curve_says_whether_more_images_would_help() -> None:
         heads = train_stack(data, trials)
 
         def judge(groups: Any) -> Any:
-            return comparison.by_image(data, trials, heads, groups, "accuracy")
+            return comparison.metric_by_image(data, trials, heads, groups, "accuracy")
 
         return learning_curve.curve(shares, heads, config, judge)
 
     easy = said(3.0, 4000)
-    assert "cannot be said" in easy["words"]
+    assert "do not show" in easy["words"]
     assert easy["points"][-1]["mean"] > 0.99
     hard = said(0.25, 4000)
     assert hard["points"][0]["mean"] < hard["points"][-1]["mean"] - 0.05

@@ -673,7 +673,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
         head="linear",
         temperature=1.5,
         body_state=weights.state,
-        head_state=training_heads.make("linear", 512, 3, seed=4).state_dict(),
+        head_state=training_heads.build_head("linear", 512, 3, seed=4).state_dict(),
         metrics={},
         lineage={},
     )

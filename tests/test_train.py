@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from arrowhead import ConfigError
 from arrowhead.training import heads, schedule, trainer
 from arrowhead.training import losses as training_losses
-from arrowhead.training.batches import DistributedContext, Lane, batches, view_of
+from arrowhead.training.batches import BatchSampler, DistributedContext, choose_views, epoch_batches
 from arrowhead.training.config import TrainConfig, matmul_dtype, resolve_epochs, total_steps
 from arrowhead.training.dataset import (
     Data,
@@ -32,8 +32,8 @@ from arrowhead.training.dataset import (
     Trial,
     mean_and_std,
 )
-from arrowhead.training.heads import Place
-from arrowhead.training.trainer import Saved, Trained, Training, train, train_stack
+from arrowhead.training.heads import BatchSlice
+from arrowhead.training.trainer import TrainedHead, Training, TrainingState, train, train_stack
 
 KINDS = ["linear", "lesson"]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -90,7 +90,9 @@ def _toy(
     shown = several.astype(np.uint8) if multi else label
     cut = max(rows * 4 // 5, classes)
     names = [f"class {n}" for n in range(classes)]
-    return Data.of((feature[:cut], shown[:cut]), (feature[cut:], shown[cut:]), names, device)
+    return Data.from_arrays(
+        (feature[:cut], shown[:cut]), (feature[cut:], shown[cut:]), names, device
+    )
 
 
 def _config(**overrides: Any) -> TrainConfig:
@@ -100,7 +102,7 @@ def _config(**overrides: Any) -> TrainConfig:
 
 def _member(data: Data, rate: float, *, rows: Any = None, **overrides: Any) -> Trial:
     mine = data.train if rows is None else rows
-    return Trial(config=_config(**overrides), rate=rate, train=mine, valid=data.valid)
+    return Trial(config=_config(**overrides), lr=rate, train=mine, valid=data.valid)
 
 
 def _clean(data: Data, rows: NDArray[np.int64]) -> Tensor:
@@ -108,13 +110,13 @@ def _clean(data: Data, rows: NDArray[np.int64]) -> Tensor:
     return data.feature.take(torch.from_numpy(rows * data.feature.shape[1])).float()
 
 
-def _through(training: Training) -> list[Trained]:
-    while not training.over:
-        training.epoch()
-    return training.trained()
+def _through(training: Training) -> list[TrainedHead]:
+    while not training.finished:
+        training.train_epoch()
+    return training.trained_heads()
 
 
-def _assert_near(made: Trained, wanted: Trained, near: float) -> None:
+def _assert_near(made: TrainedHead, wanted: TrainedHead, near: float) -> None:
     """Losses and weights; nan where the other has nan."""
     assert len(made.epochs) == len(wanted.epochs)
     for line, other in zip(made.epochs, wanted.epochs, strict=True):
@@ -125,7 +127,7 @@ def _assert_near(made: Trained, wanted: Trained, near: float) -> None:
         np.testing.assert_allclose(made.state[name], value, rtol=near, atol=near * scale)
 
 
-def _assert_same(made: Trained, wanted: Trained) -> None:
+def _assert_same(made: TrainedHead, wanted: TrainedHead) -> None:
     """Bit for bit."""
     assert json.dumps(made.epochs) == json.dumps(wanted.epochs)
     assert made.epoch == wanted.epoch
@@ -189,9 +191,9 @@ def test_a_class_without_images_to_learn_from_is_named() -> None:
     feature = np.zeros((4, 1, 2), np.float16)
     some, none = np.array([0, 2, 0, 2]), np.array([], np.int64)
     with pytest.raises(ConfigError, match="of bee"):
-        Data.of((feature, some), (feature, some), ["ant", "bee", "cat"])
+        Data.from_arrays((feature, some), (feature, some), ["ant", "bee", "cat"])
     with pytest.raises(ConfigError, match="validation split has no readable image"):
-        Data.of((feature, some % 2 + some // 2), (feature[:0], none), ["ant", "bee"])
+        Data.from_arrays((feature, some % 2 + some // 2), (feature[:0], none), ["ant", "bee"])
     copies = Data(
         feature=InMemoryFeatures(torch.zeros(6, 1, 2)),
         label=torch.tensor([0, 0, 0, 1, 1, 1]),
@@ -200,11 +202,11 @@ def test_a_class_without_images_to_learn_from_is_named() -> None:
         valid=none,
         classes=["ant", "bee"],
     )
-    with pytest.raises(ConfigError, match=r"copies of one \(6 images, 2 different\)"):
+    with pytest.raises(ConfigError, match=r"copies of one image \(6 images, 2 different\)"):
         copies.check_trainable()
     several = np.array([[1, 0], [1, 0], [0, 0], [1, 0]], np.uint8)
     with pytest.raises(ConfigError, match="of bee"):
-        Data.of((feature, several), (feature, several), ["ant", "bee"])
+        Data.from_arrays((feature, several), (feature, several), ["ant", "bee"])
 
 
 # ------------------------------------------------------------------------ order and views
@@ -215,7 +217,7 @@ def test_a_class_without_images_to_learn_from_is_named() -> None:
 def test_batches_cover_all_rows_once_and_never_leave_a_batch_of_one(
     rows: int, size: int, seed: int, epoch: int
 ) -> None:
-    made = list(batches(rows, size, seed, epoch))
+    made = list(epoch_batches(rows, size, seed, epoch))
     assert sorted(np.concatenate(made).tolist()) == list(range(rows))
     assert all(len(batch) >= 2 for batch in made) or rows == 1
     assert all(len(batch) == size for batch in made[:-1])
@@ -224,7 +226,7 @@ def test_batches_cover_all_rows_once_and_never_leave_a_batch_of_one(
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return list(np.concatenate(list(batches(100, 16, seed, epoch))))
+        return list(np.concatenate(list(epoch_batches(100, 16, seed, epoch))))
 
     assert order(1, 2) == order(1, 2)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
@@ -240,8 +242,8 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 def test_more_images_change_nobody_elses_view(
     images: list[int], more: list[int], views: int, seed: int, epoch: int
 ) -> None:
-    few = view_of(np.array(images, np.uint64), views, seed, epoch)
-    many = view_of(np.array([*more, *images[::-1]], np.uint64), views, seed, epoch)
+    few = choose_views(np.array(images, np.uint64), views, seed, epoch)
+    many = choose_views(np.array([*more, *images[::-1]], np.uint64), views, seed, epoch)
     assert many[len(more) :].tolist() == few[::-1].tolist()
     assert ((few >= 0) & (few < views)).all()
 
@@ -256,28 +258,33 @@ def test_all_views_come_equally_often_and_each_epoch_anew(views: int, keys: str)
         "apart by a power of two": np.arange(count).astype(np.uint64) << np.uint64(40),
     }[keys]
     for seed in range(5):
-        pair = view_of(key, views, seed, 4) * views + view_of(key, views, seed, 5)
+        pair = choose_views(key, views, seed, 4) * views + choose_views(key, views, seed, 5)
         seen, wanted = np.bincount(pair, minlength=views**2), count / views**2
         chi_square, free, t = ((seen - wanted) ** 2 / wanted).sum(), views**2 - 1, 20
         # Laurent & Massart, Ann. Statist. 28 (2000), lemma 1: passed by chance e^-20 of the time.
         assert chi_square < free + 2 * np.sqrt(free * t) + 2 * t
 
 
-def test_a_pass_over_a_lane_shows_each_row_once_in_the_view_its_image_drew() -> None:
+def test_an_epoch_of_a_sampler_shows_each_row_once_in_the_view_its_image_drew() -> None:
     data = _toy(100, views=4)
     rows = data.train[3:60]
-    lane = Lane(data, rows, 5, 8)
+    sampler = BatchSampler(data, rows, 5, 8)
     for number in range(3):
-        pairs = [lane.batch(step) for step in range(number * lane.steps, (number + 1) * lane.steps)]
+        pairs = [
+            sampler.batch(step)
+            for step in range(
+                number * sampler.steps_per_epoch, (number + 1) * sampler.steps_per_epoch
+            )
+        ]
         flat, label = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
         row, view = np.divmod(flat.numpy(), 4)
-        order = np.concatenate(list(batches(len(rows), 8, 5, number)))
+        order = np.concatenate(list(epoch_batches(len(rows), 8, 5, number)))
         assert row.tolist() == rows[order].tolist()
-        assert view.tolist() == view_of(data.key[row], 4, 5, number).tolist()
+        assert view.tolist() == choose_views(data.key[row], 4, 5, number).tolist()
         assert torch.equal(label, data.label[row])
-    again = Lane(data, rows, 5, 8)  # a step is a function of its number alone
-    for step in (2 * lane.steps + 3, 1):
-        assert torch.equal(again.batch(step)[0], lane.batch(step)[0])
+    again = BatchSampler(data, rows, 5, 8)  # a step is a function of its number alone
+    for step in (2 * sampler.steps_per_epoch + 3, 1):
+        assert torch.equal(again.batch(step)[0], sampler.batch(step)[0])
 
 
 # -------------------------------------------------------------------- plain PyTorch's numbers
@@ -293,14 +300,14 @@ class _Drop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.share:
             return x
-        place = Place(self.step, 0, len(x))
-        return x * heads.kept(self.seed, self.layer, place, len(x), x.shape[1], self.share)
+        place = BatchSlice(self.step, 0, len(x))
+        return x * heads.dropout_mask(self.seed, self.layer, place, len(x), x.shape[1], self.share)
 
 
 def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential, list[float]]:
     """The head, and the mean training loss of each epoch, as anyone would write it."""
     feature, label = _clean(data, data.train), data.label[data.train]
-    head = heads.make(config.head, feature.shape[1], len(data.classes), seed=config.seed)
+    head = heads.build_head(config.head, feature.shape[1], len(data.classes), seed=config.seed)
     drops = []
     for at, part in enumerate(head):
         if isinstance(part, nn.Dropout):
@@ -318,12 +325,12 @@ def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential,
     )
     weights = None
     if config.class_weights == "balanced":
-        weights = training_losses.balance(label, len(data.classes))
+        weights = training_losses.balanced_weights(label, len(data.classes))
     bent = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.smoothing)
     losses, step = [], 0
     for epoch in range(config.epochs):
         nats = heavy = 0.0
-        order = list(batches(len(label), config.batch_size, config.seed, epoch))
+        order = list(epoch_batches(len(label), config.batch_size, config.seed, epoch))
         for rows in map(torch.from_numpy, order):
             share = step / (len(order) * config.epochs)
             for group in optimizer.param_groups:
@@ -332,7 +339,7 @@ def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential,
                 drop.step = step
             logit, truth = head(feature[rows]), label[rows]
             weight = float(len(rows))
-            if data.multi:
+            if data.multilabel:
                 wanted = truth.float() * (1 - config.smoothing) + config.smoothing / 2
                 loss = nn.functional.binary_cross_entropy_with_logits(
                     logit, wanted, pos_weight=weights
@@ -374,7 +381,7 @@ def _apart(data: Data, config: TrainConfig, rate: float) -> float:
     truth = data.label[data.valid]
     last = (
         nn.functional.binary_cross_entropy_with_logits(logit, truth.float())
-        if data.multi
+        if data.multilabel
         else nn.functional.cross_entropy(logit, truth)
     )
     pairs = [(line["train_loss"], loss) for line, loss in zip(made.epochs, losses, strict=True)]
@@ -405,12 +412,12 @@ def test_training_equals_a_plain_hand_written_pytorch_loop(
 def test_a_step_gives_the_loss_of_its_batch_before_it() -> None:
     data = _toy(200)
     training = Training(data, [_member(data, 0.1)])
-    head = heads.restore("linear", 16, 3, training.stack.state(0, 0))
-    rows = next(batches(len(data.train), 33, 0, 0))
+    head = heads.restore_head("linear", 16, 3, training.stack.state(0, 0))
+    rows = next(epoch_batches(len(data.train), 33, 0, 0))
     with torch.inference_mode():
         wanted = nn.functional.cross_entropy(head(_clean(data, rows)), data.label[rows])
-    assert float(training.move(0, 1.0)) == pytest.approx(float(wanted), rel=1e-5)
-    assert float(training.move(0, 0.0)) < float(wanted)
+    assert float(training.train_step(0, 1.0)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(training.train_step(0, 0.0)) < float(wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -429,7 +436,7 @@ def test_both_heads_learn_a_separable_toy_set(kind: str, multi: bool, views: int
 def test_the_same_seed_gives_the_same_numbers_twice(kind: str) -> None:
     data = _toy(300, views=2)
 
-    def run(seed: int) -> Trained:
+    def run(seed: int) -> TrainedHead:
         return train(data, _config(head=kind, epochs=2, dropout=0.5, seed=seed), 0.01)
 
     torch.manual_seed(1)
@@ -445,14 +452,14 @@ def test_a_linear_head_learns_from_features_that_are_large_alike_and_partly_cons
     for rows in (data.train, data.valid):
         far = np.pad(500 + 0.5 * _clean(data, rows).numpy(), ((0, 0), (0, 4)))[:, None]
         pairs.append((far.astype(np.float16), data.label[rows].numpy()))
-    made = train(Data.of(pairs[0], pairs[1], data.classes), _config(epochs=5), 0.02)
+    made = train(Data.from_arrays(pairs[0], pairs[1], data.classes), _config(epochs=5), 0.02)
     assert made.epochs[-1]["accuracy"] > 0.97
     assert all(np.isfinite(value).all() for value in made.state.values())
 
 
 def test_every_epoch_is_recorded_as_it_comes() -> None:
     lines: list[dict[str, float]] = []
-    made = train(_toy(60), _config(), 0.01, record=lines.append)
+    made = train(_toy(60), _config(), 0.01, report=lines.append)
     assert lines == made.epochs
     figures = {"epoch", "train_loss", "valid_loss"}
     assert set(lines[0]) == figures | {"accuracy", "balanced_accuracy"}
@@ -465,7 +472,7 @@ def test_every_epoch_is_recorded_as_it_comes() -> None:
 def test_any_number_of_rows_trains(kind: str, rows: int) -> None:
     draw = np.random.default_rng(0)
     feature, label = draw.normal(size=(rows, 1, 4)).astype(np.float16), np.zeros(rows, np.int64)
-    data = Data.of((feature, label), (feature, label), ["only"])
+    data = Data.from_arrays((feature, label), (feature, label), ["only"])
     made = train(data, _config(head=kind, epochs=2, batch_size=2 if rows < 9 else 64), 0.01)
     assert all(np.isfinite(value).all() for value in made.state.values())
     assert np.isfinite(made.epochs[-1]["train_loss"])
@@ -482,7 +489,7 @@ def _figures(data: Data, rows: NDArray[np.int64], head: nn.Sequential) -> dict[s
         logit = head(_clean(data, rows))
     label = data.label[rows]
     truth = label.numpy()
-    if data.multi:
+    if data.multilabel:
         nats = nn.functional.binary_cross_entropy_with_logits(logit, label.float())
         guess = (logit.numpy() > 0).astype(np.uint8)
         both = {
@@ -522,7 +529,7 @@ def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
     trials = [
         Trial(
             config=_config(head=kind, seed=seed),
-            rate=0.1,
+            lr=0.1,
             train=data.train,
             valid=draw.permutation(150)[:count],
         )
@@ -530,11 +537,11 @@ def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
     ]
     training = Training(data, trials)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "VALIDATION_NUMBERS", most)
+        patch.setattr(trainer, "MAX_VALIDATION_VALUES", most)
         made = training.validate()
     for number, (trial, line) in enumerate(zip(trials, made, strict=True)):
-        state = training.stack.state(*training.seat_of[number])
-        head = heads.restore(kind, 6, classes, state)
+        state = training.stack.state(*training.position_of[number])
+        head = heads.restore_head(kind, 6, classes, state)
         wanted = _figures(data, trial.valid, head)
         assert line == pytest.approx(wanted, rel=1e-5, abs=1e-7)
 
@@ -542,7 +549,7 @@ def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
 def test_validation_can_be_asked_for_the_first_rows_only() -> None:
     data = _toy(200)
     training = Training(data, [_member(data, 0.1)])
-    head = heads.restore("linear", 16, 3, training.stack.state(0, 0))
+    head = heads.restore_head("linear", 16, 3, training.stack.state(0, 0))
     assert training.validate(7)[0] == pytest.approx(_figures(data, data.valid[:7], head))
 
 
@@ -554,8 +561,8 @@ def test_validation_changes_nothing() -> None:
         for step in range(4):
             for _ in range(2):
                 asked.validate()
-            asked.move(step, 1.0)
-            left.move(step, 1.0)
+            asked.train_step(step, 1.0)
+            left.train_step(step, 1.0)
         assert torch.equal(asked.stack.theta, left.stack.theta)
 
 
@@ -566,12 +573,12 @@ def test_validation_of_many_heads_holds_no_more_numbers_than_it_says(kind: str) 
     training = Training(data, trials)
     logits, sizes = training.stack.logits, []
 
-    def watched(feature_LBD: Tensor, *others: Any) -> Tensor:
-        sizes.append(feature_LBD.shape[1])
-        return logits(feature_LBD, *others)
+    def watched(feature_GBD: Tensor, *others: Any) -> Tensor:
+        sizes.append(feature_GBD.shape[1])
+        return logits(feature_GBD, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "VALIDATION_NUMBERS", 1 << 20)
+        patch.setattr(trainer, "MAX_VALIDATION_VALUES", 1 << 20)
         patch.setattr(training.stack, "logits", watched)
         training.validate()
     assert sum(sizes) == len(data.valid)
@@ -582,10 +589,10 @@ def test_validation_of_many_heads_holds_no_more_numbers_than_it_says(kind: str) 
 # ------------------------------------------------------------------------ stacks of heads
 
 
-def _alone(data: Data, trial: Trial, steps: int) -> Trained:
+def _alone(data: Data, trial: Trial, steps: int) -> TrainedHead:
     """The head by itself, with as many steps per epoch as the stack takes."""
     training = Training(data, [trial])
-    training.steps = steps
+    training.steps_per_epoch = steps
     return _through(training)[0]
 
 
@@ -605,18 +612,18 @@ def test_each_stacked_head_equals_the_same_head_trained_alone(
         for seed, dropout, rows in [(0, 0.0, None), (1, 0.5, None), (1, 0.0, some), (0, 0.5, some)]
         for rate in rates
         for decay in (0, 0.1)
-        # Lanes of different numbers of heads.
+        # Groups of different numbers of heads.
         if seed == 0 or decay == 0
     ]
     trials = [_member(data, head=kind, optimizer=optimizer, batch_size=40, **one) for one in grid]
     training = Training(data, trials)
     assert training.stack.shape == (4, 6)
     for trial, made in zip(trials, _through(training), strict=True):
-        alone = _alone(data, trial, training.steps)
-        if trial.rate < 1:
+        alone = _alone(data, trial, training.steps_per_epoch)
+        if trial.lr < 1:
             _assert_near(made, alone, 1e-4)
         ended = made.epochs[-1]["train_loss"]
-        assert np.isfinite(ended) if trial.rate < 1 else not ended < 10
+        assert np.isfinite(ended) if trial.lr < 1 else not ended < 10
 
 
 @given(st.data())
@@ -635,22 +642,22 @@ def test_heads_on_row_sets_of_any_sizes_learn_side_by_side_as_they_learn_alone(
         valid = draw.permutation(200)[: max(1, count // 3)]
         config = _config(epochs=2, batch_size=size, seed=seed % 2, class_weights=weights)
         for rate in (0.001, 0.01)[: 1 + seed % 2]:
-            trials.append(Trial(config=config, rate=rate, train=rows, valid=valid))
+            trials.append(Trial(config=config, lr=rate, train=rows, valid=valid))
     training = Training(data, trials)
     for trial, made in zip(trials, _through(training), strict=True):
-        _assert_near(made, _alone(data, trial, training.steps), 1e-4)
+        _assert_near(made, _alone(data, trial, training.steps_per_epoch), 1e-4)
 
 
 def test_a_lane_with_fewer_rows_goes_through_them_more_often() -> None:
     data = _toy(200)
     trials = [_member(data, 0.01), _member(data, 0.01, rows=data.train[:40])]
     training = Training(data, trials)
-    assert training.steps == 5
+    assert training.steps_per_epoch == 5
     short = _through(training)[1]
     alone = Training(data, [trials[1]])
-    assert alone.steps == 2
+    assert alone.steps_per_epoch == 2
     for step in range(15):  # three epochs of the stack: its rows were seen 7.5 times
-        alone.move(step, 1.0)
+        alone.train_step(step, 1.0)
     for name, value in alone.stack.state(0, 0).items():
         np.testing.assert_allclose(short.state[name], value, rtol=1e-4, atol=1e-4)
 
@@ -659,7 +666,7 @@ def test_lines_are_recorded_by_member_in_their_order() -> None:
     data = _toy(80)
     trials = [_member(data, 0.01, seed=seed % 2) for seed in range(4)]
     lines: list[dict[int, dict[str, float]]] = []
-    made = train_stack(data, trials, record=lines.append)
+    made = train_stack(data, trials, report=lines.append)
     assert [list(line) for line in lines] == [[0, 1, 2, 3]] * 3
     for number, one in enumerate(made):
         assert one.epochs == [line[number] for line in lines]
@@ -685,7 +692,7 @@ def _all_after(epoch: int) -> Losers:
 
 
 def _many(data: Data, kind: str = "linear", **overrides: Any) -> list[Trial]:
-    """Heads in ragged lanes, one of them lost from the start."""
+    """Heads in ragged groups, one of them lost from the start."""
     rows = [data.train, data.train[:90]]
     return [
         _member(data, rate, rows=rows[seed % 2], head=kind, seed=seed, epochs=5, **overrides)
@@ -700,10 +707,10 @@ def test_stopping_losers_changes_nothing_for_the_rest(kind: str, optimizer: str)
     data = _toy(200)
     trials = _many(data, kind, optimizer=optimizer, dropout=0.3)
     whole = train_stack(data, trials)
-    fewer = train_stack(data, trials, losers=_halving)
+    fewer = train_stack(data, trials, stop_rule=_halving)
     lengths = [len(one.epochs) for one in fewer]
     assert sorted(lengths) == [2, 2, 2, 3, 3, 5, 5]
-    at_end = {epoch: train_stack(data, trials, losers=_all_after(epoch)) for epoch in (2, 3)}
+    at_end = {epoch: train_stack(data, trials, stop_rule=_all_after(epoch)) for epoch in (2, 3)}
     for number, (made, ended) in enumerate(zip(fewer, lengths, strict=True)):
         assert made.epoch == ended - 1
         # Who was stopped keeps what it had then.
@@ -714,7 +721,7 @@ def test_stopping_losers_changes_nothing_for_the_rest(kind: str, optimizer: str)
 def test_stopping_everybody_ends_the_training() -> None:
     data = _toy(100)
     trials = _many(data)
-    made = train_stack(data, trials, losers=_all_after(1))
+    made = train_stack(data, trials, stop_rule=_all_after(1))
     assert [len(one.epochs) for one in made] == [1] * 7
     once = train_stack(data, [replace(m, config=replace(m.config, epochs=1)) for m in trials])
     for one, other in zip(made, once, strict=True):
@@ -760,7 +767,7 @@ def test_training_ends_when_the_named_figure_has_not_improved_for_that_long(
             break
     lines: list[dict[str, float]] = []
     config = _config(**overrides, best=figure, patience=patience)
-    made = train(data, config, 0.01, record=lines.append)
+    made = train(data, config, 0.01, report=lines.append)
     assert made.epochs == lines == full.epochs[: epoch + 1]
     assert made.epoch == best
     assert epoch < 14
@@ -778,7 +785,7 @@ def test_each_head_of_a_stack_ends_by_its_own_patience() -> None:
     made = train_stack(data, trials)
     assert len({len(one.epochs) for one in made}) > 2
     for one, trial in zip(made, trials, strict=True):
-        alone = train(data, trial.config, trial.rate)
+        alone = train(data, trial.config, trial.lr)
         assert one.epoch == alone.epoch
         _assert_near(one, alone, 1e-4)
 
@@ -797,13 +804,13 @@ def test_an_epoch_without_a_figure_is_never_the_best() -> None:
     training = Training(data, [_member(data, 0.01, best="valid_loss", patience=2)])
     theta = training.stack.theta.clone()
     training.stack.theta.fill_(float("nan"))
-    training.epoch()
+    training.train_epoch()
     training.optimizer.first.zero_()
     training.optimizer.second.zero_()
     training.stack.theta.copy_(theta)
-    training.epoch()
-    training.epoch()
-    made = training.trained()[0]
+    training.train_epoch()
+    training.train_epoch()
+    made = training.trained_heads()[0]
     assert np.isnan(made.epochs[0]["valid_loss"])
     assert made.epoch > 0
     assert np.isfinite(made.state["2.weight"]).all()
@@ -816,14 +823,14 @@ class _Keep:
     """Keeps what can be saved after each epoch, as a checkpoint would."""
 
     def __init__(self) -> None:
-        self.after: dict[int, Saved] = {}
+        self.after: dict[int, TrainingState] = {}
 
-    def __call__(self, save: Callable[[], Saved], done: int, over: bool) -> None:
+    def __call__(self, save: Callable[[], TrainingState], done: int, over: bool) -> None:
         self.after[done] = _through_files(save())
         self.over = over
 
 
-def _through_files(saved: Saved) -> Saved:
+def _through_files(saved: TrainingState) -> TrainingState:
     """As a checkpoint keeps it: safetensors, and JSON."""
     import safetensors.torch
 
@@ -848,12 +855,12 @@ def test_a_training_resumed_after_any_epoch_ends_in_the_very_same_weights(
     data = _toy(200, views=2)
     trials = _many(data, kind, optimizer=optimizer, **overrides)
     after_epoch = _Keep()
-    whole = train_stack(data, trials, losers=losers, after_epoch=after_epoch)
+    whole = train_stack(data, trials, stop_rule=losers, after_epoch=after_epoch)
     assert list(after_epoch.after) == [1, 2, 3, 4, 5]
     assert after_epoch.over
     for epoch, saved in after_epoch.after.items():
         again = _Keep()
-        resumed = train_stack(data, trials, losers=losers, saved=saved, after_epoch=again)
+        resumed = train_stack(data, trials, stop_rule=losers, resume_from=saved, after_epoch=again)
         for one, other in zip(resumed, whole, strict=True):
             _assert_same(one, other)
         assert list(again.after) == list(range(epoch + 1, 6))
@@ -867,9 +874,9 @@ def test_a_training_resumed_after_any_epoch_ends_in_the_very_same_weights(
 
 def test_a_training_whose_heads_have_all_ended_is_over_when_resumed() -> None:
     data, after_epoch = _toy(60), _Keep()
-    whole = train_stack(data, _many(data), losers=_all_after(2), after_epoch=after_epoch)
+    whole = train_stack(data, _many(data), stop_rule=_all_after(2), after_epoch=after_epoch)
     assert after_epoch.over
-    again = train_stack(data, _many(data), saved=after_epoch.after[2])
+    again = train_stack(data, _many(data), resume_from=after_epoch.after[2])
     for one, other in zip(again, whole, strict=True):
         _assert_same(one, other)
 
@@ -878,10 +885,10 @@ def test_what_was_saved_does_not_move_when_the_training_goes_on() -> None:
     data = _toy(60)
     trials = [_member(data, 0.01, best="valid_loss") for _ in range(2)]
     training = Training(data, trials)
-    training.epoch()
+    training.train_epoch()
     saved = training.save()
     wanted = _through_files(saved)
-    training.epoch()
+    training.train_epoch()
     training.stop({0})
     for name, tensor in wanted[0].items():
         assert torch.equal(saved[0][name], tensor), name
@@ -889,7 +896,7 @@ def test_what_was_saved_does_not_move_when_the_training_goes_on() -> None:
     for _ in range(2):  # nor when somebody goes on from it
         again = Training(data, trials)
         again.load(saved)
-        again.epoch()
+        again.train_epoch()
     for name, tensor in wanted[0].items():
         assert torch.equal(saved[0][name], tensor), name
     assert saved[1] == wanted[1]
@@ -943,18 +950,18 @@ def _assert_overflow_stays_at_home(kind: str, device: str) -> None:
     training = Training(data, trials)
     made = _through(training)
     optimizer = training.optimizer
-    assert optimizer.scale_LG is not None
+    assert optimizer.scale_GH is not None
     assert training.stack.theta.isfinite().all()
     for number, trial in enumerate(trials):
-        seat = training.seat_of[number]
-        skipped = int(optimizer.skipped_LG[seat])
-        assert float(optimizer.scale_LG[seat]) == 65536 / 2**skipped
-        if trial.rate > 1:
+        seat = training.position_of[number]
+        skipped = int(optimizer.skipped_GH[seat])
+        assert float(optimizer.scale_GH[seat]) == 65536 / 2**skipped
+        if trial.lr > 1:
             assert skipped > 0
             continue
         alone = Training(data, [trial])
         (wanted,) = _through(alone)
-        assert int(alone.optimizer.skipped_LG) == skipped < training.steps * 3
+        assert int(alone.optimizer.skipped_GH) == skipped < training.steps_per_epoch * 3
         _assert_near(made[number], wanted, 1e-3)
         assert made[number].epochs[-1]["train_loss"] < made[number].epochs[0]["train_loss"]
 
@@ -999,8 +1006,8 @@ def test_several_lanes_on_the_gpu_learn_as_on_the_cpu(kind: str, multi: bool, le
         torch.backends.cuda.matmul.allow_tf32 = False
         after_epoch = _Keep()
         trials = _many(data, kind, dropout=0.3, class_weights="balanced")
-        made.append(train_stack(data, trials, losers=_halving, after_epoch=after_epoch))
-        again = train_stack(data, trials, losers=_halving, saved=after_epoch.after[3])
+        made.append(train_stack(data, trials, stop_rule=_halving, after_epoch=after_epoch))
+        again = train_stack(data, trials, stop_rule=_halving, resume_from=after_epoch.after[3])
         torch.backends.cuda.matmul.allow_tf32 = before
         for one, other in zip(again, made[-1], strict=True):
             _assert_near(one, other, 1e-5)
@@ -1030,7 +1037,7 @@ def _jobs() -> dict[str, tuple[Data, list[Trial]]]:
         # so few rows, and adamw makes steps of any slope: together, noise of rounding.
         jobs[f"{kind}, few rows"] = few, [_member(few, 0.01, batch_size=3, optimizer="sgd", **own)]
         jobs[f"{kind}, one row"] = few, [_member(few, 0.01, rows=few.train[:1], **own)]
-        jobs[f"{kind}, ragged lanes"] = (
+        jobs[f"{kind}, ragged groups"] = (
             odd,
             [
                 _member(odd, rate, rows=rows, batch_size=11, seed=seed, **own)
@@ -1053,7 +1060,7 @@ def _jobs() -> dict[str, tuple[Data, list[Trial]]]:
     return jobs
 
 
-RESUMED = ["linear, ragged lanes", "lesson, odd sizes"]
+RESUMED = ["linear, ragged groups", "lesson, odd sizes"]
 
 
 def _together(rank: int, folder: Path) -> None:
@@ -1079,14 +1086,14 @@ def _together(rank: int, folder: Path) -> None:
             if name in RESUMED:
                 tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
                 facts = json.loads((folder / f"{name}.json").read_text())
-                made = train_stack(data, trials, distributed, saved=(tensors, facts))
+                made = train_stack(data, trials, distributed, resume_from=(tensors, facts))
                 came[f"{name}, resumed"] = _told(made)
         (folder / f"{world}-{rank}.json").write_text(json.dumps(came))
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _told(made: Sequence[Trained]) -> list[dict[str, Any]]:
+def _told(made: Sequence[TrainedHead]) -> list[dict[str, Any]]:
     """Lines, weights and kept epoch, as JSON."""
     return [
         {

@@ -50,7 +50,7 @@ from arrowhead.tracking.client import TrackingConfig
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.lr_finder import Curve, FinderConfig
 from arrowhead.training.study import Study
-from arrowhead.training.trainer import Trained
+from arrowhead.training.trainer import TrainedHead
 
 if TYPE_CHECKING:
     from torch import nn
@@ -242,7 +242,7 @@ class Learner:
             TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None
         )
         self._context = RunContext(screen=_PrintingScreen())
-        self._trained: Trained | None = None
+        self._trained: TrainedHead | None = None
         self._cached_predictor: Predictor | None = None
         with _python_refusals():
             config = feature_config.complete_from_store(folder, config, given)
@@ -294,7 +294,7 @@ class Learner:
             self._config = dataclasses.replace(before, **settings)
             resume = self._trained and not fresh and before.head == self._config.head
             start = self._trained.state if resume and self._trained else None
-            study = Study(head=self._config, start=start)
+            study = Study(head=self._config, initial_state=start)
             run_context.params(context, {f"train.{k}": v for k, v in settings.items()})
             result = train.learn(self.store.path, study, context)
         self._trained = result.heads[0]
@@ -378,7 +378,7 @@ class Learner:
             self._cached_predictor.close()
             self._cached_predictor = None
 
-    def _fitted(self) -> Trained:
+    def _fitted(self) -> TrainedHead:
         if self._trained is None:
             raise RuntimeError("call learn.fit(rate, epochs) first")
         return self._trained
@@ -390,7 +390,7 @@ class Learner:
 
         trained = {name: torch.tensor(value) for name, value in self._fitted().state.items()}
         width, classes = self.store.recipe.width, len(self.images.classes)
-        return heads.restore(self._config.architecture, width, classes, trained)
+        return heads.restore_head(self._config.architecture, width, classes, trained)
 
 
 class Classifier:

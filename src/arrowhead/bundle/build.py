@@ -23,7 +23,7 @@ from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.features import extract
 from arrowhead.features.store import Features, Store
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.trainer import Trained
+from arrowhead.training.trainer import TrainedHead
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def build(
     store: Store,
     config: TrainConfig,
-    trained: Trained,
+    trained: TrainedHead,
     *,
     candidates: Mapping[bytes, bytes],
     lineage: dict[str, Any],
@@ -82,7 +82,9 @@ def build(
     return dataclasses.replace(bundle, golden=golden.choose(store, bundle, candidates))
 
 
-def _uncalibrated(store: Store, config: TrainConfig, trained: Trained, *, multi: bool) -> Bundle:
+def _uncalibrated(
+    store: Store, config: TrainConfig, trained: TrainedHead, *, multi: bool
+) -> Bundle:
     """The backbone and the head, at temperature 1 and without metrics."""
     import torch
 
@@ -109,7 +111,7 @@ def _logits(head: nn.Module, part: Features) -> NDArray[np.float32]:
     return array_NC
 
 
-def _lineage(store: Store, config: TrainConfig, trained: Trained) -> dict[str, Any]:
+def _lineage(store: Store, config: TrainConfig, trained: TrainedHead) -> dict[str, Any]:
     return {
         "arrowhead": __version__,
         "data": Catalog(**store.read_catalog()).digest(),

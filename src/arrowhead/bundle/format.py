@@ -141,7 +141,9 @@ class Bundle:
         from arrowhead.training import heads
 
         with _shape_errors_as_damage("head"):
-            head = heads.restore(self.head, self.recipe.width, len(self.classes), self.head_state)
+            head = heads.restore_head(
+                self.head, self.recipe.width, len(self.classes), self.head_state
+            )
         return head.to(device)
 
     def make_body(self, device: str = "cpu") -> Body:

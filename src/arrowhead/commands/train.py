@@ -27,8 +27,8 @@ from arrowhead.training import checkpoint
 from arrowhead.training import run as training_run
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.lr_finder import Curve, FinderConfig
-from arrowhead.training.study import Learned, Study
-from arrowhead.training.trainer import Trained
+from arrowhead.training.study import Study, StudyResult
+from arrowhead.training.trainer import TrainedHead
 
 # ------------------------------------------------------------------------------ learning
 
@@ -37,7 +37,7 @@ def find_rate(
     path: Path, config: TrainConfig, finder: FinderConfig, context: RunContext = RunContext()
 ) -> Curve:
     """The LR finder's curve and suggestions on a store."""
-    asked = Study(head=config, finder=finder, teach=False)
+    asked = Study(head=config, finder=finder, train_heads=False)
     curve = learn(path, asked, context).curve
     assert curve is not None
     if context.run:
@@ -53,7 +53,7 @@ def find_rate(
 
 def learn(
     path: Path, asked: Study, context: RunContext = RunContext(), place: Path | None = None
-) -> Learned:
+) -> StudyResult:
     """Train on a verified store. place: a folder of checkpoints, where a stopped study goes on."""
     store = Store(path)
     store.verify()
@@ -64,8 +64,8 @@ def learn(
     run = context.top.run_id if context.top else None
     args = path, asked, place, run
     try:
-        made: Learned = launch.run(
-            training_run.learn,
+        made: StudyResult = launch.run(
+            training_run.run_study,
             *args,
             config=context.launch,
             on_report=told,
@@ -86,7 +86,7 @@ def learn(
 def save(
     store: Store,
     config: TrainConfig,
-    trained: Trained,
+    trained: TrainedHead,
     out: Path,
     context: RunContext = RunContext(),
     lineage: dict[str, Any] | None = None,
@@ -104,7 +104,7 @@ def save(
 def write_bundle(
     store: Store,
     config: TrainConfig,
-    trained: Trained,
+    trained: TrainedHead,
     folder: Path,
     context: RunContext = RunContext(),
     lineage: dict[str, Any] | None = None,
@@ -230,7 +230,7 @@ def fit_head(
     if context.run:
         recording.trained_model(context.run, out, figures)
     registered = context.run.register(out) if context.run else None
-    checkpoint.forget(training_of(out), settled.key(store))
+    checkpoint.remove_finished(training_of(out), settled.key(store))
     return result | {
         "head": chosen.head,
         "rate": rate,

@@ -14,15 +14,15 @@ from arrowhead.reporting import recording
 from arrowhead.reporting.run_context import RunContext
 from arrowhead.training import folds_file, grid
 from arrowhead.training.config import TrainConfig
-from arrowhead.training.study import Learned, OutOfFold, Study
-from arrowhead.training.trainer import Trained
+from arrowhead.training.study import OutOfFold, Study, StudyResult
+from arrowhead.training.trainer import TrainedHead
 from arrowhead.wording import counted
 
 SHOWN_SETTINGS = 5  # on the screen
 
 
 def show_grid(
-    store: Store, asked: Study, made: Learned, folder: Path, context: RunContext
+    store: Store, asked: Study, made: StudyResult, folder: Path, context: RunContext
 ) -> dict[str, Any]:
     """The ranked heads of a grid: on the screen, as a table, each as a child run."""
     overrides, heads, ranked = asked.overrides, made.heads, made.ranking
@@ -35,7 +35,7 @@ def show_grid(
         spread = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
         context.screen.say(
             f"  {setting['mean']:.4f}{spread}  loss {setting['valid_loss']:.4f}"
-            f"  {grid.words(setting['knobs'])}{_p_value(setting)}"
+            f"  {grid.format_setting(setting['knobs'])}{_p_value(setting)}"
         )
     if len(ranked["settings"]) > SHOWN_SETTINGS:
         context.screen.say(f"  … the best {SHOWN_SETTINGS}; all of them are in report/grid.csv")
@@ -45,7 +45,7 @@ def show_grid(
         context.run.log_artifact(table, "grid")
         context.run.tags({"grid.verdict": ranked["words"]})
         context.run.children(
-            [grid.words(one) for one in overrides],
+            [grid.format_setting(one) for one in overrides],
             [{f"train.{name}": value for name, value in one.items()} for one in overrides],
             [_by_epoch(one) for one in heads],
             {"part": "grid", "dataset": recording.dataset_name(Catalog(**store.read_catalog()))}
@@ -61,7 +61,7 @@ def _p_value(setting: dict[str, Any]) -> str:
     return "" if setting["p"] is None else f"  p {setting['p']:.2g}"
 
 
-def _by_epoch(head: Trained) -> dict[str, list[tuple[int, float]]]:
+def _by_epoch(head: TrainedHead) -> dict[str, list[tuple[int, float]]]:
     """A head's figures as MLflow wants them, those of the epoch that was kept last."""
     names = [name for name in head.epochs[0] if name != "epoch"]
     made = {name: [(int(line["epoch"]), line[name]) for line in head.epochs] for name in names}

@@ -14,7 +14,7 @@ from arrowhead.examine import figures as examine_figures
 from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.training import grid
 from arrowhead.training.lr_finder import Curve
-from arrowhead.training.study import Learned, Study
+from arrowhead.training.study import Study, StudyResult
 from arrowhead.wording import counted
 
 
@@ -51,14 +51,14 @@ class StudyReporter:
             self._context.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
 
     def __call__(self, message: dict[str, Any]) -> None:
-        """Take one report (see `training.run.learn`)."""
+        """Take one report (see `training.run.run_study`)."""
         screen = self._context.screen
         if "restart" in message:
             say_restart(message, screen)
         elif "warning" in message:
             screen.say(message["warning"])
-        elif "goes_on" in message:
-            done = message["goes_on"]
+        elif "resumed_after" in message:
+            done = message["resumed_after"]
             screen.say(
                 f"{message['part']}: {counted(done, 'epoch')} done before; going on from the"
                 " checkpoint"
@@ -99,7 +99,7 @@ class StudyReporter:
             at = "" if config.head == "logistic" else f"epoch {epoch} · "
             words, figures = "", {"epoch": float(epoch), "heads": float(len(lines))}
             if part == "heads":  # the best fold, or share of the images, says nothing
-                name = grid.figure(config)
+                name = grid.selection_metric(config)
                 pick = min if name == "valid_loss" else max
                 figures[name] = pick(line[name] for line in lines.values())
                 words = f" · best {name} {figures[name]:.4f}"
@@ -108,7 +108,7 @@ class StudyReporter:
                 found = {f"progress.{part}.{k}": v for k, v in figures.items()}
                 self._context.run.record(found, step=epoch)
 
-    def ended(self, made: Learned) -> None:
+    def ended(self, made: StudyResult) -> None:
         """Say the lines of the epoch that is kept and of the last one, if they were left out."""
         if made.heads and self._unsaid:
             one = made.winner
@@ -157,7 +157,7 @@ def row(line: dict[str, float]) -> str:
     )
 
 
-def say_stop(made: Learned, screen: Screen) -> None:
+def say_stop(made: StudyResult, screen: Screen) -> None:
     """When and why --patience ended the training of the head that is kept, and how many others."""
     stopped = [one for one in made.heads if one.stopped == "patience"]
     if len(made.heads) > 1 and stopped:

@@ -1,4 +1,9 @@
-"""Which rows form a batch: a function of seed and pass, sliced by rank."""
+"""Which rows form a batch: a function of seed and epoch, sliced by rank.
+
+PyTorch's DistributedSampler gives every rank equally many rows, by repeating or dropping some, and
+its global batches change with the number of ranks. Here the batches are the same on any number of
+workers, and they depend on (seed, epoch) alone, so a checkpoint holds no random state.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +23,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """This worker's rank among `world` workers that train together."""
+    """The rank of this worker among `world_size` workers that train together."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
 
-def batches(rows: int, size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """All rows once, in an order drawn from (seed, epoch), `size` at a time.
-
-    One row left over joins the batch before it: batch norm needs two.
-    """
-    order = _order(rows, seed, epoch)
-    ends = config.batch_ends(rows, size)
+def epoch_batches(rows: int, batch_size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
+    """Yield all rows once, in batches, in an order drawn from (seed, epoch)."""
+    order = _shuffled_rows(rows, seed, epoch)
+    ends = config.batch_ends(rows, batch_size)
     for start, stop in zip([0, *ends[:-1]], ends, strict=True):
         yield order[start:stop]
 
 
-def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def _shuffled_rows(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
-def view_of(key: NDArray[np.uint64], views: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which view of each image this epoch uses: a function of (seed, epoch, image)."""
+def choose_views(key: NDArray[np.uint64], views: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Choose the view of each image that this epoch uses: a function of (seed, epoch, image).
+
+    Args:
+        key: Hashes of the images' contents, (N,).
+        views: The number of views per image.
+        seed: The head's seed.
+        epoch: The epoch's number.
+
+    Returns:
+        Positions of views, int64 (N,).
+    """
     if views == 1:
         return np.zeros(len(key), np.int64)
     mixed = key ^ np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
@@ -49,30 +61,30 @@ def view_of(key: NDArray[np.uint64], views: int, seed: int, epoch: int) -> NDArr
     return ((mixed >> np.uint64(32)) * np.uint64(views) >> np.uint64(32)).astype(np.int64)
 
 
-class Lane:
-    """Batches of one row set in one order, pass after pass; a function of the step's number."""
+class BatchSampler:
+    """The batches of a set of rows, epoch after epoch; a batch is a function of the step number."""
 
-    def __init__(self, data: Data, rows: NDArray[np.int64], seed: int, size: int) -> None:
-        self._data, self._rows, self._seed, self._size = data, rows, seed, size
-        self._ends = config.batch_ends(len(rows), size)
-        self.steps = len(self._ends)
-        self._pass = -1
+    def __init__(self, data: Data, rows: NDArray[np.int64], seed: int, batch_size: int) -> None:
+        self._data, self._rows, self._seed = data, rows, seed
+        self._ends = config.batch_ends(len(rows), batch_size)
+        self.steps_per_epoch = len(self._ends)
+        self._epoch = -1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Rows for `InMemoryFeatures.take`, int64 (B,), and the labels, (B,) or (B, C)."""
-        if self._pass != step // self.steps:
-            self._begin(step // self.steps)
-        end = step % self.steps
+        """Return rows for `InMemoryFeatures.take`, int64 (B,), and labels, (B,) or (B, C)."""
+        if self._epoch != step // self.steps_per_epoch:
+            self._start_epoch(step // self.steps_per_epoch)
+        end = step % self.steps_per_epoch
         span = slice(self._ends[end - 1] if end else 0, self._ends[end])
         return self._flat[span], self._label[span]
 
-    def _begin(self, number: int) -> None:
+    def _start_epoch(self, epoch: int) -> None:
         import torch
 
         data, views = self._data, self._data.feature.shape[1]
-        rows = self._rows[_order(len(self._rows), self._seed, number)]
-        flat = rows * views + view_of(data.key[rows], views, self._seed, number)
-        at = torch.from_numpy(rows).to(data.label.device)
+        rows = self._rows[_shuffled_rows(len(self._rows), self._seed, epoch)]
+        flat = rows * views + choose_views(data.key[rows], views, self._seed, epoch)
+        index = torch.from_numpy(rows).to(data.label.device)
         self._flat = torch.from_numpy(flat).to(data.feature.device)
-        self._label = data.label.index_select(0, at)
-        self._pass = number
+        self._label = data.label.index_select(0, index)
+        self._epoch = epoch

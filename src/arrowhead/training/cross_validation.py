@@ -1,4 +1,8 @@
-"""Folds: each image validates once, copies together."""
+"""Folds for cross-validation: each image is held out once, and copies of an image together.
+
+scikit-learn's StratifiedGroupKFold keeps groups together too, but its folds depend on the order of
+the rows; these depend only on the images' contents and labels.
+"""
 
 from __future__ import annotations
 
@@ -14,48 +18,60 @@ from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, Trial
 
 
-def folds(
+def assign_folds(
     key: NDArray[np.uint64], label: NDArray[Any], count: int, classes: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Which of at most `count` parts each image is held out in, int64 (N,): a function of contents
-    and labels. -1: in none, it is in the training images of every fold.
+    """Assign each image to the fold that holds it out.
 
-    Parts hold every class alike (of several labels per image: its rarest), and copies of one image
-    together. A class whose images would all be in one part, such as a class of one different image,
-    is held out in none: the head that predicts them would not have seen the class. See
-    `not_held_out`. Raises ConfigError if no image can be held out.
+    Folds have the same share of every class (with several labels per image, of an image's rarest
+    label), and copies of an image are in the same fold. A class whose images would all fall into
+    one fold, such as a class of one different image, is held out in none, since the head that
+    predicts them would not have been trained on the class (see `not_held_out`).
+
+    Args:
+        key: Hashes of the images' contents, (N,).
+        label: (N,), or (N, C) with several labels per image.
+        count: The maximum number of folds.
+        classes: The classes' names.
+
+    Returns:
+        Numbers of folds, int64 (N,). -1: no fold holds the image out, all of them train on it.
+
+    Raises:
+        ConfigError: No image can be held out.
     """
-    different, first, where = np.unique(key, return_index=True, return_inverse=True)
-    order = np.lexsort((mixed(different, "folds"), stratum(label)[first]))
-    dealt = np.empty(len(different), np.int64)
-    dealt[order] = np.arange(len(different)) % count
+    different, first, image = np.unique(key, return_index=True, return_inverse=True)
+    order = np.lexsort((shuffle_keys(different, "folds"), strata(label)[first]))
+    fold_of_image = np.empty(len(different), np.int64)
+    fold_of_image[order] = np.arange(len(different)) % count
     for number in range(len(classes)):
-        mine = where[label[:, number] > 0 if label.ndim == 2 else label == number]
-        if len(mine) and len(np.unique(dealt[mine])) == 1:
-            dealt[mine] = -1
-    if (dealt < 0).all():
+        members = image[label[:, number] > 0 if label.ndim == 2 else label == number]
+        if len(members) and len(np.unique(fold_of_image[members])) == 1:
+            fold_of_image[members] = -1
+    held_out = fold_of_image >= 0
+    if not held_out.any():
         raise ConfigError(
-            f"--folds {count} can hold out no image: each class has one different image.",
-            "two or more different images of a class.",
-            "add images, or leave out --folds.",
+            f"--folds {count} can hold out no image: each class has only one different image.",
+            "a class with two or more different images.",
+            "add images, or leave --folds out.",
         )
-    _, dealt[dealt >= 0] = np.unique(dealt[dealt >= 0], return_inverse=True)  # no empty part
-    part: NDArray[np.int64] = dealt[where]
-    return part
+    _, fold_of_image[held_out] = np.unique(fold_of_image[held_out], return_inverse=True)  # no gaps
+    fold: NDArray[np.int64] = fold_of_image[image]
+    return fold
 
 
 def not_held_out(
-    part: NDArray[np.int64], label: NDArray[Any], classes: Sequence[str]
+    fold: NDArray[np.int64], label: NDArray[Any], classes: Sequence[str]
 ) -> dict[str, int]:
-    """Classes that `folds` could not hold out, and how many images each has."""
-    hot = label > 0 if label.ndim == 2 else label[:, None] == np.arange(len(classes))
-    counts, held = hot.sum(0), (hot & (part >= 0)[:, None]).sum(0)
-    never = np.flatnonzero((counts > 0) & (held == 0)).tolist()
+    """Return the classes that `assign_folds` could not hold out, with their numbers of images."""
+    member_NC = label > 0 if label.ndim == 2 else label[:, None] == np.arange(len(classes))
+    counts, held_out = member_NC.sum(0), (member_NC & (fold >= 0)[:, None]).sum(0)
+    never = np.flatnonzero((counts > 0) & (held_out == 0)).tolist()
     return {classes[number]: int(counts[number]) for number in never}
 
 
-def stratum(label: NDArray[Any]) -> NDArray[np.int64]:
-    """What images are dealt by, int64 (N,): the class, or the rarest of an image's labels."""
+def strata(label: NDArray[Any]) -> NDArray[np.int64]:
+    """Return what images are stratified by, int64 (N,): the class, or an image's rarest label."""
     if label.ndim == 1:
         return label.astype(np.int64)
     rarity = np.where(label > 0, label.sum(0), len(label) + 1)
@@ -63,27 +79,32 @@ def stratum(label: NDArray[Any]) -> NDArray[np.int64]:
     return rarest
 
 
-def mixed(key: NDArray[np.uint64], use: str) -> NDArray[np.uint64]:
-    """Keys in an order of their own for each use: splits were drawn from the same hashes."""
-    word = np.uint64(int.from_bytes(use.encode()[:8], "big"))
-    return (key ^ word) * np.uint64(0x9E3779B97F4A7C15)
+def shuffle_keys(key: NDArray[np.uint64], purpose: str) -> NDArray[np.uint64]:
+    """Hash keys again for each purpose: the splits were drawn from the same keys."""
+    salt = np.uint64(int.from_bytes(purpose.encode()[:8], "big"))
+    return (key ^ salt) * np.uint64(0x9E3779B97F4A7C15)
 
 
-def rate_of(config: TrainConfig) -> float:
-    """The learning rate; 0 of logistic regression, which has none."""
+def learning_rate(config: TrainConfig) -> float:
+    """Return the learning rate; 0 for logistic regression, which has none."""
     return 0.0 if config.head == "logistic" else float(config.rate)
 
 
-def fold_trials(data: Data, config: TrainConfig, part: NDArray[np.int64]) -> list[Trial]:
-    """One head per part: it learns from the images of all others. Splits other than train and valid
-    take no part. config: with a learning rate.
+def fold_trials(data: Data, config: TrainConfig, fold: NDArray[np.int64]) -> list[Trial]:
+    """Return one trial per fold, trained on all other folds and validated on its own.
 
-    Which epoch's weights are kept is not chosen on the part that is predicted: all keep the last,
-    and the caller says how many epochs there are (see `trainer.train_stack`, until).
+    Only the training and validation splits take part. All trials keep the weights of the last
+    epoch: an epoch chosen on the fold that is predicted would have used its labels. The caller
+    decides the number of epochs (see `trainer.train_stack`, stop_epoch).
+
+    Args:
+        data: Features and labels.
+        config: The settings, with a learning rate.
+        fold: The fold of each image of both splits, in the order of rows.
     """
-    config, rate = replace(config, best="last", patience=0), rate_of(config)
-    pool = np.sort(np.concatenate([data.train, data.valid]))
+    config, lr = replace(config, best="last", patience=0), learning_rate(config)
+    rows = np.sort(np.concatenate([data.train, data.valid]))
     return [
-        Trial(config=config, rate=rate, train=pool[part != one], valid=pool[part == one])
-        for one in range(int(part.max()) + 1)
+        Trial(config=config, lr=lr, train=rows[fold != one], valid=rows[fold == one])
+        for one in range(int(fold.max()) + 1)
     ]

@@ -1,4 +1,4 @@
-"""Features and labels that heads are trained on, in memory or mapped."""
+"""Features and labels that heads are trained on, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class InMemoryFeatures:
-    """Features in memory, on the device they are used on: float16 (N, V, D)."""
+    """Features in memory, on the device that uses them: float16 (N, V, D)."""
 
     def __init__(self, feature_NVD: Tensor) -> None:
         self._flat = feature_NVD.flatten(0, 1)
@@ -27,14 +27,17 @@ class InMemoryFeatures:
         self.device = feature_NVD.device
 
     def take(self, flat_B: Tensor) -> Tensor:
-        """float16 (B, D), on the device; flat_B: int64, row x V + view."""
+        """Return some features, float16 (B, D), on the device; flat_B: int64, row x V + view."""
         return self._flat.index_select(0, flat_B)
 
 
 class MemoryMappedFeatures:
-    """Features left in memory-mapped shards, float16 (n, V, D) each, for stores larger than memory.
+    """Features in memory-mapped shards, for stores larger than memory.
 
-    row: which row of all shards each of ours is, int64 (N,).
+    Args:
+        parts: The shards, float16 (n, V, D) each.
+        row: The row among those of all shards, int64 (N,).
+        device: Where `take` puts the features.
     """
 
     def __init__(
@@ -45,25 +48,29 @@ class MemoryMappedFeatures:
         self.shape: Sequence[int] = (len(row), *parts[0].shape[1:])
 
     def take(self, flat_B: Tensor) -> Tensor:
-        """As `InMemoryFeatures.take`."""
+        """See `InMemoryFeatures.take`."""
         import torch
 
-        ours, view = np.divmod(flat_B.cpu().numpy(), self.shape[1])
-        row = self._row[ours]
-        home = np.searchsorted(self._starts, row, "right") - 1
-        made = np.empty((len(row), self.shape[2]), np.float16)
-        for part in np.unique(home):
-            here = home == part
-            made[here] = self._parts[part][row[here] - self._starts[part], view[here]]
-        return torch.from_numpy(made).to(self.device)
+        index, view = np.divmod(flat_B.cpu().numpy(), self.shape[1])
+        row = self._row[index]
+        part_of_row = np.searchsorted(self._starts, row, "right") - 1
+        feature = np.empty((len(row), self.shape[2]), np.float16)
+        for part in np.unique(part_of_row):
+            mask = part_of_row == part
+            feature[mask] = self._parts[part][row[mask] - self._starts[part], view[mask]]
+        return torch.from_numpy(feature).to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """What heads learn from: N images, of which some train and some validate.
+    """N images, some of them for training and some for validation.
 
-    feature: float16 (N, V, D). label: int64 (N,), or uint8 (N, C) where images have several; on
-    the device. key: uint64 (N,), of the image's content. train, valid: int64 rows.
+    Attributes:
+        feature: float16 (N, V, D).
+        label: On the device, int64 (N,), or uint8 (N, C) with several labels per image.
+        key: Hashes of the images' contents, uint64 (N,).
+        train, valid: Rows, int64.
+        classes: The classes' names.
     """
 
     feature: InMemoryFeatures | MemoryMappedFeatures
@@ -74,18 +81,22 @@ class Data:
     classes: Sequence[str]
 
     @property
-    def multi(self) -> bool:
+    def multilabel(self) -> bool:
         """Whether images have several labels."""
         return self.label.dim() == 2
 
     @staticmethod
-    def of(
+    def from_arrays(
         train: tuple[NDArray[np.float16], NDArray[Any]],
         valid: tuple[NDArray[np.float16], NDArray[Any]],
         classes: Sequence[str],
         device: str = "cpu",
     ) -> Data:
-        """From (feature (n, V, D), label (n,) or (n, C)) per split; see `check_trainable`."""
+        """Build it from (feature (n, V, D), label (n,) or (n, C)) of each split.
+
+        Raises:
+            ConfigError: See `check_trainable`.
+        """
         import torch
 
         feature = torch.from_numpy(np.concatenate([train[0], valid[0]])).to(device)
@@ -100,35 +111,39 @@ class Data:
         ).check_trainable()
 
     def check_trainable(self) -> Data:
-        """Itself; ConfigError if a split is empty or nothing teaches one of the classes."""
+        """Return the data itself.
+
+        Raises:
+            ConfigError: A split is empty, or the training split lacks a class.
+        """
         for split, rows in (("training", self.train), ("validation", self.valid)):
             label = self.label[rows].cpu().numpy()
-            seen = np.flatnonzero(label.any(0)) if self.multi else label
-            absent = sorted(set(range(len(self.classes))) - set(seen.tolist()))
+            present = np.flatnonzero(label.any(0)) if self.multilabel else label
+            absent = sorted(set(range(len(self.classes))) - set(present.tolist()))
             if split == "validation" and len(label) == 0:
-                self._must_have_different_images()
+                self._check_different_images()
             if len(label) == 0 or (absent and split == "training"):
                 raise ConfigError(
                     f"The {split} split has no readable image"
                     + (f" of {', '.join(self.classes[i] for i in absent)}." if len(label) else "."),
-                    "at least one of every class to learn from, and some to check with.",
+                    "at least one training image of every class, and some validation images.",
                     "add images, or hold out another share (--valid-share).",
                 )
         return self
 
-    def _must_have_different_images(self) -> None:
-        """ConfigError where no class has two of them: then no share of the images can validate, as
-        copies of one image stay together.
+    def _check_different_images(self) -> None:
+        """Raise ConfigError if no class has two different images.
+
+        Copies of an image stay in one split, so then no image can be held out for validation.
         """
         label, key = self.label[self.train].cpu().numpy(), self.key[self.train]
-        hot = label > 0 if self.multi else label[:, None] == np.arange(len(self.classes))
-        if all(len(np.unique(key[has])) < 2 for has in hot.T):
+        member_NC = label > 0 if self.multilabel else label[:, None] == np.arange(len(self.classes))
+        if all(len(np.unique(key[members])) < 2 for members in member_NC.T):
             raise ConfigError(
-                "No image can be held out for validation: of the images that can be read, those of"
-                f" each class are copies of one ({len(key)} images, {len(np.unique(key))}"
-                " different).",
-                "two different images or more of some class (better 20 of each): copies of one stay"
-                " together.",
+                "No image can be held out for validation: the readable images of each class are"
+                f" copies of one image ({len(key)} images, {len(np.unique(key))} different), and"
+                " copies stay in one split.",
+                "at least two different images of some class (better 20 of each class).",
                 "add other images.",
             )
 
@@ -136,69 +151,72 @@ class Data:
 def mean_and_std(
     feature: InMemoryFeatures | MemoryMappedFeatures, rows: NDArray[np.int64]
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each column over the clean view of some rows, float32 (D,); a column
-    that never varies counts as 1.
+    """Compute each feature's mean and standard deviation over the first view of some rows.
+
+    Returns:
+        float32 (D,) each. The standard deviation of a constant feature is given as 1.
     """
     import torch
 
     views, width = feature.shape[1:]
     flat = torch.from_numpy(rows * views).to(feature.device)
-    first = feature.take(flat[:4096]).float().mean(0)  # squares of large means would cancel
+    # Subtracted first, since squares of large means would cancel.
+    shift = feature.take(flat[:4096]).float().mean(0)
     sums = torch.zeros(2, width, dtype=torch.float64, device=feature.device)
     for part in torch.split(flat, 512):  # in place, and small enough for the cache: 4 x as fast
-        away = feature.take(part).float().sub_(first)
-        sums[0] += away.sum(0)
-        sums[1] += away.square_().sum(0)
+        shifted = feature.take(part).float().sub_(shift)
+        sums[0] += shifted.sum(0)
+        sums[1] += shifted.square_().sum(0)
     mean = sums[0] / len(rows)
-    deviation = (sums[1] / len(rows) - mean.square()).clamp(min=0).sqrt()
-    deviation[deviation < 1e-6 * first.abs() + 1e-12] = 1
-    return (first + mean).float(), deviation.float()
+    std = (sums[1] / len(rows) - mean.square()).clamp(min=0).sqrt()
+    std[std < 1e-6 * shift.abs() + 1e-12] = 1
+    return (shift + mean).float(), std.float()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Trial:
-    """One head of a stack: how it is trained, at which rate, on which rows."""
+    """One head of a stack: how it is trained, at which learning rate, on which rows."""
 
     config: TrainConfig
-    rate: float
+    lr: float
     train: NDArray[np.int64]
     valid: NDArray[np.int64]
-    start: Mapping[str, NDArray[Any]] | None = None
-    """Weights that it begins with, by name, as `Trained.state` has them; None: new ones."""
+    initial_state: Mapping[str, NDArray[Any]] | None = None
+    """Initial weights by name, as in `TrainedHead.state`; None: drawn from the seed."""
 
 
-def class_weighting(
+def resolve_class_weights(
     train: NDArray[Any], valid: NDArray[Any], classes: int
 ) -> Literal["none", "validation"]:
-    """What --class-weights auto comes to for these labels, (n,) or (n, C)."""
+    """Return what `--class-weights auto` stands for with these labels, (n,) or (n, C)."""
     import torch
 
     if train.ndim == 2:
         return "none"
-    clear = losses.differ(torch.from_numpy(train), torch.from_numpy(valid), classes)
-    return "validation" if clear else "none"
+    differ = losses.frequencies_differ(torch.from_numpy(train), torch.from_numpy(valid), classes)
+    return "validation" if differ else "none"
 
 
 def class_weights(data: Data, trial: Trial) -> Tensor | None:
-    """What each class weighs in the loss of a head, float32 (C,); None: all the same.
+    """Compute the class weights of a head's loss, float32 (C,); None: all classes weigh the same.
 
-    They come from the labels of the images that it learns from and, where classes are to weigh as
-    in validation, of the validation images; of these a head that is trained without a fold leaves
-    out what is in that fold, since it is to be predicted.
+    They come from the labels of the head's training images and, with `--class-weights validation`,
+    from those of the validation split. A fold's head leaves out the validation images in the
+    fold that it predicts.
     """
-    asked, classes = trial.config.class_weights, len(data.classes)
+    setting, classes = trial.config.class_weights, len(data.classes)
     label = data.label[trial.train]
-    if asked == "balanced":
-        return losses.balance(label, classes)
-    if asked == "none" or data.multi:
+    if setting == "balanced":
+        return losses.balanced_weights(label, classes)
+    if setting == "none" or data.multilabel:
         return None
     valid = data.valid
     if trial.valid is not valid:
         valid = np.setdiff1d(valid, trial.valid)
-    wanted = data.label[valid]
+    target = data.label[valid]
     if (
-        asked == "auto"
-        and class_weighting(label.cpu().numpy(), wanted.cpu().numpy(), classes) == "none"
+        setting == "auto"
+        and resolve_class_weights(label.cpu().numpy(), target.cpu().numpy(), classes) == "none"
     ):
         return None
-    return losses.weights_as(label, wanted, classes)
+    return losses.weights_to_match(label, target, classes)

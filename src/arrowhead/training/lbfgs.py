@@ -1,4 +1,8 @@
-"""L-BFGS on many problems at once."""
+"""L-BFGS on many smooth convex problems at once.
+
+SciPy and PyTorch minimize one function at a time. Here K problems share every evaluation, and each
+has its own line search, so one that needs a shorter step does not hold up the others.
+"""
 
 from __future__ import annotations
 
@@ -9,95 +13,119 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MOST_EVALUATIONS = 500
+MAX_EVALUATIONS = 500
+# Of the backtracking line search: the share of the predicted decrease that a step must achieve
+# (Armijo's rule), how much shorter the next step is, and when the search gives up.
+ARMIJO_FACTOR = 1e-4
+STEP_SHRINK = 0.3
+MIN_STEP_LENGTH = 1e-9
 
 
 def minimize(
-    measure: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     start_KP: Tensor,
-    to: float,
+    max_gradient_norm: float,
     memory: int = 10,
 ) -> Tensor:
-    """Minima (K, P) of K smooth convex functions side by side, each from its own start.
+    """Minimize K functions, each from its own start (Nocedal & Wright 2006, algorithm 7.4).
 
-    measure: values (K',) and gradients (K', P) at points (K', P) of the lanes int64 (K',). A lane
-    is done when its gradient's norm is `to`, or no step along it helps any more. Every lane takes
-    its own steps: one that has to try a shorter step does not hold up the others, and lanes that
-    are done are measured no more.
+    A problem is done when its gradient's norm is at most `max_gradient_norm`, or when no step
+    along the search direction lowers its value any more; then it is not evaluated again.
+
+    Args:
+        evaluate: From points (K', P) of some problems and their numbers, int64 (K'), to the
+            values (K') and gradients (K', P).
+        start_KP: The starting points.
+        max_gradient_norm: The gradient norm at which a problem is done.
+        memory: How many of the last steps approximate the inverse Hessian.
+
+    Returns:
+        The minima, (K, P).
     """
     import torch
 
-    found = start_KP.clone()
-    lane = torch.arange(len(found), device=found.device)
-    at = found.clone()
-    value, gradient = measure(at, lane)
-    way, length = -gradient, torch.ones_like(value)
-    pairs = _Pairs(memory, at)
-    for _ in range(MOST_EVALUATIONS):
-        along = (gradient * way).sum(1)
-        done = (gradient.norm(dim=1) <= to) | (length < 1e-9) | ~(along < 0)
+    minimum = start_KP.clone()
+    problem = torch.arange(len(minimum), device=minimum.device)
+    point = minimum.clone()
+    value, grad = evaluate(point, problem)
+    direction, length = -grad, torch.ones_like(value)
+    hessian = _InverseHessian(memory, point)
+    for _ in range(MAX_EVALUATIONS):
+        directional_derivative = (grad * direction).sum(1)
+        done = (
+            (grad.norm(dim=1) <= max_gradient_norm)
+            | (length < MIN_STEP_LENGTH)
+            | ~(directional_derivative < 0)
+        )
         if done.any():
-            found[lane[done]] = at[done]
-            stay = ~done
-            kept = (one[stay] for one in (lane, at, value, gradient, way, length, along))
-            lane, at, value, gradient, way, length, along = kept
-            pairs.keep(stay)
-        if not len(lane):
-            return found
-        there = at + length[:, None] * way
-        new_value, new_slope = measure(there, lane)
-        # Armijo's rule, with room for rounding where the value hardly moves any more.
-        room = 1e-13 * value.abs().clamp(min=1e-3)
-        good = new_value.isfinite() & (new_value <= value + 1e-4 * length * along + room)
-        step = torch.where(good[:, None], there - at, 0)
-        pairs.add(step, torch.where(good[:, None], new_slope - gradient, 0), good)
-        at, value = at + step, torch.where(good, new_value, value)
-        gradient = torch.where(good[:, None], new_slope, gradient)
-        way = torch.where(good[:, None], -pairs.times(gradient), way)
-        length = torch.where(good, 1.0, length * 0.3)
-    found[lane] = at
-    return found
+            minimum[problem[done]] = point[done]
+            active = ~done
+            problem, point, value, grad, direction, length, directional_derivative = (
+                one[active]
+                for one in (problem, point, value, grad, direction, length, directional_derivative)
+            )
+            hessian.select(active)
+        if not len(problem):
+            return minimum
+        candidate = point + length[:, None] * direction
+        new_value, new_grad = evaluate(candidate, problem)
+        # Armijo's rule, with a tolerance for rounding where the value hardly changes any more.
+        tolerance = 1e-13 * value.abs().clamp(min=1e-3)
+        limit = value + ARMIJO_FACTOR * length * directional_derivative + tolerance
+        accepted = new_value.isfinite() & (new_value <= limit)
+        step = torch.where(accepted[:, None], candidate - point, 0)
+        hessian.update(step, torch.where(accepted[:, None], new_grad - grad, 0), accepted)
+        point, value = point + step, torch.where(accepted, new_value, value)
+        grad = torch.where(accepted[:, None], new_grad, grad)
+        direction = torch.where(accepted[:, None], -hessian.multiply(grad), direction)
+        length = torch.where(accepted, 1.0, length * STEP_SHRINK)
+    minimum[problem] = point
+    return minimum
 
 
-class _Pairs:
-    """The last steps of each lane and how the gradient changed: an inverse Hessian to multiply
-    with. All lanes share a slot per evaluation; a lane that did not move leaves its slot empty.
+class _InverseHessian:
+    """The inverse Hessian of each problem, from the last steps and the changes of the gradient.
+
+    All problems share a slot of the memory per evaluation; a problem whose step was not accepted
+    leaves its slot empty.
     """
 
-    def __init__(self, memory: int, like_KP: Tensor) -> None:
-        self._step = like_KP.new_zeros(memory, *like_KP.shape)
+    def __init__(self, memory: int, point_KP: Tensor) -> None:
+        self._step = point_KP.new_zeros(memory, *point_KP.shape)
         self._change = self._step.clone()
-        self._weight = like_KP.new_zeros(memory, len(like_KP))
-        self._scale = like_KP.new_ones(len(like_KP))
+        self._weight = point_KP.new_zeros(memory, len(point_KP))
+        self._scale = point_KP.new_ones(len(point_KP))
         self._count = 0
 
-    def add(self, step: Tensor, change: Tensor, moved: Tensor) -> None:
+    def update(self, step: Tensor, change: Tensor, accepted: Tensor) -> None:
+        """Remember each problem's last step and the change of its gradient."""
         import torch
 
         slot, self._count = self._count % len(self._step), self._count + 1
-        both, square = (step * change).sum(1), change.square().sum(1)
-        useful = moved & (both > 1e-14 * square)
+        product, square = (step * change).sum(1), change.square().sum(1)
+        useful = accepted & (product > 1e-14 * square)
         self._step[slot], self._change[slot] = step, change
-        self._weight[slot] = torch.where(useful, 1 / both.clamp(min=1e-300), 0)
-        self._scale = torch.where(useful, both / square.clamp(min=1e-300), self._scale)
+        self._weight[slot] = torch.where(useful, 1 / product.clamp(min=1e-300), 0)
+        self._scale = torch.where(useful, product / square.clamp(min=1e-300), self._scale)
 
-    def keep(self, stay: Tensor) -> None:
-        self._step, self._change = self._step[:, stay], self._change[:, stay]
-        self._weight, self._scale = self._weight[:, stay], self._scale[stay]
+    def select(self, active: Tensor) -> None:
+        """Drop the problems that are done."""
+        self._step, self._change = self._step[:, active], self._change[:, active]
+        self._weight, self._scale = self._weight[:, active], self._scale[active]
 
-    def times(self, gradient: Tensor) -> Tensor:
-        """The inverse Hessian times a gradient (K, P)."""
-        newest = [
+    def multiply(self, grad: Tensor) -> Tensor:
+        """Multiply by a gradient (K, P): the two-loop recursion."""
+        newest_first = [
             (self._count - 1 - age) % len(self._step)
             for age in range(min(self._count, len(self._step)))
         ]
-        made, shares = gradient.clone(), []
-        for slot in newest:
-            share = self._weight[slot] * (self._step[slot] * made).sum(1)
-            made -= share[:, None] * self._change[slot]
-            shares.append(share)
-        made *= self._scale[:, None]
-        for slot, share in zip(reversed(newest), reversed(shares), strict=True):
-            back = self._weight[slot] * (self._change[slot] * made).sum(1)
-            made += (share - back)[:, None] * self._step[slot]
-        return made
+        product, alphas = grad.clone(), []
+        for slot in newest_first:
+            alpha = self._weight[slot] * (self._step[slot] * product).sum(1)
+            product -= alpha[:, None] * self._change[slot]
+            alphas.append(alpha)
+        product *= self._scale[:, None]
+        for slot, alpha in zip(reversed(newest_first), reversed(alphas), strict=True):
+            beta = self._weight[slot] * (self._change[slot] * product).sum(1)
+            product += (alpha - beta)[:, None] * self._step[slot]
+        return product

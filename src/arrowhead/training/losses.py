@@ -1,4 +1,8 @@
-"""Losses with their gradients at the logits, in closed form."""
+"""Loss functions with their gradients at the logits in closed form, and class weights.
+
+PyTorch's losses serve one model and need autograd; these give the loss and the gradient of a
+whole stack of heads (G groups of H heads, see `heads`) in a few operations.
+"""
 
 from __future__ import annotations
 
@@ -12,78 +16,100 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """What is minimized. classes: float32 (C,), or (L, C), one for each lane: weights of the
-    classes, or None.
+    """Cross entropy; binary cross entropy of each label where images have several.
+
+    Attributes:
+        multilabel: Whether images have several labels.
+        smoothing: Label smoothing, from 0 up to 1.
+        class_weights: float32 (C,), or (G, C) with one row per group; None: all classes weigh the
+            same.
     """
 
-    multi: bool
+    multilabel: bool
     smoothing: float = 0.0
-    classes: Tensor | None = None
+    class_weights: Tensor | None = None
 
-    def weight(self, label: Tensor) -> Tensor | None:
-        """What each row weighs in the mean, float32 (…,) as the labels; None: all the same."""
-        if self.multi or self.classes is None:
+    def row_weights(self, label: Tensor) -> Tensor | None:
+        """Return each row's weight in the mean, float32, in the labels' shape; None: all 1."""
+        if self.multilabel or self.class_weights is None:
             return None
-        return self.classes[label] if self.classes.dim() == 1 else self.classes.gather(1, label)
+        if self.class_weights.dim() == 1:
+            return self.class_weights[label]
+        return self.class_weights.gather(1, label)
 
-    def of(
-        self, logit_LGCB: Tensor, label: Tensor, real_LB: Tensor | None, total: float | Tensor
+    def sum_and_gradient(
+        self, logit_GHCB: Tensor, label: Tensor, mask_GB: Tensor | None, total: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Nats float32 (L, G), summed over the rows, and the slope float32 (L, G, C, B) of their
-        sum over `total` (a number, or (L,)). Overwrites the logits.
+        """Compute the loss summed over rows, and the gradient of the mean loss at the logits.
 
-        label: int64 (L, B), or with several labels per image float32 (L, C, B). real_LB: bool,
-        the rows that count.
+        Args:
+            logit_GHCB: The logits; they are overwritten.
+            label: int64 (G, B), or float32 (G, C, B) where images have several labels.
+            mask_GB: bool, the rows that count; None: all. The others are padding.
+            total: What the sum is divided by for the mean: a number, or (G,).
+
+        Returns:
+            The sums, float32 (G, H) in nats, and the gradient, float32 (G, H, C, B).
         """
         import torch
 
         with torch.no_grad():
-            made = self._sigmoid if self.multi else self._softmax
-            nats_LGB, slope_LGCB = made(logit_LGCB, label)
-            if real_LB is not None:
-                nats_LGB = nats_LGB.mul(real_LB[:, None])
-                slope_LGCB = slope_LGCB.mul_(real_LB[:, None, None])
+            loss_and_gradient = self._binary_cross_entropy if self.multilabel else self._softmax
+            loss_GHB, grad_GHCB = loss_and_gradient(logit_GHCB, label)
+            if mask_GB is not None:
+                loss_GHB = loss_GHB.mul(mask_GB[:, None])
+                grad_GHCB = grad_GHCB.mul_(mask_GB[:, None, None])
             if isinstance(total, float):
-                return nats_LGB.sum(2), slope_LGCB.mul_(1 / total)
-            return nats_LGB.sum(2), slope_LGCB.div_(total.view(-1, 1, 1, 1))
+                return loss_GHB.sum(2), grad_GHCB.mul_(1 / total)
+            return loss_GHB.sum(2), grad_GHCB.div_(total.view(-1, 1, 1, 1))
 
-    def _softmax(self, logit: Tensor, label_LB: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy as torch's, class weights and smoothing too."""
-        lanes, each, classes, rows = logit.shape
-        index = label_LB[:, None, None].expand(lanes, each, 1, rows)
-        log = logit.log_softmax(2)
-        nats = log.gather(2, index)[:, :, 0].neg_()
-        if self.classes is None and not self.smoothing:
-            gradient = log.exp_()
-            return nats, gradient.scatter_add_(
-                2, index, gradient.new_full((), -1.0).expand_as(index)
-            )
-        weights = log.new_ones(classes) if self.classes is None else self.classes.to(log.dtype)
-        weights_LC, s = weights.view(-1, classes).expand(lanes, -1), self.smoothing
-        mine_LB = weights_LC.gather(1, label_LB.expand(lanes, -1))
-        even = (weights_LC * (s / classes)).view(lanes, 1, -1, 1)
-        hard = mine_LB[:, None] * (1 - s)
-        nats = nats * hard - (log * even).sum(2)
-        gradient = log.exp_().mul_(hard[:, :, None] + even.sum(2, True)).sub_(even)
-        return nats, gradient.scatter_add_(2, index, -hard[:, :, None].expand_as(index))
+    def _softmax(self, logit: Tensor, label_GB: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy as `torch.nn.functional.cross_entropy` computes it, with class weights and
+        label smoothing.
+        """
+        groups, heads, classes, rows = logit.shape
+        index = label_GB[:, None, None].expand(groups, heads, 1, rows)
+        log_prob = logit.log_softmax(2)
+        loss = log_prob.gather(2, index)[:, :, 0].neg_()
+        if self.class_weights is None and not self.smoothing:
+            grad = log_prob.exp_()
+            return loss, grad.scatter_add_(2, index, grad.new_full((), -1.0).expand_as(index))
+        weights = (
+            log_prob.new_ones(classes)
+            if self.class_weights is None
+            else self.class_weights.to(log_prob.dtype)
+        )
+        weights_GC, smoothing = weights.view(-1, classes).expand(groups, -1), self.smoothing
+        weight_GB = weights_GC.gather(1, label_GB.expand(groups, -1))
+        # The target is `hard` at the label plus `even` at every class, both weighted.
+        even = (weights_GC * (smoothing / classes)).view(groups, 1, -1, 1)
+        hard = weight_GB[:, None] * (1 - smoothing)
+        loss = loss * hard - (log_prob * even).sum(2)
+        grad = log_prob.exp_().mul_(hard[:, :, None] + even.sum(2, True)).sub_(even)
+        return loss, grad.scatter_add_(2, index, -hard[:, :, None].expand_as(index))
 
-    def _sigmoid(self, logit: Tensor, label_LCB: Tensor) -> tuple[Tensor, Tensor]:
-        """Binary cross entropy of each label, the mean over labels."""
+    def _binary_cross_entropy(self, logit: Tensor, label_GCB: Tensor) -> tuple[Tensor, Tensor]:
+        """Binary cross entropy, averaged over the labels."""
         from torch.nn.functional import softplus
 
-        wanted = label_LCB[:, None] * (1 - self.smoothing) + self.smoothing / 2
-        gain = (
-            wanted if self.classes is None else wanted * self.classes.view(-1, 1, logit.shape[2], 1)
+        target = label_GCB[:, None] * (1 - self.smoothing) + self.smoothing / 2
+        positive = (
+            target
+            if self.class_weights is None
+            else target * self.class_weights.view(-1, 1, logit.shape[2], 1)
         )
-        nats = (gain * softplus(-logit) + (1 - wanted) * softplus(logit)).mean(2)
-        gradient = (1 - wanted) * logit.sigmoid() - gain * (-logit).sigmoid()
-        return nats, gradient.div_(logit.shape[2])
+        loss = (positive * softplus(-logit) + (1 - target) * softplus(logit)).mean(2)
+        grad = (1 - target) * logit.sigmoid() - positive * (-logit).sigmoid()
+        return loss, grad.div_(logit.shape[2])
 
 
-def balance(label: Tensor, classes: int) -> Tensor:
-    """Weights of the classes that make rare ones count as common ones do, float32 (C,).
+def balanced_weights(label: Tensor, classes: int) -> Tensor:
+    """Return class weights under which rare classes count as much as common ones, float32 (C,).
 
-    label int64 (n,): n / (C count), as scikit-learn's `balanced`. uint8 (n, C): absent / present.
+    Args:
+        label: int64 (n,): the weights are n / (C x count), as scikit-learn's `balanced`. uint8
+            (n, C), several labels per image: the weights of presence, absent / present.
+        classes: The number of classes, C.
     """
     import torch
 
@@ -94,36 +120,46 @@ def balance(label: Tensor, classes: int) -> Tensor:
     return ((len(label) - present) / present.clamp(min=1)).clamp(1e-3, 1e3).float()
 
 
-def weights_as(label: Tensor, wanted: Tensor, classes: int) -> Tensor:
-    """Weights (C,) under which labels int64 (n,) are as frequent as in `wanted` int64 (m,).
+def weights_to_match(label: Tensor, target: Tensor, classes: int) -> Tensor:
+    """Return class weights under which `label`'s classes are as frequent as `target`'s.
 
-    Rare classes of `wanted` are drawn to their share of `label`, as if C more of its images had
-    been seen, so none comes to nothing.
+    The target's frequencies are smoothed towards those of `label`, as if it had C more images
+    distributed as in `label`: a class that it lacks gets a small weight, not 0.
+
+    Args:
+        label: int64 (n,).
+        target: int64 (m,).
+        classes: The number of classes, C.
+
+    Returns:
+        float32 (C,).
     """
     import torch
 
-    here = torch.bincount(label, minlength=classes).double()
-    share = here / here.sum()
-    there = torch.bincount(wanted, minlength=classes).double()
-    mixed = (there + classes * share) / (there.sum() + classes)
-    return (mixed / share.clamp(min=1e-12)).float()
+    counts = torch.bincount(label, minlength=classes).double()
+    share = counts / counts.sum()
+    target_counts = torch.bincount(target, minlength=classes).double()
+    target_share = (target_counts + classes * share) / (target_counts.sum() + classes)
+    return (target_share / share.clamp(min=1e-12)).float()
 
 
-def differ(label: Tensor, wanted: Tensor, classes: int) -> bool:
-    """Whether class shares of two sets of labels clearly differ: a chi-squared test at about 1 in
-    2,000 (Wilson & Hilferty's normal approximation).
+def frequencies_differ(label: Tensor, other: Tensor, classes: int) -> bool:
+    """Return whether class frequencies differ significantly between two sets of labels.
+
+    A chi-squared test at a significance level of about 1 in 2,000 (with Wilson & Hilferty's normal
+    approximation).
     """
     import torch
 
-    counts = [torch.bincount(one, minlength=classes).double() for one in (label, wanted)]
+    counts = [torch.bincount(one, minlength=classes).double() for one in (label, other)]
     both = counts[0] + counts[1]
-    there, freedom = both > 0, int((both > 0).sum()) - 1
+    occurs, freedom = both > 0, int((both > 0).sum()) - 1
     if freedom < 1 or not counts[0].sum() or not counts[1].sum():
         return False
-    total = 0.0
+    chi_squared = 0.0
     for one in counts:
-        expected = both[there] * one.sum() / both.sum()
-        total += float(((one[there] - expected).square() / expected).sum())
-    spread = 2 / (9 * freedom)
-    z = (math.cbrt(total / freedom) - (1 - spread)) / math.sqrt(spread)
+        expected = both[occurs] * one.sum() / both.sum()
+        chi_squared += float(((one[occurs] - expected).square() / expected).sum())
+    variance = 2 / (9 * freedom)
+    z = (math.cbrt(chi_squared / freedom) - (1 - variance)) / math.sqrt(variance)
     return z > 3.3

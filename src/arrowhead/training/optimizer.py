@@ -1,4 +1,8 @@
-"""AdamW and SGD for many heads, each at its own rate."""
+"""AdamW and SGD for a stack of heads, each with its own learning rate.
+
+PyTorch's optimizers have one learning rate per parameter group and one GradScaler for all; these
+step all heads in a few operations and skip overflowing steps per head.
+"""
 
 from __future__ import annotations
 
@@ -13,110 +17,119 @@ if TYPE_CHECKING:
 
     from arrowhead.training.heads import Stack
 
+INITIAL_SCALE = 65536.0  # this and the interval are those of torch's GradScaler
+SCALE_GROWTH_INTERVAL = 2000
+
 
 class Optimizer:
-    """AdamW or SGD, as torch's, for all heads of a stack, each with its own rate and decay.
+    """AdamW or SGD with PyTorch's updates, for all heads of a stack.
 
-    scaled (for fp16): each head's slopes are scaled by a factor of its own, so a step of one head
-    that overflows is left out and halves that factor, and the other heads never know.
+    Each head has its own learning rate and weight decay, (G, H). For fp16 (`scaled`) each head has
+    a gradient scale of its own: a head whose gradient overflows skips the step and halves its
+    scale, and the other heads are not affected.
     """
 
     def __init__(
         self,
         stack: Stack,
         config: OptimizerConfig,
-        rate_LG: Tensor,
-        decay_LG: Tensor,
+        lr_GH: Tensor,
+        decay_GH: Tensor,
         *,
         scaled: bool,
     ) -> None:
         import torch
 
         self.stack, self.config = stack, config
-        self.rate_LG, self.decay_LG = rate_LG, decay_LG
-        # A number where all heads agree, else one value per weight.
-        alike = bool((rate_LG == rate_LG[0, 0]).all() & (decay_LG == decay_LG[0, 0]).all())
-        self._rate = float(rate_LG[0, 0]) if alike else stack.spread(rate_LG)
-        self._decay = float(decay_LG[0, 0]) if alike else stack.spread(decay_LG)
-        self._shrink = self._rate * self._decay
-        self.first = torch.zeros_like(stack.theta)
+        self.lr_GH, self.decay_GH = lr_GH, decay_GH
+        # A number if all heads have the same value, else one value per weight.
+        same = bool((lr_GH == lr_GH[0, 0]).all() & (decay_GH == decay_GH[0, 0]).all())
+        self._lr = float(lr_GH[0, 0]) if same else stack.expand_to_weights(lr_GH)
+        self._decay = float(decay_GH[0, 0]) if same else stack.expand_to_weights(decay_GH)
+        self._lr_decay = self._lr * self._decay
+        self.first = torch.zeros_like(stack.theta)  # moments of the gradient; of SGD the momentum
         self.second = torch.zeros_like(stack.theta)
         self.steps = 0
-        self.skipped_LG = torch.zeros_like(rate_LG)
-        self.scale_LG = torch.full_like(rate_LG, 65536.0) if scaled else None
-        self.fine_LG = torch.zeros_like(rate_LG)
-        self._room = torch.empty_like(stack.theta)
+        self.skipped_GH = torch.zeros_like(lr_GH)
+        self.scale_GH = torch.full_like(lr_GH, INITIAL_SCALE) if scaled else None
+        self.finite_steps_GH = torch.zeros_like(lr_GH)
+        self._buffer = torch.empty_like(stack.theta)
 
-    def scaled(self, slope_LGCB: Tensor) -> Tensor:
-        """The loss's slope, scaled for fp16 where that is asked for; in place."""
-        if self.scale_LG is None:
-            return slope_LGCB
-        return slope_LGCB.mul_(self.scale_LG[:, :, None, None])
+    def scale_gradient(self, grad_GHCB: Tensor) -> Tensor:
+        """Scale the loss's gradient in place, if gradients are scaled."""
+        if self.scale_GH is None:
+            return grad_GHCB
+        return grad_GHCB.mul_(self.scale_GH[:, :, None, None])
 
-    def move(self, factor: float) -> None:
-        """One step along the stack's slopes, at `factor` of each head's rate."""
+    def step(self, factor: float) -> None:
+        """Take one step along the stack's gradients, at `factor` of each head's learning rate."""
         import torch
 
         with torch.no_grad():
             self.steps += 1
-            if self.scale_LG is None:
-                self._step(factor)
+            if self.scale_GH is None:
+                self._update(factor)
                 return
-            stack, kept = self.stack, (self.stack.theta, self.first, self.second)
-            stack.grad.div_(stack.spread(self.scale_LG))
-            well_LG = stack.finite(stack.grad)
-            self.skipped_LG += ~well_LG
-            before = [one.clone() for one in kept]
-            self._step(factor)
-            well = stack.spread(well_LG)
-            for new, old in zip(kept, before, strict=True):
-                new.copy_(torch.where(well, new, old))
-            self.fine_LG = torch.where(well_LG, self.fine_LG + 1, 0)
-            grown = self.fine_LG >= 2000  # as torch's GradScaler
-            self.scale_LG *= torch.where(well_LG, torch.where(grown, 2.0, 1.0), 0.5)
-            self.fine_LG[grown] = 0
+            stack, state = self.stack, (self.stack.theta, self.first, self.second)
+            stack.grad.div_(stack.expand_to_weights(self.scale_GH))
+            finite_GH = stack.finite_heads(stack.grad)
+            self.skipped_GH += ~finite_GH
+            before = [one.clone() for one in state]
+            self._update(factor)
+            finite = stack.expand_to_weights(finite_GH)
+            for new, old in zip(state, before, strict=True):
+                new.copy_(torch.where(finite, new, old))
+            self.finite_steps_GH = torch.where(finite_GH, self.finite_steps_GH + 1, 0)
+            grow_GH = self.finite_steps_GH >= SCALE_GROWTH_INTERVAL
+            self.scale_GH *= torch.where(finite_GH, torch.where(grow_GH, 2.0, 1.0), 0.5)
+            self.finite_steps_GH[grow_GH] = 0
 
-    def _step(self, factor: float) -> None:
-        gradient, room = self.stack.grad, self._room
+    def _update(self, factor: float) -> None:
+        """Update weights and moments of all heads."""
+        grad, buffer = self.stack.grad, self._buffer
         if self.config.optimizer == "sgd":
-            _add(gradient, self.stack.theta, self._decay, 1.0)
+            _add_scaled(grad, self.stack.theta, self._decay, 1.0)
             if self.config.momentum:
-                gradient = self.first.mul_(self.config.momentum).add_(gradient)
-            _add(self.stack.theta, gradient, self._rate, -factor)
+                grad = self.first.mul_(self.config.momentum).add_(grad)
+            _add_scaled(self.stack.theta, grad, self._lr, -factor)
             return
-        self.first.lerp_(gradient, 0.1)
-        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        room.copy_(self.second).sqrt_()
-        _add(self.stack.theta, self.stack.theta, self._shrink, -factor)
-        if self.scale_LG is None:
+        self.first.lerp_(grad, 0.1)
+        self.second.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        buffer.copy_(self.second).sqrt_()
+        _add_scaled(self.stack.theta, self.stack.theta, self._lr_decay, -factor)
+        if self.scale_GH is None:
             first, second = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
-            room.add_(1e-8 * second).reciprocal_().mul_(self.first)
-            _add(self.stack.theta, room, self._rate, -factor * second / first)
+            buffer.add_(1e-8 * second).reciprocal_().mul_(self.first)
+            _add_scaled(self.stack.theta, buffer, self._lr, -factor * second / first)
             return
-        # A head that left steps out is younger than the others.
-        age = self.stack.spread((self.steps - self.skipped_LG).clamp(min=1))
-        first_P, second_P = 1 - 0.9**age, (1 - 0.999**age).sqrt()
-        room.add_(1e-8 * second_P).reciprocal_().mul_(self.first).mul_(second_P / first_P)
-        _add(self.stack.theta, room, self._rate, -factor)
+        # The bias correction of a head counts only the steps that it did not skip.
+        steps_P = self.stack.expand_to_weights((self.steps - self.skipped_GH).clamp(min=1))
+        first_P, second_P = 1 - 0.9**steps_P, (1 - 0.999**steps_P).sqrt()
+        buffer.add_(1e-8 * second_P).reciprocal_().mul_(self.first).mul_(second_P / first_P)
+        _add_scaled(self.stack.theta, buffer, self._lr, -factor)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a resumed training needs."""
-        kept = {"first": self.first, "second": self.second}
-        if self.scale_LG is not None:
-            kept |= {"scale": self.scale_LG, "skipped": self.skipped_LG, "fine": self.fine_LG}
-        return kept
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint, by the names that they have there."""
+        tensors = {"first": self.first, "second": self.second}
+        if self.scale_GH is not None:
+            tensors |= {
+                "scale": self.scale_GH,
+                "skipped": self.skipped_GH,
+                "fine": self.finite_steps_GH,
+            }
+        return tensors
 
     def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take up a state where it was left."""
+        """Restore the state that `state_tensors` gave after this many steps."""
         self.steps = steps
-        for name, value in self.tensors().items():
+        for name, value in self.state_tensors().items():
             value.copy_(tensors[name])
 
 
-def _add(to: Tensor, way: Tensor, each: float | Tensor, factor: float) -> None:
-    """In place, to += factor * each * way; each: a number, or one value per weight."""
-    if isinstance(each, float):
-        if each:
-            to.add_(way, alpha=factor * each)
+def _add_scaled(target: Tensor, direction: Tensor, scale: float | Tensor, factor: float) -> None:
+    """In place, target += factor * scale * direction; scale: a number, or one value per weight."""
+    if isinstance(scale, float):
+        if scale:
+            target.add_(direction, alpha=factor * scale)
     else:
-        to.addcmul_(way, each, value=factor)
+        target.addcmul_(direction, scale, value=factor)

@@ -1,12 +1,12 @@
-"""What every worker does when heads are trained on a store.
+"""What every worker does to train heads on a store.
 
     store, settings       the same on every worker
-      -> data_of          features on the device, or left in the map
-      -> learn            LR finder, then heads: one or a grid, folds, a learning curve
-      -> Learned          on rank 0: the curve, every head, what was asked about them
+      -> load_data        features on the device, or memory-mapped
+      -> run_study        LR finder, then heads: one or a grid, folds, a learning curve
+      -> StudyResult      on rank 0: the curve, every head, what was examined about them
 
-Each part keeps checkpoints under a key of its own, the last one when it is done, so a stopped
-study goes on in the part and after the epoch where it was.
+Each part of a study (heads, folds, learning curve) has its own checkpoints, the last one at its
+end, so a study that was stopped resumes in the part and after the epoch where it was.
 """
 
 from __future__ import annotations
@@ -38,174 +38,187 @@ from arrowhead.training.checkpoint import Checkpoint
 from arrowhead.training.config import TrainConfig, resolve_defaults
 from arrowhead.training.dataset import Data, InMemoryFeatures, MemoryMappedFeatures, Trial
 from arrowhead.training.lr_finder import Curve
-from arrowhead.training.study import Learned, OutOfFold, Study
-from arrowhead.training.trainer import Saved, Trained, train_stack
+from arrowhead.training.study import OutOfFold, Study, StudyResult
+from arrowhead.training.trainer import EpochMetrics, TrainedHead, TrainingState, train_stack
 
 if TYPE_CHECKING:
     import torch
 
 
-def learn(worker: Worker, path: Path, study: Study, place: Path | None, run: str | None) -> Learned:
-    """The study, on every worker; what rank 0 returns counts.
+def run_study(
+    worker: Worker, path: Path, study: Study, checkpoint_dir: Path | None, run_id: str | None
+) -> StudyResult:
+    """Run a study; every worker calls this function, and the result of rank 0 counts.
 
-    place: the folder of checkpoints; None keeps none. run: the MLflow run's id, noted in them.
-    Rank 0 reports {"rates", "verdict"}, then {"part", "epoch", "lines"} after every epoch, those of
-    before a stop too, and {"warning"} for a checkpoint that is torn.
+    Rank 0 reports {"curve"}, then {"part", "epoch", "lines"} after every epoch, including the
+    epochs before it resumed; {"part", "resumed_after"} where it resumes; and {"warning"} for a
+    corrupt checkpoint.
+
+    Args:
+        worker: Rank, device, and where reports go.
+        path: The store.
+        study: The request, resolved for the store.
+        checkpoint_dir: The directory of checkpoints; None: save none.
+        run_id: The MLflow run's id, noted in checkpoints.
     """
     began = perf_counter()
     store = Store(path)
-    data, row = data_of(store, worker.device, worker.world_size)
+    data, row = load_data(store, worker.device, worker.world_size)
     distributed = DistributedContext(worker.rank, worker.world_size)
-    note = {"key": study.key(store), "run_id": run}
-    log = _Log(worker, place, note, study.head.checkpoint_seconds)
-    made = Learned(curve=_curve(log, data, study, distributed))
-    rate = made.curve.rate if made.curve else study.head.rate
-    if not study.teach:
-        made.seconds = perf_counter() - began
-        return made
-    grid = study.sweep.grid
-    if study.head.head == "logistic":
-        trials = [Trial(config=study.head, rate=0.0, train=data.train, valid=data.valid)]
-    else:
-        trials = training_grid.trials(
-            data, study.head, 1.0 if rate == "auto" else float(rate), grid
-        )
-        trials = [dataclasses.replace(one, start=study.start) for one in trials]
-    losers = training_grid.loser_of(study.overrides, study.head) if study.sweep.halving else None
-    made.heads = log.train("heads", data, trials, distributed, losers)
-    if grid:
-        judge = _judge(data, trials, made.heads, study.head, distributed)
-        made.ranking = training_grid.summary(study.overrides, made.heads, study.head, judge)
-        made.best = made.ranking["best"]
-    winner = trials[made.best].config
-    if made.winner.l2 is not None:
-        winner = dataclasses.replace(winner, l2=made.winner.l2)
-    made.config = winner
-    if study.sweep.folds:
-        made.folds = _folds(log, data, row, study, made, distributed)
-    if study.sweep.learning_curve:
-        shares = learning_curve.share_trials(data, winner, study.sweep.curve_seeds)
-        trials = [one for _, one in shares]
-        ended = log.train("learning-curve", data, trials, distributed)
-        judge = _judge(data, trials, ended, winner, distributed)
-        made.shares = learning_curve.curve(shares, ended, winner, judge)
-    made.config = resolve_defaults(
-        winner, data.feature.device
-    )  # what is recorded; all was trained with it
-    made.seconds = perf_counter() - began
-    return made
+    note = {"key": study.key(store), "run_id": run_id}
+    parts = _PartTrainer(worker, checkpoint_dir, note, study.head.checkpoint_seconds)
+    result = StudyResult(curve=_find_learning_rate(parts, data, study, distributed))
+    if study.train_heads:
+        winner = _train_heads(parts, data, study, result, distributed)
+        if study.sweep.folds:
+            result.folds = _train_folds(parts, data, row, study, result, distributed)
+        if study.sweep.learning_curve:
+            shares = learning_curve.share_trials(data, winner, study.sweep.curve_seeds)
+            trials = [trial for _, trial in shares]
+            heads = parts.train("learning-curve", data, trials, distributed)
+            metric_by_image = _metric_by_image(data, trials, heads, winner, distributed)
+            result.shares = learning_curve.curve(shares, heads, winner, metric_by_image)
+        # Only for the records: training resolves these defaults itself.
+        result.config = resolve_defaults(winner, data.feature.device)
+    result.seconds = perf_counter() - began
+    return result
 
 
-def _curve(log: _Log, data: Data, study: Study, distributed: DistributedContext) -> Curve | None:
-    """The LR finder's curve, from the checkpoint where there is one: on another number of workers
-    its last bits, and so the rate, might differ.
+def _find_learning_rate(
+    parts: _PartTrainer, data: Data, study: Study, distributed: DistributedContext
+) -> Curve | None:
+    """Run the LR finder, if it is needed.
+
+    A resumed study takes the curve from its checkpoint: on another number of workers its last
+    bits, and so the learning rate, might differ.
     """
-    if not study.finds():
+    if not study.needs_lr_finder():
         return None
-    kept = log.newest("heads") if study.teach else None
+    saved = parts.newest("heads") if study.train_heads else None
     curve = (
-        _again(kept.facts["curve"])
-        if kept
-        else lr_finder.find(data, study.head, study.finder, distributed)
+        Curve.from_plain(saved.facts["curve"])
+        if saved
+        else lr_finder.find_learning_rate(data, study.head, study.finder, distributed)
     )
-    log.curve = curve
-    log.tell({"curve": curve})
+    parts.curve = curve
+    parts.report({"curve": curve})
     return curve
 
 
-def _again(plain: dict[str, Any]) -> Curve:
-    """The curve that `Curve.plain` wrote."""
-    race = plain["race"] and {k: np.inf if v is None else v for k, v in plain["race"].items()}
-    held_out = plain["held_out"] and np.array(plain["held_out"], np.float64)
-    return Curve(
-        rates=np.array(plain["rates"]),
-        losses=np.array(plain["losses"], np.float64),  # None becomes nan
-        held_out=held_out,
-        suggestions=plain["suggestions"],
-        spreads=plain["spreads"],
-        race=race,
-        verdict=plain["verdict"],
+def _train_heads(
+    parts: _PartTrainer,
+    data: Data,
+    study: Study,
+    result: StudyResult,
+    distributed: DistributedContext,
+) -> TrainConfig:
+    """Train the head, or the heads of the grid, into `result`; return the winner's settings."""
+    rate = result.curve.rate if result.curve else study.head.rate
+    if study.head.head == "logistic":
+        trials = [Trial(config=study.head, lr=0.0, train=data.train, valid=data.valid)]
+    else:
+        lr = 1.0 if rate == "auto" else float(rate)
+        trials = training_grid.grid_trials(data, study.head, lr, study.sweep.grid)
+        trials = [dataclasses.replace(one, initial_state=study.initial_state) for one in trials]
+    stop_rule = (
+        training_grid.halving_rule(study.overrides, study.head) if study.sweep.halving else None
     )
+    result.heads = parts.train("heads", data, trials, distributed, stop_rule)
+    if study.sweep.grid:
+        metric_by_image = _metric_by_image(data, trials, result.heads, study.head, distributed)
+        result.ranking = training_grid.rank_settings(
+            study.overrides, result.heads, study.head, metric_by_image
+        )
+        result.best = result.ranking["best"]
+    winner = trials[result.best].config
+    if result.winner.l2 is not None:
+        winner = dataclasses.replace(winner, l2=result.winner.l2)
+    result.config = winner
+    return winner
 
 
-def _folds(
-    log: _Log,
+def _train_folds(
+    parts: _PartTrainer,
     data: Data,
     row: NDArray[np.int64],
     study: Study,
-    made: Learned,
+    result: StudyResult,
     distributed: DistributedContext,
 ) -> OutOfFold:
-    """Train the winner's settings once per fold, for as many epochs as the winner's weights took:
-    were the epoch chosen on the fold that is predicted, its labels would take part.
+    """Train one head per fold with the winner's settings, and predict the fold with it.
+
+    The heads train for as many epochs as the winner's weights took: if the epoch were chosen on the
+    fold that is predicted, its labels would take part.
     """
     import torch
 
     from arrowhead.training import heads as training_heads
 
-    winner, epochs = made.config, made.winner.epoch + 1
+    winner, epochs = result.config, result.winner.epoch + 1
     assert winner is not None
-    pool = np.sort(np.concatenate([data.train, data.valid]))
-    label = data.label.cpu().numpy()[pool]
-    part = cross_validation.folds(data.key[pool], label, study.sweep.folds, data.classes)
-    trials = cross_validation.fold_trials(data, winner, part)
-    ended = log.train("folds", data, trials, distributed, until=epochs)
-    logit = np.full((len(pool), len(data.classes)), np.nan, np.float32)
+    rows = np.sort(np.concatenate([data.train, data.valid]))
+    label = data.label.cpu().numpy()[rows]
+    fold = cross_validation.assign_folds(data.key[rows], label, study.sweep.folds, data.classes)
+    trials = cross_validation.fold_trials(data, winner, fold)
+    heads = parts.train("folds", data, trials, distributed, stop_epoch=epochs)
+    logit = np.full((len(rows), len(data.classes)), np.nan, np.float32)
     views, width = data.feature.shape[1:]
-    for number, one in enumerate(ended):
-        state = {name: torch.from_numpy(value) for name, value in one.state.items()}
-        head = training_heads.restore(winner.architecture, width, len(data.classes), state)
+    for number, trained in enumerate(heads):
+        state = {name: torch.from_numpy(value) for name, value in trained.state.items()}
+        head = training_heads.restore_head(winner.architecture, width, len(data.classes), state)
         with torch.inference_mode():
-            for at in np.array_split(np.flatnonzero(part == number), 1 + len(pool) // 65536):
-                flat = torch.from_numpy(pool[at] * views).to(data.feature.device)
-                logit[at] = head(data.feature.take(flat).float().cpu()).numpy()
-    last = [one.epochs[one.epoch] for one in ended]
+            for i in np.array_split(np.flatnonzero(fold == number), 1 + len(rows) // 65536):
+                flat = torch.from_numpy(rows[i] * views).to(data.feature.device)
+                logit[i] = head(data.feature.take(flat).float().cpu()).numpy()
     return OutOfFold(
-        multi=data.multi,
-        row=row[pool],
-        fold=part,
+        multi=data.multilabel,
+        row=row[rows],
+        fold=fold,
         logit=logit,
-        last=last,
+        last=[one.epochs[one.epoch] for one in heads],
         epochs=epochs,
-        not_held_out=cross_validation.not_held_out(part, label, data.classes),
+        not_held_out=cross_validation.not_held_out(fold, label, data.classes),
     )
 
 
-def _judge(
+def _metric_by_image(
     data: Data,
     trials: Sequence[Trial],
-    heads: Sequence[Trained],
+    heads: Sequence[TrainedHead],
     config: TrainConfig,
     distributed: DistributedContext,
-) -> training_grid.Judge:
-    """What compares these heads, image by image; to be called on every worker."""
-    name = training_grid.figure(config)
-    return lambda groups: comparison.by_image(data, trials, heads, groups, name, distributed)
+) -> training_grid.MetricByImage:
+    """Return a function that compares these heads; every worker calls it."""
+    metric = training_grid.selection_metric(config)
+    return lambda groups: comparison.metric_by_image(
+        data, trials, heads, groups, metric, distributed
+    )
 
 
-class _Log:
-    """Checkpoints and reports of one worker."""
+class _PartTrainer:
+    """Trains the parts of a study on one worker, with checkpoints and reports."""
 
     def __init__(
-        self, worker: Worker, place: Path | None, note: dict[str, Any], seconds: float
+        self, worker: Worker, checkpoint_dir: Path | None, note: dict[str, Any], seconds: float
     ) -> None:
-        self._worker, self._place, self._note, self._seconds = worker, place, note, seconds
+        self._worker, self._checkpoint_dir, self._note = worker, checkpoint_dir, note
+        self._checkpoint_seconds = seconds
         self.curve: Curve | None = None
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """A report to the driver, from one worker only."""
+    def report(self, message: dict[str, Any]) -> None:
+        """Send a report to the driver, from rank 0 only."""
         if self._worker.rank == 0:
             self._worker.report(message)
 
     def newest(self, part: str) -> Checkpoint | None:
-        """Where this part of the study can go on."""
-        if self._place is None:
+        """Return the newest checkpoint of a part."""
+        if self._checkpoint_dir is None:
             return None
 
-        def warn(words: str) -> None:
-            self.tell({"warning": words})
+        def warn(message: str) -> None:
+            self.report({"warning": message})
 
-        return checkpoint.newest(self._place, f"{self._note['key']}:{part}", warn)
+        return checkpoint.newest(self._checkpoint_dir, f"{self._note['key']}:{part}", warn)
 
     def train(
         self,
@@ -213,57 +226,60 @@ class _Log:
         data: Data,
         trials: Sequence[Trial],
         distributed: DistributedContext,
-        losers: Callable[..., set[int]] | None = None,
-        until: int | None = None,
-    ) -> list[Trained]:
-        """Train a stack, from its last checkpoint on (see `train_stack`)."""
+        stop_rule: Callable[..., set[int]] | None = None,
+        stop_epoch: int | None = None,
+    ) -> list[TrainedHead]:
+        """Train a stack, from its newest checkpoint on (see `train_stack`)."""
         config = trials[0].config
 
-        def rate_at(epoch: int) -> dict[str, float]:
-            if len(trials) > 1 or config.head == "logistic":
-                return {}
-            factor = schedule.lr_factor(epoch / config.total_epochs, config, config.total_epochs)
-            return {"rate": trials[0].rate * factor}
+        def report_epoch(metrics: EpochMetrics) -> None:
+            epoch = int(next(iter(metrics.values()))["epoch"])
+            message = {"part": part, "epoch": epoch, "lines": metrics}
+            if len(trials) == 1 and config.head != "logistic":
+                progress = epoch / config.total_epochs
+                factor = schedule.lr_factor(progress, config, config.total_epochs)
+                message["rate"] = trials[0].lr * factor
+            self.report(message)
 
-        def record(lines: dict[int, dict[str, float]]) -> None:
-            epoch = int(next(iter(lines.values()))["epoch"])
-            self.tell({"part": part, "epoch": epoch, "lines": lines} | rate_at(epoch))
-            self._measure(part, list(lines.values()))
+        def report_and_measure(metrics: EpochMetrics) -> None:
+            report_epoch(metrics)
+            self._measure(part, list(metrics.values()))
 
-        if config.head == "logistic":  # seconds: a stopped one begins again
-            ended = logistic.train(data, trials, distributed)
-            record({number: one.epochs[0] for number, one in enumerate(ended)})
-            return ended
-        kept = self.newest(part)
-        saved: Saved | None = None
-        if kept:
-            saved = kept.tensors, kept.facts
-            lines = kept.facts["lines"]
-            for epoch in range(max(map(len, lines))):
-                told = {n: one[epoch] for n, one in enumerate(lines) if len(one) > epoch}
-                self.tell({"part": part, "epoch": epoch, "lines": told} | rate_at(epoch))
-            self.tell({"part": part, "goes_on": kept.facts["done"]})
-        last = [monotonic()]
+        if config.head == "logistic":  # takes seconds: if it is stopped, it starts again
+            heads = logistic.train(data, trials, distributed)
+            report_and_measure({number: one.epochs[0] for number, one in enumerate(heads)})
+            return heads
+        saved = self.newest(part)
+        resume_from: TrainingState | None = None
+        if saved:
+            resume_from = saved.tensors, saved.facts
+            history = saved.facts["lines"]
+            for epoch in range(max(map(len, history))):
+                report_epoch({n: one[epoch] for n, one in enumerate(history) if len(one) > epoch})
+            self.report({"part": part, "resumed_after": saved.facts["done"]})
+        last_saved = [monotonic()]
 
-        def after_epoch(save: Callable[[], Saved], epoch: int, over: bool) -> None:
-            due = over or monotonic() - last[0] >= self._seconds
-            if self._place is not None and _agreed(due, distributed, data.feature.device):
-                self._keep(part, save, epoch)
-                last[0] = monotonic()
+        def after_epoch(save: Callable[[], TrainingState], epoch: int, finished: bool) -> None:
+            due = finished or monotonic() - last_saved[0] >= self._checkpoint_seconds
+            if self._checkpoint_dir is not None and _decide_on_rank_0(
+                due, distributed, data.feature.device
+            ):
+                self._save_checkpoint(self._checkpoint_dir, part, save, epoch)
+                last_saved[0] = monotonic()
 
         return train_stack(
             data,
             trials,
             distributed,
-            record,
-            losers=losers,
-            saved=saved,
+            report_and_measure,
+            stop_rule=stop_rule,
+            resume_from=resume_from,
             after_epoch=after_epoch,
-            until=until,
+            stop_epoch=stop_epoch,
         )
 
     def _measure(self, part: str, lines: list[dict[str, float]]) -> None:
-        """An epoch, for whoever watches the cluster; the best of the heads that learn."""
+        """Publish an epoch's best values of the active heads, for the cluster's metrics."""
         if self._worker.rank != 0:
             return
         measure = self._worker.measure
@@ -273,54 +289,64 @@ class _Log:
             measure("loss", loss, part=part, split=split)
         measure("accuracy", max(line["accuracy"] for line in lines), part=part)
 
-    def _keep(self, part: str, save: Callable[[], Saved], epoch: int) -> None:
-        assert self._place is not None
-        draft_file = None
+    def _save_checkpoint(
+        self, checkpoint_dir: Path, part: str, save: Callable[[], TrainingState], epoch: int
+    ) -> None:
+        draft = None
         key = f"{self._note['key']}:{part}"
         if self._worker.rank == 0:
-            draft_file = checkpoint.draft(self._place)
+            draft = checkpoint.draft_path(checkpoint_dir)
             tensors, facts = save()
             curve = self.curve.plain() if self.curve else None
-            noted = facts | self._note | {"key": key, "number": epoch, "curve": curve}
-            checkpoint.write(draft_file, tensors, noted)
-        self._worker.save_checkpoint(draft_file, f"{part}-{epoch:06d}")
+            facts = facts | self._note | {"key": key, "number": epoch, "curve": curve}
+            checkpoint.write(draft, tensors, facts)
+        self._worker.save_checkpoint(draft, f"{part}-{epoch:06d}")
         if self._worker.rank == 0:
-            checkpoint.prune(self._place, key)
+            checkpoint.prune(checkpoint_dir, key)
 
 
-def _agreed(due: bool, distributed: DistributedContext, device: torch.device) -> bool:
-    """Rank 0's clock decides for all: a rank that kept alone would wait for ever."""
+def _decide_on_rank_0(due: bool, distributed: DistributedContext, device: torch.device) -> bool:
+    """Return rank 0's decision on every worker: a rank that saved alone would wait forever."""
     import torch
     import torch.distributed as dist
 
-    if distributed.world == 1:
+    if distributed.world_size == 1:
         return due
     flag = torch.tensor([float(due)], device=device)
     dist.broadcast(flag, 0)
     return bool(flag.item())
 
 
-def data_of(store: Store, device: str, world: int = 1) -> tuple[Data, NDArray[np.int64]]:
-    """All well images of a store on a device, and which row of the catalog each is.
+def load_data(store: Store, device: str, workers: int = 1) -> tuple[Data, NDArray[np.int64]]:
+    """Load all readable images of a store.
 
-    Features are copied to the device where they fill less than half of what is free there, shared
-    with as many workers; else they stay in the memory map.
+    Features are copied to the device if they fill less than half of its free memory (on a CPU the
+    workers share it); else they stay memory-mapped.
+
+    Args:
+        store: The feature store.
+        device: The device that trains.
+        workers: The number of workers.
+
+    Returns:
+        The data, and each image's row in the catalog.
     """
     import torch
 
-    chip, recipe = torch.device(device), store.recipe
+    torch_device, recipe = torch.device(device), store.recipe
     files = sum(one["files"] for one in store.manifest()["shards"])
     size = files * recipe.views * recipe.width * 2
-    fits = size * (world if chip.type == "cpu" else 1) < _free(chip) // 2
+    copies = workers if torch_device.type == "cpu" else 1
+    fits = size * copies < _free_bytes(torch_device) // 2
     part = store.features(rows_only=not fits)
     feature: InMemoryFeatures | MemoryMappedFeatures
     if fits:
-        feature = InMemoryFeatures(torch.from_numpy(part.feature).to(chip))
+        feature = InMemoryFeatures(torch.from_numpy(part.feature).to(torch_device))
     else:
-        feature = MemoryMappedFeatures(store.mapped_features(), part.row, chip)
+        feature = MemoryMappedFeatures(store.mapped_features(), part.row, torch_device)
     data = Data(
         feature=feature,
-        label=torch.from_numpy(part.label).to(chip),
+        label=torch.from_numpy(part.label).to(torch_device),
         key=part.image_id,
         train=np.flatnonzero(part.split == "train"),
         valid=np.flatnonzero(part.split == "valid"),
@@ -329,8 +355,8 @@ def data_of(store: Store, device: str, world: int = 1) -> tuple[Data, NDArray[np
     return data.check_trainable(), part.row
 
 
-def _free(device: torch.device) -> int:
-    """Bytes free on a device."""
+def _free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device."""
     import torch
 
     if device.type == "cuda":
