@@ -182,13 +182,13 @@ def _group_seeds(overrides: Sequence[Mapping[str, float]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _rank_key(lines: Sequence[Mapping[str, float]], config: TrainConfig) -> tuple[float, float]:
+def _rank_key(results: Sequence[Mapping[str, float]], config: TrainConfig) -> tuple[float, float]:
     """Return what settings are ranked by, lower is better: the metric, then the loss."""
     metric = selection_metric(config)
     sign = 1 if metric == "valid_loss" else -1
     return (
-        float(np.mean([_finite_or_worst(line[metric], sign) for line in lines])) * sign,
-        float(np.mean([_finite_or_worst(line["valid_loss"], 1) for line in lines])),
+        float(np.mean([_finite_or_worst(result[metric], sign) for result in results])) * sign,
+        float(np.mean([_finite_or_worst(result["valid_loss"], 1) for result in results])),
     )
 
 
@@ -225,12 +225,12 @@ def rank_settings(
         the best setting itself and for settings that --halving stopped: their metrics are those of
         an unfinished schedule, so they rank below all finished ones, by the epochs they reached.
     """
-    metric, lines = selection_metric(config), [one.epochs[one.epoch] for one in heads]
+    metric, results = selection_metric(config), [one.epochs[one.epoch] for one in heads]
 
     def rank(group: Sequence[int]) -> tuple[float, ...]:
         stopped = any(heads[i].stopped == "halving" for i in group)
         reached = min(len(heads[i].epochs) for i in group) if stopped else 0
-        return stopped, -reached, *_rank_key([lines[i] for i in group], config)
+        return stopped, -reached, *_rank_key([results[i] for i in group], config)
 
     ranked = sorted(_group_seeds(overrides), key=rank)
     table = [_table_row(group, overrides, heads, config) for group in ranked]
@@ -247,7 +247,7 @@ def rank_settings(
     return {
         "figure": metric,
         "settings": table,
-        "best": min(ranked[0], key=lambda i: _rank_key([lines[i]], config)),
+        "best": min(ranked[0], key=lambda i: _rank_key([results[i]], config)),
         "test": test,
         "alike": not_different if test else None,
         "words": _summarize(table, finished, f"{test} on the same {images} validation images"),
@@ -261,15 +261,15 @@ def _table_row(
     config: TrainConfig,
 ) -> dict[str, Any]:
     """Return a setting's row of the ranking, without its p-value."""
-    lines = [heads[i].epochs[heads[i].epoch] for i in group]
-    values = [line[selection_metric(config)] for line in lines]
+    results = [heads[i].epochs[heads[i].epoch] for i in group]
+    values = [result[selection_metric(config)] for result in results]
     return {
         "knobs": {k: v for k, v in overrides[group[0]].items() if k != "seed"},
         "heads": group,
         "seeds": [int(overrides[i].get("seed", config.seed)) for i in group],
         "mean": float(np.mean(values)),
         "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "valid_loss": float(np.mean([line["valid_loss"] for line in lines])),
+        "valid_loss": float(np.mean([result["valid_loss"] for result in results])),
         "epochs": min(len(heads[i].epochs) for i in group),
         "stopped": any(heads[i].stopped == "halving" for i in group),
         "p": None,

@@ -90,12 +90,12 @@ def curve(
         `words`, what it means.
     """
     metric = grid.selection_metric(config)
-    lines = [one.epochs[one.epoch] for one in heads]
+    results = [one.epochs[one.epoch] for one in heads]
     points: list[dict[str, Any]] = []
     groups: list[list[int]] = []
     for share in dict.fromkeys(share for share, _ in shares):
         group = [i for i, (one, _) in enumerate(shares) if one == share]
-        values = [lines[i][metric] for i in group]
+        values = [results[i][metric] for i in group]
         groups.append(group)
         points.append(
             {

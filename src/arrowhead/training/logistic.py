@@ -98,8 +98,8 @@ def _train(data: Data, trial: Trial, distributed: DistributedContext) -> Trained
     state = solver.head_state(model)
     train_loss = float(solver.mean_losses(model)[0])
     metrics = evaluate(data, trial, state, distributed)
-    line = {"epoch": 0, "train_loss": train_loss} | metrics | {"l2": strength} | chosen
-    return TrainedHead(state=state, epochs=[line], epoch=0, l2=strength)
+    result = {"epoch": 0, "train_loss": train_loss} | metrics | {"l2": strength} | chosen
+    return TrainedHead(state=state, epochs=[result], epoch=0, l2=strength)
 
 
 def _sample_for_cv(data: Data, trial: Trial) -> Trial:

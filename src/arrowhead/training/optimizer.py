@@ -47,8 +47,8 @@ class Optimizer:
         self._lr = float(lr_GH[0, 0]) if same else stack.expand_to_weights(lr_GH)
         self._decay = float(decay_GH[0, 0]) if same else stack.expand_to_weights(decay_GH)
         self._lr_decay = self._lr * self._decay
-        self.first = torch.zeros_like(stack.theta)  # moments of the gradient; of SGD the momentum
-        self.second = torch.zeros_like(stack.theta)
+        self.first_moment = torch.zeros_like(stack.theta)  # with SGD: momentum
+        self.second_moment = torch.zeros_like(stack.theta)
         self.steps = 0
         self.skipped_GH = torch.zeros_like(lr_GH)
         self.scale_GH = torch.full_like(lr_GH, INITIAL_SCALE) if scaled else None
@@ -70,7 +70,7 @@ class Optimizer:
             if self.scale_GH is None:
                 self._update(factor)
                 return
-            stack, state = self.stack, (self.stack.theta, self.first, self.second)
+            stack, state = self.stack, (self.stack.theta, self.first_moment, self.second_moment)
             stack.grad.div_(stack.expand_to_weights(self.scale_GH))
             finite_GH = stack.finite_heads(stack.grad)
             self.skipped_GH += ~finite_GH
@@ -90,27 +90,28 @@ class Optimizer:
         if self.config.optimizer == "sgd":
             _add_scaled(grad, self.stack.theta, self._decay, 1.0)
             if self.config.momentum:
-                grad = self.first.mul_(self.config.momentum).add_(grad)
+                grad = self.first_moment.mul_(self.config.momentum).add_(grad)
             _add_scaled(self.stack.theta, grad, self._lr, -factor)
             return
-        self.first.lerp_(grad, 0.1)
-        self.second.mul_(0.999).addcmul_(grad, grad, value=0.001)
-        buffer.copy_(self.second).sqrt_()
+        self.first_moment.lerp_(grad, 0.1)
+        self.second_moment.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        buffer.copy_(self.second_moment).sqrt_()
         _add_scaled(self.stack.theta, self.stack.theta, self._lr_decay, -factor)
         if self.scale_GH is None:
-            first, second = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
-            buffer.add_(1e-8 * second).reciprocal_().mul_(self.first)
-            _add_scaled(self.stack.theta, buffer, self._lr, -factor * second / first)
+            correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
+            buffer.add_(1e-8 * correction2).reciprocal_().mul_(self.first_moment)
+            _add_scaled(self.stack.theta, buffer, self._lr, -factor * correction2 / correction1)
             return
         # The bias correction of a head counts only the steps that it did not skip.
         steps_P = self.stack.expand_to_weights((self.steps - self.skipped_GH).clamp(min=1))
-        first_P, second_P = 1 - 0.9**steps_P, (1 - 0.999**steps_P).sqrt()
-        buffer.add_(1e-8 * second_P).reciprocal_().mul_(self.first).mul_(second_P / first_P)
+        correction1_P, correction2_P = 1 - 0.9**steps_P, (1 - 0.999**steps_P).sqrt()
+        buffer.add_(1e-8 * correction2_P).reciprocal_().mul_(self.first_moment)
+        buffer.mul_(correction2_P / correction1_P)
         _add_scaled(self.stack.theta, buffer, self._lr, -factor)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, by the names that they have there."""
-        tensors = {"first": self.first, "second": self.second}
+        tensors = {"first": self.first_moment, "second": self.second_moment}
         if self.scale_GH is not None:
             tensors |= {
                 "scale": self.scale_GH,

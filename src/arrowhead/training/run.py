@@ -278,16 +278,16 @@ class _PartTrainer:
             stop_epoch=stop_epoch,
         )
 
-    def _measure(self, part: str, lines: list[dict[str, float]]) -> None:
+    def _measure(self, part: str, results: list[dict[str, float]]) -> None:
         """Publish an epoch's best values of the active heads, for the cluster's metrics."""
         if self._worker.rank != 0:
             return
         measure = self._worker.measure
-        measure("epoch", lines[0]["epoch"], part=part)
+        measure("epoch", results[0]["epoch"], part=part)
         for split in ("train", "valid"):
-            loss = min(line[f"{split}_loss"] for line in lines)
+            loss = min(result[f"{split}_loss"] for result in results)
             measure("loss", loss, part=part, split=split)
-        measure("accuracy", max(line["accuracy"] for line in lines), part=part)
+        measure("accuracy", max(result["accuracy"] for result in results), part=part)
 
     def _save_checkpoint(
         self, checkpoint_dir: Path, part: str, save: Callable[[], TrainingState], epoch: int

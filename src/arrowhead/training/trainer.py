@@ -371,16 +371,16 @@ class Training:
             for number, validation in zip(self.active, self.validate(), strict=True)
         ]
         self.epochs_done += 1
-        for number, line in zip(self.active, epoch_metrics, strict=True):
-            self.history[number].append(line)
-            self._update_best(number, line)
+        for number, result in zip(self.active, epoch_metrics, strict=True):
+            self.history[number].append(result)
+            self._update_best(number, result)
         return epoch_metrics
 
-    def _update_best(self, number: int, line: Mapping[str, float]) -> None:
+    def _update_best(self, number: int, result: Mapping[str, float]) -> None:
         """Save a head's weights if they are the best so far."""
         if self.config.best == "last":
             return
-        value = line[self.config.best] * (-1 if self.config.best == "valid_loss" else 1)
+        value = result[self.config.best] * (-1 if self.config.best == "valid_loss" else 1)
         value = -math.inf if math.isnan(value) else value
         if number not in self.best or value > self.best[number][0]:
             self.best[number] = value, self.epochs_done - 1
