@@ -53,7 +53,6 @@ DOORS = {
         "inference.mlflow_model",
         "tracking.client",
         "tracking.registry",
-        "tracking.run",
         "tracking.store",
         "tracking.system_metrics",
     },

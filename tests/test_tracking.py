@@ -24,7 +24,7 @@ import pytest
 
 from arrowhead import ConfigError
 from arrowhead.cli.main import main
-from arrowhead.tracking import delivery, outbox
+from arrowhead.tracking import outbox, sender, writes
 from arrowhead.tracking import run as tracking_run
 from arrowhead.tracking.address import without_secret
 from arrowhead.tracking.client import TrackingConfig
@@ -223,7 +223,7 @@ def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(conf
 
 def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client, monkeypatch):
     monkeypatch.setattr(
-        delivery, "mlflow_names", lambda names, taken: {one: one for one in names}
+        writes, "mlflow_names", lambda names, taken: {one: one for one in names}
     )  # as an MLflow with other rules would
     said: list[str] = []
     with start(config, "fit", say=said.append) as run:
@@ -397,31 +397,58 @@ def test_an_interrupted_run_is_killed_and_its_place_stays(config, client):
         assert again.run_id == run.run_id
 
 
-def test_an_interrupted_run_ends_though_another_thread_s_write_never_comes_back(
+def test_an_interrupted_run_ends_though_its_store_does_not_answer(
     config, client, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(delivery, "STOPPING", 0.1)
-    spool_folder, said, held = tmp_path / "unsent", [], threading.Event()
-    done = threading.Event()
-
-    def holds(post: Any) -> None:
-        with post._turn:
-            held.set()
-            done.wait(60)
-
+    monkeypatch.setattr(sender, "INTERRUPTED_SECONDS", 0.1)
+    outboxes, lines, answers = tmp_path / "unsent", [], threading.Event()
     with (
         pytest.raises(KeyboardInterrupt),
-        start(config, "fit", outbox=spool_folder, say=said.append) as run,
-        run.child("train") as below,
+        start(config, "fit", outbox=outboxes, say=lines.append) as run,
+        run.child("train") as child,
     ):
-        threading.Thread(target=holds, args=(run._sender,), daemon=True).start()
-        assert held.wait(60)
+        assert child.run_id
+        store = run._sender.store
+        do, began = store.do, threading.Event()
+
+        def hang(*arguments: Any) -> None:
+            began.set()
+            answers.wait(60)
+            do(*arguments)
+
+        monkeypatch.setattr(store, "do", hang)
+        run.record({"loss": 1.0})
+        assert began.wait(60)
         raise KeyboardInterrupt
-    done.set()
-    assert "2 writes" in said[-1] and str(spool_folder) in said[-1]
-    tracking_run.send(config, spool_folder, said.append)
-    for one in (run, below):
+    assert "3 writes" in lines[-1] and str(outboxes) in lines[-1]
+    answers.set()
+    tracking_run.send(config, outboxes, lines.append)
+    for one in (run, child):
         assert client.get_run(one.run_id).info.status == "KILLED"
+    assert points(client, run.run_id, "loss") == [(0, 1.0)]
+
+
+def test_what_a_killed_command_had_not_sent_is_sent_by_the_next(config, client, tmp_path):
+    program = f"""
+import os
+from arrowhead.tracking import store
+from arrowhead.tracking.client import TrackingConfig
+from arrowhead.tracking.run import start
+with start(TrackingConfig(tracking_uri={config.uri!r}, system_metrics=False), "fit") as run:
+    store.TrackingStore.do = lambda *arguments: __import__("time").sleep(60)
+    for step in range(5):
+        run.record({{"loss": float(step)}}, step)
+    print(run.run_id, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    lines: list[str] = []
+    tracking_run.send(config, say=lines.append)
+    run_id = killed.stdout.strip()
+    assert points(client, run_id, "loss") == [(step, float(step)) for step in range(5)]
+    assert lines[-1].endswith(f"what was kept of run {run_id}")
+    assert not Path(".arrowhead").exists()
 
 
 def test_a_refused_request_leaves_no_run_unless_there_was_work_in_it(config, client):
@@ -446,7 +473,7 @@ def test_a_place_that_does_not_fit_starts_a_new_run_and_says_so(config, client, 
         raise RuntimeError
     whole = place.read_bytes()
     if how == "torn":
-        place.write_bytes(whole[:-1])
+        place.write_bytes(whole[:-3])
     if how == "foreign":
         place.write_text("[1, 2]")
     if how == "deleted":
@@ -497,11 +524,12 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     there = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
     (tmp_path / "report.html").write_text("report")
     (tmp_path / "large.bin").write_bytes(bytes(2000))
-    monkeypatch.setattr(outbox, "COPIED", 1000)
+    monkeypatch.setattr(outbox, "MAX_COPIED_BYTES", 1000)
     with start(there, "fit", tmp_path / "run.json", say=said.append) as run:
         with run.child("early") as early:
             early.record({"loss": 5.0})
             run.record({"loss": 0.0}, 0)
+            run.flush()
             server.kill()
             for step in range(1, 30):
                 run.record({"loss": float(step), "odd": float("nan")}, step)
@@ -519,7 +547,7 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     folder = tmp_path / ".arrowhead" / "unsent" / run.run_id
     assert len(said) == 3, said
     assert "is gone" in said[0]
-    assert "whole on the disk" in said[1]
+    assert "no MLflow model" in said[1]
     assert str(folder) in said[2]
     assert not (tmp_path / "run.json").exists()
     assert b"hush" not in b"".join(f.read_bytes() for f in folder.rglob("*") if f.is_file())
@@ -562,16 +590,19 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
 
 def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch, capsys):
     said: list[str] = []
-    monkeypatch.setattr(delivery, "RETRY_SECONDS", (0.2, 0.5))
+    monkeypatch.setattr(sender, "RETRY_SECONDS", (0.2, 0.5))
     there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
     with start(there, "fit", say=said.append) as run:
         run.record({"loss": 0.0}, 0)
+        run.flush()
         server.kill()
         run.record({"loss": 1.0}, 1)
         with run.child("train") as child:
             server.__enter__()
-            time.sleep(0.5)
             run.record({"loss": 2.0}, 2)
+            until = time.monotonic() + 60
+            while child.run_id.startswith("unsent") and time.monotonic() < until:
+                time.sleep(0.1)
             assert not child.run_id.startswith("unsent")
             child.record({"loss": 7.0})
         run.record({"loss": 3.0}, 3)
@@ -582,7 +613,7 @@ def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypat
     assert len(said) == 2, said
     assert "is back" in said[1]
     assert capsys.readouterr().out == ""
-    assert not list(Path(".arrowhead/unsent").iterdir())
+    assert not Path(".arrowhead").exists()
 
 
 def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
@@ -591,22 +622,24 @@ def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
     import sqlite3
 
     said: list[str] = []
-    monkeypatch.setattr(delivery, "RETRY_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(sender, "RETRY_SECONDS", (0.1, 0.1))
     database = sqlite3.connect(workshop / "mlflow.db")
     with start(config, "fit", say=said.append, outbox=Path("spool")) as run:
         database.execute("ALTER TABLE metrics RENAME TO away")
         run.record({"loss": 1.0}, 1)
         run.tags({"verdict": "good"})
+        run.flush()
         assert client.get_run(run.run_id).data.tags["verdict"] == "good"
         assert len(list(Path("spool").iterdir())) == 1
         database.execute("ALTER TABLE away RENAME TO metrics")
         time.sleep(0.2)
         run.record({"loss": 2.0}, 2)
+        run.flush()
         assert points(client, run.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     database.close()
     assert len(said) == 1, said
     assert "not recorded yet" in said[0]
-    assert not list(Path("spool").iterdir())
+    assert not Path("spool").exists()
 
 
 def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, tmp_path):

@@ -199,6 +199,7 @@ def test_a_store_that_does_not_answer_and_a_run_that_is_silent_are_said(two, pla
         time.sleep(0.1)
         assert "nothing new for" in watch.lines(seen.look())[-1]
         run.record({"progress.images": 1})
+        run.flush()
         assert "nothing new" not in watch.lines(seen.look())[-1]
         whole = file.read_bytes()
         file.write_bytes(b"no database" * 1000)

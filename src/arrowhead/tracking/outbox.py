@@ -1,10 +1,11 @@
-"""What could not be sent, kept on the disk until it can be.
+"""Writes that a tracking store has not confirmed yet, on the disk and in memory.
 
-    <folder>/run.json       whose writes these are
-             writes.jsonl   one write per line, in order; a torn last line is left out
-             files/         copies of small files, as they were when they were written
+    unsent/<run id>/run.json       tracking store (without password), experiment, run
+                    writes.jsonl   one write per line; a line that was cut off is left out
+                    files/N/…      copies of files to be sent
+                    lock           held by the process that sends them
 
-A write is a dict of plain values; what it means is `tracking`'s to know.
+Each write may be sent twice with one result, so the file only grows, until all has been sent.
 """
 
 from __future__ import annotations
@@ -20,112 +21,201 @@ from typing import Any
 from uuid import uuid4
 
 from arrowhead import fileio
+from arrowhead.errors import ConfigError
+from arrowhead.tracking.writes import Write, for_another_process
 
-COPIED = 64 << 20  # bytes: what is larger is not copied to the spool, its place is noted
-Write = dict[str, Any]
+MAX_COPIED_BYTES = 64 << 20  # a larger file is not copied: its size and time are noted instead
 
 
 class Outbox:
-    """Writes of one run that are to be sent later, on the disk, in order."""
+    """The unsent writes of one run, in order. Not safe to use from two threads at once."""
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        """Open the outbox of a run.
+
+        Args:
+            folder: the folder of this run; made with the first write.
+            header: what run.json holds.
+
+        """
         self.folder, self._header = folder, header
         self._lines = folder / "writes.jsonl"
         self._lock: int | None = None
-        self._unkept: list[Write] = []
+        self._pending: dict[int, Write] = {}  # by number, in order
+        self._unsaved: set[int] = set()
+        self.added = 0
+        """Number of writes added so far, those found on the disk included."""
+        self.problem: str | None = None
+        """Why the disk did not take a write."""
 
     def __len__(self) -> int:
-        return len(self.read())
+        return len(self._pending)
 
     @property
-    def in_memory(self) -> int:
-        """How many writes the disk did not take."""
-        return len(self._unkept)
+    def unsaved(self) -> int:
+        """How many writes are in memory only."""
+        return len(self._unsaved)
 
     def lock(self) -> bool:
-        """Whether this process has the folder to itself."""
-        if self._lock is None:
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.release()
-                return False
+        """Take the folder for this process and read what it holds; whether it is ours.
+
+        Raises OSError if the folder is not there or cannot be written.
+        """
+        if self._lock is not None:
+            return True
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink == 0:  # its last owner has just removed the folder
+                raise BlockingIOError
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        self._lock = handle
+        for write in self._read():
+            self._pending[self.added] = write
+            self.added += 1
         return True
 
     def release(self) -> None:
-        """Let another process have it."""
+        """Let other processes take the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def add(self, write: Write) -> str | None:
-        """Keep a write; why it is only in memory, if the disk does not take it."""
+    def add(self, *writes: Write, ids: Mapping[str, str]) -> bool:
+        """Keep writes; those that the disk does not take, in memory.
+
+        Args:
+            writes: in order, as this process sends them.
+            ids: local run ids to MLflow's, for the process that may have to send them instead.
+
+        """
         try:
-            if not self._lines.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock()
-                write_whole(self.folder / "run.json", self._header)
-            # The break comes first: a line that a full disk cut does not spoil the next.
-            line = b"\n" + _json(self._copied(write))
+            self._open()
+        except (OSError, ConfigError) as error:
+            self.problem = str(error)
+        numbers = range(self.added, self.added + len(writes))
+        self.added = numbers.stop
+        self._pending |= zip(numbers, writes, strict=True)
+        self._unsaved.update(numbers)
+        if self._lock is None:
+            return False
+        try:
+            lines = []
+            for number, write in zip(numbers, writes, strict=True):
+                self._pending[number] = kept = self._with_copy(write)
+                # The line break comes first: a line that a full disk cut off spoils no other.
+                lines.append(b"\n" + _json(for_another_process(kept, ids)))
             with self._lines.open("ab") as sink:
-                sink.write(line)
+                sink.write(b"".join(lines))
                 sink.flush()
                 os.fsync(sink.fileno())
+            self._unsaved.difference_update(numbers)
         except OSError as error:
-            self._unkept.append(write)
-            return str(error)
-        return None
+            self.problem = str(error)
+            return False
+        return not any("stamp" in self._pending[number] for number in numbers)
 
-    def _copied(self, write: Write) -> Write:
-        """A write whose file lies in the spool, or, if it is large, is named with its stamp."""
+    def _open(self) -> None:
+        if self._lock is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.lock():
+                raise BlockingIOError(f"another command is sending what {self.folder} holds")
+            fileio.write_json(self.folder / "run.json", self._header)
+
+    def _with_copy(self, write: Write) -> Write:
+        """The write with a copy of its file or, if that is large, with its stamp."""
         if write["do"] != "file" or not Path(write["path"]).is_absolute() or "stamp" in write:
             return write
         source = Path(write["path"])
-        found = stamp(source)
-        if found[0] > COPIED:
-            return write | {"stamp": found}
+        now = stamp(source)
+        if now[0] > MAX_COPIED_BYTES:
+            return write | {"stamp": now}
         target = self.folder / "files" / uuid4().hex[:12] / source.name
         target.parent.mkdir(parents=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
         return write | {"path": str(target.relative_to(self.folder))}
 
-    def read(self) -> list[Write]:
-        """What is kept; a torn line is left out, metrics that follow each other are one write."""
+    def _read(self) -> list[Write]:
+        """The writes on the disk, without a line that was cut off."""
         writes: list[Write] = []
         with contextlib.suppress(FileNotFoundError):
             for line in self._lines.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
                     writes.append(json.loads(line))
-        joined: list[Write] = []
-        for one in [*writes, *self._unkept]:
-            last = joined[-1] if joined else None
-            if last and _only_metrics(last) and _only_metrics(one) and last["run"] == one["run"]:
-                joined[-1] = last | {"metrics": last["metrics"] + one["metrics"]}
+        return writes
+
+    def pending(self, since: int = 0) -> list[tuple[list[int], Write]]:
+        """What is to be sent, with the numbers to `remove` then; neighbouring metrics are joined.
+
+        Args:
+            since: leave out the writes before this number.
+
+        """
+        joined: list[tuple[list[int], Write]] = []
+        for number, write in self._pending.items():
+            if number < since:
+                continue
+            numbers, last = joined[-1] if joined else ([], None)
+            if (
+                last
+                and _only_metrics(last)
+                and _only_metrics(write)
+                and last["run"] == write["run"]
+            ):
+                merged = last | {"metrics": last["metrics"] + write["metrics"]}
+                joined[-1] = [*numbers, number], merged
             else:
-                joined.append(one)
+                joined.append(([number], write))
         return joined
 
-    def replace(self, writes: Sequence[Write]) -> None:
-        """Keep only these. With none the folder goes."""
-        unkept, self._unkept = self._unkept, []
-        if writes:
-            try:
-                _write_lines(self._lines, writes)
-            except OSError:  # what is on the disk stays there: carried out twice, it counts once
-                self._unkept = unkept if self._lines.exists() else list(writes)
+    def remove(self, numbers: Sequence[int]) -> None:
+        """Forget writes that were sent."""
+        for number in numbers:
+            del self._pending[number]
+        self._unsaved.difference_update(numbers)
+        if not self._pending and self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lines.unlink()
+            shutil.rmtree(self.folder / "files", ignore_errors=True)
+
+    def replace(self, numbers: Sequence[int], write: Write) -> None:
+        """Keep one write in the place of some."""
+        self._pending[numbers[0]] = write
+        for number in numbers[1:]:
+            del self._pending[number]
+        self._unsaved.difference_update(numbers[1:])
+
+    def close(self, ids: Mapping[str, str]) -> None:
+        """Leave on the disk what is still to be sent; with nothing left the folder goes."""
+        if self._lock is None:
             return
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._pending:
+            lines = [_json(for_another_process(one, ids)) for one in self._pending.values()]
+            # Where the disk is full, what it took before is still in its file.
+            with contextlib.suppress(OSError, ConfigError), fileio.draft(self._lines) as draft:
+                draft.write_bytes(b"\n".join(lines))
+            if self._lines.is_file() and self._lines.read_bytes() == b"\n".join(lines):
+                self._unsaved.clear()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other runs have outboxes there
+                self.folder.parent.rmdir()
+                if self.folder.parents[1].name == ".arrowhead":
+                    self.folder.parents[1].rmdir()
         self.release()
 
 
-def _only_metrics(write: Write) -> bool:
-    linked = "model" in write or "dataset" in write
-    return write["do"] == "batch" and not (write["params"] or write["tags"] or linked)
+def _only_metrics(write: Write, of: str | None = None) -> bool:
+    """Whether a write is metrics and nothing else (of a given run)."""
+    if write["do"] != "batch" or of not in (None, write["run"]):
+        return False
+    return not (write["params"] or write["tags"] or "model" in write or "dataset" in write)
 
 
 def stamp(path: Path) -> list[int]:
-    """Bytes and newest change of a file, or of all files of a folder."""
+    """Size in bytes and newest change (ns) of a file, or of all files of a folder."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     facts = [file.stat() for file in files if file.exists()]
     return [sum(one.st_size for one in facts), max((one.st_mtime_ns for one in facts), default=0)]
@@ -133,18 +223,3 @@ def stamp(path: Path) -> list[int]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-
-
-def write_whole(path: Path, content: Any) -> None:
-    """A JSON file that is there whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_lines(path, [content])
-
-
-def _write_lines(path: Path, lines: Sequence[Any]) -> None:
-    draft = fileio.draft_path(path)
-    with draft.open("wb") as sink:
-        sink.write(b"\n".join(map(_json, lines)))
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(draft, path)

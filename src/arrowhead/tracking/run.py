@@ -6,18 +6,11 @@
     send           what earlier runs could not write is written now (`start` does it, too)
 
 Only the driver writes. The default store is mlflow.db in the working directory, with the
-artefacts in mlruns/ beside it: `mlflow ui` there shows everything.
+artifacts in mlruns/ beside it: `mlflow ui` there shows everything.
 
-Work never dies of tracking. A store that cannot be reached is refused before any work; when it
-goes away later, writes are kept in order in a *spool*, a folder of JSON lines and copied files,
-and sent when it is back, at the end, or by the next command:
-
-    unsent/<run id>/run.json       store (no password in it), experiment, run
-                    writes.jsonl   one write per line; a line that was cut is left out
-                    files/N/…      copies of what was to be stored
-
-Every write can be carried out twice with one result (metrics carry their first timestamp, a child
-its start), so nobody has to know how far a killed sender came.
+A store that cannot be used is refused before any work. When it goes away later, the work goes on:
+all writes go through an outbox on the disk (`sender`), and are sent when the store is back, at the
+end of the run, or by the next command.
 """
 
 from __future__ import annotations
@@ -27,22 +20,26 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 from arrowhead import fileio
-from arrowhead.errors import ConfigError, DataError, LostError
+from arrowhead.errors import ConfigError, LostError
 from arrowhead.runtime import environment, signals
-from arrowhead.tracking import delivery, system_metrics
-from arrowhead.tracking import store as tracking_store
+from arrowhead.tracking import system_metrics, writes
 from arrowhead.tracking.address import without_secret
-from arrowhead.tracking.client import TrackingConfig, find_run, open_store, patience, search, usable
-from arrowhead.tracking.delivery import ENDING, Points, Sender
-from arrowhead.tracking.outbox import Outbox, Write, stamp, write_whole
+from arrowhead.tracking.client import (
+    TrackingConfig,
+    find_run,
+    first_line,
+    open_store,
+    patience,
+    usable,
+)
+from arrowhead.tracking.outbox import Outbox, stamp
 from arrowhead.tracking.registry import (
     RegistryConfig,
     digest_of,
@@ -51,22 +48,18 @@ from arrowhead.tracking.registry import (
     must_take,
     version_of,
 )
-from arrowhead.tracking.store import Say, Store
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run as Recorded
-
+from arrowhead.tracking.resume import ChildRuns, reopen, unfinished_run
+from arrowhead.tracking.sender import Sender, send_unsent
+from arrowhead.tracking.store import Say, TrackingStore
+from arrowhead.tracking.writes import Points, Write, is_local, new_run, now_ms, source_tags
 
 UNSENT = Path(".arrowhead") / "unsent"
-ChildRuns = dict[str, list[tuple[str, str]]]
-"""Children that a resumed run has: name to (run id, status), oldest first."""
 
 
-def _unsent() -> Path:
-    """Where writes are kept: in this folder or, where it cannot be written, in a temporary one."""
-    here = os.access(UNSENT if UNSENT.exists() else ".", os.W_OK)
-    return UNSENT if here else environment.private_temp_folder("unsent")
+def _default_outbox() -> Path:
+    """Where outboxes lie: in this folder or, where it cannot be written, in a temporary one."""
+    writable = os.access(UNSENT if UNSENT.exists() else ".", os.W_OK)
+    return UNSENT if writable else environment.private_temp_folder("unsent")
 
 
 def _to_stderr(line: str) -> None:
@@ -77,23 +70,35 @@ def _to_stderr(line: str) -> None:
 
 
 class Run:
-    """One MLflow run that is being written. Nothing in here raises because a store is gone."""
+    """One MLflow run that is being written. Nothing in here raises because a store is away."""
 
-    def __init__(self, sender: Sender, run_id: str, children: ChildRuns | None = None) -> None:
-        self._sender, self._id = sender, run_id
+    def __init__(
+        self,
+        sender: Sender,
+        run_id: str,
+        registry: RegistryConfig,
+        children: ChildRuns | None = None,
+    ) -> None:
+        self._sender, self._id, self._registry = sender, run_id, registry
         self._child_runs: ChildRuns = children or {}
         self._inputs: dict[str | None, tuple[str, str]] = {}  # name and digest, by use
         self._names: dict[str, str] = {}  # see `mlflow_names`
 
     @property
     def run_id(self) -> str:
-        """MLflow's id. A child made while the store is away has one of ours until it is sent."""
+        """MLflow's id, once the run is made there; while the store is away a local one."""
+        if self._id not in self._sender.store.ids and is_local(self._id):
+            self.flush()
         return self._sender.store.ids.get(self._id, self._id)
 
     @property
     def logs_models(self) -> bool:
         """Whether `model` logs what it is given."""
-        return self._sender.registry.log_model
+        return self._registry.log_model
+
+    def flush(self) -> None:
+        """Wait until the store has all that was recorded so far, or is known to be away."""
+        self._sender.flush()
 
     def record(
         self,
@@ -110,7 +115,7 @@ class Run:
         """
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         points = {name: [(step, value)] for name, value in numbers.items()}
-        write = {"do": "batch", "run": self._id} | delivery.batch(points, names=self._names)
+        write: Write = {"do": "batch", "run": self._id} | writes.batch(points, names=self._names)
         if model:
             write["model"] = model.rpartition("/")[2]
         if dataset in self._inputs:
@@ -141,7 +146,7 @@ class Run:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        write = delivery.batch(points, params, tags, names=self._names)
+        write = writes.batch(points, params, tags, names=self._names)
         self._sender.write({"do": "batch", "run": self._id} | write)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
@@ -191,32 +196,63 @@ class Run:
         pickled: the bundle, `served.py`, Arrowhead's own source. None if none is to be logged
         (--no-log-model) or, with a message, if the store does not take it.
         """
-        return self._sender.model(self.run_id, bundle) if self.logs_models else None
+        if not self.logs_models:
+            return None
+        return self._in_store(
+            lambda client: self._log_model(client, bundle),
+            lambda why: (
+                f"no MLflow model is made of {bundle} ({why}): the bundle is complete there"
+            ),
+        )
+
+    def _log_model(self, client: Any, bundle: Path) -> str:
+        with patience(stamp(bundle)[0]):
+            return log_model(client, self.run_id, bundle)
 
     def register(self, bundle: Path) -> str | None:
         """Make the model that was logged of a bundle a version of the registered model that
         `start` was given, once, and give it the alias; models:/NAME/VERSION. None if no name was
         given or, with a message that says how to do it later, if the registry does not take it.
         """
-        return (
-            self._sender.register(self.run_id, bundle) if self._sender.registry.register else None
+        if not self._registry.register:
+            return None
+        return self._in_store(
+            lambda client: make_version(
+                client, self.run_id, bundle, self._registry, self._sender.say
+            ),
+            lambda why: (
+                f"not registered as {self._registry.register} ({why}). To register it later:"
+                f" {self._registry.later(bundle)}"
+            ),
         )
+
+    def _in_store(self, do: Callable[[Any], str], failed: Callable[[str], str]) -> str | None:
+        """The address that `do` gives, which needs the store now; None and a line if it fails."""
+        self.flush()
+        why = "the tracking store is away"
+        if self._sender.reachable and not is_local(self.run_id):
+            try:
+                return do(self._sender.store.client)
+            except Exception as error:
+                why = first_line(error)
+        self._sender.say(failed(why))
+        return None
 
     @contextmanager
     def child(self, name: str) -> Iterator[Run]:
         """A run below this one, ended FINISHED, or FAILED when the block raises (KILLED by an
-        interrupt). A resumed run takes up the child of that name that it has.
+        interrupt). A resumed run goes on in the child of that name that it has.
         """
-        if self._child_runs.get(name):
-            below, _ = self._child_runs[name].pop(0)
-            self._sender.write({"do": "status", "run": below, "status": "RUNNING", "end": None})
-            new = False
+        resumed = self._child_runs.get(name)
+        if resumed:
+            child, _ = resumed.pop(0)
+            self._sender.write({"do": "status", "run": child, "status": "RUNNING", "end": None})
         else:
-            made = _made(name, self._id, tracking_store.facts(name))
-            self._sender.write({"do": "make", "made": made})
-            below, new = made["local"], True
-        with _ended(self._sender, below, new):
-            yield Run(self._sender, below)
+            new = new_run(name, self._id, source_tags(name))
+            self._sender.write({"do": "make", "made": new})
+            child = new["local"]
+        with _ended(self._sender, child, new=not resumed):
+            yield Run(self._sender, child, self._registry)
 
     def children(
         self,
@@ -230,29 +266,23 @@ class Run:
         `tags` are set on all. A resumed run's finished children of these names are left as they
         are, unfinished ones are completed.
         """
-        facts = tracking_store.facts("head") | {
-            name: str(value) for name, value in (tags or {}).items()
-        }
+        all_tags = source_tags("head") | {name: str(value) for name, value in (tags or {}).items()}
         ids: list[str] = []
-        writes: list[Write] = []
+        heads: list[Write] = []
         for name, values, points in zip(names, params, metrics, strict=True):
-            made = _made(name, self._id, facts)
+            new = new_run(name, self._id, all_tags)
             if self._child_runs.get(name):
-                below, status = self._child_runs[name].pop(0)
-                self._sender.store.ids[made["local"]] = below
+                child, status = self._child_runs[name].pop(0)
+                self._sender.store.ids[new["local"]] = child
                 if status == "FINISHED":
-                    ids.append(below)
+                    ids.append(child)
                     continue
-            ids.append(made["local"])
-            writes.append(
-                {
-                    "do": "head",
-                    "made": made,
-                    "end": tracking_store.now_ms(),
-                    **delivery.batch(points, values),
-                }
+            ids.append(new["local"])
+            heads.append(
+                {"do": "head", "made": new, "end": now_ms(), **writes.batch(points, values)}
             )
-        self._sender.write(*writes)
+        self._sender.write(*heads)
+        self.flush()
         return [self._sender.store.ids.get(one, one) for one in ids]
 
 
@@ -260,7 +290,7 @@ class Run:
 def start(
     config: TrackingConfig,
     name: str,
-    place: Path | None = None,
+    resume_file: Path | None = None,
     *,
     registry: RegistryConfig = RegistryConfig(),
     outbox: Path | None = None,
@@ -268,84 +298,88 @@ def start(
 ) -> Iterator[Run]:
     """A parent run; ended FINISHED, FAILED when the block raises, KILLED when it is interrupted.
 
-    place: a file that is there while the run is unfinished; with it the same command (`name`) on
-    the same store and experiment takes that run up again. registry: what `Run.register` does.
-    outbox: a folder for what cannot be sent, one folder in it per run; default .arrowhead/unsent.
-    say: takes one line for a person, once per trouble.
+    Args:
+        config: the tracking store and the experiment.
+        name: the verb; also the run's name unless the config has one.
+        resume_file: a file that is there while the run is unfinished; with it the same verb on the
+            same store and experiment goes on in that run.
+        registry: what `Run.register` does.
+        outbox: a folder for unsent writes, one folder in it per run; default .arrowhead/unsent.
+        say: takes one line for a person, once per trouble.
 
-    Raises ConfigError, before any work, when the store or the registry asked for cannot be used.
+    Raises:
+        ConfigError: before any work, when the store or the registry asked for cannot be used.
+
     """
-    base = (outbox or _unsent()).absolute()
+    base = (outbox or _default_outbox()).absolute()
     with contextlib.ExitStack() as until_begun:
         with usable(config):
             client, experiment = open_store(config)
             if registry.register:
                 must_take(client, registry.register)
-            store = Store(client, experiment, say)
-            mark = {"store": without_secret(config.uri), "experiment": experiment}
-            taken = _taken_up(client, place, mark | {"verb": name}, say) if place else None
-            delivery.send_all(store, base, mark["store"], taken.info.run_id if taken else None)
+            store = TrackingStore(client, experiment, say)
+            header = {"store": without_secret(config.uri), "experiment": experiment}
+            owner = header | {"verb": name}
+            resumed = unfinished_run(client, resume_file, owner, say) if resume_file else None
+            own = resumed.info.run_id if resumed else None
+            send_unsent(store, base, header["store"], own)
             # A signal between a run's making and the block that ends it would leave it RUNNING.
             until_begun.enter_context(signals.deferred())
-            if taken:
-                run_id, children = taken.info.run_id, _child_runs(client, taken)
-                times = int(taken.data.tags.get("arrowhead.resumed", 0)) + 1
-                client.update_run(run_id, status="RUNNING")
-                client.set_tag(run_id, "arrowhead.resumed", str(times))
-                say(f"goes on in MLflow run {run_id}, which was left {taken.info.status}")
+            if resumed:
+                run_id, children = resumed.info.run_id, reopen(client, resumed, say)
             else:
-                made = _made(config.run_name or name, None, tracking_store.facts(name))
-                if place:  # before the run is there: a kill in between must not leave two
-                    fresh = {"verb": name, "run_id": None, "start": made["start"]}
-                    write_whole(place, mark | fresh)
-                run_id, children = store.make(made), {}
-        if place:
-            write_whole(place, mark | {"verb": name, "run_id": run_id})
-        mark |= {"run_id": run_id}
-        sender = Sender(store, Outbox(base / run_id, mark), config.uri, registry)
-        done = False
+                new = new_run(config.run_name or name, None, source_tags(name))
+                if resume_file:  # before the run is there: a kill in between must not leave two
+                    fileio.write_json(resume_file, owner | {"run_id": None, "start": new["start"]})
+                run_id, children = store.make(new), {}
+        if resume_file:
+            fileio.write_json(resume_file, owner | {"run_id": run_id})
+        sender = Sender(store, Outbox(base / run_id, header | {"run_id": run_id}), config.uri)
+        finished = interrupted = False
         try:
             gauge = system_metrics.gauge(config, sender, run_id)
-            with _ended(sender, run_id, taken is None), gauge:
+            with _ended(sender, run_id, new=resumed is None), gauge:
                 until_begun.close()
-                yield Run(sender, run_id, children)
-            done = True
+                yield Run(sender, run_id, registry, children)
+            finished = True
         except ConfigError:
-            done = taken is None
+            finished = resumed is None
+            raise
+        except (KeyboardInterrupt, LostError):
+            interrupted = True
             raise
         finally:
-            sender.close()
-            if place and done:
-                place.unlink(missing_ok=True)
+            sender.close(interrupted=interrupted)
+            if resume_file and finished:
+                resume_file.unlink(missing_ok=True)
 
 
 @contextmanager
-def _ended(sender: Sender, run_id: str, new: bool) -> Iterator[None]:
-    """Sets how the run ended. A request that was refused is no run: a new one is deleted."""
+def _ended(sender: Sender, run_id: str, *, new: bool) -> Iterator[None]:
+    """Records how the run ended. A refused request leaves no run: a new one is deleted."""
+
+    def record(status: str) -> None:
+        sender.write({"do": "status", "run": run_id, "status": status, "end": now_ms()})
+
     try:
         yield
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | LostError)
-        how = "KILLED" if stopped else "FAILED"
-        within = delivery.STOPPING if stopped else ENDING
         with signals.deferred():
-            ended = {"do": "status", "run": run_id, "status": how, "end": tracking_store.now_ms()}
-            sender.write(ended, within=within)
+            interrupted = isinstance(error, KeyboardInterrupt | LostError)
+            record("KILLED" if interrupted else "FAILED")
             if isinstance(error, ConfigError) and new:
-                sender.write({"do": "delete", "run": run_id}, within=within)
+                sender.write({"do": "delete", "run": run_id})
         raise
-    ended = {"do": "status", "run": run_id, "status": "FINISHED", "end": tracking_store.now_ms()}
-    sender.write(ended, within=ENDING)
+    record("FINISHED")
 
 
 def send(config: TrackingConfig, outbox: Path | None = None, say: Say = _to_stderr) -> None:
     """Send what earlier runs could not. Raises ConfigError when the store cannot be used."""
     with usable(config):
         client, experiment = open_store(config)
-        store = Store(client, experiment, say)
-        delivery.send_all(
-            store, (outbox or _unsent()).absolute(), without_secret(config.uri), None, math.inf
-        )
+        store = TrackingStore(client, experiment, say)
+        base = (outbox or _default_outbox()).absolute()
+        send_unsent(store, base, without_secret(config.uri), None, math.inf)
 
 
 def register(
@@ -365,71 +399,17 @@ def register(
     with usable(config):
         client, experiment = open_store(config)
         must_take(client, registry.register)
-        store = Store(client, experiment, say)
-        delivery.send_all(store, (outbox or _unsent()).absolute(), without_secret(config.uri), None)
+        store = TrackingStore(client, experiment, say)
+        base = (outbox or _default_outbox()).absolute()
+        send_unsent(store, base, without_secret(config.uri), None)
         if version_of(client, registry.register, digest_of(bundle)) is None:
             trained = json.loads((bundle / "bundle.json").read_bytes())["lineage"].get("run_id")
             known = find_run(client, trained) if trained else None
             if known is None or known.info.lifecycle_stage != "active":
-                trained = store.make(
-                    _made("register", None, tracking_store.facts("bundle register"))
-                )
+                new = new_run("register", None, source_tags("bundle register"))
+                trained = store.make(new)
                 client.set_terminated(trained, "FINISHED")
             with patience(stamp(bundle)[0]):
                 log_model(client, trained, bundle)
             return make_version(client, trained, bundle, registry, say)
         return make_version(client, "", bundle, registry, say)
-
-
-def _made(name: str, parent: str | None, tags: Mapping[str, str]) -> dict[str, Any]:
-    """A run to be made. Until it is, it goes by an id of ours."""
-    local = f"unsent-{uuid4().hex}"
-    return {
-        "local": local,
-        "name": name,
-        "parent": parent,
-        "start": tracking_store.now_ms(),
-        "tags": dict(tags),
-    }
-
-
-# -------------------------------------------------------------------------- taken up again
-
-UNFINISHED = ({"run_id": str}, {"run_id": None, "start": int})  # the second: while it is made
-
-
-def _taken_up(
-    client: MlflowClient, place: Path, mark: Mapping[str, Any], say: Say
-) -> Recorded | None:
-    """The unfinished run that a file names, if it is of this store, experiment and verb."""
-    try:
-        kept = json.loads(place.read_bytes())
-        fileio.must_fit(kept, UNFINISHED, str(place), "delete the file.")
-        same = all(kept[name] == value for name, value in mark.items())
-        run_id, began = kept["run_id"], kept.get("start")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, RecursionError, DataError):
-        say(f"{place} is torn or not ours: a new MLflow run is started")
-        return None
-    if not same:
-        say(f"{place} is of another store, experiment or command: a new MLflow run is started")
-        return None
-    if run_id is None:  # killed while the run was being made
-        made = search(client, mark["experiment"], f"attributes.start_time = {int(began)}")
-        ours = (run for run in made if "mlflow.parentRunId" not in run.data.tags)
-        return next(ours, None)
-    run = find_run(client, run_id)
-    if run is None or run.info.lifecycle_stage != "active":
-        say(f"MLflow run {run_id} of {place} was deleted: a new one is started")
-        return None
-    return None if run.info.status == "FINISHED" else run
-
-
-def _child_runs(client: MlflowClient, run: Recorded) -> ChildRuns:
-    """The children of a run."""
-    children: ChildRuns = {}
-    below = f"tags.mlflow.parentRunId = '{run.info.run_id}'"
-    for child in search(client, run.info.experiment_id, below):
-        children.setdefault(child.info.run_name, []).append((child.info.run_id, child.info.status))
-    return children

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from arrowhead.tracking import delivery
 from arrowhead.tracking.client import TrackingConfig, first_line
-from arrowhead.tracking.delivery import Sender
+from arrowhead.tracking.sender import Sender
+from arrowhead.tracking.writes import batch
 
 MIN_INTERVAL_SECONDS, DEFAULT_INTERVAL_SECONDS = (
     0.5,
@@ -56,7 +56,7 @@ def _watch(sender: Sender, run_id: str, stop: threading.Event) -> None:
             collect.collect_metrics()
             found = {f"system/{k}": v for k, v in collect.aggregate_metrics().items()}
             points = {name: [(step, float(value))] for name, value in found.items()}
-            sender.write({"do": "batch", "run": run_id} | delivery.batch(points))
+            sender.write({"do": "batch", "run": run_id} | batch(points))
             step += 1
     except Exception as error:
         sender.say(f"no system metrics are recorded: {first_line(error)}")

@@ -1,0 +1,239 @@
+"""The writes of a run on their way to MLflow: outbox first, then one thread sends them in order.
+
+Whoever records waits for no store, and what a killed process left in its outbox is sent by the next
+command. MLflow's own asynchronous logging keeps its queue in memory, and drops what a store does
+not take while it is away.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+from time import monotonic
+
+from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.client import PROBE, find_run, first_line, refused, silence
+from arrowhead.tracking.outbox import Outbox
+from arrowhead.tracking.store import TrackingStore
+from arrowhead.tracking.writes import Write, for_another_process
+
+RETRY_SECONDS = 5.0, 60.0  # between tries while a store is unreachable: the first, the longest
+OTHER_RUNS_SECONDS = 30.0  # at the start, for what earlier runs left unsent
+INTERRUPTED_SECONDS = 5.0  # for the last writes of an interrupted run: it will soon be killed
+STALLED_SECONDS = 30.0  # without one write sent, until the end of a run waits no more
+
+
+class Sender:
+    """Sends the writes of one run, in the order they came, in a thread of its own.
+
+    A write that fails is sent again later; the ones behind it wait only while the store does not
+    answer at all. Nothing is raised because a store is away: `say` gets a line.
+    """
+
+    def __init__(self, store: TrackingStore, outbox: Outbox, uri: str) -> None:
+        self.store, self.say = store, store.say
+        self._outbox, self._uri = outbox, uri
+        self._name = f"the tracking store {without_secret(uri)}"
+        self._lock = threading.RLock()  # held while the outbox or a flag below is used
+        self._changed = threading.Condition(self._lock)
+        self._tried = 0  # writes of the outbox that were sent, refused or put off
+        self._away = False
+        self._closing = self._closed = self._ended = False
+        self._delay, self._retry_at = RETRY_SECONDS[0], math.inf
+        self._said: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the store answered when it was last asked."""
+        return not self._away
+
+    def write(self, *writes: Write) -> None:
+        """Record these, in order. Waits until they are sent only where the outbox cannot hold all
+        of them: a very large file, or a full disk.
+        """
+        with self._lock:
+            held = self._outbox.add(*writes, ids=self.store.ids)
+            self._changed.notify_all()
+        if not held:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until all that was written has been sent, or put off until the store takes it."""
+        with self._lock:
+            written = self._outbox.added
+            self._changed.wait_for(lambda: self._away or self._ended or self._tried >= written)
+
+    def close(self, *, interrupted: bool = False) -> None:
+        """Send what is left, and say where it stays if that takes too long."""
+        with self._lock:
+            self._closing = True
+            self._changed.notify_all()
+        left = len(self._outbox) + 1
+        while self._thread.is_alive() and len(self._outbox) < left:
+            left = 0 if interrupted else len(self._outbox)
+            self._thread.join(INTERRUPTED_SECONDS if interrupted else STALLED_SECONDS)
+        with self._lock:
+            self._closed = True
+            self._outbox.close(self.store.ids)
+            if lost := self._outbox.unsaved:
+                self.say(
+                    f"{lost} writes to {self._name} are lost: neither it nor {self._outbox.folder}"
+                    f" took them ({self._outbox.problem}). The results of the command are complete"
+                )
+            elif left := len(self._outbox):
+                self.say(
+                    f"{left} writes to {self._name} are not sent. They are kept in"
+                    f" {self._outbox.folder}; the next arrowhead command with this store sends them"
+                    " first (in Python: arrowhead.tracking.run.send)"
+                )
+
+    def _run(self) -> None:
+        try:
+            last_time = False
+            while not last_time:
+                with self._lock:
+                    wait = max(0.0, self._retry_at - monotonic())
+                    self._changed.wait_for(self._is_due, None if wait == math.inf else wait)
+                    last_time = self._closing
+                if len(self._outbox):
+                    self._send(retry=last_time or monotonic() >= self._retry_at)
+        finally:
+            with self._lock:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _is_due(self) -> bool:
+        return self._closing or (not self._away and self._tried < self._outbox.added)
+
+    def _send(self, *, retry: bool) -> None:
+        """Send what is new in the outbox or, to try again, all that it holds."""
+        was_away = self._away
+        if was_away and silence(self._uri, PROBE) is None and self.store.answers():
+            self._away = False
+        with self._lock:
+            pending, added = self._outbox.pending(0 if retry else self._tried), self._outbox.added
+        for numbers, write in () if self._away else pending:
+            outcome = self._deliver(write)
+            with self._lock:
+                if self._closed:  # nobody waits for this thread any more
+                    return
+                if outcome == "done":
+                    self._outbox.remove(numbers)
+                else:
+                    self._outbox.replace(numbers, for_another_process(write, self.store.ids))
+            if outcome == "away":
+                break
+        with self._lock:
+            self._tried, left = added, len(self._outbox)
+            if not left:
+                self._delay, self._retry_at = RETRY_SECONDS[0], math.inf
+            elif retry or self._retry_at == math.inf:
+                self._retry_at = monotonic() + self._delay
+                self._delay = min(2 * self._delay, RETRY_SECONDS[1])
+            self._changed.notify_all()
+        if was_away and not self._away:
+            rest = f", except for {left} writes" if left else ""
+            self.say(f"{self._name} is back; what was kept has been sent to it{rest}")
+
+    def _deliver(self, write: Write) -> str:
+        """Carry a write out: done (or refused for good), put off, or the store is away."""
+        try:
+            self.store.do(write, self._outbox.folder)
+        except Exception as error:
+            if refused(error):
+                self._say_once(f"MLflow refuses what is written to it: {first_line(error)}")
+                return "done"
+            silent = silence(self._uri, PROBE)
+            if silent is None and self.store.answers():
+                self._say_once(
+                    f"not recorded yet, though {self._name} answers: {first_line(error)}."
+                    f" It is kept in {self._outbox.folder} and tried again"
+                )
+                return "put off"
+            with self._lock:
+                self._away = True
+                self._changed.notify_all()
+            where = str(self._outbox.folder)
+            if self._outbox.unsaved:
+                where = f"memory only ({self._outbox.problem})"
+            self._say_once(
+                f"{self._name} is gone ({silent or first_line(error)}). The work goes on; what is"
+                f" to be recorded is kept in {where} and sent when it is back"
+            )
+            return "away"
+        return "done"
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+
+def send_unsent(
+    store: TrackingStore,
+    base: Path,
+    place: str,
+    own: str | None,
+    seconds: float = OTHER_RUNS_SECONDS,
+) -> None:
+    """Send what earlier commands could not.
+
+    Args:
+        store: the tracking store.
+        base: the folder of all outboxes.
+        place: the store's address without secrets, as the outboxes name it.
+        own: the run that is about to go on: all of its writes are sent, however long it takes.
+        seconds: time for those of other runs.
+
+    """
+    until = monotonic() + seconds
+    for file in sorted(base.glob("*/run.json")):
+        try:
+            header = json.loads(file.read_bytes())
+            run_id, experiment = str(header["run_id"]), str(header["experiment"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        outbox = Outbox(file.parent, header)
+        if header.get("store") != place or file.parent.name != run_id or not outbox.lock():
+            continue
+        try:
+            run = find_run(store.client, run_id)
+            if run is None or run.info.lifecycle_stage != "active":
+                aside = file.parent.with_suffix(".refused")
+                store.say(f"{place} has no run {run_id} any more: its unsent writes go to {aside}")
+                file.parent.rename(aside)
+                continue
+            theirs = TrackingStore(store.client, experiment, store.say)
+            _send_all(theirs, outbox, math.inf if run_id == own else until)
+            left = len(outbox)
+            outbox.close(theirs.ids)
+            if left:
+                store.say(f"{left} writes of run {run_id} are still to be sent: {file.parent}")
+            else:
+                store.say(f"sent to {place}: what was kept of run {run_id}")
+        finally:
+            outbox.release()
+
+
+def _send_all(store: TrackingStore, outbox: Outbox, until: float) -> None:
+    """Send what an outbox holds, in order, until a time.
+
+    A write that fails although the store answers stays, and the next one is tried.
+    """
+    for numbers, write in outbox.pending():
+        if monotonic() > until:
+            return
+        try:
+            store.do(write, outbox.folder)
+        except Exception as error:
+            if refused(error):
+                store.say(f"MLflow refuses what was kept in {outbox.folder}: {first_line(error)}")
+            elif store.answers():
+                continue
+            else:
+                return
+        outbox.remove(numbers)
