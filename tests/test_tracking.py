@@ -26,7 +26,7 @@ from arrowhead import ConfigError
 from arrowhead.cli.main import main
 from arrowhead.tracking import outbox, sender, writes
 from arrowhead.tracking import run as tracking_run
-from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.address import without_secrets
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.tracking.names import original
 from arrowhead.tracking.registry import RegistryConfig
@@ -350,7 +350,7 @@ import os, signal
 from pathlib import Path
 from arrowhead.tracking.registry import RegistryConfig
 from arrowhead.tracking.run import start
-from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.address import without_secrets
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.tracking.names import original
 config = TrackingConfig(tracking_uri={config.uri!r}, experiment="killed", system_metrics=False)
@@ -991,7 +991,7 @@ def test_an_address_that_a_store_may_have_is_taken(address):
 )
 def test_an_address_is_shown_without_what_opens_it(text, shown):
     wanted = "at 'postgresql://…@host/x?sslmode=require'" if shown is None else shown
-    assert without_secret(text) == wanted
+    assert without_secrets(text) == wanted
 
 
 # ------------------------------------------------------------------------- many at once

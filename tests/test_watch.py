@@ -188,7 +188,7 @@ def test_what_cannot_be_watched_is_refused(two, words, said, capsys):
 
 
 def test_a_store_that_does_not_answer_and_a_run_that_is_silent_are_said(two, place, monkeypatch):
-    monkeypatch.setattr(watch, "QUIET", 0.05)
+    monkeypatch.setattr(watch, "QUIET_SECONDS", 0.05)
     (place / "other").mkdir()
     file = place / "other" / "mlflow.db"
     file.write_bytes((place / "mlflow.db").read_bytes())

@@ -17,7 +17,7 @@ from arrowhead.decode import worker_process
 from arrowhead.errors import ConfigError
 from arrowhead.runtime import ray_cluster
 from arrowhead.tracking import client
-from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.address import without_secrets
 from arrowhead.tracking.client import TrackingConfig
 
 GIB = 2**30
@@ -103,12 +103,12 @@ def _ray() -> Iterator[Check]:
 def _mlflow() -> Iterator[Check]:
     version = importlib.metadata.version("mlflow")
     try:
-        client.must_have_addresses()
+        client.check_address_variables()
     except ConfigError as error:
         yield Check("mlflow", "missing", f"{version}, {error.found}", error.do)
         return
     config = TrackingConfig()
-    yield Check("mlflow", "ok", f"{version}, store {without_secret(config.uri)}")
+    yield Check("mlflow", "ok", f"{version}, store {without_secrets(config.uri)}")
 
 
 def _weights() -> Iterator[Check]:

@@ -29,7 +29,7 @@ def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
 
     Args:
         address: A local folder, which is returned unchanged; a model in the tracking store (see
-            `registry.opened`); or a URI such as s3://bucket/bundle.
+            `registry.model_files`); or a URI such as s3://bucket/bundle.
         config: The tracking store.
         scratch: A remote bundle is downloaded to scratch/bundle, atomically; an older one there is
             replaced. Each file is checked against its hash.
@@ -41,7 +41,7 @@ def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
     if Path(address).is_dir():
         return Path(address)
     if address.startswith(("models:/", "runs:/")):
-        return _download(registry.opened(address, config), address, scratch / "bundle")
+        return _download(registry.model_files(address, config), address, scratch / "bundle")
     root = path_text.resolve(address)
     if path_text.in_store(root):
         return _download(partial(reading.fetch, root), address, scratch / "bundle")

@@ -32,8 +32,8 @@ from arrowhead.errors import ConfigError
 from arrowhead.output_paths import expanded
 from arrowhead.runtime import signals
 from arrowhead.runtime.ray_cluster import LaunchConfig
-from arrowhead.tracking.address import hidden, secrets_of, without_secret
-from arrowhead.tracking.client import TrackingConfig, must_have_addresses
+from arrowhead.tracking.address import redacted, secrets_of, without_secrets
+from arrowhead.tracking.client import TrackingConfig, check_address_variables
 from arrowhead.tracking.registry import RegistryConfig
 from arrowhead.wording import command
 
@@ -124,7 +124,7 @@ def ui_command(tracking: TrackingConfig) -> str:
     """
     uri = tracking.uri
     if uri.startswith("http"):  # a server, which already has a UI
-        return command([sibling_program("python"), "-P", "-m", "webbrowser", without_secret(uri)])
+        return command([sibling_program("python"), "-P", "-m", "webbrowser", without_secrets(uri)])
     shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else command([uri])
     return f"{command([sibling_program('mlflow')])} ui --backend-store-uri {shown}"
 
@@ -253,7 +253,7 @@ class _GivenFlags:
                 ]
         tracked = any(argument.name == "--tracking-uri" for argument in arguments)
         if tracked and "tracking_uri" not in self.names:  # then MLflow's variables count
-            must_have_addresses()
+            check_address_variables()
 
 
 PATH_ARGUMENTS = {"--data", "--bundle", "--images", "--base", "--weights"}  # or addresses
@@ -360,7 +360,7 @@ def parse_error_message(error: CycloptsError) -> str:
 def show_refusal(found: str, wanted: str, do: str) -> None:
     """Show the three parts of a refusal on standard error."""
     for label, text in (("arrowhead: ", found), ("  wanted  ", wanted), ("  do      ", do)):
-        Screen(to_stderr=True).say(hidden(label + " ".join(text.strip().splitlines())))
+        Screen(to_stderr=True).say(redacted(label + " ".join(text.strip().splitlines())))
 
 
 @contextmanager

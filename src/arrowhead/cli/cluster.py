@@ -34,7 +34,7 @@ from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.runtime import signals
 from arrowhead.runtime.jobs import ClusterConfig
 from arrowhead.runtime.ray_cluster import LaunchConfig
-from arrowhead.tracking.address import secrets_of, without_secret
+from arrowhead.tracking.address import secrets_of, without_secrets
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.wording import command
 
@@ -176,7 +176,7 @@ def parse_command(words: list[str], config: Path | None = None) -> Call | None:
         function, bound, _ = app.parse_args(tokens, **quiet)
     except CycloptsError as error:
         raise ConfigError(
-            without_secret(str(error).strip().replace("\n", " ")),
+            without_secrets(str(error).strip().replace("\n", " ")),
             "a command, its arguments and its flags, as --help lists them.",
             f"run {program()} {command_in(words)}--help.",
         ) from error

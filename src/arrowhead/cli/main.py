@@ -32,7 +32,7 @@ from arrowhead.cli.screen import Screen
 from arrowhead.errors import ConfigError, DataError, LostError, Refusal
 from arrowhead.printable import take_any_text
 from arrowhead.runtime import environment, signals
-from arrowhead.tracking.address import hidden, without_secret
+from arrowhead.tracking.address import redacted, without_secrets
 
 
 def watch(
@@ -140,7 +140,7 @@ def _run(words: list[str]) -> int:
     except CycloptsError as error:
         wanted = "a command, its arguments and its flags, as --help lists them."
         # The word that cannot be parsed may be an address with a password.
-        found = without_secret(parse_error_message(error))
+        found = without_secrets(parse_error_message(error))
         show_refusal(found, wanted, f"run {program()} {command_in(words)}--help.")
         code = 2
     except LostError as error:
@@ -160,8 +160,8 @@ def _run(words: list[str]) -> int:
         code = signals.INTERRUPTED_EXIT_CODE
     except Exception:
         text = traceback.format_exc()
-        if hidden(text) == text:
+        if redacted(text) == text:
             raise
-        sys.stderr.write(hidden(text))  # without the password of the tracking store
+        sys.stderr.write(redacted(text))  # without the password of the tracking store
         code = 1
     return code if isinstance(code, int) else 0

@@ -1,9 +1,9 @@
-"""The address of a tracking store: whether it is one, and how it is shown.
+"""Checks the address of a tracking store, and shows it without its secrets.
 
-must_be_address   a malformed address is refused before anything is done with it
-without_secret    a text that may be shown: an address in it has no user, password or token
-secrets_of        what of an address nobody else may see
-remember          the secrets of an address are kept out of every text from now on
+check_address      refuses a malformed address before it is used
+without_secrets    a text that may be shown: no user, password or token in an address in it
+secrets_of         the secrets of an address
+register_secrets   from now on, `redacted` removes the secrets of an address from every text
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from arrowhead.errors import ConfigError
 
-MIN_SECRET_CHARS = 3  # what is shorter would be found in every other word
-# Parameters in the query of an address that are no secret; whatever else is there is not shown.
-HARMLESS = {
+MIN_SECRET_CHARS = 3  # a shorter one is part of many ordinary words
+# Parameters in the query of an address that are no secrets; others are not shown.
+PUBLIC_PARAMETERS = {
     "application_name",
     "cache",
     "charset",
@@ -36,7 +36,7 @@ HARMLESS = {
 FOLDERS = ("file", "sqlite")  # their paths may hold anything
 DATABASES = ("postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
-MLFLOW_SCHEMES = ("databricks", "databricks-uc", "uc")  # addresses of MLflow's own making
+MLFLOW_SCHEMES = ("databricks", "databricks-uc", "uc")  # addresses that only MLflow knows
 ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": MIN_SECRET_CHARS,
@@ -46,18 +46,18 @@ SECRETS = {
     "AWS_SESSION_TOKEN": 16,
     "DATABRICKS_TOKEN": 16,
 }
-"""Variables that MLflow reads: addresses; and what is a secret if it has so many characters."""
+"""Variables of MLflow that hold a secret, and how many characters it has at least."""
 
 _secrets: set[str] = set()
-"""Of the addresses that this process was given."""
+"""Secrets of the addresses that this process was given."""
 
 
-def remember(uri: str) -> None:
-    """Keep the secrets of an address out of every text that is shown from now on."""
+def register_secrets(uri: str) -> None:
+    """Remember the secrets of an address, so that `redacted` removes them from every text."""
     _secrets.update(secrets_of(uri))
 
 
-def hidden(text: str) -> str:
+def redacted(text: str) -> str:
     """A text without the secrets that this process knows: of addresses that it was given, and of
     the variables that MLflow reads.
     """
@@ -66,27 +66,30 @@ def hidden(text: str) -> str:
         known |= secrets_of(os.environ.get(name, ""))
     for name, least in SECRETS.items():
         if len(value := os.environ.get(name, "")) >= least:
-            known |= _forms(value)
+            known |= _spellings(value)
     for secret in sorted(known, key=len, reverse=True):  # as libraries say them, out of any address
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, "…")
     return text
 
 
-def without_secret(text: str) -> str:
+def without_secrets(text: str) -> str:
     """A store's address, or a line with one in it, without user, password and other secrets."""
-    text = re.sub(r"//[^\s'\"]*@", "//…@", hidden(text))
+    text = re.sub(r"//[^\s'\"]*@", "//…@", redacted(text))
     return re.sub(
         r"([?&#])([^=&#?\s'\"]+)=([^&#\s'\"]*)",
-        lambda found: found[0] if found[2].lower() in HARMLESS else f"{found[1]}{found[2]}=…",
+        lambda found: (
+            found[0] if found[2].lower() in PUBLIC_PARAMETERS else f"{found[1]}{found[2]}=…"
+        ),
         text,
     )
 
 
 def secrets_of(uri: str) -> set[str]:
-    """What of an address nobody else may see, as it is written there and as it is meant. Of one
-    that is malformed, whatever may be a secret: what stands before any of its @, and what stands
-    where a port should be.
+    """The secrets of an address, as written and unquoted.
+
+    Of a malformed address, whatever may be a secret: the text before each @, and the text where a
+    port should be.
     """
     scheme = _scheme(uri)
     before, _, query = uri.partition("?")
@@ -97,21 +100,21 @@ def secrets_of(uri: str) -> set[str]:
         values += _passwords(text, scheme)
     for part in re.split("[&#;]", query):
         name, _, value = part.partition("=")
-        if value and name.lower() not in HARMLESS:
+        if value and name.lower() not in PUBLIC_PARAMETERS:
             # An ODBC connection string holds the password among other things.
             inner = re.findall(r"(?i)(?:pwd|password)=([^;]+)", unquote_plus(value))
             values += [value, *inner]
-    return {form for value in values for form in _forms(value)}
+    return {form for value in values for form in _spellings(value)}
 
 
 def _scheme(uri: str) -> str:
-    """What stands before ://, without the driver of a database; "" if nothing does."""
+    """The text before ://, without the driver of a database; "" if there is none."""
     found = re.match(r"\s*([A-Za-z][\w.+-]*)://", uri)
     return found[1].lower().partition("+")[0] if found else ""
 
 
 def _passwords(text: str, scheme: str) -> list[str]:
-    """Passwords before the last @ of an address, and what may be one though its @ is missing."""
+    """Passwords before the last @ of an address, and a possible one whose @ is missing."""
     rest = text.partition("//")[2]
     login, at, host = (rest or text).rpartition("@")
     if scheme in FOLDERS:  # an @ in the name of a file
@@ -130,31 +133,36 @@ def _passwords(text: str, scheme: str) -> list[str]:
     return [password, *parts] if password else []
 
 
-def _forms(secret: str) -> set[str]:
-    """A secret as it is written, as it is meant, and as libraries and Python write it."""
+def _spellings(secret: str) -> set[str]:
+    """A secret as written, unquoted, and as libraries and Python print it."""
     meant = {secret, unquote(secret), unquote_plus(secret)}
     written = {quote(one, safe="") for one in meant} | {repr(one)[1:-1] for one in meant}
     return meant | written | {json.dumps(one)[1:-1] for one in meant}
 
 
-def must_be_address(uri: str, name: str) -> None:
-    """Raises ConfigError, without its secrets, if no store can have this address.
+def check_address(uri: str, name: str) -> None:
+    """Refuse an address that no store can have.
 
-    name: where it was given, --tracking-uri or a variable.
+    Args:
+        uri: the address.
+        name: where it was given, --tracking-uri or a variable.
+
+    Raises:
+        ConfigError: without the address's secrets.
     """
     why, do = _malformed(uri)
     if not why:
         return
-    remember(uri)
+    register_secrets(uri)
     raise ConfigError(
-        f"{name} is {without_secret(uri)!r}: {why}.",
+        f"{name} is {without_secrets(uri)!r}: {why}.",
         "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
         do or f"correct {name}; without one, runs are recorded in ./mlflow.db.",
     )
 
 
 def _malformed(uri: str) -> tuple[str, str]:
-    """Why nothing can have this address and, where there is more to say than that, what to do."""
+    """Why no store can have this address, and what to do about it if that is not obvious."""
     scheme = _scheme(uri)
     if scheme in FOLDERS or (not scheme and "@" not in uri):  # a folder, or MLflow says what it is
         return "", ""

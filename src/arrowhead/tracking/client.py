@@ -1,9 +1,9 @@
-"""A tracking store that MLflow writes to: its address, the way to it, and what it answers.
+"""The connection to a tracking store.
 
-TrackingConfig   which store, which experiment
-open_store       a client, and the experiment, made if need be
-reading          a client of a store to look into; nothing is made
-usable           what a store answers when it cannot be used becomes a refusal
+TrackingConfig        which store, which experiment
+open_store            a client, and the experiment, created if it is new
+open_for_reading      a client for a store that must exist; nothing is created
+refuse_store_errors   errors of a store that cannot be used become refusals
 """
 
 from __future__ import annotations
@@ -26,18 +26,24 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 from arrowhead.errors import ConfigError
-from arrowhead.tracking.address import ADDRESSES, hidden, must_be_address, remember, without_secret
+from arrowhead.tracking.address import (
+    ADDRESSES,
+    check_address,
+    redacted,
+    register_secrets,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Recorded
 
-SCHEMA_SECONDS = 60.0  # for a store whose schema another command is making
-SAME_SECONDS = 5.0  # an error that lasts so long is none of a schema that is being made
-PROBE = 2.0  # seconds an address gets to answer in mid-run; at the start it gets twice that
+SCHEMA_SECONDS = 60.0  # to wait while another command creates the tables of a new store
+SAME_ERROR_SECONDS = 5.0  # an error that lasts longer does not come from tables being created
+PROBE_SECONDS = 2.0  # for an address to answer during a run; twice that at the start
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-# What the store itself says of a write that it will never take. Any other failure may pass.
-REFUSED = {
+# Error codes of a write that the store will never accept. Any other failure may be temporary.
+REFUSAL_CODES = {
     "BAD_REQUEST",
     "INVALID_PARAMETER_VALUE",
     "INVALID_STATE",
@@ -47,7 +53,7 @@ REFUSED = {
 
 
 def _default() -> str:
-    """The store here."""
+    """The store in the working directory."""
     return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
@@ -66,84 +72,93 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         if self.tracking_uri:
-            must_be_address(self.tracking_uri, "--tracking-uri")
-            remember(self.tracking_uri)
+            check_address(self.tracking_uri, "--tracking-uri")
+            register_secrets(self.tracking_uri)
 
     @property
     def uri(self) -> str:
-        """The store that will be written to. It may hold a password: see `without_secret`."""
+        """The store that will be written to. It may hold a password: see `without_secrets`."""
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _default()
 
 
-def must_have_addresses() -> None:
-    """Raises ConfigError for a malformed address in one of the variables that MLflow reads."""
+def check_address_variables() -> None:
+    """Raise ConfigError for a malformed address in a variable that MLflow reads."""
     for name in ADDRESSES:
         if uri := os.environ.get(name):
-            must_be_address(uri, name)
+            check_address(uri, name)
 
 
-def connected(config: TrackingConfig) -> MlflowClient:
-    """A client of a store that answers. Raises ConfigError for a malformed address."""
+def connect(config: TrackingConfig) -> MlflowClient:
+    """A client of a store that answers.
+
+    Raises:
+        ConfigError: for a malformed address.
+        OSError: if nobody answers there.
+    """
     import logging
 
     if not config.tracking_uri:
-        must_have_addresses()
+        check_address_variables()
 
-    # A write that fails is kept and sent later: one retry, and no minutes in front of a dead host.
+    # A write that fails is sent again later, so one retry is enough: no minutes for a dead host.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # Standard output is for what the command was asked for, a JSON line perhaps.
+    # Standard output is for the command's result, perhaps a JSON line.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if why := silence(config.uri, 2 * PROBE):
+    if why := why_unreachable(config.uri, 2 * PROBE_SECONDS):
         raise OSError(why)
     from mlflow import MlflowClient
 
     for noisy in ("mlflow.system_metrics", "mlflow.pyfunc", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It prints the traceback of every database error that we catch and say in one line.
+    # It prints the traceback of every database error, which we report in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if "://" in config.uri and not config.uri.startswith("http"):
-        return _with_schema(config.uri)
+        return _connect_to_database(config.uri)
     return MlflowClient(tracking_uri=config.uri)
 
 
-def _with_schema(uri: str) -> MlflowClient:
-    """A client of a database, its tables made if it is new; commands that begin at once wait for
-    the first.
+def _connect_to_database(uri: str) -> MlflowClient:
+    """A client of a database, whose tables are created if it is new.
 
-    MLflow itself lets them all make the tables, and all but one die of it. Commands of one machine
-    take turns; those of several, whose database undoes what fails, try again.
+    When several commands start at once on a new database, MLflow lets all of them create the
+    tables, and all but one fail. Here, commands on one machine take turns; those on several
+    machines try again, since their database rolls back what failed.
     """
     from mlflow import MlflowClient
 
     until, since, before = monotonic() + SCHEMA_SECONDS, monotonic(), ""
-    place = str(_database(uri).absolute()) if uri.startswith("sqlite:") else without_secret(uri)
-    with _turn(hashlib.sha256(place.encode()).hexdigest()[:16]):
+    place = str(_database(uri).absolute()) if uri.startswith("sqlite:") else without_secrets(uri)
+    with _one_process_at_a_time(hashlib.sha256(place.encode()).hexdigest()[:16]):
         while True:
             try:
                 client = MlflowClient(tracking_uri=uri)
                 client.search_experiments(max_results=1)
                 return client
             except Exception as error:
-                said, now = str(error)[:300], monotonic()
-                if said != before:
-                    since, before = now, said
-                if not _IN_THE_MAKING.search(said) or now > until or now > since + SAME_SECONDS:
+                message, now = str(error)[:300], monotonic()
+                if message != before:
+                    since, before = now, message
+                if (
+                    not _SCHEMA_RACE.search(message)
+                    or now > until
+                    or now > since + SAME_ERROR_SECONDS
+                ):
                     raise
                 sleep(0.5)
 
 
-# What databases say to the second of two that make or migrate the same tables.
-_IN_THE_MAKING = re.compile(
+# Errors of databases for the second of two clients that create or migrate the same tables.
+_SCHEMA_RACE = re.compile(
     r"(?i)already exists|duplicate|out-of-date database schema|no such table|does ?n[o']t exist"
     r"|deadlock|database is locked|alembic_version|undefined|concurrent"
 )
 
 
 @contextmanager
-def _turn(name: str) -> Iterator[None]:
-    """One process of this user at a time, where the machine has a place for a lock."""
+def _one_process_at_a_time(name: str) -> Iterator[None]:
+    """One process of this user at a time, where a lock file can be made."""
     lock = Path(tempfile.gettempdir()) / f"arrowhead-{os.getuid()}-{name}.lock"
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -159,30 +174,30 @@ def _turn(name: str) -> Iterator[None]:
 
 
 def open_store(config: TrackingConfig) -> tuple[MlflowClient, str]:
-    """A client, and the id of the experiment, made if need be."""
-    client = connected(config)
+    """A client, and the id of the experiment, which is created if it is new."""
+    client = connect(config)
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(config.experiment)
     if found is None:
         kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
         try:
-            place = _artifacts(config.uri, config.experiment)
+            place = _artifact_location(config.uri, config.experiment)
             return client, client.create_experiment(config.experiment, place, tags=kind)
-        except MlflowException:  # another command was quicker
+        except MlflowException:  # another command created it first
             found = client.get_experiment_by_name(config.experiment)
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
         raise ConfigError(
-            f"The experiment {config.experiment!r} was deleted in {without_secret(config.uri)}.",
+            f"The experiment {config.experiment!r} was deleted in {without_secrets(config.uri)}.",
             "an active experiment, or a new name.",
             "give another --experiment, or restore it in the MLflow UI.",
         )
     return client, found.experiment_id
 
 
-def _artifacts(uri: str, experiment: str) -> str | None:
+def _artifact_location(uri: str, experiment: str) -> str | None:
     """Where a new experiment's files go: MLflow's own choice, which for a database is a folder in
     this one; where that cannot be written, beside the database.
     """
@@ -192,77 +207,88 @@ def _artifacts(uri: str, experiment: str) -> str | None:
 
 
 @contextmanager
-def reading(config: TrackingConfig, what: str) -> Iterator[MlflowClient]:
-    """A client of a store that `what` is looked for in; nothing is written.
+def open_for_reading(config: TrackingConfig, what: str) -> Iterator[MlflowClient]:
+    """A client for reading from an existing store; nothing is created or written.
 
-    Raises ConfigError if there is no such store, and for what it answers inside.
+    Args:
+        config: the store.
+        what: what is looked up there, for the refusal.
+
+    Raises:
+        ConfigError: if there is no such store, or for its errors inside the block.
     """
-    _must_be_there(config, what)
-    with usable(config):
-        yield connected(config)
+    _check_database_exists(config, what)
+    with refuse_store_errors(config):
+        yield connect(config)
 
 
-def _must_be_there(config: TrackingConfig, what: str) -> None:
-    """MLflow would make a database that is not there, to find nothing in it."""
+def _check_database_exists(config: TrackingConfig, what: str) -> None:
+    """Refuse a database file that does not exist: MLflow would create it, empty."""
     if config.uri.startswith("sqlite:") and not _database(config.uri).exists():
         raise ConfigError(
-            f"{what} is looked for in {without_secret(config.uri)}; no such database is there.",
+            f"{what} is looked for in {without_secrets(config.uri)}; no such database is there.",
             "the store that it was recorded in.",
             "give it with --tracking-uri or MLFLOW_TRACKING_URI.",
         )
 
 
 @contextmanager
-def usable(config: TrackingConfig) -> Iterator[None]:
-    """Turns what a store answers when it cannot be used into a refusal."""
+def refuse_store_errors(config: TrackingConfig) -> Iterator[None]:
+    """Turn the errors of a store that cannot be used into ConfigError."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except Exception as error:
-        # What the libraries of databases and of artefact stores raise is no class of Python's.
+        # Libraries of databases and artifact stores have exception classes of their own.
         foreign = type(error).__module__.startswith(("sqlalchemy", "botocore", "google"))
         if not foreign and not isinstance(error, MlflowException | OSError | ImportError):
             raise
         raise ConfigError(
-            f"The tracking store {without_secret(config.uri)} cannot be used: {first_line(error)}",
+            f"The tracking store {without_secrets(config.uri)} cannot be used: {first_line(error)}",
             "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
             "give --tracking-uri sqlite:////FOLDER/mlflow.db, a FOLDER that can be written."
             if config.uri == _default() and not os.access(".", os.W_OK)
             else "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
-        ) from _shown(error)
+        ) from _cause_without_secrets(error)
 
 
-def _shown(error: Exception) -> Exception | None:
-    """An error as the cause of another, or None where Python would print a secret with it."""
+def _cause_without_secrets(error: Exception) -> Exception | None:
+    """The error as the cause of another, or None if Python would print a secret with it."""
     text = "".join(traceback.format_exception(error))
-    return error if hidden(text) == text else None
+    return error if redacted(text) == text else None
 
 
-def silence(uri: str, seconds: float) -> str | None:
-    """Why nobody answers at a store's address; None if somebody does, or if it is no address.
+def why_unreachable(uri: str, seconds: float) -> str | None:
+    """Why a store does not answer; None if it does, or if the address is not for us to judge.
 
-    MLflow itself asks a dead server again for minutes, and a dead database for more.
+    MLflow itself retries a dead server for minutes, and a dead database for longer.
+
+    Args:
+        uri: the store's address.
+        seconds: how long to wait for an answer.
     """
     if uri.startswith("sqlite:"):
-        return _locked(uri, seconds)
+        return _why_not_writable(uri, seconds)
     try:
         parts = urlsplit(re.sub("//.*@", "//", uri.partition("?")[0]))
         port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
         if not parts.hostname or not port:
             return None
         if parts.scheme.startswith("http"):
-            return _no_answer(f"{parts.scheme}://{parts.hostname}:{port}{parts.path}", seconds)
+            return _why_no_http_answer(
+                f"{parts.scheme}://{parts.hostname}:{port}{parts.path}", seconds
+            )
         with socket.create_connection((parts.hostname, port), seconds):
             return None
     except OSError as error:
         return first_line(error)
-    except ValueError:  # its own library will say so
+    except ValueError:  # the database's own library will say so
         return None
 
 
-def _no_answer(url: str, seconds: float) -> str | None:
-    """Why a web server gives no answer at all; which one it gives is left to MLflow."""
+def _why_no_http_answer(url: str, seconds: float) -> str | None:
+    """Why a web server gives no answer at all; any answer, even an error, is left to MLflow."""
     import ssl
     from http.client import HTTPException
     from urllib.error import HTTPError, URLError
@@ -279,8 +305,8 @@ def _no_answer(url: str, seconds: float) -> str | None:
         return first_line(error)
 
 
-def _locked(uri: str, seconds: float) -> str | None:
-    """Why an SQLite file cannot be written; one that is not there yet is MLflow's to make."""
+def _why_not_writable(uri: str, seconds: float) -> str | None:
+    """Why an SQLite file cannot be written; MLflow creates one that does not exist yet."""
     path = _database(uri)
     if not path.name or path.name == ":memory:":
         return None
@@ -303,8 +329,8 @@ def _database(uri: str) -> Path:
 
 
 @contextmanager
-def patience(size: int) -> Iterator[None]:
-    """A second more per megabyte: a server may be slow to store what it is sent."""
+def longer_timeout(size: int) -> Iterator[None]:
+    """One more second per megabyte for each request: a server may store slowly."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[name]
     os.environ[name] = str(int(float(before)) + size // 1_000_000)
@@ -314,20 +340,20 @@ def patience(size: int) -> Iterator[None]:
         os.environ[name] = before
 
 
-def refused(error: Exception) -> bool:
-    """Whether the store itself says that it will never take a write."""
+def is_refusal(error: Exception) -> bool:
+    """Whether the store says that it will never accept this write."""
     from mlflow.exceptions import MlflowException
 
     if not isinstance(error, MlflowException):
         return False
-    # A gateway before a server that is down answers too, but not in MLflow's words.
-    return error.error_code in REFUSED and not str(error).startswith("API request to")
+    # A gateway in front of a dead server answers too, but not with MLflow's error codes.
+    return error.error_code in REFUSAL_CODES and not str(error).startswith("API request to")
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, as far as it may be shown."""
+    """The first line of an exception's text, without secrets."""
     text = str(error).strip() or type(error).__name__
-    return without_secret(text.splitlines()[0])[:300]
+    return without_secrets(text.splitlines()[0])[:300]
 
 
 def find_run(client: MlflowClient, run_id: str) -> Recorded | None:
@@ -337,20 +363,20 @@ def find_run(client: MlflowClient, run_id: str) -> Recorded | None:
     try:
         return client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code in (*REFUSED, "RESOURCE_DOES_NOT_EXIST"):
+        if error.error_code in (*REFUSAL_CODES, "RESOURCE_DOES_NOT_EXIST"):
             return None
         raise
 
 
-def missing(error: Exception) -> bool:
-    """Whether a store says that it has not got what was asked for."""
+def is_missing(error: Exception) -> bool:
+    """Whether a store says that it does not have what was requested."""
     code = getattr(error, "error_code", "")
-    # A server that does not know the question answers 404, too, but not in MLflow's words.
+    # A server that does not know the route answers 404 too, but not with MLflow's error codes.
     return code == "RESOURCE_DOES_NOT_EXIST" and not str(error).startswith("API request to")
 
 
 def search(client: MlflowClient, experiment: str, wanted: str) -> Iterator[Recorded]:
-    """All runs that fit, oldest first."""
+    """All runs that match a filter, oldest first."""
     token = None
     while True:
         page = client.search_runs(

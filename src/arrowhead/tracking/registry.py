@@ -1,8 +1,8 @@
-"""Bundles in MLflow: logged as models, registered under a name, found by their addresses.
+"""Bundles as MLflow models: logged, registered under a name, downloaded by address.
 
-log_model       a bundle becomes a run's model, without pickle
-make_version    that model becomes a version of a registered one
-opened          a bundle that is in a store, by its address there
+log_model       logs a bundle as a run's model, without pickle
+make_version    makes that model a version of a registered one
+model_files     the files of a bundle in a store, by address
 """
 
 from __future__ import annotations
@@ -24,25 +24,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arrowhead.errors import ConfigError
-from arrowhead.tracking.address import without_secret
-from arrowhead.tracking.client import TrackingConfig, find_run, first_line, missing, reading, usable
+from arrowhead.tracking.address import without_secrets
+from arrowhead.tracking.client import (
+    TrackingConfig,
+    find_run,
+    first_line,
+    is_missing,
+    open_for_reading,
+    refuse_store_errors,
+)
 from arrowhead.wording import command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Recorded
 
-ABOUT = ("dataset", "body", "recipe")  # tags of a run that its model has, too
+MODEL_TAGS = ("dataset", "body", "recipe")  # tags that a run's model gets too
 MAX_MODEL_NAME_CHARS = 250
-UNSERVED = {"cyclopts", "matplotlib", "ray", "rich"}  # dependencies that scoring never imports
+NOT_FOR_SERVING = {
+    "cyclopts",
+    "matplotlib",
+    "ray",
+    "rich",
+}  # dependencies that scoring never imports
 Fetch = Callable[[str, Path], None]
-"""Copies one file of a folder elsewhere to the disk: its name in the folder, and the place here.
-Raises FileNotFoundError if the folder has none of that name."""
+"""Downloads one file of a remote folder: its name there, its path here. Raises FileNotFoundError
+if there is none of that name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegistryConfig:
-    """Under which name what was trained can be fetched and served."""
+    """How a trained bundle is logged in MLflow, and the name to register it under."""
 
     register: str | None = None
     """Register the bundle as the next version of this model in MLflow's model registry."""
@@ -87,24 +99,30 @@ class RegistryConfig:
             )
 
     def later(self, bundle: Path) -> str:
-        """The command that registers a bundle afterwards."""
+        """The command that registers a bundle later."""
         alias = [] if self.alias == "champion" else ["--alias", self.alias]
         return command(["arrowhead", "bundle", "register", bundle, self.register, *alias])
 
 
-def opened(uri: str, config: TrackingConfig) -> Fetch:
-    """How the files of a bundle in a store are got.
+def model_files(uri: str, config: TrackingConfig) -> Fetch:
+    """A function that downloads the files of a bundle in a tracking store, one by one.
 
-    uri: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, models:/m-… or
-    runs:/RUN/model. Nothing of the model but the files that are asked for is read. Raises
-    ConfigError if nothing is there, if it holds no bundle, or if the store cannot be used; so does
-    what is returned.
+    Args:
+        uri: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest, models:/m-… or
+            runs:/RUN/model.
+        config: the store.
+
+    Raises:
+        ConfigError: if nothing is there, if it holds no bundle, or if the store cannot be used;
+            the returned function raises it, too.
     """
-    where = without_secret(config.uri)
-    with reading(config, uri) as client:
+    where = without_secrets(config.uri)
+    with open_for_reading(config, uri) as client:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        source = get_artifact_repository(_placed(client, uri, where), tracking_uri=config.uri)
+        source = get_artifact_repository(
+            _model_location(client, uri, where), tracking_uri=config.uri
+        )
         within = [f"{one.path}/" for one in source.list_artifacts("artifacts") if one.is_dir]
         for inside in ("", *within):  # a folder of a run; in a model, under the name that it had
             names = {file.path for file in source.list_artifacts(inside.rstrip("/") or None)}
@@ -118,21 +136,21 @@ def opened(uri: str, config: TrackingConfig) -> Fetch:
             )
 
     def fetch(name: str, target: Path) -> None:
-        with usable(config), tempfile.TemporaryDirectory(dir=target.parent) as draft:
+        with refuse_store_errors(config), tempfile.TemporaryDirectory(dir=target.parent) as draft:
             os.replace(source.download_artifacts(inside + name, draft), target)
 
     return fetch
 
 
-def _placed(client: MlflowClient, uri: str, where: str) -> str:
-    """Where the files of a model lie. where: the store, in words."""
+def _model_location(client: MlflowClient, uri: str, where: str) -> str:
+    """The address of a model's files. where: the store, for refusals."""
     kind, _, rest = uri.partition(":/")
     rest = rest.strip("/")
     if kind == "runs":
         run_id, _, name = rest.partition("/")
-        return _placed_in_run(client, run_id, name or "model", where)
+        return _location_in_run(client, run_id, name or "model", where)
     if re.fullmatch(r"m-\w+", rest):
-        return str(_known(client.get_logged_model, rest, uri, where).artifact_location)
+        return str(_get_or_refuse(client.get_logged_model, rest, uri, where).artifact_location)
     found = re.fullmatch(r"(?P<name>[^/:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))", rest)
     if not found:
         raise ConfigError(
@@ -144,25 +162,29 @@ def _placed(client: MlflowClient, uri: str, where: str) -> str:
     model = registered(client, name)
     if model is None:
         names = [one.name for one in client.search_registered_models(max_results=1000)]
-        raise _unknown(f"No model is registered as {name} in {where}", name, names)
+        raise _not_found(f"No model is registered as {name} in {where}", name, names)
     if alias and alias not in model.aliases:
-        raise _unknown(f"The model {name} has no alias {alias}", alias, list(model.aliases))
+        raise _not_found(f"The model {name} has no alias {alias}", alias, list(model.aliases))
     if alias:
         version = model.aliases[alias]
     elif version == "latest":
         version = str(max((int(one.version) for one in model.latest_versions), default=0))
-    _known(partial(client.get_model_version, name), version, uri, where)
+    _get_or_refuse(partial(client.get_model_version, name), version, uri, where)
     source: str = client.get_model_version_download_uri(name, version)
-    return _placed(client, source, where) if source.startswith(("models:", "runs:")) else source
+    return (
+        _model_location(client, source, where)
+        if source.startswith(("models:", "runs:"))
+        else source
+    )
 
 
-def _placed_in_run(client: MlflowClient, run_id: str, name: str, where: str) -> str:
-    """Where a run's model of that name lies, the newest of several; or its artefacts of that name:
-    a bundle whose model could not be logged is kept there.
+def _location_in_run(client: MlflowClient, run_id: str, name: str, where: str) -> str:
+    """The address of a run's newest model of that name, or else of its artifacts of that name: a
+    bundle that could not be logged as a model is kept there.
     """
     run = find_run(client, run_id)
     if run is None:
-        raise _unknown(f"There is no run {run_id} in {where}", run_id, [])
+        raise _not_found(f"There is no run {run_id} in {where}", run_id, [])
     outputs = run.outputs.model_outputs if run.outputs else []
     models = [client.get_logged_model(output.model_id) for output in outputs]
     # `runs:/RUN/model` is the run's model, whatever it is called.
@@ -171,23 +193,23 @@ def _placed_in_run(client: MlflowClient, run_id: str, name: str, where: str) -> 
     kept = [file.path for file in client.list_artifacts(run_id) if file.is_dir]
     if name not in kept:
         names = sorted({one.name for one in models} | ({"bundle"} & set(kept)))
-        raise _unknown(f"The run {run_id} has no model {name}", name, names)
+        raise _not_found(f"The run {run_id} has no model {name}", name, names)
     return f"{run.info.artifact_uri.rstrip('/')}/{name}"
 
 
-def _known(get: Callable[[str], Any], key: str, uri: str, where: str) -> Any:
-    """What a store has under a key."""
+def _get_or_refuse(get: Callable[[str], Any], key: str, uri: str, where: str) -> Any:
+    """What `get` returns for a key, or a refusal if the store does not have it."""
     from mlflow.exceptions import MlflowException
 
     try:
         return get(key)
     except MlflowException as error:
-        if not missing(error):
+        if not is_missing(error):
             raise
-        raise _unknown(f"There is no {uri} in {where}", key, []) from error
+        raise _not_found(f"There is no {uri} in {where}", key, []) from error
 
 
-def _unknown(found: str, name: str, there: Sequence[str]) -> ConfigError:
+def _not_found(found: str, name: str, there: Sequence[str]) -> ConfigError:
     close = difflib.get_close_matches(name, there, 3) or sorted(there)[:5]
     return ConfigError(
         f"{found}.",
@@ -203,13 +225,13 @@ def registered(client: MlflowClient, name: str) -> Any:
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
-        if missing(error):
+        if is_missing(error):
             return None
         raise
 
 
-def must_take(client: MlflowClient, name: str) -> None:
-    """Raises ConfigError if no model can be registered under that name."""
+def check_registrable(client: MlflowClient, name: str) -> None:
+    """Raise ConfigError if no model can be registered under that name."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -229,21 +251,22 @@ def must_take(client: MlflowClient, name: str) -> None:
 
 
 def version_of(client: MlflowClient, name: str, digest: str) -> str | None:
-    """The newest version of a registered model that was made of a bundle."""
+    """The newest version of a registered model that was made from a bundle."""
     found = client.search_model_versions(f"tags.bundle = '{digest}'")
     numbers = [int(one.version) for one in found if one.name == name and one.status == "READY"]
     return str(max(numbers)) if numbers else None
 
 
 def digest_of(bundle: Path) -> str:
-    """What stands for a bundle here: `bundle.format.fingerprint`."""
+    """A bundle's fingerprint, the same as `bundle.format.fingerprint`."""
     return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
 
 
 def write_model(bundle: Path, draft: Path, made: Any, run_id: str) -> None:
-    """An MLflow pyfunc model in `draft`/model: bundle, `served.py` and this package's source; no
-    pickle. What a training reports beside the bundle is left out, and the example is drawn: a
-    photo of the user's shows only in the bundle's golden images.
+    """Write an MLflow pyfunc model to `draft`/model: bundle and this package's source, no pickle.
+
+    The training's report is left out, and the input example is a drawn image, so that no photo of
+    the user's is in the model but the golden images.
     """
     import pandas  # type: ignore[import-untyped]
 
@@ -276,8 +299,8 @@ def write_model(bundle: Path, draft: Path, made: Any, run_id: str) -> None:
         str(target),
         python_model=str(here / "inference" / "mlflow_model.py"),
         artifacts={"bundle": str(bundle.absolute())},
-        # Arrowhead's own source goes along: the model gives the same where another version of it,
-        # or none, is installed.
+        # With Arrowhead's own source, the model gives the same where another version, or none,
+        # is installed.
         code_paths=[str(here)],
         signature=ModelSignature(Schema(either), Schema(answer)),
         input_example=example,
@@ -290,7 +313,7 @@ def write_model(bundle: Path, draft: Path, made: Any, run_id: str) -> None:
 
 
 def _drawn_image() -> bytes:
-    """A PNG for the input example: it is shown to whoever may see the model, so no user's photo."""
+    """A PNG for the input example, which everybody who may see the model can see."""
     from PIL import Image
 
     kept = io.BytesIO()
@@ -299,7 +322,7 @@ def _drawn_image() -> bytes:
 
 
 def _requirements() -> list[str]:
-    """What scoring needs, pinned to what is installed. MLflow's own guess takes minutes."""
+    """Scoring's dependencies, pinned to the installed versions. MLflow's guess takes minutes."""
     from importlib.metadata import requires, version
 
     names = [
@@ -307,18 +330,20 @@ def _requirements() -> list[str]:
         for line in requires("arrowhead") or []
         if "extra ==" not in line
     ]
-    return [f"{one}=={version(one).partition('+')[0]}" for one in names if one not in UNSERVED]
+    return [
+        f"{one}=={version(one).partition('+')[0]}" for one in names if one not in NOT_FOR_SERVING
+    ]
 
 
 def log_model(client: MlflowClient, run_id: str, bundle: Path) -> str:
-    """The address of the run's model of a bundle, models:/m-…, made of it unless it is there."""
+    """Log a bundle as a model of a run, unless it is there; its address, models:/m-…"""
     from mlflow.entities import LoggedModelOutput
 
     digest, run = digest_of(bundle), client.get_run(run_id)
     if there := _logged(client, run, digest):
         return f"models:/{there.model_id}"
     content = json.loads((bundle / "bundle.json").read_bytes())
-    about = {name: run.data.tags[name] for name in ABOUT if name in run.data.tags}
+    about = {name: run.data.tags[name] for name in MODEL_TAGS if name in run.data.tags}
     made = client.create_logged_model(
         run.info.experiment_id,
         model_name(about.get("dataset", bundle.name), content),
@@ -341,7 +366,7 @@ def log_model(client: MlflowClient, run_id: str, bundle: Path) -> str:
 
 
 def model_name(dataset: str, content: Mapping[str, Any]) -> str:
-    """What a logged model is called: dogscats-resnet34-logistic. content: of its bundle.json."""
+    """The name of a logged model: dogscats-resnet34-logistic. content: of its bundle.json."""
     trained = content.get("lineage", {}).get("training", {}).get("head")
     head = "logistic" if trained == "logistic" else content["head"]  # both are linear in form
     whole = f"{dataset}-{content['recipe']['body']}-{head}"
@@ -366,8 +391,13 @@ def make_version(
     registry: RegistryConfig,
     say: Callable[[str], None],
 ) -> str:
-    """The address of the bundle's version of a registered model, made of the run's model unless
-    it is there. LookupError if the run has no model of it.
+    """Make the run's model of a bundle a version of a registered model, unless it is one.
+
+    Returns:
+        The version's address, models:/NAME/VERSION.
+
+    Raises:
+        LookupError: if the run has no model of the bundle.
     """
     name, digest = str(registry.register), digest_of(bundle)
     version = version_of(client, name, digest)
@@ -379,14 +409,14 @@ def make_version(
             client.create_registered_model(name)
         made = client.create_model_version(
             name,
-            # Not models:/m-…: a database would ask the process's store for it, not this one.
+            # Not models:/m-…: MLflow would look that up in the process's default store.
             model.artifact_location,
             run_id,
             tags={"bundle": digest, "run_id": run_id, "model": f"models:/{model.model_id}"},
             model_id=model.model_id,
         )
         version = str(made.version)
-        # As `mlflow.register_model` notes it, for the UI.
+        # The UI reads what `mlflow.register_model` would note here.
         noted = json.loads(model.tags.get("mlflow.modelVersions", "[]"))
         entry = json.dumps([*noted, {"name": name, "version": version}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": entry})

@@ -30,22 +30,22 @@ from arrowhead import fileio
 from arrowhead.errors import ConfigError, LostError
 from arrowhead.runtime import environment, signals
 from arrowhead.tracking import system_metrics, writes
-from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.address import without_secrets
 from arrowhead.tracking.client import (
     TrackingConfig,
     find_run,
     first_line,
+    longer_timeout,
     open_store,
-    patience,
-    usable,
+    refuse_store_errors,
 )
 from arrowhead.tracking.outbox import Outbox, stamp
 from arrowhead.tracking.registry import (
     RegistryConfig,
+    check_registrable,
     digest_of,
     log_model,
     make_version,
-    must_take,
     version_of,
 )
 from arrowhead.tracking.resume import ChildRuns, reopen, unfinished_run
@@ -64,9 +64,6 @@ def _default_outbox() -> Path:
 
 def _to_stderr(line: str) -> None:
     sys.stderr.write(f"{line}\n")
-
-
-# ------------------------------------------------------------------------------- the face
 
 
 class Run:
@@ -131,8 +128,8 @@ class Run:
         self._batch(points={name: list(enumerate(values))})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters, as text. One that a resumed run has with another value stays; the new
-        value is said, and kept as the tag `resumed.<name>`.
+        """Log parameters, as text. MLflow never changes one: where a resumed run has another value,
+        a line says so, and the new value becomes the tag `resumed.<name>`.
         """
         self._batch(params=values)
 
@@ -150,9 +147,9 @@ class Run:
         self._sender.write({"do": "batch", "run": self._id} | write)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copy a file, or a directory's files, to the run's artefacts."""
+        """Log a file, or a directory's files, as artifacts of the run."""
         if not path.exists():
-            self._sender.say(f"not kept with the run, it is not there: {path}")
+            self._sender.say(f"not logged in MLflow, there is no such file: {path}")
             return
         inside = (folder or path.name) if path.is_dir() else folder
         self._sender.write(
@@ -175,7 +172,7 @@ class Run:
         place = urlsplit(source).scheme if "://" in source else ""
         kind = "local" if place in ("", "file") else place
         # MLflow reads a source back from JSON with a URI in it.
-        where = json.dumps({"uri": without_secret(source)})
+        where = json.dumps({"uri": without_secrets(source)})
         data = {"name": name[:500], "digest": digest[:36], "source_type": kind, "source": where}
         for key, value in (("profile", profile), ("schema", schema)):
             if value:
@@ -206,7 +203,7 @@ class Run:
         )
 
     def _log_model(self, client: Any, bundle: Path) -> str:
-        with patience(stamp(bundle)[0]):
+        with longer_timeout(stamp(bundle)[0]):
             return log_model(client, self.run_id, bundle)
 
     def register(self, bundle: Path) -> str | None:
@@ -243,15 +240,16 @@ class Run:
         """A run below this one, ended FINISHED, or FAILED when the block raises (KILLED by an
         interrupt). A resumed run goes on in the child of that name that it has.
         """
-        resumed = self._child_runs.get(name)
-        if resumed:
-            child, _ = resumed.pop(0)
+        earlier = self._child_runs.get(name)
+        is_new = not earlier
+        if earlier:
+            child, _ = earlier.pop(0)
             self._sender.write({"do": "status", "run": child, "status": "RUNNING", "end": None})
         else:
             new = new_run(name, self._id, source_tags(name))
             self._sender.write({"do": "make", "made": new})
             child = new["local"]
-        with _ended(self._sender, child, new=not resumed):
+        with _ended(self._sender, child, new=is_new):
             yield Run(self._sender, child, self._registry)
 
     def children(
@@ -313,12 +311,12 @@ def start(
     """
     base = (outbox or _default_outbox()).absolute()
     with contextlib.ExitStack() as until_begun:
-        with usable(config):
+        with refuse_store_errors(config):
             client, experiment = open_store(config)
             if registry.register:
-                must_take(client, registry.register)
+                check_registrable(client, registry.register)
             store = TrackingStore(client, experiment, say)
-            header = {"store": without_secret(config.uri), "experiment": experiment}
+            header = {"store": without_secrets(config.uri), "experiment": experiment}
             owner = header | {"verb": name}
             resumed = unfinished_run(client, resume_file, owner, say) if resume_file else None
             own = resumed.info.run_id if resumed else None
@@ -375,11 +373,11 @@ def _ended(sender: Sender, run_id: str, *, new: bool) -> Iterator[None]:
 
 def send(config: TrackingConfig, outbox: Path | None = None, say: Say = _to_stderr) -> None:
     """Send what earlier runs could not. Raises ConfigError when the store cannot be used."""
-    with usable(config):
+    with refuse_store_errors(config):
         client, experiment = open_store(config)
         store = TrackingStore(client, experiment, say)
         base = (outbox or _default_outbox()).absolute()
-        send_unsent(store, base, without_secret(config.uri), None, math.inf)
+        send_unsent(store, base, without_secrets(config.uri), None, math.inf)
 
 
 def register(
@@ -396,12 +394,12 @@ def register(
     know that, with a new one. Raises ConfigError if the store or its registry cannot be used.
     """
     assert registry.register, "a name"
-    with usable(config):
+    with refuse_store_errors(config):
         client, experiment = open_store(config)
-        must_take(client, registry.register)
+        check_registrable(client, registry.register)
         store = TrackingStore(client, experiment, say)
         base = (outbox or _default_outbox()).absolute()
-        send_unsent(store, base, without_secret(config.uri), None)
+        send_unsent(store, base, without_secrets(config.uri), None)
         if version_of(client, registry.register, digest_of(bundle)) is None:
             trained = json.loads((bundle / "bundle.json").read_bytes())["lineage"].get("run_id")
             known = find_run(client, trained) if trained else None
@@ -409,7 +407,7 @@ def register(
                 new = new_run("register", None, source_tags("bundle register"))
                 trained = store.make(new)
                 client.set_terminated(trained, "FINISHED")
-            with patience(stamp(bundle)[0]):
+            with longer_timeout(stamp(bundle)[0]):
                 log_model(client, trained, bundle)
             return make_version(client, trained, bundle, registry, say)
         return make_version(client, "", bundle, registry, say)

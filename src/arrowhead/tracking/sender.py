@@ -13,8 +13,14 @@ import threading
 from pathlib import Path
 from time import monotonic
 
-from arrowhead.tracking.address import without_secret
-from arrowhead.tracking.client import PROBE, find_run, first_line, refused, silence
+from arrowhead.tracking.address import without_secrets
+from arrowhead.tracking.client import (
+    PROBE_SECONDS,
+    find_run,
+    first_line,
+    is_refusal,
+    why_unreachable,
+)
 from arrowhead.tracking.outbox import Outbox
 from arrowhead.tracking.store import TrackingStore
 from arrowhead.tracking.writes import Write, for_another_process
@@ -35,7 +41,7 @@ class Sender:
     def __init__(self, store: TrackingStore, outbox: Outbox, uri: str) -> None:
         self.store, self.say = store, store.say
         self._outbox, self._uri = outbox, uri
-        self._name = f"the tracking store {without_secret(uri)}"
+        self._name = f"the tracking store {without_secrets(uri)}"
         self._lock = threading.RLock()  # held while the outbox or a flag below is used
         self._changed = threading.Condition(self._lock)
         self._tried = 0  # writes of the outbox that were sent, refused or put off
@@ -112,7 +118,7 @@ class Sender:
     def _send(self, *, retry: bool) -> None:
         """Send what is new in the outbox or, to try again, all that it holds."""
         was_away = self._away
-        if was_away and silence(self._uri, PROBE) is None and self.store.answers():
+        if was_away and why_unreachable(self._uri, PROBE_SECONDS) is None and self.store.answers():
             self._away = False
         with self._lock:
             pending, added = self._outbox.pending(0 if retry else self._tried), self._outbox.added
@@ -144,10 +150,10 @@ class Sender:
         try:
             self.store.do(write, self._outbox.folder)
         except Exception as error:
-            if refused(error):
+            if is_refusal(error):
                 self._say_once(f"MLflow refuses what is written to it: {first_line(error)}")
                 return "done"
-            silent = silence(self._uri, PROBE)
+            silent = why_unreachable(self._uri, PROBE_SECONDS)
             if silent is None and self.store.answers():
                 self._say_once(
                     f"not recorded yet, though {self._name} answers: {first_line(error)}."
@@ -230,7 +236,7 @@ def _send_all(store: TrackingStore, outbox: Outbox, until: float) -> None:
         try:
             store.do(write, outbox.folder)
         except Exception as error:
-            if refused(error):
+            if is_refusal(error):
                 store.say(f"MLflow refuses what was kept in {outbox.folder}: {first_line(error)}")
             elif store.answers():
                 continue

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arrowhead.tracking.client import patience, search
+from arrowhead.tracking.client import longer_timeout, search
 from arrowhead.tracking.names import shortened
 from arrowhead.tracking.outbox import stamp
 from arrowhead.tracking.writes import Write, is_local
@@ -174,7 +174,7 @@ class TrackingStore:
             self.say(f"not sent to MLflow, it was removed or changed since: {path}")
             return
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        with patience(stamp(path)[0]):
+        with longer_timeout(stamp(path)[0]):
             log(run_id, str(path), write["folder"])
 
     def _inputs(self, run_id: str, data: Mapping[str, str], use: str) -> None:

@@ -1,10 +1,10 @@
-"""A run, watched from outside while it works: what it has recorded in MLflow so far.
+"""Shows the state of a running command from its MLflow run.
 
-    Watch      finds a run in a store, by id, name or newness
-      -> look  View: its stages, how far each is, what binds it; the machine's load
-    lines      a View in words
+    Watch      finds a run in a store by id or name, or the newest
+      -> look  View: its stages, their progress and bottleneck; the machine's load
+    lines      a View as text
 
-Nothing but the store is asked, so this works from any machine that reaches it, of runs on any.
+It only reads the tracking store, so it works from any machine that reaches the store.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ from typing import Any
 from arrowhead.errors import ConfigError
 from arrowhead.features import extract
 from arrowhead.tracking import client as tracking_client
-from arrowhead.tracking.address import without_secret
+from arrowhead.tracking.address import without_secrets
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.wording import counted
 
 Recorded = Any  # a run as MLflow's client gives it
-QUIET = 60.0  # seconds without news, after which a run may be dead
-STAGES = 20  # children that are shown; those of a grid come after its training
-WIDE = 12  # characters of a bar
-CODES = {"FINISHED": 0, "KILLED": 130, "FAILED": 1}
+QUIET_SECONDS = 60.0  # without news: the run may be dead
+MAX_STAGES = 20  # children shown; those of a grid come after its training
+BAR_CHARS = 12
+EXIT_CODES = {"FINISHED": 0, "KILLED": 130, "FAILED": 1}
 PARENT = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One run of a command: the whole of it, or a child.
+    """One run of a command: the parent run or a child.
 
-    images: done, total, faults, and img/s since its start; busy: seconds by stage of the path;
-    epoch: the last, of `epochs`; stacks: part -> epoch, heads and the best figure of many heads
-    that learn at once; figures: the newest losses and metrics by name. seconds: so far.
+    Attributes:
+        seconds: duration so far.
+        images: done, total, faults, and rate (img/s since its start).
+        busy: seconds by step of the extraction.
+        epoch: the last finished one, counted from 0; of `epochs`.
+        stacks: for heads trained together: part -> epoch, heads and the best metric.
+        figures: the newest losses and metrics by name.
     """
 
     name: str
@@ -53,8 +57,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """A run at a moment. machine: newest system metrics of the machine that drives it, by MLflow's
-    names. quiet: seconds since something in it changed, as long as it was watched.
+    """A run at one moment.
+
+    Attributes:
+        machine: the newest system metrics of the driver's machine, by MLflow's names.
+        quiet: seconds since something in the run changed, while it was watched.
     """
 
     run_id: str
@@ -63,32 +70,38 @@ class View:
     machine: dict[str, float]
     quiet: float
     trouble: str | None = None
-    """Why the store did not answer this time; the rest is of the time before."""
+    """Why the store did not answer this time; the rest is from the last answer."""
 
     @property
     def status(self) -> str:
-        """Of the whole run, in MLflow's words."""
+        """MLflow's status of the parent run."""
         return self.stages[0].status
 
     @property
     def running(self) -> bool:
-        """Whether it may go on."""
-        return self.status not in CODES
+        """Whether the run has not ended."""
+        return self.status not in EXIT_CODES
 
     @property
     def code(self) -> int:
-        """The exit code that its command had, as far as its status tells; of a running one 0."""
-        return CODES.get(self.status, 0)
+        """The exit code of its command according to the status; 0 while it is running."""
+        return EXIT_CODES.get(self.status, 0)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The view as a dict for JSON."""
         return {"status": self.status} | dataclasses.asdict(self)
 
 
 class Watch:
-    """A run to look at. Raises ConfigError if the store cannot be read or knows no such run.
+    """A run to look at; use it as a context manager.
 
-    word: the run's id or its beginning, or its name (the newest that has it); None: the newest.
+    Args:
+        config: the tracking store and experiment.
+        word: the run's id or its first characters, or its name (the newest of that name);
+            None: the newest run.
+
+    Raises:
+        ConfigError: if the store cannot be read or has no such run.
     """
 
     def __init__(self, config: TrackingConfig, word: str | None = None) -> None:
@@ -99,15 +112,17 @@ class Watch:
 
     def __enter__(self) -> Watch:
         what = f"run {self._word}" if self._word else "the newest run"
-        self._client = self._open.enter_context(tracking_client.reading(self._config, what))
-        self._run_id = _found(self._client, self._config, self._word)
+        self._client = self._open.enter_context(
+            tracking_client.open_for_reading(self._config, what)
+        )
+        self._run_id = _find_run_id(self._client, self._config, self._word)
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._open.__exit__(*error)
 
     def look(self) -> View:
-        """The run as it is now; after the first time, as it was if the store does not answer."""
+        """The run as it is now. If the store does not answer, the view before, with the trouble."""
         try:
             made = self._look()
         except Exception as error:
@@ -119,7 +134,7 @@ class Watch:
                 trouble=tracking_client.first_line(error)[:200],
             )
             return self._view
-        if self._view is None or _state(made) != _state(self._view):
+        if self._view is None or _comparable(made) != _comparable(self._view):
             self._changed = monotonic()
         self._view = dataclasses.replace(made, quiet=monotonic() - self._changed)
         return self._view
@@ -130,7 +145,7 @@ class Watch:
             [run.info.experiment_id],
             f"tags.`{PARENT}` = '{self._run_id}'",
             order_by=["attributes.start_time ASC"],
-            max_results=STAGES,
+            max_results=MAX_STAGES,
         )
         children = [one for one in below if one.data.tags.get("part") != "grid"]
         metrics = run.data.metrics
@@ -178,17 +193,17 @@ class Watch:
         )
 
 
-def _state(view: View) -> Any:
-    """What changes when something happened."""
+def _comparable(view: View) -> Any:
+    """The part of a view that changes only when something happened."""
     made = dataclasses.replace(view, quiet=0.0, trouble=None).plain()
     for stage in made["stages"]:
         del stage["seconds"]
     return made
 
 
-def _found(client: Any, config: TrackingConfig, word: str | None) -> str:
-    """The id of the run that is meant."""
-    where = without_secret(config.uri)
+def _find_run_id(client: Any, config: TrackingConfig, word: str | None) -> str:
+    """The id of the run that a word names."""
+    where = without_secrets(config.uri)
     experiment = client.get_experiment_by_name(config.experiment)
     latest: list[str] = []
     for run in _newest(client, experiment.experiment_id) if experiment else ():
@@ -210,7 +225,7 @@ def _found(client: Any, config: TrackingConfig, word: str | None) -> str:
 
 
 def _newest(client: Any, experiment: str) -> Iterator[Recorded]:
-    """Runs that have no parent, newest first."""
+    """Runs without a parent, newest first."""
     token = None
     while True:
         page = client.search_runs(
@@ -225,11 +240,11 @@ def _newest(client: Any, experiment: str) -> Iterator[Recorded]:
             return
 
 
-# ------------------------------------------------------------------------------ in words
+# ------------------------------------------------------------------------------ as text
 
 
 def lines(view: View) -> list[str]:
-    """A View for a person: the run, its stages, the machine, and what is wrong."""
+    """A View as lines of text: the run, its stages, the machine, and what is wrong."""
     whole = view.stages[0]
     since = f"{'for' if view.running else 'after'} {_span(whole.seconds)}"
     title = [f"{whole.name} {view.run_id[:8]}", f"{view.status.lower()} {since}"]
@@ -241,7 +256,7 @@ def lines(view: View) -> list[str]:
         made.append(f"  {'machine':<{wide}}  {_load(view.machine)}")
     if view.trouble:
         made.append(f"  the store does not answer: {view.trouble}")
-    if view.running and view.quiet > QUIET:
+    if view.running and view.quiet > QUIET_SECONDS:
         made.append(
             f"  nothing new for {_span(view.quiet)}. If its process is gone, run the same command"
             " again: it goes on where it stopped"
@@ -250,7 +265,7 @@ def lines(view: View) -> list[str]:
 
 
 def _words(stage: Stage, child: bool) -> Iterator[str]:
-    """How far a stage is; nothing for a run that only holds others."""
+    """The progress of a stage; nothing for a run that only has children."""
     if stage.images:
         yield _images(stage)
     for part, figures in stage.stacks.items():
@@ -271,7 +286,7 @@ def _images(stage: Stage) -> str:
     done, total = images.get("images", 0), images.get("total", 0)
     rate, faults = images.get("rate", 0.0), images.get("faults", 0)
     share = done / total if total else 1.0
-    bar = "█" * int(WIDE * share) + "░" * (WIDE - int(WIDE * share))
+    bar = "█" * int(BAR_CHARS * share) + "░" * (BAR_CHARS - int(BAR_CHARS * share))
     parts = [f"{bar} {done:.0f}/{total:.0f}", f"{rate:.1f} img/s"]
     if stage.status == "RUNNING" and rate and done < total:
         parts.append(f"{_span((total - done) / rate)} left")
@@ -283,7 +298,7 @@ def _images(stage: Stage) -> str:
 
 
 def _load(machine: Mapping[str, float]) -> str:
-    """The newest of MLflow's system metrics, those that a person asks for first."""
+    """The most useful of MLflow's system metrics, as text."""
     shown = []
     for name, words in (
         ("cpu_utilization_percentage", "processor {:.0f} %"),
@@ -302,7 +317,7 @@ def _load(machine: Mapping[str, float]) -> str:
 
 
 def _span(seconds: float) -> str:
-    """A duration as people say it."""
+    """A duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole} s"
