@@ -53,6 +53,7 @@ DOORS = {
         "inference.mlflow_model",
         "tracking.client",
         "tracking.registry",
+        "tracking.resume",
         "tracking.store",
         "tracking.system_metrics",
     },

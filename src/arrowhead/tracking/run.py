@@ -333,23 +333,31 @@ def start(
         if resume_file:
             fileio.write_json(resume_file, owner | {"run_id": run_id})
         sender = Sender(store, Outbox(base / run_id, header | {"run_id": run_id}), config.uri)
-        finished = interrupted = False
-        try:
-            gauge = system_metrics.gauge(config, sender, run_id)
-            with _ended(sender, run_id, new=resumed is None), gauge:
-                until_begun.close()
-                yield Run(sender, run_id, registry, children)
-            finished = True
-        except ConfigError:
-            finished = resumed is None
-            raise
-        except (KeyboardInterrupt, LostError):
-            interrupted = True
-            raise
-        finally:
-            sender.close(interrupted=interrupted)
-            if resume_file and finished:
-                resume_file.unlink(missing_ok=True)
+        with _recording(config, sender, run_id, resume_file, new=resumed is None):
+            until_begun.close()
+            yield Run(sender, run_id, registry, children)
+
+
+@contextmanager
+def _recording(
+    config: TrackingConfig, sender: Sender, run_id: str, resume_file: Path | None, *, new: bool
+) -> Iterator[None]:
+    """A parent run while it is open: system metrics, how it ends, the last writes sent."""
+    finished = interrupted = False
+    try:
+        with _ended(sender, run_id, new=new), system_metrics.gauge(config, sender, run_id):
+            yield
+        finished = True
+    except ConfigError:
+        finished = new
+        raise
+    except (KeyboardInterrupt, LostError):
+        interrupted = True
+        raise
+    finally:
+        sender.close(interrupted=interrupted)
+        if resume_file and finished:
+            resume_file.unlink(missing_ok=True)
 
 
 @contextmanager
