@@ -1,4 +1,4 @@
-"""What tests share: small real JPEGs drawn by the demo, real photos where they lie beside us."""
+"""Shared fixtures: small real JPEGs that the demo draws, and real photos if they are available."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ LONG = [
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, the others in their order."""
-    place = {name: at for at, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+    folder = {name: at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: folder.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,11 +90,11 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     """Gives a folder an empty mlflow.db, and the folder back: MLflow takes seconds to make one."""
     from mlflow import MlflowClient
 
-    made = tmp_path_factory.mktemp("schema") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments()
+    result = tmp_path_factory.mktemp("schema") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{result}").search_experiments()
 
     def track(folder: Path) -> Path:
-        shutil.copy(made, folder)
+        shutil.copy(result, folder)
         return folder
 
     return track
@@ -127,17 +127,17 @@ def pets(
     """The finished store of the real photos, to be read; of two test processes, one makes it."""
     from arrowhead.cli.main import main
 
-    place = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        place = place.parent
-    with (place / "pets.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        folder = folder.parent
+    with (folder / "pets.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (place / "pets" / "manifest.json").is_file():
+        if not (folder / "pets" / "manifest.json").is_file():
             patch.chdir(tracked(tmp_path_factory.mktemp("pets")))
             with pytest.raises(SystemExit) as ended:
-                main(["precompute", str(dogscats), str(place / "pets"), *mobilenet])
+                main(["precompute", str(dogscats), str(folder / "pets"), *mobilenet])
             assert ended.value.code == 0
-    return place / "pets"
+    return folder / "pets"
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +163,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             for tensor in state.values():
                 if tensor.dim() == 1 and tensor.is_floating_point():
                     tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
-        made = Bundle(
+        result = Bundle(
             recipe=extract.make_recipe(PixelConfig(size=64), body, weights, width),
             classes=["baskets", "beads", "leaves"],
             head=head,
@@ -173,10 +173,10 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             lineage={},
             **{"temperature": 0.5} | fields,
         )
-        images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
-        feature_ND = replay.clean_features(made.recipe, made.make_body(), images, "cpu", 1)
+        images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in result.classes]
+        feature_ND = replay.clean_features(result.recipe, result.make_body(), images, "cpu", 1)
         prob_NC = bundle_format.probabilities(
-            made.make_head(), feature_ND, made.temperature, multi=made.multi
+            result.make_head(), feature_ND, result.temperature, multi=result.multi
         )
         golden = [
             GoldenImage(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
@@ -185,7 +185,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             )
         ]
         path = tmp_path_factory.mktemp("bundled") / "bundle"
-        bundle_format.save(replace(made, golden=golden), path)
+        bundle_format.save(replace(result, golden=golden), path)
         return path
 
     return save

@@ -1,4 +1,4 @@
-"""Run by test_flips: reads files with one flipped bit each; a line per flip, before and after."""
+"""Run by test_flips: reads files with one flipped bit each; prints a line before and after each."""
 
 from __future__ import annotations
 
@@ -47,34 +47,36 @@ def of_store(path: Path) -> str:
             for image_id in store.read_shard(name).image_ids
         ]
     for image_id in ids:
-        found = known.get(image_id)
-        total.update(b"" if found is None else found.tobytes())
+        result = known.get(image_id)
+        total.update(b"" if result is None else result.tobytes())
     extract.load_weights(store.recipe, store.weights_path)
     return total.hexdigest()
 
 
 def of_bundle(path: Path) -> str:
     """All of a bundle."""
-    made = bundle_format.load(path)
-    total = hashlib.sha256(repr((made.recipe, made.classes, made.head, made.temperature)).encode())
-    total.update(repr((made.metrics, made.lineage, made.multi, made.thresholds)).encode())
-    for state in (made.body_state, made.head_state):
+    result = bundle_format.load(path)
+    total = hashlib.sha256(
+        repr((result.recipe, result.classes, result.head, result.temperature)).encode()
+    )
+    total.update(repr((result.metrics, result.lineage, result.multi, result.thresholds)).encode())
+    for state in (result.body_state, result.head_state):
         for name in sorted(state):
             total.update(name.encode() + state[name].numpy().tobytes())
-    assert made.known_images
-    total.update(made.known_images.train.tobytes() + made.known_images.valid.tobytes())
-    for one in made.golden:
+    assert result.known_images
+    total.update(result.known_images.train.tobytes() + result.known_images.valid.tobytes())
+    for one in result.golden:
         total.update(one.data + one.feature.tobytes() + one.probabilities.tobytes())
     return total.hexdigest()
 
 
 def of_checkpoint(path: Path) -> str:
     """The newest checkpoint, None when it is passed over."""
-    found = checkpoint.newest(path, "key", lambda words: None)
-    if found is None:
+    result = checkpoint.newest(path, "key", lambda words: None)
+    if result is None:
         raise DataError("none is whole", "", "")
-    tensors = {name: tensor.numpy().tobytes() for name, tensor in sorted(found.tensors.items())}
-    return hashlib.sha256(repr((found.number, found.facts, tensors)).encode()).hexdigest()
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in sorted(result.tensors.items())}
+    return hashlib.sha256(repr((result.number, result.facts, tensors)).encode()).hexdigest()
 
 
 READERS: dict[str, Callable[[Path], str]] = {
@@ -92,18 +94,18 @@ def main(kind: str, folder: Path) -> None:
     for line in sys.stdin:
         name, bit = json.loads(line)
         file = folder / name
-        whole = file.read_bytes()
-        flipped = bytearray(whole)
+        full = file.read_bytes()
+        flipped = bytearray(full)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
         try:
-            said = "same" if read(folder) == right else "other"
+            output = "same" if read(folder) == right else "other"
         except (DataError, ConfigError) as error:
-            said = type(error).__name__
+            output = type(error).__name__
         except BaseException as error:
-            said = repr(error)
-        file.write_bytes(whole)
-        print(json.dumps(said), flush=True)
+            output = repr(error)
+        file.write_bytes(full)
+        print(json.dumps(output), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files as archives hold them: torn, mislabelled, contradictory, outsized, or odd but well.
+"""Files as in real archives: truncated, mislabelled, contradictory, too large, or odd but valid.
 
 `hostile` makes several hundred, the same ones from the same photos and seed, each with how it has
 to end. `on_disk` makes what cannot even be read, and names that no screen should meet raw.
@@ -54,7 +54,7 @@ def hostile(photos: Sequence[bytes], seed: int = 0) -> dict[str, Case]:
     rng = np.random.default_rng(seed)
     images = [Image.open(io.BytesIO(photo)).convert("RGB") for photo in photos[:4]]
     plain = [encoded(image, "JPEG", quality=80) for image in images]
-    found: dict[str, Case] = {}
+    result: dict[str, Case] = {}
     for family in (
         _no_images(rng),
         _cut_jpegs(images),
@@ -77,9 +77,9 @@ def hostile(photos: Sequence[bytes], seed: int = 0) -> dict[str, Case]:
         _thin(),
     ):
         for name, data, outcome in family:
-            assert name not in found, name
-            found[name] = Case(data, outcome)
-    return found
+            assert name not in result, name
+            result[name] = Case(data, outcome)
+    return result
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -321,8 +321,8 @@ def _without(data: bytes, marker: int, which: int = 0) -> bytes:
 
 
 def _tables(photo: bytes) -> Cases:
-    found = [item for item in segments(photo) if item[0] == 0xC4]
-    for number, (_, start, end) in enumerate(found):
+    result = [item for item in segments(photo) if item[0] == 0xC4]
+    for number, (_, start, end) in enumerate(result):
         counts, symbols = start + 5, start + 21
         name = f"Huffman table {number}"
         # libjpeg-turbo falls back on the standard's own tables, as for frames of films.
@@ -472,9 +472,9 @@ def _scans(image: Image.Image, photo: bytes) -> Cases:
     tables = progressive.find(b"\xff\xc4", first)
     later = progressive.find(b"\xff\xda", progressive.find(b"\xff\xda", tables) + 2)
     behind = progressive.find(b"\xff\xc4", later)
-    torn = progressive[tables : later + 20] + progressive[behind:]
-    yield "bytes too many, then a torn scan", progressive[:tables] + bytes(150) + torn, BROKEN
-    yield "a torn scan among others", progressive[:tables] + torn, BROKEN
+    truncated = progressive[tables : later + 20] + progressive[behind:]
+    yield "bytes too many, then a torn scan", progressive[:tables] + bytes(150) + truncated, BROKEN
+    yield "a torn scan among others", progressive[:tables] + truncated, BROKEN
     yield (
         "a progressive JPEG without its first scan",
         (progressive[:first] + progressive[progressive.find(b"\xff\xda", first + 2) :]),
@@ -658,9 +658,9 @@ def wide_table(photo: bytes) -> bytes:
 
 def _joined(photo: bytes) -> bytes:
     """The same JPEG, all Huffman tables in one segment."""
-    found = [(start, end) for marker, start, end in segments(photo) if marker == 0xC4]
-    whole = segment(0xC4, b"".join(photo[start + 4 : end] for start, end in found))
-    return photo[: found[0][0]] + whole + photo[found[-1][1] :]
+    result = [(start, end) for marker, start, end in segments(photo) if marker == 0xC4]
+    full = segment(0xC4, b"".join(photo[start + 4 : end] for start, end in result))
+    return photo[: result[0][0]] + full + photo[result[-1][1] :]
 
 
 # --------------------------------------------------------------------------------- claims
@@ -806,16 +806,16 @@ def _pngs(image: Image.Image) -> Cases:
         for number, block in enumerate(
             (b"", b"MM\0*\xff\xff", b"XX\0*\0\0\0\x08", b"II*\0\0\0\0\0")
         ):
-            torn = data[:33] + chunk(b"eXIf", block) + data[33:]
-            yield f"{name} and torn EXIF {number}", torn, WELL
+            truncated = data[:33] + chunk(b"eXIf", block) + data[33:]
+            yield f"{name} and torn EXIF {number}", truncated, WELL
     film = animated(image.resize((60, 50)), "PNG")
     yield "APNG", film, WELL
     for number, share in enumerate((0.4, 0.6, 0.8)):
         # OpenCV shows memory it never wrote where the pixels of these do not inflate.
         start = film.find(b"IDAT")
         length = int.from_bytes(film[start - 4 : start], "big")
-        torn = _patched(film, start + int(share * length), bytes(40))
-        yield f"APNG torn in its picture {number}", torn, BROKEN
+        truncated = _patched(film, start + int(share * length), bytes(40))
+        yield f"APNG torn in its picture {number}", truncated, BROKEN
     many = chunk(b"tEXt", b"Comment\0" + b"x" * 99)
     yield "PNG with 2000 texts", photo[:33] + many * 2000 + photo[33:], WELL
 
@@ -923,8 +923,8 @@ def _webps(image: Image.Image) -> Cases:
         for size, canvas in (("larger", (1999, 1999)), ("smaller", (7, 7))):
             sides = b"".join(struct.pack("<I", side)[:3] for side in canvas)
             head = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + sides
-            whole = b"RIFF" + struct.pack("<I", len(head + body)) + head + body
-            yield f"WebP, {name}, on a {size} canvas", whole, EITHER
+            full = b"RIFF" + struct.pack("<I", len(head + body)) + head + body
+            yield f"WebP, {name}, on a {size} canvas", full, EITHER
         yield f"WebP, {name}, RIFF says 0", _patched(data, 4, bytes(4)), EITHER
         yield f"WebP, {name}, RIFF says 4 GB", _patched(data, 4, b"\xff" * 4), EITHER
         yield f"WebP, {name}, its chunk says 4 GB", _patched(data, 16, b"\xff" * 4), EITHER
@@ -1031,10 +1031,10 @@ def on_disk(folder: Path, photo: bytes) -> dict[bytes, frozenset[str] | None]:
     a good file (its own name is not in the answer, `dog.jpg/inside.jpg` is). The file without
     permission is there only where we are not root, who may read everything.
     """
-    found: dict[bytes, frozenset[str] | None] = {}
+    result: dict[bytes, frozenset[str] | None] = {}
 
     def put(name: bytes, kind: str | None) -> Path:
-        found[name] = None if kind is None else frozenset({kind})
+        result[name] = None if kind is None else frozenset({kind})
         return folder / os.fsdecode(name)
 
     os.mkfifo(put(b"pipe.jpg", "not a file"))
@@ -1057,4 +1057,4 @@ def on_disk(folder: Path, photo: bytes) -> dict[bytes, frozenset[str] | None]:
     put(b"link to a photo.jpg", None).symlink_to("dog.jpg/inside.jpg")
     put(b"empty.jpg", "empty").write_bytes(b"")
     put(b"page.jpg", "not an image").write_bytes(b"<html>gone</html>")
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""bench/gpu.py as its user runs it, where there is no GPU: it says so and claims nothing."""
+"""bench/gpu.py on a machine without a GPU: the output says so and has no GPU results."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_table_says_on_every_line_that_there_was_no_gpu(run):
     assert sorted(file.name[:12] for file in out.iterdir()) == ["gpu_cpuonly_"] * 2
 
 
-def test_neither_ray_nor_mlflow_was_imported_and_what_is_left_out_is_said(run):
+def test_neither_ray_nor_mlflow_is_imported_and_the_table_lists_what_is_left_out(run):
     done, _, result = run
     assert result["imported"] == []
     assert "neither Ray nor MLflow" in done.stdout
@@ -101,7 +101,7 @@ def test_a_section_that_dies_keeps_its_rows_and_is_reported(tmp_path, monkeypatc
     assert "SIGSEGV" in lines[1]["failure"]["error"]
 
 
-def test_what_fails_is_named_and_the_rest_of_its_section_goes_on(tmp_path):
+def test_a_failure_is_reported_and_the_rest_of_its_section_runs(tmp_path):
     file = tmp_path / "lines.jsonl"
     gpu.run_sections(["decode"], file, settings(tmp_path))  # a folder without photos
     lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Calibration's promises: a temperature only where it helps images that did not fit it."""
+"""Calibration: a temperature is used only if it helps images that it was not fitted to."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def _many(rows: int, classes: int, scale: float, seed: int = 0) -> Case:
 
 def _fit(logit: NDArray[Any], label: NDArray[Any], key: Any = None) -> Calibration:
     key = np.arange(len(label), dtype=np.uint64) if key is None else key
-    made = calibrate(logit, label, key, [f"c{i}" for i in range(logit.shape[1])])
-    json.dumps(made.metrics, allow_nan=False)
-    return made
+    result = calibrate(logit, label, key, [f"c{i}" for i in range(logit.shape[1])])
+    json.dumps(result.metrics, allow_nan=False)
+    return result
 
 
 @pytest.mark.parametrize("make", [_one, _many])
@@ -43,10 +43,10 @@ def _fit(logit: NDArray[Any], label: NDArray[Any], key: Any = None) -> Calibrati
 def test_a_head_that_is_too_sure_or_not_sure_enough_gets_a_temperature(
     make: Any, classes: int, scale: float
 ) -> None:
-    made = _fit(*make(400, classes, scale))
-    assert made.temperature == pytest.approx(scale, rel=0.3)
+    result = _fit(*make(400, classes, scale))
+    assert result.temperature == pytest.approx(scale, rel=0.3)
     if make is _one:
-        figures = made.metrics
+        figures = result.metrics
         assert figures["ece"] < figures["ece_uncalibrated"] / 2
         assert figures["ece"] == figures["ece_fitted"]
         low, high = figures["ece_low"], figures["ece_high"]
@@ -92,30 +92,34 @@ def test_the_figure_is_of_images_that_did_not_fit_the_temperature() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 19])
 @pytest.mark.parametrize("make", [_one, _many])
 def test_too_few_images_get_no_temperature(make: Any, rows: int) -> None:
-    made = _fit(*make(rows, 3, 5.0))
-    assert (made.temperature, made.metrics["temperature_fitted"]) == (1, None)
-    assert "fewer than 20 different images" in describe(made.metrics)
+    result = _fit(*make(rows, 3, 5.0))
+    assert (result.temperature, result.metrics["temperature_fitted"]) == (1, None)
+    assert "fewer than 20 different images" in describe(result.metrics)
 
 
 def test_thresholds_are_tuned_on_all_images_and_judged_on_parts_that_were_left_out() -> None:
     draw = np.random.default_rng(0)
     label = (draw.random((200, 12)) < 0.05).astype(np.uint8)
     noise = draw.normal(size=label.shape).astype(np.float32)  # says nothing of any label
-    made = _fit(noise, label)
-    assert made.thresholds is not None
+    result = _fit(noise, label)
+    assert result.thresholds is not None
     inside = metrics.evaluate(
-        noise, label, list("abcdefghijkl"), temperature=made.temperature, thresholds=made.thresholds
+        noise,
+        label,
+        list("abcdefghijkl"),
+        temperature=result.temperature,
+        thresholds=result.thresholds,
     )
-    assert made.metrics["f2_macro_held_out"] < inside["f2_macro"] - 0.02
+    assert result.metrics["f2_macro_held_out"] < inside["f2_macro"] - 0.02
 
 
 def test_a_head_that_diverged_keeps_temperature_1() -> None:
     logit, label = _one(50, 3, 2.0)
     logit[7, 1] = np.nan
-    made = _fit(logit, label)
-    assert made.temperature == 1
-    assert made.metrics["ece"] is None
-    assert describe(made.metrics) == "temperature 1 (a fitted one did not help)"
+    result = _fit(logit, label)
+    assert result.temperature == 1
+    assert result.metrics["ece"] is None
+    assert describe(result.metrics) == "temperature 1 (a fitted one did not help)"
     logit, label = _many(50, 3, 2.0)
     logit[7, 1] = np.inf
     assert _fit(logit, label).temperature == 1

@@ -1,4 +1,4 @@
-"""Data as people have it: what each of these sources holds is what is extracted, said and counted.
+"""Typical data sets: the files of each source are extracted, reported and counted correctly.
 
 The kinds of `../shared/cases`, made of drawn images. `precompute` runs as a user runs it, with a
 small random body; one store takes them all in turn, so that an image is decoded once.
@@ -32,11 +32,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def extracted(store: Path, command: Any, tracked: Any, tmp_path: Path) -> Extracted:
     """Extracts a source; its result, the catalog of the store, and what was said."""
-    place = tracked(tmp_path)
+    folder = tracked(tmp_path)
 
     def extract(source: Path, *flags: str, code: int = 0) -> tuple[dict[str, Any], Catalog, str]:
         body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
-        uri = ["--tracking-uri", f"sqlite:///{place}/mlflow.db"]
+        uri = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
         result = command("precompute", source, store, *body, *uri, *flags, code=code)
         return result, Catalog(**Store(store).read_catalog()), command.said
 
@@ -80,23 +80,23 @@ def _rows(drawn: Path, count: int = 10) -> list[tuple[str, str]]:
 def test_folders_of_splits_by_any_usual_name_are_splits(
     drawn: Path, tmp_path: Path, extracted: Extracted, splits: tuple[str, ...]
 ) -> None:
-    result, catalog, said = extracted(_tree(tmp_path / "data", drawn, *splits, count=5))
+    result, catalog, output = extracted(_tree(tmp_path / "data", drawn, *splits, count=5))
     assert result["classes"] == ["baskets", "beads"]
     names = ("train", "valid", "test")
     counts = {name: 10 for name, _ in zip(names, splits, strict=False)}
     assert {name: catalog.splits.count(name) for name in set(catalog.splits)} == counts
-    assert f"{splits[0]}/ trains (10 files), {splits[1]}/ validates (10 files)" in said
+    assert f"{splits[0]}/ trains (10 files), {splits[1]}/ validates (10 files)" in output
 
 
 def test_train_and_test_folders_are_no_two_classes_and_a_share_validates(
     drawn: Path, tmp_path: Path, extracted: Extracted
 ) -> None:
     data = _tree(tmp_path / "data", drawn, "train_set", "test_set", count=9)
-    result, catalog, said = extracted(data)
+    result, catalog, output = extracted(data)
     assert result["classes"] == ["baskets", "beads"]
     counts = [catalog.splits.count(name) for name in ("train", "valid", "test")]
     assert counts == [14, 4, 18]
-    assert "a share of train_set/ is held out" in said
+    assert "a share of train_set/ is held out" in output
 
 
 def test_labels_with_spaces_and_ids_of_nested_files_are_read_from_a_table(
@@ -104,11 +104,11 @@ def test_labels_with_spaces_and_ids_of_nested_files_are_read_from_a_table(
 ) -> None:
     rows = [(Path(path).stem, label) for path, label in _rows(drawn)]
     table = _table(tmp_path / "labels.csv", "id,breed", rows)
-    result, catalog, said = extracted(table, "--images", str(drawn), "--suffix", ".jpg")
+    result, catalog, output = extracted(table, "--images", str(drawn), "--suffix", ".jpg")
     assert result["classes"] == ["American Basket", "Saint Bead"]
-    assert "task: one label for each image, 2 classes: American Basket, Saint Bead" in said
-    assert "column id names the images, column breed the labels" in said
-    assert "20 of 20 images found by name in folders below" in said
+    assert "task: one label for each image, 2 classes: American Basket, Saint Bead" in output
+    assert "column id names the images, column breed the labels" in output
+    assert "20 of 20 images found by name in folders below" in output
     assert result["counts"]["features"] == 20
     assert catalog.splits.count("valid") == 4  # two of each ten
 
@@ -147,13 +147,13 @@ def test_a_table_is_read_as_it_was_saved(
     assert (result["counts"]["features"], result["counts"]["faults"]) == (20, 0)
 
 
-def test_loose_images_are_told_as_such(drawn: Path) -> None:
+def test_images_outside_class_folders_are_reported(drawn: Path) -> None:
     with pytest.raises(ConfigError, match="24 images without a class folder") as refusal:
         sources.labelled(drawn / "new")
     assert "score" in refusal.value.do
 
 
-def test_sidecars_are_counted_and_said_and_no_fault(
+def test_sidecars_are_counted_and_reported_and_not_faults(
     drawn: Path, tmp_path: Path, extracted: Extracted
 ) -> None:
     data = _tree(tmp_path / "data", drawn, "train", "valid")
@@ -162,10 +162,10 @@ def test_sidecars_are_counted_and_said_and_no_fault(
         photo.with_suffix(".txt").write_text("0 0.5 0.5 1 1")
     (data / "train" / "beads" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (data / "train" / "beads" / "README").write_text("Beads.")
-    result, _, said = extracted(data)
+    result, _, output = extracted(data)
     counts = {name: result["counts"][name] for name in ("inputs", "features", "faults", "ignored")}
     assert counts == {"inputs": 74, "features": 24, "faults": 0, "ignored": 50}
-    assert "24 .json, 24 .txt, 1 README: not images by name and content, ignored" in said
+    assert "24 .json, 24 .txt, 1 README: not images by name and content, ignored" in output
 
 
 def test_a_class_of_one_image_trains_and_is_named(
@@ -175,11 +175,11 @@ def test_a_class_of_one_image_trains_and_is_named(
     for number, photo in enumerate(_photos(drawn, "leaves")[:8]):
         (data / f"rare{number}").mkdir()
         shutil.copy(photo, data / f"rare{number}")
-    _, catalog, said = extracted(data)
+    _, catalog, output = extracted(data)
     pairs = list(zip(catalog.labels, catalog.splits, strict=True))
     assert [pairs.count(((f"rare{n}",), "train")) for n in range(8)] == [1] * 8
     assert [pairs.count(((label,), "valid")) for label in ("baskets", "beads")] == [3, 3]
-    assert "no image validates rare0, rare1" in said
+    assert "no image validates rare0, rare1" in output
 
 
 def test_a_command_run_twice_in_the_folder_of_images_has_the_same_counts(

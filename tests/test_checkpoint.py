@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is found out and the one before it is used."""
+"""A damaged or incomplete checkpoint is detected, and the previous one is used."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def must_be_well(message: str) -> None:
 # ----------------------------------------------------------------------- written and found
 
 
-def test_what_is_written_comes_back_to_the_last_bit(tmp_path):
+def test_a_checkpoint_is_read_back_to_the_last_bit(tmp_path):
     odd = {
         "nan": torch.tensor([float("nan"), float("-inf"), -0.0]),
         "view": torch.arange(12).reshape(3, 4).t(),
@@ -70,16 +70,16 @@ def test_what_is_written_comes_back_to_the_last_bit(tmp_path):
     odd["tied"] = odd["view"][0]  # shares memory
     grad = torch.nn.Parameter(torch.ones(2))
     checkpoint.write(tmp_path / "one", {**odd, "grad": grad}, facts(4) | {"shape": (1, 2), 7: "x"})
-    found = checkpoint.newest(tmp_path, KEY, must_be_well)
-    assert found is not None
-    assert found.facts == facts(4) | {"shape": [1, 2], "7": "x"}
+    result = checkpoint.newest(tmp_path, KEY, must_be_well)
+    assert result is not None
+    assert result.facts == facts(4) | {"shape": [1, 2], "7": "x"}
     for name, tensor in odd.items():
-        assert found.tensors[name].dtype == tensor.dtype
+        assert result.tensors[name].dtype == tensor.dtype
         assert torch.equal(
-            found.tensors[name].reshape(-1).view(torch.uint8),
+            result.tensors[name].reshape(-1).view(torch.uint8),
             tensor.contiguous().reshape(-1).view(torch.uint8),
         ), name
-    assert torch.equal(found.tensors["grad"], torch.ones(2))
+    assert torch.equal(result.tensors["grad"], torch.ones(2))
 
 
 def test_the_highest_number_is_the_newest_whatever_folders_are_called(tmp_path):
@@ -119,16 +119,16 @@ def test_facts_without_key_and_number_are_not_written(tmp_path, wrong):
 
 def falls_back(place: Path, bad: Path) -> None:
     """The torn checkpoint is passed over with one warning, which names it and the other."""
-    said: list[str] = []
-    assert same(checkpoint.newest(place, KEY, said.append), 1)
-    assert len(said) == 1
-    assert str(bad) in said[0]
-    assert "Using the one before it" in said[0]
-    assert "epoch-0001" in said[0]
+    output: list[str] = []
+    assert same(checkpoint.newest(place, KEY, output.append), 1)
+    assert len(output) == 1
+    assert str(bad) in output[0]
+    assert "Using the one before it" in output[0]
+    assert "epoch-0001" in output[0]
 
 
 @pytest.mark.parametrize("name", [checkpoint.METADATA_FILE, checkpoint.TENSORS_FILE])
-def test_a_file_cut_at_any_length_is_found_out(tmp_path, name):
+def test_a_file_truncated_at_any_length_is_detected(tmp_path, name):
     keep(tmp_path, 1)
     bad = keep(tmp_path, 2)
     data = (bad / name).read_bytes()
@@ -142,39 +142,39 @@ def test_a_file_cut_at_any_length_is_found_out(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [checkpoint.METADATA_FILE, checkpoint.TENSORS_FILE])
-def test_a_flipped_bit_anywhere_is_found_out(tmp_path, name):
+def test_a_flipped_bit_anywhere_is_detected(tmp_path, name):
     keep(tmp_path, 1)
     bad = keep(tmp_path, 2)
     data = (bad / name).read_bytes()
-    for place in range(len(data)):
+    for folder in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
-            changed[place] ^= 1 << bit
+            changed[folder] ^= 1 << bit
             (bad / name).write_bytes(changed)
-            said: list[str] = []
-            found = checkpoint.newest(tmp_path, KEY, said.append)
+            output: list[str] = []
+            result = checkpoint.newest(tmp_path, KEY, output.append)
             # A bit of the label's layout may change nothing that it says.
-            assert (same(found, 1) and len(said) == 1) or (same(found, 2) and not said)
+            assert (same(result, 1) and len(output) == 1) or (same(result, 2) and not output)
             if name == checkpoint.TENSORS_FILE:
-                assert same(found, 1)
+                assert same(result, 1)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(st.binary(max_size=60) | st.sampled_from([b"[]", b"3", b'"x"', b"null", b'{"format": 2}']))
-def test_a_label_of_any_other_content_is_found_out(tmp_path_factory, content):
-    place = tmp_path_factory.mktemp("place")
-    keep(place, 1)
-    bad = keep(place, 2)
+def test_metadata_with_any_other_content_is_detected(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("place")
+    keep(folder, 1)
+    bad = keep(folder, 2)
     (bad / checkpoint.METADATA_FILE).write_bytes(content)
-    falls_back(place, bad)
+    falls_back(folder, bad)
 
 
-def test_with_nothing_whole_there_is_one_warning_each_and_no_checkpoint(tmp_path):
+def test_without_a_complete_checkpoint_there_is_one_warning_each_and_none_is_used(tmp_path):
     for number in (1, 2):
         os.truncate(keep(tmp_path, number) / checkpoint.TENSORS_FILE, 9)
-    said: list[str] = []
-    assert checkpoint.newest(tmp_path, KEY, said.append) is None
-    assert [("There is no complete one" in one) for one in said] == [True, True]
+    output: list[str] = []
+    assert checkpoint.newest(tmp_path, KEY, output.append) is None
+    assert [("There is no complete one" in one) for one in output] == [True, True]
 
 
 def test_the_tensors_of_another_checkpoint_are_not_taken_for_its_own(tmp_path):
@@ -190,7 +190,7 @@ def names(place: Path) -> list[str]:
     return sorted(path.parent.name for path in place.rglob(checkpoint.TENSORS_FILE))
 
 
-def test_the_two_newest_whole_ones_stay_and_a_torn_one_is_not_counted(tmp_path):
+def test_the_two_newest_complete_checkpoints_stay_and_incomplete_ones_do_not_count(tmp_path):
     for number in range(1, 6):
         keep(tmp_path, number, f"attempt-{number % 2}/epoch-{number:04}")
     os.truncate(tmp_path / "attempt-1" / "epoch-0005" / checkpoint.TENSORS_FILE, 40)
@@ -199,7 +199,7 @@ def test_the_two_newest_whole_ones_stay_and_a_torn_one_is_not_counted(tmp_path):
     assert names(tmp_path) == ["epoch-0002", "epoch-0004"]
 
 
-def test_while_nothing_is_whole_nothing_but_drafts_is_removed(tmp_path):
+def test_without_a_complete_checkpoint_only_drafts_are_removed(tmp_path):
     for number in (1, 2, 3):
         os.truncate(keep(tmp_path, number) / checkpoint.TENSORS_FILE, 9)
     checkpoint.write(checkpoint.draft_path(tmp_path), tensors(4), facts(4))
@@ -241,22 +241,22 @@ def test_pruning_stopped_after_any_step_loses_nothing(tmp_path, monkeypatch):
     finished = False
     stop = 0
     while not finished:
-        place = tmp_path / str(stop)
+        folder = tmp_path / str(stop)
         for number in range(1, 6):
-            keep(place, number)
+            keep(folder, number)
         steps, stop = stop, stop + 1
         with monkeypatch.context() as patch:
             for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "rename")):
                 patch.setattr(owner, name, counted(getattr(os, name)))
             try:
-                checkpoint.prune(place, KEY)
+                checkpoint.prune(folder, KEY)
                 finished = True
             except Stopped:
                 pass
-        assert same(checkpoint.newest(place, KEY, must_be_well), 5)
-        checkpoint.prune(place, KEY)
-        assert names(place) == ["epoch-0004", "epoch-0005"]
-        assert len(list(place.iterdir())) == 2
+        assert same(checkpoint.newest(folder, KEY, must_be_well), 5)
+        checkpoint.prune(folder, KEY)
+        assert names(folder) == ["epoch-0004", "epoch-0005"]
+        assert len(list(folder.iterdir())) == 2
     assert stop > 10
 
 
@@ -296,10 +296,10 @@ def test_after_a_kill_at_any_moment_the_last_one_kept_is_there(tmp_path):
         out, err = process.communicate(timeout=300)
         assert first, err[-4000:]
         last = int((first + out).split()[-1])
-        found = checkpoint.newest(tmp_path, KEY, must_be_well)
-        assert found is not None
-        assert found.number in (last, last + 1)
-        assert same(found, found.number)
+        result = checkpoint.newest(tmp_path, KEY, must_be_well)
+        assert result is not None
+        assert result.number in (last, last + 1)
+        assert same(result, result.number)
 
 
 def test_a_label_can_be_read_by_people(tmp_path):
@@ -315,7 +315,7 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------ done
 
 
-def test_a_training_that_is_done_takes_its_own_checkpoints_away_and_no_others(tmp_path):
+def test_a_finished_training_removes_only_its_own_checkpoints(tmp_path):
     ours = [keep(tmp_path, 1, key=f"{KEY}:heads"), keep(tmp_path, 2, "f", key=f"{KEY}:folds")]
     attempt = keep(tmp_path / "attempt-1", 3, key=f"{KEY}:heads")
     (tmp_path / "attempt-1" / "rays-notes.json").write_text("{}")
@@ -327,7 +327,7 @@ def test_a_training_that_is_done_takes_its_own_checkpoints_away_and_no_others(tm
     checkpoint.remove_finished(tmp_path / "absent", KEY)
 
 
-def test_a_success_leaves_what_other_unfinished_trainings_of_that_bundle_go_on_with(
+def test_a_success_keeps_the_checkpoints_of_other_unfinished_trainings_of_that_bundle(
     tmp_path, tracked, command, monkeypatch
 ):
     monkeypatch.chdir(tracked(tmp_path))
@@ -343,7 +343,7 @@ def test_a_success_leaves_what_other_unfinished_trainings_of_that_bundle_go_on_w
     assert not other.parent.exists()  # with nothing unfinished it goes
 
 
-def test_a_disk_that_is_full_when_the_bundle_is_saved_is_said_and_the_next_run_goes_on(
+def test_a_full_disk_while_the_bundle_is_saved_is_reported_and_the_next_run_resumes(
     tmp_path, tracked, command, monkeypatch
 ):
     """RLIMIT_FSIZE stands in for the full disk: the bundle's weights (1.5 MB) do not fit."""

@@ -1,4 +1,4 @@
-"""The command line as a stranger meets it: help that teaches, refusals in three parts."""
+"""The command line for a new user: help and refusals in three parts."""
 
 from __future__ import annotations
 
@@ -56,32 +56,32 @@ def refused(monkeypatch, capsys, tmp_path, tracked):
 
     def command(*args: object, code: int = 2) -> tuple[str, str, str]:
         assert run(*args) == code
-        found, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
-        assert found.startswith("arrowhead: ")
+        result, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
+        assert result.startswith("arrowhead: ")
         assert wanted.startswith("  wanted  ")
         assert do.startswith("  do      ")
-        return found, wanted, do
+        return result, wanted, do
 
     return command
 
 
 def test_a_missing_folder_is_refused(refused):
-    found, _, _ = refused("fit", "nowhere", "out")
-    assert "nowhere is not there" in found
+    result, _, _ = refused("fit", "nowhere", "out")
+    assert "nowhere is not there" in result
 
 
 def test_a_folder_without_images_is_refused(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    found, _, _ = refused("precompute", "empty", "store")
-    assert "no images" in found
+    result, _, _ = refused("precompute", "empty", "store")
+    assert "no images" in result
 
 
 def test_one_class_is_refused(refused, tmp_path, drawn):
     (tmp_path / "one" / "leaves").mkdir(parents=True)
     file = next((drawn / "train" / "leaves").iterdir())
     (tmp_path / "one" / "leaves" / "a.jpg").write_bytes(file.read_bytes())
-    found, wanted, _ = refused("fit", "one", "out")
-    assert "one class, 'leaves'" in found
+    result, wanted, _ = refused("fit", "one", "out")
+    assert "one class, 'leaves'" in result
     assert "two classes" in wanted
 
 
@@ -91,13 +91,13 @@ def test_a_class_that_training_never_sees_is_refused(refused, tmp_path, drawn):
     (tmp_path / "data" / "valid").mkdir()
     for name in ("leaves", "ferns"):
         (tmp_path / "data" / "valid" / name).symlink_to(drawn / "valid" / "leaves")
-    found, _, _ = refused("fit", "data", "out")
-    assert "no images of ferns" in found
+    result, _, _ = refused("fit", "data", "out")
+    assert "no images of ferns" in result
 
 
 def test_an_unknown_body_is_refused_with_the_near_miss(refused, drawn):
-    found, _, do = refused("fit", drawn, "out", "--body", "resnet43", "--weights", "random")
-    assert "resnet43" in found
+    result, _, do = refused("fit", drawn, "out", "--body", "resnet43", "--weights", "random")
+    assert "resnet43" in result
     assert "resnet34" in do
 
 
@@ -118,37 +118,37 @@ def test_an_unknown_body_is_refused_with_the_near_miss(refused, drawn):
     ids=lambda flags: " ".join(flags),
 )
 def test_a_bad_flag_is_refused_by_name(refused, drawn, flags):
-    found, _, _ = refused("fit", drawn, "out", *flags)
-    assert flags[0] in found
+    result, _, _ = refused("fit", drawn, "out", *flags)
+    assert flags[0] in result
 
 
 @pytest.mark.parametrize(
     "words", [["score", "nothing", "x", "y"], ["train", "nothing", "x"], ["lr-find", "nothing"]]
 )
 def test_what_is_no_store_or_bundle_is_refused(refused, words):
-    found, _, _ = refused(*words)
-    assert "nothing is not a" in found
+    result, _, _ = refused(*words)
+    assert "nothing is not a" in result
 
 
 def test_a_missing_argument_is_refused(refused):
-    found, _, do = refused("fit")
-    assert "--data" in found
+    result, _, do = refused("fit")
+    assert "--data" in result
     assert "fit --help" in do
 
 
 def test_a_refused_request_leaves_no_run_behind(refused, drawn, tmp_path):
     from mlflow import MlflowClient
 
-    found, _, _ = refused("fit", drawn, "out", "--weights", "IMAGENET1K_V9")  # a run has begun
-    assert "IMAGENET1K_V9" in found
+    result, _, _ = refused("fit", drawn, "out", "--weights", "IMAGENET1K_V9")  # a run has begun
+    assert "IMAGENET1K_V9" in result
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("arrowhead")
     assert client.search_runs([experiment.experiment_id]) == []
 
 
 def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(refused, drawn):
-    found, _, do = refused("fit", drawn, "out", "--tracking-uri", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9" in found
+    result, _, do = refused("fit", drawn, "out", "--tracking-uri", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9" in result
     assert "--tracking-uri" in do
     assert not Path("out").exists()
 
@@ -156,8 +156,8 @@ def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(refus
 def test_an_address_where_no_cluster_listens_is_refused_at_once(refused, drawn):
     flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
     away = ["--workers", "1", "--address", "127.0.0.1:9"]
-    found, _, do = refused("precompute", drawn, "store", *flags, *away)
-    assert "No Ray cluster answers at 127.0.0.1:9" in found
+    result, _, do = refused("precompute", drawn, "store", *flags, *away)
+    assert "No Ray cluster answers at 127.0.0.1:9" in result
     assert "ray start --head" in do
 
 
@@ -184,8 +184,8 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
     assert run("train", "s", "b", "--config", toml, "--epochs", "4") == 0
     assert (seen[0].head.rate, seen[0].head.epochs, seen[0].head.head) == (0.5, 4, "lesson")
     toml.write_text("[train]\nepoch = 3\n")
-    found, _, _ = refused("train", "s", "b", "--config", toml)
-    assert "epoch" in found
+    result, _, _ = refused("train", "s", "b", "--config", toml)
+    assert "epoch" in result
     toml.write_text("[train]\nepochs = 3\n[score]\ncsv = true\n[features]\n")  # of other verbs
     assert run("train", "s", "b", "--config", toml) == 0
     for text, what, fix in (
@@ -195,8 +195,8 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
         ("[train]\nepochs = 3\n[[score]]\n", "no command reads score", "put score below"),
     ):
         toml.write_text(text)
-        found, _, do = refused("train", "s", "b", "--config", toml)
-        assert what in found and fix in do
+        result, _, do = refused("train", "s", "b", "--config", toml)
+        assert what in result and fix in do
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,10 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
         [],
     ],
 )
-def test_a_found_rate_is_offered_with_the_training_it_was_found_for(flags):
-    asked = cluster.parse_command(["lr-find", "store", *flags])
-    assert asked is not None
-    head = replace(asked.arguments.get("head", TrainConfig()), rate=0.00094)
+def test_a_suggested_rate_is_offered_with_the_training_it_was_tried_for(flags):
+    request = cluster.parse_command(["lr-find", "store", *flags])
+    assert request is not None
+    head = replace(request.arguments.get("head", TrainConfig()), rate=0.00094)
     offered = train.flags_of(head)
     assert len(offered) == len(flags) + 2  # no flag that was not asked for, but --rate
     again = cluster.parse_command(["train", "store", "bundle", *offered])
@@ -256,15 +256,15 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
 def test_an_unknown_flag_is_answered_with_the_near_one_and_with_none_where_none_is_near(
     refused, typed, meant
 ):
-    found, _, _ = refused("fit", "photos", "out", typed, "x")
+    result, _, _ = refused("fit", "photos", "out", typed, "x")
     suggestion = f" Did you mean {meant}?" if meant else ""
-    assert found == f"arrowhead: Unknown option: {typed.partition('=')[0]}.{suggestion}"
+    assert result == f"arrowhead: Unknown option: {typed.partition('=')[0]}.{suggestion}"
 
 
 def test_an_unknown_key_of_a_config_file_is_answered_with_the_near_one(refused):
     Path("mine.toml").write_text("[train]\nheed = 'lesson'\n")
-    found, _, _ = refused("--config", "mine.toml", "train", "store", "bundle")
-    assert "heed" in found and found.endswith("Did you mean head?")
+    result, _, _ = refused("--config", "mine.toml", "train", "store", "bundle")
+    assert "heed" in result and result.endswith("Did you mean head?")
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_an_unknown_key_of_a_config_file_is_answered_with_the_near_one(refused):
 )
 def test_a_flag_that_would_do_nothing_is_unknown_and_not_in_the_help(refused, capsys, words):
     flag = next(word for word in words if word.startswith("--"))
-    found, _, _ = refused(*words)
-    assert f"Unknown option: {flag}." in found
+    result, _, _ = refused(*words)
+    assert f"Unknown option: {flag}." in result
     verb = words[:2] if words[0] == "bundle" else words[:1]
     assert run(*verb, "--help") == 0
     assert f" {flag} " not in capsys.readouterr().out
@@ -309,8 +309,8 @@ def test_a_flag_that_has_no_effect_beside_the_others_is_refused(
     refused, drawn, bundled, words, named
 ):
     places = {"photos": drawn, "bundle": bundled()}
-    found, _, _ = refused(*(word.format(**places) for word in words))
-    assert named in found
+    result, _, _ = refused(*(word.format(**places) for word in words))
+    assert named in result
     assert not Path("out", "bundle").exists()
 
 
@@ -326,8 +326,8 @@ def test_a_home_that_the_shell_did_not_expand_is_expanded_by_every_verb(
         command("features", verb, "~/store")
     command("bundle", "info", "~/bundle")
     command("bundle", "verify", "~/bundle")
-    found, _, _ = refused("score", "~/nothing", "~/photos", "~/scores")
-    assert str(tmp_path / "nothing") in found
+    result, _, _ = refused("score", "~/nothing", "~/photos", "~/scores")
+    assert str(tmp_path / "nothing") in result
     Path("here.toml").write_text('[precompute]\nimages = "~/elsewhere"\n')
     call = cluster.parse_command(["precompute", "a.csv", "s", "--config", "~/here.toml"])
     assert call is not None and call.arguments["source"].images == str(tmp_path / "elsewhere")

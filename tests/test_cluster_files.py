@@ -1,4 +1,4 @@
-"""The files for `ray up` are what Ray takes, open only ssh, and start no Ray without a token.
+"""The files for `ray up` are valid, open only ssh, and never start Ray without a token.
 
 Validated with Ray's own code, as `ray up` calls it. Amazon is stood in for by moto, and there Ray
 goes all the way to running machines; Google's and Microsoft's libraries are not installed here.
@@ -79,7 +79,7 @@ def test_workers_are_spot_gpus_that_scale_from_none_and_the_head_is_neither(file
         assert kind["min_workers"] == 0 < kind["max_workers"] <= config["max_workers"]
 
 
-def test_what_is_copied_is_there_and_is_all_that_make_setup_needs(file):
+def test_the_copied_files_exist_and_suffice_for_make_setup(file):
     mounts = read(file)["file_mounts"]
     ours = {far: near for far, near in mounts.items() if far.startswith("~/arrowhead/")}
     for far, near in ours.items():
@@ -124,11 +124,11 @@ def test_no_secret_is_in_it(file):
 def test_the_words_that_must_be_replaced_are_those_the_readme_names(file):
     config = read(file)
     del config["file_mounts"]
-    found = set(re.findall(r"(?<![\w:$-])[A-Z]{4,}(?:-\d)?(?![\w=-])", _values(config)))
-    found -= {"SPOT", "PERSISTENT", "TERMINATE", "DELETE"}
+    result = set(re.findall(r"(?<![\w:$-])[A-Z]{4,}(?:-\d)?(?![\w=-])", _values(config)))
+    result -= {"SPOT", "PERSISTENT", "TERMINATE", "DELETE"}
     text = (ROOT / "cluster" / "README.md").read_text()
-    assert found
-    assert {word for word in found if f"`{word.partition('-')[0]}" not in text} == set()
+    assert result
+    assert {word for word in result if f"`{word.partition('-')[0]}" not in text} == set()
 
 
 def _values(value: Any) -> str:
@@ -163,11 +163,11 @@ def test_on_amazon_ray_brings_up_a_head_and_a_spot_worker_behind_ssh_only(monkey
         iam = boto3.client("iam")
         for name in ("arrowhead-head", "arrowhead-worker"):
             iam.create_instance_profile(InstanceProfileName=name)
-        made = amazon.bootstrap_aws(config)
-        provider = AWSNodeProvider(made["provider"], made["cluster_name"])
+        result = amazon.bootstrap_aws(config)
+        provider = AWSNodeProvider(result["provider"], result["cluster_name"])
         tags = {"ray-node-name": "x", "ray-launch-config": "x", "ray-node-status": "x"}
-        for name, kind in made["available_node_types"].items():
-            role = "head" if name == made["head_node_type"] else "worker"
+        for name, kind in result["available_node_types"].items():
+            role = "head" if name == result["head_node_type"] else "worker"
             more = {"ray-node-type": role, "ray-user-node-type": name}
             provider.create_node(kind["node_config"], tags | more, 1)
         (group,) = [
@@ -235,10 +235,10 @@ def test_a_head_in_token_mode_with_no_token_does_not_start(tmp_path):
         start_new_session=True,
     )
     try:
-        said, _ = head.communicate(timeout=120)
+        output, _ = head.communicate(timeout=120)
     finally:
         if head.poll() is None:
             os.killpg(head.pid, signal.SIGKILL)
     assert head.returncode != 0
-    assert "token" in said.lower()
+    assert "token" in output.lower()
     assert not (tmp_path / ".ray" / "auth_token").exists()

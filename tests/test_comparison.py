@@ -1,4 +1,4 @@
-"""Comparisons' promises: figures image by image, exact p-values, no claim by chance."""
+"""Comparisons of heads: metrics per image, exact p-values, no false claims."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ def _data(*, multi: bool = False, copies: bool = False, rows: int = 300) -> Data
     if multi:
         label = (draw.random((rows, 3)) < 0.4).astype(np.uint8)
         feature = (label + draw.normal(size=(rows, 3)))[:, None].astype(np.float16)
-    made = Data.from_arrays((feature[:150], label[:150]), (feature[150:], label[150:]), list("abc"))
+    result = Data.from_arrays(
+        (feature[:150], label[:150]), (feature[150:], label[150:]), list("abc")
+    )
     if copies:
-        made.key[160:] = made.key[160:] // 2
-    return made
+        result.key[160:] = result.key[160:] // 2
+    return result
 
 
 @pytest.mark.parametrize("kind", ["linear", "lesson"])
@@ -100,11 +102,11 @@ def test_copies_of_one_image_are_one_witness() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holms_correction_steps_down(values: list[float]) -> None:
-    found = holm_correction(np.array(values))
+    result = holm_correction(np.array(values))
     last = 0.0
-    for place, at in enumerate(np.argsort(values, kind="stable")):
-        last = max(last, min(1.0, values[at] * (len(values) - place)))
-        assert found[at] == pytest.approx(last)
+    for folder, at in enumerate(np.argsort(values, kind="stable")):
+        last = max(last, min(1.0, values[at] * (len(values) - folder)))
+        assert result[at] == pytest.approx(last)
 
 
 def test_equal_settings_are_called_different_in_one_of_twenty_cases_at_most() -> None:

@@ -1,4 +1,4 @@
-"""The decoder's promises: rows never move, pictures come out upright, views are functions."""
+"""The decoder: rows stay in order, pictures are upright, views are deterministic."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Decoder(GuardedDecoder):
     def __call__(
         self, encoded: list[bytes], image_ids: list[bytes]
     ) -> tuple[list[torch.Tensor], list[str | None]]:
-        made = super().__call__(encoded, image_ids)
-        return [torch.from_numpy(view).permute(0, 3, 1, 2) for view in made.views], made.faults
+        result = super().__call__(encoded, image_ids)
+        return [torch.from_numpy(view).permute(0, 3, 1, 2) for view in result.views], result.faults
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,10 @@ HOSTILE = {
 
 
 def _spoilt(photo: bytes) -> dict[str, bytes]:
-    torn = photo[: len(photo) // 2]
+    truncated = photo[: len(photo) // 2]
     return HOSTILE | {
-        "truncated": torn,
-        "torn, then padded": torn + bytes(len(photo) - len(torn)),
+        "truncated": truncated,
+        "torn, then padded": truncated + bytes(len(photo) - len(truncated)),
         "torn png": _encode(Image.open(io.BytesIO(photo)), "PNG")[:5000],
     }
 
@@ -122,8 +122,8 @@ def test_a_fault_names_its_kind(decoder: Decoder, photos: list[bytes]) -> None:
 def test_a_batch_of_nothing_but_bad_images_comes_out_black_and_the_next_is_well(
     decoder: Decoder, photos: list[bytes], clean: torch.Tensor
 ) -> None:
-    torn = [photo[: len(photo) // 2] for photo in photos]
-    (pixels,), faults = decoder(torn, _ids(torn))
+    truncated = [photo[: len(photo) // 2] for photo in photos]
+    (pixels,), faults = decoder(truncated, _ids(truncated))
     assert all(faults)
     assert not pixels.any()
     (pixels,), faults = decoder(photos, _ids(photos))
@@ -231,7 +231,7 @@ def test_every_orientation_comes_out_upright(kind: str, resize: str, photos: lis
     assert max(apart) < 1, apart
 
 
-def test_a_torn_exif_block_leaves_the_picture_as_it_is_stored(
+def test_with_a_truncated_exif_block_the_picture_stays_as_stored(
     decoder: Decoder, photos: list[bytes], clean: torch.Tensor
 ) -> None:
     for block in (
@@ -240,8 +240,8 @@ def test_a_torn_exif_block_leaves_the_picture_as_it_is_stored(
         b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
     ):
         segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
-        torn = photos[0][:2] + segment + photos[0][2:]
-        (pixels,), faults = decoder([torn], _ids([torn]))
+        truncated = photos[0][:2] + segment + photos[0][2:]
+        (pixels,), faults = decoder([truncated], _ids([truncated]))
         assert faults == [None]
         assert torch.equal(pixels[0], clean[0])
 

@@ -1,4 +1,4 @@
-"""The demo pictures keep their promises: repeatable, complete, varied, and not told by colour."""
+"""The demo's images: reproducible, complete, varied, and not classifiable by colour."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_file_sizes_vary_and_every_file_opens(pictures: Path) -> None:
     assert any(width < height for width, height in sizes)
 
 
-def test_mean_colour_does_not_give_the_class_away(pictures: Path) -> None:
+def test_mean_colour_does_not_reveal_the_class(pictures: Path) -> None:
     colours = np.stack([_mean_colours(pictures, name) for name in CLASSES])
     hits = []
     # Each picture meets centroids that it did not help to form: even and odd ones swap roles.

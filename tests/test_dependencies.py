@@ -1,4 +1,4 @@
-"""What we import is declared, and what Ray keeps private is where we look for it."""
+"""Imported packages are declared, and Ray's private names exist."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ PLACES = {
 
 def _named(requirements: list[str]) -> set[str]:
     """Names of distributions, as packaging compares them."""
-    found = {re.split(r"[\[<>=!~; ]", one)[0] for one in requirements}
-    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+    result = {re.split(r"[\[<>=!~; ]", one)[0] for one in requirements}
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in result}
 
 
 def _imported(place: str) -> Iterator[tuple[str, Path]]:

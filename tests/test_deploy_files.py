@@ -1,4 +1,4 @@
-"""What deploy/ promises, read off its files: valid, bound, limited, unprivileged, without a secret.
+"""The files in deploy/ are valid, limited, unprivileged, and contain no secret.
 
 Kubernetes' own objects against its schemas, KubeRay's against the operator's; a field that neither
 knows is an error, where the API server would drop it without a word. What the Dockerfiles install
@@ -105,9 +105,9 @@ def test_a_field_that_kuberay_does_not_know_is_found_at_any_depth(one):
     (container, *_) = containers(wrong)
     container["securityContext"]["readOnlyRootFileSystem"] = True  # one capital too many
     wrong["spec"]["rayversion"] = "2"
-    found = list(unknown(wrong, schema))
-    assert any(place.endswith(".securityContext.readOnlyRootFileSystem") for place in found)
-    assert ".spec.rayversion" in found
+    result = list(unknown(wrong, schema))
+    assert any(place.endswith(".securityContext.readOnlyRootFileSystem") for place in result)
+    assert ".spec.rayversion" in result
 
 
 def pods(value: Any) -> Iterator[dict[str, Any]]:
@@ -124,10 +124,10 @@ def pods(value: Any) -> Iterator[dict[str, Any]]:
 
 def containers(one: dict[str, Any]) -> list[dict[str, Any]]:
     """Every container of an object, the autoscaler's beside a Ray head too."""
-    found = [
+    result = [
         c for pod in pods(one) for k in ("containers", "initContainers") for c in pod.get(k, [])
     ]
-    return found + [given["autoscalerOptions"] for given in clusters(one)]
+    return result + [given["autoscalerOptions"] for given in clusters(one)]
 
 
 def clusters(one: dict[str, Any]) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def test_every_container_has_limits_and_asks_for_something(one):
 
 
 @pytest.mark.parametrize("one", WITH_PODS, ids=named)
-def test_what_a_read_only_root_must_write_to_is_mounted(one):
+def test_folders_written_under_a_read_only_root_are_mounted(one):
     for pod in pods(one):
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
@@ -241,8 +241,8 @@ def test_serve_takes_the_configuration_of_the_scoring_service():
     )
     (service,) = [one for one in KUBERAY if one["kind"] == "RayService"]
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
-    made = schema.ServeDeploySchema.model_validate(config)
-    (app,) = made.applications
+    result = schema.ServeDeploySchema.model_validate(config)
+    (app,) = result.applications
     module, _, name = app.import_path.partition(":")
     tree = (ROOT / f"{module.replace('.', '/')}.py").read_text()
     assert f"def {name}(" in tree
@@ -278,8 +278,8 @@ def test_a_service_s_image_is_pinned_and_not_latest(name):
 
 
 def test_every_secret_is_a_file_outside_of_git_and_of_images():
-    asked = {name for one in SERVICES.values() for name in one.get("secrets", [])}
-    assert asked == COMPOSE["secrets"].keys()
+    request = {name for one in SERVICES.values() for name in one.get("secrets", [])}
+    assert request == COMPOSE["secrets"].keys()
     for name, one in COMPOSE["secrets"].items():
         assert one == {"file": f"./secrets/{name}"}
     assert "/deploy/secrets/" in (ROOT / ".gitignore").read_text().split()
@@ -288,7 +288,7 @@ def test_every_secret_is_a_file_outside_of_git_and_of_images():
     ]
     assert first == "*"
     words = (DEPLOY / "README.md").read_text()
-    assert all(name in words for name in asked)
+    assert all(name in words for name in request)
 
 
 def test_services_wait_for_what_they_need_until_it_is_well():
@@ -309,8 +309,8 @@ def test_only_the_networks_that_publish_or_fetch_lead_outside():
 
 
 def files() -> list[Path]:
-    made = (".lock", ".pyc")  # by programs
-    return [file for file in DEPLOY.rglob("*") if file.is_file() and file.suffix not in made]
+    result = (".lock", ".pyc")  # by programs
+    return [file for file in DEPLOY.rglob("*") if file.is_file() and file.suffix not in result]
 
 
 def test_no_file_holds_a_secret():
@@ -340,24 +340,24 @@ DOCKERFILES = sorted(DEPLOY.glob("Dockerfile*"))
 def steps(file: Path) -> list[tuple[str, str]]:
     """Instructions and their words, comments and continuations resolved."""
     lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
-    whole = "\n".join(lines).replace("\\\n", " ")
+    full = "\n".join(lines).replace("\\\n", " ")
     return [
         (word.upper(), " ".join(rest.split()))
-        for word, _, rest in (line.partition(" ") for line in whole.splitlines() if line.strip())
+        for word, _, rest in (line.partition(" ") for line in full.splitlines() if line.strip())
     ]
 
 
 def last_stage(file: Path) -> list[tuple[str, str]]:
-    made = steps(file)
-    start = max(at for at, (word, _) in enumerate(made) if word == "FROM")
-    return made[start:]
+    result = steps(file)
+    start = max(at for at, (word, _) in enumerate(result) if word == "FROM")
+    return result[start:]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
 def test_an_image_is_pinned_runs_as_a_numbered_user_and_has_no_tools(file):
-    made = steps(file)
-    stages = {rest.split()[-1] for word, rest in made if word == "FROM" and " AS " in rest}
-    for word, rest in made:
+    result = steps(file)
+    stages = {rest.split()[-1] for word, rest in result if word == "FROM" and " AS " in rest}
+    for word, rest in result:
         if word == "FROM" and rest.split()[0] not in stages:
             assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w.-]+", rest.split()[0])
     last = last_stage(file)
@@ -366,12 +366,12 @@ def test_an_image_is_pinned_runs_as_a_numbered_user_and_has_no_tools(file):
     assert not [
         rest for word, rest in last if word == "RUN" and re.search(r"pip|uv |gcc|make", rest)
     ]
-    assert not [rest for word, rest in made if word == "ADD" or "curl" in rest]
-    assert not [rest for word, rest in made if word in ("ARG", "ENV") and "PASSWORD" in rest]
+    assert not [rest for word, rest in result if word == "ADD" or "curl" in rest]
+    assert not [rest for word, rest in result if word in ("ARG", "ENV") and "PASSWORD" in rest]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
-def test_what_an_image_copies_is_there_and_is_let_through(file):
+def test_files_that_an_image_copies_exist_and_are_not_ignored(file):
     rules = [
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -400,10 +400,10 @@ def test_images_hold_the_versions_of_the_lock():
 
     locked = pins(ROOT / "requirements.lock")
     for name in ("arrowhead", "mlflow"):
-        made = pins(DEPLOY / f"{name}.lock")
-        assert len(made) > 50
-        assert {k: v for k, v in made.items() if locked.get(k, v) != v} == {}
-        assert not made.keys() & {"pytest", "ruff", "moto", "mypy"}
+        result = pins(DEPLOY / f"{name}.lock")
+        assert len(result) > 50
+        assert {k: v for k, v in result.items() if locked.get(k, v) != v} == {}
+        assert not result.keys() & {"pytest", "ruff", "moto", "mypy"}
     assert "torch" not in pins(DEPLOY / "mlflow.lock")
     tag = SERVICES["mlflow"]["image"].rpartition(":")[2]
     assert tag == pins(DEPLOY / "mlflow.lock")["mlflow"] == locked["mlflow"]
@@ -434,18 +434,18 @@ def test_the_commands_that_install_work_in_an_empty_environment(name, tmp_path):
             line = line.replace("python3.12 ", f"{sys.executable} ")
             done = subprocess.run(["sh", "-ec", line], capture_output=True, text=True, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
-    made = tmp_path / "opt" / "venv"
+    result = tmp_path / "opt" / "venv"
     if name == "Dockerfile":
         assert source.is_dir()
-        shutil.copytree(tmp_path / "opt" / "package", made, dirs_exist_ok=True)
-        words = [made / "bin" / "arrowhead", "--version"]
+        shutil.copytree(tmp_path / "opt" / "package", result, dirs_exist_ok=True)
+        words = [result / "bin" / "arrowhead", "--version"]
         wanted = re.search(
             r'__version__ = "(.+)"', (ROOT / "src/arrowhead/__init__.py").read_text()
         )
     else:
-        words = [made / "bin" / "mlflow", "--version"]
+        words = [result / "bin" / "mlflow", "--version"]
         wanted = re.search(r"^mlflow==(\S+)", (DEPLOY / "mlflow.lock").read_text(), re.MULTILINE)
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert wanted and wanted[1] in done.stdout, done.stderr
-    assert not [tool for tool in ("pip", "uv", "pytest") if (made / "bin" / tool).exists()]
+    assert not [tool for tool in ("pip", "uv", "pytest") if (result / "bin" / tool).exists()]
     shutil.rmtree(tmp_path / "opt")

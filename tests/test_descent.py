@@ -1,5 +1,5 @@
-"""The descent's promises: torch's losses, slopes and optimizers, schedules as their papers draw
-them, and in fp16 a head that overflows harms nobody else.
+"""Losses, gradients and optimizers equal torch's, schedules equal their papers', and in fp16 a head
+that overflows does not affect the others.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _one_thread() -> Iterator[None]:
 def _rates(config: OptimizerConfig, epochs: int, steps: int) -> np.ndarray:
     """The factor at each step, (epochs, steps)."""
     count = epochs * steps
-    made = [lr_factor(step / count, config, epochs) for step in range(count)]
-    return np.array(made).reshape(epochs, steps)
+    result = [lr_factor(step / count, config, epochs) for step in range(count)]
+    return np.array(result).reshape(epochs, steps)
 
 
 def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing() -> None:
@@ -237,8 +237,8 @@ def _stack(shape: tuple[int, int]) -> tuple[Stack, list[list[nn.Sequential]]]:
         for group in range(groups)
     ]
     states = [[head.state_dict() for head in group] for group in single]
-    made = Stack.from_states("linear", states, [0.0] * groups, [0] * groups)
-    return made, single
+    result = Stack.from_states("linear", states, [0.0] * groups, [0] * groups)
+    return result, single
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def test_each_head_moves_as_torchs_own_optimizer_moves_it(
             stack.grad.mul_(65536)
         ours.step(share)
     for group, head in theirs:
-        made = stack.state(group, head)
+        result = stack.state(group, head)
         for name, weight in single[group][head].named_parameters():
-            torch.testing.assert_close(made[name], weight.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(result[name], weight.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -353,7 +353,7 @@ def test_the_scale_doubles_after_2000_good_steps_as_torchs_scaler_does() -> None
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_an_optimizer_goes_on_where_another_was_left(scaled: bool) -> None:
+def test_an_optimizer_resumes_from_the_state_of_another(scaled: bool) -> None:
     def fresh() -> tuple[Stack, Optimizer]:
         stack, _ = _stack((2, 3))
         return stack, Optimizer(stack, OptimizerConfig(), RATES, DECAYS, scaled=scaled)

@@ -1,4 +1,4 @@
-"""The documentation site: whole, from this checkout alone, and no page of it asks the network."""
+"""The documentation site: complete, built from this checkout; no page loads from the network."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def build(place: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the site is made of, with the pages that `make docs` writes."""
-    place = tmp_path_factory.mktemp("docs")
-    shutil.copy(ROOT / "zensical.toml", place)
-    shutil.copytree(ROOT / "docs", place / "docs")
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copy(ROOT / "zensical.toml", folder)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     subprocess.run(
-        [sys.executable, ROOT / "docs/make_reference.py", place / "docs"], check=True, cwd=place
+        [sys.executable, ROOT / "docs/make_reference.py", folder / "docs"], check=True, cwd=folder
     )
-    return place
+    return folder
 
 
 @pytest.fixture(scope="module")

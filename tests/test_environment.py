@@ -1,4 +1,4 @@
-"""A container's user without a home, a name or a folder that can be written costs no traceback."""
+"""Users of a container without a home, a name or a writable folder get no traceback."""
 
 from __future__ import annotations
 

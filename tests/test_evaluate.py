@@ -1,5 +1,5 @@
-"""Figures on images that nothing was chosen on: the split test after a training, and labelled
-images of any kind with `evaluate`.
+"""Metrics on images on which nothing was chosen: the test split after a training, and labelled
+images with `evaluate`.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def count(folder: str) -> int:
 def test_the_test_images_are_evaluated_once_at_the_end(command: Any) -> None:
     from mlflow import MlflowClient
 
-    found = command("train", "out/store", "again", *HEAD)
+    result = command("train", "out/store", "again", *HEAD)
     assert "test: accuracy" in command.said and "nothing was chosen on these images" in command.said
-    figures = found["metrics"]
+    figures = result["metrics"]
     assert figures["test_images"] == count("photos/test") > figures["images"]
     assert about("again")["metrics"]["test_accuracy"] == figures["test_accuracy"]
     low, high = figures["test_accuracy_interval"]
@@ -74,9 +74,9 @@ def test_the_test_images_are_evaluated_once_at_the_end(command: Any) -> None:
     rows = command("score", "again", "photos/test", "test-scores")
     assert rows["folders"]["accuracy"] == pytest.approx(figures["test_accuracy"])
     assert [low, high] == rows["folders"]["accuracy_interval"]
-    run = MlflowClient(tracking_uri="sqlite:///mlflow.db").get_run(found["run_id"])
+    run = MlflowClient(tracking_uri="sqlite:///mlflow.db").get_run(result["run_id"])
     children = MlflowClient(tracking_uri="sqlite:///mlflow.db").search_runs(
-        [run.info.experiment_id], f"tags.mlflow.parentRunId = '{found['run_id']}'"
+        [run.info.experiment_id], f"tags.mlflow.parentRunId = '{result['run_id']}'"
     )
     recorded = [one.data.metrics.get("test_accuracy") for one in (run, *children)]
     assert figures["test_accuracy"] in recorded
@@ -108,8 +108,8 @@ def test_nothing_is_chosen_on_the_test_images(command: Any, drawn: Path, tmp_pat
 
 def test_without_test_images_there_is_no_test_figure(command: Any, tmp_path: Path) -> None:
     shutil.copytree("photos", tmp_path / "photos", ignore=shutil.ignore_patterns("test"))
-    found = command("fit", tmp_path / "photos", tmp_path / "out", *FLAGS, *HEAD)
-    assert not any(name.startswith("test_") for name in found["metrics"])
+    result = command("fit", tmp_path / "photos", tmp_path / "out", *FLAGS, *HEAD)
+    assert not any(name.startswith("test_") for name in result["metrics"])
 
 
 def test_an_interval_is_wilsons() -> None:
@@ -128,9 +128,9 @@ def test_an_interval_is_wilsons() -> None:
 
 def test_a_bundle_is_evaluated_with_the_figures_of_its_training(command: Any) -> None:
     """The same images, through Parquet and back: the figures that `train` had of them."""
-    found = command("evaluate", "out/bundle", "photos", "by-split", "--split", "test")
+    result = command("evaluate", "out/bundle", "photos", "by-split", "--split", "test")
     there = about("out/bundle")["metrics"]
-    figures = found["metrics"]
+    figures = result["metrics"]
     assert figures["images"] == count("photos/test")
     for name, value in there.items():
         if name.startswith("test_") and isinstance(value, float):
@@ -142,13 +142,11 @@ def test_a_bundle_is_evaluated_with_the_figures_of_its_training(command: Any) ->
     assert again["metrics"]["loss"] == pytest.approx(figures["loss"], rel=1e-5)
 
 
-def test_what_is_written_is_what_scikit_learn_makes_of_the_predictions(
-    command: Any, place: Path
-) -> None:
+def test_the_written_metrics_equal_scikit_learns(command: Any, place: Path) -> None:
     from mlflow import MlflowClient
     from sklearn.metrics import classification_report
 
-    found = command("evaluate", "out/bundle", "photos/test", "written")
+    result = command("evaluate", "out/bundle", "photos/test", "written")
     rows = polars.read_parquet("written/parts")
     truth = [path.split("/")[0] for path in rows["path"]]
     expected = classification_report(truth, rows["label"].to_list(), output_dict=True)
@@ -158,19 +156,19 @@ def test_what_is_written_is_what_scikit_learn_makes_of_the_predictions(
         assert line["images"] == theirs["support"]
         assert line["f1"] == pytest.approx(theirs["f1-score"])
         assert line["precision"] == pytest.approx(theirs["precision"])
-    assert json.loads(Path("written/evaluation.json").read_text())["metrics"] == found["metrics"]
+    assert json.loads(Path("written/evaluation.json").read_text())["metrics"] == result["metrics"]
     assert Path("written/confusion.png").is_file()
     for line in ("95 % interval", "precision", *about("out/bundle")["classes"]):
         assert line in command.said
     assert command("scores", "verify", "written")["problems"] == []
     client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
-    run = client.get_run(found["run_id"])
+    run = client.get_run(result["run_id"])
     assert run.data.tags["trained_by"] == about("out/bundle")["lineage"]["run_id"]
-    assert run.data.metrics["accuracy"] == pytest.approx(found["metrics"]["accuracy"])
+    assert run.data.metrics["accuracy"] == pytest.approx(result["metrics"]["accuracy"])
     (data,) = run.inputs.dataset_inputs
     assert data.tags[0].value == "evaluation"
     assert "evaluation/confusion.png" in [
-        one.path for one in client.list_artifacts(found["run_id"], "evaluation")
+        one.path for one in client.list_artifacts(result["run_id"], "evaluation")
     ]
 
 
@@ -208,19 +206,19 @@ def test_images_that_were_trained_on_are_counted_and_left_out_of_the_figure_to_t
     assert "WARNING" not in command.said
 
 
-def test_images_that_all_validated_are_said_to_be_so_in_one_line(
+def test_one_line_reports_that_all_images_were_validation_images(
     command: Any, tmp_path: Path
 ) -> None:
     figures = command("evaluate", "out/bundle", "photos/valid", tmp_path / "a")["metrics"]
     assert (figures["trusted_images"], figures["trusted"]) == ("validation", None)
-    told = [line for line in command.said.splitlines() if "the bundle was" in line]
-    assert len(told) == 1 and "with all of these images, not trained on them" in told[0]
+    result = [line for line in command.said.splitlines() if "the bundle was" in line]
+    assert len(result) == 1 and "with all of these images, not trained on them" in result[0]
     command("score", "out/bundle", "photos/valid", tmp_path / "b")
     there = figures["images"]
     assert f"WARNING: the bundle was validated with {there} of these images:" in command.said
 
 
-def test_a_bundle_that_does_not_say_what_it_was_trained_on_is_said_so(
+def test_a_bundle_without_a_record_of_its_images_is_reported(
     command: Any, bundled: Bundled, tmp_path: Path
 ) -> None:
     figures = command("evaluate", bundled(), "photos/test", tmp_path / "a")["metrics"]
@@ -235,10 +233,10 @@ def test_a_table_is_evaluated_and_a_store_saves_the_decoding(command: Any, tmp_p
     lines = [f"{image.absolute()},{image.parent.name}" for image in images[::-1]]
     (tmp_path / "labels.csv").write_text("\n".join(["path,labels", *lines]))
     words = ["--store", "out/store"]
-    found = command("evaluate", "out/bundle", tmp_path / "labels.csv", tmp_path / "out", *words)
-    assert found["counts"]["decoded"] == 0
+    result = command("evaluate", "out/bundle", tmp_path / "labels.csv", tmp_path / "out", *words)
+    assert result["counts"]["decoded"] == 0
     there = about("out/bundle")["metrics"]
-    assert found["metrics"]["accuracy"] == there["test_accuracy"]
+    assert result["metrics"]["accuracy"] == there["test_accuracy"]
 
 
 def test_a_bundle_that_gives_several_labels_is_evaluated_on_a_table_of_several(
@@ -256,14 +254,14 @@ def test_a_bundle_that_gives_several_labels_is_evaluated_on_a_table_of_several(
     words = [*FLAGS, *HEAD, "--multi-label"]
     command("fit", tmp_path / "train.csv", tmp_path / "out", *words)
     bundle = tmp_path / "out" / "bundle"
-    found = command("evaluate", bundle, tmp_path / "test.csv", tmp_path / "figures")
+    result = command("evaluate", bundle, tmp_path / "test.csv", tmp_path / "figures")
     names = about(bundle)["classes"]
     assert names == ["baskets", "beads", "leaves", "round"]
     rows = polars.read_parquet(tmp_path / "figures" / "parts")
     given = np.array([[name in labels for name in names] for labels in rows["labels"]])
     truth = np.array([[name in line for name in names] for line in rows["path"]])
     truth[:, 3] = truth[:, 1]
-    figures = found["metrics"]
+    figures = result["metrics"]
     assert figures["f1_macro"] == pytest.approx(
         f1_score(truth, given, average="macro", zero_division=0)
     )
@@ -275,12 +273,12 @@ def test_a_bundle_that_gives_several_labels_is_evaluated_on_a_table_of_several(
     assert "round" in command.said and "counts as absent" not in command.said
     lines = [f"{image.absolute()},{image.parent.name}" for image in images]
     (tmp_path / "one.csv").write_text("\n".join(["path,label", *lines]))
-    found = command("evaluate", bundle, tmp_path / "one.csv", tmp_path / "one")
+    result = command("evaluate", bundle, tmp_path / "one.csv", tmp_path / "one")
     assert "a class that is not among an image's labels counts as absent" in command.said
-    assert found["metrics"]["per_class"]["round"]["images"] == 0
+    assert result["metrics"]["per_class"]["round"]["images"] == 0
 
 
-def test_without_a_folder_the_same_evaluation_goes_on_in_the_same_one(
+def test_without_an_output_folder_the_same_evaluation_uses_the_same_one(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -309,23 +307,25 @@ def test_classes_that_the_bundle_does_not_know_are_refused_or_left_out(
     words = ["evaluate", "out/bundle", str(tmp_path / "photos"), str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         main(words)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert ended.value.code == 2
-    assert "foxes" in said and "--ignore-unknown-classes" in said
+    assert "foxes" in output and "--ignore-unknown-classes" in output
     assert not (tmp_path / "out").exists()
-    found = command(*words, "--ignore-unknown-classes")
-    assert found["metrics"]["images"] == count("photos/test") * 2 // 3
-    assert found["metrics"]["per_class"][second.name]["images"] == 0
+    result = command(*words, "--ignore-unknown-classes")
+    assert result["metrics"]["images"] == count("photos/test") * 2 // 3
+    assert result["metrics"]["per_class"][second.name]["images"] == 0
     assert "foxes" in command.said
 
 
-def test_images_that_cannot_be_read_are_told_and_in_no_figure(command: Any, tmp_path: Path) -> None:
+def test_unreadable_images_are_reported_and_not_part_of_any_metric(
+    command: Any, tmp_path: Path
+) -> None:
     shutil.copytree("photos/test", tmp_path / "photos")
     first, *_ = sorted((tmp_path / "photos").iterdir())
     (first / "torn.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    found = command("evaluate", "out/bundle", tmp_path / "photos", tmp_path / "out", code=3)
-    assert found["metrics"]["images"] == count("photos/test")
-    assert found["metrics"]["faults"] == found["counts"]["faults"] == 1
+    result = command("evaluate", "out/bundle", tmp_path / "photos", tmp_path / "out", code=3)
+    assert result["metrics"]["images"] == count("photos/test")
+    assert result["metrics"]["faults"] == result["counts"]["faults"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A bundle as a file for other programs: it gives what `score` gives, or it is not there."""
+"""An exported bundle gives the same results as `score`, or it is not written."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def exported(
     """What the command says, alone on standard output, of the file it wrote of `made`."""
     out = tmp_path_factory.mktemp("exported") / "new" / "folder"
     words = ["export", str(made), str(out), "--format", request.param, "--json"]
-    said = io.StringIO()
-    with redirect_stdout(said), pytest.raises(SystemExit) as ended:
+    output = io.StringIO()
+    with redirect_stdout(output), pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 0
-    return dict(json.loads(said.getvalue()))
+    return dict(json.loads(output.getvalue()))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def opened(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
     return lambda batch: np.asarray(module(torch.from_numpy(batch)).detach().numpy())
 
 
-def test_the_file_gives_what_score_gives_whatever_the_batch(
+def test_the_file_gives_the_same_as_score_for_any_batch_size(
     exported: dict[str, Any], scored: NDArray[np.float32], pixels: NDArray[np.uint8]
 ) -> None:
     run = opened(Path(exported["file"]))
@@ -124,7 +124,7 @@ def test_the_file_gives_what_score_gives_whatever_the_batch(
         )
 
 
-def test_the_file_is_one_and_says_all_that_its_caller_must_know(
+def test_the_export_is_one_file_with_all_metadata_for_its_caller(
     exported: dict[str, Any], made: Path
 ) -> None:
     file, loaded = Path(exported["file"]), bundle_format.load(made)
@@ -138,20 +138,20 @@ def test_the_file_is_one_and_says_all_that_its_caller_must_know(
         extra = {"arrowhead.json": ""}
         torch.export.load(file, extra_files=extra)
         text = extra["arrowhead.json"]
-    said = json.loads(text)
-    assert said["classes"] == loaded.classes
-    assert said["task"] == ("multi-label" if loaded.multi else "single-label")
-    assert said["decision"] == bundle_format.TASKS[said["task"]]
-    assert said["temperature"] == loaded.temperature
+    output = json.loads(text)
+    assert output["classes"] == loaded.classes
+    assert output["task"] == ("multi-label" if loaded.multi else "single-label")
+    assert output["decision"] == bundle_format.TASKS[output["task"]]
+    assert output["temperature"] == loaded.temperature
     thresholds = loaded.thresholds
-    assert said["thresholds"] == (
+    assert output["thresholds"] == (
         dict(zip(loaded.classes, thresholds, strict=True)) if thresholds else None
     )
-    assert said["recipe_fingerprint"] == loaded.recipe.fingerprint
-    assert said["bundle"] == bundle_format.fingerprint(made)
-    assert said["arrowhead"] == export.__version__
-    assert said["recipe"]["mean"] == list(loaded.recipe.mean)
-    how = said["preprocessing"]
+    assert output["recipe_fingerprint"] == loaded.recipe.fingerprint
+    assert output["bundle"] == bundle_format.fingerprint(made)
+    assert output["arrowhead"] == export.__version__
+    assert output["recipe"]["mean"] == list(loaded.recipe.mean)
+    how = output["preprocessing"]
     assert (how["size"], how["resize"], how["antialias"]) == (64, "crop", True)
     assert {"pixels", "rule", "interpolation", "orientation", "transparency"} < how.keys()
 
@@ -171,7 +171,7 @@ def test_features_pass_through_float16_inside_the_graph(exported: dict[str, Any]
         assert "torch.float16" in str(torch.export.load(file).graph)
 
 
-def test_the_account_names_what_was_checked(exported: dict[str, Any]) -> None:
+def test_the_output_names_what_was_checked(exported: dict[str, Any]) -> None:
     assert exported["batch_sizes"] == [1, 3]
     assert export.TRACE_BATCH_SIZE not in exported["batch_sizes"]
     assert exported["images"] == 3

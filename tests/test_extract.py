@@ -1,4 +1,4 @@
-"""Extraction's promises: no file stops it, nothing is lost or done twice, threads end."""
+"""Extraction: no file stops it, nothing is lost or done twice, threads end."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def pump(made: tuple[Body, Recipe, Path]) -> Iterator[FeaturePipeline]:
 @pytest.fixture(scope="module")
 def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 drawn images, loose."""
-    made = tmp_path_factory.mktemp("folder") / "images"
-    made.mkdir()
+    result = tmp_path_factory.mktemp("folder") / "images"
+    result.mkdir()
     for path in sorted(drawn.glob("train/*/*.jpg"))[:30]:
-        shutil.copy(path, made)
-    return made
+        shutil.copy(path, result)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +223,10 @@ def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_i
 ) -> None:
     spoilt = shutil.copytree(folder, tmp_path / "spoilt")
     names = sorted(os.listdir(spoilt))
-    whole = (folder / names[0]).read_bytes()
+    full = (folder / names[0]).read_bytes()
     (spoilt / "0-empty.jpg").write_bytes(b"")
     (spoilt / f"{names[3]}-page.jpg").write_bytes(b"<html>404</html>" * 50)
-    (spoilt / f"{names[7]}-torn.jpg").write_bytes(whole[: len(whole) // 2])
+    (spoilt / f"{names[7]}-torn.jpg").write_bytes(full[: len(full) // 2])
     (spoilt / f"{names[9]}-gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(spoilt / "zz-pipe.jpg")
     after = _pumped(pump, sources.unlabelled(spoilt))
@@ -267,7 +267,7 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
     assert (chunk.features[[0, 2, 3]] == 1).all()
 
 
-def test_a_failing_body_and_a_taker_who_quits_leave_no_threads_behind(
+def test_a_failing_body_and_a_consumer_that_stops_leave_no_threads_behind(
     made: tuple[Body, Recipe, Path], pump: FeaturePipeline, folder: Path
 ) -> None:
     catalog, before = sources.unlabelled(folder), set(threading.enumerate())
@@ -311,12 +311,12 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
     assert [sum(r["looked_up"] for r in heard) for heard in reports] == [0, 30]
     assert [sum(r["files"] for r in heard) for heard in reports] == [30, 30]
     assert set(reports[0][0]["seconds"]) == {"read", "decode", "forward", "write"}
-    found = FeatureCache.from_store(store)
+    result = FeatureCache.from_store(store)
     for rows in map(store.read_shard, names):
         for image_id, feature in zip(rows.image_ids, rows.features, strict=True):
-            assert np.array_equal(found.get(image_id), feature)
-    assert found.get(bytes(16)) is None
-    assert found.get(b"\xff" * 16) is None
+            assert np.array_equal(result.get(image_id), feature)
+    assert result.get(bytes(16)) is None
+    assert result.get(b"\xff" * 16) is None
 
 
 # --------------------------------------------------------------------------------- ahead
@@ -327,10 +327,10 @@ def test_ahead_gives_the_items_in_order_and_then_the_exception() -> None:
         yield from range(5)
         raise ValueError("the sixth")
 
-    made = []
+    result = []
     with pytest.raises(ValueError, match="the sixth"):
-        made.extend(prefetch(items(), 2))
-        made.append(-1)
+        result.extend(prefetch(items(), 2))
+        result.append(-1)
     taken = []
     with pytest.raises(ValueError, match="the sixth"):
         for item in prefetch(items(), 2):

@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent; one writer at a time; after kills, too."""
+"""Files and folders are written whole or not at all, by one writer at a time; after kills, too."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_refused_second_writer_leaves_the_lock_of_the_first_so_a_third_is_refu
     assert (folder / "work").exists()
 
 
-def test_what_others_put_into_a_folder_stays_and_so_do_the_folders_above(tmp_path: Path) -> None:
+def test_files_of_others_and_parent_folders_are_kept(tmp_path: Path) -> None:
     with fileio.occupied(tmp_path / "a" / "b"):
         (tmp_path / "a" / "stranger").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["stranger"]
@@ -93,7 +93,7 @@ def test_only_one_at_a_time_writes_while_the_lock_comes_and_goes(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_was_removed_between_opening_and_locking_keeps_nobody_out_and_is_made_anew(
+def test_a_lock_file_removed_between_opening_and_locking_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, removed = fcntl.flock, False
@@ -114,18 +114,18 @@ def test_a_lock_that_was_removed_between_opening_and_locking_keeps_nobody_out_an
         pass
 
 
-def test_a_disk_without_locks_is_said_and_the_work_goes_on(
+def test_a_disk_without_locks_is_reported_and_the_work_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(handle: int, what: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    said: list[str] = []
-    with fileio.locked(tmp_path, said.append):
+    output: list[str] = []
+    with fileio.locked(tmp_path, output.append):
         fileio.write_json(tmp_path / "a.json", 1)
-    assert len(said) == 1
-    assert str(tmp_path) in said[0] and "no file locks" in said[0]
+    assert len(output) == 1
+    assert str(tmp_path) in output[0] and "no file locks" in output[0]
 
 
 # ----------------------------------------------------------------------------- folders
@@ -154,7 +154,7 @@ def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def test_a_folder_is_replaced_whole_and_the_one_before_is_kept_where_asked(
+def test_a_folder_is_replaced_completely_and_the_previous_one_is_kept_on_request(
     tmp_path: Path, disk: str
 ) -> None:
     path, previous = tmp_path / "it", tmp_path / "it.previous"
@@ -285,7 +285,9 @@ def test_drafts_of_files_are_swept_when_their_writer_is_gone_and_only_then(tmp_p
     assert os.listdir(tmp_path) == [".mine.draft"]
 
 
-def test_a_full_disk_while_a_folder_is_written_is_said_and_leaves_no_draft(tmp_path: Path) -> None:
+def test_a_full_disk_while_a_folder_is_written_is_reported_and_leaves_no_draft(
+    tmp_path: Path,
+) -> None:
     """RLIMIT_FSIZE stands in for the full disk."""
     code = (
         "import resource\n"
@@ -301,8 +303,8 @@ def test_a_full_disk_while_a_folder_is_written_is_said_and_leaves_no_draft(tmp_p
     with fileio.draft_folder(tmp_path / "it") as folder:
         fill(folder, "one")
     with other(code, tmp_path / "it") as process:
-        said, errors = process.communicate(timeout=60)
-    assert f"{tmp_path / 'it'} cannot be written: File too large." in said, errors
-    assert "run the same command again" in said
+        output, errors = process.communicate(timeout=60)
+    assert f"{tmp_path / 'it'} cannot be written: File too large." in output, errors
+    assert "run the same command again" in output
     assert content(tmp_path / "it") == whole("one")
     assert [one.name for one in tmp_path.iterdir()] == ["it"]

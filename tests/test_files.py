@@ -1,4 +1,4 @@
-"""The promises of `files`: names survive, no file is lost or counted twice, changes are noticed."""
+"""Listing and reading: names survive, no file is lost or counted twice, changes are noticed."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def _grown(root: Path, seed: int) -> Path:
     )
     junk = ("Thumbs.db", "desktop.ini", "__MACOSX", "._a", ".DS_Store", "...")
     for number in range(60):
-        place = draw.choice(folders)
+        folder = draw.choice(folders)
         name = f"{draw.choice(names)}{number}"
-        target = place / (draw.choice(junk) if draw.random() < 0.2 else name)
+        target = folder / (draw.choice(junk) if draw.random() < 0.2 else name)
         if target.is_symlink() or target.exists():
             continue
         kind = draw.random()
@@ -91,7 +91,7 @@ def _grown(root: Path, seed: int) -> Path:
             target.mkdir()
             folders.append(target)
         elif kind < 0.4:
-            target.symlink_to(draw.choice([root, place, *folders, root / "nowhere", target]))
+            target.symlink_to(draw.choice([root, folder, *folders, root / "nowhere", target]))
         elif kind < 0.45:
             os.mkfifo(target)
         else:
@@ -154,11 +154,11 @@ def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
             handle = os.open(os.fsencode(root) + b"/" + name, os.O_WRONLY | os.O_CREAT)
             os.write(handle, name)
             os.close(handle)
-        found = _listed(Path(root))
-        assert [path_text.unescape_path(path) for path in found.paths] == sorted(
+        result = _listed(Path(root))
+        assert [path_text.unescape_path(path) for path in result.paths] == sorted(
             there, key=path_text.escape_path
         )
-        for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
+        for path, size, stamp in zip(result.paths, result.sizes, result.stamps, strict=True):
             name = path_text.unescape_path(path)
             assert reading.read(path_text.resolve(root), path, 99, size, stamp) == (name, None)
 
@@ -170,7 +170,7 @@ def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
 def test_a_listing_has_every_file_once_however_it_is_shared_out(
     tmp_path: Path, way: str, seed: int
 ) -> None:
-    found = _listed(_grown(tmp_path, seed))
+    result = _listed(_grown(tmp_path, seed))
     top = os.fsencode(tmp_path.resolve())
     all_paths = sorted(path[len(top) + 1 :] for path in _walked(top))
     shown = [
@@ -178,9 +178,9 @@ def test_a_listing_has_every_file_once_however_it_is_shared_out(
         for path in all_paths
         if not any(p[:1] == b"." or p in exclusions.JUNK for p in path.split(b"/"))
     ]
-    assert found.paths == sorted(map(path_text.escape_path, shown))
-    assert len(found.paths) + found.ignored == len(all_paths)
-    for path, size, stamp in zip(found.paths, found.sizes, found.stamps, strict=True):
+    assert result.paths == sorted(map(path_text.escape_path, shown))
+    assert len(result.paths) + result.ignored == len(all_paths)
+    for path, size, stamp in zip(result.paths, result.sizes, result.stamps, strict=True):
         try:
             status = os.stat(top + b"/" + path_text.unescape_path(path))
         except OSError:
@@ -205,8 +205,8 @@ def test_links_back_up_the_tree_end_and_dangling_links_stay_rows(tmp_path: Path)
     (tmp_path / "cat" / "up").symlink_to(tmp_path)
     (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "cat" / "ring").symlink_to(tmp_path / "cat" / "ring")
-    found = _listed(tmp_path)
-    assert dict(zip(found.paths, found.sizes.tolist(), strict=True)) == {
+    result = _listed(tmp_path)
+    assert dict(zip(result.paths, result.sizes.tolist(), strict=True)) == {
         "cat/1.jpg": 9,
         "cat/gone.jpg": -1,
         "cat/ring": -1,
@@ -221,10 +221,10 @@ def test_a_folder_that_may_not_be_listed_is_a_row_and_a_fault(open_folder: Path,
     (root / "shut").chmod(0)
     (root / ".shut").chmod(0)
     try:
-        found = _listed(root)
-        assert found.paths == ["cat/1.jpg", "shut"]
-        assert found.sizes.tolist() == [9, -1]
-        assert found.ignored == 1
+        result = _listed(root)
+        assert result.paths == ["cat/1.jpg", "shut"]
+        assert result.sizes.tolist() == [9, -1]
+        assert result.ignored == 1
         assert reading.read(str(root), "shut", 9) == (b"", "unreadable: Permission denied")
         with pytest.raises(ConfigError, match="Permission denied"):
             _listed(root / "shut")
@@ -237,9 +237,9 @@ def test_folders_without_a_file_of_their_own_are_named(tmp_path: Path, way: str)
     _put(tmp_path, "train/cat/1.jpg", "train/dog/.hidden", "train/emu/deep/1.jpg", ".git/a/b")
     _put(tmp_path, *(f"train/cat/{name}/1.jpg" for name in "abcdefghijk"))
     (tmp_path / "train/fox/deep").mkdir(parents=True)
-    found = set(_listed(tmp_path).folders)
-    assert {"train/dog", "train/emu", "train/fox", "train/fox/deep"} <= found
-    assert "train/cat" not in found
+    result = set(_listed(tmp_path).folders)
+    assert {"train/dog", "train/emu", "train/fox", "train/fox/deep"} <= result
+    assert "train/cat" not in result
 
 
 def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
@@ -256,14 +256,14 @@ def test_a_file_uri_is_the_folder_it_names(tmp_path: Path) -> None:
     assert listing.listing(path_text.resolve(root.as_uri())).paths == ["1.jpg"]
 
 
-def test_looking_at_named_files_gives_what_a_listing_gives(tmp_path: Path, way: str) -> None:
-    found, root = _listed(_grown(tmp_path, 3)), path_text.resolve(tmp_path)
-    sizes, stamps = listing.look(root, found.paths)
-    np.testing.assert_array_equal(sizes, found.sizes)
-    np.testing.assert_array_equal(stamps, found.stamps)
+def test_checking_named_files_gives_the_same_as_a_listing(tmp_path: Path, way: str) -> None:
+    result, root = _listed(_grown(tmp_path, 3)), path_text.resolve(tmp_path)
+    sizes, stamps = listing.look(root, result.paths)
+    np.testing.assert_array_equal(sizes, result.sizes)
+    np.testing.assert_array_equal(stamps, result.stamps)
     _put(tmp_path, "file")
     absent = ["no", "no/such/file", path_text.escape_path(b"file\0b")]
-    mixed = sorted([*absent, *found.paths[:3]])
+    mixed = sorted([*absent, *result.paths[:3]])
     sizes, _ = listing.look(root, mixed)
     assert [sizes[mixed.index(path)] for path in absent] == [-1, -1, -1]
 
@@ -280,7 +280,7 @@ def test_a_named_file_is_seen_in_a_folder_that_may_not_be_listed(open_folder: Pa
 # ------------------------------------------------------------------------------ reading
 
 
-def test_a_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_read_completely_or_not_at_all(tmp_path: Path) -> None:
     root = path_text.resolve(_put(tmp_path, "four"))
     assert reading.read(root, "four", 4) == (b"four", None)
     assert reading.read(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
@@ -305,8 +305,8 @@ def test_pipes_sockets_devices_and_folders_are_no_files_and_never_waited_on(
 
 
 def test_a_file_that_differs_from_its_listing_is_a_fault(tmp_path: Path) -> None:
-    root, found = path_text.resolve(_put(tmp_path, "1.jpg")), _listed(tmp_path)
-    size, stamp = int(found.sizes[0]), int(found.stamps[0])
+    root, result = path_text.resolve(_put(tmp_path, "1.jpg")), _listed(tmp_path)
+    size, stamp = int(result.sizes[0]), int(result.stamps[0])
     assert reading.read(root, "1.jpg", 99, size, stamp) == (b"1.jpg", None)
     os.utime(tmp_path / "1.jpg", ns=(0, stamp + 1))
     assert reading.read(root, "1.jpg", 99, size, stamp)[1] == (
@@ -352,10 +352,10 @@ def test_a_folder_named_like_an_image_is_a_row_when_nothing_is_in_it(tmp_path: P
     (tmp_path / "cat" / "dog.JPG").mkdir(parents=True)
     (tmp_path / "cat" / "full.png").mkdir()
     (tmp_path / "cat" / "full.png" / "1.jpg").write_bytes(b"1")
-    found = listing.listing(path_text.resolve(str(tmp_path)))
-    assert found.paths == ["cat/dog.JPG", "cat/full.png/1.jpg"]
-    assert found.sizes.tolist() == [-1, 1]
-    data, fault = reading.read(path_text.resolve(str(tmp_path)), found.paths[0], 100, -1, 0)
+    result = listing.listing(path_text.resolve(str(tmp_path)))
+    assert result.paths == ["cat/dog.JPG", "cat/full.png/1.jpg"]
+    assert result.sizes.tolist() == [-1, 1]
+    data, fault = reading.read(path_text.resolve(str(tmp_path)), result.paths[0], 100, -1, 0)
     assert (data, fault) == (b"", "not a file: a folder, pipe, socket or device")
 
 
@@ -371,11 +371,11 @@ def test_files_that_say_they_are_no_images_and_are_none_are_counted_by_ending(
         _put(tmp_path, f"cat/{number}.jpg", f"cat/{number}.txt", f"dog/{number}.JSON")
     _put(tmp_path, "dog/notes.md", "only/labels.csv", "BMW.txt")
     (tmp_path / "cat" / "empty.xml").touch()
-    found = _listed(tmp_path)
-    assert found.paths == sorted(f"cat/{number}.jpg" for number in range(12))
+    result = _listed(tmp_path)
+    assert result.paths == sorted(f"cat/{number}.jpg" for number in range(12))
     counts = {".txt": 13, ".json": 12, ".md": 1, ".csv": 1, ".xml": 1}
-    assert (found.sidecars, found.ignored) == (counts, 28)
-    assert "only" in found.folders
+    assert (result.sidecars, result.ignored) == (counts, 28)
+    assert "only" in result.folders
 
 
 @pytest.mark.parametrize(
@@ -397,8 +397,8 @@ def test_an_image_under_another_name_is_a_row_and_so_is_the_name_of_an_image_wit
     (tmp_path / "page.jpg").write_bytes(b"<html>")
     (tmp_path / "IMG_0001").write_bytes(b"no ending says nothing")
     (tmp_path / "csv").write_bytes(b"nor does a word that is an ending elsewhere")
-    found = _listed(tmp_path)
-    assert (found.paths, found.ignored) == (["IMG_0001", "csv", "page.jpg", "photo.txt"], 0)
+    result = _listed(tmp_path)
+    assert (result.paths, result.ignored) == (["IMG_0001", "csv", "page.jpg", "photo.txt"], 0)
 
 
 def test_a_readme_without_an_ending_is_ignored_and_counted_under_its_own_name(
@@ -407,9 +407,9 @@ def test_a_readme_without_an_ending_is_ignored_and_counted_under_its_own_name(
     _put(tmp_path, "cat/1.jpg", "README", "cat/LICENSE", "cat/readme", "notes.md")
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "README").write_bytes(JPEG)
-    found = _listed(tmp_path)
-    assert found.paths == ["cat/1.jpg", "dog/README"]
-    assert found.sidecars == {"README": 1, "LICENSE": 1, "readme": 1, ".md": 1}
+    result = _listed(tmp_path)
+    assert result.paths == ["cat/1.jpg", "dog/README"]
+    assert result.sidecars == {"README": 1, "LICENSE": 1, "readme": 1, ".md": 1}
 
 
 def test_a_sidecar_that_cannot_be_looked_into_stays_a_row(open_folder: Path) -> None:
@@ -434,10 +434,10 @@ def test_what_arrowhead_and_mlflow_write_is_left_out_uncounted_and_named(
         _put(tmp_path, name)
         (tmp_path / name).write_text(content)
     _put(tmp_path, "cat/theirs/3.jpg", "cat/scores/4.jpg")
-    found = _listed(tmp_path)
-    assert found.paths == ["cat/1.jpg", "cat/theirs/3.jpg", "deep/s/golden/1.jpg", "dog/2.jpg"]
-    assert (found.ignored, found.sidecars) == (2, {".json": 1})
-    assert set(found.own) == {
+    result = _listed(tmp_path)
+    assert result.paths == ["cat/1.jpg", "cat/theirs/3.jpg", "deep/s/golden/1.jpg", "dog/2.jpg"]
+    assert (result.ignored, result.sidecars) == (2, {".json": 1})
+    assert set(result.own) == {
         ".arrowhead",
         "begun",
         "cat/scores",
@@ -449,5 +449,5 @@ def test_what_arrowhead_and_mlflow_write_is_left_out_uncounted_and_named(
         "out/lr_finder.png",
         "out/store",
     }
-    assert "out" not in found.folders
+    assert "out" not in result.folders
     assert _listed(tmp_path / "cat" / "scores").paths == ["4.jpg"]  # asked for by name

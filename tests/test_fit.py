@@ -1,4 +1,4 @@
-"""The main job, run as its user runs it: a folder in, a bundle and scores out."""
+"""The main command as a user runs it: a folder in, a bundle and scores out."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def live_shard(store: Path) -> Path:
     return store / "shards" / f"{name}.arrow"
 
 
-def test_a_flipped_byte_is_found_before_training(fitted, capsys):
+def test_a_flipped_byte_is_detected_before_training(fitted, capsys):
     shard = live_shard(fitted / "store")
     good = shard.read_bytes()
     bad = bytearray(good)
@@ -121,7 +121,7 @@ def test_a_second_fit_does_not_vouch_for_a_changed_shard(fitted, data, command, 
     assert shard.read_bytes() == good
 
 
-def test_a_changed_body_in_the_store_is_found_before_it_gets_into_a_bundle(fitted, capsys):
+def test_a_changed_body_in_the_store_is_detected_before_it_gets_into_a_bundle(fitted, capsys):
     weights = fitted / "store" / "body.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -144,10 +144,10 @@ def test_images_of_which_none_can_validate_are_refused_before_any_is_decoded(
     with pytest.raises(SystemExit) as ended:
         main(["fit", str(tmp_path / "one"), str(out), *RANDOM])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "none can be held out for validation" in said
-    assert "  wanted  two images or more" in said
-    assert "  do      add images" in said
+    output = capsys.readouterr().err
+    assert "none can be held out for validation" in output
+    assert "  wanted  two images or more" in output
+    assert "  do      add images" in output
     assert not (out / "store").exists()
     with pytest.raises(ConfigError, match="none can be held out"):
         Learner(BodyConfig(body="resnet18", weights="random"), Images.from_folder(tmp_path / "one"))
@@ -218,8 +218,8 @@ def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, comma
     assert counts["ignored"] == 1
     assert result["faults"] == {"not an image": 1, "empty": 1, "truncated": 1}
     assert result["fault_kinds"] == result["faults"]
-    said = " ".join(command.said.split())
-    assert re.search(r"not read: 1 \S.*cut\.jpg, .*the rows of scores/parts whose column", said)
+    output = " ".join(command.said.split())
+    assert re.search(r"not read: 1 \S.*cut\.jpg, .*the rows of scores/parts whose column", output)
     rows = polars.read_parquet("scores/parts")
     assert rows["path"].to_list() == sorted(rows["path"].to_list())
     assert rows.height == 28
@@ -232,7 +232,7 @@ def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, comma
     assert bad["label"].is_null().all() and bad["top_k"].is_null().all()
 
 
-def test_a_stopped_scoring_goes_on_and_other_requests_are_refused(fitted, drawn, command, capsys):
+def test_a_stopped_scoring_resumes_and_other_requests_are_refused(fitted, drawn, command, capsys):
     command("score", "out/bundle", drawn / "new", "again", "--chunk-size", "6")
     parts = sorted(Path("again/parts").glob("*.parquet"))
     before = [part.read_bytes() for part in parts]
@@ -289,11 +289,11 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, place):
     assert [point.step for point in history] == [0, 1, 2, 3]
     assert children["extract"].data.metrics["decoded"] == 72
     assert [one.dataset.name for one in first.inputs.dataset_inputs] == ["data", "data"]  # by split
-    found = {f.path for f in client.list_artifacts(children["lr-find"].info.run_id, "lr_finder")}
-    assert found == {"lr_finder/lr_finder.png", "lr_finder/lr_finder.csv"}
+    result = {f.path for f in client.list_artifacts(children["lr-find"].info.run_id, "lr_finder")}
+    assert result == {"lr_finder/lr_finder.png", "lr_finder/lr_finder.csv"}
 
 
-def test_real_photos_are_told_apart(dogscats, mobilenet, pets, command):
+def test_real_photos_are_classified(dogscats, mobilenet, pets, command):
     shutil.copytree(pets, "real/store")
     result = command("fit", dogscats, "real", *mobilenet)
     assert (result["counts"]["features"], result["counts"]["reused"]) == (800, 800)

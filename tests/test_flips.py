@@ -1,4 +1,4 @@
-"""One flipped bit anywhere, in every kind of file: told, never other rows, never a dead process."""
+"""One flipped bit anywhere in any kind of file is reported: never wrong rows, never a crash."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def made(tmp_path_factory, tracked) -> Path:
         stopped.write_pending(stopped.read_catalog())
         (stopped.path / "manifest.json").unlink()
         ids = np.arange(5, dtype=np.uint64)
-        whole = replace(
+        full = replace(
             bundle_format.load(BEFORE / "bundle"), known_images=KnownImages.from_ids(ids, ids + ids)
         )
-        bundle_format.save(whole, Path("bundle"))
+        bundle_format.save(full, Path("bundle"))
         tensors = {"a": torch.arange(20.0), "b": torch.ones(3, 3, dtype=torch.int64)}
         draft = checkpoint.draft_path(Path("place"))
         checkpoint.write(draft, tensors, {"key": "key", "number": 3})
@@ -68,26 +68,26 @@ UNREAD = {".lock", "catalog.arrow"}
 
 def outcomes(folder: Path, kind: str, flips: list[tuple[str, int]]) -> Counter[str]:
     """What came of each flip: of those that end the process, which signal it was."""
-    found, left, died = Counter[str](), list(flips), 0
+    result, left, died = Counter[str](), list(flips), 0
     while left:
         command = [sys.executable, Path(__file__).with_name("flipper.py"), kind, folder]
         pipe = subprocess.PIPE
         with forks.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
             lines, errors = child.communicate("".join(json.dumps(one) + "\n" for one in left))
-        said = [json.loads(line) for line in lines.splitlines()]
-        assert said and said[0] == "ready", errors
-        found.update(said[1:])
-        left = left[len(said) - 1 :]
+        output = [json.loads(line) for line in lines.splitlines()]
+        assert output and output[0] == "ready", errors
+        result.update(output[1:])
+        left = left[len(output) - 1 :]
         if left:
-            found[f"the process ended with {child.returncode} at {left.pop(0)}"] += 1
+            result[f"the process ended with {child.returncode} at {left.pop(0)}"] += 1
             died += 1
-            assert died < 20, found
-    return found
+            assert died < 20, result
+    return result
 
 
 def flips(folder: Path, count: int) -> list[tuple[str, int]]:
     """As many in each kind of file as in any other, at drawn places; the ends of files, too."""
-    draw, made = random.Random(7), []
+    draw, result = random.Random(7), []
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in UNREAD)
     kinds: dict[str, list[Path]] = {}
     for file in files:
@@ -100,23 +100,23 @@ def flips(folder: Path, count: int) -> list[tuple[str, int]]:
             bits = 8 * file.stat().st_size
             end = draw.choice([bits, bits, min(bits, 8 * 2000)])
             bit = draw.randrange(end)
-            made.append((str(file.relative_to(folder)), draw.choice([bit, bits - 1 - bit])))
-    return made
+            result.append((str(file.relative_to(folder)), draw.choice([bit, bits - 1 - bit])))
+    return result
 
 
 def must_be_told(folders: dict[str, Path], count: int) -> None:
     for name, kind in KINDS.items():
-        found = outcomes(folders[name], kind, flips(folders[name], count))
-        assert set(found) <= {"DataError", "same"}, (name, found)
-        assert found["DataError"] > found["same"], (name, found)
+        result = outcomes(folders[name], kind, flips(folders[name], count))
+        assert set(result) <= {"DataError", "same"}, (name, result)
+        assert result["DataError"] > result["same"], (name, result)
 
 
-def test_a_flipped_bit_anywhere_is_told_or_harmless(folders):
+def test_a_flipped_bit_anywhere_is_detected_or_harmless(folders):
     must_be_told(folders, 15)
 
 
 @pytest.mark.chaos
-def test_a_flipped_bit_at_any_of_many_places_is_told_or_harmless(folders):
+def test_a_flipped_bit_at_any_of_many_places_is_detected_or_harmless(folders):
     must_be_told(folders, 500)
 
 
@@ -143,10 +143,10 @@ def spoiled(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("paper", ["store/store.json", "store/manifest.json", "bundle/bundle.json"])
 def test_well_sealed_nonsense_is_refused_and_nothing_else_is_raised(paper, folders):
     path = Path(paper).absolute()
-    whole = fileio.read_json(path)
-    del whole["seal"]
+    full = fileio.read_json(path)
+    del full["seal"]
     refused = 0
-    for words, document in spoiled(whole):
+    for words, document in spoiled(full):
         fileio.write_sealed(path, document)
         try:
             if path.parent.name == "bundle":
@@ -160,7 +160,7 @@ def test_well_sealed_nonsense_is_refused_and_nothing_else_is_raised(paper, folde
             assert path.parent.name in error.found, words
             refused += 1
     assert refused > 50
-    fileio.write_sealed(path, whole)
+    fileio.write_sealed(path, full)
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[" * 200_000 + "]" * 200_000, "7", "[]", "null"])
@@ -177,16 +177,16 @@ def test_a_paper_that_nests_or_is_something_else_is_refused(text, folders):
 
 def test_names_in_a_manifest_that_lead_out_of_the_store_are_refused(folders):
     path = folders["store"] / "manifest.json"
-    whole = fileio.read_json(path)
-    del whole["seal"]
-    stolen = shutil.copy(folders["store"] / whole["catalog"]["name"], "stolen.arrow")
+    full = fileio.read_json(path)
+    del full["seal"]
+    stolen = shutil.copy(folders["store"] / full["catalog"]["name"], "stolen.arrow")
     for name in ("../stolen.arrow", str(Path(stolen).absolute()), "catalog-../stolen.arrow"):
-        fileio.write_sealed(path, whole | {"catalog": whole["catalog"] | {"name": name}})
+        fileio.write_sealed(path, full | {"catalog": full["catalog"] | {"name": name}})
         with pytest.raises(DataError, match=r"catalog\.name"):
             Store(folders["store"]).verify()
     for name in ("../../stolen", "..", "/etc/passwd", "a/b", ""):
-        shards = [whole["shards"][0] | {"name": name}, *whole["shards"][1:]]
-        fileio.write_sealed(path, whole | {"shards": shards})
+        shards = [full["shards"][0] | {"name": name}, *full["shards"][1:]]
+        fileio.write_sealed(path, full | {"shards": shards})
         with pytest.raises(DataError, match=r"shards\[0\]\.name"):
             inspect.gc(folders["store"], remove=True)
 

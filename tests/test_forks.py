@@ -1,4 +1,4 @@
-"""A fork of the server that has imported is to a test what `python` is."""
+"""A fork of the server with imported packages behaves like a new `python`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_fork_can_be_interrupted_though_the_tests_ignore_it():
     assert done.stdout == "True\n"
 
 
-def test_nothing_but_what_imports_has_run_in_the_server():
+def test_the_server_has_only_run_imports():
     code = (
         "import os, sys, threading; import ray, torch; print(len(os.listdir('/proc/self/task')),"
         " threading.active_count(), ray.is_initialized(), torch.cuda.is_initialized())"

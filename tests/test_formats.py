@@ -1,4 +1,4 @@
-"""Every kind of file comes out as a browser shows it; every view is a function of its image.
+"""Every format is decoded as a browser shows it, and every view is a function of its image.
 
 The second opinion is Pillow's: turned as EXIF asks, laid on a white page, 16 bits scaled to 8.
 """
@@ -113,8 +113,8 @@ def _bmp(
     head = struct.pack("<IiiHHIIiiII", 40, SIDE, height, 1, bits, way, len(lines), 0, 0, 0, 0)
     start = 54 + len(behind)
     assert masks <= len(behind)
-    whole = struct.pack("<IHHI", start + len(lines), 0, 0, start) + head + behind + lines
-    return b"BM" + whole
+    full = struct.pack("<IHHI", start + len(lines), 0, 0, start) + head + behind + lines
+    return b"BM" + full
 
 
 def _sixteen_bits(pixels_HWC: np.ndarray, colour: int, before: bytes = b"") -> bytes:
@@ -219,8 +219,8 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
         for way in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd")
     }
     pillow_too = ("TIFF", "BMP")
-    found = {n: (data, any(k in n for k in pillow_too)) for n, data in ours.items()}
-    return found | {name: (data, True) for name, data in pillows.items()}
+    result = {n: (data, any(k in n for k in pillow_too)) for n, data in ours.items()}
+    return result | {name: (data, True) for name, data in pillows.items()}
 
 
 def test_every_kind_of_file_comes_out_as_a_browser_shows_it(
@@ -233,14 +233,14 @@ def test_every_kind_of_file_comes_out_as_a_browser_shows_it(
     for name, (data, by_pillow) in _kinds(photo).items():
         wanted = _shown(data)
         assert wanted.std() > 10, name
-        made, less = same_size([data], _ids(1)), smaller([data], _ids(1))
-        apart = _apart(made.views[0][0], wanted)
+        result, less = same_size([data], _ids(1)), smaller([data], _ids(1))
+        apart = _apart(result.views[0][0], wanted)
         resized = _apart(less.views[0][0], _resized(wanted, 40))
         exact = apart == 0 or (name.startswith(rounded) and apart <= 0.5)
-        if made.faults != [None] or not exact or resized > 0.5:
-            wrong[name] = made.faults[0], apart, resized
-        elif made.fallback != [by_pillow]:
-            wrong[name] = "decoded by Pillow" if made.fallback[0] else "not decoded by Pillow"
+        if result.faults != [None] or not exact or resized > 0.5:
+            wrong[name] = result.faults[0], apart, resized
+        elif result.fallback != [by_pillow]:
+            wrong[name] = "decoded by Pillow" if result.fallback[0] else "not decoded by Pillow"
     assert not wrong
 
 
@@ -249,10 +249,10 @@ def test_the_first_picture_of_an_animated_file_is_the_one_shown(
 ) -> None:
     for kind in ("GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"):
         film, still = animated(photo, kind), encoded(photo, "JPEG" if kind == "MPO" else kind)
-        made = same_size([film, still], _ids(2))
-        assert made.faults == [None, None], kind
+        result = same_size([film, still], _ids(2))
+        assert result.faults == [None, None], kind
         # A film's frames are compressed differently from a still; another frame is 20 away.
-        assert _apart(made.views[0][0], made.views[0][1]) < 6, kind
+        assert _apart(result.views[0][0], result.views[0][1]) < 6, kind
 
 
 def test_an_animation_whose_first_frame_is_a_part_shows_it_on_a_white_page(
@@ -262,10 +262,10 @@ def test_an_animation_whose_first_frame_is_a_part_shows_it_on_a_white_page(
     part.paste(photo.crop((0, 0, 40, 40)), (20, 10))
     for kind in ("GIF", "PNG"):  # of WebP Pillow says no more than that it were black
         film = encoded(part, kind, save_all=True, append_images=[photo.convert("RGBA")])
-        made = same_size([film], _ids(1))
-        assert made.faults == [None], kind
-        assert (made.views[0][0][:8] == 255).all(), kind
-        assert _apart(made.views[0][0], _shown(film)) < 1, kind
+        result = same_size([film], _ids(1))
+        assert result.faults == [None], kind
+        assert (result.views[0][0][:8] == 255).all(), kind
+        assert _apart(result.views[0][0], _shown(film)) < 1, kind
 
 
 @pytest.mark.parametrize(
@@ -293,11 +293,11 @@ def test_every_orientation_is_upright_whoever_decodes(
         upright.append(encoded(Image.fromarray(_shown(files[-1])), "PNG"))
     config = PixelConfig(size=56, resize=resize)
     with GuardedDecoder(config, batch_size=8, threads=1) as decoder:
-        made, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
-    assert made.faults == wanted.faults == [None] * 8
+        result, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
+    assert result.faults == wanted.faults == [None] * 8
     first = wanted.views[0][0]
     assert min(_apart(first, np.rot90(first, turns)) for turns in (1, 2, 3)) > 15
-    apart = [_apart(made.views[0][row], wanted.views[0][row]) for row in range(8)]
+    apart = [_apart(result.views[0][row], wanted.views[0][row]) for row in range(8)]
     assert max(apart) < 1, apart
 
 
@@ -318,10 +318,10 @@ def test_a_turned_photo_is_cut_where_the_upright_one_is_cut_whatever_its_size(
             upright.append(encoded(Image.fromarray(_shown(files[-1])), "PNG"))
         config = PixelConfig(size=57, resize=resize)
         with GuardedDecoder(config, batch_size=8, threads=1) as decoder:
-            made, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
-        assert made.faults == wanted.faults == [None] * 8
+            result, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
+        assert result.faults == wanted.faults == [None] * 8
         for row in range(8):
-            apart = _apart(made.views[0][row], wanted.views[0][row])
+            apart = _apart(result.views[0][row], wanted.views[0][row])
             if apart > 0.5:
                 wrong[width, height, row + 1] = round(apart, 2)
     assert not wrong
@@ -382,33 +382,35 @@ def test_jpegs_of_every_colour_space_come_out_as_pillow_shows_them(
     adobe = {"no": None, "0": 0, "1": 1, "2": 2, "of another name": 0, "too short": 0}
     files = {}
     for name, (data, named) in sources.items():
-        for ids, jfif, (told, transform) in itertools.product(named, (True, False), adobe.items()):
-            made = _jpeg(data, jfif, transform, ids)
-            if told == "of another name":
-                made = made.replace(b"Adobe", b"Adobf")
-            elif told == "too short":  # libjpeg takes none of less than 12 bytes
-                made = made.replace(b"\xff\xee\0\x0e", b"\xff\xee\0\x0d").replace(
+        for ids, jfif, (messages, transform) in itertools.product(
+            named, (True, False), adobe.items()
+        ):
+            result = _jpeg(data, jfif, transform, ids)
+            if messages == "of another name":
+                result = result.replace(b"Adobe", b"Adobf")
+            elif messages == "too short":  # libjpeg takes none of less than 12 bytes
+                result = result.replace(b"\xff\xee\0\x0e", b"\xff\xee\0\x0d").replace(
                     b"Adobe\0\x64\0\0\0\0\0", b"Adobe\0\x64\0\0\0\0"
                 )
-            files[name, ids, jfif, told] = made
+            files[name, ids, jfif, messages] = result
     assert len(files) > 150
     wrong = {}
     for case, data in files.items():
-        made, wanted = same_size([data], _ids(1)), _shown(data)
-        apart = _apart(made.views[0][0], wanted)
-        if made.faults != [None] or apart > 1:
-            wrong[case] = made.faults[0], round(apart, 1)
+        result, wanted = same_size([data], _ids(1)), _shown(data)
+        apart = _apart(result.views[0][0], wanted)
+        if result.faults != [None] or apart > 1:
+            wrong[case] = result.faults[0], round(apart, 1)
     assert not wrong
 
 
 def test_a_damaged_cmyk_jpeg_without_adobes_segment_is_a_fault(
     photo: Image.Image, same_size: GuardedDecoder
 ) -> None:
-    whole = _jpeg(encoded(photo.convert("CMYK"), "JPEG"), jfif=False, transform=None)
-    broken = whole[: len(whole) // 2] + bytes(40) + whole[len(whole) // 2 + 40 :]
-    cut, torn, well = same_size([whole[: len(whole) // 2], broken, whole], _ids(3)).faults
+    full = _jpeg(encoded(photo.convert("CMYK"), "JPEG"), jfif=False, transform=None)
+    broken = full[: len(full) // 2] + bytes(40) + full[len(full) // 2 + 40 :]
+    cut, truncated, well = same_size([full[: len(full) // 2], broken, full], _ids(3)).faults
     assert cut and cut.startswith("truncated")
-    assert torn and torn.startswith(("truncated", "corrupt"))
+    assert truncated and truncated.startswith(("truncated", "corrupt"))
     assert well is None
 
 
@@ -417,8 +419,8 @@ def test_a_damaged_cmyk_jpeg_without_adobes_segment_is_a_fault(
 
 def _box(brand: bytes, *others: bytes, kind: bytes = b"ftyp") -> bytes:
     """The first bytes of an ISO base media file."""
-    whole = brand + bytes(4) + b"".join(others)
-    return struct.pack(">I", len(whole) + 8) + kind + whole + bytes(64)
+    full = brand + bytes(4) + b"".join(others)
+    return struct.pack(">I", len(full) + 8) + kind + full + bytes(64)
 
 
 def _raw(photo: Image.Image, **tags: Any) -> bytes:
@@ -483,13 +485,13 @@ def test_an_image_of_a_kind_that_is_not_decoded_is_unsupported_and_says_what_to_
     assert not wrong
 
 
-def test_what_only_begins_like_another_kind_is_told_apart(
+def test_a_file_that_only_begins_like_another_kind_is_recognized(
     photo: Image.Image, same_size: GuardedDecoder
 ) -> None:
     page = b"<!DOCTYPE html><html><body><svg></svg></body></html>" * 4
     notes = [b"P1 is the first of the plots that we photographed\n", b"BPG is a word", bytes(200)]
-    made = same_size([page, *notes, b"<?xml version='1.0'?><annotation/>" * 9], _ids(5))
-    assert {(fault or "").partition(":")[0] for fault in made.faults} == {"not an image"}
+    result = same_size([page, *notes, b"<?xml version='1.0'?><annotation/>" * 9], _ids(5))
+    assert {(fault or "").partition(":")[0] for fault in result.faults} == {"not an image"}
     films = [animated(photo, "AVIF"), encoded(photo, "AVIF"), encoded(photo, "TIFF")]
     assert same_size(films, _ids(3)).faults == [None] * 3
 
@@ -514,11 +516,11 @@ def test_decoded_photos_equal_pillows_to_the_last_bit_before_they_are_resized(
     ]
     files = [encoded(image, "JPEG", **ways[n % len(ways)]) for n, image in enumerate(squares)]
     with GuardedDecoder(_squashed(224), batch_size=64, threads=2) as decoder:
-        made = decoder(files, _ids(64))
-    assert made.faults == [None] * 64
-    assert not any(made.fallback)
+        result = decoder(files, _ids(64))
+    assert result.faults == [None] * 64
+    assert not any(result.fallback)
     for row, data in enumerate(files):
-        assert np.array_equal(made.views[0][row], _shown(data))
+        assert np.array_equal(result.views[0][row], _shown(data))
 
 
 def test_features_equal_those_of_plain_torchvision_code(
@@ -590,9 +592,9 @@ def test_one_decode_serves_all_views(photos: list[bytes], monkeypatch: pytest.Mo
     monkeypatch.setattr(pillow_images, "by_pillow", count_pillow)
     glass = encoded(Image.open(io.BytesIO(photos[0])).convert("RGBA"), "PNG")
     engine = Decoder(PixelConfig(size=32, views=5), batch_size=8, threads=1)
-    made = engine([*photos[:6], glass, glass], _ids(8))
+    result = engine([*photos[:6], glass, glass], _ids(8))
     assert counted == {"codec": 6, "Pillow": 2}
-    assert len({view[:8].tobytes() for view in made.views}) == 5
+    assert len({view[:8].tobytes() for view in result.views}) == 5
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
@@ -634,7 +636,7 @@ def test_a_view_is_a_function_of_seed_image_and_view_in_any_batch_order_thread_a
     config = PixelConfig(size=32, views=4, augment_seed=5)
     ids = _ids(24)
     with GuardedDecoder(config, batch_size=24, threads=2) as decoder:
-        whole = decoder(photos, ids).views
+        full = decoder(photos, ids).views
         again = decoder(photos, ids).views
         order = np.random.default_rng(0).permutation(24)
         shuffled = decoder([photos[n] for n in order], [ids[n] for n in order]).views
@@ -644,12 +646,12 @@ def test_a_view_is_a_function_of_seed_image_and_view_in_any_batch_order_thread_a
     engine = Decoder(config, batch_size=7, threads=1)
     here = [engine(photos[n : n + 7], ids[n : n + 7]).views for n in range(0, 24, 7)]
     for view in range(4):
-        assert np.array_equal(whole[view], again[view])
-        assert np.array_equal(whole[view][order], shuffled[view])
-        assert np.array_equal(whole[view], _joined(fives, view, 5))
-        assert np.array_equal(whole[view], _joined(here, view, 7))
+        assert np.array_equal(full[view], again[view])
+        assert np.array_equal(full[view][order], shuffled[view])
+        assert np.array_equal(full[view], _joined(fives, view, 5))
+        assert np.array_equal(full[view], _joined(here, view, 7))
         # The clean view knows no name, the others go by it.
-        assert np.array_equal(whole[view][0], other_name[view][0]) == (view == 0)
+        assert np.array_equal(full[view][0], other_name[view][0]) == (view == 0)
 
 
 def _joined(batches: Sequence[list[np.ndarray]], view: int, size: int) -> np.ndarray:

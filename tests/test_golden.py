@@ -1,4 +1,4 @@
-"""A few photos are kept in the store, so that it alone is enough to train, score and export."""
+"""A store keeps a few photos, so that it alone is enough to train, score and export."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_choice_depends_on_content_alone(here, command):
         assert hashlib.blake2b(data, digest_size=16).hexdigest() == name
 
 
-def test_of_a_store_that_kept_none_photos_are_taken_that_are_what_they_were(here, command):
+def test_for_a_store_without_golden_images_unchanged_photos_are_used(here, command):
     """As version 0.1.0 wrote it. One photo changed, with size and time as they were."""
     shutil.copytree(BEFORE / "store", "old")
     catalog = Store(here / "old").read_catalog()
@@ -97,7 +97,7 @@ def test_of_a_store_that_kept_none_photos_are_taken_that_are_what_they_were(here
     assert kept == {(Path("images") / path).read_bytes() for path in valid[1:]}
 
 
-def test_no_photo_is_kept_when_it_is_not_wanted_and_that_is_said(here, command, capsys):
+def test_with_no_golden_images_no_photo_is_kept_and_the_output_says_so(here, command, capsys):
     command("train", "store", "none", *TRAIN, "--no-golden-images")
     assert bundle_format.load(Path("none")).golden == []
     command("precompute", "photos", "store", *BODY, "--no-golden-images")
@@ -117,7 +117,7 @@ def test_no_photo_is_kept_when_it_is_not_wanted_and_that_is_said(here, command, 
     assert "has no golden images" in capsys.readouterr().out
 
 
-def test_a_damaged_copy_is_found_and_not_taken_and_a_missing_one_is_no_damage(here, command):
+def test_a_damaged_copy_is_detected_and_not_used_and_a_missing_one_is_no_damage(here, command):
     names = Store(here / "store").manifest()["golden"]
     damaged, missing = (Store(here / "store").golden_path(name) for name in names[:2])
     damaged.write_bytes(damaged.read_bytes() + b"\0")

@@ -1,4 +1,4 @@
-"""gs:// as s3://: names survive, changes are noticed, what fails for a moment is asked for again.
+"""gs:// like s3://: names survive, changes are noticed, short outages are retried.
 
 The client is gcsfs; the server is a small one of ours that speaks the three requests of Google's
 JSON API that it makes (list, get, get with alt=media). Nothing here ran against Google's.
@@ -60,28 +60,28 @@ def _handler(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            asked = {name: values[0] for name, values in parse_qs(url.query).items()}
+            request = {name: values[0] for name, values in parse_qs(url.query).items()}
             _, _, name = url.path.partition("/b/b/o")
             name = unquote(name.removeprefix("/"))
             bucket.asked.append(self.path)
             if "/b/b/o" not in url.path or (name and name not in bucket.objects):
                 self._answer(404, b'{"error": {"code": 404, "message": "Not Found"}}')
             elif not name:
-                self._list(asked)
+                self._list(request)
             elif bucket.unavailable.get(name, 0) > 0:
                 bucket.unavailable[name] -= 1
                 self._answer(503, b'{"error": {"code": 503, "message": "again, please"}}')
-            elif asked.get("alt") != "media":
+            elif request.get("alt") != "media":
                 self._answer(200, json.dumps(bucket.resource(name)).encode())
-            elif asked.get("generation", "") not in ("", str(bucket.objects[name][1])):
+            elif request.get("generation", "") not in ("", str(bucket.objects[name][1])):
                 self._answer(404, b'{"error": {"code": 404, "message": "No such generation"}}')
             else:
                 data = bucket.objects[name][0]
                 first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
                 part = data[int(first or 0) : int(last) + 1 if last else None]
-                torn = bucket.torn.get(name, 0) > 0
+                truncated = bucket.torn.get(name, 0) > 0
                 bucket.torn[name] = bucket.torn.get(name, 0) - 1
-                self._answer(206 if first else 200, part, torn=torn)
+                self._answer(206 if first else 200, part, torn=truncated)
 
         def _list(self, asked: dict[str, str]) -> None:
             names = sorted(n for n in bucket.objects if n.startswith(asked.get("prefix", "")))
@@ -111,13 +111,13 @@ def _handler(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     """An empty bucket `b`, and an environment in which gs://b leads to it."""
     pytest.importorskip("gcsfs")
-    made = Bucket()
-    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(made)) as server:
+    result = Bucket()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(result)) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield made
+        yield result
         server.shutdown()
         thread.join()
 
@@ -164,7 +164,7 @@ def test_the_generation_that_was_judged_is_the_one_that_is_read(bucket: Bucket) 
     assert any(f"generation={generation}" in path for path in bucket.asked)
 
 
-def test_a_server_that_is_away_for_a_moment_costs_no_image(bucket: Bucket) -> None:
+def test_a_short_outage_of_the_server_costs_no_image(bucket: Bucket) -> None:
     bucket.put("d/away.jpg", b"a" * 1000)
     bucket.put("d/torn.jpg", b"t" * 1000)
     catalog = sources.unlabelled("gs://b/d")

@@ -1,4 +1,4 @@
-"""The guard's promises: what kills or hangs the decoder costs one row, two deaths and nothing else.
+"""The guarded decoder: a file that kills or hangs it costs one row, two deaths and nothing else.
 
 The decoder is made to die without hooks of its own: Python runs a `sitecustomize.py` that it finds
 on PYTHONPATH when it starts, and ours makes the child end when it meets a file with a mark.
@@ -90,9 +90,9 @@ def photos(drawn: Path) -> list[bytes]:
 def clean(photos: list[bytes]) -> dict[bytes, bytes]:
     """All views of each photo, from a decoder that nothing happens to."""
     with GuardedDecoder(PIXELS, batch_size=32, threads=2) as decoder:
-        made = decoder(photos, _ids(photos))
-    assert made.faults == [None] * 32
-    return {photo: _pixels(made.views, row) for row, photo in enumerate(photos)}
+        result = decoder(photos, _ids(photos))
+    assert result.faults == [None] * 32
+    return {photo: _pixels(result.views, row) for row, photo in enumerate(photos)}
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,17 @@ def _streamed(
     """The faults of these batches; every photo in them has to come out as it does alone."""
     batches = list(batches)
     faults = []
-    for batch, (its_own, made) in zip(batches, decoder.stream(batches), strict=True):
+    for batch, (its_own, result) in zip(batches, decoder.stream(batches), strict=True):
         assert its_own is batch
-        assert len(made.faults) == len(made.fallback) == len(batch.encoded)
+        assert len(result.faults) == len(result.fallback) == len(batch.encoded)
         for row, data in enumerate(batch.encoded):
             if data in clean:
-                assert made.faults[row] is None
-                assert _pixels(made.views, row) == clean[data]
+                assert result.faults[row] is None
+                assert _pixels(result.views, row) == clean[data]
             else:
-                assert made.faults[row]
-                assert not any(_pixels(made.views, row))
-                faults.append(made.faults[row])
+                assert result.faults[row]
+                assert not any(_pixels(result.views, row))
+                faults.append(result.faults[row])
     return faults
 
 
@@ -345,8 +345,8 @@ def test_the_child_does_not_outlive_a_parent_killed_outright(
     (tmp_path / "photo.jpg").write_bytes(photos[0])
     program = tmp_path / "parent.py"
     program.write_text(PARENT)
-    told = [str(tmp_path / "photo.jpg"), *(["hang"] if doing == "at work" else [])]
-    parent = subprocess.Popen([sys.executable, program, *told], stdout=subprocess.PIPE, text=True)
+    result = [str(tmp_path / "photo.jpg"), *(["hang"] if doing == "at work" else [])]
+    parent = subprocess.Popen([sys.executable, program, *result], stdout=subprocess.PIPE, text=True)
     child = 0
     try:
         child = int(parent.stdout.readline())
@@ -427,13 +427,13 @@ def test_a_good_photo_is_no_crash_because_its_decoder_was_killed_from_outside(
         with _killing(
             decoder, worker_process.MAX_KILLS, lambda child: (tmp_path / str(child)).exists()
         ) as killed:
-            made = decoder(batch, _ids(batch))
+            result = decoder(batch, _ids(batch))
         assert len(killed) == decoder.deaths == worker_process.MAX_KILLS
-    assert made.faults == [None] * 8
+    assert result.faults == [None] * 8
     ids = _ids(batch)
     with _decoder() as decoder:
         wanted = decoder(photos[:8], ids)
-    assert [_pixels(made.views, row) for row in range(8)] == [
+    assert [_pixels(result.views, row) for row in range(8)] == [
         _pixels(wanted.views, row) for row in range(8)
     ]
 
@@ -477,26 +477,26 @@ def test_files_of_50_megabytes_pass(photos: list[bytes], clean: dict[bytes, byte
     film = np.random.default_rng(0).bytes(50_000_000)
     heavy = [photos[0] + film, photos[1] + film]
     with _decoder(size=4) as decoder:
-        made = decoder([*heavy, photos[2]], _ids(photos[:3]))
-        assert made.faults == [None] * 3
-        assert [_pixels(made.views, row) for row in range(3)] == [clean[p] for p in photos[:3]]
+        result = decoder([*heavy, photos[2]], _ids(photos[:3]))
+        assert result.faults == [None] * 3
+        assert [_pixels(result.views, row) for row in range(3)] == [clean[p] for p in photos[:3]]
         # The child gives the memory of the encoded bytes back once it has read them.
         assert all(os.fstat(slot.encoded).st_size == 0 for slot in decoder._slots)
 
 
 def test_a_batch_of_nothing_has_no_rows_and_starts_nothing() -> None:
     with _decoder() as decoder:
-        made = decoder([], [])
-        assert [len(view) for view in made.views] == [0, 0]
-        assert (made.faults, made.fallback) == ([], [])
+        result = decoder([], [])
+        assert [len(view) for view in result.views] == [0, 0]
+        assert (result.faults, result.fallback) == ([], [])
         assert decoder._child is None
 
 
-def test_what_the_child_says_stays_within_bounds(photos: list[bytes]) -> None:
+def test_the_output_of_the_child_is_bounded(photos: list[bytes]) -> None:
     # Each of these makes libjpeg and nvImageCodec complain in many words.
-    torn = [photo[: len(photo) // 2] for photo in photos]
+    truncated = [photo[: len(photo) // 2] for photo in photos]
     with _decoder(size=32) as decoder:
         for _ in range(60):
-            assert all(decoder(torn, _ids(torn)).faults)
+            assert all(decoder(truncated, _ids(truncated)).faults)
         assert os.fstat(decoder._stderr.fileno()).st_size < 2 * 2**20
         assert decoder.deaths == 0

@@ -1,5 +1,5 @@
-"""The heads' promises: in a stack each does what plain torch modules would do, rows that only fill
-a group up are not there, and dropout is drawn for the row, whoever holds it.
+"""Heads in a stack equal plain torch modules, padding rows have no effect, and the dropout of a row
+does not depend on its worker.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def _one_thread() -> Iterator[None]:
 def _heads(kind: str, classes: int, groups: int, each: int) -> list[list[nn.Sequential]]:
     """Heads with weights of their own; those of a group share the mean and deviation."""
     draw = torch.Generator().manual_seed(0)
-    made = []
+    result = []
     for group in range(groups):
-        made.append(
+        result.append(
             [heads.build_head(kind, WIDTH, classes, seed=group * each + n) for n in range(each)]
         )
         mean = torch.randn(WIDTH, generator=draw)
         deviation = torch.rand(WIDTH, generator=draw) + 0.5
-        for head in made[-1]:
+        for head in result[-1]:
             if isinstance(head[0], Standardize):
                 head[0].mean.copy_(mean)
                 head[0].deviation.copy_(deviation)
             for part in head:
                 if isinstance(part, nn.Dropout):
                     part.p = 0.0
-    return made
+    return result
 
 
 def _stack(kind: str, single: list[list[nn.Sequential]], *, multi: bool = False) -> Stack:
@@ -91,7 +91,7 @@ def test_first_weights_are_a_function_of_the_seed_and_of_nothing_else(kind: str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("multi", [False, True])
-def test_a_head_out_of_a_stack_says_what_it_said_in_the_stack(
+def test_a_head_taken_from_a_stack_gives_the_same_logits(
     kind: str, classes: int, multi: bool
 ) -> None:
     stack = _stack(kind, _heads(kind, classes, 2, 3), multi=multi)
@@ -103,8 +103,8 @@ def test_a_head_out_of_a_stack_says_what_it_said_in_the_stack(
         assert not single.training
         with torch.inference_mode():
             wanted = single(feature[group].float()).mT
-        made = _centred(logit[group, head], multi=multi)
-        torch.testing.assert_close(made, _centred(wanted, multi=multi), rtol=1e-5, atol=1e-5)
+        result = _centred(logit[group, head], multi=multi)
+        torch.testing.assert_close(result, _centred(wanted, multi=multi), rtol=1e-5, atol=1e-5)
     same = stack.logits(feature[:1])  # one batch for all groups
     torch.testing.assert_close(same[0], logit[0])
     torch.testing.assert_close(same[1], stack.logits(feature[:1].expand(2, -1, -1))[1])
@@ -137,9 +137,9 @@ def test_logits_slopes_and_statistics_are_those_autograd_finds_for_each_head(
         head = single[group][number].train()
         plain = head(feature[group].float()).mT
         plain.backward(gradient[group, number])
-        made = _centred(logit[group, number], multi=multi)
+        result = _centred(logit[group, number], multi=multi)
         wanted = _centred(plain.detach(), multi=multi)
-        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
         gradients = stack.state(group, number, stack.grad)
         for name, weight in head.named_parameters():
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-4)
@@ -163,7 +163,7 @@ def test_a_worker_without_a_row_of_the_batch_adds_nothing(kind: str, classes: in
 @pytest.mark.parametrize("kind", KINDS)
 @given(counts=st.lists(st.integers(2, 8), min_size=2, max_size=4))
 @settings(deadline=None, max_examples=15)
-def test_rows_that_fill_a_lane_up_change_nothing(kind: str, counts: list[int]) -> None:
+def test_padding_rows_change_nothing(kind: str, counts: list[int]) -> None:
     groups, rows = len(counts), max(counts)
     single = _heads(kind, 3, groups, 2)
     stack = _stack(kind, single)
@@ -218,23 +218,23 @@ def test_a_state_taken_from_a_stack_stays_as_it_was(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_with_weights_that_are_not_numbers_disturbs_nobody(kind: str) -> None:
+def test_a_head_with_nan_weights_does_not_affect_the_others(kind: str) -> None:
     single = _heads(kind, 2, 2, 2)
-    feature, place = _batch(2, 6), BatchSlice(0, 0, 6)
+    feature, folder = _batch(2, 6), BatchSlice(0, 0, 6)
     gradient = torch.ones(2, 2, 2, 6)
     gradient[:, :, 0] = -1
-    well, sick = _stack(kind, single), _stack(kind, single)
-    for part in sick.parameters.values():
+    well, broken = _stack(kind, single), _stack(kind, single)
+    for part in broken.parameters.values():
         part[0, 1] = float("nan")
     logits = []
-    for stack in (well, sick):
-        logits.append(stack.logits(feature, place))
+    for stack in (well, broken):
+        logits.append(stack.logits(feature, folder))
         stack.backward(gradient.clone())
     assert logits[1][0, 1, 1].isnan().all()
     for group, head in [(0, 0), (1, 0), (1, 1)]:
         torch.testing.assert_close(logits[1][group, head], logits[0][group, head])
         for name, value in well.state(group, head, well.grad).items():
-            torch.testing.assert_close(sick.state(group, head, sick.grad)[name], value)
+            torch.testing.assert_close(broken.state(group, head, broken.grad)[name], value)
 
 
 # ------------------------------------------------------------------------------- dropout
@@ -251,44 +251,44 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 99), st.integers(0, 1))
 @settings(deadline=None, max_examples=40)
-def test_workers_together_drop_what_one_would_have_dropped(
+def test_several_workers_draw_the_dropout_mask_of_one(
     rows: int, world: int, step: int, layer: int
 ) -> None:
-    whole = heads.dropout_mask(5, layer, BatchSlice(step, 0, rows), rows, 6, 0.5)
+    full = heads.dropout_mask(5, layer, BatchSlice(step, 0, rows), rows, 6, 0.5)
     thresholds = [rows * rank // world for rank in range(world + 1)]
     parts = [
         heads.dropout_mask(5, layer, BatchSlice(step, start, rows), stop - start, 6, 0.5)
         for start, stop in pairwise(thresholds)
     ]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), full)
 
 
 def test_each_seed_layer_and_step_has_a_mask_of_its_own() -> None:
-    made = [
+    result = [
         heads.dropout_mask(seed, layer, BatchSlice(step, 0, 20), 20, 20, 0.5)
         for seed in range(2)
         for layer in range(2)
         for step in range(2)
     ]
-    for number, one in enumerate(made):
-        for other in made[:number]:
+    for number, one in enumerate(result):
+        for other in result[:number]:
             assert 0.3 < float((one == other).double().mean()) < 0.7
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_lane_has_dropout_of_its_own_and_only_while_it_trains(kind: str) -> None:
+def test_each_group_has_its_own_dropout_and_only_while_training(kind: str) -> None:
     single = _heads(kind, 3, 1, 1)
     state = single[0][0].state_dict()
     feature = _batch(1, 50).expand(3, -1, -1)
     stack = Stack.from_states(kind, [[state]] * 3, [0.0, 0.5, 0.5], [0, 0, 1])
     still = stack.logits(feature)
     torch.testing.assert_close(still[1:], still[:1].expand(2, -1, -1, -1))
-    made = stack.logits(feature, BatchSlice(0, 0, 50))
+    result = stack.logits(feature, BatchSlice(0, 0, 50))
     torch.testing.assert_close(
-        made[0],
+        result[0],
         Stack.from_states(kind, [[state]], [0.0], [0]).logits(feature[:1], BatchSlice(0, 0, 50))[0],
     )
     for one, other in [(0, 1), (0, 2), (1, 2)]:
-        assert not torch.allclose(made[one], made[other], atol=1e-3)
+        assert not torch.allclose(result[one], result[other], atol=1e-3)
     again = Stack.from_states(kind, [[state]], [0.5], [1]).logits(feature[:1], BatchSlice(0, 0, 50))
-    torch.testing.assert_close(again[0], made[2])
+    torch.testing.assert_close(again[0], result[2])

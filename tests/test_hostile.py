@@ -1,4 +1,4 @@
-"""Bad files cost only themselves: a corpus of them, and tens of thousands of broken ones."""
+"""Bad files affect no other file: a corpus of them, and tens of thousands of random ones."""
 
 from __future__ import annotations
 
@@ -147,23 +147,23 @@ def test_hostile_files_and_their_mates_come_out_as_they_do_alone(
     alone: dict[str, Row],
     request: pytest.FixtureRequest,
 ) -> None:
-    mates = photos[: size - bad]
+    others = photos[: size - bad]
     if real:
         folder = request.getfixturevalue("dogscats")
-        mates = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[: size - bad]]
+        others = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[: size - bad]]
     rng = np.random.default_rng(size)
     names = [str(name) for name in rng.permutation(list(corpus))]
     with GuardedDecoder(PIXELS, batch_size=size, threads=threads) as decoder:
-        clean = _rows(decoder(mates, _ids(mates)))
+        clean = _rows(decoder(others, _ids(others)))
         assert not any(row.fault for row in clean)
         for first in range(0, len(names), bad):
             some = names[first : first + bad]
-            batch, order = _mixed(mates, [corpus[name].data for name in some], rng)
-            for place, row in zip(order, _rows(decoder(batch, _ids(batch))), strict=True):
-                if place < len(mates):
-                    assert row == clean[place], f"a photo changed among {some}"
+            batch, order = _mixed(others, [corpus[name].data for name in some], rng)
+            for directory, row in zip(order, _rows(decoder(batch, _ids(batch))), strict=True):
+                if directory < len(others):
+                    assert row == clean[directory], f"a photo changed among {some}"
                 else:
-                    name = some[place - len(mates)]
+                    name = some[directory - len(others)]
                     assert row == alone[name], f"{name} among {some}"
         assert decoder.deaths == 0
 
@@ -171,10 +171,10 @@ def test_hostile_files_and_their_mates_come_out_as_they_do_alone(
 def test_one_bad_file_among_63_photos_of_an_epoch_costs_one_row(
     photos: list[bytes], corpus: dict[str, Case], decoder: GuardedDecoder
 ) -> None:
-    mates = (photos * 2)[:63]
-    clean = _rows(decoder(mates, _ids(mates)))
+    others = (photos * 2)[:63]
+    clean = _rows(decoder(others, _ids(others)))
     for name in ("JPEG cut at 50% of its scans", "a web page", "PNG of broken deflate", "empty"):
-        batch = [*mates[:20], corpus[name].data, *mates[20:]]
+        batch = [*others[:20], corpus[name].data, *others[20:]]
         rows = _rows(decoder(batch, _ids(batch)))
         assert rows[:20] + rows[21:] == clean
         assert rows[20].fault
@@ -190,12 +190,16 @@ def test_the_words_of_one_file_do_not_hide_the_damage_of_another(
     comment = chunk(b"tEXt", b"Comment\0x")[:-4] + b"oops"
     noisy = png[:33] + comment * 20_000 + png[33:]
     large = encoded(photo.resize((1600, 1200)), "JPEG", quality=95)
-    torn = large[: len(large) * 9 // 10].rstrip(b"\xff") + b"\xff\xd9"
-    (expected,) = _rows(decoder([torn], _ids([torn])))
+    truncated = large[: len(large) * 9 // 10].rstrip(b"\xff") + b"\xff\xd9"
+    (expected,) = _rows(decoder([truncated], _ids([truncated])))
     assert expected.fault
-    for batch in ([torn, *[noisy] * 4], [*[noisy] * 4, torn], [*photos[:9], noisy, torn, noisy]):
+    for batch in (
+        [truncated, *[noisy] * 4],
+        [*[noisy] * 4, truncated],
+        [*photos[:9], noisy, truncated, noisy],
+    ):
         rows = _rows(decoder(batch, _ids(batch)))
-        assert rows[batch.index(torn)] == expected
+        assert rows[batch.index(truncated)] == expected
         assert [row.fault for row in rows].count(None) == len(batch) - 1
 
 
@@ -207,7 +211,7 @@ def _peak_megabytes(process: int) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 
-def test_what_a_file_claims_to_hold_costs_no_memory(
+def test_a_false_size_in_a_file_costs_no_memory(
     corpus: dict[str, Case], photos: list[bytes]
 ) -> None:
     claims = [name for name in corpus if "claiming" in name or "longer than itself" in name]
@@ -280,8 +284,8 @@ def _fuzzed(
     for first in range(0, len(broken), strangers):
         batch = list(broken[first : first + strangers])
         places = [number * len(batch) // len(good) for number in range(len(good))]
-        for place, photo in zip(reversed(places), reversed(good), strict=True):
-            batch.insert(place, photo)
+        for folder, photo in zip(reversed(places), reversed(good), strict=True):
+            batch.insert(folder, photo)
         places = [place + number for number, place in enumerate(places)]
         rows = _rows(decoder(batch, _ids(batch)))
         assert len(rows) == len(batch)
@@ -319,7 +323,7 @@ def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
 # ------------------------------------------------------------------------------- on disk
 
 
-def test_what_cannot_be_read_is_a_row_and_odd_names_come_back_as_they_were(
+def test_unreadable_files_get_a_row_and_odd_names_are_preserved(
     photos: list[bytes], tmp_path: Path
 ) -> None:
     outcomes = on_disk(tmp_path, photos[0])

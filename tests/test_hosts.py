@@ -1,4 +1,4 @@
-"""Several hosts: the same bytes and figures as one process, though one is killed and one cut off
+"""Several hosts give the same bytes and metrics as one process, even if one is killed or cut off
 (`make test-slow`).
 
 A host is a network namespace of this machine with an address of its own and a Ray node in it; the
@@ -77,8 +77,8 @@ class Host:
         return joined
 
     def pids(self) -> list[int]:
-        found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        actual = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        return [int(pid) for pid in actual.stdout.split()]
 
     def kill(self) -> None:
         for pid in self.pids():
@@ -121,14 +121,14 @@ def hosts(tracked: Callable[[Path], Path]) -> Iterator[list[Host]]:
     (folder / ".ray").mkdir(mode=0o700)
     (folder / ".ray" / "auth_token").write_text("5" * 64)
     (folder / ".ray" / "auth_token").chmod(0o600)
-    made = [Host(number, folder) for number in (1, 2, 3)]
+    outcome = [Host(number, folder) for number in (1, 2, 3)]
     try:
         try:
-            for host in made:
+            for host in outcome:
                 ip("netns", "add", host.name)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-        head, *others = made
+        head, *others = outcome
         # The bridge is the head's: no firewall of this machine is in the way.
         head.ip("link", "set", "lo", "up")
         head.ip("link", "add", "bridge", "type", "bridge")
@@ -144,12 +144,12 @@ def hosts(tracked: Callable[[Path], Path]) -> Iterator[list[Host]]:
         head.start("--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")()
         for joined in [host.start(f"--address={HEAD}", "--num-cpus=1") for host in others]:
             joined()
-        yield made
+        yield outcome
     finally:
-        for host in made:
+        for host in outcome:
             host.kill()
-        until(lambda: not any(host.pids() for host in made))
-        for host in made:
+        until(lambda: not any(host.pids() for host in outcome))
+        for host in outcome:
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -240,7 +240,7 @@ def test_what_waits_for_a_host_says_so_and_two_hosts_train_what_one_process_trai
     assert "For 1 s the cluster had no room for 3 workers" in never.read_text()
     assert "run the same command again" in never.read_text()
     until(lambda: first.works() and second.works())
-    found = result(command, log)
-    assert len(found["epochs"]) == 4
-    for one, two in zip(expected["epochs"], found["epochs"], strict=True):
+    actual = result(command, log)
+    assert len(actual["epochs"]) == 4
+    for one, two in zip(expected["epochs"], actual["epochs"], strict=True):
         assert two == pytest.approx(one, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Two workers on a real Ray give what one process gives, whoever is killed: bytes and figures.
+"""Two workers on a real Ray give the same bytes and metrics as one process, even if one is killed.
 
 `make test-slow` kills a worker and the cluster; `make chaos` kills twenty times at random moments.
 """
@@ -105,16 +105,16 @@ def files(store: Path) -> dict[str, bytes]:
 
 def ours(folder: Path) -> dict[int, str]:
     """Processes of commands started in this folder: pid to command line."""
-    mark, found = f"KILLS_FOLDER={folder}\0".encode(), {}
+    mark, result = f"KILLS_FOLDER={folder}\0".encode(), {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if mark in (entry / "environ").read_bytes() + b"\0":
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-                    found[int(entry.name)] = line.decode(errors="replace")
+                    result[int(entry.name)] = line.decode(errors="replace")
             except OSError:
                 continue
-    return found
+    return result
 
 
 VICTIMS = {
@@ -129,10 +129,10 @@ def strike(command: subprocess.Popen[str], folder: Path, victim: str, draw: rand
     if victim == "driver":
         command.kill()
         return True
-    found = [pid for pid, line in ours(folder).items() if VICTIMS[victim](line)]
-    if not found or command.poll() is not None:
+    result = [pid for pid, line in ours(folder).items() if VICTIMS[victim](line)]
+    if not result or command.poll() is not None:
         return False
-    os.kill(draw.choice(sorted(found)), signal.SIGKILL)
+    os.kill(draw.choice(sorted(result)), signal.SIGKILL)
     return True
 
 
@@ -192,11 +192,11 @@ def pair(data: Path, tracked: Tracked, tmp_path_factory: pytest.TempPathFactory)
         assert strike(command, folder, "worker", random.Random(0)), command.communicate()[1]
         until_files(command, folder / "two" / "parts", "part-*", 2)
         assert strike(command, folder, "gcs", random.Random(0)), command.communicate()[1]
-        out, said = command.communicate(timeout=300)
-        assert command.returncode == 130, said[-4000:]
+        out, output = command.communicate(timeout=300)
+        assert command.returncode == 130, output[-4000:]
         settled(folder)
         (scored,) = finish(run(folder, [*score, "two"]))
-        yield Pair(folder, alone[0], results(out)[0], scored, said)
+        yield Pair(folder, alone[0], results(out)[0], scored, output)
     finally:
         for process in ours(folder):
             os.kill(process, signal.SIGKILL)
@@ -208,10 +208,10 @@ def test_two_workers_write_the_shards_of_one_though_one_of_them_is_killed(pair):
     assert files(pair.folder / "group" / "store") == files(pair.folder / "alone" / "store")
     # What the killed worker had written and not yet reported (a chunk) is found again by content.
     once, twice = dict(pair.alone["counts"]), dict(pair.group["counts"])
-    found = twice.pop("looked_up")
-    assert (once.pop("looked_up"), found) in ((0, 0), (0, 8))
-    assert twice.pop("reused") - once.pop("reused") == found
-    assert once.pop("decoded") - twice.pop("decoded") == found
+    result = twice.pop("looked_up")
+    assert (once.pop("looked_up"), result) in ((0, 0), (0, 8))
+    assert twice.pop("reused") - once.pop("reused") == result
+    assert once.pop("decoded") - twice.pop("decoded") == result
     assert twice == once
 
 
@@ -236,7 +236,7 @@ def test_the_token_of_a_ray_of_our_own_is_for_its_owner_only(pair):
 
 
 @pytest.mark.parametrize("victim", ["gcs", "raylet"])
-def test_a_killed_cluster_ends_an_extraction_which_goes_on(data, whole, folder, victim):
+def test_a_killed_cluster_ends_an_extraction_that_can_be_resumed(data, whole, folder, victim):
     command = start(folder, data, "s", workers=2)
     until_files(command, folder / "s" / "shards", "*.arrow", 4)
     assert strike(command, folder, victim, random.Random(0)), command.communicate()[1]

@@ -1,4 +1,4 @@
-"""A stage onto workers: started again where it stopped, on fewer workers if need be.
+"""Stages on workers are started again where they stopped, on fewer workers if necessary.
 
 Run as a program, this file is one command: `test_launch.py SCENARIO FOLDER`, so that drivers and
 workers can be killed without harm to the tests.
@@ -38,8 +38,8 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
 
     from arrowhead.training import checkpoint
 
-    said: list[str] = []
-    last = checkpoint.newest(place, KEY, said.append)
+    output: list[str] = []
+    last = checkpoint.newest(place, KEY, output.append)
     total = last.tensors["total"] if last else torch.zeros(ROWS, dtype=torch.float64)
     first = last.number + 1 if last else 0
     worker.report({"pid": os.getpid(), "rank": worker.rank, "first": first})
@@ -58,15 +58,15 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
         draft = checkpoint.draft_path(place) if worker.rank == 0 else None
         if draft is not None:
             checkpoint.write(draft, {"total": total}, {"key": KEY, "number": epoch})
-        began = time.perf_counter()
+        start = time.perf_counter()
         worker.save_checkpoint(draft, f"epoch-{epoch:04}")
-        spent.append(time.perf_counter() - began)
+        spent.append(time.perf_counter() - start)
         if worker.rank == 0:
             checkpoint.prune(place, KEY)
             worker.report({"epoch": epoch, "world": worker.world_size})
     while (task := worker.next_task()) is not None:
         worker.report({"task": task, "rank": worker.rank})
-    return {"total": total.tolist(), "first": first, "said": said, "keep": sorted(spent)}
+    return {"total": total.tolist(), "first": first, "said": output, "keep": sorted(spent)}
 
 
 def expected(epochs: int = EPOCHS) -> list[float]:
@@ -172,27 +172,27 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def test_what_is_kept_here_lies_in_the_place_under_its_name(tmp_path):
-    place = tmp_path / "place"
-    result = runtime_launch.run(count, place, 3, 0.0, checkpoint_dir=place)
+    folder = tmp_path / "place"
+    result = runtime_launch.run(count, folder, 3, 0.0, checkpoint_dir=folder)
     assert result["total"] == expected(3)
-    assert sorted(path.name for path in place.iterdir()) == ["epoch-0001", "epoch-0002"]
-    again = runtime_launch.run(count, place, 5, 0.0, checkpoint_dir=place)
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0001", "epoch-0002"]
+    again = runtime_launch.run(count, folder, 5, 0.0, checkpoint_dir=folder)
     assert (again["first"], again["total"]) == (3, expected(5))
 
 
 def test_a_name_kept_twice_is_the_later_folder_and_leaves_no_other(tmp_path):
-    place = tmp_path / "place"
+    folder = tmp_path / "place"
 
     def twice(worker: Worker) -> None:
         for word in ("old", "new"):
-            draft = place / ".x.draft"
+            draft = folder / ".x.draft"
             draft.mkdir(parents=True)
             (draft / "word").write_text(word)
             worker.save_checkpoint(draft, "same")
 
-    runtime_launch.run(twice, checkpoint_dir=place)
-    assert [path.name for path in place.iterdir()] == ["same"]
-    assert (place / "same" / "word").read_text() == "new"
+    runtime_launch.run(twice, checkpoint_dir=folder)
+    assert [path.name for path in folder.iterdir()] == ["same"]
+    assert (folder / "same" / "word").read_text() == "new"
 
 
 def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
@@ -216,7 +216,7 @@ def test_work_in_one_process_is_done_without_ray():
     assert (done.returncode, done.stdout, done.stderr) == (0, "(7, 1)\n", "")
 
 
-def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
+def test_a_killed_command_resumes_from_its_newest_checkpoint(tmp_path):
     first = command(tmp_path, "alone")
     while first.poll() is None and not list((tmp_path / "place").glob("epoch-*")):
         time.sleep(0.02)
@@ -229,7 +229,7 @@ def test_a_killed_command_goes_on_from_its_newest_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_after_a_killed_worker_a_range_goes_on_with_the_workers_there_is_room_for(tmp_path):
+def test_after_a_killed_worker_an_elastic_group_continues_with_the_workers_that_fit(tmp_path):
     # On the head of a cluster that may bring GPUs: a Ray of our own there has none.
     machine = {"resources": {"CPU": 8, "GPU": 8}, "max_workers": 4}
     grown = {"available_node_types": {"gpu": machine}, "max_workers": 4, "head_node_type": "gpu"}
@@ -260,7 +260,7 @@ def test_a_range_takes_in_a_machine_that_joins(tmp_path):
     assert not any("restart" in one for one in result["heard"])
 
 
-def test_what_was_claimed_and_not_done_is_claimed_again_when_the_group_begins_anew():
+def test_unfinished_tasks_are_claimed_again_when_the_group_restarts():
     queue = TaskQueue([3, 5, 7])
     queue.start_group(2)
     assert [queue.next_task(), queue.next_task()] == [3, 5]
@@ -272,7 +272,7 @@ def test_what_was_claimed_and_not_done_is_claimed_again_when_the_group_begins_an
     assert queue.take_reports() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
 
 
-def test_a_host_that_falls_silent_is_told_of_once_and_one_that_is_done_never(monkeypatch):
+def test_a_silent_host_is_reported_once_and_a_finished_one_never(monkeypatch):
     monkeypatch.setattr(task_queue, "HEARTBEAT_TIMEOUT_SECONDS", 0.2)
     queue = TaskQueue([])
     for rank, host in enumerate(["calm", "cut", "done"]):
@@ -286,7 +286,7 @@ def test_a_host_that_falls_silent_is_told_of_once_and_one_that_is_done_never(mon
     assert queue.take_reports() == [{"workers": 1}]
 
 
-def test_a_machine_that_is_to_go_gets_no_more_tasks_and_is_told_of_once():
+def test_a_machine_that_is_about_to_go_gets_no_more_tasks_and_is_reported_once():
     queue = TaskQueue([3, 5])
     queue.heartbeat(0, "host-a", "a")
     queue.heartbeat(1, "host-b", "b")

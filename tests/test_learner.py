@@ -1,4 +1,4 @@
-"""The lesson's three lines, as the lesson's reader types them."""
+"""The three lines of fast.ai's lesson, as its reader types them."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_lr_find_returns_the_curve_and_its_suggestions(learn):
     assert curve.verdict in shown
 
 
-def test_what_was_learned_can_be_saved_for_scoring(learn, tmp_path):
+def test_a_trained_head_can_be_saved_for_scoring(learn, tmp_path):
     learn.fit(0.01, 2)
     metrics = learn.save(tmp_path / "bundle")
     assert (tmp_path / "bundle" / "bundle.json").is_file()
     assert 0 <= metrics["accuracy"] <= 1
 
 
-def test_fitting_goes_on_with_the_weights_it_has_unless_it_is_told_to_start_afresh(learn):
+def test_fit_continues_with_the_current_weights_unless_fresh_is_given(learn):
     first = learn.fit(0.001, 2, fresh=True)
     more = learn.fit(0.001, 1)
     assert more[0]["train_loss"] < first[0]["train_loss"]
@@ -89,16 +89,20 @@ def test_files_are_predicted_with_faults_as_none(learn, drawn, tmp_path):
     good = sorted((drawn / "valid").glob("*/*.jpg"))[:3]
     bad = tmp_path / "page.jpg"
     bad.write_text("<html>")
-    found = learn.predict([*good, bad, tmp_path / "missing.jpg"])
-    assert [one.path for one in found] == [*map(str, good), str(bad), str(tmp_path / "missing.jpg")]
-    assert all(one.label in learn.images.classes and one.fault is None for one in found[:3])
-    assert sum(found[0].probabilities.values()) == pytest.approx(1, abs=1e-5)
-    assert [one.label for one in found[3:]] == [None, None]
-    assert found[3].fault.startswith("not an image")
-    assert found[4].fault.startswith("unreadable")
+    result = learn.predict([*good, bad, tmp_path / "missing.jpg"])
+    assert [one.path for one in result] == [
+        *map(str, good),
+        str(bad),
+        str(tmp_path / "missing.jpg"),
+    ]
+    assert all(one.label in learn.images.classes and one.fault is None for one in result[:3])
+    assert sum(result[0].probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert [one.label for one in result[3:]] == [None, None]
+    assert result[3].fault.startswith("not an image")
+    assert result[4].fault.startswith("unreadable")
     learn.save(tmp_path / "bundle")
     loaded = Learner.load(tmp_path / "bundle")
-    assert [one.label for one in loaded.predict(good)] == [one.label for one in found[:3]]
+    assert [one.label for one in loaded.predict(good)] == [one.label for one in result[:3]]
     assert "3 classes" in repr(loaded)
     loaded.close()
 
@@ -152,15 +156,15 @@ def test_settings_that_are_left_out_are_those_of_the_store_that_is_there(learn, 
     again = Learner("resnet18", images, store=learn.store.path)
     assert "\n0 decoded" in capsys.readouterr().out
     assert again.store.recipe == learn.store.recipe
-    for asked in ({"size": 128}, {"pixels": PixelConfig(size=224)}):
+    for request in ({"size": 128}, {"pixels": PixelConfig(size=224)}):
         with pytest.raises(ConfigError, match="size = 64"):
-            Learner("resnet18", images, store=learn.store.path, **asked)
+            Learner("resnet18", images, store=learn.store.path, **request)
     with pytest.raises(ConfigError, match="body = resnet18"):
         Learner("resnet34", images, store=learn.store.path)
 
 
 @pytest.mark.parametrize("weights", ["nowhere.safetensors", "IMAGENET1K_V9"])
-def test_what_a_refusal_offers_is_taken(images, tmp_path, weights):
+def test_settings_that_a_refusal_names_are_known_keywords(images, tmp_path, weights):
     with pytest.raises(ConfigError) as refusal:
         Learner("resnet18", images, store=tmp_path / "store", weights=weights)
     assert refusal.value.__cause__ is None and refusal.value.__suppress_context__

@@ -1,5 +1,5 @@
-"""The exact head's promises: scikit-learn's probabilities, on any number of workers and from the
-disk, whatever the features and labels are like.
+"""Logistic regression gives scikit-learn's probabilities, on any number of workers and from disk,
+for any features and labels.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def probabilities(data: Data, made: TrainedHead, rows: Rows) -> Rows:
         logit = heads.restore_head("linear", width, classes, state)(
             torch.from_numpy(feature_of(data, rows)).float()
         )
-    found: Rows = (logit.sigmoid() if data.multilabel else logit.softmax(1)).numpy()
-    return found
+    result: Rows = (logit.sigmoid() if data.multilabel else logit.softmax(1)).numpy()
+    return result
 
 
 def theirs(data: Data, l2: float, **settings: Any) -> Rows:
@@ -90,8 +90,8 @@ def theirs(data: Data, l2: float, **settings: Any) -> Rows:
     scaler = StandardScaler().fit(feature_of(data, data.train))
     model = LogisticRegression(C=1 / l2, max_iter=10000, tol=1e-9, **settings)
     model.fit(scaler.transform(feature_of(data, data.train)), data.label[data.train].numpy())
-    found: Rows = model.predict_proba(scaler.transform(feature_of(data, data.valid)))
-    return found
+    result: Rows = model.predict_proba(scaler.transform(feature_of(data, data.valid)))
+    return result
 
 
 @pytest.mark.parametrize("l2", [100.0, 1.0, 0.1])
@@ -101,16 +101,16 @@ def test_a_given_strength_comes_to_the_probabilities_of_scikit_learn(
     l2: float, classes: int, width: int
 ) -> None:
     data = clouds(160, width, classes, 0.5)
-    found = probabilities(data, solved(data, l2=l2), data.valid)
-    assert np.abs(found - theirs(data, l2)).max() < 1e-3
+    result = probabilities(data, solved(data, l2=l2), data.valid)
+    assert np.abs(result - theirs(data, l2)).max() < 1e-3
 
 
 def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
     data = clouds(200, 12, 4, 0.4)
     rare = (data.label[data.train] != 0).numpy() | (np.arange(len(data.train)) < 40)
     data = replace(data, train=data.train[rare])
-    found = probabilities(data, solved(data, l2=1.0, class_weights="balanced"), data.valid)
-    assert np.abs(found - theirs(data, 1.0, class_weight="balanced")).max() < 1e-3
+    result = probabilities(data, solved(data, l2=1.0, class_weights="balanced"), data.valid)
+    assert np.abs(result - theirs(data, 1.0, class_weight="balanced")).max() < 1e-3
 
 
 def test_each_label_of_several_is_a_regression_of_its_own() -> None:
@@ -118,15 +118,15 @@ def test_each_label_of_several_is_a_regression_of_its_own() -> None:
     from sklearn.preprocessing import StandardScaler
 
     data = tags()
-    found = probabilities(data, solved(data, l2=2.0), data.valid)
+    result = probabilities(data, solved(data, l2=2.0), data.valid)
     scaler = StandardScaler().fit(feature_of(data, data.train))
     for label in range(2):
         model = LogisticRegression(C=0.5, max_iter=10000, tol=1e-9)
         wanted = data.label[data.train].numpy()[:, label]
         model.fit(scaler.transform(feature_of(data, data.train)), wanted)
         other = model.predict_proba(scaler.transform(feature_of(data, data.valid)))[:, 1]
-        assert np.abs(found[:, label] - other).max() < 1e-3
-    assert (found[:, 2] > 0.99).all()
+        assert np.abs(result[:, label] - other).max() < 1e-3
+    assert (result[:, 2] > 0.99).all()
     assert np.isfinite(solved(data).epochs[0]["valid_loss"])
 
 
@@ -134,11 +134,11 @@ def test_losses_of_several_labels_are_means_over_labels_as_everywhere() -> None:
     from sklearn.metrics import log_loss
 
     data = tags()
-    made = solved(data)
-    line = made.epochs[0]
+    result = solved(data)
+    line = result.epochs[0]
     for name, rows in (("train_loss", data.train), ("valid_loss", data.valid)):
-        found, there = probabilities(data, made, rows), data.label[rows].numpy()
-        each = [log_loss(there[:, at], found[:, at], labels=[0, 1]) for at in range(3)]
+        actual, there = probabilities(data, result, rows), data.label[rows].numpy()
+        each = [log_loss(there[:, at], actual[:, at], labels=[0, 1]) for at in range(3)]
         assert line[name] == pytest.approx(np.mean(each), abs=1e-4), name
     assert line["cv_loss"] == pytest.approx(line["valid_loss"], abs=0.15)
     assert line["train_loss"] < line["cv_loss"] < 0.6
@@ -163,24 +163,24 @@ def test_a_rare_class_does_not_make_the_strength_too_strong() -> None:
     feature = draw.normal(size=(2530, 600)) + 5 * label[:, None] * way / np.linalg.norm(way)
     rows = feature.astype(np.float16)[:, None]
     data = Data.from_arrays((rows[:330], label[:330]), (rows[330:], label[330:]), ["often", "rare"])
-    found = solved(data).epochs[0]
+    result = solved(data).epochs[0]
     fixed = [solved(data, l2=l2).epochs[0] for l2 in (100.0, 10.0, 1.0, 0.1)]
     for figure in ("accuracy", "balanced_accuracy"):
-        assert found[figure] >= max(one[figure] for one in fixed) - 0.005, figure
+        assert result[figure] >= max(one[figure] for one in fixed) - 0.005, figure
 
 
 def test_labels_that_mean_nothing_are_given_little_confidence() -> None:
     data = clouds(120, 500, 2, 0.0)
-    found = probabilities(data, solved(data), data.valid)
-    assert np.abs(found - 0.5).max() < 0.2
+    result = probabilities(data, solved(data), data.valid)
+    assert np.abs(result - 0.5).max() < 0.2
 
 
 def test_separable_rows_do_not_run_away() -> None:
     data = clouds(40, 300, 3, 30.0)
-    made = solved(data)
-    assert all(np.isfinite(value).all() for value in made.state.values())
-    assert np.abs(made.state["2.weight"]).max() < 10
-    assert made.epochs[0]["accuracy"] == 1
+    result = solved(data)
+    assert all(np.isfinite(value).all() for value in result.state.values())
+    assert np.abs(result.state["2.weight"]).max() < 10
+    assert result.epochs[0]["accuracy"] == 1
 
 
 def test_columns_that_never_vary_and_classes_of_one_image_are_taken() -> None:
@@ -189,9 +189,9 @@ def test_columns_that_never_vary_and_classes_of_one_image_are_taken() -> None:
     label = np.array([0] * 15 + [1] * 15 + [2])
     rows = feature.astype(np.float16)[:, None]
     data = Data.from_arrays((rows, label), (rows[:30], label[:30]), ["a", "b", "once"])
-    made = solved(data)
-    assert (made.state["2.weight"][:, 5:] == 0).all()
-    assert all(np.isfinite(value).all() for value in made.state.values())
+    result = solved(data)
+    assert (result.state["2.weight"][:, 5:] == 0).all()
+    assert all(np.isfinite(value).all() for value in result.state.values())
     flat = Data.from_arrays(
         (rows[:, :, 5:], label), (rows[:30, :, 5:], label[:30]), ["a", "b", "once"]
     )
@@ -200,16 +200,16 @@ def test_columns_that_never_vary_and_classes_of_one_image_are_taken() -> None:
 
 def test_rows_left_on_the_disk_give_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:
     data = clouds(200, 40, 3, 0.3)
-    whole = feature_of(data, np.arange(200)).astype(np.float16)[:, None]
-    parts = [whole[:70], whole[70:71], whole[71:]]
+    full = feature_of(data, np.arange(200)).astype(np.float16)[:, None]
+    parts = [full[:70], full[70:71], full[71:]]
     mapped = replace(data, feature=MemoryMappedFeatures(parts, np.arange(200), torch.device("cpu")))
     held = solved(data)
     monkeypatch.setattr(logistic, "MAX_CACHED_VALUES", 0)
     monkeypatch.setattr(logistic, "BLOCK_VALUES", 1 << 10)
-    found = solved(mapped)
-    assert found.l2 == held.l2
+    result = solved(mapped)
+    assert result.l2 == held.l2
     for name, value in held.state.items():
-        assert np.allclose(found.state[name], value, atol=1e-6), name
+        assert np.allclose(result.state[name], value, atol=1e-6), name
 
 
 def test_views_count_as_one_image_together() -> None:
@@ -228,9 +228,12 @@ def _worker(rank: int, folder: Path) -> None:
     meet = f"file://{folder}/met"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     for name, data in {"one": clouds(151, 60, 4, 0.3), "several": tags()}.items():
-        made = solved(data, DistributedContext(rank, 2))
+        result = solved(data, DistributedContext(rank, 2))
         np.savez(
-            folder / f"{name}-{rank}.npz", l2=made.l2, loss=made.epochs[0]["cv_loss"], **made.state
+            folder / f"{name}-{rank}.npz",
+            l2=result.l2,
+            loss=result.epochs[0]["cv_loss"],
+            **result.state,
         )
     dist.barrier()
     dist.destroy_process_group()
@@ -280,9 +283,9 @@ def test_a_rare_class_is_seen_where_validation_has_it_often() -> None:
 
 def test_a_line_says_that_settings_of_gradient_descent_train_a_linear_head_and_which() -> None:
     store = Store(Path(__file__).parent / "written_before" / "store")
-    settled, said = Study(head=TrainConfig(epochs=10)).resolve(store)
+    settled, output = Study(head=TrainConfig(epochs=10)).resolve(store)
     assert settled.head.head == "linear"
-    assert any("linear" in line and "--epochs" in line and "logistic" in line for line in said)
-    settled, said = Study().resolve(store)
+    assert any("linear" in line and "--epochs" in line and "logistic" in line for line in output)
+    settled, output = Study().resolve(store)
     assert settled.head.head == "logistic"
-    assert not any(line.startswith("head:") for line in said)
+    assert not any(line.startswith("head:") for line in output)

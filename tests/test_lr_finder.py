@@ -1,5 +1,5 @@
-"""The LR finder's promises: rates that train, no advice where nothing is to be learned, the same
-curve on any number of workers, and no hang when a head goes wrong.
+"""The LR finder: its rates train, it gives no advice without a signal, its curve is the same on any
+number of workers, and a diverging head does not hang it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def test_labels_that_mean_nothing_are_flat(
         assert find_learning_rate(data, TrainConfig(), FinderConfig()).verdict == "flat: no signal"
 
 
-def test_shuffled_labels_are_flat_though_heads_learn_them_by_heart() -> None:
+def test_shuffled_labels_are_flat_although_heads_overfit_them() -> None:
     kind = _data(160, width=512, classes=2, apart=1)
     for seed in range(40):
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(kind.label)))
@@ -337,9 +337,9 @@ def test_suggestions_are_read_off_a_known_curve() -> None:
 
 def test_slide_stops_where_the_slopes_at_the_windows_ends_agree() -> None:
     tested = np.geomspace(1e-6, 10, 100)
-    place = np.arange(100)
+    folder = np.arange(100)
     # Flat up to 40, then bent upwards: from its right, the first straight window is 25 to 40.
-    known = np.where(place < 40, 1 - place / 80, 0.5 + ((place - 40) / 20) ** 2)
+    known = np.where(folder < 40, 1 - folder / 80, 0.5 + ((folder - 40) / 20) ** 2)
     curve = suggest(tested, known[None])
     assert curve.suggestions["slide"] == pytest.approx(tested[25], rel=0.4)
 
@@ -540,11 +540,11 @@ def _together(rank: int, folder: Path) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),  # a rank that waits for nobody ends here
     )
-    found = {
+    result = {
         name: find_learning_rate(*case, DistributedContext(rank, 2)).plain()
         for name, case in _cases().items()
     }
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -583,7 +583,7 @@ def test_two_workers_draw_the_curve_of_one_and_agree_on_everything(
     assert (first["race"] is None) == (one.race is None)
 
 
-def test_the_cases_of_two_workers_are_what_they_say() -> None:
+def test_the_cases_of_two_workers_diverge_as_intended() -> None:
     diverging, poisoned = (np.isnan(_alone(name).losses) for name in ("diverging", "nan"))
     assert diverging.any(1).all()
     assert len({int(row.argmax()) for row in diverging}) > 1

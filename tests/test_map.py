@@ -1,4 +1,4 @@
-"""The map: which package imports which, which library has which doors, how large things are."""
+"""The architecture: which package imports which, who imports a library, how large things are."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ MANY_PARAMETERS = {
 def imports(module: str, *, at_the_top: bool = False) -> set[str]:
     """Dotted names that a module imports; `at_the_top`: only what its own import brings in."""
     tree = ast.parse(MODULES[module].read_text())
-    found = set()
+    result = set()
     for node in tree.body if at_the_top else ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            result |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
-    return found
+            result |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return result
 
 
 def ours(module: str, *, at_the_top: bool = False) -> set[str]:
@@ -140,9 +140,9 @@ def test_every_module_is_in_a_package_of_the_order():
 
 def test_the_architecture_page_names_every_module_in_the_order_of_the_packages():
     page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text()
-    told = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
-    assert sorted(told) == sorted(MODULES)
-    packages = [module.partition(".")[0] for module in told]
+    result = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
+    assert sorted(result) == sorted(MODULES)
+    packages = [module.partition(".")[0] for module in result]
     assert packages == sorted(packages, key=ORDER.index)
 
 

@@ -1,6 +1,4 @@
-"""The figures' promises: every figure as scikit-learn or its own formula has it,
-thresholds that are the best there are, a temperature that fits.
-"""
+"""Metrics equal scikit-learn or their own formula; thresholds are optimal, temperatures fit."""
 
 from __future__ import annotations
 
@@ -92,31 +90,31 @@ def _names(count: int) -> list[str]:
 
 
 def _softmax(logit_NC: NDArray[Any]) -> NDArray[np.float64]:
-    made: NDArray[np.float64] = torch.from_numpy(logit_NC).double().softmax(1).numpy()
-    return made
+    result: NDArray[np.float64] = torch.from_numpy(logit_NC).double().softmax(1).numpy()
+    return result
 
 
 @given(SEEDS, st.sampled_from([2, 3, 6, 9]))
 @settings(deadline=None)
 def test_figures_of_one_label_are_those_of_scikit_learn(seed: int, classes: int) -> None:
     logit, label = _case(seed, classes)
-    found = evaluate(logit, label, _names(classes))
+    result = evaluate(logit, label, _names(classes))
     every, guess, present = np.arange(classes), logit.argmax(1), np.unique(label)
-    assert found["images"] == len(label)
-    assert found["loss"] == pytest.approx(sk.log_loss(label, _softmax(logit), labels=every))
-    assert found["accuracy"] == pytest.approx(sk.accuracy_score(label, guess))
+    assert result["images"] == len(label)
+    assert result["loss"] == pytest.approx(sk.log_loss(label, _softmax(logit), labels=every))
+    assert result["accuracy"] == pytest.approx(sk.accuracy_score(label, guess))
     mean_recall = sk.recall_score(label, guess, labels=present, average="macro", zero_division=0)
-    assert found["balanced_accuracy"] == pytest.approx(mean_recall)
-    assert found["confusion"] == sk.confusion_matrix(label, guess, labels=every).tolist()
+    assert result["balanced_accuracy"] == pytest.approx(mean_recall)
+    assert result["confusion"] == sk.confusion_matrix(label, guess, labels=every).tolist()
     if classes > 5:
         top = sk.top_k_accuracy_score(label, logit, k=5, labels=every)
-        assert found["top_5_accuracy"] == pytest.approx(top)
+        assert result["top_5_accuracy"] == pytest.approx(top)
     else:
-        assert "top_5_accuracy" not in found
+        assert "top_5_accuracy" not in result
     columns = sk.precision_recall_fscore_support(label, guess, labels=every, zero_division=0)
     rows = zip(*columns, strict=True)
     for line, (precision, recall, f1, images) in zip(
-        found["per_class"].values(), rows, strict=True
+        result["per_class"].values(), rows, strict=True
     ):
         assert line == pytest.approx(
             {"precision": precision, "recall": recall, "f1": f1, "images": images}
@@ -127,12 +125,12 @@ def test_figures_of_one_label_are_those_of_scikit_learn(seed: int, classes: int)
 @settings(deadline=None)
 def test_auroc_of_two_classes_is_that_of_the_second_ties_included(seed: int, ties: bool) -> None:
     logit, label = _case(seed, 2, ties=ties)
-    found = evaluate(logit, label, ["no", "yes"])["auroc"]
+    result = evaluate(logit, label, ["no", "yes"])["auroc"]
     if len(np.unique(label)) < 2:
-        assert found is None
+        assert result is None
     else:
         margin = logit[:, 1].astype(np.float64) - logit[:, 0]
-        assert found == pytest.approx(sk.roc_auc_score(label, margin))
+        assert result == pytest.approx(sk.roc_auc_score(label, margin))
 
 
 @given(SEEDS, st.sampled_from([3, 8]), st.sampled_from([1.0, 2.5]))
@@ -141,21 +139,21 @@ def test_auroc_of_more_classes_is_the_mean_over_those_that_occur(
     seed: int, classes: int, fitted: float
 ) -> None:
     logit, label = _case(seed, classes)
-    found = evaluate(logit, label, _names(classes), temperature=fitted)["auroc"]
+    result = evaluate(logit, label, _names(classes), temperature=fitted)["auroc"]
     present = np.unique(label)
     if len(present) < 2:
-        assert found is None
+        assert result is None
         return
     chance = _softmax(logit / fitted)
     areas = [sk.roc_auc_score(label == one, chance[:, one]) for one in present]
-    assert found == pytest.approx(np.mean(areas))
+    assert result == pytest.approx(np.mean(areas))
 
 
 def test_of_equal_logits_the_first_class_counts_as_guessed_as_scores_list_them() -> None:
     label = np.array([0, 1, 4, 5, 6, 6, 6])
-    found = evaluate(np.zeros((7, 7), np.float32), label, _names(7))
-    assert found["accuracy"] == pytest.approx(1 / 7)
-    assert found["top_5_accuracy"] == pytest.approx(3 / 7)
+    result = evaluate(np.zeros((7, 7), np.float32), label, _names(7))
+    assert result["accuracy"] == pytest.approx(1 / 7)
+    assert result["top_5_accuracy"] == pytest.approx(3 / 7)
 
 
 def _ece_by_hand(sure: NDArray[Any], right: NDArray[Any]) -> float:
@@ -172,12 +170,12 @@ def test_the_calibration_error_is_that_of_the_formula_with_and_without_temperatu
 ) -> None:
     draw = np.random.default_rng(seed)
     label, logit = draw.integers(0, classes, rows), draw.normal(size=(rows, classes))
-    found = evaluate(logit, label, _names(classes), temperature=2.0)
+    result = evaluate(logit, label, _names(classes), temperature=2.0)
     right = logit.argmax(1) == label
     for name, fitted in (("ece", 2.0), ("ece_uncalibrated", 1.0)):
         sure = _softmax(logit / fitted).max(1)
-        assert found[name] == pytest.approx(_ece_by_hand(sure, right), abs=1e-9)
-    assert 0 <= found["ece_low"] <= found["ece"] <= found["ece_high"] <= 1
+        assert result[name] == pytest.approx(_ece_by_hand(sure, right), abs=1e-9)
+    assert 0 <= result["ece_low"] <= result["ece"] <= result["ece_high"] <= 1
 
 
 def test_equal_confidences_share_a_bin_whatever_their_order() -> None:
@@ -200,9 +198,9 @@ def test_the_interval_of_the_calibration_error_holds_that_of_many_more_images() 
 def test_a_fitted_temperature_mends_the_calibration_error_of_a_head_that_is_too_sure() -> None:
     logit, label = (part.numpy() for part in _logits(5000, 4, 4.0))
     fitted = fit_temperature(torch.from_numpy(logit), torch.from_numpy(label))
-    found = evaluate(logit, label, _names(4), temperature=fitted)
-    assert found["ece_uncalibrated"] > 0.1
-    assert found["ece"] < 0.03
+    result = evaluate(logit, label, _names(4), temperature=fitted)
+    assert result["ece_uncalibrated"] > 0.1
+    assert result["ece"] < 0.03
 
 
 def test_many_rows_of_many_classes_give_the_same_figures_as_all_at_once() -> None:
@@ -211,14 +209,14 @@ def test_many_rows_of_many_classes_give_the_same_figures_as_all_at_once() -> Non
     logit = draw.normal(size=(60_000, 80)).astype(np.float16)
     label = draw.integers(0, 80, 60_000)
     logit[np.arange(60_000), label] += 2
-    found = evaluate(logit, label, _names(80), temperature=0.5)
+    result = evaluate(logit, label, _names(80), temperature=0.5)
     wide = torch.from_numpy(logit).double()
     nats = torch.nn.functional.cross_entropy(wide, torch.from_numpy(label))
-    assert found["loss"] == pytest.approx(nats.item())
-    assert found["accuracy"] == (logit.argmax(1) == label).mean()
+    assert result["loss"] == pytest.approx(nats.item())
+    assert result["accuracy"] == (logit.argmax(1) == label).mean()
     chance = (wide / 0.5).softmax(1).numpy()
     areas = [sk.roc_auc_score(label == one, chance[:, one]) for one in range(80)]
-    assert found["auroc"] == pytest.approx(np.mean(areas))
+    assert result["auroc"] == pytest.approx(np.mean(areas))
     hot = (draw.random((60_000, 80)) < 0.1).astype(np.uint8)
     several = evaluate(logit, hot, _names(80))
     nats = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -250,27 +248,29 @@ def test_figures_of_several_labels_are_those_of_scikit_learn(
 ) -> None:
     logit, label = _several(seed, labels, ties=ties)
     cut = np.random.default_rng(seed).random(labels)
-    found = evaluate(logit, label, _names(labels), temperature=fitted, thresholds=cut)
+    result = evaluate(logit, label, _names(labels), temperature=fitted, thresholds=cut)
     chance = torch.from_numpy(logit).sigmoid().double().numpy()
     passed = ((torch.from_numpy(logit) / fitted).sigmoid().numpy() >= cut).astype(np.uint8)
-    assert found["images"] == len(label)
+    assert result["images"] == len(label)
     nats = sk.log_loss(label.ravel(), chance.ravel(), labels=[0, 1])
-    assert found["loss"] == pytest.approx(nats, rel=1e-5)
-    assert found["accuracy_at_thresholds"] == pytest.approx((passed == label).mean())
-    assert found["accuracy"] == pytest.approx(((logit >= 0) == label).mean())
+    assert result["loss"] == pytest.approx(nats, rel=1e-5)
+    assert result["accuracy_at_thresholds"] == pytest.approx((passed == label).mean())
+    assert result["accuracy"] == pytest.approx(((logit >= 0) == label).mean())
     for beta in (1, 2):
         for average in ("samples", "macro"):
             if labels == 1:  # scikit-learn takes one column for a plain yes or no
                 continue
             score = sk.fbeta_score(label, passed, beta=beta, average=average, zero_division=0)
-            assert found[f"f{beta}_{average}"] == pytest.approx(score)
+            assert result[f"f{beta}_{average}"] == pytest.approx(score)
     some = [one for one in range(labels) if label[:, one].sum() > 0]
     both = [one for one in some if label[:, one].sum() < len(label)]
     areas = [sk.roc_auc_score(label[:, one], logit[:, one]) for one in both]
-    assert found["auroc"] == (pytest.approx(np.mean(areas)) if areas else None)
+    assert result["auroc"] == (pytest.approx(np.mean(areas)) if areas else None)
     context = [sk.average_precision_score(label[:, one], logit[:, one]) for one in some]
-    assert found["mean_average_precision"] == (pytest.approx(np.mean(context)) if context else None)
-    for one, line in enumerate(found["per_class"].values()):
+    assert result["mean_average_precision"] == (
+        pytest.approx(np.mean(context)) if context else None
+    )
+    for one, line in enumerate(result["per_class"].values()):
         figures = sk.precision_recall_fscore_support(
             label[:, one], passed[:, one], average="binary", zero_division=0
         )
@@ -281,9 +281,9 @@ def test_figures_of_several_labels_are_those_of_scikit_learn(
 def test_without_thresholds_a_label_is_given_at_one_half() -> None:
     logit = np.array([[0.0, -0.1], [0.1, 3.0]], np.float32)
     label = np.array([[1, 0], [1, 1]], np.uint8)
-    found = evaluate(logit, label, ["a", "b"])
-    assert found["accuracy"] == found["accuracy_at_thresholds"] == 1.0
-    assert [line["threshold"] for line in found["per_class"].values()] == [0.5, 0.5]
+    result = evaluate(logit, label, ["a", "b"])
+    assert result["accuracy"] == result["accuracy_at_thresholds"] == 1.0
+    assert [line["threshold"] for line in result["per_class"].values()] == [0.5, 0.5]
 
 
 def _f_beta(label: NDArray[Any], passed: NDArray[Any], beta: float) -> float:
@@ -299,8 +299,8 @@ def test_no_threshold_is_better_and_no_higher_one_as_good(
 ) -> None:
     logit, label = _several(seed, 3, ties=ties)
     chance = (1 / (1 + np.exp(-logit.astype(np.float64)))).astype(kind)
-    found = fit_thresholds(chance, label, beta)
-    for column, mine, cut in zip(chance.T, label.T == 1, found, strict=True):
+    result = fit_thresholds(chance, label, beta)
+    for column, mine, cut in zip(chance.T, label.T == 1, result, strict=True):
         if not mine.any():
             assert cut == 0.5
             continue
@@ -362,10 +362,10 @@ def test_figures_that_are_not_defined_are_none_and_all_of_it_is_json() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_head_that_diverged_gives_none_not_a_crash(bad: float) -> None:
     logit = np.array([[0.0, 1, 2], [bad, 0, 1], [2, 1, 0]], np.float32)
-    found = evaluate(logit, np.array([2, 0, 0]), _names(3))
-    assert _undefined(found) >= {"loss"}
-    found = evaluate(logit, np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], np.uint8), _names(3))
-    json.dumps(found, allow_nan=False)
+    result = evaluate(logit, np.array([2, 0, 0]), _names(3))
+    assert _undefined(result) >= {"loss"}
+    result = evaluate(logit, np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], np.uint8), _names(3))
+    json.dumps(result, allow_nan=False)
     assert np.isfinite(fit_thresholds(logit, np.ones((3, 3), np.uint8))).all()
     assert fit_temperature(torch.from_numpy(logit), torch.tensor([2, 0, 0])) == 1
 
@@ -384,8 +384,8 @@ def _logits(rows: int, classes: int, scale: float) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
 def test_the_temperature_recovers_a_known_scale(scale: float, classes: int) -> None:
-    found = fit_temperature(*_logits(20_000, classes, scale))
-    assert found == pytest.approx(scale, rel=0.05)
+    result = fit_temperature(*_logits(20_000, classes, scale))
+    assert result == pytest.approx(scale, rel=0.05)
 
 
 def test_the_temperature_lowers_the_loss_and_keeps_every_guess() -> None:
@@ -419,8 +419,8 @@ def test_the_temperature_is_the_minimum_of_what_it_says_it_minimizes() -> None:
         own = torch.nn.functional.nll_loss(chance, label, reduction="sum")
         return float(own - 0.5 * chance.mean(0).sum())
 
-    found = fit_temperature(logit, label)
-    assert nats(found) < min(nats(found * (1 - 1e-4)), nats(found * (1 + 1e-4)))
+    result = fit_temperature(logit, label)
+    assert nats(result) < min(nats(result * (1 - 1e-4)), nats(result * (1 + 1e-4)))
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
@@ -428,8 +428,8 @@ def test_the_temperature_of_several_labels_recovers_a_known_scale(scale: float) 
     draw = torch.Generator().manual_seed(0)
     honest = 2 * torch.randn(5000, 6, generator=draw) - 1
     label = torch.bernoulli(honest.sigmoid(), generator=draw).to(torch.uint8)
-    found = fit_temperature(honest * scale, label)
-    assert found == pytest.approx(scale, rel=0.05)
+    result = fit_temperature(honest * scale, label)
+    assert result == pytest.approx(scale, rel=0.05)
     wide, half = (honest * scale).double(), label.double()
 
     def nats(fitted: float) -> float:
@@ -437,7 +437,7 @@ def test_the_temperature_of_several_labels_recovers_a_known_scale(scale: float) 
         spread = sum(loss(wide / fitted, torch.full_like(half, one)) for one in (0.0, 1.0))
         return float(loss(wide / fitted, half, reduction="sum") + 0.5 * spread * 6)
 
-    assert nats(found) < min(nats(found * (1 - 1e-4)), nats(found * (1 + 1e-4)))
+    assert nats(result) < min(nats(result * (1 - 1e-4)), nats(result * (1 + 1e-4)))
 
 
 def test_several_labels_that_are_all_right_do_not_run_to_the_border() -> None:

@@ -1,4 +1,4 @@
-"""The MLflow server that deploy/ describes, for real: PostgreSQL, logins, artefacts through it.
+"""The MLflow server of deploy/, really running: PostgreSQL, logins, artifacts through the server.
 
 What a team sees: two commands log at once and lose nothing, a stranger gets nothing, the UI opens.
 """
@@ -131,7 +131,7 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     held = folder / "secrets"
     held.mkdir()
-    word, _, place = database.partition("//mlflow:")[2].partition("@")
+    word, _, directory = database.partition("//mlflow:")[2].partition("@")
     for name, content in {
         "postgres": word,
         "admin": ADMIN[1],
@@ -140,11 +140,11 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "s3-key": "unused",
     }.items():
         (held / name).write_text(f"{content}\n")
-    asked = {
+    request = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SECRETS": str(held),
         "TMPDIR": str(folder),
-        "DATABASE": place,
+        "DATABASE": directory,
         "BUCKET": str(folder / "artefacts"),
         "HOSTS": f"127.0.0.1:{port}",
         "BIND": "127.0.0.1",
@@ -157,7 +157,7 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         process = subprocess.Popen(
             ["sh", ROOT / "deploy" / "mlflow-server.sh"],
             cwd=folder,
-            env=os.environ | asked,
+            env=os.environ | request,
             stdout=sink,
             stderr=sink,
             start_new_session=True,
@@ -230,10 +230,10 @@ def logged(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[str
         )
         for mine, other in (("1", "2"), ("2", "1"))
     ]
-    said = [one.communicate(timeout=300) for one in both]
-    assert [one.returncode for one in both] == [0, 0], said
-    assert not list(folder.glob(".arrowhead/unsent/*/writes.jsonl")), said
-    return [out.split()[-1] for out, _ in said]
+    output = [one.communicate(timeout=300) for one in both]
+    assert [one.returncode for one in both] == [0, 0], output
+    assert not list(folder.glob(".arrowhead/unsent/*/writes.jsonl")), output
+    return [out.split()[-1] for out, _ in output]
 
 
 def test_three_machines_at_once_on_a_new_database_make_its_tables_once(database, tmp_path):
@@ -251,12 +251,12 @@ with start(TrackingConfig(tracking_uri=sys.argv[1], system_metrics=False), sys.a
         lone = os.environ | {"TMPDIR": str(tmp_path / str(number))}
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         commands.append(subprocess.Popen(words, cwd=tmp_path, env=lone, text=True, **out))
-    said = [command.communicate(timeout=300)[0] for command in commands]
-    assert [command.returncode for command in commands] == [0, 0, 0], said
-    assert len(set(said)) == 3
+    output = [command.communicate(timeout=300)[0] for command in commands]
+    assert [command.returncode for command in commands] == [0, 0, 0], output
+    assert len(set(output)) == 3
 
 
-def test_two_clients_that_log_at_once_have_two_whole_runs(server, logged, login):
+def test_two_clients_that_log_at_once_have_two_complete_runs(server, logged, login):
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=server.address)
@@ -378,18 +378,18 @@ async def shown(profile: Path, door: str, page: str, words: list[str]) -> str:
             async def do(method: str, **params: Any) -> dict[str, Any]:
                 number = next(count)
                 await line.send_json({"id": number, "method": method, "params": params})
-                while (told := await line.receive_json(timeout=120)).get("id") != number:
+                while (result := await line.receive_json(timeout=120)).get("id") != number:
                     pass
-                assert "error" not in told, told
-                return dict(told["result"])
+                assert "error" not in result, result
+                return dict(result["result"])
 
             text = ""
             for address, wanted in ((door, [version("mlflow")]), (page, words)):
                 await do("Page.navigate", url=address)
                 while not all(word in text for word in wanted) and time.monotonic() < until:
                     await asyncio.sleep(0.3)
-                    asked = await do("Runtime.evaluate", expression="document.body?.innerText")
-                    text = asked["result"].get("value") or ""
+                    request = await do("Runtime.evaluate", expression="document.body?.innerText")
+                    text = request["result"].get("value") or ""
             picture = await do("Page.captureScreenshot", format="png")
             (profile.parent / "page.png").write_bytes(base64.b64decode(picture["data"]))
             return text

@@ -1,4 +1,4 @@
-"""A body's promises: torchvision's features, the same in any batch, weights that are checked."""
+"""Bodies give torchvision's features, the same in any batch, and check their weights."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_features_are_those_of_the_plain_network_without_its_last_layer(
     mean, std = (torch.tensor(triple).view(1, 3, 1, 1) for triple in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.inference_mode():
         wanted = plain.eval()((pixels.float() / 255 - mean) / std)
-    made = _body(weights, name)(pixels)
-    assert made.dtype == torch.float32
-    assert nn.functional.cosine_similarity(made, wanted).min() > 0.9999
-    torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-4)
-    others = nn.functional.cosine_similarity(made, wanted.roll(1, 0))
+    result = _body(weights, name)(pixels)
+    assert result.dtype == torch.float32
+    assert nn.functional.cosine_similarity(result, wanted).min() > 0.9999
+    torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-4)
+    others = nn.functional.cosine_similarity(result, wanted.roll(1, 0))
     assert others.max() < 0.9999  # or the comparison above could not fail
 
 
@@ -63,16 +63,16 @@ def test_features_are_those_of_the_plain_network_without_its_last_layer(
 def test_pools_have_their_widths_and_concat_is_avg_then_max(
     name: str, width: int, random_weights: dict[str, Weights], pixels: torch.Tensor
 ) -> None:
-    made = {}
+    result = {}
     for pool, columns in (("avg", width), ("max", width), ("concat", 2 * width)):
         body = _body(random_weights[name], name, pool)
-        made[pool] = body(pixels)
+        result[pool] = body(pixels)
         assert body.width == columns
-        assert made[pool].shape == (32, columns)
+        assert result[pool].shape == (32, columns)
     torch.testing.assert_close(
-        made["concat"], torch.cat([made["avg"], made["max"]], 1), rtol=1e-4, atol=1e-5
+        result["concat"], torch.cat([result["avg"], result["max"]], 1), rtol=1e-4, atol=1e-5
     )
-    assert (made["max"] >= made["avg"] - 1e-4).all()
+    assert (result["max"] >= result["avg"] - 1e-4).all()
 
 
 def test_same_features_in_any_batch_of_16_or_more(
@@ -87,15 +87,15 @@ def test_same_features_in_any_batch_of_16_or_more(
 def test_weights_belong_to_the_tensors_not_to_the_file(
     random_weights: dict[str, Weights], tmp_path: Path
 ) -> None:
-    made = random_weights["resnet18"]
-    safetensors.torch.save_file(made.state, tmp_path / "a.safetensors")
-    whole = models.resnet18(weights=None).state_dict() | made.state  # with its final layer
-    torch.save(whole, tmp_path / "b.pth")
+    result = random_weights["resnet18"]
+    safetensors.torch.save_file(result.state, tmp_path / "a.safetensors")
+    full = models.resnet18(weights=None).state_dict() | result.state  # with its final layer
+    torch.save(full, tmp_path / "b.pth")
     for name in ("a.safetensors", "b.pth"):
         again = load(BodyConfig(body="resnet18", weights=str(tmp_path / name)))
-        assert again.sha256 == made.sha256
-    changed = {name: tensor + (name == "bn1.bias") for name, tensor in made.state.items()}
-    assert Weights(state=changed, mean=made.mean, std=made.std).sha256 != made.sha256
+        assert again.sha256 == result.sha256
+    changed = {name: tensor + (name == "bn1.bias") for name, tensor in result.state.items()}
+    assert Weights(state=changed, mean=result.mean, std=result.std).sha256 != result.sha256
 
 
 def test_random_weights_are_the_same_twice(random_weights: dict[str, Weights]) -> None:
@@ -156,7 +156,7 @@ def test_a_weights_file_that_does_not_fit_is_a_data_error_naming_a_tensor(
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_weights_file_that_is_torn_or_missing_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_a_truncated_or_missing_weights_file_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     with pytest.raises(ConfigError, match="does not exist"):
         load(BodyConfig(body="resnet18", weights=str(path)))
@@ -256,14 +256,14 @@ def test_a_download_whose_hash_is_wrong_is_refused_and_not_kept(
     published: tuple[Path, str], cache: Path
 ) -> None:
     path, _ = published
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    full = path.read_bytes()
+    path.write_bytes(full[:-1] + bytes([full[-1] ^ 1]))
     with pytest.raises(ConfigError, match="hash"):
         load(BodyConfig(body="resnet18"))
     assert list(cache.iterdir()) == []
 
 
-def test_a_torn_file_in_the_cache_is_refused_by_its_name(
+def test_a_truncated_file_in_the_cache_is_refused_by_name(
     published: tuple[Path, str], cache: Path
 ) -> None:
     path, _ = published
@@ -326,8 +326,8 @@ def test_torchvisions_own_file_fits_bodies_with_auxiliary_heads(name: str, tmp_p
     # Its files hold the auxiliary heads: they were trained, and torchvision drops them on loading.
     full = models.get_model(name, weights=None, aux_logits=True, init_weights=False)
     torch.save(full.state_dict(), tmp_path / "full.pth")
-    made = load(BodyConfig(body=name, weights=str(tmp_path / "full.pth")))
-    assert not any(tensor.startswith(("aux", "Aux", "fc.")) for tensor in made.state)
+    result = load(BodyConfig(body=name, weights=str(tmp_path / "full.pth")))
+    assert not any(tensor.startswith(("aux", "Aux", "fc.")) for tensor in result.state)
 
 
 def test_a_body_is_built_without_torchs_compiler():

@@ -65,9 +65,9 @@ def _store(
     """A store of random features in shards of one to four files, a share of them faulty."""
     draw = np.random.default_rng(seed)
     recipe = dataclasses.replace(RECIPE, views=views, augment="none" if views == 1 else "side-on")
-    made = Store.create(path, recipe, 3)
+    result = Store.create(path, recipe, 3)
     paths, names = [f"{number:04}.jpg" for number in range(len(labels))], []
-    while (first := sum(len(made.read_shard(name).paths) for name in names)) < len(paths):
+    while (first := sum(len(result.read_shard(name).paths) for name in names)) < len(paths):
         here = paths[first : first + int(draw.integers(1, 5))]
         faults = ["empty" if drawn < sick else None for drawn in draw.random(len(here))]
         features = draw.normal(size=(len(here), views, 3)).astype(np.float16)
@@ -75,7 +75,7 @@ def _store(
         ids = [draw.bytes(16) for _ in here]
         names.append(f"shard{len(names)}")
         rows = ShardRows(paths=here, image_ids=ids, features=features, faults=faults)
-        made.write_shard(names[-1], rows)
+        result.write_shard(names[-1], rows)
     columns = {
         "root": "/data",
         "paths": paths,
@@ -86,8 +86,8 @@ def _store(
         "tries": np.zeros(len(paths), np.uint8),
         "ignored": 0,
     }
-    made.commit(names, columns, {})
-    return made
+    result.commit(names, columns, {})
+    return result
 
 
 # ------------------------------------------------------------------------------ features
@@ -106,7 +106,7 @@ def _store(
     st.integers(0, 2**32 - 1),
 )
 @settings(deadline=None, max_examples=60)
-def test_features_hold_what_shards_and_catalog_say_row_by_row(
+def test_features_equal_shards_and_catalog_row_by_row(
     images: list[tuple[set[str], str]], views: int, seed: int
 ) -> None:
     labels = [tuple(sorted(names)) for names, _ in images]
@@ -121,37 +121,37 @@ def test_features_hold_what_shards_and_catalog_say_row_by_row(
         ]
         several = any(len(names) != 1 for names in labels)
         for split in ("train", "valid", "test", None):
-            found = store.features(split)
+            result = store.features(split)
             well = [
                 row
                 for row, (_, _, fault) in enumerate(rows)
                 if fault is None and split in (None, splits[row])
             ]
-            assert found.row.tolist() == well
+            assert result.row.tolist() == well
             lean = store.features(split, rows_only=True)
             assert lean.feature.shape == (len(well), views, 0)
-            assert np.array_equal(np.concatenate(store.mapped_features())[lean.row], found.feature)
-            assert np.array_equal(lean.label, found.label)
-            assert found.multi == several
-            assert found.feature.shape == (len(well), views, 3)
-            assert found.split.tolist() == [splits[row] for row in well]
-            assert found.image_id.tolist() == [int.from_bytes(rows[row][0][:8]) for row in well]
+            assert np.array_equal(np.concatenate(store.mapped_features())[lean.row], result.feature)
+            assert np.array_equal(lean.label, result.label)
+            assert result.multi == several
+            assert result.feature.shape == (len(well), views, 3)
+            assert result.split.tolist() == [splits[row] for row in well]
+            assert result.image_id.tolist() == [int.from_bytes(rows[row][0][:8]) for row in well]
             for at, row in enumerate(well):
-                assert np.array_equal(found.feature[at], rows[row][1])
+                assert np.array_equal(result.feature[at], rows[row][1])
                 if several:
                     hot = [int(name in labels[row]) for name in classes]
-                    assert found.label[at].tolist() == hot
+                    assert result.label[at].tolist() == hot
                 else:
-                    assert classes[found.label[at]] == labels[row][0]
+                    assert classes[result.label[at]] == labels[row][0]
 
 
 def test_an_image_without_a_label_is_a_row_of_zeros_where_others_have_several(
     tmp_path: Path,
 ) -> None:
-    found = _store(tmp_path / "s", [("a", "b"), (), ("b",)], ["train"] * 3).features()
-    assert found.multi
-    assert found.label.dtype == np.uint8
-    assert found.label.tolist() == [[1, 1], [0, 0], [0, 1]]
+    result = _store(tmp_path / "s", [("a", "b"), (), ("b",)], ["train"] * 3).features()
+    assert result.multi
+    assert result.label.dtype == np.uint8
+    assert result.label.tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
 def test_a_split_has_the_shape_of_its_store(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_rows_read_from_a_shard_are_a_view_of_the_file_and_features_are_not(
     tmp_path: Path,
 ) -> None:
     store = _store(tmp_path / "s", [("a",), ("b",)], ["train", "train"])
-    (part, *_), found = store.shards(), store.features("train")
+    (part, *_), result = store.shards(), store.features("train")
     address, inside = part.features.ctypes.data, []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(".arrow"):
@@ -177,8 +177,8 @@ def test_rows_read_from_a_shard_are_a_view_of_the_file_and_features_are_not(
     assert any(inside)
     for name in store.shard_names():
         store.shard_path(name).write_bytes(b"")  # what was read does not hang on it
-    assert found.feature.flags.writeable
-    assert np.isfinite(found.feature).all()
+    assert result.feature.flags.writeable
+    assert np.isfinite(result.feature).all()
 
 
 # --------------------------------------------------------------------- real files, decoded
@@ -291,18 +291,18 @@ def _score(path: Path, images: Path, out: Path, **overrides: Any) -> tuple[Bundl
 
 def test_the_labels_of_a_table_are_the_rows_of_its_features(store: Store, table: Path) -> None:
     with table.open(newline="") as file:
-        said = {Path(row["path"]).name: row for row in csv.DictReader(file, delimiter="\t")}
+        output = {Path(row["path"]).name: row for row in csv.DictReader(file, delimiter="\t")}
     classes, catalog = store.manifest()["classes"], Catalog(**store.read_catalog())
     assert classes == ["brown", "even", "green", "round", "woven"]
     for split in ("train", "valid"):
-        found = store.features(split)
-        assert found.multi
-        names = [Path(catalog.paths[row]).name for row in found.row]
-        expected = [name for name, row in said.items() if row["split"] == split]
+        result = store.features(split)
+        assert result.multi
+        names = [Path(catalog.paths[row]).name for row in result.row]
+        expected = [name for name, row in output.items() if row["split"] == split]
         assert sorted(names) == sorted(set(expected) - {"torn.jpg"})
-        for name, hot in zip(names, found.label, strict=True):
+        for name, hot in zip(names, result.label, strict=True):
             given = [label for label, one in zip(classes, hot, strict=True) if one]
-            assert given == sorted(said[name]["labels"].split())
+            assert given == sorted(output[name]["labels"].split())
 
 
 def test_a_bundle_comes_back_and_says_in_words_what_it_decides(made: Bundle, saved: Path) -> None:
@@ -381,14 +381,14 @@ def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
     # Sigmoids do not add up to 1, and the head has learnt what the table taught.
     sums = rows["probabilities"].drop_nulls().struct.unnest().sum_horizontal().to_numpy()
     assert np.ptp(sums) > 0.1
-    said = {
+    output = {
         Path(store.read_catalog()["paths"][row]).name: hot
         for part in [store.features("valid")]
         for row, hot in zip(part.row, part.label, strict=True)
     }
     well = rows.filter(polars.col("fault").is_null())
     given = np.array([[name in labels for name in loaded.classes] for labels in well["labels"]])
-    truth = np.array([said[path] for path in well["path"]])
+    truth = np.array([output[path] for path in well["path"]])
     best = metrics.evaluate(np.where(given, 9.0, -9.0), truth, loaded.classes)
     assert best["f2_samples"] > 0.6
 
@@ -452,8 +452,10 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
         splits=[""] * 3,
     )
     catalog_file.write_catalog(layout.inputs_path(tmp_path), catalog.columns())
-    asked = ScoreRequest(output_dir=tmp_path, bundle=tmp_path, config=config, part_rows=[range(3)])
-    held = summary.summarize(asked, one)
+    request = ScoreRequest(
+        output_dir=tmp_path, bundle=tmp_path, config=config, part_rows=[range(3)]
+    )
+    held = summary.summarize(request, one)
     assert held.faults == {"empty": 1}
     assert held.labels == dict.fromkeys(one.classes, 0) | {"even": 1}
 
@@ -502,9 +504,9 @@ def test_a_golden_image_that_cannot_be_decoded_here_is_no_agreement(
     multi: bool, made: Bundle
 ) -> None:
     thresholds = made.thresholds if multi else None
-    torn = dataclasses.replace(
+    truncated = dataclasses.replace(
         made.golden[0], data=made.golden[0].data[:200], probabilities=np.zeros(5, np.float32)
     )
-    here = dataclasses.replace(made, multi=multi, thresholds=thresholds, golden=[torn])
+    here = dataclasses.replace(made, multi=multi, thresholds=thresholds, golden=[truncated])
     drift = replay.replay(here, here.make_body(), here.make_head(), "cpu", 1)
     assert (drift.images, drift.changed, drift.feature) == (1, 1, 2.0)

@@ -1,4 +1,4 @@
-"""The plan's promises: names survive, rows are covered once, borders and splits stay put."""
+"""Catalogs and chunks: names survive, rows are covered once, borders and splits are stable."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_splits_are_known_by_their_usual_names(
     splits = dict(zip((path.split("/")[0] for path in catalog.paths), catalog.splits, strict=True))
     assert splits == {train: "train", valid: "valid", test: "test"}
     assert (catalog.classes, catalog.ignored) == (["a", "b"], 1)
-    said = f"splits: {train}/ trains (2 files), {valid}/ validates (2 files), {test}/ tests"
-    assert catalog.notes[0].startswith(said)
+    output = f"splits: {train}/ trains (2 files), {valid}/ validates (2 files), {test}/ tests"
+    assert catalog.notes[0].startswith(output)
     assert "other/" in " ".join(catalog.notes)
 
 
@@ -114,7 +114,7 @@ def test_names_with_a_split_in_them_are_splits_where_they_hold_the_same_class_fo
         (("cat", "dog"), ("train", "val"), "train/, val/ in each of them do not split"),
     ],
 )
-def test_folders_that_look_like_splits_and_are_read_as_classes_are_said(
+def test_folders_that_look_like_splits_but_are_read_as_classes_are_reported(
     tmp_path: Path, upper: tuple[str, ...], lower: tuple[str, ...], words: str
 ) -> None:
     names = [f"{top}/{name}/1.jpg" for top in upper for name in lower]
@@ -126,7 +126,7 @@ def test_folders_that_look_like_splits_and_are_read_as_classes_are_said(
 @pytest.mark.parametrize(
     "test", [(), ("test_set/a/3", "test_set/b/3"), ("test_set/3", "test_set/4")]
 )
-def test_without_a_validation_folder_a_share_of_train_is_drawn_and_said(
+def test_without_a_validation_folder_a_share_of_train_is_drawn_and_reported(
     tmp_path: Path, test: tuple[str, ...]
 ) -> None:
     catalog = sources.labelled(_put(tmp_path, "train_set/a/1", "train_set/b/2", *test))
@@ -145,7 +145,7 @@ def test_without_a_validation_folder_a_share_of_train_is_drawn_and_said(
         (("cat/1.jpg", "dog/1.jpg", "test/1.jpg"), ["cat", "dog", "test"]),
     ],
 )
-def test_a_class_that_is_called_like_a_split_is_a_class_and_said(
+def test_a_class_named_like_a_split_is_a_class_and_reported(
     tmp_path: Path, names: tuple[str, ...], classes: list[str]
 ) -> None:
     catalog = sources.labelled(_put(tmp_path, *names))
@@ -153,7 +153,7 @@ def test_a_class_that_is_called_like_a_split_is_a_class_and_said(
     assert "is taken for a class" in catalog.notes[0]
 
 
-def test_the_folder_above_is_told_to_give_the_one_below(tmp_path: Path) -> None:
+def test_for_the_parent_folder_the_refusal_names_the_right_one(tmp_path: Path) -> None:
     _put(tmp_path, "photos/cat/1.jpg", "photos/dog/2.jpg")
     with pytest.raises(ConfigError) as refusal:
         sources.labelled(tmp_path)
@@ -175,15 +175,15 @@ def test_a_folder_linked_under_two_names_is_listed_the_same_whatever_the_disk_or
 ) -> None:
     _put(tmp_path, "a/1.jpg", "a/2.jpg")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    listdir, found = os.listdir, []
+    listdir, result = os.listdir, []
     for backwards in (False, True):
 
         def names(folder: bytes, backwards: bool = backwards) -> list[bytes]:
             return sorted(listdir(folder), reverse=backwards)
 
         monkeypatch.setattr(os, "listdir", names)
-        found.append(sources.unlabelled(tmp_path).paths)
-    assert found[0] == found[1] == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
+        result.append(sources.unlabelled(tmp_path).paths)
+    assert result[0] == result[1] == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
 
 
 def test_an_empty_class_folder_is_named_and_changes_no_label(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_
     _put(tmp_path, *(f"{folder}/1.jpg" for folder in folders), "dog/1.jpg")
     with pytest.raises(ConfigError) as refusal:
         sources.labelled(tmp_path)
-    for said in (*map(ascii, names), *folders):
-        assert said in refusal.value.found
+    for output in (*map(ascii, names), *folders):
+        assert output in refusal.value.found
     assert refusal.value.do
 
 
@@ -240,7 +240,7 @@ def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_
         (("train/cat/1", "train/dog/1", "valid/cat/1", "Valid/cat/1"), "Valid/ and valid/"),
     ],
 )
-def test_folders_that_cannot_teach_are_refused_with_what_to_do(
+def test_folders_that_cannot_be_trained_on_are_refused_with_what_to_do(
     tmp_path: Path, names: tuple[str, ...], word: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -277,7 +277,7 @@ def test_every_row_is_in_exactly_one_chunk(paths: list[str], size: int) -> None:
     assert all(2 * len(rows) >= size for rows in runs[:-1])
 
 
-def test_chunks_are_as_long_as_asked_on_average() -> None:
+def test_chunks_have_the_requested_length_on_average() -> None:
     runs = chunks.chunks(_paths(20_000, 0), 64)
     assert 0.75 * 64 < 20_000 / len(runs) < 1.5 * 64
     assert max(map(len, runs)) <= 4 * 64

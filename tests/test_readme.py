@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show runs as it is written there.
+"""The commands and code in the README and in docs/ run as they are written.
 
 All pages share one project. What several pages show runs once: commands first, in the order of the
 pages, then Python.
@@ -51,13 +51,13 @@ TEXT = re.compile(r"^(?![#|\-!<])\S.*(?:\n(?![#|\-!<]).*\S.*)*", re.MULTILINE)
 
 def blocks(language: str) -> list[str]:
     """Code of all pages in their order, each block once."""
-    found = [
+    result = [
         text
         for page in PAGES
         for named, text in FENCE.findall(page.read_text())
         if named == language
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(result))
 
 
 def commands() -> list[str]:
@@ -73,16 +73,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     import torch
     from torchvision import models
 
-    place = tmp_path_factory.mktemp("readme")
-    shutil.copytree(drawn, place / "photos", ignore=shutil.ignore_patterns("new"))
-    shutil.copytree(drawn / "new", place / "new-photos")
-    tables(place)
-    cache = place / "torch" / "hub" / "checkpoints"
+    directory = tmp_path_factory.mktemp("readme")
+    shutil.copytree(drawn, directory / "photos", ignore=shutil.ignore_patterns("new"))
+    shutil.copytree(drawn / "new", directory / "new-photos")
+    tables(directory)
+    cache = directory / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     draft = cache / "draft"
-    patch, whole = pytest.MonkeyPatch(), models.resnet._resnet
+    patch, full = pytest.MonkeyPatch(), models.resnet._resnet
     patch.setattr(
-        models.resnet, "_resnet", lambda block, _, *more, **kw: whole(block, [1] * 4, *more, **kw)
+        models.resnet, "_resnet", lambda block, _, *more, **kw: full(block, [1] * 4, *more, **kw)
     )
     torch.save(models.resnet34(weights=None).state_dict(), draft)
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
@@ -90,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     entry = models.ResNet34_Weights.DEFAULT.value
     before = entry.url
     object.__setattr__(entry, "url", f"http://127.0.0.1:9/{cached.name}")  # frozen, process-wide
-    yield place
+    yield directory
     object.__setattr__(entry, "url", before)
     patch.undo()
 
@@ -175,14 +175,14 @@ def test_the_python_runs_as_written(capsys):
 def test_the_tour_shows_what_the_commands_print_today(outputs):
     """Numbers and names differ from those of real photos, words do not."""
     [tour] = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    told = {start(line) for printed in outputs.values() for line in printed.splitlines()}
+    result = {start(line) for printed in outputs.values() for line in printed.splitlines()}
     for line in tour.splitlines():
         if line.startswith("$ "):
             assert cluster.parse_command(shlex.split(line)[2:]) is not None
         elif line.startswith("not read: "):  # tests/test_score.py has broken files
             assert any('"not read: ' in file.read_text() for file in (ROOT / "src").rglob("*.py"))
         elif line != "…":
-            assert start(line) in told, line
+            assert start(line) in result, line
 
 
 def start(line: str) -> str:

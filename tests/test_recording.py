@@ -1,4 +1,4 @@
-"""MLflow tells the story that the bundle tells: settings, data sets, models that can be ranked."""
+"""MLflow has the same record as the bundle: settings, data sets, models that can be ranked."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_precision_and_warm_up_are_what_was_used(client, place):
 def test_the_runs_of_lr_find_score_and_evaluate_have_their_settings_and_data_set(
     client, place, drawn, command
 ):
-    found = command("lr-find", "out/store", "--steps", "20", "--batch-size", "16", *QUIET)
-    run = client.get_run(found["run_id"])
+    result = command("lr-find", "out/store", "--steps", "20", "--batch-size", "16", *QUIET)
+    run = client.get_run(result["run_id"])
     assert run.data.params["lr_finder.steps"] == "20"
     assert run.data.params["train.batch_size"] == "16"
     assert run.data.tags["dataset"] == "weave"
@@ -108,8 +108,8 @@ def test_the_runs_of_lr_find_score_and_evaluate_have_their_settings_and_data_set
     judged = command("evaluate", "out/bundle", drawn / "valid", "judged", *QUIET)
     params = client.get_run(judged["run_id"]).data.params
     assert params["bundle"] == judged["bundle_fingerprint"]
-    asked, not_asked = (client.get_run(one["run_id"]).data.metrics for one in (scored, judged))
-    assert asked["novel"] == scored["counts"]["novel"], "counted where --flag-novel asked"
+    request, not_asked = (client.get_run(one["run_id"]).data.metrics for one in (scored, judged))
+    assert request["novel"] == scored["counts"]["novel"], "counted where --flag-novel asked"
     written = json.loads(Path("judged/score.json").read_bytes())
     assert judged["counts"]["novel"] is written["counts"]["novel"] is None
     assert "novel" not in not_asked and not_asked["inputs"] == judged["counts"]["inputs"]
@@ -172,9 +172,9 @@ def test_the_models_example_is_drawn_and_no_photo_of_the_user_s(client, place, d
     run, _ = run_of(client, place / "out/bundle")
     (model,) = models(client, run)
     folder = Path(download_artifacts(model.artifact_location, dst_path=str(tmp_path)))
-    told = json.loads((folder / "input_example.json").read_text())
+    result = json.loads((folder / "input_example.json").read_text())
     photos = {image.read_bytes() for image in drawn.rglob("*.jpg")}
-    assert base64.b64decode(told["data"][0][0]) not in photos
+    assert base64.b64decode(result["data"][0][0]) not in photos
     assert not list(folder.rglob("report"))
 
 

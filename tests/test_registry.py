@@ -87,8 +87,8 @@ def run_of(bundle: Path) -> str:
 @pytest.fixture(scope="module")
 def folder(fitted: Path) -> Path:
     """The folder of the MLflow model that the fit logged."""
-    (found,) = fitted.parents[1].glob("mlruns/**/MLmodel")
-    return found.parent
+    (result,) = fitted.parents[1].glob("mlruns/**/MLmodel")
+    return result.parent
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def mixed(place: Path, drawn: Path) -> Path:
     images.mkdir()
     for i, file in enumerate(sorted((drawn / "new").iterdir())[:8]):
         shutil.copy(file, images / f"{i}.jpg")
-    whole = (images / "3.jpg").read_bytes()
-    (images / "3b.jpg").write_bytes(whole[: len(whole) // 2])
+    full = (images / "3.jpg").read_bytes()
+    (images / "3b.jpg").write_bytes(full[: len(full) // 2])
     return images
 
 
@@ -265,11 +265,11 @@ def test_nothing_in_the_model_can_be_unpickled(logged):
 
 
 def test_the_version_says_which_bundle_run_and_model_it_is_of(client, fitted):
-    found = client.get_model_version_by_alias("weave", "champion")
+    result = client.get_model_version_by_alias("weave", "champion")
     (output,) = client.get_run(run_of(fitted)).outputs.model_outputs
     address = f"models:/{output.model_id}"
-    assert (int(found.version), found.run_id) == (1, run_of(fitted))
-    assert found.tags == {
+    assert (int(result.version), result.run_id) == (1, run_of(fitted))
+    assert result.tags == {
         "bundle": bundle_format.fingerprint(fitted),
         "run_id": run_of(fitted),
         "model": address,
@@ -291,11 +291,11 @@ def test_the_alias_moves_to_the_next_training_and_back_on_request(fitted, client
 
 
 def test_a_run_that_is_taken_up_again_registers_once(fitted, config, client):
-    said: list[str] = []
-    asked = RegistryConfig(register="again")
+    output: list[str] = []
+    request = RegistryConfig(register="again")
 
     def train() -> None:
-        with start(config, "fit", Path("again.json"), registry=asked, say=said.append) as run:
+        with start(config, "fit", Path("again.json"), registry=request, say=output.append) as run:
             run.model(fitted)
             addresses.append(run.register(fitted))
             if len(addresses) < 3:
@@ -313,21 +313,21 @@ def test_a_run_that_is_taken_up_again_registers_once(fitted, config, client):
 def test_a_registry_that_fails_in_mid_run_costs_a_line_that_names_the_command(
     fitted, config, client, place, command
 ):
-    said: list[str] = []
-    asked = RegistryConfig(register="later on", alias="challenger")
+    output: list[str] = []
+    request = RegistryConfig(register="later on", alias="challenger")
     with sqlite3.connect(place / "mlflow.db") as database:
-        with start(config, "fit", registry=asked, say=said.append) as run:
+        with start(config, "fit", registry=request, say=output.append) as run:
             run.model(fitted)
             database.execute("ALTER TABLE registered_models RENAME TO away")
             database.commit()
             assert run.register(fitted) is None
         with pytest.raises(ConfigError, match="Nothing can be registered"):
-            start(config, "fit", registry=asked).__enter__()
+            start(config, "fit", registry=request).__enter__()
         database.execute("ALTER TABLE away RENAME TO registered_models")
     assert client.get_run(run.run_id).info.status == "FINISHED"
     words = f"arrowhead bundle register {fitted} 'later on' --alias challenger"
-    assert len(said) == 1
-    assert said[0].endswith(words)
+    assert len(output) == 1
+    assert output[0].endswith(words)
     result = command("bundle", "register", fitted, "later on", "--alias", "challenger")
     assert result["registered"] == "models:/later on/1"
 
@@ -342,8 +342,8 @@ def test_a_bundle_from_elsewhere_is_registered_with_a_run_of_its_own(
     fileio.write_sealed(copy / "bundle.json", content)
     assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
     assert command("bundle", "register", copy, "guest")["registered"] == "models:/guest/1"
-    (made,) = client.search_model_versions("name = 'guest'")
-    assert client.get_run(made.run_id).info.status == "FINISHED"
+    (result,) = client.search_model_versions("name = 'guest'")
+    assert client.get_run(result.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize(
@@ -387,11 +387,11 @@ def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client
         version.tags["model"],
         f"runs:/{version.run_id}/model",
     ):
-        found = resolve.bundle_folder(address, config, tmp_path)
-        assert found.parent == tmp_path
-        assert contents(found) == wanted
-    found = resolve.bundle_folder("models:/weave/latest", config, tmp_path)
-    assert contents(found) == contents(Path("next"))
+        result = resolve.bundle_folder(address, config, tmp_path)
+        assert result.parent == tmp_path
+        assert contents(result) == wanted
+    result = resolve.bundle_folder("models:/weave/latest", config, tmp_path)
+    assert contents(result) == contents(Path("next"))
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
     assert resolve.bundle_folder(str(fitted), config, tmp_path) == fitted
     assert resolve.bundle_folder(fitted.as_uri(), config, tmp_path) == fitted
@@ -437,8 +437,8 @@ def test_an_address_with_no_bundle_is_refused_with_what_is_there(
 
 
 def test_the_bundle_that_a_run_kept_as_a_file_has_an_address_too(config, strangers, tmp_path):
-    found = resolve.bundle_folder(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
-    assert contents(found) == contents(Path("next"))
+    result = resolve.bundle_folder(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
+    assert contents(result) == contents(Path("next"))
 
 
 def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
@@ -467,9 +467,11 @@ def stored(fitted: Path) -> Any:
     store.rm("/shelf", recursive=True)
 
 
-def test_a_bundle_in_an_object_store_comes_whole_or_not_at_all(stored, fitted, config, tmp_path):
-    found = resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
-    assert contents(found) == contents(fitted)
+def test_a_bundle_in_an_object_store_is_fetched_completely_or_not_at_all(
+    stored, fitted, config, tmp_path
+):
+    result = resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
+    assert contents(result) == contents(fitted)
     before = contents(tmp_path)
     stored("golden/0.img", b"other")
     with pytest.raises(DataError, match=r"bundle/golden/0\.img is not the file"):

@@ -1,4 +1,4 @@
-"""Figures and tables show names as they are, whatever they hold."""
+"""Figures and tables show any class name unchanged."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_any_number_of_classes_of_any_name_is_drawn_and_no_two_look_alike(
         assert [file.name for file in tmp_path.iterdir()] == ["confusion.png"]
 
 
-def test_letters_that_no_font_here_has_can_still_be_told_apart() -> None:
+def test_letters_without_a_font_stay_distinguishable() -> None:
     figure = figures.confusion_figure(np.eye(3, dtype=np.int64), ["\U000e0100a", "\U000f0000", "b"])
     assert labels(figure.axes[0].yaxis) == ["\\U000e0100a", "\\U000f0000", "b"]
 

@@ -1,4 +1,4 @@
-"""Scoring: every input accounted for, in its order, with the numbers of training."""
+"""Scoring: every input has a row, in order, with the same numbers as in training."""
 
 from __future__ import annotations
 
@@ -88,10 +88,12 @@ def test_a_list_is_scored_in_its_order_as_often_as_it_names_a_file(command, out,
         "./" + names[2],
     ]
     (tmp_path / "some.txt").write_text("\n".join(listed) + "\n\n")
-    found = command(
+    result = command(
         "score", "out/bundle", tmp_path / "some.txt", out, "--base", place / "new", code=3
     )
-    assert found["counts"]["inputs"] == 6 == found["counts"]["scored"] + found["counts"]["faults"]
+    assert (
+        result["counts"]["inputs"] == 6 == result["counts"]["scored"] + result["counts"]["faults"]
+    )
     table = rows(out)
     assert table["path"].to_list() == [names[3], names[0], "gone.jpg", names[1], names[0], names[2]]
     assert table["fault"].is_null().to_list() == [True, True, False, True, True, True]
@@ -130,20 +132,20 @@ def test_a_list_cannot_teach(out, tmp_path, capsys):
 # --------------------------------------------------------------------------- what is written
 
 
-def test_each_part_says_what_made_it_and_the_account_balances(command, out):
-    found = command("score", "out/bundle", "new", out, "--chunk-size", "8")
-    made, counts = json.loads(Path("out/bundle/bundle.json").read_text()), found["counts"]
+def test_each_part_records_its_origin_and_the_counts_add_up(command, out):
+    actual = command("score", "out/bundle", "new", out, "--chunk-size", "8")
+    result, counts = json.loads(Path("out/bundle/bundle.json").read_text()), actual["counts"]
     assert counts["inputs"] == counts["scored"] + counts["faults"] == 24
     assert json.loads((out / "score.json").read_text())["counts"] == counts
-    assert found["roofline"] and found["seconds"]["forward"] > 0
+    assert actual["roofline"] and actual["seconds"]["forward"] > 0
     parts = sorted((out / "parts").glob("part-*.parquet"))
     assert len(parts) > 1
     for part in parts:
         notes = pq.read_schema(part).metadata
-        assert json.loads(notes[b"arrowhead.recipe"]) == made["recipe"]
+        assert json.loads(notes[b"arrowhead.recipe"]) == result["recipe"]
         assert notes[b"arrowhead.bundle"].decode() == bundle_format.fingerprint(Path("out/bundle"))
-        assert notes[b"arrowhead.run_id"].decode() == made["lineage"]["run_id"]
-        assert notes[b"arrowhead.version"].decode() == made["lineage"]["arrowhead"]
+        assert notes[b"arrowhead.run_id"].decode() == result["lineage"]["run_id"]
+        assert notes[b"arrowhead.version"].decode() == result["lineage"]["arrowhead"]
         codecs = {pq.read_metadata(part).row_group(0).column(i).compression for i in range(3)}
         assert codecs == {"ZSTD"}
 
@@ -184,11 +186,11 @@ def test_raw_probabilities_are_those_before_the_temperature(command, out, tmp_pa
     np.testing.assert_allclose(probability_counts(out), cooled, atol=1e-5)
 
 
-def test_the_csv_says_what_the_parquet_says(command, out):
+def test_the_csv_equals_the_parquet(command, out):
     (Path("new") / "torn, and odd.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    found = command("score", "out/bundle", "new", out, "--csv", "--chunk-size", "8", code=3)
+    result = command("score", "out/bundle", "new", out, "--csv", "--chunk-size", "8", code=3)
     (Path("new") / "torn, and odd.jpg").unlink()
-    with Path(found["csv"]).open(newline="") as file:
+    with Path(result["csv"]).open(newline="") as file:
         lines = list(csv.DictReader(file))
     table = rows(out).to_dicts()
     assert len(lines) == len(table) == 25
@@ -204,15 +206,15 @@ def test_the_csv_says_what_the_parquet_says(command, out):
 def test_the_scoring_run_holds_inputs_counts_and_a_picture(command, out, place):
     from mlflow import MlflowClient
 
-    found = command("score", "out/bundle", "new", out)
+    result = command("score", "out/bundle", "new", out)
     client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
-    run = client.get_run(found["run_id"])
+    run = client.get_run(result["run_id"])
     (data,) = run.inputs.dataset_inputs
     assert data.dataset.name == "new" and data.tags[0].value == "scoring"
     assert run.data.metrics["scored"] == 24
     labels = {k: v for k, v in run.data.metrics.items() if k.startswith("labels.")}
-    assert labels == {f"labels.{name}": count for name, count in found["labels"].items()}
-    (picture,) = client.list_artifacts(found["run_id"], "scores")
+    assert labels == {f"labels.{name}": count for name, count in result["labels"].items()}
+    (picture,) = client.list_artifacts(result["run_id"], "scores")
     assert picture.path == "scores/scores.png"
 
 
@@ -342,23 +344,23 @@ def salted(folder: Path, photos: Path) -> int:
 
     shutil.copytree(photos, folder / "deep" / "er")
     images = sorted((folder / "deep" / "er").iterdir())
-    whole = images[0].read_bytes()
+    full = images[0].read_bytes()
     for copy in range(12):
         (folder / f"copy {copy}.jpg").write_bytes(images[copy % 3].read_bytes() + bytes([copy]))
-    (folder / "same.jpg").write_bytes(whole)
+    (folder / "same.jpg").write_bytes(full)
     (folder / "page.jpg").write_text("<html>not here</html>")
     (folder / "empty.png").touch()
-    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.jpg").write_bytes(full[: len(full) // 2])
     (folder / "noise.webp").write_bytes(b"RIFF\x10\x00\x00\x00WEBP" + bytes(64))
     Image.new("L", (40, 30), 90).save(folder / "grey.png")
     Image.new("P", (40, 30)).save(folder / "moving.gif")
-    (folder / "new\nline \N{CAT FACE}.jpg").write_bytes(whole)
-    Path(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.jpg")).write_bytes(whole)
+    (folder / "new\nline \N{CAT FACE}.jpg").write_bytes(full)
+    Path(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.jpg")).write_bytes(full)
     (folder / "dangling.jpg").symlink_to("nowhere")
     return sum(1 for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
 
 
-def test_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(command, tmp_path, place):
+def test_a_killed_scoring_resumes_and_ends_with_the_same_bytes(command, tmp_path, place):
     count = salted(tmp_path / "salted", place / "new")
     flags = ["--chunk-size", "4", "--batch-size", "4", "--features", "--flag-novel"]
     calm = command("score", "out/bundle", tmp_path / "salted", tmp_path / "calm", *flags, code=3)
@@ -445,9 +447,7 @@ def test_the_bank_is_the_same_whatever_the_order_of_the_images(monkeypatch):
     assert set(ids[kept]) == set(ids[turn][others])
 
 
-def test_pictures_of_other_things_are_found_among_cats_and_dogs(
-    dogscats, pets, drawn, command, tmp_path
-):
+def test_novel_pictures_are_detected_among_cats_and_dogs(dogscats, pets, drawn, command, tmp_path):
     """AUROC above 0.95 between validation photos and drawn textures; the flags hold their word."""
     from sklearn.metrics import roc_auc_score
 
@@ -496,38 +496,38 @@ def test_a_machine_that_sees_the_golden_images_otherwise_does_not_score(
     shutil.copytree("out/bundle", tmp_path / "b")
     reseal(tmp_path / "b", recipe=other)
     assert refused("score", tmp_path / "b", "new", out) == 4
-    said = capsys.readouterr().err
-    assert "golden images come out differently" in said and "drift" in said
+    output = capsys.readouterr().err
+    assert "golden images come out differently" in output and "drift" in output
     assert not list(out.glob("part-*"))
     assert refused("bundle", "verify", tmp_path / "b") == 4
 
 
-def test_the_drift_is_said_before_the_first_image_is_scored(out, capsys):
+def test_the_drift_is_reported_before_the_first_image_is_scored(out, capsys):
     assert refused("score", "out/bundle", "new", out) == 0
-    said = capsys.readouterr().out
-    assert said.index("golden images: 8 replayed") < said.index("score 24/24")
-    assert "0 labels changed" in said
+    output = capsys.readouterr().out
+    assert output.index("golden images: 8 replayed") < output.index("score 24/24")
+    assert "0 labels changed" in output
 
 
 def test_features_of_zeros_have_not_drifted(place):
     """As a random body at a small size may give them in half precision."""
-    made = bundle_format.load(Path("out/bundle"))
-    blank = [dataclasses.replace(one, feature=np.zeros(512, np.float32)) for one in made.golden]
-    head = made.make_head()
-    chance = bundle_format.probabilities(head, np.zeros((8, 512), np.float32), made.temperature)
+    result = bundle_format.load(Path("out/bundle"))
+    blank = [dataclasses.replace(one, feature=np.zeros(512, np.float32)) for one in result.golden]
+    head = result.make_head()
+    chance = bundle_format.probabilities(head, np.zeros((8, 512), np.float32), result.temperature)
     blank = [dataclasses.replace(b, probabilities=c) for b, c in zip(blank, chance, strict=True)]
 
     class Nothing:
         def __call__(self, pixels: Any) -> Any:
             return pixels.new_zeros((len(pixels), 512)).float()
 
-    drift = replay.replay(dataclasses.replace(made, golden=blank), Nothing(), head, "cpu", 1)
+    drift = replay.replay(dataclasses.replace(result, golden=blank), Nothing(), head, "cpu", 1)
     assert (drift.feature, drift.changed) == (0, 0)
 
 
 def test_golden_images_are_clearly_decided_where_there_are_such():
-    made = bundle_format.load(Path("out/bundle"))
-    one = dataclasses.replace(made, classes=["a", "b"], multi=False)
+    result = bundle_format.load(Path("out/bundle"))
+    one = dataclasses.replace(result, classes=["a", "b"], multi=False)
     several = dataclasses.replace(one, multi=True, thresholds=[0.5, 0.4])
     chance = np.array([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]])
     np.testing.assert_allclose(one.margin(chance), [0, 0.8, 0.4])
@@ -540,7 +540,7 @@ def worn(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "worn"
 
 
-def test_a_bundle_says_what_it_is_and_proves_it(command):
+def test_a_bundle_describes_and_verifies_itself(command):
     about = command("bundle", "info", "out/bundle")
     assert about["classes"] == ["baskets", "beads", "leaves"]
     assert about["golden_images"] == 8 and about["novelty"]["k"] == 5
@@ -550,7 +550,7 @@ def test_a_bundle_says_what_it_is_and_proves_it(command):
 
 
 @pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors", "golden/3.img"])
-def test_a_flipped_bit_anywhere_in_a_bundle_is_found(worn, file, capsys):
+def test_a_flipped_bit_anywhere_in_a_bundle_is_detected(worn, file, capsys):
     content = bytearray((worn / file).read_bytes())
     content[len(content) // 2] ^= 1
     (worn / file).write_bytes(bytes(content))

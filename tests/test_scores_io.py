@@ -1,6 +1,4 @@
-"""Score files: read by any program, and never read when their bytes are not those that were
-written.
-"""
+"""Score files: any program can read them, and changed bytes are never read."""
 
 from __future__ import annotations
 
@@ -58,9 +56,9 @@ def scored(path: Path, images: Path, out: Path, **config: object) -> ScoreReques
         0, 1, "cpu", 1, TaskQueue(request.unfinished_parts()).next_task, lambda report: None
     )
     score.score(worker, request, how)
-    found = summary.summarize(request, loaded)
+    result = summary.summarize(request, loaded)
     counts = COUNTS | {"inputs": sum(map(len, request.part_rows))}
-    folders = found.folders and found.folders.to_dict()
+    folders = result.folders and result.folders.to_dict()
     score.write_summary(request, {"counts": counts, "folders": folders}, loaded)
     return request
 
@@ -153,14 +151,14 @@ def test_odd_names_and_a_thousand_classes_are_fields_like_any_other(tmp_path: Pa
     assert list(ours[0]) == classes
     pandas_rows = pandas.read_parquet(path.parent)["probabilities"]
     assert list(pandas_rows[0].values()) == chance[0].tolist()
-    (found,) = duckdb.sql(f"select probabilities from read_parquet('{path}') limit 1").fetchall()
-    assert list(found[0]) == classes
+    (result,) = duckdb.sql(f"select probabilities from read_parquet('{path}') limit 1").fetchall()
+    assert list(result[0]) == classes
 
 
 # ----------------------------------------------------------------------------- damage
 
 
-def test_a_flipped_bit_in_a_part_is_found_and_that_part_alone_is_made_again(
+def test_a_flipped_bit_in_a_part_is_detected_and_only_that_part_is_made_again(
     bundled: Bundled, images: Path, tmp_path: Path
 ) -> None:
     path, out, draw = bundled(), tmp_path / "scores", random.Random(5)
@@ -180,14 +178,14 @@ def test_a_flipped_bit_in_a_part_is_found_and_that_part_alone_is_made_again(
 def test_a_part_is_hashed_before_it_is_parsed(torn: Path) -> None:
     """Whatever bit is flipped: refused in words, never rows and never a crash of Parquet's."""
     part = min((torn / "parts").iterdir())
-    said = scores_io.read_journal(layout.journal_dir(torn))[0][0]
+    output = scores_io.read_journal(layout.journal_dir(torn))[0][0]
     content, draw = part.read_bytes(), random.Random(1)
     for _ in range(300):
         flipped(part, draw)
         with pytest.raises(DataError, match="sha256 differs"):
-            scores_io.read_columns(part, ["path"], said.sha256)
+            scores_io.read_columns(part, ["path"], output.sha256)
         part.write_bytes(content)
-    assert scores_io.read_columns(part, ["path"], said.sha256)["path"]
+    assert scores_io.read_columns(part, ["path"], output.sha256)["path"]
 
 
 def test_other_readers_find_a_flipped_page_by_its_checksum(torn: Path) -> None:
@@ -246,7 +244,7 @@ def test_verify_finds_a_flipped_bit_in_every_file_that_a_scoring_writes_for_prog
             file.write_bytes(content)
 
 
-def test_verify_refuses_what_it_cannot_begin_with(torn: Path, tmp_path: Path) -> None:
+def test_verify_refuses_scores_without_a_valid_summary(torn: Path, tmp_path: Path) -> None:
     content = json.loads((torn / "score.json").read_text())
     content["counts"]["inputs"] += 1
     (torn / "score.json").write_text(json.dumps(content))
@@ -305,7 +303,7 @@ def test_the_command_says_what_it_found(
     assert "part-000000" in json.loads(capsys.readouterr().out)["problems"][0]
 
 
-def test_a_part_without_a_whole_line_in_the_journal_is_written_again(
+def test_a_part_without_a_complete_journal_line_is_written_again(
     bundled: Bundled, images: Path, tmp_path: Path
 ) -> None:
     """As a kill leaves it: the last line torn, or the part there and its line not."""
@@ -351,9 +349,9 @@ def test_folders_named_after_classes_are_compared_with_the_labels(
     request = scored(bundled(), tmp_path / "photos", tmp_path / "scores")
     rows = polars.read_parquet(tmp_path / "scores" / "parts").drop_nulls("label")
     right = sum(path.split("/")[-2] == label for path, label in rows[["path", "label"]].rows())
-    said = json.loads((request.output_dir / "score.json").read_text())["folders"]
-    assert (said["images"], said["right"]) == (12, right)
-    low, high = said["accuracy_interval"]
+    output = json.loads((request.output_dir / "score.json").read_text())["folders"]
+    assert (output["images"], output["right"]) == (12, right)
+    low, high = output["accuracy_interval"]
     assert 0 <= low < right / 12 < high <= 1
 
 
@@ -426,7 +424,7 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
     catalog_file.write_catalog(layout.inputs_path(out), catalog.columns())
     written = scores_io.describe_part(part, 0, rows=count, inputs="", faults={})
     scores_io.replace_journal(layout.journal_dir(out), [written])
-    made = Bundle(
+    result = Bundle(
         recipe=RECIPE,
         classes=classes,
         head="linear",
@@ -439,7 +437,7 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
     )
     config = ScoreConfig()
     request = ScoreRequest(output_dir=out, bundle=out, config=config, part_rows=[range(count)])
-    table = score.write_csv(request, made)
+    table = score.write_csv(request, result)
     source = SourceConfig(images=str(images / "leaves"), label_column="labels")
     again = sources.labelled(table, source, teaches=False)
     assert again.paths == catalog.paths

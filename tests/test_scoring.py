@@ -67,9 +67,9 @@ def test_a_bundle_is_served_with_the_answers_it_gives(bundled: Bundled, tmp_path
 
         bundle = load(path)
         for golden in bundle.golden:
-            status, told = ask(golden.data)
+            status, result = ask(golden.data)
             assert status == 200
-            given = np.array([told["probabilities"][name] for name in bundle.classes])  # type: ignore[index]
+            given = np.array([result["probabilities"][name] for name in bundle.classes])  # type: ignore[index]
             assert np.abs(given - golden.probabilities).max() < 1e-5
         assert ask(b"no image")[0] == 422
         assert ask(bytes(100_001))[0] == 413

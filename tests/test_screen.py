@@ -1,4 +1,4 @@
-"""Screens of every kind: no name steers a terminal, no encoding ends a command."""
+"""Screens: no file name can control a terminal, and no encoding ends a command."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def arrowhead(
         ("fine: ñ 猫 👩\u200d🔬 · ×", "fine: ñ 猫 👩\u200d🔬 · ×"),
     ],
 )
-def test_what_steers_a_terminal_is_shown_and_the_rest_stays(capsys, text, shown):
+def test_control_characters_are_escaped_and_the_rest_stays(capsys, text, shown):
     assert visible(text) == shown
     Screen(to_stderr=False).say(text)
     assert (
@@ -77,8 +77,8 @@ def test_help_and_refusals_reach_screens_that_are_not_utf_8(tmp_path, variables)
         assert "Usage: arrowhead" in done.stdout.decode(encoding)
     done = arrowhead("fit", "no-…-where-猫", "out", cwd=tmp_path, **variables)
     assert done.returncode == 2
-    found, wanted, do = done.stderr.decode(encoding).splitlines()[-3:]
-    assert found.startswith("arrowhead: ") and "where-" in found
+    result, wanted, do = done.stderr.decode(encoding).splitlines()[-3:]
+    assert result.startswith("arrowhead: ") and "where-" in result
     assert wanted.startswith("  wanted  ") and do.startswith("  do      ")
 
 

@@ -1,4 +1,4 @@
-"""Nothing that a user is handed runs: no file that any command reads is unpickled or evaluated.
+"""No file that a command reads can run code: nothing is unpickled or evaluated.
 
 Two witnesses. The source is searched for every call that would run what it reads. And eight kinds
 of planted files, each of which makes a file (the canary) where it is run, go through every command
@@ -116,13 +116,13 @@ def search(text: str) -> list[str]:
 
 
 def test_no_code_here_unpickles_evaluates_or_hands_words_to_a_shell():
-    found = {
+    result = {
         (file.name, place)
         for folder in ("src", "jobs", "examples", "deploy")
         for file in (ROOT / folder).rglob("*.py")
         for place in search(file.read_text())
     }
-    assert found == set(ALLOWED)
+    assert result == set(ALLOWED)
 
 
 @pytest.mark.parametrize(
@@ -232,15 +232,15 @@ def ends(
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])
-        said = capsys.readouterr()
+        output = capsys.readouterr()
         assert not canary.exists(), f"the canary sang in {words}"
-        assert ended.value.code == code, said.err
+        assert ended.value.code == code, output.err
         if code in (2, 4) and "verify" not in words:
-            found, wanted, do = said.err.strip().splitlines()[-3:]
-            assert found.startswith("arrowhead: ")
+            result, wanted, do = output.err.strip().splitlines()[-3:]
+            assert result.startswith("arrowhead: ")
             assert wanted.startswith("  wanted  ")
             assert do.startswith("  do      ")
-        return str(said.err + said.out)
+        return str(output.err + output.out)
 
     return run
 
@@ -256,15 +256,15 @@ def test_the_canary_sings_where_a_payload_is_unpickled(payload, canary):
 
 def _pickled(payload: bytes, canary: Path) -> bytes:
     """A whole model, as `torch.save(net)` writes it."""
-    whole = io.BytesIO()
-    torch.save(Singing(canary), whole)
-    return whole.getvalue()
+    full = io.BytesIO()
+    torch.save(Singing(canary), full)
+    return full.getvalue()
 
 
 def _in_a_state_dict(payload: bytes, canary: Path) -> bytes:
-    whole = io.BytesIO()
-    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": Singing(canary)}, whole)
-    return whole.getvalue()
+    full = io.BytesIO()
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": Singing(canary)}, full)
+    return full.getvalue()
 
 
 def _bare(payload: bytes, canary: Path) -> bytes:
@@ -273,13 +273,13 @@ def _bare(payload: bytes, canary: Path) -> bytes:
 
 def _program(payload: bytes, canary: Path) -> bytes:
     """An archive of torch.export whose weights are a pickle."""
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w") as archive:
+    full = io.BytesIO()
+    with zipfile.ZipFile(full, "w") as archive:
         archive.writestr("model/archive_format", "pt2")
         archive.writestr("model/version", "6")
         archive.writestr("model/data/weights/model.pt", payload)
         archive.writestr("model/data.pkl", payload)
-    return whole.getvalue()
+    return full.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -461,15 +461,15 @@ def test_a_shard_with_columns_that_run_is_refused(
 def test_a_part_of_scores_with_columns_that_run_is_refused(
     made, bundled: Bundled, payload, ends, tmp_path
 ):
-    asked = ["score", _whole(bundled), made / "data" / "valid", tmp_path / "scores"]
-    ends(*asked, code=0)
+    request = ["score", _whole(bundled), made / "data" / "valid", tmp_path / "scores"]
+    ends(*request, code=0)
     part = tmp_path / "scores" / "parts" / "part-000000.parquet"
     _extended(part, "object", payload)
     journal = tmp_path / "scores" / "journal"
     (known,) = scores_io.read_journal(journal)[0]
     digest, size = fileio.sha256(part), part.stat().st_size
     scores_io.replace_journal(journal, [replace(known, sha256=digest, bytes=size)])
-    ends(*asked, code=4)
+    ends(*request, code=4)
 
 
 # 6: arrays of objects among images
@@ -492,18 +492,18 @@ def test_an_array_of_objects_is_no_image_and_no_weights(
 # 7: checkpoints
 
 
-def test_what_ray_would_unpickle_beside_checkpoints_is_passed_over(
+def test_files_beside_checkpoints_that_ray_would_unpickle_are_ignored(
     made, payload, canary, ends, tmp_path
 ):
-    place = tmp_path / ".bundle.training"
-    folder = place / "attempt-1" / "checkpoint_000007"
+    directory = tmp_path / ".bundle.training"
+    folder = directory / "attempt-1" / "checkpoint_000007"
     folder.mkdir(parents=True)
     for name in ("dict_checkpoint.pkl", ".metadata.pkl", "state.safetensors", "checkpoint.json"):
         (folder / name).write_bytes(payload)
     for name in ("checkpoint_manager_snapshot.json", "trainer.pkl", ".validate_storage_marker"):
-        (place / "attempt-1" / name).write_bytes(payload)
-    said = ends("train", made / "store", "bundle", "--epochs", "1", "--rate", "0.01", code=0)
-    assert "incomplete or has changed" in said
+        (directory / "attempt-1" / name).write_bytes(payload)
+    output = ends("train", made / "store", "bundle", "--epochs", "1", "--rate", "0.01", code=0)
+    assert "incomplete or has changed" in output
 
 
 def test_a_checkpoint_whose_label_vouches_for_a_pickle_is_passed_over(payload, canary, tmp_path):
@@ -514,10 +514,10 @@ def test_a_checkpoint_whose_label_vouches_for_a_pickle_is_passed_over(payload, c
     del label["seal"]
     label["sha256"] = fileio.sha256(tmp_path / "2" / checkpoint.TENSORS_FILE)
     fileio.write_sealed(tmp_path / "2" / checkpoint.METADATA_FILE, label)
-    said: list[str] = []
-    found = checkpoint.newest(tmp_path, "k", said.append)
-    assert found is not None and found.number == 1
-    assert len(said) == 1 and str(tmp_path / "2") in said[0]
+    output: list[str] = []
+    result = checkpoint.newest(tmp_path, "k", output.append)
+    assert result is not None and result.number == 1
+    assert len(output) == 1 and str(tmp_path / "2") in output[0]
     assert not canary.exists()
 
 
@@ -541,10 +541,10 @@ def test_a_config_with_yaml_tags_is_refused(words, made, canary, ends, tmp_path)
     tag = f'!!python/object/apply:builtins.open ["{canary}", "w"]\n'
     (tmp_path / "config.yaml").write_text(f"train: {tag}{words[0]}:\n  epochs: {tag}")
     stands = {"DATA": made / "data", "STORE": made / "store", "BUNDLE": tmp_path}
-    said = ends(
+    output = ends(
         *[stands.get(word, word) for word in words], "--config", tmp_path / "config.yaml", code=2
     )
-    assert "config.yaml" in said
+    assert "config.yaml" in output
 
 
 # ---------------------------------------------------------------------------- dependencies
@@ -567,10 +567,10 @@ def test_a_config_with_yaml_tags_is_refused(words, made, canary, ends, tmp_path)
     ],
     ids=["clean", "unknown", "empty", "vulnerable"],
 )
-def test_an_audit_that_could_ask_nobody_is_not_a_clean_one(tmp_path, dependencies, code, said):
-    found = tmp_path / "found.json"
-    found.write_text(json.dumps({"dependencies": dependencies, "fixes": []}))
+def test_an_audit_without_a_database_does_not_pass(tmp_path, dependencies, code, said):
+    result = tmp_path / "found.json"
+    result.write_text(json.dumps({"dependencies": dependencies, "fixes": []}))
     script = Path(__file__).parents[1] / ".ci" / "audit.py"
-    done = subprocess.run([sys.executable, script, found], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, result], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert said in done.stdout

@@ -97,9 +97,9 @@ def ask(port: int, method: str, route: str, body: Any = None, **more: Any) -> tu
     line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     line.request(method, route, body, **more)
     answer = line.getresponse()
-    told = answer.status, json.loads(answer.read())
+    result = answer.status, json.loads(answer.read())
     line.close()
-    return told
+    return result
 
 
 def test_it_says_that_it_is_well(port: int) -> None:
@@ -107,36 +107,36 @@ def test_it_says_that_it_is_well(port: int) -> None:
 
 
 def test_an_image_is_answered_with_what_its_bundle_gives_it(port: int, path: Path) -> None:
-    made = load(path)
-    for golden in made.golden:
-        status, told = ask(port, "POST", "/predict", golden.data)
+    result = load(path)
+    for golden in result.golden:
+        status, messages = ask(port, "POST", "/predict", golden.data)
         assert status == 200
-        assert list(told["probabilities"]) == made.classes
-        given = list(told["probabilities"].values())
+        assert list(messages["probabilities"]) == result.classes
+        given = list(messages["probabilities"].values())
         np.testing.assert_allclose(given, golden.probabilities, rtol=0, atol=1e-5)
-        assert told["label"] == made.classes[int(golden.probabilities.argmax())]
-        assert told["probability"] == max(given)
-        assert told["labels"] == [told["label"]]
+        assert messages["label"] == result.classes[int(golden.probabilities.argmax())]
+        assert messages["probability"] == max(given)
+        assert messages["labels"] == [messages["label"]]
 
 
 @pytest.mark.parametrize(
     ("cut", "fault"), [(None, "truncated"), (0, "empty"), (-1, "not an image")]
 )
-def test_what_is_no_image_is_refused_with_its_fault_and_the_next_one_is_answered(
+def test_a_file_that_is_no_image_is_refused_with_its_fault_and_the_next_one_is_answered(
     cut: int | None, fault: str, port: int, path: Path
 ) -> None:
     data = load(path).golden[0].data
     body = {None: data[: len(data) // 2], 0: b"", -1: b"not an image at all"}[cut]
-    status, told = ask(port, "POST", "/predict", body)
+    status, result = ask(port, "POST", "/predict", body)
     assert status == 422
-    assert told["detail"].startswith(fault)
+    assert result["detail"].startswith(fault)
     assert ask(port, "POST", "/predict", data)[0] == 200
 
 
 def test_a_body_beyond_the_limit_is_refused_whether_or_not_it_says_its_length(port: int) -> None:
     big = b"\xff\xd8\xff" + bytes(MOST)
-    status, told = ask(port, "POST", "/predict", big)
-    assert (status, told["detail"]) == (413, f"too large: more than {MOST} bytes")
+    status, result = ask(port, "POST", "/predict", big)
+    assert (status, result["detail"]) == (413, f"too large: more than {MOST} bytes")
     pieces = [big[at : at + 10_000] for at in range(0, len(big), 10_000)]
     status, _ = ask(port, "POST", "/predict", iter(pieces), encode_chunked=True)
     assert status == 413
@@ -171,19 +171,19 @@ def test_a_form_as_browsers_and_curl_send_it_is_answered_like_the_bare_image(
 def test_a_form_that_holds_no_one_image_says_so(port: int, path: Path) -> None:
     photo = load(path).golden[0].data
     file = ('name="file"; filename="photo.jpg"', photo)
-    whole = form(file)
-    for sent, said in (
+    full = form(file)
+    for sent, output in (
         (form(('name="file"', photo)), "0 files"),
         (form(file, file), "2 files"),
-        ({**whole, "body": whole["body"][:-60]}, "incomplete"),
-        ({**whole, "headers": {"Content-Type": "multipart/form-data"}}, "no boundary"),
+        ({**full, "body": full["body"][:-60]}, "incomplete"),
+        ({**full, "headers": {"Content-Type": "multipart/form-data"}}, "no boundary"),
     ):
-        status, told = ask(port, "POST", "/predict", **sent)
-        assert (status, said in told["detail"]) == (400, True), told
-    status, told = ask(port, "POST", "/predict", **form((file[0], bytes(MOST + 1))))
-    assert (status, told["detail"]) == (413, f"too large: more than {MOST} bytes")
-    status, told = ask(port, "POST", "/predict", **form((file[0], b"")))
-    assert (status, told["detail"].partition(":")[0]) == (422, "empty")
+        status, result = ask(port, "POST", "/predict", **sent)
+        assert (status, output in result["detail"]) == (400, True), result
+    status, result = ask(port, "POST", "/predict", **form((file[0], bytes(MOST + 1))))
+    assert (status, result["detail"]) == (413, f"too large: more than {MOST} bytes")
+    status, result = ask(port, "POST", "/predict", **form((file[0], b"")))
+    assert (status, result["detail"].partition(":")[0]) == (422, "empty")
 
 
 # ------------------------------------------------------------------------- slow clients

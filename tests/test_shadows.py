@@ -1,4 +1,4 @@
-"""Python files in a folder of data are data: nothing runs them."""
+"""Python files in a data folder are never imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store's promises: shards are whole or absent, plain Arrow, checked, and never mixed."""
+"""Shards are written completely or not at all, are plain Arrow, checked, and never mixed."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def _rows(first: int = 0, files: int = 3) -> ShardRows:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Two shards of three files; the catalog puts files 0, 1, 3 into train, the others aside."""
-    made = Store.create(tmp_path / "store", RECIPE, 3)
+    result = Store.create(tmp_path / "store", RECIPE, 3)
     for name, first in (("one", 0), ("two", 3)):
-        made.write_shard(name, _rows(first))
+        result.write_shard(name, _rows(first))
     columns = {
         "root": r"/data/bl\xf6d",
         "paths": [f"train/a/{i}.jpg" for i in range(6)],
@@ -65,15 +65,15 @@ def store(tmp_path: Path) -> Store:
         "tries": np.zeros(6, np.uint8),
         "ignored": 7,
     }
-    made.commit(["one", "two"], columns, {})
-    return made
+    result.commit(["one", "two"], columns, {})
+    return result
 
 
 # ------------------------------------------------------------------------- whole files
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_leaves_a_shard_whole_or_absent_and_says_what_to_do(
+def test_a_full_disk_leaves_no_incomplete_shard_and_the_refusal_says_what_to_do(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pyarrow as pa
@@ -106,32 +106,32 @@ def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> Non
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_path: Path) -> None:
-    made = Store.create(tmp_path / "store", RECIPE, 3)
+    result = Store.create(tmp_path / "store", RECIPE, 3)
     code = (
         "import os, signal, sys; from pathlib import Path; from arrowhead import fileio\n"
         "with fileio.draft(Path(sys.argv[1])) as sketch:\n"
         "    sketch.write_bytes(b'ARROW1 half a shard')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code, made.shard_path("one")], check=False)
+    ended = subprocess.run([sys.executable, "-c", code, result.shard_path("one")], check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert made.shard_names() == []
-    shard_file.write_shard(made.shard_path("one"), _rows(), RECIPE)
-    assert made.shard_names() == ["one"]
+    assert result.shard_names() == []
+    shard_file.write_shard(result.shard_path("one"), _rows(), RECIPE)
+    assert result.shard_names() == ["one"]
 
 
-def test_every_torn_shard_is_a_data_error_not_a_crash(tmp_path: Path) -> None:
+def test_every_truncated_shard_is_a_data_error_not_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "one.arrow"
     shard_file.write_shard(path, _rows(), RECIPE)
-    whole = path.read_bytes()
-    for length in [0, 1, 7, 8, *range(50, len(whole), 97), len(whole) - 1]:
-        path.write_bytes(whole[:length])
+    full = path.read_bytes()
+    for length in [0, 1, 7, 8, *range(50, len(full), 97), len(full) - 1]:
+        path.write_bytes(full[:length])
         with pytest.raises(DataError) as refusal:
             shard_file.read_shard(path, RECIPE)
         assert str(path) in refusal.value.found
 
 
-def test_json_that_is_missing_torn_or_not_text_is_a_data_error(tmp_path: Path) -> None:
+def test_missing_or_truncated_or_binary_json_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"a": 1')
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     for name in ("missing.json", "torn.json", "bytes.json"):
@@ -243,49 +243,49 @@ def test_the_manifest_counts_files_and_faults(store: Store) -> None:
 
 
 def _flipped(path: Path, bit: int) -> bytes:
-    whole = bytearray(path.read_bytes())
-    whole[bit // 8] ^= 1 << bit % 8
-    return bytes(whole)
+    full = bytearray(path.read_bytes())
+    full[bit // 8] ^= 1 << bit % 8
+    return bytes(full)
 
 
-def test_any_flipped_bit_of_the_papers_is_found_before_training(store: Store) -> None:
+def test_any_flipped_bit_of_the_metadata_is_detected_before_training(store: Store) -> None:
     """Every single bit of the manifest and of store.json."""
     for path in (store.path / "manifest.json", store.path / "store.json"):
-        whole = path.read_bytes()
-        for bit in range(8 * len(whole)):
+        full = path.read_bytes()
+        for bit in range(8 * len(full)):
             path.write_bytes(_flipped(path, bit))
             with pytest.raises(DataError) as refusal:
                 Store(store.path).verify()
             assert path.name in refusal.value.found
-            path.write_bytes(whole)
+            path.write_bytes(full)
     Store(store.path).verify()
 
 
-def test_any_flipped_bit_of_shards_and_catalog_is_found_before_training(store: Store) -> None:
+def test_any_flipped_bit_of_shards_and_catalog_is_detected_before_training(store: Store) -> None:
     """One bit of every byte."""
     catalog = store.path / store.manifest()["catalog"]["name"]
     for path in (store.shard_path("two"), catalog):
-        whole = path.read_bytes()
-        for byte in range(len(whole)):
+        full = path.read_bytes()
+        for byte in range(len(full)):
             path.write_bytes(_flipped(path, 8 * byte + byte % 8))
             with pytest.raises(DataError, match=path.name):
                 store.verify()
-            path.write_bytes(whole)
+            path.write_bytes(full)
     store.verify()
 
 
 def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: Store) -> None:
     """What a killed run left is used by the next one: a changed feature must not be."""
     path = store.shard_path("one")
-    whole = path.read_bytes()
+    full = path.read_bytes()
     feature = np.arange(4, dtype=np.float16).tobytes()  # of file 0, view 0
-    at = whole.index(feature)
-    path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
+    at = full.index(feature)
+    path.write_bytes(full[:at] + b"\1" + full[at + 1 :])
     (store.path / "manifest.json").unlink()
     (store.path / "digests" / "one").unlink()  # as older versions wrote it
     with pytest.raises(DataError, match=r"one\.arrow has changed"):  # nothing else vouches for it
         Store(store.path).read_shard("one")
-    path.write_bytes(whole)
+    path.write_bytes(full)
     shutil.rmtree(store.path / "digests")
     np.testing.assert_array_equal(Store(store.path).read_shard("one").features, _rows(0).features)
     store.shard_path("two").write_bytes(store.shard_path("two").read_bytes()[:-100])
@@ -293,7 +293,7 @@ def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: S
         Store(store.path).check_unlisted_shards()
     store.shard_path("two").unlink()
     Store(store.path).check_unlisted_shards()
-    path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
+    path.write_bytes(full[:at] + b"\1" + full[at + 1 :])
     with pytest.raises(DataError, match=r"one\.arrow differs from .*digests.one"):
         Store(store.path).read_shard("one")
 
@@ -309,7 +309,7 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work(store: Store) -> 
         pass
 
 
-def test_a_missing_shard_is_found_before_training(store: Store) -> None:
+def test_a_missing_shard_is_detected_before_training(store: Store) -> None:
     store.shard_path("one").unlink()
     with pytest.raises(DataError, match=r"one\.arrow is missing"):
         store.verify()

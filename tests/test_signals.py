@@ -1,4 +1,4 @@
-"""A command that is told to end ends as with Ctrl-C; output that nobody takes costs the output."""
+"""SIGTERM and SIGHUP end a command like Ctrl-C; a closed output costs only the output."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def runs(folder: Path) -> dict[str, tuple[str, str]]:
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("arrowhead")
-    found = client.search_runs([experiment.experiment_id])
-    return {run.info.run_name: (run.info.status, run.info.run_id) for run in found}
+    result = client.search_runs([experiment.experiment_id])
+    return {run.info.run_name: (run.info.status, run.info.run_id) for run in result}
 
 
 def children(pid: int) -> list[int]:
@@ -67,17 +67,17 @@ def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if runs(pid)]
 
 
-def test_a_terminated_extraction_is_killed_in_mlflow_and_the_same_command_goes_on(folder, drawn):
+def test_a_terminated_extraction_is_killed_in_mlflow_and_the_same_command_resumes(folder, drawn):
     words = ["fit", drawn, "out", *SLOW, "--epochs", "2", "--rate", "0.01"]
     cut = begin(folder, *words)
     wait_for(cut, lambda: list((folder / "out/store/shards").glob("*.arrow")))
     helpers = children(cut.pid)
     assert helpers
     cut.send_signal(signal.SIGTERM)
-    _, said = cut.communicate(timeout=60)
+    _, output = cut.communicate(timeout=60)
     assert cut.returncode == 130
-    assert "interrupted by SIGTERM. Run the same command again" in said
-    assert "Traceback" not in said
+    assert "interrupted by SIGTERM. Run the same command again" in output
+    assert "Traceback" not in output
     assert alive(helpers) == []
     left = runs(folder)
     assert {name: status for name, (status, _) in left.items()} == {
@@ -85,8 +85,8 @@ def test_a_terminated_extraction_is_killed_in_mlflow_and_the_same_command_goes_o
         "extract": "KILLED",
     }
     again = begin(folder, *words)
-    _, said = again.communicate(timeout=300)
-    assert again.returncode == 0, said
+    _, output = again.communicate(timeout=300)
+    assert again.returncode == 0, output
     now = runs(folder)
     assert {status for status, _ in now.values()} == {"FINISHED"}
     assert now["fit"][1] == left["fit"][1]
@@ -103,8 +103,8 @@ def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, d
     cut = begin(folder, *words)
     wait_for(cut, trains)
     cut.send_signal(signal.SIGHUP)
-    _, said = cut.communicate(timeout=60)
-    assert cut.returncode == 130, said
+    _, output = cut.communicate(timeout=60)
+    assert cut.returncode == 130, output
     assert runs(folder)["train"][0] == "KILLED"
     (run_id,) = {run for name, (_, run) in runs(folder).items() if name == "train"} - {None}
     kept = {path.name for path in (folder / ".b.training").glob("heads-*")}
@@ -124,8 +124,8 @@ def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, d
     kept |= {path.name for path in (folder / ".b.training").glob("heads-*")}
     wait_for(on, lambda: {path.name for path in (folder / ".b.training").glob("heads-*")} - kept)
     on.send_signal(signal.SIGTERM)
-    out, said = on.communicate(timeout=60)
-    assert on.returncode == 130, said
+    out, output = on.communicate(timeout=60)
+    assert on.returncode == 130, output
     assert run_id in out
     assert "done before; going on" in out
 
@@ -149,13 +149,13 @@ with signals.interrupt_on_signals():
 
 def told(*waits: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-c", PROGRAM, *waits]
-    made = subprocess.Popen(words, text=True, stdout=subprocess.PIPE)
-    assert made.stdout
-    assert made.stdout.readline() == "ready\n"
-    return made
+    result = subprocess.Popen(words, text=True, stdout=subprocess.PIPE)
+    assert result.stdout
+    assert result.stdout.readline() == "ready\n"
+    return result
 
 
-def test_a_step_that_must_be_whole_is_finished_before_the_interrupt():
+def test_an_atomic_step_is_finished_before_the_interrupt():
     process = told("0.5", "0")
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[0] == "whole\ncaught SIGTERM\nunwound\n"

@@ -1,4 +1,4 @@
-"""Tables and object stores as sources: what a CSV says is what the catalog holds, on S3 as on disk.
+"""Tables and object stores as sources: the catalog equals the table, on S3 as on disk.
 
 The S3 here is a real server (moto) that the tests start; `memory://` stands for every other store
 that fsspec opens.
@@ -513,9 +513,9 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }.items():
         monkeypatch.setenv(name, value)
-    made = boto3.resource("s3").Bucket(f"b{abs(hash(request.node.name))}")
-    made.create()
-    return made
+    result = boto3.resource("s3").Bucket(f"b{abs(hash(request.node.name))}")
+    result.create()
+    return result
 
 
 def _upload(bucket: Any, *keys: str) -> None:
@@ -602,9 +602,9 @@ def test_a_file_in_s3_is_copied_to_the_disk_or_named_as_missing(
     root = f"s3://{bucket.name}/shelf/bundle"
     reading.fetch(root, "weights", tmp_path / "weights")
     assert (tmp_path / "weights").read_bytes() == data
-    for place in (root, f"{root}/weights", "s3://no-such-bucket/d"):
+    for folder in (root, f"{root}/weights", "s3://no-such-bucket/d"):
         with pytest.raises(FileNotFoundError):
-            reading.fetch(place, "bundle.json", tmp_path / "none")
+            reading.fetch(folder, "bundle.json", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -621,7 +621,7 @@ def test_a_local_table_may_name_objects_in_s3(bucket: Any, tmp_path: Path) -> No
 def test_a_store_that_cannot_be_listed_is_refused_soon_and_without_secrets(
     bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     for uri, word in (
         ("s3://no-such-bucket/d", "does not exist"),
         (f"s3://{bucket.name}/no/such", "holds nothing"),
@@ -639,7 +639,7 @@ def test_a_store_that_cannot_be_listed_is_refused_soon_and_without_secrets(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(ConfigError, match="credentials"):
         sources.unlabelled(f"s3://{bucket.name}")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - start < 60
 
 
 def test_a_store_whose_library_is_missing_is_refused_with_the_extra_to_install() -> None:
@@ -649,8 +649,10 @@ def test_a_store_whose_library_is_missing_is_refused_with_the_extra_to_install()
         "try: sources.unlabelled('s3://bucket/d')\n"
         "except ConfigError as refusal: print(refusal.do)"
     )
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pip install 'arrowhead[s3]'" in said.stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "pip install 'arrowhead[s3]'" in output.stdout
 
 
 def test_any_other_store_that_fsspec_opens_is_listed_and_read() -> None:
@@ -718,9 +720,9 @@ def test_sidecars_and_our_own_output_in_a_store_are_left_out_as_on_a_disk(
     catalog = sources.labelled(f"s3://{bucket.name}/d")
     assert catalog.paths == ["cat/1.jpg", "dog/2.jpg", "dog/photo.txt"]
     assert catalog.ignored == 3
-    said = " ".join(catalog.notes)
-    assert "1 .json, 1 .txt, 1 .xml" in said
-    assert "mlruns, out/store" in said
+    output = " ".join(catalog.notes)
+    assert "1 .json, 1 .txt, 1 .xml" in output
+    assert "mlruns, out/store" in output
     monkeypatch.setattr(listing, "MAX_BEGINNINGS", 1)  # more than are looked into one by one
     _upload(bucket, *(f"d/cat/{n}.txt" for n in range(9)))
     catalog = sources.labelled(f"s3://{bucket.name}/d")
@@ -740,20 +742,20 @@ def test_local_sources_never_import_the_store_library(tmp_path: Path) -> None:
 def test_images_and_a_bundle_in_s3_are_scored_as_those_on_the_disk(
     bucket: Any, bundled: Any, drawn: Path, tmp_path: Path, command: Any
 ) -> None:
-    made, images = bundled(), sorted((drawn / "new").iterdir())[:6]
+    result, images = bundled(), sorted((drawn / "new").iterdir())[:6]
     for file in images:
         bucket.put_object(Key=f"photos/{file.name}", Body=file.read_bytes())
     bucket.put_object(Key="photos/page.jpg", Body=b"<html>not here</html>")
-    for file in made.rglob("*"):
+    for file in result.rglob("*"):
         if file.is_file():
-            key = f"models/one/{file.relative_to(made)}"
+            key = f"models/one/{file.relative_to(result)}"
             bucket.put_object(Key=key, Body=file.read_bytes())
     (tmp_path / "here").mkdir()
     for file in images:
         (tmp_path / "here" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "here" / "page.jpg").write_text("<html>not here</html>")
     flags = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
-    near = command("score", made, tmp_path / "here", tmp_path / "near", *flags, code=3)
+    near = command("score", result, tmp_path / "here", tmp_path / "near", *flags, code=3)
     address, photos = f"s3://{bucket.name}/models/one", f"s3://{bucket.name}/photos"
     far = command("score", address, photos, tmp_path / "far", *flags, code=3)
     assert far["counts"] == near["counts"] and far["counts"]["faults"] == 1

@@ -1,4 +1,4 @@
-"""Machines that an autoscaler brings and a cloud takes back: every task once (`make test-slow`).
+"""Machines that an autoscaler adds and a cloud takes back: every task runs once (`make test-slow`).
 
 The machines are raylets that Ray's own autoscaler starts on this one (its fake provider).
 Run as a program, this file is a driver: `test_spot.py ADDRESS FOLDER SCENARIO`.
@@ -116,8 +116,8 @@ def refusal(address: str, folder: Path, workers: int | str) -> str:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, Path]]:
     """One that has no machine for work yet, and four of one CPU when it is full-grown."""
-    with autoscaled({"CPU": 1}) as made:
-        yield made
+    with autoscaled({"CPU": 1}) as result:
+        yield result
 
 
 @contextlib.contextmanager
@@ -175,8 +175,8 @@ def autoscaled(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
             time.sleep(0.1)
         yield address, folder
     finally:
-        while found := ours(folder):
-            for pid in found:
+        while result := ours(folder):
+            for pid in result:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             head.poll()
@@ -190,12 +190,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def ours(folder: Path) -> list[int]:
-    mark, found = f"SPOT_FOLDER={folder}\0".encode(), []
+    mark, result = f"SPOT_FOLDER={folder}\0".encode(), []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
-                found.append(int(entry.name))
-    return found
+                result.append(int(entry.name))
+    return result
 
 
 def run(cluster: tuple[str, Path], folder: Path, scenario: str) -> dict[str, Any]:
@@ -227,35 +227,35 @@ def count(found: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
 
 @pytest.mark.slow
 def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cluster, tmp_path):
-    found = run(cluster, tmp_path, "one")
-    assert told(found, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
-    assert "--workers is 5:6; the cluster grows to 4 at most" in found["refused"]
-    assert found["sizes"][0] in (2, 3)
-    assert done(found) == Counter(range(60))
-    assert told(found, "restart") == ["A machine was taken away, as announced"]
+    result = run(cluster, tmp_path, "one")
+    assert told(result, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
+    assert "--workers is 5:6; the cluster grows to 4 at most" in result["refused"]
+    assert result["sizes"][0] in (2, 3)
+    assert done(result) == Counter(range(60))
+    assert told(result, "restart") == ["A machine was taken away, as announced"]
     # It ends what it has; a group that is started again loses what its other workers had in hand.
-    gone = found["drained"]
-    assert count(found, "begun", gone) == count(found, "done", gone)
-    begun = Counter(one["begun"] for one in found["notes"] if "begun" in one)
-    assert sum(begun.values()) - 60 <= sum(found["sizes"][:-1]) - 1
+    gone = result["drained"]
+    assert count(result, "begun", gone) == count(result, "done", gone)
+    begun = Counter(one["begun"] for one in result["notes"] if "begun" in one)
+    assert sum(begun.values()) - 60 <= sum(result["sizes"][:-1]) - 1
     # From the moment that it is told of it takes nothing more, and the others go on.
     (told_at,) = (
-        at for at, one in enumerate(found["heard"]) if GOING.fullmatch(one.get("warning", ""))
+        at for at, one in enumerate(result["heard"]) if GOING.fullmatch(one.get("warning", ""))
     )
-    again = next(at for at, one in enumerate(found["heard"]) if "restart" in one)
-    between = [one["node"] for one in found["heard"][told_at:again] if "node" in one]
+    again = next(at for at, one in enumerate(result["heard"]) if "restart" in one)
+    between = [one["node"] for one in result["heard"][told_at:again] if "node" in one]
     assert sum(node in gone for node in between) <= 1  # what it had in hand
     assert any(node not in gone for node in between)
 
 
 @pytest.mark.slow
 def test_when_all_machines_are_announced_to_go_the_work_moves_to_others(cluster, tmp_path):
-    found = run(cluster, tmp_path, "all")
-    assert done(found) == Counter(range(20))
-    assert told(found, "restart") == ["Every machine with workers will be taken away"]
-    assert Counter(one["begun"] for one in found["notes"] if "begun" in one) == Counter(range(20))
-    last = next(one["node"] for one in reversed(found["heard"]) if "node" in one)
-    assert last not in found["drained"]
+    result = run(cluster, tmp_path, "all")
+    assert done(result) == Counter(range(20))
+    assert told(result, "restart") == ["Every machine with workers will be taken away"]
+    assert Counter(one["begun"] for one in result["notes"] if "begun" in one) == Counter(range(20))
+    last = next(one["node"] for one in reversed(result["heard"]) if "node" in one)
+    assert last not in result["drained"]
 
 
 @pytest.mark.slow
@@ -264,8 +264,8 @@ def test_gpus_that_no_machine_has_yet_are_asked_for(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, so nccl would not miss it")
     with autoscaled({"CPU": 1, "GPU": 1}) as cluster:
-        found = run(cluster, tmp_path, "gpu")
-    assert "requires at least one CUDA device" in found["refused"]
+        result = run(cluster, tmp_path, "gpu")
+    assert "requires at least one CUDA device" in result["refused"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a stopped command leaves behind, and how it goes on (`make test-slow`)."""
+"""What a stopped command leaves behind, and how it resumes (`make test-slow`)."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_an_extraction_that_ctrl_c_and_kill_9_stopped_ends_with_the_same_bytes(
     drawn, whole, tmp_path
 ):
     shards = tmp_path / "stopped" / "shards"
-    said = strike(start(tmp_path, drawn, "stopped"), shards, signal.SIGINT)
-    assert "Run the same command again" in said
+    output = strike(start(tmp_path, drawn, "stopped"), shards, signal.SIGINT)
+    assert "Run the same command again" in output
     strike(start(tmp_path, drawn, "stopped"), shards, signal.SIGKILL)
     done = list(shards.glob("*.arrow"))
     assert not (tmp_path / "stopped" / "manifest.json").exists()
@@ -97,13 +97,13 @@ class Place:
 
     def processes(self) -> dict[int, str]:
         """Command lines, by process id, of what the commands have started."""
-        mark, found = f"STOPPED_FOLDER={self.folder}\0".encode(), {}
+        mark, result = f"STOPPED_FOLDER={self.folder}\0".encode(), {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-                    found[int(entry.name)] = line.decode(errors="replace")
-        return found
+                    result[int(entry.name)] = line.decode(errors="replace")
+        return result
 
     def stop(
         self, command: subprocess.Popen[str], blow: signal.Signals, there: Callable[[], object]
@@ -115,15 +115,15 @@ class Place:
             time.sleep(0.05)
         assert command.poll() is None, command.communicate()
         command.send_signal(blow)
-        _, said = command.communicate(timeout=SECONDS)
-        assert command.returncode == 130, said
-        assert "Run the same command again" in said
-        assert "Traceback" not in said
+        _, output = command.communicate(timeout=SECONDS)
+        assert command.returncode == 130, output
+        assert "Run the same command again" in output
+        assert "Traceback" not in output
         until = time.monotonic() + 5  # what was killed takes a moment
         while left := self.processes():
             assert time.monotonic() < until, left
             time.sleep(0.1)
-        return said
+        return output
 
     def runs(self, verb: str) -> list[str]:
         """How the runs of a verb and their children ended, the oldest first."""
@@ -131,15 +131,15 @@ class Place:
 
         client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
         experiment = client.get_experiment_by_name("arrowhead")
-        found = client.search_runs([experiment.experiment_id], order_by=["start_time"])
-        return [run.info.status for run in found if run.info.run_name == verb]
+        result = client.search_runs([experiment.experiment_id], order_by=["start_time"])
+        return [run.info.status for run in result if run.info.run_name == verb]
 
 
 @pytest.fixture
 def place(tmp_path: Path, tracked: Callable[[Path], Path]) -> Iterator[Place]:
-    made = Place(tracked(tmp_path))
-    yield made
-    for pid in made.processes():
+    result = Place(tracked(tmp_path))
+    yield result
+    for pid in result.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -151,8 +151,8 @@ def is_there(place: Place, word: str) -> Callable[[], bool]:
 def test_two_workers_that_are_stopped_while_ray_starts_and_while_they_decode_go_on(place, drawn):
     words = ["precompute", drawn, "store", *SMALL, *CHUNKS]
     shards = place.folder / "store" / "shards"
-    said = place.stop(place.start(*words), signal.SIGTERM, is_there(place, "/raylet/raylet "))
-    assert "interrupted by SIGTERM" in said
+    output = place.stop(place.start(*words), signal.SIGTERM, is_there(place, "/raylet/raylet "))
+    assert "interrupted by SIGTERM" in output
     assert place.runs("precompute") == ["KILLED"]
     place.stop(place.start(*words), signal.SIGINT, lambda: list(shards.glob("*.arrow")))
     assert place.runs("precompute") == ["KILLED", "KILLED"]

@@ -1,4 +1,4 @@
-"""The store's properties, end to end: nothing lost, nothing wrong, nothing recomputed."""
+"""Stores from end to end: nothing is lost, wrong or computed twice."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def made(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One MLflow store for all tests here: making its schema takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}")
+        folder = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}")
         yield
 
 
@@ -154,9 +154,9 @@ def test_a_store_of_the_older_crop_rule_goes_on_as_it_was_made(store, data, comm
     newest = Store(store).recipe
     older = dataclasses.replace(newest, decoder="dali")
     Store.create(tmp_path / "old", older, Store(store).chunk_size)
-    made = command("precompute", data, "old", *FLAGS)
+    result = command("precompute", data, "old", *FLAGS)
     assert newest.decoder == "dali-upright"
-    assert made["fingerprint"] == older.fingerprint != newest.fingerprint
+    assert result["fingerprint"] == older.fingerprint != newest.fingerprint
     new, old = features_by_path(store), features_by_path(tmp_path / "old")
     assert all((old[path] == feature).all() for path, feature in new.items())  # none is turned
 
@@ -203,8 +203,8 @@ def test_a_file_that_the_decoder_died_over_is_tried_again_by_the_next_run(
         "    headers.header = lambda data, config: (\n"
         "        os._exit(7) if data.endswith(b'mark') else header(data, config))\n"
     )
-    with monkeypatch.context() as sick:
-        sick.setenv("PYTHONPATH", str(tmp_path / "sick"))
+    with monkeypatch.context() as broken:
+        broken.setenv("PYTHONPATH", str(tmp_path / "sick"))
         first = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
         again = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
     crash = {"path": str(victim.relative_to(data)), "fault": "decoder_crash: exit code 7"}
@@ -244,9 +244,11 @@ def test_a_precompute_that_ends_for_its_faults_says_their_kinds_files_and_place(
     with pytest.raises(SystemExit) as ended:
         main(["precompute", str(data), str(store), *FLAGS])
     assert ended.value.code == 3
-    said = " ".join("".join(capsys.readouterr()).split())
-    assert "not read: 1 empty, 1 not an image (train/beads/empty.jpg, train/beads/page.jpg)" in said
-    assert f"the rows of {store / 'shards'} whose column fault is filled" in said
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert (
+        "not read: 1 empty, 1 not an image (train/beads/empty.jpg, train/beads/page.jpg)" in output
+    )
+    assert f"the rows of {store / 'shards'} whose column fault is filled" in output
 
 
 # --------------------------------------------------------------------------- readers
@@ -299,9 +301,9 @@ def test_what_a_killed_run_left_is_checked_before_it_is_used(data, command, tmp_
     shard = sorted((tmp_path / "s" / "shards").glob("*.arrow"))[0]
     rows = shard_file.read_shard(shard, Store(tmp_path / "s").recipe)
     at = shard.read_bytes().index(np.ascontiguousarray(rows.features[0]).tobytes())
-    whole = bytearray(shard.read_bytes())
-    whole[at] ^= 1
-    shard.write_bytes(whole)
+    full = bytearray(shard.read_bytes())
+    full[at] ^= 1
+    shard.write_bytes(full)
     with pytest.raises(SystemExit) as ended:
         main(["precompute", str(data), "s", *FLAGS])
     assert ended.value.code == 4
@@ -334,11 +336,11 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, command, tm
         [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
     )
     assert ended.returncode == 2, ended.stderr
-    said = ended.stderr.splitlines()[-3:]
-    assert said[0].startswith("arrowhead: ") and said[0].endswith(
+    output = ended.stderr.splitlines()[-3:]
+    assert output[0].startswith("arrowhead: ") and output[0].endswith(
         "cannot be written: File too large."
     )
-    assert "run the same command again" in said[2]
+    assert "run the same command again" in output[2]
     assert not (tmp_path / "s" / "manifest.json").exists()
     assert not list((tmp_path / "s").rglob("*.draft"))
     there = list((tmp_path / "s" / "shards").glob("*.arrow"))
@@ -352,8 +354,8 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, command, tm
 
 
 def findings(command: Command, store: Path, code: int = 0) -> dict[str, str]:
-    found = command("features", "verify", store, code=code)["findings"]
-    return {Path(one["path"]).name: one["kind"] for one in found}
+    result = command("features", "verify", store, code=code)["findings"]
+    return {Path(one["path"]).name: one["kind"] for one in result}
 
 
 def test_info_tells_what_is_in_a_store(store, command):
@@ -380,9 +382,9 @@ def test_verify_finds_a_whole_store_whole(store, command):
 def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(store, command):
     names = [one["name"] for one in Store(store).manifest()["shards"]]
     flipped, missing = (Store(store).shard_path(name) for name in names[:2])
-    whole = bytearray(flipped.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    flipped.write_bytes(whole)
+    full = bytearray(flipped.read_bytes())
+    full[len(full) // 2] ^= 1
+    flipped.write_bytes(full)
     missing.unlink()
     draft = store / "shards" / f".{names[2]}.arrow.0123abcd.draft"
     draft.write_bytes(b"half")
@@ -474,16 +476,16 @@ def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
 def test_an_unfinished_store_is_not_called_damaged_and_the_command_that_finishes_it_is_said(
     store, capsys, tmp_path, words
 ):
-    made = Store(store)
-    made.write_pending(listed := made.read_catalog())
+    result = Store(store)
+    result.write_pending(listed := result.read_catalog())
     (store / "manifest.json").unlink()
     target = [str(tmp_path / "bundle")] if words == ["train"] else []
     with pytest.raises(SystemExit) as ended:
         main([*words, str(store), *target])
     assert ended.value.code == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "its extraction never finished" in said
-    assert f"arrowhead precompute {listed['root']} {store}" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "its extraction never finished" in output
+    assert f"arrowhead precompute {listed['root']} {store}" in output
 
 
 # ------------------------------------------------------------------------------ memory

@@ -1,4 +1,4 @@
-"""Training as its user runs it: many heads, folds, a learning curve, stops at any moment."""
+"""Training as a user runs it: many heads, folds, a learning curve, interruptions at any moment."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, co
     grid = "rate=1e-5,1e-2 weight_decay=0,0.1 seed=0,1"
     result = command("train", store, "best", "--grid", grid, "--epochs", 4)
     heads = children(place, result["run_id"])
-    found = [run for run in heads if run.info.run_name != "train"]
-    assert len(found) == 8
-    assert {run.info.status for run in found} == {"FINISHED"}
-    assert found[0].data.params["train.rate"] == "0.01"
+    actual = [run for run in heads if run.info.run_name != "train"]
+    assert len(actual) == 8
+    assert {run.info.status for run in actual} == {"FINISHED"}
+    assert actual[0].data.params["train.rate"] == "0.01"
     best = result["grid"]["settings"][0]
     assert best["knobs"]["rate"] == result["rate"] == 0.01
     assert best["mean"] >= result["grid"]["settings"][-1]["mean"]
@@ -98,10 +98,10 @@ def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, co
     assert [float(row["p"]) for row in table[1:]] == pytest.approx(
         [one["p"] for one in result["grid"]["settings"][1:]]
     )
-    made = json.loads(Path("best/bundle.json").read_text())
-    assert made["metrics"]["accuracy"] == pytest.approx(result["epochs"][-1]["accuracy"])
-    assert made["lineage"]["training"]["rate"] == 0.01
-    images = made["metrics"]["images"]
+    outcome = json.loads(Path("best/bundle.json").read_text())
+    assert outcome["metrics"]["accuracy"] == pytest.approx(result["epochs"][-1]["accuracy"])
+    assert outcome["lineage"]["training"]["rate"] == 0.01
+    images = outcome["metrics"]["images"]
     assert f"on the same {images} validation images" in result["grid"]["words"]
 
 
@@ -110,19 +110,19 @@ def test_folds_and_learning_curve_use_the_settings_of_the_head_that_is_kept(stor
     grid = ["--grid", "rate=1e-6,1e-2 weight_decay=0.5 dropout=0.3 seed=1", "--rate", 0.5]
     searched = command("train", store, "searched", *grid, *also)
     folds = polars.read_ipc(searched["folds"]["file"])
-    told = ["--rate", 0.01, "--weight-decay", 0.5, "--dropout", 0.3, "--seed", 1]
-    asked = command("train", store, "asked", *told, *also)
+    messages = ["--rate", 0.01, "--weight-decay", 0.5, "--dropout", 0.3, "--seed", 1]
+    request = command("train", store, "asked", *messages, *also)
     parts = {
         line.split(" · ")[0]: line for line in command.said.splitlines() if "training " in line
     }
     for part in ("folds", "learning-curve"):
         assert "best" not in parts[part], "the best of these heads says nothing"
     assert searched["rate"] == 0.01
-    assert searched["folds"]["figures"] == asked["folds"]["figures"]
-    assert folds.equals(polars.read_ipc(asked["folds"]["file"]))
-    assert searched["learning_curve"]["points"] == asked["learning_curve"]["points"]
-    made = [json.loads(Path(name, "bundle.json").read_text()) for name in ("searched", "asked")]
-    assert made[0]["lineage"]["training"] == made[1]["lineage"]["training"]
+    assert searched["folds"]["figures"] == request["folds"]["figures"]
+    assert folds.equals(polars.read_ipc(request["folds"]["file"]))
+    assert searched["learning_curve"]["points"] == request["learning_curve"]["points"]
+    result = [json.loads(Path(name, "bundle.json").read_text()) for name in ("searched", "asked")]
+    assert result[0]["lineage"]["training"] == result[1]["lineage"]["training"]
 
 
 def test_folds_give_every_image_one_probability_from_a_head_that_has_not_seen_it(
@@ -151,20 +151,20 @@ def test_the_table_of_epochs_shows_what_best_chooses_by_and_when_and_why_it_ende
 ):
     flags = ["--rate", 0.05, "--epochs", 40, "--best", "balanced_accuracy", "--patience", 3]
     result = command("train", store, "early", *flags)
-    said, lines = command.said, result["epochs"]
+    output, lines = command.said, result["epochs"]
     assert result["stopped"] == "patience"
-    heading = next(line for line in said.splitlines() if line.split()[:1] == ["epoch"])
+    heading = next(line for line in output.splitlines() if line.split()[:1] == ["epoch"])
     assert heading.split()[-1] == "balanced_accuracy"
-    shown = [line.split() for line in said.splitlines() if line.split()[:1] in [["0"], ["1"]]]
+    shown = [line.split() for line in output.splitlines() if line.split()[:1] in [["0"], ["1"]]]
     for words, line in zip(shown, lines, strict=False):
         assert float(words[4]) == pytest.approx(line["balanced_accuracy"], abs=1e-6)
-    starred = [words.split()[0] for words in said.splitlines() if words.endswith(" *")]
+    starred = [words.split()[0] for words in output.splitlines() if words.endswith(" *")]
     assert starred[-1] == str(result["epoch"])
     assert len(lines) == result["epoch"] + 1 + 3
     assert (
         f"stopped after epoch {len(lines) - 1}: balanced_accuracy has not improved since epoch"
         f" {result['epoch']}"
-    ) in said
+    ) in output
     here(place, "bundle", "info", place / "early", "--per-class")
     info = capsys.readouterr().out
     assert "single-label" in info
@@ -245,16 +245,16 @@ def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
     assert figures["accuracy"] == pytest.approx(kept["accuracy"]), "one name, one number"
     tuned = f"decisions right {figures['accuracy_at_thresholds']:.4f} at these thresholds"
     assert f"{tuned}, {figures['accuracy']:.4f} at 0.5" in command.said
-    made = json.loads(Path("several/bundle/bundle.json").read_text())
-    assert made["task"] == "multi-label"
-    assert made["thresholds"].keys() == {"baskets", "beads", "leaves", "woven"}
+    outcome = json.loads(Path("several/bundle/bundle.json").read_text())
+    assert outcome["task"] == "multi-label"
+    assert outcome["thresholds"].keys() == {"baskets", "beads", "leaves", "woven"}
     command("score", "several/bundle", drawn / "valid", "several-scores", "--probabilities")
     table = polars.read_parquet("several-scores/parts")
-    thresholds = np.array([made["thresholds"][name] for name in made["classes"]])
+    thresholds = np.array([outcome["thresholds"][name] for name in outcome["classes"]])
     for probability_counts, labels in zip(
         table["probabilities"], table["labels"].to_list(), strict=True
     ):
-        given = np.array(made["classes"])[np.array([*probability_counts.values()]) >= thresholds]
+        given = np.array(outcome["classes"])[np.array([*probability_counts.values()]) >= thresholds]
         assert labels == given.tolist()
     assert table["labels"].list.len().max() >= 2
 
@@ -263,8 +263,8 @@ def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
 
 
 def weights(bundle: Path) -> dict[str, np.ndarray]:
-    found = safetensors.numpy.load_file(bundle / "weights.safetensors")
-    return {name: value for name, value in found.items() if name.startswith("head.")}
+    result = safetensors.numpy.load_file(bundle / "weights.safetensors")
+    return {name: value for name, value in result.items() if name.startswith("head.")}
 
 
 def start(place: Path, *words: object) -> subprocess.Popen[bytes]:
@@ -306,8 +306,8 @@ def shaken(undisturbed: Path, store: Path, place: Path) -> Shaken:
     before = len(runs(place, "train"))
 
     def newest() -> int:
-        found = [int(path.name[6:]) for path in place.glob(".shaken.training/heads-??????")]
-        return max(found, default=-1)
+        result = [int(path.name[6:]) for path in place.glob(".shaken.training/heads-??????")]
+        return max(result, default=-1)
 
     def begun(more: int) -> subprocess.Popen[bytes]:
         """The command, when it has kept a checkpoint so much later than the last."""
@@ -325,25 +325,25 @@ def shaken(undisturbed: Path, store: Path, place: Path) -> Shaken:
     assert not (place / "shaken").exists()
     second = begun(4)
     os.kill(second.pid, signal.SIGSTOP)
-    refused, said = io.StringIO(), io.StringIO()
+    refused, output = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(refused):
         here(place, *words, code=2)
     second.kill()
     assert second.wait(300) == -signal.SIGKILL
-    torn = place / ".shaken.training" / f"heads-{newest():06}"
-    state = torn / "state.safetensors"  # at every length: test_checkpoint.py
+    truncated = place / ".shaken.training" / f"heads-{newest():06}"
+    state = truncated / "state.safetensors"  # at every length: test_checkpoint.py
     state.write_bytes(state.read_bytes()[:-1])
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(output):
         here(place, *words)
     every = runs(place, "train")
     new = every[: len(every) - before]
-    return Shaken(place / "shaken", refused.getvalue(), torn.name, said.getvalue(), new)
+    return Shaken(place / "shaken", refused.getvalue(), truncated.name, output.getvalue(), new)
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(undisturbed, shaken):
     assert "going on from the checkpoint" in " ".join(shaken.said.split())
-    calm, made = weights(undisturbed), weights(shaken.bundle)
-    assert all(np.array_equal(calm[part], made[part]) for part in calm)
+    calm, result = weights(undisturbed), weights(shaken.bundle)
+    assert all(np.array_equal(calm[part], result[part]) for part in calm)
     assert not shaken.bundle.with_name(f".{shaken.bundle.name}.training").exists()
 
 
@@ -393,7 +393,7 @@ def test_a_training_on_two_workers_survives_any_kills_with_the_same_weights(
         driver.wait(60)
     if not (place / name / "bundle.json").is_file():
         assert start(place, *words).wait(400) == 0, (place / "killed.out").read_text()
-    calm, made = weights(undisturbed), weights(place / name)
+    calm, result = weights(undisturbed), weights(place / name)
     for part in calm:  # two workers sum in another order than one
-        np.testing.assert_allclose(made[part], calm[part], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result[part], calm[part], rtol=1e-5, atol=1e-6)
     assert len(runs(place, "train")) == before + 2

@@ -1,4 +1,4 @@
-"""A command onto a cluster: what is refused here, what is sent, what comes back.
+"""Submitting a command to a cluster: what is refused, what is sent, what comes back.
 
 The cluster is one that `cluster/local.sh` starts, in a home of its own; its last test ends it.
 """
@@ -54,11 +54,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def command(*words: object) -> str:
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])
-        said = capsys.readouterr().err
-        assert ended.value.code == 2, said
-        assert "  wanted  " in said
-        assert "  do      " in said
-        return " ".join(said.split())
+        output = capsys.readouterr().err
+        assert ended.value.code == 2, output
+        assert "  wanted  " in output
+        assert "  do      " in output
+        return " ".join(output.split())
 
     return command
 
@@ -84,25 +84,25 @@ def test_a_typo_is_refused_before_anything_is_asked_of_a_cluster(refused, words,
 
 
 def test_an_address_where_nothing_answers_says_how_to_start_a_cluster(refused):
-    said = refused("submit", "--address", "http://127.0.0.1:9", "--", *TRAIN)
-    assert "No Ray job server answers at http://127.0.0.1:9" in said
-    assert "cluster/local.sh up" in said
+    output = refused("submit", "--address", "http://127.0.0.1:9", "--", *TRAIN)
+    assert "No Ray job server answers at http://127.0.0.1:9" in output
+    assert "cluster/local.sh up" in output
 
 
 def test_a_token_does_not_travel_readable_to_another_machine_unless_asked(refused):
     for address in ("http://10.9.9.9:8265", "10.9.9.9:8265"):
-        said = refused("jobs", "list", "--address", address)
-        assert "could read the token" in said
-        assert "--insecure" in said
+        output = refused("jobs", "list", "--address", address)
+        assert "could read the token" in output
+        assert "--insecure" in output
 
 
 @pytest.mark.parametrize(
     "address", ["ftp://x", "http://", "http://me:secret@host", "http://h:port"]
 )
 def test_what_is_no_address_of_a_job_server_is_refused(refused, address):
-    said = refused("jobs", "list", "--address", address)
-    assert "--address is" in said
-    assert "secret" not in said
+    output = refused("jobs", "list", "--address", address)
+    assert "--address is" in output
+    assert "secret" not in output
 
 
 def test_the_address_of_a_gcs_in_the_environment_is_not_taken_for_a_job_server(
@@ -124,8 +124,8 @@ def test_what_answers_but_is_no_ray_is_refused(refused, tmp_path):
     )
     try:
         port = re.search(r"port (\d+)", server.stdout.readline())[1]
-        said = refused("jobs", "list", "--address", f"http://127.0.0.1:{port}")
-        assert "is no Ray job server (HTTP 404)" in said
+        output = refused("jobs", "list", "--address", f"http://127.0.0.1:{port}")
+        assert "is no Ray job server (HTTP 404)" in output
     finally:
         server.kill()
         server.wait()
@@ -315,9 +315,9 @@ def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, mon
     ids=lambda value: value[0],
 )
 def test_a_verb_gets_workers_of_the_cluster_unless_it_says_how_many(tmp_path, words, workers):
-    asked = cli_cluster._with_workers(cli_cluster.parse_command(words), AWAY.worker_capacity)
-    assert asked == [words[0], "--workers", workers, *words[1:]]
-    assert cli_cluster.parse_command(asked).arguments["launch"].workers == (
+    request = cli_cluster._with_workers(cli_cluster.parse_command(words), AWAY.worker_capacity)
+    assert request == [words[0], "--workers", workers, *words[1:]]
+    assert cli_cluster.parse_command(request).arguments["launch"].workers == (
         workers if ":" in workers else 1
     )
     for own in (["--workers", "0"], ["--workers=2"]):
@@ -374,9 +374,9 @@ def header(recipe: Path) -> dict[str, str]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_what_it_runs_on_what_and_what_comes_of_it(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    said = header(recipe)
-    assert list(said) == ["run", "on", "expect"]
-    program, submit, dashes, verb, *rest = shlex.split(said["run"])
+    output = header(recipe)
+    assert list(output) == ["run", "on", "expect"]
+    program, submit, dashes, verb, *rest = shlex.split(output["run"])
     assert (program, submit, dashes, verb) == (
         "arrowhead",
         "submit",
@@ -449,7 +449,7 @@ class Local:
         or its session.
         """
         folders = (str(self.home), *(str(path) for path in self.sessions))
-        found = []
+        result = []
         for process in psutil.process_iter():
             try:
                 known = [*process.cmdline(), process.cwd(), *process.environ().values()]
@@ -457,8 +457,8 @@ class Local:
             except psutil.Error:
                 continue
             if process.pid != os.getpid() and any(f in one for f in folders for one in known):
-                found.append(process)
-        return found
+                result.append(process)
+        return result
 
     @property
     def sessions(self) -> list[Path]:
@@ -504,8 +504,8 @@ def test_it_is_up_once_and_says_so(local):
     assert "it is already up" in local.script("up", "1")
     assert "Active:" in local.script("status")
     taken = local.env | {"XDG_STATE_HOME": str(local.home / "other")}
-    said = Local(local.home, local.port, taken).script("up", "1", code=2)
-    assert f"port {local.port} is taken" in said
+    output = Local(local.home, local.port, taken).script("up", "1", code=2)
+    assert f"port {local.port} is taken" in output
     assert not (local.home / "other").exists()
 
 
@@ -524,10 +524,10 @@ def test_whoever_has_no_token_runs_nothing(local):
     # Agents of nodes start jobs too, and Ray lets them listen on the machine's address.
     agents = [place for place, process in listening if "Agent" in "".join(process.cmdline())]
     answers = set()
-    for place in agents:
+    for folder in agents:
         try:
-            host = place.ip if place.ip not in ("0.0.0.0", "::") else "127.0.0.1"
-            answers.add(post(host, place.port, "/api/job_agent/jobs/", None))
+            host = folder.ip if folder.ip not in ("0.0.0.0", "::") else "127.0.0.1"
+            answers.add(post(host, folder.port, "/api/job_agent/jobs/", None))
         except (OSError, http.client.HTTPException):  # gRPC
             continue
     assert 401 in answers
@@ -624,9 +624,9 @@ class Scraper(threading.Thread):
         line.request(
             "GET", "/api/prometheus/sd", headers={"Authorization": f"Bearer {self._local.token}"}
         )
-        found = json.loads(line.getresponse().read())
+        result = json.loads(line.getresponse().read())
         line.close()
-        return [target for one in found for target in one["targets"]]
+        return [target for one in result for target in one["targets"]]
 
     def _take(self, text: str) -> None:
         for family in text_string_to_metric_families(text):
@@ -649,10 +649,10 @@ class Scraper(threading.Thread):
 
 @pytest.fixture(scope="module")
 def scraper(local: Local) -> Iterator[Scraper]:
-    made = Scraper(local)
-    made.start()
-    yield made
-    made.end()
+    result = Scraper(local)
+    result.start()
+    yield result
+    result.end()
 
 
 @pytest.mark.slow
@@ -671,8 +671,8 @@ def test_rays_own_command_runs_a_job_file_with_its_recipe(local, extracted, scra
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    made = json.loads((local.home / "bundle" / "bundle.json").read_text())
-    assert made["head"] == "linear"
+    result = json.loads((local.home / "bundle" / "bundle.json").read_text())
+    assert result["head"] == "linear"
     assert local.token not in done.stdout + done.stderr
 
 
@@ -682,8 +682,8 @@ def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scr
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{local.home}/mlflow.db")
-    found = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id])
-    run = {one.info.run_name: one for one in found if "mlflow.parentRunId" not in one.data.tags}
+    result = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id])
+    run = {one.info.run_name: one for one in result if "mlflow.parentRunId" not in one.data.tags}
     until = monotonic() + 60  # a node has its processes' numbers some seconds later
     while monotonic() < until and not scraper.total("epoch", run=run["train"].info.run_id):
         sleep(0.2)
@@ -694,7 +694,7 @@ def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scr
     for stage in ("read", "decode", "forward", "write"):
         assert scraper.total("stage_seconds_total", stage=stage, **of) > 0
     of = {"run": run["train"].info.run_id, "verb": "train", "part": "heads"}
-    (child,) = [one for one in found if one.info.run_name == "train" and one is not run["train"]]
+    (child,) = [one for one in result if one.info.run_name == "train" and one is not run["train"]]
     last = child.data.metrics
     assert scraper.total("epoch", **of) == int(run["train"].data.params["train.epochs"]) - 1
     assert scraper.total("accuracy", **of) == pytest.approx(last["accuracy"])
@@ -708,7 +708,7 @@ def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, ext
     """Ray's own figures are asked of the running cluster, ours are `meters.METRICS`."""
     board = json.loads((ROOT / "deploy" / "grafana" / "arrowhead.json").read_text())
     texts = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
-    asked = {name for text in texts for name in re.findall(r"\bray_\w+", text)}
+    request = {name for text in texts for name in re.findall(r"\bray_\w+", text)}
     ours = {
         f"ray_arrowhead_{name}{'_total' * (kind == 'counter')}": {*keys, "run", "verb"}
         for name, (kind, _, keys) in meters.METRICS.items()
@@ -717,8 +717,8 @@ def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, ext
     while monotonic() < until and "ray_node_mem_total" not in scraper.seen:
         sleep(0.2)
     known = ours.keys() | scraper.seen.keys() | {"ray_node_gpus_utilization"}  # none here
-    assert asked - known == set()
-    assert ours.keys() <= asked
+    assert request - known == set()
+    assert ours.keys() <= request
     for text in texts:  # sums and legends by labels that the series have
         for name in re.findall(r"\bray_arrowhead_\w+", text):
             by = {

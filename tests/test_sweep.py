@@ -1,4 +1,4 @@
-"""The promises of many heads at once: grids as they are written, folds, shares, honest ranking."""
+"""Many heads at once: grids, folds, shares of the images, correct ranking."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _toy(rows: int = 600, *, width: int = 16, classes: int = 3, apart: float = 1
 
 
 def test_a_grid_is_all_combinations_of_its_values() -> None:
-    made = grid.parse_grid("rate=1e-4..1e-1:4 weight-decay=0,1e-2 dropout=0..0.5:3 seed=0..2")
-    assert len(made) == 4 * 2 * 3 * 3
-    assert sorted({one["rate"] for one in made}) == [1e-4, 1e-3, 1e-2, 1e-1]
-    assert sorted({one["dropout"] for one in made}) == [0, 0.25, 0.5]
-    assert sorted({one["seed"] for one in made}) == [0, 1, 2]
-    assert len({tuple(one.items()) for one in made}) == len(made)
+    result = grid.parse_grid("rate=1e-4..1e-1:4 weight-decay=0,1e-2 dropout=0..0.5:3 seed=0..2")
+    assert len(result) == 4 * 2 * 3 * 3
+    assert sorted({one["rate"] for one in result}) == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert sorted({one["dropout"] for one in result}) == [0, 0.25, 0.5]
+    assert sorted({one["seed"] for one in result}) == [0, 1, 2]
+    assert len({tuple(one.items()) for one in result}) == len(result)
 
 
 @pytest.mark.parametrize(
@@ -152,20 +152,20 @@ def test_heads_that_halving_stopped_rank_below_those_that_finished_and_nothing_i
         _head([0.95] * 2, stopped="halving"),
         _head([0.7] * 4),
     ]
-    asked = []
+    request = []
 
     def judge(groups: Any) -> Any:
-        asked.extend(groups)
+        request.extend(groups)
         return np.array([[1.0, 1, 1], [1, 0, 1]])
 
     ranked = grid.rank_settings(overrides, heads, TrainConfig(epochs=4), judge)
     assert [one["knobs"]["rate"] for one in ranked["settings"]] == [4, 2, 3, 1]
-    assert (ranked["best"], asked) == (3, [[3], [1]])
+    assert (ranked["best"], request) == (3, [[3], [1]])
     assert [one["p"] is None for one in ranked["settings"]] == [True, False, True, True]
     assert "2 stopped early and cannot be compared" in ranked["words"]
-    whole = _ranked(_toy(), TrainConfig(epochs=8), "rate=1e-6..1e-1:6 seed=0,1", halving=True)
-    assert [one["epochs"] for one in whole["settings"]] == [8, 8, 4, 2, 2, 2]
-    assert [one["stopped"] for one in whole["settings"]] == [False] * 2 + [True] * 4
+    full = _ranked(_toy(), TrainConfig(epochs=8), "rate=1e-6..1e-1:6 seed=0,1", halving=True)
+    assert [one["epochs"] for one in full["settings"]] == [8, 8, 4, 2, 2, 2]
+    assert [one["stopped"] for one in full["settings"]] == [False] * 2 + [True] * 4
 
 
 def test_halving_stops_the_worse_half_twice_and_keeps_the_best() -> None:
@@ -174,10 +174,10 @@ def test_halving_stops_the_worse_half_twice_and_keeps_the_best() -> None:
     config = TrainConfig(epochs=8, schedule="constant")
     losers = grid.halving_rule(grid.parse_grid(words), config)
     halved = train_stack(data, grid.grid_trials(data, config, 1.0, words), stop_rule=losers)
-    whole = train_stack(data, grid.grid_trials(data, config, 1.0, words))
+    full = train_stack(data, grid.grid_trials(data, config, 1.0, words))
     lengths = sorted(len(one.epochs) for one in halved)
     assert lengths == [2] * 8 + [4] * 4 + [8] * 4
-    for one, other in zip(halved, whole, strict=True):  # who stays is not disturbed
+    for one, other in zip(halved, full, strict=True):  # who stays is not disturbed
         for line, same in zip(one.epochs, other.epochs, strict=False):
             assert line == pytest.approx(same, rel=1e-5)
     stayed = {
@@ -299,8 +299,8 @@ def test_weights_of_classes_come_from_no_label_of_the_fold_that_is_predicted(
     for here in (label, torch.where(torch.from_numpy(part == 1), 0, label)):
         other = replace(data, label=here)
         trials = cross_validation.fold_trials(other, config, part)
-        made = logistic.train(other, trials) if head == "logistic" else train_stack(other, trials)
-        states.append([one.state for one in made])
+        result = logistic.train(other, trials) if head == "logistic" else train_stack(other, trials)
+        states.append([one.state for one in result])
     for name, weight in states[0][1].items():
         np.testing.assert_allclose(weight, states[1][1][name], rtol=1e-5, atol=1e-5)
     assert not np.allclose(states[0][0]["2.bias"], states[1][0]["2.bias"], atol=1e-3)
@@ -312,9 +312,9 @@ def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
     part = cross_validation.assign_folds(
         pool.astype(np.uint64), data.label.numpy(), 4, data.classes
     )
-    made = cross_validation.fold_trials(data, TrainConfig(rate=0.1), part)
-    assert sorted(np.concatenate([one.valid for one in made]).tolist()) == pool.tolist()
-    for one in made:
+    result = cross_validation.fold_trials(data, TrainConfig(rate=0.1), part)
+    assert sorted(np.concatenate([one.valid for one in result]).tolist()) == pool.tolist()
+    for one in result:
         assert not set(one.train.tolist()) & set(one.valid.tolist())
         assert len(one.train) + len(one.valid) == 100
 
@@ -324,21 +324,21 @@ def test_each_fold_head_learns_from_the_images_of_the_others_only() -> None:
 
 def test_shares_are_nested_hold_every_class_and_take_the_same_steps() -> None:
     data = _toy(1000)
-    made = learning_curve.share_trials(data, TrainConfig(rate=0.1), seeds=2)
-    sets = [set(one.train.tolist()) for _, one in made[::2]]
+    result = learning_curve.share_trials(data, TrainConfig(rate=0.1), seeds=2)
+    sets = [set(one.train.tolist()) for _, one in result[::2]]
     assert [len(one) for one in sets] == pytest.approx([40, 80, 160, 400, 800], abs=3)
     assert all(small < large for small, large in itertools.pairwise(sets))
     for one in sets:
         counts = np.bincount(data.label.numpy()[list(one)])
         assert counts.max() - counts.min() <= 2
-    assert len(made) == 10
+    assert len(result) == 10
 
 
 def test_shares_of_logistic_regression_are_drawn_as_often_as_seeds_say() -> None:
     data, config = _toy(1000), TrainConfig(head="logistic", l2=1.0)
-    made = learning_curve.share_trials(data, config, seeds=3)
+    result = learning_curve.share_trials(data, config, seeds=3)
     by_share = {
-        share: [set(one.train.tolist()) for at, one in made if at == share]
+        share: [set(one.train.tolist()) for at, one in result if at == share]
         for share in learning_curve.SHARES
     }
     assert [len(sets) for sets in by_share.values()] == [3, 3, 3, 3, 1], "all images: one way"
@@ -347,13 +347,13 @@ def test_shares_of_logistic_regression_are_drawn_as_often_as_seeds_say() -> None
         assert all(one != other for one, other in itertools.combinations(sets, 2))
     for small, large in itertools.pairwise(list(by_share.values())[:-1]):
         assert all(one < other for one, other in zip(small, large, strict=True)), "nested"
-    trials = [one for _, one in made]
+    trials = [one for _, one in result]
     heads = logistic.train(data, trials)
 
     def judge(groups: Any) -> Any:
         return comparison.metric_by_image(data, trials, heads, groups, "accuracy")
 
-    points = learning_curve.curve(made, heads, config, judge)["points"]
+    points = learning_curve.curve(result, heads, config, judge)["points"]
     assert all(point["spread"] is not None for point in points[:-1])
 
 
@@ -361,9 +361,9 @@ def test_a_class_of_one_image_is_in_every_share() -> None:
     data = _toy(1000)
     data.label[data.train] = torch.where(data.label[data.train] == 2, 0, data.label[data.train])
     data.label[5] = 2
-    made = learning_curve.share_trials(data, TrainConfig(rate=0.1), seeds=1)
-    assert [share for share, _ in made] == list(learning_curve.SHARES)
-    assert all(5 in one.train for _, one in made)
+    result = learning_curve.share_trials(data, TrainConfig(rate=0.1), seeds=1)
+    assert [share for share, _ in result] == list(learning_curve.SHARES)
+    assert all(5 in one.train for _, one in result)
 
 
 def test_the_learning_curve_says_whether_more_images_would_help() -> None:

@@ -1,4 +1,4 @@
-"""Places are looked at before any work: what cannot be written or read is refused at once."""
+"""Paths are checked before any work: what cannot be written or read is refused at once."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -
     """What a command that must be refused says was found."""
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
-    found, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
-    assert ended.value.code == code, found
+    result, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
+    assert ended.value.code == code, result
     assert wanted.startswith("  wanted  ") and do.startswith("  do      ")
-    return found
+    return result
 
 
 def everything(folder: Path) -> set[str]:
@@ -78,12 +78,12 @@ def test_a_verb_refuses_a_place_that_it_cannot_write_before_it_works(
     here, drawn, bundled, capsys, words
 ):
     (here / "file").write_text("mine")
-    told = {"DATA": str(drawn), "BUNDLE": str(bundled())}
+    messages = {"DATA": str(drawn), "BUNDLE": str(bundled())}
     for out in ("file", "file/below", "/proc/nowhere/out", "x" * 300):
         before = everything(here)
-        asked = [out if word == "OUT" else told.get(word, word) for word in words]
-        found = refused(capsys, *asked)
-        assert out[:20] in found
+        request = [out if word == "OUT" else messages.get(word, word) for word in words]
+        result = refused(capsys, *request)
+        assert out[:20] in result
         assert everything(here) == before
     assert (here / "file").read_text() == "mine"
 
@@ -106,8 +106,8 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(
     (here / "others").mkdir(exist_ok=True)
     (here / "others" / "notes.txt").write_text("mine")
     before = everything(here)
-    told = {"DATA": str(drawn), "BUNDLE": str(bundled())}
-    refused(capsys, *(told.get(word, word) for word in words))
+    result = {"DATA": str(drawn), "BUNDLE": str(bundled())}
+    refused(capsys, *(result.get(word, word) for word in words))
     assert everything(here) == before
 
 
@@ -204,8 +204,8 @@ def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, capsys):
 
 def test_a_device_is_not_replaced_by_a_file(here, bundled, capsys):
     os.mkfifo(here / "pipe.onnx")
-    found = refused(capsys, "export", bundled(), "pipe.onnx")
-    assert "no ordinary file" in found
+    result = refused(capsys, "export", bundled(), "pipe.onnx")
+    assert "no ordinary file" in result
     assert (here / "pipe.onnx").is_fifo()
 
 
@@ -217,8 +217,8 @@ def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys
         with pytest.raises(SystemExit) as ended:
             main(["features", "info", str(tmp_path / "out")])
         assert ended.value.code == 2
-        told = capsys.readouterr().err
-        assert (f"do      give {tmp_path / 'out' / 'store'}." in told) is there
+        result = capsys.readouterr().err
+        assert (f"do      give {tmp_path / 'out' / 'store'}." in result) is there
 
 
 @pytest.mark.parametrize(
@@ -245,9 +245,9 @@ def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path, d
         "try: main(sys.argv[1:])\n"
         f"finally: print([name for name in {HEAVY} if name in sys.modules])\n"
     )
-    asked = [str(drawn) if word == "DATA" else word for word in words]
+    request = [str(drawn) if word == "DATA" else word for word in words]
     done = subprocess.run(
-        [sys.executable, "-c", script, *asked],
+        [sys.executable, "-c", script, *request],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -279,10 +279,10 @@ def test_a_store_that_is_there_is_used_with_its_own_recipe(here, store, drawn, c
 
 @pytest.mark.parametrize("flags", [["--body", "resnet18"], ["--size", "96"], ["--pool", "max"]])
 def test_a_flag_that_contradicts_a_store_is_refused_by_name(here, drawn, capsys, flags):
-    found = refused(capsys, "precompute", drawn, "store", *flags)
-    assert flags[0] in found and "store was made with" in found
-    found = refused(capsys, "precompute", drawn, "store", "--weights", "random", *flags)
-    assert flags[0] in found
+    result = refused(capsys, "precompute", drawn, "store", *flags)
+    assert flags[0] in result and "store was made with" in result
+    result = refused(capsys, "precompute", drawn, "store", "--weights", "random", *flags)
+    assert flags[0] in result
 
 
 def test_the_weights_of_a_store_are_not_needed_elsewhere(here, drawn, command, tmp_path):
@@ -324,14 +324,14 @@ def test_the_folder_that_one_stands_in_takes_a_bundle_once(
     folder.mkdir()
     monkeypatch.chdir(tracked(folder))
     flags = ["--epochs", "2", "--rate", "0.01", *words]
-    made = command("train", store, ".", *flags)
-    assert Path(made["bundle"]).samefile(folder)
+    result = command("train", store, ".", *flags)
+    assert Path(result["bundle"]).samefile(folder)
     assert {"bundle.json", "weights.safetensors", "golden", "mlflow.db"} <= everything(folder)
     assert command("bundle", "verify", ".")["drift"]["changed"] == 0
     assert list(tmp_path.iterdir()) == [folder]
     before = everything(folder)
-    told = refused(capsys, "train", store, ".", *flags)
-    assert "the folder you stand in" in told
+    messages = refused(capsys, "train", store, ".", *flags)
+    assert "the folder you stand in" in messages
     assert everything(folder) == before
 
 
@@ -343,8 +343,8 @@ def test_fit_and_score_write_to_the_folder_that_one_stands_in(
     monkeypatch.chdir(tracked(tmp_path / "fit"))
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
     for _ in range(2):
-        made = command("fit", drawn, ".", *body, "--epochs", "2", "--rate", "0.01")
-        assert Path(made["bundle"]).resolve() == tmp_path / "fit" / "bundle"
+        result = command("fit", drawn, ".", *body, "--epochs", "2", "--rate", "0.01")
+        assert Path(result["bundle"]).resolve() == tmp_path / "fit" / "bundle"
     monkeypatch.chdir(tracked(tmp_path / "scores"))
     for _ in range(2):
         assert command("score", bundled(), drawn / "valid", ".")["counts"]["faults"] == 0
@@ -354,5 +354,5 @@ def test_fit_and_score_write_to_the_folder_that_one_stands_in(
 def test_a_second_training_of_a_bundle_is_told_which(here, store, tmp_path, capsys):
     bundle = tmp_path / "bundle"
     with fileio.occupied(train.training_of(bundle)):
-        told = refused(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
-    assert f"{bundle} is being written" in told and ".training" not in told
+        result = refused(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
+    assert f"{bundle} is being written" in result and ".training" not in result

@@ -1,4 +1,4 @@
-"""A run is recorded once and whole, whatever happens to the server, the process or the disk."""
+"""A run is recorded completely and once, whatever happens to server, process or disk."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class Server:
         self.log = (folder / "server.log").open("wb")
 
     def __enter__(self) -> Server:
-        place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        directory = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         data = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         files = ["--artifacts-destination", str(self.folder / "artifacts")]
-        words = [sys.executable, "-m", "mlflow", "server", *place, *data, *files]
+        words = [sys.executable, "-m", "mlflow", "server", *directory, *data, *files]
         # Its job runner is a process for things that nobody asks for here.
         lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         out: dict[str, Any] = {"stdout": self.log, "stderr": self.log, "env": lean}
@@ -102,12 +102,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, workshop: Path) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("server"))
+    result = Server(tmp_path_factory.mktemp("server"))
     if (workshop / "mlflow.db").exists():  # its schema saves the server making one
-        shutil.copy(workshop / "mlflow.db", made.folder / "server.db")
-    with made:
-        yield made
-    made.log.close()
+        shutil.copy(workshop / "mlflow.db", result.folder / "server.db")
+    with result:
+        yield result
+    result.log.close()
 
 
 def points(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -118,10 +118,10 @@ def points(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
 def below(client: Any, run_id: str) -> dict[str, Any]:
     """Children by name; two of one name fail here."""
     experiment = client.get_run(run_id).info.experiment_id
-    found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
-    names = [run.info.run_name for run in found]
+    result = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
+    names = [run.info.run_name for run in result]
     assert len(set(names)) == len(names)
-    return dict(zip(names, found, strict=True))
+    return dict(zip(names, result, strict=True))
 
 
 # ------------------------------------------------------------------------ what is recorded
@@ -146,14 +146,14 @@ def test_all_that_is_recorded_can_be_read_back(config, client, tmp_path):
         run.log_artifact(tmp_path / "folder")
         with run.child("train") as child:
             child.record({"loss": 1.0})
-    made = client.get_run(run.run_id)
-    assert made.info.status == "FINISHED"
-    assert len(made.data.params) == 152
-    assert made.data.params["rate"] == "0.1"
-    assert {k: made.data.tags[k] for k in ("t0", "t119")} == {"t0": "0", "t119": "119"}
+    result = client.get_run(run.run_id)
+    assert result.info.status == "FINISHED"
+    assert len(result.data.params) == 152
+    assert result.data.params["rate"] == "0.1"
+    assert {k: result.data.tags[k] for k in ("t0", "t119")} == {"t0": "0", "t119": "119"}
     assert points(client, run.run_id, "loss") == [(3, 2.5)]
-    assert np.isnan(made.data.metrics["bad"])
-    assert made.data.metrics["accuracy.what_x3F_ ü"] == 1
+    assert np.isnan(result.data.metrics["bad"])
+    assert result.data.metrics["accuracy.what_x3F_ ü"] == 1
     assert points(client, run.run_id, "curve") == [(i, float(i)) for i in range(2500)]
     assert [f.path for f in client.list_artifacts(run.run_id, "figures")] == ["figures/figure.png"]
     deep = client.list_artifacts(run.run_id, "folder/deep")
@@ -205,35 +205,35 @@ def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(conf
         server: Server = request.getfixturevalue("server")
         address = f"http://127.0.0.1:{server.port}"
         config = TrackingConfig(tracking_uri=address, system_metrics=False)
-    said: list[str] = []
-    with start(config, "score", say=said.append) as run:
+    output: list[str] = []
+    with start(config, "score", say=output.append) as run:
         run.record({name: at for at, name in enumerate(NAMES)})
         run.params({name: at for at, name in enumerate(NAMES)})
         run.tags({f"seen {name}": at for at, name in enumerate(NAMES)})
-    made = client_of(config).get_run(run.run_id).data
-    assert said == []
-    assert sorted(made.metrics.values()) == list(range(len(NAMES)))
-    whole = {k[-16:]: v for k, v in made.tags.items() if k.startswith("full_name.")}
+    result = client_of(config).get_run(run.run_id).data
+    assert output == []
+    assert sorted(result.metrics.values()) == list(range(len(NAMES)))
+    full = {k[-16:]: v for k, v in result.tags.items() if k.startswith("full_name.")}
     back = {
-        original(k) if len(k) < 250 else whole.get(k[-16:], k): v for k, v in made.params.items()
+        original(k) if len(k) < 250 else full.get(k[-16:], k): v for k, v in result.params.items()
     }
     assert back == {name: str(at) for at, name in enumerate(NAMES)}
-    assert len([name for name in made.tags if name.startswith("seen ")]) == len(NAMES)
+    assert len([name for name in result.tags if name.startswith("seen ")]) == len(NAMES)
 
 
 def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client, monkeypatch):
     monkeypatch.setattr(
         writes, "mlflow_names", lambda names, taken: {one: one for one in names}
     )  # as an MLflow with other rules would
-    said: list[str] = []
-    with start(config, "fit", say=said.append) as run:
+    output: list[str] = []
+    with start(config, "fit", say=output.append) as run:
         run.record({"../x": 1.0})
         run.record({"../x": 2.0})
         run.record({"loss": 1.0})
     assert points(client, run.run_id, "loss") == [(0, 1.0)]
     assert client.get_run(run.run_id).info.status == "FINISHED"
-    assert len(said) == 1
-    assert "refuses" in said[0]
+    assert len(output) == 1
+    assert "refuses" in output[0]
 
 
 def test_system_metrics_of_a_short_run_have_samples_and_go_on_when_it_is_resumed(config, client):
@@ -271,14 +271,14 @@ def heads(count: int, epochs: int = 3) -> dict[str, Any]:
 def test_each_head_of_a_grid_is_a_finished_child_with_its_numbers(config, client):
     with start(config, "train") as run:
         ids = run.children(**heads(5, 1200), tags={"grid": "g1"})
-    made = below(client, run.run_id)
-    assert [made[f"head-{i}"].info.run_id for i in range(5)] == ids
-    assert {one.info.status for one in made.values()} == {"FINISHED"}
-    assert made["head-2"].data.params == {"rate": "0.01", "seed": "2"}
-    assert made["head-2"].data.tags["grid"] == "g1"
+    result = below(client, run.run_id)
+    assert [result[f"head-{i}"].info.run_id for i in range(5)] == ids
+    assert {one.info.status for one in result.values()} == {"FINISHED"}
+    assert result["head-2"].data.params == {"rate": "0.01", "seed": "2"}
+    assert result["head-2"].data.tags["grid"] == "g1"
     assert points(client, ids[2], "loss") == [(e, 2 + e / 10) for e in range(1200)]
     best = client.search_runs(
-        [made["head-0"].info.experiment_id],
+        [result["head-0"].info.experiment_id],
         "tags.grid = 'g1'",
         order_by=["metrics.accuracy DESC"],
         max_results=1,
@@ -296,9 +296,9 @@ def test_a_resumed_grid_makes_only_the_heads_that_are_missing(config, client):
         after = run.children(**heads(5))
     assert after[:3] == before
     assert after[3] == child.run_id
-    made = below(client, run.run_id)
-    assert made.keys() == {f"head-{i}" for i in range(5)}
-    assert {one.info.status for one in made.values()} == {"FINISHED"}
+    result = below(client, run.run_id)
+    assert result.keys() == {f"head-{i}" for i in range(5)}
+    assert {one.info.status for one in result.values()} == {"FINISHED"}
     for i, run_id in enumerate(after):
         assert points(client, run_id, "loss") == [(e, i + e / 10) for e in range(3)]
 
@@ -318,28 +318,28 @@ def write_epochs(run: Run, count: int, **params: object) -> str:
 
 
 def test_a_run_that_failed_is_taken_up_and_nothing_is_logged_twice(config, client):
-    place, said = Path("out/run.json"), []
-    with pytest.raises(RuntimeError), start(config, "fit", place) as first:
+    folder, output = Path("out/run.json"), []
+    with pytest.raises(RuntimeError), start(config, "fit", folder) as first:
         child = write_epochs(first, 60, workers=2)
         raise RuntimeError
     assert client.get_run(first.run_id).info.status == "FAILED"
-    assert json.loads(place.read_text())["run_id"] == first.run_id
-    with start(config, "fit", place, say=said.append) as again:
+    assert json.loads(folder.read_text())["run_id"] == first.run_id
+    with start(config, "fit", folder, say=output.append) as again:
         assert client.get_run(first.run_id).info.status == "RUNNING"
         assert write_epochs(again, 150, workers=4) == child
     assert again.run_id == first.run_id
-    assert not place.exists()
-    made = client.get_run(first.run_id)
-    assert made.info.status == "FINISHED"
-    assert made.data.params["workers"] == "2"
-    assert made.data.tags["resumed.workers"] == "4"
-    assert sum("param workers" in line for line in said) == 1
-    assert not any("param text" in line or "param rate" in line for line in said)
-    assert len(made.inputs.dataset_inputs) == 1
+    assert not folder.exists()
+    result = client.get_run(first.run_id)
+    assert result.info.status == "FINISHED"
+    assert result.data.params["workers"] == "2"
+    assert result.data.tags["resumed.workers"] == "4"
+    assert sum("param workers" in line for line in output) == 1
+    assert not any("param text" in line or "param rate" in line for line in output)
+    assert len(result.inputs.dataset_inputs) == 1
     assert below(client, first.run_id).keys() == {"train"}
     assert points(client, child, "loss") == [(e, 1 / (e + 1)) for e in range(150)]
     assert points(client, child, "curve") == [(0, 1.0), (1, 2.0), (2, 3.0)]
-    with start(config, "fit", place) as third:
+    with start(config, "fit", folder) as third:
         pass
     assert third.run_id != first.run_id
 
@@ -371,29 +371,29 @@ with start(config, "fit", Path("run.json")) as run:
 
 
 def test_a_process_killed_while_its_run_was_being_made_leaves_one_run(config, client):
-    place = Path("run.json")
-    with pytest.raises(RuntimeError), start(config, "fit", place) as run:
+    folder = Path("run.json")
+    with pytest.raises(RuntimeError), start(config, "fit", folder) as run:
         raise RuntimeError
-    made = json.loads(place.read_text())
+    result = json.loads(folder.read_text())
     began = client.get_run(run.run_id).info.start_time
-    place.write_text(json.dumps(made | {"run_id": None, "start": began}))
-    with start(config, "fit", place, say=lambda line: None) as again:
+    folder.write_text(json.dumps(result | {"run_id": None, "start": began}))
+    with start(config, "fit", folder, say=lambda line: None) as again:
         pass
     assert again.run_id == run.run_id
-    place.write_text(json.dumps(made | {"run_id": None, "start": 1}))
-    with start(config, "fit", place) as other:
+    folder.write_text(json.dumps(result | {"run_id": None, "start": 1}))
+    with start(config, "fit", folder) as other:
         pass
     assert other.run_id != run.run_id
 
 
 def test_an_interrupted_run_is_killed_and_its_place_stays(config, client):
-    place = Path("run.json")
+    folder = Path("run.json")
     stop = pytest.raises(KeyboardInterrupt)
-    with stop, start(config, "fit", place) as run, run.child("train") as child:
+    with stop, start(config, "fit", folder) as run, run.child("train") as child:
         raise KeyboardInterrupt
     assert client.get_run(run.run_id).info.status == "KILLED"
     assert client.get_run(child.run_id).info.status == "KILLED"
-    with start(config, "fit", place, say=lambda line: None) as again:
+    with start(config, "fit", folder, say=lambda line: None) as again:
         assert again.run_id == run.run_id
 
 
@@ -452,39 +452,39 @@ with start(TrackingConfig(tracking_uri={config.uri!r}, system_metrics=False), "f
 
 
 def test_a_refused_request_leaves_no_run_unless_there_was_work_in_it(config, client):
-    place = Path("run.json")
-    with pytest.raises(ConfigError), start(config, "fit", place) as run, run.child("a") as child:
+    folder = Path("run.json")
+    with pytest.raises(ConfigError), start(config, "fit", folder) as run, run.child("a") as child:
         raise ConfigError("a", "b", "c")
     for one in (run, child):
         assert client.get_run(one.run_id).info.lifecycle_stage == "deleted"
-    assert not place.exists()
-    with pytest.raises(RuntimeError), start(config, "fit", place) as run:
+    assert not folder.exists()
+    with pytest.raises(RuntimeError), start(config, "fit", folder) as run:
         raise RuntimeError
-    with pytest.raises(ConfigError), start(config, "fit", place, say=lambda line: None):
+    with pytest.raises(ConfigError), start(config, "fit", folder, say=lambda line: None):
         raise ConfigError("a", "b", "c")
     assert client.get_run(run.run_id).info.lifecycle_stage == "active"
-    assert place.exists()
+    assert folder.exists()
 
 
 @pytest.mark.parametrize("how", ["torn", "foreign", "verb", "deleted", "finished"])
 def test_a_place_that_does_not_fit_starts_a_new_run_and_says_so(config, client, how):
-    place, said = Path("run.json"), []
-    with pytest.raises(RuntimeError), start(config, "fit", place) as old:
+    folder, output = Path("run.json"), []
+    with pytest.raises(RuntimeError), start(config, "fit", folder) as old:
         raise RuntimeError
-    whole = place.read_bytes()
+    full = folder.read_bytes()
     if how == "torn":
-        place.write_bytes(whole[:-3])
+        folder.write_bytes(full[:-3])
     if how == "foreign":
-        place.write_text("[1, 2]")
+        folder.write_text("[1, 2]")
     if how == "deleted":
         client.delete_run(old.run_id)
     if how == "finished":
         client.set_terminated(old.run_id, "FINISHED")
-    with start(config, "train" if how == "verb" else "fit", place, say=said.append) as new:
+    with start(config, "train" if how == "verb" else "fit", folder, say=output.append) as new:
         pass
     assert new.run_id != old.run_id
-    assert bool(said) == (how != "finished")
-    assert not place.exists()
+    assert bool(output) == (how != "finished")
+    assert not folder.exists()
 
 
 # --------------------------------------------------------------------- a store that is gone
@@ -520,12 +520,12 @@ def test_a_database_that_cannot_be_written_is_refused(tmp_path, workshop, config
 
 
 def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_path, monkeypatch):
-    said: list[str] = []
+    output: list[str] = []
     there = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
     (tmp_path / "report.html").write_text("report")
     (tmp_path / "large.bin").write_bytes(bytes(2000))
     monkeypatch.setattr(outbox, "MAX_COPIED_BYTES", 1000)
-    with start(there, "fit", tmp_path / "run.json", say=said.append) as run:
+    with start(there, "fit", tmp_path / "run.json", say=output.append) as run:
         with run.child("early") as early:
             early.record({"loss": 5.0})
             run.record({"loss": 0.0}, 0)
@@ -545,10 +545,10 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
         assert run.model(tmp_path) is None
     (tmp_path / "report.html").unlink()
     folder = tmp_path / ".arrowhead" / "unsent" / run.run_id
-    assert len(said) == 3, said
-    assert "is gone" in said[0]
-    assert "no MLflow model" in said[1]
-    assert str(folder) in said[2]
+    assert len(output) == 3, output
+    assert "is gone" in output[0]
+    assert "no MLflow model" in output[1]
+    assert str(folder) in output[2]
     assert not (tmp_path / "run.json").exists()
     assert b"hush" not in b"".join(f.read_bytes() for f in folder.rglob("*") if f.is_file())
     with pytest.raises(ConfigError):
@@ -559,12 +559,12 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     client = client_of(there)
 
     def check() -> None:
-        made = client.get_run(run.run_id)
-        assert made.info.status == "FINISHED"
+        result = client.get_run(run.run_id)
+        assert result.info.status == "FINISHED"
         assert points(client, run.run_id, "loss") == [(e, float(e)) for e in range(30)]
-        assert made.data.params == {"rate": "0.5"}
-        assert made.data.tags["verdict"] == "good"
-        assert len(made.inputs.dataset_inputs) == 1
+        assert result.data.params == {"rate": "0.5"}
+        assert result.data.tags["verdict"] == "good"
+        assert len(result.inputs.dataset_inputs) == 1
         below_it = below(client, run.run_id)
         assert below_it.keys() == {"early", "late", "head-0", "head-1", "head-2"}
         assert {one.info.status for one in below_it.values()} == {"FINISHED"}
@@ -578,21 +578,21 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
         local = client.download_artifacts(run.run_id, "reports/report.html", str(tmp_path))
         assert Path(local).read_text() == "report"
 
-    with start(there, "score", say=said.append):
+    with start(there, "score", say=output.append):
         check()
-    assert "sent to" in said[3]
+    assert "sent to" in output[3]
     assert not folder.exists()
     shutil.copytree(kept, folder)  # as if the sender had died before it could remove it
-    tracking_run.send(there, say=said.append)
+    tracking_run.send(there, say=output.append)
     check()
     assert not folder.exists()
 
 
 def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch, capsys):
-    said: list[str] = []
+    output: list[str] = []
     monkeypatch.setattr(sender, "RETRY_SECONDS", (0.2, 0.5))
     there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
-    with start(there, "fit", say=said.append) as run:
+    with start(there, "fit", say=output.append) as run:
         run.record({"loss": 0.0}, 0)
         run.flush()
         server.kill()
@@ -610,8 +610,8 @@ def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypat
     assert points(client, run.run_id, "loss") == [(e, float(e)) for e in range(4)]
     assert points(client, child.run_id, "loss") == [(0, 7.0)]
     assert below(client, run.run_id)["train"].info.status == "FINISHED"
-    assert len(said) == 2, said
-    assert "is back" in said[1]
+    assert len(output) == 2, output
+    assert "is back" in output[1]
     assert capsys.readouterr().out == ""
     assert not Path(".arrowhead").exists()
 
@@ -621,10 +621,10 @@ def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
 ):
     import sqlite3
 
-    said: list[str] = []
+    output: list[str] = []
     monkeypatch.setattr(sender, "RETRY_SECONDS", (0.1, 0.1))
     database = sqlite3.connect(workshop / "mlflow.db")
-    with start(config, "fit", say=said.append, outbox=Path("spool")) as run:
+    with start(config, "fit", say=output.append, outbox=Path("spool")) as run:
         database.execute("ALTER TABLE metrics RENAME TO away")
         run.record({"loss": 1.0}, 1)
         run.tags({"verdict": "good"})
@@ -637,13 +637,13 @@ def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
         run.flush()
         assert points(client, run.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     database.close()
-    assert len(said) == 1, said
-    assert "not recorded yet" in said[0]
+    assert len(output) == 1, output
+    assert "not recorded yet" in output[0]
     assert not Path("spool").exists()
 
 
 def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, tmp_path):
-    said: list[str] = []
+    output: list[str] = []
     with start(config, "fit") as run:
         pass
     experiment = client.get_run(run.run_id).info.experiment_id
@@ -651,8 +651,8 @@ def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, t
         {"do": "batch", "run": "RUN", "metrics": [["loss", e / 2, 5, e]], "params": {}, "tags": {}}
         for e in range(4)
     ]
-    whole = b"".join(b"\n" + json.dumps(line).encode() for line in lines)
-    ends = [found.end() for found in re.finditer(rb"\}\}", whole)]
+    full = b"".join(b"\n" + json.dumps(line).encode() for line in lines)
+    ends = [found.end() for found in re.finditer(rb"\}\}", full)]
     thresholds = sorted({0, 1, 7, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)})
     for cut in thresholds:
         new = client.create_run(experiment).info.run_id
@@ -660,15 +660,15 @@ def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, t
         folder.mkdir(parents=True)
         header = {"store": config.uri, "experiment": experiment, "run_id": new}
         (folder / "run.json").write_text(json.dumps(header))
-        (folder / "writes.jsonl").write_bytes(whole[:cut].replace(b"RUN", new.encode()))
-        tracking_run.send(config, tmp_path / "spool", said.append)
+        (folder / "writes.jsonl").write_bytes(full[:cut].replace(b"RUN", new.encode()))
+        tracking_run.send(config, tmp_path / "spool", output.append)
         left = sum(end <= cut for end in ends)
         assert points(client, new, "loss") == [(e, e / 2) for e in range(left)], cut
         assert not folder.exists()
 
 
 def test_what_was_kept_of_a_deleted_run_is_set_aside(config, client, tmp_path):
-    said: list[str] = []
+    output: list[str] = []
     with start(config, "fit") as run:
         pass
     folder = tmp_path / "spool" / run.run_id
@@ -677,10 +677,10 @@ def test_what_was_kept_of_a_deleted_run_is_set_aside(config, client, tmp_path):
     (folder / "run.json").write_text(json.dumps(header))
     (folder / "writes.jsonl").write_text('{"do": "delete"}')
     client.delete_run(run.run_id)
-    tracking_run.send(config, tmp_path / "spool", said.append)
+    tracking_run.send(config, tmp_path / "spool", output.append)
     assert folder.with_suffix(".refused").is_dir()
-    tracking_run.send(config, tmp_path / "spool", said.append)
-    assert len(said) == 1
+    tracking_run.send(config, tmp_path / "spool", output.append)
+    assert len(output) == 1
 
 
 # ------------------------------------------------------------------------------- the model
@@ -700,7 +700,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
     body, pixels = BodyConfig(body="resnet18", weights="random"), PixelConfig(size=64)
     weights = backbone.load(body)
     recipe = extract.make_recipe(pixels, body, weights, 512)
-    made = Bundle(
+    result = Bundle(
         recipe=recipe,
         classes=["baskets", "beads", "leaves"],
         head="linear",
@@ -710,9 +710,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
         metrics={},
         lineage={},
     )
-    images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in made.classes]
-    feature_ND = replay.clean_features(recipe, made.make_body(), images, "cpu", 1)
-    prob_NC = bundle_format.probabilities(made.make_head(), feature_ND, made.temperature)
+    images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in result.classes]
+    feature_ND = replay.clean_features(recipe, result.make_body(), images, "cpu", 1)
+    prob_NC = bundle_format.probabilities(result.make_head(), feature_ND, result.temperature)
     golden = [
         GoldenImage(name=f"{i}.img", data=data, feature=feature_ND[i], probabilities=prob_NC[i])
         for i, data in enumerate(images)
@@ -720,7 +720,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
     from dataclasses import replace
 
     path = tmp_path_factory.mktemp("model") / "bundle"
-    bundle_format.save(replace(made, golden=golden), path)
+    bundle_format.save(replace(result, golden=golden), path)
     return path
 
 
@@ -780,8 +780,8 @@ def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server
         assert run.register(bundle) == "models:/far/1"
     wanted = {file.name: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
     for address in ("models:/far@champion", "models:/far/1", model, f"runs:/{run.run_id}/model"):
-        found = resolve.bundle_folder(address, there, tmp_path / "scratch")
-        assert {f.name: f.read_bytes() for f in found.rglob("*") if f.is_file()} == wanted
+        result = resolve.bundle_folder(address, there, tmp_path / "scratch")
+        assert {f.name: f.read_bytes() for f in result.rglob("*") if f.is_file()} == wanted
     for address, words in {
         "models:/fat@champion": "far",
         "models:/far@champoin": "champion",
@@ -817,15 +817,15 @@ def test_a_password_in_the_address_is_shown_nowhere_and_kept_nowhere(
         assert ended.value.code == 0, shown.err
         return shown.out + shown.err
 
-    said = run("fit", drawn, "out", *SMALL, "--rate", "0.01")
-    assert f"webbrowser 'http://…@127.0.0.1:{server.port}'" in said
-    said += run("score", "out/bundle", drawn / "new", "scores")
-    said += run("watch", "--no-follow", "--json")
-    said += run("doctor")
-    assert "finished" in said.lower()
+    output = run("fit", drawn, "out", *SMALL, "--rate", "0.01")
+    assert f"webbrowser 'http://…@127.0.0.1:{server.port}'" in output
+    output += run("score", "out/bundle", drawn / "new", "scores")
+    output += run("watch", "--no-follow", "--json")
+    output += run("doctor")
+    assert "finished" in output.lower()
     kept = everything(tmp_path) + everything(server.folder)
     for secret in (SECRET, "hunter2-p@ss", "hunter2"):
-        assert secret not in said
+        assert secret not in output
         assert secret.encode() not in kept
 
 
@@ -945,15 +945,15 @@ def test_python_refuses_a_malformed_address_without_its_secret(address, monkeypa
     given = address.format(secret="hunter2")
     with pytest.raises(ConfigError) as refused:
         TrackingConfig(tracking_uri=given)
-    told = "".join(traceback.format_exception(refused.value))
+    result = "".join(traceback.format_exception(refused.value))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     with (
         pytest.raises(ConfigError) as refused,
         tracking_run.start(TrackingConfig(), "fit", outbox=tmp_path),
     ):
         pytest.fail("it began")
-    told += "".join(traceback.format_exception(refused.value))
-    assert "hunter2" not in told
+    result += "".join(traceback.format_exception(refused.value))
+    assert "hunter2" not in result
     good = TrackingConfig(tracking_uri="http://anna:hunter2@host")
     assert "hunter2" not in repr(good)
 
@@ -1024,8 +1024,8 @@ with start(config, sys.argv[2]) as run:
         )
         for number in range(3)
     ]
-    said = [command.communicate(timeout=300)[0] for command in commands]
-    assert [command.returncode for command in commands] == [0, 0, 0], said
+    output = [command.communicate(timeout=300)[0] for command in commands]
+    assert [command.returncode for command in commands] == [0, 0, 0], output
     client = client_of(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/new.db"))
     experiment = client.get_experiment_by_name("arrowhead").experiment_id
     runs = client.search_runs([experiment])

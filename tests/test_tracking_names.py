@@ -1,4 +1,4 @@
-"""No two names become one in MLflow, ordinary ones stay as they are, and all can be read back."""
+"""Different names stay different in MLflow, ordinary ones are unchanged, all can be read back."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HOSTILE = st.text(st.sampled_from("ab_xX0123F/. ?#:$<ü猫😀\n"), max_size=12)
 @example("_x3F?")
 @example("_xx0123456789abcdef")
 def test_a_name_is_one_that_mlflow_takes_and_stands_for_itself_alone(name):
-    made = mlflow_name(name)
-    assert re.fullmatch(r"[/\w.\- ]+", made)  # on Windows, too
-    assert posixpath.normpath(made) == made
-    assert not made.startswith(("..", "/"))
+    result = mlflow_name(name)
+    assert re.fullmatch(r"[/\w.\- ]+", result)  # on Windows, too
+    assert posixpath.normpath(result) == result
+    assert not result.startswith(("..", "/"))
     if "_xx" not in name:
-        assert original(made) == name
+        assert original(result) == name
 
 
 def folded(name: str) -> str:
@@ -37,9 +37,9 @@ def folded(name: str) -> str:
 
 @given(st.lists(st.text("ab/?_xF3", max_size=400), unique=True, max_size=20))
 def test_different_names_stay_different_however_long(names):
-    made = [mlflow_name(name) for name in names]
-    assert len(set(made)) == len(names)
-    assert max(map(len, made), default=0) <= MAX_NAME_CHARS
+    result = [mlflow_name(name) for name in names]
+    assert len(set(result)) == len(names)
+    assert max(map(len, result), default=0) <= MAX_NAME_CHARS
 
 
 @pytest.mark.parametrize(
@@ -51,19 +51,19 @@ def test_different_names_stay_different_however_long(names):
     ],
 )
 def test_names_that_mysql_takes_for_the_same_stay_apart_and_are_read_back(names):
-    made = mlflow_names(names)
-    assert len({folded(name) for name in made.values()}) == len(names)
-    assert [original(made[name]) for name in names] == names
-    assert all(made[name] == name for name in names if name == "recall.cat")
+    result = mlflow_names(names)
+    assert len({folded(name) for name in result.values()}) == len(names)
+    assert [original(result[name]) for name in names] == names
+    assert all(result[name] == name for name in names if name == "recall.cat")
 
 
 @given(st.lists(st.lists(st.sampled_from(["Dog", "dog", "DOG", "dög", "Dög", "cat"]), max_size=3)))
 def test_names_of_several_writes_keep_their_form_and_stay_apart_on_mysql(writes):
     taken, forms = {}, {}
     for names in writes:
-        for name, made in mlflow_names(names, taken).items():
-            assert forms.setdefault(name, made) == made
-            assert original(made) == name
+        for name, result in mlflow_names(names, taken).items():
+            assert forms.setdefault(name, result) == result
+            assert original(result) == name
     assert len({folded(made) for made in forms.values()}) == len(forms)
 
 

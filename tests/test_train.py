@@ -1,5 +1,5 @@
-"""Training's promises: plain PyTorch's numbers for every head of a stack, whoever learns beside it,
-however often it was interrupted, and on any number of workers.
+"""Every head of a stack gets plain PyTorch's numbers, whatever trains beside it, however often it
+was interrupted, and on any number of workers.
 """
 
 from __future__ import annotations
@@ -149,13 +149,13 @@ def test_features_left_in_their_shards_train_the_very_same_head(tmp_path: Path) 
         parts.append(file)
     row = draw.permutation(60)[:50]
     label = torch.from_numpy(draw.integers(0, 2, 50))
-    whole = torch.from_numpy(np.concatenate(parts)[row])
-    held, mapped = InMemoryFeatures(whole), MemoryMappedFeatures(parts, row, torch.device("cpu"))
+    full = torch.from_numpy(np.concatenate(parts)[row])
+    held, mapped = InMemoryFeatures(full), MemoryMappedFeatures(parts, row, torch.device("cpu"))
     assert tuple(mapped.shape) == tuple(held.shape) == (50, 2, 5)
     flat = torch.tensor([99, 0, 0, 3, 42])
     assert torch.equal(mapped.take(flat), held.take(flat))
-    assert torch.equal(mapped.take(flat), whole.flatten(0, 1)[flat])
-    made = []
+    assert torch.equal(mapped.take(flat), full.flatten(0, 1)[flat])
+    result = []
     for feature in (held, mapped):
         data = Data(
             feature=feature,
@@ -165,8 +165,8 @@ def test_features_left_in_their_shards_train_the_very_same_head(tmp_path: Path) 
             valid=np.arange(40, 50),
             classes=["a", "b"],
         ).check_trainable()
-        made.append(train(data, _config(batch_size=7), 0.01))
-    _assert_same(made[1], made[0])
+        result.append(train(data, _config(batch_size=7), 0.01))
+    _assert_same(result[1], result[0])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6000), st.sampled_from([0.0, 1.0, 500.0, -3000.0]))
@@ -217,11 +217,11 @@ def test_a_class_without_images_to_learn_from_is_named() -> None:
 def test_batches_cover_all_rows_once_and_never_leave_a_batch_of_one(
     rows: int, size: int, seed: int, epoch: int
 ) -> None:
-    made = list(epoch_batches(rows, size, seed, epoch))
-    assert sorted(np.concatenate(made).tolist()) == list(range(rows))
-    assert all(len(batch) >= 2 for batch in made) or rows == 1
-    assert all(len(batch) == size for batch in made[:-1])
-    assert len(made[-1]) <= size + 1
+    result = list(epoch_batches(rows, size, seed, epoch))
+    assert sorted(np.concatenate(result).tolist()) == list(range(rows))
+    assert all(len(batch) >= 2 for batch in result) or rows == 1
+    assert all(len(batch) == size for batch in result[:-1])
+    assert len(result[-1]) <= size + 1
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -300,8 +300,8 @@ class _Drop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.share:
             return x
-        place = BatchSlice(self.step, 0, len(x))
-        return x * heads.dropout_mask(self.seed, self.layer, place, len(x), x.shape[1], self.share)
+        folder = BatchSlice(self.step, 0, len(x))
+        return x * heads.dropout_mask(self.seed, self.layer, folder, len(x), x.shape[1], self.share)
 
 
 def _plain(data: Data, config: TrainConfig, rate: float) -> tuple[nn.Sequential, list[float]]:
@@ -374,8 +374,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def _apart(data: Data, config: TrainConfig, rate: float) -> float:
     """How far, at most, our weights, losses and last validation are from the plain loop's."""
     head, losses = _plain(data, config, rate)
-    made = train(data, config, rate)
-    assert [line["epoch"] for line in made.epochs] == list(range(config.epochs))
+    result = train(data, config, rate)
+    assert [line["epoch"] for line in result.epochs] == list(range(config.epochs))
     with torch.inference_mode():
         logit = head(_clean(data, data.valid))
     truth = data.label[data.valid]
@@ -384,9 +384,9 @@ def _apart(data: Data, config: TrainConfig, rate: float) -> float:
         if data.multilabel
         else nn.functional.cross_entropy(logit, truth)
     )
-    pairs = [(line["train_loss"], loss) for line, loss in zip(made.epochs, losses, strict=True)]
-    pairs.append((made.epochs[-1]["valid_loss"], float(last)))
-    weights = [np.abs(made.state[k] - v.numpy()).max() for k, v in head.state_dict().items()]
+    pairs = [(line["train_loss"], loss) for line, loss in zip(result.epochs, losses, strict=True)]
+    pairs.append((result.epochs[-1]["valid_loss"], float(last)))
+    weights = [np.abs(result.state[k] - v.numpy()).max() for k, v in head.state_dict().items()]
     return float(max(*weights, *(abs(ours / theirs - 1) for ours, theirs in pairs)))
 
 
@@ -452,19 +452,19 @@ def test_a_linear_head_learns_from_features_that_are_large_alike_and_partly_cons
     for rows in (data.train, data.valid):
         far = np.pad(500 + 0.5 * _clean(data, rows).numpy(), ((0, 0), (0, 4)))[:, None]
         pairs.append((far.astype(np.float16), data.label[rows].numpy()))
-    made = train(Data.from_arrays(pairs[0], pairs[1], data.classes), _config(epochs=5), 0.02)
-    assert made.epochs[-1]["accuracy"] > 0.97
-    assert all(np.isfinite(value).all() for value in made.state.values())
+    result = train(Data.from_arrays(pairs[0], pairs[1], data.classes), _config(epochs=5), 0.02)
+    assert result.epochs[-1]["accuracy"] > 0.97
+    assert all(np.isfinite(value).all() for value in result.state.values())
 
 
 def test_every_epoch_is_recorded_as_it_comes() -> None:
     lines: list[dict[str, float]] = []
-    made = train(_toy(60), _config(), 0.01, report=lines.append)
-    assert lines == made.epochs
+    result = train(_toy(60), _config(), 0.01, report=lines.append)
+    assert lines == result.epochs
     figures = {"epoch", "train_loss", "valid_loss"}
     assert set(lines[0]) == figures | {"accuracy", "balanced_accuracy"}
-    made = train(_toy(60, multi=True), _config(), 0.01)
-    assert set(made.epochs[0]) == figures | {"accuracy", "f1", "f2"}
+    result = train(_toy(60, multi=True), _config(), 0.01)
+    assert set(result.epochs[0]) == figures | {"accuracy", "f1", "f2"}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 65])
@@ -473,9 +473,9 @@ def test_any_number_of_rows_trains(kind: str, rows: int) -> None:
     draw = np.random.default_rng(0)
     feature, label = draw.normal(size=(rows, 1, 4)).astype(np.float16), np.zeros(rows, np.int64)
     data = Data.from_arrays((feature, label), (feature, label), ["only"])
-    made = train(data, _config(head=kind, epochs=2, batch_size=2 if rows < 9 else 64), 0.01)
-    assert all(np.isfinite(value).all() for value in made.state.values())
-    assert np.isfinite(made.epochs[-1]["train_loss"])
+    result = train(data, _config(head=kind, epochs=2, batch_size=2 if rows < 9 else 64), 0.01)
+    assert all(np.isfinite(value).all() for value in result.state.values())
+    assert np.isfinite(result.epochs[-1]["train_loss"])
 
 
 # ------------------------------------------------------------------------------ validation
@@ -538,8 +538,8 @@ def test_validation_counts_every_row_of_view_0_once_in_pieces_of_any_size(
     training = Training(data, trials)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "MAX_VALIDATION_VALUES", most)
-        made = training.validate()
-    for number, (trial, line) in enumerate(zip(trials, made, strict=True)):
+        result = training.validate()
+    for number, (trial, line) in enumerate(zip(trials, result, strict=True)):
         state = training.stack.state(*training.position_of[number])
         head = heads.restore_head(kind, 6, classes, state)
         wanted = _figures(data, trial.valid, head)
@@ -557,13 +557,13 @@ def test_validation_changes_nothing() -> None:
     data = _toy(100)
     for kind in KINDS:
         trials = [_member(data, 0.1, head=kind, dropout=0.5)]
-        asked, left = Training(data, trials), Training(data, trials)
+        request, left = Training(data, trials), Training(data, trials)
         for step in range(4):
             for _ in range(2):
-                asked.validate()
-            asked.train_step(step, 1.0)
+                request.validate()
+            request.train_step(step, 1.0)
             left.train_step(step, 1.0)
-        assert torch.equal(asked.stack.theta, left.stack.theta)
+        assert torch.equal(request.stack.theta, left.stack.theta)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -618,11 +618,11 @@ def test_each_stacked_head_equals_the_same_head_trained_alone(
     trials = [_member(data, head=kind, optimizer=optimizer, batch_size=40, **one) for one in grid]
     training = Training(data, trials)
     assert training.stack.shape == (4, 6)
-    for trial, made in zip(trials, _through(training), strict=True):
+    for trial, result in zip(trials, _through(training), strict=True):
         alone = _alone(data, trial, training.steps_per_epoch)
         if trial.lr < 1:
-            _assert_near(made, alone, 1e-4)
-        ended = made.epochs[-1]["train_loss"]
+            _assert_near(result, alone, 1e-4)
+        ended = result.epochs[-1]["train_loss"]
         assert np.isfinite(ended) if trial.lr < 1 else not ended < 10
 
 
@@ -644,8 +644,8 @@ def test_heads_on_row_sets_of_any_sizes_learn_side_by_side_as_they_learn_alone(
         for rate in (0.001, 0.01)[: 1 + seed % 2]:
             trials.append(Trial(config=config, lr=rate, train=rows, valid=valid))
     training = Training(data, trials)
-    for trial, made in zip(trials, _through(training), strict=True):
-        _assert_near(made, _alone(data, trial, training.steps_per_epoch), 1e-4)
+    for trial, result in zip(trials, _through(training), strict=True):
+        _assert_near(result, _alone(data, trial, training.steps_per_epoch), 1e-4)
 
 
 def test_a_lane_with_fewer_rows_goes_through_them_more_often() -> None:
@@ -666,11 +666,11 @@ def test_lines_are_recorded_by_member_in_their_order() -> None:
     data = _toy(80)
     trials = [_member(data, 0.01, seed=seed % 2) for seed in range(4)]
     lines: list[dict[int, dict[str, float]]] = []
-    made = train_stack(data, trials, report=lines.append)
+    result = train_stack(data, trials, report=lines.append)
     assert [list(line) for line in lines] == [[0, 1, 2, 3]] * 3
-    for number, one in enumerate(made):
+    for number, one in enumerate(result):
         assert one.epochs == [line[number] for line in lines]
-    _assert_near(made[0], made[2], 1e-6)
+    _assert_near(result[0], result[2], 1e-6)
 
 
 # --------------------------------------------------------------------------- stopping
@@ -706,25 +706,25 @@ def _many(data: Data, kind: str = "linear", **overrides: Any) -> list[Trial]:
 def test_stopping_losers_changes_nothing_for_the_rest(kind: str, optimizer: str) -> None:
     data = _toy(200)
     trials = _many(data, kind, optimizer=optimizer, dropout=0.3)
-    whole = train_stack(data, trials)
+    full = train_stack(data, trials)
     fewer = train_stack(data, trials, stop_rule=_halving)
     lengths = [len(one.epochs) for one in fewer]
     assert sorted(lengths) == [2, 2, 2, 3, 3, 5, 5]
     at_end = {epoch: train_stack(data, trials, stop_rule=_all_after(epoch)) for epoch in (2, 3)}
-    for number, (made, ended) in enumerate(zip(fewer, lengths, strict=True)):
-        assert made.epoch == ended - 1
+    for number, (result, ended) in enumerate(zip(fewer, lengths, strict=True)):
+        assert result.epoch == ended - 1
         # Who was stopped keeps what it had then.
-        wanted = at_end[ended][number] if ended < 5 else whole[number]
-        _assert_near(made, wanted, 1e-4)
+        wanted = at_end[ended][number] if ended < 5 else full[number]
+        _assert_near(result, wanted, 1e-4)
 
 
 def test_stopping_everybody_ends_the_training() -> None:
     data = _toy(100)
     trials = _many(data)
-    made = train_stack(data, trials, stop_rule=_all_after(1))
-    assert [len(one.epochs) for one in made] == [1] * 7
+    result = train_stack(data, trials, stop_rule=_all_after(1))
+    assert [len(one.epochs) for one in result] == [1] * 7
     once = train_stack(data, [replace(m, config=replace(m.config, epochs=1)) for m in trials])
-    for one, other in zip(made, once, strict=True):
+    for one, other in zip(result, once, strict=True):
         _assert_same(one, other)
 
 
@@ -742,13 +742,13 @@ def test_the_epoch_that_is_best_by_the_named_figure_is_kept(figure: str, multi: 
     full = train(data, _config(**overrides), 0.01)
     values = [line[figure] * (-1 if figure == "valid_loss" else 1) for line in full.epochs]
     best = int(np.argmax(values))
-    made = train(data, _config(**overrides, best=figure), 0.01)
-    assert made.epoch == best < 11
-    assert made.epochs == full.epochs
+    result = train(data, _config(**overrides, best=figure), 0.01)
+    assert result.epoch == best < 11
+    assert result.epochs == full.epochs
     overrides["epochs"] = best + 1
     short = train(data, _config(**overrides), 0.01)
     for name, value in short.state.items():
-        assert np.array_equal(made.state[name], value)
+        assert np.array_equal(result.state[name], value)
 
 
 @pytest.mark.parametrize(("figure", "multi"), CASES)
@@ -767,9 +767,9 @@ def test_training_ends_when_the_named_figure_has_not_improved_for_that_long(
             break
     lines: list[dict[str, float]] = []
     config = _config(**overrides, best=figure, patience=patience)
-    made = train(data, config, 0.01, report=lines.append)
-    assert made.epochs == lines == full.epochs[: epoch + 1]
-    assert made.epoch == best
+    result = train(data, config, 0.01, report=lines.append)
+    assert result.epochs == lines == full.epochs[: epoch + 1]
+    assert result.epoch == best
     assert epoch < 14
 
 
@@ -782,9 +782,9 @@ def test_each_head_of_a_stack_ends_by_its_own_patience() -> None:
         "patience": 2,
     }
     trials = [_member(data, rate, **overrides) for rate in (1e-4, 3e-3, 1e-2, 0.1)]
-    made = train_stack(data, trials)
-    assert len({len(one.epochs) for one in made}) > 2
-    for one, trial in zip(made, trials, strict=True):
+    result = train_stack(data, trials)
+    assert len({len(one.epochs) for one in result}) > 2
+    for one, trial in zip(result, trials, strict=True):
         alone = train(data, trial.config, trial.lr)
         assert one.epoch == alone.epoch
         _assert_near(one, alone, 1e-4)
@@ -810,10 +810,10 @@ def test_an_epoch_without_a_figure_is_never_the_best() -> None:
     training.stack.theta.copy_(theta)
     training.train_epoch()
     training.train_epoch()
-    made = training.trained_heads()[0]
-    assert np.isnan(made.epochs[0]["valid_loss"])
-    assert made.epoch > 0
-    assert np.isfinite(made.state["2.weight"]).all()
+    result = training.trained_heads()[0]
+    assert np.isnan(result.epochs[0]["valid_loss"])
+    assert result.epoch > 0
+    assert np.isfinite(result.state["2.weight"]).all()
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -855,13 +855,13 @@ def test_a_training_resumed_after_any_epoch_ends_in_the_very_same_weights(
     data = _toy(200, views=2)
     trials = _many(data, kind, optimizer=optimizer, **overrides)
     after_epoch = _Keep()
-    whole = train_stack(data, trials, stop_rule=losers, after_epoch=after_epoch)
+    full = train_stack(data, trials, stop_rule=losers, after_epoch=after_epoch)
     assert list(after_epoch.after) == [1, 2, 3, 4, 5]
     assert after_epoch.over
     for epoch, saved in after_epoch.after.items():
         again = _Keep()
         resumed = train_stack(data, trials, stop_rule=losers, resume_from=saved, after_epoch=again)
-        for one, other in zip(resumed, whole, strict=True):
+        for one, other in zip(resumed, full, strict=True):
             _assert_same(one, other)
         assert list(again.after) == list(range(epoch + 1, 6))
         for later, (tensors, facts) in again.after.items():  # and so after a second stop
@@ -874,10 +874,10 @@ def test_a_training_resumed_after_any_epoch_ends_in_the_very_same_weights(
 
 def test_a_training_whose_heads_have_all_ended_is_over_when_resumed() -> None:
     data, after_epoch = _toy(60), _Keep()
-    whole = train_stack(data, _many(data), stop_rule=_all_after(2), after_epoch=after_epoch)
+    full = train_stack(data, _many(data), stop_rule=_all_after(2), after_epoch=after_epoch)
     assert after_epoch.over
     again = train_stack(data, _many(data), resume_from=after_epoch.after[2])
-    for one, other in zip(again, whole, strict=True):
+    for one, other in zip(again, full, strict=True):
         _assert_same(one, other)
 
 
@@ -921,14 +921,14 @@ def test_auto_is_full_precision_on_a_cpu() -> None:
 def _assert_precise_enough(kind: str, asked: str, device: str) -> None:
     for multi in (False, True):
         data = _toy(600, apart=4, multi=multi, device=device)
-        plain, made = (
+        plain, result = (
             train(data, _config(head=kind, epochs=6, dropout=0.2, precision=one), 0.01).epochs[-1]
             for one in ("fp32", asked)
         )
-        assert made["accuracy"] == pytest.approx(plain["accuracy"], abs=0.01)
+        assert result["accuracy"] == pytest.approx(plain["accuracy"], abs=0.01)
         for what in ("train_loss", "valid_loss"):
-            assert made[what] == pytest.approx(plain[what], rel=0.05, abs=0.002)
-            assert made[what] != plain[what]  # or nothing was asked for
+            assert result[what] == pytest.approx(plain[what], rel=0.05, abs=0.002)
+            assert result[what] != plain[what]  # or nothing was asked for
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -948,7 +948,7 @@ def _assert_overflow_stays_at_home(kind: str, device: str) -> None:
         for rate in rates
     ]
     training = Training(data, trials)
-    made = _through(training)
+    result = _through(training)
     optimizer = training.optimizer
     assert optimizer.scale_GH is not None
     assert training.stack.theta.isfinite().all()
@@ -962,8 +962,8 @@ def _assert_overflow_stays_at_home(kind: str, device: str) -> None:
         alone = Training(data, [trial])
         (wanted,) = _through(alone)
         assert int(alone.optimizer.skipped_GH) == skipped < training.steps_per_epoch * 3
-        _assert_near(made[number], wanted, 1e-3)
-        assert made[number].epochs[-1]["train_loss"] < made[number].epochs[0]["train_loss"]
+        _assert_near(result[number], wanted, 1e-3)
+        assert result[number].epochs[-1]["train_loss"] < result[number].epochs[0]["train_loss"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -993,12 +993,12 @@ def test_a_head_that_overflows_on_the_gpu_leaves_the_others_alone(kind: str) -> 
 @pytest.mark.parametrize("multi", [False, True])
 @pytest.mark.parametrize("left", [False, True], ids=["on the device", "in the map"])
 def test_several_lanes_on_the_gpu_learn_as_on_the_cpu(kind: str, multi: bool, left: bool) -> None:
-    made = []
+    result = []
     for device in ("cpu", "cuda"):
         data = _toy(200, views=2, multi=multi, device=device)
         if left:
-            whole = _toy(200, views=2, multi=multi).feature.take(torch.arange(400))
-            parts = [whole.view(200, 2, -1).numpy()]
+            full = _toy(200, views=2, multi=multi).feature.take(torch.arange(400))
+            parts = [full.view(200, 2, -1).numpy()]
             data = replace(
                 data, feature=MemoryMappedFeatures(parts, np.arange(200), torch.device(device))
             )
@@ -1006,12 +1006,12 @@ def test_several_lanes_on_the_gpu_learn_as_on_the_cpu(kind: str, multi: bool, le
         torch.backends.cuda.matmul.allow_tf32 = False
         after_epoch = _Keep()
         trials = _many(data, kind, dropout=0.3, class_weights="balanced")
-        made.append(train_stack(data, trials, stop_rule=_halving, after_epoch=after_epoch))
+        result.append(train_stack(data, trials, stop_rule=_halving, after_epoch=after_epoch))
         again = train_stack(data, trials, stop_rule=_halving, resume_from=after_epoch.after[3])
         torch.backends.cuda.matmul.allow_tf32 = before
-        for one, other in zip(again, made[-1], strict=True):
+        for one, other in zip(again, result[-1], strict=True):
             _assert_near(one, other, 1e-5)
-    for one, other in zip(made[1], made[0], strict=True):
+    for one, other in zip(result[1], result[0], strict=True):
         _assert_near(one, other, 1e-3)
 
 
@@ -1086,8 +1086,8 @@ def _together(rank: int, folder: Path) -> None:
             if name in RESUMED:
                 tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
                 facts = json.loads((folder / f"{name}.json").read_text())
-                made = train_stack(data, trials, distributed, resume_from=(tensors, facts))
-                came[f"{name}, resumed"] = _told(made)
+                result = train_stack(data, trials, distributed, resume_from=(tensors, facts))
+                came[f"{name}, resumed"] = _told(result)
         (folder / f"{world}-{rank}.json").write_text(json.dumps(came))
         dist.barrier()
         dist.destroy_process_group()
@@ -1134,8 +1134,8 @@ def test_several_workers_come_to_the_numbers_of_one(
     by_world: dict[int, list[dict[str, Any]]], world: int, name: str
 ) -> None:
     near = 1e-4 if name.startswith("lesson") else 1e-5
-    wanted, made = by_world[1][0][name], by_world[world][0][name]
-    for one, other in zip(made, wanted, strict=True):
+    wanted, result = by_world[1][0][name], by_world[world][0][name]
+    for one, other in zip(result, wanted, strict=True):
         assert one["epoch"] == other["epoch"]
         assert len(one["epochs"]) == len(other["epochs"])
         for line, true in zip(one["epochs"], other["epochs"], strict=True):

@@ -1,4 +1,4 @@
-"""`arrowhead watch` says how far a run is, what binds it, and how it ended."""
+"""`arrowhead watch` shows the progress of a run, its bottleneck, and how it ended."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def test_an_interrupted_run_ends_the_watch_with_its_code(place, drawn, capsys):
     later.start()
     watched("cut", "--every", "0.2", code=130)
     assert cut.wait(timeout=60) == 130
-    said = capsys.readouterr().out.splitlines()
-    assert re.match(r"cut \w{8} · running for \d+ s", said[0])
-    ended = next(line for line in said if "killed" in line)
+    output = capsys.readouterr().out.splitlines()
+    assert re.match(r"cut \w{8} · running for \d+ s", output[0])
+    ended = next(line for line in output if "killed" in line)
     assert re.match(r"cut \w{8} · killed after \d+ s", ended)
 
 
@@ -137,8 +137,8 @@ def test_many_heads_are_counted_and_their_best_is_named(place, drawn, config, ca
     best = view.stages[0].stacks["heads"]["accuracy"]
     capsys.readouterr()
     watched("train", "--json")
-    told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["stages"][0]["stacks"]["heads"]["accuracy"] == best
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["stages"][0]["stacks"]["heads"]["accuracy"] == best
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +150,13 @@ def two(place: Path) -> tuple[str, str]:
         run_name="twin",
         system_metrics=False,
     )
-    made = []
+    result = []
     for number in range(2):
         with start(config, "fit", outbox=place / "unsent") as run, run.child("extract") as part:
             part.record({"progress.images": number}, step=number)
-        made.append(run.run_id)
+        result.append(run.run_id)
         time.sleep(0.01)
-    return made[0], made[1]
+    return result[0], result[1]
 
 
 def found(config: TrackingConfig, word: str | None) -> str:
@@ -201,10 +201,10 @@ def test_a_store_that_does_not_answer_and_a_run_that_is_silent_are_said(two, pla
         run.record({"progress.images": 1})
         run.flush()
         assert "nothing new" not in watch.lines(seen.look())[-1]
-        whole = file.read_bytes()
+        full = file.read_bytes()
         file.write_bytes(b"no database" * 1000)
         view = seen.look()
         assert view.run_id == run.run_id
         assert "the store does not answer: " in "\n".join(watch.lines(view))
-        file.write_bytes(whole)
+        file.write_bytes(full)
         assert seen.look().trouble is None

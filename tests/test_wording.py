@@ -1,4 +1,4 @@
-"""What is printed for a person to read, or to paste, reads back as what was meant."""
+"""Printed text is correct, and printed commands can be pasted into a shell."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_a_printed_command_can_be_pasted(shell):
         pytest.skip(f"no {shell} here")
     shown = visible(command(["printf", r"%s\0", *NAMES]))
     assert shown.isprintable()
-    made = subprocess.run([shell, "-c", shown], capture_output=True, check=True).stdout
-    assert made.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
+    result = subprocess.run([shell, "-c", shown], capture_output=True, check=True).stdout
+    assert result.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -52,8 +52,8 @@ def test_a_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding)
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
     shown = subprocess.run([sys.executable, "-c", words], capture_output=True, env=env, check=True)
     line = shown.stdout.decode(encoding).encode().decode()
-    made = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
-    assert made.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
+    result = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
+    assert result.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
 
 
 def test_quotes_in_a_word_do_not_make_it_unreadable():
