@@ -203,7 +203,7 @@ def predictions(
         yield f"C {strength:g}", model.predict(test_feature), seconds, ""
     for kind in head_kinds:
         start = time.perf_counter()
-        learned = commands_train.learn(store.path, Study(head=TrainConfig(head=kind)))  # type: ignore[arg-type]
+        learned = commands_train.run_study(store.path, Study(head=TrainConfig(head=kind)))  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
         assert learned.config is not None
         state = {name: torch.from_numpy(value) for name, value in learned.winner.state.items()}

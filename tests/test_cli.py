@@ -175,9 +175,9 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
 ):
     seen = []
     monkeypatch.setattr(train, "Store", lambda path: path)
-    monkeypatch.setattr("arrowhead.reporting.extraction.say_account", lambda *args: None)
+    monkeypatch.setattr("arrowhead.reporting.extraction.show_store", lambda *args: None)
     monkeypatch.setattr(
-        "arrowhead.commands.train.fit_head", lambda *args: seen.append(args[2]) or {}
+        "arrowhead.commands.train.train_bundle", lambda *args: seen.append(args[2]) or {}
     )
     toml = tmp_path / "train.toml"
     toml.write_text('[train]\nrate = 0.5\nepochs = 3\nhead = "lesson"\n')

@@ -353,6 +353,6 @@ def test_fit_and_score_write_to_the_folder_that_one_stands_in(
 
 def test_a_second_training_of_a_bundle_is_told_which(here, store, tmp_path, capsys):
     bundle = tmp_path / "bundle"
-    with fileio.occupied(train.training_of(bundle)):
+    with fileio.occupied(train.checkpoint_dir_of(bundle)):
         result = refused(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
     assert f"{bundle} is being written" in result and ".training" not in result

@@ -45,7 +45,7 @@ from arrowhead.inference.predictor import Predictor
 from arrowhead.output_paths import check_folder
 from arrowhead.printable import encodable, visible
 from arrowhead.reporting import run_context
-from arrowhead.reporting.run_context import RunContext, Silence
+from arrowhead.reporting.run_context import RunContext, SilentScreen
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.lr_finder import Curve, FinderConfig
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class _PrintingScreen(Silence):
+class _PrintingScreen(SilentScreen):
     """A screen that prints lines with `print`."""
 
     def say(self, line: str) -> None:
@@ -295,8 +295,8 @@ class Learner:
             resume = self._trained and not fresh and before.head == self._config.head
             start = self._trained.state if resume and self._trained else None
             study = Study(head=self._config, initial_state=start)
-            run_context.params(context, {f"train.{k}": v for k, v in settings.items()})
-            result = train.learn(self.store.path, study, context)
+            run_context.log_params(context, {f"train.{k}": v for k, v in settings.items()})
+            result = train.run_study(self.store.path, study, context)
         self._trained = result.heads[0]
         self._close_predictor()
         return self._trained.epochs
@@ -333,7 +333,7 @@ class Learner:
         """
         with _python_refusals(), self._run("lr-find") as context:
             finder = FinderConfig(**_check_settings(overrides, FinderConfig))
-            curve = train.find_rate(self.store.path, self._config, finder, context)
+            curve = train.find_learning_rate(self.store.path, self._config, finder, context)
         fields = {f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)}
         drawn_curve = DrawnCurve(**fields)
         examine_figures.display(examine_figures.lr_figure(drawn_curve))
@@ -349,7 +349,7 @@ class Learner:
         """
         with _python_refusals():
             out = check_folder(Path(path), "bundle")
-            return train.save(self.store, self._config, self._fitted(), out, self._context)
+            return train.save_bundle(self.store, self._config, self._fitted(), out, self._context)
 
     @contextmanager
     def _run(self, name: str) -> Iterator[RunContext]:
@@ -369,7 +369,7 @@ class Learner:
             with tempfile.TemporaryDirectory(prefix="arrowhead-learner-") as scratch:
                 bundle = Path(scratch) / "bundle"
                 quiet = RunContext()
-                train.save(self.store, self._config, self._fitted(), bundle, quiet)
+                train.save_bundle(self.store, self._config, self._fitted(), bundle, quiet)
                 self._cached_predictor = Predictor(bundle)
         return self._cached_predictor
 

@@ -1,7 +1,7 @@
 """Build a bundle from a feature store and a trained head.
 
 Fits the temperature and the thresholds, evaluates the head, and adds the novelty detector, the
-golden images and the lineage. Reads the store alone: no photos, no Ray, no MLflow.
+golden images and the lineage. Reads only the store: no photos, and neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from arrowhead.bundle import golden
 from arrowhead.bundle.format import Bundle
 from arrowhead.bundle.known_images import KnownImages
 from arrowhead.data.catalog import Catalog
-from arrowhead.evaluation import calibration, metrics, novelty
+from arrowhead.evaluation import calibration, novelty
+from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.features import extract
 from arrowhead.features.store import Features, Store
@@ -39,7 +40,7 @@ def build(
 ) -> Bundle:
     """Build the bundle of a trained head.
 
-    Temperature and thresholds are fitted to the validation images; their figures come from
+    Temperature and thresholds are fitted to the validation images; their metrics come from
     cross-fitting (see `calibration.calibrate`). Test images, if there are any, are only evaluated:
     nothing is fitted to them.
 
@@ -55,7 +56,7 @@ def build(
         `test_`).
     """
     valid = store.features("valid")
-    bundle = _uncalibrated(store, config, trained, multi=valid.multi)
+    bundle = _uncalibrated_bundle(store, config, trained, multi=valid.multi)
     head = bundle.make_head()
     logit_NC = _logits(head, valid)
     calibrated = calibration.calibrate(logit_NC, valid.label, valid.image_id, bundle.classes)
@@ -63,18 +64,20 @@ def build(
         "temperature": calibrated.temperature,
         "thresholds": calibrated.thresholds,
     }
-    figures = metrics.evaluate(logit_NC, valid.label, bundle.classes, **decision)
-    figures |= calibrated.metrics
+    metrics = evaluation_metrics.evaluate(logit_NC, valid.label, bundle.classes, **decision)
+    metrics |= calibrated.metrics
     test = store.features("test")
     if len(test.row):
-        tested = metrics.evaluate(_logits(head, test), test.label, bundle.classes, **decision)
-        figures |= {f"test_{name}": value for name, value in tested.items()}
+        tested = evaluation_metrics.evaluate(
+            _logits(head, test), test.label, bundle.classes, **decision
+        )
+        metrics |= {f"test_{name}": value for name, value in tested.items()}
     train_ids = store.features("train", rows_only=True).image_id
     bundle = dataclasses.replace(
         bundle,
         temperature=calibrated.temperature,
         thresholds=None if calibrated.thresholds is None else calibrated.thresholds.tolist(),
-        metrics=figures,
+        metrics=metrics,
         lineage=_lineage(store, config, trained) | lineage,
         novelty=_novelty(store, valid),
         known_images=KnownImages.from_ids(train_ids, valid.image_id),
@@ -82,7 +85,7 @@ def build(
     return dataclasses.replace(bundle, golden=golden.choose(store, bundle, candidates))
 
 
-def _uncalibrated(
+def _uncalibrated_bundle(
     store: Store, config: TrainConfig, trained: TrainedHead, *, multi: bool
 ) -> Bundle:
     """The backbone and the head, at temperature 1 and without metrics."""

@@ -24,7 +24,7 @@ def choose(store: Store, bundle: Bundle, candidates: Mapping[bytes, bytes]) -> l
 
     Args:
         store: The feature store with the candidates' features.
-        bundle: The bundle, complete but for its golden images.
+        bundle: The bundle, complete except for its golden images.
         candidates: Image files by image id.
 
     Returns:

@@ -97,7 +97,9 @@ def _lock_checkpoints(run_file: Path | None, say: Callable[[str], None]) -> Iter
     from arrowhead import fileio
     from arrowhead.commands import train
 
-    with fileio.occupied(run_file.parent, say, shown=train.bundle_of(run_file.parent)):
+    with fileio.occupied(
+        run_file.parent, say, shown=train.bundle_of_checkpoint_dir(run_file.parent)
+    ):
         yield
 
 

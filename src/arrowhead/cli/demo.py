@@ -51,14 +51,14 @@ def demo(
     from arrowhead import demo as demo_images
     from arrowhead.commands import score
     from arrowhead.commands import train as commands_train
-    from arrowhead.reporting.run_context import child
+    from arrowhead.reporting.run_context import child_context
 
     out = check_folder(out, "results")
     images, fitted, bundle = out / "images", out / "fit", out / "fit" / "bundle"
     for folder, kind in ((images, "results"), (fitted / "store", "store"), (bundle, "bundle")):
         check_folder(folder, kind)
     study = Study(head=head)
-    run_file = commands_train.unfinished(bundle, "demo", study)
+    run_file = commands_train.run_file(bundle, "demo", study)
     with run_context("demo", launch, tracking, output, run_file) as context:
         if not images.is_dir():
             draft = out / ".images.draft"  # perhaps left by a demo that was stopped
@@ -71,9 +71,9 @@ def demo(
         config = FeatureConfig(body=_demo_body(context.screen))
         result = commands_train.fit(images, fitted, config, study, context)
         scores = _new_folder(out / "scores")
-        with child(context, "score") as child_context:
+        with child_context(context, "score") as score_context:
             scored = score.score(
-                bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), child_context
+                bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), score_context
             )
         counts = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
         context.screen.say(f"labels of the images in {images / 'new'}: {counts}")

@@ -95,7 +95,7 @@ def fit(
         check_folder(folder, "bundle")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     study = Study(head=head, finder=finder, sweep=sweep)
-    run_file = commands_train.unfinished(out / "bundle", data, images, study)
+    run_file = commands_train.run_file(out / "bundle", data, images, study)
     images, catalog = _prepare(data, out / "store", images, Screen(to_stderr=output.json))
     sources.must_validate(data, catalog)
     with run_context("fit", launch, tracking, output, run_file, registry) as context:
@@ -207,8 +207,8 @@ def lr_find(
     Store(store := expanded(store))
     check_folder(store, "store")
     with run_context("lr-find", launch, tracking, output) as context:
-        extraction.say_account(store, context.screen)
-        curve = commands_train.find_rate(store, head, finder, context)
+        extraction.show_store(store, context.screen)
+        curve = commands_train.find_learning_rate(store, head, finder, context)
         result = curve.plain() | {"rate": curve.rate, "figure": str(store / "lr_finder.png")}
         files = [store / "lr_finder.png", store / "lr_finder.csv"]
         result["files"] = show_written(context.screen, files)
@@ -252,10 +252,10 @@ def train(
     bundle, previous = bundles(check_folder(bundle, "bundle"))
     check_folder(previous, "bundle")
     study = Study(head=head, finder=finder, sweep=sweep)
-    run_file = commands_train.unfinished(bundle, store.absolute(), study)
+    run_file = commands_train.run_file(bundle, store.absolute(), study)
     with run_context("train", launch, tracking, output, run_file, registry) as context:
-        extraction.say_account(store, context.screen)
-        result = commands_train.fit_head(store, bundle, study, context, golden)
+        extraction.show_store(store, context.screen)
+        result = commands_train.train_bundle(store, bundle, study, context, golden)
         result["files"] = show_written(context.screen, bundles(bundle))
         show_next_commands(context.screen, [[program(), "score", bundle, "IMAGES", "SCORES"]])
     return finish(result, output)

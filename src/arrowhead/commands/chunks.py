@@ -1,4 +1,4 @@
-"""Chunks of a catalog given to workers, and their reports added up."""
+"""Run a stage over the chunks of a catalog, and add up what its workers report."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from arrowhead.features import extract
 from arrowhead.features.store import Store
 from arrowhead.reporting import run_context, scoring, training
-from arrowhead.reporting.progress import Progress, Work
+from arrowhead.reporting.progress import ProgressRecorder, WorkTotals
 from arrowhead.reporting.run_context import RunContext
 from arrowhead.runtime import launch
 
 
-def fault_list(store: Store, most: int = 1000) -> list[dict[str, str]]:
-    """Path and fault of the first `most` images that could not be read."""
-    found = [
+def list_faults(store: Store, max_faults: int = 1000) -> list[dict[str, str]]:
+    """Path and fault of the first images that could not be read."""
+    faults = [
         {"path": path, "fault": fault}
         for rows in store.shards()
         for path, fault in zip(rows.paths, rows.faults, strict=True)
         if fault
     ]
-    return found[:most]
+    return faults[:max_faults]
 
 
 def run_chunks(
@@ -30,53 +30,59 @@ def run_chunks(
     args: tuple[Any, ...],
     tasks: list[int],
     total: int,
-    there: int,
+    done_before: int,
     title: str,
     context: RunContext,
-) -> Work:
-    """Run a chunk-claiming stage on all workers, shown as one bar. total: images in these tasks;
-    there: images of the others, which are done.
+) -> WorkTotals:
+    """Run a stage on all workers, with a progress bar.
+
+    Args:
+        stage: Takes chunks with `worker.next_task` until there are none.
+        args: Arguments of the stage after the worker.
+        tasks: Numbers of the chunks to do.
+        total: Images in these chunks.
+        done_before: Images in the other chunks, which are done.
+        title: Of the progress bar and the measurements.
+        context: Where to run, show and record.
     """
-    done = Work()
+    work = WorkTotals()
     if not tasks:
-        return done
-    progress = Progress(context.run, done, there, there + total)
+        return work
+    progress = ProgressRecorder(context.run, work, done_before, done_before + total)
     with context.screen.bar(title, total) as advance:
 
-        def listen(message: dict[str, Any]) -> None:
-            if "restart" in message:
-                training.say_restart(message, context.screen)
-                return
-            if "warning" in message:
-                context.screen.say(message["warning"])
-                return
-            if "drift" in message:
-                if done.drift is None:  # the others are machines like this one, or refuse
-                    scoring.say_drift(message["drift"], context.screen)
-                done.drift = max(done.drift or {}, message["drift"], key=_far)
-                return
-            done.add(message)
-            faults = sum(message["faults"].values())
-            advance(message["files"], faults, extract.bottleneck(done.seconds))
-            progress()
+        def on_report(report: dict[str, Any]) -> None:
+            if "restart" in report:
+                training.show_restart(report, context.screen)
+            elif "warning" in report:
+                context.screen.say(report["warning"])
+            elif "drift" in report:
+                if work.drift is None:  # shown once: the others are equal, or end with an error
+                    scoring.show_drift(report["drift"], context.screen)
+                work.drift = max(work.drift or {}, report["drift"], key=_drift_size)
+            else:
+                work.add(report)
+                faults = sum(report["faults"].values())
+                advance(report["files"], faults, extract.bottleneck(work.seconds))
+                progress.record_if_due()
 
-        def sized(workers: int) -> None:
-            done.workers = workers
+        def on_start(workers: int) -> None:
+            work.workers = workers
 
-        began = perf_counter()
+        start = perf_counter()
         launch.run(
             stage,
             *args,
             config=context.launch,
             tasks=tasks,
-            on_report=listen,
-            on_start=sized,
-            labels=run_context.labels(context, title),
+            on_report=on_report,
+            on_start=on_start,
+            labels=run_context.metric_labels(context, title),
         )
-        done.seconds["workers"] = perf_counter() - began
-    progress.now()
-    return done
+        work.seconds["workers"] = perf_counter() - start
+    progress.record()
+    return work
 
 
-def _far(drift: dict[str, Any]) -> tuple[int, float]:
+def _drift_size(drift: dict[str, Any]) -> tuple[int, float]:
     return drift.get("changed", -1), drift.get("feature", -1.0)

@@ -1,4 +1,4 @@
-"""From photos to a feature store."""
+"""The command precompute: compute the features of images into a feature store."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from arrowhead.features.backbone import Body
 from arrowhead.features.feature_config import FeatureConfig, resolve_weights
 from arrowhead.features.store import Store
 from arrowhead.reporting import extraction, recording, run_context
-from arrowhead.reporting.progress import Work
+from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import RunContext
 
-TRIED_AGAIN = ("unreadable", "decoder_crash")  # faults that the next run may not find
-NAMED = 5  # files with faults, by path
+RETRIED_FAULTS = ("unreadable", "decoder_crash")  # a later run may not have these faults
+MAX_FAULTS_SHOWN = 5
 MAX_TRIES = 255  # what the catalog's column holds
 
 
@@ -35,124 +35,64 @@ def precompute(
     images: FeatureConfig,
     context: RunContext = RunContext(),
 ) -> dict[str, Any]:
-    """Make the store at `path` hold a feature of every image of `data` (see `labelled`), which
-    may have been listed already.
+    """Compute the features of all images into a store; skip images that it has already.
 
-    Images whose features are there already are not decoded again. Returns counts {inputs,
-    features, decoded, looked_up, skipped, reused, fallback, faults, ignored}, faults with their
-    paths, seconds by stage, store, fingerprint. Raises ConfigError if the store was made in
-    another way or another command is writing it, DataError if something in it has changed.
+    Args:
+        data: A catalog, or what `sources.labelled` lists.
+        path: The folder of the store.
+        images: How labels, pixels and features are made.
+        context: Where to run, show and record.
+
+    Returns:
+        counts {inputs, features, decoded, looked_up, skipped, reused, fallback, faults, ignored},
+        the first faults with their paths, faults by kind, seconds by stage, and the store.
+
+    Raises:
+        ConfigError: If the store has another recipe, or another command is writing it.
+        DataError: If a file of the store has changed.
     """
-    began = perf_counter()
-    catalog = data if isinstance(data, Catalog) else sources.labelled(data, images.source)
-    store = _store(path, images)
+    start = perf_counter()
+    listed = data if isinstance(data, Catalog) else sources.labelled(data, images.source)
+    store = _open_store(path, images)
     with store.lock(context.screen.say):
         intact = store.intact_shards()
         store.check_unlisted_shards()
-        extraction.say_source(catalog, context.screen)
-        extraction.say_classes(store, catalog, context.screen)
-        catalog = _tried_again(store, catalog, images.extract.max_bytes)
-        run_context.params(
-            context, {f"recipe.{k}": v for k, v in dataclasses.asdict(store.recipe).items()}
-        )
-        runs = data_chunks.chunks(catalog.paths, store.chunk_size)
-        names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in runs]
-        store.write_pending(catalog.columns())
-        missing = [i for i, name in enumerate(names) if not store.shard_path(name).is_file()]
-        total = sum(len(runs[i]) for i in missing)
-        args = path, images.pixels, images.extract
-        there = len(catalog) - total
-        done = chunks.run_chunks(extract.extract, args, missing, total, there, "extract", context)
-        manifest, drawn = _complete(store, catalog, names, images, intact)
-        extraction.say_split(catalog, drawn, context.screen)
-    done.seconds["wall"] = perf_counter() - began
-    redone = {names[i] for i in missing}
+        extraction.show_source(listed, context.screen)
+        extraction.show_class_changes(store, listed, context.screen)
+        listed = _count_retries(store, listed, images.extract.max_bytes)
+        recipe = dataclasses.asdict(store.recipe)
+        run_context.log_params(context, {f"recipe.{k}": v for k, v in recipe.items()})
+        names, missing, work = _extract_missing(store, listed, images, context)
+        manifest, catalog = _commit(store, listed, names, images, intact)
+        extraction.show_split(listed, catalog, context.screen)
+    work.seconds["wall"] = perf_counter() - start
     skipped = sum(
-        one["files"] - one["faults"] for one in manifest["shards"] if one["name"] not in redone
+        shard["files"] - shard["faults"]
+        for shard in manifest["shards"]
+        if shard["name"] not in missing
     )
-    faults = sum(one["faults"] for one in manifest["shards"])
-    counts = _balance(catalog, faults, done, skipped)
-    extraction.say_counts(context, counts, done)
-    kinds = sum((Counter(one["kinds"]) for one in manifest["shards"]), Counter[str]())
-    torn = chunks.fault_list(store) if faults else []
-    first = [one["path"] for one in torn[:NAMED]]
-    extraction.say_faults(kinds, first, store.path / "shards", context.screen)
-    if context.top:
-        recording.datasets(context.top, drawn)
-    if context.run:
-        context.run.record(counts | {f"seconds.{k}": v for k, v in done.seconds.items()})
-        context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
+    fault_count = sum(shard["faults"] for shard in manifest["shards"])
+    counts = _counts(catalog, fault_count, work, skipped)
+    kinds = sum((Counter(shard["kinds"]) for shard in manifest["shards"]), Counter[str]())
+    faults = chunks.list_faults(store) if fault_count else []
+    _report(store, catalog, counts, work, context)
+    paths = [one["path"] for one in faults[:MAX_FAULTS_SHOWN]]
+    extraction.show_faults(kinds, paths, store.path / "shards", context.screen)
     return {
         "counts": counts,
-        "faults": torn,
+        "faults": faults,
         "fault_kinds": dict(kinds),
-        "seconds": dict(done.seconds),
-        "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
+        "seconds": dict(work.seconds),
+        "roofline": extract.roofline(work.seconds, work.decoded, work.workers),
         "store": str(path),
         "fingerprint": store.recipe.fingerprint,
         "classes": manifest["classes"],
-        "too_many_faults": images.extract.too_many(faults, len(catalog)),
+        "too_many_faults": images.extract.too_many(fault_count, len(catalog)),
     }
 
 
-def _balance(catalog: Catalog, faults: int, done: Work, skipped: int) -> dict[str, int]:
-    """The account of all files that were seen: inputs = features + faults + ignored."""
-    features = done.decoded + done.looked_up + skipped
-    if features + faults != len(catalog):
-        raise AssertionError(
-            f"{len(catalog)} images, but {features} features and {faults} faults: {done}"
-        )
-    return {
-        "inputs": features + faults + catalog.ignored,
-        "features": features,
-        "decoded": done.decoded,
-        "looked_up": done.looked_up,
-        "skipped": skipped,
-        "reused": done.looked_up + skipped,
-        "fallback": done.fallback,
-        "faults": faults,
-        "ignored": catalog.ignored,
-    }
-
-
-def _tried_again(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
-    """The catalog, with one more try for each file that could not be read and now can, and for each
-    that the decoder's process died over.
-
-    Its stamp is as before (a permission given leaves it), so only the count of tries gives its
-    shard another name.
-    """
-    if not (store.path / "manifest.json").is_file():
-        return catalog
-    manifest = store.manifest()
-    kept = store.path / manifest["catalog"]["name"]
-    passing = [one for one in manifest["shards"] if {*TRIED_AGAIN} & {*one["kinds"]}]
-    if not kept.is_file() or not (passing or manifest["catalog"]["tries"]):
-        return catalog
-    old = Catalog(**store.read_catalog())
-    faults = {
-        path: fault
-        for one in passing
-        for rows in [store.read_shard(one["name"])]
-        for path, fault in zip(rows.paths, rows.faults, strict=True)
-        if fault and fault.startswith(TRIED_AGAIN)
-    }
-    tries = catalog.tries.copy()
-    for was in np.flatnonzero(
-        [n > 0 or p in faults for n, p in zip(old.tries, old.paths, strict=True)]
-    ):
-        row = bisect.bisect_left(catalog.paths, old.paths[was])
-        same = row < len(catalog) and catalog.paths[row] == old.paths[was]
-        if same and (catalog.sizes[row], catalog.stamps[row]) == (old.sizes[was], old.stamps[was]):
-            tries[row] = old.tries[was]
-            if old.paths[was] in faults and tries[row] < MAX_TRIES:
-                _, fault = catalog.read(row, max_bytes)
-                tries[row] += not (fault or "").startswith("unreadable")
-    return dataclasses.replace(catalog, tries=tries)
-
-
-def _store(path: Path, images: FeatureConfig) -> Store:
-    """The store for these settings, its body's weights inside."""
+def _open_store(path: Path, images: FeatureConfig) -> Store:
+    """Open or create the store for these settings, with the weights of the body in it."""
     import safetensors.torch
 
     weights = resolve_weights(path, images.body)
@@ -165,7 +105,7 @@ def _store(path: Path, images: FeatureConfig) -> Store:
         size=images.pixels.size,
     )
     recipe = extract.make_recipe(images.pixels, images.body, weights, body.width)
-    if (path / "store.json").is_file():  # it goes on as it was begun, photo by photo
+    if (path / "store.json").is_file():  # an older store keeps the decoder that it was begun with
         recipe = dataclasses.replace(recipe, decoder=Store(path).recipe.decoder)
     store = Store.create(path, recipe, images.extract.chunk_size)
     if not store.weights_path.is_file():
@@ -174,28 +114,123 @@ def _store(path: Path, images: FeatureConfig) -> Store:
     return store
 
 
-def _complete(
+def _count_retries(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
+    """Count one more try for each file that could not be read before and now can, and for each that
+    crashed the decoder.
+
+    The number of tries is part of a shard's name, so these files are decoded again although their
+    size and time are unchanged (a change of permissions leaves both).
+    """
+    if not (store.path / "manifest.json").is_file():
+        return catalog
+    manifest = store.manifest()
+    old_catalog = store.path / manifest["catalog"]["name"]
+    retried = [one for one in manifest["shards"] if {*RETRIED_FAULTS} & {*one["kinds"]}]
+    if not old_catalog.is_file() or not (retried or manifest["catalog"]["tries"]):
+        return catalog
+    old = Catalog(**store.read_catalog())
+    faults = {
+        path: fault
+        for one in retried
+        for rows in [store.read_shard(one["name"])]
+        for path, fault in zip(rows.paths, rows.faults, strict=True)
+        if fault and fault.startswith(RETRIED_FAULTS)
+    }
+    tries = catalog.tries.copy()
+    for old_row in np.flatnonzero(
+        [n > 0 or path in faults for n, path in zip(old.tries, old.paths, strict=True)]
+    ):
+        path = old.paths[old_row]
+        row = bisect.bisect_left(catalog.paths, path)
+        if row == len(catalog) or catalog.paths[row] != path:
+            continue
+        unchanged = (catalog.sizes[row], catalog.stamps[row]) == (
+            old.sizes[old_row],
+            old.stamps[old_row],
+        )
+        if unchanged:
+            tries[row] = old.tries[old_row]
+            if path in faults and tries[row] < MAX_TRIES:
+                _, fault = catalog.read(row, max_bytes)
+                tries[row] += not (fault or "").startswith("unreadable")
+    return dataclasses.replace(catalog, tries=tries)
+
+
+def _extract_missing(
+    store: Store, catalog: Catalog, images: FeatureConfig, context: RunContext
+) -> tuple[list[str], set[str], WorkTotals]:
+    """Compute the shards that the store lacks.
+
+    Returns:
+        The names of the catalog's shards, the names of those that were computed, and the work.
+    """
+    chunk_rows = data_chunks.chunks(catalog.paths, store.chunk_size)
+    names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
+    store.write_pending(catalog.columns())
+    missing = [i for i, name in enumerate(names) if not store.shard_path(name).is_file()]
+    total = sum(len(chunk_rows[i]) for i in missing)
+    args = store.path, images.pixels, images.extract
+    work = chunks.run_chunks(
+        extract.extract, args, missing, total, len(catalog) - total, "extract", context
+    )
+    return names, {names[i] for i in missing}, work
+
+
+def _commit(
     store: Store,
     catalog: Catalog,
     names: list[str],
     images: FeatureConfig,
     intact: dict[str, str],
 ) -> tuple[dict[str, Any], Catalog]:
-    """Check that every file has its row, draw the splits, keep golden images, write catalog and
-    manifest.
+    """Draw missing splits, save candidates for golden images, write catalog and manifest.
+
+    Returns:
+        The manifest, and the catalog with every split.
     """
-    parts = [store.read_shard(name) for name in names]
-    if [path for rows in parts for path in rows.paths] != catalog.paths:
+    shards = [store.read_shard(name) for name in names]
+    if [path for rows in shards for path in rows.paths] != catalog.paths:
         raise AssertionError("the shards do not hold every file of the catalog once, in order")
-    ids = [image_id for rows in parts for image_id in rows.image_ids]
-    faults = [fault for rows in parts for fault in rows.faults]
-    faulty = [fault is not None for fault in faults]
-    drawn = splits.drawn(catalog, ids, images.source.valid_share, faulty)
-    kept = (
-        golden_images.save_candidates(store, drawn, ids, faults)
+    ids = [image_id for rows in shards for image_id in rows.image_ids]
+    faults = [fault for rows in shards for fault in rows.faults]
+    is_faulty = [fault is not None for fault in faults]
+    catalog = splits.drawn(catalog, ids, images.source.valid_share, is_faulty)
+    golden = (
+        golden_images.save_candidates(store, catalog, ids, faults)
         if images.golden.golden_images
         else []
     )
-    manifest = store.commit(names, drawn.columns(), intact, kept)
+    manifest = store.commit(names, catalog.columns(), intact, golden)
     store.delete_pending()
-    return manifest, drawn
+    return manifest, catalog
+
+
+def _counts(catalog: Catalog, faults: int, work: WorkTotals, skipped: int) -> dict[str, int]:
+    """Counts of all files, with inputs = features + faults + ignored."""
+    features = work.decoded + work.looked_up + skipped
+    if features + faults != len(catalog):
+        raise AssertionError(
+            f"{len(catalog)} images, but {features} features and {faults} faults: {work}"
+        )
+    return {
+        "inputs": features + faults + catalog.ignored,
+        "features": features,
+        "decoded": work.decoded,
+        "looked_up": work.looked_up,
+        "skipped": skipped,
+        "reused": work.looked_up + skipped,
+        "fallback": work.fallback,
+        "faults": faults,
+        "ignored": catalog.ignored,
+    }
+
+
+def _report(
+    store: Store, catalog: Catalog, counts: dict[str, int], work: WorkTotals, context: RunContext
+) -> None:
+    extraction.show_extraction(context.screen, counts, work)
+    if context.root_run:
+        recording.log_datasets(context.root_run, catalog)
+    if context.run:
+        context.run.record(counts | {f"seconds.{k}": v for k, v in work.seconds.items()})
+        context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})

@@ -1,7 +1,7 @@
-"""A bundle on images: scored, or evaluated where they have labels; launched, shown and recorded.
+"""The commands score and evaluate: run a bundle on images.
 
 score        bundle, images          -> Parquet parts, score.json
-evaluate     bundle, labelled images -> the same, and every figure
+evaluate     bundle, labelled images -> the same, and every metric
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
 from arrowhead.inference.summary import ScoreSummary
 from arrowhead.output_paths import check_folder
 from arrowhead.reporting import evaluation, extraction, recording, scoring
+from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import RunContext
 from arrowhead.tracking.client import TrackingConfig
 
@@ -41,36 +42,50 @@ def score(
     images: str | Path,
     out: Path,
     config: ScoreConfig,
-    how: ExtractConfig,
+    extract_config: ExtractConfig,
     context: RunContext,
     tracking: TrackingConfig = TrackingConfig(),
 ) -> dict[str, Any]:
-    """Score every file of `images` (see `sources.unlabelled`) with a bundle (see
-    `resolve.bundle_folder`).
+    """Score images with a bundle.
 
-    Returns counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel
-    (None without --flag-novel), ignored} with inputs = scored + faults, faults by kind, labels,
-    drift, seconds by stage.
+    Args:
+        address: The bundle (see `resolve.bundle_folder`).
+        images: The images (see `sources.unlabelled`).
+        out: The folder for the scores.
+        config: What is written for each image.
+        extract_config: How images are read and decoded.
+        context: Where to run, show and record.
+        tracking: The tracking store of a bundle in MLflow.
+
+    Returns:
+        counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel (None
+        without --flag-novel), ignored} with inputs = scored + faults, faults by kind, labels,
+        drift, seconds by stage.
     """
-    with fileio.occupied(out, context.screen.say), _at_hand(str(address), tracking, out) as path:
-        loaded = bundle_format.load(path)
+    with (
+        fileio.occupied(out, context.screen.say),
+        _local_bundle(str(address), tracking, out) as path,
+    ):
+        bundle = bundle_format.load(path)
         source = SourceConfig(
             images=config.base, suffix=config.suffix, path_column=config.path_column
         )
         catalog = sources.unlabelled(images, source, base_flag="--base")
-        extraction.say_source(catalog, context.screen)
-        made = _scored(path, loaded, catalog, out, config, how, context, "scoring")
-        scoring.say_folders(made.held, context.screen)
-        # One of an earlier command would else say what the parts no longer say.
-        asked = config.csv or layout.csv_path(out).is_file()
-        table = inference_score.write_csv(made.request, loaded) if asked else None
-        result = made.result | {"bundle": str(address), "csv": str(table) if table else None}
-        if made.fresh:
-            inference_score.write_summary(made.request, result, loaded)
-        elif table:
-            score_request.update_csv_digest(made.request.output_dir)
+        extraction.show_source(catalog, context.screen)
+        scores = _score_catalog(
+            path, bundle, catalog, out, config, extract_config, context, "scoring"
+        )
+        scoring.show_label_trust(scores.summary, context.screen)
+        # A CSV of an earlier command is written again: it would not agree with the parts.
+        wants_csv = config.csv or layout.csv_path(out).is_file()
+        csv = inference_score.write_csv(scores.request, bundle) if wants_csv else None
+        result = scores.result | {"bundle": str(address), "csv": str(csv) if csv else None}
+        if scores.changed:
+            inference_score.write_summary(scores.request, result, bundle)
+        elif csv:
+            score_request.update_csv_digest(scores.request.output_dir)
     if context.run:
-        scoring.show_scores(result, made.held, out, context.run)
+        scoring.record_scores(result, scores.summary, out, context.run)
     return result
 
 
@@ -80,124 +95,161 @@ def evaluate(
     out: Path | None,
     source: SourceConfig,
     config: EvaluateConfig,
-    how: ExtractConfig,
+    extract_config: ExtractConfig,
     context: RunContext,
     tracking: TrackingConfig = TrackingConfig(),
 ) -> dict[str, Any]:
-    """Score labelled images with a bundle and tell how good the scores are.
+    """Score labelled images with a bundle and compute its metrics on them.
 
-    Returns what `score` does and `metrics` (see `compute_metrics`). out: None for a folder in the
-    working directory (see `inference.evaluate.default_output_dir`).
+    Args:
+        address: The bundle (see `resolve.bundle_folder`).
+        data: The labelled images (see `sources.labelled`).
+        out: The folder for scores and metrics; None for one in the working directory (see
+            `inference.evaluate.default_output_dir`).
+        source: How labels are read.
+        config: The split, and what is written for each image.
+        extract_config: How images are read and decoded.
+        context: Where to run, show and record.
+        tracking: The tracking store of a bundle in MLflow.
+
+    Returns:
+        What `score` returns, and metrics (see `inference.evaluate.compute_metrics`).
     """
     catalog = inference_evaluate.list_images(data, source)
     out = out or check_folder(
         inference_evaluate.default_output_dir(str(address), str(data), catalog), "scores"
     )
-    with fileio.occupied(out, context.screen.say), _at_hand(str(address), tracking, out) as path:
-        loaded = bundle_format.load(path)
-        catalog, notes = inference_evaluate.attach_labels(data, catalog, source, config, loaded)
+    with (
+        fileio.occupied(out, context.screen.say),
+        _local_bundle(str(address), tracking, out) as path,
+    ):
+        bundle = bundle_format.load(path)
+        catalog, notes = inference_evaluate.attach_labels(data, catalog, source, config, bundle)
         for note in (*catalog.notes, *notes):
             context.screen.say(note)
-        made = _scored(path, loaded, catalog, out, config.scores, how, context, "evaluation")
-        found = inference_evaluate.compute_metrics(made.request, loaded)
-        result = made.result | {
-            "bundle": str(address),
+        scores = _score_catalog(
+            path, bundle, catalog, out, config.scores, extract_config, context, "evaluation"
+        )
+        score_result = scores.result | {"bundle": str(address)}
+        result = score_result | {
             "data": str(data),
             "split": config.split,
-            "metrics": found,
+            "metrics": inference_evaluate.compute_metrics(scores.request, bundle),
         }
-        if made.fresh:
-            inference_score.write_summary(
-                made.request, made.result | {"bundle": str(address)}, loaded
-            )
+        if scores.changed:
+            inference_score.write_summary(scores.request, score_result, bundle)
         inference_evaluate.write_results(out, result)
-    evaluation.show_figures(result, loaded, out, context)
+    evaluation.report_evaluation(result, bundle, out, context)
     return result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Scored:
-    """What a scoring came to. fresh: whether score.json has to be written."""
+class _Scores:
+    """Finished scores. changed: whether score.json has to be written."""
 
     request: ScoreRequest
-    held: ScoreSummary
+    summary: ScoreSummary
     result: dict[str, Any]
-    fresh: bool
+    changed: bool
 
 
-def _scored(
-    path: Path,
-    loaded: Bundle,
+def _score_catalog(
+    bundle_dir: Path,
+    bundle: Bundle,
     catalog: Catalog,
     out: Path,
     config: ScoreConfig,
-    how: ExtractConfig,
+    extract_config: ExtractConfig,
     context: RunContext,
-    use: str,
-) -> _Scored:
-    """Score every file of a catalog into `out`; its account, shown. use: what for, for MLflow."""
-    began = perf_counter()
-    mark, ignored, files = bundle_format.fingerprint(path), catalog.ignored, len(catalog)
-    request = score_request.prepare(out, path, loaded, catalog, config, how.chunk_size)
+    purpose: str,
+) -> _Scores:
+    """Score every file of a catalog into `out`, and show the counts.
+
+    purpose: what MLflow calls the use of the data set.
+    """
+    start = perf_counter()
+    request = score_request.prepare(
+        out, bundle_dir, bundle, catalog, config, extract_config.chunk_size
+    )
+    fingerprint = bundle_format.fingerprint(bundle_dir)
     if context.run:
         name = recording.dataset_name(catalog)
-        context.run.dataset(name, catalog.digest(), catalog.source or catalog.root, use)
-        context.run.tags({"dataset": name, "body": loaded.recipe.body})
-        asked = {f"score.{k}": v for k, v in asdict(config).items()}
-        asked |= {f"extract.{k}": v for k, v in asdict(how).items()}
-        context.run.params(asked | {"bundle": mark, "recipe": loaded.recipe.to_json()})
-    del catalog  # of a million files; from here on nobody needs more than some chunks of it
-    extraction.say_damaged(request.damaged_parts, context.screen)
-    missing = request.unfinished_parts()
-    total = sum(len(request.part_rows[number]) for number in missing)
-    args = request, how
-    done = chunks.run_chunks(
-        inference_score.score, args, missing, total, files - total, "score", context
+        context.run.dataset(name, catalog.digest(), catalog.source or catalog.root, purpose)
+        context.run.tags({"dataset": name, "body": bundle.recipe.body})
+        params = {f"score.{k}": v for k, v in asdict(config).items()}
+        params |= {f"extract.{k}": v for k, v in asdict(extract_config).items()}
+        context.run.params(params | {"bundle": fingerprint, "recipe": bundle.recipe.to_json()})
+    extraction.show_damaged_parts(request.damaged_parts, context.screen)
+    unfinished = request.unfinished_parts()
+    total = sum(len(request.part_rows[part]) for part in unfinished)
+    skipped = len(catalog) - total
+    work = chunks.run_chunks(
+        inference_score.score,
+        (request, extract_config),
+        unfinished,
+        total,
+        skipped,
+        "score",
+        context,
     )
-    found = summary.summarize(request, loaded)
-    faults = found.faults.total()
-    done.seconds["wall"] = perf_counter() - began
-    counts = {
-        "inputs": files,
-        "scored": files - faults,
-        "decoded": done.decoded,
-        "looked_up": done.looked_up,
-        "skipped": files - total,
-        "reused": files - total + done.looked_up,
-        "fallback": done.fallback,
-        "faults": faults,
-        "novel": found.novel,
-        "ignored": ignored,
-    }
-    scoring.say_scores(context, counts, done, loaded, config)
-    extraction.say_faults(found.faults, found.unreadable, out / "parts", context.screen)
-    result = {
-        "counts": counts,
-        "faults": dict(found.faults),
-        "fault_kinds": dict(found.faults),
-        "labels": dict(found.labels),
-        "seconds": dict(done.seconds),
-        "roofline": extract.roofline(done.seconds, done.decoded, done.workers),
-        "bundle_fingerprint": mark,
-        "recipe_fingerprint": loaded.recipe.fingerprint,
-        "drift": done.drift,
-        "novelty_threshold": scoring.novelty_threshold(loaded, config),
-        "folders": found.folders and found.folders.to_dict(),
-        "images_used": found.images_used,
+    totals = summary.summarize(request, bundle)
+    work.seconds["wall"] = perf_counter() - start
+    counts = _counts(catalog, totals, work, skipped)
+    scoring.show_scoring(context.screen, counts, work, bundle, config)
+    extraction.show_faults(totals.faults, totals.unreadable, out / "parts", context.screen)
+    result = _result(bundle, totals, work, counts) | {
+        "bundle_fingerprint": fingerprint,
+        "novelty_threshold": scoring.novelty_threshold(bundle, config),
         "out": str(out),
-        "arrowhead": __version__,
-        "trained_by": loaded.lineage.get("run_id"),
         "run_id": context.run.run_id if context.run else None,
-        "too_many_faults": how.too_many(faults, files),
+        "too_many_faults": extract_config.too_many(counts["faults"], len(catalog)),
     }
-    fresh = bool(missing) or not (out / "score.json").is_file()
-    return _Scored(request=request, held=found, result=result, fresh=fresh)
+    changed = bool(unfinished) or not (out / "score.json").is_file()
+    return _Scores(request=request, summary=totals, result=result, changed=changed)
+
+
+def _counts(
+    catalog: Catalog, totals: ScoreSummary, work: WorkTotals, skipped: int
+) -> dict[str, Any]:
+    faults = totals.faults.total()
+    return {
+        "inputs": len(catalog),
+        "scored": len(catalog) - faults,
+        "decoded": work.decoded,
+        "looked_up": work.looked_up,
+        "skipped": skipped,
+        "reused": skipped + work.looked_up,
+        "fallback": work.fallback,
+        "faults": faults,
+        "novel": totals.novel,
+        "ignored": catalog.ignored,
+    }
+
+
+def _result(
+    bundle: Bundle, totals: ScoreSummary, work: WorkTotals, counts: dict[str, Any]
+) -> dict[str, Any]:
+    """The part of the result that comes from the scores."""
+    return {
+        "counts": counts,
+        "faults": dict(totals.faults),
+        "fault_kinds": dict(totals.faults),
+        "labels": dict(totals.labels),
+        "seconds": dict(work.seconds),
+        "roofline": extract.roofline(work.seconds, work.decoded, work.workers),
+        "recipe_fingerprint": bundle.recipe.fingerprint,
+        "drift": work.drift,
+        "folders": totals.folders and totals.folders.to_dict(),
+        "images_used": totals.images_used,
+        "arrowhead": __version__,
+        "trained_by": bundle.lineage.get("run_id"),
+    }
 
 
 @contextmanager
-def _at_hand(address: str, tracking: TrackingConfig, out: Path) -> Iterator[Path]:
-    """The bundle's folder. One that had to be fetched lies in `out` meanwhile: wherever a worker
-    runs, it sees that.
+def _local_bundle(address: str, tracking: TrackingConfig, out: Path) -> Iterator[Path]:
+    """The bundle's folder. A remote bundle is downloaded into `out`, which every worker can read,
+    and removed at the end.
     """
     scratch = out / ".bundle"
     try:

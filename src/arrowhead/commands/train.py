@@ -1,4 +1,4 @@
-"""From a feature store to a bundle."""
+"""The commands fit, train and lr-find: from images or a feature store to a bundle."""
 
 from __future__ import annotations
 
@@ -30,75 +30,207 @@ from arrowhead.training.lr_finder import Curve, FinderConfig
 from arrowhead.training.study import Study, StudyResult
 from arrowhead.training.trainer import TrainedHead
 
-# ------------------------------------------------------------------------------ learning
+# ------------------------------------------------------------------------------ commands
 
 
-def find_rate(
+def fit(
+    data: str | Path | Catalog,
+    out: Path,
+    images: FeatureConfig,
+    study: Study,
+    context: RunContext,
+) -> dict[str, Any]:
+    """Compute features into OUT/store, and train the bundle OUT/bundle on them.
+
+    Returns what `precompute.precompute` and `train_bundle` return.
+    """
+    with run_context.child_context(context, "extract") as child:
+        result = precompute.precompute(data, out / "store", images, child)
+    return result | train_bundle(out / "store", out / "bundle", study, context, images.golden)
+
+
+def train_bundle(
+    path: Path, out: Path, study: Study, context: RunContext, golden: GoldenConfig = GoldenConfig()
+) -> dict[str, Any]:
+    """Train on the store at `path`, and write the best head as a bundle to `out`.
+
+    Returns the winner's settings and metrics, and the results of LR finder, grid, folds and
+    learning curve.
+    """
+    store = Store(path)
+    resolved = study.resolve(store)[0]
+    _log_study(store, study, resolved.head, context)
+    # Each head of a grid gets a child run instead.
+    with (
+        nullcontext(context)
+        if study.sweep.grid
+        else run_context.child_context(context, "train") as child
+    ):
+        study_result = run_study(path, study, child, checkpoint_dir_of(out))
+    winner, config = study_result.winner, study_result.config
+    assert config is not None
+    if context.run:
+        recording.log_final_settings(context.run, config)
+    rate = None if config.head == "logistic" else float(config.rate)
+    with bundle_format.draft(out, evaluation.previous_bundle(out, context)) as folder:
+        report = folder / bundle_format.REPORT_FOLDER
+        experiment_results = _report_experiments(store, study, study_result, report, context)
+        if "folds" in experiment_results:
+            file = out / bundle_format.REPORT_FOLDER / experiment_results["folds"]["file"]
+            experiment_results["folds"]["file"] = str(file)
+        metrics = write_bundle(store, config, winner, folder, context, {"rate": rate}, golden)
+        evaluation.show_replaced_bundle(out, folder, context)
+    if context.run:
+        recording.log_model(context.run, out, metrics)
+    registered = context.run.register(out) if context.run else None
+    checkpoint.remove_finished(checkpoint_dir_of(out), resolved.key(store))
+    return experiment_results | {
+        "epochs": winner.epochs,
+        "head": config.head,
+        "rate": rate,
+        "l2": winner.l2,
+        "lr_finder": _curve_summary(study_result.curve) if study_result.curve else None,
+        "epoch": winner.epoch,
+        "stopped": winner.stopped or None,
+        "metrics": metrics,
+        "train_seconds": study_result.seconds,
+        "bundle": str(out),
+        "registered": registered,
+        "store": str(path),
+        "run_id": context.run.run_id if context.run else None,
+    }
+
+
+def find_learning_rate(
     path: Path, config: TrainConfig, finder: FinderConfig, context: RunContext = RunContext()
 ) -> Curve:
-    """The LR finder's curve and suggestions on a store."""
-    asked = Study(head=config, finder=finder, train_heads=False)
-    curve = learn(path, asked, context).curve
+    """Run the LR finder on the store at `path`; write its figure and table into the store."""
+    study = Study(head=config, finder=finder, train_heads=False)
+    curve = run_study(path, study, context).curve
     assert curve is not None
     if context.run:
         store = Store(path)
-        recording.settings_asked(context.run, asked.resolve(store)[0].head, ())
-        found = {f"lr_finder.{k}": v for k, v in dataclasses.asdict(finder).items()}
-        context.run.params(found | {"recipe": store.recipe.to_json()})
+        recording.log_requested_settings(context.run, study.resolve(store)[0].head, ())
+        params = {f"lr_finder.{k}": v for k, v in dataclasses.asdict(finder).items()}
+        context.run.params(params | {"recipe": store.recipe.to_json()})
         context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
-        recording.datasets(context.run, Catalog(**store.read_catalog()))
-    reporting_training.show_curve(curve, path, context)
+        recording.log_datasets(context.run, Catalog(**store.read_catalog()))
+    reporting_training.report_lr_curve(curve, path, context)
     return curve
 
 
-def learn(
-    path: Path, asked: Study, context: RunContext = RunContext(), place: Path | None = None
+# ------------------------------------------------------------------------------ training
+
+
+def run_study(
+    path: Path,
+    study: Study,
+    context: RunContext = RunContext(),
+    checkpoint_dir: Path | None = None,
 ) -> StudyResult:
-    """Train on a verified store. place: a folder of checkpoints, where a stopped study goes on."""
+    """Verify the store at `path` and train on it.
+
+    checkpoint_dir: where checkpoints are saved, and from where a stopped study is resumed.
+    """
     store = Store(path)
     store.verify()
-    asked, said = asked.resolve(store)
-    for line in said:
-        context.screen.say(line)
-    told = StudyReporter(asked, context)
-    run = context.top.run_id if context.top else None
-    args = path, asked, place, run
+    study, messages = study.resolve(store)
+    for message in messages:
+        context.screen.say(message)
+    reporter = StudyReporter(study, context)
+    run_id = context.root_run.run_id if context.root_run else None
+    args = path, study, checkpoint_dir, run_id
     try:
-        made: StudyResult = launch.run(
+        study_result: StudyResult = launch.run(
             training_run.run_study,
             *args,
             config=context.launch,
-            on_report=told,
-            checkpoint_dir=place,
-            on_start=told.sized,
-            labels=run_context.labels(context, "train"),
+            on_report=reporter,
+            checkpoint_dir=checkpoint_dir,
+            on_start=reporter.show_workers,
+            labels=run_context.metric_labels(context, "train"),
         )
     finally:
-        told.send()
-    told.ended(made)
-    reporting_training.say_stop(made, context.screen)
-    return made
+        reporter.send()
+    reporter.finish(study_result)
+    reporting_training.show_early_stopping(study_result, context.screen)
+    return study_result
 
 
-# ---------------------------------------------------------------------- evaluation, bundle
+def checkpoint_dir_of(bundle: Path) -> Path:
+    """Where the training of a bundle saves its checkpoints until it has finished."""
+    return bundle.with_name(f".{bundle.name}.training")
 
 
-def save(
+def bundle_of_checkpoint_dir(checkpoint_dir: Path) -> Path:
+    """The inverse of `checkpoint_dir_of`."""
+    return checkpoint_dir.with_name(checkpoint_dir.name.removeprefix(".").removesuffix(".training"))
+
+
+def run_file(bundle: Path, *request: Any) -> Path:
+    """The file that remembers the unfinished run of this request, beside its checkpoints."""
+    digest = hashlib.blake2b(repr(request).encode("utf-8", "surrogateescape"), digest_size=6)
+    return checkpoint_dir_of(bundle.absolute()) / f"run-{digest.hexdigest()}.json"
+
+
+def _log_study(store: Store, study: Study, head: TrainConfig, context: RunContext) -> None:
+    """Log what was requested. head: the settings, as far as they are known before training."""
+    run = context.run
+    if run is None:
+        return
+    recording.log_requested_settings(run, head, study.overrides[0])
+    sweep = dataclasses.asdict(study.sweep)
+    run.params({f"sweep.{k}": v for k, v in sweep.items() if v})
+    run.params({"workers": context.launch.workers, "arrowhead": __version__})
+    run.params({"recipe": store.recipe.to_json()})
+    run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
+    recording.log_datasets(run, Catalog(**store.read_catalog()))
+
+
+def _report_experiments(
+    store: Store, study: Study, study_result: StudyResult, folder: Path, context: RunContext
+) -> dict[str, Any]:
+    """Report LR finder, grid, folds and learning curve, with files in `folder`; their results."""
+    result: dict[str, Any] = {}
+    if study_result.curve:
+        with run_context.child_context(context, "lr-find") as child:
+            reporting_training.report_lr_curve(study_result.curve, folder, child)
+    if study.sweep.grid:
+        result["grid"] = experiments.report_grid(store, study, study_result, folder, context)
+    if study_result.folds:
+        assert study_result.config is not None
+        result["folds"] = experiments.report_folds(
+            store, study_result.config, study_result.folds, folder, context
+        )
+    if study_result.shares:
+        experiments.report_learning_curve(study_result.shares, folder, context)
+        result["learning_curve"] = study_result.shares
+    return result
+
+
+def _curve_summary(curve: Curve) -> dict[str, Any]:
+    """The results of the LR finder, without the points of its curve."""
+    names = ("suggestions", "spreads", "race", "chosen", "verdict")
+    return {name: value for name, value in curve.plain().items() if name in names}
+
+
+# ------------------------------------------------------------------------------- bundles
+
+
+def save_bundle(
     store: Store,
     config: TrainConfig,
     trained: TrainedHead,
     out: Path,
     context: RunContext = RunContext(),
-    lineage: dict[str, Any] | None = None,
-    golden: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
-    """Evaluate a head and save it as a bundle to `out`, as `write_bundle` does; its metrics."""
-    with bundle_format.draft(out, evaluation.previous(out, context)) as folder:
-        figures = write_bundle(store, config, trained, folder, context, lineage, golden)
-        evaluation.say_replaced(out, folder, context)
+    """Save a trained head as a bundle to `out` (see `write_bundle`); returns its metrics."""
+    with bundle_format.draft(out, evaluation.previous_bundle(out, context)) as folder:
+        metrics = write_bundle(store, config, trained, folder, context)
+        evaluation.show_replaced_bundle(out, folder, context)
     if context.run:
-        recording.trained_model(context.run, out, figures)
-    return figures
+        recording.log_model(context.run, out, metrics)
+    return metrics
 
 
 def write_bundle(
@@ -110,8 +242,8 @@ def write_bundle(
     lineage: dict[str, Any] | None = None,
     golden: GoldenConfig = GoldenConfig(),
 ) -> dict[str, Any]:
-    """Build the bundle of a trained head, write it into a folder of `bundle.format.draft` with
-    confusion matrices beside it, and report its metrics, which are returned.
+    """Build the bundle of a trained head, write it and its confusion matrices into a folder of
+    `bundle.format.draft`, and report its metrics, which are returned.
     """
     run_id = context.run.run_id if context.run else None
     bundle = build.build(
@@ -123,14 +255,15 @@ def write_bundle(
     )
     bundle_format.write(bundle, folder)
     assert bundle.novelty is not None
-    evaluation.say_threshold(bundle.novelty, context.screen)
+    evaluation.show_novelty_threshold(bundle.novelty, context.screen)
     if golden.golden_images and not bundle.golden:
-        evaluation.say_no_golden_images(context.screen)
+        evaluation.show_no_golden_images(context.screen)
     if config.best != "last":
         context.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
     report = folder / bundle_format.REPORT_FOLDER
-    scoring.show_evaluation(bundle.metrics, bundle.classes, report, context)
-    evaluation.say_rare_classes(Catalog(**store.read_catalog()), bundle.metrics, context.screen)
+    scoring.report_bundle(bundle.metrics, bundle.classes, report, context)
+    catalog = Catalog(**store.read_catalog())
+    evaluation.show_class_imbalance(catalog, bundle.metrics, context.screen)
     return bundle.metrics
 
 
@@ -142,106 +275,3 @@ def _golden_candidates(store: Store) -> Mapping[bytes, bytes]:
     if images is None:
         return golden_images.read_candidates(store, Catalog(**store.read_catalog()))
     return images
-
-
-# --------------------------------------------------------------------------- many heads
-
-
-def _advice(curve: Curve) -> dict[str, Any]:
-    """What a curve comes to, without its points."""
-    kept = ("suggestions", "spreads", "race", "chosen", "verdict")
-    return {name: value for name, value in curve.plain().items() if name in kept}
-
-
-# ------------------------------------------------------------------------------- verbs
-
-
-def fit(
-    data: str | Path | Catalog,
-    out: Path,
-    images: FeatureConfig,
-    asked: Study,
-    context: RunContext,
-) -> dict[str, Any]:
-    """The main job: features to OUT/store; rate, head and evaluation to OUT/bundle."""
-    with run_context.child(context, "extract") as part:
-        result = precompute.precompute(data, out / "store", images, part)
-    return result | fit_head(out / "store", out / "bundle", asked, context, images.golden)
-
-
-def training_of(out: Path) -> Path:
-    """Where the training of a bundle keeps its checkpoints until it is done."""
-    return out.with_name(f".{out.name}.training")
-
-
-def bundle_of(training: Path) -> Path:
-    """The bundle whose checkpoints are kept there: the inverse of `training_of`."""
-    return training.with_name(training.name.removeprefix(".").removesuffix(".training"))
-
-
-def unfinished(out: Path, *request: Any) -> Path:
-    """The file that stands for the unfinished run of a request, beside its checkpoints."""
-    word = hashlib.blake2b(repr(request).encode("utf-8", "surrogateescape"), digest_size=6)
-    return training_of(out.absolute()) / f"run-{word.hexdigest()}.json"
-
-
-def fit_head(
-    path: Path, out: Path, asked: Study, context: RunContext, golden: GoldenConfig = GoldenConfig()
-) -> dict[str, Any]:
-    """From a store to a bundle: rate, heads, evaluation."""
-    store = Store(path)
-    settled = asked.resolve(store)[0]
-    if context.run:
-        recording.settings_asked(context.run, settled.head, asked.overrides[0])
-    run_context.params(
-        context, {f"sweep.{k}": v for k, v in dataclasses.asdict(asked.sweep).items() if v}
-    )
-    run_context.params(context, {"workers": context.launch.workers, "arrowhead": __version__})
-    if context.run:
-        context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
-        context.run.params({"recipe": store.recipe.to_json()})
-        recording.datasets(context.run, Catalog(**store.read_catalog()))
-    # The heads of a grid are children themselves.
-    with nullcontext(context) if asked.sweep.grid else run_context.child(context, "train") as part:
-        made = learn(path, asked, part, training_of(out))
-    best, chosen = made.winner, made.config
-    assert chosen is not None
-    if context.run:
-        recording.settings_used(context.run, chosen)
-    rate = None if chosen.head == "logistic" else float(chosen.rate)
-    result: dict[str, Any] = {"epochs": best.epochs}
-    with bundle_format.draft(out, evaluation.previous(out, context)) as folder:
-        beside = folder / bundle_format.REPORT_FOLDER
-        if made.curve:
-            with run_context.child(context, "lr-find") as part:
-                reporting_training.show_curve(made.curve, beside, part)
-        if asked.sweep.grid:
-            result["grid"] = experiments.show_grid(store, asked, made, beside, context)
-        if made.folds:
-            found = experiments.show_folds(store, chosen, made.folds, beside, context)
-            result["folds"] = found | {
-                "file": str(out / bundle_format.REPORT_FOLDER / found["file"])
-            }
-        if made.shares:
-            experiments.show_shares(made.shares, beside, context)
-            result["learning_curve"] = made.shares
-        figures = write_bundle(store, chosen, best, folder, context, {"rate": rate}, golden)
-        evaluation.say_replaced(out, folder, context)
-    if context.run:
-        recording.trained_model(context.run, out, figures)
-    registered = context.run.register(out) if context.run else None
-    checkpoint.remove_finished(training_of(out), settled.key(store))
-    return result | {
-        "head": chosen.head,
-        "rate": rate,
-        "l2": best.l2,
-        "lr_finder": _advice(made.curve) if made.curve else None,
-        "epoch": best.epoch,
-        "stopped": best.stopped or None,
-        "metrics": figures,
-        "train_seconds": made.seconds,
-        "bundle": str(out),
-        "registered": registered,
-        "store": str(path),
-        "run_id": context.run.run_id if context.run else None,
-    }

@@ -1,4 +1,4 @@
-"""A head's figures: shown, recorded, compared with the bundle before."""
+"""Report the metrics of a head, and compare them with those of the bundle that it replaces."""
 
 from __future__ import annotations
 
@@ -13,133 +13,152 @@ import numpy as np
 
 from arrowhead.bundle.format import Bundle
 from arrowhead.data.catalog import Catalog
-from arrowhead.evaluation import calibration, metrics
+from arrowhead.evaluation import calibration
+from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.examine import figures as examine_figures
 from arrowhead.inference.evaluate import reported_metrics
 from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.wording import counted
 
+MIN_IMBALANCE = 3  # ratio of the largest to the smallest class from which on it is reported
+MAX_RARE_CLASSES_SHOWN = 3
+MAX_CLASSES_SHOWN = 30  # of more, those with the lowest F1
+MAX_CLASS_NAME_CHARS = 40
+TRUSTED_IMAGES = {"new": "new to the bundle", "validation": "that validated the bundle"}
 
-def say_threshold(known: NoveltyDetector, screen: Screen) -> None:
-    """From which distance on an image is novel."""
-    threshold = known.threshold(0.05)
+
+def show_novelty_threshold(detector: NoveltyDetector, screen: Screen) -> None:
+    """Show the distance above which an image is novel, at 5 % false alarms."""
+    threshold = detector.threshold(0.05)
     if np.isfinite(threshold):
-        share = "5 % of images like these are further than"
-        screen.say(f"novelty: {share} {threshold:.3f} from the training images")
+        screen.say(f"novelty threshold {threshold:.3f} (5 % false alarms)")
     else:
-        few = len(known.known)
-        screen.say(f"novelty: {counted(few, 'validation image')}: too few for a threshold")
+        images = counted(len(detector.known), "validation image")
+        screen.say(f"no novelty threshold: {images}, too few for one")
 
 
-def say_no_golden_images(screen: Screen) -> None:
-    """Warn that no machine can be compared with this one."""
+def show_no_golden_images(screen: Screen) -> None:
+    """Warn that other machines cannot be compared with this one."""
     screen.say(
-        "No golden images: the bundle will not prove that a machine which scores with it sees"
-        " images as this one does. Run precompute on the photos again to have some."
+        "No golden images: a machine that scores with this bundle cannot check that it sees images"
+        " as this one does. Run precompute on the photos again to have some."
     )
 
 
-IMBALANCE = 3  # times as many training images as the rarest class: rare classes are named
+def show_class_imbalance(catalog: Catalog, metrics: dict[str, Any], screen: Screen) -> None:
+    """Show the recall of the rarest classes if the training classes are unbalanced.
 
-
-def say_rare_classes(catalog: Catalog, figures: dict[str, Any], screen: Screen) -> None:
-    """Where classes are unbalanced in training, how well the rarest are told: the accuracy of all
-    images hides them. figures: see `metrics.evaluate`.
+    The accuracy over all images hides it. metrics: see `metrics.evaluate`.
     """
     rows = zip(catalog.labels, catalog.splits, strict=True)
     counts = Counter(name for names, split in rows if split == "train" for name in names)
-    if catalog.multi or not counts or max(counts.values()) < IMBALANCE * min(counts.values()):
+    if catalog.multi or not counts or max(counts.values()) < MIN_IMBALANCE * min(counts.values()):
         return
-    common = max(counts, key=lambda name: (counts[name], name))
-    rare = sorted(counts, key=lambda name: (counts[name], name))
-    rare = [name for name in rare if IMBALANCE * counts[name] <= counts[common]]
-    words = []
-    for name in rare[:3]:
-        line = figures["per_class"].get(name, {"images": 0})
-        told = (
+    largest = max(counts, key=lambda name: (counts[name], name))
+    rare = [
+        name
+        for name in sorted(counts, key=lambda name: (counts[name], name))
+        if MIN_IMBALANCE * counts[name] <= counts[largest]
+    ]
+    parts = []
+    for name in rare[:MAX_RARE_CLASSES_SHOWN]:
+        line = metrics["per_class"].get(name, {"images": 0})
+        recall = (
             f"recall {line['recall']:.4f} of {line['images']}" if line["images"] else "not tested"
         )
-        words.append(f"{name} ({counts[name]}: {told})")
-    more = f" and {len(rare) - 3} more" if len(rare) > 3 else ""
+        parts.append(f"{name} ({counts[name]}: {recall})")
+    hidden = len(rare) - MAX_RARE_CLASSES_SHOWN
+    more = f" and {hidden} more" if hidden > 0 else ""
     screen.say(
-        f"unbalanced: {counts[common]} training images of {common}, few of"
-        f" {', '.join(words)}{more}: look at the balanced accuracy; --class-weights balanced gives"
+        f"unbalanced: {counts[largest]} training images of {largest}, few of"
+        f" {', '.join(parts)}{more}. Compare the balanced accuracy; --class-weights balanced gives"
         " rare classes more weight"
     )
 
 
-SHOWN_CLASSES = 30  # with more, those with the lowest F1
+def report_evaluation(
+    result: dict[str, Any], bundle: Bundle, out: Path, context: RunContext
+) -> None:
+    """Show and record the metrics of a bundle on labelled images; write OUT/confusion.png.
+
+    result: see `commands.score.evaluate`.
+    """
+    metrics, say = result["metrics"], context.screen.say
+    shown, title = reported_metrics(metrics), "Labelled images"
+    if metrics["tables_show"] == "trusted":
+        images = TRUSTED_IMAGES[metrics["trusted_images"]]
+        title = f"Images {images}"
+        say(f"by class, {shown['images']} images {images}:")
+    for line in _class_lines(shown["per_class"]):
+        say(line)
+    if metrics["faults"]:
+        say(f"in no metric: {counted(metrics['faults'], 'image')} that could not be read")
+    say(metrics_line(metrics, "labelled"))
+    show_trusted_metrics(metrics, context.screen)
+    pictures = []
+    if "confusion" in shown:
+        picture = examine_figures.confusion_figure(
+            np.array(shown["confusion"]), bundle.classes, title
+        )
+        pictures.append(examine_figures.save(picture, out / "confusion.png"))
+    if context.run:
+        context.run.record({k: v for k, v in metrics.items() if isinstance(v, float)})
+        trusted = metrics["trusted"] or {}
+        context.run.record({f"trusted.{k}": v for k, v in trusted.items() if isinstance(v, float)})
+        context.run.record(result["counts"] | (metrics["images_used"] or {}))
+        context.run.tags({"trusted_images": metrics["trusted_images"]})
+        context.run.tags(lineage_tags(result))
+        for path in [out / "evaluation.json", out / "per_class.csv", *pictures]:
+            context.run.log_artifact(path, "evaluation")
 
 
-def class_table(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line for each class: images, precision, recall, F1; of many classes the worst."""
+def lineage_tags(result: dict[str, Any]) -> dict[str, str]:
+    """MLflow tags that identify the bundle of a result and the run that trained it."""
+    return {
+        "bundle": result["bundle_fingerprint"],
+        "recipe": result["recipe_fingerprint"],
+        "trained_by": str(result["trained_by"]),
+    }
+
+
+def _class_lines(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table with a line per class: images, precision, recall, F1; of many classes the worst."""
     shown = list(by_class.items())
-    if len(shown) > SHOWN_CLASSES:
+    if len(shown) > MAX_CLASSES_SHOWN:
         shown = sorted(shown, key=lambda pair: (not pair[1]["images"], pair[1]["f1"]))
-        shown = shown[:SHOWN_CLASSES]
-    wide = max(5, *(min(len(name), 40) for name, _ in shown))
-    lines = [f"{'class':<{wide}}  {'images':>8}  {'precision':>9}  {'recall':>7}  {'F1':>7}"]
+        shown = shown[:MAX_CLASSES_SHOWN]
+    width = max(5, *(min(len(name), MAX_CLASS_NAME_CHARS) for name, _ in shown))
+    lines = [f"{'class':<{width}}  {'images':>8}  {'precision':>9}  {'recall':>7}  {'F1':>7}"]
     for name, line in shown:
-        short = name if len(name) <= 40 else f"{name[:39]}…"
+        short = (
+            name if len(name) <= MAX_CLASS_NAME_CHARS else f"{name[: MAX_CLASS_NAME_CHARS - 1]}…"
+        )
         lines.append(
-            f"{short:<{wide}}  {line['images']:>8}  {line['precision']:>9.4f}"
+            f"{short:<{width}}  {line['images']:>8}  {line['precision']:>9.4f}"
             f"  {line['recall']:>7.4f}  {line['f1']:>7.4f}"
         )
     if len(shown) < len(by_class):
         lines.append(
-            f"{'…':<{wide}}  the {len(shown)} classes with the lowest F1 of {len(by_class)}"
+            f"{'…':<{width}}  the {len(shown)} classes with the lowest F1 of {len(by_class)}"
         )
     return lines
 
 
-def show_figures(result: dict[str, Any], loaded: Bundle, out: Path, context: RunContext) -> None:
-    """How good a bundle is on labelled images: a line, a table of classes, and OUT/confusion.png,
-    all of it kept with the run. result: see `commands.score.evaluate`.
+def show_trusted_metrics(metrics: Mapping[str, Any], screen: Screen) -> None:
+    """Show which metrics to trust, if the bundle was made of some of the images.
+
+    metrics: see `inference.evaluate.compute_metrics`.
     """
-    figures, say = result["metrics"], context.screen.say
-    shown, title = reported_metrics(figures), "Labelled images"
-    if figures["tables_show"] == "trusted":
-        words = {"new": "new to the bundle", "validation": "that validated the bundle"}
-        title = f"Images {words[figures['trusted_images']]}"
-        say(f"by class, {shown['images']} images {words[figures['trusted_images']]}:")
-    for line in class_table(shown["per_class"]):
-        say(line)
-    if figures["faults"]:
-        say(f"in no figure: {counted(figures['faults'], 'image')} that could not be read")
-    say(evaluation(figures, "labelled"))
-    say_used(figures, context.screen)
-    files = []
-    if "confusion" in shown:
-        picture = examine_figures.confusion_figure(
-            np.array(shown["confusion"]), loaded.classes, title
-        )
-        files.append(examine_figures.save(picture, out / "confusion.png"))
-    if context.run:
-        context.run.record({k: v for k, v in figures.items() if isinstance(v, float)})
-        trusted = figures["trusted"] or {}
-        context.run.record({f"trusted.{k}": v for k, v in trusted.items() if isinstance(v, float)})
-        context.run.record(result["counts"] | (figures["images_used"] or {}))
-        context.run.tags({"trusted_images": figures["trusted_images"]})
-        names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
-        tags = {tag: result[name] for tag, name in names.items()}
-        context.run.tags(tags | {"trained_by": str(result["trained_by"])})
-        for path in [out / "evaluation.json", out / "per_class.csv", *files]:
-            context.run.log_artifact(path, "evaluation")
-
-
-def say_used(figures: Mapping[str, Any], screen: Screen) -> None:
-    """Which of the figures to trust. figures: see `inference.evaluate.compute_metrics`."""
-    used, trusted, kind = (figures[k] for k in ("images_used", "trusted", "trusted_images"))
+    used, trusted, kind = (metrics[k] for k in ("images_used", "trusted", "trusted_images"))
     if used is None:
         screen.say(
             "the bundle does not say which images it was trained on: if these are among them, the"
-            " figures are too good"
+            " metrics are too good"
         )
+    elif kind == "all":
         return
-    if kind == "all":
-        return
-    if kind == "none":
+    elif kind == "none":
         screen.say(
             "WARNING: the bundle was trained on all of these images: nothing here says how good it"
             " is on others"
@@ -150,62 +169,67 @@ def say_used(figures: Mapping[str, Any], screen: Screen) -> None:
             " and temperature were chosen on them"
         )
     else:
-        words = used_words(used["trained_on"], used["validated"])
-        screen.say(f"WARNING: the bundle was {words}: the figures of all of them are too good")
-        what = "new" if kind == "new" else "validation"
-        whose = "it has not seen" if kind == "new" else "it was validated, not trained, with"
-        screen.say(f"the figure to trust, of the images {whose}:")
-        screen.say(evaluation(trusted, what))
+        overlap = describe_overlap(used["trained_on"], used["validated"])
+        screen.say(f"WARNING: the bundle was {overlap}: the metrics of all of them are too good")
+        images = (
+            "that are new to it"
+            if kind == "new"
+            else "that it was validated with and not trained on"
+        )
+        screen.say(f"the metrics to trust, of the images {images}:")
+        screen.say(metrics_line(trusted, "new" if kind == "new" else "validation"))
 
 
-def used_words(trained: int, validated: int) -> str:
-    """What a bundle was made of some images by; of each how many, where there are any."""
-    both = (("trained on", trained), ("validated with", validated))
-    parts = [f"{what} {count}" for what, count in both if count]
+def describe_overlap(trained: int, validated: int) -> str:
+    """How many of some images a bundle was trained on and validated with, in words."""
+    counts = (("trained on", trained), ("validated with", validated))
+    parts = [f"{verb} {count}" for verb, count in counts if count]
     parts[0] += " of these images"
     return " and ".join(parts)
 
 
-def previous(out: Path, context: RunContext) -> Path | None:
-    """Where the bundle that is replaced is kept; None for one that this very run had saved before
-    it was stopped.
+def previous_bundle(out: Path, context: RunContext) -> Path | None:
+    """Where the bundle that is replaced is kept.
+
+    None if this very run had saved it before it was stopped: then it is not kept.
     """
-    run = context.run.run_id if context.run else None
-    there = _about(out)
-    if there and run and there.get("lineage", {}).get("run_id") == run:
+    run_id = context.run.run_id if context.run else None
+    existing = _read_bundle_json(out)
+    if existing and run_id and existing.get("lineage", {}).get("run_id") == run_id:
         return None
     return out.with_name(f"{out.name}.previous")
 
 
-def say_replaced(out: Path, new: Path, context: RunContext) -> None:
-    """Say which bundle at `out` the one in the folder `new` takes the place of, and how their
-    figures compare; nothing if none is there.
-    """
-    kept, old, this = previous(out, context), _about(out), _about(new)
-    if kept is None or old is None or this is None:
+def show_replaced_bundle(out: Path, new: Path, context: RunContext) -> None:
+    """Compare the bundle in the folder `new` with the one at `out` that it will replace, if any."""
+    previous = previous_bundle(out, context)
+    old, this = _read_bundle_json(out), _read_bundle_json(new)
+    if previous is None or old is None or this is None:
         return
-    words = f"replaces the bundle of {_date(out)}: {_compared(old, this)}; it is kept in {kept}"
-    if lost := _about(kept):
-        words += f", in place of the bundle of {_date(kept)}: {_compared(lost, this)}"
-    context.screen.say(words)
+    message = (
+        f"replaces the bundle of {_modified(out)}: {_compare(old, this)}; it is kept in {previous}"
+    )
+    if lost := _read_bundle_json(previous):
+        message += f", in place of the bundle of {_modified(previous)}: {_compare(lost, this)}"
+    context.screen.say(message)
 
 
-def _date(bundle: Path) -> str:
+def _modified(bundle: Path) -> str:
     return strftime("%Y-%m-%d %H:%M", localtime((bundle / "bundle.json").stat().st_mtime))
 
 
-def _compared(old: Mapping[str, Any], this: Mapping[str, Any]) -> str:
-    """An older bundle's figure beside that of this one, in words."""
-    name = "f2_samples" if "f2_samples" in this["metrics"] else "accuracy"
-    was, now = old.get("metrics", {}).get(name), this["metrics"].get(name)
-    same = old.get("lineage", {}).get("data") == this["lineage"]["data"]
-    if same and isinstance(was, int | float) and isinstance(now, int | float):
-        return f"{name.partition('_')[0]} {was:.4f} (this one {now:.4f})"
-    return "of other images, so that their figures cannot be compared"
+def _compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The metrics of an older and a new bundle, in words."""
+    name = "f2_samples" if "f2_samples" in new["metrics"] else "accuracy"
+    old_value, new_value = old.get("metrics", {}).get(name), new["metrics"].get(name)
+    same_data = old.get("lineage", {}).get("data") == new["lineage"]["data"]
+    if same_data and isinstance(old_value, int | float) and isinstance(new_value, int | float):
+        return f"{name.partition('_')[0]} {old_value:.4f} (this one {new_value:.4f})"
+    return "of other images, so that their metrics cannot be compared"
 
 
-def _about(bundle: Path) -> dict[str, Any] | None:
-    """What bundle.json says, unchecked; None if it is not there or cannot be read."""
+def _read_bundle_json(bundle: Path) -> dict[str, Any] | None:
+    """The content of bundle.json, unchecked; None if it is missing or unreadable."""
     try:
         content = json.loads((bundle / "bundle.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -213,29 +237,28 @@ def _about(bundle: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def evaluation(figures: dict[str, Any], kind: str = "validation") -> str:
-    """A head's figures on one line, as `metrics.evaluate` gives them. kind: of the images."""
-    loss = "loss not finite" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
-    if "temperature" in figures:
-        loss += f" · {calibration.describe(figures)}"
-    elif figures.get("ece") is not None:
+def metrics_line(metrics: dict[str, Any], images: str = "validation") -> str:
+    """Metrics on one line. metrics: see `metrics.evaluate`; images: the kind of images."""
+    loss = "loss not finite" if metrics["loss"] is None else f"loss {metrics['loss']:.4f}"
+    if "temperature" in metrics:
+        loss += f" · {calibration.describe(metrics)}"
+    elif metrics.get("ece") is not None:
         loss += (
-            f" · ECE {figures['ece']:.3f} ({figures['ece_low']:.3f} to {figures['ece_high']:.3f})"
+            f" · ECE {metrics['ece']:.3f} ({metrics['ece_low']:.3f} to {metrics['ece_high']:.3f})"
         )
-    said, images = "test: " if kind == "test" else "", figures["images"]
-    if "f2_samples" in figures:
-        tuned = "thresholds tuned on them" if kind == "validation" else "the bundle's thresholds"
-        if figures.get("f2_samples_held_out") is not None:
-            tuned += f"; {figures['f2_samples_held_out']:.4f} where tuned on other parts of them"
+    prefix, count = "test: " if images == "test" else "", metrics["images"]
+    if "f2_samples" in metrics:
+        tuned = "thresholds tuned on them" if images == "validation" else "the bundle's thresholds"
+        if metrics.get("f2_samples_held_out") is not None:
+            tuned += f"; {metrics['f2_samples_held_out']:.4f} where tuned on other parts of them"
         return (
-            f"{said}F2 {figures['f2_samples']:.4f} (mean over {images} {kind} images, at {tuned}) ·"
-            f" decisions right {figures['accuracy_at_thresholds']:.4f} at these thresholds,"
-            f" {figures['accuracy']:.4f} at 0.5 · {loss}"
+            f"{prefix}F2 {metrics['f2_samples']:.4f} (mean over {count} {images} images, at"
+            f" {tuned}) · decisions right {metrics['accuracy_at_thresholds']:.4f} at these"
+            f" thresholds, {metrics['accuracy']:.4f} at 0.5 · {loss}"
         )
-    right = round(figures["accuracy"] * images)
-    low, high = metrics.wilson_interval(right, images)
-    balanced = f" · balanced {figures['balanced_accuracy']:.4f}"
+    correct = round(metrics["accuracy"] * count)
+    low, high = evaluation_metrics.wilson_interval(correct, count)
     return (
-        f"{said}accuracy {figures['accuracy']:.4f} ({right} of {images} {kind} images, 95 %"
-        f" interval {low:.3f} to {high:.3f}){balanced} · {loss}"
+        f"{prefix}accuracy {metrics['accuracy']:.4f} ({correct} of {count} {images} images, 95 %"
+        f" interval {low:.3f} to {high:.3f}) · balanced {metrics['balanced_accuracy']:.4f} · {loss}"
     )

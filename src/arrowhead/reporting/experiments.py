@@ -1,4 +1,4 @@
-"""Grids, folds and learning curves: shown and recorded."""
+"""Report grids, cross-validation folds and learning curves: on the screen, in files, in MLflow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine import figures
@@ -18,125 +19,136 @@ from arrowhead.training.study import OutOfFold, Study, StudyResult
 from arrowhead.training.trainer import TrainedHead
 from arrowhead.wording import counted
 
-SHOWN_SETTINGS = 5  # on the screen
+MAX_SETTINGS_SHOWN = 5
 
 
-def show_grid(
-    store: Store, asked: Study, made: StudyResult, folder: Path, context: RunContext
+def report_grid(
+    store: Store, study: Study, result: StudyResult, folder: Path, context: RunContext
 ) -> dict[str, Any]:
-    """The ranked heads of a grid: on the screen, as a table, each as a child run."""
-    overrides, heads, ranked = asked.overrides, made.heads, made.ranking
-    assert ranked is not None
+    """Show the ranked settings of a grid, write them to `folder`/grid.csv, and record each head as
+    a child run. Returns the ranking (see `grid.summary`).
+    """
+    overrides, heads, ranking = study.overrides, result.heads, result.ranking
+    assert ranking is not None
     context.screen.say(
-        f"{counted(len(heads), 'head')}, {counted(len(ranked['settings']), 'setting')}, by"
-        f" {ranked['figure']}:"
+        f"{counted(len(heads), 'head')}, {counted(len(ranking['settings']), 'setting')}, by"
+        f" {ranking['figure']}:"
     )
-    for setting in ranked["settings"][:SHOWN_SETTINGS]:
-        spread = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
+    for setting in ranking["settings"][:MAX_SETTINGS_SHOWN]:
+        std = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
         context.screen.say(
-            f"  {setting['mean']:.4f}{spread}  loss {setting['valid_loss']:.4f}"
-            f"  {grid.format_setting(setting['knobs'])}{_p_value(setting)}"
+            f"  {setting['mean']:.4f}{std}  loss {setting['valid_loss']:.4f}"
+            f"  {grid.format_setting(setting['knobs'])}{_remark(setting)}"
         )
-    if len(ranked["settings"]) > SHOWN_SETTINGS:
-        context.screen.say(f"  … the best {SHOWN_SETTINGS}; all of them are in report/grid.csv")
-    context.screen.say(ranked["words"])
-    table = figures.grid_csv(ranked, folder / "grid.csv")
+    if len(ranking["settings"]) > MAX_SETTINGS_SHOWN:
+        context.screen.say(f"  … the best {MAX_SETTINGS_SHOWN}; all of them are in report/grid.csv")
+    context.screen.say(ranking["words"])
+    table = figures.grid_csv(ranking, folder / "grid.csv")
     if context.run:
         context.run.log_artifact(table, "grid")
-        context.run.tags({"grid.verdict": ranked["words"]})
+        context.run.tags({"grid.verdict": ranking["words"]})
         context.run.children(
             [grid.format_setting(one) for one in overrides],
             [{f"train.{name}": value for name, value in one.items()} for one in overrides],
-            [_by_epoch(one) for one in heads],
-            {"part": "grid", "dataset": recording.dataset_name(Catalog(**store.read_catalog()))}
-            | {"body": store.recipe.body, "recipe": store.recipe.fingerprint},
+            [_metric_series(head) for head in heads],
+            {
+                "part": "grid",
+                "dataset": recording.dataset_name(Catalog(**store.read_catalog())),
+                "body": store.recipe.body,
+                "recipe": store.recipe.fingerprint,
+            },
         )
-    return ranked
+    return ranking
 
 
-def _p_value(setting: dict[str, Any]) -> str:
-    """Whether a setting differs from the best, after its name."""
+def _remark(setting: dict[str, Any]) -> str:
+    """When a setting was stopped, or the p-value of its difference from the best."""
     if setting["stopped"]:
         return f"  (stopped after {counted(setting['epochs'], 'epoch')})"
     return "" if setting["p"] is None else f"  p {setting['p']:.2g}"
 
 
-def _by_epoch(head: TrainedHead) -> dict[str, list[tuple[int, float]]]:
-    """A head's figures as MLflow wants them, those of the epoch that was kept last."""
+def _metric_series(head: TrainedHead) -> dict[str, list[tuple[int, float]]]:
+    """A head's metrics as (epoch, value), and as kept.* those of the epoch that was kept."""
     names = [name for name in head.epochs[0] if name != "epoch"]
-    made = {name: [(int(line["epoch"]), line[name]) for line in head.epochs] for name in names}
+    series = {name: [(int(line["epoch"]), line[name]) for line in head.epochs] for name in names}
     kept = head.epochs[head.epoch]
-    return made | {f"kept.{name}": [(head.epoch, kept[name])] for name in names}
+    return series | {f"kept.{name}": [(head.epoch, kept[name])] for name in names}
 
 
-def show_folds(
-    store: Store, config: TrainConfig, found: OutOfFold, folder: Path, context: RunContext
+def report_folds(
+    store: Store, config: TrainConfig, folds: OutOfFold, folder: Path, context: RunContext
 ) -> dict[str, Any]:
-    """Out-of-fold probabilities into `folder`; mean and spread of the folds' figures."""
-    catalog = store.read_catalog()
-    target = folder / "folds.arrow"
-    classes = store.manifest()["classes"]
-    folds_file.write_folds(
-        target,
-        {
-            "path": [catalog["paths"][at] for at in found.row],
-            "labels": [catalog["labels"][at] for at in found.row],
-            "fold": found.fold,
-            "probability": _p_values(found.logit, found.multi),
-        },
-        {
-            "classes": classes,
-            "recipe": store.recipe.fingerprint,
-            "catalog": store.manifest()["catalog"]["sha256"],
-            "training": config.parameters(),
-        },
-    )
+    """Write out-of-fold probabilities to `folder`/folds.arrow; show and record mean and standard
+    deviation of the folds' metrics. Returns what --json shows of the folds.
+    """
+    path = folder / "folds.arrow"
+    _write_folds(store, config, folds, path)
     table = {
         name: {"mean": float(np.mean(values)), "spread": float(np.std(values, ddof=1))}
-        for name in found.last[0]
+        for name in folds.last[0]
         if name not in ("epoch", "train_loss")
-        for values in [[line[name] for line in found.last]]
+        for values in [[line[name] for line in folds.last]]
     }
-    shown = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
-    long = "" if config.head == "logistic" else f", {counted(found.epochs, 'epoch')} each"
-    context.screen.say(f"{len(found.last)} folds{long}: {shown}")
-    if found.not_held_out:
-        names = ", ".join(f"{name} ({count})" for name, count in found.not_held_out.items())
+    metrics = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
+    epochs = "" if config.head == "logistic" else f", {counted(folds.epochs, 'epoch')} each"
+    context.screen.say(f"{len(folds.last)} folds{epochs}: {metrics}")
+    if folds.not_held_out:
+        names = ", ".join(f"{name} ({count})" for name, count in folds.not_held_out.items())
         context.screen.say(
             "classes with too few different images to hold out (images): "
             f"{names}. They are trained on in every fold and get no probability."
         )
     context.screen.say(
-        f"{target.name}: a probability for every image, from a head that has not seen it"
+        f"{path.name}: a probability for every image, from a head that was not trained on it"
     )
     if context.run:
         context.run.record(
             {f"folds.{k}.{kind}": v for k, pair in table.items() for kind, v in pair.items()}
         )
-        context.run.log_artifact(target, "folds")
+        context.run.log_artifact(path, "folds")
     return {
         "figures": table,
-        "folds": found.last,
-        "epochs": found.epochs,
-        "not_held_out": found.not_held_out,
-        "file": target.name,
+        "folds": folds.last,
+        "epochs": folds.epochs,
+        "not_held_out": folds.not_held_out,
+        "file": path.name,
     }
 
 
-def _p_values(logit_NC: Any, multi: bool) -> Any:
-    """Probabilities, float32 (N, C), uncalibrated."""
+def _write_folds(store: Store, config: TrainConfig, folds: OutOfFold, path: Path) -> None:
+    catalog, manifest = store.read_catalog(), store.manifest()
+    folds_file.write_folds(
+        path,
+        {
+            "path": [catalog["paths"][row] for row in folds.row],
+            "labels": [catalog["labels"][row] for row in folds.row],
+            "fold": folds.fold,
+            "probability": _uncalibrated_probabilities(folds.logit, folds.multi),
+        },
+        {
+            "classes": manifest["classes"],
+            "recipe": store.recipe.fingerprint,
+            "catalog": manifest["catalog"]["sha256"],
+            "training": config.parameters(),
+        },
+    )
+
+
+def _uncalibrated_probabilities(logit_NC: NDArray[np.float32], multi: bool) -> NDArray[np.float32]:
     import torch
 
-    logit = torch.from_numpy(logit_NC)
-    return (logit.sigmoid() if multi else logit.softmax(1)).numpy()
+    logits = torch.from_numpy(logit_NC)
+    prob_NC: NDArray[np.float32] = (logits.sigmoid() if multi else logits.softmax(1)).numpy()
+    return prob_NC
 
 
-def show_shares(curve: dict[str, Any], folder: Path, context: RunContext) -> None:
-    """The learning curve: on the screen, as figure and table."""
+def report_learning_curve(curve: dict[str, Any], folder: Path, context: RunContext) -> None:
+    """Show and record a learning curve; write its figure and table to `folder`."""
     for point in curve["points"]:
-        spread = "" if point["spread"] is None else f" ± {point['spread']:.4f}"
+        std = "" if point["spread"] is None else f" ± {point['spread']:.4f}"
         share = f"{100 * point['share']:.0f} %"
-        context.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{spread}")
+        context.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{std}")
     context.screen.say(curve["words"])
     stem = folder / "learning_curve"
     picture = figures.save(figures.learning_figure(curve), stem.with_suffix(".png"))

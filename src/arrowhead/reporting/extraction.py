@@ -1,4 +1,4 @@
-"""What is said of a source, a store and its making."""
+"""Show what was found in a source of images, and what became of its files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 from arrowhead.data.catalog import Catalog
 from arrowhead.features import extract
 from arrowhead.features.store import Store
-from arrowhead.reporting.progress import Work
-from arrowhead.reporting.run_context import RunContext, Screen
+from arrowhead.reporting.progress import WorkTotals
+from arrowhead.reporting.run_context import Screen
 from arrowhead.wording import counted
 
+MAX_CLASSES_SHOWN = 6
+MAX_MISSING_CLASSES_SHOWN = 10
 
-def say_source(catalog: Catalog, screen: Screen) -> None:
-    """How a source was read, and what is to be learned from it."""
+
+def show_source(catalog: Catalog, screen: Screen) -> None:
+    """Show how the source was read, and its classes."""
     for note in catalog.notes:
         screen.say(note)
     if catalog.classes:
@@ -23,67 +26,81 @@ def say_source(catalog: Catalog, screen: Screen) -> None:
 
 
 def _task(catalog: Catalog) -> str:
-    """What is learned: how many labels each, the number of classes and the first names."""
+    """One line: labels per image, the number of classes and their first names."""
     classes = catalog.classes
-    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+    names = ", ".join(classes[:MAX_CLASSES_SHOWN])
+    if len(classes) > MAX_CLASSES_SHOWN:
+        names += f" and {len(classes) - MAX_CLASSES_SHOWN} more"
     kind = "several labels for each image" if catalog.multi else "one label for each image"
-    return (
-        f"task: {kind}, {counted(len(classes), 'class', 'classes')}: {', '.join(classes[:6])}{more}"
-    )
+    return f"task: {kind}, {counted(len(classes), 'class', 'classes')}: {names}"
 
 
-def say_split(listed: Catalog, drawn: Catalog, screen: Screen) -> None:
-    """How many images train and validate where that was drawn; which classes cannot be validated.
+def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
+    """Show the sizes of a split that was drawn, and the classes without a validation image.
 
-    listed: the catalog with "" where a split was to be drawn; drawn: the same with all splits.
+    listed: the catalog as it was read; its split is "" where one had to be drawn. split: the same
+    catalog with every split.
     """
-    parts = Counter(drawn.splits)
+    counts = Counter(split.splits)
     if "" in listed.splits:
         screen.say(
-            f"split by content, class by class: {counted(parts['train'], 'image')} to train,"
-            f" {parts['valid']} to validate"
+            f"split by content, class by class: {counted(counts['train'], 'image')} to train,"
+            f" {counts['valid']} to validate"
         )
     validated = {
         name
-        for names, split in zip(drawn.labels, drawn.splits, strict=True)
-        if split == "valid"
+        for names, part in zip(split.labels, split.splits, strict=True)
+        if part == "valid"
         for name in names
     }
-    if missing := sorted(set(drawn.classes) - validated):
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+    if missing := sorted(set(split.classes) - validated):
+        names = ", ".join(missing[:MAX_MISSING_CLASSES_SHOWN])
+        if len(missing) > MAX_MISSING_CLASSES_SHOWN:
+            names += f" and {len(missing) - MAX_MISSING_CLASSES_SHOWN} more"
+        plural = len(missing) > 1
         screen.say(
-            f"no image validates {', '.join(missing[:10])}{more}: too few different images of"
-            f" {'these classes' if len(missing) > 1 else 'this class'}, which train all the same"
+            f"no image validates {names}: too few different images of"
+            f" {'these classes' if plural else 'this class'}, which"
+            f" {'are' if plural else 'is'} trained all the same"
         )
 
 
-def say_classes(store: Store, catalog: Catalog, screen: Screen) -> None:
-    """Say what is no class though it looks like one, and how the classes changed since last."""
+def show_class_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
+    """Show empty folders, and how the classes differ from those of the store."""
     for folder in catalog.empty:
         screen.say(f"{folder}/ holds no image: it is not a class")
     if not (store.path / "manifest.json").is_file():
         return
     before, now = set(store.manifest()["classes"]), set(catalog.classes)
     if before != now:
-        gone, new = ", ".join(sorted(before - now)), ", ".join(sorted(now - before))
+        changes = [
+            f"{word} {', '.join(sorted(names))}"
+            for word, names in (("gone", before - now), ("new", now - before))
+            if names
+        ]
         screen.say(
-            f"the classes of {store.path} change: {f'gone {gone}' if gone else ''}"
-            f"{'; ' if gone and new else ''}{f'new {new}' if new else ''}."
+            f"the classes of {store.path} change: {'; '.join(changes)}."
             " Heads trained before keep the classes they were trained with."
         )
 
 
-def say_account(path: Path, screen: Screen) -> None:
-    """What a finished store holds, on one line."""
+def show_store(path: Path, screen: Screen) -> None:
+    """Show what a finished store holds: counts of files, and the classes."""
     store = Store(path)
     manifest, catalog = store.manifest(), Catalog(**store.read_catalog())
-    files = sum(one["files"] for one in manifest["shards"])
-    faults = sum(one["faults"] for one in manifest["shards"])
-    screen.say(_account(files - faults, faults, catalog.ignored))
+    files = sum(shard["files"] for shard in manifest["shards"])
+    faults = sum(shard["faults"] for shard in manifest["shards"])
+    screen.say(_file_counts(files - faults, faults, catalog.ignored))
     screen.say(_task(catalog))
 
 
-def _account(features: int, faults: int, ignored: int) -> str:
+def show_extraction(screen: Screen, counts: dict[str, int], work: WorkTotals) -> None:
+    """Show the counts of an extraction, and what limited its speed."""
+    screen.say(_file_counts(counts["features"], counts["faults"], counts["ignored"]))
+    show_throughput(screen, counts, work)
+
+
+def _file_counts(features: int, faults: int, ignored: int) -> str:
     return (
         f"{counted(features + faults + ignored, 'input')} = {counted(features, 'feature')}"
         f" + {counted(faults, 'fault')}"
@@ -91,39 +108,36 @@ def _account(features: int, faults: int, ignored: int) -> str:
     )
 
 
-def say_counts(context: RunContext, counts: dict[str, int], done: Work) -> None:
-    """What an extraction came to, and what it was bound by."""
-    context.screen.say(_account(counts["features"], counts["faults"], counts["ignored"]))
-    say_ways(context.screen, counts, done)
-
-
-def say_ways(screen: Screen, counts: dict[str, int], done: Work) -> None:
-    """How the images came to features, and what that was bound by."""
-    parts = [f"{counts['decoded']} decoded", f"{counts['looked_up']} looked up"]
-    parts += [f"{counts['skipped']} skipped: done before"]
+def show_throughput(screen: Screen, counts: dict[str, int], work: WorkTotals) -> None:
+    """Show where the features came from, and what limited the speed."""
+    parts = [
+        f"{counts['decoded']} decoded",
+        f"{counts['looked_up']} looked up",
+        f"{counts['skipped']} skipped: done before",
+    ]
     if counts["fallback"]:
         parts.append(f"{counts['fallback']} by the fallback decoder")
     screen.say(" · ".join(parts))
-    screen.say(extract.roofline(done.seconds, done.decoded, done.workers))
+    screen.say(extract.roofline(work.seconds, work.decoded, work.workers))
 
 
-def say_damaged(names: list[str], screen: Screen) -> None:
-    """Which parts of the scores are made again because their bytes have changed."""
+def show_damaged_parts(names: list[str], screen: Screen) -> None:
+    """Show which parts of the scores are computed again because their files have changed."""
     for name in names:
         screen.say(f"{name} has changed since it was written: its images are scored again")
 
 
-def say_faults(kinds: Counter[str], paths: Sequence[str], rows: Path, screen: Screen) -> None:
-    """The kinds of the faults, the first files, and where all of them are."""
+def show_faults(kinds: Counter[str], paths: Sequence[str], rows: Path, screen: Screen) -> None:
+    """Show the faults by kind, the first files, and which Arrow or Parquet files list them all."""
     if kinds:
         screen.say(
-            f"not read: {fault_words(kinds, paths)}; all of them: the rows of {rows} whose column"
-            " fault is filled"
+            f"not read: {describe_faults(kinds, paths)}; all of them are in the rows of"
+            f" {rows} whose column fault is filled"
         )
 
 
-def fault_words(kinds: Counter[str], paths: Sequence[str]) -> str:
-    """Faults by kind, and the paths of the first files that have one."""
+def describe_faults(kinds: Counter[str], paths: Sequence[str]) -> str:
+    """Faults by kind, with the paths of the first files."""
     more = ", …" if kinds.total() > len(paths) else ""
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     return f"{counts} ({', '.join(paths)}{more})"

@@ -1,4 +1,4 @@
-"""How far a stage is: added up, recorded every few seconds."""
+"""Add up what workers report, and record a stage's progress every few seconds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 from arrowhead.features import extract
 from arrowhead.tracking.run import Run
 
+RECORD_SECONDS = 5.0  # between two records of progress
+
 
 @dataclass(slots=True)
-class Work:
-    """What workers reported, added up."""
+class WorkTotals:
+    """Sums over the reports of all workers. Counts are of images."""
 
     decoded: int = 0
     looked_up: int = 0
@@ -22,48 +24,46 @@ class Work:
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     workers: int = 1
     drift: dict[str, Any] | None = None
-    """The largest that a worker found (see `replay.Drift`)."""
+    """The largest that a worker reported (see `replay.Drift`)."""
     files: int = 0
     faults: int = 0
 
-    def add(self, message: dict[str, Any]) -> None:
-        """A finished chunk (see `extract.report_chunk`)."""
-        self.files += message["files"]
-        self.faults += sum(message["faults"].values())
-        self.decoded += message["decoded"]
-        self.looked_up += message["looked_up"]
-        self.fallback += message["fallback"]
-        for stage, seconds in message["seconds"].items():
+    def add(self, report: dict[str, Any]) -> None:
+        """Add the report of a finished chunk (see `extract.tell`)."""
+        self.files += report["files"]
+        self.faults += sum(report["faults"].values())
+        self.decoded += report["decoded"]
+        self.looked_up += report["looked_up"]
+        self.fallback += report["fallback"]
+        for stage, seconds in report["seconds"].items():
             self.seconds[stage] += seconds
 
 
-RECORD_SECONDS = 5.0  # seconds between two records of how far a stage is
+class ProgressRecorder:
+    """Records a stage's progress in MLflow every few seconds, for `arrowhead watch`.
 
-
-class Progress:
-    """How far a stage is, recorded every few seconds for `arrowhead watch`. The step is the number
-    of images that are done, so a run that is taken up again goes on where it was.
+    The step is the number of images that are done, so a resumed run continues its curves.
     """
 
-    def __init__(self, run: Run | None, work: Work, there: int, total: int) -> None:
-        self._run, self._work, self._there, self._total = run, work, there, total
-        self._began = self._last = monotonic()
-        self._recorded = -1
-        self.now()
+    def __init__(self, run: Run | None, work: WorkTotals, done_before: int, total: int) -> None:
+        self._run, self._work, self._done_before, self._total = run, work, done_before, total
+        self._start = self._last = monotonic()
+        self._last_step = -1
+        self.record()
 
-    def __call__(self) -> None:
-        """Record, if it is time."""
+    def record_if_due(self) -> None:
+        """Record, if the last record is RECORD_SECONDS old."""
         if monotonic() - self._last >= RECORD_SECONDS:
-            self.now()
+            self.record()
 
-    def now(self) -> None:
-        """Record, once for each number of images."""
+    def record(self) -> None:
+        """Record now, unless nothing was done since the last record."""
         self._last = monotonic()
-        work, done = self._work, self._there + self._work.files
-        if self._run is None or done == self._recorded:
+        work, done = self._work, self._done_before + self._work.files
+        if self._run is None or done == self._last_step:
             return
-        self._recorded = done
-        busy = {f"progress.seconds.{k}": work.seconds.get(k, 0.0) for k in extract.STAGES}
-        rate = work.files / max(self._last - self._began, 1e-9)
-        figures = {"images": done, "total": self._total, "faults": work.faults, "rate": rate}
-        self._run.record({f"progress.{k}": v for k, v in figures.items()} | busy, step=done)
+        self._last_step = done
+        seconds = {f"progress.seconds.{k}": work.seconds.get(k, 0.0) for k in extract.STAGES}
+        rate = work.files / max(self._last - self._start, 1e-9)
+        values = {"images": done, "total": self._total, "faults": work.faults, "rate": rate}
+        self._run.record({f"progress.{k}": v for k, v in values.items()} | seconds, step=done)

@@ -1,4 +1,4 @@
-"""What a stage is run with: where, what it is shown on, its MLflow run."""
+"""RunContext: where a stage runs, where it is shown, and where it is recorded."""
 
 from __future__ import annotations
 
@@ -15,67 +15,69 @@ Advance = Callable[[int, int, str], None]
 
 
 class Screen(Protocol):
-    """Where stages are shown."""
+    """Where messages and progress are shown."""
 
     def say(self, line: str) -> None:
-        """One line for a person."""
+        """Show a line."""
 
     def passing(self, line: str) -> None:
-        """A line whose place the next line takes, where a screen can do that."""
+        """On a terminal, show a line that the next one replaces."""
 
     def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
-        """A progress line of `total` images; inside, call with (more done, more faults, the stage
-        that binds).
+        """Show a progress bar of `total` images.
+
+        Inside the block, call the given function with the number of images done, the number of new
+        faults, and the stage that limits the speed.
         """
 
 
-class Silence:
+class SilentScreen:
     """A screen that shows nothing."""
 
     def say(self, line: str) -> None:
-        """Nothing."""
+        """Ignore the line."""
 
     def passing(self, line: str) -> None:
-        """Nothing."""
+        """Ignore the line."""
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
-        """Nothing."""
-        yield lambda done, faults, binding: None
+        """Ignore the progress."""
+        yield lambda done, faults, bottleneck: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
-    """What a stage is run with: where, what it is shown on, and the MLflow run, if any."""
+    """Where a stage runs, the screen that shows it, and its MLflow run, if any."""
 
     launch: LaunchConfig = LaunchConfig()
-    screen: Screen = Silence()
+    screen: Screen = SilentScreen()
     run: Run | None = None
     parent: Run | None = None
-    """The run above `run`: what the whole command read is recorded there."""
+    """The run above `run`, which records what belongs to the whole command."""
 
     @property
-    def top(self) -> Run | None:
-        """The parent run, or the only one."""
+    def root_run(self) -> Run | None:
+        """The run of the whole command."""
         return self.parent or self.run
 
 
 @contextmanager
-def child(context: RunContext, name: str) -> Iterator[RunContext]:
-    """The same means with a run of their own below the run, if there is one."""
+def child_context(context: RunContext, name: str) -> Iterator[RunContext]:
+    """The same context with a child run, if there is a run."""
     if context.run is None:
         yield context
         return
     with context.run.child(name) as run:
-        yield dataclasses.replace(context, run=run, parent=context.top)
+        yield dataclasses.replace(context, run=run, parent=context.root_run)
 
 
-def params(context: RunContext, values: dict[str, Any]) -> None:
-    """Settings, recorded if there is a run."""
+def log_params(context: RunContext, values: dict[str, Any]) -> None:
+    """Log MLflow params, if there is a run."""
     if context.run:
         context.run.params(values)
 
 
-def labels(context: RunContext, verb: str) -> dict[str, str]:
-    """What a stage's measures are marked with."""
-    return {"run": context.top.run_id if context.top else "none", "verb": verb}
+def metric_labels(context: RunContext, stage: str) -> dict[str, str]:
+    """The Prometheus labels of what a stage measures."""
+    return {"run": context.root_run.run_id if context.root_run else "none", "verb": stage}

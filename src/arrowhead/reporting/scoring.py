@@ -1,4 +1,4 @@
-"""What is said of scores and their evaluation."""
+"""Report scores: counts, novelty, drift, and how far the labels can be trusted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from arrowhead.examine import figures as examine_figures
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.inference.summary import ScoreSummary
 from arrowhead.reporting import evaluation, extraction
-from arrowhead.reporting.progress import Work
+from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.tracking.run import Run
 from arrowhead.wording import counted
 
 
-def say_drift(drift: dict[str, Any], screen: Screen) -> None:
-    """How far this machine is from the one that made the bundle (see `replay.Drift`)."""
+def show_drift(drift: dict[str, Any], screen: Screen) -> None:
+    """Show the result of the golden images (see `replay.Drift`)."""
     if not drift["images"]:
         screen.say(NO_GOLDEN_IMAGES)
         return
@@ -31,97 +31,101 @@ def say_drift(drift: dict[str, Any], screen: Screen) -> None:
     )
 
 
-def novelty_threshold(loaded: Bundle, config: ScoreConfig) -> float | None:
-    """The novelty above which an image is marked; None if nothing is."""
-    if not (loaded.novelty and config.flag_novel):
+def novelty_threshold(bundle: Bundle, config: ScoreConfig) -> float | None:
+    """The distance above which an image is marked as novel; None if none is marked."""
+    if not (bundle.novelty and config.flag_novel):
         return None
-    threshold = loaded.novelty.threshold(config.false_alarms)
+    threshold = bundle.novelty.threshold(config.false_alarms)
     return threshold if np.isfinite(threshold) else None
 
 
-def say_scores(
-    context: RunContext, counts: dict[str, Any], done: Work, loaded: Bundle, config: ScoreConfig
+def show_scoring(
+    screen: Screen, counts: dict[str, Any], work: WorkTotals, bundle: Bundle, config: ScoreConfig
 ) -> None:
-    """What a scoring came to, and what it was bound by."""
-    say = context.screen.say
+    """Show the counts of a scoring, what limited its speed, and the novel images."""
     ignored = f" ({counted(counts['ignored'], 'other file')} ignored)" if counts["ignored"] else ""
-    account = f"{counts['scored']} scored + {counted(counts['faults'], 'fault')}"
-    say(f"{counted(counts['inputs'], 'input')} = {account}{ignored}")
-    extraction.say_ways(context.screen, counts, done)
-    if not (loaded.novelty and config.flag_novel):
+    screen.say(
+        f"{counted(counts['inputs'], 'input')} = {counts['scored']} scored"
+        f" + {counted(counts['faults'], 'fault')}{ignored}"
+    )
+    extraction.show_throughput(screen, counts, work)
+    if not (bundle.novelty and config.flag_novel):
         return
-    threshold, share = novelty_threshold(loaded, config), f"{100 * config.false_alarms:g} %"
+    threshold, rate = novelty_threshold(bundle, config), f"{100 * config.false_alarms:g} %"
     if threshold is None:
-        say(
-            f"no image can be called novel at {share} false alarms: the bundle was validated on"
-            f" {counted(len(loaded.novelty.known), 'image')}, too few to say so"
+        screen.say(
+            f"no image can be called novel at {rate} false alarms: the bundle was validated on"
+            f" {counted(len(bundle.novelty.known), 'image')}, too few for a threshold"
         )
     else:
-        say(
-            f"{counted(counts['novel'], 'novel image')}: further than {threshold:.3f} from the"
-            f" training images ({share} of images like them are, too)"
+        screen.say(
+            f"{counted(counts['novel'], 'novel image')}: novelty above {threshold:.3f}"
+            f" ({rate} false alarms)"
         )
 
 
-def say_folders(summary: ScoreSummary, screen: Screen) -> None:
-    """How many of the images the bundle was made of; how the labels agree with the folders' names,
-    where these are the bundle's classes.
+def show_label_trust(summary: ScoreSummary, screen: Screen) -> None:
+    """Show how the labels agree with folders named after classes, and how many of the images the
+    bundle was trained on or validated with.
     """
-    found = summary.folders
-    if found:
+    folders = summary.folders
+    if folders:
         screen.say(
-            f"the folders are named after classes of the bundle: {found.right} of {found.images}"
-            f" agree ({percent(found.right, found.images)})"
+            f"the folders are named after classes of the bundle: {folders.right} of"
+            f" {folders.images} agree ({_percent(folders.right, folders.images)})"
         )
     if summary.trained or summary.validated:
-        words = evaluation.used_words(summary.trained or 0, summary.validated or 0)
+        overlap = evaluation.describe_overlap(summary.trained or 0, summary.validated or 0)
         screen.say(
-            f"WARNING: the bundle was {words}: how well it does on them says little about others"
+            f"WARNING: the bundle was {overlap}: how well it does on them says little about others"
         )
-    elif summary.trained is None and found:
+    elif summary.trained is None and folders:
         screen.say(
-            "the bundle does not say which images it was trained on: if these are among them, that"
-            " figure says little about others"
+            "the bundle does not say which images it was trained on: if these are among them, their"
+            " agreement says little about others"
         )
 
 
-def percent(right: int, images: int) -> str:
-    """A share with its 95 % confidence interval (Wilson)."""
-    low, high = metrics.wilson_interval(right, images)
-    return f"{100 * right / images:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+def _percent(correct: int, images: int) -> str:
+    """A percentage with its 95 % confidence interval (Wilson)."""
+    low, high = metrics.wilson_interval(correct, images)
+    return f"{100 * correct / images:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
-def show_scores(result: dict[str, Any], found: ScoreSummary, out: Path, run: Run) -> None:
-    """Counts, seconds and a picture of the predictions, recorded. result: see `score`."""
-    counts = {f"labels.{label}": count for label, count in found.labels.items()}
+def record_scores(result: dict[str, Any], summary: ScoreSummary, out: Path, run: Run) -> None:
+    """Record counts, seconds and histograms of the scores in MLflow.
+
+    result: see `commands.score.score`.
+    """
+    labels = {f"labels.{label}": count for label, count in summary.labels.items()}
     seconds = {f"seconds.{stage}": value for stage, value in result["seconds"].items()}
-    run.record(result["counts"] | counts | seconds | (result["images_used"] or {}))
-    names = {"bundle": "bundle_fingerprint", "recipe": "recipe_fingerprint"}
-    run.tags({tag: result[name] for tag, name in names.items()})
-    run.tags({"trained_by": str(result["trained_by"])})
+    run.record(result["counts"] | labels | seconds | (result["images_used"] or {}))
+    run.tags(evaluation.lineage_tags(result))
     run.log_artifact(out / "score.json")
     figure = examine_figures.scores_figure(
-        found.labels, found.probability_counts, found.novelty_counts
+        summary.labels, summary.probability_counts, summary.novelty_counts
     )
     run.log_artifact(examine_figures.save(figure, out / "scores.png"), "scores")
 
 
-def show_evaluation(
-    figures: dict[str, Any], classes: list[str], folder: Path, context: RunContext
+def report_bundle(
+    bundle_metrics: dict[str, Any], classes: list[str], folder: Path, context: RunContext
 ) -> None:
-    """A head's figures on one line for validation and one for test, if there is one; its confusion
-    matrices go into `folder`, and to the run.
+    """Show the validation and test metrics of a new bundle; write and record its confusion
+    matrices in `folder`.
     """
-    test = {k.removeprefix("test_"): v for k, v in figures.items() if k.startswith("test_")}
-    context.screen.say(evaluation.evaluation(figures))
+    test = {k.removeprefix("test_"): v for k, v in bundle_metrics.items() if k.startswith("test_")}
+    context.screen.say(evaluation.metrics_line(bundle_metrics))
     if test:
         context.screen.say(
-            f"{evaluation.evaluation(test, 'test')} · nothing was chosen on these images"
+            f"{evaluation.metrics_line(test, 'test')} · nothing was chosen on these images"
         )
-    for name, found in (("confusion", figures), ("test_confusion", test)):
-        if "confusion" in found:
-            title = "Test images" if found is test else "Validation images"
-            figure = examine_figures.confusion_figure(np.array(found["confusion"]), classes, title)
+    for name, title, part in (
+        ("confusion", "Validation images", bundle_metrics),
+        ("test_confusion", "Test images", test),
+    ):
+        if "confusion" in part:
+            figure = examine_figures.confusion_figure(np.array(part["confusion"]), classes, title)
             picture = examine_figures.save(figure, folder / f"{name}.png")
             if context.run:
                 context.run.log_artifact(picture, "evaluation")

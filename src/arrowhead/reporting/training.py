@@ -1,4 +1,4 @@
-"""A training as it goes: epochs, stops, the learning-rate curve."""
+"""Report a training while it runs: epochs, early stopping, the LR finder's curve."""
 
 from __future__ import annotations
 
@@ -17,127 +17,147 @@ from arrowhead.training.lr_finder import Curve
 from arrowhead.training.study import Study, StudyResult
 from arrowhead.wording import counted
 
+MAX_EPOCH_LINES = 30  # on the screen; --json, MLflow and watch have every epoch
+SEND_SECONDS = 1.0  # between two requests to MLflow: one per short epoch would slow training
+STATUS_SECONDS = 2.0  # between two status lines of a training of many heads
+EPOCH_HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid loss':>10}  {'accuracy':>8}"
 
-def say_restart(message: dict[str, Any], screen: Screen) -> None:
-    """Why the workers are started again."""
+
+def show_restart(report: dict[str, Any], screen: Screen) -> None:
+    """Show why the workers are started again."""
     screen.say(
-        f"{message['restart'].rstrip('.')}. The workers are started again; what is done stays."
+        f"{report['restart'].rstrip('.')}. The workers are started again; what is done stays."
     )
 
 
-MAX_EPOCH_LINES = 30  # on the screen; --json, MLflow and watch have every epoch
-
-
 class StudyReporter:
-    """What workers report of a study, shown and recorded; once, however often they start again."""
+    """Shows and records what the workers of a study report.
 
-    def __init__(self, asked: Study, context: RunContext) -> None:
-        self._asked, self._context = asked, context
-        self._done: set[Any] = set()
-        self._said = self._sent = 0.0
+    Every epoch is reported once, even if the workers are restarted and report it again.
+    """
+
+    def __init__(self, study: Study, context: RunContext) -> None:
+        self._study, self._context = study, context
+        self._reported: set[Any] = set()
+        self._last_status = self._last_sent = 0.0
         self._best = -np.inf
-        self._unsaid: dict[int, str] = {}  # lines of epochs that were left out so far
-        self._points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._hidden_rows: dict[int, str] = {}  # rows of epochs that were not shown
+        self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)
 
-    def send(self) -> None:
-        """Record the epochs that were not recorded yet: one request for all of them."""
-        if self._points and self._context.run:
-            self._context.run.series(self._points)
-        self._points, self._sent = defaultdict(list), monotonic()
+    def __call__(self, report: dict[str, Any]) -> None:
+        """Handle one report (see `training.run.run_study`)."""
+        screen = self._context.screen
+        if "restart" in report:
+            show_restart(report, screen)
+        elif "warning" in report:
+            screen.say(report["warning"])
+        elif "resumed_after" in report:
+            done = counted(report["resumed_after"], "epoch")
+            screen.say(f"{report['part']}: {done} done before; going on from the checkpoint")
+        elif "curve" in report and "curve" not in self._reported:
+            self._reported.add("curve")
+            show_suggested_rates(report["curve"], screen)
+        elif "lines" in report and (report["part"], report["epoch"]) not in self._reported:
+            self._reported.add((report["part"], report["epoch"]))
+            if report["part"] == "heads" and not self._study.sweep.grid:
+                self._report_epoch(report)
+            else:
+                self._report_many_heads(report)
 
-    def sized(self, workers: int) -> None:
-        """How many workers there are now."""
+    def show_workers(self, workers: int) -> None:
+        """Show how many workers there are, if that is not what was requested."""
         if str(self._context.launch.workers) not in ("0", str(workers)):
             self._context.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
 
-    def __call__(self, message: dict[str, Any]) -> None:
-        """Take one report (see `training.run.run_study`)."""
-        screen = self._context.screen
-        if "restart" in message:
-            say_restart(message, screen)
-        elif "warning" in message:
-            screen.say(message["warning"])
-        elif "resumed_after" in message:
-            done = message["resumed_after"]
-            screen.say(
-                f"{message['part']}: {counted(done, 'epoch')} done before; going on from the"
-                " checkpoint"
-            )
-        elif "curve" in message and "curve" not in self._done:
-            self._done.add("curve")
-            say_rates(message["curve"], screen)
-        elif "lines" in message and (message["part"], message["epoch"]) not in self._done:
-            self._done.add((message["part"], message["epoch"]))
-            self._epoch(message)
+    def send(self) -> None:
+        """Record the epochs since the last call, in one request to MLflow."""
+        if self._series and self._context.run:
+            self._context.run.series(self._series)
+        self._series, self._last_sent = defaultdict(list), monotonic()
 
-    def _epoch(self, message: dict[str, Any]) -> None:
-        part, epoch, lines = message["part"], message["epoch"], message["lines"]
-        screen, config = self._context.screen, self._asked.head
-        if part == "heads" and not self._asked.sweep.grid:
-            if "rate" not in message:
-                say_logistic(lines[0], screen)
+    def finish(self, result: StudyResult) -> None:
+        """Show the rows of the epoch that is kept and of the last epoch, if they were hidden."""
+        if result.heads and self._hidden_rows:
+            winner = result.winner
+            for epoch in sorted({winner.epoch, len(winner.epochs) - 1} & self._hidden_rows.keys()):
+                self._context.screen.say(self._hidden_rows.pop(epoch))
+
+    def _report_epoch(self, report: dict[str, Any]) -> None:
+        """Report an epoch of a single head: a row of a table."""
+        epoch, line = report["epoch"], report["lines"][0]
+        screen, config = self._context.screen, self._study.head
+        if "rate" not in report:
+            show_logistic(line, screen)
+        else:
+            column = _extra_column(line, config.best)
+            if epoch == 0:
+                heading = f"  {column:>{max(8, len(column))}}" if column else ""
+                screen.say(EPOCH_HEADER + heading)
+            row = self._row(line, column)
+            if epoch % math.ceil(config.total_epochs / MAX_EPOCH_LINES) == 0:
+                screen.say(row)
             else:
-                column = _column(lines[0], config.best)
-                if epoch == 0:
-                    screen.say(HEADING + (f"  {column:>{max(8, len(column))}}" if column else ""))
-                line = self._row(lines[0], column)
-                if epoch % math.ceil(config.total_epochs / MAX_EPOCH_LINES) == 0:
-                    screen.say(line)
-                else:
-                    self._unsaid[epoch] = line
-                    screen.passing(f"{line}  of {config.total_epochs} epochs")
-            found = {"rate": message["rate"]} if "rate" in message else {}
-            for name, value in (lines[0] | found).items():
-                if name != "epoch":
-                    self._points[name].append((epoch, value))
-            if monotonic() - self._sent > 1:  # a request for each of many short epochs costs more
-                self.send()  # than the epochs
-            return
-        last = epoch + 1 == config.total_epochs
-        if last or epoch == 0 or monotonic() - self._said > 2:
-            self._said = monotonic()
-            at = "" if config.head == "logistic" else f"epoch {epoch} · "
-            words, figures = "", {"epoch": float(epoch), "heads": float(len(lines))}
-            if part == "heads":  # the best fold, or share of the images, says nothing
-                name = grid.selection_metric(config)
-                pick = min if name == "valid_loss" else max
-                figures[name] = pick(line[name] for line in lines.values())
-                words = f" · best {name} {figures[name]:.4f}"
-            screen.say(f"{part} · {at}training {counted(len(lines), 'head')}{words}")
-            if self._context.run:
-                found = {f"progress.{part}.{k}": v for k, v in figures.items()}
-                self._context.run.record(found, step=epoch)
+                self._hidden_rows[epoch] = row
+                screen.passing(f"{row}  of {config.total_epochs} epochs")
+        rate = {"rate": report["rate"]} if "rate" in report else {}
+        for name, value in (line | rate).items():
+            if name != "epoch":
+                self._series[name].append((epoch, value))
+        if monotonic() - self._last_sent > SEND_SECONDS:
+            self.send()
 
-    def ended(self, made: StudyResult) -> None:
-        """Say the lines of the epoch that is kept and of the last one, if they were left out."""
-        if made.heads and self._unsaid:
-            one = made.winner
-            for epoch in sorted({one.epoch, len(one.epochs) - 1} & self._unsaid.keys()):
-                self._context.screen.say(self._unsaid.pop(epoch))
+    def _report_many_heads(self, report: dict[str, Any]) -> None:
+        """Report an epoch of a grid, folds or a learning curve: a status line now and then."""
+        part, epoch, lines = report["part"], report["epoch"], report["lines"]
+        config = self._study.head
+        is_last = epoch + 1 == config.total_epochs
+        if not (is_last or epoch == 0 or monotonic() - self._last_status > STATUS_SECONDS):
+            return
+        self._last_status = monotonic()
+        number = "" if config.head == "logistic" else f"epoch {epoch} · "
+        best, values = "", {"epoch": float(epoch), "heads": float(len(lines))}
+        if part == "heads":  # folds and shares of the images are no competition
+            name = grid.selection_metric(config)
+            choose = min if name == "valid_loss" else max
+            values[name] = choose(line[name] for line in lines.values())
+            best = f" · best {name} {values[name]:.4f}"
+        self._context.screen.say(f"{part} · {number}training {counted(len(lines), 'head')}{best}")
+        if self._context.run:
+            self._context.run.record(
+                {f"progress.{part}.{k}": v for k, v in values.items()}, step=epoch
+            )
 
     def _row(self, line: dict[str, float], column: str) -> str:
-        """One epoch; a star where what --best names is better than ever before."""
-        shown, best = row(line), self._asked.head.best
+        """The row of an epoch; with a star if --best has not been as good before."""
+        row, best = epoch_row(line), self._study.head.best
         if column:
-            shown += f"  {line[column]:>{max(8, len(column))}.6f}"
+            row += f"  {line[column]:>{max(8, len(column))}.6f}"
         if best == "last":
-            return shown
+            return row
         value = line[best] * (-1 if best == "valid_loss" else 1)
-        better = value > self._best
-        self._best = max(self._best, value) if better else self._best
-        return shown + " *" * better
+        is_best = value > self._best
+        self._best = max(self._best, value) if is_best else self._best
+        return row + " *" * is_best
 
 
-def _column(line: dict[str, float], best: str) -> str:
-    """What the table of epochs shows beside loss and accuracy, "" for nothing: what --best names;
-    of several labels F2, as most of their decisions are an easy no.
+def _extra_column(line: dict[str, float], best: str) -> str:
+    """A metric to show beside loss and accuracy: that of --best; for multi-label F2, because the
+    accuracy of mostly negative labels says little; "" for none.
     """
-    extra = "f2" if "f2" in line else ""
-    return best if best in ("balanced_accuracy", "f1") else extra
+    default = "f2" if "f2" in line else ""
+    return best if best in ("balanced_accuracy", "f1") else default
 
 
-def say_logistic(line: dict[str, float], screen: Screen) -> None:
-    """The figures of logistic regression, and how its strength was chosen."""
+def epoch_row(line: dict[str, float]) -> str:
+    """An epoch in the columns of EPOCH_HEADER."""
+    return (
+        f"{int(line['epoch']):>5}  {line['train_loss']:>10.6f}  {line['valid_loss']:>10.6f}"
+        f"  {line['accuracy']:>8.6f}"
+    )
+
+
+def show_logistic(line: dict[str, float], screen: Screen) -> None:
+    """Show the metrics of a logistic regression, and how its L2 strength was chosen."""
     chosen = f" by cross-validation (loss {line['cv_loss']:.4f})" if "cv_loss" in line else ""
     screen.say(f"logistic regression: L2 {line['l2']:.4g} (C {1 / line['l2']:.4g}){chosen}")
     screen.say(
@@ -146,65 +166,55 @@ def say_logistic(line: dict[str, float], screen: Screen) -> None:
     )
 
 
-HEADING = f"{'epoch':>5}  {'train loss':>10}  {'valid loss':>10}  {'accuracy':>8}"
-
-
-def row(line: dict[str, float]) -> str:
-    """One epoch in the lesson's columns."""
-    return (
-        f"{int(line['epoch']):>5}  {line['train_loss']:>10.6f}  {line['valid_loss']:>10.6f}"
-        f"  {line['accuracy']:>8.6f}"
-    )
-
-
-def say_stop(made: StudyResult, screen: Screen) -> None:
-    """When and why --patience ended the training of the head that is kept, and how many others."""
-    stopped = [one for one in made.heads if one.stopped == "patience"]
-    if len(made.heads) > 1 and stopped:
-        screen.say(f"{len(stopped)} of {len(made.heads)} heads stopped early (--patience)")
-    if made.heads and made.winner.stopped == "patience":
-        assert made.config is not None
-        one = made.winner
+def show_early_stopping(result: StudyResult, screen: Screen) -> None:
+    """Show how many heads --patience stopped, and when it stopped the one that is kept."""
+    stopped = [head for head in result.heads if head.stopped == "patience"]
+    if len(result.heads) > 1 and stopped:
+        screen.say(f"{len(stopped)} of {len(result.heads)} heads stopped early (--patience)")
+    if result.heads and result.winner.stopped == "patience":
+        assert result.config is not None
+        winner = result.winner
         screen.say(
-            f"stopped after epoch {len(one.epochs) - 1}: {made.config.best} has not improved since"
-            f" epoch {one.epoch} (--patience {made.config.patience})"
+            f"stopped after epoch {len(winner.epochs) - 1}: {result.config.best} has not improved"
+            f" since epoch {winner.epoch} (--patience {result.config.patience})"
         )
 
 
-def say_rates(curve: Curve, screen: Screen) -> None:
-    """The LR finder's suggestions on one line, each with the factor by which seeds differ."""
-    words, found = "within a factor of {:.2g} across seeds", []
+def show_suggested_rates(curve: Curve, screen: Screen) -> None:
+    """Show the LR finder's suggestions, with their variation across seeds, and its choice."""
+    wording, suggestions = "within a factor of {:.2g} across seeds", []
     for name, rate in curve.suggestions.items():
-        spread = curve.spreads.get(name)
-        found.append(
-            f"{name} {rate:.2g}" + ("" if spread is None else f" ({words.format(spread)})")
-        )
-        words = words if spread is None else "factor {:.2g}"  # said once
-    screen.say(f"learning rate: {' · '.join(found)} — {curve.words}")
+        factor = curve.spreads.get(name)
+        if factor is None:
+            suggestions.append(f"{name} {rate:.2g}")
+        else:
+            suggestions.append(f"{name} {rate:.2g} ({wording.format(factor)})")
+            wording = "factor {:.2g}"  # the long wording only once
+    screen.say(f"learning rate: {' · '.join(suggestions)} — {curve.words}")
     if curve.race:
-        ran = " · ".join(f"{name} {loss:.4f}" for name, loss in curve.race.items())
-        screen.say(f"race, by validation loss: {ran}")
+        losses = " · ".join(f"{name} {loss:.4f}" for name, loss in curve.race.items())
+        screen.say(f"race, by validation loss: {losses}")
     screen.say(f"rate {curve.rate:.2g} ({curve.chosen})")
 
 
-def show_curve(curve: Curve, folder: Path, context: RunContext) -> None:
-    """Figure and CSV into `folder`, and to the run."""
+def report_lr_curve(curve: Curve, folder: Path, context: RunContext) -> None:
+    """Write the LR finder's figure and table to `folder`, and record the curve."""
     figure = examine_figures.save(examine_figures.lr_figure(curve), folder / "lr_finder.png")
     examine_figures.lr_csv(curve, folder / "lr_finder.csv")
-    if context.run:
-        context.run.log_artifact(figure, "lr_finder")
-        context.run.log_artifact(folder / "lr_finder.csv", "lr_finder")
-        named = {k.replace("/", "_over_"): k for k in curve.suggestions}
-        found = {f"rate.{name}": curve.suggestions[k] for name, k in named.items()}
-        found |= {
-            f"spread.{name}": curve.spreads[k] for name, k in named.items() if k in curve.spreads
-        }
-        for name, k in named.items():
-            if curve.race and np.isfinite(curve.race[k]):
-                found[f"race.{name}"] = curve.race[k]
-        context.run.record(found | {"rate": curve.rate})
-        alive = np.isfinite(curve.losses).all(0)
-        mean = curve.losses.mean(0)
-        context.run.curve("lr_finder.rate", curve.rates[alive].tolist())
-        context.run.curve("lr_finder.loss", mean[alive].tolist())
-        context.run.tags({"lr_finder.verdict": curve.verdict})
+    if not context.run:
+        return
+    context.run.log_artifact(figure, "lr_finder")
+    context.run.log_artifact(folder / "lr_finder.csv", "lr_finder")
+    values = {"rate": curve.rate}
+    for name, rate in curve.suggestions.items():
+        metric = name.replace("/", "_over_")
+        values[f"rate.{metric}"] = rate
+        if name in curve.spreads:
+            values[f"spread.{metric}"] = curve.spreads[name]
+        if curve.race and np.isfinite(curve.race[name]):
+            values[f"race.{metric}"] = curve.race[name]
+    context.run.record(values)
+    finite = np.isfinite(curve.losses).all(0)
+    context.run.curve("lr_finder.rate", curve.rates[finite].tolist())
+    context.run.curve("lr_finder.loss", curve.losses.mean(0)[finite].tolist())
+    context.run.tags({"lr_finder.verdict": curve.verdict})
