@@ -495,8 +495,8 @@ def test_a_bundle_that_wants_to_write_elsewhere_is_refused(stored, fitted, confi
     shutil.copytree(fitted, copy)
     fileio.write_sealed(copy / "bundle.json", content)
     stored("bundle.json", (copy / "bundle.json").read_bytes())
-    with pytest.raises(DataError, match="outside of itself"):
+    with pytest.raises(DataError, match="outside its folder"):
         resolve.bundle_folder("memory://shelf/bundle", config, tmp_path / "scratch")
     assert list(tmp_path.rglob("*evil*")) == []
-    with pytest.raises(DataError, match="outside of itself"):
+    with pytest.raises(DataError, match="outside its folder"):
         bundle_format.load(copy)

@@ -569,7 +569,7 @@ def test_a_bundle_cannot_name_files_outside_itself(worn, tmp_path):
     with pytest.raises(DataError, match="not one of its images"):
         bundle_format.load(worn)
     reseal(worn, sha256={"../secret": fileio.sha256(tmp_path / "secret")})
-    with pytest.raises(DataError, match="outside of itself"):
+    with pytest.raises(DataError, match="outside its folder"):
         bundle_format.load(worn)
 
 
