@@ -229,7 +229,7 @@ def count(found: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
 def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cluster, tmp_path):
     result = run(cluster, tmp_path, "one")
     assert told(result, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
-    assert "--workers is 5:6; the cluster grows to 4 at most" in result["refused"]
+    assert "--workers is 5:6; the cluster can grow to 4 at most" in result["refused"]
     assert result["sizes"][0] in (2, 3)
     assert done(result) == Counter(range(60))
     assert told(result, "restart") == ["A machine was taken away, as announced"]
