@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 # Long enough to be killed in the middle: tens of chunks of tenths of a second.
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "128", "--chunk-size", "8"]
 IMAGES = 192
-COPIES = 6  # of each image, where a cluster is killed while it scores
+COPIES = 4  # of each image, where a cluster is killed while it scores
 
 
 @pytest.fixture(scope="module")
