@@ -223,7 +223,7 @@ def test_two_workers_reach_the_same_figures_in_every_epoch(pair):
 
 
 def test_two_workers_score_the_same_though_their_cluster_is_killed(pair):
-    assert "run the same command again: it goes on" in pair.said
+    assert "run the same command again: it continues" in pair.said
     parts = sorted((pair.folder / "one" / "parts").glob("part-*"))
     assert len(parts) > 8
     assert 0 < pair.scored["counts"]["skipped"] < COPIES * IMAGES
@@ -242,7 +242,7 @@ def test_a_killed_cluster_ends_an_extraction_that_can_be_resumed(data, whole, fo
     assert strike(command, folder, victim, random.Random(0)), command.communicate()[1]
     _, err = command.communicate(timeout=300)
     assert command.returncode == 130, err[-4000:]
-    assert "run the same command again: it goes on" in err
+    assert "run the same command again: it continues" in err
     settled(folder)
     (result,) = finish(start(folder, data, "s", workers=0))
     assert files(folder / "s") == whole

@@ -183,7 +183,7 @@ def room_for(path: Path) -> Iterator[None]:
         raise ConfigError(
             f"{path} cannot be written: {os.strerror(error.errno)}.",
             "room on the disk; what was written before is whole and stays.",
-            "free some space and run the same command again: it goes on where it stopped.",
+            "free some space and run the same command again: it continues where it stopped.",
         ) from error
 
 

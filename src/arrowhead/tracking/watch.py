@@ -259,7 +259,7 @@ def lines(view: View) -> list[str]:
     if view.running and view.quiet > QUIET_SECONDS:
         made.append(
             f"  nothing new for {_span(view.quiet)}. If its process is gone, run the same command"
-            " again: it goes on where it stopped"
+            " again: it continues where it stopped"
         )
     return made
 
