@@ -450,7 +450,7 @@ def test_suggestions_three_decades_apart_are_not_called_good(
 def test_the_figure_shows_verdict_and_every_suggestion_in_places_that_do_not_meet() -> None:
     figure = figures.lr_figure(_curve())
     above, below = figure.axes
-    assert "good" in above.get_title()
+    assert "good" in figure.get_suptitle()
     assert below.get_xscale() == "log"
     labels = above.get_yticklabels()
     assert [label.get_text().split()[0] for label in labels] == list(_curve().suggestions)

@@ -13,6 +13,7 @@ are searched for, `$` starts no formula, and control characters are escaped.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -62,7 +63,7 @@ def lr_figure(curve: Curve) -> Figure:
     above.set_ylim(len(names) - 0.4, -0.6)
     for label, name in zip(above.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name == curve.chosen else "normal")
-    above.set_title(f"LR finder: {curve.words}")
+    figure.suptitle(textwrap.fill(f"LR finder – {curve.words}", 88), fontsize="medium")
     _plot_losses(below, curve)
     above.set(xscale="log", xlim=(curve.rates[0], curve.rates[-1]))
     below.set(xlabel="learning rate", ylabel=f"loss (nats), mean of {len(curve.losses)}")
