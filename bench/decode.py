@@ -35,10 +35,10 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
 from arrowhead import demo
-from arrowhead.decode.geometry import frame
-from arrowhead.decode.headers import header
+from arrowhead.decode.geometry import view_region
+from arrowhead.decode.headers import read_header
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 
 CORES = len(os.sched_getaffinity(0))
 BATCH = 32
@@ -68,7 +68,7 @@ def bare(all_batches: Sequence[Batch], config: PixelConfig, threads: int) -> Cal
     inputs = []
     for batch in all_batches:
         arrays = [np.frombuffer(data, np.uint8) for data in batch.encoded]
-        regions = [frame(config, header(data, config)) for data in batch.encoded]
+        regions = [view_region(config, read_header(data, config)) for data in batch.encoded]
         inputs.append((arrays, *map(list, zip(*regions, strict=True))))
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2)
@@ -135,7 +135,7 @@ def main() -> None:
     run_bare = bare(good, config, args.threads)
 
     times: dict[str, list[float]] = {"bare": [], "guarded": [], "1 % bad": []}
-    with GuardedDecoder(config, batch_size=BATCH, threads=args.threads) as guarded:
+    with SubprocessDecoder(config, batch_size=BATCH, threads=args.threads) as guarded:
 
         def decode_guarded(all_batches: Sequence[Batch], faults: int) -> None:
             counts = [

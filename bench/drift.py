@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     bundle = bundle_format.load(args.bundle)
-    catalog = sources.unlabelled(args.data)
+    catalog = sources.unlabelled_catalog(args.data)
     rows = np.unique(np.linspace(0, len(catalog) - 1, args.images).astype(int))
-    files = [data for data, fault in (catalog.read(int(r), 2**28) for r in rows) if not fault]
+    files = [data for data, fault in (catalog.read_file(int(r), 2**28) for r in rows) if not fault]
     feature_ND = features(bundle, bundle.recipe, files)
     finite_N = np.isfinite(feature_ND).all(1)
     files = [data for data, finite in zip(files, finite_N, strict=True) if finite]

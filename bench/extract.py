@@ -72,9 +72,9 @@ def pump(folder: Path, body: str, images: int) -> tuple[float, dict[str, float]]
     weights = backbone.load(BodyConfig(body=body, weights="random"))
     net = Body(body, weights.state, pool="avg", mean=weights.mean, std=weights.std)
     recipe = extract.make_recipe(PixelConfig(), BodyConfig(body=body), weights, net.width)
-    catalog = sources.labelled(folder).part(range(images))
-    runs = data_chunks.chunks(catalog.paths, 256)
-    chunks = [(number, catalog.part(rows)) for number, rows in enumerate(runs)]
+    catalog = sources.labelled_catalog(folder).part(range(images))
+    runs = data_chunks.split_into_chunks(catalog.paths, 256)
+    chunks = [(number, catalog.subset(rows)) for number, rows in enumerate(runs)]
     worker = Worker(0, 1, "cpu", CORES, lambda: None, lambda report: None)
     with FeaturePipeline(worker, net, recipe, PixelConfig(), ExtractConfig()) as extraction:
         start = perf_counter()
@@ -97,7 +97,7 @@ def main() -> None:
             demo.draw(Path(scratch), per_class=-(-args.images // 2))
         folder = args.data or Path(scratch) / "train"
         nchw, nhwc = torch.contiguous_format, torch.channels_last
-        images = min(args.images, len(sources.labelled(folder)))
+        images = min(args.images, len(sources.labelled_catalog(folder)))
         batches = loader(folder, images)
         ways: dict[str, Callable[[], float]] = {
             "plain": lambda: plain(batches, args.body, nchw),

@@ -553,13 +553,13 @@ def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float
     recipe = extract.make_recipe(pixels, about, weights, body.width)
     worker = Worker(0, 1, device, settings.threads, lambda: None, lambda report: None)
     config = ExtractConfig(batch_size=batch, chunk_size=8 * batch)
-    listed = sources.unlabelled(Path(settings.data))
+    listed = sources.unlabelled_catalog(Path(settings.data))
     with FeaturePipeline(worker, body, recipe, pixels, config) as pump:
 
         def extract_rows(rows: int) -> list[Any]:
             catalog = repeated(listed, rows)
-            runs = data_chunks.chunks(catalog.paths, config.chunk_size)
-            chunks = [(at, catalog.part(rows)) for at, rows in enumerate(runs)]
+            runs = data_chunks.split_into_chunks(catalog.paths, config.chunk_size)
+            chunks = [(at, catalog.subset(rows)) for at, rows in enumerate(runs)]
             return list(pump(chunks, FeatureCache()))
 
         for _ in extract_rows(2 * batch):
@@ -592,12 +592,12 @@ def decoder_rate(settings: Settings, device: int | None, batch: int) -> float:
 def guarded_rate(settings: Settings, device: int | None, batch: int) -> float:
     """Images per second of the same decoder in a child process, with two batches in progress."""
     from arrowhead.decode.pixels import PixelConfig
-    from arrowhead.decode.worker_process import GuardedDecoder
+    from arrowhead.decode.worker_process import SubprocessDecoder
 
     groups = endless_batches(settings, batch, 512 if settings.gpu else 32)
     config = PixelConfig(size=settings.size)
     threads = settings.threads
-    with GuardedDecoder(config, batch_size=batch, threads=threads, device=device) as guarded:
+    with SubprocessDecoder(config, batch_size=batch, threads=threads, device=device) as guarded:
         endless = (SimpleNamespace(encoded=one, image_ids=image_ids(batch)) for one in groups)
         stream = guarded.stream(endless)
 
@@ -664,11 +664,11 @@ def pixels_of(
 ) -> tuple[NDArray[np.uint8], list[str | None]]:
     """Pixels, uint8 (N, S, S, 3), and faults of files, by Arrowhead's guarded decoder."""
     from arrowhead.decode.pixels import PixelConfig
-    from arrowhead.decode.worker_process import GuardedDecoder
+    from arrowhead.decode.worker_process import SubprocessDecoder
 
     config = PixelConfig(size=settings.size)
     parts, faults = [], []
-    with GuardedDecoder(
+    with SubprocessDecoder(
         config, batch_size=batch, threads=settings.threads, device=device
     ) as guarded:
         for at in range(0, len(files), batch):
@@ -807,7 +807,7 @@ def decode_among_photos(
     No new batch starts after half a minute, because a decoder that keeps dying is slow.
     """
     from arrowhead.decode.pixels import PixelConfig
-    from arrowhead.decode.worker_process import GuardedDecoder
+    from arrowhead.decode.worker_process import SubprocessDecoder
 
     result = SimpleNamespace(
         batches=0, rows=0, photos=0, changed=0, largest=0, photo_faults=[], faults={}
@@ -815,8 +815,8 @@ def decode_among_photos(
     rng = np.random.default_rng(0)
     config, threads = PixelConfig(size=settings.size), settings.threads
     start = perf_counter()
-    with GuardedDecoder(
-        config, batch_size=64, threads=threads, device=device, patience=30
+    with SubprocessDecoder(
+        config, batch_size=64, threads=threads, device=device, timeout_seconds=30
     ) as guarded:
         for at in range(0, len(bad), 40):
             if perf_counter() - start > 30:

@@ -6,7 +6,7 @@ Three alternatives run in turns, each in a new process, so that a busy machine s
 
     count       a recursive os.scandir that only counts: the minimum for a walk
     walk        the same as a generator that yields every entry (as in PEP 471)
-    labelled    sources.labelled: path, size, mtime, label and split of every file, sorted
+    labelled    sources.labelled_catalog: path, size, mtime, label and split of every file, sorted
 
 The bare walks do not stat any file; `labelled` does so for each.
 
@@ -81,7 +81,7 @@ def measure(name: str, folder: str) -> None:
     alternatives: dict[str, Callable[[], int]] = {
         "count": lambda: count(folder),
         "walk": lambda: sum(1 for _ in walk(folder)),
-        "labelled": lambda: len(sources.labelled(folder)),
+        "labelled": lambda: len(sources.labelled_catalog(folder)),
     }
     start = perf_counter()
     rows = alternatives[name]()

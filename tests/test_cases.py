@@ -149,7 +149,7 @@ def test_a_table_is_read_as_it_was_saved(
 
 def test_images_outside_class_folders_are_reported(drawn: Path) -> None:
     with pytest.raises(ConfigError, match="24 images without a class folder") as refusal:
-        sources.labelled(drawn / "new")
+        sources.labelled_catalog(drawn / "new")
     assert "score" in refusal.value.do
 
 
@@ -191,7 +191,7 @@ def test_a_command_run_twice_in_the_folder_of_images_has_the_same_counts(
     overrides = ["--epochs", "2", "--rate", "0.01"]
     first = command("fit", ".", "out", *body, *overrides)
     again = command("fit", ".", "out", *body, *overrides)
-    assert "left out, written by Arrowhead or MLflow" in command.said
+    assert "ignored, written by Arrowhead or MLflow" in command.said
     for name in ("inputs", "features", "faults", "ignored"):
         assert first["counts"][name] == again["counts"][name]
     assert again["classes"] == ["baskets", "beads"]

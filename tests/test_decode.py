@@ -14,14 +14,14 @@ import torchvision.transforms.functional as reference
 from PIL import Image, ImageOps
 
 from arrowhead import ConfigError
-from arrowhead.decode.headers import header
+from arrowhead.decode.headers import read_header
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 
 SIDE = 64
 
 
-class Decoder(GuardedDecoder):
+class Decoder(SubprocessDecoder):
     """The decoder as the body meets it: channels first, as tensors."""
 
     def __call__(
@@ -175,8 +175,8 @@ def test_an_image_claiming_too_many_pixels_is_refused_undecoded(decoder: Decoder
 
 def test_the_limit_on_pixels_is_exact(photos: list[bytes]) -> None:
     width, height = Image.open(io.BytesIO(photos[0])).size
-    assert not isinstance(header(photos[0], PixelConfig(max_pixels=width * height)), str)
-    assert isinstance(header(photos[0], PixelConfig(max_pixels=width * height - 1)), str)
+    assert not isinstance(read_header(photos[0], PixelConfig(max_pixels=width * height)), str)
+    assert isinstance(read_header(photos[0], PixelConfig(max_pixels=width * height - 1)), str)
 
 
 def _peak_megabytes(process: int) -> int:

@@ -83,7 +83,7 @@ def scored(
     """The probabilities that `score` writes of the twenty images, (20, 3)."""
     out = tmp_path_factory.mktemp("scored") / "scores"
     config, how = ScoreConfig(probabilities=True), ExtractConfig(chunk_size=100)
-    loaded, catalog = bundle_format.load(made), sources.unlabelled(images)
+    loaded, catalog = bundle_format.load(made), sources.unlabelled_catalog(images)
     request = score_request.prepare(out, made, loaded, catalog, config, how.chunk_size)
     worker = Worker(
         0, 1, "cpu", 2, TaskQueue(request.unfinished_parts()).next_task, lambda report: None

@@ -19,7 +19,7 @@ from arrowhead.data import chunks as data_chunks
 from arrowhead.data import path_text, reading, sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.features.backbone import Body, BodyConfig, load
 from arrowhead.features.extract import (
     Chunk,
@@ -77,15 +77,15 @@ def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chunks(pump: FeaturePipeline, folder: Path) -> list[Chunk]:
     """What the pump makes of the folder."""
-    return _pumped(pump, sources.unlabelled(folder))
+    return _pumped(pump, sources.unlabelled_catalog(folder))
 
 
 def _pumped(
     pump: FeaturePipeline, catalog: Catalog, known: FeatureCache | None = None
 ) -> list[Chunk]:
-    runs = data_chunks.chunks(catalog.paths, CONFIG.chunk_size)
+    runs = data_chunks.split_into_chunks(catalog.paths, CONFIG.chunk_size)
     return list(
-        pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), known or FeatureCache())
+        pump(((at, catalog.subset(rows)) for at, rows in enumerate(runs)), known or FeatureCache())
     )
 
 
@@ -104,7 +104,7 @@ def _total(chunks: list[Chunk]) -> dict[str, int]:
 
 def read(file: bytes, max_bytes: int) -> tuple[bytes, str | None]:
     folder, name = os.path.split(file)
-    return reading.read(path_text.escape_path(folder), path_text.escape_path(name), max_bytes)
+    return reading.read_file(path_text.escape_path(folder), path_text.escape_path(name), max_bytes)
 
 
 def _promptly(file: bytes, max_bytes: int = 100) -> tuple[bytes, str | None]:
@@ -183,7 +183,7 @@ def test_every_file_is_decoded_reused_or_a_fault(chunks: list[Chunk], folder: Pa
 def test_features_are_the_bodys_of_the_decoders_pixels(
     chunks: list[Chunk], made: tuple[Body, Recipe, Path], folder: Path
 ) -> None:
-    with GuardedDecoder(PIXELS, batch_size=1, threads=1) as decoder:
+    with SubprocessDecoder(PIXELS, batch_size=1, threads=1) as decoder:
         for chunk in chunks:
             image_id, path = chunk.image_ids[-1], folder / chunk.paths[-1]
             views = decoder([path.read_bytes()], [image_id]).views
@@ -208,9 +208,9 @@ def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_feat
     def fail(*args: object) -> None:
         raise AssertionError("an image that was known was decoded again")
 
-    monkeypatch.setattr(pump._decoder, "_start", fail)
+    monkeypatch.setattr(pump._decoder, "_ensure_started", fail)
     again = _pumped(
-        pump, sources.unlabelled(renamed), FeatureCache([chunk.rows() for chunk in chunks])
+        pump, sources.unlabelled_catalog(renamed), FeatureCache([chunk.rows() for chunk in chunks])
     )
     assert _total(again) == {"files": 30, "decoded": 0, "looked_up": 30, "faults": 0}
     first = _by_path(chunks)
@@ -229,7 +229,7 @@ def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_i
     (spoilt / f"{names[7]}-torn.jpg").write_bytes(full[: len(full) // 2])
     (spoilt / f"{names[9]}-gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(spoilt / "zz-pipe.jpg")
-    after = _pumped(pump, sources.unlabelled(spoilt))
+    after = _pumped(pump, sources.unlabelled_catalog(spoilt))
     assert _total(after) == {"files": 35, "decoded": 30, "looked_up": 0, "faults": 5}
     clean = _by_path(chunks)
     kinds = {}
@@ -259,8 +259,8 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
         return out
 
     pump = FeaturePipeline(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
-    catalog = sources.unlabelled(folder)
-    (chunk,) = pump([(0, catalog.part(range(4)))], FeatureCache())
+    catalog = sources.unlabelled_catalog(folder)
+    (chunk,) = pump([(0, catalog.subset(range(4)))], FeatureCache())
     assert [bool(fault) for fault in chunk.faults] == [False, True, False, False]
     assert str(chunk.faults[1]).startswith("not finite")
     assert not chunk.features[1].any()
@@ -270,8 +270,8 @@ def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
 def test_a_failing_body_and_a_consumer_that_stops_leave_no_threads_behind(
     made: tuple[Body, Recipe, Path], pump: FeaturePipeline, folder: Path
 ) -> None:
-    catalog, before = sources.unlabelled(folder), set(threading.enumerate())
-    runs = [(at, catalog.part(range(5 * at, 5 * at + 5))) for at in range(6)]
+    catalog, before = sources.unlabelled_catalog(folder), set(threading.enumerate())
+    runs = [(at, catalog.subset(range(5 * at, 5 * at + 5))) for at in range(6)]
     taken = pump(runs, FeatureCache())
     next(taken)
     taken.close()
@@ -296,9 +296,9 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
     _, recipe, weights = made
     store = Store.create(tmp_path / "store", recipe, CONFIG.chunk_size)
     shutil.copy(weights, store.weights_path)
-    catalog = sources.unlabelled(folder)
-    runs = data_chunks.chunks(catalog.paths, CONFIG.chunk_size)
-    names = [data_chunks.chunk_name(catalog, rows, recipe.fingerprint) for rows in runs]
+    catalog = sources.unlabelled_catalog(folder)
+    runs = data_chunks.split_into_chunks(catalog.paths, CONFIG.chunk_size)
+    names = [data_chunks.shard_name(catalog, rows, recipe.fingerprint) for rows in runs]
     reports: list[list[Report]] = [[], []]
     contents = []
     for heard in reports:

@@ -46,7 +46,7 @@ def tell(process: subprocess.Popen[str]) -> int:
 
 # ------------------------------------------------------------------------------- locks
 
-HOLD = "with fileio.occupied(Path(sys.argv[1])):\n    say('held')\n"
+HOLD = "with fileio.locked_output_folder(Path(sys.argv[1])):\n    say('held')\n"
 
 
 def test_a_refused_second_writer_leaves_the_lock_of_the_first_so_a_third_is_refused_too(
@@ -56,18 +56,21 @@ def test_a_refused_second_writer_leaves_the_lock_of_the_first_so_a_third_is_refu
     with other(HOLD, folder) as first:
         assert heard(first) == "held"
         for _ in "second", "third":
-            with pytest.raises(ConfigError, match="being written"), fileio.occupied(folder):
+            with (
+                pytest.raises(ConfigError, match="being written"),
+                fileio.locked_output_folder(folder),
+            ):
                 pass
             assert (folder / ".lock").exists()
         assert tell(first) == 0, first.stderr
     assert list(tmp_path.iterdir()) == []  # nothing was put into it: it went, and so did its parent
-    with fileio.occupied(folder):
+    with fileio.locked_output_folder(folder):
         (folder / "work").touch()
     assert (folder / "work").exists()
 
 
 def test_files_of_others_and_parent_folders_are_kept(tmp_path: Path) -> None:
-    with fileio.occupied(tmp_path / "a" / "b"):
+    with fileio.locked_output_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "stranger").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["stranger"]
 
@@ -79,7 +82,7 @@ def test_only_one_at_a_time_writes_while_the_lock_comes_and_goes(tmp_path: Path)
         "folder, mark = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "for _ in range(400):\n"
         "    try:\n"
-        "        with fileio.occupied(folder):\n"
+        "        with fileio.locked_output_folder(folder):\n"
         "            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))\n"
         "            mark.unlink()\n"
         "    except ConfigError:\n"
@@ -107,9 +110,9 @@ def test_a_lock_file_removed_between_opening_and_locking_is_created_again(
 
     monkeypatch.setattr(fcntl, "flock", late)
     with (
-        fileio.locked(tmp_path),
+        fileio.folder_lock(tmp_path),
         pytest.raises(ConfigError, match="being written"),
-        fileio.locked(tmp_path),
+        fileio.folder_lock(tmp_path),
     ):
         pass
 
@@ -122,7 +125,7 @@ def test_a_disk_without_locks_is_reported_and_the_work_continues(
 
     monkeypatch.setattr(fcntl, "flock", none)
     output: list[str] = []
-    with fileio.locked(tmp_path, output.append):
+    with fileio.folder_lock(tmp_path, output.append):
         fileio.write_json(tmp_path / "a.json", 1)
     assert len(output) == 1
     assert str(tmp_path) in output[0] and "no file locks" in output[0]
@@ -159,22 +162,22 @@ def test_a_folder_is_replaced_completely_and_the_previous_one_is_kept_on_request
 ) -> None:
     path, previous = tmp_path / "it", tmp_path / "it.previous"
     for number, word in enumerate(["one", "two", "three"]):
-        with fileio.draft_folder(path, previous) as folder:
+        with fileio.atomic_folder(path, previous) as folder:
             fill(folder, word)
             if number:
                 assert content(path) == whole(["one", "two"][number - 1])
         assert content(path) == whole(word)
     assert content(previous) == whole("two")
-    with fileio.draft_folder(path) as folder:
+    with fileio.atomic_folder(path) as folder:
         fill(folder, "four")
     assert content(path) == whole("four")
     assert {one.name for one in tmp_path.iterdir()} == {"it", "it.previous"}
 
 
 def test_a_folder_whose_making_fails_leaves_the_one_before_and_no_draft(tmp_path: Path) -> None:
-    with fileio.draft_folder(tmp_path / "it") as folder:
+    with fileio.atomic_folder(tmp_path / "it") as folder:
         fill(folder, "one")
-    with pytest.raises(KeyboardInterrupt), fileio.draft_folder(tmp_path / "it") as folder:
+    with pytest.raises(KeyboardInterrupt), fileio.atomic_folder(tmp_path / "it") as folder:
         (folder / "a").write_text("half")
         raise KeyboardInterrupt
     assert content(tmp_path / "it") == whole("one")
@@ -184,7 +187,7 @@ def test_a_folder_whose_making_fails_leaves_the_one_before_and_no_draft(tmp_path
 def test_a_link_to_a_folder_stays_a_link_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "it").symlink_to(tmp_path / "elsewhere")
-    with fileio.draft_folder(tmp_path / "it") as folder:
+    with fileio.atomic_folder(tmp_path / "it") as folder:
         fill(folder, "one")
     assert (tmp_path / "it").is_symlink()
     assert content(tmp_path / "elsewhere") == whole("one")
@@ -192,7 +195,7 @@ def test_a_link_to_a_folder_stays_a_link_and_what_it_points_to_is_replaced(tmp_p
 
 KILLED = """
 folder = Path(sys.argv[1])
-with fileio.draft_folder(folder) as draft:
+with fileio.atomic_folder(folder) as draft:
     (draft / "a").write_text("half")
     say("in the middle")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -201,18 +204,18 @@ with fileio.draft_folder(folder) as draft:
 
 def test_a_killed_writer_leaves_the_old_folder_and_the_next_writer_sweeps(tmp_path: Path) -> None:
     path = tmp_path / "it"
-    with fileio.draft_folder(path) as folder:
+    with fileio.atomic_folder(path) as folder:
         fill(folder, "one")
     with other(KILLED, path) as killed, other(KILLED, path) as living:
         assert heard(killed) == heard(living) == "in the middle"
         assert tell(killed) == -signal.SIGKILL
         assert content(path) == whole("one")
         assert len(list(tmp_path.glob(".it.*.draft"))) == 2
-        with fileio.draft_folder(path) as folder:
+        with fileio.atomic_folder(path) as folder:
             fill(folder, "two")
         assert content(path) == whole("two")
         assert len(list(tmp_path.glob(".it.*.draft"))) == 1  # of the one that is at work
-    fileio.sweep(tmp_path)
+    fileio.remove_stale_drafts(tmp_path)
     assert [one.name for one in tmp_path.iterdir()] == ["it"]
 
 
@@ -220,7 +223,7 @@ def test_a_kill_between_the_two_renames_leaves_a_folder_that_the_next_one_brings
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "it"
-    with fileio.draft_folder(path) as folder:
+    with fileio.atomic_folder(path) as folder:
         fill(folder, "one")
     for moment in (1, 2, 3):
         code = (
@@ -232,15 +235,15 @@ def test_a_kill_between_the_two_renames_leaves_a_folder_that_the_next_one_brings
             "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
             "    return made\n"
             "Path.rename = dying\n"
-            "with fileio.draft_folder(Path(sys.argv[1])) as draft:\n"
+            "with fileio.atomic_folder(Path(sys.argv[1])) as draft:\n"
             "    (draft / 'a').write_text('two')\n"
         )
         with other(code, path, moment) as process:
             process.communicate(timeout=60)
             assert process.returncode == -signal.SIGKILL
-        fileio.recover(path)
+        fileio.recover_folder(path)
         assert content(path) == ({"a": "two"} if moment > 1 else whole("one"))
-        fileio.sweep(tmp_path)
+        fileio.remove_stale_drafts(tmp_path)
         assert [one.name for one in tmp_path.iterdir()] == ["it"]
 
 
@@ -261,7 +264,7 @@ def test_the_folder_one_stands_in_has_the_file_that_vouches_for_all_only_at_the_
             "    moves -= 1\n"
             "    return rename(self, target) if moves >= 0 else os.kill(os.getpid(), 9)\n"
             "Path.rename = one_less\n"
-            "with fileio.draft_folder(Path(sys.argv[1])) as draft:\n"
+            "with fileio.atomic_folder(Path(sys.argv[1])) as draft:\n"
             "    (draft / 'golden').mkdir()\n"
             "    for name in ('weights.safetensors', 'images.safetensors', 'bundle.json'):\n"
             "        (draft / name).write_text(name)\n"
@@ -275,13 +278,13 @@ def test_the_folder_one_stands_in_has_the_file_that_vouches_for_all_only_at_the_
 
 
 def test_drafts_of_files_are_swept_when_their_writer_is_gone_and_only_then(tmp_path: Path) -> None:
-    code = "with fileio.draft(Path(sys.argv[1])) as draft:\n    say('in the middle')\n"
+    code = "with fileio.atomic_write(Path(sys.argv[1])) as draft:\n    say('in the middle')\n"
     with other(code, tmp_path / "a.txt") as killed:
         assert heard(killed) == "in the middle"
-        fileio.sweep(tmp_path)
+        fileio.remove_stale_drafts(tmp_path)
         assert re.fullmatch(r"\.a\.txt\.[0-9a-f]{8}\.draft", os.listdir(tmp_path)[0])
     (tmp_path / ".mine.draft").touch()
-    fileio.sweep(tmp_path)
+    fileio.remove_stale_drafts(tmp_path)
     assert os.listdir(tmp_path) == [".mine.draft"]
 
 
@@ -295,12 +298,12 @@ def test_a_full_disk_while_a_folder_is_written_is_reported_and_leaves_no_draft(
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "try:\n"
-        "    with fileio.draft_folder(Path(sys.argv[1])) as draft:\n"
+        "    with fileio.atomic_folder(Path(sys.argv[1])) as draft:\n"
         "        (draft / 'large').write_bytes(bytes(10_000))\n"
         "except ConfigError as error:\n"
         "    print(error.found, error.do)\n"
     )
-    with fileio.draft_folder(tmp_path / "it") as folder:
+    with fileio.atomic_folder(tmp_path / "it") as folder:
         fill(folder, "one")
     with other(code, tmp_path / "it") as process:
         output, errors = process.communicate(timeout=60)

@@ -30,7 +30,7 @@ NOT_A_FILE = "not a file: a folder, pipe, socket or device"
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Listing in each of the ways a large folder may be shared out, with few files."""
     if request.param != "one thread":
-        monkeypatch.setattr(walk, "PART", 7)
+        monkeypatch.setattr(walk, "NAMES_PER_TASK", 7)
     if request.param == "many threads":  # as if every file had been waited for
         ticks = iter(range(0, 10**9, 10**6))
         monkeypatch.setattr(walk, "getrusage", lambda who: SimpleNamespace(ru_nvcsw=next(ticks)))
@@ -60,7 +60,7 @@ def _put(root: Path, *names: str) -> Path:
 
 
 def _listed(root: Path) -> Listing:
-    return listing.listing(path_text.resolve(root))
+    return listing.list_files(path_text.resolve(root))
 
 
 def _grown(root: Path, seed: int) -> Path:
@@ -146,7 +146,7 @@ def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
 @given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
 @settings(max_examples=50, deadline=None)
 def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
-    odd = exclusions.JUNK | exclusions.OWN
+    odd = exclusions.SYSTEM_FILES | exclusions.OWN_NAMES
     there = [name for name in names if name[:1] != b"." and name not in odd]
     there = [name for name in there if not exclusions.sidecar_kind(name)]
     with tempfile.TemporaryDirectory() as root:
@@ -160,7 +160,7 @@ def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
         )
         for path, size, stamp in zip(result.paths, result.sizes, result.stamps, strict=True):
             name = path_text.unescape_path(path)
-            assert reading.read(path_text.resolve(root), path, 99, size, stamp) == (name, None)
+            assert reading.read_file(path_text.resolve(root), path, 99, size, stamp) == (name, None)
 
 
 # ----------------------------------------------------------------------------- listing
@@ -176,7 +176,7 @@ def test_a_listing_has_every_file_once_however_it_is_shared_out(
     shown = [
         path
         for path in all_paths
-        if not any(p[:1] == b"." or p in exclusions.JUNK for p in path.split(b"/"))
+        if not any(p[:1] == b"." or p in exclusions.SYSTEM_FILES for p in path.split(b"/"))
     ]
     assert result.paths == sorted(map(path_text.escape_path, shown))
     assert len(result.paths) + result.ignored == len(all_paths)
@@ -212,8 +212,13 @@ def test_links_back_up_the_tree_end_and_dangling_links_stay_rows(tmp_path: Path)
         "cat/ring": -1,
     }
     root = path_text.resolve(tmp_path)
-    assert reading.read(root, "cat/gone.jpg", 9) == (b"", "unreadable: No such file or directory")
-    assert reading.read(root, "cat/ring", 9)[1] == "unreadable: Too many levels of symbolic links"
+    assert reading.read_file(root, "cat/gone.jpg", 9) == (
+        b"",
+        "unreadable: No such file or directory",
+    )
+    assert (
+        reading.read_file(root, "cat/ring", 9)[1] == "unreadable: Too many levels of symbolic links"
+    )
 
 
 def test_a_folder_that_may_not_be_listed_is_a_row_and_a_fault(open_folder: Path, way: str) -> None:
@@ -225,7 +230,7 @@ def test_a_folder_that_may_not_be_listed_is_a_row_and_a_fault(open_folder: Path,
         assert result.paths == ["cat/1.jpg", "shut"]
         assert result.sizes.tolist() == [9, -1]
         assert result.ignored == 1
-        assert reading.read(str(root), "shut", 9) == (b"", "unreadable: Permission denied")
+        assert reading.read_file(str(root), "shut", 9) == (b"", "unreadable: Permission denied")
         with pytest.raises(ConfigError, match="Permission denied"):
             _listed(root / "shut")
     finally:
@@ -253,18 +258,18 @@ def test_a_file_uri_is_the_folder_it_names(tmp_path: Path) -> None:
     root = tmp_path / "a b%c\u00e9"
     _put(root, "1.jpg")
     assert path_text.resolve(root.as_uri()) == path_text.resolve(root)
-    assert listing.listing(path_text.resolve(root.as_uri())).paths == ["1.jpg"]
+    assert listing.list_files(path_text.resolve(root.as_uri())).paths == ["1.jpg"]
 
 
 def test_checking_named_files_gives_the_same_as_a_listing(tmp_path: Path, way: str) -> None:
     result, root = _listed(_grown(tmp_path, 3)), path_text.resolve(tmp_path)
-    sizes, stamps = listing.look(root, result.paths)
+    sizes, stamps = listing.stat_files(root, result.paths)
     np.testing.assert_array_equal(sizes, result.sizes)
     np.testing.assert_array_equal(stamps, result.stamps)
     _put(tmp_path, "file")
     absent = ["no", "no/such/file", path_text.escape_path(b"file\0b")]
     mixed = sorted([*absent, *result.paths[:3]])
-    sizes, _ = listing.look(root, mixed)
+    sizes, _ = listing.stat_files(root, mixed)
     assert [sizes[mixed.index(path)] for path in absent] == [-1, -1, -1]
 
 
@@ -272,7 +277,7 @@ def test_a_named_file_is_seen_in_a_folder_that_may_not_be_listed(open_folder: Pa
     root = _put(open_folder / "tree", "blind/1.jpg")
     (root / "blind").chmod(0o100)
     try:
-        assert listing.look(path_text.resolve(root), ["blind/1.jpg"])[0].tolist() == [11]
+        assert listing.stat_files(path_text.resolve(root), ["blind/1.jpg"])[0].tolist() == [11]
     finally:
         (root / "blind").chmod(0o755)
 
@@ -282,11 +287,11 @@ def test_a_named_file_is_seen_in_a_folder_that_may_not_be_listed(open_folder: Pa
 
 def test_a_file_is_read_completely_or_not_at_all(tmp_path: Path) -> None:
     root = path_text.resolve(_put(tmp_path, "four"))
-    assert reading.read(root, "four", 4) == (b"four", None)
-    assert reading.read(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
-    assert reading.read(root, "gone", 3) == (b"", "unreadable: No such file or directory")
+    assert reading.read_file(root, "four", 4) == (b"four", None)
+    assert reading.read_file(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
+    assert reading.read_file(root, "gone", 3) == (b"", "unreadable: No such file or directory")
     assert (
-        reading.read(root, path_text.escape_path(b"a\0b"), 3)[1]
+        reading.read_file(root, path_text.escape_path(b"a\0b"), 3)[1]
         == "unreadable: no file can have this name"
     )
 
@@ -301,21 +306,23 @@ def test_pipes_sockets_devices_and_folders_are_no_files_and_never_waited_on(
     with socket.socket(socket.AF_UNIX) as door:
         door.bind("socket")
         for name in ("pipe", "folder", "device", "socket"):
-            assert reading.read(path_text.resolve(tmp_path), name, 99) == (b"", NOT_A_FILE), name
+            assert reading.read_file(path_text.resolve(tmp_path), name, 99) == (b"", NOT_A_FILE), (
+                name
+            )
 
 
 def test_a_file_that_differs_from_its_listing_is_a_fault(tmp_path: Path) -> None:
     root, result = path_text.resolve(_put(tmp_path, "1.jpg")), _listed(tmp_path)
     size, stamp = int(result.sizes[0]), int(result.stamps[0])
-    assert reading.read(root, "1.jpg", 99, size, stamp) == (b"1.jpg", None)
+    assert reading.read_file(root, "1.jpg", 99, size, stamp) == (b"1.jpg", None)
     os.utime(tmp_path / "1.jpg", ns=(0, stamp + 1))
-    assert reading.read(root, "1.jpg", 99, size, stamp)[1] == (
+    assert reading.read_file(root, "1.jpg", 99, size, stamp)[1] == (
         "changed: it was written again after it was listed"
     )
     (tmp_path / "1.jpg").write_bytes(b"longer than it was")
-    data, fault = reading.read(root, "1.jpg", 99, size, stamp)
+    data, fault = reading.read_file(root, "1.jpg", 99, size, stamp)
     assert (data, fault) == (b"", "changed: it had 5 bytes when it was listed, now it has 18")
-    data, fault = reading.read(root, "1.jpg", 99, -1, 0)
+    data, fault = reading.read_file(root, "1.jpg", 99, -1, 0)
     assert data == b""
     assert fault
     assert fault.startswith("changed: it could not be looked at")
@@ -338,13 +345,13 @@ def test_a_file_that_is_written_to_while_it_is_read_is_a_fault(
 
     monkeypatch.setattr(os, "fdopen", opened)
     fault = "changed: it was written to while it was read"
-    assert reading.read(path_text.resolve(tmp_path), "1.jpg", 99) == (b"", fault)
+    assert reading.read_file(path_text.resolve(tmp_path), "1.jpg", 99) == (b"", fault)
 
 
 def test_eight_threads_read_their_own_files(tmp_path: Path) -> None:
     root = path_text.resolve(_put(tmp_path, *(f"{n}.jpg" for n in range(100))))
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda n: reading.read(root, f"{n % 100}.jpg", 99), range(2000)))
+        read = list(pool.map(lambda n: reading.read_file(root, f"{n % 100}.jpg", 99), range(2000)))
     assert read == [(f"{n % 100}.jpg".encode(), None) for n in range(2000)]
 
 
@@ -352,10 +359,10 @@ def test_a_folder_named_like_an_image_is_a_row_when_nothing_is_in_it(tmp_path: P
     (tmp_path / "cat" / "dog.JPG").mkdir(parents=True)
     (tmp_path / "cat" / "full.png").mkdir()
     (tmp_path / "cat" / "full.png" / "1.jpg").write_bytes(b"1")
-    result = listing.listing(path_text.resolve(str(tmp_path)))
+    result = listing.list_files(path_text.resolve(str(tmp_path)))
     assert result.paths == ["cat/dog.JPG", "cat/full.png/1.jpg"]
     assert result.sizes.tolist() == [-1, 1]
-    data, fault = reading.read(path_text.resolve(str(tmp_path)), result.paths[0], 100, -1, 0)
+    data, fault = reading.read_file(path_text.resolve(str(tmp_path)), result.paths[0], 100, -1, 0)
     assert (data, fault) == (b"", "not a file: a folder, pipe, socket or device")
 
 

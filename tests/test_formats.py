@@ -38,9 +38,9 @@ from arrowhead.data import sources as data_sources
 from arrowhead.decode import pillow_images
 from arrowhead.decode import pixels as decode_pixels
 from arrowhead.decode.decoder import Decoder
-from arrowhead.decode.geometry import shot
+from arrowhead.decode.geometry import draw_augmentation
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.features.backbone import Body, BodyConfig, load
 from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline, make_recipe
 from arrowhead.runtime.worker import Worker
@@ -61,14 +61,14 @@ def photo(photos: list[bytes]) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def same_size() -> Iterator[GuardedDecoder]:
-    with GuardedDecoder(_squashed(SIDE), batch_size=8, threads=2) as decoder:
+def same_size() -> Iterator[SubprocessDecoder]:
+    with SubprocessDecoder(_squashed(SIDE), batch_size=8, threads=2) as decoder:
         yield decoder
 
 
 @pytest.fixture(scope="module")
-def smaller() -> Iterator[GuardedDecoder]:
-    with GuardedDecoder(_squashed(40), batch_size=8, threads=2) as decoder:
+def smaller() -> Iterator[SubprocessDecoder]:
+    with SubprocessDecoder(_squashed(40), batch_size=8, threads=2) as decoder:
         yield decoder
 
 
@@ -224,7 +224,7 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
 
 
 def test_every_kind_of_file_comes_out_as_a_browser_shows_it(
-    photo: Image.Image, same_size: GuardedDecoder, smaller: GuardedDecoder
+    photo: Image.Image, same_size: SubprocessDecoder, smaller: SubprocessDecoder
 ) -> None:
     # Tolerance, mean absolute difference of 255: 0.5 for what is rounded on the way from 16 bits,
     # a palette of 16-bit colours or YCbCr, and for the resampling of two libraries; else none.
@@ -245,7 +245,7 @@ def test_every_kind_of_file_comes_out_as_a_browser_shows_it(
 
 
 def test_the_first_picture_of_an_animated_file_is_the_one_shown(
-    photo: Image.Image, same_size: GuardedDecoder
+    photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     for kind in ("GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"):
         film, still = animated(photo, kind), encoded(photo, "JPEG" if kind == "MPO" else kind)
@@ -256,7 +256,7 @@ def test_the_first_picture_of_an_animated_file_is_the_one_shown(
 
 
 def test_an_animation_whose_first_frame_is_a_part_shows_it_on_a_white_page(
-    photo: Image.Image, same_size: GuardedDecoder
+    photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     part = Image.new("RGBA", photo.size)
     part.paste(photo.crop((0, 0, 40, 40)), (20, 10))
@@ -292,7 +292,7 @@ def test_every_orientation_is_upright_whoever_decodes(
         files.append(encoded(image, kind, exif=exif))
         upright.append(encoded(Image.fromarray(_shown(files[-1])), "PNG"))
     config = PixelConfig(size=56, resize=resize)
-    with GuardedDecoder(config, batch_size=8, threads=1) as decoder:
+    with SubprocessDecoder(config, batch_size=8, threads=1) as decoder:
         result, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
     assert result.faults == wanted.faults == [None] * 8
     first = wanted.views[0][0]
@@ -317,7 +317,7 @@ def test_a_turned_photo_is_cut_where_the_upright_one_is_cut_whatever_its_size(
             files.append(encoded(image.resize((width, height)), "PNG", exif=exif))
             upright.append(encoded(Image.fromarray(_shown(files[-1])), "PNG"))
         config = PixelConfig(size=57, resize=resize)
-        with GuardedDecoder(config, batch_size=8, threads=1) as decoder:
+        with SubprocessDecoder(config, batch_size=8, threads=1) as decoder:
             result, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
         assert result.faults == wanted.faults == [None] * 8
         for row in range(8):
@@ -336,15 +336,15 @@ def test_a_store_of_the_older_crop_rule_gets_the_pixels_it_always_got(photos: li
         exif[0x0112] = orientation
         files.append(encoded(image, "PNG", exif=exif))
     views = {}
-    for rule in decode_pixels.RULES:
-        with GuardedDecoder(PixelConfig(size=57), batch_size=8, threads=1, rule=rule) as decoder:
+    for rule in decode_pixels.DECODER_RULES:
+        with SubprocessDecoder(PixelConfig(size=57), batch_size=8, threads=1, rule=rule) as decoder:
             views[rule] = decoder(files, _ids(2)).views[0]
     old, new = views["dali"], views["dali-upright"]
     assert (old[0] == new[0]).all()
     assert (old[1] == np.rot90(old[0], -1)).all()  # cut as it is stored, then turned
     assert not (old[1] == new[1]).all()
     with pytest.raises(ConfigError, match="of-tomorrow"):
-        GuardedDecoder(PixelConfig(size=57), batch_size=8, threads=1, rule="of-tomorrow")
+        SubprocessDecoder(PixelConfig(size=57), batch_size=8, threads=1, rule="of-tomorrow")
 
 
 # --------------------------------------------------------------------- colours of a JPEG
@@ -367,7 +367,7 @@ def _jpeg(data: bytes, jfif: bool, transform: int | None, ids: bytes = b"") -> b
 
 
 def test_jpegs_of_every_colour_space_come_out_as_pillow_shows_them(
-    photo: Image.Image, same_size: GuardedDecoder
+    photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     # Tolerance: mean absolute difference 1 of 255, for CMYK is taken times K in whole numbers. A
     # CMYK whose inversion is missed is 90 away.
@@ -404,7 +404,7 @@ def test_jpegs_of_every_colour_space_come_out_as_pillow_shows_them(
 
 
 def test_a_damaged_cmyk_jpeg_without_adobes_segment_is_a_fault(
-    photo: Image.Image, same_size: GuardedDecoder
+    photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     full = _jpeg(encoded(photo.convert("CMYK"), "JPEG"), jfif=False, transform=None)
     broken = full[: len(full) // 2] + bytes(40) + full[len(full) // 2 + 40 :]
@@ -432,7 +432,7 @@ def _raw(photo: Image.Image, **tags: Any) -> bytes:
 
 
 def test_an_image_of_a_kind_that_is_not_decoded_is_unsupported_and_says_what_to_do(
-    photo: Image.Image, same_size: GuardedDecoder
+    photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"></svg>'
     files = {
@@ -486,7 +486,7 @@ def test_an_image_of_a_kind_that_is_not_decoded_is_unsupported_and_says_what_to_
 
 
 def test_a_file_that_only_begins_like_another_kind_is_recognized(
-    photo: Image.Image, same_size: GuardedDecoder
+    photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     page = b"<!DOCTYPE html><html><body><svg></svg></body></html>" * 4
     notes = [b"P1 is the first of the plots that we photographed\n", b"BPG is a word", bytes(200)]
@@ -515,7 +515,7 @@ def test_decoded_photos_equal_pillows_to_the_last_bit_before_they_are_resized(
         for sampling in ("4:2:0", "4:2:2", "4:4:4")
     ]
     files = [encoded(image, "JPEG", **ways[n % len(ways)]) for n, image in enumerate(squares)]
-    with GuardedDecoder(_squashed(224), batch_size=64, threads=2) as decoder:
+    with SubprocessDecoder(_squashed(224), batch_size=64, threads=2) as decoder:
         result = decoder(files, _ids(64))
     assert result.faults == [None] * 64
     assert not any(result.fallback)
@@ -537,12 +537,12 @@ def test_features_equal_those_of_plain_torchvision_code(
     weights, pixels = load(config), PixelConfig()
     body = Body(config.body, weights.state, pool="avg", mean=half, std=half)
     recipe = make_recipe(pixels, config, weights, body.width)
-    catalog = data_sources.unlabelled(tmp_path)
+    catalog = data_sources.unlabelled_catalog(tmp_path)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
     with FeaturePipeline(worker, body, recipe, pixels, ExtractConfig()) as pump:
-        runs = data_chunks.chunks(catalog.paths, 256)
+        runs = data_chunks.split_into_chunks(catalog.paths, 256)
         chunks = list(
-            pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), FeatureCache())
+            pump(((at, catalog.subset(rows)) for at, rows in enumerate(runs)), FeatureCache())
         )
     ours = {
         path: row[0] for done in chunks for path, row in zip(done.paths, done.features, strict=True)
@@ -555,7 +555,7 @@ def test_features_equal_those_of_plain_torchvision_code(
     plain.classifier = torch.nn.Identity()
     plain.eval()
     of_image = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    with GuardedDecoder(pixels, batch_size=1, threads=2) as decoder, torch.inference_mode():
+    with SubprocessDecoder(pixels, batch_size=1, threads=2) as decoder, torch.inference_mode():
         cosines = []
         for path in paths:
             image = Image.open(path).convert("RGB")
@@ -578,7 +578,7 @@ def test_features_equal_those_of_plain_torchvision_code(
 
 def test_one_decode_serves_all_views(photos: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     counted = {"codec": 0, "Pillow": 0}
-    by_codec, by_pillow = Decoder._decode, pillow_images.by_pillow
+    by_codec, by_pillow = Decoder._decode_batch, pillow_images.decode_with_pillow
 
     def count_codec(self: Decoder, headers: list) -> list:
         counted["codec"] += len(headers)
@@ -588,8 +588,8 @@ def test_one_decode_serves_all_views(photos: list[bytes], monkeypatch: pytest.Mo
         counted["Pillow"] += 1
         return by_pillow(data)
 
-    monkeypatch.setattr(Decoder, "_decode", count_codec)
-    monkeypatch.setattr(pillow_images, "by_pillow", count_pillow)
+    monkeypatch.setattr(Decoder, "_decode_batch", count_codec)
+    monkeypatch.setattr(pillow_images, "decode_with_pillow", count_pillow)
     glass = encoded(Image.open(io.BytesIO(photos[0])).convert("RGBA"), "PNG")
     engine = Decoder(PixelConfig(size=32, views=5), batch_size=8, threads=1)
     result = engine([*photos[:6], glass, glass], _ids(8))
@@ -602,7 +602,7 @@ def test_the_policy_none_repeats_the_clean_view_to_the_last_bit(
     resize: str, photos: list[bytes]
 ) -> None:
     config = PixelConfig(size=SIDE, views=3, augment="none", resize=resize)
-    with GuardedDecoder(config, batch_size=8, threads=2) as decoder:
+    with SubprocessDecoder(config, batch_size=8, threads=2) as decoder:
         views = decoder(photos[:8], _ids(8)).views
     assert np.array_equal(views[0], views[1])
     assert np.array_equal(views[0], views[2])
@@ -616,12 +616,16 @@ def test_side_on_views_lean_a_little_and_never_turn_by_quarters(photo: Image.Ima
     upside_down = {}
     for policy in ("side-on", "top-down"):
         config = PixelConfig(size=32, views=9, augment=policy)
-        with GuardedDecoder(config, batch_size=32, threads=2) as decoder:
+        with SubprocessDecoder(config, batch_size=32, threads=2) as decoder:
             views = decoder([data] * 32, _ids(32)).views
         lower = np.stack([view[:32, 24:].mean((1, 2, 3)) for view in views[1:]])
         upper = np.stack([view[:32, :8].mean((1, 2, 3)) for view in views[1:]])
         upside_down[policy] = int((lower - upper < 100).sum())
-        shots = [shot(config, image_id, view) for image_id in _ids(200) for view in range(1, 5)]
+        shots = [
+            draw_augmentation(config, image_id, view)
+            for image_id in _ids(200)
+            for view in range(1, 5)
+        ]
         turned = {taken.quarters for taken in shots}
         assert turned == ({0} if policy == "side-on" else {0, 1, 2, 3})
         assert max(abs(float(taken.angle[0])) for taken in shots) <= 10
@@ -635,13 +639,13 @@ def test_a_view_is_a_function_of_seed_image_and_view_in_any_batch_order_thread_a
 ) -> None:
     config = PixelConfig(size=32, views=4, augment_seed=5)
     ids = _ids(24)
-    with GuardedDecoder(config, batch_size=24, threads=2) as decoder:
+    with SubprocessDecoder(config, batch_size=24, threads=2) as decoder:
         full = decoder(photos, ids).views
         again = decoder(photos, ids).views
         order = np.random.default_rng(0).permutation(24)
         shuffled = decoder([photos[n] for n in order], [ids[n] for n in order]).views
         other_name = decoder(photos[:1], [b"\xff" * 16]).views
-    with GuardedDecoder(config, batch_size=5, threads=1) as decoder:
+    with SubprocessDecoder(config, batch_size=5, threads=1) as decoder:
         fives = [decoder(photos[n : n + 5], ids[n : n + 5]).views for n in range(0, 24, 5)]
     engine = Decoder(config, batch_size=7, threads=1)
     here = [engine(photos[n : n + 7], ids[n : n + 7]).views for n in range(0, 24, 7)]

@@ -131,35 +131,35 @@ def test_class_folders_at_google_are_class_folders(bucket: Bucket) -> None:
     ]
     for key in keys:
         bucket.put(key, key.encode())
-    catalog = sources.labelled("gs://b/d")
+    catalog = sources.labelled_catalog("gs://b/d")
     assert catalog.paths == sorted([f"cat/{name}" for name in ODD] + ["dog/1.jpg"])
     assert (catalog.classes, catalog.ignored) == (["cat", "dog"], 2)
     for row, path in enumerate(catalog.paths):
-        assert catalog.read(row, 99) == (f"d/{path}".encode(), None)
-    assert catalog.read(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
-    assert sources.labelled("gs://b/d/").stamps.tolist() == catalog.stamps.tolist()
+        assert catalog.read_file(row, 99) == (f"d/{path}".encode(), None)
+    assert catalog.read_file(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
+    assert sources.labelled_catalog("gs://b/d/").stamps.tolist() == catalog.stamps.tolist()
     with pytest.raises(ConfigError, match="holds nothing"):
-        sources.labelled("gs://b/nowhere")
+        sources.labelled_catalog("gs://b/nowhere")
 
 
 def test_an_object_written_again_is_a_fault_also_of_the_same_size_and_time(bucket: Bucket) -> None:
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         bucket.put(f"d/{name}", name.encode())
-    before = sources.unlabelled("gs://b/d")
+    before = sources.unlabelled_catalog("gs://b/d")
     bucket.put("d/1.jpg", b"other")
     bucket.put("d/2.jpg", b"longer than it was")
     del bucket.objects["d/3.jpg"]
-    assert before.read(0, 99) == (b"", "changed: it was written again after it was listed")
-    assert before.read(1, 99)[1] == "changed: it had 5 bytes when it was listed, now it has 18"
-    assert before.read(2, 99) == (b"", "unreadable: No such file or directory")
-    after = sources.unlabelled("gs://b/d")
+    assert before.read_file(0, 99) == (b"", "changed: it was written again after it was listed")
+    assert before.read_file(1, 99)[1] == "changed: it had 5 bytes when it was listed, now it has 18"
+    assert before.read_file(2, 99) == (b"", "unreadable: No such file or directory")
+    after = sources.unlabelled_catalog("gs://b/d")
     assert after.stamps[0] != before.stamps[0]
-    assert after.read(0, 99) == (b"other", None)
+    assert after.read_file(0, 99) == (b"other", None)
 
 
 def test_the_generation_that_was_judged_is_the_one_that_is_read(bucket: Bucket) -> None:
     bucket.put("d/1.jpg", b"first")
-    reading.read("gs://b/d", "1.jpg", 99)
+    reading.read_file("gs://b/d", "1.jpg", 99)
     generation = bucket.objects["d/1.jpg"][1]
     assert any(f"generation={generation}" in path for path in bucket.asked)
 
@@ -167,9 +167,9 @@ def test_the_generation_that_was_judged_is_the_one_that_is_read(bucket: Bucket) 
 def test_a_short_outage_of_the_server_costs_no_image(bucket: Bucket) -> None:
     bucket.put("d/away.jpg", b"a" * 1000)
     bucket.put("d/torn.jpg", b"t" * 1000)
-    catalog = sources.unlabelled("gs://b/d")
+    catalog = sources.unlabelled_catalog("gs://b/d")
     bucket.unavailable["d/away.jpg"] = 1
     bucket.torn["d/torn.jpg"] = 1
-    assert catalog.read(0, 9999) == (b"a" * 1000, None)
-    assert catalog.read(1, 9999) == (b"t" * 1000, None)
+    assert catalog.read_file(0, 9999) == (b"a" * 1000, None)
+    assert catalog.read_file(1, 9999) == (b"t" * 1000, None)
     assert bucket.torn["d/torn.jpg"] < 0

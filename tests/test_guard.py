@@ -24,7 +24,7 @@ import pytest
 from arrowhead import ConfigError, LostError
 from arrowhead.decode import worker_process
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 
 PIXELS = PixelConfig(size=32, views=2)
 
@@ -51,15 +51,15 @@ if sys.argv[0] == "-c":
         b"mark: hang": lambda: time.sleep(3600),
         b"mark: slow": be_slow,
     }
-    header = headers.header
+    read_header = headers.read_header
 
     def sabotaged(data, config):
         for mark, end in ENDS.items():
             if data.endswith(mark):
                 end()
-        return header(data, config)
+        return read_header(data, config)
 
-    headers.header = sabotaged
+    headers.read_header = sabotaged
 """
 
 
@@ -89,7 +89,7 @@ def photos(drawn: Path) -> list[bytes]:
 @pytest.fixture(scope="module")
 def clean(photos: list[bytes]) -> dict[bytes, bytes]:
     """All views of each photo, from a decoder that nothing happens to."""
-    with GuardedDecoder(PIXELS, batch_size=32, threads=2) as decoder:
+    with SubprocessDecoder(PIXELS, batch_size=32, threads=2) as decoder:
         result = decoder(photos, _ids(photos))
     assert result.faults == [None] * 32
     return {photo: _pixels(result.views, row) for row, photo in enumerate(photos)}
@@ -116,12 +116,12 @@ def _marked(photo: bytes, way: str) -> bytes:
     return photo + b"mark: " + way.encode()
 
 
-def _decoder(size: int = 8, patience: float = 60.0) -> GuardedDecoder:
-    return GuardedDecoder(PIXELS, batch_size=size, threads=2, patience=patience)
+def _decoder(size: int = 8, timeout_seconds: float = 60.0) -> SubprocessDecoder:
+    return SubprocessDecoder(PIXELS, batch_size=size, threads=2, timeout_seconds=timeout_seconds)
 
 
 def _streamed(
-    decoder: GuardedDecoder, batches: Iterable[Batch], clean: dict[bytes, bytes]
+    decoder: SubprocessDecoder, batches: Iterable[Batch], clean: dict[bytes, bytes]
 ) -> list[str]:
     """The faults of these batches; every photo in them has to come out as it does alone."""
     batches = list(batches)
@@ -162,7 +162,7 @@ def _gone(process: int, seconds: float = 120.0) -> bool:
     [
         ("segfault", "killed by SIGSEGV", 2),
         ("abort", "killed by SIGABRT", 2),
-        ("killed", "killed by SIGKILL", 1 + worker_process.MAX_KILLS),
+        ("killed", "killed by SIGKILL", 1 + worker_process.MAX_KILLS_PER_FILE),
         ("exit", "exit code 1", 2),
         ("raise", "exit code 1", 2),
     ],
@@ -184,7 +184,7 @@ def test_a_file_that_hangs_the_decoder_is_quarantined_and_no_process_stays(
 ) -> None:
     batches = [Batch([*photos[:2], _marked(photos[2], "hang"), photos[3]]), Batch(photos[4:8])]
     children = set()
-    with _decoder(patience=3) as decoder:
+    with _decoder(timeout_seconds=3) as decoder:
         decoder(photos[:1], _ids(photos[:1]))
         children.add(decoder._child.pid)
         assert _streamed(decoder, batches, clean) == ["decoder_crash: no answer in 3 s"]
@@ -325,10 +325,10 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 
 data = Path(sys.argv[1]).read_bytes()
-decoder = GuardedDecoder(PixelConfig(size=32), batch_size=1, threads=1)
+decoder = SubprocessDecoder(PixelConfig(size=32), batch_size=1, threads=1)
 decoder([data], [bytes(16)])
 print(decoder._child.pid, flush=True)
 if len(sys.argv) > 2:
@@ -365,7 +365,7 @@ def test_the_child_does_not_outlive_a_parent_killed_outright(
 def test_a_child_that_cannot_start_is_refused_in_three_parts(
     sabotaged: Callable[[str], None], photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "PAUSE", 0.0)
+    monkeypatch.setattr(worker_process, "RETRY_DELAY_SECONDS", 0.0)
     before = sorted(os.listdir("/proc/self/fd"))
     sabotaged("import sys; sys.modules['nvidia.dali'] = None")
     with _decoder() as decoder:
@@ -384,7 +384,7 @@ def test_a_child_that_cannot_start_is_refused_in_three_parts(
 
 @contextmanager
 def _killing(
-    decoder: GuardedDecoder, times: int, ready: Callable[[int], bool] = lambda child: True
+    decoder: SubprocessDecoder, times: int, ready: Callable[[int], bool] = lambda child: True
 ) -> Iterator[list[int]]:
     """Kill the next `times` children with SIGKILL, each when it is `ready`; gives those killed."""
     killed: list[int] = []
@@ -411,9 +411,9 @@ def _killing(
 def test_a_child_killed_while_it_starts_is_started_again(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
-    with _decoder() as decoder, _killing(decoder, worker_process.STARTS - 1) as killed:
+    with _decoder() as decoder, _killing(decoder, worker_process.MAX_START_ATTEMPTS - 1) as killed:
         assert _streamed(decoder, [Batch(photos[:8])], clean) == []
-        assert len(killed) == worker_process.STARTS - 1
+        assert len(killed) == worker_process.MAX_START_ATTEMPTS - 1
 
 
 @pytest.mark.usefixtures("sabotaged")
@@ -425,10 +425,12 @@ def test_a_good_photo_is_no_crash_because_its_decoder_was_killed_from_outside(
     batch = [*photos[:3], _marked(photos[3], "slow"), *photos[4:8]]
     with _decoder() as decoder:
         with _killing(
-            decoder, worker_process.MAX_KILLS, lambda child: (tmp_path / str(child)).exists()
+            decoder,
+            worker_process.MAX_KILLS_PER_FILE,
+            lambda child: (tmp_path / str(child)).exists(),
         ) as killed:
             result = decoder(batch, _ids(batch))
-        assert len(killed) == decoder.deaths == worker_process.MAX_KILLS
+        assert len(killed) == decoder.deaths == worker_process.MAX_KILLS_PER_FILE
     assert result.faults == [None] * 8
     ids = _ids(batch)
     with _decoder() as decoder:
@@ -441,7 +443,7 @@ def test_a_good_photo_is_no_crash_because_its_decoder_was_killed_from_outside(
 def test_a_decoder_that_is_always_killed_while_it_starts_is_refused_and_the_file_is_not_blamed(
     sabotaged: Callable[[str], None], photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "PAUSE", 0.0)
+    monkeypatch.setattr(worker_process, "RETRY_DELAY_SECONDS", 0.0)
     sabotaged(
         "import os, signal, sys; sys.argv[0] == '-c' and os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -456,8 +458,8 @@ def test_a_decoder_that_is_always_killed_while_it_starts_is_refused_and_the_file
 def test_files_that_are_killed_one_after_another_are_the_machines_fault(
     photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "PAUSE", 0.0)
-    monkeypatch.setattr(worker_process, "MAX_KILLS", 1)
+    monkeypatch.setattr(worker_process, "RETRY_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(worker_process, "MAX_KILLS_PER_FILE", 1)
     deadly = [_marked(photo, "killed") for photo in photos[:8]]
     with _decoder() as decoder:
         with pytest.raises(LostError, match=f"{worker_process.MAX_KILLED_FILES} files in a row"):

@@ -27,7 +27,7 @@ from PIL import Image
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data import path_text, sources
 from arrowhead.decode.pixels import PixelConfig, Pixels
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.features.backbone import Body, BodyConfig, load
 from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline, make_recipe
 from arrowhead.runtime.worker import Worker
@@ -55,13 +55,13 @@ def corpus(photos: list[bytes]) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Iterator[GuardedDecoder]:
-    with GuardedDecoder(PIXELS, batch_size=64, threads=2) as decoder:
+def decoder() -> Iterator[SubprocessDecoder]:
+    with SubprocessDecoder(PIXELS, batch_size=64, threads=2) as decoder:
         yield decoder
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: dict[str, Case], decoder: GuardedDecoder) -> dict[str, Row]:
+def alone(corpus: dict[str, Case], decoder: SubprocessDecoder) -> dict[str, Row]:
     """What each hostile file comes out as in a batch of its own."""
     rows = {}
     for name, case in corpus.items():
@@ -153,7 +153,7 @@ def test_hostile_files_and_their_mates_come_out_as_they_do_alone(
         others = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[: size - bad]]
     rng = np.random.default_rng(size)
     names = [str(name) for name in rng.permutation(list(corpus))]
-    with GuardedDecoder(PIXELS, batch_size=size, threads=threads) as decoder:
+    with SubprocessDecoder(PIXELS, batch_size=size, threads=threads) as decoder:
         clean = _rows(decoder(others, _ids(others)))
         assert not any(row.fault for row in clean)
         for first in range(0, len(names), bad):
@@ -169,7 +169,7 @@ def test_hostile_files_and_their_mates_come_out_as_they_do_alone(
 
 
 def test_one_bad_file_among_63_photos_of_an_epoch_costs_one_row(
-    photos: list[bytes], corpus: dict[str, Case], decoder: GuardedDecoder
+    photos: list[bytes], corpus: dict[str, Case], decoder: SubprocessDecoder
 ) -> None:
     others = (photos * 2)[:63]
     clean = _rows(decoder(others, _ids(others)))
@@ -181,7 +181,7 @@ def test_one_bad_file_among_63_photos_of_an_epoch_costs_one_row(
 
 
 def test_the_words_of_one_file_do_not_hide_the_damage_of_another(
-    photos: list[bytes], decoder: GuardedDecoder
+    photos: list[bytes], decoder: SubprocessDecoder
 ) -> None:
     # libpng says a line for each of 20,000 broken comments in a PNG that is otherwise well, while
     # libjpeg says a single one for the damage that it decodes past.
@@ -218,7 +218,7 @@ def test_a_false_size_in_a_file_costs_no_memory(
     claims += [name for name in corpus if "of EXIF, as it says" in name or "1500 scans" in name]
     claims += [name for name in corpus if "billion" in name or "past its end" in name]
     assert len(claims) > 30
-    with GuardedDecoder(PIXELS, batch_size=1, threads=2) as decoder:
+    with SubprocessDecoder(PIXELS, batch_size=1, threads=2) as decoder:
         decoder(photos[:1], [bytes(16)])
         assert decoder._child
         before = _peak_megabytes(decoder._child.pid)
@@ -275,7 +275,7 @@ def _others(images: list[Image.Image]) -> list[bytes]:
 
 
 def _fuzzed(
-    broken: Sequence[bytes], good: Sequence[bytes], decoder: GuardedDecoder
+    broken: Sequence[bytes], good: Sequence[bytes], decoder: SubprocessDecoder
 ) -> Iterator[Row]:
     """What broken files come out as, in batches of 64 with good ones between them."""
     clean = _rows(decoder(good, _ids(good)))
@@ -295,7 +295,7 @@ def _fuzzed(
 
 @pytest.mark.parametrize(("kind", "count"), [("JPEG", 10_000), ("other", 10_000)])
 def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
-    kind: str, count: int, photos: list[bytes], decoder: GuardedDecoder
+    kind: str, count: int, photos: list[bytes], decoder: SubprocessDecoder
 ) -> None:
     images = _small(photos, 20)
     deaths = decoder.deaths
@@ -313,7 +313,7 @@ def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
     assert 0.05 * count < sum(row.fault is None for row in rows) < 0.95 * count
 
     order = np.random.default_rng(8).permutation(count)
-    with GuardedDecoder(PIXELS, batch_size=64, threads=1) as other:
+    with SubprocessDecoder(PIXELS, batch_size=64, threads=1) as other:
         again = list(_fuzzed([broken[place] for place in order], good, other))
         assert other.deaths == 0
     changed = [int(place) for place, row in zip(order, again, strict=True) if row != rows[place]]
@@ -330,13 +330,13 @@ def test_unreadable_files_get_a_row_and_odd_names_are_preserved(
     config = BodyConfig(body="resnet18", weights="random")
     weights = load(config)
     body = Body(config.body, weights.state, pool="avg", mean=weights.mean, std=weights.std, size=32)
-    catalog = sources.unlabelled(tmp_path)
+    catalog = sources.unlabelled_catalog(tmp_path)
     recipe = make_recipe(PIXELS, config, weights, body.width)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
     with FeaturePipeline(worker, body, recipe, PIXELS, ExtractConfig(batch_size=16)) as pump:
-        runs = data_chunks.chunks(catalog.paths, 256)
+        runs = data_chunks.split_into_chunks(catalog.paths, 256)
         chunks = list(
-            pump(((at, catalog.part(rows)) for at, rows in enumerate(runs)), FeatureCache())
+            pump(((at, catalog.subset(rows)) for at, rows in enumerate(runs)), FeatureCache())
         )
     faults = {path: fault for c in chunks for path, fault in zip(c.paths, c.faults, strict=True)}
     assert all(path.isprintable() for path in faults)

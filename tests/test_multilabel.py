@@ -258,7 +258,7 @@ def made(store: Store) -> Bundle:
     golden = [
         GoldenImage(
             name=f"{at}.img",
-            data=catalog.read(int(valid.row[at]), 2**20)[0],
+            data=catalog.read_file(int(valid.row[at]), 2**20)[0],
             feature=feature_ND[at],
             probabilities=chance[at],
         )
@@ -280,7 +280,7 @@ def saved(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _score(path: Path, images: Path, out: Path, **overrides: Any) -> tuple[Bundle, ScoreRequest]:
     """What the score verb does, in this process."""
     config, how = ScoreConfig(**overrides), ExtractConfig(chunk_size=16)
-    loaded, catalog = bundle_format.load(path), sources.unlabelled(images)
+    loaded, catalog = bundle_format.load(path), sources.unlabelled_catalog(images)
     request = score_request.prepare(out, path, loaded, catalog, config, how.chunk_size)
     worker = Worker(
         0, 1, "cpu", 2, TaskQueue(request.unfinished_parts()).next_task, lambda report: None

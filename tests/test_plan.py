@@ -35,7 +35,7 @@ def _paths(count: int, seed: int) -> list[str]:
 
 
 def _contents(paths: list[str], size: int) -> set[tuple[str, ...]]:
-    return {tuple(paths[row] for row in rows) for rows in chunks.chunks(paths, size)}
+    return {tuple(paths[row] for row in rows) for rows in chunks.split_into_chunks(paths, size)}
 
 
 # ----------------------------------------------------------------------------- listing
@@ -43,7 +43,7 @@ def _contents(paths: list[str], size: int) -> set[tuple[str, ...]]:
 
 def test_train_and_valid_folders_give_splits_and_labels(tmp_path: Path) -> None:
     _put(tmp_path, "train/cat/1.jpg", "train/dog/deep/2.jpg", "valid/cat/3.jpg", "test/dog/4.jpg")
-    catalog = sources.labelled(tmp_path)
+    catalog = sources.labelled_catalog(tmp_path)
     rows = zip(catalog.paths, catalog.labels, catalog.splits, strict=True)
     assert list(rows) == [
         ("test/dog/4.jpg", ("dog",), "test"),
@@ -56,7 +56,7 @@ def test_train_and_valid_folders_give_splits_and_labels(tmp_path: Path) -> None:
 
 
 def test_class_folders_alone_leave_the_split_to_be_drawn(tmp_path: Path) -> None:
-    catalog = sources.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
+    catalog = sources.labelled_catalog(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
     assert catalog.labels == [("cat",), ("dog",)]
     assert catalog.splits == ["", ""]
 
@@ -76,7 +76,7 @@ def test_splits_are_known_by_their_usual_names(
     tmp_path: Path, train: str, valid: str, test: str
 ) -> None:
     names = [f"{part}/{label}/1.jpg" for part in (train, valid, test) for label in ("a", "b")]
-    catalog = sources.labelled(_put(tmp_path, *names, "other/c/1.jpg"))
+    catalog = sources.labelled_catalog(_put(tmp_path, *names, "other/c/1.jpg"))
     splits = dict(zip((path.split("/")[0] for path in catalog.paths), catalog.splits, strict=True))
     assert splits == {train: "train", valid: "valid", test: "test"}
     assert (catalog.classes, catalog.ignored) == (["a", "b"], 1)
@@ -98,10 +98,10 @@ def test_names_with_a_split_in_them_are_splits_where_they_hold_the_same_class_fo
     tmp_path: Path, train: str, valid: str
 ) -> None:
     names = [f"{part}/{label}/1.jpg" for part in (train, valid) for label in ("a", "b")]
-    catalog = sources.labelled(_put(tmp_path / "alike", *names, "seg_pred/3.jpg"))
+    catalog = sources.labelled_catalog(_put(tmp_path / "alike", *names, "seg_pred/3.jpg"))
     assert catalog.classes == ["a", "b"]
     assert sorted(catalog.splits) == ["train", "train", "valid", "valid"]
-    catalog = sources.labelled(
+    catalog = sources.labelled_catalog(
         _put(tmp_path / "not", f"{train}/a/1", f"{train}/b/1", f"{valid}/c/1")
     )
     assert catalog.classes == sorted([train, valid])
@@ -110,15 +110,15 @@ def test_names_with_a_split_in_them_are_splits_where_they_hold_the_same_class_fo
 @pytest.mark.parametrize(
     ("upper", "lower", "words"),
     [
-        (("tr", "va"), ("cat", "dog"), "tr/, va/ are taken for classes, though each holds cat/"),
-        (("cat", "dog"), ("train", "val"), "train/, val/ in each of them do not split"),
+        (("tr", "va"), ("cat", "dog"), "tr/, va/ are read as classes, though each holds cat/"),
+        (("cat", "dog"), ("train", "val"), "train/, val/ in each of them are not used as splits"),
     ],
 )
 def test_folders_that_look_like_splits_but_are_read_as_classes_are_reported(
     tmp_path: Path, upper: tuple[str, ...], lower: tuple[str, ...], words: str
 ) -> None:
     names = [f"{top}/{name}/1.jpg" for top in upper for name in lower]
-    catalog = sources.labelled(_put(tmp_path, *names))
+    catalog = sources.labelled_catalog(_put(tmp_path, *names))
     assert catalog.classes == list(upper)
     assert words in " ".join(catalog.notes)
 
@@ -129,7 +129,7 @@ def test_folders_that_look_like_splits_but_are_read_as_classes_are_reported(
 def test_without_a_validation_folder_a_share_of_train_is_drawn_and_reported(
     tmp_path: Path, test: tuple[str, ...]
 ) -> None:
-    catalog = sources.labelled(_put(tmp_path, "train_set/a/1", "train_set/b/2", *test))
+    catalog = sources.labelled_catalog(_put(tmp_path, "train_set/a/1", "train_set/b/2", *test))
     sides = ["test"] * 2 if "test_set/a/3" in test else []
     assert catalog.splits == [*sides, "", ""]
     assert catalog.classes == ["a", "b"]
@@ -148,15 +148,15 @@ def test_without_a_validation_folder_a_share_of_train_is_drawn_and_reported(
 def test_a_class_named_like_a_split_is_a_class_and_reported(
     tmp_path: Path, names: tuple[str, ...], classes: list[str]
 ) -> None:
-    catalog = sources.labelled(_put(tmp_path, *names))
+    catalog = sources.labelled_catalog(_put(tmp_path, *names))
     assert catalog.classes == classes
-    assert "is taken for a class" in catalog.notes[0]
+    assert "is read as a class" in catalog.notes[0]
 
 
 def test_for_the_parent_folder_the_refusal_names_the_right_one(tmp_path: Path) -> None:
     _put(tmp_path, "photos/cat/1.jpg", "photos/dog/2.jpg")
     with pytest.raises(ConfigError) as refusal:
-        sources.labelled(tmp_path)
+        sources.labelled_catalog(tmp_path)
     assert f"{tmp_path}/photos, which holds cat, dog" in refusal.value.do
 
 
@@ -164,7 +164,7 @@ def test_hidden_system_and_unlabelled_files_are_counted_and_left_out(tmp_path: P
     _put(tmp_path, "cat/1.jpg", "dog/2.jpg", "loose.jpg", ".DS_Store")
     _put(tmp_path, "cat/Thumbs.db", "cat/.hidden", ".ipynb_checkpoints/1.jpg", "__MACOSX/dog/._2")
     _put(tmp_path, ".git/config", ".git/objects/ab", ".git/objects/cd")
-    catalog = sources.labelled(tmp_path)
+    catalog = sources.labelled_catalog(tmp_path)
     assert catalog.paths == ["cat/1.jpg", "dog/2.jpg"]
     assert catalog.classes == ["cat", "dog"]
     assert catalog.ignored == 9  # every file, also in folders that are hidden
@@ -182,22 +182,23 @@ def test_a_folder_linked_under_two_names_is_listed_the_same_whatever_the_disk_or
             return sorted(listdir(folder), reverse=backwards)
 
         monkeypatch.setattr(os, "listdir", names)
-        result.append(sources.unlabelled(tmp_path).paths)
+        result.append(sources.unlabelled_catalog(tmp_path).paths)
     assert result[0] == result[1] == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
 
 
 def test_an_empty_class_folder_is_named_and_changes_no_label(tmp_path: Path) -> None:
     _put(tmp_path, "train/cat/1.jpg", "train/dog/deep/2.jpg", "valid/cat/3.jpg", "valid/dog/4.jpg")
-    before = sources.labelled(tmp_path)
+    before = sources.labelled_catalog(tmp_path)
     _put(tmp_path, "train/ant/.hidden")
     (tmp_path / "train/cow/deep").mkdir(parents=True)
     (tmp_path / "valid/cow").mkdir()
     (tmp_path / "other").mkdir()
-    after = sources.labelled(tmp_path)
-    assert after.empty == ("train/ant", "train/cow", "valid/cow")
+    after = sources.labelled_catalog(tmp_path)
+    assert after.empty_folders == ("train/ant", "train/cow", "valid/cow")
     assert (after.classes, after.labels) == (before.classes, before.labels)
     assert after.digest() == before.digest()
-    assert sources.labelled(_put(tmp_path / "flat", "a/1", "b/2", "c/.3")).empty == ("c",)
+    flat = sources.labelled_catalog(_put(tmp_path / "flat", "a/1", "b/2", "c/.3"))
+    assert flat.empty_folders == ("c",)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_classes_that_differ_only_in_case_or_unicode_form_are_refused_with_both_
         _put(tmp_path, "valid/dog/1.jpg", "train/dog/1.jpg")
     _put(tmp_path, *(f"{folder}/1.jpg" for folder in folders), "dog/1.jpg")
     with pytest.raises(ConfigError) as refusal:
-        sources.labelled(tmp_path)
+        sources.labelled_catalog(tmp_path)
     for output in (*map(ascii, names), *folders):
         assert output in refusal.value.found
     assert refusal.value.do
@@ -244,7 +245,7 @@ def test_folders_that_cannot_be_trained_on_are_refused_with_what_to_do(
     tmp_path: Path, names: tuple[str, ...], word: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
-        sources.labelled(_put(tmp_path, *names))
+        sources.labelled_catalog(_put(tmp_path, *names))
     assert word in refusal.value.found
     assert refusal.value.wanted
     assert refusal.value.do
@@ -261,9 +262,9 @@ def test_the_digest_is_of_the_contents_list_not_of_where_it_lies(tmp_path: Path)
     here = _put(tmp_path / "here", "cat/1.jpg", "dog/2.jpg")
     there = tmp_path / "there"
     shutil.copytree(here, there)
-    assert sources.labelled(here).digest() == sources.labelled(there).digest()
+    assert sources.labelled_catalog(here).digest() == sources.labelled_catalog(there).digest()
     (there / "cat/1.jpg").write_bytes(b"longer than it was")
-    assert sources.labelled(here).digest() != sources.labelled(there).digest()
+    assert sources.labelled_catalog(here).digest() != sources.labelled_catalog(there).digest()
 
 
 # -------------------------------------------------------------------------- arithmetic
@@ -272,13 +273,13 @@ def test_the_digest_is_of_the_contents_list_not_of_where_it_lies(tmp_path: Path)
 @given(st.lists(NAMES.map(path_text.escape_path), max_size=300), st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_in_exactly_one_chunk(paths: list[str], size: int) -> None:
-    runs = chunks.chunks(paths, size)
+    runs = chunks.split_into_chunks(paths, size)
     assert [row for rows in runs for row in rows] == list(range(len(paths)))
     assert all(2 * len(rows) >= size for rows in runs[:-1])
 
 
 def test_chunks_have_the_requested_length_on_average() -> None:
-    runs = chunks.chunks(_paths(20_000, 0), 64)
+    runs = chunks.split_into_chunks(_paths(20_000, 0), 64)
     assert 0.75 * 64 < 20_000 / len(runs) < 1.5 * 64
     assert max(map(len, runs)) <= 4 * 64
 
@@ -295,21 +296,21 @@ def test_a_replaced_file_a_touched_file_and_another_recipe_belong_to_another_sha
     tmp_path: Path,
 ) -> None:
     _put(tmp_path, "a/1.jpg", "a/2.jpg")
-    before = sources.unlabelled(tmp_path)
-    name = chunks.chunk_name(before, range(2), "recipe")
-    assert chunks.chunk_name(sources.unlabelled(tmp_path), range(2), "recipe") == name
-    assert chunks.chunk_name(before, range(2), "other") != name
-    assert chunks.chunk_name(before, range(1), "recipe") != name
+    before = sources.unlabelled_catalog(tmp_path)
+    name = chunks.shard_name(before, range(2), "recipe")
+    assert chunks.shard_name(sources.unlabelled_catalog(tmp_path), range(2), "recipe") == name
+    assert chunks.shard_name(before, range(2), "other") != name
+    assert chunks.shard_name(before, range(1), "recipe") != name
     os.utime(tmp_path / "a/2.jpg", ns=(1, 1))
-    assert chunks.chunk_name(sources.unlabelled(tmp_path), range(2), "recipe") != name
+    assert chunks.shard_name(sources.unlabelled_catalog(tmp_path), range(2), "recipe") != name
 
 
 def test_tries_rename_the_shards_they_are_in_and_no_other(tmp_path: Path) -> None:
-    before = sources.unlabelled(_put(tmp_path, "a/1.jpg", "a/2.jpg"))
+    before = sources.unlabelled_catalog(_put(tmp_path, "a/1.jpg", "a/2.jpg"))
     assert before.tries.tolist() == [0, 0]
     after = replace(before, tries=np.array([0, 1], np.uint8))
     names = [
-        [chunks.chunk_name(each, range(row, row + 1), "r") for row in (0, 1)]
+        [chunks.shard_name(each, range(row, row + 1), "r") for row in (0, 1)]
         for each in (before, after)
     ]
     assert names[0][0] == names[1][0]
@@ -326,29 +327,29 @@ def test_names_of_shards_are_those_of_earlier_versions() -> None:
         labels=[("x",), ("y",)],
         splits=["train", ""],
     )
-    assert chunks.chunk_name(catalog, range(2), "recipe") == "0b377998edba97ea4ee04c00"
+    assert chunks.shard_name(catalog, range(2), "recipe") == "0b377998edba97ea4ee04c00"
     assert catalog.digest() == "90e06a84e21bcee5091b25880e16b069"
 
 
 def test_columns_make_the_same_catalog_again(tmp_path: Path) -> None:
-    catalog = sources.labelled(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
+    catalog = sources.labelled_catalog(_put(tmp_path, "cat/1.jpg", "dog/2.jpg"))
     assert "empty" not in catalog.columns()
     again = Catalog(**catalog.columns())
     assert again.digest() == catalog.digest()
-    assert again.read(1, 99) == (b"dog/2.jpg", None)
+    assert again.read_file(1, 99) == (b"dog/2.jpg", None)
 
 
 def test_a_row_whose_file_has_changed_since_the_listing_is_a_fault(tmp_path: Path) -> None:
-    catalog = sources.unlabelled(_put(tmp_path, "1.jpg", "2.jpg"))
+    catalog = sources.unlabelled_catalog(_put(tmp_path, "1.jpg", "2.jpg"))
     (tmp_path / "2.jpg").write_bytes(b"other")
-    assert catalog.read(0, 99) == (b"1.jpg", None)
+    assert catalog.read_file(0, 99) == (b"1.jpg", None)
     os.utime(tmp_path / "2.jpg", ns=(0, 0))
-    assert catalog.read(1, 99) == (b"", "changed: it was written again after it was listed")
+    assert catalog.read_file(1, 99) == (b"", "changed: it was written again after it was listed")
 
 
 def _flat(root: Path, **counts: int) -> Catalog:
     """A catalog of class folders with so many files each."""
-    return sources.labelled(
+    return sources.labelled_catalog(
         _put(root, *(f"{c}/{n:05}.jpg" for c in counts for n in range(counts[c])))
     )
 
@@ -362,7 +363,7 @@ def test_of_each_class_a_fifth_validates_and_one_image_at_least_trains(tmp_path:
     counts = {"many": 250, "some": 48, "ten": 10, "three": 3, "two": 2, "single": 1}
     catalog = _flat(tmp_path, **counts)
     for seed in range(5):
-        drawn = data_splits.drawn(catalog, _ids(len(catalog), seed), 0.2)
+        drawn = data_splits.draw_splits(catalog, _ids(len(catalog), seed), 0.2)
         pairs = list(zip(drawn.labels, drawn.splits, strict=True))
         held = {name: pairs.count(((name,), "valid")) for name in counts}
         assert held == {"many": 50, "some": 10, "ten": 2, "three": 1, "two": 1, "single": 0}
@@ -372,13 +373,15 @@ def test_of_each_class_a_fifth_validates_and_one_image_at_least_trains(tmp_path:
 def test_copies_of_an_image_stay_on_one_side_also_beside_given_splits(tmp_path: Path) -> None:
     catalog = _flat(tmp_path, cat=100, dog=100)
     ids = _ids(100) * 2  # every dog is a copy of a cat
-    splits = data_splits.drawn(catalog, ids, 0.2).splits
+    splits = data_splits.draw_splits(catalog, ids, 0.2).splits
     assert splits[:100] == splits[100:]
     assert splits.count("valid") == 40
     for part in ("valid", "train", "test"):
         given_splits = replace(catalog, splits=[part] * 100 + [""] * 100)
-        assert data_splits.drawn(given_splits, ids, 0.2).splits == [part] * 200
-    copies = data_splits.drawn(catalog, [*_ids(1) * 99, _ids(1, 1)[0], *_ids(100, 2)], 0.2).splits
+        assert data_splits.draw_splits(given_splits, ids, 0.2).splits == [part] * 200
+    copies = data_splits.draw_splits(
+        catalog, [*_ids(1) * 99, _ids(1, 1)[0], *_ids(100, 2)], 0.2
+    ).splits
     assert copies[:99] == ["train"] * 99  # 99 of 100 would be no fifth
     assert copies[99] == "valid"
 
@@ -386,10 +389,10 @@ def test_copies_of_an_image_stay_on_one_side_also_beside_given_splits(tmp_path: 
 def test_a_few_images_more_move_few_others(tmp_path: Path) -> None:
     catalog = _flat(tmp_path, cat=1000, dog=1000)
     ids = _ids(2000)
-    before = data_splits.drawn(catalog, ids, 0.2).splits
+    before = data_splits.draw_splits(catalog, ids, 0.2).splits
     _put(tmp_path, *(f"cat/new{n}.jpg" for n in range(10)))
-    after = data_splits.drawn(
-        sources.labelled(tmp_path), [*ids[:1000], *_ids(10, 1), *ids[1000:]], 0.2
+    after = data_splits.draw_splits(
+        sources.labelled_catalog(tmp_path), [*ids[:1000], *_ids(10, 1), *ids[1000:]], 0.2
     )
     kept = after.splits[:1000] + after.splits[1010:]
     assert sum(a != b for a, b in zip(before, kept, strict=True)) <= 10
@@ -399,7 +402,7 @@ def test_an_image_that_cannot_be_read_takes_no_place_in_a_split(tmp_path: Path) 
     catalog = _flat(tmp_path, cat=10, dog=3)
     ids = [*_ids(10), _ids(1, 1)[0], bytes(16), bytes(16)]  # what nothing was read of is alike
     faulty = [False] * 11 + [True] * 2
-    splits = data_splits.drawn(catalog, ids, 0.2, faulty).splits
+    splits = data_splits.draw_splits(catalog, ids, 0.2, faulty).splits
     assert splits[:10].count("valid") == 2
     assert splits[10:] == ["train"] * 3
 
@@ -423,29 +426,31 @@ def test_every_label_is_taught_whatever_several_labels_images_have(
         splits=[""] * count,
     )
     ids = _ids(count, seed)
-    drawn = data_splits.drawn(catalog, ids, share)
+    drawn = data_splits.draw_splits(catalog, ids, share)
     parts = list(zip(drawn.labels, drawn.splits, strict=True))
     taught = {name for names, split in parts if split == "train" for name in names}
     assert taught == {name for names in labels for name in names}
-    assert data_splits.drawn(catalog, ids, share).splits == drawn.splits
+    assert data_splits.draw_splits(catalog, ids, share).splits == drawn.splits
 
 
 def test_a_larger_share_only_adds_to_the_validation_split_and_given_splits_stay(
     tmp_path: Path,
 ) -> None:
     _put(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "valid/cat/3.jpg")
-    given_splits = sources.labelled(tmp_path)
+    given_splits = sources.labelled_catalog(tmp_path)
     zeros = [bytes(16)] * 3  # would fall into the validation split at any share
-    assert data_splits.drawn(given_splits, zeros, 0.9).splits == given_splits.splits
+    assert data_splits.draw_splits(given_splits, zeros, 0.9).splits == given_splits.splits
     shutil.rmtree(tmp_path / "valid")
     catalog = _flat(tmp_path / "more", a=200, b=200)
-    small, large = (data_splits.drawn(catalog, _ids(400), share).splits for share in (0.1, 0.4))
+    small, large = (
+        data_splits.draw_splits(catalog, _ids(400), share).splits for share in (0.1, 0.4)
+    )
     assert all(b == "valid" for a, b in zip(small, large, strict=True) if a == "valid")
     assert small.count("valid") < large.count("valid")
 
 
 @given(st.integers(0, 1000), st.integers(1, 9))
 def test_shares_cover_all_rows_once_and_are_even(count: int, world: int) -> None:
-    shares = [data_splits.share(count, rank, world) for rank in range(world)]
+    shares = [data_splits.rows_of(count, rank, world) for rank in range(world)]
     assert [row for mine in shares for row in mine] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -284,7 +284,7 @@ def test_a_finished_scoring_is_not_done_again_but_can_be_written_as_csv(command,
 
 def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, out):
     """As if one file had been written to between the listing and its reading."""
-    listed = sources.unlabelled
+    listed = sources.unlabelled_catalog
 
     def early(source: Any, config: Any, **more: Any) -> Catalog:
         catalog = listed(source, config, **more)
@@ -294,7 +294,7 @@ def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, ou
 
     words = ["score", "out/bundle", "new", out, "--chunk-size", "8"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "unlabelled", early)
+        patch.setattr(sources, "unlabelled_catalog", early)
         first = command(*words, "--csv", code=3)
     assert first["faults"] == {"changed": 1}
     again = command(*words)
@@ -333,7 +333,7 @@ def test_other_images_of_the_same_names_and_sizes_are_another_request(
 
 def test_two_commands_do_not_write_the_same_scores(out, capsys):
     out.mkdir()
-    with fileio.locked(out):
+    with fileio.folder_lock(out):
         assert refused("score", "out/bundle", "new", out) == 2
     assert "being written" in capsys.readouterr().err
 

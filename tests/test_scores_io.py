@@ -51,7 +51,7 @@ def scored(path: Path, images: Path, out: Path, **config: object) -> ScoreReques
     """Score as the verb does, in this process; without MLflow and screen."""
     loaded, how = bundle_format.load(path), ExtractConfig(chunk_size=4)
     asked = ScoreConfig(**config)  # type: ignore[arg-type]
-    request = score_request.prepare(out, path, loaded, sources.unlabelled(images), asked, 4)
+    request = score_request.prepare(out, path, loaded, sources.unlabelled_catalog(images), asked, 4)
     worker = Worker(
         0, 1, "cpu", 1, TaskQueue(request.unfinished_parts()).next_task, lambda report: None
     )
@@ -101,7 +101,7 @@ def flipped(path: Path, draw: random.Random) -> None:
 
 def test_every_reader_takes_the_folder_of_parts_as_it_is(whole: Path, images: Path) -> None:
     folder = str(whole / "parts")
-    there = sources.unlabelled(images).paths
+    there = sources.unlabelled_catalog(images).paths
     assert len(list((whole / "parts").iterdir())) > 2
     assert pandas.read_parquet(folder)["path"].tolist() == there
     assert polars.read_parquet(folder)["path"].to_list() == there
@@ -277,7 +277,7 @@ def test_well_sealed_nonsense_is_refused_in_words(
     content = json.loads((torn / "request.json").read_text())
     del content["seal"]
     path, config = bundled(), ScoreConfig(probabilities=True)
-    loaded, catalog = bundle_format.load(path), sources.unlabelled(images)
+    loaded, catalog = bundle_format.load(path), sources.unlabelled_catalog(images)
     for runs in ([[0]], [["0", "13"]], 7, [[0, 10**15]], [[0, 4]], [[0, 9], [4, 13]]):
         fileio.write_sealed(torn / "request.json", content | {"runs": runs})
         with pytest.raises(DataError):
@@ -318,7 +318,7 @@ def test_a_part_without_a_complete_journal_line_is_written_again(
     (out / "parts" / ".part-000001.parquet.abcd.draft").write_bytes(b"half")
     config = ScoreConfig()
     request = score_request.prepare(
-        out, path, bundle_format.load(path), sources.unlabelled(images), config, 4
+        out, path, bundle_format.load(path), sources.unlabelled_catalog(images), config, 4
     )
     assert request.unfinished_parts() == [0, len(lines) - 1] and request.damaged_parts == []
     scored(path, images, out)
@@ -407,7 +407,7 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
     images: Path, tmp_path: Path
 ) -> None:
     classes = ["sea, sand", "b|c", 'say "x" y']
-    catalog = sources.unlabelled(images / "leaves")
+    catalog = sources.unlabelled_catalog(images / "leaves")
     count, out = len(catalog), tmp_path / "scores"
     given = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
     scores = Scores(
@@ -439,7 +439,7 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
     request = ScoreRequest(output_dir=out, bundle=out, config=config, part_rows=[range(count)])
     table = score.write_csv(request, result)
     source = SourceConfig(images=str(images / "leaves"), label_column="labels")
-    again = sources.labelled(table, source, teaches=False)
+    again = sources.labelled_catalog(table, source, for_training=False)
     assert again.paths == catalog.paths
     names = np.array(classes)
     assert again.labels == [tuple(sorted(names[row].tolist())) for row in given]
@@ -460,8 +460,8 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
     ],
 )
 def test_a_field_is_text_to_a_spreadsheet(text: str, written: str) -> None:
-    assert spreadsheet.cell(text) == written
+    assert spreadsheet.safe_cell(text) == written
 
 
 def test_numbers_stay_numbers() -> None:
-    assert [spreadsheet.cell(one) for one in (-0.5, None, 3)] == [-0.5, None, 3]
+    assert [spreadsheet.safe_cell(one) for one in (-0.5, None, 3)] == [-0.5, None, 3]

@@ -15,7 +15,7 @@ from rich.console import Console
 from arrowhead import printable
 from arrowhead.cli import screen as cli_screen
 from arrowhead.cli.screen import Screen
-from arrowhead.printable import visible
+from arrowhead.printable import escape_control_chars
 
 NARROW = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
 LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
@@ -49,7 +49,7 @@ def arrowhead(
     ],
 )
 def test_control_characters_are_escaped_and_the_rest_stays(capsys, text, shown):
-    assert visible(text) == shown
+    assert escape_control_chars(text) == shown
     Screen(to_stderr=False).say(text)
     assert (
         capsys.readouterr()

@@ -98,7 +98,7 @@ def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> Non
     fileio.write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(TypeError):
         fileio.write_json(tmp_path / "a.json", {"new": object()})
-    with pytest.raises(KeyboardInterrupt), fileio.draft(tmp_path / "a.json") as draft_file:
+    with pytest.raises(KeyboardInterrupt), fileio.atomic_write(tmp_path / "a.json") as draft_file:
         draft_file.write_text('{"new"')
         raise KeyboardInterrupt
     assert fileio.read_json(tmp_path / "a.json") == {"old": 1}
@@ -109,7 +109,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_pa
     result = Store.create(tmp_path / "store", RECIPE, 3)
     code = (
         "import os, signal, sys; from pathlib import Path; from arrowhead import fileio\n"
-        "with fileio.draft(Path(sys.argv[1])) as sketch:\n"
+        "with fileio.atomic_write(Path(sys.argv[1])) as sketch:\n"
         "    sketch.write_bytes(b'ARROW1 half a shard')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -63,7 +63,7 @@ def _rows(catalog: Catalog) -> list[tuple[str, tuple[str, ...], str]]:
 def test_a_table_gives_paths_labels_and_splits(tmp_path: Path) -> None:
     _put(tmp_path, "b/2.jpg", "a/1.jpg", "3.jpg")
     table = "path,labels,split\nb/2.jpg,dog,train\na/1.jpg,cat,valid\n3.jpg,cat,train\n"
-    catalog = sources.labelled(_table(tmp_path, table))
+    catalog = sources.labelled_catalog(_table(tmp_path, table))
     assert _rows(catalog) == [
         ("3.jpg", ("cat",), "train"),
         ("a/1.jpg", ("cat",), "valid"),
@@ -72,14 +72,14 @@ def test_a_table_gives_paths_labels_and_splits(tmp_path: Path) -> None:
     assert catalog.root == path_text.resolve(tmp_path)
     assert catalog.sizes.tolist() == [5, 7, 7]
     assert catalog.stamps.tolist() == [(tmp_path / p).stat().st_mtime_ns for p in catalog.paths]
-    assert catalog.read(2, 99) == (b"b/2.jpg", None)
+    assert catalog.read_file(2, 99) == (b"b/2.jpg", None)
     assert not catalog.multi
 
 
 def test_labels_with_spaces_are_one_label_each(tmp_path: Path) -> None:
     _put(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     table = "path,labels\n1.jpg,American Bobtail\n2.jpg,American Curl\n3.jpg,Saint Bernard\n"
-    catalog = sources.labelled(_table(tmp_path, table))
+    catalog = sources.labelled_catalog(_table(tmp_path, table))
     assert catalog.classes == ["American Bobtail", "American Curl", "Saint Bernard"]
     assert not catalog.multi
     assert catalog.notes == ()
@@ -112,7 +112,7 @@ def test_several_labels_of_an_image_are_asked_for_by_flag_by_tags_or_by_lists(
     tmp_path: Path, content: str, config: dict[str, Any], labels: list[tuple[str, ...]]
 ) -> None:
     _put(tmp_path, "1", "2", "3")
-    catalog = sources.labelled(_table(tmp_path, content), SourceConfig(**config))
+    catalog = sources.labelled_catalog(_table(tmp_path, content), SourceConfig(**config))
     assert catalog.labels == labels
     assert catalog.multi == any(len(names) > 1 for names in labels)
     assert not catalog.multi or "labels for each image" in " ".join(catalog.notes)
@@ -122,7 +122,7 @@ def test_a_column_that_looks_like_several_labels_is_said_and_kept_as_one(tmp_pat
     cells = ["haze primary", "clear primary", "clear", "haze", "haze water", "clear water"]
     _put(tmp_path, *map(str, range(6)))
     rows = "".join(f"{n},{cell}\n" for n, cell in enumerate(cells))
-    catalog = sources.labelled(_table(tmp_path, f"path,labels\n{rows}"))
+    catalog = sources.labelled_catalog(_table(tmp_path, f"path,labels\n{rows}"))
     assert catalog.classes == sorted(cells)
     assert "--multi-label" in " ".join(catalog.notes)
 
@@ -137,7 +137,7 @@ def test_several_labels_that_no_cell_has_are_refused(
     _put(tmp_path, "1", "2")
     table = _table(tmp_path, "path,labels\n1,cat\n2,dog\n")
     with pytest.raises(ConfigError, match=word):
-        sources.labelled(table, SourceConfig(**config))
+        sources.labelled_catalog(table, SourceConfig(**config))
     with pytest.raises(ConfigError, match="empty --label-separator"):
         SourceConfig(multi_label=True, label_separator="")
 
@@ -164,7 +164,9 @@ def test_columns_are_guessed_where_that_is_clear_and_said(
         header.count(",") + 1
     ]
     rows = "".join(cells[0].format(n, label) + "\n" for n, label in ((1, "a cat"), (2, "dog")))
-    catalog = sources.labelled(_table(tmp_path, f"{header}\n{rows}"), SourceConfig(**config))
+    catalog = sources.labelled_catalog(
+        _table(tmp_path, f"{header}\n{rows}"), SourceConfig(**config)
+    )
     assert _rows(catalog) == [("1.jpg", ("a cat",), ""), ("2.jpg", ("dog",), "")]
     guessed = header != "path,label" and not config
     assert any("guessed: column" in note for note in catalog.notes) == guessed
@@ -174,16 +176,16 @@ def test_ids_are_completed_and_found_in_folders_below(tmp_path: Path) -> None:
     _put(tmp_path, "pics/train/cats/cat.1.jpg", "pics/valid/dogs/dog.2.jpg", "pics/dog.3.jpg")
     table = _table(tmp_path, "id,breed\ncat.1,American Curl\ndog.2,Saint Bernard\ndog.3,Pug\n")
     pics = str(tmp_path / "pics")
-    catalog = sources.labelled(table, SourceConfig(images=pics, suffix=".jpg"))
+    catalog = sources.labelled_catalog(table, SourceConfig(images=pics, suffix=".jpg"))
     assert catalog.paths == ["dog.3.jpg", "train/cats/cat.1.jpg", "valid/dogs/dog.2.jpg"]
     assert catalog.sizes.min() > 0
     assert "2 of 3 images found by name" in " ".join(catalog.notes)
     with pytest.raises(ConfigError) as refusal:
-        sources.labelled(table, SourceConfig(images=pics))
+        sources.labelled_catalog(table, SourceConfig(images=pics))
     assert "--suffix .jpg" in refusal.value.do
     _put(tmp_path, "pics/other/cat.1.jpg")
     with pytest.raises(ConfigError, match=r"line 2: cat.1.jpg is in several folders"):
-        sources.labelled(table, SourceConfig(images=pics, suffix=".jpg"))
+        sources.labelled_catalog(table, SourceConfig(images=pics, suffix=".jpg"))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_splits_are_words_or_yes_and_no(
     rows = "".join(
         f"{3 * at + n}.jpg,{'abc'[n]},{word}\n" for at, word in enumerate(words) for n in range(3)
     )
-    catalog = sources.labelled(_table(tmp_path, f"path,label,{header}\n{rows}"))
+    catalog = sources.labelled_catalog(_table(tmp_path, f"path,label,{header}\n{rows}"))
     assert catalog.splits == [split for split in splits for _ in range(3)]
 
 
@@ -231,7 +233,7 @@ def test_splits_are_words_or_yes_and_no(
 )
 def test_tables_are_read_as_people_save_them(tmp_path: Path, name: str, content: bytes) -> None:
     _put(tmp_path, "dö/1.jpg", "dö/2.jpg")
-    catalog = sources.labelled(_table(tmp_path, content, name))
+    catalog = sources.labelled_catalog(_table(tmp_path, content, name))
     assert _rows(catalog) == [("dö/1.jpg", ("Möps",), ""), ("dö/2.jpg", ("cat, fat",), "")]
     assert catalog.sizes.min() > 0
 
@@ -247,10 +249,10 @@ def test_utf_16_without_a_byte_order_mark_is_read_in_any_script(
     names = [f"{script}/{script * 9}{n}.jpg" for n in range(3)]
     _put(tmp_path, *names)
     text = "path,label\n" + "".join(f"{name},{script * 20} {name[-5]}\n" for name in names)
-    rows = _rows(sources.labelled(_table(tmp_path, text.encode(code))))
+    rows = _rows(sources.labelled_catalog(_table(tmp_path, text.encode(code))))
     assert rows == [(name, (f"{script * 20} {name[-5]}",), "") for name in names]
     table = _table(tmp_path, "".join(f"{name}\r\n" for name in names).encode(code), "t.txt")
-    assert sources.unlabelled(table).paths == names
+    assert sources.unlabelled_catalog(table).paths == names
 
 
 @pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])
@@ -259,7 +261,7 @@ def test_a_letter_that_is_n_in_the_other_order_does_not_turn_a_table_around(
 ) -> None:
     _put(tmp_path, "1.jpg", "2.jpg")
     text = f"path,label\n1.jpg,{'一' * 99}\n2.jpg,{'丁' * 99}\n"
-    catalog = sources.labelled(_table(tmp_path, text.encode(code)))
+    catalog = sources.labelled_catalog(_table(tmp_path, text.encode(code)))
     assert catalog.classes == ["一" * 99, "丁" * 99]
 
 
@@ -269,7 +271,7 @@ def test_bytes_that_are_no_text_are_refused_for_that(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     with pytest.raises(ConfigError, match=r"holds NUL bytes|is UTF-32"):
-        sources.unlabelled(_table(tmp_path, content, name))
+        sources.unlabelled_catalog(_table(tmp_path, content, name))
 
 
 @pytest.mark.parametrize(
@@ -282,32 +284,32 @@ def test_a_web_address_is_refused_for_what_it_is(tmp_path: Path, address: str) -
     _put(tmp_path, "1.jpg", "2.jpg")
     table = _table(tmp_path, f"path,label\n1.jpg,cat\n{address}/2.jpg,dog\n")
     for ask in (
-        lambda: sources.labelled(address),
-        lambda: sources.unlabelled(address),
-        lambda: sources.must_be_there(address),
+        lambda: sources.labelled_catalog(address),
+        lambda: sources.unlabelled_catalog(address),
+        lambda: sources.check_exists(address),
         lambda: resolve.check_exists(address),
-        lambda: sources.labelled(table),
-        lambda: sources.labelled(table, SourceConfig(images=address)),
+        lambda: sources.labelled_catalog(table),
+        lambda: sources.labelled_catalog(table, SourceConfig(images=address)),
     ):
         with pytest.raises(ConfigError, match="is a web address") as refusal:
             ask()
         assert "download it first" in refusal.value.do
         assert "secret" not in str(refusal.value)
     with pytest.raises(ConfigError, match=r"t\.csv, line 3: "):
-        sources.labelled(table)
+        sources.labelled_catalog(table)
     with pytest.raises(ConfigError, match="is an address of HDFS"):
-        sources.labelled("hdfs://node:8020/photos")
+        sources.labelled_catalog("hdfs://node:8020/photos")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"PK\x03\x04 a workbook", ["no text", "workbook"]),
-        (b"\xff\xfep\0a\0t\0h\0,\0l\0\0", ["UTF-16", "torn"]),
-        (b"1.jpg,cat\n2.jpg,dog\n", ["first line", "1.jpg", "no header"]),
+        (b"PK\x03\x04 a workbook", ["not text", "workbook"]),
+        (b"\xff\xfep\0a\0t\0h\0,\0l\0\0", ["UTF-16", "corrupt"]),
+        (b"1.jpg,cat\n2.jpg,dog\n", ["first line", "1.jpg", "not a header"]),
         (b"path,label\nC:\\me\\1.jpg,cat\nC:\\me\\2.jpg,dog\n", ["a path of a Windows machine"]),
         (b"path,label\n\\\\pc\\me\\1.jpg,cat\n", ["a path of a Windows machine"]),
-        (b'path,label\n"1.jpg,cat\n', ["line 2", "is no CSV"]),
+        (b'path,label\n"1.jpg,cat\n', ["line 2", "not valid CSV"]),
         (b"image,file,label\n1,1.jpg,cat\n", ["image and file", "both be meant"]),
         (b"path,is_valid\n1.jpg,0\n", ["path, is_valid", "holds the labels"]),
         (b"path,label,is_val,is_valid\n1.jpg,cat,0,1\n", ["is_val and is_valid", "both be meant"]),
@@ -318,7 +320,7 @@ def test_tables_that_cannot_be_read_are_refused_for_the_true_cause(
 ) -> None:
     _put(tmp_path, "1.jpg", "2.jpg")
     with pytest.raises(ConfigError) as refusal:
-        sources.labelled(_table(tmp_path, content))
+        sources.labelled_catalog(_table(tmp_path, content))
     for word in words:
         assert word in refusal.value.found
 
@@ -327,7 +329,7 @@ def test_a_column_that_does_not_split_is_told_its_words_and_not_its_commas(tmp_p
     _put(tmp_path, "1.jpg", "2.jpg")
     table = _table(tmp_path, "path;label;check\n1.jpg;cat;ja\n2.jpg;dog;nein\n")
     with pytest.raises(ConfigError) as refusal:
-        sources.labelled(table, SourceConfig(split_column="check"))
+        sources.labelled_catalog(table, SourceConfig(split_column="check"))
     assert "line 2: it has 'ja' as check" in refusal.value.found
     assert refusal.value.wanted.startswith("one of train, val and test in every line")
     assert "write these words" in refusal.value.do
@@ -336,7 +338,7 @@ def test_a_column_that_does_not_split_is_told_its_words_and_not_its_commas(tmp_p
 def test_a_list_may_be_of_windows_too(tmp_path: Path) -> None:
     _put(tmp_path, "d/1.jpg", "d/2.jpg")
     table = _table(tmp_path, "d\\2.jpg\r\nd\\1.jpg\r\n".encode("utf-16"), "t.txt")
-    catalog = sources.unlabelled(table)
+    catalog = sources.unlabelled_catalog(table)
     assert catalog.paths == ["d/2.jpg", "d/1.jpg"]
     assert catalog.sizes.min() > 0
 
@@ -351,7 +353,7 @@ def test_a_list_may_be_of_windows_too(tmp_path: Path) -> None:
 )
 def test_the_dialects_of_spreadsheets_are_read(tmp_path: Path, name: str, content: bytes) -> None:
     _put(tmp_path, "a b.jpg", "b.jpg")
-    catalog = sources.labelled(_table(tmp_path, content, name))
+    catalog = sources.labelled_catalog(_table(tmp_path, content, name))
     assert _rows(catalog) == [("a b.jpg", ("cat",), ""), ("b.jpg", ("dog",), "")]
 
 
@@ -372,24 +374,24 @@ def test_a_name_of_any_bytes_survives_a_table(labels: dict[bytes, str]) -> None:
             encoded = content.getvalue().encode("utf-8", "surrogateescape")
             table = _table(Path(elsewhere), encoded)
             config = SourceConfig(images=folder, label_separator="")
-            catalog = sources.labelled(table, config)
+            catalog = sources.labelled_catalog(table, config)
         assert {
             path_text.unescape_path(p): x
             for p, (x,) in zip(catalog.paths, catalog.labels, strict=True)
         } == labels
         assert catalog.paths == sorted(catalog.paths)
         assert set(catalog.sizes.tolist()) == {5}
-        assert catalog.read(0, 9) == (b"12345", None)
+        assert catalog.read_file(0, 9) == (b"12345", None)
 
 
 def test_paths_start_at_the_folder_of_images_and_take_a_suffix(tmp_path: Path) -> None:
     _put(tmp_path, "pics/1.jpg", "pics/2.jpg")
     table = _table(tmp_path / "tables", "path,labels\n1,cat\n2,dog\n")
     config = SourceConfig(images=str(tmp_path / "pics"), suffix=".jpg")
-    catalog = sources.labelled(table, config)
+    catalog = sources.labelled_catalog(table, config)
     assert catalog.paths == ["1.jpg", "2.jpg"]
     assert catalog.root == path_text.resolve(tmp_path / "pics")
-    assert sources.unlabelled(table, config).paths == catalog.paths
+    assert sources.unlabelled_catalog(table, config).paths == catalog.paths
 
 
 def test_paths_that_leave_the_folder_move_the_root_up(tmp_path: Path) -> None:
@@ -397,11 +399,11 @@ def test_paths_that_leave_the_folder_move_the_root_up(tmp_path: Path) -> None:
     content = (
         f"path,labels\n./1.jpg,cat\n../there/2.jpg,dog\n{tmp_path}/here/sub/../sub//3.jpg,cat\n"
     )
-    catalog = sources.labelled(_table(tmp_path / "here", content))
+    catalog = sources.labelled_catalog(_table(tmp_path / "here", content))
     assert catalog.root == path_text.resolve(tmp_path)
     assert catalog.paths == ["here/1.jpg", "here/sub/3.jpg", "there/2.jpg"]
     assert catalog.sizes.min() > 0
-    inside = sources.labelled(
+    inside = sources.labelled_catalog(
         _table(tmp_path / "here", f"path,labels\nsub/../1.jpg,a\n{tmp_path}/here/sub/3.jpg,b\n")
     )
     assert (inside.root, inside.paths) == (
@@ -412,16 +414,18 @@ def test_paths_that_leave_the_folder_move_the_root_up(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_stays_a_row(tmp_path: Path) -> None:
     _put(tmp_path, "1.jpg")
-    catalog = sources.labelled(
+    catalog = sources.labelled_catalog(
         _table(tmp_path, "path,labels\n1.jpg,cat\ngone.jpg,dog\nno/2.jpg,dog\n")
     )
     assert catalog.sizes.tolist() == [5, -1, -1]
-    assert catalog.read(1, 99) == (b"", "unreadable: No such file or directory")
+    assert catalog.read_file(1, 99) == (b"", "unreadable: No such file or directory")
 
 
 def test_a_table_may_name_hidden_files_and_odd_ones(tmp_path: Path) -> None:
     _put(tmp_path, ".a.jpg", "__MACOSX/b.jpg")
-    catalog = sources.labelled(_table(tmp_path, "path,labels\n.a.jpg,cat\n__MACOSX/b.jpg,dog\n"))
+    catalog = sources.labelled_catalog(
+        _table(tmp_path, "path,labels\n.a.jpg,cat\n__MACOSX/b.jpg,dog\n")
+    )
     assert catalog.sizes.tolist() == [6, 14]
 
 
@@ -441,7 +445,10 @@ def test_a_table_may_name_hidden_files_and_odd_ones(tmp_path: Path) -> None:
         ("path,labels\n1.jpg,cat\n2,3.jpg,dog\n", ["line 3", "3 cells"]),
         ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,fold 2\n", ["line 3", "'fold 2'"]),
         ("path,labels,split\n1.jpg,cat,0\n2.jpg,dog,2\n", ["line 2", "'0'"]),
-        ('path,labels\n1.jpg,cat\n"2.jpg,dog\n3.jpg,dog\n', ["line 3", "no CSV", "end of data"]),
+        (
+            'path,labels\n1.jpg,cat\n"2.jpg,dog\n3.jpg,dog\n',
+            ["line 3", "not valid CSV", "end of data"],
+        ),
         ("path,labels\n1.jpg,cat\n2.jpg,cat\n", ["one class", "'cat'"]),
         ("path,labels\n1.jpg,cat\n2.jpg,Cat\n3.jpg,Cat\n", ["'cat' (line 2)", "'Cat' (line 3)"]),
         ("path,labels,split\n1.jpg,cat,train\n2.jpg,dog,valid\n", ["dog", "train"]),
@@ -455,7 +462,7 @@ def test_a_table_that_cannot_be_meant_is_refused_with_file_and_line(
     _put(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     table = _table(tmp_path, content)
     with pytest.raises(ConfigError) as refusal:
-        sources.labelled(table)
+        sources.labelled_catalog(table)
     for word in (*words, str(table)):
         assert word in refusal.value.found
     assert refusal.value.wanted
@@ -464,12 +471,12 @@ def test_a_table_that_cannot_be_meant_is_refused_with_file_and_line(
 
 def test_a_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        sources.labelled(tmp_path / "no.csv")
+        sources.labelled_catalog(tmp_path / "no.csv")
 
 
 def test_a_folder_called_like_a_table_is_a_folder(tmp_path: Path) -> None:
     _put(tmp_path / "set.csv", "cat/1.jpg", "dog/2.jpg")
-    assert sources.labelled(tmp_path / "set.csv").classes == ["cat", "dog"]
+    assert sources.labelled_catalog(tmp_path / "set.csv").classes == ["cat", "dog"]
 
 
 # ------------------------------------------------------------------------- object stores
@@ -536,7 +543,7 @@ def test_class_folders_in_s3_are_class_folders(bucket: Any) -> None:
     )
     _upload(bucket, "data/train/cat/other.jpg")
     root = f"s3://{bucket.name}/d"
-    catalog = sources.labelled(f"{root}/")
+    catalog = sources.labelled_catalog(f"{root}/")
     assert _rows(catalog) == [
         ("train/cat/1.jpg", ("cat",), "train"),
         ("train/dog/deep/2.jpg", ("dog",), "train"),
@@ -545,51 +552,51 @@ def test_class_folders_in_s3_are_class_folders(bucket: Any) -> None:
     assert catalog.root == root
     assert catalog.sizes.tolist() == [17, 22, 17]
     assert (catalog.stamps > 0).all()
-    assert (catalog.ignored, catalog.empty) == (3, ("train/fox", "valid/dog"))
-    assert catalog.read(1, 99) == (b"d/train/dog/deep/2.jpg", None)
-    assert sources.labelled(root).stamps.tolist() == catalog.stamps.tolist()
+    assert (catalog.ignored, catalog.empty_folders) == (3, ("train/fox", "valid/dog"))
+    assert catalog.read_file(1, 99) == (b"d/train/dog/deep/2.jpg", None)
+    assert sources.labelled_catalog(root).stamps.tolist() == catalog.stamps.tolist()
 
 
 def test_every_key_of_a_bucket_is_listed_once_and_read(bucket: Any) -> None:
     keys = [*ODD, "a//b.jpg", "/top.jpg", "a/b/c/d/e.jpg", "a", *(f"many/{n}" for n in range(1100))]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda key: _upload(bucket, key), keys))
-    catalog = sources.unlabelled(f"s3://{bucket.name}")
+    catalog = sources.unlabelled_catalog(f"s3://{bucket.name}")
     assert catalog.paths == sorted(path_text.escape_path(key.encode()) for key in keys)
     rows = [row for row, path in enumerate(catalog.paths) if not path.startswith("many")]
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda row: catalog.read(row, 999), rows))
+        read = list(pool.map(lambda row: catalog.read_file(row, 999), rows))
     assert read == [(path_text.unescape_path(catalog.paths[row]), None) for row in rows]
 
 
 def test_an_object_written_again_changes_its_stamp_and_is_a_fault(bucket: Any) -> None:
     _upload(bucket, "1.jpg", "2.jpg", "3.jpg")
-    before = sources.unlabelled(f"s3://{bucket.name}")
+    before = sources.unlabelled_catalog(f"s3://{bucket.name}")
     bucket.put_object(Key="1.jpg", Body=b"other")
     bucket.put_object(Key="2.jpg", Body=b"longer than it was")
     bucket.Object("3.jpg").delete()
-    assert before.read(0, 99) == (b"", "changed: it was written again after it was listed")
-    assert before.read(1, 99)[1] == "changed: it had 5 bytes when it was listed, now it has 18"
-    assert before.read(2, 99) == (b"", "unreadable: No such file or directory")
-    after = sources.unlabelled(f"s3://{bucket.name}")
+    assert before.read_file(0, 99) == (b"", "changed: it was written again after it was listed")
+    assert before.read_file(1, 99)[1] == "changed: it had 5 bytes when it was listed, now it has 18"
+    assert before.read_file(2, 99) == (b"", "unreadable: No such file or directory")
+    after = sources.unlabelled_catalog(f"s3://{bucket.name}")
     assert after.sizes[0] == before.sizes[0]
     assert after.stamps[0] != before.stamps[0]
-    assert chunks.chunk_name(after, range(1), "r") != chunks.chunk_name(before, range(1), "r")
-    assert after.read(1, 4) == (b"", "too large: 18 bytes, more than 4")
+    assert chunks.shard_name(after, range(1), "r") != chunks.shard_name(before, range(1), "r")
+    assert after.read_file(1, 4) == (b"", "too large: 18 bytes, more than 4")
 
 
 def test_a_table_in_s3_names_objects_beside_it_or_anywhere_in_the_bucket(bucket: Any) -> None:
     _upload(bucket, "d/1.jpg", "d/a b.jpg", "e/3.jpg")
     base = f"s3://{bucket.name}"
     bucket.put_object(Key="d/t.csv", Body=b"path,labels\n1.jpg,cat\na b.jpg,dog\ngone.jpg,dog\n")
-    catalog = sources.labelled(f"{base}/d/t.csv")
+    catalog = sources.labelled_catalog(f"{base}/d/t.csv")
     assert (catalog.root, catalog.paths) == (f"{base}/d", ["1.jpg", "a b.jpg", "gone.jpg"])
     assert catalog.sizes.tolist() == [7, 9, -1]
-    assert catalog.read(0, 99) == (b"d/1.jpg", None)
-    assert catalog.stamps[0] == sources.unlabelled(f"{base}/d").stamps[0]
+    assert catalog.read_file(0, 99) == (b"d/1.jpg", None)
+    assert catalog.stamps[0] == sources.unlabelled_catalog(f"{base}/d").stamps[0]
     far = f"path,labels\n1.jpg,cat\n../e/3.jpg,dog\n{base}/d/a b.jpg,dog\n"
     bucket.put_object(Key="d/t.csv", Body=far.encode())
-    catalog = sources.labelled(f"{base}/d/t.csv")
+    catalog = sources.labelled_catalog(f"{base}/d/t.csv")
     assert (catalog.root, catalog.paths) == (base, ["d/1.jpg", "d/a b.jpg", "e/3.jpg"])
     assert catalog.sizes.min() > 0
 
@@ -600,21 +607,21 @@ def test_a_file_in_s3_is_copied_to_the_disk_or_named_as_missing(
     data = os.urandom(6 << 20)
     bucket.put_object(Key="shelf/bundle/weights", Body=data)
     root = f"s3://{bucket.name}/shelf/bundle"
-    reading.fetch(root, "weights", tmp_path / "weights")
+    reading.download_file(root, "weights", tmp_path / "weights")
     assert (tmp_path / "weights").read_bytes() == data
     for folder in (root, f"{root}/weights", "s3://no-such-bucket/d"):
         with pytest.raises(FileNotFoundError):
-            reading.fetch(folder, "bundle.json", tmp_path / "none")
+            reading.download_file(folder, "bundle.json", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_a_local_table_may_name_objects_in_s3(bucket: Any, tmp_path: Path) -> None:
     _upload(bucket, "d/1.jpg", "d/2.jpg")
     table = _table(tmp_path, "path,labels\n1.jpg,cat\n2.jpg,dog\n")
-    catalog = sources.labelled(table, SourceConfig(images=f"s3://{bucket.name}/d"))
+    catalog = sources.labelled_catalog(table, SourceConfig(images=f"s3://{bucket.name}/d"))
     assert catalog.sizes.tolist() == [7, 7]
     uris = "".join(f"s3://{bucket.name}/d/{n}.jpg,{label}\n" for n, label in ((1, "a"), (2, "b")))
-    catalog = sources.labelled(_table(tmp_path, f"path,labels\n{uris}"))
+    catalog = sources.labelled_catalog(_table(tmp_path, f"path,labels\n{uris}"))
     assert (catalog.root, catalog.paths) == (f"s3://{bucket.name}/d", ["1.jpg", "2.jpg"])
 
 
@@ -629,16 +636,16 @@ def test_a_store_that_cannot_be_listed_is_refused_soon_and_without_secrets(
         ("nostore://x/y", "not known"),
     ):
         with pytest.raises(ConfigError, match=word) as refusal:
-            sources.unlabelled(uri)
+            sources.unlabelled_catalog(uri)
         assert "secret" not in str(refusal.value)
     with pytest.raises(ConfigError, match="No such file"):
-        sources.labelled(f"s3://{bucket.name}/no.csv")
+        sources.labelled_catalog(f"s3://{bucket.name}/no.csv")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match="Could not connect"):
-        sources.unlabelled(f"s3://{bucket.name}")
+        sources.unlabelled_catalog(f"s3://{bucket.name}")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(ConfigError, match="credentials"):
-        sources.unlabelled(f"s3://{bucket.name}")
+        sources.unlabelled_catalog(f"s3://{bucket.name}")
     assert time.monotonic() - start < 60
 
 
@@ -646,7 +653,7 @@ def test_a_store_whose_library_is_missing_is_refused_with_the_extra_to_install()
     code = (
         "import sys; sys.modules['s3fs'] = None; from arrowhead import ConfigError; "
         "from arrowhead.data import sources\n"
-        "try: sources.unlabelled('s3://bucket/d')\n"
+        "try: sources.unlabelled_catalog('s3://bucket/d')\n"
         "except ConfigError as refusal: print(refusal.do)"
     )
     output = subprocess.run(
@@ -662,23 +669,23 @@ def test_any_other_store_that_fsspec_opens_is_listed_and_read() -> None:
     keys = [f"cat/{name}" for name in (*ODD, "new\nline.jpg", ".hidden")] + ["dog/1.jpg"]
     store.pipe({f"/here/{key}": key.encode() for key in keys})
     try:
-        catalog = sources.labelled("memory://here")
+        catalog = sources.labelled_catalog("memory://here")
         assert catalog.paths == sorted(
             path_text.escape_path(k.encode()) for k in keys if ".hidden" not in k
         )
         assert catalog.ignored == 1
         assert catalog.classes == ["cat", "dog"]
         for row, path in enumerate(catalog.paths):
-            assert catalog.read(row, 99) == (path_text.unescape_path(path), None)
-        assert catalog.read(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
+            assert catalog.read_file(row, 99) == (path_text.unescape_path(path), None)
+        assert catalog.read_file(0, 2)[1] == f"too large: {catalog.sizes[0]} bytes, more than 2"
         store.pipe({"/here/dog/1.jpg": b"longer than it was"})
-        assert catalog.read(len(catalog) - 1, 99)[1].startswith("changed: it had 9 bytes")
+        assert catalog.read_file(len(catalog) - 1, 99)[1].startswith("changed: it had 9 bytes")
         store.rm("/here/dog/1.jpg")
-        assert catalog.read(len(catalog) - 1, 99)[1] == "unreadable: No such file or directory"
+        assert catalog.read_file(len(catalog) - 1, 99)[1] == "unreadable: No such file or directory"
     finally:
         store.rm("/here", recursive=True)
     with pytest.raises(ConfigError, match="holds nothing"):
-        sources.unlabelled("memory://nowhere")
+        sources.unlabelled_catalog("memory://nowhere")
 
 
 def test_any_other_store_notices_an_object_of_the_same_size_and_is_asked_again(
@@ -696,13 +703,13 @@ def test_any_other_store_notices_an_object_of_the_same_size_and_is_asked_again(
         return bytes(cat(self, *args, **more))
 
     try:
-        catalog = sources.unlabelled("memory://there")
-        monkeypatch.setattr(object_store, "PAUSES_SECONDS", (0.0, None))
+        catalog = sources.unlabelled_catalog("memory://there")
+        monkeypatch.setattr(object_store, "RETRY_DELAYS_SECONDS", (0.0, None))
         monkeypatch.setattr(MemoryFileSystem, "cat_file", once_broken)
-        assert catalog.read(0, 99) == (b"first", None)
+        assert catalog.read_file(0, 99) == (b"first", None)
         assert broken == []
         store.pipe({"/there/2.jpg": b"again"})
-        assert catalog.read(1, 99)[1] == "changed: it was written again after it was listed"
+        assert catalog.read_file(1, 99)[1] == "changed: it was written again after it was listed"
     finally:
         store.rm("/there", recursive=True)
 
@@ -717,15 +724,15 @@ def test_sidecars_and_our_own_output_in_a_store_are_left_out_as_on_a_disk(
     bucket.put_object(Key="d/dog/empty.xml", Body=b"")
     bucket.put_object(Key="d/out/store/store.json", Body=b'{"seal": "0"}')
     _upload(bucket, "d/out/store/shards/1.arrow", "d/mlruns/1/x.png", "d/out/store/golden/1.jpg")
-    catalog = sources.labelled(f"s3://{bucket.name}/d")
+    catalog = sources.labelled_catalog(f"s3://{bucket.name}/d")
     assert catalog.paths == ["cat/1.jpg", "dog/2.jpg", "dog/photo.txt"]
     assert catalog.ignored == 3
     output = " ".join(catalog.notes)
     assert "1 .json, 1 .txt, 1 .xml" in output
     assert "mlruns, out/store" in output
-    monkeypatch.setattr(listing, "MAX_BEGINNINGS", 1)  # more than are looked into one by one
+    monkeypatch.setattr(listing, "MAX_HEADER_READS", 1)  # more than are looked into one by one
     _upload(bucket, *(f"d/cat/{n}.txt" for n in range(9)))
-    catalog = sources.labelled(f"s3://{bucket.name}/d")
+    catalog = sources.labelled_catalog(f"s3://{bucket.name}/d")
     assert catalog.ignored >= 11
 
 
@@ -733,7 +740,7 @@ def test_local_sources_never_import_the_store_library(tmp_path: Path) -> None:
     _put(tmp_path, "cat/1.jpg", "dog/2.jpg")
     code = (
         "import sys; from arrowhead.data import sources; "
-        "c = sources.labelled(sys.argv[1]); c.read(0, 99);"
+        "c = sources.labelled_catalog(sys.argv[1]); c.read_file(0, 99);"
         " assert not {'fsspec', 's3fs', 'botocore'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
@@ -774,7 +781,7 @@ def test_comment_lines_above_a_header_are_passed_over(tmp_path: Path, head: str)
     for name in ("1.jpg", "2.jpg"):
         (tmp_path / name).touch()
     (tmp_path / "t.csv").write_text(f"{head}1.jpg{cut}cat\n2.jpg{cut}dog\n")
-    catalog = sources.labelled(tmp_path / "t.csv")
+    catalog = sources.labelled_catalog(tmp_path / "t.csv")
     assert (catalog.paths, catalog.labels) == (["1.jpg", "2.jpg"], [("cat",), ("dog",)])
 
 
@@ -782,7 +789,7 @@ def test_comment_lines_above_a_header_are_passed_over(tmp_path: Path, head: str)
 def test_a_table_in_utf_32_is_refused_for_that(tmp_path: Path, code: str) -> None:
     (tmp_path / "t.csv").write_bytes("path,label\n1.jpg,cat\n".encode(code))
     with pytest.raises(ConfigError, match="UTF-32"):
-        sources.labelled(tmp_path / "t.csv")
+        sources.labelled_catalog(tmp_path / "t.csv")
 
 
 def test_eval_and_holdout_are_words_for_validation(tmp_path: Path) -> None:
@@ -791,10 +798,10 @@ def test_eval_and_holdout_are_words_for_validation(tmp_path: Path) -> None:
     for word in ("eval", "holdout"):
         rows = f"1.jpg,a,train\n2.jpg,a,{word}\n3.jpg,b,train\n"
         (tmp_path / "t.csv").write_text(f"path,label,split\n{rows}")
-        catalog = sources.labelled(tmp_path / "t.csv")
+        catalog = sources.labelled_catalog(tmp_path / "t.csv")
         assert catalog.splits == ["train", "valid", "train"]
         assert f"column split: {word} validates" in catalog.notes
     rows = "1.jpg,a,train\n2.jpg,a,val\n3.jpg,b,holdout\n"
     (tmp_path / "t.csv").write_text(f"path,label,split\n{rows}")
     with pytest.raises(ConfigError, match="'holdout' beside 'val' as split: it may mean test"):
-        sources.labelled(tmp_path / "t.csv")
+        sources.labelled_catalog(tmp_path / "t.csv")

@@ -199,9 +199,9 @@ def test_a_file_that_the_decoder_died_over_is_tried_again_by_the_next_run(
         "import os, sys\n"
         "if sys.argv[0] == '-c':\n"
         "    from arrowhead.decode import headers\n"
-        "    header = headers.header\n"
-        "    headers.header = lambda data, config: (\n"
-        "        os._exit(7) if data.endswith(b'mark') else header(data, config))\n"
+        "    read_header = headers.read_header\n"
+        "    headers.read_header = lambda data, config: (\n"
+        "        os._exit(7) if data.endswith(b'mark') else read_header(data, config))\n"
     )
     with monkeypatch.context() as broken:
         broken.setenv("PYTHONPATH", str(tmp_path / "sick"))

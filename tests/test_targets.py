@@ -19,7 +19,7 @@ from arrowhead.cli.main import main
 from arrowhead.commands import train
 from arrowhead.features import backbone
 from arrowhead.features.backbone import BodyConfig
-from arrowhead.output_paths import check_file, check_folder
+from arrowhead.output_paths import check_output_file, check_output_folder
 
 RANDOM = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
 HEAVY = ("torch", "mlflow", "ray", "pyarrow")
@@ -117,7 +117,7 @@ def test_a_folder_without_leave_to_write_is_refused(tmp_path):
     script = (
         "import sys\nfrom pathlib import Path\nfrom arrowhead import ConfigError; "
         "from arrowhead import output_paths\n"
-        "try: output_paths.check_folder(Path(sys.argv[1]), 'store')\n"
+        "try: output_paths.check_output_folder(Path(sys.argv[1]), 'store')\n"
         "except ConfigError as refusal: sys.exit(f'{refusal.found}')\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "closed" / "new")]
@@ -138,13 +138,13 @@ def test_places_are_taken_as_people_write_them(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "dangling").symlink_to("later")
     (tmp_path / "a").mkdir()
-    assert check_folder(Path("new/"), "bundle") == Path("new")
-    assert check_folder(Path("a/../new"), "bundle") == Path("a/../new")
-    assert check_folder(Path("~/b"), "bundle") == tmp_path / "home" / "b"
-    assert check_folder(Path("link"), "bundle") == tmp_path / "real"
-    assert check_folder(Path("dangling"), "bundle") == tmp_path / "later"
-    assert check_folder(Path("a/.."), "results") == tmp_path
-    assert check_file(Path("m.onnx")) == Path("m.onnx")
+    assert check_output_folder(Path("new/"), "bundle") == Path("new")
+    assert check_output_folder(Path("a/../new"), "bundle") == Path("a/../new")
+    assert check_output_folder(Path("~/b"), "bundle") == tmp_path / "home" / "b"
+    assert check_output_folder(Path("link"), "bundle") == tmp_path / "real"
+    assert check_output_folder(Path("dangling"), "bundle") == tmp_path / "later"
+    assert check_output_folder(Path("a/.."), "results") == tmp_path
+    assert check_output_file(Path("m.onnx")) == Path("m.onnx")
     assert everything(tmp_path) == {"real", "link", "dangling", "a"}
 
 
@@ -165,18 +165,18 @@ def test_a_place_that_is_none_is_refused(tmp_path, monkeypatch, out, found):
     before = everything(tmp_path)
     for kind in ("results", "store", "bundle", "scores"):
         with pytest.raises(ConfigError) as refusal:
-            check_folder(Path(out), kind)
+            check_output_folder(Path(out), kind)
         assert found in refusal.value.found
     if out != "loop":  # a file takes the place of a link
         with pytest.raises(ConfigError):
-            check_file(Path(out))
+            check_output_file(Path(out))
     assert everything(tmp_path) == before
 
 
 def test_a_folder_that_is_called_like_an_address_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s3:").mkdir()
-    assert check_folder(Path("s3:/bucket"), "results") == Path("s3:/bucket")
+    assert check_output_folder(Path("s3:/bucket"), "results") == Path("s3:/bucket")
 
 
 def test_a_store_or_bundle_that_was_moved_to_a_path_that_is_no_text_is_refused(
@@ -191,8 +191,8 @@ def test_a_store_or_bundle_that_was_moved_to_a_path_that_is_no_text_is_refused(
 def test_a_name_that_leaves_no_room_for_a_draft_is_refused_before_the_training(tmp_path):
     for name in ("b" * 245, "ä" * 120):
         with pytest.raises(ConfigError, match="too long"):
-            check_folder(tmp_path / name, "bundle")
-    assert check_folder(tmp_path / ("b" * 200), "bundle")
+            check_output_folder(tmp_path / name, "bundle")
+    assert check_output_folder(tmp_path / ("b" * 200), "bundle")
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +205,7 @@ def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, capsys):
 def test_a_device_is_not_replaced_by_a_file(here, bundled, capsys):
     os.mkfifo(here / "pipe.onnx")
     result = refused(capsys, "export", bundled(), "pipe.onnx")
-    assert "no ordinary file" in result
+    assert "not a regular file" in result
     assert (here / "pipe.onnx").is_fifo()
 
 
@@ -331,7 +331,7 @@ def test_the_folder_that_one_stands_in_takes_a_bundle_once(
     assert list(tmp_path.iterdir()) == [folder]
     before = everything(folder)
     messages = refused(capsys, "train", store, ".", *flags)
-    assert "the folder you stand in" in messages
+    assert "your working directory" in messages
     assert everything(folder) == before
 
 
@@ -353,6 +353,6 @@ def test_fit_and_score_write_to_the_folder_that_one_stands_in(
 
 def test_a_second_training_of_a_bundle_is_told_which(here, store, tmp_path, capsys):
     bundle = tmp_path / "bundle"
-    with fileio.occupied(train.checkpoint_dir_of(bundle)):
+    with fileio.locked_output_folder(train.checkpoint_dir_of(bundle)):
         result = refused(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
     assert f"{bundle} is being written" in result and ".training" not in result

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from arrowhead.printable import visible
-from arrowhead.wording import command, counted
+from arrowhead.printable import escape_control_chars
+from arrowhead.wording import pluralize, shell_command
 
 NAMES = [
     "plain/path-1.0",
@@ -31,15 +31,15 @@ NAMES = [
 
 
 def test_a_word_has_its_plural_beside_any_number_but_one():
-    assert [counted(n, "part") for n in (0, 1, 2)] == ["0 parts", "1 part", "2 parts"]
-    assert counted(2, "class", "classes") == "2 classes"
+    assert [pluralize(n, "part") for n in (0, 1, 2)] == ["0 parts", "1 part", "2 parts"]
+    assert pluralize(2, "class", "classes") == "2 classes"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "ksh"])
 def test_a_printed_command_can_be_pasted(shell):
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
-    shown = visible(command(["printf", r"%s\0", *NAMES]))
+    shown = escape_control_chars(shell_command(["printf", r"%s\0", *NAMES]))
     assert shown.isprintable()
     result = subprocess.run([shell, "-c", shown], capture_output=True, check=True).stdout
     assert result.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
@@ -47,8 +47,8 @@ def test_a_printed_command_can_be_pasted(shell):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding):
-    words = "from arrowhead.wording import command"
-    words += f"; print(command(['printf', r'%s\\0', *{NAMES!a}]))"
+    words = "from arrowhead.wording import shell_command"
+    words += f"; print(shell_command(['printf', r'%s\\0', *{NAMES!a}]))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
     shown = subprocess.run([sys.executable, "-c", words], capture_output=True, env=env, check=True)
     line = shown.stdout.decode(encoding).encode().decode()
@@ -58,4 +58,4 @@ def test_a_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding)
 
 def test_quotes_in_a_word_do_not_make_it_unreadable():
     code = "print(read('scores/parts'))"
-    assert command(["python", "-c", code]) == f'python -c "{code}"'
+    assert shell_command(["python", "-c", code]) == f'python -c "{code}"'

@@ -1,4 +1,4 @@
-"""Arrow files: written whole, looked at before Arrow opens them."""
+"""Read and write Arrow IPC files: atomic writes, and checks before Arrow opens a file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from arrowhead.errors import DataError
 
 
 def write_arrow(path: Path, table: Any) -> None:
-    """A pyarrow table as one record batch in one Arrow IPC file, whole or absent."""
+    """Write a pyarrow table atomically, as one record batch in one Arrow IPC file."""
     import pyarrow as pa
 
     with (
-        fileio.draft(path) as draft_file,
+        fileio.atomic_write(path) as draft_file,
         pa.OSFile(str(draft_file), "wb") as file,
         pa.ipc.new_file(file, table.schema) as sink,
     ):
@@ -23,16 +23,19 @@ def write_arrow(path: Path, table: Any) -> None:
 
 
 def read_arrow(path: Path) -> Any:
-    """The memory-mapped pyarrow table of an Arrow IPC file; DataError if it is not one.
+    """Memory-map an Arrow IPC file as a pyarrow table.
 
-    Arrow can end the process over a flipped bit: compare the file's hash first.
+    A flipped bit can crash Arrow and the process with it: compare the file's hash first.
+
+    Raises:
+        DataError: The file is missing, corrupt, or holds extension types.
     """
     import pyarrow as pa
 
     try:
-        must_be_plain(path, _footer(path))
+        refuse_extension_types(path, _read_footer(path))
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        table.validate(full=True)  # offsets and text: a hash vouches for nonsense, too
+        table.validate(full=True)  # a matching hash does not prove that offsets and text are valid
         return table
     except (OSError, pa.ArrowException) as error:
         raise DataError(
@@ -42,8 +45,8 @@ def read_arrow(path: Path) -> Any:
         ) from error
 
 
-def _footer(path: Path) -> bytes:
-    """The end of an Arrow file, where its schema is; b"" if that is no such file."""
+def _read_footer(path: Path) -> bytes:
+    """The footer of an Arrow file, which holds its schema; b"" if it is not an Arrow file."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 10))
@@ -54,20 +57,20 @@ def _footer(path: Path) -> bytes:
         return file.read(size)
 
 
-def must_be_plain(path: Path, schema: bytes) -> None:
-    """DataError for a file with extension types, before Arrow looks at it.
+def refuse_extension_types(path: Path, schema: bytes) -> None:
+    """Raise DataError for a file with extension types, before Arrow opens it.
 
-    Who registers such a type says what runs when it is opened or read. Ray Train brings Ray Data's,
-    and those unpickle: a column `path` of theirs would run whatever the file's maker likes.
+    A registered extension type runs its own code when a file is opened or read. Ray Train registers
+    those of Ray Data, which unpickle: such a column could run any code of the file's author.
     """
     if b"ARROW:extension" in schema:
         raise DataError(
             f"{path} holds columns of an extension type.",
             "plain Arrow types, as Arrowhead writes them: reading others can run code.",
-            "do not use it; ask where it comes from.",
+            "do not use it; find out where it comes from.",
         )
 
 
-def whole(column: Any) -> Any:
-    """A column as one array; what Arrowhead writes is one already, and combining would copy it."""
+def single_array(column: Any) -> Any:
+    """A column as one array, copied only if it has several chunks (Arrowhead writes one)."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

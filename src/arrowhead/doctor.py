@@ -85,7 +85,7 @@ def _torch() -> Iterator[Check]:
 
 def _decoder() -> Iterator[Check]:
     version = importlib.metadata.version("nvidia-dali-cuda130")
-    formats = ", ".join(worker_process.works())
+    formats = ", ".join(worker_process.supported_formats())
     yield Check("dali", "ok", f"{version}, decodes {formats} on the CPU")
 
 

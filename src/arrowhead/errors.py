@@ -1,33 +1,36 @@
-"""Refusals: requests that cannot be carried out, said in three parts."""
+"""Exceptions for requests that cannot be carried out; their message has three parts."""
 
 from __future__ import annotations
 
 
 class Refusal(Exception):
-    """A request that cannot be carried out, said in three parts.
+    """A request that cannot be carried out.
 
-    found: what was there; wanted: what should have been; do: what to change.
+    Args:
+        found: What Arrowhead found.
+        wanted: What it expected instead.
+        do: What you can do about it.
     """
 
     def __init__(self, found: str, wanted: str, do: str) -> None:
-        super().__init__(found, wanted, do)  # all three in args: it must survive pickling
+        super().__init__(found, wanted, do)  # pickling rebuilds the exception from its args
         self.found, self.wanted, self.do = found, wanted, do
 
     def __str__(self) -> str:
         return f"{self.found}\n  wanted  {self.wanted}\n  do      {self.do}"
 
     def _render_traceback_(self) -> list[str]:
-        """For notebooks, which show these lines instead of a traceback."""
+        """Lines that IPython shows instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class ConfigError(Refusal):
-    """What was asked cannot be: change the request (exit code 2)."""
+    """The request is invalid: change it (exit code 2)."""
 
 
 class DataError(Refusal):
-    """The files are not what they should be: mend or replace them (exit code 4)."""
+    """Input files are missing, corrupt or changed: repair or replace them (exit code 4)."""
 
 
 class LostError(Refusal):
-    """What ran the work is gone; the same command goes on with what is left (exit code 130)."""
+    """A process or machine that did the work was lost; the same command resumes (exit code 130)."""

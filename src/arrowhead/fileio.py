@@ -1,9 +1,12 @@
-"""Files and folders that are whole or absent, and what vouches for them.
+"""Atomic writes of files and folders, integrity checks, and folder locks.
 
-draft            a file gets its own name only when it is whole
-write_sealed     JSON with a hash of its content inside
-must_hash_to     a file's bytes against the sha256 that somebody else keeps
-locked           one writer of a folder at a time
+    atomic_write, atomic_folder    a file or folder is complete, or it is not there
+    write_sealed, read_sealed      JSON that contains a hash of its content
+    check_sha256                   a file's bytes against a hash that is recorded elsewhere
+    folder_lock                    one writer of a folder at a time
+
+No library exchanges two whole folders atomically, syncs them to disk and cleans up after killed
+writers.
 """
 
 from __future__ import annotations
@@ -27,71 +30,79 @@ from typing import Any
 
 from arrowhead.errors import ConfigError, DataError
 
-LOCK = ".lock"
-DRAFT = re.compile(r"\..+\.[0-9a-f]{8}\.draft")
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+LOCK_NAME = ".lock"
+DRAFT_PATTERN = re.compile(r"\..+\.[0-9a-f]{8}\.draft")
+NO_LOCKS_ERRNOS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-# ---------------------------------------------------------------- whole files and folders
+
+# --------------------------------------------------------------- atomic files and folders
 
 
 @contextmanager
-def draft(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there becomes `path` at the end, or nothing does.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a draft to write to; it becomes `path` if the block succeeds, and is removed otherwise.
 
-    The file is there already, empty and locked, so that nobody takes it for a left-over draft.
-    Raises ConfigError when the disk is full.
+    The draft exists already, empty and locked, so that no other process removes it as stale.
+
+    Raises:
+        ConfigError: The disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with room_for(path):
-        temporary, handle = _draft_of(path, folder=False)
+    with refuse_full_disk(path):
+        draft, handle = _create_draft(path, folder=False)
         try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
+            yield draft
+            _fsync(draft)
+            os.replace(draft, path)
+            _fsync(path.parent)
         finally:
             os.close(handle)
-            temporary.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
 
 
 @contextmanager
-def draft_folder(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """An empty folder to fill; it becomes `path` at the end, or nothing does.
+def atomic_folder(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `path` if the block succeeds.
 
-    At every moment there is a whole folder at `path`, if there was one before: the two are
-    exchanged. The one before is removed, or becomes `previous`, in place of what is there.
-    Folders that a killed writer of `path` left are removed. Raises ConfigError when the disk is
-    full, or if `path` is a mount point.
+    If there was a complete folder at `path`, there is one at every moment: the two are exchanged.
+    Drafts that a killed writer of `path` left are removed.
+
+    Args:
+        path: The folder to create or replace.
+        previous: Where to keep the replaced folder; None removes it.
+
+    Raises:
+        ConfigError: The disk is full, or `path` is a mount point.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link
+    path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover(path)
-    sweep(path.parent, path.name)
-    with room_for(path):
-        folder, handle = _draft_of(path, folder=True)
+    recover_folder(path)
+    remove_stale_drafts(path.parent, path.name)
+    with refuse_full_disk(path):
+        folder, handle = _create_draft(path, folder=True)
         try:
             yield folder
-            sync_tree(folder)
-            put_in_place(folder, path, previous)
+            fsync_tree(folder)
+            replace_folder(folder, path, previous)
         finally:
             os.close(handle)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_in_place(folder: Path, path: Path, previous: Path | None = None) -> None:
-    """Give a finished folder the name `path`, on the disk too; what had the name is removed
-    afterwards, or becomes `previous`.
+def replace_folder(folder: Path, path: Path, previous: Path | None = None) -> None:
+    """Rename a finished folder to `path` and sync; a folder at `path` is removed, or renamed to
+    `previous`.
     """
     if not path.exists():
         folder.rename(path)
-        _sync(path.parent)
+        _fsync(path.parent)
         return
-    if is_here(path):
-        _fill(folder, path)
+    if is_working_directory(path):
+        _move_contents(folder, path)
         return
-    with _held(path):  # also under its new name: nobody sweeps it before it is `previous`
+    with _flock(path):  # the lock also prevents its removal as a stale draft after the exchange
         try:
-            _exchange(folder, path)
+            _exchange_folders(folder, path)
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.EXDEV):
                 raise
@@ -100,81 +111,91 @@ def put_in_place(folder: Path, path: Path, previous: Path | None = None) -> None
                 "a folder that can be renamed; a mount point cannot.",
                 "give a folder inside it.",
             ) from error
-        _sync(path.parent)
+        _fsync(path.parent)
         if previous is not None:
-            put_in_place(folder, previous)
+            replace_folder(folder, previous)
             return
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_here(path: Path) -> bool:
-    """Whether a folder is the one that this process stands in. Whoever started it stands there,
-    too, and would be left in a removed folder if another took its name.
+def is_working_directory(path: Path) -> bool:
+    """Whether a folder is the working directory. It must not be replaced: the shell that started
+    this process would be left in a deleted folder.
     """
     return path.is_dir() and path.samefile(os.curdir)
 
 
-def _fill(folder: Path, path: Path) -> None:
-    """Move what is in a finished folder into one that is there: the JSON file that was written
-    last, which says that all is there, as the last. What is called so there stays: FileExistsError.
+def _move_contents(folder: Path, path: Path) -> None:
+    """Move the entries of a finished folder into an existing one.
+
+    The newest JSON file, which marks the folder as complete, is moved last.
+
+    Raises:
+        FileExistsError: An entry of that name exists; nothing is moved.
     """
 
-    def turn(one: Path) -> tuple[bool, bool, int]:
-        return one.is_file(), one.suffix == ".json", one.stat().st_mtime_ns
+    def sort_key(entry: Path) -> tuple[bool, bool, int]:
+        return entry.is_file(), entry.suffix == ".json", entry.stat().st_mtime_ns
 
-    inside = sorted(folder.iterdir(), key=turn)
-    for one in inside:
-        if os.path.lexists(path / one.name):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path / one.name))
-    for one in inside:
-        one.rename(path / one.name)
-    _sync(path)
+    entries = sorted(folder.iterdir(), key=sort_key)
+    for entry in entries:
+        if os.path.lexists(path / entry.name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path / entry.name))
+    for entry in entries:
+        entry.rename(path / entry.name)
+    _fsync(path)
 
 
-def recover(path: Path) -> None:
-    """Bring back the folder `path` after a kill between the two renames of `put_in_place`, which
-    stands for an exchange where the disk cannot do one.
+def recover_folder(path: Path) -> None:
+    """Restore `path` after a process was killed in `_exchange_folders`, between the renames that
+    replace an atomic exchange on file systems without one.
     """
     for aside in path.parent.glob(f".{glob.escape(path.name)}.*.aside"):
-        with suppress(OSError), _held(aside, now=True):  # else it is being exchanged just now
+        # A lock that is taken means that another process is exchanging it right now.
+        with suppress(OSError), _flock(aside, nonblocking=True):
             if path.exists():
                 shutil.rmtree(aside)
             else:
                 aside.rename(path)
 
 
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove drafts in a folder that killed writers left: those that nobody holds locked.
+def remove_stale_drafts(folder: Path, name: str | None = None) -> None:
+    """Remove the drafts in a folder that killed writers left: those that no process has locked.
 
-    name: only the drafts of that file or folder.
+    Args:
+        folder: The folder that holds the drafts.
+        name: Remove only the drafts of this file or folder.
     """
-    pattern = DRAFT if name is None else re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.draft")
-    for one in list(folder.iterdir()):
-        if pattern.fullmatch(one.name):
-            with suppress(OSError), _held(one, now=True):  # else it is somebody's, or gone
-                remove(one)
+    pattern = DRAFT_PATTERN
+    if name is not None:
+        pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.draft")
+    for entry in list(folder.iterdir()):
+        if pattern.fullmatch(entry.name):
+            # OSError: another process is writing it, or has just removed it.
+            with suppress(OSError), _flock(entry, nonblocking=True):
+                remove_path(entry)
 
 
-def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it."""
+def remove_path(path: Path) -> None:
+    """Remove a file, a link, or a folder with its contents."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
-def _held(path: Path, *, now: bool = False) -> Iterator[None]:
-    """A file or folder, locked. now: OSError if it is locked already, or cannot be."""
+def _flock(path: Path, *, nonblocking: bool = False) -> Iterator[None]:
+    """Lock a file or folder if possible. nonblocking: OSError if it is or cannot be locked."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with nullcontext() if now else suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if now else 0))
+        with nullcontext() if nonblocking else suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if nonblocking else 0))
         yield
     finally:
         os.close(handle)
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
-    """A full disk, while `path` is written, is a ConfigError."""
+def refuse_full_disk(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk, while `path` is written, into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -182,39 +203,39 @@ def room_for(path: Path) -> Iterator[None]:
             raise
         raise ConfigError(
             f"{path} cannot be written: {os.strerror(error.errno)}.",
-            "room on the disk; what was written before is whole and stays.",
+            "free space on the disk; what was written before is complete and stays.",
             "free some space and run the same command again: it continues where it stopped.",
         ) from error
 
 
 def draft_path(path: Path) -> Path:
-    """A name beside `path` that is not taken for it. Drawn: process ids repeat on machines that
-    share a disk.
+    """A name for a draft of `path`, beside it. It is random, since machines that share a disk may
+    reuse each other's process ids.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
 
 
-def _draft_of(path: Path, *, folder: bool) -> tuple[Path, int]:
-    """A new draft, and a handle that holds its lock until it is closed."""
+def _create_draft(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """Create a draft; also return a handle that keeps it locked until it is closed."""
     while True:
-        temporary = draft_path(path)
+        draft = draft_path(path)
         if folder:
-            temporary.mkdir()
+            draft.mkdir()
             try:
-                handle = os.open(temporary, os.O_RDONLY)
-            except FileNotFoundError:  # swept before it was locked
+                handle = os.open(draft, os.O_RDONLY)
+            except FileNotFoundError:  # removed as stale before it was locked
                 continue
         else:
-            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with suppress(OSError):  # where there are no locks, nothing is swept either
+            handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # without file locks no draft is removed as stale, either
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if _is_open_at(temporary, handle):  # as above
-            return temporary, handle
+        if _is_same_file(draft, handle):  # not removed as stale before it was locked
+            return draft, handle
         os.close(handle)
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Two folders get each other's names at once; by two renames where that cannot be."""
+def _exchange_folders(one: Path, other: Path) -> None:
+    """Swap the names of two folders atomically; by renames where the file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         names = os.fsencode(one), os.fsencode(other)
@@ -229,15 +250,15 @@ def _exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder`, and itself, to the disk."""
-    for here, _, names in os.walk(folder, topdown=False):
+def fsync_tree(folder: Path) -> None:
+    """Flush a folder and everything below it to the disk."""
+    for directory, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(here, name))
-        _sync(Path(here))
+            _fsync(Path(directory, name))
+        _fsync(Path(directory))
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -249,36 +270,43 @@ def _sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """One JSON file, whole or absent."""
-    with draft(path) as draft_file:
+    """Write a JSON file atomically."""
+    with atomic_write(path) as draft_file:
         draft_file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; DataError if it is missing or torn."""
+    """The content of a JSON file; DataError if it is missing or corrupt."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        words = "it nests too deeply" if isinstance(error, RecursionError) else error
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
         raise DataError(
-            f"{path} cannot be read: {words}.",
+            f"{path} cannot be read: {reason}.",
             "a JSON file written by Arrowhead.",
             "check the path; if the folder was copied, copy it again.",
         ) from error
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """One JSON file, whole or absent, with a hash of its content inside."""
+    """Write a JSON file atomically, with a hash of its content under the key "seal"."""
     write_json(path, {**content, "seal": _seal(content)})
 
 
 def read_sealed(
     path: Path, number: int, *, upgrade: str, repair: str, name: str | None = None
 ) -> dict[str, Any]:
-    """What `write_sealed` wrote; DataError if it is missing, changed, or not of format `number`.
+    """Read and verify a file that `write_sealed` wrote.
 
-    upgrade, repair: what to do about another format and about a change. name: what a person knows
-    the file as, if not by its path.
+    Args:
+        path: The file.
+        number: The expected value of its key "format".
+        upgrade: What the user can do about another format.
+        repair: What the user can do about changed content.
+        name: How messages call the file; its path by default.
+
+    Raises:
+        DataError: The file is missing, changed, or of another format.
     """
     content, name = read_json(path), name or str(path)
     if not isinstance(content, dict) or content.get("format") != number:
@@ -290,61 +318,71 @@ def read_sealed(
         )
     if content.pop("seal", None) != _seal(content):
         raise DataError(
-            f"{name} has changed since it was written: its seal does not fit.",
+            f"{name} has changed since it was written: its seal does not match.",
             "the bytes that Arrowhead wrote.",
             repair,
         )
     return content
 
 
-def must_fit(content: Any, shape: Any, name: str, repair: str) -> None:
-    """DataError if a document that was read is not of this shape, where a shape is
+def check_schema(content: Any, schema: Any, name: str, repair: str) -> None:
+    """Raise DataError if a JSON document does not match a schema.
 
-    a type               a value of it (float: also a whole number; int: no bool)
-    a compiled pattern   text that it matches from end to end
-    a function           a value for which it is true
-    {"key": shape}       an object with these keys; "key?" may be absent, others may be there
-    {str: shape}         an object with any keys
-    [shape]              a list
-    (shape, shape)       one or the other; None stands for itself
+    Schemas are plain Python values, since a JSON Schema cannot call a function. A schema is one of
 
-    name: what a person knows the document as. repair: what to do about it.
+        a type               a value of that type (float: also an int; int: no bool)
+        a compiled pattern   text that matches it completely
+        a function           a value for which it returns true
+        {"key": schema}      an object with these keys; "key?" is optional, other keys are allowed
+        {str: schema}        an object with any keys
+        [schema]             a list
+        (schema, schema)     either one; None matches null
+
+    Args:
+        content: The parsed document.
+        schema: What it has to match.
+        name: How messages call the document.
+        repair: What the user can do about it.
     """
-    if found := _misfit(content, shape, ""):
+    if mismatch := _schema_mismatch(content, schema, ""):
         raise DataError(
-            f"{name} is not what Arrowhead writes: {found}.",
+            f"{name} is not what Arrowhead writes: {mismatch}.",
             "the document that Arrowhead wrote, with all its keys.",
             repair,
         )
 
 
-def _misfit(value: Any, shape: Any, where: str) -> str | None:
-    """Where and how a value differs from a shape."""
-    at = where.lstrip(".") or "all of it"
-    if isinstance(shape, tuple):
-        either = [_misfit(value, one, where) for one in shape]
-        return None if None in either else either[0]
-    if isinstance(shape, list) and isinstance(value, list):
-        inside = (_misfit(one, shape[0], f"{where}[{i}]") for i, one in enumerate(value))
-        return next(filter(None, inside), None)
-    if isinstance(shape, dict) and isinstance(value, dict):
-        if str in shape:
-            shape = dict.fromkeys(value, shape[str])
-        for key, one in shape.items():
+def _schema_mismatch(value: Any, schema: Any, path: str) -> str | None:
+    """Where and how a value differs from a schema; None if it matches."""
+    shown_path = path.lstrip(".") or "all of it"
+    if isinstance(schema, tuple):
+        mismatches = [_schema_mismatch(value, option, path) for option in schema]
+        return None if None in mismatches else mismatches[0]
+    if isinstance(schema, list) and isinstance(value, list):
+        item_mismatches = (
+            _schema_mismatch(item, schema[0], f"{path}[{i}]") for i, item in enumerate(value)
+        )
+        return next(filter(None, item_mismatches), None)
+    if isinstance(schema, dict) and isinstance(value, dict):
+        if str in schema:
+            schema = dict.fromkeys(value, schema[str])
+        for key, inner in schema.items():
             name = key.removesuffix("?") if key not in value else key
-            if name in value and (found := _misfit(value[name], one, f"{where}.{name}")):
-                return found
+            if name in value and (
+                mismatch := _schema_mismatch(value[name], inner, f"{path}.{name}")
+            ):
+                return mismatch
             if name not in value and name == key:
-                return f"it lacks {f'{where}.{key}'.lstrip('.')!r}"
+                return f"it lacks {f'{path}.{key}'.lstrip('.')!r}"
         return None
-    if isinstance(shape, re.Pattern):
-        fits = isinstance(value, str) and shape.fullmatch(value) is not None
-    elif isinstance(shape, type):
-        kinds = (int, float) if shape is float else shape
-        fits = isinstance(value, kinds) and (shape is bool or not isinstance(value, bool))
+    if isinstance(schema, re.Pattern):
+        matches = isinstance(value, str) and schema.fullmatch(value) is not None
+    elif isinstance(schema, type):
+        kinds = (int, float) if schema is float else schema
+        matches = isinstance(value, kinds) and (schema is bool or not isinstance(value, bool))
     else:
-        fits = value is None if shape is None else callable(shape) and bool(shape(value))
-    return None if fits else f"{at!r} is {repr(value)[:80]}"
+        matches = value is None if schema is None else callable(schema) and bool(schema(value))
+    return None if matches else f"{shown_path!r} is {repr(value)[:80]}"
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -361,21 +399,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def must_hash_to(
-    path: Path, digest: str, *, witness: str, repair: str, name: str | None = None
+def check_sha256(
+    path: Path, digest: str, *, recorded_in: str, repair: str, name: str | None = None
 ) -> None:
-    """DataError if a file is missing or its bytes are not those of this sha256.
+    """Raise DataError if a file is missing or its bytes do not have this sha256.
 
-    witness: what names the digest, such as "the manifest". repair: what to do. name: what a person
-    knows the file as, if not by its path.
+    Args:
+        path: The file.
+        digest: The expected sha256, in hex.
+        recorded_in: Where the digest is recorded, such as "the manifest".
+        repair: What the user can do about it.
+        name: How messages call the file; its path by default.
     """
     name = name or str(path)
     wanted = f"the bytes whose sha256 is {digest}."
     if not path.is_file():
-        raise DataError(f"{name} is missing, but {witness} names it.", wanted, repair)
+        raise DataError(f"{name} is missing, but {recorded_in} names it.", wanted, repair)
     if sha256(path) != digest:
         raise DataError(
-            f"{name} differs from {witness}: its bytes have changed since they were written.",
+            f"{name} differs from {recorded_in}: its bytes have changed since they were written.",
             wanted,
             repair,
         )
@@ -384,18 +426,18 @@ def must_hash_to(
 # ------------------------------------------------------------------------------- locks
 
 
-def warn_of_locks(words: str) -> None:
-    """Where nobody is given to say it: Python's own warnings."""
-    warnings.warn(words, stacklevel=4)
+def warn_no_locks(message: str) -> None:
+    """Default of `warn`: a Python warning."""
+    warnings.warn(message, stacklevel=4)
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterator[None]:
-    """One writer of a folder at a time; ConfigError if another process is writing there.
+def folder_lock(folder: Path, warn: Callable[[str], None] = warn_no_locks) -> Iterator[None]:
+    """Lock a folder for one writer; ConfigError if another process is writing there.
 
-    say: gets a sentence where the disk has no locks.
+    warn: called with a message if the file system has no locks.
     """
-    handle = _acquire(folder, say, folder)
+    handle = _acquire_lock(folder, warn, folder)
     try:
         yield
     finally:
@@ -403,73 +445,79 @@ def locked(folder: Path, say: Callable[[str], None] = warn_of_locks) -> Iterator
 
 
 @contextmanager
-def occupied(
-    folder: Path, say: Callable[[str], None] = warn_of_locks, shown: Path | None = None
+def locked_output_folder(
+    folder: Path, warn: Callable[[str], None] = warn_no_locks, display_path: Path | None = None
 ) -> Iterator[None]:
-    """A folder that is made if need be, and locked; if nothing was put into it, it goes again, and
-    so do the folders above it that were made for it. Drafts left by killed writers go at once.
-    shown: what a refusal calls it.
+    """Create a folder if necessary and lock it; remove stale drafts in it.
+
+    If the folder is empty at the end, it is removed, with the parent folders that were created.
+
+    Args:
+        folder: The folder to write to.
+        warn: Called with a message if the file system has no locks.
+        display_path: How a refusal calls the folder; its path by default.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     while True:
-        made += [one for one in (folder, *folder.parents) if not one.exists() and one not in made]
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        created += [parent for parent in missing if parent not in created]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = _acquire(folder, say, shown or folder)
+            handle = _acquire_lock(folder, warn, display_path or folder)
         except (FileNotFoundError, FileExistsError):
-            if _is_no_folder(folder):
+            if _is_not_folder(folder):
                 raise
-            continue  # the one before has just removed it
+            continue  # the previous writer has just removed it
         break
     try:
-        sweep(folder)
+        remove_stale_drafts(folder)
         yield
     finally:
         with suppress(OSError):  # not empty: something else was written there
-            if [one.name for one in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()  # ours: the lock is held until the handle is closed
+            if [entry.name for entry in folder.iterdir()] == [LOCK_NAME]:
+                (folder / LOCK_NAME).unlink()  # safe: we hold the lock until the handle is closed
                 folder.rmdir()
-                for one in sorted(made, key=lambda one: len(one.parts), reverse=True)[1:]:
-                    one.rmdir()
+                for parent in sorted(created, key=lambda path: len(path.parts), reverse=True)[1:]:
+                    parent.rmdir()
         os.close(handle)
 
 
-def _is_no_folder(path: Path) -> bool:
-    """Whether something else is there. Asked once: it may go, and come back, between two looks."""
+def _is_not_folder(path: Path) -> bool:
+    """Whether something other than a folder exists there, with one stat: others may change it."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except OSError:
         return False
 
 
-def _acquire(folder: Path, say: Callable[[str], None], shown: Path) -> int:
+def _acquire_lock(folder: Path, warn: Callable[[str], None], display_path: Path) -> int:
     """The handle of a folder's lock file, locked until it is closed."""
     while True:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise ConfigError(
-                f"{shown} is being written by another Arrowhead command.",
+                f"{display_path} is being written by another Arrowhead command.",
                 "one writer at a time.",
                 "wait for it to end, or stop it; then run this again.",
             ) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in NO_LOCKS_ERRNOS:
                 os.close(handle)
                 raise
-            say(
+            warn(
                 f"The disk of {folder} has no file locks ({os.strerror(error.errno)}): make sure"
                 " yourself that no other command writes there at the same time."
             )
-        if _is_open_at(folder / LOCK, handle):
+        if _is_same_file(folder / LOCK_NAME, handle):
             return handle
-        os.close(handle)  # removed between opening and locking: that lock keeps nobody out
+        os.close(handle)  # removed between opening and locking: that lock has no effect
 
 
-def _is_open_at(path: Path, handle: int) -> bool:
-    """Whether the file that is open under this handle still has this name."""
+def _is_same_file(path: Path, handle: int) -> bool:
+    """Whether the open file still has this path."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:

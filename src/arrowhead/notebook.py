@@ -42,8 +42,8 @@ from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.store import Store
 from arrowhead.inference.predictor import Predictor
-from arrowhead.output_paths import check_folder
-from arrowhead.printable import encodable, visible
+from arrowhead.output_paths import check_output_folder
+from arrowhead.printable import encodable_text, escape_control_chars
 from arrowhead.reporting import run_context
 from arrowhead.reporting.run_context import RunContext, SilentScreen
 from arrowhead.tracking.client import TrackingConfig
@@ -61,7 +61,7 @@ class _PrintingScreen(SilentScreen):
 
     def say(self, line: str) -> None:
         """Print a line."""
-        print(encodable(visible(line)))  # noqa: T201
+        print(encodable_text(escape_control_chars(line)))  # noqa: T201
 
 
 class Images:
@@ -77,7 +77,7 @@ class Images:
 
         Args:
             path: A folder, an address such as s3://bucket/photos, or a table (see
-                `sources.labelled`).
+                `sources.labelled_catalog`).
             source: Fields of `SourceConfig`, such as valid_share=0.3.
 
         Raises:
@@ -85,7 +85,7 @@ class Images:
         """
         with _python_refusals():
             config = SourceConfig(**_check_settings(source, SourceConfig))
-            return Images(os.fspath(path), sources.labelled(path, config), config)
+            return Images(os.fspath(path), sources.labelled_catalog(path, config), config)
 
     @staticmethod
     def from_table(table: str | Path, **source: Any) -> Images:
@@ -110,7 +110,7 @@ class Images:
         for split, by_class in counts.items():
             shown = ", ".join(f"{name} {count}" for name, count in sorted(by_class.items())[:12])
             lines.append(f"  {split}: {shown}{', …' * (len(by_class) > 12)}")
-        return "\n".join(map(visible, lines))
+        return "\n".join(map(escape_control_chars, lines))
 
     @property
     def classes(self) -> list[str]:
@@ -151,7 +151,9 @@ class Images:
             for row in rows
         ]
         shown = [os.fsdecode(name) for name in names]
-        return shown if path_text.in_store(self.catalog.root) else [Path(name) for name in shown]
+        return (
+            shown if path_text.is_store_uri(self.catalog.root) else [Path(name) for name in shown]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,7 @@ class Learner:
         self._cached_predictor: Predictor | None = None
         with _python_refusals():
             config = feature_config.complete_from_store(folder, config, given)
-            sources.must_validate(images.path, images.catalog)
+            sources.check_can_validate(images.path, images.catalog)
             precompute.precompute(images.path, folder, config, self._context)
         self.store = images._store = Store(folder)
 
@@ -348,7 +350,7 @@ class Learner:
             The bundle's metrics.
         """
         with _python_refusals():
-            out = check_folder(Path(path), "bundle")
+            out = check_output_folder(Path(path), "bundle")
             return train.save_bundle(self.store, self._config, self._fitted(), out, self._context)
 
     @contextmanager

@@ -1,8 +1,4 @@
-"""Where a command writes: looked at before it does any work.
-
-check_folder   a folder for a store, a bundle or scores: new, empty, or one that we wrote
-check_file     a file that will be replaced as a whole
-"""
+"""Check the output folder or file of a command before it does any work."""
 
 from __future__ import annotations
 
@@ -15,85 +11,107 @@ from pathlib import Path
 
 from arrowhead.errors import ConfigError
 
-# What others leave in a folder without anybody's asking, and what MLflow and we ourselves keep in
-# the working directory, which may be the output folder. Drafts are of a command that was killed.
-UNASKED = {".DS_Store", "Thumbs.db", "desktop.ini", ".arrowhead", ".bundle", ".lock", "mlruns"}
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a folder is for: in words, the entries that show that it is ours, whether the whole
-    folder is replaced at the end.
-    """
-
-    words: str
-    marks: tuple[str, ...]
-    replaced: bool = False
-
-
-KINDS = {
-    "store": Kind("a feature store", ("store.json", "shards")),
-    "bundle": Kind("a bundle", ("bundle.json",), replaced=True),
-    "scores": Kind("scores", ("request.json", "score.json", "inputs.arrow")),
-    "results": Kind("results", ()),
+# Files of the operating system, and what MLflow and Arrowhead keep in the working directory, which
+# may be the output folder. They do not count as the user's files.
+IGNORED_ENTRIES = {
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+    ".arrowhead",
+    ".bundle",
+    ".lock",
+    "mlruns",
 }
 
 
-def check_folder(path: Path, kind: str) -> Path:
-    """The folder that will be written, as it is to be used: ~ expanded; where its name says
-    nothing (`..`) or is a link, the folder that it stands for.
+@dataclass(frozen=True, slots=True)
+class OutputKind:
+    """A kind of output folder.
 
-    kind: a key of KINDS; "results" may hold anything, since only folders below it are written.
-    Raises ConfigError for a file, for a folder that holds something else, and where nothing can be
-    written: it is tried, and nothing of the trial stays.
+    description: for messages. markers: entries that show that Arrowhead wrote the folder.
+    is_replaced: whether the folder is replaced as a whole at the end.
     """
-    what = KINDS[kind]
-    path = expanded(path)
-    _must_be_local(path)
-    must_be_text(path)
+
+    description: str
+    markers: tuple[str, ...]
+    is_replaced: bool = False
+
+
+OUTPUT_KINDS = {
+    "store": OutputKind("a feature store", ("store.json", "shards")),
+    "bundle": OutputKind("a bundle", ("bundle.json",), is_replaced=True),
+    "scores": OutputKind("scores", ("request.json", "score.json", "inputs.arrow")),
+    "results": OutputKind("results", ()),
+}
+
+
+def check_output_folder(path: Path, kind: str) -> Path:
+    """Check a folder that a command will write to.
+
+    A trial folder is created and removed again to see whether the path is writable.
+
+    Args:
+        path: The folder as the user gave it.
+        kind: A key of OUTPUT_KINDS; "results" may hold anything, since only folders below it are
+            written.
+
+    Returns:
+        The path to use: ~ expanded, and `..` or a link resolved.
+
+    Raises:
+        ConfigError: It is a file, holds something else, or is not writable.
+    """
+    output_kind = OUTPUT_KINDS[kind]
+    path = expand_user(path)
+    _refuse_address(path)
+    check_utf8(path)
     try:
         if path.is_symlink() or path.name in ("", ".."):
-            path = _resolved(path)
+            path = _resolve(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(
-                f"{path} is a file.", f"a folder for {what.words}.", "give the path of a folder."
+                f"{path} is a file.",
+                f"a folder for {output_kind.description}.",
+                "give the path of a folder.",
             )
-        if path.is_dir() and what.marks and not any((path / mark).exists() for mark in what.marks):
-            _must_be_empty(path, what)
-        if what.replaced:
-            _must_be_replaceable(path, what)
-            _try(path.parent, suffix=path.name)  # its draft has a name that is longer
-        _try(path)
+        if path.is_dir() and output_kind.markers and not _has_marker(path, output_kind):
+            _check_only_ignored(path, output_kind)
+        if output_kind.is_replaced:
+            _check_replaceable(path, output_kind)
+            _try_to_write(path.parent, suffix=path.name)  # the name of its draft is longer
+        _try_to_write(path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable_error(path, error) from error
     return path
 
 
-def check_file(path: Path) -> Path:
-    """The file that will be written, ~ expanded. Raises ConfigError for what is there and no file
-    (a folder, a device), and where nothing can be written.
+def check_output_file(path: Path) -> Path:
+    """Check a file that a command will write; returns its path with ~ expanded.
+
+    Raises:
+        ConfigError: A folder or device has that path, or it is not writable.
     """
-    path = expanded(path)
-    _must_be_local(path)
-    must_be_text(path)
+    path = expand_user(path)
+    _refuse_address(path)
+    check_utf8(path)
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(
-                f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}.",
+                f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}.",
                 "the path of a file, new or to be replaced.",
                 "give another path.",
             )
-        _try(path.parent)
+        _try_to_write(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable_error(path, error) from error
     return path
 
 
-def expanded(path: Path) -> Path:
-    """~ and ~NAME expanded. Raises ConfigError where nobody of that name, or no home, is known."""
+def expand_user(path: Path) -> Path:
+    """Expand ~ and ~NAME; ConfigError if there is no such user or home directory."""
     try:
         return path.expanduser()
-    except RuntimeError as error:  # pathlib's word for it
+    except RuntimeError as error:  # what pathlib raises for it
         raise ConfigError(
             f"{path.parts[0]} in {path} stands for no home directory of this machine.",
             "~ alone where HOME is set, or the name of a user.",
@@ -101,15 +119,15 @@ def expanded(path: Path) -> Path:
         ) from error
 
 
-def _resolved(path: Path) -> Path:
+def _resolve(path: Path) -> Path:
     try:
         return path.resolve()
-    except RuntimeError as error:  # pathlib's word for links that lead to themselves
+    except RuntimeError as error:  # what pathlib raises for a loop of links
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
-def must_be_text(path: Path) -> None:
-    """Arrow, Parquet and MLflow take paths as UTF-8 only; ConfigError for one of other bytes."""
+def check_utf8(path: Path) -> None:
+    """Raise ConfigError for a path that is not UTF-8: Arrow, Parquet and MLflow need that."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -120,66 +138,71 @@ def must_be_text(path: Path) -> None:
         ) from error
 
 
-def _must_be_local(path: Path) -> None:
-    """`Path` has made one slash of the two of s3://bucket: it must not become a folder here."""
+def _refuse_address(path: Path) -> None:
+    """Raise ConfigError for s3://bucket, of which `Path` makes a relative folder s3:/bucket."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) and not os.path.lexists(path.parts[0]):
         raise ConfigError(
-            f"{path} is an address; what is made here is written to a disk.",
+            f"{path} is an address; this command writes to a disk only.",
             "the path of a folder or file.",
-            "give such a path, and copy it to the address afterwards.",
+            "give a path on a disk, and copy the result to the address afterwards.",
         )
 
 
-def _must_be_empty(path: Path, what: Kind) -> None:
-    held = sorted(os.listdir(path))
-    if not what.replaced or path.samefile(os.curdir):
-        held = [name for name in held if not unasked(name)]
-    if held:
+def _has_marker(path: Path, output_kind: OutputKind) -> bool:
+    return any((path / marker).exists() for marker in output_kind.markers)
+
+
+def _check_only_ignored(path: Path, output_kind: OutputKind) -> None:
+    names = sorted(os.listdir(path))
+    if not output_kind.is_replaced or path.samefile(os.curdir):
+        names = [name for name in names if not is_ignored_entry(name)]
+    if names:
+        description = output_kind.description
         raise ConfigError(
-            f"{path} holds files that are not of {what.words}, such as {held[0]}.",
-            f"a new or empty folder, or {what.words} that Arrowhead wrote.",
+            f"{path} holds files that are not of {description}, such as {names[0]}.",
+            f"a new or empty folder, or {description} that Arrowhead wrote.",
             "give another folder.",
         )
 
 
-def unasked(name: str) -> bool:
-    """Whether nobody put an entry of this name there: it does not count in an output folder."""
-    return name in UNASKED or name.startswith("mlflow.db") or name.endswith(".draft")
+def is_ignored_entry(name: str) -> bool:
+    """Whether an entry of this name does not count as the user's file in an output folder."""
+    return name in IGNORED_ENTRIES or name.startswith("mlflow.db") or name.endswith(".draft")
 
 
-def _must_be_replaceable(path: Path, what: Kind) -> None:
-    """A folder that is replaced as a whole can be neither a mount point nor hold where we stand;
-    where we stand it can be filled, once.
+def _check_replaceable(path: Path, output_kind: OutputKind) -> None:
+    """Raise ConfigError if a folder that is replaced as a whole is a mount point, or is or contains
+    the working directory. The working directory itself can be filled once, while it has no marker.
     """
-    here = Path.cwd().resolve()
-    if path.resolve() == here and not any((path / mark).exists() for mark in what.marks):
+    working_directory = Path.cwd().resolve()
+    if path.resolve() == working_directory and not _has_marker(path, output_kind):
         return
-    inside = path.resolve() in (here, *here.parents)
-    if inside or (path.is_dir() and os.path.ismount(path)):
-        kind = "is, or holds, the folder you stand in" if inside else "is a mount point"
+    contains_cwd = path.resolve() in (working_directory, *working_directory.parents)
+    if contains_cwd or (path.is_dir() and os.path.ismount(path)):
+        reason = "is or contains your working directory" if contains_cwd else "is a mount point"
         raise ConfigError(
-            f"{path} {kind}: {what.words} takes the place of its folder as a whole.",
+            f"{path} {reason}: {output_kind.description} replaces its folder as a whole.",
             "a folder of its own.",
             f"give a folder inside, such as {path / 'bundle'}"
-            + (", or stand elsewhere and name this one." if inside else "."),
+            + (", or change to another directory and give this path." if contains_cwd else "."),
         )
 
 
-def _try(folder: Path, suffix: str = "") -> None:
-    """Make and remove an empty folder in `folder`, or in the nearest one above that is there.
+def _try_to_write(folder: Path, suffix: str = "") -> None:
+    """Create and remove an empty folder in `folder` or its nearest existing parent.
 
     suffix: part of its name.
     """
     while not folder.exists():
         folder = folder.parent
-    made = tempfile.mkdtemp(prefix=".arrowhead-", suffix=f"{suffix}.draft", dir=folder)
-    Path(made).rmdir()
+    trial = tempfile.mkdtemp(prefix=".arrowhead-", suffix=f"{suffix}.draft", dir=folder)
+    Path(trial).rmdir()
 
 
-def _unwritable(path: Path, error: OSError) -> ConfigError:
+def _unwritable_error(path: Path, error: OSError) -> ConfigError:
     reason = os.strerror(error.errno) if error.errno else str(error)
     return ConfigError(
         f"{path} cannot be written: {reason}.",
-        "a path in a folder where files can be made.",
-        "give another path, or let this user write there.",
+        "a path in a folder where you can create files.",
+        "give another path, or give this user permission to write there.",
     )

@@ -1,33 +1,33 @@
-"""Text that every terminal takes: control characters written out, any encoding."""
+"""Text that is safe on any terminal: control characters escaped, unencodable ones replaced."""
 
 from __future__ import annotations
 
 import sys
 from unicodedata import category
 
-# What our own lines hold, for terminals and logs that are not UTF-8. Anything else is escaped.
-PLAIN = str.maketrans(
+# Characters of our own messages, for terminals and logs that are not UTF-8. Others are escaped.
+ASCII_REPLACEMENTS = str.maketrans(
     {"±": "+-", "…": "...", "→": "->", "≤": "<=", "≥": ">="}
     | dict(zip("·×÷—–•“”‘’│┃╭╮╰╯─━╌╸╺█░", "-x/--*\"\"''||++++-----#.", strict=True))
 )
-ENCODING_ERRORS = "arrowhead.plain"  # name of the error handler below
+ENCODING_ERRORS = "arrowhead.plain"  # name of the error handler `_handle_encode_error`
 
 
-def visible(text: str) -> str:
-    r"""The text with control characters written out as \xNN or \uNNNN: C0 and C1 controls, line
-    and paragraph separators, and the marks that turn the direction of what follows.
+def escape_control_chars(text: str) -> str:
+    r"""Escape control characters as \xNN or \uNNNN.
 
-    Other Unicode stays as it is. A lone surrogate, which stands for a byte of a file's name that
-    is not UTF-8, is written as that byte.
+    These are C0 and C1 controls, line and paragraph separators, and the marks that change the
+    direction of text. Other Unicode is kept. A lone surrogate (a byte of a file name that is not
+    UTF-8) is written as that byte.
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or not _steers(c) else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() or not _is_control(c) else _escape_char(c) for c in text)
 
 
-def _steers(character: str) -> bool:
-    # Format characters other than the direction marks (joiners in emoji and Indic scripts) are part
-    # of ordinary text; so are spaces that isprintable does not count.
+def _is_control(character: str) -> bool:
+    # Other format characters (joiners in emoji and Indic scripts) are part of ordinary text, and so
+    # are the spaces that isprintable() rejects.
     if character == "\t":
         return False
     if character in "\u061c\u200e\u200f" or "\u202a" <= character <= "\u202e":
@@ -35,7 +35,7 @@ def _steers(character: str) -> bool:
     return "\u2066" <= character <= "\u2069" or category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
-def _escaped(character: str) -> str:
+def _escape_char(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:
         code -= 0xDC00
@@ -44,23 +44,23 @@ def _escaped(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    """For the codecs module: what is written for characters that an encoding does not have."""
+def _handle_encode_error(error: UnicodeError) -> tuple[str, int]:
+    """Codecs error handler: replace characters that the encoding does not have."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     bad = error.object[error.start : error.end]
-    made = (c if c.isascii() else _escaped(c) for c in bad.translate(PLAIN))
-    return "".join(made), error.end
+    replaced = (c if c.isascii() else _escape_char(c) for c in bad.translate(ASCII_REPLACEMENTS))
+    return "".join(replaced), error.end
 
 
-def take_any_text() -> None:
-    """Let standard output and standard error take any text, whatever their encoding is."""
+def escape_unencodable_output() -> None:
+    """Let stdout and stderr accept any text: replace or escape what they cannot encode."""
     for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):  # some stand-ins have none
+        if reconfigure := getattr(stream, "reconfigure", None):  # replaced streams may lack it
             reconfigure(errors=ENCODING_ERRORS)
 
 
-def encodable(text: str) -> str:
-    """The text with what standard output cannot encode replaced, as `take_any_text` does."""
+def encodable_text(text: str) -> str:
+    """Replace what stdout cannot encode, as `escape_unencodable_output` does."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, ENCODING_ERRORS).decode(encoding)

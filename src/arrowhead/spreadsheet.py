@@ -1,13 +1,13 @@
-r"""CSV files that people open in a spreadsheet, and programs read back.
+r"""Write CSV files that are safe to open in a spreadsheet.
 
-A spreadsheet runs a field that begins with = + - or @ as a formula, and a terminal obeys control
-characters. Names come from folders and tables of others, so both are made harmless here:
+A spreadsheet runs a field that starts with = + - or @ as a formula, and a terminal obeys control
+characters. File and class names come from other people's data, so both are escaped:
 
-    =1+1, -x, @y, 'z   '=1+1, '-x, '@y, ''z      (OWASP, "CSV Injection")
-    ESC [ 3 1 m        \x1b[31m
+    =1+1, -x, @y, 'z   ->  '=1+1, '-x, '@y, ''z     (OWASP, "CSV Injection")
+    ESC [ 3 1 m        ->  \x1b[31m
 
-A program takes one leading ' off a text field to have the name again; Parquet and Arrow files hold
-the exact names.
+A program that reads the CSV removes one leading ' from a text field; Parquet and Arrow files hold
+the exact names. Python's csv module does not escape formulas.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ from pathlib import Path
 from typing import Any
 
 from arrowhead import fileio
-from arrowhead.printable import visible
+from arrowhead.printable import escape_control_chars
 
-STARTS = "=+-@'"  # of a formula; and the mark itself, so that taking one off is always right
+# The escape mark ' is escaped too, so that removing one always gives the original back.
+FORMULA_PREFIXES = "=+-@'"
 
 
-class Sheet:
-    """An open CSV file; numbers are written as they are, None as an empty field."""
+class CsvWriter:
+    """Writes rows to an open CSV file: numbers unchanged, None as an empty field."""
 
     def __init__(self, file: Any) -> None:
-        self._out = csv.writer(file)
+        self._writer = csv.writer(file)
 
     def row(self, cells: Sequence[Any]) -> None:
-        """One line."""
-        self._out.writerow([cell(one) for one in cells])
+        """Write one row."""
+        self._writer.writerow([safe_cell(value) for value in cells])
 
 
 @contextmanager
-def writing(path: Path, header: Sequence[str]) -> Iterator[Sheet]:
-    """A CSV file (UTF-8) with a header, whole or absent."""
-    with fileio.draft(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        sheet = Sheet(file)
-        sheet.row(header)
-        yield sheet
+def open_csv(path: Path, header: Sequence[str]) -> Iterator[CsvWriter]:
+    """Write a CSV file (UTF-8) with a header atomically; yields its writer."""
+    with fileio.atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        writer = CsvWriter(file)
+        writer.row(header)
+        yield writer
 
 
-def cell(value: Any) -> Any:
-    """A field that neither a spreadsheet nor a terminal takes for more than its text."""
+def safe_cell(value: Any) -> Any:
+    """Escape text that a spreadsheet would run or a terminal would obey; other values unchanged."""
     if not isinstance(value, str):
         return value
-    text = visible(value)
-    # Full-width signs count as the plain ones in some languages' spreadsheets.
+    text = escape_control_chars(value)
+    # Some localized spreadsheets treat full-width signs like ASCII ones.
     first = unicodedata.normalize("NFKC", text.lstrip()[:1])[:1]
-    return f"'{text}" if first and first in STARTS else text
+    return f"'{text}" if first and first in FORMULA_PREFIXES else text

@@ -1,8 +1,4 @@
-"""How numbers of things, and commands to be pasted, are written in lines for people.
-
-counted   a number and its word: 1 image, 2 images
-command   a command line that a shell reads back as the same words
-"""
+"""Format counts ("2 images") and shell commands to paste, for messages."""
 
 from __future__ import annotations
 
@@ -11,30 +7,26 @@ import shlex
 import sys
 from collections.abc import Iterable
 
-_PLAIN_IN_DOUBLE_QUOTES = re.compile(r'[^"$`\\!]*')  # ! calls up old commands where one types
+_SAFE_IN_DOUBLE_QUOTES = re.compile(r'[^"$`\\!]*')  # ! expands history in interactive shells
 
 
-def counted(count: int, word: str, several: str | None = None) -> str:
-    """The number with its word, which gets an s beside any number but 1; several: another plural.
+def pluralize(count: int, word: str, plural: str | None = None) -> str:
+    """A count with its noun, such as "1 image" or "2 images"; `plural` if it is not noun + s."""
+    return f"{count} {word if count == 1 else plural or word + 's'}"
 
-    A word may have others before it ("golden image"), and none after.
+
+def shell_command(words: Iterable[object]) -> str:
+    """A command line for a POSIX shell, each word quoted if necessary.
+
+    Words that cannot be printed as they are (control characters, bytes that are not UTF-8, letters
+    that stdout cannot encode) are written as $'…' (bash, zsh, ksh, POSIX 2024), so that you can
+    still copy and paste the line. `shlex.join` keeps such characters.
     """
-    return f"{count} {word if count == 1 else several or word + 's'}"
+    return " ".join(_quote(str(word)) for word in words)
 
 
-def command(words: Iterable[object]) -> str:
-    """The words as a line for a POSIX shell, each quoted where it has to be.
-
-    A word with ' in it stands in double quotes where nothing in it has a meaning there, which is
-    shorter. One with control characters, marks that turn the direction of text, bytes that are not
-    UTF-8, or letters that standard output cannot encode is written as $'…' (bash, zsh, ksh, POSIX
-    2024): shown on a screen it can still be pasted.
-    """
-    return " ".join(_quoted(str(word)) for word in words)
-
-
-def _is_shown(character: str) -> bool:
-    """Whether standard output shows a character as it is."""
+def _is_printed_as_is(character: str) -> bool:
+    """Whether stdout shows a character as it is."""
     try:
         character.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -42,19 +34,19 @@ def _is_shown(character: str) -> bool:
     return character.isprintable() or character == "\u00a0"
 
 
-def _quoted(word: str) -> str:
-    if not all(map(_is_shown, word)):
-        return "$'" + "".join(map(_in_dollar_quotes, word)) + "'"
-    if "'" in word and _PLAIN_IN_DOUBLE_QUOTES.fullmatch(word):
+def _quote(word: str) -> str:
+    if not all(map(_is_printed_as_is, word)):
+        return "$'" + "".join(map(_escape_in_dollar_quotes, word)) + "'"
+    if "'" in word and _SAFE_IN_DOUBLE_QUOTES.fullmatch(word):
         return f'"{word}"'
     return shlex.quote(word)
 
 
-def _in_dollar_quotes(character: str) -> str:
-    named = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "'": r"\'", "\\": r"\\"}
-    if character in named:
-        return named[character]
-    if _is_shown(character):
+def _escape_in_dollar_quotes(character: str) -> str:
+    short_escapes = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "'": r"\'", "\\": r"\\"}
+    if character in short_escapes:
+        return short_escapes[character]
+    if _is_printed_as_is(character):
         return character
-    # Three octal digits at most belong to an escape; of \x some shells take more than two.
+    # An octal escape has at most three digits; after \x some shells read more than two.
     return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8", "surrogateescape"))

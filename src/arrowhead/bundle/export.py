@@ -89,7 +89,7 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
         _check_onnx_size(module)
     metadata_json = metadata(bundle, bundle_format.fingerprint(path))
     write = _write_onnx if config.format == "onnx" else _write_pt2
-    with fileio.draft(file) as draft_file:
+    with fileio.atomic_write(file) as draft_file:
         with _silence_exporters():
             run = write(_trace(module, bundle), metadata_json, draft_file)
         sizes = sorted({1, len(pixels_BCHW)})

@@ -227,8 +227,8 @@ def check_replaceable(path: Path) -> None:
     if path.exists() and not (path / "bundle.json").is_file():
         if path.is_dir():
             # In the working directory, files of MLflow and Arrowhead may lie beside a bundle's.
-            here = fileio.is_here(path)
-            if all(here and output_paths.unasked(one.name) for one in path.iterdir()):
+            here = fileio.is_working_directory(path)
+            if all(here and output_paths.is_ignored_entry(one.name) for one in path.iterdir()):
                 return
         raise ConfigError(
             f"{path} holds files that do not belong to a bundle."
@@ -254,7 +254,7 @@ def draft(path: Path, previous: Path | None = None) -> Iterator[Path]:
         ConfigError: If `path` holds something other than a bundle, or the disk is full.
     """
     check_replaceable(path)
-    with fileio.draft_folder(path, previous) as folder:
+    with fileio.atomic_folder(path, previous) as folder:
         (folder / REPORT_FOLDER).mkdir()
         yield folder
         if not any((folder / REPORT_FOLDER).iterdir()):
@@ -338,10 +338,10 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: If there is no bundle.
         DataError: If the bundle is damaged or of another format.
     """
-    fileio.recover(path)
+    fileio.recover_folder(path)
     if not (path / "bundle.json").is_file():
         raise no_bundle_error(str(path))
-    output_paths.must_be_text(path)
+    output_paths.check_utf8(path)
     content = read_bundle_json(path / "bundle.json", str(path))
     for name, digest in content["sha256"].items():
         check_sha256(path / name, digest, f"{path / name}")
@@ -363,9 +363,9 @@ def read_bundle_json(file: Path, address: str) -> dict[str, Any]:
     content = fileio.read_sealed(
         file, FORMAT, upgrade="train again", repair=REPAIR, name=name_in_messages
     )
-    fileio.must_fit(content, BUNDLE_SCHEMA, name_in_messages, REPAIR)
+    fileio.check_schema(content, BUNDLE_SCHEMA, name_in_messages, REPAIR)
     for name, digest in content["sha256"].items():
-        fileio.must_fit(digest, store_format.SHA256, name_in_messages, REPAIR)
+        fileio.check_schema(digest, store_format.SHA256, name_in_messages, REPAIR)
         if not _is_inside(name):
             raise DataError(
                 f"{address} names a file outside its folder: {name!r}.",
@@ -472,7 +472,7 @@ def _load_golden(path: Path, width: int, class_count: int) -> Iterator[GoldenIma
 def _read_golden_json(path: Path) -> list[dict[str, Any]]:
     file = path / "golden" / "golden.json"
     entries: list[dict[str, Any]] = fileio.read_json(file)
-    fileio.must_fit(entries, GOLDEN_SCHEMA, str(file), REPAIR)
+    fileio.check_schema(entries, GOLDEN_SCHEMA, str(file), REPAIR)
     return entries
 
 

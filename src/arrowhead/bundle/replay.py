@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle.format import Bundle
 from arrowhead.decode.pixels import Pixels
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.errors import DataError
 from arrowhead.features import extract
 from arrowhead.features.backbone import Body
@@ -109,11 +109,11 @@ def clean_features(
         return features_of_pixels(body, decode(images, [bytes(16)] * len(images)))
 
 
-def clean_decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> GuardedDecoder:
+def clean_decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> SubprocessDecoder:
     """A decoder that gives one view of each image, without the recipe's augmentation."""
     clean = dataclasses.replace(recipe, views=1, augment="none", augment_seed=0)
     gpu = int(device.partition(":")[2] or 0) if "cuda" in device else None
-    return GuardedDecoder(
+    return SubprocessDecoder(
         extract.make_pixel_config(clean),
         batch_size=batch_size,
         threads=threads,

@@ -16,7 +16,7 @@ from arrowhead.tracking.client import TrackingConfig
 
 def check_exists(address: str) -> None:
     """Raise ConfigError for a local folder without a bundle; remote addresses are not checked."""
-    if address.startswith(("models:/", "runs:/")) or path_text.in_store(
+    if address.startswith(("models:/", "runs:/")) or path_text.is_store_uri(
         root := path_text.resolve(address)
     ):
         return
@@ -43,13 +43,13 @@ def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
     if address.startswith(("models:/", "runs:/")):
         return _download(registry.model_files(address, config), address, scratch / "bundle")
     root = path_text.resolve(address)
-    if path_text.in_store(root):
-        return _download(partial(reading.fetch, root), address, scratch / "bundle")
+    if path_text.is_store_uri(root):
+        return _download(partial(reading.download_file, root), address, scratch / "bundle")
     return Path(os.fsdecode(path_text.unescape_path(root))) if "://" in address else Path(address)
 
 
 def _download(fetch: registry.Fetch, address: str, target: Path) -> Path:
-    with fileio.draft_folder(target) as folder:
+    with fileio.atomic_folder(target) as folder:
         try:
             fetch("bundle.json", folder / "bundle.json")
         except FileNotFoundError as error:

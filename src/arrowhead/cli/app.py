@@ -29,13 +29,13 @@ from arrowhead import __version__
 from arrowhead.cli.options import Output
 from arrowhead.cli.screen import Screen
 from arrowhead.errors import ConfigError
-from arrowhead.output_paths import expanded
+from arrowhead.output_paths import expand_user
 from arrowhead.runtime import signals
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.address import redacted, secrets_of, without_secrets
 from arrowhead.tracking.client import TrackingConfig, check_address_variables
 from arrowhead.tracking.registry import RegistryConfig
-from arrowhead.wording import command
+from arrowhead.wording import shell_command
 
 app = App(
     name="arrowhead",
@@ -97,8 +97,8 @@ def _lock_checkpoints(run_file: Path | None, say: Callable[[str], None]) -> Iter
     from arrowhead import fileio
     from arrowhead.commands import train
 
-    with fileio.occupied(
-        run_file.parent, say, shown=train.bundle_of_checkpoint_dir(run_file.parent)
+    with fileio.locked_output_folder(
+        run_file.parent, say, display_path=train.bundle_of_checkpoint_dir(run_file.parent)
     ):
         yield
 
@@ -126,9 +126,11 @@ def ui_command(tracking: TrackingConfig) -> str:
     """
     uri = tracking.uri
     if uri.startswith("http"):  # a server, which already has a UI
-        return command([sibling_program("python"), "-P", "-m", "webbrowser", without_secrets(uri)])
-    shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else command([uri])
-    return f"{command([sibling_program('mlflow')])} ui --backend-store-uri {shown}"
+        return shell_command(
+            [sibling_program("python"), "-P", "-m", "webbrowser", without_secrets(uri)]
+        )
+    shown = '"$MLFLOW_TRACKING_URI"' if secrets_of(uri) else shell_command([uri])
+    return f"{shell_command([sibling_program('mlflow')])} ui --backend-store-uri {shown}"
 
 
 # --------------------------------------------------------------------- how a command ends
@@ -143,7 +145,7 @@ def show_next_commands(screen: Any, commands: Sequence[str | Sequence[object]]) 
     """
     screen.say("next:")
     for one in commands:
-        screen.say(f"  {one if isinstance(one, str) else command(one)}")
+        screen.say(f"  {one if isinstance(one, str) else shell_command(one)}")
 
 
 def show_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
@@ -248,7 +250,7 @@ class _GivenFlags:
         for argument in arguments:
             if _is_path(argument):
                 argument.tokens = [
-                    token.evolve(value=str(expanded(Path(token.value))))
+                    token.evolve(value=str(expand_user(Path(token.value))))
                     if token.value.startswith("~")
                     else token
                     for token in argument.tokens
@@ -280,7 +282,7 @@ def configure(config: Path | None) -> None:
     """Read flags from this TOML file too, or from no file."""
     app.config = (_given_flags,)
     if config is not None:
-        config = expanded(config)
+        config = expand_user(config)
         if not config.is_file():
             raise ConfigError(
                 f"--config {config} does not exist.", "a TOML file.", "check the path."

@@ -22,7 +22,7 @@ from arrowhead.cli.options import (
 from arrowhead.cli.screen import Screen
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.tracking.registry import RegistryConfig
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 # ---------------------------------------------------------------------------- features
 
@@ -50,9 +50,10 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
     screen = Screen(to_stderr=False)
     faults = sum(facts["faults"].values())
     screen.say(
-        f"{store}: {counted(facts['images'], 'image')} = {counted(facts['features'], 'feature')}"
-        f" + {counted(faults, 'fault')} · {counted(facts['distinct'], 'different content')} ·"
-        f" {counted(facts['shards'], 'shard')} ·"
+        f"{store}: {pluralize(facts['images'], 'image')} ="
+        f" {pluralize(facts['features'], 'feature')} + {pluralize(faults, 'fault')} ·"
+        f" {pluralize(facts['distinct'], 'different content')} ·"
+        f" {pluralize(facts['shards'], 'shard')} ·"
         f" {facts['bytes'] / 1e6:.1f} MB"
     )
     recipe = " · ".join(f"{name} {value}" for name, value in facts["recipe"].items())
@@ -104,7 +105,7 @@ def gc(
     findings = inspect.gc(store, remove=yes)
     _show_findings(findings, output)
     if not output.json:
-        files = counted(len(findings), "file")
+        files = pluralize(len(findings), "file")
         them = "it" if len(findings) == 1 else "them"
         summary = f"{files} removed" if yes else f"{files} found; --yes removes {them}"
         Screen(to_stderr=False).say(summary if findings else "nothing to remove")
@@ -153,7 +154,7 @@ def scores_verify(
         for problem in result["problems"]:
             screen.say(problem)
         screen.say(
-            f"{out}: {counted(result['parts'], 'part')} · {counted(result['rows'], 'row')} ·"
+            f"{out}: {pluralize(result['parts'], 'part')} · {pluralize(result['rows'], 'row')} ·"
             f" {result['bytes'] / 1e6:.1f} MB:"
             f" {'unchanged' if not result['problems'] else 'DAMAGED'}"
         )
@@ -218,7 +219,7 @@ def bundle_info(
         return 0
     screen = Screen(to_stderr=False)
     screen.say(
-        f"{bundle}: {facts['task']}, {counted(len(facts['classes']), 'class', 'classes')} ·"
+        f"{bundle}: {facts['task']}, {pluralize(len(facts['classes']), 'class', 'classes')} ·"
         f" {facts['bytes'] / 1e6:.1f} MB · fingerprint {facts['fingerprint']}"
     )
     screen.say(f"classes: {', '.join(facts['classes'][:20])}{' …' * (len(facts['classes']) > 20)}")
@@ -243,7 +244,7 @@ def bundle_info(
         f"made by arrowhead {lineage.get('arrowhead')}, MLflow run {lineage.get('run_id')},"
         f" data {lineage.get('data')}"
     )
-    screen.say(counted(facts["golden_images"], "golden image"))
+    screen.say(pluralize(facts["golden_images"], "golden image"))
     for name, images in (("per_class", "validation"), ("test_per_class", "test")):
         if per_class and (table := facts["metrics"].get(name)):
             screen.say(f"{images} images, by class:")
@@ -304,8 +305,8 @@ def bundle_verify(
             screen.say(NO_GOLDEN_IMAGES)
         screen.say(
             f"{bundle} is complete (report/ is not checked);"
-            f" {counted(drift.images, 'golden image')} scored again: largest feature drift"
-            f" {drift.feature:.1g}, {counted(drift.changed, 'label')} changed"
+            f" {pluralize(drift.images, 'golden image')} scored again: largest feature drift"
+            f" {drift.feature:.1g}, {pluralize(drift.changed, 'label')} changed"
         )
     check_drift(drift, max_drift)
     return 0

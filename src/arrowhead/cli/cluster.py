@@ -36,7 +36,7 @@ from arrowhead.runtime.jobs import ClusterConfig
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.address import secrets_of, without_secrets
 from arrowhead.tracking.client import TrackingConfig
-from arrowhead.wording import command
+from arrowhead.wording import shell_command
 
 # --------------------------------------------------------------------------- a cluster
 
@@ -246,7 +246,9 @@ def _local_paths(values: list[Any]) -> list[str]:
 
     paths = [os.fspath(value).removeprefix("file://") for value in values if value is not None]
     models = ("models:/", "runs:/")
-    return [path for path in paths if not path_text.in_store(path) and not path.startswith(models)]
+    return [
+        path for path in paths if not path_text.is_store_uri(path) and not path.startswith(models)
+    ]
 
 
 def _check_no_secret(uri: str) -> None:
@@ -382,7 +384,7 @@ def jobs_logs(
     server = jobs.connect(cluster)
     screen = Screen(to_stderr=output.json)
     if follow:
-        same_command = command(["arrowhead", *sys.argv[1:]])
+        same_command = shell_command(["arrowhead", *sys.argv[1:]])
         return _follow(server, job_id, screen, output, same_command, {"address": server.url})
     for line in jobs.read_log(server, job_id):
         screen.say(line)

@@ -27,12 +27,12 @@ from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.output_paths import check_folder
+from arrowhead.output_paths import check_output_folder
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.study import Study
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 
 def demo(
@@ -53,10 +53,10 @@ def demo(
     from arrowhead.commands import train as commands_train
     from arrowhead.reporting.run_context import child_context
 
-    out = check_folder(out, "results")
+    out = check_output_folder(out, "results")
     images, fitted, bundle = out / "images", out / "fit", out / "fit" / "bundle"
     for folder, kind in ((images, "results"), (fitted / "store", "store"), (bundle, "bundle")):
-        check_folder(folder, kind)
+        check_output_folder(folder, kind)
     study = Study(head=head)
     run_file = commands_train.run_file(bundle, "demo", study)
     with run_context("demo", launch, tracking, output, run_file) as context:
@@ -66,7 +66,7 @@ def demo(
             drawn = demo_images.draw(draft)
             draft.rename(images)
             context.screen.say(
-                f"{counted(drawn, 'image')} of {', '.join(demo_images.CLASSES)} drawn in {images}"
+                f"{pluralize(drawn, 'image')} of {', '.join(demo_images.CLASSES)} drawn in {images}"
             )
         config = FeatureConfig(body=_demo_body(context.screen))
         result = commands_train.fit(images, fitted, config, study, context)

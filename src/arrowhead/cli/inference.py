@@ -39,7 +39,7 @@ from arrowhead.data import sources
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.output_paths import check_file, check_folder, expanded
+from arrowhead.output_paths import check_output_file, check_output_folder, expand_user
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 
@@ -71,9 +71,9 @@ def score(
     """
     from arrowhead.commands import score as commands_score
 
-    out = check_folder(out, "scores")
+    out = check_output_folder(out, "scores")
     resolve.check_exists(bundle)
-    sources.must_be_there(images)
+    sources.check_exists(images)
     with run_context("score", launch, tracking, output) as context:
         result = commands_score.score(bundle, images, out, scores, extract, context, tracking)
         counts = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
@@ -114,9 +114,9 @@ def evaluate(
     """
     from arrowhead.commands import score as commands_score
 
-    out = out and check_folder(out, "scores")
+    out = out and check_output_folder(out, "scores")
     resolve.check_exists(bundle)
-    sources.must_be_there(data)
+    sources.check_exists(data)
     with run_context("evaluate", launch, tracking, output) as context:
         result = commands_score.evaluate(
             bundle, data, out, source, evaluation, extract, context, tracking
@@ -149,8 +149,8 @@ def export(
     """
     from arrowhead.bundle import export as bundle_export
 
-    out = expanded(out)
-    check_file(bundle_export.output_file(out, options.format))
+    out = expand_user(out)
+    check_output_file(bundle_export.output_file(out, options.format))
     resolve.check_exists(bundle)
     with local_bundle(bundle, tracking) as folder:
         result = bundle_export.export(folder, out, options) | {"bundle": bundle}

@@ -30,7 +30,7 @@ from arrowhead.cli.app import (
 from arrowhead.cli.options import Out, Output, Watched, WatchedTracking
 from arrowhead.cli.screen import Screen
 from arrowhead.errors import ConfigError, DataError, LostError, Refusal
-from arrowhead.printable import take_any_text
+from arrowhead.printable import escape_unencodable_output
 from arrowhead.runtime import environment, signals
 from arrowhead.tracking.address import redacted, without_secrets
 
@@ -130,7 +130,7 @@ def _run(words: list[str]) -> int:
     """Run a command; show what went wrong; the exit code."""
     words = artifacts.expand_score_verify(words)
     app.config = ()  # forget an earlier call in this process
-    take_any_text()
+    escape_unencodable_output()
     try:
         code = app.meta(words, exit_on_error=False, print_error=False, result_action="return_value")
         if words and words[0] in PRINTING_COMMANDS:

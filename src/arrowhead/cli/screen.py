@@ -14,13 +14,13 @@ from rich.text import Text
 
 from arrowhead import printable
 from arrowhead.printable import ENCODING_ERRORS
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 Advance = Callable[[int, int, str], None]
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
-codecs.register_error(ENCODING_ERRORS, printable._plain)
+codecs.register_error(ENCODING_ERRORS, printable._handle_encode_error)
 
 
 class Screen:
@@ -33,7 +33,7 @@ class Screen:
     def say(self, line: str) -> None:
         """Print a line, with control characters made visible."""
         self._clear_status()
-        self.console.print(printable.visible(line), markup=False, soft_wrap=True)
+        self.console.print(printable.escape_control_chars(line), markup=False, soft_wrap=True)
 
     def passing(self, line: str) -> None:
         """On a terminal, show a line that the next one replaces, at most ten a second."""
@@ -44,7 +44,7 @@ class Screen:
         self._status_time = monotonic()
         self._clear_status()
         self._status_shown = True
-        text = Text(printable.visible(line), end="", no_wrap=True, overflow="ellipsis")
+        text = Text(printable.escape_control_chars(line), end="", no_wrap=True, overflow="ellipsis")
         text.truncate(max(self.console.width - 1, 1))
         self.console.print(text, end="", soft_wrap=True)
         self.console.file.flush()
@@ -95,10 +95,10 @@ class Screen:
             console=self.console,
         ) as progress:
             task = progress.add_task(
-                printable.visible(title),
+                printable.escape_control_chars(title),
                 total=total,
                 rate=0.0,
-                faults=counted(0, "fault"),
+                faults=pluralize(0, "fault"),
                 binding="…",
             )
             start, faults = monotonic(), 0
@@ -108,7 +108,7 @@ class Screen:
                 faults += new_faults
                 completed = progress.tasks[0].completed + done
                 rate = completed / max(monotonic() - start, 1e-9)
-                fault_count = counted(faults, "fault")
+                fault_count = pluralize(faults, "fault")
                 progress.update(task, advance=done, rate=rate, faults=fault_count, binding=binding)
 
             yield advance
@@ -125,7 +125,7 @@ class Screen:
                 last_line = monotonic()
                 rate = completed / max(last_line - start, 1e-9)
                 self.say(
-                    f"{title} {completed}/{total} · {rate:.1f} img/s · {counted(faults, 'fault')}"
+                    f"{title} {completed}/{total} · {rate:.1f} img/s · {pluralize(faults, 'fault')}"
                     f" · bound by {binding}"
                 )
 
@@ -140,7 +140,7 @@ class Screen:
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False) as area:
                 yield lambda lines: area.update(
-                    Text("\n".join(map(printable.visible, lines))), refresh=True
+                    Text("\n".join(map(printable.escape_control_chars, lines))), refresh=True
                 )
             return
         printed: list[str] = []

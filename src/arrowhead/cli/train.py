@@ -51,7 +51,7 @@ from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.features.store import Store
-from arrowhead.output_paths import check_folder, expanded
+from arrowhead.output_paths import check_output_folder, expand_user
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.tracking.registry import RegistryConfig
@@ -59,7 +59,7 @@ from arrowhead.training.config import TrainConfig
 from arrowhead.training.grid import SweepConfig
 from arrowhead.training.lr_finder import FinderConfig
 from arrowhead.training.study import Study
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 
 def fit(
@@ -89,15 +89,15 @@ def fit(
     """
     from arrowhead.commands import train as commands_train
 
-    out = check_folder(out, "results")
-    check_folder(out / "store", "store")
+    out = check_output_folder(out, "results")
+    check_output_folder(out / "store", "store")
     for folder in bundles(out / "bundle"):
-        check_folder(folder, "bundle")
+        check_output_folder(folder, "bundle")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.run_file(out / "bundle", data, images, study)
     images, catalog = _prepare(data, out / "store", images, Screen(to_stderr=output.json))
-    sources.must_validate(data, catalog)
+    sources.check_can_validate(data, catalog)
     with run_context("fit", launch, tracking, output, run_file, registry) as context:
         result = commands_train.fit(catalog, out, images, study, context)
         result["files"] = show_written(context.screen, [out / "store", *bundles(out / "bundle")])
@@ -133,7 +133,7 @@ def precompute(
     """
     from arrowhead.commands import precompute as commands_precompute
 
-    store = check_folder(store, "store")
+    store = check_output_folder(store, "store")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     images, catalog = _prepare(data, store, images, Screen(to_stderr=output.json))
     with run_context("precompute", launch, tracking, output) as context:
@@ -155,13 +155,13 @@ def _prepare(
     """
     images = complete_from_store(store, request, given_flags())
     backbone.check_config(images.body)
-    catalog = sources.labelled(data, images.source)
+    catalog = sources.labelled_catalog(data, images.source)
     if images != request:
         body, pixels = images.body, images.pixels
         weights = f" with {body.weights}" if body.weights != request.body.weights else ""
         screen.say(
             f"as in {store}: body {body.body}{weights} · pool {body.pool} · {pixels.size} pixels,"
-            f" {pixels.resize} · {counted(pixels.views, 'view')}"
+            f" {pixels.resize} · {pluralize(pixels.views, 'view')}"
         )
     _report_unused_flags(images, catalog, store, screen)
     return images, catalog
@@ -204,8 +204,8 @@ def lr_find(
     from arrowhead.commands import train as commands_train
     from arrowhead.reporting import extraction
 
-    Store(store := expanded(store))
-    check_folder(store, "store")
+    Store(store := expand_user(store))
+    check_output_folder(store, "store")
     with run_context("lr-find", launch, tracking, output) as context:
         extraction.show_store(store, context.screen)
         curve = commands_train.find_learning_rate(store, head, finder, context)
@@ -248,9 +248,9 @@ def train(
     from arrowhead.commands import train as commands_train
     from arrowhead.reporting import extraction
 
-    Store(store := expanded(store))
-    bundle, previous = bundles(check_folder(bundle, "bundle"))
-    check_folder(previous, "bundle")
+    Store(store := expand_user(store))
+    bundle, previous = bundles(check_output_folder(bundle, "bundle"))
+    check_output_folder(previous, "bundle")
     study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.run_file(bundle, store.absolute(), study)
     with run_context("train", launch, tracking, output, run_file, registry) as context:

@@ -52,7 +52,7 @@ def precompute(
         DataError: If a file of the store has changed.
     """
     start = perf_counter()
-    listed = data if isinstance(data, Catalog) else sources.labelled(data, images.source)
+    listed = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
     store = _open_store(path, images)
     with store.lock(context.screen.say):
         intact = store.intact_shards()
@@ -109,7 +109,7 @@ def _open_store(path: Path, images: FeatureConfig) -> Store:
         recipe = dataclasses.replace(recipe, decoder=Store(path).recipe.decoder)
     store = Store.create(path, recipe, images.extract.chunk_size)
     if not store.weights_path.is_file():
-        with fileio.draft(store.weights_path) as draft_file:
+        with fileio.atomic_write(store.weights_path) as draft_file:
             draft_file.write_bytes(safetensors.torch.save(weights.state))
     return store
 
@@ -151,7 +151,7 @@ def _count_retries(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
         if unchanged:
             tries[row] = old.tries[old_row]
             if path in faults and tries[row] < MAX_TRIES:
-                _, fault = catalog.read(row, max_bytes)
+                _, fault = catalog.read_file(row, max_bytes)
                 tries[row] += not (fault or "").startswith("unreadable")
     return dataclasses.replace(catalog, tries=tries)
 
@@ -164,8 +164,8 @@ def _extract_missing(
     Returns:
         The names of the catalog's shards, the names of those that were computed, and the work.
     """
-    chunk_rows = data_chunks.chunks(catalog.paths, store.chunk_size)
-    names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
+    chunk_rows = data_chunks.split_into_chunks(catalog.paths, store.chunk_size)
+    names = [data_chunks.shard_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
     store.write_pending(catalog.columns())
     missing = [i for i, name in enumerate(names) if not store.shard_path(name).is_file()]
     total = sum(len(chunk_rows[i]) for i in missing)
@@ -194,7 +194,7 @@ def _commit(
     ids = [image_id for rows in shards for image_id in rows.image_ids]
     faults = [fault for rows in shards for fault in rows.faults]
     is_faulty = [fault is not None for fault in faults]
-    catalog = splits.drawn(catalog, ids, images.source.valid_share, is_faulty)
+    catalog = splits.draw_splits(catalog, ids, images.source.valid_share, is_faulty)
     golden = (
         golden_images.save_candidates(store, catalog, ids, faults)
         if images.golden.golden_images

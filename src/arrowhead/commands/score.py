@@ -30,7 +30,7 @@ from arrowhead.inference import score as inference_score
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
 from arrowhead.inference.summary import ScoreSummary
-from arrowhead.output_paths import check_folder
+from arrowhead.output_paths import check_output_folder
 from arrowhead.reporting import evaluation, extraction, recording, scoring
 from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import RunContext
@@ -50,7 +50,7 @@ def score(
 
     Args:
         address: The bundle (see `resolve.bundle_folder`).
-        images: The images (see `sources.unlabelled`).
+        images: The images (see `sources.unlabelled_catalog`).
         out: The folder for the scores.
         config: What is written for each image.
         extract_config: How images are read and decoded.
@@ -63,14 +63,14 @@ def score(
         drift, seconds by stage.
     """
     with (
-        fileio.occupied(out, context.screen.say),
+        fileio.locked_output_folder(out, context.screen.say),
         _local_bundle(str(address), tracking, out) as path,
     ):
         bundle = bundle_format.load(path)
         source = SourceConfig(
             images=config.base, suffix=config.suffix, path_column=config.path_column
         )
-        catalog = sources.unlabelled(images, source, base_flag="--base")
+        catalog = sources.unlabelled_catalog(images, source, base_flag="--base")
         extraction.show_source(catalog, context.screen)
         scores = _score_catalog(
             path, bundle, catalog, out, config, extract_config, context, "scoring"
@@ -116,11 +116,11 @@ def evaluate(
         What `score` returns, and metrics (see `inference.evaluate.compute_metrics`).
     """
     catalog = inference_evaluate.list_images(data, source)
-    out = out or check_folder(
+    out = out or check_output_folder(
         inference_evaluate.default_output_dir(str(address), str(data), catalog), "scores"
     )
     with (
-        fileio.occupied(out, context.screen.say),
+        fileio.locked_output_folder(out, context.screen.say),
         _local_bundle(str(address), tracking, out) as path,
     ):
         bundle = bundle_format.load(path)

@@ -1,4 +1,4 @@
-"""The catalog: every file of a source with its size, stamp, labels and split."""
+"""The catalog: one row per image file, with its size, stamp, labels and split."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from arrowhead.data import reading
 class Catalog:
     """One row per file, sorted by path; N rows.
 
-    root: text of the resolved folder, or a URI; paths: text of each path below it (see
-    `text`); sizes: int64 (N,) bytes, -1 where the file could not be looked at; stamps: int64
-    (N,), see `listing`; labels: tuples of class names, sorted, empty without labels; splits: train,
-    valid, test, or "" until it is drawn; tries: uint8 (N,), how often a file that could not be read
-    became readable later: part of its shard's name; ignored: number of files seen and left out
-    (hidden files, system files, sidecars, files outside any class folder); source: text of the
-    table that names the files, "" where a folder is listed; empty: class folders without an image,
-    such as train/fox; notes: how the source was read, sentences for a person.
+    Attributes:
+        root: The resolved folder as escaped text (see `path_text`), or a URI.
+        paths: Escaped path of each file below it.
+        sizes: int64 (N,) bytes, -1 where stat failed.
+        stamps: int64 (N,), a value that changes when the file does (see `listing`).
+        labels: Sorted class names of each file, empty without labels.
+        splits: train, valid, test, or "" until the split is drawn.
+        tries: uint8 (N,), how often a file that could not be read became readable later; part of
+            the name of its shard.
+        ignored: Number of files that are no rows (hidden and system files, sidecars, files outside
+            class folders).
+        source: Escaped path of the table that lists the files, "" for a folder.
+        empty_folders: Class folders without an image, such as train/fox.
+        notes: Sentences for the user about how the source was read.
     """
 
     root: str
@@ -36,7 +42,7 @@ class Catalog:
     tries: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     ignored: int = 0
     source: str = ""
-    empty: tuple[str, ...] = ()
+    empty_folders: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -48,7 +54,7 @@ class Catalog:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, sorted: position is the label's number."""
+        """Sorted class names; a class's position is its label index."""
         return sorted({name for names in set(self.labels) for name in names})
 
     @property
@@ -56,27 +62,28 @@ class Catalog:
         """Whether any image has more than one label."""
         return any(len(names) > 1 for names in set(self.labels))
 
-    def part(self, rows: range) -> Catalog:
-        """Some of its rows, as a catalog of their own."""
-        here = slice(rows.start, rows.stop)
+    def subset(self, rows: range) -> Catalog:
+        """A catalog of some of the rows."""
+        selection = slice(rows.start, rows.stop)
         names = ("paths", "sizes", "stamps", "labels", "splits", "tries")
-        return replace(self, **{name: getattr(self, name)[here] for name in names})
+        return replace(self, **{name: getattr(self, name)[selection] for name in names})
 
-    def read(self, row: int, max_bytes: int) -> tuple[bytes, str | None]:
-        """A row's bytes and None, or no bytes and the fault: also if it changed since the listing.
+    def read_file(self, row: int, max_bytes: int) -> tuple[bytes, str | None]:
+        """The bytes of a row's file and None, or no bytes and the fault.
 
-        May be called from many threads at once.
+        A file that changed since it was listed is a fault, too. Thread-safe.
         """
         size, stamp = int(self.sizes[row]), int(self.stamps[row])
-        return reading.read(self.root, self.paths[row], max_bytes, size, stamp)
+        return reading.read_file(self.root, self.paths[row], max_bytes, size, stamp)
 
     def columns(self) -> dict[str, Any]:
-        """The fields by name, as `catalog_file.write_catalog` takes them."""
-        said = ("empty", "notes")
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in said}
+        """The fields by name that `catalog_file.write_catalog` saves."""
+        unsaved = ("empty_folders", "notes")
+        names = [field.name for field in fields(self) if field.name not in unsaved]
+        return {name: getattr(self, name) for name in names}
 
     def digest(self) -> str:
-        """Hash of what is in the catalog, whoever lists it and wherever the root lies."""
+        """Hash of the rows, independent of where the root is."""
         total = hashlib.blake2b(digest_size=16)
         rows = zip(self.paths, self.sizes.tolist(), self.labels, self.splits, strict=True)
         while part := "".join(map(repr, itertools.islice(rows, 4096))):

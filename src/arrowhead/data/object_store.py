@@ -1,13 +1,10 @@
-"""Objects in a store: S3, Google Cloud Storage, and whatever else fsspec opens.
+"""List and read objects in S3, Google Cloud Storage, and any other store that fsspec opens.
 
-    a URI                  s3://bucket/prefix, gs://bucket/prefix, …
-      -> objects           every key below it, with size and stamp; no object is opened
-      -> read              the bytes of one of them, unless it is not what was listed
-      -> beginnings        the first bytes of many of them, side by side
-      -> fetch             one of them as a file on the disk
-
-A *stamp* is 63 bits of a hash of what the store changes with every write: the generation (Google),
+A *stamp* is 63 bits of a hash of a value that changes with every write: the generation (Google),
 the ETag (S3), or the time of the last write. URIs and keys are text as the store spells them.
+
+fsspec alone neither detects that an object changed since it was listed, nor lists large S3 prefixes
+in parallel.
 """
 
 from __future__ import annotations
@@ -25,17 +22,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-THREADS = 16
-PAUSES_SECONDS = (0.5, 2.0, None)  # before another try; None: there is none
-# Key below the root, bytes, stamp.
-Object = tuple[str, int, int]
-# Given size and stamp as the store has them now: why the object is not read, or None.
-Judge = Callable[[int, int], str | None]
+MAX_THREADS = 16
+RETRY_DELAYS_SECONDS = (0.5, 2.0, None)  # None: no further attempt
+# Key below the root, size in bytes, stamp.
+StoredObject = tuple[str, int, int]
+# Gets the current size and stamp of an object; returns a fault if it should not be read.
+ObjectCheck = Callable[[int, int], str | None]
 
 
-def objects(uri: str) -> list[Object]:
-    """Every object below a URI. Raises what the store raises, ConfigError without its library."""
-    store, top = _store(uri)
+def list_objects(uri: str) -> list[StoredObject]:
+    """List every object below a URI.
+
+    Raises the store's own exceptions; ConfigError if its library is not installed.
+    """
+    store, top = _open_store(uri)
     if not hasattr(store, "call_s3"):
         return [
             (name[len(top) + 1 :], _size(store, info), _stamp(info))
@@ -43,66 +43,66 @@ def objects(uri: str) -> list[Object]:
             if info.get("type") == "file" and name.startswith(f"{top}/")
         ]
     bucket, _, prefix = top.partition("/")
-    return _s3_objects(store, bucket, prefix and f"{prefix}/")
+    return _list_s3_objects(store, bucket, prefix and f"{prefix}/")
 
 
-def _s3_objects(store: Any, bucket: str, prefix: str) -> list[Object]:
-    """Every object below a prefix, page by page, prefixes side by side.
+def _list_s3_objects(store: Any, bucket: str, prefix: str) -> list[StoredObject]:
+    """List every object below a prefix, page by page, several prefixes in parallel.
 
-    s3fs's own `find` keeps all pages and trips over keys such as a//b.
+    `find` of s3fs keeps all pages in memory and fails on keys such as a//b.
     """
 
-    def page_through(below: str, delimiter: str) -> tuple[list[Object], list[str]]:
-        objects: list[Object] = []
+    def page_through(below: str, delimiter: str) -> tuple[list[StoredObject], list[str]]:
+        objects: list[StoredObject] = []
         prefixes: list[str] = []
-        asked = {"Bucket": bucket, "Prefix": below, "Delimiter": delimiter}
+        request = {"Bucket": bucket, "Prefix": below, "Delimiter": delimiter}
         more = True
         while more:
-            page = store.call_s3("list_objects_v2", **asked)
+            page = store.call_s3("list_objects_v2", **request)
             prefixes += [each["Prefix"] for each in page.get("CommonPrefixes", ())]
             objects += [
                 (each["Key"][len(prefix) :], int(each["Size"]), _stamp(each))
                 for each in page.get("Contents", ())
             ]
             if more := page.get("IsTruncated", False):
-                asked["ContinuationToken"] = page["NextContinuationToken"]
+                request["ContinuationToken"] = page["NextContinuationToken"]
         return objects, prefixes
 
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        found: list[Object] = []
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
+        all_objects: list[StoredObject] = []
         prefixes = [prefix]
-        for _ in range(3):  # ROOT, train/, train/cat/: enough to share out
-            if not 0 < len(prefixes) < 2 * THREADS:
+        for _ in range(3):  # ROOT, train/, train/cat/: enough prefixes for all threads
+            if not 0 < len(prefixes) < 2 * MAX_THREADS:
                 break
             pages = list(pool.map(page_through, prefixes, repeat("/")))
             below = [each for _, inner in pages for each in inner]
-            if len(below) > 1000:  # a request each would take longer than to walk through them
+            if len(below) > 1000:  # one request each would take longer than listing them together
                 break
-            found += [each for objects, _ in pages for each in objects]
+            all_objects += [each for objects, _ in pages for each in objects]
             prefixes = below
         for objects, _ in pool.map(page_through, prefixes, repeat("")):
-            found += objects
-    return found
+            all_objects += objects
+    return all_objects
 
 
-def read(uri: str, key: str, judge: Judge) -> tuple[bytes, str | None]:
-    """An object's bytes and None, or no bytes and the fault that `judge` sees in it.
+def read_object(uri: str, key: str, check: ObjectCheck) -> tuple[bytes, str | None]:
+    """The bytes of an object and None, or no bytes and the fault that `check` returns.
 
-    Answers that break off are asked for again. Raises what the store raises.
+    Interrupted downloads are retried. Raises the store's own exceptions.
     """
-    store, top = _store(uri)
+    store, top = _open_store(uri)
     if hasattr(store, "call_s3"):
-        found: tuple[bytes, str | None] = _s3_read(store, f"{top}/{key}", judge)
-        return found
-    # gcsfs repeats requests and broken answers itself, for a minute: the two would multiply.
-    for pause in PAUSES_SECONDS if not _is_google(store) else (None,):
+        result: tuple[bytes, str | None] = _read_s3_object(store, f"{top}/{key}", check)
+        return result
+    # gcsfs retries requests and downloads itself, for a minute: our retries would multiply them.
+    for pause in RETRY_DELAYS_SECONDS if not _is_google(store) else (None,):
         try:
-            return _read(store, f"{top}/{key}", judge)
+            return _read_fsspec_object(store, f"{top}/{key}", check)
         except (FileNotFoundError, PermissionError):
             raise
-        except Exception:  # stores raise what they like
+        except Exception:  # each store raises its own exceptions
             if pause is None:
                 raise
             import time
@@ -111,18 +111,18 @@ def read(uri: str, key: str, judge: Judge) -> tuple[bytes, str | None]:
     raise AssertionError
 
 
-def _read(store: Any, name: str, judge: Judge) -> tuple[bytes, str | None]:
-    """As `read`, once, by what every fsspec store has."""
+def _read_fsspec_object(store: Any, name: str, check: ObjectCheck) -> tuple[bytes, str | None]:
+    """As `read_object`, without retries, with the interface that every fsspec store has."""
     info = store.info(name)
     size, stamp = _size(store, info), _stamp(info)
-    if _is_google(store):  # this very generation is read, whatever is written meanwhile
-        if fault := judge(size, stamp):
+    if _is_google(store):  # reads this generation even if the object is overwritten meanwhile
+        if fault := check(size, stamp):
             return b"", fault
         pinned: bytes = store.cat_file(name, generation=info["generation"])
         return pinned, None
-    if judge(size, stamp):  # some stores tell another time here than in a listing: that one counts
-        info = _in_listing(store, name) or info
-        if fault := judge(_size(store, info), _stamp(info)):
+    if check(size, stamp):  # some stores give another time here than in a listing, which counts
+        info = _info_from_listing(store, name) or info
+        if fault := check(_size(store, info), _stamp(info)):
             return b"", fault
     data: bytes = store.cat_file(name)
     after = store.info(name)
@@ -131,14 +131,14 @@ def _read(store: Any, name: str, judge: Judge) -> tuple[bytes, str | None]:
     return data, None
 
 
-def _in_listing(store: Any, name: str) -> Mapping[str, Any] | None:
-    """What a listing of its folder says of an object."""
+def _info_from_listing(store: Any, name: str) -> Mapping[str, Any] | None:
+    """The entry of an object in the listing of its folder."""
     folder = name.rpartition("/")[0]
-    return next((one for one in store.ls(folder, detail=True) if one["name"] == name), None)
+    return next((info for info in store.ls(folder, detail=True) if info["name"] == name), None)
 
 
-def _s3_read(store: Any, path: str, judge: Judge, first: int | None = None) -> Any:
-    """As `read`, from S3; first: only so many bytes."""
+def _read_s3_object(store: Any, path: str, check: ObjectCheck, first: int | None = None) -> Any:
+    """As `read_object`, from S3; first: read only so many bytes."""
     import asyncio
 
     from fsspec.asyn import sync
@@ -147,14 +147,14 @@ def _s3_read(store: Any, path: str, judge: Judge, first: int | None = None) -> A
     part = {} if first is None else {"Range": f"bytes=0-{first - 1}"}
 
     async def get() -> tuple[bytes, str | None]:
-        for pause in PAUSES_SECONDS:
+        for pause in RETRY_DELAYS_SECONDS:
             answer = await store._call_s3("get_object", Bucket=bucket, Key=name, **part)
             async with answer["Body"] as body:
-                if fault := judge(int(answer["ContentLength"]), _stamp(answer)):
+                if fault := check(int(answer["ContentLength"]), _stamp(answer)):
                     return b"", fault
                 try:
                     return await body.read(), None
-                except Exception:  # the client repeats requests, not answers that broke off
+                except Exception:  # the client retries requests, not interrupted downloads
                     if pause is None:
                         raise
             await asyncio.sleep(pause)
@@ -163,54 +163,56 @@ def _s3_read(store: Any, path: str, judge: Judge, first: int | None = None) -> A
     return sync(store.loop, get)
 
 
-def beginnings(uri: str, keys: Sequence[str], count: int) -> list[bytes | None]:
-    """The first `count` bytes of these objects, which must not be empty; None where there are none
-    to be had.
+def read_first_bytes(uri: str, keys: Sequence[str], count: int) -> list[bytes | None]:
+    """The first `count` bytes of each object, None if it cannot be read. Objects must not be empty:
+    stores refuse a range of them.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    store, top = _store(uri)
+    store, top = _open_store(uri)
 
-    def begin(key: str) -> bytes | None:
+    def read_start(key: str) -> bytes | None:
         try:
             if hasattr(store, "call_s3"):
-                return bytes(_s3_read(store, f"{top}/{key}", lambda size, stamp: None, count)[0])
+                return bytes(
+                    _read_s3_object(store, f"{top}/{key}", lambda size, stamp: None, count)[0]
+                )
             return bytes(store.cat_file(f"{top}/{key}", start=0, end=count))
-        except Exception:  # stores raise what they like
+        except Exception:  # each store raises its own exceptions
             return None
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(begin, keys))
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
+        return list(pool.map(read_start, keys))
 
 
-def fetch(uri: str, key: str, target: Path) -> None:
-    """Copy an object to the disk. Raises what the store raises."""
-    store, top = _store(uri)
+def download(uri: str, key: str, target: Path) -> None:
+    """Copy an object to the disk. Raises the store's own exceptions."""
+    store, top = _open_store(uri)
     store.get_file(f"{top}/{key}", os.fspath(target))
 
 
-def words(error: Exception) -> str:
-    """What a library says, on one line; not the query of an address, which may be a signature."""
-    said = re.sub(r"\?[^\s\"']+", "", str(error).strip() or type(error).__name__)
-    line = " ".join(said.split())[:200].rstrip(".")
+def error_summary(error: Exception) -> str:
+    """The message of an exception on one line, without URL queries, which may hold signatures."""
+    message = re.sub(r"\?[^\s\"']+", "", str(error).strip() or type(error).__name__)
+    line = " ".join(message.split())[:200].rstrip(".")
     return "".join(char if char.isprintable() else "?" for char in line)
 
 
-def _store(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of a URI and where the root is in it."""
+def _open_store(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI, and the path of the root in it."""
     scheme = uri.partition(":")[0]
-    # A changed environment (another profile, another endpoint) makes another connection.
+    # A changed environment (another profile or endpoint) needs another connection.
     names = sorted(name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "STORAGE_")))
-    store = _connected(scheme, os.getpid(), tuple((name, os.environ[name]) for name in names))
+    store = _connect(scheme, os.getpid(), tuple((name, os.environ[name]) for name in names))
     return store, store._strip_protocol(uri)
 
 
 @lru_cache(maxsize=8)
-def _connected(scheme: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    """The fsspec file system of a scheme; its credentials are those of the environment."""
+def _connect(scheme: str, pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """Create the fsspec file system of a scheme, with the credentials of the environment."""
     settings: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if EXTRAS.get(scheme) == "s3":
-        # A store that is not there is refused within half a minute.
+        # Refuse an unreachable store within half a minute.
         retries = {"mode": "standard", "total_max_attempts": 4}
         times = {"connect_timeout": 5, "read_timeout": 30}
         settings["config_kwargs"] = {"retries": retries, "max_pool_connections": 64, **times}
@@ -223,18 +225,18 @@ def _connected(scheme: str, pid: int, environment: tuple[tuple[str, str], ...]) 
     except ImportError as error:
         extra = EXTRAS.get(scheme)
         raise ConfigError(
-            f"{scheme}:// cannot be opened: {words(error)}.",
+            f"{scheme}:// cannot be opened: {error_summary(error)}.",
             "the library that reads such a store.",
             f"pip install 'arrowhead[{extra}]'." if extra else "install it beside Arrowhead.",
         ) from error
     except ValueError as error:
         raise ConfigError(
-            f"{scheme}:// cannot be opened: {words(error)}.",
+            f"{scheme}:// cannot be opened: {error_summary(error)}.",
             "a folder, or an address that fsspec opens, such as s3://bucket/prefix.",
             "check the spelling.",
         ) from error
     if EXTRAS.get(scheme) == "s3":
-        store.retries = 1  # botocore's own are enough: the two would multiply
+        store.retries = 1  # botocore retries itself: retries of s3fs would multiply them
     return store
 
 
@@ -248,12 +250,12 @@ def _size(store: Any, info: Mapping[str, Any]) -> int:
 
 
 def _stamp(info: Mapping[str, Any]) -> int:
-    """63 bits that change with an object, from what the store says of it."""
+    """The stamp of an object, from its metadata."""
     import hashlib
     from datetime import datetime
 
     keys = ("generation", "ETag", "etag", "LastModified", "last_modified", "updated", "mtime")
     mark = next((info[key] for key in (*keys, "created") if info.get(key)), "")
-    if isinstance(mark, datetime):  # some stores give it so, or as a number
+    if isinstance(mark, datetime):  # some stores give a datetime, others a number
         mark = mark.timestamp()
     return int.from_bytes(hashlib.blake2b(str(mark).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""The bytes of one file, on a disk or in an object store, or why there are none."""
+"""Read one file, from a disk or an object store; what cannot be read is a fault, not an error."""
 
 from __future__ import annotations
 
@@ -14,31 +14,40 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def read(
+def read_file(
     root: str, path: str, max_bytes: int, size: int | None = None, stamp: int | None = None
 ) -> tuple[bytes, str | None]:
-    """A file's bytes and None, or no bytes and the fault, in words.
+    """Read a file.
 
-    size, stamp: as listed; a file that differs from them is a fault. Pipes and devices are never
-    waited on. May be called from many threads at once.
+    Never blocks on pipes and devices. Thread-safe.
+
+    Args:
+        root: The root (see `path_text.resolve`).
+        path: Escaped path below it.
+        max_bytes: A larger file is a fault.
+        size: Size as listed; another size is a fault.
+        stamp: Stamp as listed; another stamp is a fault.
+
+    Returns:
+        The bytes and None, or no bytes and the fault, as a sentence.
     """
 
-    def judge(size_now: int, stamp_now: int) -> str | None:
-        if fault := _changed(size_now, stamp_now, size, stamp):
+    def check(size_now: int, stamp_now: int) -> str | None:
+        if fault := _changed_fault(size_now, stamp_now, size, stamp):
             return fault
-        return _too_large(size_now, max_bytes) if size_now > max_bytes else None
+        return _too_large_fault(size_now, max_bytes) if size_now > max_bytes else None
 
-    if path_text.in_store(root):
+    if path_text.is_store_uri(root):
         try:
-            return object_store.read(
-                path_text.uri(root), path_text.unescape_path(path).decode(), judge
+            return object_store.read_object(
+                path_text.store_uri(root), path_text.unescape_path(path).decode(), check
             )
         except FileNotFoundError:
             return b"", "unreadable: No such file or directory"
         except PermissionError:
             return b"", "unreadable: Permission denied"
-        except Exception as error:  # stores raise what they like
-            return b"", f"unreadable: {object_store.words(error)}"
+        except Exception as error:  # each store raises its own exceptions
+            return b"", f"unreadable: {object_store.error_summary(error)}"
     file = os.path.join(path_text.unescape_path(root), path_text.unescape_path(path))
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -46,7 +55,7 @@ def read(
             before = os.fstat(handle)
             if not stat.S_ISREG(before.st_mode):
                 return b"", "not a file: a folder, pipe, socket or device"
-            if fault := judge(before.st_size, before.st_mtime_ns):
+            if fault := check(before.st_size, before.st_mtime_ns):
                 return b"", fault
             with os.fdopen(handle, "rb", closefd=False) as stream:
                 data = stream.read(before.st_size + 1)
@@ -54,18 +63,20 @@ def read(
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # how a socket, or a device without a driver, answers
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
             return b"", "not a file: a folder, pipe, socket or device"
         return b"", f"unreadable: {error.strerror}"
-    except ValueError:  # a NUL in it
+    except ValueError:  # the path contains NUL
         return b"", "unreadable: no file can have this name"
     if len(data) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
         return b"", "changed: it was written to while it was read"
     return data, None
 
 
-def _changed(size: int, stamp: int, old_size: int | None, old_stamp: int | None) -> str | None:
-    """The fault of a file that differs from what was listed; None of sizes and stamps fit all."""
+def _changed_fault(
+    size: int, stamp: int, old_size: int | None, old_stamp: int | None
+) -> str | None:
+    """The fault of a file that has changed since it was listed; a size or stamp of None matches."""
     if old_size == -1:
         return f"changed: it could not be looked at when it was listed, now it has {size} bytes"
     if old_size is not None and size != old_size:
@@ -75,22 +86,27 @@ def _changed(size: int, stamp: int, old_size: int | None, old_stamp: int | None)
     return None
 
 
-def _too_large(size: int, max_bytes: int) -> str:
+def _too_large_fault(size: int, max_bytes: int) -> str:
     return f"too large: {size} bytes, more than {max_bytes}"
 
 
-def fetch(root: str, path: str, target: Path) -> None:
-    """Copy a file below a root in a store to the disk. Raises FileNotFoundError if it is not there,
-    ConfigError if the store does not give it.
+def download_file(root: str, path: str, target: Path) -> None:
+    """Copy a file from an object store to the disk.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+        ConfigError: The store does not allow the download.
     """
     try:
-        object_store.fetch(path_text.uri(root), path_text.unescape_path(path).decode(), target)
+        object_store.download(
+            path_text.store_uri(root), path_text.unescape_path(path).decode(), target
+        )
     except (ConfigError, FileNotFoundError):
         raise
-    except Exception as error:  # stores raise what they like
+    except Exception as error:  # each store raises its own exceptions
         raise ConfigError(
-            f"{root}/{path} cannot be fetched: {object_store.words(error)}.",
+            f"{root}/{path} cannot be fetched: {object_store.error_summary(error)}.",
             "an address that exists and that these credentials may read.",
-            "check its spelling, the credentials (AWS_*, GOOGLE_*) and, for a store of your own,"
+            "check its spelling, the credentials (AWS_*, GOOGLE_*) and, for your own store,"
             " AWS_ENDPOINT_URL.",
         ) from error

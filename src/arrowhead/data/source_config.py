@@ -1,4 +1,4 @@
-"""Where images and their labels come from: the flags."""
+"""Settings for where labels and splits come from."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SourceConfig:
             )
         if self.multi_label and self.label_separator == "":
             raise ConfigError(
-                "--multi-label is given, and an empty --label-separator, which means one label.",
-                "several labels and what stands between them, or one label.",
-                "leave one of the two out.",
+                "--multi-label is given with an empty --label-separator, which means one label.",
+                "several labels and their separator, or one label.",
+                "remove one of the two flags.",
             )

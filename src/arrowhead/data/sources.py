@@ -1,11 +1,7 @@
-"""Folders and tables of images to a catalog, and the catalog to chunks.
+"""Build the catalog of a folder or table of images.
 
-    a folder or a table    names and sizes; no image is opened
-      -> catalog           one row per file, sorted by path: path, size, stamp, labels, split
-      -> chunks            runs of neighbouring rows, cut where a path's own hash says so
-
-Everything after the listing is arithmetic: who extracts what is a function of the catalog
-alone, so any number of workers, at any time, agree on it.
+No image is opened. Everything that follows, such as chunks and splits, is a function of the catalog
+alone, so that any number of workers agree on it.
 """
 
 from __future__ import annotations
@@ -22,48 +18,55 @@ import numpy as np
 from arrowhead.data import layouts, listing, named_files, path_text, tables
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
-from arrowhead.data.tables import Rows
+from arrowhead.data.tables import TableRows
 from arrowhead.data.walk import Listing
 from arrowhead.errors import ConfigError
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
-# First place where each pair of split and labels was seen, in words.
-Places = dict[tuple[str, tuple[str, ...]], str]
+# Where each pair of split and labels occurs first, for messages.
+FirstSeen = dict[tuple[str, tuple[str, ...]], str]
 
 
 # -------------------------------------------------------------------- folders and tables
 
 
-def labelled(
-    source: str | Path, config: SourceConfig = SourceConfig(), *, teaches: bool = True
+def labelled_catalog(
+    source: str | Path, config: SourceConfig = SourceConfig(), *, for_training: bool = True
 ) -> Catalog:
-    """Images with labels.
+    """The catalog of images with labels.
 
-    source: class folders, or splits with class folders in them (see `layouts`), on a disk or in a
-    store; or a .csv or .tsv file (see `tables`). Where the split is not given it is "", to be drawn
-    with `drawn` once the contents have been read; so is a validation part where only train, or
-    train and test, are given.
-    teaches: whether a classifier is to be trained on it; else any classes and splits will do.
-    Raises ConfigError for a source that is missing, empty or torn, for one class, classes unknown
-    to the train split, and class names that differ only in case or Unicode form.
+    A split that the source does not give is "", to be drawn with `splits.draw_splits` once the
+    images have been read; so is validation if only train, or train and test, are given.
+
+    Args:
+        source: Class folders, or splits with class folders in them (see `layouts`), on a disk or in
+            a store; or a .csv or .tsv file (see `tables`).
+        config: How labels and splits are read.
+        for_training: Whether to check that a classifier can be trained on it.
+
+    Raises:
+        ConfigError: The source is missing, empty or corrupt; or, for training, it has one class,
+            classes without train images, or class names that differ only in case or Unicode form.
     """
     if tables.is_table(source):
-        catalog, places = _table(source, config)
-        catalog = replace(catalog, source=_shown(source))
+        catalog, first_seen = _catalog_of_table(source, config)
+        catalog = replace(catalog, source=_table_location(source))
     else:
-        catalog, places = _tree(path_text.resolve(source))
-        _must_need_no_table(source, config)
-    if teaches and "train" in (given := set(catalog.splits)) and "valid" not in given:
+        catalog, first_seen = _catalog_of_folder(path_text.resolve(source))
+        _refuse_table_settings(source, config)
+    if for_training and "train" in (given := set(catalog.splits)) and "valid" not in given:
         splits = [split.replace("train", "") for split in catalog.splits]
-        places = {(split.replace("train", ""), names): at for (split, names), at in places.items()}
+        first_seen = {
+            (split.replace("train", ""), names): at for (split, names), at in first_seen.items()
+        }
         note = "no image is marked for validation: a share of train is held out (--valid-share)"
         catalog = replace(catalog, splits=splits, notes=(*catalog.notes, note))
-    if teaches:
-        _check_trainable(str(source), catalog, places)
+    if for_training:
+        _check_trainable(str(source), catalog, first_seen)
     return catalog
 
 
-OF_TABLES = (  # settings of a source that a folder does not have
+TABLE_SETTINGS = (  # fields of SourceConfig that apply to tables only
     "images",
     "suffix",
     "path_column",
@@ -74,12 +77,12 @@ OF_TABLES = (  # settings of a source that a folder does not have
 )
 
 
-def _must_need_no_table(
+def _refuse_table_settings(
     source: str | Path, config: SourceConfig, base_flag: str = "--images"
 ) -> None:
-    """ConfigError for a setting of tables beside a folder, where it would do nothing."""
+    """Raise ConfigError if a setting for tables is given with a folder, where it has no effect."""
     plain = SourceConfig()
-    for name in OF_TABLES:
+    for name in TABLE_SETTINGS:
         if getattr(config, name) != getattr(plain, name):
             flag = base_flag if name == "images" else "--" + name.replace("_", "-")
             raise ConfigError(
@@ -89,56 +92,65 @@ def _must_need_no_table(
             )
 
 
-def _shown(table: str | Path) -> str:
-    """The text of where a table lies."""
-    return path_text.escape_path(named_files.absolute(str(table)))
+def _table_location(table: str | Path) -> str:
+    """The escaped absolute path of a table."""
+    return path_text.escape_path(named_files.absolute_path(str(table)))
 
 
-def unlabelled(
+def unlabelled_catalog(
     source: str | Path, config: SourceConfig = SourceConfig(), *, base_flag: str = "--images"
 ) -> Catalog:
-    """Every file below a folder, whatever the folders are called, sorted by path; or every path in
-    a table (.csv, .tsv) or a list (.txt, .lst: a path per line), in its order, as often as it is
-    named there.
+    """The catalog of images without labels and splits.
 
-    No labels, no splits. Raises ConfigError for a source that is missing, empty or torn, and for
-    settings of tables beside a folder. base_flag: what the verb calls the field `images`.
+    Args:
+        source: A folder: every file below it, sorted by path. Or a table (.csv, .tsv) or list
+            (.txt, .lst: a path per line): every path, in its order, with repetitions.
+        config: How a table is read.
+        base_flag: The command's flag for the field `images`.
+
+    Raises:
+        ConfigError: The source is missing, empty or corrupt, or settings for tables are given with
+            a folder.
     """
     if tables.is_table(source):
-        rows = tables.read(source, config, labelled=False)
-        return replace(_catalog(rows, range(len(rows.paths))), source=_shown(source))
+        rows = tables.read_table(source, config, labelled=False)
+        return replace(
+            _catalog_from_rows(rows, range(len(rows.paths))), source=_table_location(source)
+        )
     root = path_text.resolve(source)
-    found = listing.listing(root)
-    _must_have_images(root, len(found.paths), found.ignored)
-    _must_need_no_table(source, config, base_flag)
+    files = listing.list_files(root)
+    _check_has_images(root, len(files.paths), files.ignored)
+    _refuse_table_settings(source, config, base_flag)
     return Catalog(
         root=root,
-        paths=found.paths,
-        sizes=found.sizes,
-        stamps=found.stamps,
-        labels=[()] * len(found.paths),
-        splits=[""] * len(found.paths),
-        ignored=found.ignored,
-        notes=_left_out(found),
+        paths=files.paths,
+        sizes=files.sizes,
+        stamps=files.stamps,
+        labels=[()] * len(files.paths),
+        splits=[""] * len(files.paths),
+        ignored=files.ignored,
+        notes=_exclusion_notes(files),
     )
 
 
-def _table(source: str | Path, config: SourceConfig) -> tuple[Catalog, Places]:
-    """The catalog of a CSV or TSV file."""
+def _catalog_of_table(source: str | Path, config: SourceConfig) -> tuple[Catalog, FirstSeen]:
+    """The catalog of a CSV or TSV file, and the first line of each pair of split and labels."""
     if tables.is_list(source):
         raise ConfigError(
             f"{source} is a list of paths: it has no labels.",
             "a folder with one folder per class, or a .csv or .tsv with the columns path, label.",
             "write the labels beside the paths.",
         )
-    rows = tables.read(source, config, labelled=True)
-    places: Places = {}
+    rows = tables.read_table(source, config, labelled=True)
+    first_seen: FirstSeen = {}
     for split, names, line in zip(rows.splits, rows.labels, rows.lines, strict=True):
-        places.setdefault((split, names), f"line {line}")
-    return _catalog(rows, sorted(range(len(rows.paths)), key=rows.paths.__getitem__)), places
+        first_seen.setdefault((split, names), f"line {line}")
+    return _catalog_from_rows(
+        rows, sorted(range(len(rows.paths)), key=rows.paths.__getitem__)
+    ), first_seen
 
 
-def _catalog(rows: Rows, order: Sequence[int]) -> Catalog:
+def _catalog_from_rows(rows: TableRows, order: Sequence[int]) -> Catalog:
     """The rows of a table as a catalog, in this order."""
     at = np.array(order, np.int64)
     return Catalog(
@@ -152,44 +164,44 @@ def _catalog(rows: Rows, order: Sequence[int]) -> Catalog:
     )
 
 
-def must_be_there(source: str | Path) -> None:
-    """ConfigError for a folder, table or list that is not on the disk; one in an object store is
-    not asked for.
+def check_exists(source: str | Path) -> None:
+    """Raise ConfigError for a folder, table or list that does not exist on the disk. Object stores
+    are not checked.
     """
     root = path_text.resolve(source)
     if tables.is_table(source):
-        tables.must_be_readable(source)
-    elif not path_text.in_store(root):
-        listing.must_be_folder(root)
+        tables.check_readable(source)
+    elif not path_text.is_store_uri(root):
+        listing.check_folder(root)
 
 
-def _tree(root: str) -> tuple[Catalog, Places]:
-    """The catalog of a tree of class folders."""
-    found = listing.listing(root)
-    paths, count = found.paths, len(found.paths)
-    layout = layouts.read(root, paths, found.folders)
+def _catalog_of_folder(root: str) -> tuple[Catalog, FirstSeen]:
+    """The catalog of class folders, and the folder of each pair of split and labels."""
+    files = listing.list_files(root)
+    paths, count = files.paths, len(files.paths)
+    layout = layouts.read_layout(root, paths, files.folders)
     labels: list[tuple[str, ...]] = [()] * count
     splits = [""] * count
-    places: Places = {}
+    first_seen: FirstSeen = {}
     for above, split in layout.splits.items():
-        for name, first, last in layouts.folders(paths, above):
+        for name, first, last in layouts.iter_folders(paths, above):
             labels[first:last] = [(name,)] * (last - first)
             splits[first:last] = [split] * (last - first)
-            places[split, (name,)] = above + name
+            first_seen[split, (name,)] = above + name
     depth = 1 + max(above.count("/") for above in layout.splits)
-    bare = [folder.split("/") for folder in found.folders]
+    bare = [folder.split("/") for folder in files.folders]
     empty = {"/".join(folder[:depth]) for folder in bare if len(folder) >= depth}
     empty = {folder for folder in empty if folder.startswith(tuple(layout.splits))}
-    sizes, stamps, notes = found.sizes, found.stamps, [*layout.notes, *_left_out(found)]
+    sizes, stamps, notes = files.sizes, files.stamps, [*layout.notes, *_exclusion_notes(files)]
     if () in set(labels):
-        inside = [names != () for names in labels]
-        paths = list(itertools.compress(paths, inside))
+        in_class_folder = [names != () for names in labels]
+        paths = list(itertools.compress(paths, in_class_folder))
         if not paths:
-            raise _loose(root, count)
-        notes.append(f"ignored: {counted(count - len(paths), 'file')} outside the class folders")
-        labels = list(itertools.compress(labels, inside))
-        splits = list(itertools.compress(splits, inside))
-        sizes, stamps = sizes[inside], stamps[inside]
+            raise _no_class_folders_error(root, count)
+        notes.append(f"ignored: {pluralize(count - len(paths), 'file')} outside the class folders")
+        labels = list(itertools.compress(labels, in_class_folder))
+        splits = list(itertools.compress(splits, in_class_folder))
+        sizes, stamps = sizes[in_class_folder], stamps[in_class_folder]
     return Catalog(
         root=root,
         paths=paths,
@@ -197,33 +209,33 @@ def _tree(root: str) -> tuple[Catalog, Places]:
         stamps=stamps,
         labels=labels,
         splits=splits,
-        ignored=found.ignored + count - len(paths),
-        empty=tuple(sorted(empty - set(places.values()))),
+        ignored=files.ignored + count - len(paths),
+        empty_folders=tuple(sorted(empty - set(first_seen.values()))),
         notes=tuple(notes),
-    ), places
+    ), first_seen
 
 
-def _left_out(found: Listing) -> tuple[str, ...]:
-    """What a listing left out though it may be missed, in words."""
+def _exclusion_notes(files: Listing) -> tuple[str, ...]:
+    """Notes on files that were ignored, in case the user misses them."""
     notes = []
-    if found.sidecars:
-        counts = sorted(found.sidecars.items(), key=lambda pair: (-pair[1], pair[0]))
-        words = [f"{count} {ending}" for ending, count in counts[:5]]
-        words += [f"{sum(n for _, n in counts[5:])} of other kinds"] if len(counts) > 5 else []
-        notes.append(f"{', '.join(words)}: not images by name and content, ignored")
-    if hidden := found.ignored - sum(found.sidecars.values()):
+    if files.sidecars:
+        counts = sorted(files.sidecars.items(), key=lambda pair: (-pair[1], pair[0]))
+        kinds = [f"{count} {suffix}" for suffix, count in counts[:5]]
+        kinds += [f"{sum(n for _, n in counts[5:])} of other kinds"] if len(counts) > 5 else []
+        notes.append(f"{', '.join(kinds)}: not images by name and content, ignored")
+    if hidden := files.ignored - sum(files.sidecars.values()):
         notes.append(f"{hidden} hidden or system files: ignored")
-    own = [name for name in found.own if not name.rpartition("/")[2].startswith(".")]
+    own = [name for name in files.own if not name.rpartition("/")[2].startswith(".")]
     if own:
         more = f" and {len(own) - 6} more" if len(own) > 6 else ""
-        notes.append(f"left out, written by Arrowhead or MLflow: {', '.join(own[:6])}{more}")
+        notes.append(f"ignored, written by Arrowhead or MLflow: {', '.join(own[:6])}{more}")
     return tuple(notes)
 
 
 # ------------------------------------------------------------------------------- refusals
 
 
-def _must_have_images(root: str, count: int, ignored: int = 0) -> None:
+def _check_has_images(root: str, count: int, ignored: int = 0) -> None:
     if count == 0:
         raise ConfigError(
             f"{root} holds no images{f' ({ignored} other files)' if ignored else ''}.",
@@ -232,10 +244,9 @@ def _must_have_images(root: str, count: int, ignored: int = 0) -> None:
         )
 
 
-def _loose(root: str, count: int) -> ConfigError:
+def _no_class_folders_error(root: str, count: int) -> ConfigError:
     return ConfigError(
-        f"{root} holds {counted(count, 'image')} without a class folder: nothing says what they"
-        " show.",
+        f"{root} holds {pluralize(count, 'image')} without a class folder: they have no labels.",
         "one folder per class, such as cat/ and dog/; or a table (.csv) with the columns path and"
         " label.",
         "move the images into class folders, or write such a table. To label loose images with a"
@@ -243,15 +254,15 @@ def _loose(root: str, count: int) -> ConfigError:
     )
 
 
-def _check_trainable(source: str, catalog: Catalog, places: Places) -> None:
-    _must_have_images(source, len(places), catalog.ignored)
+def _check_trainable(source: str, catalog: Catalog, first_seen: FirstSeen) -> None:
+    _check_has_images(source, len(first_seen), catalog.ignored)
     where: dict[str, str] = {}
-    for (_, names), place in places.items():
+    for (_, names), place in first_seen.items():
         for name in names:
             where.setdefault(name, place)
     twins: dict[str, str] = {}
     for name in sorted(where):
-        if (twin := twins.setdefault(_alike(name), name)) != name:
+        if (twin := twins.setdefault(_canonical_name(name), name)) != name:
             raise ConfigError(
                 f"{source} has two classes that look alike: {twin!a} ({where[twin]}) and"
                 f" {name!a} ({where[name]}).",
@@ -260,7 +271,7 @@ def _check_trainable(source: str, catalog: Catalog, places: Places) -> None:
             )
     if len(where) < 2:
         only = next(iter(where))
-        inner = [name for name, *_ in layouts.folders(catalog.paths, f"{only}/")]
+        inner = [name for name, *_ in layouts.iter_folders(catalog.paths, f"{only}/")]
         raise ConfigError(
             f"{source} has one class, {only!r}.",
             "two classes or more: a classifier chooses between them.",
@@ -268,8 +279,10 @@ def _check_trainable(source: str, catalog: Catalog, places: Places) -> None:
             if len(inner) > 1
             else "add images of something else beside it.",
         )
-    taught = {name for split, names in places if split in ("train", "") for name in names}
-    if unknown := sorted(set(where) - taught):
+    train_classes = {
+        name for split, names in first_seen if split in ("train", "") for name in names
+    }
+    if unknown := sorted(set(where) - train_classes):
         raise ConfigError(
             f"{source} has no images of {', '.join(unknown)} in train.",
             "every class of valid and test also in train.",
@@ -277,37 +290,37 @@ def _check_trainable(source: str, catalog: Catalog, places: Places) -> None:
         )
 
 
-def must_validate(source: str | Path, catalog: Catalog) -> None:
-    """ConfigError for a labelled catalog of which no image can validate, however it is drawn: none
-    is marked for it, and each class has one image only.
+def check_can_validate(source: str | Path, catalog: Catalog) -> None:
+    """Raise ConfigError if no validation split is given or can be drawn, as each class has only one
+    image.
     """
     if "valid" in catalog.splits:
         return
     free = [
         names for names, split in zip(catalog.labels, catalog.splits, strict=True) if split == ""
     ]
-    if max(Counter(rarest(free)).values(), default=0) < 2:
+    if max(Counter(rarest_labels(free)).values(), default=0) < 2:
         raise ConfigError(
-            f"{source} has {counted(len(free), 'image')} to draw from and no class with a second"
+            f"{source} has {pluralize(len(free), 'image')} to draw from and no class with a second"
             " one: none can be held out for validation.",
             "two images or more of some class (better 20 of each), or a split val.",
             "add images, or put some into val/<class>/ (in a table: a column split).",
         )
 
 
-def rarest(labels_K: Sequence[tuple[str, ...]]) -> list[str]:
-    """The class that each image counts for: the rarest of its labels."""
-    number: Counter[str] = Counter()
+def rarest_labels(labels_K: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rarest label of each image, by which it is stratified."""
+    frequency: Counter[str] = Counter()
     for names, count in Counter(labels_K).items():
-        number.update(dict.fromkeys(names, count))
+        frequency.update(dict.fromkeys(names, count))
     rarest = {
-        names: min(names, key=lambda name: (number[name], name), default="")
+        names: min(names, key=lambda name: (frequency[name], name), default="")
         for names in set(labels_K)
     }
     return [rarest[names] for names in labels_K]
 
 
-def _alike(name: str) -> str:
-    """What names share that differ in case or Unicode form: a canonical caseless match (UAX 21)."""
+def _canonical_name(name: str) -> str:
+    """The same for names that differ in case or Unicode form only (canonical caseless, UAX 21)."""
     plain = path_text.unescape_path(name).decode("utf-8", "surrogateescape")
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", plain).casefold())

@@ -1,4 +1,8 @@
-"""Which images train, validate and test, drawn by content."""
+"""Draw the train/validation split from the content of the images.
+
+scikit-learn's splitters keep neither copies of an image together nor the split stable when images
+are added.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,33 @@ from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
 
 
-def drawn(
+def draw_splits(
     catalog: Catalog,
     image_ids: Sequence[bytes],
     valid_share: float,
     faulty: Sequence[bool] | None = None,
 ) -> Catalog:
-    """The catalog with the splits that were "" drawn, class by class, from the image ids.
+    """Draw the split of rows whose split is "", stratified by class.
 
-    image_ids: 16 bytes each, a hash of the content; faulty: which rows have no image (they go to
-    train and count nowhere). Of each class the images with the lowest ids validate, as many as the
-    share, rounded, but at least one; one stays in train. So a few images more move few others. The
-    copies of an image stay together, with those whose split was given, too: a copy of a test image
-    is tested. An image with several labels counts for the rarest of them.
+    In each class the images with the lowest ids are for validation: the given share, rounded, at
+    least one, and at least one image stays in train. Adding a few images therefore moves few
+    others. Copies of an image get the same split, also if the split of one of them is given. An
+    image with several labels counts for the rarest of them.
+
+    Args:
+        catalog: N rows.
+        image_ids: N hashes of the content, 16 bytes each.
+        valid_share: Share of each class to hold out.
+        faulty: Which rows have no readable image; they go to train and are not counted.
+
+    Returns:
+        The catalog with all splits set.
     """
     free_N = np.array([split == "" for split in catalog.splits], bool)
-    well_N = free_N if faulty is None else free_N & ~np.array(faulty, bool)
+    drawn_N = free_N if faulty is None else free_N & ~np.array(faulty, bool)
     splits = [split or "train" for split in catalog.splits]
     key_N = np.frombuffer(b"".join(image_ids), ">u8").reshape(-1, 2)[:, 0]
-    row_M = np.flatnonzero(well_N)
+    row_M = np.flatnonzero(drawn_N)  # M rows to draw; below: K distinct images among them
     key_K, first_K, image_M, count_K = np.unique(
         key_N[row_M], return_index=True, return_inverse=True, return_counts=True
     )
@@ -42,25 +54,22 @@ def drawn(
     test_K = ~fixed_K & np.isin(key_K, key_N[given_N == "test"])
     fixed_K |= test_K
     labels_K = [catalog.labels[row] for row in row_M[first_K].tolist()]
-    for at in np.flatnonzero(count_K[image_M] > 1).tolist():  # copies may be labelled differently
-        image = int(image_M[at])
-        labels_K[image] = tuple(sorted({*labels_K[image], *catalog.labels[row_M[at]]}))
-    rarest_K = sources.rarest(labels_K)
+    for i in np.flatnonzero(count_K[image_M] > 1).tolist():  # copies may have different labels
+        image = int(image_M[i])
+        labels_K[image] = tuple(sorted({*labels_K[image], *catalog.labels[row_M[i]]}))
+    rarest_K = sources.rarest_labels(labels_K)
     strata: dict[str, list[int]] = {}
     for image in np.flatnonzero(~fixed_K).tolist():
         strata.setdefault(rarest_K[image], []).append(image)
     for images in strata.values():
-        _hold_out(images, count_K, valid_share, valid_K)
-    taught = {
-        name for names in set(itertools.compress(labels_K, ~(valid_K | test_K))) for name in names
-    } | {
-        name
-        for names in set(itertools.compress(catalog.labels, given_N == "train"))
-        for name in names
-    }
-    for image in np.flatnonzero(valid_K & ~fixed_K)[::-1].tolist():  # each class must be taught
-        if not taught.issuperset(labels_K[image]):
-            taught.update(labels_K[image])
+        _draw_validation(images, count_K, valid_share, valid_K)
+    train_labels = set(itertools.compress(labels_K, ~(valid_K | test_K)))
+    train_labels |= set(itertools.compress(catalog.labels, given_N == "train"))
+    train_classes = {name for names in train_labels for name in names}
+    # Each class needs an image in train: move drawn images there.
+    for image in np.flatnonzero(valid_K & ~fixed_K)[::-1].tolist():
+        if not train_classes.issuperset(labels_K[image]):
+            train_classes.update(labels_K[image])
             valid_K[image] = False
     for split, chosen_K in (("valid", valid_K), ("test", test_K)):
         for row in row_M[chosen_K[image_M]].tolist():
@@ -68,23 +77,30 @@ def drawn(
     return replace(catalog, splits=splits)
 
 
-def _hold_out(
+def _draw_validation(
     images: list[int], count_K: NDArray[np.int64], share: float, valid_K: NDArray[np.bool_]
 ) -> None:
-    """Mark those of a class's images (by number, in order) that validate."""
-    wanted = max(1, math.floor(share * int(count_K[images].sum()) + 0.5))
-    taken: list[int] = []
+    """Choose validation images of one class, in place.
+
+    Args:
+        images: The images of the class, indices into K, ordered by id.
+        count_K: Number of copies of each image.
+        share: Share of the files to hold out.
+        valid_K: Set to True for the chosen images.
+    """
+    remaining = max(1, math.floor(share * int(count_K[images].sum()) + 0.5))
+    chosen: list[int] = []
     for image in images:
-        if wanted < 1 or len(taken) + 1 == len(images):
+        if remaining < 1 or len(chosen) + 1 == len(images):
             break
-        if count_K[image] <= wanted:
-            taken.append(image)
-            wanted -= int(count_K[image])
-    if not taken and len(images) > 1:  # all have more copies than are wanted
-        taken = [min(images, key=lambda image: int(count_K[image]))]
-    valid_K[taken] = True
+        if count_K[image] <= remaining:
+            chosen.append(image)
+            remaining -= int(count_K[image])
+    if not chosen and len(images) > 1:  # each image has more copies than are to be held out
+        chosen = [min(images, key=lambda image: int(count_K[image]))]
+    valid_K[chosen] = True
 
 
-def share(count: int, rank: int, world: int) -> range:
-    """The rows of one worker out of `count`: a run of neighbours, sizes at most one apart."""
-    return range(count * rank // world, count * (rank + 1) // world)
+def rows_of(count: int, rank: int, world_size: int) -> range:
+    """The consecutive rows, out of `count`, of one rank; sizes differ by at most one."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)

@@ -1,11 +1,12 @@
-"""Tables and lists of images: from a file as people save it to paths, labels and splits.
+"""Read tables and lists of images: paths, labels and splits.
 
-    bytes                  UTF-8, UTF-16 or Windows-1252; with , ; tab or |
-      -> columns           named by flags, else guessed from their names where that is clear
+    bytes                  UTF-8, UTF-16 or Windows-1252; separated by , ; tab or |
+      -> columns           named by flags, or guessed from the header where that is unambiguous
       -> rows              path, labels, split of each line
-      -> files             where each path leads to; names alone are looked for in folders below
+      -> files             resolved paths; bare names are searched in subfolders
 
-What was guessed is said in `Rows.notes`. What could be meant in two ways is refused.
+Guesses are listed in `TableRows.notes`; ambiguous tables are refused. pandas reads the cells, but
+neither finds the columns nor reports the line of a problem.
 """
 
 from __future__ import annotations
@@ -18,23 +19,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead.data import named_files, path_text, reading
-from arrowhead.data import sheet as data_sheet
-from arrowhead.data.sheet import TABLES, Sheet
+from arrowhead.data import named_files, path_text, reading, table_parser
 from arrowhead.data.source_config import SourceConfig
+from arrowhead.data.table_parser import TABLE_DELIMITERS, TableParser
 from arrowhead.errors import ConfigError
 
-LISTS = (".txt", ".lst")
+LIST_SUFFIXES = (".txt", ".lst")
 MAX_TABLE_BYTES = 2**31
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """What a table or list says, N rows in its order.
+class TableRows:
+    """The rows of a table or list, in its order; N rows.
 
-    root: text of the folder or URI that holds all files; paths: text of each below it; sizes,
-    stamps: int64 (N,), see `listing.look`; labels: tuples of class names, sorted; splits: train,
-    valid, test or ""; lines: where each row starts; notes: sentences for a person.
+    Attributes:
+        root: Escaped path or URI of the folder that contains all files.
+        paths: Escaped path of each file below it.
+        sizes: int64 (N,) bytes, -1 for a missing file.
+        stamps: int64 (N,), see `listing`.
+        labels: Sorted class names of each file.
+        splits: train, valid, test or "".
+        lines: The line that each row starts in.
+        notes: Sentences for the user.
     """
 
     root: str
@@ -48,60 +54,68 @@ class Rows:
 
 
 def is_table(source: str | Path) -> bool:
-    """Whether a source is named like a table or list and is no folder."""
+    """Whether a source is named like a table or list and is not a folder."""
     name = os.fspath(source)
-    return name.lower().endswith((*TABLES, *LISTS)) and not Path(name).is_dir()
+    return name.lower().endswith((*TABLE_DELIMITERS, *LIST_SUFFIXES)) and not Path(name).is_dir()
 
 
 def is_list(source: str | Path) -> bool:
-    """Whether a table is a mere list of paths."""
-    return os.fspath(source).lower().endswith(LISTS)
+    """Whether a table is a list of paths only."""
+    return os.fspath(source).lower().endswith(LIST_SUFFIXES)
 
 
-def must_be_readable(source: str | Path) -> None:
-    """Refuse a table or list that is not there or is no text."""
-    _content(os.fspath(source), named_files.absolute(os.fspath(source)))
+def check_readable(source: str | Path) -> None:
+    """Raise ConfigError for a table or list that does not exist or is not text."""
+    _read_content(os.fspath(source), named_files.absolute_path(os.fspath(source)))
 
 
-def read(source: str | Path, config: SourceConfig, *, labelled: bool) -> Rows:
-    """The rows of a table (.csv, .tsv) or list (.txt, .lst); with labels and splits if `labelled`.
+def read_table(source: str | Path, config: SourceConfig, *, labelled: bool) -> TableRows:
+    """Read a table (.csv, .tsv) or list (.txt, .lst).
 
-    Raises ConfigError, with file and line, for what cannot be read or meant.
+    Args:
+        source: Path or URI of the table.
+        config: How to read it.
+        labelled: Whether to read labels and splits.
+
+    Raises:
+        ConfigError: It cannot be read, or is ambiguous; names the file and line.
     """
-    name, table = os.fspath(source), named_files.absolute(os.fspath(source))
-    base = named_files.absolute(config.images) if config.images else table.rpartition(b"/")[0]
-    content = _content(name, table)
+    name, table = os.fspath(source), named_files.absolute_path(os.fspath(source))
+    base = named_files.absolute_path(config.images) if config.images else table.rpartition(b"/")[0]
+    content = _read_content(name, table)
     suffix = config.suffix.encode("utf-8", "surrogateescape")
     notes: list[str] = []
     labels: list[tuple[str, ...]] = []
     splits: list[str] = []
     if is_list(source):
-        pairs = [(at, path + suffix) for at, path in enumerate(_lines(name, content), 1) if path]
-        lines, cells = [at for at, _ in pairs], [path for _, path in pairs]
+        numbered = [(n, path) for n, path in enumerate(_list_lines(name, content), 1) if path]
+        lines, cells = [n for n, _ in numbered], [path + suffix for _, path in numbered]
     else:
-        sheet = Sheet.of(name, content, config, labelled, notes)
+        parser = TableParser.parse(name, content, config, labelled, notes)
         lines, cells = [], []
-        split_of = sheet.splitter(notes) if labelled else None
-        labels_of = sheet.labeller(config, notes) if labelled else None
-        for line, row in sheet.rows():
-            if not row[sheet.path] or "\0" in row[sheet.path]:
-                raise data_sheet.refused(name, line, "has no path, or one that no file can have")
+        split_of = parser.split_reader(notes) if labelled else None
+        labels_of = parser.label_reader(config, notes) if labelled else None
+        for line, row in parser.rows():
+            if not row[parser.path] or "\0" in row[parser.path]:
+                raise table_parser.line_error(
+                    name, line, "has no path, or one that no file can have"
+                )
             lines.append(line)
-            cells.append(row[sheet.path].encode("utf-8", "surrogateescape") + suffix)
+            cells.append(row[parser.path].encode("utf-8", "surrogateescape") + suffix)
             labels.append(labels_of(line, row) if labels_of else ())
             splits.append(split_of(line, row) if split_of else "")
     if not cells:
         raise ConfigError(
             f"{name} names no images.", "a path in every line.", "write the paths into it."
         )
-    found = named_files.find(name, base, cells, lines, notes)
+    resolved = named_files.resolve_paths(name, base, cells, lines, notes)
     if labelled:
-        _must_be_named_once(name, found.paths, lines)
-    return Rows(
-        root=found.root,
-        paths=found.paths,
-        sizes=found.sizes,
-        stamps=found.stamps,
+        _check_unique_paths(name, resolved.paths, lines)
+    return TableRows(
+        root=resolved.root,
+        paths=resolved.paths,
+        sizes=resolved.sizes,
+        stamps=resolved.stamps,
         labels=labels or [()] * len(cells),
         splits=splits or [""] * len(cells),
         lines=lines,
@@ -109,10 +123,10 @@ def read(source: str | Path, config: SourceConfig, *, labelled: bool) -> Rows:
     )
 
 
-def _content(source: str, table: bytes) -> bytes:
+def _read_content(source: str, table: bytes) -> bytes:
     """The bytes of a table or list."""
     folder, _, leaf = table.rpartition(b"/")
-    content, fault = reading.read(
+    content, fault = reading.read_file(
         path_text.escape_path(folder or b"/"), path_text.escape_path(leaf), MAX_TABLE_BYTES
     )
     if fault:
@@ -123,27 +137,27 @@ def _content(source: str, table: bytes) -> bytes:
         )
     if content.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"PAR1", b"%PDF")):
         raise ConfigError(
-            f"{source} is no text: it is a workbook, an archive or the like, whatever its name.",
+            f"{source} is not text: it is a workbook, an archive or the like, whatever its name.",
             "a table as text, with a line for each image.",
             "save it as CSV (in Excel: Save As, CSV UTF-8).",
         )
     return content
 
 
-def _lines(source: str, content: bytes) -> Iterator[bytes]:
+def _list_lines(source: str, content: bytes) -> Iterator[bytes]:
     """The path in each line of a list; b"" for an empty line."""
-    content = data_sheet.decoded(source, content).encode("utf-8", "surrogateescape")
+    content = table_parser.decode_text(source, content).encode("utf-8", "surrogateescape")
     for line in content.split(b"\n"):
         path = line.removesuffix(b"\r")
         yield path if path.strip() else b""
 
 
-def _must_be_named_once(source: str, paths: list[str], lines: list[int]) -> None:
+def _check_unique_paths(source: str, paths: list[str], lines: list[int]) -> None:
     first: dict[str, int] = {}
     for path, line in zip(paths, lines, strict=True):
         if (before := first.setdefault(path, line)) != line:
             raise ConfigError(
                 f"{source} names {path} twice, in lines {before} and {line}.",
                 "one line for each image.",
-                "take one of them out; several labels of an image stand in one line.",
+                "remove one of them; write several labels of an image into one line.",
             )

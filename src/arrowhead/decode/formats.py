@@ -1,10 +1,11 @@
-"""What the bytes of a file say of it, read before any decoder sees them.
+"""Recognize formats and damage from the bytes of a file, before a decoder sees them.
 
-    foreign        an image (or film) of a kind that is not decoded here, with what to do about it
-    jpeg           a JPEG's segments up to its first scan: orientation, colours, damage
-    torn           a PNG or WebP that claims more than it holds
+    unsupported_fault      images and films of formats that are not decoded, with what to do
+    parse_jpeg             segments of a JPEG up to its first scan: orientation, colours, damage
+    truncated_fault        PNG and WebP files that are shorter than their chunks claim
 
-Pure functions of bytes; no library but Pillow's reader of EXIF blocks.
+These are pure functions of bytes. Decoder libraries crash on some of these files, or decode them
+without an error.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ SIGNATURES = {
 }
 
 # Start-of-frame markers beyond baseline, extended and progressive (ITU T.81, table B.1; T.87).
-FRAMES = dict.fromkeys((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF), "arithmetic-coded JPEG")
-FRAMES |= {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7), "hierarchical JPEG")}
-FRAMES |= {0xF7: "JPEG-LS"}
-MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not one of those that stand inside a scan
-# What libjpeg assumes of four components where Adobe's segment is missing, said outright.
-ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
+UNSUPPORTED_FRAMES = dict.fromkeys((0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF), "arithmetic-coded JPEG")
+UNSUPPORTED_FRAMES |= {
+    0xC3: "lossless JPEG",
+    **dict.fromkeys((0xC5, 0xC6, 0xC7), "hierarchical JPEG"),
+}
+UNSUPPORTED_FRAMES |= {0xF7: "JPEG-LS"}
+SEGMENT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without those inside a scan
+# What libjpeg assumes for four components if this segment is missing.
+ADOBE_SEGMENT = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 
 # ------------------------------------------------------------------------- other formats
 
@@ -40,10 +44,10 @@ CONVERT = "convert it to JPEG or PNG"
 EXPORT = "export it as JPEG or PNG"
 DEVELOP = "develop it to JPEG or TIFF with the camera's program"
 FILM = "take still pictures out of it (e.g. with ffmpeg)"
-RAW = "a camera's raw file"
+CAMERA_RAW = "a camera's raw file"
 
-# Where a format is known by its first bytes: what it is, and what to do.
-FOREIGN = {
+# First bytes of formats: their name, and what to do.
+UNSUPPORTED_SIGNATURES = {
     b"\xff\x0a": ("JPEG XL", CONVERT),
     b"\0\0\0\x0cJXL \r\n\x87\n": ("JPEG XL", CONVERT),
     b"\xff\x4f\xff\x51": ("JPEG 2000", CONVERT),
@@ -62,80 +66,81 @@ FOREIGN = {
     b"SIMPLE  =": ("FITS", CONVERT),
     b"\x8aMNG": ("MNG", CONVERT),
     b"\x8bJNG": ("JNG", CONVERT),
-    b"FUJIFILMCCD-RAW": (f"RAF, {RAW}", DEVELOP),
-    b"FOVb": (f"X3F, {RAW}", DEVELOP),
-    b"\0MRM": (f"MRW, {RAW}", DEVELOP),
-    b"IIU\0": (f"RW2, {RAW}", DEVELOP),
-    b"IIRO": (f"ORF, {RAW}", DEVELOP),
-    b"IIRS": (f"ORF, {RAW}", DEVELOP),
-    b"MMOR": (f"ORF, {RAW}", DEVELOP),
+    b"FUJIFILMCCD-RAW": (f"RAF, {CAMERA_RAW}", DEVELOP),
+    b"FOVb": (f"X3F, {CAMERA_RAW}", DEVELOP),
+    b"\0MRM": (f"MRW, {CAMERA_RAW}", DEVELOP),
+    b"IIU\0": (f"RW2, {CAMERA_RAW}", DEVELOP),
+    b"IIRO": (f"ORF, {CAMERA_RAW}", DEVELOP),
+    b"IIRS": (f"ORF, {CAMERA_RAW}", DEVELOP),
+    b"MMOR": (f"ORF, {CAMERA_RAW}", DEVELOP),
     b"\x1a\x45\xdf\xa3": ("a film (Matroska or WebM)", FILM),
 }
 # Brands of ISO base media files (ISO/IEC 14496-12; 23008-12, annex B; the MP4 registry).
-HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
-BRANDS = {
-    **dict.fromkeys(HEIC, ("HEIC", CONVERT)),
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+UNSUPPORTED_BRANDS = {
+    **dict.fromkeys(HEIC_BRANDS, ("HEIC", CONVERT)),
     b"jxl ": ("JPEG XL", CONVERT),
     **dict.fromkeys((b"jp2 ", b"jpx ", b"jpm ", b"mjp2"), ("JPEG 2000", CONVERT)),
     **dict.fromkeys((b"mif1", b"msf1", b"mif2", b"miaf"), ("HEIF", CONVERT)),
-    b"crx ": (f"CR3, {RAW}", DEVELOP),
+    b"crx ": (f"CR3, {CAMERA_RAW}", DEVELOP),
 }
 
 
-def foreign(data: bytes) -> str | None:
-    """The fault of an image of a kind that no decoder here reads, in words; None for the rest,
-    which may be an image that is decoded here, or none at all.
+def unsupported_fault(data: bytes) -> str | None:
+    """The fault of an image or film of an unsupported format; None for supported formats and for
+    files that are no images.
     """
     if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8")):
         return None
-    found = next((told for start, told in FOREIGN.items() if data.startswith(start)), None)
+    signatures = UNSUPPORTED_SIGNATURES.items()
+    name_and_advice = next((pair for start, pair in signatures if data.startswith(start)), None)
     if data[4:8] == b"ftyp":
-        found = _brand(data)
+        name_and_advice = _format_of_brands(data)
     elif data.startswith(b"RIFF") and data[8:12] in (b"AVI ", b"RDIB", b"RMID"):
-        found = ("a film (AVI)", FILM) if data[8:12] == b"AVI " else None
+        name_and_advice = ("a film (AVI)", FILM) if data[8:12] == b"AVI " else None
     elif data[:4] in (b"\0\0\1\0", b"\0\0\2\0") and 0 < data[4] < 64 and not data[5]:
-        found = "ICO (an icon)", CONVERT
+        name_and_advice = "ICO (an icon)", CONVERT
     elif data[128:132] == b"DICM":
-        found = "DICOM", EXPORT
+        name_and_advice = "DICOM", EXPORT
     elif re.match(rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s+\d+\s|P7\nWIDTH ", data[:512]):
-        found = "PNM", CONVERT
+        name_and_advice = "PNM", CONVERT
     elif data[8:10] == b"CR" and data.startswith((b"II*\0", b"MM\0*")):
-        found = f"CR2, {RAW}", DEVELOP
+        name_and_advice = f"CR2, {CAMERA_RAW}", DEVELOP
     elif _is_svg(data):
-        found = "SVG (a drawing, not pixels)", EXPORT
-    return f"unsupported: {found[0]}: {found[1]}" if found else None
+        name_and_advice = "SVG (a drawing, not pixels)", EXPORT
+    return "unsupported: " + ": ".join(name_and_advice) if name_and_advice else None
 
 
-def _brand(data: bytes) -> tuple[str, str] | None:
-    """What an ISO base media file is, by its brands: the major one, then those it names as well.
+def _format_of_brands(data: bytes) -> tuple[str, str] | None:
+    """The format of an ISO base media file by its brands, the major one first; None for AVIF.
 
-    AVIF is not foreign; a HEIF that does not say how it is coded is taken for HEIC by its others.
+    A generic HEIF brand counts only if no brand names the codec.
     """
     length = min(int.from_bytes(data[:4], "big"), 512)
-    brands = [data[8:12], *(data[at : at + 4] for at in range(16, length - 3, 4))]
-    if {b"avif", b"avis"} & set(brands) and not HEIC & set(brands):
+    brands = [data[8:12], *(data[position : position + 4] for position in range(16, length - 3, 4))]
+    if {b"avif", b"avis"} & set(brands) and not HEIC_BRANDS & set(brands):
         return None
-    named = [BRANDS[brand] for brand in brands if brand in BRANDS]
-    coded = [told for told in named if told[0] != "HEIF"]
-    return (coded or named or [("a film (MP4 or QuickTime)", FILM)])[0]
+    known = [UNSUPPORTED_BRANDS[brand] for brand in brands if brand in UNSUPPORTED_BRANDS]
+    with_codec = [pair for pair in known if pair[0] != "HEIF"]
+    return (with_codec or known or [("a film (MP4 or QuickTime)", FILM)])[0]
 
 
-PROLOGUE = re.compile(rb"<\?.*?\?>|<!--.*?-->|<!DOCTYPE svg[^>\[]*(\[.*?\])?\s*>", re.DOTALL)
+XML_PROLOGUE = re.compile(rb"<\?.*?\?>|<!--.*?-->|<!DOCTYPE svg[^>\[]*(\[.*?\])?\s*>", re.DOTALL)
 
 
 def _is_svg(data: bytes) -> bool:
     head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-    return head.startswith(b"<") and PROLOGUE.sub(b"", head).lstrip().startswith(
+    return head.startswith(b"<") and XML_PROLOGUE.sub(b"", head).lstrip().startswith(
         (b"<svg", b"<svg:")
     )
 
 
 def is_raw(tags: Any) -> bool:
-    """Whether the TIFF whose first directory has these tags is a camera's raw file (DNG, NEF, ARW):
-    what Pillow would show of it is a thumbnail, or the bare sensor.
+    """Whether a TIFF with these tags is a camera's raw file (DNG, NEF, ARW), of which Pillow would
+    decode a thumbnail or the raw sensor values.
     """
     reduced, photometric = tags.get(0x00FE, 0), tags.get(0x0106)
-    # DNGVersion; a small first picture with others below it; a colour filter array.
+    # DNGVersion; a reduced-resolution first image with SubIFDs; a colour filter array.
     return 0xC612 in tags or (bool(reduced & 1) and 0x014A in tags) or photometric == 32803
 
 
@@ -143,71 +148,77 @@ def is_raw(tags: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Jpeg:
-    """What a JPEG's segments say: EXIF orientation (1..8), number of components, and whether
-    Adobe's segment is there.
+class JpegInfo:
+    """Facts from the segments of a JPEG: EXIF orientation (1 to 8), number of components, and
+    whether it has an Adobe segment.
     """
 
     orientation: int
     components: int
     adobe: bool
 
-    def spelled_out(self, data: bytes) -> bytes:
-        """The same JPEG, read alike by all decoders.
+    def with_adobe_segment(self, data: bytes) -> bytes:
+        """The JPEG with an explicit Adobe segment if it is CMYK, so that all decoders agree.
 
-        Four components without Adobe's segment are inverted CMYK to libjpeg's users (Pillow,
-        browsers) and plain CMYK to nvImageCodec, which then shows a picture that is almost black.
+        Without it, four components are inverted CMYK for libjpeg (Pillow, browsers) but plain CMYK
+        for nvImageCodec, which then returns an almost black image.
         """
-        return data if self.adobe or self.components != 4 else data[:2] + ADOBE + data[2:]
+        return data if self.adobe or self.components != 4 else data[:2] + ADOBE_SEGMENT + data[2:]
 
 
-def jpeg(data: bytes, max_scans: int) -> Jpeg | str:
-    """What the segments of a JPEG up to its first scan say; or the fault they show."""
-    at, orientations, components, progressive, adobe = 2, [], 0, False, False
+def parse_jpeg(data: bytes, max_scans: int) -> JpegInfo | str:
+    """Parse the segments of a JPEG up to its first scan; returns a fault if they are damaged."""
+    position, orientations, components, progressive, adobe = 2, [], 0, False, False
     while True:
-        while data[at : at + 2] == b"\xff\xff":  # fill bytes
-            at += 1
-        if at + 4 > len(data):
+        while data[position : position + 2] == b"\xff\xff":  # fill bytes
+            position += 1
+        if position + 4 > len(data):
             return "truncated: the file ends before its first scan"
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at] != 0xFF or marker < 0xC0 or length < 2:
-            return f"corrupt: no segment starts at byte {at}"
-        segment = data[at + 4 : at + 2 + length]
+        marker, length = (
+            data[position + 1],
+            int.from_bytes(data[position + 2 : position + 4], "big"),
+        )
+        if data[position] != 0xFF or marker < 0xC0 or length < 2:
+            return f"corrupt: no segment starts at byte {position}"
+        segment = data[position + 4 : position + 2 + length]
         if marker == 0xDA:
             break
-        if marker in FRAMES:
-            return f"unsupported: {FRAMES[marker]}"
+        if marker in UNSUPPORTED_FRAMES:
+            return f"unsupported: {UNSUPPORTED_FRAMES[marker]}"
         if marker in (0xC0, 0xC1, 0xC2):
             if segment[:1] != b"\x08":
                 return f"unsupported: JPEG of {segment[0] if segment else 0} bits"
             components, progressive = (segment[5] if len(segment) > 5 else 0), marker == 0xC2
         if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-            orientations.append(_exif(segment))
+            orientations.append(_exif_orientation(segment))
         adobe = adobe or (marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12)
-        at += 2 + length
-    # One scan of all parts is the only one, unless progressive: counting costs as much as the rest.
-    # Whatever follows the picture (a telephone's film) is not counted, but costs a closer look.
-    alone = not progressive and segment[:1] == bytes([components])
-    many = not alone and data.count(b"\xff\xda", at) > max_scans
-    if many and (scans := _scans(data, at)) > max_scans:
+        position += 2 + length
+    # A baseline JPEG whose first scan has all components has no other scan. This avoids counting,
+    # which takes as long as everything else. data.count() may include what follows the image (a
+    # phone's motion photo), so it is only a bound.
+    is_single_scan = not progressive and segment[:1] == bytes([components])
+    may_exceed = not is_single_scan and data.count(b"\xff\xda", position) > max_scans
+    if may_exceed and (scans := _count_scans(data, position)) > max_scans:
         return f"too large: {scans} scans, more than {max_scans}"
-    if len(named := set(orientations) - {0}) > 1:
-        return f"corrupt: its EXIF segments contradict one another: orientations {sorted(named)}"
-    return Jpeg(max(named, default=1), components, adobe)
+    if len(known := set(orientations) - {0}) > 1:
+        return f"corrupt: its EXIF segments contradict one another: orientations {sorted(known)}"
+    return JpegInfo(max(known, default=1), components, adobe)
 
 
-def _scans(data: bytes, at: int) -> int:
-    """Number of scans of a JPEG whose first one starts at `at`."""
+def _count_scans(data: bytes, position: int) -> int:
+    """Number of scans of a JPEG whose first one starts at `position`."""
     count = 0
-    while (marker := data[at + 1 : at + 2]) not in (b"", b"\xd9"):
+    while (marker := data[position + 1 : position + 2]) not in (b"", b"\xd9"):
         count += marker == b"\xda"
-        found = MARKER.search(data, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
-        at = found.end() - 2 if found else len(data)
+        found = SEGMENT_MARKER.search(
+            data, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        )
+        position = found.end() - 2 if found else len(data)
     return count
 
 
-def _exif(block: bytes) -> int:
-    """The orientation an EXIF block names, 0 if it names none or is torn."""
+def _exif_orientation(block: bytes) -> int:
+    """The orientation in an EXIF block, 0 if it is missing or corrupt."""
     from PIL import Image
 
     exif = Image.Exif()
@@ -216,7 +227,7 @@ def _exif(block: bytes) -> int:
             warnings.simplefilter("ignore")
             exif.load(block)
             value = exif.get(0x0112)
-    except Exception:  # a torn block: the picture stands as it is stored
+    except Exception:  # a corrupt block: the image is shown as stored
         return 0
     return value if value in range(1, 9) else 0
 
@@ -224,26 +235,28 @@ def _exif(block: bytes) -> int:
 # --------------------------------------------------------------------------- PNG and WebP
 
 
-def torn(data: bytes) -> str | None:
-    """The fault of a PNG or WebP that claims more than it holds: decoders make room for it."""
+def truncated_fault(data: bytes) -> str | None:
+    """The fault of a PNG or WebP that is shorter than its chunks claim; decoders would allocate
+    memory for the claimed size.
+    """
     png = data.startswith(b"\x89PNG")
     end = len(data) if png else 8 + int.from_bytes(data[4:8], "little")
-    at = 8 if png else 12
-    while at + 8 <= end <= len(data):
+    position = 8 if png else 12
+    while position + 8 <= end <= len(data):
         if png:
-            at += 12 + int.from_bytes(data[at : at + 4], "big")
-            if data[at - 8 : at - 4] == b"IEND":
+            position += 12 + int.from_bytes(data[position : position + 4], "big")
+            if data[position - 8 : position - 4] == b"IEND":
                 return None
         else:
-            length = int.from_bytes(data[at + 4 : at + 8], "little")
-            at += 8 + length + length % 2
-    claimed = max(at, end)
+            length = int.from_bytes(data[position + 4 : position + 8], "little")
+            position += 8 + length + length % 2
+    claimed = max(position, end)
     return "truncated: its last chunk ends after the file" if claimed > len(data) + 1 else None
 
 
-def is_special(data: bytes) -> bool:
-    """Whether a PNG makes one of its colours transparent, or moves: of a damaged one that moves
-    nvImageCodec shows memory that nothing was written to.
+def has_transparency_or_animation(data: bytes) -> bool:
+    """Whether a PNG has a transparent colour or is animated, so that Pillow has to decode it:
+    nvImageCodec returns uninitialized memory for a damaged animation.
     """
     head = data[: data.find(b"IDAT")] if data.startswith(b"\x89PNG") else b""
     return b"tRNS" in head or b"acTL" in head

@@ -1,4 +1,4 @@
-"""Which part of a photo is seen: the frame of a view, upright."""
+"""Geometry of the views: the region to crop, the augmentations, and the EXIF orientation."""
 
 from __future__ import annotations
 
@@ -11,81 +11,97 @@ from numpy.typing import NDArray
 from arrowhead.decode.pixels import Header, PixelConfig
 
 
-def frame(
+def view_region(
     config: PixelConfig, header: Header, mirrored: NDArray[np.bool_] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The region of an image that the clean view shows: float32 (y, x) of two corners, in pixels.
+    """The region of an image that the clean view shows.
 
-    crop is torchvision's Resize(8/7 size), CenterCrop(size), whole pixels included: what it would
-    cut out of the resized image is traced back, so only that much is ever resized.
+    "crop" gives the same pixels as torchvision's Resize(8/7 size), CenterCrop(size), with the same
+    rounding, but resizes only the region that it keeps.
 
-    mirrored: bool (y, x), which sides of the stored picture will be seen from the other end; the
-    middle of these is rounded from there.
+    Args:
+        config: Size and resize mode.
+        header: Height and width of the stored image.
+        mirrored: bool (y, x), which axes the orientation will mirror; their center is rounded
+            from the other end.
+
+    Returns:
+        Start and end corner, float32 (y, x) each, in pixels of the stored image.
     """
-    whole = np.array([header.height, header.width], np.float64)
+    image_size = np.array([header.height, header.width], np.float64)
     if config.resize != "crop":
-        return np.zeros(2, np.float32), whole.astype(np.float32)
+        return np.zeros(2, np.float32), image_size.astype(np.float32)
     shorter = round(config.size * 8 / 7)
-    resized = np.floor(shorter * whole / whole.min())
+    resized = np.floor(shorter * image_size / image_size.min())
     start = np.round((resized - config.size) / 2)
     if mirrored is not None:
         start = np.where(mirrored, resized - config.size - start, start)
-    scale = whole / resized
+    scale = image_size / resized
     return (start * scale).astype(np.float32), ((start + config.size) * scale).astype(np.float32)
 
 
-def mirrored(orientation: int) -> NDArray[np.bool_]:
-    """Which sides of a stored picture `upright` mirrors: bool (y, x)."""
+def mirrored_axes(orientation: int) -> NDArray[np.bool_]:
+    """Which axes of the stored image `apply_orientation` mirrors: bool (y, x)."""
     rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     return np.array([columns, rows] if orientation >= 5 else [rows, columns])
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
-    """One augmented view: what is cut out (float32 (y, x) and (h, w), shares of the image), by how
-    many degrees it is turned, its (brightness, contrast), quarter turns, whether it is mirrored.
+class Augmentation:
+    """The parameters of one augmented view.
+
+    Attributes:
+        anchor: float32 (y, x) of the crop's corner, as shares of the image.
+        shape: float32 (h, w) of the crop, as shares of the image.
+        angle: float32 (1,) rotation, in degrees.
+        light: float32 (brightness, contrast) factors.
+        quarter_turns: Number of rotations by 90 degrees, 0 to 3.
+        mirrored: Whether the view is mirrored left to right.
     """
 
     anchor: NDArray[np.float32]
     shape: NDArray[np.float32]
     angle: NDArray[np.float32]
     light: NDArray[np.float32]
-    quarters: int
+    quarter_turns: int
     mirrored: bool
 
 
-def shot(config: PixelConfig, image_id: bytes, view: int) -> Shot:
-    """The augmentation of one view: a pure function of (seed, image_id, view).
+def draw_augmentation(config: PixelConfig, image_id: bytes, view: int) -> Augmentation:
+    """Draw the augmentation of one view: a pure function of seed, image_id and view.
 
-    Random resized crop of half to all of the image, +-10 degrees, +-10 % light and mirroring,
-    as in the lesson's side-on transforms; top-down adds quarter turns.
+    A random resized crop of 50 to 100 % of the image, rotation by up to 10 degrees, brightness and
+    contrast within 10 %, and mirroring, like fastai's transforms_side_on; top-down adds quarter
+    turns. torchvision's transforms use a global generator, so they depend on the order of images.
     """
     key = f"{config.augment_seed}/{image_id.hex()}/{view}".encode()
     seed = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     if config.augment == "none":
-        everything = np.ones(2, np.float32), np.zeros(1, np.float32)
-        return Shot(np.zeros(2, np.float32), everything[0], everything[1], everything[0], 0, False)
-    shape = np.sqrt(draw.uniform(0.5, 1)) * np.exp(draw.uniform(-0.15, 0.15) * np.array([1, -1]))
+        ones, angle = np.ones(2, np.float32), np.zeros(1, np.float32)
+        return Augmentation(np.zeros(2, np.float32), ones, angle, ones, 0, False)
+    shape = np.sqrt(generator.uniform(0.5, 1)) * np.exp(
+        generator.uniform(-0.15, 0.15) * np.array([1, -1])
+    )
     shape = np.minimum(shape, 1).astype(np.float32)
-    anchor = (draw.uniform(0, 1, 2) * (1 - shape)).astype(np.float32)
-    angle = draw.uniform(-10, 10, 1).astype(np.float32)
-    light = draw.uniform(0.9, 1.1, 2).astype(np.float32)
-    mirrored, quarters = bool(draw.integers(2)), int(draw.integers(4))
-    return Shot(
-        anchor, shape, angle, light, quarters if config.augment == "top-down" else 0, mirrored
+    anchor = (generator.uniform(0, 1, 2) * (1 - shape)).astype(np.float32)
+    angle = generator.uniform(-10, 10, 1).astype(np.float32)
+    light = generator.uniform(0.9, 1.1, 2).astype(np.float32)
+    mirrored, quarter_turns = bool(generator.integers(2)), int(generator.integers(4))
+    return Augmentation(
+        anchor, shape, angle, light, quarter_turns if config.augment == "top-down" else 0, mirrored
     )
 
 
-def upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """A square image turned and mirrored as EXIF orientation 1..8 asks (TIFF 6.0, tag 274)."""
+def apply_orientation(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Apply the EXIF orientation, 1 to 8, to a square image (TIFF 6.0, tag 274)."""
     turned = image_HWC.transpose(1, 0, 2) if orientation >= 5 else image_HWC
     if orientation in (3, 4, 7, 8):
         turned = turned[::-1]
     return turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
 
 
-def turned(image_HWC: NDArray[np.uint8], taken: Shot) -> NDArray[np.uint8]:
-    """What is left of a shot once DALI has done its part: quarter turns, then the mirror."""
-    turned = np.rot90(image_HWC, taken.quarters)
-    return turned[:, ::-1] if taken.mirrored else turned
+def turn_and_mirror(image_HWC: NDArray[np.uint8], augmentation: Augmentation) -> NDArray[np.uint8]:
+    """Apply the part of an augmentation that DALI does not: quarter turns, then mirroring."""
+    turned = np.rot90(image_HWC, augmentation.quarter_turns)
+    return turned[:, ::-1] if augmentation.mirrored else turned

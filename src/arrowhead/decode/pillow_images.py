@@ -1,4 +1,4 @@
-"""Images that Pillow decodes, where the decoder library shows other pixels than a browser."""
+"""Decode with Pillow what nvImageCodec would not show as a browser does."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from arrowhead.decode import formats, pixels
 from arrowhead.decode.pixels import Header, PixelConfig
 
-# What Pillow may open here: formats whose readers are its own or those of a browser.
-PILLOW = ("GIF", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG")
+# Formats that Pillow may open: their readers are its own, or those that browsers use.
+PILLOW_FORMATS = ("GIF", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG")
 
 
-def turn(image: Any) -> int:
-    """The EXIF orientation of an image that Pillow has opened, 1 if it names none or is torn."""
+def exif_orientation(image: Any) -> int:
+    """The EXIF orientation of a Pillow image, 1 if its EXIF data is missing or corrupt."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -28,67 +28,67 @@ def turn(image: Any) -> int:
     return value if value in range(1, 9) else 1
 
 
-def opened(data: bytes) -> Any:
-    """Pillow's image of a file, not decoded yet."""
+def open_image(data: bytes) -> Any:
+    """Open a file with Pillow without decoding it."""
     from PIL import Image
 
-    Image.init()  # else a format named in PILLOW may not be there yet
-    return Image.open(io.BytesIO(data), formats=PILLOW)
+    Image.init()  # registers all formats; Image.open would register some of them later
+    return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
 
 
-def pillow_header(data: bytes, config: PixelConfig) -> Header | str:
-    """The header of an image that Pillow decodes, or a fault."""
+def read_pillow_header(data: bytes, config: PixelConfig) -> Header | str:
+    """The header of an image that Pillow will decode, or a fault."""
     from PIL import Image
 
-    known = formats.SIGNATURES.items()
-    kind = next((name for start, name in known if data.startswith(start)), None)
+    signatures = formats.SIGNATURES.items()
+    kind = next((name for start, name in signatures if data.startswith(start)), None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = opened(data)
+            image = open_image(data)
             width, height = image.size
             raw = image.format == "TIFF" and formats.is_raw(image.tag_v2)
     except Image.DecompressionBombError:
         return f"too large: more than {config.max_pixels} pixels"
     except Exception as error:
-        words = plain(str(error))
+        message = clean_message(str(error))
         if not kind:
             return f"not an image: it starts with {data[:8].hex(' ')}"
-        return f"{'truncated' if cut_short(words) else 'unsupported'}: {kind}, {words}"
+        return f"{'truncated' if means_truncated(message) else 'unsupported'}: {kind}, {message}"
     if height * width > config.max_pixels:
-        return pixels.too_large(width, height, config)
+        return pixels.too_large_fault(width, height, config)
     if raw:
-        return f"unsupported: {formats.RAW}: {formats.DEVELOP}"
-    # A TIFF is turned by Pillow itself; what turns an AVIF is not in its EXIF block.
-    return Header(height, width, 1 if image.format == "TIFF" else turn(image))
+        return f"unsupported: {formats.CAMERA_RAW}: {formats.DEVELOP}"
+    # Pillow applies the orientation of a TIFF itself; that of an AVIF is not in its EXIF data.
+    return Header(height, width, 1 if image.format == "TIFF" else exif_orientation(image))
 
 
-def by_pillow(data: bytes) -> NDArray[np.uint8] | str:
-    """uint8 (H, W, 3), as a browser shows the image on a white page; or a fault."""
+def decode_with_pillow(data: bytes) -> NDArray[np.uint8] | str:
+    """Decode an image as a browser shows it on a white page: uint8 (H, W, 3), or a fault."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = opened(data)
+            image = open_image(data)
             image.load()
-            if image.mode.startswith("I;16"):  # convert would clip at 255
+            if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))
     except Exception as error:
-        words = plain(str(error)) or type(error).__name__
-        return f"{'truncated' if cut_short(words) else 'corrupt'}: {words}"
+        message = clean_message(str(error)) or type(error).__name__
+        return f"{'truncated' if means_truncated(message) else 'corrupt'}: {message}"
 
 
-def plain(words: str) -> str:
-    """Words fit for a row: printable, on one line, the same in every run."""
-    words = re.sub(r"\x1b\[[0-9;]*m|<[^>]* at 0x[0-9a-f]+>|/\S+/", "", words)
-    return "".join(c if c.isprintable() else " " for c in " ".join(words.split()))[:200].strip()
+def clean_message(message: str) -> str:
+    """Clean a library's message for a fault: printable, on one line, the same in every run."""
+    message = re.sub(r"\x1b\[[0-9;]*m|<[^>]* at 0x[0-9a-f]+>|/\S+/", "", message)
+    return "".join(c if c.isprintable() else " " for c in " ".join(message.split()))[:200].strip()
 
 
-def cut_short(words: str) -> bool:
-    """Whether a library's words say that the file ends too early."""
-    return bool(re.search(r"truncated|[Pp]remature end|[Uu]nexpected end|not big enough", words))
+def means_truncated(message: str) -> bool:
+    """Whether a library's message means that the file ends too early."""
+    return bool(re.search(r"truncated|[Pp]remature end|[Uu]nexpected end|not big enough", message))

@@ -1,4 +1,4 @@
-"""How pixels are asked for, and what a decoder gives."""
+"""Settings of the decoder, and the types of its results."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 from arrowhead.errors import ConfigError
 
 CROPPED_AS_STORED, CROPPED_UPRIGHT = "dali", "dali-upright"
-RULES = (CROPPED_AS_STORED, CROPPED_UPRIGHT)
-"""A recipe's `decoder`: where the middle of a photo is that EXIF turns, when a pixel is over. As it
-is stored (older stores), or as it is seen. Photos that are not turned come out the same."""
+DECODER_RULES = (CROPPED_AS_STORED, CROPPED_UPRIGHT)
+"""Values of a recipe's `decoder`: how to round the center of a photo that EXIF rotates, if its size
+is odd. In the stored image (older stores), or in the upright one. Other photos are the same."""
 
 
-def must_know(rule: str) -> None:
-    """Refuse a recipe's `decoder` that is not one of RULES."""
-    if rule not in RULES:
+def check_decoder_rule(rule: str) -> None:
+    """Raise ConfigError for a recipe's `decoder` that is not one of DECODER_RULES."""
+    if rule not in DECODER_RULES:
         raise ConfigError(
             f"The recipe's decoder is {rule!r}.",
-            f"one that this version of Arrowhead has: {', '.join(RULES)}.",
+            f"one that this version of Arrowhead has: {', '.join(DECODER_RULES)}.",
             "use the Arrowhead version that made the store or bundle, or a newer one.",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelConfig:
-    """From a file to the square that the body sees."""
+    """How a file becomes the body's square input."""
 
     size: int = 224
     """Height and width of the body's input, in pixels."""
@@ -48,7 +48,7 @@ class PixelConfig:
     """Do not decode JPEGs with more scans than this (usual progressive JPEGs have 10)."""
 
     def __post_init__(self) -> None:
-        for knob, value, low, high in (
+        for flag, value, low, high in (
             ("size", self.size, 16, 2048),
             ("views", self.views, 1, 255),
             ("max-pixels", self.max_pixels, 1, 2**31 - 1),
@@ -56,7 +56,7 @@ class PixelConfig:
         ):
             if not low <= value <= high:
                 raise ConfigError(
-                    f"--{knob} is {value}.", f"{low} to {high}.", f"give --{knob} in that range."
+                    f"--{flag} is {value}.", f"{low} to {high}.", f"give --{flag} in that range."
                 )
 
     @property
@@ -67,11 +67,14 @@ class PixelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """What b files came out as.
+    """The decoded pixels of b files.
 
-    views: one uint8 (rows, S, S, 3) per view, rows >= b; black where faulty or past the last file.
-    faults: b, None when the image is well. fallback: b, whether Pillow decoded it.
-    seconds: time it took.
+    Attributes:
+        views: One uint8 (rows, S, S, 3) per view, rows >= b; black if faulty or after the last
+            file.
+        faults: b faults, None for a valid image.
+        fallback: b flags, whether Pillow decoded it.
+        seconds: Decoding time.
     """
 
     views: list[NDArray[np.uint8]]
@@ -82,9 +85,13 @@ class Pixels:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself before it is decoded: pixels, and the EXIF orientation (1..8).
+    """The header of an image.
 
-    stream: nvImageCodec's handle, None for what Pillow decodes.
+    Attributes:
+        height: Height in pixels.
+        width: Width in pixels.
+        orientation: EXIF orientation, 1 to 8.
+        stream: Handle of nvImageCodec, None if Pillow decodes the image.
     """
 
     height: int
@@ -93,6 +100,6 @@ class Header:
     stream: Any = None
 
 
-def too_large(width: int, height: int, config: PixelConfig) -> str:
+def too_large_fault(width: int, height: int, config: PixelConfig) -> str:
     """The fault of an image with too many pixels."""
     return f"too large: {width} x {height} pixels, more than {config.max_pixels}"

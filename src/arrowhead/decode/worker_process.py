@@ -1,16 +1,18 @@
-"""The decoder in a process of its own, which may die.
+"""Run the decoder in a child process, since a file may crash it.
 
-    batches                written to shared memory, two under way at a time
-      -> child process     decode.Decoder; says when a batch is done
-      -> pixels            copied out of shared memory, in the order the batches came
+    batches                written to shared memory, two in flight at a time
+      -> child process     decode.Decoder; reports when a batch is done
+      -> pixels            copied out of shared memory, in the order of the batches
 
-No decoder is proof against every file. When the child dies or hangs, a new one is started and the
-files it was at are tried one by one; a file that kills a second one is quarantined as a fault,
-`decoder_crash`. Its mates come out as if it had not been there, and nothing else is restarted.
+If the child crashes or hangs, a new one is started and the files of its batch are decoded one by
+one. A file that crashes a second child gets the fault `decoder_crash`; the others are not affected,
+and nothing else is restarted.
 
-A child that was killed from outside (SIGKILL: the system's out-of-memory killer) says nothing about
-a file. The file is tried again, with fewer threads, `MAX_KILLS` times; when several files in a row
-come to nothing so, or when no child can be started, the command is refused instead.
+A child that was killed from outside (SIGKILL, the out-of-memory killer) tells nothing about a file.
+Its files are tried again with fewer threads, `MAX_KILLS_PER_FILE` times each. If that fails for
+several files in a row, or if no child starts, the command is refused.
+
+multiprocessing and Ray restart crashed workers, but neither finds the file that is to blame.
 """
 
 from __future__ import annotations
@@ -38,36 +40,36 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead.decode.decoder import FLOOD, Decoder
-from arrowhead.decode.pixels import CROPPED_UPRIGHT, PixelConfig, Pixels, must_know
+from arrowhead.decode.decoder import MAX_STDERR_BYTES, Decoder
+from arrowhead.decode.pixels import CROPPED_UPRIGHT, PixelConfig, Pixels, check_decoder_rule
 from arrowhead.errors import ConfigError, LostError
 
-UNDER_WAY = 2  # batches: the child has its next one while we take the last
-START = 120.0  # seconds; two on a quiet machine
-STARTS = 3  # attempts, before the command is refused
-MAX_KILLS = 4  # deaths by SIGKILL, after which a file that is alone is taken for their cause
-MAX_KILLED_FILES = 5  # such files in a row, after which the machine is
-PAUSE = 0.5  # seconds before a second attempt, twice that before a third: memory may come free
-LEAST = 16  # rows: networks compute a row to the same last bit in every batch of 16 or more
+BATCHES_IN_FLIGHT = 2  # the child decodes one while the parent copies the other
+STARTUP_TIMEOUT_SECONDS = 120.0  # takes two seconds on an idle machine
+MAX_START_ATTEMPTS = 3
+MAX_KILLS_PER_FILE = 4  # SIGKILLs while the child decodes only this file, before it gets a fault
+MAX_KILLED_FILES = 5  # such files in a row, before the command is refused
+RETRY_DELAY_SECONDS = 0.5  # times the number of failed attempts: memory may become free
+MIN_BATCH_ROWS = 16  # networks give a row bitwise equal features in all batches of 16 or more
 
 
-class Encoded(Protocol):
-    """A batch as it comes in."""
+class EncodedBatch(Protocol):
+    """A batch of encoded files."""
 
     @property
     def encoded(self) -> Sequence[bytes]:
-        """B files' bytes."""
+        """The bytes of B files."""
 
     @property
     def image_ids(self) -> Sequence[bytes]:
-        """16 bytes that name each."""
+        """A 16-byte id of each."""
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Encoded)
+AnyBatch = TypeVar("AnyBatch", bound=EncodedBatch)
 
 
-class Died(Exception):
-    """The child is gone, and how. from_outside: by SIGKILL, which no file makes it die of."""
+class WorkerDied(Exception):
+    """The child process has died; from_outside: by SIGKILL, which no file causes."""
 
     def __init__(self, how: str, *, from_outside: bool = False) -> None:
         super().__init__(how)
@@ -75,36 +77,42 @@ class Died(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Slot:
-    """Memory shared with the child: encoded bytes one way, pixels the other."""
+class SharedSlot:
+    """Memory shared with the child: encoded bytes for it, pixels from it."""
 
     encoded: int
     pixels: int
-    squares: NDArray[np.uint8]
-    """(views, B, S, S, 3): what lies in `pixels`."""
+    pixels_by_view: NDArray[np.uint8]
+    """(views, B, S, S, 3): the memory of `pixels`."""
 
     @staticmethod
-    def of(shape: tuple[int, ...]) -> Slot:
-        """Memory for pixels of this shape, and as much as is needed for encoded bytes."""
+    def allocate(shape: tuple[int, ...]) -> SharedSlot:
+        """Allocate memory for pixels of this shape; that for encoded bytes grows as needed."""
         encoded, pixels = os.memfd_create("ah-encoded"), os.memfd_create("ah-pixels")
         os.ftruncate(pixels, int(np.prod(shape)))
         memory = mmap.mmap(pixels, 0, prot=mmap.PROT_READ)
-        return Slot(encoded, pixels, np.frombuffer(memory, np.uint8).reshape(shape))
+        return SharedSlot(encoded, pixels, np.frombuffer(memory, np.uint8).reshape(shape))
 
     def close(self) -> None:
-        """Give the memory back."""
-        self.squares = np.empty(0, np.uint8)  # the map goes with the array
+        """Free the memory."""
+        self.pixels_by_view = np.empty(0, np.uint8)  # unmaps the memory
         os.close(self.encoded)
         os.close(self.pixels)
 
 
-class GuardedDecoder:
-    """`decoder.Decoder` in a child process; the same pixels, in batches of at least 16 rows.
+class SubprocessDecoder:
+    """`decoder.Decoder` in a child process, with the same pixels, in batches of at least 16 rows.
 
-    batch_size: most files per batch. threads: the child's decoding threads. device: a CUDA device
-    number or None. patience: seconds a batch may take, besides one per megabyte of files, before
-    the child is taken for hung. rule: the recipe's `decoder` (`pixels.RULES`).
     Use it as a context manager, or call `close`.
+
+    Args:
+        config: Size, views and limits.
+        batch_size: Maximal number of files per batch.
+        threads: Decoding threads of the child.
+        device: CUDA device number, or None for the CPU.
+        timeout_seconds: Time for a batch, plus one second per megabyte, before the child counts as
+            hung.
+        rule: The recipe's `decoder`, one of DECODER_RULES.
     """
 
     def __init__(
@@ -114,10 +122,10 @@ class GuardedDecoder:
         batch_size: int,
         threads: int,
         device: int | None = None,
-        patience: float = 60.0,
+        timeout_seconds: float = 60.0,
         rule: str = CROPPED_UPRIGHT,
     ) -> None:
-        must_know(rule)
+        check_decoder_rule(rule)
         self._shape = (config.views, batch_size, config.size, config.size, 3)
         self._settings: dict[str, Any] = {
             "config": dataclasses.asdict(config),
@@ -126,248 +134,252 @@ class GuardedDecoder:
             "device": device,
             "rule": rule,
         }
-        self._patience = patience
-        self._slots = [Slot.of(self._shape) for _ in range(UNDER_WAY)]
+        self._timeout_seconds = timeout_seconds
+        self._slots = [SharedSlot.allocate(self._shape) for _ in range(BATCHES_IN_FLIGHT)]
         self._child: subprocess.Popen[bytes] | None = None
-        self._line: Connection | None = None
+        self._connection: Connection | None = None
         self._killed_files = 0  # in a row
         self.deaths = 0
 
-    def __enter__(self) -> GuardedDecoder:
+    def __enter__(self) -> SubprocessDecoder:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def __call__(self, encoded: Sequence[bytes], image_ids: Sequence[bytes]) -> Pixels:
-        """Pixels and faults of one batch.
-
-        views have at least 16 rows; those past the last file are black.
-        """
-        batch = _Batch(encoded, image_ids)
+        """Decode one batch. Views have at least 16 rows; those after the last file are black."""
+        batch = _FileBatch(encoded, image_ids)
         return next(pixels for _, pixels in self.stream([batch]))
 
     def stream(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Pixels]]:
-        """Each batch and its pixels, in order; the next is under way while the last is taken."""
-        waiting: deque[tuple[AnyBatch, Slot]] = deque()
+        """Yield each batch with its pixels, in order, while the next one is being decoded."""
+        waiting: deque[tuple[AnyBatch, SharedSlot]] = deque()
         try:
-            for number, batch in enumerate(batches):
-                slot, done = self._slots[number % UNDER_WAY], None
-                if len(waiting) == UNDER_WAY:
-                    done = waiting[0][0], self._take(waiting)
+            for index, batch in enumerate(batches):
+                slot, done = self._slots[index % BATCHES_IN_FLIGHT], None
+                if len(waiting) == BATCHES_IN_FLIGHT:
+                    done = waiting[0][0], self._receive(waiting)
                     waiting.popleft()
                 waiting.append((batch, slot))
-                self._give(batch, slot)
+                self._send(batch, slot)
                 if done:
                     yield done
             while waiting:
-                last = waiting[0][0], self._take(waiting)
+                last = waiting[0][0], self._receive(waiting)
                 waiting.popleft()
                 yield last
         finally:
-            if waiting:  # nobody will take these: the next stream must not get them
-                self._end()
+            if waiting:  # discard unread replies, which the next stream must not get
+                self._stop()
 
     def close(self) -> None:
-        """End the child and give its memory back."""
-        self._end()
+        """Stop the child and free the shared memory."""
+        self._stop()
         for slot in self._slots:
             slot.close()
         self._slots = []
 
-    # ---- one batch there and back
+    # ---- send a batch, receive its pixels
 
-    def _give(self, batch: Encoded, slot: Slot) -> None:
+    def _send(self, batch: EncodedBatch, slot: SharedSlot) -> None:
         if not batch.encoded:
             return
-        self._start()
-        at = 0
+        self._ensure_started()
+        position = 0
         for data in batch.encoded:
-            os.pwrite(slot.encoded, data, at)
-            at += len(data)
+            os.pwrite(slot.encoded, data, position)
+            position += len(data)
         sizes = [len(data) for data in batch.encoded]
         names = [image_id.hex() for image_id in batch.image_ids]
-        assert self._line
+        assert self._connection
         request = {"slot": self._slots.index(slot), "sizes": sizes, "ids": names}
-        with contextlib.suppress(OSError):  # that the child has died shows when it is to answer
-            self._line.send_bytes(json.dumps(request).encode())
+        with contextlib.suppress(OSError):  # if the child has died, _read_reply finds out
+            self._connection.send_bytes(json.dumps(request).encode())
 
-    def _take(self, waiting: deque[tuple[AnyBatch, Slot]]) -> Pixels:
-        """The pixels of the oldest batch; if the child died over it, of its files one by one."""
+    def _receive(self, waiting: deque[tuple[AnyBatch, SharedSlot]]) -> Pixels:
+        """The pixels of the oldest batch; if the child died, its files are decoded one by one."""
         batch, slot = waiting[0]
         if not batch.encoded:
-            return self._blank(0)
+            return self._blank_pixels(0)
         try:
-            return self._answer(batch, slot)
-        except Died:
-            pixels = self._one_by_one(batch, slot)
+            return self._read_reply(batch, slot)
+        except WorkerDied:
+            pixels = self._decode_one_by_one(batch, slot)
         for later, its_slot in list(waiting)[1:]:
-            self._give(later, its_slot)
+            self._send(later, its_slot)
         return pixels
 
-    def _answer(self, batch: Encoded, slot: Slot) -> Pixels:
-        """What the child says of the batch in `slot`; Died if it says nothing any more."""
-        assert self._line and self._child
-        seconds = self._patience + sum(map(len, batch.encoded)) / 1e6
+    def _read_reply(self, batch: EncodedBatch, slot: SharedSlot) -> Pixels:
+        """Wait for the reply to the batch in `slot`; WorkerDied if none comes."""
+        assert self._connection and self._child
+        seconds = self._timeout_seconds + sum(map(len, batch.encoded)) / 1e6
         try:
-            if not self._line.poll(seconds):
+            if not self._connection.poll(seconds):
                 self.deaths += 1
-                self._end()
-                raise Died(f"no answer in {seconds:.0f} s")
-            said = json.loads(self._line.recv_bytes())
+                self._stop()
+                raise WorkerDied(f"no answer in {seconds:.0f} s")
+            reply = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
-            raise self._autopsy() from None
+            raise self._on_worker_death() from None
         self._killed_files = 0
         count = len(batch.encoded)
-        blank = self._blank(count, filled=count)
-        for view, made in zip(blank.views, slot.squares, strict=True):
-            view[:count] = made[:count]
-        return Pixels(blank.views, **said)
+        blank = self._blank_pixels(count, filled=count)
+        for view, decoded in zip(blank.views, slot.pixels_by_view, strict=True):
+            view[:count] = decoded[:count]
+        return Pixels(blank.views, **reply)
 
-    def _one_by_one(self, batch: Encoded, slot: Slot) -> Pixels:
-        """The files of a batch that a child died over, each in a batch of its own."""
-        pixels = self._blank(len(batch.encoded))
+    def _decode_one_by_one(self, batch: EncodedBatch, slot: SharedSlot) -> Pixels:
+        """Decode each file of a batch that crashed the child in a separate batch."""
+        pixels = self._blank_pixels(len(batch.encoded))
         for row, (data, image_id) in enumerate(zip(batch.encoded, batch.image_ids, strict=True)):
             try:
-                one = self._alone(_Batch([data], [image_id]), slot)
-            except Died as again:
-                pixels.faults[row] = f"decoder_crash: {again}"
+                decoded = self._decode_single(_FileBatch([data], [image_id]), slot)
+            except WorkerDied as error:
+                pixels.faults[row] = f"decoder_crash: {error}"
                 continue
-            pixels.faults[row], pixels.fallback[row] = one.faults[0], one.fallback[0]
-            for view, its_view in zip(pixels.views, one.views, strict=True):
-                view[row] = its_view[0]
+            pixels.faults[row], pixels.fallback[row] = decoded.faults[0], decoded.fallback[0]
+            for view, decoded_view in zip(pixels.views, decoded.views, strict=True):
+                view[row] = decoded_view[0]
         return pixels
 
-    def _alone(self, file: _Batch, slot: Slot) -> Pixels:
-        """The pixels of one file; Died if it is the file that the child dies of."""
-        for attempt in range(MAX_KILLS):
-            time.sleep(PAUSE * attempt)
-            self._give(file, slot)
+    def _decode_single(self, file: _FileBatch, slot: SharedSlot) -> Pixels:
+        """Decode one file; WorkerDied if it crashes the child."""
+        for attempt in range(MAX_KILLS_PER_FILE):
+            time.sleep(RETRY_DELAY_SECONDS * attempt)
+            self._send(file, slot)
             try:
-                return self._answer(file, slot)
-            except Died as death:
-                if not death.from_outside:
+                return self._read_reply(file, slot)
+            except WorkerDied as error:
+                if not error.from_outside:
                     raise
-                last = death
+                last_error = error
         self._killed_files += 1
         if self._killed_files >= MAX_KILLED_FILES:
-            raise self._no_memory(f"while it decoded {self._killed_files} files in a row")
-        raise last
+            raise self._killed_error(f"while it decoded {self._killed_files} files in a row")
+        raise last_error
 
-    def _no_memory(self, when: str) -> LostError:
+    def _killed_error(self, when: str) -> LostError:
         return LostError(
             f"The decoder's process was killed again and again (SIGKILL) {when}.",
-            "memory for it: what ends it so is nearly always the system's out-of-memory killer.",
+            "enough memory: the cause is nearly always the system's out-of-memory killer.",
             "free memory, or give fewer --workers, a smaller --batch-size or --max-pixels; the same"
-            " command goes on where it stopped.",
+            " command continues where it stopped.",
         )
 
-    def _blank(self, count: int, filled: int = 0) -> Pixels:
-        """Pixels of `count` files without a fault, black but for the first `filled` rows."""
-        views, _, *square = self._shape
-        rows = max(LEAST, count) if count else 0
-        made = [np.empty((rows, *square), np.uint8) for _ in range(views)]
-        for view in made:
+    def _blank_pixels(self, count: int, filled: int = 0) -> Pixels:
+        """Pixels of `count` files without faults; rows from `filled` on are black."""
+        n_views, _, *square = self._shape
+        rows = max(MIN_BATCH_ROWS, count) if count else 0
+        views = [np.empty((rows, *square), np.uint8) for _ in range(n_views)]
+        for view in views:
             view[filled:] = 0
-        return Pixels(made, [None] * count, [False] * count)
+        return Pixels(views, [None] * count, [False] * count)
 
     # ---- the child
 
-    def _start(self) -> None:
-        """A child that is ready, unless there is one."""
-        for attempt in range(STARTS):
+    def _ensure_started(self) -> None:
+        """Start a child and wait until it is ready, unless there is one."""
+        for attempt in range(MAX_START_ATTEMPTS):
             if self._child is not None:
                 return
-            time.sleep(PAUSE * attempt)
+            time.sleep(RETRY_DELAY_SECONDS * attempt)
             self._spawn()
-            assert self._line
+            assert self._connection
             try:
-                if not self._line.poll(START):
-                    raise Died(f"not ready after {START:.0f} s")
-                self._line.recv_bytes()  # ready
+                if not self._connection.poll(STARTUP_TIMEOUT_SECONDS):
+                    raise WorkerDied(f"not ready after {STARTUP_TIMEOUT_SECONDS:.0f} s")
+                self._connection.recv_bytes()  # ready
                 return
             except (EOFError, OSError):
-                death = self._cause_of_death()
-            except Died as late:
-                death = late
+                died = self._cause_of_death()
+            except WorkerDied as error:
+                died = error
             self._stderr.seek(0)
-            words = self._stderr.read()[-2000:].decode(errors="replace")
-            self._end()
-        if death.from_outside:
-            raise self._no_memory("while it started")
-        last = next((line for line in reversed(words.splitlines()) if line.strip()), "")
+            stderr = self._stderr.read()[-2000:].decode(errors="replace")
+            self._stop()
+        if died.from_outside:
+            raise self._killed_error("while it started")
+        last_line = next((line for line in reversed(stderr.splitlines()) if line.strip()), "")
         raise ConfigError(
-            f"The decoder's process does not start ({death}): {last.strip() or 'it says nothing'}.",
+            f"The decoder's process does not start ({died}): {last_line.strip() or 'no message'}.",
             "DALI, nvImageCodec and Pillow, and on a GPU its driver, that load in a new process.",
-            "see what `arrowhead doctor` says; `make setup` installs what the lock names.",
-        ) from RuntimeError(words)
+            "run `arrowhead doctor`; `make setup` installs the locked versions.",
+        ) from RuntimeError(stderr)
 
     def _spawn(self) -> None:
-        ours, theirs = _pair()
-        life, hold = os.pipe()  # the child ends when no one holds this any more
+        own_end, child_end = _socket_pair()
+        lifeline, parent_end = os.pipe()  # the child exits when parent_end is closed
         descriptors = [fd for slot in self._slots for fd in (slot.encoded, slot.pixels)]
-        settings = {"line": theirs, "life": life, "slots": descriptors, **self._settings}
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
+        settings = {
+            "connection": child_end,
+            "lifeline": lifeline,
+            "slots": descriptors,
+            **self._settings,
+        }
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _stop
         self._child = subprocess.Popen(  # noqa: S603 - our own program
-            [sys.executable, "-P", "-c", PROGRAM, json.dumps(settings)],
-            pass_fds=[theirs, life, *descriptors],
-            env=_environment(),
+            [sys.executable, "-P", "-c", WORKER_PROGRAM, json.dumps(settings)],
+            pass_fds=[child_end, lifeline, *descriptors],
+            env=_worker_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
         )
-        os.close(theirs)
-        os.close(life)
-        self._hold = hold
-        self._line = Connection(ours)
+        os.close(child_end)
+        os.close(lifeline)
+        self._parent_end = parent_end
+        self._connection = Connection(own_end)
 
-    def _autopsy(self) -> Died:
-        """The line to the child is dead: what the child died of. The next one has fewer threads if
-        it was killed: each holds memory of its own. (They change no pixel.)
+    def _on_worker_death(self) -> WorkerDied:
+        """Clean up after a death and return its cause. If the child was killed, the next one gets
+        fewer threads, since each needs memory; the pixels do not depend on their number.
         """
         self.deaths += 1
-        death = self._cause_of_death()
-        self._end()
-        if death.from_outside:
+        died = self._cause_of_death()
+        self._stop()
+        if died.from_outside:
             self._settings["threads"] = max(1, self._settings["threads"] // 2)
-        return death
+        return died
 
-    def _cause_of_death(self) -> Died:
+    def _cause_of_death(self) -> WorkerDied:
         assert self._child
         try:
-            code = self._child.wait(10)  # a core dump takes its time
+            code = self._child.wait(10)  # writing a core dump takes time
         except subprocess.TimeoutExpired:
             code = 0
         if code >= 0:
-            return Died(f"exit code {code}")
-        return Died(f"killed by {signal.Signals(-code).name}", from_outside=-code == signal.SIGKILL)
+            return WorkerDied(f"exit code {code}")
+        return WorkerDied(
+            f"killed by {signal.Signals(-code).name}", from_outside=-code == signal.SIGKILL
+        )
 
-    def _end(self) -> None:
-        """Kill the child, if there is one."""
+    def _stop(self) -> None:
+        """Kill the child if there is one."""
         child, self._child = self._child, None
         if child is None:
             return
         child.kill()
         child.wait()
-        os.close(self._hold)
+        os.close(self._parent_end)
         self._stderr.close()
-        if self._line:
-            self._line.close()
-        self._line = None
+        if self._connection:
+            self._connection.close()
+        self._connection = None
 
 
-PROGRAM = "from arrowhead.decode import worker_process; worker_process.serve()"
+WORKER_PROGRAM = "from arrowhead.decode import worker_process; worker_process.serve()"
 
 
-def _environment() -> dict[str, str]:
-    """The child's: this Arrowhead is found first, and nothing in the folder we stand in is."""
-    house = str(Path(__file__).resolve().parents[2])
-    paths = [house, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+def _worker_environment() -> dict[str, str]:
+    """Environment of the child: it imports this Arrowhead, nothing from the working directory."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
-def works() -> list[str]:
-    """Kinds of files that open here, found by decoding one small image of each."""
+def supported_formats() -> list[str]:
+    """The image formats that can be decoded here, found by decoding a small image of each."""
     from PIL import Image
 
     kinds = ["JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF", "AVIF"]
@@ -376,35 +388,35 @@ def works() -> list[str]:
         sheet = io.BytesIO()
         Image.new("RGB", (32, 32), (200, 100, 50)).save(sheet, kind)
         images.append(sheet.getvalue())
-    with GuardedDecoder(PixelConfig(size=32), batch_size=16, threads=1) as decoder:
+    with SubprocessDecoder(PixelConfig(size=32), batch_size=16, threads=1) as decoder:
         faults = decoder(images, [bytes(16)] * len(images)).faults
     return [kind for kind, fault in zip(kinds, faults, strict=True) if fault is None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _FileBatch:
     encoded: Sequence[bytes]
     image_ids: Sequence[bytes]
 
 
-def _pair() -> tuple[int, int]:
+def _socket_pair() -> tuple[int, int]:
     import socket
 
-    ours, theirs = socket.socketpair()
-    return ours.detach(), theirs.detach()
+    own_end, child_end = socket.socketpair()
+    return own_end.detach(), child_end.detach()
 
 
 # ------------------------------------------------------------------------ in the child
 
 
 def serve() -> None:
-    """Decode what the parent puts into the slots, until it is gone."""
+    """Main function of the child: decode what the parent puts into the slots, until it exits."""
     settings = json.loads(sys.argv[-1])
-    # The parent answers these; this process ends with it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_until_alone, args=(settings["life"],), daemon=True).start()
-    line = Connection(settings["line"])
+    # The parent handles these signals; this process exits with it.
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, args=(settings["lifeline"],), daemon=True).start()
+    connection = Connection(settings["connection"])
     config = PixelConfig(**settings["config"])
     views, side = config.views, config.size
     decoder = Decoder(
@@ -413,56 +425,56 @@ def serve() -> None:
         threads=settings["threads"],
         device=settings["device"],
         rule=settings["rule"],
-        said=_Stderr().since,
+        read_messages=_StderrReader().read_new,
     )
-    squares = [
+    pixels_by_view = [
         np.frombuffer(mmap.mmap(fd, 0), np.uint8).reshape(views, -1, side, side, 3)
         for fd in settings["slots"][1::2]
     ]
-    line.send_bytes(b"ready")
+    connection.send_bytes(b"ready")
     while True:
         try:
-            request = json.loads(line.recv_bytes())
+            request = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
-        began = perf_counter()
+        start_time = perf_counter()
         slot = request["slot"]
         ids = [bytes.fromhex(name) for name in request["ids"]]
-        files = _files(settings["slots"][2 * slot], request["sizes"])
-        pixels = decoder(files, ids, squares[slot])
-        said: dict[str, Any] = {"faults": pixels.faults, "fallback": pixels.fallback}
-        line.send_bytes(json.dumps(said | {"seconds": perf_counter() - began}).encode())
+        files = _read_files(settings["slots"][2 * slot], request["sizes"])
+        pixels = decoder(files, ids, pixels_by_view[slot])
+        reply: dict[str, Any] = {"faults": pixels.faults, "fallback": pixels.fallback}
+        connection.send_bytes(json.dumps(reply | {"seconds": perf_counter() - start_time}).encode())
 
 
-def _files(memory: int, sizes: list[int]) -> list[bytes]:
-    """The files of a slot, and its memory given back."""
-    at, files = 0, []
+def _read_files(memory: int, sizes: list[int]) -> list[bytes]:
+    """Read the files of a slot, and free its memory if it is large."""
+    position, files = 0, []
     for size in sizes:
-        files.append(os.pread(memory, size, at))
-        at += size
-    if at > 2**25:
+        files.append(os.pread(memory, size, position))
+        position += size
+    if position > 2**25:
         os.ftruncate(memory, 0)
     return files
 
 
-def _until_alone(life: int) -> None:
-    os.read(life, 1)  # returns when the parent has closed its end, or died
+def _exit_with_parent(lifeline: int) -> None:
+    os.read(lifeline, 1)  # returns when the parent closes its end or dies
     os._exit(0)
 
 
-class _Stderr:
-    """What is written to this process's stderr, by C libraries too."""
+class _StderrReader:
+    """Reads what is written to this process's stderr, also by C libraries."""
 
     def __init__(self) -> None:
-        self._at = os.lseek(2, 0, os.SEEK_END)
+        self._offset = os.lseek(2, 0, os.SEEK_END)
 
-    def since(self) -> str:
-        """The words since the last call."""
+    def read_new(self) -> str:
+        """What was written since the last call."""
         end = os.lseek(2, 0, os.SEEK_END)
-        words = os.pread(2, min(end - self._at, FLOOD), self._at)
-        if end > 2**20:  # a bad folder says a lot
+        messages = os.pread(2, min(end - self._offset, MAX_STDERR_BYTES), self._offset)
+        if end > 2**20:  # a folder of corrupt images causes many messages
             os.ftruncate(2, 0)
             os.lseek(2, 0, os.SEEK_SET)
             end = 0
-        self._at = end
-        return words.decode(errors="replace")
+        self._offset = end
+        return messages.decode(errors="replace")

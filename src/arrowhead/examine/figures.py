@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import fileio, spreadsheet, wording
-from arrowhead.printable import visible
+from arrowhead.printable import escape_control_chars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,7 +113,7 @@ def _plot_losses(axes: Any, curve: Curve) -> None:
 def lr_csv(curve: Curve, path: Path) -> None:
     """Write the rate and the loss of each seed, one row per step; empty where a seed diverged."""
     header = ["rate", *(f"loss_seed_{i}" for i in range(len(curve.losses)))]
-    with spreadsheet.writing(path, header) as sheet:
+    with spreadsheet.open_csv(path, header) as sheet:
         for rate, *losses in zip(curve.rates, *curve.losses, strict=True):
             cells = [None if np.isnan(loss) else float(f"{loss:.6g}") for loss in losses]
             sheet.row([float(f"{rate:.6g}"), *cells])
@@ -205,7 +205,7 @@ def learning_figure(curve: dict[str, Any]) -> Figure:
     axes = figure.add_subplot()
     axes.fill_between(images, mean - std, mean + std, alpha=0.2, linewidth=0)
     axes.plot(
-        images, mean, "o-", label=f"mean of {wording.counted(len(points[0]['values']), 'head')}"
+        images, mean, "o-", label=f"mean of {wording.pluralize(len(points[0]['values']), 'head')}"
     )
     for point in points:
         axes.plot([point["images"]] * len(point["values"]), point["values"], "k.", markersize=3)
@@ -226,7 +226,9 @@ def learning_csv(curve: dict[str, Any], path: Path) -> Path:
     """
     max_heads = max(len(point["values"]) for point in curve["points"])
     heads = [f"head_{i}" for i in range(max_heads)]
-    with spreadsheet.writing(path, ["share", "images", curve["figure"], "spread", *heads]) as sheet:
+    with spreadsheet.open_csv(
+        path, ["share", "images", curve["figure"], "spread", *heads]
+    ) as sheet:
         for point in curve["points"]:
             cells = [point[key] for key in ("share", "images", "mean", "spread")]
             padding = [None] * (max_heads - len(point["values"]))
@@ -242,7 +244,7 @@ def grid_csv(ranked: dict[str, Any], path: Path) -> Path:
     """
     names = list(ranked["settings"][0]["knobs"])
     header = [*names, "seeds", ranked["figure"], "spread", "valid_loss", "epochs", "p"]
-    with spreadsheet.writing(path, header) as sheet:
+    with spreadsheet.open_csv(path, header) as sheet:
         for setting in ranked["settings"]:
             seeds = " ".join(map(str, setting["seeds"]))
             cells = [setting[key] for key in ("mean", "spread", "valid_loss", "epochs", "p")]
@@ -269,7 +271,7 @@ def save(figure: Any, path: Path) -> Path:
 
     Returns the path.
     """
-    with fileio.draft(path) as draft, warnings.catch_warnings():
+    with fileio.atomic_write(path) as draft, warnings.catch_warnings():
         # A missing glyph must not fail a program that turns warnings into errors.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(draft, dpi=120, format=path.suffix.removeprefix(".") or "png")
@@ -285,7 +287,7 @@ def _text_style(names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
     Long names lose their middle. Control characters are escaped, and so are characters that no font
     on this machine has, whose boxes would all look alike. `$` starts no formula.
     """
-    shortened = [_shorten(visible(name)) for name in names]
+    shortened = [_shorten(escape_control_chars(name)) for name in names]
     needed = {ord(character) for name in shortened for character in name}
     families = _choose_fonts(frozenset(needed - _code_points(DEFAULT_FONT)))
     available = {ord(" ")}.union(*map(_code_points, families))

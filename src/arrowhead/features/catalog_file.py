@@ -86,7 +86,7 @@ def catalog_table(path: Path) -> Any:
 
 def split_column(table: Any) -> NDArray[np.str_]:
     """The split of each row of a catalog's table, str (N,)."""
-    column = arrow_io.whole(table["split"])
+    column = arrow_io.single_array(table["split"])
     names = np.array(column.dictionary.to_pylist(), np.str_)
     split_N: NDArray[np.str_] = names[column.indices.to_numpy()]
     return split_N
@@ -99,7 +99,7 @@ def label_column(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    column = arrow_io.whole(table["labels"])
+    column = arrow_io.single_array(table["labels"])
     offsets = column.offsets.to_numpy()
     value_set = pa.array(classes, pa.string())
     class_index = pc.index_in(column.values, value_set=value_set).to_numpy(zero_copy_only=False)

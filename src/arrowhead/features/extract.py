@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import CROPPED_UPRIGHT, PixelConfig
-from arrowhead.decode.worker_process import GuardedDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features.backbone import Body, BodyConfig, Weights
 from arrowhead.features.recipe import Recipe
@@ -149,10 +149,12 @@ def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConf
     """Write the shard of every chunk that this worker takes from the store's pending catalog."""
     store = Store(path)
     catalog = Catalog(**store.read_pending())
-    chunk_rows = data_chunks.chunks(catalog.paths, store.chunk_size)
-    names = [data_chunks.chunk_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
+    chunk_rows = data_chunks.split_into_chunks(catalog.paths, store.chunk_size)
+    names = [data_chunks.shard_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
     body = load_body(store.recipe, store.weights_path, worker.device)
-    chunks = ((number, catalog.part(chunk_rows[number])) for number in iter(worker.next_task, None))
+    chunks = (
+        (number, catalog.subset(chunk_rows[number])) for number in iter(worker.next_task, None)
+    )
     with FeaturePipeline(worker, body, store.recipe, pixels, config) as pipeline:
         for chunk in pipeline(chunks, FeatureCache.from_store(store)):
             with pipeline.timer.stage("write"):
@@ -328,12 +330,12 @@ class FeaturePipeline:
         self._body, self._recipe, self._config = body, recipe, config
         self._device = worker.device
         self._copy_stream: torch.cuda.Stream | None = None
-        self._decoder = GuardedDecoder(
+        self._decoder = SubprocessDecoder(
             pixels,
             batch_size=config.batch_size,
             threads=worker.threads,
             device=int(worker.device.partition(":")[2] or 0) if "cuda" in worker.device else None,
-            patience=config.patience,
+            timeout_seconds=config.patience,
             rule=recipe.decoder,
         )
 
@@ -400,7 +402,7 @@ class FeaturePipeline:
         """Contents and faults of files, in order; reads at most two batches ahead."""
         pending: deque[Future[tuple[bytes, str | None]]] = deque()
         for row in range(len(files)):
-            pending.append(readers.submit(files.read, row, self._config.max_bytes))
+            pending.append(readers.submit(files.read_file, row, self._config.max_bytes))
             if len(pending) > 2 * self._config.batch_size:
                 yield self._wait_for(pending.popleft())
         while pending:

@@ -62,7 +62,7 @@ def save_candidates(
         MAX_BYTES, _read_unchanged(catalog, image_ids, candidates, copied)
     ):
         if row not in copied:
-            with fileio.draft(store.golden_path(image_ids[row].hex())) as temporary:
+            with fileio.atomic_write(store.golden_path(image_ids[row].hex())) as temporary:
                 temporary.write_bytes(data)
         names.append(image_ids[row].hex())
     return names
@@ -98,7 +98,9 @@ def _read_unchanged(
     """Row and bytes of the images that can be read and still have their image id."""
 
     def read(row: int) -> tuple[int, bytes]:
-        data, fault = (copied[row], None) if row in copied else catalog.read(row, MAX_FILE_BYTES)
+        data, fault = (
+            (copied[row], None) if row in copied else catalog.read_file(row, MAX_FILE_BYTES)
+        )
         is_unchanged = hashlib.blake2b(data, digest_size=16).digest() == image_ids[row]
         return row, data if is_unchanged and not fault else b""
 

@@ -22,7 +22,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import extract, store_format
 from arrowhead.features.store import Store
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +145,12 @@ def _check_rows(store: Store, manifest: dict[str, Any], bad_files: set[str]) -> 
             continue
         faults = sum(fault is not None for fault in rows.faults)
         if (len(rows.paths), faults) != (shard["files"], shard["faults"]):
-            counts = f"{counted(len(rows.paths), 'file')} and {counted(faults, 'fault')}"
+            counts = f"{pluralize(len(rows.paths), 'file')} and {pluralize(faults, 'fault')}"
             yield Finding("misfit", str(path), f"it holds {counts}; the manifest says {shard}")
         paths += rows.paths
     duplicates = [name for name, count in Counter(paths).items() if count > 1]
     if duplicates:
-        words = f"more than one row for {counted(len(duplicates), 'file')}: {duplicates[:3]}"
+        words = f"more than one row for {pluralize(len(duplicates), 'file')}: {duplicates[:3]}"
         yield Finding("misfit", str(store.path), words)
     if bad_files - {str(store.weights_path)}:
         return
@@ -169,8 +169,8 @@ def find_unneeded(store: Store) -> list[Finding]:
     if store.pending_path.is_file():
         try:
             pending = Catalog(**store.read_pending())
-            for rows in chunks.chunks(pending.paths, store.chunk_size):
-                needed.add(chunks.chunk_name(pending, rows, store.recipe.fingerprint))
+            for rows in chunks.split_into_chunks(pending.paths, store.chunk_size):
+                needed.add(chunks.shard_name(pending, rows, store.recipe.fingerprint))
         except DataError:  # it cannot be read, so any shard may be needed
             needed |= set(store.shard_names())
         words = "an extraction is running or was stopped. Do: run the same precompute again"
@@ -220,5 +220,5 @@ def gc(path: Path, *, remove: bool) -> list[Finding]:
                     "check the files there yourself, or replace the link by the folder itself.",
                 )
         for finding in findings if remove else []:
-            fileio.remove(Path(finding.path))
+            fileio.remove_path(Path(finding.path))
     return findings

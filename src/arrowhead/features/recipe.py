@@ -43,7 +43,7 @@ class Recipe:
     augment_seed: int = 0
     dtype: str = "float16"
     decoder: str = "dali"
-    """The decoder, and how it crops photos with an EXIF rotation (`pixels.RULES`)."""
+    """The decoder, and how it crops photos with an EXIF rotation (`DECODER_RULES`)."""
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
@@ -67,7 +67,7 @@ class Recipe:
                 f"format {FORMAT}, with the fields that this version knows.",
                 "use the Arrowhead version that wrote it, or extract again into a new store.",
             )
-        fileio.must_fit(
+        fileio.check_schema(
             fields, RECIPE_SCHEMA, f"the recipe in {where}", "extract again into a new store."
         )
         triples = {name: tuple(fields[name]) for name in ("mean", "std")}

@@ -145,14 +145,14 @@ def _stored_recipe(table: Any) -> dict[str, Any]:
 
 def feature_column(table: Any, recipe: Recipe) -> NDArray[np.float16]:
     """The features, float16 (R, V, D), as a view of the memory map; zero where there is a fault."""
-    flat = arrow_io.whole(table["feature"]).values.to_numpy(zero_copy_only=True)
+    flat = arrow_io.single_array(table["feature"]).values.to_numpy(zero_copy_only=True)
     feature: NDArray[np.float16] = flat.reshape(-1, recipe.views, recipe.width)
     return feature
 
 
 def id_column(table: Any) -> NDArray[np.uint64]:
     """The first 8 bytes of every image id as a big-endian number, uint64 (rows of the table,)."""
-    ids = arrow_io.whole(table["image_id"])
+    ids = arrow_io.single_array(table["image_id"])
     halves = np.frombuffer(ids.buffers()[1], ">u8").reshape(-1, 2)
     return halves[ids.offset : ids.offset + len(ids), 0].astype(np.uint64)
 

@@ -96,9 +96,9 @@ class Store:
                 "a folder written by `arrowhead precompute`, or the store in the OUT of `fit`.",
                 f"give {inner}." if has_inner else f"run `arrowhead precompute DATA {path}` first.",
             )
-        output_paths.must_be_text(path)
+        output_paths.check_utf8(path)
         content = store_format.read_sealed(path / "store.json")
-        fileio.must_fit(content, STORE_SCHEMA, str(path / "store.json"), REPAIR)
+        fileio.check_schema(content, STORE_SCHEMA, str(path / "store.json"), REPAIR)
         self.recipe = Recipe.from_dict(content.get("recipe", {}), str(path / "store.json"))
         self.chunk_size = int(content["chunk_size"])
 
@@ -112,20 +112,20 @@ class Store:
             store = Store(path)
             store.recipe.require_equal(recipe, str(path), "this run")
             return store
-        output_paths.check_folder(path, "store")
+        output_paths.check_output_folder(path, "store")
         content = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
         content |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
         fileio.write_sealed(path / "store.json", content)
         return Store(path)
 
     def lock(
-        self, warn: Callable[[str], None] = fileio.warn_of_locks
+        self, warn: Callable[[str], None] = fileio.warn_no_locks
     ) -> AbstractContextManager[None]:
         """Lock the store for writing; raises ConfigError if another process is writing to it.
 
         warn: called with a sentence if the file system has no locks.
         """
-        return fileio.locked(self.path, warn)
+        return fileio.folder_lock(self.path, warn)
 
     @property
     def weights_path(self) -> Path:
@@ -185,7 +185,7 @@ class Store:
         return self.path / "digests" / path.stem
 
     def _record_hash(self, path: Path) -> None:
-        with fileio.draft(self._hash_path(path)) as temporary:
+        with fileio.atomic_write(self._hash_path(path)) as temporary:
             temporary.write_text(fileio.sha256(path) + "\n")
 
     def _recorded_hash(self, path: Path) -> str | None:
@@ -230,7 +230,7 @@ class Store:
         if digest is None:
             self._check_content([path] if path.is_file() else [])
         elif f"{path.name} {digest}" not in self._checked:
-            fileio.must_hash_to(path, digest, witness=witness, repair=EXTRACT_AGAIN)
+            fileio.check_sha256(path, digest, recorded_in=witness, repair=EXTRACT_AGAIN)
             self._checked.add(f"{path.name} {digest}")
 
     def manifest(self) -> dict[str, Any]:
@@ -250,7 +250,7 @@ class Store:
         stamp = status.st_ino, status.st_size, status.st_mtime_ns
         if self._manifest is None or self._manifest[0] != stamp:
             content = store_format.read_sealed(file)
-            fileio.must_fit(content, MANIFEST_SCHEMA, str(file), REPAIR)
+            fileio.check_schema(content, MANIFEST_SCHEMA, str(file), REPAIR)
             self._manifest = stamp, content
         return self._manifest[1]
 
@@ -338,7 +338,7 @@ class Store:
         manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
         manifest["golden"] = list(golden)
         fileio.write_sealed(self.path / "manifest.json", manifest)
-        with fileio.draft(self.path / "catalog.arrow") as temporary:
+        with fileio.atomic_write(self.path / "catalog.arrow") as temporary:
             shutil.copyfile(self.path / catalog["name"], temporary)
         for file in self.unused_golden(golden):
             file.unlink()

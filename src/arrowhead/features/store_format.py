@@ -59,7 +59,7 @@ MANIFEST_SCHEMA = {
 
 def check_sha256(path: Path, digest: str) -> None:
     """Raise DataError if a file of a store is missing or its sha256 is not `digest`."""
-    fileio.must_hash_to(path, digest, witness="the manifest", repair=EXTRACT_AGAIN)
+    fileio.check_sha256(path, digest, recorded_in="the manifest", repair=EXTRACT_AGAIN)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

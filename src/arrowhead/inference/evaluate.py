@@ -31,7 +31,7 @@ from arrowhead.errors import ConfigError
 from arrowhead.evaluation import metrics
 from arrowhead.inference import scores_io
 from arrowhead.inference.score_request import ScoreConfig, ScoreRequest
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 MAX_NAMES = 10  # listed in a message
 
@@ -77,8 +77,8 @@ def list_images(data: str | Path, source: SourceConfig) -> Catalog:
     source that is missing, empty or damaged.
     """
     if tables.is_table(data):
-        return sources.labelled(data, source, teaches=False)
-    return sources.unlabelled(data, source)
+        return sources.labelled_catalog(data, source, for_training=False)
+    return sources.unlabelled_catalog(data, source)
 
 
 def attach_labels(
@@ -132,7 +132,9 @@ def _split_labels_if_better(
     if source.label_separator is not None or known.issuperset(catalog.classes):
         return catalog
     try:
-        split = sources.labelled(data, replace(source, multi_label=True), teaches=False)
+        split = sources.labelled_catalog(
+            data, replace(source, multi_label=True), for_training=False
+        )
     except ConfigError:  # the cells cannot be split
         return catalog
     known_unsplit, known_split = (
@@ -161,7 +163,7 @@ def _label_by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog,
     """
     known = set(classes)
     folders = [path.split("/")[:-1] for path in catalog.paths]
-    splits = [(layouts.role(parts[0]) or "") if parts else "" for parts in folders]
+    splits = [(layouts.split_role(parts[0]) or "") if parts else "" for parts in folders]
     without_split = sum(bool(parts) and parts[0] in known for parts in folders)
     with_split = sum(
         len(parts) > 1 and bool(split) and parts[1] in known
@@ -188,7 +190,9 @@ def _label_by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog,
     if not depth:
         splits = [""] * len(catalog)
     left_out = len(has_label) - sum(has_label)
-    notes = [f"left out: {counted(left_out, 'file')} outside of class folders"] if left_out else []
+    notes = (
+        [f"left out: {pluralize(left_out, 'file')} outside of class folders"] if left_out else []
+    )
     return _select(replace(catalog, labels=labels, splits=splits), has_label), notes
 
 
@@ -202,7 +206,7 @@ def _select_known_classes(
         return catalog, []
     names = _abbreviate(sorted(unknown))
     known_names = f"its {len(known)} classes: {_abbreviate(bundle.classes)}."
-    images = counted(unknown.total(), "image")
+    images = pluralize(unknown.total(), "image")
     if not config.ignore_unknown_classes:
         raise ConfigError(
             f"{data} has {images} of classes that the bundle does not know: {names}.",
@@ -211,7 +215,7 @@ def _select_known_classes(
         )
     if bundle.multi:  # the image's other labels are still valid
         labels = [tuple(label for label in row if label in known) for row in catalog.labels]
-        unknown_labels = counted(unknown.total(), "label")
+        unknown_labels = pluralize(unknown.total(), "label")
         note = f"left out: {unknown_labels} unknown to the bundle: {names}"
         return replace(catalog, labels=labels), [note]
     selected = _select(catalog, [known.issuperset(names) for names in catalog.labels])
@@ -291,7 +295,7 @@ def compute_metrics(request: ScoreRequest, bundle: Bundle) -> dict[str, Any]:
     prob_NC, label, use_N, faults = _join_labels(request, bundle)
     if not len(prob_NC):
         raise ConfigError(
-            f"none of {counted(faults, 'image')} could be read.",
+            f"none of {pluralize(faults, 'image')} could be read.",
             "images with labels.",
             f"look at the faults in {request.output_dir / 'parts'}.",
         )
@@ -384,6 +388,6 @@ def write_results(out: Path, result: Mapping[str, Any]) -> None:
     fileio.write_json(out / "evaluation.json", result)
     by_class = reported_metrics(result["metrics"])["per_class"]
     columns = list(next(iter(by_class.values())))
-    with spreadsheet.writing(out / "per_class.csv", ["class", *columns]) as sheet:
+    with spreadsheet.open_csv(out / "per_class.csv", ["class", *columns]) as sheet:
         for name, values in by_class.items():
             sheet.row([name, *values.values()])

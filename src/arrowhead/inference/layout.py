@@ -42,4 +42,4 @@ def check_layout(out: Path) -> None:
 
 def hash_inputs(files: Catalog) -> str:
     """A hash of the images' paths, sizes and stamps; it changes when one of them is replaced."""
-    return chunks.chunk_name(files, range(len(files)), "")
+    return chunks.shard_name(files, range(len(files)), "")

@@ -93,8 +93,8 @@ class BundleModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
         from arrowhead.features.extract import ExtractConfig
 
         max_bytes = ExtractConfig().max_bytes
-        if path_text.in_store(root):
-            return reading.read(root, path, max_bytes)[0]
+        if path_text.is_store_uri(root):
+            return reading.read_file(root, path, max_bytes)[0]
         folder = path_text.unescape_path(root)
         file = os.path.realpath(os.path.join(folder, path_text.unescape_path(path)))
         if os.path.commonpath([folder, file]) != folder:
@@ -102,7 +102,7 @@ class BundleModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
                 f"{path} is not below the folder that this server may read."
             )
         relative = path_text.escape_path(os.path.relpath(file, folder))
-        return reading.read(root, relative, max_bytes)[0]
+        return reading.read_file(root, relative, max_bytes)[0]
 
 
 def _cells(column: pandas.Series) -> Iterator[tuple[Any, bool]]:

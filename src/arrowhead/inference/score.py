@@ -122,7 +122,7 @@ def write_csv(request: ScoreRequest, bundle: Bundle) -> Path:
     names += ["fault"]
     classes = bundle.classes if request.config.probabilities else []
     header = ["path", *names, *(f"probability.{name}" for name in classes)]
-    with spreadsheet.writing(path, header) as sheet:
+    with spreadsheet.open_csv(path, header) as sheet:
         for columns in request.read_columns([*names, *(["probabilities"] if classes else [])]):
             for row in _csv_rows(columns, names, classes):
                 sheet.row(row)

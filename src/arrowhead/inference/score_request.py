@@ -210,8 +210,8 @@ def prepare(
     layout.check_layout(out)
     is_new = not request_path.is_file()
     if is_new:
-        output_paths.check_folder(out, "scores")
-        part_rows = chunks.chunks(catalog.paths, chunk_size)
+        output_paths.check_output_folder(out, "scores")
+        part_rows = chunks.split_into_chunks(catalog.paths, chunk_size)
     else:
         part_rows = _read_part_rows(out, settings, len(catalog))
     # The number of ignored files does not affect the scores, so it must not change this file.
@@ -278,7 +278,7 @@ def read_request(path: Path) -> dict[str, Any]:
     content = fileio.read_sealed(
         path, scores_io.FORMAT, upgrade="score into a new folder", repair=SCORE_AGAIN
     )
-    fileio.must_fit(content, scores_io.REQUEST_SCHEMA, str(path), SCORE_AGAIN)
+    fileio.check_schema(content, scores_io.REQUEST_SCHEMA, str(path), SCORE_AGAIN)
     return content
 
 
@@ -292,7 +292,7 @@ def _discard_unusable_parts(out: Path, catalog: Catalog, part_rows: list[range])
     intact, damaged = [], []
     for number, rows in enumerate(part_rows):
         path = parts_dir / scores_io.part_name(number)
-        inputs = layout.hash_inputs(catalog.part(rows)) if number in journal else ""
+        inputs = layout.hash_inputs(catalog.subset(rows)) if number in journal else ""
         current = [part for part in journal.get(number, []) if part.inputs == inputs]
         if part := next((part for part in current if part.is_intact(parts_dir)), None):
             intact.append(part)
@@ -325,5 +325,5 @@ def read_score(path: Path) -> dict[str, Any]:
     content = fileio.read_sealed(
         path, scores_io.FORMAT, upgrade="score again into a new folder", repair=repair
     )
-    fileio.must_fit(content, scores_io.SCORE_SCHEMA, str(path), repair)
+    fileio.check_schema(content, scores_io.SCORE_SCHEMA, str(path), repair)
     return content

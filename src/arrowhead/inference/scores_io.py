@@ -111,7 +111,7 @@ def write_scores(path: Path, scores: Scores, metadata: Mapping[str, str]) -> Non
     table = _score_table(scores).replace_schema_metadata(metadata)
     # Dictionary encoding only where values repeat, unlike probabilities and features.
     repeated = ["label", "labels.list.element", "top_k.list.element.label", "fault"]
-    with fileio.draft(path) as draft:
+    with fileio.atomic_write(path) as draft:
         pq.write_table(
             table, draft, compression="zstd", use_dictionary=repeated, write_page_checksum=True
         )
@@ -208,7 +208,7 @@ def read_table(path: Path, columns: Sequence[str], digest: str | None = None) ->
             raise _changed_part_error(path)
         source = pa.BufferReader(content)
         schema = (pq.read_metadata(source).metadata or {}).get(b"ARROW:schema", b"")
-        arrow_io.must_be_plain(path, base64.b64decode(schema))
+        arrow_io.refuse_extension_types(path, base64.b64decode(schema))
         source.seek(0)
         return pq.read_table(source, columns=list(columns), page_checksum_verification=True)
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
@@ -313,7 +313,7 @@ def replace_journal(folder: Path, parts: Sequence[Part]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     old = list(folder.glob("*.jsonl"))
     if parts:
-        with fileio.draft(folder / f"{secrets.token_hex(8)}.jsonl") as draft:
+        with fileio.atomic_write(folder / f"{secrets.token_hex(8)}.jsonl") as draft:
             draft.write_text("".join(map(_format_line, parts)))
     for path in old:
         path.unlink(missing_ok=True)
@@ -327,7 +327,7 @@ def _format_line(part: Part) -> str:
 def _parse_line(line: bytes) -> Part | None:
     try:
         content = json.loads(line)
-        fileio.must_fit(content, PART_SCHEMA, "the line", "")
+        fileio.check_schema(content, PART_SCHEMA, "the line", "")
     except (ValueError, RecursionError, DataError):
         return None
     seal = content.pop("seal")

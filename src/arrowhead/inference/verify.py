@@ -20,7 +20,7 @@ def _require_finished(out: Path) -> None:
             "a folder that `arrowhead score` wrote.",
             "check the path.",
         )
-    output_paths.must_be_text(out)
+    output_paths.check_utf8(out)
     if not (out / "score.json").is_file():
         raise ConfigError(
             f"{out} has no score.json: its scoring never finished.",

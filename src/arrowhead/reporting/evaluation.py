@@ -19,7 +19,7 @@ from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.examine import figures as examine_figures
 from arrowhead.inference.evaluate import reported_metrics
 from arrowhead.reporting.run_context import RunContext, Screen
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 MIN_IMBALANCE = 3  # ratio of the largest to the smallest class from which on it is reported
 MAX_RARE_CLASSES_SHOWN = 3
@@ -34,7 +34,7 @@ def show_novelty_threshold(detector: NoveltyDetector, screen: Screen) -> None:
     if np.isfinite(threshold):
         screen.say(f"novelty threshold {threshold:.3f} (5 % false alarms)")
     else:
-        images = counted(len(detector.known), "validation image")
+        images = pluralize(len(detector.known), "validation image")
         screen.say(f"no novelty threshold: {images}, too few for one")
 
 
@@ -93,7 +93,7 @@ def report_evaluation(
     for line in _class_lines(shown["per_class"]):
         say(line)
     if metrics["faults"]:
-        say(f"in no metric: {counted(metrics['faults'], 'image')} that could not be read")
+        say(f"in no metric: {pluralize(metrics['faults'], 'image')} that could not be read")
     say(metrics_line(metrics, "labelled"))
     show_trusted_metrics(metrics, context.screen)
     pictures = []

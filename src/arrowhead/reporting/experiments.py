@@ -17,7 +17,7 @@ from arrowhead.training import folds_file, grid
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.study import OutOfFold, Study, StudyResult
 from arrowhead.training.trainer import TrainedHead
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 MAX_SETTINGS_SHOWN = 5
 
@@ -31,7 +31,7 @@ def report_grid(
     overrides, heads, ranking = study.overrides, result.heads, result.ranking
     assert ranking is not None
     context.screen.say(
-        f"{counted(len(heads), 'head')}, {counted(len(ranking['settings']), 'setting')}, by"
+        f"{pluralize(len(heads), 'head')}, {pluralize(len(ranking['settings']), 'setting')}, by"
         f" {ranking['figure']}:"
     )
     for setting in ranking["settings"][:MAX_SETTINGS_SHOWN]:
@@ -64,7 +64,7 @@ def report_grid(
 def _remark(setting: dict[str, Any]) -> str:
     """When a setting was stopped, or the p-value of its difference from the best."""
     if setting["stopped"]:
-        return f"  (stopped after {counted(setting['epochs'], 'epoch')})"
+        return f"  (stopped after {pluralize(setting['epochs'], 'epoch')})"
     return "" if setting["p"] is None else f"  p {setting['p']:.2g}"
 
 
@@ -91,7 +91,7 @@ def report_folds(
         for values in [[line[name] for line in folds.last]]
     }
     metrics = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
-    epochs = "" if config.head == "logistic" else f", {counted(folds.epochs, 'epoch')} each"
+    epochs = "" if config.head == "logistic" else f", {pluralize(folds.epochs, 'epoch')} each"
     context.screen.say(f"{len(folds.last)} folds{epochs}: {metrics}")
     if folds.not_held_out:
         names = ", ".join(f"{name} ({count})" for name, count in folds.not_held_out.items())

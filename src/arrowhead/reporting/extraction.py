@@ -11,7 +11,7 @@ from arrowhead.features import extract
 from arrowhead.features.store import Store
 from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import Screen
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 MAX_CLASSES_SHOWN = 6
 MAX_MISSING_CLASSES_SHOWN = 10
@@ -32,7 +32,7 @@ def _task(catalog: Catalog) -> str:
     if len(classes) > MAX_CLASSES_SHOWN:
         names += f" and {len(classes) - MAX_CLASSES_SHOWN} more"
     kind = "several labels for each image" if catalog.multi else "one label for each image"
-    return f"task: {kind}, {counted(len(classes), 'class', 'classes')}: {names}"
+    return f"task: {kind}, {pluralize(len(classes), 'class', 'classes')}: {names}"
 
 
 def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
@@ -44,7 +44,7 @@ def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
     counts = Counter(split.splits)
     if "" in listed.splits:
         screen.say(
-            f"split by content, class by class: {counted(counts['train'], 'image')} to train,"
+            f"split by content, class by class: {pluralize(counts['train'], 'image')} to train,"
             f" {counts['valid']} to validate"
         )
     validated = {
@@ -67,7 +67,7 @@ def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
 
 def show_class_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
     """Show empty folders, and how the classes differ from those of the store."""
-    for folder in catalog.empty:
+    for folder in catalog.empty_folders:
         screen.say(f"{folder}/ holds no image: it is not a class")
     if not (store.path / "manifest.json").is_file():
         return
@@ -102,8 +102,8 @@ def show_extraction(screen: Screen, counts: dict[str, int], work: WorkTotals) ->
 
 def _file_counts(features: int, faults: int, ignored: int) -> str:
     return (
-        f"{counted(features + faults + ignored, 'input')} = {counted(features, 'feature')}"
-        f" + {counted(faults, 'fault')}"
+        f"{pluralize(features + faults + ignored, 'input')} = {pluralize(features, 'feature')}"
+        f" + {pluralize(faults, 'fault')}"
         f" + {ignored} ignored"
     )
 

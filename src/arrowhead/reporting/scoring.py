@@ -17,7 +17,7 @@ from arrowhead.reporting import evaluation, extraction
 from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.tracking.run import Run
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 
 def show_drift(drift: dict[str, Any], screen: Screen) -> None:
@@ -27,7 +27,7 @@ def show_drift(drift: dict[str, Any], screen: Screen) -> None:
         return
     screen.say(
         f"golden images: {drift['images']} replayed, largest feature drift {drift['feature']:.1g},"
-        f" {counted(drift['changed'], 'label')} changed"
+        f" {pluralize(drift['changed'], 'label')} changed"
     )
 
 
@@ -43,10 +43,12 @@ def show_scoring(
     screen: Screen, counts: dict[str, Any], work: WorkTotals, bundle: Bundle, config: ScoreConfig
 ) -> None:
     """Show the counts of a scoring, what limited its speed, and the novel images."""
-    ignored = f" ({counted(counts['ignored'], 'other file')} ignored)" if counts["ignored"] else ""
+    ignored = (
+        f" ({pluralize(counts['ignored'], 'other file')} ignored)" if counts["ignored"] else ""
+    )
     screen.say(
-        f"{counted(counts['inputs'], 'input')} = {counts['scored']} scored"
-        f" + {counted(counts['faults'], 'fault')}{ignored}"
+        f"{pluralize(counts['inputs'], 'input')} = {counts['scored']} scored"
+        f" + {pluralize(counts['faults'], 'fault')}{ignored}"
     )
     extraction.show_throughput(screen, counts, work)
     if not (bundle.novelty and config.flag_novel):
@@ -55,11 +57,11 @@ def show_scoring(
     if threshold is None:
         screen.say(
             f"no image can be called novel at {rate} false alarms: the bundle was validated on"
-            f" {counted(len(bundle.novelty.known), 'image')}, too few for a threshold"
+            f" {pluralize(len(bundle.novelty.known), 'image')}, too few for a threshold"
         )
     else:
         screen.say(
-            f"{counted(counts['novel'], 'novel image')}: novelty above {threshold:.3f}"
+            f"{pluralize(counts['novel'], 'novel image')}: novelty above {threshold:.3f}"
             f" ({rate} false alarms)"
         )
 

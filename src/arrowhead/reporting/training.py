@@ -15,7 +15,7 @@ from arrowhead.reporting.run_context import RunContext, Screen
 from arrowhead.training import grid
 from arrowhead.training.lr_finder import Curve
 from arrowhead.training.study import Study, StudyResult
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 MAX_EPOCH_LINES = 30  # on the screen; --json, MLflow and watch have every epoch
 SEND_SECONDS = 1.0  # between two requests to MLflow: one per short epoch would slow training
@@ -52,7 +52,7 @@ class StudyReporter:
         elif "warning" in report:
             screen.say(report["warning"])
         elif "resumed_after" in report:
-            done = counted(report["resumed_after"], "epoch")
+            done = pluralize(report["resumed_after"], "epoch")
             screen.say(f"{report['part']}: {done} done before; going on from the checkpoint")
         elif "curve" in report and "curve" not in self._reported:
             self._reported.add("curve")
@@ -121,7 +121,7 @@ class StudyReporter:
             choose = min if name == "valid_loss" else max
             values[name] = choose(line[name] for line in lines.values())
             best = f" · best {name} {values[name]:.4f}"
-        self._context.screen.say(f"{part} · {number}training {counted(len(lines), 'head')}{best}")
+        self._context.screen.say(f"{part} · {number}training {pluralize(len(lines), 'head')}{best}")
         if self._context.run:
             self._context.run.record(
                 {f"progress.{part}.{k}": v for k, v in values.items()}, step=epoch

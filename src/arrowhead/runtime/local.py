@@ -27,4 +27,4 @@ def local_worker(
 def _save_checkpoint(checkpoint_dir: Path, draft: Path | None, name: str) -> None:
     if draft is not None:
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        fileio.put_in_place(draft, checkpoint_dir / name)
+        fileio.replace_folder(draft, checkpoint_dir / name)

@@ -205,7 +205,7 @@ def _save_checkpoint(attempt: Path, draft: Path | None, name: str) -> None:
 
     def move(source: Any, name: str) -> Any:
         # Ray copies file by file and does not flush: after a kill half a checkpoint remains.
-        fileio.put_in_place(Path(source.path), attempt / name)
+        fileio.replace_folder(Path(source.path), attempt / name)
         return ray.train.Checkpoint.from_directory(attempt / name)
 
     ray.train.report(

@@ -194,7 +194,10 @@ class Outbox:
         if self._pending:
             lines = [_json(for_another_process(one, ids)) for one in self._pending.values()]
             # Where the disk is full, what it took before is still in its file.
-            with contextlib.suppress(OSError, ConfigError), fileio.draft(self._lines) as draft:
+            with (
+                contextlib.suppress(OSError, ConfigError),
+                fileio.atomic_write(self._lines) as draft,
+            ):
                 draft.write_bytes(b"\n".join(lines))
             if self._lines.is_file() and self._lines.read_bytes() == b"\n".join(lines):
                 self._unsaved.clear()

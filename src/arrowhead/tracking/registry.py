@@ -33,7 +33,7 @@ from arrowhead.tracking.client import (
     open_for_reading,
     refuse_store_errors,
 )
-from arrowhead.wording import command
+from arrowhead.wording import shell_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,7 +101,7 @@ class RegistryConfig:
     def later(self, bundle: Path) -> str:
         """The command that registers a bundle later."""
         alias = [] if self.alias == "champion" else ["--alias", self.alias]
-        return command(["arrowhead", "bundle", "register", bundle, self.register, *alias])
+        return shell_command(["arrowhead", "bundle", "register", bundle, self.register, *alias])
 
 
 def model_files(uri: str, config: TrackingConfig) -> Fetch:

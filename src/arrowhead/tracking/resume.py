@@ -35,7 +35,7 @@ def unfinished_run(
     """
     try:
         content = json.loads(file.read_bytes())
-        fileio.must_fit(content, FORMATS, str(file), "delete the file.")
+        fileio.check_schema(content, FORMATS, str(file), "delete the file.")
         same_owner = all(content[name] == value for name, value in owner.items())
         run_id, began = content["run_id"], content.get("start")
     except FileNotFoundError:

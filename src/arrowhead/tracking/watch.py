@@ -21,7 +21,7 @@ from arrowhead.features import extract
 from arrowhead.tracking import client as tracking_client
 from arrowhead.tracking.address import without_secrets
 from arrowhead.tracking.client import TrackingConfig
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 Recorded = Any  # a run as MLflow's client gives it
 QUIET_SECONDS = 60.0  # without news: the run may be dead
@@ -271,7 +271,7 @@ def _words(stage: Stage, child: bool) -> Iterator[str]:
     for part, figures in stage.stacks.items():
         named = {k: v for k, v in figures.items() if k not in ("epoch", "heads")}
         best = "".join(f" · best {name} {value:.4f}" for name, value in named.items())
-        many = counted(round(figures["heads"]), "head")
+        many = pluralize(round(figures["heads"]), "head")
         yield f"{part}: epoch {figures['epoch']:.0f} · training {many}{best}"
     if stage.epoch is not None:
         of = f" of {stage.epochs}" if stage.epochs else ""
@@ -290,7 +290,7 @@ def _images(stage: Stage) -> str:
     parts = [f"{bar} {done:.0f}/{total:.0f}", f"{rate:.1f} img/s"]
     if stage.status == "RUNNING" and rate and done < total:
         parts.append(f"{_span((total - done) / rate)} left")
-    parts += [counted(round(faults), "fault")] if faults else []
+    parts += [pluralize(round(faults), "fault")] if faults else []
     if stage_name := extract.bottleneck(stage.busy):
         part = stage.busy[stage_name] / sum(stage.busy.values())
         parts.append(f"bound by {stage_name} ({100 * part:.0f} %)")

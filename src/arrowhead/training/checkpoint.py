@@ -88,7 +88,7 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str,
     }
     data = safetensors.torch.save(copies)
     (folder / METADATA_FILE).unlink(missing_ok=True)
-    with fileio.draft(folder / TENSORS_FILE) as draft_file:
+    with fileio.atomic_write(folder / TENSORS_FILE) as draft_file:
         draft_file.write_bytes(data)
     metadata = {
         "format": SEALED_VERSION,
@@ -157,7 +157,7 @@ def remove_finished(checkpoint_dir: Path, key: str) -> None:
             if _is_draft(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             elif _read_metadata(folder)["facts"]["key"].partition(":")[0] == key:
-                fileio.remove(folder)
+                fileio.remove_path(folder)
     remaining = {folder.relative_to(checkpoint_dir).parts[0] for folder in _folders(checkpoint_dir)}
     folders = checkpoint_dir.iterdir() if checkpoint_dir.is_dir() else ()
     for folder in [one for one in folders if one.is_dir()]:
@@ -202,7 +202,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     repair = "train again."
     file = folder / METADATA_FILE
     content = fileio.read_sealed(file, SEALED_VERSION, upgrade="train again", repair=repair)
-    fileio.must_fit(content, METADATA_SCHEMA, str(file), repair)
+    fileio.check_schema(content, METADATA_SCHEMA, str(file), repair)
     return content
 
 

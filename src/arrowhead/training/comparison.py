@@ -58,7 +58,7 @@ def metric_by_image(
 
     valid, device = trials[groups[0][0]].valid, data.feature.device
     name = "accuracy" if metric == "balanced_accuracy" else metric
-    share = splits.share(len(valid), distributed.rank, distributed.world_size)
+    share = splits.rows_of(len(valid), distributed.rank, distributed.world_size)
     value = torch.zeros(len(groups), len(valid), device=device)
     group_of = {head: group for group, members in enumerate(groups) for head in members}
     stacks: dict[int, list[int]] = {}  # heads with the same training rows: one matrix product

@@ -20,7 +20,7 @@ from arrowhead.training import comparison
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, Trial
 from arrowhead.training.trainer import StopRule, TrainedHead
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 # The settings that heads of one stack can differ in, and how LOW..HIGH:N spaces their values.
 GRID_SETTINGS = {
@@ -98,7 +98,7 @@ def parse_grid(text: str) -> list[dict[str, float]]:
     count = math.prod(len(some) for some in values.values())
     if not values or count > MAX_GRID_SIZE:
         raise ConfigError(
-            f"--grid makes {counted(count, 'head') if values else 'no heads'}.",
+            f"--grid makes {pluralize(count, 'head') if values else 'no heads'}.",
             f"1 to {MAX_GRID_SIZE} heads.",
             "give fewer values.",
         )

@@ -203,7 +203,7 @@ class LogisticSolver:
         self.labels = self.classes if self.multilabel else 1
         self._mean, self._std = mean_and_std(data.feature, self.rows)
         views = data.feature.shape[1]
-        share = splits.share(len(self.rows), distributed.rank, distributed.world_size)
+        share = splits.rows_of(len(self.rows), distributed.rank, distributed.world_size)
         self._own = slice(share.start, share.stop)
         flat = self.rows[self._own, None] * views + np.arange(views)
         self._flat = torch.from_numpy(flat.reshape(-1))

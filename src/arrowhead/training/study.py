@@ -22,7 +22,7 @@ from arrowhead.training.dataset import resolve_class_weights
 from arrowhead.training.grid import SweepConfig
 from arrowhead.training.lr_finder import Curve, FinderConfig
 from arrowhead.training.trainer import TrainedHead
-from arrowhead.wording import counted
+from arrowhead.wording import pluralize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +96,10 @@ class Study:
         advise = head.epochs != "auto" and head.rate == "auto"
         if advise and 2 * steps < min(MIN_STEPS, total_steps(auto, images)):
             messages.append(
-                f"--epochs {head.epochs} of {counted(images, 'image')} is"
-                f" {counted(steps, 'step')};"
+                f"--epochs {head.epochs} of {pluralize(images, 'image')} is"
+                f" {pluralize(steps, 'step')};"
                 f" --epochs auto would take {total_steps(auto, images)}"
-                f" ({counted(auto.total_epochs, 'epoch')})"
+                f" ({pluralize(auto.total_epochs, 'epoch')})"
             )
         return dataclasses.replace(self, head=resolve_epochs(head, images)), messages
 

@@ -242,7 +242,7 @@ class Training:
         from arrowhead.training.heads import BatchSlice
 
         flat_GB, label, mask_GB, total = self._batch(step)
-        share = splits.share(flat_GB.shape[1], self.distributed.rank, self.distributed.world_size)
+        share = splits.rows_of(flat_GB.shape[1], self.distributed.rank, self.distributed.world_size)
         own = slice(share.start, share.stop)
         feature = self.data.feature.take(flat_GB[:, own].reshape(-1))
         feature_GBD = feature.view(len(flat_GB), len(share), self.data.feature.shape[2])
@@ -312,7 +312,7 @@ class Training:
         columns = 4 if self.data.multilabel else 2 + classes
         sums = torch.zeros(*self.stack.shape, columns, dtype=torch.float64, device=device)
         shares = [
-            splits.share(len(one), self.distributed.rank, self.distributed.world_size)
+            splits.rows_of(len(one), self.distributed.rank, self.distributed.world_size)
             for one in rows
         ]
         values = self.stack.values_per_row(self.data.feature.shape[2])
