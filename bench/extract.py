@@ -72,7 +72,7 @@ def pump(folder: Path, body: str, images: int) -> tuple[float, dict[str, float]]
     weights = backbone.load(BodyConfig(body=body, weights="random"))
     net = Body(body, weights.state, pool="avg", mean=weights.mean, std=weights.std)
     recipe = extract.make_recipe(PixelConfig(), BodyConfig(body=body), weights, net.width)
-    catalog = sources.labelled_catalog(folder).part(range(images))
+    catalog = sources.labelled_catalog(folder).subset(range(images))
     runs = data_chunks.split_into_chunks(catalog.paths, 256)
     chunks = [(number, catalog.subset(rows)) for number, rows in enumerate(runs)]
     worker = Worker(0, 1, "cpu", CORES, lambda: None, lambda report: None)
