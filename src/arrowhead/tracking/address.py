@@ -78,8 +78,8 @@ def without_secrets(text: str) -> str:
     text = re.sub(r"//[^\s'\"]*@", "//…@", redacted(text))
     return re.sub(
         r"([?&#])([^=&#?\s'\"]+)=([^&#\s'\"]*)",
-        lambda found: (
-            found[0] if found[2].lower() in PUBLIC_PARAMETERS else f"{found[1]}{found[2]}=…"
+        lambda match: (
+            match[0] if match[2].lower() in PUBLIC_PARAMETERS else f"{match[1]}{match[2]}=…"
         ),
         text,
     )
@@ -109,8 +109,8 @@ def secrets_of(uri: str) -> set[str]:
 
 def _scheme(uri: str) -> str:
     """The text before ://, without the driver of a database; "" if there is none."""
-    found = re.match(r"\s*([A-Za-z][\w.+-]*)://", uri)
-    return found[1].lower().partition("+")[0] if found else ""
+    match = re.match(r"\s*([A-Za-z][\w.+-]*)://", uri)
+    return match[1].lower().partition("+")[0] if match else ""
 
 
 def _passwords(text: str, scheme: str) -> list[str]:
@@ -178,14 +178,14 @@ def _malformed(uri: str) -> tuple[str, str]:
     before, mark, query = uri.partition("?")
     if mark and "@" not in before and "@" in query and scheme in SERVERS:
         return _unescaped()
-    login, at, place = before.partition("//")[2].rpartition("@")
+    login, at, host = before.partition("//")[2].rpartition("@")
     if at and re.search("[/#@]" if scheme in SERVERS else "@", login):
         return _unescaped()
     try:
-        parts = urlsplit(f"{scheme}://{place if at else before.partition('//')[2]}")
+        parts = urlsplit(f"{scheme}://{host if at else before.partition('//')[2]}")
         port = parts.port
     except ValueError:
-        if "[" in place or "]" in place:
+        if "[" in host or "]" in host:
             return "the brackets of its host hold no IPv6 address", ""
         return "what follows the colon after its host is no port", "give a port from 1 to 65535."
     if port == 0:

@@ -129,8 +129,8 @@ def _connect_to_database(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     until, since, before = monotonic() + SCHEMA_SECONDS, monotonic(), ""
-    place = str(_database(uri).absolute()) if uri.startswith("sqlite:") else without_secrets(uri)
-    with _one_process_at_a_time(hashlib.sha256(place.encode()).hexdigest()[:16]):
+    name = str(_database(uri).absolute()) if uri.startswith("sqlite:") else without_secrets(uri)
+    with _one_process_at_a_time(hashlib.sha256(name.encode()).hexdigest()[:16]):
         while True:
             try:
                 client = MlflowClient(tracking_uri=uri)
@@ -178,23 +178,23 @@ def open_store(config: TrackingConfig) -> tuple[MlflowClient, str]:
     client = connect(config)
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(config.experiment)
-    if found is None:
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is None:
         kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout
         try:
-            place = _artifact_location(config.uri, config.experiment)
-            return client, client.create_experiment(config.experiment, place, tags=kind)
+            location = _artifact_location(config.uri, config.experiment)
+            return client, client.create_experiment(config.experiment, location, tags=kind)
         except MlflowException:  # another command created it first
-            found = client.get_experiment_by_name(config.experiment)
-            if found is None:
+            experiment = client.get_experiment_by_name(config.experiment)
+            if experiment is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise ConfigError(
             f"The experiment {config.experiment!r} was deleted in {without_secrets(config.uri)}.",
             "an active experiment, or a new name.",
             "give another --experiment, or restore it in the MLflow UI.",
         )
-    return client, found.experiment_id
+    return client, experiment.experiment_id
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:

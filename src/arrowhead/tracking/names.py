@@ -42,10 +42,10 @@ _CODE = re.compile("_x([0-9A-F]+)_")
 
 def mlflow_name(name: str) -> str:
     """The name under which MLflow keeps a metric, param or tag: at most 250 characters, different
-    for different names. Of a longer one the beginning, with a hash of the whole at its end.
+    for different names. A longer one is cut off and ends with a hash of the full name.
     """
-    made = _ESCAPED.sub(_code, name) or _EMPTY
-    return shortened(made)
+    encoded = _ESCAPED.sub(_code, name) or _EMPTY
+    return shortened(encoded)
 
 
 def mlflow_names(names: Iterable[str], taken: dict[str, str] | None = None) -> dict[str, str]:
@@ -68,10 +68,10 @@ def mlflow_names(names: Iterable[str], taken: dict[str, str] | None = None) -> d
 
 def _apart(name: str, owners: Mapping[str, str]) -> str:
     """A form that no database takes for another name that is alike."""
-    made = _DISTINCT.sub(_code, name)
-    if made == name and (other := owners.get(_folded(name))) and other != name:
-        made = re.sub("[a-z]", _code, name, count=1)  # `other` has the name without codes
-    return shortened(made or _EMPTY)
+    encoded = _DISTINCT.sub(_code, name)
+    if encoded == name and (other := owners.get(_folded(name))) and other != name:
+        encoded = re.sub("[a-z]", _code, name, count=1)  # `other` has the name without codes
+    return shortened(encoded or _EMPTY)
 
 
 def _folded(name: str) -> str:
@@ -80,25 +80,25 @@ def _folded(name: str) -> str:
     return "".join(one for one in apart if not unicodedata.combining(one))
 
 
-def shortened(made: str) -> str:
+def shortened(encoded: str) -> str:
     """A name of MLflow's alphabet within its limit."""
-    if len(made) <= MAX_NAME_CHARS and not _TAIL.search(made):
-        return made
-    tail = "_xx" + hashlib.sha256(made.encode()).hexdigest()[:_HASH_CHARS]
-    return made[: MAX_NAME_CHARS - len(tail)].rstrip("/. ") + tail
+    if len(encoded) <= MAX_NAME_CHARS and not _TAIL.search(encoded):
+        return encoded
+    tail = "_xx" + hashlib.sha256(encoded.encode()).hexdigest()[:_HASH_CHARS]
+    return encoded[: MAX_NAME_CHARS - len(tail)].rstrip("/. ") + tail
 
 
-def is_shortened(made: str) -> bool:
+def is_shortened(encoded: str) -> bool:
     """Whether the name that MLflow has is only the beginning of the one it stands for."""
-    return bool(_TAIL.search(made))
+    return bool(_TAIL.search(encoded))
 
 
-def original(made: str) -> str:
+def original(encoded: str) -> str:
     """The name that `mlflow_name` was given, unless it was shortened."""
-    if made == _EMPTY:
+    if encoded == _EMPTY:
         return ""
-    return _CODE.sub(lambda code: chr(int(code[1], 16)), made)
+    return _CODE.sub(lambda code: chr(int(code[1], 16)), encoded)
 
 
-def _code(found: re.Match[str]) -> str:
-    return f"_x{ord(found[0]):X}_"
+def _code(match: re.Match[str]) -> str:
+    return f"_x{ord(match[0]):X}_"

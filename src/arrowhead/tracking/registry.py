@@ -70,7 +70,7 @@ class RegistryConfig:
         if given is not None and not self.log_model:
             raise ConfigError(
                 f"--register {given} and --no-log-model.",
-                "a model that is logged: a registered model is made of it.",
+                "a model that is logged: a registered version needs one.",
                 "leave one of them out.",
             )
         if given is None:
@@ -151,14 +151,14 @@ def _model_location(client: MlflowClient, uri: str, where: str) -> str:
         return _location_in_run(client, run_id, name or "model", where)
     if re.fullmatch(r"m-\w+", rest):
         return str(_get_or_refuse(client.get_logged_model, rest, uri, where).artifact_location)
-    found = re.fullmatch(r"(?P<name>[^/:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))", rest)
-    if not found:
+    match = re.fullmatch(r"(?P<name>[^/:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))", rest)
+    if not match:
         raise ConfigError(
             f"{uri} does not say which model.",
             "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-… or runs:/RUN/model.",
             f"give e.g. models:/{rest.split('/')[0].split('@')[0] or 'NAME'}@champion.",
         )
-    name, alias, version = found["name"], found["alias"], found["version"]
+    name, alias, version = match["name"], match["alias"], match["version"]
     model = registered(client, name)
     if model is None:
         names = [one.name for one in client.search_registered_models(max_results=1000)]
@@ -252,8 +252,8 @@ def check_registrable(client: MlflowClient, name: str) -> None:
 
 def version_of(client: MlflowClient, name: str, digest: str) -> str | None:
     """The newest version of a registered model that was made from a bundle."""
-    found = client.search_model_versions(f"tags.bundle = '{digest}'")
-    numbers = [int(one.version) for one in found if one.name == name and one.status == "READY"]
+    versions = client.search_model_versions(f"tags.bundle = '{digest}'")
+    numbers = [int(one.version) for one in versions if one.name == name and one.status == "READY"]
     return str(max(numbers)) if numbers else None
 
 
@@ -262,7 +262,7 @@ def digest_of(bundle: Path) -> str:
     return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()[:16]
 
 
-def write_model(bundle: Path, draft: Path, made: Any, run_id: str) -> None:
+def write_model(bundle: Path, draft: Path, logged: Any, run_id: str) -> None:
     """Write an MLflow pyfunc model to `draft`/model: bundle and this package's source, no pickle.
 
     The training's report is left out, and the input example is a drawn image, so that no photo of
@@ -290,10 +290,10 @@ def write_model(bundle: Path, draft: Path, made: Any, run_id: str) -> None:
     target, here = draft / "model", Path(__file__).parents[1]
     content = json.loads((bundle / "bundle.json").read_bytes())
     about = Model(
-        artifact_path=made.artifact_location,
-        model_uuid=made.model_id,
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
         run_id=run_id,
-        model_id=made.model_id,
+        model_id=logged.model_id,
     )
     save_model(
         str(target),
@@ -344,7 +344,7 @@ def log_model(client: MlflowClient, run_id: str, bundle: Path) -> str:
         return f"models:/{there.model_id}"
     content = json.loads((bundle / "bundle.json").read_bytes())
     about = {name: run.data.tags[name] for name in MODEL_TAGS if name in run.data.tags}
-    made = client.create_logged_model(
+    logged = client.create_logged_model(
         run.info.experiment_id,
         model_name(about.get("dataset", bundle.name), content),
         run_id,
@@ -354,23 +354,23 @@ def log_model(client: MlflowClient, run_id: str, bundle: Path) -> str:
     )
     try:
         with tempfile.TemporaryDirectory(prefix="arrowhead-model-") as draft:
-            write_model(bundle, Path(draft), made, run_id)
-            client.log_model_artifacts(made.model_id, str(Path(draft) / "model"))
+            write_model(bundle, Path(draft), logged, run_id)
+            client.log_model_artifacts(logged.model_id, str(Path(draft) / "model"))
     except BaseException:
         with contextlib.suppress(Exception):
-            client.finalize_logged_model(made.model_id, "FAILED")
+            client.finalize_logged_model(logged.model_id, "FAILED")
         raise
-    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
-    client.finalize_logged_model(made.model_id, "READY")
-    return f"models:/{made.model_id}"
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.finalize_logged_model(logged.model_id, "READY")
+    return f"models:/{logged.model_id}"
 
 
 def model_name(dataset: str, content: Mapping[str, Any]) -> str:
     """The name of a logged model: dogscats-resnet34-logistic. content: of its bundle.json."""
     trained = content.get("lineage", {}).get("training", {}).get("head")
     head = "logistic" if trained == "logistic" else content["head"]  # both are linear in form
-    whole = f"{dataset}-{content['recipe']['body']}-{head}"
-    return re.sub(r"[/:.%\"']", "-", whole)[:MAX_MODEL_NAME_CHARS]
+    name = f"{dataset}-{content['recipe']['body']}-{head}"
+    return re.sub(r"[/:.%\"']", "-", name)[:MAX_MODEL_NAME_CHARS]
 
 
 def _logged(client: MlflowClient, run: Recorded, digest: str) -> Any:
@@ -407,7 +407,7 @@ def make_version(
             raise LookupError("the run has no MLflow model of it")
         if registered(client, name) is None:
             client.create_registered_model(name)
-        made = client.create_model_version(
+        created = client.create_model_version(
             name,
             # Not models:/m-…: MLflow would look that up in the process's default store.
             model.artifact_location,
@@ -415,7 +415,7 @@ def make_version(
             tags={"bundle": digest, "run_id": run_id, "model": f"models:/{model.model_id}"},
             model_id=model.model_id,
         )
-        version = str(made.version)
+        version = str(created.version)
         # The UI reads what `mlflow.register_model` would note here.
         noted = json.loads(model.tags.get("mlflow.modelVersions", "[]"))
         entry = json.dumps([*noted, {"name": name, "version": version}])

@@ -1,4 +1,4 @@
-"""An MLflow run that an earlier command left unfinished, found again."""
+"""An MLflow run that an earlier command left unfinished."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def unfinished_run(
         say(f"{file} is of another store, experiment or command: a new MLflow run is started")
         return None
     if run_id is None:  # the command was killed while the run was being made
-        made = search(client, owner["experiment"], f"attributes.start_time = {int(began)}")
-        return next((run for run in made if "mlflow.parentRunId" not in run.data.tags), None)
+        candidates = search(client, owner["experiment"], f"attributes.start_time = {int(began)}")
+        return next((run for run in candidates if "mlflow.parentRunId" not in run.data.tags), None)
     run = find_run(client, run_id)
     if run is None or run.info.lifecycle_stage != "active":
         say(f"MLflow run {run_id} of {file} was deleted: a new one is started")

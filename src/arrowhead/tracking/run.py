@@ -166,11 +166,11 @@ class Run:
         profile: Mapping[str, Any] | None = None,
         schema: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record what the run read: name, digest (at most 36 characters), place, and what for
+        """Record an input of the run: name, digest (at most 36 characters), source, and its use
         (training, validation, testing, scoring). profile: counts; schema: as MLflow writes it.
         """
-        place = urlsplit(source).scheme if "://" in source else ""
-        kind = "local" if place in ("", "file") else place
+        scheme = urlsplit(source).scheme if "://" in source else ""
+        kind = "local" if scheme in ("", "file") else scheme
         # MLflow reads a source back from JSON with a URI in it.
         where = json.dumps({"uri": without_secrets(source)})
         data = {"name": name[:500], "digest": digest[:36], "source_type": kind, "source": where}
@@ -182,7 +182,7 @@ class Run:
 
     def model(self, bundle: Path) -> str | None:
         """Log a bundle as a pyfunc model with signature and input example; its address, models:/m-…
-        Its name is made of the data set's, the body's and the head's (see `registry.model_name`).
+        Its name consists of the data set's, the body's and the head's (see `registry.model_name`).
 
         In: `image`, the bytes of an encoded image (base64 in JSON), or `path`. Whoever asks a
         served model must not choose which files of its host are opened: paths are refused unless
@@ -198,7 +198,7 @@ class Run:
         return self._in_store(
             lambda client: self._log_model(client, bundle),
             lambda why: (
-                f"no MLflow model is made of {bundle} ({why}): the bundle is complete there"
+                f"no MLflow model was logged of {bundle} ({why}): the bundle is complete there"
             ),
         )
 

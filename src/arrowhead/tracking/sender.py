@@ -182,7 +182,7 @@ class Sender:
 def send_unsent(
     store: TrackingStore,
     base: Path,
-    place: str,
+    uri: str,
     own: str | None,
     seconds: float = OTHER_RUNS_SECONDS,
 ) -> None:
@@ -191,7 +191,7 @@ def send_unsent(
     Args:
         store: the tracking store.
         base: the folder of all outboxes.
-        place: the store's address without secrets, as the outboxes name it.
+        uri: the store's address without secrets, as the outboxes name it.
         own: the run that is about to go on: all of its writes are sent, however long it takes.
         seconds: time for those of other runs.
 
@@ -204,13 +204,13 @@ def send_unsent(
         except (OSError, ValueError, KeyError, TypeError):
             continue
         outbox = Outbox(file.parent, header)
-        if header.get("store") != place or file.parent.name != run_id or not outbox.lock():
+        if header.get("store") != uri or file.parent.name != run_id or not outbox.lock():
             continue
         try:
             run = find_run(store.client, run_id)
             if run is None or run.info.lifecycle_stage != "active":
                 aside = file.parent.with_suffix(".refused")
-                store.say(f"{place} has no run {run_id} any more: its unsent writes go to {aside}")
+                store.say(f"{uri} has no run {run_id} any more: its unsent writes go to {aside}")
                 file.parent.rename(aside)
                 continue
             theirs = TrackingStore(store.client, experiment, store.say)
@@ -220,7 +220,7 @@ def send_unsent(
             if left:
                 store.say(f"{left} writes of run {run_id} are still to be sent: {file.parent}")
             else:
-                store.say(f"sent to {place}: what was kept of run {run_id}")
+                store.say(f"sent to {uri}: what was kept of run {run_id}")
         finally:
             outbox.release()
 

@@ -124,7 +124,7 @@ class Watch:
     def look(self) -> View:
         """The run as it is now. If the store does not answer, the view before, with the trouble."""
         try:
-            made = self._look()
+            view = self._look()
         except Exception as error:
             if self._view is None:
                 raise
@@ -134,9 +134,9 @@ class Watch:
                 trouble=tracking_client.first_line(error)[:200],
             )
             return self._view
-        if self._view is None or _comparable(made) != _comparable(self._view):
+        if self._view is None or _comparable(view) != _comparable(self._view):
             self._changed = monotonic()
-        self._view = dataclasses.replace(made, quiet=monotonic() - self._changed)
+        self._view = dataclasses.replace(view, quiet=monotonic() - self._changed)
         return self._view
 
     def _look(self) -> View:
@@ -195,10 +195,10 @@ class Watch:
 
 def _comparable(view: View) -> Any:
     """The part of a view that changes only when something happened."""
-    made = dataclasses.replace(view, quiet=0.0, trouble=None).plain()
-    for stage in made["stages"]:
+    state = dataclasses.replace(view, quiet=0.0, trouble=None).plain()
+    for stage in state["stages"]:
         del stage["seconds"]
-    return made
+    return state
 
 
 def _find_run_id(client: Any, config: TrackingConfig, word: str | None) -> str:
@@ -245,23 +245,25 @@ def _newest(client: Any, experiment: str) -> Iterator[Recorded]:
 
 def lines(view: View) -> list[str]:
     """A View as lines of text: the run, its stages, the machine, and what is wrong."""
-    whole = view.stages[0]
-    since = f"{'for' if view.running else 'after'} {_span(whole.seconds)}"
-    title = [f"{whole.name} {view.run_id[:8]}", f"{view.status.lower()} {since}"]
-    made = [" · ".join([*title, *view.facts.values()])]
+    command = view.stages[0]
+    since = f"{'for' if view.running else 'after'} {_span(command.seconds)}"
+    title = [f"{command.name} {view.run_id[:8]}", f"{view.status.lower()} {since}"]
+    text = [" · ".join([*title, *view.facts.values()])]
     wide = max(len(stage.name) for stage in view.stages)
     for stage in view.stages:
-        made += [f"  {stage.name:<{wide}}  {words}" for words in _words(stage, stage is not whole)]
+        text += [
+            f"  {stage.name:<{wide}}  {words}" for words in _words(stage, stage is not command)
+        ]
     if view.running and view.machine:
-        made.append(f"  {'machine':<{wide}}  {_load(view.machine)}")
+        text.append(f"  {'machine':<{wide}}  {_load(view.machine)}")
     if view.trouble:
-        made.append(f"  the store does not answer: {view.trouble}")
+        text.append(f"  the store does not answer: {view.trouble}")
     if view.running and view.quiet > QUIET_SECONDS:
-        made.append(
+        text.append(
             f"  nothing new for {_span(view.quiet)}. If its process is gone, run the same command"
             " again: it continues where it stopped"
         )
-    return made
+    return text
 
 
 def _words(stage: Stage, child: bool) -> Iterator[str]:
@@ -275,8 +277,10 @@ def _words(stage: Stage, child: bool) -> Iterator[str]:
         yield f"{part}: epoch {figures['epoch']:.0f} · training {many}{best}"
     if stage.epoch is not None:
         of = f" of {stage.epochs}" if stage.epochs else ""
-        found = [f"{k.replace('_', ' ')} {v:.3g}" for k, v in stage.figures.items() if k != "rate"]
-        yield " · ".join([f"epoch {stage.epoch + 1}{of}", *found])
+        figures = [
+            f"{k.replace('_', ' ')} {v:.3g}" for k, v in stage.figures.items() if k != "rate"
+        ]
+        yield " · ".join([f"epoch {stage.epoch + 1}{of}", *figures])
     elif child and not (stage.images or stage.stacks):
         yield f"{stage.status.lower()}, {_span(stage.seconds)}"
 
@@ -318,9 +322,9 @@ def _load(machine: Mapping[str, float]) -> str:
 
 def _span(seconds: float) -> str:
     """A duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    total = int(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
