@@ -626,10 +626,10 @@ def test_side_on_views_lean_a_little_and_never_turn_by_quarters(photo: Image.Ima
             for image_id in _ids(200)
             for view in range(1, 5)
         ]
-        turned = {taken.quarters for taken in shots}
+        turned = {shot.quarter_turns for shot in shots}
         assert turned == ({0} if policy == "side-on" else {0, 1, 2, 3})
-        assert max(abs(float(taken.angle[0])) for taken in shots) <= 10
-        assert {taken.mirrored for taken in shots} == {False, True}
+        assert max(abs(float(shot.angle[0])) for shot in shots) <= 10
+        assert {shot.mirrored for shot in shots} == {False, True}
     assert upside_down["side-on"] == 0
     assert upside_down["top-down"] > 100
 

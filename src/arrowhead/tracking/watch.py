@@ -277,10 +277,9 @@ def _words(stage: Stage, child: bool) -> Iterator[str]:
         yield f"{part}: epoch {figures['epoch']:.0f} · training {many}{best}"
     if stage.epoch is not None:
         of = f" of {stage.epochs}" if stage.epochs else ""
-        figures = [
-            f"{k.replace('_', ' ')} {v:.3g}" for k, v in stage.figures.items() if k != "rate"
-        ]
-        yield " · ".join([f"epoch {stage.epoch + 1}{of}", *figures])
+        metrics = {k.replace("_", " "): v for k, v in stage.figures.items() if k != "rate"}
+        words = [f"{name} {value:.3g}" for name, value in metrics.items()]
+        yield " · ".join([f"epoch {stage.epoch + 1}{of}", *words])
     elif child and not (stage.images or stage.stacks):
         yield f"{stage.status.lower()}, {_span(stage.seconds)}"
 
