@@ -18,17 +18,17 @@ Bundled = Callable[..., Path]
 Tracked = Callable[[Path], Path]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-# Before anything imports torch: tests measure promises, not this machine's core count.
+# These are set before anything imports torch, MLflow or Ray, which read them on import.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Two tests at a time share the cores: threads that wait for each other spinning cost five times
-# what the work does. Asleep they change neither their number nor a result.
+# Two test processes share the cores. OpenMP threads that spin while they wait make tests five times
+# slower; threads that sleep give the same results.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-# Files whose tests wait minutes, for Ray and for processes to be killed: begun first, or they would
-# be what one of two workers still does when the other has long ended.
-LONG = [
+# Files whose tests take minutes (Ray, killed processes). They start first, so that the two test
+# processes finish at about the same time.
+SLOW_FILES = [
     f"test_{name}.py"
     for name in (
         "kills",
@@ -43,15 +43,16 @@ LONG = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, the others in their order."""
-    folder = {name: at for at, name in enumerate(LONG)}
-    items.sort(key=lambda item: folder.get(item.path.name, len(LONG)))
+    """Run slow files first and keep the order of the others."""
+    position = {name: at for at, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: position.get(item.path.name, len(SLOW_FILES)))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forked_decoders() -> Iterator[None]:
-    """Where many tests run, decoders' processes come without their imports; test_guard.py, and a
-    file that is run alone, have them as they are.
+def _fork_decoder_processes() -> Iterator[None]:
+    """Fork decoder processes from a server with the imports done, when tests run in parallel.
+
+    test_guard.py, and a file that is run alone, start them as the product does.
     """
     from arrowhead.decode import worker_process
 
@@ -63,7 +64,7 @@ def _forked_decoders() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/, valid/ and new/ of drawn JPEGs: 3 classes, 24 images each."""
+    """A folder with train/, valid/ and new/ of synthetic JPEGs: 3 classes, 24 images each."""
     from arrowhead import demo
 
     folder = tmp_path_factory.mktemp("drawn")
@@ -73,7 +74,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def many(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """192 images of two classes, all with other bytes: enough to be disturbed in the middle."""
+    """192 different images of two classes: enough to interrupt a command halfway."""
     folder = tmp_path_factory.mktemp("many") / "data"
     photos = sorted(drawn.rglob("*.jpg"))
     for label in ("a", "b"):
@@ -87,17 +88,17 @@ def many(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """Gives a folder an empty mlflow.db, and the folder back: MLflow takes seconds to make one."""
+    """A function that copies an empty mlflow.db into a folder; creating one takes seconds."""
     from mlflow import MlflowClient
 
-    result = tmp_path_factory.mktemp("schema") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{result}").search_experiments()
+    database = tmp_path_factory.mktemp("schema") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{database}").search_experiments()
 
-    def track(folder: Path) -> Path:
-        shutil.copy(result, folder)
+    def add_database(folder: Path) -> Path:
+        shutil.copy(database, folder)
         return folder
 
-    return track
+    return add_database
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +112,7 @@ def dogscats() -> Path:
 
 @pytest.fixture(scope="session")
 def mobilenet() -> list[str]:
-    """Flags of a pretrained body."""
+    """Flags that select a pretrained MobileNetV2."""
     weights = SHARED / "weights" / "mobilenet_v2-coral.safetensors"
     if not weights.is_file():
         pytest.skip("the pretrained weights (../shared/data/weights) are not on this machine")
@@ -124,7 +125,7 @@ def mobilenet() -> list[str]:
 def pets(
     tmp_path_factory: pytest.TempPathFactory, dogscats: Path, mobilenet: list[str], tracked: Tracked
 ) -> Path:
-    """The finished store of the real photos, to be read; of two test processes, one makes it."""
+    """The feature store of the real photos, read-only; one test process builds it for all."""
     from arrowhead.cli.main import main
 
     folder = tmp_path_factory.getbasetemp()
@@ -134,15 +135,15 @@ def pets(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "pets" / "manifest.json").is_file():
             patch.chdir(tracked(tmp_path_factory.mktemp("pets")))
-            with pytest.raises(SystemExit) as ended:
+            with pytest.raises(SystemExit) as exit_info:
                 main(["precompute", str(dogscats), str(folder / "pets"), *mobilenet])
-            assert ended.value.code == 0
+            assert exit_info.value.code == 0
     return folder / "pets"
 
 
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
-    """Saves a bundle of a random ResNet18 and a drawn head with three golden images; its path."""
+    """A function that saves a random ResNet18, a random head and 3 golden images as a bundle."""
 
     def save(head: str = "linear", *, pool: str = "avg", **fields: Any) -> Path:
         import torch
@@ -158,11 +159,11 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
         body = BodyConfig(body="resnet18", weights="random", pool=pool)
         weights, width = backbone.load(body), 1024 if pool == "concat" else 512
         state = heads.build_head(head, width, 3, seed=4).state_dict()
-        if head == "lesson":  # as if it had been trained: norms that do something
-            draw = torch.Generator().manual_seed(1)
+        if head == "lesson":  # batch norms that change their input, as after training
+            generator = torch.Generator().manual_seed(1)
             for tensor in state.values():
                 if tensor.dim() == 1 and tensor.is_floating_point():
-                    tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
         result = Bundle(
             recipe=extract.make_recipe(PixelConfig(size=64), body, weights, width),
             classes=["baskets", "beads", "leaves"],
@@ -179,10 +180,8 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             result.make_head(), feature_ND, result.temperature, multi=result.multi
         )
         golden = [
-            GoldenImage(name=f"{i}.img", data=data, feature=feature, probabilities=chance)
-            for i, (data, feature, chance) in enumerate(
-                zip(images, feature_ND, prob_NC, strict=True)
-            )
+            GoldenImage(name=f"{i}.img", data=data, feature=feature, probabilities=prob)
+            for i, (data, feature, prob) in enumerate(zip(images, feature_ND, prob_NC, strict=True))
         ]
         path = tmp_path_factory.mktemp("bundled") / "bundle"
         bundle_format.save(replace(result, golden=golden), path)
@@ -192,25 +191,25 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
 
 
 class Command:
-    """Runs a verb with --json; its result."""
+    """Runs an arrowhead command with --json and returns its result."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
-        self.said = ""  # on standard error, by the last one
+        self.said = ""  # standard error of the last command
 
-    def __call__(self, *words: object, code: int = 0) -> dict[str, Any]:
+    def __call__(self, *args: object, code: int = 0) -> dict[str, Any]:
         from arrowhead.cli.main import main
 
         self._capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, words), "--json"])
-        out = self._capsys.readouterr()
-        self.said = out.err
-        assert ended.value.code == code, out.err
-        return dict(json.loads(out.out.splitlines()[-1]))
+        with pytest.raises(SystemExit) as exit_info:
+            main([*map(str, args), "--json"])
+        output = self._capsys.readouterr()
+        self.said = output.err
+        assert exit_info.value.code == code, output.err
+        return dict(json.loads(output.out.splitlines()[-1]))
 
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a verb with --json, in this process; its result."""
+    """A function that runs an arrowhead command with --json in this process."""
     return Command(capsys)

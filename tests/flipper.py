@@ -1,4 +1,4 @@
-"""Run by test_flips: reads files with one flipped bit each; prints a line before and after each."""
+"""Read files with one flipped bit each and print what happens; test_flips runs this program."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from arrowhead.features.store import Store
 from arrowhead.training import checkpoint
 
 
-def of_store(path: Path) -> str:
-    """Everything that precompute, train and score take from a store."""
+def digest_store(path: Path) -> str:
+    """SHA-256 of everything that precompute, train and score read from a store."""
     store = Store(path)
-    total = hashlib.sha256(repr(store.recipe).encode())
-    known = FeatureCache.from_store(store)
+    digest = hashlib.sha256(repr(store.recipe).encode())
+    cache = FeatureCache.from_store(store)
     if (path / "manifest.json").is_file():
         features = store.features()
         for array in (features.feature, features.label, features.row, features.image_id):
-            total.update(np.ascontiguousarray(array).tobytes())
-        total.update("".join(features.split).encode())
-        total.update(
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update("".join(features.split).encode())
+        digest.update(
             repr(
                 {
                     k: list(v) if k != "root" and k != "ignored" else v
@@ -36,75 +36,82 @@ def of_store(path: Path) -> str:
                 }
             ).encode()
         )
-        for one in store.mapped_features():
-            total.update(np.ascontiguousarray(one).tobytes())
+        for array in store.mapped_features():
+            digest.update(np.ascontiguousarray(array).tobytes())
         ids = [image_id for rows in store.shards() for image_id in rows.image_ids]
     else:
-        total.update(repr(store.read_pending()["paths"]).encode())
+        digest.update(repr(store.read_pending()["paths"]).encode())
         ids = [
             image_id
             for name in store.shard_names()
             for image_id in store.read_shard(name).image_ids
         ]
     for image_id in ids:
-        result = known.get(image_id)
-        total.update(b"" if result is None else result.tobytes())
+        feature = cache.get(image_id)
+        digest.update(b"" if feature is None else feature.tobytes())
     extract.load_weights(store.recipe, store.weights_path)
-    return total.hexdigest()
+    return digest.hexdigest()
 
 
-def of_bundle(path: Path) -> str:
-    """All of a bundle."""
-    result = bundle_format.load(path)
-    total = hashlib.sha256(
-        repr((result.recipe, result.classes, result.head, result.temperature)).encode()
+def digest_bundle(path: Path) -> str:
+    """SHA-256 of everything in a bundle."""
+    bundle = bundle_format.load(path)
+    digest = hashlib.sha256(
+        repr((bundle.recipe, bundle.classes, bundle.head, bundle.temperature)).encode()
     )
-    total.update(repr((result.metrics, result.lineage, result.multi, result.thresholds)).encode())
-    for state in (result.body_state, result.head_state):
+    digest.update(repr((bundle.metrics, bundle.lineage, bundle.multi, bundle.thresholds)).encode())
+    for state in (bundle.body_state, bundle.head_state):
         for name in sorted(state):
-            total.update(name.encode() + state[name].numpy().tobytes())
-    assert result.known_images
-    total.update(result.known_images.train.tobytes() + result.known_images.valid.tobytes())
-    for one in result.golden:
-        total.update(one.data + one.feature.tobytes() + one.probabilities.tobytes())
-    return total.hexdigest()
+            digest.update(name.encode() + state[name].numpy().tobytes())
+    assert bundle.known_images
+    digest.update(bundle.known_images.train.tobytes() + bundle.known_images.valid.tobytes())
+    for image in bundle.golden:
+        digest.update(image.data + image.feature.tobytes() + image.probabilities.tobytes())
+    return digest.hexdigest()
 
 
-def of_checkpoint(path: Path) -> str:
-    """The newest checkpoint, None when it is passed over."""
-    result = checkpoint.newest(path, "key", lambda words: None)
-    if result is None:
+def digest_checkpoint(path: Path) -> str:
+    """SHA-256 of the newest checkpoint.
+
+    Raises:
+        DataError: no checkpoint is complete.
+    """
+    newest = checkpoint.newest(path, "key", lambda message: None)
+    if newest is None:
         raise DataError("none is whole", "", "")
-    tensors = {name: tensor.numpy().tobytes() for name, tensor in sorted(result.tensors.items())}
-    return hashlib.sha256(repr((result.number, result.facts, tensors)).encode()).hexdigest()
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in sorted(newest.tensors.items())}
+    return hashlib.sha256(repr((newest.number, newest.facts, tensors)).encode()).hexdigest()
 
 
 READERS: dict[str, Callable[[Path], str]] = {
-    "store": of_store,
-    "bundle": of_bundle,
-    "checkpoint": of_checkpoint,
+    "store": digest_store,
+    "bundle": digest_bundle,
+    "checkpoint": digest_checkpoint,
 }
 
 
 def main(kind: str, folder: Path) -> None:
-    """Read flips (file, bit) as JSON from standard input; say what comes of each."""
-    read = READERS[kind]
-    right = read(folder)
+    """Read flips (file, bit) as JSON lines from standard input; print the outcome of each.
+
+    An outcome is "same", "other" (wrong data!), the name of the refusal, or any other exception.
+    """
+    read_digest = READERS[kind]
+    expected = read_digest(folder)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         name, bit = json.loads(line)
         file = folder / name
-        full = file.read_bytes()
-        flipped = bytearray(full)
+        original = file.read_bytes()
+        flipped = bytearray(original)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
         try:
-            output = "same" if read(folder) == right else "other"
+            output = "same" if read_digest(folder) == expected else "other"
         except (DataError, ConfigError) as error:
             output = type(error).__name__
         except BaseException as error:
             output = repr(error)
-        file.write_bytes(full)
+        file.write_bytes(original)
         print(json.dumps(output), flush=True)
 
 

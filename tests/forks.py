@@ -1,16 +1,17 @@
-"""Python programs without the seconds they take to import: forks of a process that has imported.
+"""Start Python programs fast: fork a server process that has already imported the libraries.
 
-`Popen` and `run` are those of subprocess, for words that start a Python: `[sys.executable, "-m",
-MODULE, …]`, `["-c", CODE, …]` or `[FILE, …]`. What they start is a process of its own and a child
-of this one, with its own folder, environment, streams and signals. It can be stopped, killed and
-waited for, and runs at its end what is registered for that.
+`Popen` and `run` replace those of subprocess for Python commands: `[sys.executable, "-m", MODULE,
+…]`, `[sys.executable, "-c", CODE, …]` or `[sys.executable, FILE, …]`. Each starts a separate
+process, a child of this one, with its own working directory, environment, streams and signals. It
+can be signalled and waited for, and it runs its atexit functions.
 
-A test of what differs from a new interpreter takes subprocess:
-- Libraries read some variables when they are imported (`PYTHON…`, `LC_…`, `OMP_…`): here they are
-  those of the tests, and others are refused. What Ray and Intel read is not: they set it, too.
-- /proc shows the command line and the environment of the server.
-- Signals are those of a command in front of a terminal, whatever the tests ignore.
-- Its end frees nothing, and strings hash alike in all forks of a server.
+Use subprocess for a test that depends on what differs from a new interpreter:
+- Libraries read some variables on import (`PYTHON…`, `LC_…`, `OMP_…`). A fork has those of the
+  test process; a command with other values is refused. Variables that Ray and Intel's libraries
+  set themselves are not compared.
+- /proc shows the command line and environment of the server.
+- Signals have their default handlers, even where the test process ignores them.
+- A fork frees no objects at exit, and strings hash alike in all forks of a server.
 
 Run as a program, this file is the server.
 """
@@ -36,7 +37,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What a `fit`, a `score` and the decoder's process import in all.
+# All that `fit`, `score` and the decoder's process import.
 IMPORTS = """
     arrowhead.cli.main arrowhead.commands.train arrowhead.commands.score
     arrowhead.decode.worker_process arrowhead.inference.score arrowhead.inference.evaluate
@@ -47,11 +48,11 @@ IMPORTS = """
     torch.fx.experimental.optimization torchvision.models
 """.split()  # noqa: SIM905 - longer as a list
 READ_ON_IMPORT = ("PYTHON", "LC_", "LANG", "OMP_", "LD_")
-READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH"}  # the latter holds for all forks
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH"}  # forks always run with the latter
+DEFAULT_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 PR_SET_CHILD_SUBREAPER = 36
-HEADER = 8
-HIGH = 200  # file descriptors that no program asks for by number
+HEADER_BYTES = 8
+MIN_SERVER_FD = 200  # the server's descriptors are above those that programs ask for by number
 
 
 # ------------------------------------------------------------------------------ for tests
@@ -63,23 +64,23 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     def _execute_child(self, args: Sequence[Any], *more: Any) -> None:
         names = "executable preexec_fn close_fds pass_fds cwd env startupinfo creationflags shell"
         names += " p2cread p2cwrite c2pread c2pwrite errread errwrite"
-        given = dict(zip(names.split(), more, strict=False))
+        options = dict(zip(names.split(), more, strict=False))
         words = [os.fsdecode(word) for word in args]
         assert words[0] == sys.executable, words
-        assert not (given["executable"] or given["preexec_fn"] or given["shell"])
-        env = os.environ if given["env"] is None else given["env"]
+        assert not (options["executable"] or options["preexec_fn"] or options["shell"])
+        env = os.environ if options["env"] is None else options["env"]
         request = {
             "words": words[1:],
-            "cwd": os.fsdecode(given["cwd"] or Path.cwd()),
+            "cwd": os.fsdecode(options["cwd"] or Path.cwd()),
             "env": {os.fsdecode(name): os.fsdecode(value) for name, value in env.items()},
         }
-        streams = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
-        fds = {own: own if fd == -1 else fd for own, fd in enumerate(streams)}
-        fds |= {fd: fd for fd in given["pass_fds"]}
+        streams = [options["p2cread"], options["c2pwrite"], options["errwrite"]]
+        fds = {target: target if fd == -1 else fd for target, fd in enumerate(streams)}
+        fds |= {fd: fd for fd in options["pass_fds"]}
         try:
             self.pid = _server().fork(request, fds)
         finally:
-            pipes = [given[name] for name in names.split()[-6:]]
+            pipes = [options[name] for name in names.split()[-6:]]
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
         self._child_created = True
 
@@ -104,14 +105,14 @@ def run(
         except BaseException:
             process.kill()
             raise
-    done = subprocess.CompletedProcess(words, process.returncode, out, err)
+    completed = subprocess.CompletedProcess(words, process.returncode, out, err)
     if check:
-        done.check_returncode()
-    return done
+        completed.check_returncode()
+    return completed
 
 
 class Decoders:
-    """Stands in for subprocess where decoders' processes are started: forks where they do."""
+    """Replaces the module subprocess for decoder processes: forks where that is equivalent."""
 
     DEVNULL = subprocess.DEVNULL
     TimeoutExpired = subprocess.TimeoutExpired
@@ -124,37 +125,42 @@ class Decoders:
 
 
 class Server:
-    """A process that has imported, and the line to it."""
+    """The server process and the socket to it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._environment = _on_import(os.environ)
-        self._line, theirs = socket.socketpair()
-        with theirs:
+        self._environment = _import_environment(os.environ)
+        self._line, server_socket = socket.socketpair()
+        with server_socket:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", __file__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", __file__, str(server_socket.fileno())],
+                pass_fds=[server_socket.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
 
     def differs(self, env: Mapping[str, str]) -> bool:
-        """Whether a new interpreter would not be what this one is."""
+        """Whether a new interpreter with this environment would differ from a fork."""
         paths = map(Path, env.get("PYTHONPATH", "").split(":"))
         customized = any((path / "sitecustomize.py").is_file() for path in paths)
-        return customized or _on_import(env) != self._environment
+        return customized or _import_environment(env) != self._environment
 
     def fork(self, request: dict[str, Any], fds: Mapping[int, int]) -> int:
-        """Process id of a child of this process. fds: ours, by their numbers in the child."""
+        """Start a child of this process and return its pid.
+
+        Args:
+            request: the command, its working directory and environment.
+            fds: our file descriptors, by their numbers in the child.
+        """
         assert not self.differs(request["env"]), "it needs an interpreter of its own"
         request["fds"] = list(fds)
         request["umask"] = os.umask(0)
         os.umask(request["umask"])
         data = json.dumps(request).encode()
-        with self._lock, _adopting():
-            socket.send_fds(self._line, [len(data).to_bytes(HEADER, "big")], [*fds.values()])
+        with self._lock, _child_subreaper():
+            socket.send_fds(self._line, [len(data).to_bytes(HEADER_BYTES, "big")], [*fds.values()])
             self._line.sendall(data)
-            answer = _exactly(self._line, HEADER)
+            answer = _receive_exactly(self._line, HEADER_BYTES)
         return int.from_bytes(answer, "big")
 
 
@@ -162,20 +168,20 @@ _servers: dict[int, Server] = {}
 
 
 def _server() -> Server:
-    """The one of this process, whose children its forks are."""
+    """The server of this process; its forks become children of this process."""
     if os.getpid() not in _servers:
         _servers[os.getpid()] = Server()
     return _servers[os.getpid()]
 
 
-def _on_import(env: Mapping[str, str]) -> dict[str, str]:
+def _import_environment(env: Mapping[str, str]) -> dict[str, str]:
     names = {name for name in env if name.startswith(READ_ON_IMPORT)} - READ_LATER
     return {name: env[name] for name in names}
 
 
 @contextlib.contextmanager
-def _adopting() -> Iterator[None]:
-    """Meanwhile, who loses its parent below this process becomes its child."""
+def _child_subreaper() -> Iterator[None]:
+    """Make orphaned descendants children of this process for the duration."""
     libc = ctypes.CDLL(None)
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     try:
@@ -184,7 +190,7 @@ def _adopting() -> Iterator[None]:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def _exactly(line: socket.socket, count: int) -> bytes:
+def _receive_exactly(line: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
         more = line.recv(count - len(data))
@@ -198,58 +204,62 @@ def _exactly(line: socket.socket, count: int) -> bytes:
 
 
 def serve(line: socket.socket) -> dict[str, Any]:
-    """Fork for every request; returns in the forks only, with the request."""
+    """Fork for every request. Return the request, in the forks only."""
     while True:
-        head, fds, _, _ = socket.recv_fds(line, HEADER, 100)
-        if not head:
+        header, fds, _, _ = socket.recv_fds(line, HEADER_BYTES, 100)
+        if not header:
             os._exit(0)
-        head += _exactly(line, HEADER - len(head))
-        request = dict(json.loads(_exactly(line, int.from_bytes(head, "big"))))
-        read, write = os.pipe()
-        hold, go = os.pipe()
-        between = os.fork()
-        if between == 0:
+        header += _receive_exactly(line, HEADER_BYTES - len(header))
+        request = dict(json.loads(_receive_exactly(line, int.from_bytes(header, "big"))))
+        read_end, write_end = os.pipe()
+        wait_end, release_end = os.pipe()
+        intermediate = os.fork()
+        if intermediate == 0:
             child = os.fork()
             if child == 0:
-                for one in (read, write, go, line.detach()):
-                    os.close(one)
-                os.read(hold, 1)  # until its parent is who it will be
-                os.close(hold)
-                become(request, fds)
+                for unused in (read_end, write_end, release_end, line.detach()):
+                    os.close(unused)
+                os.read(wait_end, 1)  # until the test process has become its parent
+                os.close(wait_end)
+                apply_request(request, fds)
                 return request
-            os.write(write, child.to_bytes(HEADER, "big"))
+            os.write(write_end, child.to_bytes(HEADER_BYTES, "big"))
             os._exit(0)
-        os.close(write)
-        os.close(hold)
+        os.close(write_end)
+        os.close(wait_end)
         for fd in fds:
             os.close(fd)
-        os.waitpid(between, 0)  # now that it has ended, its child is one of the tests' process
-        os.close(go)
-        line.sendall(os.read(read, HEADER))
-        os.close(read)
+        os.waitpid(
+            intermediate, 0
+        )  # once it has ended, the test process is the parent of its child
+        os.close(release_end)
+        line.sendall(os.read(read_end, HEADER_BYTES))
+        os.close(read_end)
 
 
-def become(request: dict[str, Any], fds: list[int]) -> None:
-    """Take the streams, the environment, the folder and the signals that were asked for."""
-    free = max(HIGH, *request["fds"]) + 1  # or one would be closed for another
-    away = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in fds]
+def apply_request(request: dict[str, Any], fds: list[int]) -> None:
+    """Set streams, environment, working directory, umask and signals as the request says."""
+    first_free = (
+        max(MIN_SERVER_FD, *request["fds"]) + 1
+    )  # so that no dup2 below closes a descriptor still needed
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first_free) for fd in fds]
     for fd in fds:
         os.close(fd)
-    for own, fd in zip(request["fds"], away, strict=True):
-        os.dup2(fd, own)
+    for target, fd in zip(request["fds"], moved, strict=True):
+        os.dup2(fd, target)
         os.close(fd)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     os.umask(request["umask"])
-    for sig in SIGNALS:
+    for sig in DEFAULT_SIGNALS:
         signal.signal(sig, signal.default_int_handler if sig == signal.SIGINT else signal.SIG_DFL)
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
     sys.modules["numpy"].random.seed()
 
 
 def execute(words: list[str]) -> None:
-    """Do what `python WORDS` does."""
+    """Do what `python` does with these arguments."""
     while words[0] == "-P":
         words = words[1:]
     if words[0] == "-m":
@@ -265,8 +275,8 @@ def execute(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def end(error: BaseException | None) -> None:
-    """End as the interpreter does, but for the seconds in which it frees every object."""
+def exit_interpreter(error: BaseException | None) -> None:
+    """Exit as the interpreter does, but do not spend seconds to free every object."""
     code = 0
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -290,16 +300,16 @@ def end(error: BaseException | None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
-    line = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, HIGH))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the tests
+    line = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, MIN_SERVER_FD))
     os.close(int(sys.argv[1]))
     for name in IMPORTS:
         __import__(name)
     gc.collect()
-    gc.freeze()  # the pages of what is there stay shared
+    gc.freeze()  # forks share the memory pages of existing objects
     request = serve(line)
     try:
         execute(request["words"])
     except BaseException as error:
-        end(error)
-    end(None)
+        exit_interpreter(error)
+    exit_interpreter(None)

@@ -1,8 +1,8 @@
-"""Files as in real archives: truncated, mislabelled, contradictory, too large, or odd but valid.
+"""Broken image files as in real archives: truncated, mislabelled, contradictory, or too large.
 
-`hostile` makes several hundred, the same ones from the same photos and seed, each with how it has
-to end. `on_disk` makes what cannot even be read, and names that no screen should meet raw.
-`mutants` makes broken photos without end.
+`hostile` generates several hundred files, the same ones for the same photos and seed, each with its
+expected outcome; some are unusual but valid. `on_disk` creates files that cannot be read and names
+that must be escaped before they are shown. `mutants` yields randomly damaged photos.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ Outcome = frozenset[str] | Literal["either"] | None
 
 
 class Case(NamedTuple):
-    """A file, and the kinds of fault it may be; None: it must come out well; either: both will do,
-    as long as it is the same every time.
+    """A file and its expected outcome.
+
+    The outcome is a set of permitted fault kinds, None if the file must decode, or "either" if it
+    may decode or be a fault, as long as it is the same every time.
     """
 
     data: bytes
@@ -40,7 +42,7 @@ KINDS = frozenset({"empty", "not an image", "truncated", "corrupt", "unsupported
 WELL = None
 EITHER: Outcome = "either"
 NO_IMAGE = frozenset({"not an image"})
-CUT = frozenset({"truncated"})
+TRUNCATED = frozenset({"truncated"})
 CORRUPT = frozenset({"corrupt"})
 BROKEN = frozenset({"truncated", "corrupt"})
 UNSUPPORTED = frozenset({"unsupported"})
@@ -50,7 +52,7 @@ OUTSIZED = REFUSED | TOO_LARGE
 
 
 def hostile(photos: Sequence[bytes], seed: int = 0) -> dict[str, Case]:
-    """Several hundred files by name, made from these JPEGs (the first four are used)."""
+    """Generate several hundred cases by name from the first four of these JPEGs."""
     rng = np.random.default_rng(seed)
     images = [Image.open(io.BytesIO(photo)).convert("RGB") for photo in photos[:4]]
     plain = [encoded(image, "JPEG", quality=80) for image in images]
@@ -66,15 +68,15 @@ def hostile(photos: Sequence[bytes], seed: int = 0) -> dict[str, Case]:
         _scans(images[0], plain[0]),
         _exifs(plain[0]),
         _entropy(images, rng),
-        _legal(images[0], plain[0], rng),
-        _claims(plain[0]),
+        _unusual_but_valid(images[0], plain[0], rng),
+        _false_sizes(plain[0]),
         _pngs(images[0]),
         _tiffs(),
         _gifs(images[0]),
         _webps(images[0]),
         _bmps(images[0]),
         _other_kinds(images[0]),
-        _thin(),
+        _thin_images(),
     ):
         for name, data, outcome in family:
             assert name not in result, name
@@ -83,7 +85,7 @@ def hostile(photos: Sequence[bytes], seed: int = 0) -> dict[str, Case]:
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """The image as a file of this kind."""
+    """Encode the image in this format of Pillow."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -123,13 +125,13 @@ def _no_images(rng: Generator) -> Cases:
         "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64,
         "base64 of a JPEG": b"data:image/jpeg;base64,/9j/4AAQSkZJRgABAQ",
     }.items():
-        yield name, data, NO_IMAGE | CUT | CORRUPT if data.startswith(b"\xff") else NO_IMAGE
+        yield name, data, NO_IMAGE | TRUNCATED | CORRUPT if data.startswith(b"\xff") else NO_IMAGE
     yield "an SVG", svg, UNSUPPORTED
     yield "an XML prologue and an SVG", b'<?xml version="1.0"?>\n' + svg, UNSUPPORTED
 
 
 def _signatures(rng: Generator) -> Cases:
-    """Noise and nothing behind the first bytes of every kind."""
+    """The first bytes of every format, followed by nothing, zeros or noise."""
     for name, start in {
         "JPEG": b"\xff\xd8\xff",
         "JFIF": b"\xff\xd8\xff\xe0\0\x10JFIF\0",
@@ -167,12 +169,12 @@ def _other_kinds(image: Image.Image) -> Cases:
     yield "AVIF", encoded(small, "AVIF"), WELL
     yield "animated AVIF", animated(small, "AVIF"), WELL
     yield "ICO", encoded(small.resize((32, 32)), "ICO"), NO_IMAGE | UNSUPPORTED
-    # No browser shows these, and their readers are the weakest: OpenJPEG dies of a flipped bit.
+    # No browser shows these, and their decoders are fragile: a flipped bit crashes OpenJPEG.
     foreign = NO_IMAGE | UNSUPPORTED
     yield "JPEG 2000", encoded(small, "JPEG2000"), foreign
     waves = encoded(small, "JPEG2000")
     tile = waves.find(b"\xff\x51") + 22  # in its segment SIZ; nvImageCodec divides by it
-    yield "JPEG 2000 of tiles of 0", _patched(waves, tile, bytes(8)), foreign
+    yield "JPEG 2000 of tiles of 0", _patch(waves, tile, bytes(8)), foreign
     yield "PPM", encoded(small, "PPM"), foreign
     yield "PPM with fewer pixels than it says", b"P6\n64 64\n255\n" + bytes(900), foreign
     yield "PPM claiming 30000 x 30000", b"P6\n30000 30000\n255\n" + bytes(900), foreign
@@ -185,11 +187,13 @@ def _other_kinds(image: Image.Image) -> Cases:
 
 
 def animated(image: Image.Image, kind: str) -> bytes:
-    """The image, then two turned ones."""
+    """An animation of the image and two rotated copies."""
     others = [image.rotate(turn) for turn in (90, 180)]
     film = bytearray(encoded(image, kind, save_all=True, append_images=others))
     for box in (b"mvhd", b"tkhd", b"mdhd") if kind == "AVIF" else ():
-        dates = film.find(box) + 8  # when it was made: the corpus is the same every day
+        dates = (
+            film.find(box) + 8
+        )  # creation time; zeroed, so that the corpus is the same every day
         film[dates : dates + 16] = bytes(16)
     return bytes(film)
 
@@ -208,32 +212,32 @@ def _cut_jpegs(images: Sequence[Image.Image]) -> Cases:
         "grey JPEG": encoded(images[0].convert("L"), "JPEG"),
     }
     for kind, data in kinds.items():
-        scan = _first(data, 0xDA)
-        tables = _first(data, 0xC4)
+        scan = _find_segment(data, 0xDA)
+        tables = _find_segment(data, 0xC4)
         for name, at in {
             "after its third byte": 3,
             "in its first segment": 15,
-            "in a quantisation table": _first(data, 0xDB) + 20,
+            "in a quantisation table": _find_segment(data, 0xDB) + 20,
             "between two segments": tables,
             "in the length of a segment": tables + 3,
             "in a Huffman table": tables + 12,
             "before its first scan": scan,
             "in the header of its scan": scan + 6,
         }.items():
-            yield f"{kind} cut {name}", data[:at], CUT
+            yield f"{kind} cut {name}", data[:at], TRUNCATED
         for share in (0.02, 0.3, 0.5, 0.9):
             at = scan + 14 + int(share * (len(data) - scan - 14))
-            yield f"{kind} cut at {share:.0%} of its scans", data[:at], CUT
+            yield f"{kind} cut at {share:.0%} of its scans", data[:at], TRUNCATED
             zeros = bytes(len(data) - at)
             yield f"{kind} cut at {share:.0%}, then zeros", data[:at] + zeros, BROKEN
-        yield f"{kind} without its last 40 bytes", data[:-40], CUT
+        yield f"{kind} without its last 40 bytes", data[:-40], TRUNCATED
         yield f"{kind} without its last byte", data[:-1], EITHER
         yield f"{kind} without its end marker", data[:-2], EITHER
-        yield f"{kind} cut at half its scans, then ended", _ended(data, 0.5), BROKEN
+        yield f"{kind} cut at half its scans, then ended", _truncate_and_end(data, 0.5), BROKEN
 
 
-def _ended(data: bytes, share: float) -> bytes:
-    scan = _first(data, 0xDA)
+def _truncate_and_end(data: bytes, share: float) -> bytes:
+    scan = _find_segment(data, 0xDA)
     return data[: scan + int(share * (len(data) - scan))].rstrip(b"\xff") + b"\xff\xd9"
 
 
@@ -265,7 +269,7 @@ def _cut_others(image: Image.Image) -> Cases:
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of every segment up to the first scan's header, which is the last."""
+    """Yield (marker, start, end) of every segment up to and including the first scan's header."""
     at = 2
     while True:
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -275,8 +279,8 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def _first(data: bytes, marker: int) -> int:
-    return next(start for found, start, _ in segments(data) if found == marker)
+def _find_segment(data: bytes, marker: int) -> int:
+    return next(start for this_marker, start, _ in segments(data) if this_marker == marker)
 
 
 def segment(marker: int, payload: bytes) -> bytes:
@@ -285,11 +289,11 @@ def segment(marker: int, payload: bytes) -> bytes:
 
 
 def after_start(data: bytes, *added: bytes) -> bytes:
-    """A JPEG with segments put in before its own."""
+    """Insert segments before those of a JPEG."""
     return data[:2] + b"".join(added) + data[2:]
 
 
-def _patched(data: bytes, at: int, new: bytes) -> bytes:
+def _patch(data: bytes, at: int, new: bytes) -> bytes:
     return data[:at] + new + data[at + len(new) :]
 
 
@@ -298,12 +302,12 @@ def _lengths(photo: bytes) -> Cases:
         true = end - start - 2
         name = f"segment {number} ({marker:02X})"
         for length in (0, 1):
-            wrong = _patched(photo, start + 2, struct.pack(">H", length))
+            wrong = _patch(photo, start + 2, struct.pack(">H", length))
             yield f"{name} says it is {length} long", wrong, REFUSED
         for length in (2, true - 1, true + 1, true + 40, 0x7FFF, 0xFFFF):
-            # What is skipped may be what no one needs: a decoder may go on.
+            # The skipped bytes may be unnecessary, so a decoder may succeed.
             outcome = EITHER if marker in (0xE0, 0xDA) and length < true + 2 else REFUSED
-            wrong = _patched(photo, start + 2, struct.pack(">H", length))
+            wrong = _patch(photo, start + 2, struct.pack(">H", length))
             yield f"{name} says it is {length} long, not {true}", wrong, outcome
     for marker in (0xE1, 0xE2, 0xEE, 0xFE):
         wrong = after_start(photo, struct.pack(">BBH", 0xFF, marker, 0xFFF0))
@@ -315,8 +319,8 @@ def _lengths(photo: bytes) -> Cases:
         )
 
 
-def _without(data: bytes, marker: int, which: int = 0) -> bytes:
-    _, start, end = [found for found in segments(data) if found[0] == marker][which]
+def _remove_segment(data: bytes, marker: int, which: int = 0) -> bytes:
+    _, start, end = [item for item in segments(data) if item[0] == marker][which]
     return data[:start] + data[end:]
 
 
@@ -325,38 +329,38 @@ def _tables(photo: bytes) -> Cases:
     for number, (_, start, end) in enumerate(result):
         counts, symbols = start + 5, start + 21
         name = f"Huffman table {number}"
-        # libjpeg-turbo falls back on the standard's own tables, as for frames of films.
-        yield f"{name} missing", _without(photo, 0xC4, number), EITHER
-        yield f"{name} with 255 codes of one bit", _patched(photo, counts, b"\xff"), BROKEN
-        yield f"{name} with more codes than bits", _patched(photo, counts, b"\x03"), BROKEN
-        yield f"{name} with no codes", _patched(photo, counts, bytes(16)), BROKEN
-        zeroed = _patched(photo, symbols, bytes(end - symbols))
+        # libjpeg-turbo falls back on the standard's default tables, as for Motion JPEG.
+        yield f"{name} missing", _remove_segment(photo, 0xC4, number), EITHER
+        yield f"{name} with 255 codes of one bit", _patch(photo, counts, b"\xff"), BROKEN
+        yield f"{name} with more codes than bits", _patch(photo, counts, b"\x03"), BROKEN
+        yield f"{name} with no codes", _patch(photo, counts, bytes(16)), BROKEN
+        zeroed = _patch(photo, symbols, bytes(end - symbols))
         yield f"{name} with symbols of nothing", zeroed, EITHER
-        full = _patched(photo, symbols, b"\xff" * (end - symbols))
+        full = _patch(photo, symbols, b"\xff" * (end - symbols))
         yield f"{name} with symbols of FF", full, EITHER if number % 2 else BROKEN
         swapped = photo[symbols:end][::-1]
-        yield f"{name} with its symbols reversed", _patched(photo, symbols, swapped), EITHER
-        yield f"{name} of class 7", _patched(photo, start + 4, b"\x70"), BROKEN
-        yield f"{name} in slot 9", _patched(photo, start + 4, b"\x09"), BROKEN
-    start = _first(photo, 0xDB)
-    yield "a quantisation table missing", _without(photo, 0xDB), BROKEN
-    yield "a quantisation table in slot 9", _patched(photo, start + 4, b"\x09"), BROKEN
-    yield "a quantisation table of 64-bit values", _patched(photo, start + 4, b"\x30"), EITHER
-    yield "a quantisation table of zeros", _patched(photo, start + 5, bytes(64)), EITHER
-    yield "no tables at all", photo[:2] + photo[_first(photo, 0xC0) :], BROKEN
+        yield f"{name} with its symbols reversed", _patch(photo, symbols, swapped), EITHER
+        yield f"{name} of class 7", _patch(photo, start + 4, b"\x70"), BROKEN
+        yield f"{name} in slot 9", _patch(photo, start + 4, b"\x09"), BROKEN
+    start = _find_segment(photo, 0xDB)
+    yield "a quantisation table missing", _remove_segment(photo, 0xDB), BROKEN
+    yield "a quantisation table in slot 9", _patch(photo, start + 4, b"\x09"), BROKEN
+    yield "a quantisation table of 64-bit values", _patch(photo, start + 4, b"\x30"), EITHER
+    yield "a quantisation table of zeros", _patch(photo, start + 5, bytes(64)), EITHER
+    yield "no tables at all", photo[:2] + photo[_find_segment(photo, 0xC0) :], BROKEN
 
 
 def _frames(photo: bytes) -> Cases:
-    start = _first(photo, 0xC0)
+    start = _find_segment(photo, 0xC0)
     for marker in (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF):
-        yield f"frame {marker:02X}", _patched(photo, start + 1, bytes([marker])), UNSUPPORTED
-    yield "frame C1, whose baseline is legal", _patched(photo, start + 1, b"\xc1"), WELL
-    yield "frame C2, though it is not progressive", _patched(photo, start + 1, b"\xc2"), EITHER
-    yield "frame C8, which is reserved", _patched(photo, start + 1, b"\xc8"), REFUSED
+        yield f"frame {marker:02X}", _patch(photo, start + 1, bytes([marker])), UNSUPPORTED
+    yield "frame C1, whose baseline is legal", _patch(photo, start + 1, b"\xc1"), WELL
+    yield "frame C2, though it is not progressive", _patch(photo, start + 1, b"\xc2"), EITHER
+    yield "frame C8, which is reserved", _patch(photo, start + 1, b"\xc8"), REFUSED
     yield "a JPEG of 12 bits", _twelve_bits(), UNSUPPORTED
     yield "a lossless JPEG", _lossless(), UNSUPPORTED
     for bits in (0, 1, 7, 9, 12, 16, 255):
-        wrong = _patched(photo, start + 4, bytes([bits]))
+        wrong = _patch(photo, start + 4, bytes([bits]))
         yield f"a frame of {bits} bits", wrong, UNSUPPORTED | CORRUPT
     for name, height, width, outcome in (
         ("no height", 0, 64, REFUSED),
@@ -369,33 +373,37 @@ def _frames(photo: bytes) -> Cases:
         ("9 x 65535", 65535, 9, OUTSIZED),
         ("1 x 1", 1, 1, EITHER),
     ):
-        wrong = _patched(photo, start + 5, struct.pack(">HH", height, width))
+        wrong = _patch(photo, start + 5, struct.pack(">HH", height, width))
         yield f"a frame of {name}", wrong, outcome
     for count in (0, 1, 2, 4, 255):
-        yield f"a frame of {count} parts", _patched(photo, start + 9, bytes([count])), REFUSED
+        yield f"a frame of {count} parts", _patch(photo, start + 9, bytes([count])), REFUSED
     for factors in (0x00, 0x01, 0x55, 0xFF):
-        wrong = _patched(photo, start + 11, bytes([factors]))
+        wrong = _patch(photo, start + 11, bytes([factors]))
         yield f"sampling factors {factors:02X}", wrong, REFUSED
     for factors in (0x31, 0x13, 0x44, 0x24):
-        wrong = _patched(photo, start + 11, bytes([factors]))
+        wrong = _patch(photo, start + 11, bytes([factors]))
         yield f"sampling factors {factors:02X}", wrong, EITHER
-    yield "a part without its table", _patched(photo, start + 12, b"\3"), BROKEN
+    yield "a part without its table", _patch(photo, start + 12, b"\3"), BROKEN
     yield (
         "two parts of one name",
-        _patched(photo, start + 13, photo[start + 10 : start + 11]),
+        _patch(photo, start + 13, photo[start + 10 : start + 11]),
         EITHER,
     )
     frame = photo[start : start + 19]
     for name, size in (("same", None), ("larger", (2000, 2000)), ("smaller", (8, 8))):
-        other = _patched(frame, 5, struct.pack(">HH", *size)) if size else frame
+        other = _patch(frame, 5, struct.pack(">HH", *size)) if size else frame
         yield f"a second frame, {name}", photo[:start] + frame + other + photo[start + 19 :], EITHER
         yield f"a first frame, {name}", photo[:start] + other + photo[start:], EITHER
-    yield "no frame", _without(photo, 0xC0), REFUSED
-    yield "its frame after its scan", _without(photo, 0xC0)[:-2] + frame + b"\xff\xd9", REFUSED
+    yield "no frame", _remove_segment(photo, 0xC0), REFUSED
+    yield (
+        "its frame after its scan",
+        _remove_segment(photo, 0xC0)[:-2] + frame + b"\xff\xd9",
+        REFUSED,
+    )
 
 
-def _bits(*codes: str) -> bytes:
-    """Entropy-coded data: padded with ones, FF stuffed."""
+def _pack_bits(*codes: str) -> bytes:
+    """Entropy-coded data: padded with ones, a zero byte after each FF."""
     text = "".join(codes)
     text += "1" * (-len(text) % 8)
     packed = bytes(int(text[at : at + 8], 2) for at in range(0, len(text), 8))
@@ -407,7 +415,7 @@ def _table(slot: int, lengths: Sequence[int], symbols: bytes) -> bytes:
 
 
 def _twelve_bits() -> bytes:
-    """A true 12-bit JPEG (extended, Huffman): 16 x 16, a light square and three of its like."""
+    """A valid 12-bit JPEG (extended, Huffman): 16 x 16, four equal light blocks."""
     blocks = ["01", format(800, "010b"), "0", *["00", "0"] * 3]
     return b"".join(
         (
@@ -417,40 +425,40 @@ def _twelve_bits() -> bytes:
             _table(0x00, (0, 2), b"\0\x0a"),
             _table(0x10, (1,), b"\0"),
             segment(0xDA, b"\1\1\0\0\x3f\0"),
-            _bits(*blocks),
+            _pack_bits(*blocks),
             b"\xff\xd9",
         )
     )
 
 
 def _lossless() -> bytes:
-    """A true lossless JPEG: 16 x 16 of one grey, every difference 0."""
+    """A valid lossless JPEG: 16 x 16 of one grey, every difference 0."""
     return b"".join(
         (
             b"\xff\xd8",
             segment(0xC3, struct.pack(">BHHBBBB", 8, 16, 16, 1, 1, 0x11, 0)),
             _table(0x00, (1,), b"\0"),
             segment(0xDA, b"\1\1\0\1\0\0"),
-            _bits("0" * 256),
+            _pack_bits("0" * 256),
             b"\xff\xd9",
         )
     )
 
 
 def _scans(image: Image.Image, photo: bytes) -> Cases:
-    start = _first(photo, 0xDA)
-    yield "a scan of no parts", _patched(photo, start + 4, b"\0"), BROKEN
-    yield "a scan of 9 parts", _patched(photo, start + 4, b"\x09"), BROKEN
-    yield "a scan of an unknown part", _patched(photo, start + 5, b"\x77"), BROKEN
-    yield "a scan with tables 9", _patched(photo, start + 6, b"\x99"), BROKEN
-    yield "a scan from 9 to 3", _patched(photo, start + 11, b"\x09\x03"), EITHER
+    start = _find_segment(photo, 0xDA)
+    yield "a scan of no parts", _patch(photo, start + 4, b"\0"), BROKEN
+    yield "a scan of 9 parts", _patch(photo, start + 4, b"\x09"), BROKEN
+    yield "a scan of an unknown part", _patch(photo, start + 5, b"\x77"), BROKEN
+    yield "a scan with tables 9", _patch(photo, start + 6, b"\x99"), BROKEN
+    yield "a scan from 9 to 3", _patch(photo, start + 11, b"\x09\x03"), EITHER
     yield "a scan without data", photo[: start + 14] + b"\xff\xd9", BROKEN
     yield "no scan", photo[:start] + b"\xff\xd9", BROKEN
     yield "two scans of the same", photo[:-2] + photo[start:], EITHER
-    yield "an end before the end", _patched(photo, start + 600, b"\xff\xd9"), BROKEN
-    yield "a start in the middle", _patched(photo, start + 600, b"\xff\xd8"), EITHER
+    yield "an end before the end", _patch(photo, start + 600, b"\xff\xd9"), BROKEN
+    yield "a start in the middle", _patch(photo, start + 600, b"\xff\xd8"), EITHER
     yield "a JPEG in its own scan", photo[: start + 600] + photo, EITHER
-    yield "an unknown marker in the scan", _patched(photo, start + 600, b"\xff\x02"), EITHER
+    yield "an unknown marker in the scan", _patch(photo, start + 600, b"\xff\x02"), EITHER
     progressive = encoded(image, "JPEG", progressive=True)
     first, last = progressive.find(b"\xff\xda"), progressive.rfind(b"\xff\xda")
     scan = progressive[last:-2]
@@ -468,7 +476,7 @@ def _scans(image: Image.Image, photo: bytes) -> Cases:
     hidden = segment(0xFE, b"\xff\xd9") + scan
     yield "1500 scans, false ends between them", progressive[:-2] + hidden * 1500, TOO_LARGE
     yield "1500 scans behind fill bytes", progressive[:-2] + (b"\xff" + scan) * 1500, TOO_LARGE
-    # libjpeg tells of the first damage only: of the bytes too many, not of the torn scan.
+    # libjpeg reports the first damage only: the extra bytes, not the truncated scan.
     tables = progressive.find(b"\xff\xc4", first)
     later = progressive.find(b"\xff\xda", progressive.find(b"\xff\xda", tables) + 2)
     behind = progressive.find(b"\xff\xc4", later)
@@ -497,22 +505,26 @@ def _exif(orientation: int, order: str = ">") -> bytes:
 
 
 def _exifs(photo: bytes) -> Cases:
-    def among(*blocks: bytes) -> bytes:
+    def with_exif(*blocks: bytes) -> bytes:
         return after_start(photo, *(segment(0xE1, block) for block in blocks))
 
-    yield "two EXIF segments that contradict one another", among(_exif(6), _exif(8)), CORRUPT
-    yield "three EXIF segments, the last apart", among(_exif(1), _exif(1), _exif(3)), CORRUPT
-    yield "EXIF 6 and then 1", among(_exif(6), _exif(1)), CORRUPT
-    yield "two EXIF segments that agree", among(_exif(6), _exif(6, "<")), WELL
-    yield "an EXIF segment and a torn one", among(_exif(6), b"Exif\0\0MM\0*"), WELL
-    yield "an EXIF segment and XMP", among(_exif(3), b"http://ns.adobe.com/xap/1.0/\0<x/>"), WELL
+    yield "two EXIF segments that contradict one another", with_exif(_exif(6), _exif(8)), CORRUPT
+    yield "three EXIF segments, the last apart", with_exif(_exif(1), _exif(1), _exif(3)), CORRUPT
+    yield "EXIF 6 and then 1", with_exif(_exif(6), _exif(1)), CORRUPT
+    yield "two EXIF segments that agree", with_exif(_exif(6), _exif(6, "<")), WELL
+    yield "an EXIF segment and a torn one", with_exif(_exif(6), b"Exif\0\0MM\0*"), WELL
+    yield (
+        "an EXIF segment and XMP",
+        with_exif(_exif(3), b"http://ns.adobe.com/xap/1.0/\0<x/>"),
+        WELL,
+    )
     yield (
         "EXIF behind JFIF and a comment",
         photo[:20] + segment(0xFE, b"hello") + segment(0xE1, _exif(5)) + photo[20:],
         WELL,
     )
     for value in (0, 9, 255, 65535):
-        yield f"EXIF orientation {value}", among(_exif(value)), WELL
+        yield f"EXIF orientation {value}", with_exif(_exif(value)), WELL
     for name, block in {
         "nothing": b"Exif\0\0",
         "half a head": b"Exif\0\0MM\0",
@@ -538,11 +550,11 @@ def _exifs(photo: bytes) -> Cases:
         "a floating-point orientation": b"Exif\0\0MM\0*\0\0\0\x08\0\1"
         + struct.pack(">HHIf", 0x0112, 11, 1, 6.0),
     }.items():
-        yield f"EXIF of {name}", among(block), WELL
+        yield f"EXIF of {name}", with_exif(block), WELL
     huge = _exif(1) + bytes(65000)
-    yield "thirty EXIF segments of 64 kB", among(*[huge] * 30), WELL
+    yield "thirty EXIF segments of 64 kB", with_exif(*[huge] * 30), WELL
     thumb = encoded(Image.new("RGB", (16, 16)), "JPEG")
-    yield "EXIF with a picture in it", among(_exif(1) + thumb), WELL
+    yield "EXIF with a picture in it", with_exif(_exif(1) + thumb), WELL
 
 
 # -------------------------------------------------------------------- damage in the pixels
@@ -551,24 +563,24 @@ def _exifs(photo: bytes) -> Cases:
 def _entropy(images: Sequence[Image.Image], rng: Generator) -> Cases:
     for number, image in enumerate(images):
         photo = encoded(image.resize((400, 320)), "JPEG", quality=92)
-        scan = _first(photo, 0xDA) + 14
+        scan = _find_segment(photo, 0xDA) + 14
         for tries in range(3):
             at = int(rng.integers(scan, len(photo) - 1100))
-            yield f"photo {number} with zeros {tries}", _patched(photo, at, bytes(1024)), EITHER
-            yield f"photo {number} with FF {tries}", _patched(photo, at, b"\xff" * 512), EITHER
+            yield f"photo {number} with zeros {tries}", _patch(photo, at, bytes(1024)), EITHER
+            yield f"photo {number} with FF {tries}", _patch(photo, at, b"\xff" * 512), EITHER
             flipped = bytes([photo[at] ^ 1 << int(rng.integers(8))])
-            yield f"photo {number} with a bit flipped {tries}", _patched(photo, at, flipped), EITHER
-            noise = _patched(photo, at, rng.bytes(1024))
+            yield f"photo {number} with a bit flipped {tries}", _patch(photo, at, flipped), EITHER
+            noise = _patch(photo, at, rng.bytes(1024))
             yield f"photo {number} with noise {tries}", noise, EITHER
             other = int(rng.integers(scan, len(photo) - 1100))
-            swapped = _patched(photo, at, photo[other : other + 1024])
+            swapped = _patch(photo, at, photo[other : other + 1024])
             yield f"photo {number} with a piece of itself {tries}", swapped, EITHER
             yield f"photo {number} without a page {tries}", photo[:at] + photo[at + 1024 :], EITHER
         restarts = encoded(image, "JPEG", restart_marker_rows=1)
-        first = restarts.find(b"\xff\xd0", _first(restarts, 0xDA))
+        first = restarts.find(b"\xff\xd0", _find_segment(restarts, 0xDA))
         yield (
             f"photo {number} with a restart out of turn",
-            _patched(restarts, first, b"\xff\xd5"),
+            _patch(restarts, first, b"\xff\xd5"),
             EITHER,
         )
         yield f"photo {number} without a restart", restarts[:first] + restarts[first + 2 :], EITHER
@@ -577,7 +589,7 @@ def _entropy(images: Sequence[Image.Image], rng: Generator) -> Cases:
 # ---------------------------------------------------------------------------- odd but well
 
 
-def _legal(image: Image.Image, photo: bytes, rng: Generator) -> Cases:
+def _unusual_but_valid(image: Image.Image, photo: bytes, rng: Generator) -> Cases:
     filled = photo
     for _, start, _ in reversed(list(segments(photo))):
         filled = filled[:start] + b"\xff\xff\xff" + filled[start:]
@@ -620,44 +632,45 @@ def _legal(image: Image.Image, photo: bytes, rng: Generator) -> Cases:
     yield "a CMYK JPEG", encoded(image.convert("CMYK"), "JPEG"), WELL
     yield "a YCCK JPEG", ycck(image), WELL
     yield "a quantisation table of 16 bits", wide_table(photo), WELL
-    yield "tables in one segment", _joined(photo), WELL
+    yield "tables in one segment", _join_huffman_tables(photo), WELL
     yield (
         "every APP segment",
         after_start(photo, *(segment(marker, rng.bytes(99)) for marker in range(0xE2, 0xEE))),
         WELL,
     )
     yield "a thousand comments", after_start(photo, *[segment(0xFE, b"so it goes")] * 1000), WELL
-    yield "a JPEG without JFIF", _without(photo, 0xE0), WELL
+    yield "a JPEG without JFIF", _remove_segment(photo, 0xE0), WELL
 
 
 def resampled(image: Image.Image, sampling: str, factors: int) -> bytes:
-    """A legal JPEG of another subsampling: as many blocks per unit, in another order (so what it
-    shows is scrambled).
+    """A valid JPEG with other subsampling factors.
+
+    It has as many blocks per unit in another order, so the picture is scrambled.
     """
     photo = encoded(image, "JPEG", subsampling=sampling)
-    return _patched(photo, _first(photo, 0xC0) + 11, bytes([factors]))
+    return _patch(photo, _find_segment(photo, 0xC0) + 11, bytes([factors]))
 
 
 def ycck(image: Image.Image) -> bytes:
-    """The image as Adobe's YCCK: what Pillow writes as CMYK, told apart by Adobe's segment."""
+    """The image as a YCCK JPEG: Pillow's CMYK with YCCK in the Adobe segment."""
     key = Image.new("L", image.size, 255)  # stored inverted: no black
     y, cb, cr = image.convert("YCbCr").split()
     stored = [Image.eval(part, lambda value: 255 - value) for part in (y, cb, cr, key)]
     photo = encoded(Image.merge("CMYK", stored), "JPEG", quality=90)
-    return _patched(photo, _first(photo, 0xEE) + 15, b"\2")
+    return _patch(photo, _find_segment(photo, 0xEE) + 15, b"\2")
 
 
 def wide_table(photo: bytes) -> bytes:
-    """The same JPEG with its first quantisation table in 16-bit numbers, which C1 allows."""
-    start = _first(photo, 0xDB)
+    """The same JPEG with its first quantisation table in 16 bits, which frame type C1 allows."""
+    start = _find_segment(photo, 0xDB)
     values = photo[start + 5 : start + 69]
     table = b"\x10" + b"".join(struct.pack(">H", value) for value in values)
     wide = photo[:start] + segment(0xDB, table) + photo[start + 69 :]
-    return _patched(wide, _first(wide, 0xC0) + 1, b"\xc1")
+    return _patch(wide, _find_segment(wide, 0xC0) + 1, b"\xc1")
 
 
-def _joined(photo: bytes) -> bytes:
-    """The same JPEG, all Huffman tables in one segment."""
+def _join_huffman_tables(photo: bytes) -> bytes:
+    """The same JPEG with all Huffman tables in one segment."""
     result = [(start, end) for marker, start, end in segments(photo) if marker == 0xC4]
     full = segment(0xC4, b"".join(photo[start + 4 : end] for start, end in result))
     return photo[: result[0][0]] + full + photo[result[-1][1] :]
@@ -666,12 +679,12 @@ def _joined(photo: bytes) -> bytes:
 # --------------------------------------------------------------------------------- claims
 
 
-def _claims(photo: bytes) -> Cases:
-    """Headers that promise far more pixels than there are bytes."""
+def _false_sizes(photo: bytes) -> Cases:
+    """Headers that claim far more pixels than the file holds."""
     side = 30_000
     progressive = encoded(Image.open(io.BytesIO(photo)), "JPEG", progressive=True)
-    at = _first(progressive, 0xC2) + 5
-    claimed = _patched(progressive, at, struct.pack(">HH", side, side))
+    at = _find_segment(progressive, 0xC2) + 5
+    claimed = _patch(progressive, at, struct.pack(">HH", side, side))
     yield "a progressive JPEG claiming 30000 x 30000", claimed, TOO_LARGE
     for name, width, height in (
         ("30000 x 30000", side, side),
@@ -689,8 +702,8 @@ def _claims(photo: bytes) -> Cases:
     yield "TIFF claiming 4294967295 x 1", _tiff({256: 2**32 - 1, 257: 1}), OUTSIZED
     canvas = struct.pack("<I", side - 1)[:3] * 2
     yield "WebP claiming 30000 x 30000", _riff(b"VP8X", bytes(4) + canvas), OUTSIZED
-    most = struct.pack("<I", 2**24 - 1)[:3] * 2
-    yield "WebP claiming 16777216 x 16777216", _riff(b"VP8X", bytes(4) + most), OUTSIZED
+    largest = struct.pack("<I", 2**24 - 1)[:3] * 2
+    yield "WebP claiming 16777216 x 16777216", _riff(b"VP8X", bytes(4) + largest), OUTSIZED
     lossless = b"\x2f" + struct.pack("<I", 16383 | 16383 << 14)
     yield "lossless WebP claiming 16384 x 16384", _riff(b"VP8L", lossless + bytes(9)), OUTSIZED
     flat = zlib.compress(bytes(10_001 * 10_000), 9)
@@ -710,7 +723,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-PARTS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by PNG's colour type
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by PNG's colour type
 
 
 def png(
@@ -724,11 +737,20 @@ def png(
     pixels: bytes | None = None,
     data: bytes | None = None,
 ) -> bytes:
-    """A PNG of 8 bits and three colours, or not; its pixels are black, if not given filtered
-    (`pixels`) or filtered and deflated (`data`). before: chunks between its header and its pixels.
+    """Build a PNG, by default black, 8 bits and RGB.
+
+    Args:
+        width: in the header.
+        height: in the header.
+        depth: bits per channel.
+        colour: PNG's colour type.
+        interlaced: PNG's interlace method.
+        before: chunks between the header and the pixels.
+        pixels: filtered lines, to be deflated.
+        data: filtered and deflated lines.
     """
     if data is None:
-        line = 1 + -(-width * PARTS.get(colour, 1) * depth // 8)
+        line = 1 + -(-width * CHANNELS.get(colour, 1) * depth // 8)
         data = zlib.compress(
             bytes(line * height if line * height < 10**6 else 99) if pixels is None else pixels
         )
@@ -738,7 +760,7 @@ def png(
 
 
 def interlaced(image: Image.Image) -> bytes:
-    """An RGB image as a PNG in Adam7's seven passes, which Pillow reads but does not write."""
+    """An RGB image as an interlaced PNG (Adam7), which Pillow reads but does not write."""
     pixels_HWC = np.asarray(image)
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
     lines = b""
@@ -750,12 +772,12 @@ def interlaced(image: Image.Image) -> bytes:
 def _pngs(image: Image.Image) -> Cases:
     photo = encoded(image.resize((96, 80)), "PNG")
     data = photo.find(b"IDAT")
-    yield "PNG with a broken checksum of its pixels", _patched(photo, data + 400, b"\0\0\0"), EITHER
+    yield "PNG with a broken checksum of its pixels", _patch(photo, data + 400, b"\0\0\0"), EITHER
     length = int.from_bytes(photo[data - 4 : data], "big")
     crc = data + 4 + length
-    yield "PNG with a wrong checksum", _patched(photo, crc, b"\0\0\0\0"), EITHER
+    yield "PNG with a wrong checksum", _patch(photo, crc, b"\0\0\0\0"), EITHER
     head = photo.find(b"IHDR")
-    yield "PNG with a wrong checksum of its header", _patched(photo, head + 17, b"\0\0\0\0"), EITHER
+    yield "PNG with a wrong checksum of its header", _patch(photo, head + 17, b"\0\0\0\0"), EITHER
     yield "PNG of broken deflate", png(40, 40, data=b"\x78\x9c" + b"\xff" * 300), BROKEN
     yield "PNG of no deflate", png(40, 40, data=b"nothing deflated at all"), BROKEN
     yield "PNG without pixels", png(40, 40, data=b""), BROKEN
@@ -799,7 +821,7 @@ def _pngs(image: Image.Image) -> Cases:
         (photo[:33] + struct.pack(">I", 2**31 - 1) + b"tEXt" + photo[33:]),
         REFUSED,
     )
-    longer = _patched(photo, data - 4, struct.pack(">I", 2**31 - 1))
+    longer = _patch(photo, data - 4, struct.pack(">I", 2**31 - 1))
     yield "PNG with pixels longer than itself", longer, EITHER
     clear = encoded(image.resize((96, 80)).convert("RGBA"), "PNG")
     for name, data in (("PNG", photo), ("PNG with alpha", clear)):
@@ -811,10 +833,10 @@ def _pngs(image: Image.Image) -> Cases:
     film = animated(image.resize((60, 50)), "PNG")
     yield "APNG", film, WELL
     for number, share in enumerate((0.4, 0.6, 0.8)):
-        # OpenCV shows memory it never wrote where the pixels of these do not inflate.
+        # OpenCV returns uninitialized memory where the pixels of these do not inflate.
         start = film.find(b"IDAT")
         length = int.from_bytes(film[start - 4 : start], "big")
-        truncated = _patched(film, start + int(share * length), bytes(40))
+        truncated = _patch(film, start + int(share * length), bytes(40))
         yield f"APNG torn in its picture {number}", truncated, BROKEN
     many = chunk(b"tEXt", b"Comment\0" + b"x" * 99)
     yield "PNG with 2000 texts", photo[:33] + many * 2000 + photo[33:], WELL
@@ -823,17 +845,17 @@ def _pngs(image: Image.Image) -> Cases:
 def _tiff(
     tags: dict[int, int | tuple[int, ...]], pixels: bytes = bytes(2000), *, after: int = 0
 ) -> bytes:
-    """A little-endian TIFF of one directory; every value a 32-bit number, pixels at byte 8."""
-    plain = {256: 20, 257: 20, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 20, 279: len(pixels)}
+    """A little-endian TIFF of one directory; every value has 32 bits, pixels start at byte 8."""
+    defaults = {256: 20, 257: 20, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 20, 279: len(pixels)}
     entries, extra = b"", b""
-    merged = sorted((plain | tags).items())
+    merged = sorted((defaults | tags).items())
     at = 8 + len(pixels)
-    behind = at + 2 + 12 * len(merged) + 4
+    extra_start = at + 2 + 12 * len(merged) + 4
     for tag, value in merged:
         values = value if isinstance(value, tuple) else (value,)
         packed = struct.pack(f"<{len(values)}I", *values)
         if len(values) > 1:
-            packed, extra = struct.pack("<I", behind + len(extra)), extra + packed
+            packed, extra = struct.pack("<I", extra_start + len(extra)), extra + packed
         entries += struct.pack("<HHI", tag, 4, len(values)) + packed
     directory = struct.pack("<H", len(merged)) + entries + struct.pack("<I", after)
     return b"II*\0" + struct.pack("<I", at) + pixels + directory + extra
@@ -872,9 +894,9 @@ def _tiffs() -> Cases:
     photo = encoded(
         Image.linear_gradient("L").convert("RGB").resize((48, 60)), "TIFF", compression="jpeg"
     )
-    # libtiff leaves the pixels to the right of it as they were in memory.
+    # libtiff leaves the pixels to the right of it uninitialized.
     inner = photo.find(b"\xff\xc0") + 7
-    yield "TIFF of a JPEG narrower than it", _patched(photo, inner, struct.pack(">H", 41)), EITHER
+    yield "TIFF of a JPEG narrower than it", _patch(photo, inner, struct.pack(">H", 41)), EITHER
 
 
 def _tiff_of_jpeg() -> bytes:
@@ -925,16 +947,16 @@ def _webps(image: Image.Image) -> Cases:
             head = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + sides
             full = b"RIFF" + struct.pack("<I", len(head + body)) + head + body
             yield f"WebP, {name}, on a {size} canvas", full, EITHER
-        yield f"WebP, {name}, RIFF says 0", _patched(data, 4, bytes(4)), EITHER
-        yield f"WebP, {name}, RIFF says 4 GB", _patched(data, 4, b"\xff" * 4), EITHER
-        yield f"WebP, {name}, its chunk says 4 GB", _patched(data, 16, b"\xff" * 4), EITHER
+        yield f"WebP, {name}, RIFF says 0", _patch(data, 4, bytes(4)), EITHER
+        yield f"WebP, {name}, RIFF says 4 GB", _patch(data, 4, b"\xff" * 4), EITHER
+        yield f"WebP, {name}, its chunk says 4 GB", _patch(data, 16, b"\xff" * 4), EITHER
         middle = len(data) // 2
-        yield f"WebP, {name}, zeroed", _patched(data, middle, bytes(len(data) // 4)), EITHER
-        yield f"WebP, {name}, noisy", _patched(data, 30, bytes(range(200))), EITHER
+        yield f"WebP, {name}, zeroed", _patch(data, middle, bytes(len(data) // 4)), EITHER
+        yield f"WebP, {name}, noisy", _patch(data, 30, bytes(range(200))), EITHER
     yield "WebP of no chunks", b"RIFF\4\0\0\0WEBP", REFUSED
     block = extended.find(b"EXIF") + 4
     for length in (1000, 10**9, 2**32 - 1):
-        longer = _patched(extended, block, struct.pack("<I", length))
+        longer = _patch(extended, block, struct.pack("<I", length))
         yield f"WebP with {length} bytes of EXIF, as it says", longer, EITHER
     yield "extended WebP with torn EXIF", extended.replace(b"MM\0*", b"MM\0+"), WELL
 
@@ -959,13 +981,13 @@ def _bmps(image: Image.Image) -> Cases:
         bits = {1: 8, 2: 4}.get(code, 24)
         data = _bmp(20, 20, bits=bits, rle=code, pixels=b"\xff\1\0\2\xff\xff" * 200)
         yield f"BMP of compression {code}", data, EITHER
-    yield "BMP whose pixels lie past its end", _patched(photo, 10, b"\xff\xff\xff\x7f"), EITHER
-    yield "BMP whose pixels lie in its header", _patched(photo, 10, bytes(4)), EITHER
-    yield "BMP of an unknown header", _patched(photo, 14, b"\x63"), EITHER
+    yield "BMP whose pixels lie past its end", _patch(photo, 10, b"\xff\xff\xff\x7f"), EITHER
+    yield "BMP whose pixels lie in its header", _patch(photo, 10, bytes(4)), EITHER
+    yield "BMP of an unknown header", _patch(photo, 14, b"\x63"), EITHER
 
 
-def _thin() -> Cases:
-    """Sizes at the borders of what there is to resize."""
+def _thin_images() -> Cases:
+    """Very small, very thin and very long images."""
     for width, height in ((1, 1), (2, 1), (1, 2), (1, 700), (700, 1), (2, 60_000), (3, 3), (8, 9)):
         image = Image.new("RGB", (width, height), (200, 100, 50))
         for kind in ("PNG", "JPEG", "GIF"):
@@ -976,11 +998,11 @@ def _thin() -> Cases:
 
 
 def mutants(seeds: Sequence[bytes], count: int, seed: int = 0) -> Iterator[bytes]:
-    """Files with one to four changes each: bytes flipped, taken out, put in, spliced."""
+    """Yield files with one to four changes each: bytes flipped, removed, inserted or spliced."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         data = bytearray(seeds[rng.integers(len(seeds))])
-        # Half of the changes fall among the headers, which are a small part of a file.
+        # Half of the changes hit the headers, although they are a small part of a file.
         top = len(data) if rng.random() < 0.5 else min(len(data), 700)
         for _ in range(int(rng.integers(1, 5))):
             at, length = int(rng.integers(top)), int(rng.geometric(0.05))
@@ -1025,11 +1047,13 @@ ODD_NAMES = (
 
 
 def on_disk(folder: Path, photo: bytes) -> dict[bytes, frozenset[str] | None]:
-    """Put what cannot be read, and good files of odd names, into a folder that is there.
+    """Create unreadable files, and valid ones with odd names, in an existing folder.
 
-    Gives the fault kinds of each by its name, None for the good ones. A folder named dog.jpg holds
-    a good file (its own name is not in the answer, `dog.jpg/inside.jpg` is). The file without
-    permission is there only where we are not root, who may read everything.
+    A folder named dog.jpg holds a valid file: the result has `dog.jpg/inside.jpg`, not `dog.jpg`.
+    The file without permission is created only if the user is not root, who may read everything.
+
+    Returns:
+        The permitted fault kinds of each file by its name, None for valid files.
     """
     result: dict[bytes, frozenset[str] | None] = {}
 
@@ -1042,7 +1066,7 @@ def on_disk(folder: Path, photo: bytes) -> dict[bytes, frozenset[str] | None]:
     put(b"link to a device.jpg", "not a file").symlink_to("/dev/zero")
     put(b"link to a folder.jpg/inside.jpg", None).parent.symlink_to("dog.jpg")
     with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
-        server.bind("socket.jpg")  # from here: a socket's path must be short
+        server.bind("socket.jpg")  # relative, because a socket's path must be short
     put(b"socket.jpg", "not a file")
     put(b"dangling.jpg", "unreadable").symlink_to("nowhere.jpg")
     put(b"ring one.jpg", "unreadable").symlink_to("ring two.jpg")

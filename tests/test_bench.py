@@ -1,4 +1,4 @@
-"""The programs in bench/ still fit the code that they measure: each runs on little data."""
+"""The programs in bench/ work with the current code: each runs on little data."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in BENCH.glob("*.py")))
-def test_a_program_imports_and_has_flags(name):
+def test_every_benchmark_prints_its_help(name):
     program = [sys.executable, str(BENCH / f"{name}.py"), "--help"]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
+    completed = subprocess.run(program, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    assert "usage:" in completed.stdout
 
 
-def test_extraction_is_measured(drawn):
+def test_bench_extract_measures_each_stage(drawn):
     seconds, stages = load("extract").pump(drawn / "train", "shufflenet_v2_x0_5", 8)
     assert seconds > 0
     assert stages.keys() >= {"read", "decode", "forward", "workers"}
 
 
-def test_head_training_is_measured():
+def test_bench_head_compares_loops_and_stacks():
     import torch
 
     head = load("head")
@@ -49,7 +49,7 @@ def test_head_training_is_measured():
     assert len(head.compare_stacks(feature_ND, args)) == 2  # optimizers
 
 
-def test_listing_is_measured(tmp_path, capsys, monkeypatch):
+def test_bench_listing_counts_files_with_every_alternative(tmp_path, capsys, monkeypatch):
     listing = load("listing")
     monkeypatch.setattr(listing, "FILES_PER_FOLDER", 2)
     listing.create_tree(tmp_path, 30)

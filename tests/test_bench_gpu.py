@@ -23,11 +23,11 @@ spec.loader.exec_module(gpu)
 
 
 def settings(folder: Path) -> Any:
-    about = {"body": "shufflenet_v2_x0_5", "weights": "random", "size": 32, "gpu": False}
-    return gpu.Settings(data=str(folder), images=8, cores=1, **about)
+    options = {"body": "shufflenet_v2_x0_5", "weights": "random", "size": 32, "gpu": False}
+    return gpu.Settings(data=str(folder), images=8, cores=1, **options)
 
 
-def started(*flags: str) -> subprocess.CompletedProcess[str]:
+def run_benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(PROGRAM), "--cpu", *flags], capture_output=True, text=True, timeout=600
     )
@@ -37,15 +37,15 @@ def started(*flags: str) -> subprocess.CompletedProcess[str]:
 def run(
     drawn: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[subprocess.CompletedProcess[str], Path, dict[str, Any]]:
-    """A run over few photos, the folder it wrote to, and its result."""
+    """A completed run over a few photos, its output folder and its JSON result."""
     out = tmp_path_factory.mktemp("results")
-    small = ["--images", "24", "--size", "64", "--body", "shufflenet_v2_x0_5"]
-    done = started("--data", str(drawn), "--out", str(out), *small)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done, out, json.loads(next(out.glob("*.json")).read_text())
+    small_flags = ["--images", "24", "--size", "64", "--body", "shufflenet_v2_x0_5"]
+    completed = run_benchmark("--data", str(drawn), "--out", str(out), *small_flags)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed, out, json.loads(next(out.glob("*.json")).read_text())
 
 
-def test_every_section_is_there_and_nothing_failed(run):
+def test_the_result_has_every_section_and_no_failure(run):
     _, _, result = run
     assert {row["section"] for row in result["rows"]} == SECTIONS
     assert result["seconds"].keys() > SECTIONS
@@ -53,7 +53,7 @@ def test_every_section_is_there_and_nothing_failed(run):
     assert all(row["value"] is not None for row in result["rows"] if row["on"] == "CPU")
 
 
-def test_no_figure_is_a_gpus(run):
+def test_without_a_gpu_no_gpu_row_has_a_value(run):
     _, _, result = run
     assert result["gpu"] is None
     assert "CPU only" in result["mode"]
@@ -62,24 +62,24 @@ def test_no_figure_is_a_gpus(run):
     assert all(row["value"] is None and row["passed"] is None for row in rows)
 
 
-def test_the_table_says_on_every_line_that_there_was_no_gpu(run):
-    done, out, result = run
+def test_every_line_of_the_table_says_cpu_only(run):
+    completed, out, result = run
     table = next(out.glob("*.md")).read_text()
-    assert done.stdout.strip() == table.strip()
+    assert completed.stdout.strip() == table.strip()
     lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(result["rows"])
     assert all("| CPU only" in line for line in lines)
     assert sorted(file.name[:12] for file in out.iterdir()) == ["gpu_cpuonly_"] * 2
 
 
-def test_neither_ray_nor_mlflow_is_imported_and_the_table_lists_what_is_left_out(run):
-    done, _, result = run
+def test_ray_and_mlflow_are_not_imported_and_the_table_lists_what_was_left_out(run):
+    completed, _, result = run
     assert result["imported"] == []
-    assert "neither Ray nor MLflow" in done.stdout
+    assert "neither Ray nor MLflow" in completed.stdout
     assert {"Ray", "MLflow"} < result["left_out"].keys()
 
 
-def test_the_marks_that_need_no_gpu_are_reached(run):
+def test_all_thresholds_that_need_no_gpu_are_passed(run):
     _, _, result = run
     marked = {row["what"]: row for row in result["rows"] if row["passed"] is not None}
     assert all(row["passed"] for row in marked.values())
@@ -88,7 +88,7 @@ def test_the_marks_that_need_no_gpu_are_reached(run):
     assert rows["value"] == 128, rows["note"]
 
 
-def test_a_section_that_dies_keeps_its_rows_and_is_reported(tmp_path, monkeypatch):
+def test_a_section_that_crashes_keeps_its_rows_and_is_reported(tmp_path, monkeypatch):
     dying = tmp_path / "dying.py"
     dying.write_text(
         "import os, signal, sys\n"
@@ -111,7 +111,7 @@ def test_a_failure_is_reported_and_the_rest_of_its_section_runs(tmp_path):
     assert len([line for line in lines if "row" in line]) == 20
 
 
-def test_the_pump_is_compared_with_the_lowest_ceiling():
+def test_the_pipeline_is_compared_with_its_slowest_stage():
     def row(what: str, ceiling: str, value: float | None) -> dict[str, Any]:
         return {
             "what": what,
@@ -128,9 +128,9 @@ def test_the_pump_is_compared_with_the_lowest_ceiling():
     assert "decode" in share["what"]
 
 
-def test_a_spent_budget_is_reported_not_overrun(drawn, tmp_path):
-    done = started("--data", str(drawn), "--out", str(tmp_path), "--seconds", "1")
-    assert done.returncode == 1
+def test_an_exhausted_time_budget_is_reported(drawn, tmp_path):
+    completed = run_benchmark("--data", str(drawn), "--out", str(tmp_path), "--seconds", "1")
+    assert completed.returncode == 1
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert {failure["section"] for failure in result["failures"]} == SECTIONS
-    assert "time was used up" in done.stdout
+    assert "time was used up" in completed.stdout

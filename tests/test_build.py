@@ -45,6 +45,6 @@ def test_a_store_and_a_head_give_a_complete_bundle_without_the_photos(
     assert bundle_format.load(tmp_path / "bundle").metrics == bundle.metrics
 
 
-def test_building_needs_neither_mlflow_nor_ray():
+def test_building_a_bundle_imports_neither_mlflow_nor_ray():
     code = "import sys, arrowhead.bundle.build; sys.exit(bool({'mlflow', 'ray'} & {*sys.modules}))"
     subprocess.run([sys.executable, "-c", code], check=True)

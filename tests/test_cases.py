@@ -1,7 +1,8 @@
 """Typical data sets: the files of each source are extracted, reported and counted correctly.
 
-The kinds of `../shared/cases`, made of drawn images. `precompute` runs as a user runs it, with a
-small random body; one store takes them all in turn, so that an image is decoded once.
+The data sets have the layouts of `../shared/cases` and consist of synthetic images. `precompute`
+runs as a user runs it, with a small random backbone. All use one store, so that an image is decoded
+once.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ Extracted = Callable[..., tuple[dict[str, Any], Catalog, str]]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all of them are extracted to."""
+    """The store that all tests of this file extract to."""
     return tmp_path_factory.mktemp("cases") / "store"
 
 
 @pytest.fixture
-def extracted(store: Path, command: Any, tracked: Any, tmp_path: Path) -> Extracted:
-    """Extracts a source; its result, the catalog of the store, and what was said."""
+def extract_source(store: Path, command: Any, tracked: Any, tmp_path: Path) -> Extracted:
+    """A function that extracts a source and returns the result, the catalog and standard error."""
     folder = tracked(tmp_path)
 
     def extract(source: Path, *flags: str, code: int = 0) -> tuple[dict[str, Any], Catalog, str]:
@@ -58,29 +59,29 @@ def _tree(root: Path, drawn: Path, *splits: str, count: int = 6) -> Path:
     return root
 
 
-def _table(path: Path, header: str, rows: Iterable[tuple[object, ...]], **how: Any) -> Path:
-    encoding = how.pop("encoding", "utf-8")
+def _table(path: Path, header: str, rows: Iterable[tuple[object, ...]], **options: Any) -> Path:
+    encoding = options.pop("encoding", "utf-8")
     with path.open("w", newline="", encoding=encoding) as file:
-        out = csv.writer(file, **how)
-        out.writerow(header.split(","))
-        out.writerows(rows)
+        writer = csv.writer(file, **options)
+        writer.writerow(header.split(","))
+        writer.writerows(rows)
     return path
 
 
 def _rows(drawn: Path, count: int = 10) -> list[tuple[str, str]]:
-    long = {"baskets": "American Basket", "beads": "Saint Bead"}
-    photos = [photo for label in long for photo in _photos(drawn, label)[:count]]
-    return [(str(photo.relative_to(drawn)), long[photo.parent.name]) for photo in photos]
+    class_names = {"baskets": "American Basket", "beads": "Saint Bead"}
+    photos = [photo for label in class_names for photo in _photos(drawn, label)[:count]]
+    return [(str(photo.relative_to(drawn)), class_names[photo.parent.name]) for photo in photos]
 
 
 @pytest.mark.parametrize(
     "splits",
     [("train", "val"), ("Train", "Validation"), ("Training", "Validation", "test_set")],
 )
-def test_folders_of_splits_by_any_usual_name_are_splits(
-    drawn: Path, tmp_path: Path, extracted: Extracted, splits: tuple[str, ...]
+def test_split_folders_are_recognized_by_their_usual_names(
+    drawn: Path, tmp_path: Path, extract_source: Extracted, splits: tuple[str, ...]
 ) -> None:
-    result, catalog, output = extracted(_tree(tmp_path / "data", drawn, *splits, count=5))
+    result, catalog, output = extract_source(_tree(tmp_path / "data", drawn, *splits, count=5))
     assert result["classes"] == ["baskets", "beads"]
     names = ("train", "valid", "test")
     counts = {name: 10 for name, _ in zip(names, splits, strict=False)}
@@ -88,23 +89,23 @@ def test_folders_of_splits_by_any_usual_name_are_splits(
     assert f"{splits[0]}/ trains (10 files), {splits[1]}/ validates (10 files)" in output
 
 
-def test_train_and_test_folders_are_no_two_classes_and_a_share_validates(
-    drawn: Path, tmp_path: Path, extracted: Extracted
+def test_train_and_test_folders_are_splits_and_a_share_of_train_validates(
+    drawn: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
     data = _tree(tmp_path / "data", drawn, "train_set", "test_set", count=9)
-    result, catalog, output = extracted(data)
+    result, catalog, output = extract_source(data)
     assert result["classes"] == ["baskets", "beads"]
     counts = [catalog.splits.count(name) for name in ("train", "valid", "test")]
     assert counts == [14, 4, 18]
     assert "a share of train_set/ is held out" in output
 
 
-def test_labels_with_spaces_and_ids_of_nested_files_are_read_from_a_table(
-    drawn: Path, tmp_path: Path, extracted: Extracted
+def test_a_table_may_have_labels_with_spaces_and_ids_of_nested_files(
+    drawn: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
     rows = [(Path(path).stem, label) for path, label in _rows(drawn)]
     table = _table(tmp_path / "labels.csv", "id,breed", rows)
-    result, catalog, output = extracted(table, "--images", str(drawn), "--suffix", ".jpg")
+    result, catalog, output = extract_source(table, "--images", str(drawn), "--suffix", ".jpg")
     assert result["classes"] == ["American Basket", "Saint Bead"]
     assert "task: one label for each image, 2 classes: American Basket, Saint Bead" in output
     assert "column id names the images, column breed the labels" in output
@@ -117,15 +118,15 @@ def test_labels_with_spaces_and_ids_of_nested_files_are_read_from_a_table(
     ("column", "words"),
     [("split", ("train", "val")), ("is_valid", ("False", "True")), ("is_valid", ("0", "1"))],
 )
-def test_a_column_of_words_or_of_yes_and_no_says_what_validates(
-    drawn: Path, tmp_path: Path, extracted: Extracted, column: str, words: tuple[str, str]
+def test_a_column_of_split_names_or_booleans_selects_the_validation_images(
+    drawn: Path, tmp_path: Path, extract_source: Extracted, column: str, words: tuple[str, str]
 ) -> None:
     rows = [(*row, words[at % 5 == 0]) for at, row in enumerate(_rows(drawn))]
     table = _table(tmp_path / "labels.csv", f"path,label,{column}", rows)
-    _, catalog, _ = extracted(table, "--images", str(drawn))
-    held = {rows[at][0].rpartition("/")[2] for at in range(0, 20, 5)}
+    _, catalog, _ = extract_source(table, "--images", str(drawn))
+    held_out = {rows[at][0].rpartition("/")[2] for at in range(0, 20, 5)}
     split_of = {p.rpartition("/")[2]: s for p, s in zip(catalog.paths, catalog.splits, strict=True)}
-    assert {name for name, split in split_of.items() if split == "valid"} == held
+    assert {name for name, split in split_of.items() if split == "valid"} == held_out
 
 
 @pytest.mark.parametrize(
@@ -137,24 +138,24 @@ def test_a_column_of_words_or_of_yes_and_no_says_what_validates(
         {"encoding": "cp1252"},
     ],
 )
-def test_a_table_is_read_as_it_was_saved(
-    drawn: Path, tmp_path: Path, extracted: Extracted, how: dict[str, Any]
+def test_a_table_is_read_in_any_common_delimiter_and_encoding(
+    drawn: Path, tmp_path: Path, extract_source: Extracted, how: dict[str, Any]
 ) -> None:
     rows = [(path.replace("/", "\\"), label.replace("e", "\u00e9")) for path, label in _rows(drawn)]
     table = _table(tmp_path / "labels.csv", "path,label", rows, **how)
-    result, _, _ = extracted(table, "--images", str(drawn))
+    result, _, _ = extract_source(table, "--images", str(drawn))
     assert result["classes"] == ["Am\u00e9rican Bask\u00e9t", "Saint B\u00e9ad"]
     assert (result["counts"]["features"], result["counts"]["faults"]) == (20, 0)
 
 
-def test_images_outside_class_folders_are_reported(drawn: Path) -> None:
+def test_a_folder_without_class_folders_is_refused_and_score_is_suggested(drawn: Path) -> None:
     with pytest.raises(ConfigError, match="24 images without a class folder") as refusal:
         sources.labelled_catalog(drawn / "new")
     assert "score" in refusal.value.do
 
 
-def test_sidecars_are_counted_and_reported_and_not_faults(
-    drawn: Path, tmp_path: Path, extracted: Extracted
+def test_sidecar_files_are_ignored_and_counted_not_faults(
+    drawn: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
     data = _tree(tmp_path / "data", drawn, "train", "valid")
     for photo in list(data.rglob("*.jpg")):
@@ -162,27 +163,27 @@ def test_sidecars_are_counted_and_reported_and_not_faults(
         photo.with_suffix(".txt").write_text("0 0.5 0.5 1 1")
     (data / "train" / "beads" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (data / "train" / "beads" / "README").write_text("Beads.")
-    result, _, output = extracted(data)
+    result, _, output = extract_source(data)
     counts = {name: result["counts"][name] for name in ("inputs", "features", "faults", "ignored")}
     assert counts == {"inputs": 74, "features": 24, "faults": 0, "ignored": 50}
     assert "24 .json, 24 .txt, 1 README: not images by name and content, ignored" in output
 
 
-def test_a_class_of_one_image_trains_and_is_named(
-    drawn: Path, tmp_path: Path, extracted: Extracted
+def test_a_class_of_one_image_is_trained_on_and_reported(
+    drawn: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
     data = _tree(tmp_path / "data", drawn, count=15)
     for number, photo in enumerate(_photos(drawn, "leaves")[:8]):
         (data / f"rare{number}").mkdir()
         shutil.copy(photo, data / f"rare{number}")
-    _, catalog, output = extracted(data)
+    _, catalog, output = extract_source(data)
     pairs = list(zip(catalog.labels, catalog.splits, strict=True))
     assert [pairs.count(((f"rare{n}",), "train")) for n in range(8)] == [1] * 8
     assert [pairs.count(((label,), "valid")) for label in ("baskets", "beads")] == [3, 3]
     assert "no image validates rare0, rare1" in output
 
 
-def test_a_command_run_twice_in_the_folder_of_images_has_the_same_counts(
+def test_output_written_into_the_image_folder_does_not_change_the_counts(
     drawn: Path, tmp_path: Path, tracked: Any, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tracked(_tree(tmp_path / "data", drawn, count=15))
@@ -201,7 +202,7 @@ def test_a_command_run_twice_in_the_folder_of_images_has_the_same_counts(
     assert json.loads((data / "scores" / "score.json").read_text())["counts"]["ignored"] == 0
 
 
-def test_unbalanced_classes_are_named_with_their_recall(
+def test_rare_classes_are_reported_with_their_recall(
     drawn: Path, tmp_path: Path, tracked: Any, command: Any
 ) -> None:
     data = _tree(tmp_path / "data", drawn, "train", "valid")

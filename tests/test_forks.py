@@ -15,25 +15,27 @@ import pytest
 PYTHON = [sys.executable, "-c"]
 
 
-def test_a_fork_is_a_child_with_its_own_folder_environment_words_and_streams(tmp_path):
+def test_a_fork_is_a_child_with_its_own_directory_environment_arguments_and_streams(tmp_path):
     code = "import os, sys; print(os.getppid(), os.getcwd(), sys.argv, dict(os.environ), input())"
-    own = forks._on_import(os.environ)
-    done = forks.run(
+    environment = forks._import_environment(os.environ)
+    completed = forks.run(
         [*PYTHON, code, "a", "b c"],
         cwd=tmp_path,
-        env=own | {"ONLY": "é"},
+        env=environment | {"ONLY": "é"},
         input="word\n",
         capture_output=True,
         text=True,
     )
     words = ["-c", "a", "b c"]
-    assert done.stdout == f"{os.getpid()} {tmp_path} {words} {own | {'ONLY': 'é'}} word\n"
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        completed.stdout == f"{os.getpid()} {tmp_path} {words} {environment | {'ONLY': 'é'}} word\n"
+    )
+    assert (completed.returncode, completed.stderr) == (0, "")
     assert Path.cwd() != tmp_path
 
 
 @pytest.mark.parametrize(
-    ("code", "ended", "said"),
+    ("code", "exit_code", "stderr"),
     [
         ("import sys; sys.exit(3)", 3, ""),
         ("raise SystemExit('why')", 1, "why\n"),
@@ -42,19 +44,19 @@ def test_a_fork_is_a_child_with_its_own_folder_environment_words_and_streams(tmp
         ("import os; os.kill(os.getpid(), 9)", -9, ""),
     ],
 )
-def test_a_fork_ends_as_python_does(code, ended, said):
+def test_a_fork_has_the_exit_code_and_output_of_a_new_python(code, exit_code, stderr):
     for run in (forks.run, subprocess.run):
-        done = run([*PYTHON, code], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (ended, said)
+        completed = run([*PYTHON, code], capture_output=True, text=True)
+        assert (completed.returncode, completed.stderr) == (exit_code, stderr)
 
 
-def test_a_fork_that_fails_shows_where():
-    done = forks.run([*PYTHON, "def f(): 1 / 0\nf()"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+def test_a_fork_that_fails_prints_its_traceback():
+    completed = forks.run([*PYTHON, "def f(): 1 / 0\nf()"], capture_output=True, text=True)
+    assert completed.returncode == 1
+    assert completed.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_a_fork_takes_signals_and_is_interrupted_though_the_server_is_not():
+def test_a_fork_receives_signals_and_ctrl_c_though_the_server_ignores_it():
     code = """
 import time
 try:
@@ -63,18 +65,18 @@ try:
 finally:
     print("unwound")
 """
-    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         pipe = subprocess.PIPE
         with forks.Popen([*PYTHON, code], stdout=pipe, stderr=pipe, text=True) as process:
             assert process.stdout.readline() == "ready\n"
             assert process.pid in {child.pid for child in psutil.Process().children()}
-            process.send_signal(sent)
+            process.send_signal(sig)
             out, _ = process.communicate(timeout=60)
-        assert process.returncode == -sent
-        assert out == ("unwound\n" if sent == signal.SIGINT else "")
+        assert process.returncode == -sig
+        assert out == ("unwound\n" if sig == signal.SIGINT else "")
 
 
-def test_open_files_are_passed_on_under_their_numbers_however_high():
+def test_file_descriptors_are_passed_on_under_their_numbers_however_high():
     pipes = [os.pipe() for _ in range(200)]
     code = "import os, sys; [os.write(int(fd), fd.encode()) for fd in sys.argv[1:]]"
     last = [write for _, write in pipes[-6:]]
@@ -85,7 +87,7 @@ def test_open_files_are_passed_on_under_their_numbers_however_high():
         os.close(read)
 
 
-def test_what_a_new_interpreter_would_read_is_refused_and_decoders_get_one(tmp_path):
+def test_variables_read_on_import_are_refused_and_decoders_get_a_new_interpreter(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('read')\n")
     for other in ({"PYTHONUTF8": "0"}, {"PYTHONPATH": str(tmp_path)}):
         with pytest.raises(AssertionError, match="an interpreter of its own"):
@@ -95,20 +97,20 @@ def test_what_a_new_interpreter_would_read_is_refused_and_decoders_get_one(tmp_p
         assert process.communicate()[0] == b"read\n"
 
 
-def test_a_fork_can_be_interrupted_though_the_tests_ignore_it():
+def test_a_fork_handles_ctrl_c_though_the_tests_ignore_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     try:
-        done = forks.run([*PYTHON, code], capture_output=True, text=True)
+        completed = forks.run([*PYTHON, code], capture_output=True, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert done.stdout == "True\n"
+    assert completed.stdout == "True\n"
 
 
-def test_the_server_has_only_run_imports():
+def test_the_server_starts_no_threads_and_neither_ray_nor_cuda():
     code = (
         "import os, sys, threading; import ray, torch; print(len(os.listdir('/proc/self/task')),"
         " threading.active_count(), ray.is_initialized(), torch.cuda.is_initialized())"
     )
-    done = forks.run([*PYTHON, code], capture_output=True, text=True)
-    assert done.stdout == "1 1 False False\n"
+    completed = forks.run([*PYTHON, code], capture_output=True, text=True)
+    assert completed.stdout == "1 1 False False\n"
