@@ -1,6 +1,6 @@
-"""The MLflow server of deploy/, really running: PostgreSQL, logins, artifacts through the server.
+"""A real MLflow server from deploy/: PostgreSQL, logins, artifacts proxied by the server.
 
-What a team sees: two commands log at once and lose nothing, a stranger gets nothing, the UI opens.
+Commands of a team log at once and lose nothing, a stranger gets nothing, the UI opens.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from arrowhead.tracking.run import start
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 ADMIN = "admin", secrets.token_hex(12)
-USER, PASSWORD = "arrowhead", secrets.token_hex(12)  # what deploy/README.md has jobs log in with
+USER, PASSWORD = "arrowhead", secrets.token_hex(12)  # the login that deploy/README.md gives to jobs
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+POSTGRES_BIN = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def free_port() -> int:
@@ -51,49 +51,49 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
-    """The address of a throw-away PostgreSQL on loopback, with three databases.
+    """The address of a temporary PostgreSQL on loopback, with three databases.
 
     +psycopg2: SQLAlchemy's own choice for postgresql:// is psycopg 3, another package.
     """
-    if not ENGINE:
+    if not POSTGRES_BIN:
         pytest.skip("PostgreSQL is not on this machine (Debian: apt-get install postgresql)")
     import psycopg2
 
-    port, word = free_port(), secrets.token_hex(12)
-    # Not pytest's folder: nobody but root may pass through that, and PostgreSQL refuses root.
+    port, password = free_port(), secrets.token_hex(12)
+    # pytest's folder is closed to other users, and PostgreSQL refuses to run as root.
     folder = Path(tempfile.mkdtemp(prefix="arrowhead-postgres-"))
     user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []
     if user:
         shutil.chown(folder, "nobody")
 
     def run(program: str, *words: object) -> None:
-        done = subprocess.run(
-            [*user, f"{ENGINE}/{program}", *map(str, words)],
+        completed = subprocess.run(
+            [*user, f"{POSTGRES_BIN}/{program}", *map(str, words)],
             cwd=folder,
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert completed.returncode == 0, completed.stdout + completed.stderr
 
-    (folder / "word").write_text(word)
+    (folder / "word").write_text(password)
     (folder / "word").chmod(0o644)
     data = folder / "data"
     try:
-        safe = ["--auth=scram-sha-256", "--username=postgres", f"--pwfile={folder}/word"]
-        run("initdb", "-D", data, "--no-sync", *safe)
+        auth_flags = ["--auth=scram-sha-256", "--username=postgres", f"--pwfile={folder}/word"]
+        run("initdb", "-D", data, "--no-sync", *auth_flags)
         flags = f"-p {port} -c listen_addresses=127.0.0.1 -c fsync=off -k {folder}"
         run("pg_ctl", "-D", data, "-w", "-t", 120, "-l", folder / "log", "-o", flags, "start")
         try:
-            line = psycopg2.connect(
-                host="127.0.0.1", port=port, user="postgres", password=word, dbname="postgres"
+            connection = psycopg2.connect(
+                host="127.0.0.1", port=port, user="postgres", password=password, dbname="postgres"
             )
-            line.autocommit = True
-            line.cursor().execute(f"CREATE ROLE mlflow LOGIN PASSWORD '{word}'")
+            connection.autocommit = True
+            connection.cursor().execute(f"CREATE ROLE mlflow LOGIN PASSWORD '{password}'")
             for name in ("mlflow", "logins", "fresh"):
-                line.cursor().execute(f"CREATE DATABASE {name} OWNER mlflow")
-            line.close()
-            yield f"postgresql+psycopg2://mlflow:{word}@127.0.0.1:{port}"
+                connection.cursor().execute(f"CREATE DATABASE {name} OWNER mlflow")
+            connection.close()
+            yield f"postgresql+psycopg2://mlflow:{password}@127.0.0.1:{port}"
         finally:
             run("pg_ctl", "-D", data, "-m", "immediate", "stop")
     finally:
@@ -102,7 +102,7 @@ def database() -> Iterator[str]:
 
 @dataclass
 class Server:
-    """A running `mlflow server`: where it answers, where it keeps artefacts, its process."""
+    """A running `mlflow server`: its address, its artifact store, its process, its log."""
 
     address: str
     artefacts: Path
@@ -112,7 +112,7 @@ class Server:
     def ask(
         self, route: str, user: str = "", word: str = "", body: str | None = None
     ) -> tuple[int, str]:
-        """Status and text of a GET, or of a POST of JSON."""
+        """Status and text of a GET, or of a POST when there is a JSON body."""
         request = urllib.request.Request(self.address + route, body and body.encode())
         request.add_header("Content-Type", "application/json")
         if user:
@@ -129,20 +129,20 @@ class Server:
 def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pytest.importorskip("flask_wtf", reason="MLflow's logins need mlflow[auth]")
     folder, port = tmp_path_factory.mktemp("server"), free_port()
-    held = folder / "secrets"
-    held.mkdir()
-    word, _, directory = database.partition("//mlflow:")[2].partition("@")
+    secrets_dir = folder / "secrets"
+    secrets_dir.mkdir()
+    password, _, directory = database.partition("//mlflow:")[2].partition("@")
     for name, content in {
-        "postgres": word,
+        "postgres": password,
         "admin": ADMIN[1],
         "session": secrets.token_hex(16),
         "s3-id": "unused",
         "s3-key": "unused",
     }.items():
-        (held / name).write_text(f"{content}\n")
-    request = {
+        (secrets_dir / name).write_text(f"{content}\n")
+    environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SECRETS": str(held),
+        "SECRETS": str(secrets_dir),
         "TMPDIR": str(folder),
         "DATABASE": directory,
         "BUCKET": str(folder / "artefacts"),
@@ -150,34 +150,34 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "BIND": "127.0.0.1",
         "PORT": str(port),
         "WORKERS": "2",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for things that nobody asks for here
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its job runner is not needed here
     }
     log = folder / "log"
-    with log.open("wb") as sink:
+    with log.open("wb") as log_file:
         process = subprocess.Popen(
             ["sh", ROOT / "deploy" / "mlflow-server.sh"],
             cwd=folder,
-            env=os.environ | request,
-            stdout=sink,
-            stderr=sink,
+            env=os.environ | environment,
+            stdout=log_file,
+            stderr=log_file,
             start_new_session=True,
         )
-    here = Server(
+    result = Server(
         f"http://127.0.0.1:{port}", folder / "artefacts", psutil.Process(process.pid), log
     )
     try:
-        until = time.monotonic() + 240
+        deadline = time.monotonic() + 240
         while True:
-            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             try:
-                if here.ask("/health")[0] == 200:
+                if result.ask("/health")[0] == 200:
                     break
             except OSError:
                 time.sleep(0.3)
         new = json.dumps({"username": USER, "password": PASSWORD})
-        status, text = here.ask("/api/2.0/mlflow/users/create", *ADMIN, body=new)
+        status, text = result.ask("/api/2.0/mlflow/users/create", *ADMIN, body=new)
         assert status == 200, text
-        yield here
+        yield result
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -186,7 +186,7 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The way a person gives a name and a password to MLflow's client."""
+    """Give MLflow's client a name and a password by environment variables, as a person would."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
@@ -218,25 +218,25 @@ with start(TrackingConfig(tracking_uri=address, system_metrics=False), f"client-
 def logged(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The ids of two runs that two processes logged at the same time."""
     folder = tmp_path_factory.mktemp("clients")
-    known = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
-    both = [
+    credentials = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
+    clients = [
         subprocess.Popen(
-            [sys.executable, "-c", CLIENT, server.address, mine, other],
+            [sys.executable, "-c", CLIENT, server.address, own_id, other_id],
             cwd=folder,
-            env=os.environ | known,
+            env=os.environ | credentials,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for mine, other in (("1", "2"), ("2", "1"))
+        for own_id, other_id in (("1", "2"), ("2", "1"))
     ]
-    output = [one.communicate(timeout=300) for one in both]
-    assert [one.returncode for one in both] == [0, 0], output
+    output = [client.communicate(timeout=300) for client in clients]
+    assert [client.returncode for client in clients] == [0, 0], output
     assert not list(folder.glob(".arrowhead/unsent/*/writes.jsonl")), output
     return [out.split()[-1] for out, _ in output]
 
 
-def test_three_machines_at_once_on_a_new_database_make_its_tables_once(database, tmp_path):
+def test_concurrent_first_clients_create_the_schema_once(database, tmp_path):
     program = """
 import sys
 from arrowhead.tracking.run import start
@@ -246,17 +246,17 @@ with start(TrackingConfig(tracking_uri=sys.argv[1], system_metrics=False), sys.a
 """
     commands = []
     for number in range(3):
-        (tmp_path / str(number)).mkdir()  # a lock of its own, as on a machine of its own
-        words = [sys.executable, "-c", program, f"{database}/fresh", f"run-{number}"]
-        lone = os.environ | {"TMPDIR": str(tmp_path / str(number))}
+        (tmp_path / str(number)).mkdir()  # its own lock, as on a machine of its own
+        argv = [sys.executable, "-c", program, f"{database}/fresh", f"run-{number}"]
+        environment = os.environ | {"TMPDIR": str(tmp_path / str(number))}
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        commands.append(subprocess.Popen(words, cwd=tmp_path, env=lone, text=True, **out))
+        commands.append(subprocess.Popen(argv, cwd=tmp_path, env=environment, text=True, **out))
     output = [command.communicate(timeout=300)[0] for command in commands]
     assert [command.returncode for command in commands] == [0, 0, 0], output
     assert len(set(output)) == 3
 
 
-def test_two_clients_that_log_at_once_have_two_complete_runs(server, logged, login):
+def test_concurrent_clients_log_two_complete_runs(server, logged, login):
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=server.address)
@@ -273,7 +273,7 @@ def test_two_clients_that_log_at_once_have_two_complete_runs(server, logged, log
     assert max(began for began, _ in spans) < min(ended for _, ended in spans)
 
 
-def test_artefacts_go_through_the_server_to_the_place_that_it_names(server, logged, login):
+def test_artifacts_are_proxied_to_the_servers_artifact_store(server, logged, login):
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=server.address)
@@ -288,7 +288,7 @@ def test_artefacts_go_through_the_server_to_the_place_that_it_names(server, logg
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=5"
 
 
-def test_a_request_without_the_right_password_is_refused(server, logged):
+def test_request_with_a_wrong_password_is_refused(server, logged):
     for user, word in (("", ""), (USER, "guess"), ("someone", PASSWORD)):
         status, text = server.ask(SEARCH, user, word)
         assert status == 401
@@ -296,7 +296,7 @@ def test_a_request_without_the_right_password_is_refused(server, logged):
     assert server.ask(SEARCH, USER, PASSWORD)[0] == 200
 
 
-def test_a_command_without_a_password_is_refused_before_any_work(server, monkeypatch, tmp_path):
+def test_command_without_a_password_is_refused_before_any_work(server, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
@@ -305,7 +305,7 @@ def test_a_command_without_a_password_is_refused_before_any_work(server, monkeyp
         pytest.fail("it began to work")
 
 
-def test_server_and_database_listen_on_this_machine_only(server, database):
+def test_server_and_database_listen_on_loopback_only(server, database):
     ports = {int(re.findall(r":(\d+)$", address)[0]) for address in (server.address, database)}
     heard = [
         one.laddr
@@ -316,27 +316,27 @@ def test_server_and_database_listen_on_this_machine_only(server, database):
     assert {one.ip for one in heard} == {"127.0.0.1"}
 
 
-def test_no_password_is_in_the_log_or_among_the_words_of_a_process(server, database, logged):
+def test_no_password_appears_in_logs_or_process_arguments(server, database, logged):
     text = server.log.read_text()
     assert PASSWORD not in text
     assert ADMIN[1] not in text
     of_database = database.partition("//mlflow:")[2].partition("@")[0]
     assert of_database not in text
-    words = [word for one in psutil.process_iter() for word in _words(one)]
+    words = [word for one in psutil.process_iter() for word in _command_line(one)]
     assert any("basic-auth" in word for word in words)
     assert not [word for word in words if ADMIN[1] in word or of_database in word]
     assert (server.log.parent / "auth.ini").stat().st_mode & 0o777 == 0o600
 
 
-def _words(process: psutil.Process) -> list[str]:
+def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.Error:
         return []
 
 
-def test_upgrading_a_schema_that_is_up_to_date_changes_nothing(server, database, logged):
-    # `mlflow db upgrade` is what deploy/README.md says to run, after a dump, on a new version.
+def test_db_upgrade_of_a_current_schema_changes_nothing(server, database, logged):
+    # `mlflow db upgrade` is the step that deploy/README.md gives for a new version, after a dump.
     def state() -> Any:
         import psycopg2
 
@@ -349,8 +349,8 @@ def test_upgrading_a_schema_that_is_up_to_date_changes_nothing(server, database,
 
     before = state()
     words = [sys.executable, "-m", "mlflow", "db", "upgrade", f"{database}/mlflow"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(words, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
     assert state() == before
 
 
@@ -395,8 +395,8 @@ async def shown(profile: Path, door: str, page: str, words: list[str]) -> str:
             return text
 
 
-def test_the_ui_shows_the_experiment_and_its_runs_in_a_browser(server, logged, tmp_path):
-    if not BROWSER:
+def test_ui_shows_the_experiment_and_its_runs(server, logged, tmp_path):
+    if not CHROMIUM:
         pytest.skip("Chromium is not on this machine (Debian: apt-get install chromium)")
     status, text = server.ask(SEARCH, USER, PASSWORD)
     assert status == 200
@@ -410,7 +410,7 @@ def test_the_ui_shows_the_experiment_and_its_runs_in_a_browser(server, logged, t
     flags += " --remote-debugging-port=0 --window-size=1400,900"
     profile = tmp_path / "profile"
     browser = subprocess.Popen(
-        [BROWSER, *flags.split(), f"--user-data-dir={profile}", "about:blank"],
+        [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

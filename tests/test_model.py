@@ -1,4 +1,4 @@
-"""Bodies give torchvision's features, the same in any batch, and check their weights."""
+"""Backbones give torchvision's features, the same in any batch, and verify their weights."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ from torchvision import models
 from arrowhead import ConfigError, DataError
 from arrowhead.features.backbone import IMAGENET_MEAN, IMAGENET_STD, Body, BodyConfig, Weights, load
 
-BODIES = {"resnet18": "fc", "mobilenet_v2": "classifier"}
+BACKBONES = {"resnet18": "fc", "mobilenet_v2": "classifier"}
 
 
 @pytest.fixture(scope="module")
 def random_weights() -> dict[str, Weights]:
-    return {body: load(BodyConfig(body=body, weights="random")) for body in BODIES}
+    return {body: load(BodyConfig(body=body, weights="random")) for body in BACKBONES}
 
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
-    draw = torch.Generator().manual_seed(0)
-    small = torch.randint(0, 256, (32, 3, 8, 8), generator=draw).float()
+    rng = torch.Generator().manual_seed(0)
+    small = torch.randint(0, 256, (32, 3, 8, 8), generator=rng).float()
     return nn.functional.interpolate(small, size=64, mode="bilinear").to(torch.uint8)
 
 
-def _body(weights: Weights, name: str, pool: str = "avg") -> Body:
+def _load(weights: Weights, name: str, pool: str = "avg") -> Body:
     return Body(name, weights.state, pool=pool, mean=weights.mean, std=weights.std, size=64)
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_features_are_those_of_the_plain_network_without_its_last_layer(
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_equal_the_torchvision_network_without_its_last_layer(
     name: str, random_weights: dict[str, Weights], pixels: torch.Tensor
 ) -> None:
     plain = models.get_model(name, weights=None)
-    setattr(plain, BODIES[name], nn.Identity())
+    setattr(plain, BACKBONES[name], nn.Identity())
     weights = random_weights[name]
     plain.load_state_dict(weights.state)
     mean, std = (torch.tensor(triple).view(1, 3, 1, 1) for triple in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.inference_mode():
         wanted = plain.eval()((pixels.float() / 255 - mean) / std)
-    result = _body(weights, name)(pixels)
+    result = _load(weights, name)(pixels)
     assert result.dtype == torch.float32
     assert nn.functional.cosine_similarity(result, wanted).min() > 0.9999
     torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-4)
     others = nn.functional.cosine_similarity(result, wanted.roll(1, 0))
-    assert others.max() < 0.9999  # or the comparison above could not fail
+    assert others.max() < 0.9999  # otherwise the comparison above could not fail
 
 
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("mobilenet_v2", 1280)])
-def test_pools_have_their_widths_and_concat_is_avg_then_max(
+def test_pools_have_the_documented_widths_and_concat_is_avg_then_max(
     name: str, width: int, random_weights: dict[str, Weights], pixels: torch.Tensor
 ) -> None:
     result = {}
     for pool, columns in (("avg", width), ("max", width), ("concat", 2 * width)):
-        body = _body(random_weights[name], name, pool)
+        body = _load(random_weights[name], name, pool)
         result[pool] = body(pixels)
         assert body.width == columns
         assert result[pool].shape == (32, columns)
@@ -75,16 +75,16 @@ def test_pools_have_their_widths_and_concat_is_avg_then_max(
     assert (result["max"] >= result["avg"] - 1e-4).all()
 
 
-def test_same_features_in_any_batch_of_16_or_more(
+def test_features_are_the_same_in_any_batch_of_16_or_more(
     random_weights: dict[str, Weights], pixels: torch.Tensor
 ) -> None:
-    body = _body(random_weights["resnet18"], "resnet18")
+    body = _load(random_weights["resnet18"], "resnet18")
     alone = body(pixels[:16])
     assert torch.equal(body(pixels)[:16], alone)
     assert torch.equal(body(pixels.flip(0)).flip(0)[:16], alone)
 
 
-def test_weights_belong_to_the_tensors_not_to_the_file(
+def test_weights_hash_depends_on_the_tensors_not_on_the_file(
     random_weights: dict[str, Weights], tmp_path: Path
 ) -> None:
     result = random_weights["resnet18"]
@@ -98,13 +98,13 @@ def test_weights_belong_to_the_tensors_not_to_the_file(
     assert Weights(state=changed, mean=result.mean, std=result.std).sha256 != result.sha256
 
 
-def test_random_weights_are_the_same_twice(random_weights: dict[str, Weights]) -> None:
+def test_random_weights_are_reproducible(random_weights: dict[str, Weights]) -> None:
     torch.manual_seed(5)
     again = load(BodyConfig(body="resnet18", weights="random"))
     assert again.sha256 == random_weights["resnet18"].sha256
 
 
-def test_loading_leaves_the_callers_random_numbers_alone() -> None:
+def test_loading_does_not_change_the_callers_random_state() -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -112,7 +112,7 @@ def test_loading_leaves_the_callers_random_numbers_alone() -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_mean_and_std_are_imagenets_unless_given(random_weights: dict[str, Weights]) -> None:
+def test_mean_and_std_default_to_imagenet(random_weights: dict[str, Weights]) -> None:
     assert random_weights["resnet18"].mean == IMAGENET_MEAN
     half = (0.5, 0.5, 0.5)
     given = load(BodyConfig(body="resnet18", weights="random", mean=half, std=half))
@@ -122,22 +122,22 @@ def test_mean_and_std_are_imagenets_unless_given(random_weights: dict[str, Weigh
 # ----------------------------------------------------------------------------- refusals
 
 
-def test_an_unknown_body_suggests_the_near_miss() -> None:
-    with pytest.raises(ConfigError) as refusal:
+def test_unknown_backbone_suggests_the_closest_name() -> None:
+    with pytest.raises(ConfigError) as error_info:
         load(BodyConfig(body="resnet43"))
-    assert "resnet34" in refusal.value.do
-    assert "'resnet43'" in refusal.value.found
+    assert "resnet34" in error_info.value.do
+    assert "'resnet43'" in error_info.value.found
 
 
-def test_a_body_without_a_linear_layer_and_a_pool_without_a_map_are_refused() -> None:
+def test_backbone_without_linear_layer_and_pool_without_feature_map_are_refused() -> None:
     with pytest.raises(ConfigError, match="no linear layer"):
         load(BodyConfig(body="squeezenet1_0", weights="random"))
     weights = load(BodyConfig(body="shufflenet_v2_x0_5", weights="random"))
     with pytest.raises(ConfigError, match="--pool"):
-        _body(weights, "shufflenet_v2_x0_5", "max")
+        _load(weights, "shufflenet_v2_x0_5", "max")
 
 
-def test_a_weights_file_that_does_not_fit_is_a_data_error_naming_a_tensor(
+def test_mismatched_weights_file_is_a_data_error_that_names_a_tensor(
     random_weights: dict[str, Weights], tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.safetensors"
@@ -150,13 +150,13 @@ def test_a_weights_file_that_does_not_fit_is_a_data_error_naming_a_tensor(
         (state, "mobilenet_v2", "features.0.0.weight"),
     ):
         safetensors.torch.save_file(wrong, path)
-        with pytest.raises(ConfigError) as refusal:
+        with pytest.raises(ConfigError) as error_info:
             load(BodyConfig(body=body, weights=str(path)))
-        assert tensor in refusal.value.found
+        assert tensor in error_info.value.found
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_truncated_or_missing_weights_file_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_truncated_or_missing_weights_file_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     with pytest.raises(ConfigError, match="does not exist"):
         load(BodyConfig(body="resnet18", weights=str(path)))
@@ -166,8 +166,8 @@ def test_a_truncated_or_missing_weights_file_is_refused(suffix: str, tmp_path: P
             load(BodyConfig(body="resnet18", weights=str(path)))
 
 
-class _Evil:
-    """An object whose unpickling makes a file."""
+class _Exploit:
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,24 +176,24 @@ class _Evil:
         return Path.touch, (self.path,)
 
 
-def test_a_weights_file_cannot_run_code(tmp_path: Path) -> None:
-    torch.save({"conv1.weight": _Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
+def test_weights_file_cannot_run_code(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": _Exploit(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(DataError):
         load(BodyConfig(body="resnet18", weights=str(tmp_path / "evil.pth")))
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_unknown_weights_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError) as refusal:
+def test_unknown_weights_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as error_info:
         load(BodyConfig(body="resnet18", weights="IMAGENET1K_V7"))
-    assert "IMAGENET1K_V1" in refusal.value.wanted
+    assert "IMAGENET1K_V1" in error_info.value.wanted
 
 
 @pytest.mark.parametrize("std", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (float("nan"), 1.0, 1.0)])
-def test_a_deviation_that_cannot_be_divided_by_is_refused(std: tuple[float, float, float]) -> None:
-    with pytest.raises(ConfigError) as refusal:
+def test_std_that_cannot_be_divided_by_is_refused(std: tuple[float, float, float]) -> None:
+    with pytest.raises(ConfigError) as error_info:
         BodyConfig(std=std)
-    assert all((refusal.value.found, refusal.value.wanted, refusal.value.do))
+    assert all((error_info.value.found, error_info.value.wanted, error_info.value.do))
 
 
 # ------------------------------------------------------------------------------- download
@@ -201,14 +201,14 @@ def test_a_deviation_that_cannot_be_divided_by_is_refused(std: tuple[float, floa
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty torch cache; the folder where weights arrive."""
+    """An empty torch cache; returns the folder where weights arrive."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the address under which a server on loopback serves it."""
+def http_site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the loopback address that serves it."""
     folder = tmp_path / "site"
     folder.mkdir()
 
@@ -226,9 +226,9 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 @pytest.fixture
-def published(site: tuple[Path, str], cache: Path) -> Iterator[tuple[Path, str]]:
-    """A resnet18 file, named after its hash, where torchvision now looks; and its tensors' hash."""
-    folder, address = site
+def published(http_site: tuple[Path, str], cache: Path) -> Iterator[tuple[Path, str]]:
+    """A resnet18 file that torchvision's weights entry points to; the hash of its tensors."""
+    folder, address = http_site
     torch.manual_seed(1)
     state = models.resnet18(weights=None).state_dict()
     torch.save(state, folder / "draft")
@@ -237,12 +237,14 @@ def published(site: tuple[Path, str], cache: Path) -> Iterator[tuple[Path, str]]
     body = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     entry = models.ResNet18_Weights.IMAGENET1K_V1.value
     before = entry.url
-    object.__setattr__(entry, "url", f"{address}/{path.name}")  # frozen, and shared by the process
+    object.__setattr__(
+        entry, "url", f"{address}/{path.name}"
+    )  # a frozen dataclass that the whole process shares
     yield path, Weights(state=body, mean=IMAGENET_MEAN, std=IMAGENET_STD).sha256
     object.__setattr__(entry, "url", before)
 
 
-def test_auto_downloads_the_weights_once_and_then_needs_no_network(
+def test_auto_weights_are_downloaded_once_and_then_need_no_network(
     published: tuple[Path, str], cache: Path
 ) -> None:
     path, digest = published
@@ -252,7 +254,7 @@ def test_auto_downloads_the_weights_once_and_then_needs_no_network(
     assert load(BodyConfig(body="resnet18")).sha256 == digest
 
 
-def test_a_download_whose_hash_is_wrong_is_refused_and_not_kept(
+def test_download_with_a_wrong_hash_is_refused_and_not_cached(
     published: tuple[Path, str], cache: Path
 ) -> None:
     path, _ = published
@@ -263,16 +265,14 @@ def test_a_download_whose_hash_is_wrong_is_refused_and_not_kept(
     assert list(cache.iterdir()) == []
 
 
-def test_a_truncated_file_in_the_cache_is_refused_by_name(
-    published: tuple[Path, str], cache: Path
-) -> None:
+def test_truncated_cached_file_is_refused_by_name(published: tuple[Path, str], cache: Path) -> None:
     path, _ = published
     cache.mkdir(parents=True)
     for content in (b"", path.read_bytes()[:5000], b"<html>sign in first</html>"):
         (cache / path.name).write_bytes(content)
-        with pytest.raises((ConfigError, DataError)) as refusal:
+        with pytest.raises((ConfigError, DataError)) as error_info:
             load(BodyConfig(body="resnet18"))
-        assert str(cache / path.name) in str(refusal.value)
+        assert str(cache / path.name) in str(error_info.value)
 
 
 @pytest.mark.parametrize(
@@ -283,21 +283,21 @@ def test_a_truncated_file_in_the_cache_is_refused_by_name(
         TimeoutError("timed out"),
     ],
 )
-def test_weights_auto_without_cache_and_network_names_the_two_ways_on(
+def test_auto_weights_without_cache_or_network_suggest_two_alternatives(
     failure: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **options: object) -> None:
         raise failure
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as error_info:
         load(BodyConfig(body="resnet34"))
-    assert "resnet34" in refusal.value.found
-    assert "--weights random" in refusal.value.do
-    assert ".safetensors" in refusal.value.do
+    assert "resnet34" in error_info.value.found
+    assert "--weights random" in error_info.value.do
+    assert ".safetensors" in error_info.value.do
 
 
-def test_a_proxy_that_answers_nonsense_is_no_network(
+def test_proxy_with_an_invalid_response_counts_as_no_network(
     published: tuple[Path, str], cache: Path
 ) -> None:
     import socket
@@ -322,16 +322,18 @@ def test_a_proxy_that_answers_nonsense_is_no_network(
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_torchvisions_own_file_fits_bodies_with_auxiliary_heads(name: str, tmp_path: Path) -> None:
-    # Its files hold the auxiliary heads: they were trained, and torchvision drops them on loading.
+def test_torchvision_weights_load_into_backbones_with_auxiliary_heads(
+    name: str, tmp_path: Path
+) -> None:
+    # The published files hold trained auxiliary heads, which torchvision drops on loading.
     full = models.get_model(name, weights=None, aux_logits=True, init_weights=False)
     torch.save(full.state_dict(), tmp_path / "full.pth")
     result = load(BodyConfig(body=name, weights=str(tmp_path / "full.pth")))
     assert not any(tensor.startswith(("aux", "Aux", "fc.")) for tensor in result.state)
 
 
-def test_a_body_is_built_without_torchs_compiler():
-    """Its import takes longer than all others of a command together."""
+def test_building_a_backbone_does_not_import_torchs_compiler():
+    """Importing it takes longer than all other imports of a command together."""
     code = (
         "import sys\n"
         "from arrowhead.features.backbone import Body, BodyConfig, load\n"
@@ -340,8 +342,10 @@ def test_a_body_is_built_without_torchs_compiler():
         "assert body.width == 512\n"
         "assert 'torchvision.models' in sys.modules\n"
         "print([name for name in sys.modules if name.startswith('torch._dynamo')])\n"
-        "import torch._dynamo.utils\n"  # and whoever wants it gets the real one
+        "import torch._dynamo.utils\n"  # a later import still gets the real module
         "print(torch._dynamo.utils.is_compile_supported('cpu'))\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines() == ["[]", "True"], ended.stdout
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.splitlines() == ["[]", "True"], completed.stdout

@@ -1,6 +1,4 @@
-"""Several labels per image: what a table says of an image is what the features hold, what a bundle
-decides by, and what is written to the scores.
-"""
+"""Several labels per image: from a table to features, to thresholds and to scores."""
 
 from __future__ import annotations
 
@@ -53,26 +51,26 @@ RECIPE = Recipe(
 )
 
 
-def _store(
+def _random_store(
     path: Path,
     labels: list[tuple[str, ...]],
     splits: list[str],
     *,
     views: int = 1,
-    sick: float = 0,
+    faulty_share: float = 0,
     seed: int = 0,
 ) -> Store:
-    """A store of random features in shards of one to four files, a share of them faulty."""
-    draw = np.random.default_rng(seed)
+    """A store of random features in shards of one to four files, some of them faulty."""
+    rng = np.random.default_rng(seed)
     recipe = dataclasses.replace(RECIPE, views=views, augment="none" if views == 1 else "side-on")
     result = Store.create(path, recipe, 3)
     paths, names = [f"{number:04}.jpg" for number in range(len(labels))], []
     while (first := sum(len(result.read_shard(name).paths) for name in names)) < len(paths):
-        here = paths[first : first + int(draw.integers(1, 5))]
-        faults = ["empty" if drawn < sick else None for drawn in draw.random(len(here))]
-        features = draw.normal(size=(len(here), views, 3)).astype(np.float16)
+        here = paths[first : first + int(rng.integers(1, 5))]
+        faults = ["empty" if drawn < faulty_share else None for drawn in rng.random(len(here))]
+        features = rng.normal(size=(len(here), views, 3)).astype(np.float16)
         features[[fault is not None for fault in faults]] = 0
-        ids = [draw.bytes(16) for _ in here]
+        ids = [rng.bytes(16) for _ in here]
         names.append(f"shard{len(names)}")
         rows = ShardRows(paths=here, image_ids=ids, features=features, faults=faults)
         result.write_shard(names[-1], rows)
@@ -112,7 +110,9 @@ def test_features_equal_shards_and_catalog_row_by_row(
     labels = [tuple(sorted(names)) for names, _ in images]
     splits = [split for _, split in images]
     with tempfile.TemporaryDirectory() as folder:
-        store = _store(Path(folder) / "store", labels, splits, views=views, sick=0.3, seed=seed)
+        store = _random_store(
+            Path(folder) / "store", labels, splits, views=views, faulty_share=0.3, seed=seed
+        )
         classes = store.manifest()["classes"]
         rows = [
             row
@@ -145,29 +145,29 @@ def test_features_equal_shards_and_catalog_row_by_row(
                     assert classes[result.label[at]] == labels[row][0]
 
 
-def test_an_image_without_a_label_is_a_row_of_zeros_where_others_have_several(
+def test_unlabelled_image_is_a_row_of_zeros_in_a_multi_label_store(
     tmp_path: Path,
 ) -> None:
-    result = _store(tmp_path / "s", [("a", "b"), (), ("b",)], ["train"] * 3).features()
+    result = _random_store(tmp_path / "s", [("a", "b"), (), ("b",)], ["train"] * 3).features()
     assert result.multi
     assert result.label.dtype == np.uint8
     assert result.label.tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
-def test_a_split_has_the_shape_of_its_store(tmp_path: Path) -> None:
-    """One label each in the validation rows does not make them another task."""
+def test_split_keeps_the_label_shape_of_its_store(tmp_path: Path) -> None:
+    """The store is multi-label even if every validation row has exactly one label."""
     labels = [("a", "b"), ("a",), ("b",)]
-    store = _store(tmp_path / "s", labels, ["train", "valid", "valid"])
+    store = _random_store(tmp_path / "s", labels, ["train", "valid", "valid"])
     assert store.features("valid").label.tolist() == [[1, 0], [0, 1]]
-    plain = _store(tmp_path / "p", [("a",), ("b",)], ["train", "valid"]).features()
+    plain = _random_store(tmp_path / "p", [("a",), ("b",)], ["train", "valid"]).features()
     assert (plain.label.dtype, plain.label.tolist(), plain.multi) == (np.int64, [0, 1], False)
     assert plain.image_id.dtype == np.uint64
 
 
-def test_rows_read_from_a_shard_are_a_view_of_the_file_and_features_are_not(
+def test_shard_rows_are_views_of_the_mapped_file_and_features_are_copies(
     tmp_path: Path,
 ) -> None:
-    store = _store(tmp_path / "s", [("a",), ("b",)], ["train", "train"])
+    store = _random_store(tmp_path / "s", [("a",), ("b",)], ["train", "train"])
     (part, *_), result = store.shards(), store.features("train")
     address, inside = part.features.ctypes.data, []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -176,7 +176,7 @@ def test_rows_read_from_a_shard_are_a_view_of_the_file_and_features_are_not(
             inside.append(low <= address < high)
     assert any(inside)
     for name in store.shard_names():
-        store.shard_path(name).write_bytes(b"")  # what was read does not hang on it
+        store.shard_path(name).write_bytes(b"")  # the copy does not depend on the file
     assert result.feature.flags.writeable
     assert np.isfinite(result.feature).all()
 
@@ -188,8 +188,8 @@ LABELS = {"baskets": "woven brown", "beads": "round", "leaves": "green round"}
 
 
 @pytest.fixture(scope="module")
-def table(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TSV of the drawn images with one to three labels each, and a file that is no image."""
+def label_table(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TSV of the drawn images with one to three labels each, and one broken file."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff no image")
     with (folder / "labels.tsv").open("w", newline="") as file:
@@ -204,8 +204,8 @@ def table(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(table: Path) -> Store:
-    """The features of the table's images, by a random body."""
+def store(label_table: Path) -> Store:
+    """Features of the table's images from a random backbone."""
     from arrowhead.commands import precompute
 
     images = FeatureConfig(
@@ -214,13 +214,13 @@ def store(table: Path) -> Store:
         pixels=PixelConfig(size=64),
         extract=ExtractConfig(chunk_size=16),
     )
-    result = precompute.precompute(table, table.parent / "store", images)
+    result = precompute.precompute(label_table, label_table.parent / "store", images)
     assert result["counts"]["faults"] == 1
-    return Store(table.parent / "store")
+    return Store(label_table.parent / "store")
 
 
 @pytest.fixture(scope="module")
-def made(store: Store) -> Bundle:
+def bundle(store: Store) -> Bundle:
     """A bundle whose head is a least-squares fit to the training features."""
     train, valid = store.features("train"), store.features("valid")
     classes = store.manifest()["classes"]
@@ -249,8 +249,8 @@ def made(store: Store) -> Bundle:
     with torch.inference_mode():
         logit = bare.make_head()(torch.from_numpy(feature_ND))
     fitted = metrics.fit_temperature(logit, torch.from_numpy(valid.label))
-    chance = bundle_format.probabilities(bare.make_head(), feature_ND, fitted, multi=True)
-    cut = metrics.fit_thresholds(chance, valid.label)
+    prob = bundle_format.probabilities(bare.make_head(), feature_ND, fitted, multi=True)
+    cut = metrics.fit_thresholds(prob, valid.label)
     figures = metrics.evaluate(
         logit.numpy(), valid.label, classes, temperature=fitted, thresholds=cut
     )
@@ -260,7 +260,7 @@ def made(store: Store) -> Bundle:
             name=f"{at}.img",
             data=catalog.read_file(int(valid.row[at]), 2**20)[0],
             feature=feature_ND[at],
-            probabilities=chance[at],
+            probabilities=prob[at],
         )
         for at in (0, 5, 10)
     ]
@@ -270,15 +270,17 @@ def made(store: Store) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def saved(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where that bundle lies."""
+def bundle_path(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of that bundle."""
     path = tmp_path_factory.mktemp("bundle") / "bundle"
-    bundle_format.save(made, path)
+    bundle_format.save(bundle, path)
     return path
 
 
-def _score(path: Path, images: Path, out: Path, **overrides: Any) -> tuple[Bundle, ScoreRequest]:
-    """What the score verb does, in this process."""
+def _score_directly(
+    path: Path, images: Path, out: Path, **overrides: Any
+) -> tuple[Bundle, ScoreRequest]:
+    """What the score command does, in this process."""
     config, how = ScoreConfig(**overrides), ExtractConfig(chunk_size=16)
     loaded, catalog = bundle_format.load(path), sources.unlabelled_catalog(images)
     request = score_request.prepare(out, path, loaded, catalog, config, how.chunk_size)
@@ -289,8 +291,8 @@ def _score(path: Path, images: Path, out: Path, **overrides: Any) -> tuple[Bundl
     return loaded, request
 
 
-def test_the_labels_of_a_table_are_the_rows_of_its_features(store: Store, table: Path) -> None:
-    with table.open(newline="") as file:
+def test_table_labels_match_the_rows_of_the_features(store: Store, label_table: Path) -> None:
+    with label_table.open(newline="") as file:
         output = {Path(row["path"]).name: row for row in csv.DictReader(file, delimiter="\t")}
     classes, catalog = store.manifest()["classes"], Catalog(**store.read_catalog())
     assert classes == ["brown", "even", "green", "round", "woven"]
@@ -305,61 +307,63 @@ def test_the_labels_of_a_table_are_the_rows_of_its_features(store: Store, table:
             assert given == sorted(output[name]["labels"].split())
 
 
-def test_a_bundle_comes_back_and_says_in_words_what_it_decides(made: Bundle, saved: Path) -> None:
-    back = bundle_format.load(saved)
+def test_bundle_round_trips_and_describes_its_decision_rule(
+    bundle: Bundle, bundle_path: Path
+) -> None:
+    back = bundle_format.load(bundle_path)
     for field in ("classes", "head", "temperature", "multi", "thresholds", "metrics", "recipe"):
-        assert getattr(back, field) == getattr(made, field)
-    content = json.loads((saved / "bundle.json").read_text())
+        assert getattr(back, field) == getattr(bundle, field)
+    content = json.loads((bundle_path / "bundle.json").read_text())
     assert (content["format"], content["task"]) == (3, "multi-label")
     assert "threshold" in content["decision"]
-    assert content["thresholds"] == dict(zip(made.classes, made.thresholds or [], strict=True))
+    assert content["thresholds"] == dict(zip(bundle.classes, bundle.thresholds or [], strict=True))
 
 
-def test_a_bundle_of_one_label_says_so_and_has_no_thresholds(made: Bundle, tmp_path: Path) -> None:
-    one = dataclasses.replace(made, multi=False, thresholds=None, golden=())
+def test_single_label_bundle_says_so_and_has_no_thresholds(bundle: Bundle, tmp_path: Path) -> None:
+    one = dataclasses.replace(bundle, multi=False, thresholds=None, golden=())
     bundle_format.save(one, tmp_path / "one")
     content = json.loads((tmp_path / "one" / "bundle.json").read_text())
     assert (content["task"], content["thresholds"]) == ("single-label", None)
     back = bundle_format.load(tmp_path / "one")
     assert (back.multi, back.thresholds) == (False, None)
-    chance = bundle_format.probabilities(back.make_head(), np.ones((2, 512), np.float16), 1.0)
-    np.testing.assert_allclose(chance.sum(1), 1, rtol=1e-5)
+    prob = bundle_format.probabilities(back.make_head(), np.ones((2, 512), np.float16), 1.0)
+    np.testing.assert_allclose(prob.sum(1), 1, rtol=1e-5)
 
 
-def test_thresholds_that_were_never_tuned_are_one_half(made: Bundle, tmp_path: Path) -> None:
-    bundle_format.save(dataclasses.replace(made, thresholds=None, golden=()), tmp_path / "half")
+def test_untuned_thresholds_are_one_half(bundle: Bundle, tmp_path: Path) -> None:
+    bundle_format.save(dataclasses.replace(bundle, thresholds=None, golden=()), tmp_path / "half")
     back = bundle_format.load(tmp_path / "half")
     assert back.thresholds == [0.5] * 5
-    chance = np.array([[0.5, 0.4999, 1, 0, np.nan]], np.float32)
-    assert back.predict_labels(chance).tolist() == [[True, False, True, False, False]]
+    prob = np.array([[0.5, 0.4999, 1, 0, np.nan]], np.float32)
+    assert back.predict_labels(prob).tolist() == [[True, False, True, False, False]]
 
 
-def test_a_bundle_of_the_first_format_is_refused_and_has_to_be_trained_again(
-    saved: Path, tmp_path: Path
+def test_bundle_of_format_1_is_refused_with_advice_to_retrain(
+    bundle_path: Path, tmp_path: Path
 ) -> None:
-    content = json.loads((saved / "bundle.json").read_text())
+    content = json.loads((bundle_path / "bundle.json").read_text())
     fileio.write_json(tmp_path / "bundle.json", content | {"format": 1})
-    with pytest.raises(DataError, match="format 1") as refusal:
+    with pytest.raises(DataError, match="format 1") as error_info:
         bundle_format.load(tmp_path)
-    assert "train again" in refusal.value.do
+    assert "train again" in error_info.value.do
 
 
 @pytest.fixture(scope="module")
 def scored(
-    saved: Path, drawn: Path, table: Path, tmp_path_factory: pytest.TempPathFactory
+    bundle_path: Path, drawn: Path, label_table: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Bundle, ScoreRequest, polars.DataFrame]]:
-    """Bundle, request and rows: all validation images and a file that is none."""
+    """Bundle, request and rows: all validation images and one file that is not an image."""
     images = tmp_path_factory.mktemp("images")
     for image in (drawn / "valid").glob("*/*"):
         (images / image.name).write_bytes(image.read_bytes())
-    (images / "torn.jpg").write_bytes((table.parent / "torn.jpg").read_bytes())
+    (images / "torn.jpg").write_bytes((label_table.parent / "torn.jpg").read_bytes())
     out = tmp_path_factory.mktemp("out") / "scores"
-    loaded, request = _score(saved, images, out, probabilities=True, top_k=2)
+    loaded, request = _score_directly(bundle_path, images, out, probabilities=True, top_k=2)
     yield loaded, request, polars.read_parquet(out / "parts")
 
 
-def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
-    scored: tuple[Bundle, ScoreRequest, polars.DataFrame], store: Store, table: Path
+def test_predicted_labels_are_those_that_reach_their_thresholds(
+    scored: tuple[Bundle, ScoreRequest, polars.DataFrame], store: Store, label_table: Path
 ) -> None:
     loaded, request, rows = scored
     paths = [
@@ -372,13 +376,13 @@ def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
             assert row["fault"]
             assert {row[name] for name in ("label", "labels", "probability", "top_k")} == {None}
             continue
-        chance = row["probabilities"]
-        assert list(chance) == loaded.classes
-        assert row["labels"] == [name for name in loaded.classes if chance[name] >= cut[name]]
-        best = sorted(loaded.classes, key=lambda name: -chance[name])[:2]
+        prob = row["probabilities"]
+        assert list(prob) == loaded.classes
+        assert row["labels"] == [name for name in loaded.classes if prob[name] >= cut[name]]
+        best = sorted(loaded.classes, key=lambda name: -prob[name])[:2]
         assert [one["label"] for one in row["top_k"]] == best
-        assert (row["label"], row["probability"]) == (best[0], chance[best[0]])
-    # Sigmoids do not add up to 1, and the head has learnt what the table taught.
+        assert (row["label"], row["probability"]) == (best[0], prob[best[0]])
+    # Sigmoids do not add up to 1, and the head has learnt the table's labels.
     sums = rows["probabilities"].drop_nulls().struct.unnest().sum_horizontal().to_numpy()
     assert np.ptp(sums) > 0.1
     output = {
@@ -393,7 +397,7 @@ def test_every_image_is_scored_with_the_labels_that_reach_their_thresholds(
     assert best["f2_samples"] > 0.6
 
 
-def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
+def test_scored_probabilities_equal_those_of_the_stored_features(
     scored: tuple[Bundle, ScoreRequest, polars.DataFrame], store: Store
 ) -> None:
     loaded, _, rows = scored
@@ -401,12 +405,12 @@ def test_the_probabilities_of_a_part_are_those_of_the_stored_features(
     feature = valid.feature[:, 0]
     there = bundle_format.probabilities(loaded.make_head(), feature, loaded.temperature, multi=True)
     by_name = dict(zip([Path(paths[row]).name for row in valid.row], there, strict=True))
-    for path, chance in zip(rows["path"], rows["probabilities"], strict=True):
-        if chance is not None:
-            np.testing.assert_allclose(list(chance.values()), by_name[path], atol=2e-3)
+    for path, prob in zip(rows["path"], rows["probabilities"], strict=True):
+        if prob is not None:
+            np.testing.assert_allclose(list(prob.values()), by_name[path], atol=2e-3)
 
 
-def test_parts_are_counted_by_every_label_given(
+def test_score_summary_counts_every_predicted_label(
     scored: tuple[Bundle, ScoreRequest, polars.DataFrame],
 ) -> None:
     loaded, request, rows = scored
@@ -425,14 +429,12 @@ def _chunk(faults: list[str | None]) -> Chunk:
     return Chunk(0, paths, blank, faults, ids[: len(faults)])
 
 
-def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
-    made: Bundle, tmp_path: Path
-) -> None:
-    one = dataclasses.replace(made, thresholds=[0.5, 0.25, 0.5, 0.5, 0.5])
-    chance = np.full((3, 5), 0.2, np.float32)
-    chance[0, :2] = 0.3, 0.25
+def test_image_without_a_predicted_label_is_not_a_fault(bundle: Bundle, tmp_path: Path) -> None:
+    one = dataclasses.replace(bundle, thresholds=[0.5, 0.25, 0.5, 0.5, 0.5])
+    prob = np.full((3, 5), 0.2, np.float32)
+    prob[0, :2] = 0.3, 0.25
     config, chunk = ScoreConfig(top_k=1), _chunk([None, None, "empty"])
-    judged = score.make_scores(one, chunk, chance, config)
+    judged = score.make_scores(one, chunk, prob, config)
     path = layout.parts_dir(tmp_path) / "part-000000.parquet"
     scores_io.write_scores(path, judged, {})
     scores_io.replace_journal(
@@ -460,53 +462,49 @@ def test_an_image_may_be_given_no_label_and_that_is_not_a_fault(
     assert held.labels == dict.fromkeys(one.classes, 0) | {"even": 1}
 
 
-def test_parts_of_a_bundle_with_one_label_each_have_the_columns_they_always_had(
-    made: Bundle, tmp_path: Path
-) -> None:
-    one = dataclasses.replace(made, multi=False, thresholds=None)
-    chance = np.array([[0.1, 0.2, 0.4, 0.2, 0.1]], np.float32)
-    judged = score.make_scores(one, _chunk([None]), chance, ScoreConfig(probabilities=True))
+def test_single_label_scores_keep_their_columns(bundle: Bundle, tmp_path: Path) -> None:
+    one = dataclasses.replace(bundle, multi=False, thresholds=None)
+    prob = np.array([[0.1, 0.2, 0.4, 0.2, 0.1]], np.float32)
+    judged = score.make_scores(one, _chunk([None]), prob, ScoreConfig(probabilities=True))
     scores_io.write_scores(tmp_path / "one.parquet", judged, {})
     rows = polars.read_parquet(tmp_path / "one.parquet")
     names = ["path", "image_id", "label", "probability", "top_k", "probabilities", "fault"]
     assert rows.columns == names
     assert rows["label"].to_list() == ["green"]
-    np.testing.assert_allclose(list(rows["probabilities"][0].values()), chance[0])
+    np.testing.assert_allclose(list(rows["probabilities"][0].values()), prob[0])
 
 
-def _moved(made: Bundle, shift: NDArray[np.float32]) -> Bundle:
-    """The bundle, its first golden image having given other probabilities."""
-    first, *others = made.golden
+def _with_shifted_golden_probability(bundle: Bundle, shift: NDArray[np.float32]) -> Bundle:
+    """The bundle with changed stored probabilities of its first golden image."""
+    first, *others = bundle.golden
     moved = dataclasses.replace(first, probabilities=shift)
-    return dataclasses.replace(made, golden=[moved, *others])
+    return dataclasses.replace(bundle, golden=[moved, *others])
 
 
-def test_a_golden_image_that_gains_or_loses_a_label_stops_scoring(
-    made: Bundle, drawn: Path, tmp_path: Path
+def test_golden_image_that_gains_or_loses_a_label_stops_scoring(
+    bundle: Bundle, drawn: Path, tmp_path: Path
 ) -> None:
-    """Even where its most probable label stays the same."""
-    cut, chance = np.array(made.thresholds), made.golden[0].probabilities
-    other = int(np.argsort(chance)[0])
-    moved = chance.copy()
-    moved[other] = cut[other] + 0.01 if chance[other] < cut[other] else cut[other] - 0.01
+    """Even if its most probable label stays the same."""
+    cut, prob = np.array(bundle.thresholds), bundle.golden[0].probabilities
+    other = int(np.argsort(prob)[0])
+    moved = prob.copy()
+    moved[other] = cut[other] + 0.01 if prob[other] < cut[other] else cut[other] - 0.01
     path = tmp_path / "bundle"
-    bundle_format.save(_moved(made, moved), path)
+    bundle_format.save(_with_shifted_golden_probability(bundle, moved), path)
     with pytest.raises(DataError, match="1 of 3 labels changed"):
-        _score(path, drawn / "new", tmp_path / "out")
+        _score_directly(path, drawn / "new", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("part-*"))
-    near = np.clip(chance + np.where(chance < cut, -1e-3, 1e-3), 0, 1).astype(np.float32)
-    bundle_format.save(_moved(made, near), path)
-    _score(path, drawn / "new", tmp_path / "again")
+    near = np.clip(prob + np.where(prob < cut, -1e-3, 1e-3), 0, 1).astype(np.float32)
+    bundle_format.save(_with_shifted_golden_probability(bundle, near), path)
+    _score_directly(path, drawn / "new", tmp_path / "again")
 
 
 @pytest.mark.parametrize("multi", [True, False])
-def test_a_golden_image_that_cannot_be_decoded_here_is_no_agreement(
-    multi: bool, made: Bundle
-) -> None:
-    thresholds = made.thresholds if multi else None
+def test_golden_image_that_fails_to_decode_counts_as_drift(multi: bool, bundle: Bundle) -> None:
+    thresholds = bundle.thresholds if multi else None
     truncated = dataclasses.replace(
-        made.golden[0], data=made.golden[0].data[:200], probabilities=np.zeros(5, np.float32)
+        bundle.golden[0], data=bundle.golden[0].data[:200], probabilities=np.zeros(5, np.float32)
     )
-    here = dataclasses.replace(made, multi=multi, thresholds=thresholds, golden=[truncated])
+    here = dataclasses.replace(bundle, multi=multi, thresholds=thresholds, golden=[truncated])
     drift = replay.replay(here, here.make_body(), here.make_head(), "cpu", 1)
     assert (drift.images, drift.changed, drift.feature) == (1, 1, 2.0)
