@@ -236,6 +236,25 @@ def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, clie
     assert "refuses" in output[0]
 
 
+def test_a_number_that_mlflow_refuses_costs_no_other_in_the_outbox(config, client, tmp_path):
+    with start(config, "fit", say=lambda line: None) as run:
+        pass
+    folder, output = tmp_path / "unsent" / run.run_id, []
+    folder.mkdir(parents=True)
+    experiment = client.get_run(run.run_id).info.experiment_id
+    header = {"store": config.uri, "experiment": experiment, "run_id": run.run_id}
+    (folder / "run.json").write_text(json.dumps(header))
+    with (folder / "writes.jsonl").open("w") as file:
+        for name in ("loss", "../x", "accuracy"):
+            write = {"do": "batch", "run": run.run_id, "metrics": [[name, 1.0, 5, 0]]}
+            file.write(json.dumps(write | {"params": {}, "tags": {}}) + "\n")
+    tracking_run.send(config, tmp_path / "unsent", output.append)
+    assert points(client, run.run_id, "loss") == [(0, 1.0)]
+    assert points(client, run.run_id, "accuracy") == [(0, 1.0)]
+    assert ["refuses" in line for line in output] == [True, False]
+    assert not folder.exists()
+
+
 def test_system_metrics_of_a_short_run_have_samples_and_go_on_when_it_is_resumed(config, client):
     measured = TrackingConfig(tracking_uri=config.uri)
     name = "system/cpu_utilization_percentage"

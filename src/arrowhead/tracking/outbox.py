@@ -180,12 +180,14 @@ class Outbox:
                 self._lines.unlink()
             shutil.rmtree(self.folder / "files", ignore_errors=True)
 
-    def replace(self, numbers: Sequence[int], write: Write) -> None:
-        """Keep one write in the place of some."""
-        self._pending[numbers[0]] = write
-        for number in numbers[1:]:
-            del self._pending[number]
-        self._unsaved.difference_update(numbers[1:])
+    def separate(self, numbers: Sequence[int]) -> list[tuple[list[int], Write]]:
+        """Writes that `pending` joined, one by one."""
+        return [([number], self._pending[number]) for number in numbers]
+
+    def keep(self, numbers: Sequence[int], ids: Mapping[str, str]) -> None:
+        """Note that writes may have been sent, though nothing confirmed it."""
+        for number in numbers:
+            self._pending[number] = for_another_process(self._pending[number], ids)
 
     def close(self, ids: Mapping[str, str]) -> None:
         """Leave on the disk what is still to be sent; with nothing left the folder goes."""

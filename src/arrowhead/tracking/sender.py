@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import deque
 from pathlib import Path
 from time import monotonic
 
@@ -23,7 +24,7 @@ from arrowhead.tracking.client import (
 )
 from arrowhead.tracking.outbox import Outbox
 from arrowhead.tracking.store import TrackingStore
-from arrowhead.tracking.writes import Write, for_another_process
+from arrowhead.tracking.writes import Write
 
 RETRY_SECONDS = 5.0, 60.0  # between tries while a store is unreachable: the first, the longest
 OTHER_RUNS_SECONDS = 30.0  # at the start, for what earlier runs left unsent
@@ -122,17 +123,19 @@ class Sender:
             self._away = False
         with self._lock:
             pending, added = self._outbox.pending(0 if retry else self._tried), self._outbox.added
-        for numbers, write in () if self._away else pending:
-            outcome = self._deliver(write)
+        queue = deque(() if self._away else pending)
+        while queue and not self._away:
+            numbers, write = queue.popleft()
+            outcome = self._deliver(write, joined=len(numbers) > 1)
             with self._lock:
                 if self._closed:  # nobody waits for this thread any more
                     return
-                if outcome == "done":
+                if outcome == "refused" and len(numbers) > 1:  # perhaps only one of them
+                    queue.extendleft(reversed(self._outbox.separate(numbers)))
+                elif outcome in ("sent", "refused"):
                     self._outbox.remove(numbers)
                 else:
-                    self._outbox.replace(numbers, for_another_process(write, self.store.ids))
-            if outcome == "away":
-                break
+                    self._outbox.keep(numbers, self.store.ids)
         with self._lock:
             self._tried, left = added, len(self._outbox)
             if not left:
@@ -145,14 +148,15 @@ class Sender:
             rest = f", except for {left} writes" if left else ""
             self.say(f"{self._name} is back; what was kept has been sent to it{rest}")
 
-    def _deliver(self, write: Write) -> str:
-        """Carry a write out: done (or refused for good), put off, or the store is away."""
+    def _deliver(self, write: Write, *, joined: bool) -> str:
+        """Carry a write out: sent, refused for good, put off, or the store is away."""
         try:
             self.store.do(write, self._outbox.folder)
         except Exception as error:
             if is_refusal(error):
-                self._say_once(f"MLflow refuses what is written to it: {first_line(error)}")
-                return "done"
+                if not joined:
+                    self._say_once(f"MLflow refuses what is written to it: {first_line(error)}")
+                return "refused"
             silent = why_unreachable(self._uri, PROBE_SECONDS)
             if silent is None and self.store.answers():
                 self._say_once(
@@ -171,7 +175,7 @@ class Sender:
                 f" to be recorded is kept in {where} and sent when it is back"
             )
             return "away"
-        return "done"
+        return "sent"
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
@@ -230,12 +234,15 @@ def _send_all(store: TrackingStore, outbox: Outbox, until: float) -> None:
 
     A write that fails although the store answers stays, and the next one is tried.
     """
-    for numbers, write in outbox.pending():
-        if monotonic() > until:
-            return
+    queue = deque(outbox.pending())
+    while queue and monotonic() <= until:
+        numbers, write = queue.popleft()
         try:
             store.do(write, outbox.folder)
         except Exception as error:
+            if is_refusal(error) and len(numbers) > 1:
+                queue.extendleft(reversed(outbox.separate(numbers)))
+                continue
             if is_refusal(error):
                 store.say(f"MLflow refuses what was kept in {outbox.folder}: {first_line(error)}")
             elif store.answers():
