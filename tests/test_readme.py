@@ -1,4 +1,4 @@
-"""The commands and code in the README and in docs/ run as they are written.
+"""Commands and code in the README and in docs/ run as written.
 
 All pages share one project. What several pages show runs once: commands first, in the order of the
 pages, then Python.
@@ -21,7 +21,7 @@ from arrowhead.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-GENERATED = {"cli.md", "python.md"}  # in docs/reference: tests/test_docs.py
+GENERATED = {"cli.md", "python.md"}  # in docs/reference, see tests/test_docs.py
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("index", "start")),
@@ -42,20 +42,23 @@ PAGES = [
     ),
     ROOT / "docs" / "asked.md",
 ]
-EXPLANATIONS = [ROOT / f"docs/{name}.md" for name in ("faults", "determinism", "performance")]
-RUN, SHOWN = {"bash", "python"}, {"text", "console"}  # the latter: output, and what has no command
+UNEXECUTED_PAGES = [ROOT / f"docs/{name}.md" for name in ("faults", "determinism", "performance")]
+EXECUTED_LANGUAGES, OUTPUT_LANGUAGES = (
+    {"bash", "python"},
+    {"text", "console"},
+)  # the latter for output and commands that are not run
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Paragraphs of text: no heading, list, table, picture or code.
-TEXT = re.compile(r"^(?![#|\-!<])\S.*(?:\n(?![#|\-!<]).*\S.*)*", re.MULTILINE)
+PARAGRAPH = re.compile(r"^(?![#|\-!<])\S.*(?:\n(?![#|\-!<]).*\S.*)*", re.MULTILINE)
 
 
 def blocks(language: str) -> list[str]:
-    """Code of all pages in their order, each block once."""
+    """Code of all pages in order, each distinct block once."""
     result = [
         text
         for page in PAGES
-        for named, text in FENCE.findall(page.read_text())
-        if named == language
+        for block_language, text in FENCE.findall(page.read_text())
+        if block_language == language
     ]
     return list(dict.fromkeys(result))
 
@@ -67,8 +70,8 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Path]:
-    """photos, new-photos, two tables, and a torch cache whose ResNet34 stands in for the downloaded
-    one: of a block where that has three to six, since what it sees matters to nobody here.
+    """photos, new-photos, two tables, and a torch cache with a small ResNet34 (one block per stage
+    instead of three to six): no test here depends on what it predicts.
     """
     import torch
     from torchvision import models
@@ -76,12 +79,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     directory = tmp_path_factory.mktemp("readme")
     shutil.copytree(drawn, directory / "photos", ignore=shutil.ignore_patterns("new"))
     shutil.copytree(drawn / "new", directory / "new-photos")
-    tables(directory)
+    write_tables(directory)
     cache = directory / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     draft = cache / "draft"
-    patch, full = pytest.MonkeyPatch(), models.resnet._resnet
-    patch.setattr(
+    monkeypatch, full = pytest.MonkeyPatch(), models.resnet._resnet
+    monkeypatch.setattr(
         models.resnet, "_resnet", lambda block, _, *more, **kw: full(block, [1] * 4, *more, **kw)
     )
     torch.save(models.resnet34(weights=None).state_dict(), draft)
@@ -89,43 +92,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     cached = draft.rename(cache / f"resnet34-{digest[:8]}.pth")
     entry = models.ResNet34_Weights.DEFAULT.value
     before = entry.url
-    object.__setattr__(entry, "url", f"http://127.0.0.1:9/{cached.name}")  # frozen, process-wide
+    object.__setattr__(
+        entry, "url", f"http://127.0.0.1:9/{cached.name}"
+    )  # a frozen dataclass that the whole process shares
     yield directory
     object.__setattr__(entry, "url", before)
-    patch.undo()
+    monkeypatch.undo()
 
 
-def tables(place: Path) -> None:
-    """labels.csv with columns as the guide has them, tags.csv with one or two labels per image."""
-    photos = sorted((place / "photos").rglob("*.jpg"))[::3]
-    rows = [(path.relative_to(place / "photos"), path.parent.name) for path in photos]
+def write_tables(directory: Path) -> None:
+    """Write labels.csv with the guide's columns, and tags.csv with one or two labels per image."""
+    photos = sorted((directory / "photos").rglob("*.jpg"))[::3]
+    rows = [(path.relative_to(directory / "photos"), path.parent.name) for path in photos]
     labels = [
         f"{path},{label},{'train' if i % 4 else 'val'}" for i, (path, label) in enumerate(rows)
     ]
-    (place / "labels.csv").write_text("\n".join(["image,breed,split", *labels]) + "\n")
+    (directory / "labels.csv").write_text("\n".join(["image,breed,split", *labels]) + "\n")
     tags = [f"{path},{label}{'|dark' * (i % 2)}" for i, (path, label) in enumerate(rows)]
-    (place / "tags.csv").write_text("\n".join(["path,tags", *tags]) + "\n")
+    (directory / "tags.csv").write_text("\n".join(["path,tags", *tags]) + "\n")
 
 
 @pytest.fixture(autouse=True)
-def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _change_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "hub"))
 
 
-def needs_others(program: str, words: list[str]) -> bool:
-    """Whether tests/test_submit.py (a cluster) or test_sources.py (an object store) runs its like;
-    here its files are there and its flags exist.
+def is_tested_elsewhere(program: str, words: list[str]) -> bool:
+    """Whether tests/test_submit.py (a cluster) or test_sources.py (an object store) runs such a
+    command; here only its files and flags are checked.
     """
     if program == "cluster/local.sh":
         return (ROOT / program).is_file()
     after = words[words.index("--") + 1 :] if "--" in words else []
     if program == "RAY_AUTH_MODE=token":  # ray job submit … -- python train.py …
         assert after[:2] == ["python", "train.py"]
-        own = [str(ROOT / "jobs" / word) if word.endswith(".toml") else word for word in after[2:]]
-        return cluster.parse_command(["train", *own]) is not None
+        absolute = [
+            str(ROOT / "jobs" / word) if word.endswith(".toml") else word for word in after[2:]
+        ]
+        return cluster.parse_command(["train", *absolute]) is not None
     if program == "arrowhead" and words[0] == "submit":
         return cluster.parse_command(after) is not None
     if program == "arrowhead" and any(word.startswith("s3://") for word in words):
@@ -139,54 +146,54 @@ def outputs() -> dict[str, str]:
     return {}
 
 
-def test_the_commands_run_as_written(capsys, outputs):
+def test_documented_commands_run_as_written(capsys, outputs):
     for command in commands():
         program, *words = shlex.split(command)
-        if needs_others(program, words):
+        if is_tested_elsewhere(program, words):
             continue
-        if program == "mlflow":  # a server: tests/test_fit.py reads what it would show
+        if program == "mlflow":  # a server; tests/test_fit.py reads what it would show
             assert Path("mlflow.db").is_file()
             continue
-        if program in ("python", "curl"):  # a server and its client: tests/test_serve.py
+        if program in ("python", "curl"):  # a server and its client; see tests/test_serve.py
             assert program == "curl" or (ROOT / words[0]).is_file()
             continue
         assert program == "arrowhead"
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main(words)
         printed = capsys.readouterr()
-        assert ended.value.code == 0, (command, printed.err)
+        assert exit_info.value.code == 0, (command, printed.err)
         outputs[command] = printed.out + printed.err
     assert "0 decoded" in outputs["arrowhead fit photos out --head lesson --epochs 5"]
     assert Path("model.onnx").is_file()
 
 
-def test_the_python_runs_as_written(capsys):
+def test_documented_python_runs_as_written(capsys):
     """In the order of the pages, after the commands."""
     names: dict[str, object] = {}
     exec(compile("\n".join(blocks("python")), "the pages", "exec"), names)
     names.clear()
-    gc.collect()  # decoders of models that nobody closes end here, not in another test
-    shown = capsys.readouterr().out
-    assert "epoch  train loss  valid loss  accuracy" in shown
-    assert "'path', 'image_id', 'view', 'feature', 'fault'" in shown
-    assert "photo-0000.jpg" in shown
+    gc.collect()  # end the decoders of unclosed models here, not in another test
+    output = capsys.readouterr().out
+    assert "epoch  train loss  valid loss  accuracy" in output
+    assert "'path', 'image_id', 'view', 'feature', 'fault'" in output
+    assert "photo-0000.jpg" in output
 
 
-def test_the_tour_shows_what_the_commands_print_today(outputs):
-    """Numbers and names differ from those of real photos, words do not."""
+def test_tour_shows_the_current_output_of_the_commands(outputs):
+    """Numbers and names differ from those of real photos; the words must not."""
     [tour] = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    result = {start(line) for printed in outputs.values() for line in printed.splitlines()}
+    result = {line_prefix(line) for printed in outputs.values() for line in printed.splitlines()}
     for line in tour.splitlines():
         if line.startswith("$ "):
             assert cluster.parse_command(shlex.split(line)[2:]) is not None
         elif line.startswith("not read: "):  # tests/test_score.py has broken files
             assert any('"not read: ' in file.read_text() for file in (ROOT / "src").rglob("*.py"))
         elif line != "…":
-            assert start(line) in result, line
+            assert line_prefix(line) in result, line
 
 
-def start(line: str) -> str:
-    """A line up to its colon, or its first words, without numbers."""
+def line_prefix(line: str) -> str:
+    """A line up to its colon, or its first words, with numbers masked."""
     return re.sub(r"\d[\d.]*", "#", line)[:20].partition(":")[0]
 
 
@@ -195,24 +202,26 @@ def test_every_block_is_run_or_marked_as_output():
     assert {page for page in docs if page.parent.name == "guides"} < set(PAGES)
     for page in {*PAGES, *docs}:
         if page.name not in GENERATED or page.parent.name != "reference":
-            named = {language for language, _ in FENCE.findall(page.read_text())}
-            assert named <= (SHOWN | RUN if page in PAGES else SHOWN), page
+            languages = {language for language, _ in FENCE.findall(page.read_text())}
+            assert languages <= (
+                OUTPUT_LANGUAGES | EXECUTED_LANGUAGES if page in PAGES else OUTPUT_LANGUAGES
+            ), page
 
 
-def test_the_readme_is_short():
+def test_readme_is_under_200_lines():
     lines = README.splitlines()
     assert len(lines) < 200
 
 
-@pytest.mark.parametrize("page", [*PAGES, *EXPLANATIONS], ids=lambda page: page.stem)
-def test_no_paragraph_is_over_four_lines(page):
-    for paragraph in TEXT.findall(FENCE.sub("", page.read_text())):
+@pytest.mark.parametrize("page", [*PAGES, *UNEXECUTED_PAGES], ids=lambda page: page.stem)
+def test_no_paragraph_exceeds_four_lines(page):
+    for paragraph in PARAGRAPH.findall(FENCE.sub("", page.read_text())):
         assert paragraph.count("\n") < 4, paragraph
-        shown = re.sub(r"\]\([^)]*\)", "]", paragraph)  # without the addresses of links
-        assert max(map(len, shown.splitlines())) <= 120, paragraph
+        visible = re.sub(r"\]\([^)]*\)", "]", paragraph)  # without link targets
+        assert max(map(len, visible.splitlines())) <= 120, paragraph
 
 
-def test_make_offers_what_the_readme_names():
+def test_makefile_has_the_targets_that_the_readme_names():
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test", "lint", "docs", "bench", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
@@ -220,6 +229,6 @@ def test_make_offers_what_the_readme_names():
     assert "make test" in README.split("## ")[0]
 
 
-def test_the_links_of_the_readme_lead_somewhere():
+def test_readme_links_resolve():
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target

@@ -1,4 +1,4 @@
-"""A trained bundle is found, fetched, loaded and served under the name it was registered by."""
+"""A trained bundle can be found, fetched, loaded and served under its registered name."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ SHORT = ["--epochs", "2", "--rate", "0.01"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
-    """A working directory, with its store, that the tests of this file share, in order."""
+def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+    """A working directory with a tracking store that the tests of this file share, in order."""
     return tracked(tmp_path_factory.mktemp("registry"))
 
 
 @pytest.fixture(autouse=True)
-def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def _change_directory(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workdir)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("ARROWHEAD_SERVE_PATHS", raising=False)
 
 
 @pytest.fixture(scope="module")
-def fitted(place: Path, drawn: Path) -> Path:
+def fitted(workdir: Path, drawn: Path) -> Path:
     """The bundle of a first fit, registered as `weave`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        data = place / "data"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(workdir)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        data = workdir / "data"
         shutil.copytree(drawn, data, ignore=shutil.ignore_patterns("new"))
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main(["fit", str(data), "out", *SMALL, *SHORT, "--register", "weave"])
-    assert ended.value.code == 0
-    return place / "out" / "bundle"
+    assert exit_info.value.code == 0
+    return workdir / "out" / "bundle"
 
 
 @pytest.fixture
-def config(place: Path) -> TrackingConfig:
-    return TrackingConfig(tracking_uri=f"sqlite:///{place}/mlflow.db", system_metrics=False)
+def config(workdir: Path) -> TrackingConfig:
+    return TrackingConfig(tracking_uri=f"sqlite:///{workdir}/mlflow.db", system_metrics=False)
 
 
 @pytest.fixture
@@ -85,30 +85,30 @@ def run_of(bundle: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(fitted: Path) -> Path:
-    """The folder of the MLflow model that the fit logged."""
+def model_dir(fitted: Path) -> Path:
+    """The directory of the MLflow model that the fit logged."""
     (result,) = fitted.parents[1].glob("mlruns/**/MLmodel")
     return result.parent
 
 
 @pytest.fixture(scope="module")
-def logged(folder: Path) -> dict[Path, bytes]:
-    """The files of the model, before anyone has loaded it: Python may compile what it imports."""
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+def logged_files(model_dir: Path) -> dict[Path, bytes]:
+    """The files of the model before any test loads it: Python may compile what it imports."""
+    return {file: file.read_bytes() for file in model_dir.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(autouse=True)
-def _logged_first(logged: dict[Path, bytes]) -> None:
+def _snapshot_before_loading(logged_files: dict[Path, bytes]) -> None:
     pass
 
 
-# ---------------------------------------------------------------------------- what it gives
+# ---------------------------------------------------------------------------- predictions
 
 
 @pytest.fixture(scope="module")
-def mixed(place: Path, drawn: Path) -> Path:
-    """Eight images and a broken one, in the middle."""
-    images = place / "mixed"
+def mixed_images(workdir: Path, drawn: Path) -> Path:
+    """Eight images with a truncated one between them."""
+    images = workdir / "mixed"
     images.mkdir()
     for i, file in enumerate(sorted((drawn / "new").iterdir())[:8]):
         shutil.copy(file, images / f"{i}.jpg")
@@ -118,13 +118,15 @@ def mixed(place: Path, drawn: Path) -> Path:
 
 
 @pytest.fixture
-def scored(fitted: Path, mixed: Path, command: Any) -> polars.DataFrame:
+def scored(fitted: Path, mixed_images: Path, command: Any) -> polars.DataFrame:
     if not Path("scores").exists():
-        command("score", fitted, mixed, "scores", "--probabilities", code=3)
+        command("score", fitted, mixed_images, "scores", "--probabilities", code=3)
     return polars.read_parquet("scores/parts")
 
 
-def test_a_fresh_process_with_mlflow_alone_gives_what_score_gives(config, scored, mixed, place):
+def test_model_loaded_by_mlflow_in_a_new_process_predicts_what_score_does(
+    config, scored, mixed_images, workdir
+):
     program = """
 import json, sys
 from pathlib import Path
@@ -133,10 +135,12 @@ rows = pandas.DataFrame({"image": [p.read_bytes() for p in sorted(Path(sys.argv[
 made = mlflow.pyfunc.load_model("models:/weave@champion").predict(rows)
 made.to_json(sys.argv[2], orient="records", double_precision=15)
 """
-    words = [sys.executable, "-c", program, str(mixed), str(place / "fresh.json")]
-    subprocess.run(words, check=True, env=os.environ | {"MLFLOW_TRACKING_URI": config.uri})
-    fresh = json.loads((place / "fresh.json").read_text())
-    assert [Path(path).name for path in scored["path"]] == sorted(p.name for p in mixed.iterdir())
+    argv = [sys.executable, "-c", program, str(mixed_images), str(workdir / "fresh.json")]
+    subprocess.run(argv, check=True, env=os.environ | {"MLFLOW_TRACKING_URI": config.uri})
+    fresh = json.loads((workdir / "fresh.json").read_text())
+    assert [Path(path).name for path in scored["path"]] == sorted(
+        p.name for p in mixed_images.iterdir()
+    )
     assert [one["label"] for one in fresh] == scored["label"].to_list()
     assert [one["label"] is None for one in fresh] == [i == 4 for i in range(9)]
     for one, row in zip(fresh, scored.iter_rows(named=True), strict=True):
@@ -147,33 +151,38 @@ made.to_json(sys.argv[2], orient="records", double_precision=15)
             assert abs(one["probability"] - row["probability"]) <= 1e-6
 
 
-def test_mlflow_models_predict_takes_the_input_example(config, folder, fitted, place):
-    words = ["models", "predict", "-m", "models:/weave@champion", "-t", "json"]
-    files = ["-i", str(folder / "serving_input_example.json"), "-o", str(place / "answer.json")]
+def test_mlflow_models_predict_accepts_the_input_example(config, model_dir, fitted, workdir):
+    arguments = ["models", "predict", "-m", "models:/weave@champion", "-t", "json"]
+    files = [
+        "-i",
+        str(model_dir / "serving_input_example.json"),
+        "-o",
+        str(workdir / "answer.json"),
+    ]
     local = ["--env-manager", "local"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mlflow", *words, *files, *local],
+    completed = subprocess.run(
+        [sys.executable, "-m", "mlflow", *arguments, *files, *local],
         env=os.environ | {"MLFLOW_TRACKING_URI": config.uri},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    (answer,) = json.loads((place / "answer.json").read_text())["predictions"]
-    bundle, data = bundle_format.load(fitted), registry._drawn_image()  # nobody's photo
+    assert completed.returncode == 0, completed.stderr
+    (prediction,) = json.loads((workdir / "answer.json").read_text())["predictions"]
+    bundle, data = bundle_format.load(fitted), registry._drawn_image()  # not a user's photo
     feature_1D = replay.clean_features(bundle.recipe, bundle.make_body(), [data], "cpu", 1)
-    wanted = bundle_format.probabilities(bundle.make_head(), feature_1D, bundle.temperature)[0]
-    np.testing.assert_allclose(answer["probabilities"], wanted, rtol=0, atol=1e-6)
+    expected = bundle_format.probabilities(bundle.make_head(), feature_1D, bundle.temperature)[0]
+    np.testing.assert_allclose(prediction["probabilities"], expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> Any:
+def loaded_model(model_dir: Path) -> Any:
     """The model in this process, on a host that allows no paths."""
     import mlflow
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("ARROWHEAD_SERVE_PATHS", raising=False)
-        return mlflow.pyfunc.load_model(str(folder))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("ARROWHEAD_SERVE_PATHS", raising=False)
+        return mlflow.pyfunc.load_model(str(model_dir))
 
 
 @pytest.mark.parametrize(
@@ -186,85 +195,89 @@ def loaded(folder: Path) -> Any:
     ],
     ids=str,
 )
-def test_a_request_without_images_is_answered_with_what_to_send(loaded, columns, named):
+def test_request_without_images_is_refused_with_the_expected_input(loaded_model, columns, named):
     import pandas
     from mlflow.exceptions import MlflowException
 
-    with pytest.raises(MlflowException, match=named) as refused:
-        loaded.predict(pandas.DataFrame(columns))
-    assert refused.value.get_http_status_code() == 400
+    with pytest.raises(MlflowException, match=named) as error_info:
+        loaded_model.predict(pandas.DataFrame(columns))
+    assert error_info.value.get_http_status_code() == 400
 
 
-def test_paths_are_read_only_below_the_folder_that_the_host_names(
-    loaded, folder, mixed, scored, place, monkeypatch
+def test_image_paths_are_read_only_below_the_allowed_folder(
+    loaded_model, model_dir, mixed_images, scored, workdir, monkeypatch
 ):
     import mlflow
     import pandas
     from mlflow.exceptions import MlflowException
 
-    monkeypatch.setenv("ARROWHEAD_SERVE_PATHS", str(mixed))
-    with pytest.raises(MlflowException, match="opens no files"):  # it was not there at the loading
-        loaded.predict(pandas.DataFrame({"path": ["0.jpg"]}))
-    allowed = mlflow.pyfunc.load_model(str(folder))
-    names = [*scored["path"].to_list(), str(mixed / "0.jpg"), "missing.jpg", None]
-    answer = allowed.predict(pandas.DataFrame({"path": names}))
-    assert answer["label"].tolist() == [*scored["label"], scored["label"][0], None, None]
-    for outside in ("../data", "/etc/passwd", str(place / "out" / "bundle" / "golden" / "0.img")):
+    monkeypatch.setenv("ARROWHEAD_SERVE_PATHS", str(mixed_images))
+    with pytest.raises(
+        MlflowException, match="opens no files"
+    ):  # the variable was not set when the model was loaded
+        loaded_model.predict(pandas.DataFrame({"path": ["0.jpg"]}))
+    allowed = mlflow.pyfunc.load_model(str(model_dir))
+    names = [*scored["path"].to_list(), str(mixed_images / "0.jpg"), "missing.jpg", None]
+    prediction = allowed.predict(pandas.DataFrame({"path": names}))
+    assert prediction["label"].tolist() == [*scored["label"], scored["label"][0], None, None]
+    for outside in ("../data", "/etc/passwd", str(workdir / "out" / "bundle" / "golden" / "0.img")):
         with pytest.raises(MlflowException, match="not below"):
             allowed.predict(pandas.DataFrame({"path": ["0.jpg", outside]}))
-    (mixed / "link.jpg").symlink_to(next((place / "data").glob("train/*/*")))
+    (mixed_images / "link.jpg").symlink_to(next((workdir / "data").glob("train/*/*")))
     with pytest.raises(MlflowException, match="not below"):
         allowed.predict(pandas.DataFrame({"path": ["link.jpg"]}))
-    (mixed / "link.jpg").unlink()
+    (mixed_images / "link.jpg").unlink()
 
 
-# ------------------------------------------------------------------------------ what it holds
+# ------------------------------------------------------------------------------ contents
 
 
-def test_the_model_says_what_it_takes_gives_and_needs(folder):
+def test_model_declares_its_signature_and_requirements(model_dir):
     from importlib.metadata import version
 
     from mlflow.models import Model
 
-    about = Model.load(str(folder))
-    taken = {column.name: (str(column.type), column.required) for column in about.signature.inputs}
+    model_info = Model.load(str(model_dir))
+    taken = {
+        column.name: (str(column.type), column.required) for column in model_info.signature.inputs
+    }
     assert taken == {
         "image": ("DataType.binary", False),
         "path": ("DataType.string", False),
     }
-    given = about.signature.outputs.input_names()
+    given = model_info.signature.outputs.input_names()
     assert given == ["label", "probability", "labels", "probabilities"]
-    example = json.loads((folder / "serving_input_example.json").read_text())
+    example = json.loads((model_dir / "serving_input_example.json").read_text())
     assert example["dataframe_split"]["columns"] == ["image"]
-    needs = (folder / "requirements.txt").read_text().splitlines()
-    assert {f"torch=={version('torch').partition('+')[0]}"} <= set(needs)
-    names = {line.partition("==")[0] for line in needs}
+    requirements = (model_dir / "requirements.txt").read_text().splitlines()
+    assert {f"torch=={version('torch').partition('+')[0]}"} <= set(requirements)
+    names = {line.partition("==")[0] for line in requirements}
     assert {"torch", "torchvision", "mlflow", "safetensors"} <= names
     assert not {"ray", "matplotlib", "cyclopts"} & names
 
 
 def is_pickle(data: bytes) -> bool:
-    """Whether all of it reads as one pickle of more than nothing."""
+    """Whether the data is exactly one pickle with more than one opcode."""
     try:
         return sum(1 for _ in pickletools.genops(io.BytesIO(data))) > 1
     except Exception:
         return False
 
 
-def test_nothing_in_the_model_can_be_unpickled(logged):
+def test_model_files_contain_no_pickle(logged_files):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert is_pickle(pickle.dumps({"a": [1]}, protocol))
-    assert {"mlflow_model.py", "weights.safetensors"} <= {file.name for file in logged}
+    assert {"mlflow_model.py", "weights.safetensors"} <= {file.name for file in logged_files}
     unwanted = {".pkl", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
-    assert not {file.suffix for file in logged} & unwanted
-    assert [file for file in logged if zipfile.is_zipfile(file)] == []  # as torch.save writes
-    assert [file for file, data in logged.items() if is_pickle(data)] == []
+    assert not {file.suffix for file in logged_files} & unwanted
+    assert [file for file in logged_files if zipfile.is_zipfile(file)] == []  # as torch.save writes
+    assert [file for file, data in logged_files.items() if is_pickle(data)] == []
 
 
-# -------------------------------------------------------------------------------- its versions
+# -------------------------------------------------------------------------------- versions
 
 
-def test_the_version_says_which_bundle_run_and_model_it_is_of(client, fitted):
+def test_registered_version_names_its_bundle_run_and_model(client, fitted):
     result = client.get_model_version_by_alias("weave", "champion")
     (output,) = client.get_run(run_of(fitted)).outputs.model_outputs
     address = f"models:/{output.model_id}"
@@ -278,7 +291,7 @@ def test_the_version_says_which_bundle_run_and_model_it_is_of(client, fitted):
     assert json.loads(noted) == [{"name": "weave", "version": "1"}]
 
 
-def test_the_alias_moves_to_the_next_training_and_back_on_request(fitted, client, command):
+def test_alias_moves_to_the_next_training_and_back_on_request(fitted, client, command):
     result = command("train", "out/store", "next", *SHORT, "--seed", "1", "--register", "weave")
     assert result["registered"] == "models:/weave/2"
     assert version_of(client, "weave", "champion") == 2
@@ -290,7 +303,7 @@ def test_the_alias_moves_to_the_next_training_and_back_on_request(fitted, client
     assert versions(client, "weave") == [1, 2]
 
 
-def test_a_run_that_is_taken_up_again_registers_once(fitted, config, client):
+def test_resumed_run_registers_once(fitted, config, client):
     output: list[str] = []
     request = RegistryConfig(register="again")
 
@@ -310,12 +323,12 @@ def test_a_run_that_is_taken_up_again_registers_once(fitted, config, client):
     assert versions(client, "again") == [1]
 
 
-def test_a_registry_that_fails_in_mid_run_costs_a_line_that_names_the_command(
-    fitted, config, client, place, command
+def test_registry_failure_during_a_run_only_prints_the_command_to_register_later(
+    fitted, config, client, workdir, command
 ):
     output: list[str] = []
     request = RegistryConfig(register="later on", alias="challenger")
-    with sqlite3.connect(place / "mlflow.db") as database:
+    with sqlite3.connect(workdir / "mlflow.db") as database:
         with start(config, "fit", registry=request, say=output.append) as run:
             run.model(fitted)
             database.execute("ALTER TABLE registered_models RENAME TO away")
@@ -332,10 +345,8 @@ def test_a_registry_that_fails_in_mid_run_costs_a_line_that_names_the_command(
     assert result["registered"] == "models:/later on/1"
 
 
-def test_a_bundle_from_elsewhere_is_registered_with_a_run_of_its_own(
-    fitted, client, command, place
-):
-    copy = place / "elsewhere"
+def test_bundle_from_elsewhere_is_registered_with_a_new_run(fitted, client, command, workdir):
+    copy = workdir / "elsewhere"
     shutil.copytree(fitted, copy)
     content = json.loads((copy / "bundle.json").read_text().replace(run_of(fitted), "f" * 32))
     del content["seal"]
@@ -360,27 +371,27 @@ def test_a_bundle_from_elsewhere_is_registered_with_a_run_of_its_own(
     ],
     ids=" ".join,
 )
-def test_a_name_that_no_registry_takes_is_refused_before_any_work(flags, named, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_invalid_registry_name_is_refused_before_any_work(flags, named, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         main(["fit", "data", "never", *SMALL, *flags])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert named in capsys.readouterr().err
     assert not Path("never").exists()
 
 
-# ------------------------------------------------------------------------------- its addresses
+# ------------------------------------------------------------------------------- addresses
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The bundle's own files; what lies in its report is for people and stays behind."""
-    files = (file for file in folder.rglob("*") if file.is_file())
-    named = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+def bundle_contents(model_dir: Path) -> dict[str, bytes]:
+    """The bundle's own files; its report is for people and is not fetched."""
+    files = (file for file in model_dir.rglob("*") if file.is_file())
+    named = {str(file.relative_to(model_dir)): file.read_bytes() for file in files}
     return {name: content for name, content in named.items() if not name.startswith("report/")}
 
 
-def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client, tmp_path):
+def test_every_address_of_a_bundle_resolves_to_the_same_files(fitted, config, client, tmp_path):
     version = client.get_model_version("weave", "1")
-    wanted = contents(fitted)
+    wanted = bundle_contents(fitted)
     for address in (
         "models:/weave@champion",
         "models:/weave/1",
@@ -389,9 +400,9 @@ def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client
     ):
         result = resolve.bundle_folder(address, config, tmp_path)
         assert result.parent == tmp_path
-        assert contents(result) == wanted
+        assert bundle_contents(result) == wanted
     result = resolve.bundle_folder("models:/weave/latest", config, tmp_path)
-    assert contents(result) == contents(Path("next"))
+    assert bundle_contents(result) == bundle_contents(Path("next"))
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
     assert resolve.bundle_folder(str(fitted), config, tmp_path) == fitted
     assert resolve.bundle_folder(fitted.as_uri(), config, tmp_path) == fitted
@@ -399,8 +410,8 @@ def test_each_address_of_a_bundle_leads_to_the_same_files(fitted, config, client
 
 
 @pytest.fixture
-def strangers(client: Any, config: TrackingConfig, tmp_path: Path) -> dict[str, str]:
-    """A run without a model, a run that kept its bundle as a file, a model that is not ours."""
+def unusable_models(client: Any, config: TrackingConfig, tmp_path: Path) -> dict[str, str]:
+    """A run without a model, a run with its bundle as an artifact, another program's model."""
     with start(config, "fit") as bare, start(config, "fit") as kept:
         kept.log_artifact(Path("next"), "bundle")
     model = client.create_logged_model(client.get_run(bare.run_id).info.experiment_id, "alien")
@@ -424,24 +435,24 @@ def strangers(client: Any, config: TrackingConfig, tmp_path: Path) -> dict[str, 
         ("models:/ALIEN", "holds no bundle", "arrowhead fit"),
     ],
 )
-def test_an_address_with_no_bundle_is_refused_with_what_is_there(
-    fitted, config, strangers, tmp_path, address, found, hint
+def test_address_without_a_bundle_is_refused_with_what_is_there(
+    fitted, config, unusable_models, tmp_path, address, found, hint
 ):
-    for name, real in strangers.items():
+    for name, real in unusable_models.items():
         address = address.replace(name, real)
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as error_info:
         resolve.bundle_folder(address, config, tmp_path / "scratch")
-    assert found in refused.value.found
-    assert hint in f"{refused.value.wanted} {refused.value.do}"
+    assert found in error_info.value.found
+    assert hint in f"{error_info.value.wanted} {error_info.value.do}"
     assert not list((tmp_path / "scratch").glob("*"))
 
 
-def test_the_bundle_that_a_run_kept_as_a_file_has_an_address_too(config, strangers, tmp_path):
-    result = resolve.bundle_folder(f"runs:/{strangers['KEPT']}/bundle", config, tmp_path)
-    assert contents(result) == contents(Path("next"))
+def test_bundle_logged_as_an_artifact_has_an_address(config, unusable_models, tmp_path):
+    result = resolve.bundle_folder(f"runs:/{unusable_models['KEPT']}/bundle", config, tmp_path)
+    assert bundle_contents(result) == bundle_contents(Path("next"))
 
 
-def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
+def test_missing_tracking_store_is_refused_and_not_created(tmp_path):
     for uri in (f"sqlite:///{tmp_path}/no.db", "http://127.0.0.1:9"):
         with pytest.raises(ConfigError, match=uri):
             resolve.bundle_folder(
@@ -451,8 +462,8 @@ def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
 
 
 @pytest.fixture
-def stored(fitted: Path) -> Any:
-    """The bundle in an object store; a function that changes a file of it."""
+def remote_bundle(fitted: Path) -> Any:
+    """The bundle in an object store, and a function that changes a file of it."""
     import fsspec
 
     store = fsspec.filesystem("memory")
@@ -467,34 +478,36 @@ def stored(fitted: Path) -> Any:
     store.rm("/shelf", recursive=True)
 
 
-def test_a_bundle_in_an_object_store_is_fetched_completely_or_not_at_all(
-    stored, fitted, config, tmp_path
+def test_bundle_in_an_object_store_is_fetched_completely_or_not_at_all(
+    remote_bundle, fitted, config, tmp_path
 ):
     result = resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
-    assert contents(result) == contents(fitted)
-    before = contents(tmp_path)
-    stored("golden/0.img", b"other")
+    assert bundle_contents(result) == bundle_contents(fitted)
+    before = bundle_contents(tmp_path)
+    remote_bundle("golden/0.img", b"other")
     with pytest.raises(DataError, match=r"bundle/golden/0\.img is not the file"):
         resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
-    stored("golden/0.img", None)
+    remote_bundle("golden/0.img", None)
     with pytest.raises(DataError, match=r"golden/0.img is missing"):
         resolve.bundle_folder("memory://shelf/bundle", config, tmp_path)
     with pytest.raises(ConfigError, match="not a bundle"):
         resolve.bundle_folder("memory://shelf", config, tmp_path)
-    assert contents(tmp_path) == before
+    assert bundle_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
     "name", ["../../evil", "/tmp/evil", "a/../../evil", "a//b", "a\\b", "a\nb"]
 )
-def test_a_bundle_that_wants_to_write_elsewhere_is_refused(stored, fitted, config, tmp_path, name):
+def test_bundle_with_paths_outside_its_folder_is_refused(
+    remote_bundle, fitted, config, tmp_path, name
+):
     content = json.loads((fitted / "bundle.json").read_text())
     content["sha256"][name] = "0" * 64
     del content["seal"]
     copy = tmp_path / "copy"
     shutil.copytree(fitted, copy)
     fileio.write_sealed(copy / "bundle.json", content)
-    stored("bundle.json", (copy / "bundle.json").read_bytes())
+    remote_bundle("bundle.json", (copy / "bundle.json").read_bytes())
     with pytest.raises(DataError, match="outside its folder"):
         resolve.bundle_folder("memory://shelf/bundle", config, tmp_path / "scratch")
     assert list(tmp_path.rglob("*evil*")) == []

@@ -12,42 +12,52 @@ from PIL import Image
 
 from arrowhead.examine import figures
 
-# Markup for matplotlib, a formula, HTML; then what the usual font lacks, and what is not printable.
-MARKUP = ["$10_", "a_b$", "$\\frac{", "=1+1", "<b>x", "{}^_", "plain"]
-ODD = [*MARKUP, "two\nlines", "\x1b[31mred", "חתול", "قطة", "猫", "🐈 cat", "x" * 200, "\udc80"]
+# Markup for matplotlib, formulas, HTML; then scripts missing from common fonts, and control bytes.
+MARKUP_NAMES = ["$10_", "a_b$", "$\\frac{", "=1+1", "<b>x", "{}^_", "plain"]
+UNUSUAL_NAMES = [
+    *MARKUP_NAMES,
+    "two\nlines",
+    "\x1b[31mred",
+    "חתול",
+    "قطة",
+    "猫",
+    "🐈 cat",
+    "x" * 200,
+    "\udc80",
+]
 
 
-def labels(axis: Any) -> list[str]:
+def tick_labels(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
 @pytest.fixture(autouse=True)
-def _strict() -> Any:
+def _warnings_as_errors() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 
 
-def test_names_that_plotting_reads_as_markup_are_shown_as_they_are(tmp_path: Path) -> None:
-    counts = np.eye(len(MARKUP), dtype=np.int64)
-    figure = figures.confusion_figure(counts, MARKUP)
+def test_names_with_markup_are_plotted_literally(tmp_path: Path) -> None:
+    counts = np.eye(len(MARKUP_NAMES), dtype=np.int64)
+    figure = figures.confusion_figure(counts, MARKUP_NAMES)
     figures.save(figure, tmp_path / "confusion.png")
     (axes,) = figure.axes
-    assert labels(axes.xaxis) == labels(axes.yaxis) == MARKUP
+    assert tick_labels(axes.xaxis) == tick_labels(axes.yaxis) == MARKUP_NAMES
     assert not any(label.get_parse_math() for label in axes.get_xticklabels())
-    figure = figures.scores_figure(dict.fromkeys(MARKUP, 3), np.arange(20), np.arange(20))
+    figure = figures.scores_figure(dict.fromkeys(MARKUP_NAMES, 3), np.arange(20), np.arange(20))
     figures.save(figure, tmp_path / "scores.png")
-    assert labels(figure.axes[0].yaxis) == MARKUP
+    assert tick_labels(figure.axes[0].yaxis) == MARKUP_NAMES
 
 
 @pytest.mark.parametrize("count", [2, 12, 31, 200, 900])
-def test_any_number_of_classes_of_any_name_is_drawn_and_no_two_look_alike(
+def test_any_number_of_classes_is_plotted_with_distinguishable_labels(
     count: int, tmp_path: Path
 ) -> None:
-    classes = [f"{number} {ODD[number % len(ODD)]}" for number in range(count)]
+    classes = [f"{number} {UNUSUAL_NAMES[number % len(UNUSUAL_NAMES)]}" for number in range(count)]
     figure = figures.confusion_figure(np.eye(count, dtype=np.int64), classes)
     (axes,) = figure.axes
-    shown = labels(axes.yaxis)
+    shown = tick_labels(axes.yaxis)
     assert len(set(shown)) == len(shown) == min(count, 180 if count == 900 else count)
     assert all(name.isprintable() and len(name) < 100 for name in shown)
     if count < 200:
@@ -56,12 +66,12 @@ def test_any_number_of_classes_of_any_name_is_drawn_and_no_two_look_alike(
         assert [file.name for file in tmp_path.iterdir()] == ["confusion.png"]
 
 
-def test_letters_without_a_font_stay_distinguishable() -> None:
+def test_characters_without_a_glyph_stay_distinguishable() -> None:
     figure = figures.confusion_figure(np.eye(3, dtype=np.int64), ["\U000e0100a", "\U000f0000", "b"])
-    assert labels(figure.axes[0].yaxis) == ["\\U000e0100a", "\\U000f0000", "b"]
+    assert tick_labels(figure.axes[0].yaxis) == ["\\U000e0100a", "\\U000f0000", "b"]
 
 
-def test_tables_hold_numbers_and_safe_names(tmp_path: Path) -> None:
+def test_tables_hold_numbers_and_escaped_names(tmp_path: Path) -> None:
     setting = {"seeds": [0, 1], "mean": 0.5, "spread": None, "valid_loss": 1.5}
     setting |= {"epochs": 4, "p": None}
     ranked = {"settings": [setting | {"knobs": {"rate": 1e-3, "class_weights": "=x"}}]}
@@ -71,7 +81,7 @@ def test_tables_hold_numbers_and_safe_names(tmp_path: Path) -> None:
     assert line == "0.001,'=x,0 1,0.5,,1.5,4,"
 
 
-def test_a_learning_curve_is_a_table_though_all_images_have_one_head(tmp_path: Path) -> None:
+def test_learning_curve_is_a_table_even_if_the_full_share_has_one_head(tmp_path: Path) -> None:
     points = [
         {"share": 0.5, "images": 10, "mean": 0.5, "spread": 0.1, "values": [0.4, 0.6]},
         {"share": 1.0, "images": 20, "mean": 0.7, "spread": None, "values": [0.7]},
@@ -83,7 +93,7 @@ def test_a_learning_curve_is_a_table_though_all_images_have_one_head(tmp_path: P
 
 
 @pytest.mark.parametrize(("heads", "words"), [(1, "mean of 1 head"), (3, "mean of 3 heads")])
-def test_a_learning_curve_counts_its_heads(heads, words):
+def test_learning_curve_states_its_number_of_heads(heads, words):
     points = [
         {"images": images, "mean": 0.5, "spread": None, "values": [0.5] * heads}
         for images in (10, 20)

@@ -36,22 +36,22 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracked) -> Path:
     """A folder with a fitted bundle, its store, and images to score."""
     folder = tracked(tmp_path_factory.mktemp("score"))
     shutil.copytree(drawn, folder / "photos", ignore=shutil.ignore_patterns("new"))
     shutil.copytree(drawn / "new", folder / "new")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        with pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as exit_info:
             main(["fit", "photos", "out", *FLAGS, "--epochs", "4", "--rate", "0.01"])
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def _change_directory(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workdir)
 
 
 @pytest.fixture
@@ -59,80 +59,80 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "scores"
 
 
-def rows(out: Path) -> polars.DataFrame:
+def read_rows(out: Path) -> polars.DataFrame:
     return polars.read_parquet(out / "parts")
 
 
-def probability_counts(out: Path) -> Any:
+def read_probabilities(out: Path) -> Any:
     """float32 (N, C)."""
-    return rows(out)["probabilities"].struct.unnest().to_numpy()
+    return read_rows(out)["probabilities"].struct.unnest().to_numpy()
 
 
-def refused(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
+def exit_code(*words: object) -> int:
+    with pytest.raises(SystemExit) as exit_info:
         main([*map(str, words)])
-    return int(ended.value.code or 0)
+    return int(exit_info.value.code or 0)
 
 
 # ------------------------------------------------------------------------- inputs, in order
 
 
-def test_a_list_is_scored_in_its_order_as_often_as_it_names_a_file(command, out, tmp_path, place):
-    names = [file.name for file in sorted((place / "new").iterdir())][:5]
+def test_list_is_scored_in_order_including_repeated_files(command, out, tmp_path, workdir):
+    names = [file.name for file in sorted((workdir / "new").iterdir())][:5]
     listed = [
         names[3],
         names[0],
         "gone.jpg",
-        str(place / "new" / names[1]),
+        str(workdir / "new" / names[1]),
         names[0],
         "./" + names[2],
     ]
     (tmp_path / "some.txt").write_text("\n".join(listed) + "\n\n")
     result = command(
-        "score", "out/bundle", tmp_path / "some.txt", out, "--base", place / "new", code=3
+        "score", "out/bundle", tmp_path / "some.txt", out, "--base", workdir / "new", code=3
     )
     assert (
         result["counts"]["inputs"] == 6 == result["counts"]["scored"] + result["counts"]["faults"]
     )
-    table = rows(out)
+    table = read_rows(out)
     assert table["path"].to_list() == [names[3], names[0], "gone.jpg", names[1], names[0], names[2]]
     assert table["fault"].is_null().to_list() == [True, True, False, True, True, True]
-    alone = command("score", "out/bundle", place / "new", tmp_path / "all")
+    alone = command("score", "out/bundle", workdir / "new", tmp_path / "all")
     assert alone["counts"]["faults"] == 0
-    known = {row["path"]: row["probability"] for row in rows(tmp_path / "all").to_dicts()}
+    known = {row["path"]: row["probability"] for row in read_rows(tmp_path / "all").to_dicts()}
     for row in table.to_dicts():
         if row["fault"] is None:
-            # Alone or among others: a matrix product of other shape may differ in its last bit.
+            # A matrix product of another shape may differ in its last bit.
             assert row["probability"] == pytest.approx(known[row["path"]], rel=1e-6)
 
 
-def test_a_table_with_other_columns_is_scored_in_its_order(command, out, tmp_path, place):
-    names = [file.stem for file in sorted((place / "new").iterdir())][:4][::-1]
+def test_table_with_other_columns_is_scored_in_order(command, out, tmp_path, workdir):
+    names = [file.stem for file in sorted((workdir / "new").iterdir())][:4][::-1]
     with (tmp_path / "t.csv").open("w", newline="") as file:
         sheet = csv.writer(file)
         sheet.writerow(["shop", "path"])
         sheet.writerows([["a, b", name] for name in names])
-    flags = ["--base", place / "new", "--suffix", ".jpg"]
+    flags = ["--base", workdir / "new", "--suffix", ".jpg"]
     command("score", "out/bundle", tmp_path / "t.csv", out, *flags)
-    assert rows(out)["path"].to_list() == [f"{name}.jpg" for name in names]
+    assert read_rows(out)["path"].to_list() == [f"{name}.jpg" for name in names]
 
 
-def test_a_list_of_nothing_that_is_there_is_refused(out, tmp_path, capsys):
+def test_list_of_missing_files_only_is_refused(out, tmp_path, capsys):
     (tmp_path / "none.txt").write_text("a.jpg\nb.jpg\n")
-    assert refused("score", "out/bundle", tmp_path / "none.txt", out) == 2
+    assert exit_code("score", "out/bundle", tmp_path / "none.txt", out) == 2
     assert "a.jpg" in capsys.readouterr().err
 
 
-def test_a_list_cannot_teach(out, tmp_path, capsys):
+def test_list_without_labels_is_refused_for_training(out, tmp_path, capsys):
     (tmp_path / "some.txt").write_text("a.jpg\n")
-    assert refused("precompute", tmp_path / "some.txt", out, *FLAGS) == 2
+    assert exit_code("precompute", tmp_path / "some.txt", out, *FLAGS) == 2
     assert "no labels" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- what is written
 
 
-def test_each_part_records_its_origin_and_the_counts_add_up(command, out):
+def test_parts_record_their_origin_and_counts_add_up(command, out):
     actual = command("score", "out/bundle", "new", out, "--chunk-size", "8")
     result, counts = json.loads(Path("out/bundle/bundle.json").read_text()), actual["counts"]
     assert counts["inputs"] == counts["scored"] + counts["faults"] == 24
@@ -150,8 +150,8 @@ def test_each_part_records_its_origin_and_the_counts_add_up(command, out):
         assert codecs == {"ZSTD"}
 
 
-def test_features_are_those_of_the_store_and_a_store_saves_the_decoding(command, out, tmp_path):
-    """One pump: what `precompute` stored is what `score` sees, to the last bit."""
+def test_scored_features_equal_the_store_and_a_store_saves_decoding(command, out, tmp_path):
+    """`precompute` and `score` extract identical features, to the last bit."""
     plain = command("score", "out/bundle", "photos", out, "--features", "--chunk-size", "20")
     flags = ["--features", "--chunk-size", "20", "--store", "out/store"]
     lean = command("score", "out/bundle", "photos", tmp_path / "lean", *flags)
@@ -166,33 +166,33 @@ def test_features_are_those_of_the_store_and_a_store_saves_the_decoding(command,
         for shard in Store(Path("out/store")).shards()
         for path, feature in zip(shard.paths, shard.features, strict=True)
     }
-    for row in rows(out).to_dicts():
+    for row in read_rows(out).to_dicts():
         assert np.array_equal(np.array(row["feature"], np.float32), held[row["path"]])
 
 
-def test_a_store_of_another_recipe_is_refused_by_the_first_differing_field(out, command, capsys):
+def test_store_of_another_recipe_is_refused_with_the_differing_field(out, command, capsys):
     command("precompute", "photos", "squashed", *FLAGS, "--resize", "squash")
-    assert refused("score", "out/bundle", "new", out, "--store", "squashed") == 2
+    assert exit_code("score", "out/bundle", "new", out, "--store", "squashed") == 2
     assert "resize" in capsys.readouterr().err
 
 
-def test_raw_probabilities_are_those_before_the_temperature(command, out, tmp_path, bundled):
-    warm = bundled(temperature=0.5)
-    command("score", warm, "new", out, "--probabilities")
-    command("score", warm, "new", tmp_path / "raw", "--probabilities", "--raw")
-    raw = np.log(probability_counts(tmp_path / "raw")) / 0.5
-    assert np.abs(probability_counts(out) - probability_counts(tmp_path / "raw")).max() > 0.01
-    cooled = np.exp(raw) / np.exp(raw).sum(1, keepdims=True)
-    np.testing.assert_allclose(probability_counts(out), cooled, atol=1e-5)
+def test_raw_probabilities_ignore_the_temperature(command, out, tmp_path, bundled):
+    calibrated = bundled(temperature=0.5)
+    command("score", calibrated, "new", out, "--probabilities")
+    command("score", calibrated, "new", tmp_path / "raw", "--probabilities", "--raw")
+    raw = np.log(read_probabilities(tmp_path / "raw")) / 0.5
+    assert np.abs(read_probabilities(out) - read_probabilities(tmp_path / "raw")).max() > 0.01
+    rescaled = np.exp(raw) / np.exp(raw).sum(1, keepdims=True)
+    np.testing.assert_allclose(read_probabilities(out), rescaled, atol=1e-5)
 
 
-def test_the_csv_equals_the_parquet(command, out):
+def test_csv_equals_the_parquet_parts(command, out):
     (Path("new") / "torn, and odd.jpg").write_bytes(b"\xff\xd8\xff nothing")
     result = command("score", "out/bundle", "new", out, "--csv", "--chunk-size", "8", code=3)
     (Path("new") / "torn, and odd.jpg").unlink()
     with Path(result["csv"]).open(newline="") as file:
         lines = list(csv.DictReader(file))
-    table = rows(out).to_dicts()
+    table = read_rows(out).to_dicts()
     assert len(lines) == len(table) == 25
     for line, row in zip(lines, table, strict=True):
         assert (line["path"], line["image_id"]) == (row["path"], row["image_id"].hex())
@@ -203,11 +203,11 @@ def test_the_csv_equals_the_parquet(command, out):
     assert [row["fault"] is None for row in table].count(False) == 1
 
 
-def test_the_scoring_run_holds_inputs_counts_and_a_picture(command, out, place):
+def test_scoring_run_logs_inputs_counts_and_a_figure(command, out, workdir):
     from mlflow import MlflowClient
 
     result = command("score", "out/bundle", "new", out)
-    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
     run = client.get_run(result["run_id"])
     (data,) = run.inputs.dataset_inputs
     assert data.dataset.name == "new" and data.tags[0].value == "scoring"
@@ -218,8 +218,8 @@ def test_the_scoring_run_holds_inputs_counts_and_a_picture(command, out, place):
     assert picture.path == "scores/scores.png"
 
 
-def test_labels_are_those_of_plain_torchvision_with_the_bundles_weights(command, out, place):
-    """A second opinion: Pillow, torchvision's transforms and network, our weights."""
+def test_predictions_equal_plain_torchvision_with_the_bundles_weights(command, out, workdir):
+    """An independent computation: Pillow, torchvision's transforms and network, and our weights."""
     import safetensors.torch
     import torch
     from PIL import Image
@@ -243,103 +243,105 @@ def test_labels_are_those_of_plain_torchvision_with_the_bundles_weights(command,
             v2.Normalize(recipe["mean"], recipe["std"]),
         ]
     )
-    table = rows(out).to_dicts()
+    table = read_rows(out).to_dicts()
     pixels = torch.stack(
-        [steps(Image.open(place / "new" / r["path"]).convert("RGB")) for r in table]
+        [steps(Image.open(workdir / "new" / r["path"]).convert("RGB")) for r in table]
     )
     with torch.inference_mode():
         feature = net.eval()(pixels)
         feature = (feature - tensors["head.0.mean"]) / tensors["head.0.deviation"]
         logit = feature @ tensors["head.2.weight"].T + tensors["head.2.bias"]
-        chance = (logit / about["temperature"]).softmax(1).numpy()
-    ours = probability_counts(out)
-    assert np.abs(ours - chance).max() < 0.05
-    sure = np.sort(chance, 1)[:, -1] - np.sort(chance, 1)[:, -2] > 0.1
-    assert sure.sum() > 12
-    for row, guess, fine in zip(table, chance.argmax(1), sure, strict=True):
-        assert not fine or row["label"] == about["classes"][guess]
+        prob = (logit / about["temperature"]).softmax(1).numpy()
+    predicted_labels = read_probabilities(out)
+    assert np.abs(predicted_labels - prob).max() < 0.05
+    confidence = np.sort(prob, 1)[:, -1] - np.sort(prob, 1)[:, -2] > 0.1
+    assert confidence.sum() > 12
+    for row, predicted, fine in zip(table, prob.argmax(1), confidence, strict=True):
+        assert not fine or row["label"] == about["classes"][predicted]
 
 
-# ------------------------------------------------------------------------- going on, refusing
+# ------------------------------------------------------------------------- resuming, refusing
 
 
 @pytest.mark.parametrize("flags", [["--raw"], ["--top-k", "2"], ["--flag-novel"], ["--features"]])
-def test_scores_of_another_request_are_not_mixed(command, tmp_path_factory, flags, capsys, place):
-    out = place / "asked"
+def test_scores_of_different_requests_are_not_mixed(
+    command, tmp_path_factory, flags, capsys, workdir
+):
+    out = workdir / "asked"
     if not out.exists():
         command("score", "out/bundle", "new", out)
-    assert refused("score", "out/bundle", "new", out, *flags) == 2
+    assert exit_code("score", "out/bundle", "new", out, *flags) == 2
     assert f"another setting of {flags[0]}." in capsys.readouterr().err
 
 
-def test_a_finished_scoring_is_not_done_again_but_can_be_written_as_csv(command, out):
+def test_finished_scoring_is_not_repeated_but_can_be_written_as_csv(command, out):
     first = command("score", "out/bundle", "new", out)
     again = command("score", "out/bundle", "new", out, "--csv")
     assert first["counts"]["decoded"] == 24
     assert again["counts"]["decoded"] == 0 and again["counts"]["skipped"] == 24
     assert len(Path(again["csv"]).read_text().splitlines()) == 25
-    assert 'python -P -c "import pandas' in command.said  # a pandas.py that lies here is not run
+    assert (
+        'python -P -c "import pandas' in command.said
+    )  # -P: a pandas.py in this folder is not imported
     assert json.loads((out / "score.json").read_text())["counts"] == first["counts"]
 
 
-def test_a_fault_that_has_passed_is_gone_when_the_command_runs_again(command, out):
-    """As if one file had been written to between the listing and its reading."""
-    listed = sources.unlabelled_catalog
+def test_transient_fault_disappears_on_the_next_run(command, out):
+    """Simulates a file that was written to between listing and reading."""
+    list_images = sources.unlabelled_catalog
 
-    def early(source: Any, config: Any, **more: Any) -> Catalog:
-        catalog = listed(source, config, **more)
+    def catalog_with_old_timestamp(source: Any, config: Any, **more: Any) -> Catalog:
+        catalog = list_images(source, config, **more)
         stamps = catalog.stamps.copy()
         stamps[7] -= 10**9
         return dataclasses.replace(catalog, stamps=stamps)
 
-    words = ["score", "out/bundle", "new", out, "--chunk-size", "8"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "unlabelled_catalog", early)
-        first = command(*words, "--csv", code=3)
+    arguments = ["score", "out/bundle", "new", out, "--chunk-size", "8"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sources, "unlabelled_catalog", catalog_with_old_timestamp)
+        first = command(*arguments, "--csv", code=3)
     assert first["faults"] == {"changed": 1}
-    again = command(*words)
+    again = command(*arguments)
     assert again["faults"] == {} and again["counts"]["scored"] == 24
-    assert "changed" not in Path(again["csv"]).read_text()  # no table of the scores before
+    assert "changed" not in Path(again["csv"]).read_text()  # the older table is gone
     assert 0 < again["counts"]["decoded"] < 24
-    assert rows(out)["fault"].is_null().all()
+    assert read_rows(out)["fault"].is_null().all()
 
 
-def test_a_file_that_was_replaced_is_scored_again_and_no_other_part(command, out, tmp_path):
-    """By an image of the same size, so that only the time of writing tells."""
+def test_only_the_part_of_a_replaced_file_is_scored_again(command, out, tmp_path):
+    """The new image has the same size, so only its timestamp differs."""
     shutil.copytree("new", tmp_path / "images")
     files = sorted((tmp_path / "images").iterdir())
     size = max(files[3].stat().st_size, files[9].stat().st_size)
-    for file in (files[3], files[9]):  # what follows the end of an image is not looked at
+    for file in (files[3], files[9]):  # decoders ignore bytes after the end of an image
         file.write_bytes(file.read_bytes().ljust(size, b"\0"))
-    words = ["score", "out/bundle", tmp_path / "images", out, "--chunk-size", "8"]
-    first = command(*words)
-    before = rows(out)
+    arguments = ["score", "out/bundle", tmp_path / "images", out, "--chunk-size", "8"]
+    first = command(*arguments)
+    before = read_rows(out)
     files[3].write_bytes(files[9].read_bytes())
-    again = command(*words)
-    after = rows(out)
+    again = command(*arguments)
+    after = read_rows(out)
     assert 0 < again["counts"]["decoded"] < first["counts"]["decoded"]
     assert after["probability"][3] == after["probability"][9] == before["probability"][9]
     assert after["probability"].to_list()[4:] == before["probability"].to_list()[4:]
 
 
-def test_other_images_of_the_same_names_and_sizes_are_another_request(
-    command, out, tmp_path, capsys
-):
+def test_images_in_another_folder_are_another_request(command, out, tmp_path, capsys):
     shutil.copytree("new", tmp_path / "copy")
     command("score", "out/bundle", "new", out)
-    assert refused("score", "out/bundle", tmp_path / "copy", out) == 2
+    assert exit_code("score", "out/bundle", tmp_path / "copy", out) == 2
     assert "of images in another folder" in capsys.readouterr().err
 
 
-def test_two_commands_do_not_write_the_same_scores(out, capsys):
+def test_concurrent_commands_cannot_write_the_same_scores(out, capsys):
     out.mkdir()
     with fileio.folder_lock(out):
-        assert refused("score", "out/bundle", "new", out) == 2
+        assert exit_code("score", "out/bundle", "new", out) == 2
     assert "being written" in capsys.readouterr().err
 
 
-def salted(folder: Path, photos: Path) -> int:
-    """A folder of photos, copies of them, odd names and files that are no images; how many."""
+def make_mixed_folder(folder: Path, photos: Path) -> int:
+    """Fill a folder with photos, copies, odd names and broken files; return the number of files."""
     from PIL import Image
 
     shutil.copytree(photos, folder / "deep" / "er")
@@ -360,95 +362,101 @@ def salted(folder: Path, photos: Path) -> int:
     return sum(1 for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
 
 
-def test_a_killed_scoring_resumes_and_ends_with_the_same_bytes(command, tmp_path, place):
-    count = salted(tmp_path / "salted", place / "new")
+def test_killed_scoring_resumes_to_the_same_bytes(command, tmp_path, workdir):
+    count = make_mixed_folder(tmp_path / "salted", workdir / "new")
     flags = ["--chunk-size", "4", "--batch-size", "4", "--features", "--flag-novel"]
-    calm = command("score", "out/bundle", tmp_path / "salted", tmp_path / "calm", *flags, code=3)
-    assert calm["counts"]["inputs"] == count == calm["counts"]["scored"] + calm["counts"]["faults"]
-    assert calm["counts"]["faults"] == 5
-    out, draw = tmp_path / "killed", random.Random(0)
-    words = ["score", place / "out/bundle", tmp_path / "salted", out, *flags]
-    program = [sys.executable, "-m", "arrowhead", *map(str, words)]
-    running = forks.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=-3)
+    reference = command(
+        "score", "out/bundle", tmp_path / "salted", tmp_path / "calm", *flags, code=3
+    )
+    assert (
+        reference["counts"]["inputs"]
+        == count
+        == reference["counts"]["scored"] + reference["counts"]["faults"]
+    )
+    assert reference["counts"]["faults"] == 5
+    out, rng = tmp_path / "killed", random.Random(0)
+    arguments = ["score", workdir / "out/bundle", tmp_path / "salted", out, *flags]
+    program = [sys.executable, "-m", "arrowhead", *map(str, arguments)]
+    process = forks.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=-3)
     while len(list((out / "parts").glob("part-*.parquet"))) < 3:
-        assert running.poll() is None, "ended before it could be killed"
+        assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.005)
-    time.sleep(draw.random() / 20)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    time.sleep(rng.random() / 20)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     before = {file.name: file.read_bytes() for file in (out / "parts").glob("part-*.parquet")}
-    ended = command(*words, code=3)
-    assert 0 < ended["counts"]["skipped"] < count
+    resumed = command(*arguments, code=3)
+    assert 0 < resumed["counts"]["skipped"] < count
     parts = {file.name: file.read_bytes() for file in (out / "parts").glob("part-*.parquet")}
     assert before.items() <= parts.items()
-    undisturbed = (tmp_path / "calm" / "parts").glob("part-*.parquet")
-    assert parts == {file.name: file.read_bytes() for file in undisturbed}
+    reference_parts = (tmp_path / "calm" / "parts").glob("part-*.parquet")
+    assert parts == {file.name: file.read_bytes() for file in reference_parts}
     assert {file.name for file in (out / "parts").iterdir()} == parts.keys()
-    same = rows(tmp_path / "calm").filter(polars.col("path").is_in(["same.jpg"]))
-    twin = rows(tmp_path / "calm").filter(polars.col("image_id") == same["image_id"][0])
-    assert len(twin) == 4 and twin["probability"].n_unique() == 1
+    original = read_rows(tmp_path / "calm").filter(polars.col("path").is_in(["same.jpg"]))
+    copies = read_rows(tmp_path / "calm").filter(polars.col("image_id") == original["image_id"][0])
+    assert len(copies) == 4 and copies["probability"].n_unique() == 1
 
 
 # ---------------------------------------------------------------------------------- novelty
 
 
-def test_a_threshold_is_passed_by_no_more_of_like_images_than_it_says():
-    """Training, validation and new rows of one distribution; 60 draws of each."""
+def test_novelty_threshold_keeps_its_false_alarm_rate():
+    """Training, validation and new rows of one distribution, 60 times."""
     from arrowhead.evaluation.novelty import NoveltyDetector
 
-    draw, passed = np.random.default_rng(0), []
+    rng, false_alarm_rates = np.random.default_rng(0), []
     for _ in range(60):
-        train, valid, new = (draw.normal(size=(n, 8)).astype(np.float16) for n in (80, 60, 200))
-        known = NoveltyDetector.fit(train, valid)
-        passed.append((known.distances(new) > known.threshold(0.1)).mean())
-    assert 0.06 < np.mean(passed) < 0.105
+        train, valid, new = (rng.normal(size=(n, 8)).astype(np.float16) for n in (80, 60, 200))
+        detector = NoveltyDetector.fit(train, valid)
+        false_alarm_rates.append((detector.distances(new) > detector.threshold(0.1)).mean())
+    assert 0.06 < np.mean(false_alarm_rates) < 0.105
 
 
-def test_with_too_few_validation_images_nothing_is_called_novel():
+def test_too_few_validation_images_give_an_infinite_novelty_threshold():
     from arrowhead.evaluation.novelty import NoveltyDetector
 
     train = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float16)
-    known = NoveltyDetector.fit(train[:20], train[20:])
-    assert np.isinf(known.threshold(0.05))
-    assert known.summary()["threshold_at_5_percent_false_alarms"] is None
-    assert np.isfinite(known.threshold(0.2))
+    detector = NoveltyDetector.fit(train[:20], train[20:])
+    assert np.isinf(detector.threshold(0.05))
+    assert detector.summary()["threshold_at_5_percent_false_alarms"] is None
+    assert np.isfinite(detector.threshold(0.2))
 
 
-def test_novelty_is_the_distance_to_the_fifth_neighbour_on_the_sphere():
+def test_novelty_is_the_distance_to_the_fifth_neighbour_of_normalized_features():
     from arrowhead.evaluation.novelty import NoveltyDetector
 
-    draw = np.random.default_rng(1)
-    train, valid = (draw.normal(size=(n, 6)).astype(np.float16) for n in (50, 9))
-    wide, new = train.astype(np.float64), valid.astype(np.float64)
-    mean, deviation = wide.mean(0), wide.std(0)
+    rng = np.random.default_rng(1)
+    train, valid = (rng.normal(size=(n, 6)).astype(np.float16) for n in (50, 9))
+    features64, new = train.astype(np.float64), valid.astype(np.float64)
+    mean, deviation = features64.mean(0), features64.std(0)
 
-    def unit(rows: Any) -> Any:
-        moved = (rows - mean) / deviation
+    def normalized(read_rows: Any) -> Any:
+        moved = (read_rows - mean) / deviation
         return moved / np.linalg.norm(moved, axis=1, keepdims=True)
 
-    apart = np.linalg.norm(unit(new)[:, None] - unit(wide)[None], axis=2)
-    expected = np.sort(apart, axis=1)[:, 4]
+    distance = np.linalg.norm(normalized(new)[:, None] - normalized(features64)[None], axis=2)
+    expected = np.sort(distance, axis=1)[:, 4]
     np.testing.assert_allclose(
         NoveltyDetector.fit(train, valid).distances(valid), expected, atol=2e-3
     )
 
 
-def test_the_bank_is_the_same_whatever_the_order_of_the_images(monkeypatch):
+def test_novelty_reference_set_does_not_depend_on_image_order(monkeypatch):
     from arrowhead.evaluation import novelty as evaluation_novelty
 
     monkeypatch.setattr(evaluation_novelty, "MAX_BANK_ROWS", 50)
     ids = np.random.default_rng(0).integers(0, 2**63, 400).astype(np.uint64)
-    turn = np.random.default_rng(1).permutation(400)
+    order = np.random.default_rng(1).permutation(400)
     kept, others = (
         evaluation_novelty.sample_bank_rows(ids),
-        evaluation_novelty.sample_bank_rows(ids[turn]),
+        evaluation_novelty.sample_bank_rows(ids[order]),
     )
     assert len(kept) == 50
-    assert set(ids[kept]) == set(ids[turn][others])
+    assert set(ids[kept]) == set(ids[order][others])
 
 
-def test_novel_pictures_are_detected_among_cats_and_dogs(dogscats, pets, drawn, command, tmp_path):
-    """AUROC above 0.95 between validation photos and drawn textures; the flags hold their word."""
+def test_novel_images_are_detected_among_cats_and_dogs(dogscats, pets, drawn, command, tmp_path):
+    """AUROC above 0.95 between validation photos and drawn textures; the false alarm rate holds."""
     from sklearn.metrics import roc_auc_score
 
     command("train", pets, tmp_path / "bundle", "--epochs", "5", "--rate", "0.003")
@@ -456,29 +464,29 @@ def test_novel_pictures_are_detected_among_cats_and_dogs(dogscats, pets, drawn, 
     for name, images in (("pets", dogscats / "valid"), ("others", drawn)):
         flags = ["--flag-novel", "--store", pets]
         command("score", tmp_path / "bundle", images, tmp_path / name, *flags)
-        table[name] = rows(tmp_path / name)
+        table[name] = read_rows(tmp_path / name)
     novelty = np.concatenate([table["pets"]["novelty"], table["others"]["novelty"]])
-    strange = np.arange(len(novelty)) >= len(table["pets"])
-    assert roc_auc_score(strange, novelty) > 0.95
+    is_novel = np.arange(len(novelty)) >= len(table["pets"])
+    assert roc_auc_score(is_novel, novelty) > 0.95
     assert table["pets"]["novel"].mean() <= 0.05
     assert table["others"]["novel"].mean() > 0.8
 
 
-def test_a_bundle_that_knows_no_training_images_cannot_flag(out, tmp_path, capsys, place):
+def test_bundle_without_training_features_cannot_flag_novelty(out, tmp_path, capsys, workdir):
     plain = dataclasses.replace(bundle_format.load(Path("out/bundle")), novelty=None)
     bundle_format.save(plain, tmp_path / "plain")
-    assert refused("score", tmp_path / "plain", "new", out, "--flag-novel") == 2
+    assert exit_code("score", tmp_path / "plain", "new", out, "--flag-novel") == 2
     assert "does not know its training images" in capsys.readouterr().err
     assert not out.exists()
-    assert refused("score", tmp_path / "plain", "new", out) == 0
-    assert "novelty" not in rows(out).columns
+    assert exit_code("score", tmp_path / "plain", "new", out) == 0
+    assert "novelty" not in read_rows(out).columns
 
 
 # ----------------------------------------------------------------------------------- parity
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    """Change a copied bundle's bundle.json as its maker would have: the seal fits."""
+    """Update the checksums in a changed bundle's bundle.json as its author could."""
     content = json.loads((folder / "bundle.json").read_text())
     del content["seal"]
     for name, value in changes.items():
@@ -489,58 +497,58 @@ def reseal(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "other", [{"resize": "squash"}, {"mean": [0.1, 0.9, 0.5]}, {"std": [0.5, 0.5, 0.5]}], ids=str
 )
-def test_a_machine_that_sees_the_golden_images_otherwise_does_not_score(
-    tmp_path, out, capsys, other
-):
-    """The recipe of a copied bundle is changed: its pixels come out other than they did."""
+def test_machine_with_different_golden_predictions_does_not_score(tmp_path, out, capsys, other):
+    """The recipe of a bundle's copy is changed, so its pixels differ."""
     shutil.copytree("out/bundle", tmp_path / "b")
     reseal(tmp_path / "b", recipe=other)
-    assert refused("score", tmp_path / "b", "new", out) == 4
+    assert exit_code("score", tmp_path / "b", "new", out) == 4
     output = capsys.readouterr().err
     assert "golden images come out differently" in output and "drift" in output
     assert not list(out.glob("part-*"))
-    assert refused("bundle", "verify", tmp_path / "b") == 4
+    assert exit_code("bundle", "verify", tmp_path / "b") == 4
 
 
-def test_the_drift_is_reported_before_the_first_image_is_scored(out, capsys):
-    assert refused("score", "out/bundle", "new", out) == 0
+def test_drift_is_reported_before_the_first_image_is_scored(out, capsys):
+    assert exit_code("score", "out/bundle", "new", out) == 0
     output = capsys.readouterr().out
     assert output.index("golden images: 8 replayed") < output.index("score 24/24")
     assert "0 labels changed" in output
 
 
-def test_features_of_zeros_have_not_drifted(place):
-    """As a random body at a small size may give them in half precision."""
+def test_all_zero_features_count_as_no_drift(workdir):
+    """As a random backbone with a small input may give in half precision."""
     result = bundle_format.load(Path("out/bundle"))
     blank = [dataclasses.replace(one, feature=np.zeros(512, np.float32)) for one in result.golden]
     head = result.make_head()
-    chance = bundle_format.probabilities(head, np.zeros((8, 512), np.float32), result.temperature)
-    blank = [dataclasses.replace(b, probabilities=c) for b, c in zip(blank, chance, strict=True)]
+    prob = bundle_format.probabilities(head, np.zeros((8, 512), np.float32), result.temperature)
+    blank = [dataclasses.replace(b, probabilities=c) for b, c in zip(blank, prob, strict=True)]
 
-    class Nothing:
+    class ConstantFeatures:
         def __call__(self, pixels: Any) -> Any:
             return pixels.new_zeros((len(pixels), 512)).float()
 
-    drift = replay.replay(dataclasses.replace(result, golden=blank), Nothing(), head, "cpu", 1)
+    drift = replay.replay(
+        dataclasses.replace(result, golden=blank), ConstantFeatures(), head, "cpu", 1
+    )
     assert (drift.feature, drift.changed) == (0, 0)
 
 
-def test_golden_images_are_clearly_decided_where_there_are_such():
+def test_golden_images_prefer_clearly_decided_ones():
     result = bundle_format.load(Path("out/bundle"))
     one = dataclasses.replace(result, classes=["a", "b"], multi=False)
     several = dataclasses.replace(one, multi=True, thresholds=[0.5, 0.4])
-    chance = np.array([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]])
-    np.testing.assert_allclose(one.margin(chance), [0, 0.8, 0.4])
-    np.testing.assert_allclose(several.margin(chance), [0, 0.3, 0.2])
+    prob = np.array([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]])
+    np.testing.assert_allclose(one.margin(prob), [0, 0.8, 0.4])
+    np.testing.assert_allclose(several.margin(prob), [0, 0.3, 0.2])
 
 
 @pytest.fixture
-def worn(tmp_path: Path) -> Iterator[Path]:
+def bundle_copy(tmp_path: Path) -> Iterator[Path]:
     shutil.copytree("out/bundle", tmp_path / "worn")
     yield tmp_path / "worn"
 
 
-def test_a_bundle_describes_and_verifies_itself(command):
+def test_bundle_info_and_verify_succeed(command):
     about = command("bundle", "info", "out/bundle")
     assert about["classes"] == ["baskets", "beads", "leaves"]
     assert about["golden_images"] == 8 and about["novelty"]["k"] == 5
@@ -550,41 +558,44 @@ def test_a_bundle_describes_and_verifies_itself(command):
 
 
 @pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors", "golden/3.img"])
-def test_a_flipped_bit_anywhere_in_a_bundle_is_detected(worn, file, capsys):
-    content = bytearray((worn / file).read_bytes())
+def test_flipped_bit_in_any_bundle_file_is_detected(bundle_copy, file, capsys):
+    content = bytearray((bundle_copy / file).read_bytes())
     content[len(content) // 2] ^= 1
-    (worn / file).write_bytes(bytes(content))
-    assert refused("bundle", "verify", worn) == 4
+    (bundle_copy / file).write_bytes(bytes(content))
+    assert exit_code("bundle", "verify", bundle_copy) == 4
     assert Path(file).name in capsys.readouterr().err
 
 
-def test_a_bundle_cannot_name_files_outside_itself(worn, tmp_path):
+def test_bundle_cannot_reference_files_outside_itself(bundle_copy, tmp_path):
     (tmp_path / "secret").write_text("s")
-    golden = json.loads((worn / "golden/golden.json").read_text())
+    golden = json.loads((bundle_copy / "golden/golden.json").read_text())
     golden[0]["name"] = "../../secret"
-    fileio.write_json(worn / "golden/golden.json", golden)
-    digests = json.loads((worn / "bundle.json").read_text())["sha256"]
-    digests |= {"golden/golden.json": fileio.sha256(worn / "golden/golden.json")}
-    reseal(worn, sha256=digests)
+    fileio.write_json(bundle_copy / "golden/golden.json", golden)
+    digests = json.loads((bundle_copy / "bundle.json").read_text())["sha256"]
+    digests |= {"golden/golden.json": fileio.sha256(bundle_copy / "golden/golden.json")}
+    reseal(bundle_copy, sha256=digests)
     with pytest.raises(DataError, match="not one of its images"):
-        bundle_format.load(worn)
-    reseal(worn, sha256={"../secret": fileio.sha256(tmp_path / "secret")})
+        bundle_format.load(bundle_copy)
+    reseal(bundle_copy, sha256={"../secret": fileio.sha256(tmp_path / "secret")})
     with pytest.raises(DataError, match="outside its folder"):
-        bundle_format.load(worn)
+        bundle_format.load(bundle_copy)
 
 
-def test_tensors_that_do_not_fit_are_refused_not_half_loaded(worn):
+def test_mismatched_tensors_are_refused(bundle_copy):
     import safetensors.torch
 
-    tensors = safetensors.torch.load_file(worn / "weights.safetensors")
+    tensors = safetensors.torch.load_file(bundle_copy / "weights.safetensors")
     tensors["head.2.weight"] = tensors["head.2.weight"][:, :7].contiguous()
-    safetensors.torch.save_file(tensors, worn / "weights.safetensors")
-    reseal(worn, sha256={"weights.safetensors": fileio.sha256(worn / "weights.safetensors")})
+    safetensors.torch.save_file(tensors, bundle_copy / "weights.safetensors")
+    reseal(
+        bundle_copy,
+        sha256={"weights.safetensors": fileio.sha256(bundle_copy / "weights.safetensors")},
+    )
     with pytest.raises(DataError, match="head do not fit"):
-        bundle_format.load(worn).make_head()
+        bundle_format.load(bundle_copy).make_head()
 
 
-def test_a_bundle_loads_without_ray_and_mlflow(place):
+def test_bundle_loads_without_ray_and_mlflow(workdir):
     code = (
         "import sys\n"
         "sys.modules.update(ray=None, mlflow=None)\n"  # importing either raises
@@ -594,24 +605,24 @@ def test_a_bundle_loads_without_ray_and_mlflow(place):
         "made = bundle_format.load(Path('out/bundle'))\n"
         "print(made.make_head(), replay.verify(Path('out/bundle')).changed)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True
+    completed = subprocess.run(
+        [sys.executable, "-c", code], cwd=workdir, capture_output=True, text=True, check=True
     )
-    assert ended.stdout.endswith(" 0\n")
+    assert completed.stdout.endswith(" 0\n")
 
 
-def test_a_bundle_holds_nothing_that_could_be_unpickled():
+def test_bundle_files_contain_no_pickle():
     import pickletools
 
     for file in Path("out/bundle").rglob("*"):
         if file.is_file():
             content = file.read_bytes()
             assert not content.startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"))
-            with pytest.raises(Exception):  # noqa: B017 - whatever a pickle reader says
+            with pytest.raises(Exception):  # noqa: B017 - each pickle reader raises its own errors
                 list(pickletools.genops(content))
 
 
-def test_wrong_settings_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ConfigError, match="top-k"):
         ScoreConfig(top_k=0)
     for share in (0.0, 1.0, float("nan")):

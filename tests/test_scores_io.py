@@ -33,7 +33,19 @@ from arrowhead.inference.scores_io import Scores
 from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
 
-ODD = ["$10_", "a_b$", "=1+1", "<b>x", "a.b", 'q"uote', "s p a c e", "貓", "קשת", "🐈", "x" * 200]
+UNUSUAL_NAMES = [
+    "$10_",
+    "a_b$",
+    "=1+1",
+    "<b>x",
+    "a.b",
+    'q"uote',
+    "s p a c e",
+    "貓",
+    "קשת",
+    "🐈",
+    "x" * 200,
+]
 RECIPE = Recipe(
     body="resnet18",
     weights="0" * 64,
@@ -47,15 +59,17 @@ RECIPE = Recipe(
 COUNTS = dict.fromkeys(("decoded", "looked_up", "skipped", "reused", "faults", "novel"), 0)
 
 
-def scored(path: Path, images: Path, out: Path, **config: object) -> ScoreRequest:
-    """Score as the verb does, in this process; without MLflow and screen."""
-    loaded, how = bundle_format.load(path), ExtractConfig(chunk_size=4)
-    asked = ScoreConfig(**config)  # type: ignore[arg-type]
-    request = score_request.prepare(out, path, loaded, sources.unlabelled_catalog(images), asked, 4)
+def score_directly(path: Path, images: Path, out: Path, **config: object) -> ScoreRequest:
+    """Score like the command, in this process, without MLflow and progress display."""
+    loaded, extract_config = bundle_format.load(path), ExtractConfig(chunk_size=4)
+    score_config = ScoreConfig(**config)  # type: ignore[arg-type]
+    request = score_request.prepare(
+        out, path, loaded, sources.unlabelled_catalog(images), score_config, 4
+    )
     worker = Worker(
         0, 1, "cpu", 1, TaskQueue(request.unfinished_parts()).next_task, lambda report: None
     )
-    score.score(worker, request, how)
+    score.score(worker, request, extract_config)
     result = summary.summarize(request, loaded)
     counts = COUNTS | {"inputs": sum(map(len, request.part_rows))}
     folders = result.folders and result.folders.to_dict()
@@ -65,7 +79,7 @@ def scored(path: Path, images: Path, out: Path, **config: object) -> ScoreReques
 
 @pytest.fixture(scope="module")
 def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 images of three classes and one that is none."""
+    """12 images of three classes and one empty file."""
     folder = tmp_path_factory.mktemp("images") / "images"
     for name in ("baskets", "beads", "leaves"):
         (folder / name).mkdir(parents=True)
@@ -76,42 +90,44 @@ def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(bundled: Bundled, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_scores(
+    bundled: Bundled, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Finished scores, to be read or copied."""
     out = tmp_path_factory.mktemp("scores") / "scores"
-    scored(bundled(), images, out, probabilities=True)
+    score_directly(bundled(), images, out, probabilities=True)
     return out
 
 
 @pytest.fixture
-def torn(whole: Path, tmp_path: Path) -> Path:
-    """A copy of them, to be damaged."""
-    shutil.copytree(whole, tmp_path / "scores")
+def scores_copy(finished_scores: Path, tmp_path: Path) -> Path:
+    """A copy of the finished scores, to be damaged."""
+    shutil.copytree(finished_scores, tmp_path / "scores")
     return tmp_path / "scores"
 
 
-def flipped(path: Path, draw: random.Random) -> None:
+def flip_random_bit(path: Path, rng: random.Random) -> None:
     content = bytearray(path.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
 # ------------------------------------------------------------------------------- readers
 
 
-def test_every_reader_takes_the_folder_of_parts_as_it_is(whole: Path, images: Path) -> None:
-    folder = str(whole / "parts")
-    there = sources.unlabelled_catalog(images).paths
-    assert len(list((whole / "parts").iterdir())) > 2
-    assert pandas.read_parquet(folder)["path"].tolist() == there
-    assert polars.read_parquet(folder)["path"].to_list() == there
+def test_every_reader_opens_the_folder_of_parts(finished_scores: Path, images: Path) -> None:
+    folder = str(finished_scores / "parts")
+    paths = sources.unlabelled_catalog(images).paths
+    assert len(list((finished_scores / "parts").iterdir())) > 2
+    assert pandas.read_parquet(folder)["path"].tolist() == paths
+    assert polars.read_parquet(folder)["path"].to_list() == paths
     rows = duckdb.sql(f"select path from read_parquet('{folder}/*.parquet') order by path")
-    assert [path for (path,) in rows.fetchall()] == there
-    assert pyarrow.dataset.dataset(folder).to_table()["path"].to_pylist() == there
+    assert [path for (path,) in rows.fetchall()] == paths
+    assert pyarrow.dataset.dataset(folder).to_table()["path"].to_pylist() == paths
 
 
-def test_every_reader_gets_probabilities_by_the_name_of_the_class(whole: Path) -> None:
-    folder, names = str(whole / "parts"), ["baskets", "beads", "leaves"]
+def test_every_reader_gets_probabilities_by_class_name(finished_scores: Path) -> None:
+    folder, names = str(finished_scores / "parts"), ["baskets", "beads", "leaves"]
     table = polars.read_parquet(folder)
     assert [field.name for field in table["probabilities"].dtype.fields] == names  # type: ignore[attr-defined]
     ours = table["probabilities"].to_list()
@@ -121,36 +137,36 @@ def test_every_reader_gets_probabilities_by_the_name_of_the_class(whole: Path) -
         f" from read_parquet('{folder}/*.parquet')"
     ).fetchall()
     assert sums[0] == pytest.approx(12, abs=1e-4)
-    part = next((whole / "parts").iterdir())
+    part = next((finished_scores / "parts").iterdir())
     assert json.loads(pq.read_schema(part).metadata[b"arrowhead.classes"]) == names
-    # At a fault there are none, and the others are those of the best label.
+    # A faulty row has none, and the others are those of the best label.
     assert [one is None for one in ours] == table["fault"].is_not_null().to_list()
     for row in table.drop_nulls("label").iter_rows(named=True):
         assert row["probabilities"][row["label"]] == row["probability"]
 
 
-def test_odd_names_and_a_thousand_classes_are_fields_like_any_other(tmp_path: Path) -> None:
-    classes = ODD + [f"class {number}" for number in range(1000)]
-    draw = np.random.default_rng(0)
-    chance = draw.dirichlet(np.ones(len(classes)), 6).astype(np.float32)
+def test_unusual_names_and_a_thousand_classes_are_ordinary_fields(tmp_path: Path) -> None:
+    classes = UNUSUAL_NAMES + [f"class {number}" for number in range(1000)]
+    rng = np.random.default_rng(0)
+    prob = rng.dirichlet(np.ones(len(classes)), 6).astype(np.float32)
     scores = Scores(
         classes=classes,
         paths=[f"{n}.jpg" for n in range(6)],
         image_ids=[bytes(16)] * 6,
         faults=[None] * 6,
-        top_index=np.argsort(-chance, axis=1)[:, :3],
-        probability=chance,
+        top_index=np.argsort(-prob, axis=1)[:, :3],
+        probability=prob,
         all_probabilities=True,
     )
     path = tmp_path / "parts" / "part-000000.parquet"
     scores_io.write_scores(path, scores, {})
     rows = polars.read_parquet(path.parent)["probabilities"].struct.unnest()
     assert rows.columns == classes
-    np.testing.assert_array_equal(rows.to_numpy(), chance)
+    np.testing.assert_array_equal(rows.to_numpy(), prob)
     ours = scores_io.read_columns(path, ["probabilities"])["probabilities"]
     assert list(ours[0]) == classes
     pandas_rows = pandas.read_parquet(path.parent)["probabilities"]
-    assert list(pandas_rows[0].values()) == chance[0].tolist()
+    assert list(pandas_rows[0].values()) == prob[0].tolist()
     (result,) = duckdb.sql(f"select probabilities from read_parquet('{path}') limit 1").fetchall()
     assert list(result[0]) == classes
 
@@ -158,38 +174,38 @@ def test_odd_names_and_a_thousand_classes_are_fields_like_any_other(tmp_path: Pa
 # ----------------------------------------------------------------------------- damage
 
 
-def test_a_flipped_bit_in_a_part_is_detected_and_only_that_part_is_made_again(
+def test_flipped_bit_in_a_part_is_detected_and_only_that_part_is_rewritten(
     bundled: Bundled, images: Path, tmp_path: Path
 ) -> None:
-    path, out, draw = bundled(), tmp_path / "scores", random.Random(5)
-    scored(path, images, out)
+    path, out, rng = bundled(), tmp_path / "scores", random.Random(5)
+    score_directly(path, images, out)
     before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
     first, *others = sorted(before)
     for name in others:
-        flipped(out / "parts" / name, draw)
+        flip_random_bit(out / "parts" / name, rng)
         assert any(name in problem for problem in verify.verify(out)["problems"])
-    request = scored(path, images, out)
+    request = score_directly(path, images, out)
     assert request.damaged_parts == others and len(others) > 1
     assert first not in request.damaged_parts
     assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
     assert verify.verify(out)["problems"] == []
 
 
-def test_a_part_is_hashed_before_it_is_parsed(torn: Path) -> None:
-    """Whatever bit is flipped: refused in words, never rows and never a crash of Parquet's."""
-    part = min((torn / "parts").iterdir())
-    output = scores_io.read_journal(layout.journal_dir(torn))[0][0]
-    content, draw = part.read_bytes(), random.Random(1)
+def test_part_is_hashed_before_it_is_parsed(scores_copy: Path) -> None:
+    """Any flipped bit leads to a refusal, never to rows or a crash in Parquet's reader."""
+    part = min((scores_copy / "parts").iterdir())
+    output = scores_io.read_journal(layout.journal_dir(scores_copy))[0][0]
+    content, rng = part.read_bytes(), random.Random(1)
     for _ in range(300):
-        flipped(part, draw)
+        flip_random_bit(part, rng)
         with pytest.raises(DataError, match="sha256 differs"):
             scores_io.read_columns(part, ["path"], output.sha256)
         part.write_bytes(content)
     assert scores_io.read_columns(part, ["path"], output.sha256)["path"]
 
 
-def test_other_readers_find_a_flipped_page_by_its_checksum(torn: Path) -> None:
-    part = min((torn / "parts").iterdir())
+def test_other_readers_detect_a_flipped_page_by_its_checksum(scores_copy: Path) -> None:
+    part = min((scores_copy / "parts").iterdir())
     column = pq.read_metadata(part).row_group(0).column(0)
     content = bytearray(part.read_bytes())
     content[column.data_page_offset + column.total_compressed_size - 5] ^= 1
@@ -199,9 +215,9 @@ def test_other_readers_find_a_flipped_page_by_its_checksum(torn: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["lost", "swapped", "stranger", "inputs", "cut"])
-def test_verify_names_what_cannot_be_trusted(torn: Path, harm: str) -> None:
-    first, second, *_ = sorted((torn / "parts").iterdir())
-    assert verify.verify(torn)["problems"] == []
+def test_verify_names_damaged_files(scores_copy: Path, harm: str) -> None:
+    first, second, *_ = sorted((scores_copy / "parts").iterdir())
+    assert verify.verify(scores_copy)["problems"] == []
     if harm == "lost":
         first.unlink()
     elif harm == "swapped":
@@ -211,31 +227,31 @@ def test_verify_names_what_cannot_be_trusted(torn: Path, harm: str) -> None:
     elif harm == "stranger":
         shutil.copy(first, first.with_name("part-000099.parquet"))
     elif harm == "inputs":
-        flipped(torn / "inputs.arrow", random.Random(0))
+        flip_random_bit(scores_copy / "inputs.arrow", random.Random(0))
     else:
         first.write_bytes(first.read_bytes()[:-9])
-    problems = verify.verify(torn)["problems"]
+    problems = verify.verify(scores_copy)["problems"]
     name = {"stranger": "part-000099", "inputs": "inputs.arrow"}.get(harm, first.name)
     assert any(name in problem for problem in problems)
     assert len(problems) == (2 if harm == "swapped" else 1)
 
 
-def test_verify_finds_a_flipped_bit_in_every_file_that_a_scoring_writes_for_programs(
+def test_verify_detects_a_flipped_bit_in_every_machine_readable_file(
     bundled: Bundled, images: Path, tmp_path: Path, command: Command
 ) -> None:
-    """Pictures and the journal apart: nobody reads those, and its lines have seals."""
+    """Except figures, which no program reads, and the journal, whose lines have checksums."""
     out = tmp_path / "scores"
-    for words in ([], ["--csv"]):  # the second command writes nothing but the table
+    for words in ([], ["--csv"]):  # the second command only writes the table
         command("score", bundled(), images, out, *words, code=3)
     assert verify.verify(out)["problems"] == []
-    draw = random.Random(3)
+    rng = random.Random(3)
     files = [file for file in out.rglob("*") if file.is_file() and file.suffix != ".png"]
     files = [file for file in files if file.parent.name != "journal" and file.name != ".lock"]
     assert {"scores.csv", "request.json", "score.json", "inputs.arrow"} < {f.name for f in files}
     for file in files:
         content = file.read_bytes()
         for _ in range(8):
-            flipped(file, draw)
+            flip_random_bit(file, rng)
             try:
                 (problem,) = verify.verify(out)["problems"]
             except DataError as error:
@@ -244,24 +260,24 @@ def test_verify_finds_a_flipped_bit_in_every_file_that_a_scoring_writes_for_prog
             file.write_bytes(content)
 
 
-def test_verify_refuses_scores_without_a_valid_summary(torn: Path, tmp_path: Path) -> None:
-    content = json.loads((torn / "score.json").read_text())
+def test_verify_refuses_scores_with_an_invalid_summary(scores_copy: Path, tmp_path: Path) -> None:
+    content = json.loads((scores_copy / "score.json").read_text())
     content["counts"]["inputs"] += 1
-    (torn / "score.json").write_text(json.dumps(content))
+    (scores_copy / "score.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"score\.json has changed"):
-        verify.verify(torn)
-    (torn / "score.json").unlink()
+        verify.verify(scores_copy)
+    (scores_copy / "score.json").unlink()
     with pytest.raises(ConfigError, match="never finished"):
-        verify.verify(torn)
+        verify.verify(scores_copy)
     with pytest.raises(ConfigError, match="holds no scores"):
         verify.verify(tmp_path)
 
 
-def test_well_sealed_nonsense_is_refused_in_words(
-    torn: Path, bundled: Bundled, images: Path
+def test_invalid_content_with_valid_checksums_is_refused(
+    scores_copy: Path, bundled: Bundled, images: Path
 ) -> None:
-    """Papers that fit their seals and are not what Arrowhead writes: no traceback, no way out."""
-    content = json.loads((torn / "score.json").read_text())
+    """Files with valid checksums that Arrowhead does not write: no traceback, no path outside."""
+    content = json.loads((scores_copy / "score.json").read_text())
     del content["seal"]
     part = content["parts"][0]
     for change in (
@@ -271,49 +287,49 @@ def test_well_sealed_nonsense_is_refused_in_words(
         {"counts": []},
         {"inputs_sha256": None},
     ):
-        fileio.write_sealed(torn / "score.json", content | change)
+        fileio.write_sealed(scores_copy / "score.json", content | change)
         with pytest.raises(DataError, match="not what Arrowhead writes"):
-            verify.verify(torn)
-    content = json.loads((torn / "request.json").read_text())
+            verify.verify(scores_copy)
+    content = json.loads((scores_copy / "request.json").read_text())
     del content["seal"]
     path, config = bundled(), ScoreConfig(probabilities=True)
     loaded, catalog = bundle_format.load(path), sources.unlabelled_catalog(images)
     for runs in ([[0]], [["0", "13"]], 7, [[0, 10**15]], [[0, 4]], [[0, 9], [4, 13]]):
-        fileio.write_sealed(torn / "request.json", content | {"runs": runs})
+        fileio.write_sealed(scores_copy / "request.json", content | {"runs": runs})
         with pytest.raises(DataError):
-            score_request.prepare(torn, path, loaded, catalog, config, 4)
+            score_request.prepare(scores_copy, path, loaded, catalog, config, 4)
     line = {"number": 0, "rows": 1, "bytes": 1, "sha256": "x", "inputs": "y", "faults": {}}
-    (torn / "journal" / "x.jsonl").write_bytes(
+    (scores_copy / "journal" / "x.jsonl").write_bytes(
         b"[" * 200_000 + b"\n" + json.dumps(line | {"seal": "z"}).encode() + b"\n7\nnull\n{}\n"
     )
-    assert len(scores_io.read_journal(torn / "journal")) > 2
+    assert len(scores_io.read_journal(scores_copy / "journal")) > 2
 
 
 @pytest.mark.parametrize("words", [["scores", "verify"], ["score", "verify"]])
-def test_the_command_says_what_it_found(
-    torn: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+def test_verify_command_reports_its_findings(
+    scores_copy: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*words, str(torn)])
-    assert ended.value.code == 0 and "13 rows" in capsys.readouterr().out
-    flipped(min((torn / "parts").iterdir()), random.Random(0))
-    with pytest.raises(SystemExit) as ended:
-        main([*words, str(torn), "--json"])
-    assert ended.value.code == 4
+    with pytest.raises(SystemExit) as exit_info:
+        main([*words, str(scores_copy)])
+    assert exit_info.value.code == 0 and "13 rows" in capsys.readouterr().out
+    flip_random_bit(min((scores_copy / "parts").iterdir()), random.Random(0))
+    with pytest.raises(SystemExit) as exit_info:
+        main([*words, str(scores_copy), "--json"])
+    assert exit_info.value.code == 4
     assert "part-000000" in json.loads(capsys.readouterr().out)["problems"][0]
 
 
-def test_a_part_without_a_complete_journal_line_is_written_again(
+def test_part_without_a_complete_journal_line_is_rewritten(
     bundled: Bundled, images: Path, tmp_path: Path
 ) -> None:
-    """As a kill leaves it: the last line torn, or the part there and its line not."""
+    """As a kill leaves it: the last line incomplete, or the part without its line."""
     path, out = bundled(), tmp_path / "scores"
-    scored(path, images, out)
+    score_directly(path, images, out)
     before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
     (journal,) = layout.journal_dir(out).iterdir()
     lines = journal.read_bytes().splitlines(keepends=True)
     line = json.loads(lines[0])
-    line["rows"] += 1  # its seal does not fit any more
+    line["rows"] += 1  # its checksum no longer matches
     journal.write_bytes(json.dumps(line).encode() + b"\n" + b"".join(lines[1:-1]) + lines[-1][:-20])
     (out / "parts" / ".part-000001.parquet.abcd.draft").write_bytes(b"half")
     config = ScoreConfig()
@@ -321,20 +337,20 @@ def test_a_part_without_a_complete_journal_line_is_written_again(
         out, path, bundle_format.load(path), sources.unlabelled_catalog(images), config, 4
     )
     assert request.unfinished_parts() == [0, len(lines) - 1] and request.damaged_parts == []
-    scored(path, images, out)
+    score_directly(path, images, out)
     assert {part.name: part.read_bytes() for part in (out / "parts").iterdir()} == before
 
 
-def test_scores_in_the_older_layout_are_refused_and_left_alone(
-    whole: Path, bundled: Bundled, images: Path, tmp_path: Path
+def test_scores_in_the_old_layout_are_refused_and_left_unchanged(
+    finished_scores: Path, bundled: Bundled, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "old"
-    shutil.copytree(whole / "parts", out)
+    shutil.copytree(finished_scores / "parts", out)
     (out / "request.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    for act in (lambda: scored(bundled(), images, out), lambda: verify.verify(out)):
+    for action in (lambda: score_directly(bundled(), images, out), lambda: verify.verify(out)):
         with pytest.raises(ConfigError, match="older Arrowhead"):
-            act()
+            action()
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
@@ -342,11 +358,11 @@ def test_scores_in_the_older_layout_are_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("split", ["", "valid/"])
-def test_folders_named_after_classes_are_compared_with_the_labels(
+def test_folders_named_after_classes_give_an_accuracy(
     split: str, bundled: Bundled, images: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(images, tmp_path / "photos" / split)
-    request = scored(bundled(), tmp_path / "photos", tmp_path / "scores")
+    request = score_directly(bundled(), tmp_path / "photos", tmp_path / "scores")
     rows = polars.read_parquet(tmp_path / "scores" / "parts").drop_nulls("label")
     right = sum(path.split("/")[-2] == label for path, label in rows[["path", "label"]].rows())
     output = json.loads((request.output_dir / "score.json").read_text())["folders"]
@@ -355,19 +371,19 @@ def test_folders_named_after_classes_are_compared_with_the_labels(
     assert 0 <= low < right / 12 < high <= 1
 
 
-def test_folders_of_other_names_say_nothing_about_accuracy(
+def test_folders_with_other_names_give_no_accuracy(
     bundled: Bundled, images: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(images, tmp_path / "photos")
     (tmp_path / "photos" / "beads").rename(tmp_path / "photos" / "unsorted")
-    request = scored(bundled(), tmp_path / "photos", tmp_path / "scores")
+    request = score_directly(bundled(), tmp_path / "photos", tmp_path / "scores")
     assert json.loads((request.output_dir / "score.json").read_text())["folders"] is None
 
 
 # -------------------------------------------------------------------------------- spreadsheets
 
 
-def test_no_name_is_a_formula_or_an_escape_sequence_in_a_csv(
+def test_csv_names_are_never_formulas_or_escape_sequences(
     bundled: Bundled, drawn: Path, tmp_path: Path
 ) -> None:
     photo = next((drawn / "new").iterdir())
@@ -387,7 +403,7 @@ def test_no_name_is_a_formula_or_an_escape_sequence_in_a_csv(
     classes = ["=cmd|'/c calc'!A1", "beads", "-x"]
     path = tmp_path / "bundle"
     bundle_format.save(replace(bundle_format.load(bundled()), classes=classes), path)
-    request = scored(path, tmp_path / "photos", tmp_path / "scores", probabilities=True)
+    request = score_directly(path, tmp_path / "photos", tmp_path / "scores", probabilities=True)
     table = score.write_csv(request, bundle_format.load(path))
     content = table.read_bytes()
     assert b"\x1b" not in content and content.count(b"\n") == content.count(b"\r\n") == 9
@@ -403,13 +419,13 @@ def test_no_name_is_a_formula_or_an_escape_sequence_in_a_csv(
             assert float(line[f"probability.{name}"]) == row["probabilities"][name]
 
 
-def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
+def test_multi_label_csv_can_be_read_back_as_a_table_of_images(
     images: Path, tmp_path: Path
 ) -> None:
     classes = ["sea, sand", "b|c", 'say "x" y']
     catalog = sources.unlabelled_catalog(images / "leaves")
     count, out = len(catalog), tmp_path / "scores"
-    given = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
+    labels = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
     scores = Scores(
         classes=classes,
         paths=catalog.paths,
@@ -417,7 +433,7 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
         faults=[None] * count,
         top_index=np.zeros((count, 1), int),
         probability=np.full((count, 3), 0.4, np.float32),
-        labels=given,
+        labels=labels,
     )
     part = layout.parts_dir(out) / scores_io.part_name(0)
     scores_io.write_scores(part, scores, {})
@@ -439,10 +455,10 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
     request = ScoreRequest(output_dir=out, bundle=out, config=config, part_rows=[range(count)])
     table = score.write_csv(request, result)
     source = SourceConfig(images=str(images / "leaves"), label_column="labels")
-    again = sources.labelled_catalog(table, source, for_training=False)
-    assert again.paths == catalog.paths
+    read_back = sources.labelled_catalog(table, source, for_training=False)
+    assert read_back.paths == catalog.paths
     names = np.array(classes)
-    assert again.labels == [tuple(sorted(names[row].tolist())) for row in given]
+    assert read_back.labels == [tuple(sorted(names[row].tolist())) for row in labels]
 
 
 @pytest.mark.parametrize(
@@ -459,9 +475,9 @@ def test_several_labels_in_a_csv_can_be_read_as_a_table_of_images_again(
         ("\u202egpj.exe", "\\u202egpj.exe"),
     ],
 )
-def test_a_field_is_text_to_a_spreadsheet(text: str, written: str) -> None:
+def test_csv_field_is_text_to_a_spreadsheet(text: str, written: str) -> None:
     assert spreadsheet.safe_cell(text) == written
 
 
-def test_numbers_stay_numbers() -> None:
+def test_csv_numbers_stay_numbers() -> None:
     assert [spreadsheet.safe_cell(one) for one in (-0.5, None, 3)] == [-0.5, None, 3]

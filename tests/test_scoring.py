@@ -1,4 +1,4 @@
-"""deploy/scoring.py under Ray Serve: the answers are those of the bundle, over HTTP."""
+"""deploy/scoring.py under Ray Serve gives the bundle's predictions over HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from arrowhead.bundle.format import load
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SCRIPT = """
+SERVE_SCRIPT = """
 import sys
 import ray
 from ray import serve
@@ -34,7 +34,7 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
-def test_a_bundle_is_served_with_the_answers_it_gives(bundled: Bundled, tmp_path: Path) -> None:
+def test_served_bundle_gives_its_own_predictions(bundled: Bundled, tmp_path: Path) -> None:
     probe = subprocess.run([sys.executable, "-c", "from ray import serve"], capture_output=True)
     if probe.returncode:
         pytest.skip("Ray Serve is not installed (arrowhead[serve])")
@@ -42,11 +42,11 @@ def test_a_bundle_is_served_with_the_answers_it_gives(bundled: Bundled, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    places = f"{ROOT}/src:{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    ports = f"{ROOT}/src:{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     server = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(port), str(path)],
+        [sys.executable, "-c", SERVE_SCRIPT, str(port), str(path)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": places, "HOME": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": ports, "HOME": str(tmp_path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=(tmp_path / "log").open("wb"),
@@ -69,8 +69,8 @@ def test_a_bundle_is_served_with_the_answers_it_gives(bundled: Bundled, tmp_path
         for golden in bundle.golden:
             status, result = ask(golden.data)
             assert status == 200
-            given = np.array([result["probabilities"][name] for name in bundle.classes])  # type: ignore[index]
-            assert np.abs(given - golden.probabilities).max() < 1e-5
+            expected = np.array([result["probabilities"][name] for name in bundle.classes])  # type: ignore[index]
+            assert np.abs(expected - golden.probabilities).max() < 1e-5
         assert ask(b"no image")[0] == 422
         assert ask(bytes(100_001))[0] == 413
     finally:

@@ -17,14 +17,14 @@ from arrowhead.cli import screen as cli_screen
 from arrowhead.cli.screen import Screen
 from arrowhead.printable import escape_control_chars
 
-NARROW = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
-LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
+ASCII_ENV = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+LATIN_1_ENV = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
 
 
 def arrowhead(
     *words: str | bytes, cwd: Path, **variables: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """A command of its own process, its output as bytes."""
+    """Run a command in its own process, with its output as bytes."""
     return subprocess.run(
         [sys.executable, "-m", "arrowhead", *words],
         capture_output=True,
@@ -48,7 +48,7 @@ def arrowhead(
         ("fine: ñ 猫 👩\u200d🔬 · ×", "fine: ñ 猫 👩\u200d🔬 · ×"),
     ],
 )
-def test_control_characters_are_escaped_and_the_rest_stays(capsys, text, shown):
+def test_control_characters_are_escaped_and_others_kept(capsys, text, shown):
     assert escape_control_chars(text) == shown
     Screen(to_stderr=False).say(text)
     assert (
@@ -59,46 +59,46 @@ def test_control_characters_are_escaped_and_the_rest_stays(capsys, text, shown):
     )
 
 
-def test_every_sign_in_our_own_lines_has_a_plain_form():
+def test_every_symbol_in_messages_has_an_ascii_form():
     package = Path(cli_screen.__file__).parents[1]
-    signs = {c for file in package.rglob("*.py") for c in file.read_text("utf-8") if c > "\x7e"}
-    assert "█" in signs
+    symbols = {c for file in package.rglob("*.py") for c in file.read_text("utf-8") if c > "\x7e"}
+    assert "█" in symbols
     assert {
-        c for c in signs if "\\" in c.encode("ascii", printable.ENCODING_ERRORS).decode()
+        c for c in symbols if "\\" in c.encode("ascii", printable.ENCODING_ERRORS).decode()
     } == set()
 
 
-@pytest.mark.parametrize("variables", [NARROW, LATIN], ids=["ascii", "latin-1"])
-def test_help_and_refusals_reach_screens_that_are_not_utf_8(tmp_path, variables):
+@pytest.mark.parametrize("variables", [ASCII_ENV, LATIN_1_ENV], ids=["ascii", "latin-1"])
+def test_help_and_refusals_print_on_screens_that_are_not_utf_8(tmp_path, variables):
     encoding = variables["PYTHONIOENCODING"]
     for words in (["--help"], ["fit", "--help"], ["score", "--help"], ["submit", "--help"]):
-        done = arrowhead(*words, cwd=tmp_path, **variables)
-        assert done.returncode == 0, done.stderr
-        assert "Usage: arrowhead" in done.stdout.decode(encoding)
-    done = arrowhead("fit", "no-…-where-猫", "out", cwd=tmp_path, **variables)
-    assert done.returncode == 2
-    result, wanted, do = done.stderr.decode(encoding).splitlines()[-3:]
+        completed = arrowhead(*words, cwd=tmp_path, **variables)
+        assert completed.returncode == 0, completed.stderr
+        assert "Usage: arrowhead" in completed.stdout.decode(encoding)
+    completed = arrowhead("fit", "no-…-where-猫", "out", cwd=tmp_path, **variables)
+    assert completed.returncode == 2
+    result, expected, do = completed.stderr.decode(encoding).splitlines()[-3:]
     assert result.startswith("arrowhead: ") and "where-" in result
-    assert wanted.startswith("  wanted  ") and do.startswith("  do      ")
+    assert expected.startswith("  wanted  ") and do.startswith("  do      ")
 
 
-def test_a_path_that_is_no_text_is_refused_on_any_screen(tmp_path):
-    for variables in (NARROW, {"PYTHONUTF8": "1"}):
+def test_undecodable_path_is_refused_on_any_screen(tmp_path):
+    for variables in (ASCII_ENV, {"PYTHONUTF8": "1"}):
         done = arrowhead("features", "info", b"caf\xe9", cwd=tmp_path, **variables)
         assert done.returncode == 2, done.stderr
         assert b"caf\\xe9" in done.stderr
 
 
-def test_a_verb_of_many_signs_ends_well_on_an_ascii_screen(tmp_path, bundled):
+def test_command_with_many_symbols_succeeds_on_an_ascii_screen(tmp_path, bundled):
     bundle = bundled()
-    done = arrowhead("bundle", "info", str(bundle), cwd=tmp_path, **NARROW)
+    done = arrowhead("bundle", "info", str(bundle), cwd=tmp_path, **ASCII_ENV)
     assert done.returncode == 0, done.stderr
     assert b"3 classes - " in done.stdout
-    done = arrowhead("bundle", "info", str(bundle), "--json", cwd=tmp_path, **NARROW)
+    done = arrowhead("bundle", "info", str(bundle), "--json", cwd=tmp_path, **ASCII_ENV)
     assert json.loads(done.stdout)["classes"] == ["baskets", "beads", "leaves"]
 
 
-def test_progress_is_drawn_on_a_terminal_that_is_ascii(monkeypatch):
+def test_progress_is_drawn_on_an_ascii_terminal(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="arrowhead.plain")
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -110,7 +110,7 @@ def test_progress_is_drawn_on_a_terminal_that_is_ascii(monkeypatch):
     assert b"\\x1b[2J" in shown and b"4/4" in shown
 
 
-def test_a_passing_line_is_overwritten_by_the_next_and_only_on_a_terminal(monkeypatch):
+def test_transient_line_is_overwritten_and_only_shown_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     for terminal in (True, False):
         shown = io.StringIO()
@@ -123,6 +123,6 @@ def test_a_passing_line_is_overwritten_by_the_next_and_only_on_a_terminal(monkey
         if not terminal:
             assert shown.getvalue() == "epoch 2\ndone\n"
             continue
-        first, wipe, rest = shown.getvalue().partition("\r\x1b[2K")
+        first, erase, remainder = shown.getvalue().partition("\r\x1b[2K")
         assert first.startswith("epoch 1 ") and len(first) < 20 and "\n" not in first
-        assert wipe and rest == "epoch 2\ndone\n"
+        assert erase and remainder == "epoch 2\ndone\n"
