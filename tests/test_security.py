@@ -35,11 +35,20 @@ from arrowhead.training import checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
-# ------------------------------------------------------------------------ what is written
+# ------------------------------------------------------------------------ source code
 
-PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "joblib", "marshal"}
-# Calls by the end of their dotted name, and why they are not made here.
-NEVER = {
+PICKLE_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "cloudpickle",
+    "dill",
+    "shelve",
+    "joblib",
+    "marshal",
+}
+# Forbidden calls by the end of their dotted name, with the reason.
+FORBIDDEN_CALLS = {
     "os.system": "a shell reads its words",
     "os.popen": "a shell reads its words",
     "pickle.load": "runs what it reads",
@@ -54,14 +63,14 @@ NEVER = {
     "sklearn.load_model": "unpickles models",
     "shutil.unpack_archive": "lets names in an archive lead anywhere",
 }
-# What is allowed, by file and function, and why.
+# Exceptions, by file and function, with the reason.
 ALLOWED = {
     ("export.py", "_write_pt2: export.load"): "the draft that the line before has written",
 }
 
 
-class Search(ast.NodeVisitor):
-    """Every place of a module that could run what it reads, as `function: call`."""
+class UnsafeCallFinder(ast.NodeVisitor):
+    """Collects the calls of a module that could run what they read, as `function: call`."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -75,52 +84,52 @@ class Search(ast.NodeVisitor):
     visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_Import(self, node: ast.Import) -> None:
-        for one in node.names:
-            self._import(one.name)
+        for alias in node.names:
+            self._import(alias.name)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         self._import(node.module or "")
-        for one in node.names:
-            self._import(f"{node.module}.{one.name}")
+        for alias in node.names:
+            self._import(f"{node.module}.{alias.name}")
 
     def _import(self, name: str) -> None:
-        if PICKLES & set(name.split(".")):
+        if PICKLE_MODULES & set(name.split(".")):
             self.found.append(f"import {name}")
 
     def visit_Call(self, node: ast.Call) -> None:
-        name, given = ast.unparse(node.func), {one.arg: one.value for one in node.keywords}
-        last = name.rpartition(".")[2]
+        name, keywords = ast.unparse(node.func), {item.arg: item.value for item in node.keywords}
+        method = name.rpartition(".")[2]
 
-        def says(flag: str, value: object) -> bool:
-            return isinstance(given.get(flag), ast.Constant) and given[flag].value == value
+        def has_constant(flag: str, value: object) -> bool:
+            return isinstance(keywords.get(flag), ast.Constant) and keywords[flag].value == value
 
-        bad = (
+        is_unsafe = (
             name in ("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec")
-            or any(name == one or name.endswith(f".{one}") for one in NEVER)
-            or (PICKLES & set(name.split(".")) and last in ("load", "loads", "Unpickler"))
-            or (name == "torch.load" and not says("weights_only", True))
-            or ("allow_pickle" in given and not says("allow_pickle", False))
-            or ("shell" in given and not says("shell", False))
-            or (last in ("extractall", "extract") and "filter" not in given)
+            or any(name == item or name.endswith(f".{item}") for item in FORBIDDEN_CALLS)
+            or (PICKLE_MODULES & set(name.split(".")) and method in ("load", "loads", "Unpickler"))
+            or (name == "torch.load" and not has_constant("weights_only", True))
+            or ("allow_pickle" in keywords and not has_constant("allow_pickle", False))
+            or ("shell" in keywords and not has_constant("shell", False))
+            or (method in ("extractall", "extract") and "filter" not in keywords)
         )
-        if bad:
-            short = next((one for one in NEVER if name.endswith(one)), name)
-            self.found.append(f"{self._inside[-1]}: {short}")
+        if is_unsafe:
+            pattern = next((item for item in FORBIDDEN_CALLS if name.endswith(item)), name)
+            self.found.append(f"{self._inside[-1]}: {pattern}")
         self.generic_visit(node)
 
 
-def search(text: str) -> list[str]:
-    looking = Search()
-    looking.visit(ast.parse(text))
-    return looking.found
+def find_unsafe_calls(text: str) -> list[str]:
+    finder = UnsafeCallFinder()
+    finder.visit(ast.parse(text))
+    return finder.found
 
 
-def test_no_code_here_unpickles_evaluates_or_hands_words_to_a_shell():
+def test_source_has_no_unpickling_evaluation_or_shell_call():
     result = {
         (file.name, place)
         for folder in ("src", "jobs", "examples", "deploy")
         for file in (ROOT / folder).rglob("*.py")
-        for place in search(file.read_text())
+        for place in find_unsafe_calls(file.read_text())
     }
     assert result == set(ALLOWED)
 
@@ -157,8 +166,8 @@ def test_no_code_here_unpickles_evaluates_or_hands_words_to_a_shell():
         "mlflow.pyfunc.load_model(uri)",
     ],
 )
-def test_the_search_finds_what_runs_what_it_reads(line):
-    assert search(line)
+def test_finder_reports_unsafe_calls(line):
+    assert find_unsafe_calls(line)
 
 
 @pytest.mark.parametrize(
@@ -175,15 +184,15 @@ def test_the_search_finds_what_runs_what_it_reads(line):
         "archive.extractall(folder, filter='data')",
     ],
 )
-def test_the_search_lets_pass_what_does_not(line):
-    assert search(line) == []
+def test_finder_accepts_safe_calls(line):
+    assert find_unsafe_calls(line) == []
 
 
-# ------------------------------------------------------------------------- what is planted
+# ------------------------------------------------------------------------- planted files
 
 
-class Singing:
-    """Where it is unpickled, the canary sings: a file is made."""
+class CanaryPayload:
+    """Creates a file (the canary) when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -199,42 +208,42 @@ def canary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def payload(canary: Path) -> bytes:
-    return pickle.dumps(Singing(canary))
+    return pickle.dumps(CanaryPayload(canary))
 
 
 @pytest.fixture(scope="module")
-def made(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared_folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """data/ (drawn images), store/ of them, and mlflow.db, which all commands here share."""
     folder = tmp_path_factory.mktemp("planted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         shutil.copytree(drawn, folder / "data", ignore=shutil.ignore_patterns("new"))
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main(["precompute", str(folder / "data"), str(folder / "store"), *SMALL])
-        assert ended.value.code == 0
+        assert exit_info.value.code == 0
         yield folder
 
 
-Ends = Callable[..., str]
+RunCommand = Callable[..., str]
 
 
 @pytest.fixture
-def ends(
-    made: Path, canary: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Ends:
-    """Runs a command that ends with `code`, in three lines if that is a refusal, and in silence;
-    what it says on stderr.
+def run_command(
+    shared_folder: Path, canary: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> RunCommand:
+    """Run a command that must end with `code`, report a refusal in three lines, and not create the
+    canary; return its output.
     """
     monkeypatch.chdir(tmp_path)
     canary.unlink(missing_ok=True)
 
     def run(*words: object, code: int) -> str:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main([str(word) for word in words])
         output = capsys.readouterr()
         assert not canary.exists(), f"the canary sang in {words}"
-        assert ended.value.code == code, output.err
+        assert exit_info.value.code == code, output.err
         if code in (2, 4) and "verify" not in words:
             result, wanted, do = output.err.strip().splitlines()[-3:]
             assert result.startswith("arrowhead: ")
@@ -245,7 +254,7 @@ def ends(
     return run
 
 
-def test_the_canary_sings_where_a_payload_is_unpickled(payload, canary):
+def test_unpickling_the_payload_creates_the_canary(payload, canary):
     pickle.loads(payload).close()
     assert canary.exists()
     canary.unlink()
@@ -254,74 +263,80 @@ def test_the_canary_sings_where_a_payload_is_unpickled(payload, canary):
 # 1, 2, 3: weights
 
 
-def _pickled(payload: bytes, canary: Path) -> bytes:
+def _whole_model(payload: bytes, canary: Path) -> bytes:
     """A whole model, as `torch.save(net)` writes it."""
-    full = io.BytesIO()
-    torch.save(Singing(canary), full)
-    return full.getvalue()
+    buffer = io.BytesIO()
+    torch.save(CanaryPayload(canary), buffer)
+    return buffer.getvalue()
 
 
-def _in_a_state_dict(payload: bytes, canary: Path) -> bytes:
-    full = io.BytesIO()
-    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": Singing(canary)}, full)
-    return full.getvalue()
+def _payload_in_state_dict(payload: bytes, canary: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": CanaryPayload(canary)}, buffer)
+    return buffer.getvalue()
 
 
-def _bare(payload: bytes, canary: Path) -> bytes:
+def _bare_payload(payload: bytes, canary: Path) -> bytes:
     return payload
 
 
-def _program(payload: bytes, canary: Path) -> bytes:
+def _exported_program(payload: bytes, canary: Path) -> bytes:
     """An archive of torch.export whose weights are a pickle."""
-    full = io.BytesIO()
-    with zipfile.ZipFile(full, "w") as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("model/archive_format", "pt2")
         archive.writestr("model/version", "6")
         archive.writestr("model/data/weights/model.pt", payload)
         archive.writestr("model/data.pkl", payload)
-    return full.getvalue()
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
     ("make", "name", "code"),
     [
-        (_pickled, "net.pth", 4),
-        (_in_a_state_dict, "state.pt", 4),
-        (_bare, "bare.pth", 4),
-        (_bare, "net.safetensors", 4),
-        (_program, "net.pt2", 2),
-        (_program, "program.pth", 4),
+        (_whole_model, "net.pth", 4),
+        (_payload_in_state_dict, "state.pt", 4),
+        (_bare_payload, "bare.pth", 4),
+        (_bare_payload, "net.safetensors", 4),
+        (_exported_program, "net.pt2", 2),
+        (_exported_program, "program.pth", 4),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 @pytest.mark.parametrize("verb", ["precompute", "fit"])
-def test_weights_that_are_a_pickle_are_refused(
-    verb, make, name, code, made, payload, canary, ends, tmp_path
+def test_pickled_weights_are_refused(
+    verb, make, name, code, shared_folder, payload, canary, run_command, tmp_path
 ):
     (tmp_path / name).write_bytes(make(payload, canary))
-    ends(verb, made / "data", "out", "--body", "resnet18", "--weights", name, code=code)
+    run_command(
+        verb, shared_folder / "data", "out", "--body", "resnet18", "--weights", name, code=code
+    )
 
 
 # 3, 4, 6: bundles
 
 
 READERS = [
-    (lambda bundle, made: ["score", bundle, made / "data" / "valid", "scores"]),
-    (lambda bundle, made: ["export", bundle, "m.pt2", "--format", "pt2"]),
-    (lambda bundle, made: ["bundle", "info", bundle]),
-    (lambda bundle, made: ["bundle", "verify", bundle]),
+    (lambda bundle, shared_folder: ["score", bundle, shared_folder / "data" / "valid", "scores"]),
+    (lambda bundle, shared_folder: ["export", bundle, "m.pt2", "--format", "pt2"]),
+    (lambda bundle, shared_folder: ["bundle", "info", bundle]),
+    (lambda bundle, shared_folder: ["bundle", "verify", bundle]),
 ]
 
 
 @pytest.mark.parametrize("words", READERS, ids=["score", "export", "info", "verify"])
-def test_a_program_of_torch_is_no_bundle(words, made, payload, canary, ends, tmp_path):
-    (tmp_path / "model.pt2").write_bytes(_program(payload, canary))
-    ends(*words("model.pt2", made), code=2)
+def test_torch_export_program_is_not_a_bundle(
+    words, shared_folder, payload, canary, run_command, tmp_path
+):
+    (tmp_path / "model.pt2").write_bytes(_exported_program(payload, canary))
+    run_command(*words("model.pt2", shared_folder), code=2)
 
 
 @pytest.fixture(scope="module")
-def stranger(made: Path, payload: bytes, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The addresses of a pickled MLflow model: as a registered one, and in its run."""
+def foreign_model(
+    shared_folder: Path, payload: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """Addresses of a pickled MLflow model: as a registered model, and in its run."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("stranger")
@@ -332,7 +347,7 @@ def stranger(made: Path, payload: bytes, tmp_path_factory: pytest.TempPathFactor
         "flavors:\n  python_function:\n    loader_module: mlflow.pyfunc.model\n"
         "    python_model: python_model.pkl\n    cloudpickle_version: 3.1.1\n"
     )
-    client = MlflowClient(f"sqlite:///{made}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{shared_folder}/mlflow.db")
     run = client.create_run(client.get_experiment_by_name("arrowhead").experiment_id)
     client.log_artifacts(run.info.run_id, str(folder), "model")
     client.create_registered_model("stranger")
@@ -341,13 +356,13 @@ def stranger(made: Path, payload: bytes, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("words", READERS, ids=["score", "export", "info", "verify"])
-def test_a_pickled_model_in_mlflow_is_no_bundle(words, stranger, made, ends):
-    for address in stranger:
-        assert "no bundle" in ends(*words(address, made), code=2)
+def test_pickled_mlflow_model_is_not_a_bundle(words, foreign_model, shared_folder, run_command):
+    for address in foreign_model:
+        assert "no bundle" in run_command(*words(address, shared_folder), code=2)
 
 
-def _resealed(bundle: Path) -> None:
-    """Make bundle.json vouch for the files as they are, as a stranger who made it all would."""
+def _update_checksums(bundle: Path) -> None:
+    """Update the checksums in bundle.json, as an attacker who wrote the whole bundle would."""
     content = json.loads((bundle / "bundle.json").read_text())
     del content["seal"]
     content["sha256"] = {name: fileio.sha256(bundle / name) for name in content["sha256"]}
@@ -360,22 +375,24 @@ def _resealed(bundle: Path) -> None:
     list(zip(READERS, (4, 4, 0, 4), strict=True)),
     ids=["score", "export", "info", "verify"],
 )
-def test_a_bundle_whose_files_are_pickles_is_refused(
-    words, code, planted, bundled: Bundled, made, payload, ends, tmp_path
+def test_bundle_of_pickle_files_is_refused(
+    words, code, planted, bundled: Bundled, shared_folder, payload, run_command, tmp_path
 ):
-    # `info` counts files and opens none but the JSON.
-    shutil.copytree(_whole(bundled), tmp_path / "bundle")
+    # `info` counts files and opens only the JSON.
+    shutil.copytree(_one_bundle(bundled), tmp_path / "bundle")
     npy = io.BytesIO()
     np.save(npy, np.array([payload, None], object), allow_pickle=True)
     (tmp_path / "bundle" / planted).write_bytes(npy.getvalue() if "img" in planted else payload)
-    _resealed(tmp_path / "bundle")
-    ends(*words(tmp_path / "bundle", made), code=4 if planted.endswith("json") else code)
+    _update_checksums(tmp_path / "bundle")
+    run_command(
+        *words(tmp_path / "bundle", shared_folder), code=4 if planted.endswith("json") else code
+    )
 
 
 _saved: list[Path] = []
 
 
-def _whole(bundled: Bundled) -> Path:
+def _one_bundle(bundled: Bundled) -> Path:
     """One bundle for all tests here."""
     if not _saved:
         _saved.append(bundled())
@@ -385,8 +402,8 @@ def _whole(bundled: Bundled) -> Path:
 # 5: columns of extension types, in stores and scores
 
 
-def _extended(path: Path, kind: str, payload: bytes) -> None:
-    """Give an Arrow or Parquet file a column that Ray Data, were it asked, would unpickle."""
+def _add_extension_column(path: Path, kind: str, payload: bytes) -> None:
+    """Add a column to an Arrow or Parquet file that Ray Data would unpickle."""
     parquet = path.suffix == ".parquet"
     table = pq.read_table(path) if parquet else pa.ipc.open_file(path.read_bytes()).read_all()
     if kind == "object":
@@ -403,8 +420,8 @@ def _extended(path: Path, kind: str, payload: bytes) -> None:
         arrow_io.write_arrow(path, table)
 
 
-def _vouched(store: Path) -> None:
-    """Make the manifest vouch for the shards as they are."""
+def _update_manifest(store: Path) -> None:
+    """Update the checksums of the shards in the manifest."""
     manifest = json.loads((store / "manifest.json").read_text())
     del manifest["seal"]
     for one in manifest["shards"]:
@@ -412,15 +429,15 @@ def _vouched(store: Path) -> None:
     fileio.write_sealed(store / "manifest.json", manifest)
 
 
-def test_ray_would_unpickle_such_a_column(made, payload, canary, tmp_path):
-    # Why plain Arrow is not enough: Ray Train imports Ray Data, and with it these types.
+def test_ray_data_would_unpickle_the_extension_column(shared_folder, payload, canary, tmp_path):
+    # Plain Arrow is affected, too: Ray Train imports Ray Data, which registers these types.
     import ray.data  # noqa: F401
 
     file = tmp_path / "shard.arrow"
-    shutil.copy(next((made / "store" / "shards").glob("*.arrow")), file)
-    _extended(file, "object", payload)
-    for sung in pa.ipc.open_file(file.read_bytes()).read_all()["path"].to_pylist():
-        sung.close()
+    shutil.copy(next((shared_folder / "store" / "shards").glob("*.arrow")), file)
+    _add_extension_column(file, "object", payload)
+    for executed in pa.ipc.open_file(file.read_bytes()).read_all()["path"].to_pylist():
+        executed.close()
     assert canary.exists()
     canary.unlink()
 
@@ -438,62 +455,66 @@ def test_ray_would_unpickle_such_a_column(made, payload, canary, tmp_path):
     ],
     ids=lambda words: " ".join(words[:2]),
 )
-def test_a_shard_with_columns_that_run_is_refused(
-    words, kind, made, bundled: Bundled, payload, ends, tmp_path
+def test_shard_with_an_extension_column_is_refused(
+    words, kind, shared_folder, bundled: Bundled, payload, run_command, tmp_path
 ):
     import ray.data  # noqa: F401 - as Ray Train does
 
-    shutil.copytree(made / "store", tmp_path / "store")
+    shutil.copytree(shared_folder / "store", tmp_path / "store")
     for file in (tmp_path / "store" / "shards").iterdir():
-        _extended(file, kind, payload)
-    _vouched(tmp_path / "store")
-    if words[0] == "precompute":  # it would look images up in what is on the disk
+        _add_extension_column(file, kind, payload)
+    _update_manifest(tmp_path / "store")
+    if words[0] == "precompute":  # otherwise images are looked up in the store on disk
         (tmp_path / "more").mkdir()
-        shutil.copytree(made / "data", tmp_path / "data")
+        shutil.copytree(shared_folder / "data", tmp_path / "data")
         file = next((tmp_path / "data" / "train").rglob("*.jpg"))
         file.write_bytes(file.read_bytes() + b"\0")
-    stands = {"DATA": tmp_path / "data", "BUNDLE": _whole(bundled)}
+    stands = {"DATA": tmp_path / "data", "BUNDLE": _one_bundle(bundled)}
     if words[0] == "score":
-        stands["DATA"] = made / "data" / "valid"
-    ends(*[stands.get(word, word) for word in words], code=4)
+        stands["DATA"] = shared_folder / "data" / "valid"
+    run_command(*[stands.get(word, word) for word in words], code=4)
 
 
-def test_a_part_of_scores_with_columns_that_run_is_refused(
-    made, bundled: Bundled, payload, ends, tmp_path
+def test_score_part_with_an_extension_column_is_refused(
+    shared_folder, bundled: Bundled, payload, run_command, tmp_path
 ):
-    request = ["score", _whole(bundled), made / "data" / "valid", tmp_path / "scores"]
-    ends(*request, code=0)
+    request = ["score", _one_bundle(bundled), shared_folder / "data" / "valid", tmp_path / "scores"]
+    run_command(*request, code=0)
     part = tmp_path / "scores" / "parts" / "part-000000.parquet"
-    _extended(part, "object", payload)
+    _add_extension_column(part, "object", payload)
     journal = tmp_path / "scores" / "journal"
-    (known,) = scores_io.read_journal(journal)[0]
+    (entry,) = scores_io.read_journal(journal)[0]
     digest, size = fileio.sha256(part), part.stat().st_size
-    scores_io.replace_journal(journal, [replace(known, sha256=digest, bytes=size)])
-    ends(*request, code=4)
+    scores_io.replace_journal(journal, [replace(entry, sha256=digest, bytes=size)])
+    run_command(*request, code=4)
 
 
 # 6: arrays of objects among images
 
 
-def test_an_array_of_objects_is_no_image_and_no_weights(
-    made, bundled: Bundled, payload, canary, ends, tmp_path
+def test_object_array_is_neither_image_nor_weights(
+    shared_folder, bundled: Bundled, payload, canary, run_command, tmp_path
 ):
     (tmp_path / "images").mkdir()
-    np.save(tmp_path / "images" / "a.npy", np.array([Singing(canary)], object), allow_pickle=True)
-    for name in ("b.jpg", "c"):  # the name of a.npy says that it is no image: it is left out
+    np.save(
+        tmp_path / "images" / "a.npy", np.array([CanaryPayload(canary)], object), allow_pickle=True
+    )
+    for name in ("b.jpg", "c"):  # the name a.npy is not an image name: the file is skipped
         (tmp_path / "images" / name).write_bytes((tmp_path / "images" / "a.npy").read_bytes())
-    ends("score", _whole(bundled), "images", "scores", code=3)
+    run_command("score", _one_bundle(bundled), "images", "scores", code=3)
     part = tmp_path / "scores" / "parts" / "part-000000.parquet"
     faults = pq.read_table(part)["fault"].to_pylist()
     assert [fault.partition(":")[0] for fault in faults] == ["not an image"] * 2
-    ends("fit", made / "data", "out", "--weights", tmp_path / "images" / "a.npy", code=2)
+    run_command(
+        "fit", shared_folder / "data", "out", "--weights", tmp_path / "images" / "a.npy", code=2
+    )
 
 
 # 7: checkpoints
 
 
-def test_files_beside_checkpoints_that_ray_would_unpickle_are_ignored(
-    made, payload, canary, ends, tmp_path
+def test_pickle_files_beside_checkpoints_are_ignored(
+    shared_folder, payload, canary, run_command, tmp_path
 ):
     directory = tmp_path / ".bundle.training"
     folder = directory / "attempt-1" / "checkpoint_000007"
@@ -502,11 +523,13 @@ def test_files_beside_checkpoints_that_ray_would_unpickle_are_ignored(
         (folder / name).write_bytes(payload)
     for name in ("checkpoint_manager_snapshot.json", "trainer.pkl", ".validate_storage_marker"):
         (directory / "attempt-1" / name).write_bytes(payload)
-    output = ends("train", made / "store", "bundle", "--epochs", "1", "--rate", "0.01", code=0)
+    output = run_command(
+        "train", shared_folder / "store", "bundle", "--epochs", "1", "--rate", "0.01", code=0
+    )
     assert "incomplete or has changed" in output
 
 
-def test_a_checkpoint_whose_label_vouches_for_a_pickle_is_passed_over(payload, canary, tmp_path):
+def test_pickled_checkpoint_with_a_valid_checksum_is_skipped(payload, canary, tmp_path):
     checkpoint.write(tmp_path / "1", {"w": torch.ones(2)}, {"key": "k", "number": 1})
     checkpoint.write(tmp_path / "2", {"w": torch.ones(3)}, {"key": "k", "number": 2})
     (tmp_path / "2" / checkpoint.TENSORS_FILE).write_bytes(payload)
@@ -537,11 +560,11 @@ def test_a_checkpoint_whose_label_vouches_for_a_pickle_is_passed_over(payload, c
     ],
     ids=lambda words: words[0],
 )
-def test_a_config_with_yaml_tags_is_refused(words, made, canary, ends, tmp_path):
+def test_config_with_yaml_tags_is_refused(words, shared_folder, canary, run_command, tmp_path):
     tag = f'!!python/object/apply:builtins.open ["{canary}", "w"]\n'
     (tmp_path / "config.yaml").write_text(f"train: {tag}{words[0]}:\n  epochs: {tag}")
-    stands = {"DATA": made / "data", "STORE": made / "store", "BUNDLE": tmp_path}
-    output = ends(
+    stands = {"DATA": shared_folder / "data", "STORE": shared_folder / "store", "BUNDLE": tmp_path}
+    output = run_command(
         *[stands.get(word, word) for word in words], "--config", tmp_path / "config.yaml", code=2
     )
     assert "config.yaml" in output
@@ -567,10 +590,10 @@ def test_a_config_with_yaml_tags_is_refused(words, made, canary, ends, tmp_path)
     ],
     ids=["clean", "unknown", "empty", "vulnerable"],
 )
-def test_an_audit_without_a_database_does_not_pass(tmp_path, dependencies, code, said):
+def test_audit_without_a_database_fails(tmp_path, dependencies, code, said):
     result = tmp_path / "found.json"
     result.write_text(json.dumps({"dependencies": dependencies, "fixes": []}))
     script = Path(__file__).parents[1] / ".ci" / "audit.py"
-    done = subprocess.run([sys.executable, script, result], capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert said in done.stdout
+    completed = subprocess.run([sys.executable, script, result], capture_output=True, text=True)
+    assert completed.returncode == code, completed.stderr
+    assert said in completed.stdout

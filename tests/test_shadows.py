@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Tracked
 
-# Modules that a command, its decoder or a worker of Ray imports at some time.
-NAMES = """
+# Modules that a command, its decoder or a worker of Ray may import.
+SHADOWED_MODULES = """
     PIL cloudpickle email fsspec google grpc logging matplotlib mlflow multiprocessing numpy nvidia
     pickle psutil pyarrow random ray safetensors sitecustomize sqlite3 ssl subprocess tempfile torch
     torchvision typing usercustomize yaml
@@ -29,24 +29,24 @@ ARROWHEAD = str(Path(sys.executable).with_name("arrowhead"))
     ],
     ids=["here", "as a module", "a worker"],
 )
-def test_no_module_of_the_folder_we_stand_in_is_run(
+def test_modules_in_the_working_directory_are_not_imported(
     program: list[str], workers: str, drawn: Path, tracked: Tracked, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     for photo in sorted(drawn.rglob("train/*/*.jpg"))[::6]:
         (data / photo.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, data / photo.parent.name)
-    for name in NAMES:
+    for name in SHADOWED_MODULES:
         (data / f"{name}.py").write_text(
             f"open({str(tmp_path / 'run')!r}, 'a').write('{name} ')\nraise ImportError('{name}')\n"
         )
-    words = ["precompute", ".", "../store", "--body", "resnet18", "--weights", "random"]
-    words += ["--size", "32", "--workers", workers]
-    words += ["--tracking-uri", f"sqlite:///{tracked(tmp_path) / 'mlflow.db'}"]
+    arguments = ["precompute", ".", "../store", "--body", "resnet18", "--weights", "random"]
+    arguments += ["--size", "32", "--workers", workers]
+    arguments += ["--tracking-uri", f"sqlite:///{tracked(tmp_path) / 'mlflow.db'}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    done = subprocess.run(
-        [*program, *words], cwd=data, env=environment, capture_output=True, text=True
+    completed = subprocess.run(
+        [*program, *arguments], cwd=data, env=environment, capture_output=True, text=True
     )
     assert not (tmp_path / "run").exists(), (tmp_path / "run").read_text()
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "store" / "manifest.json").is_file()

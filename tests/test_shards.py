@@ -1,4 +1,4 @@
-"""Shards are written completely or not at all, are plain Arrow, checked, and never mixed."""
+"""Shards are complete or absent, are plain Arrow, are verified, and are never mixed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RECIPE = Recipe(
 
 
 def _rows(first: int = 0, files: int = 3) -> ShardRows:
-    """Rows whose features tell file, view and column; the second file is a fault."""
+    """Rows whose features encode file, view and column; the second file is a fault."""
     number = np.arange(first, first + files)[:, None, None]
     features = (100 * number + 10 * np.arange(2)[:, None] + np.arange(4)).astype(np.float16)
     features[1] = 0
@@ -51,7 +51,7 @@ def _rows(first: int = 0, files: int = 3) -> ShardRows:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Two shards of three files; the catalog puts files 0, 1, 3 into train, the others aside."""
+    """Two shards of three files; in the catalog, files 0, 1 and 3 are training images."""
     result = Store.create(tmp_path / "store", RECIPE, 3)
     for name, first in (("one", 0), ("two", 3)):
         result.write_shard(name, _rows(first))
@@ -69,11 +69,11 @@ def store(tmp_path: Path) -> Store:
     return result
 
 
-# ------------------------------------------------------------------------- whole files
+# ------------------------------------------------------------------------- complete files
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_leaves_no_incomplete_shard_and_the_refusal_says_what_to_do(
+def test_full_disk_leaves_no_incomplete_shard_and_the_refusal_gives_advice(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pyarrow as pa
@@ -85,16 +85,16 @@ def test_a_full_disk_leaves_no_incomplete_shard_and_the_refusal_says_what_to_do(
 
     with monkeypatch.context() as broken:
         broken.setattr(pa.RecordBatchFileWriter, "write_table", torn)
-        with pytest.raises(ConfigError, match="cannot be written") as refusal:
+        with pytest.raises(ConfigError, match="cannot be written") as error_info:
             shard_file.write_shard(path, _rows(), RECIPE)
-    assert str(path) in refusal.value.found
-    assert "run the same command again" in refusal.value.do
+    assert str(path) in error_info.value.found
+    assert "run the same command again" in error_info.value.do
     assert list(path.parent.iterdir()) == []
     shard_file.write_shard(path, _rows(), RECIPE)
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
+def test_failed_write_leaves_the_old_file_unchanged(tmp_path: Path) -> None:
     fileio.write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(TypeError):
         fileio.write_json(tmp_path / "a.json", {"new": object()})
@@ -105,7 +105,7 @@ def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_path: Path) -> None:
+def test_killed_writer_leaves_no_file_that_is_read_as_a_shard(tmp_path: Path) -> None:
     result = Store.create(tmp_path / "store", RECIPE, 3)
     code = (
         "import os, signal, sys; from pathlib import Path; from arrowhead import fileio\n"
@@ -113,25 +113,25 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_shard(tmp_pa
         "    sketch.write_bytes(b'ARROW1 half a shard')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code, result.shard_path("one")], check=False)
-    assert ended.returncode == -signal.SIGKILL
+    completed = subprocess.run([sys.executable, "-c", code, result.shard_path("one")], check=False)
+    assert completed.returncode == -signal.SIGKILL
     assert result.shard_names() == []
     shard_file.write_shard(result.shard_path("one"), _rows(), RECIPE)
     assert result.shard_names() == ["one"]
 
 
-def test_every_truncated_shard_is_a_data_error_not_a_crash(tmp_path: Path) -> None:
+def test_truncated_shard_is_a_data_error(tmp_path: Path) -> None:
     path = tmp_path / "one.arrow"
     shard_file.write_shard(path, _rows(), RECIPE)
     full = path.read_bytes()
     for length in [0, 1, 7, 8, *range(50, len(full), 97), len(full) - 1]:
         path.write_bytes(full[:length])
-        with pytest.raises(DataError) as refusal:
+        with pytest.raises(DataError) as error_info:
             shard_file.read_shard(path, RECIPE)
-        assert str(path) in refusal.value.found
+        assert str(path) in error_info.value.found
 
 
-def test_missing_or_truncated_or_binary_json_is_a_data_error(tmp_path: Path) -> None:
+def test_missing_truncated_or_binary_json_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"a": 1')
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     for name in ("missing.json", "torn.json", "bytes.json"):
@@ -142,7 +142,7 @@ def test_missing_or_truncated_or_binary_json_is_a_data_error(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------ shards
 
 
-def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_shard_rows_round_trip(tmp_path: Path) -> None:
     path, rows = tmp_path / "one.arrow", _rows()
     shard_file.write_shard(path, rows, RECIPE)
     back = shard_file.read_shard(path, RECIPE)
@@ -152,7 +152,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert list(back.faults) == rows.faults
 
 
-def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
+def test_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         shard_file.write_shard(tmp_path / name, _rows(), RECIPE)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -193,7 +193,7 @@ columns, features, faults = shard.schema.names, [row[3] for row in rows], [row[4
 
 
 @pytest.mark.parametrize("program", READERS)
-def test_other_programs_open_a_shard_without_arrowhead(program: str, tmp_path: Path) -> None:
+def test_other_programs_read_a_shard_without_arrowhead(program: str, tmp_path: Path) -> None:
     path = tmp_path / "one.arrow"
     shard_file.write_shard(path, _rows(), RECIPE)
     code = f"""
@@ -209,16 +209,16 @@ assert list(faults) == [None, None, "truncated: cut", "truncated: cut", None, No
 assert "arrowhead" not in sys.modules
 """
     home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "1"}
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, path], env=os.environ | home, capture_output=True, text=True
     )
-    assert ended.returncode == 0, ended.stderr
+    assert completed.returncode == 0, completed.stderr
 
 
 # ------------------------------------------------------------------------------- store
 
 
-def test_features_are_the_well_rows_of_a_split_under_their_catalog_numbers(store: Store) -> None:
+def test_features_are_the_readable_rows_of_a_split_with_their_catalog_indices(store: Store) -> None:
     train, valid, test = (store.features(split) for split in ("train", "valid", "test"))
     assert (train.row.tolist(), train.label.tolist()) == ([0, 3], [0, 1])
     assert (valid.row.tolist(), valid.label.tolist()) == ([2, 5], [1, 0])
@@ -227,7 +227,7 @@ def test_features_are_the_well_rows_of_a_split_under_their_catalog_numbers(store
     assert valid.feature[:, :, 0].tolist() == [[200, 210], [500, 510]]
 
 
-def test_the_catalog_comes_back_as_it_was_written(store: Store) -> None:
+def test_catalog_round_trips(store: Store) -> None:
     columns = store.read_catalog()
     assert columns["root"] == r"/data/bl\xf6d"
     assert columns["ignored"] == 7
@@ -237,45 +237,45 @@ def test_the_catalog_comes_back_as_it_was_written(store: Store) -> None:
     assert columns["splits"] == ["train", "train", "valid", "train", "test", "valid"]
 
 
-def test_the_manifest_counts_files_and_faults(store: Store) -> None:
+def test_manifest_counts_files_and_faults(store: Store) -> None:
     entries = store.manifest()["shards"]
     assert [(e["name"], e["files"], e["faults"]) for e in entries] == [("one", 3, 1), ("two", 3, 1)]
 
 
-def _flipped(path: Path, bit: int) -> bytes:
+def _flip_bit(path: Path, bit: int) -> bytes:
     full = bytearray(path.read_bytes())
     full[bit // 8] ^= 1 << bit % 8
     return bytes(full)
 
 
-def test_any_flipped_bit_of_the_metadata_is_detected_before_training(store: Store) -> None:
-    """Every single bit of the manifest and of store.json."""
+def test_flipped_metadata_bit_is_detected_before_training(store: Store) -> None:
+    """Flip every single bit of the manifest and of store.json."""
     for path in (store.path / "manifest.json", store.path / "store.json"):
         full = path.read_bytes()
         for bit in range(8 * len(full)):
-            path.write_bytes(_flipped(path, bit))
-            with pytest.raises(DataError) as refusal:
+            path.write_bytes(_flip_bit(path, bit))
+            with pytest.raises(DataError) as error_info:
                 Store(store.path).verify()
-            assert path.name in refusal.value.found
+            assert path.name in error_info.value.found
             path.write_bytes(full)
     Store(store.path).verify()
 
 
-def test_any_flipped_bit_of_shards_and_catalog_is_detected_before_training(store: Store) -> None:
-    """One bit of every byte."""
+def test_flipped_shard_or_catalog_bit_is_detected_before_training(store: Store) -> None:
+    """Flip one bit of every byte."""
     catalog = store.path / store.manifest()["catalog"]["name"]
     for path in (store.shard_path("two"), catalog):
         full = path.read_bytes()
         for byte in range(len(full)):
-            path.write_bytes(_flipped(path, 8 * byte + byte % 8))
+            path.write_bytes(_flip_bit(path, 8 * byte + byte % 8))
             with pytest.raises(DataError, match=path.name):
                 store.verify()
             path.write_bytes(full)
     store.verify()
 
 
-def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: Store) -> None:
-    """What a killed run left is used by the next one: a changed feature must not be."""
+def test_shard_without_manifest_entry_verifies_its_own_content(store: Store) -> None:
+    """A resumed run reuses shards of a killed run, but not one with a changed feature."""
     path = store.shard_path("one")
     full = path.read_bytes()
     feature = np.arange(4, dtype=np.float16).tobytes()  # of file 0, view 0
@@ -283,7 +283,7 @@ def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: S
     path.write_bytes(full[:at] + b"\1" + full[at + 1 :])
     (store.path / "manifest.json").unlink()
     (store.path / "digests" / "one").unlink()  # as older versions wrote it
-    with pytest.raises(DataError, match=r"one\.arrow has changed"):  # nothing else vouches for it
+    with pytest.raises(DataError, match=r"one\.arrow has changed"):  # nothing else verifies it
         Store(store.path).read_shard("one")
     path.write_bytes(full)
     shutil.rmtree(store.path / "digests")
@@ -298,57 +298,57 @@ def test_a_shard_that_no_manifest_names_yet_vouches_for_its_own_content(store: S
         Store(store.path).read_shard("one")
 
 
-def test_a_second_writer_is_refused_while_the_first_is_at_work(store: Store) -> None:
+def test_second_writer_is_refused_while_the_first_works(store: Store) -> None:
     with (
         store.lock(),
         pytest.raises(ConfigError, match="being written"),
         Store(store.path).lock(),
     ):
         pass
-    with store.lock():  # and given back
+    with store.lock():  # the lock was released
         pass
 
 
-def test_a_missing_shard_is_detected_before_training(store: Store) -> None:
+def test_missing_shard_is_detected_before_training(store: Store) -> None:
     store.shard_path("one").unlink()
     with pytest.raises(DataError, match=r"one\.arrow is missing"):
         store.verify()
 
 
-def test_a_store_that_never_finished_says_so(tmp_path: Path) -> None:
+def test_unfinished_store_is_reported_as_unfinished(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="never finished"):
         Store.create(tmp_path / "store", RECIPE, 3).manifest()
 
 
-def test_unequal_recipes_are_refused_by_the_first_differing_field(store: Store) -> None:
+def test_different_recipe_is_refused_with_the_first_differing_field(store: Store) -> None:
     for changes, field in (
         ({"size": 224}, "size"),
         ({"mean": (0.0, 0.0, 0.0), "augment_seed": 5}, "mean"),
         ({"weights": "1" * 64, "pool": "max"}, "weights"),
     ):
         other = dataclasses.replace(RECIPE, **changes)
-        with pytest.raises(ConfigError) as refusal:
+        with pytest.raises(ConfigError) as error_info:
             Store.create(store.path, other, 3)
-        assert f"made with {field} =" in refusal.value.found
+        assert f"made with {field} =" in error_info.value.found
         with pytest.raises(ConfigError, match=f"made with {field} ="):
             shard_file.read_shard(store.shard_path("one"), other)
 
 
-def test_every_field_of_the_recipe_changes_its_fingerprint() -> None:
-    seen = {RECIPE.fingerprint}
+def test_every_recipe_field_changes_the_fingerprint() -> None:
+    fingerprints = {RECIPE.fingerprint}
     for field in dataclasses.fields(Recipe):
         value = getattr(RECIPE, field.name)
         other = (9.0, 9.0, 9.0) if isinstance(value, tuple) else f"{value}1"
-        seen.add(dataclasses.replace(RECIPE, **{field.name: other}).fingerprint)
-    assert len(seen) == len(dataclasses.fields(Recipe)) + 1
+        fingerprints.add(dataclasses.replace(RECIPE, **{field.name: other}).fingerprint)
+    assert len(fingerprints) == len(dataclasses.fields(Recipe)) + 1
 
 
-def test_a_store_is_opened_again_with_the_recipe_it_was_made_with(store: Store) -> None:
+def test_store_reopens_with_its_own_recipe(store: Store) -> None:
     assert Store.create(store.path, RECIPE, 3).recipe == RECIPE
     assert Store(store.path).recipe == RECIPE
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_contents_is_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError):
         Store.create(tmp_path, RECIPE, 3)
@@ -357,7 +357,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
         Store(tmp_path)
 
 
-def test_a_store_of_another_format_is_refused(store: Store) -> None:
+def test_store_of_an_unknown_format_is_refused(store: Store) -> None:
     head = fileio.read_json(store.path / "store.json")
     head["format"] = 99
     fileio.write_json(store.path / "store.json", head)
@@ -365,7 +365,7 @@ def test_a_store_of_another_format_is_refused(store: Store) -> None:
         Store(store.path)
 
 
-def test_a_parquet_file_that_is_none_is_a_data_error(tmp_path: Path) -> None:
+def test_invalid_parquet_file_is_a_data_error(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
     scores = Scores(
         classes=["cat", "dog"],

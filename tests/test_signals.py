@@ -26,15 +26,17 @@ def folder(tmp_path: Path, tracked: Callable[[Path], Path]) -> Path:
     return tracked(tmp_path)
 
 
-def begin(folder: Path, *words: object, **pipes: Any) -> subprocess.Popen[str]:
+def start_command(folder: Path, *words: object, **pipes: Any) -> subprocess.Popen[str]:
     there = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
-    clean = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"
+    }
     words = (*ARROWHEAD, *map(str, words))
-    return forks.Popen(words, cwd=folder, env=clean, text=True, **there)
+    return forks.Popen(words, cwd=folder, env=environment, text=True, **there)
 
 
-def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
-    while process.poll() is None and not there():
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    while process.poll() is None and not condition():
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()
 
@@ -67,70 +69,76 @@ def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if runs(pid)]
 
 
-def test_a_terminated_extraction_is_killed_in_mlflow_and_the_same_command_resumes(folder, drawn):
-    words = ["fit", drawn, "out", *SLOW, "--epochs", "2", "--rate", "0.01"]
-    cut = begin(folder, *words)
-    wait_for(cut, lambda: list((folder / "out/store/shards").glob("*.arrow")))
-    helpers = children(cut.pid)
+def test_terminated_extraction_is_killed_in_mlflow_and_resumes(folder, drawn):
+    arguments = ["fit", drawn, "out", *SLOW, "--epochs", "2", "--rate", "0.01"]
+    process = start_command(folder, *arguments)
+    wait_for(process, lambda: list((folder / "out/store/shards").glob("*.arrow")))
+    helpers = children(process.pid)
     assert helpers
-    cut.send_signal(signal.SIGTERM)
-    _, output = cut.communicate(timeout=60)
-    assert cut.returncode == 130
+    process.send_signal(signal.SIGTERM)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert "interrupted by SIGTERM. Run the same command again" in output
     assert "Traceback" not in output
     assert alive(helpers) == []
-    left = runs(folder)
-    assert {name: status for name, (status, _) in left.items()} == {
+    runs_after_signal = runs(folder)
+    assert {name: status for name, (status, _) in runs_after_signal.items()} == {
         "fit": "KILLED",
         "extract": "KILLED",
     }
-    again = begin(folder, *words)
-    _, output = again.communicate(timeout=300)
-    assert again.returncode == 0, output
-    now = runs(folder)
-    assert {status for status, _ in now.values()} == {"FINISHED"}
-    assert now["fit"][1] == left["fit"][1]
+    resumed = start_command(folder, *arguments)
+    _, output = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    runs_at_end = runs(folder)
+    assert {status for status, _ in runs_at_end.values()} == {"FINISHED"}
+    assert runs_at_end["fit"][1] == runs_after_signal["fit"][1]
 
 
-def test_a_training_ends_when_its_terminal_goes_unless_that_is_ignored(folder, drawn, command):
+def test_training_ends_on_sighup_unless_it_is_ignored(folder, drawn, command):
     command("precompute", drawn, folder / "store", *SMALL)
-    words = ["train", "store", "b", "--epochs", "20000", "--rate", "0.01"]
-    words += ["--checkpoint-seconds", "0"]
+    arguments = ["train", "store", "b", "--epochs", "20000", "--rate", "0.01"]
+    arguments += ["--checkpoint-seconds", "0"]
 
-    def trains() -> bool:
+    def has_checkpoint() -> bool:
         return bool(list((folder / ".b.training").glob("heads-*")))
 
-    cut = begin(folder, *words)
-    wait_for(cut, trains)
-    cut.send_signal(signal.SIGHUP)
-    _, output = cut.communicate(timeout=60)
-    assert cut.returncode == 130, output
+    process = start_command(folder, *arguments)
+    wait_for(process, has_checkpoint)
+    process.send_signal(signal.SIGHUP)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
     assert runs(folder)["train"][0] == "KILLED"
     (run_id,) = {run for name, (_, run) in runs(folder).items() if name == "train"} - {None}
-    kept = {path.name for path in (folder / ".b.training").glob("heads-*")}
-    assert kept
-    # As nohup starts it.
+    seen_checkpoints = {path.name for path in (folder / ".b.training").glob("heads-*")}
+    assert seen_checkpoints
+    # as nohup starts it
     ignore = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
     ignore += "from arrowhead.cli.main import main; main()"
-    on = forks.Popen(
-        [sys.executable, "-c", ignore, *words],
+    nohup_process = forks.Popen(
+        [sys.executable, "-c", ignore, *arguments],
         cwd=folder,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    wait_for(on, lambda: {path.name for path in (folder / ".b.training").glob("heads-*")} - kept)
-    on.send_signal(signal.SIGHUP)
-    kept |= {path.name for path in (folder / ".b.training").glob("heads-*")}
-    wait_for(on, lambda: {path.name for path in (folder / ".b.training").glob("heads-*")} - kept)
-    on.send_signal(signal.SIGTERM)
-    out, output = on.communicate(timeout=60)
-    assert on.returncode == 130, output
+    wait_for(
+        nohup_process,
+        lambda: {path.name for path in (folder / ".b.training").glob("heads-*")} - seen_checkpoints,
+    )
+    nohup_process.send_signal(signal.SIGHUP)
+    seen_checkpoints |= {path.name for path in (folder / ".b.training").glob("heads-*")}
+    wait_for(
+        nohup_process,
+        lambda: {path.name for path in (folder / ".b.training").glob("heads-*")} - seen_checkpoints,
+    )
+    nohup_process.send_signal(signal.SIGTERM)
+    out, output = nohup_process.communicate(timeout=60)
+    assert nohup_process.returncode == 130, output
     assert run_id in out
     assert "done before; going on" in out
 
 
-PROGRAM = """
+DEFERRED_STEP_PROGRAM = """
 import sys, time
 from arrowhead.runtime import signals
 with signals.interrupt_on_signals():
@@ -147,22 +155,22 @@ with signals.interrupt_on_signals():
 """
 
 
-def told(*waits: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", PROGRAM, *waits]
-    result = subprocess.Popen(words, text=True, stdout=subprocess.PIPE)
+def start_program(*waits: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", DEFERRED_STEP_PROGRAM, *waits]
+    result = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE)
     assert result.stdout
     assert result.stdout.readline() == "ready\n"
     return result
 
 
-def test_an_atomic_step_is_finished_before_the_interrupt():
-    process = told("0.5", "0")
+def test_deferred_step_finishes_before_the_interrupt():
+    process = start_program("0.5", "0")
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[0] == "whole\ncaught SIGTERM\nunwound\n"
     assert process.returncode == 0
 
 
-def test_a_step_that_takes_too_long_is_interrupted_all_the_same():
+def test_deferred_step_is_interrupted_after_its_timeout():
     program = """
 import os, signal, time
 from arrowhead.runtime import signals
@@ -179,10 +187,10 @@ with signals.interrupt_on_signals():
     time.sleep(0.5)
     print("once")
 """
-    assert caught(program) == "waited\ncaught SIGTERM\nonce\n"
+    assert run_program(program) == "waited\ncaught SIGTERM\nonce\n"
 
 
-def test_a_library_that_starts_replaces_no_handler_and_its_alarm_ends_nothing():
+def test_library_startup_neither_replaces_handlers_nor_ends_the_process_by_alarm():
     program = """
 import ctypes, os, signal, sys, time
 from arrowhead.runtime import signals
@@ -200,11 +208,11 @@ with signals.interrupt_on_signals():
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 """
-    assert caught(program) == "caught SIGTERM\n"
+    assert run_program(program) == "caught SIGTERM\n"
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_while_libraries_end_leaves_the_exit_code_and_no_traceback(stop):
+def test_signal_during_shutdown_keeps_the_exit_code_and_prints_no_traceback(stop):
     program = f"""
 import atexit, os, signal, sys, time
 from arrowhead.runtime import signals
@@ -218,17 +226,21 @@ print("written")
 signals.exit_on_signals(130)
 sys.exit(130)
 """
-    words = [sys.executable, "-c", program]
-    ended = subprocess.run(words, text=True, capture_output=True, timeout=30)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "written\nending\n", "")
+    argv = [sys.executable, "-c", program]
+    completed = subprocess.run(argv, text=True, capture_output=True, timeout=30)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (
+        130,
+        "written\nending\n",
+        "",
+    )
 
 
-def caught(program: str) -> str:
-    """What a program prints that ends by a signal which it sends to itself."""
-    words = [sys.executable, "-c", program]
-    ended = subprocess.run(words, text=True, capture_output=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return ended.stdout
+def run_program(program: str) -> str:
+    """The output of a program that ends by a signal that it sends to itself."""
+    argv = [sys.executable, "-c", program]
+    completed = subprocess.run(argv, text=True, capture_output=True, timeout=60)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    return completed.stdout
 
 
 @pytest.mark.parametrize(
@@ -239,7 +251,7 @@ def caught(program: str) -> str:
         "seen = weakref.ref(thing, lambda seen: stopped())",
     ],
 )
-def test_an_interrupt_that_goes_nowhere_in_a_finalizer_is_raised_again(place):
+def test_interrupt_lost_in_a_finalizer_is_raised_again(place):
     program = f"""
 import os, signal, time, weakref
 from arrowhead.runtime import signals
@@ -256,10 +268,10 @@ with signals.interrupt_on_signals():
     except KeyboardInterrupt as error:
         print(f"caught {{error}}")
 """
-    assert caught(program) == "caught SIGTERM\n"
+    assert run_program(program) == "caught SIGTERM\n"
 
 
-def test_an_interrupt_that_a_library_swallows_is_raised_again_and_one_that_we_handle_is_not():
+def test_swallowed_interrupt_is_raised_again_and_a_handled_one_is_not():
     program = """
 import os, signal, time
 from arrowhead.runtime import signals
@@ -277,10 +289,10 @@ with signals.interrupt_on_signals():
     time.sleep(0.5)
     print("whole")
 """
-    assert caught(program) == "caught SIGINT\nwhole\n"
+    assert run_program(program) == "caught SIGINT\nwhole\n"
 
 
-def test_an_interrupt_leaves_no_lock_of_logging_behind():
+def test_interrupt_leaves_no_logging_lock_held():
     program = """
 import io, logging, os, random, signal, threading, time
 from arrowhead.runtime import signals
@@ -304,14 +316,14 @@ for turn in range(100):  # without care, one in forty stops every thread that lo
     assert not other.is_alive(), turn
 print("free")
 """
-    assert caught(program) == "free\n"
+    assert run_program(program) == "free\n"
 
 
-def test_signals_that_come_together_are_one_and_a_later_one_ends_at_once():
-    process = told("0.1", "60")
+def test_simultaneous_signals_count_once_and_a_later_one_ends_immediately():
+    process = start_program("0.1", "60")
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGHUP)  # as systemd and `timeout` do
+    process.send_signal(signal.SIGHUP)  # as systemd and `timeout` send them
     assert process.stdout
     assert process.stdout.readline() == "whole\n"
     assert process.stdout.readline().startswith("caught SIG")
@@ -322,13 +334,13 @@ def test_signals_that_come_together_are_one_and_a_later_one_ends_at_once():
     assert process.returncode == 130
 
 
-def test_a_closed_pipe_and_a_full_disk_under_the_log_do_not_stop_the_work(folder, drawn):
+def test_closed_stdout_and_full_stderr_do_not_stop_the_work(folder, drawn):
     read, write = os.pipe()
     with Path("/dev/full").open("w") as full:
-        words = ["precompute", drawn, "store", *SMALL, "--json"]
-        work = begin(folder, *words, stdout=write, stderr=full)
+        arguments = ["precompute", drawn, "store", *SMALL, "--json"]
+        process = start_command(folder, *arguments, stdout=write, stderr=full)
         os.close(write)
         os.close(read)
-        assert work.wait(timeout=300) == 0
+        assert process.wait(timeout=300) == 0
     assert (folder / "store/manifest.json").is_file()
     assert runs(folder)["precompute"][0] == "FINISHED"

@@ -32,8 +32,8 @@ from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.runtime.worker import Worker
 
 HEAD_NODE = "f" * 51 + "00000"
-# What Ray's AutoscalingCluster does, without its `ray stop`, which would end every Ray here.
-FAKE = {
+# Like Ray's AutoscalingCluster, but without its `ray stop`, which would end every Ray here.
+FAKE_CLUSTER_ENV = {
     "RAY_FAKE_CLUSTER": "1",
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     "RAY_enable_autoscaler_v2": "1",
@@ -42,51 +42,51 @@ FAKE = {
 }
 
 
-GOING = re.compile(
+PREEMPTION_WARNING = re.compile(
     r"\S+ will be taken away at \d\d:\d\d:\d\d: it gets no new work, the others continue"
 )
 
 
-def work(worker: Worker, folder: Path, nap: float) -> None:
-    """Takes tasks until there are none; notes on the disk where each is begun and done."""
+def work(worker: Worker, folder: Path, sleep_seconds: float) -> None:
+    """Take tasks until there are none; write a note on disk when each is begun and done."""
     node = ray.get_runtime_context().get_node_id()
     while (task := worker.next_task()) is not None:
-        note(folder, {"begun": task, "node": node})
-        time.sleep(nap)
-        note(folder, {"done": task, "node": node})
+        write_note(folder, {"begun": task, "node": node})
+        time.sleep(sleep_seconds)
+        write_note(folder, {"done": task, "node": node})
         worker.report({"task": task, "node": node})
 
 
-def note(folder: Path, what: dict[str, Any]) -> None:
+def write_note(folder: Path, entry: dict[str, Any]) -> None:
     with (folder / "notes").open("a") as file:
-        file.write(json.dumps(what) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
 # ------------------------------------------------------------------- this file as a command
 
 
 def drain(address: str, nodes: set[str], seconds: int) -> None:
-    """What a cloud's notice comes to: the machines will be taken back in so many seconds."""
+    """Simulate a cloud's preemption notice: the nodes will be taken back in so many seconds."""
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-    why = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    until = int(1000 * (time.time() + seconds))
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int(1000 * (time.time() + seconds))
     for node in nodes:
-        accepted, error = GcsClient(address=address).drain_node(node, why, "spot", until)
+        accepted, error = GcsClient(address=address).drain_node(node, reason, "spot", deadline)
         assert accepted, error
 
 
-def drive(address: str, folder: Path, scenario: str) -> dict[str, Any]:
-    heard: list[dict[str, Any]] = []
+def run_scenario(address: str, folder: Path, scenario: str) -> dict[str, Any]:
+    reports: list[dict[str, Any]] = []
     sizes: list[int] = []
     drained: set[str] = set()
 
-    def listen(report: dict[str, Any]) -> None:
-        heard.append(report)
-        done = [one["node"] for one in heard if "task" in one]
-        if scenario in ("one", "all") and "task" in report and len(done) == 6:
-            drained.update(done if scenario == "all" else done[-1:])
+    def on_report(report: dict[str, Any]) -> None:
+        reports.append(report)
+        finished_nodes = [event["node"] for event in reports if "task" in event]
+        if scenario in ("one", "all") and "task" in report and len(finished_nodes) == 6:
+            drained.update(finished_nodes if scenario == "all" else finished_nodes[-1:])
             drain(address, drained, 10)
 
     launch.run(
@@ -95,19 +95,19 @@ def drive(address: str, folder: Path, scenario: str) -> dict[str, Any]:
         0.5,
         config=LaunchConfig(workers="1:2" if scenario == "all" else "2:3", address=address),
         tasks=list(range({"one": 60, "all": 20}[scenario])),
-        on_report=listen,
+        on_report=on_report,
         on_start=sizes.append,
     )
-    refused = refusal(address, folder, "5:6")
-    return {"heard": heard, "sizes": sizes, "drained": sorted(drained), "refused": refused}
+    refused = refusal_message(address, folder, "5:6")
+    return {"heard": reports, "sizes": sizes, "drained": sorted(drained), "refused": refused}
 
 
-def refusal(address: str, folder: Path, workers: int | str) -> str:
-    """Why so many workers are not had."""
+def refusal_message(address: str, folder: Path, workers: int | str) -> str:
+    """The message that refuses so many workers."""
     config = LaunchConfig(workers=workers, restarts=0, address=address)
-    with pytest.raises((ConfigError, LostError)) as refused:
+    with pytest.raises((ConfigError, LostError)) as error_info:
         launch.run(work, folder, 0.5, config=config, tasks=[0])
-    return str(refused.value)
+    return str(error_info.value)
 
 
 # ------------------------------------------------------------------------------- promises
@@ -115,23 +115,23 @@ def refusal(address: str, folder: Path, workers: int | str) -> str:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, Path]]:
-    """One that has no machine for work yet, and four of one CPU when it is full-grown."""
-    with autoscaled({"CPU": 1}) as result:
+    """A cluster without worker nodes that can grow to four nodes of one CPU."""
+    with autoscaling_cluster({"CPU": 1}) as result:
         yield result
 
 
 @contextlib.contextmanager
-def autoscaled(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
-    """A head with an autoscaler: its address, and the folder that its processes are known by."""
+def autoscaling_cluster(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
+    """A head node with an autoscaler: its address, and the folder that marks its processes."""
     folder = Path(tempfile.mkdtemp(prefix="ahs", dir="/tmp"))
     (folder / ".ray").mkdir(mode=0o700)
     (folder / ".ray" / "auth_token").write_text("7" * 64)
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
     address = f"{ray.util.get_node_ip_address()}:{port}"
-    # Ray's `fake_multinode` by its class: the defaults that go with that name are not in the wheel.
-    fake = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-    provider = {"type": "external", "module": fake, "head_node_id": HEAD_NODE}
+    # By class, not as `fake_multinode`: the defaults for that name are not in the wheel.
+    provider_class = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    provider = {"type": "external", "module": provider_class, "head_node_id": HEAD_NODE}
     provider |= {"gcs_address": address, "launch_multiple": True, "disable_node_updaters": True}
     commands = ["initialization_commands", "setup_commands"]
     commands += [f"{kind}_setup_commands" for kind in ("head", "worker")]
@@ -156,16 +156,16 @@ def autoscaled(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
     }
     (folder / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    here = [f"--port={port}", f"--temp-dir={folder}/t"]
-    more = [
+    location = [f"--port={port}", f"--temp-dir={folder}/t"]
+    options = [
         f"--autoscaling-config={folder}/ray_bootstrap_config.yaml",
         "--num-cpus=0",
         "--include-dashboard=false",
     ]
     with (folder / "log").open("wb") as log:
         head = subprocess.Popen(
-            [*start, *here, *more, "--object-store-memory=100000000"],
-            env=environment(folder) | FAKE,
+            [*start, *location, *options, "--object-store-memory=100000000"],
+            env=environment(folder) | FAKE_CLUSTER_ENV,
             stdout=log,
             stderr=log,
         )
@@ -175,7 +175,7 @@ def autoscaled(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
             time.sleep(0.1)
         yield address, folder
     finally:
-        while result := ours(folder):
+        while result := cluster_processes(folder):
             for pid in result:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -185,85 +185,95 @@ def autoscaled(machine: dict[str, int]) -> Iterator[tuple[str, Path]]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    own = {"HOME": str(folder), "RAY_TMPDIR": f"{folder}/t", "SPOT_FOLDER": str(folder)}
-    return os.environ | own | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    variables = {"HOME": str(folder), "RAY_TMPDIR": f"{folder}/t", "SPOT_FOLDER": str(folder)}
+    return os.environ | variables | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def ours(folder: Path) -> list[int]:
-    mark, result = f"SPOT_FOLDER={folder}\0".encode(), []
+def cluster_processes(folder: Path) -> list[int]:
+    marker, result = f"SPOT_FOLDER={folder}\0".encode(), []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
+            if entry.name.isdigit() and marker in (entry / "environ").read_bytes() + b"\0":
                 result.append(int(entry.name))
     return result
 
 
 def run(cluster: tuple[str, Path], folder: Path, scenario: str) -> dict[str, Any]:
     address, home = cluster
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, __file__, address, str(folder), scenario],
         env=environment(home),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-6000:]
+    assert completed.returncode == 0, completed.stderr[-6000:]
     (folder / "notes").touch()
     notes = [json.loads(line) for line in (folder / "notes").read_text().splitlines()]
-    return json.loads(done.stdout.splitlines()[-1]) | {"notes": notes}
+    return json.loads(completed.stdout.splitlines()[-1]) | {"notes": notes}
 
 
-def done(found: dict[str, Any]) -> Counter[int]:
-    return Counter(one["task"] for one in found["heard"] if "task" in one)
+def finished_tasks(result: dict[str, Any]) -> Counter[int]:
+    return Counter(report["task"] for report in result["heard"] if "task" in report)
 
 
-def told(found: dict[str, Any], kind: str) -> list[str]:
-    return [one[kind] for one in found["heard"] if kind in one]
+def reported(result: dict[str, Any], kind: str) -> list[str]:
+    return [report[kind] for report in result["heard"] if kind in report]
 
 
-def count(found: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
-    return Counter(one[kind] for one in found["notes"] if kind in one and one["node"] in nodes)
+def count_notes(result: dict[str, Any], kind: str, nodes: list[str]) -> Counter[int]:
+    return Counter(
+        entry[kind] for entry in result["notes"] if kind in entry and entry["node"] in nodes
+    )
 
 
 @pytest.mark.slow
-def test_a_range_scales_from_zero_and_a_machine_announced_to_go_costs_nothing(cluster, tmp_path):
+def test_worker_range_scales_from_zero_and_a_preempted_node_loses_no_task(cluster, tmp_path):
     result = run(cluster, tmp_path, "one")
-    assert told(result, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
+    assert reported(result, "warning")[0] == "waiting for 2 workers: the cluster has room for 0"
     assert "--workers is 5:6; the cluster can grow to 4 at most" in result["refused"]
     assert result["sizes"][0] in (2, 3)
-    assert done(result) == Counter(range(60))
-    assert told(result, "restart") == ["A machine was taken away, as announced"]
-    # It ends what it has; a group that is started again loses what its other workers had in hand.
-    gone = result["drained"]
-    assert count(result, "begun", gone) == count(result, "done", gone)
-    begun = Counter(one["begun"] for one in result["notes"] if "begun" in one)
-    assert sum(begun.values()) - 60 <= sum(result["sizes"][:-1]) - 1
-    # From the moment that it is told of it takes nothing more, and the others go on.
-    (told_at,) = (
-        at for at, one in enumerate(result["heard"]) if GOING.fullmatch(one.get("warning", ""))
+    assert finished_tasks(result) == Counter(range(60))
+    assert reported(result, "restart") == ["A machine was taken away, as announced"]
+    # A worker finishes its task; a restarted group loses the tasks of its other workers.
+    preempted = result["drained"]
+    assert count_notes(result, "begun", preempted) == count_notes(result, "done", preempted)
+    started = Counter(entry["begun"] for entry in result["notes"] if "begun" in entry)
+    assert sum(started.values()) - 60 <= sum(result["sizes"][:-1]) - 1
+    # After the warning the node takes no new task, and the others continue.
+    (warned_at,) = (
+        position
+        for position, entry in enumerate(result["heard"])
+        if PREEMPTION_WARNING.fullmatch(entry.get("warning", ""))
     )
-    again = next(at for at, one in enumerate(result["heard"]) if "restart" in one)
-    between = [one["node"] for one in result["heard"][told_at:again] if "node" in one]
-    assert sum(node in gone for node in between) <= 1  # what it had in hand
-    assert any(node not in gone for node in between)
+    restarted_at = next(
+        position for position, entry in enumerate(result["heard"]) if "restart" in entry
+    )
+    between = [
+        entry["node"] for entry in result["heard"][warned_at:restarted_at] if "node" in entry
+    ]
+    assert sum(node in preempted for node in between) <= 1  # the task that it was working on
+    assert any(node not in preempted for node in between)
 
 
 @pytest.mark.slow
-def test_when_all_machines_are_announced_to_go_the_work_moves_to_others(cluster, tmp_path):
+def test_work_moves_to_new_nodes_when_all_are_preempted(cluster, tmp_path):
     result = run(cluster, tmp_path, "all")
-    assert done(result) == Counter(range(20))
-    assert told(result, "restart") == ["Every machine with workers will be taken away"]
-    assert Counter(one["begun"] for one in result["notes"] if "begun" in one) == Counter(range(20))
-    last = next(one["node"] for one in reversed(result["heard"]) if "node" in one)
-    assert last not in result["drained"]
+    assert finished_tasks(result) == Counter(range(20))
+    assert reported(result, "restart") == ["Every machine with workers will be taken away"]
+    assert Counter(entry["begun"] for entry in result["notes"] if "begun" in entry) == Counter(
+        range(20)
+    )
+    last_node = next(entry["node"] for entry in reversed(result["heard"]) if "node" in entry)
+    assert last_node not in result["drained"]
 
 
 @pytest.mark.slow
-def test_gpus_that_no_machine_has_yet_are_asked_for(tmp_path):
-    """The machine that comes has its GPU in Ray's books only, and nccl says so."""
+def test_gpus_that_no_node_has_yet_are_requested(tmp_path):
+    """The node that comes has a GPU only in Ray's bookkeeping, and nccl reports that."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, so nccl would not miss it")
-    with autoscaled({"CPU": 1, "GPU": 1}) as cluster:
+    with autoscaling_cluster({"CPU": 1, "GPU": 1}) as cluster:
         result = run(cluster, tmp_path, "gpu")
     assert "requires at least one CUDA device" in result["refused"]
 
@@ -271,6 +281,6 @@ def test_gpus_that_no_machine_has_yet_are_asked_for(tmp_path):
 if __name__ == "__main__":
     address, folder, scenario = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     if scenario == "gpu":
-        print(json.dumps({"refused": refusal(address, folder, 1)}))
+        print(json.dumps({"refused": refusal_message(address, folder, 1)}))
     else:
-        print(json.dumps(drive(address, folder, scenario)))
+        print(json.dumps(run_scenario(address, folder, scenario)))

@@ -35,56 +35,60 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that nobody disturbed."""
+def reference_store(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose extraction was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert finish(start(folder, drawn, "whole"))["counts"]["decoded"] == 72
     return folder / "whole"
 
 
-def strike(stopped: subprocess.Popen[str], shards: Path, blow: signal.Signals) -> str:
-    """Stop it when it has written a shard more; what it said."""
-    there = len(list(shards.glob("*.arrow")))
-    while stopped.poll() is None and len(list(shards.glob("*.arrow"))) == there:
+def stop_after_next_shard(
+    process: subprocess.Popen[str], shards: Path, stop_signal: signal.Signals
+) -> str:
+    """Stop the process when it has written another shard; return its stderr."""
+    shard_count = len(list(shards.glob("*.arrow")))
+    while process.poll() is None and len(list(shards.glob("*.arrow"))) == shard_count:
         time.sleep(0.02)
-    stopped.send_signal(blow)
-    _, err = stopped.communicate(timeout=300)
-    assert stopped.returncode == (130 if blow is signal.SIGINT else -blow), err
-    return err
+    process.send_signal(stop_signal)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == (130 if stop_signal is signal.SIGINT else -stop_signal), errors
+    return errors
 
 
-def test_an_extraction_that_ctrl_c_and_kill_9_stopped_ends_with_the_same_bytes(
-    drawn, whole, tmp_path
+def test_interrupted_and_killed_extraction_resumes_to_the_same_bytes(
+    drawn, reference_store, tmp_path
 ):
     shards = tmp_path / "stopped" / "shards"
-    output = strike(start(tmp_path, drawn, "stopped"), shards, signal.SIGINT)
+    output = stop_after_next_shard(start(tmp_path, drawn, "stopped"), shards, signal.SIGINT)
     assert "Run the same command again" in output
-    strike(start(tmp_path, drawn, "stopped"), shards, signal.SIGKILL)
-    done = list(shards.glob("*.arrow"))
+    stop_after_next_shard(start(tmp_path, drawn, "stopped"), shards, signal.SIGKILL)
+    shards_before = list(shards.glob("*.arrow"))
     assert not (tmp_path / "stopped" / "manifest.json").exists()
-    again = finish(start(tmp_path, drawn, "stopped"))
-    assert again["counts"]["decoded"] < 72 - 8
-    assert again["counts"]["decoded"] + again["counts"]["reused"] == 72
-    assert {shard.name for shard in done} < {shard.name for shard in shards.glob("*.arrow")}
+    result = finish(start(tmp_path, drawn, "stopped"))
+    assert result["counts"]["decoded"] < 72 - 8
+    assert result["counts"]["decoded"] + result["counts"]["reused"] == 72
+    assert {shard.name for shard in shards_before} < {
+        shard.name for shard in shards.glob("*.arrow")
+    }
     for name in ("manifest.json", *(f"shards/{file.name}" for file in shards.glob("*.arrow"))):
-        assert (tmp_path / "stopped" / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == (reference_store / name).read_bytes()
 
 
 # ------------------------------------------------------------------------- two workers on a Ray
 
 SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
 CHUNKS = ["--chunk-size", "8"]
-SECONDS = 40  # from a signal to the end; 4 to 10 where nothing else runs
+STOP_TIMEOUT_SECONDS = 40  # from the signal to the end; 4 to 10 seconds on an idle machine
 
 
 @dataclass(frozen=True)
-class Place:
+class CommandFolder:
     """A folder with a tracking store, and commands of two workers in it."""
 
     folder: Path
 
     def start(self, *words: object) -> subprocess.Popen[str]:
-        """A command with a Ray of its own, as a terminal starts it."""
+        """Start a command with a Ray of its own, as from a terminal."""
         env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
         return forks.Popen(
             [sys.executable, "-m", "arrowhead", *map(str, words), "--workers", "2"],
@@ -96,37 +100,40 @@ class Place:
         )
 
     def processes(self) -> dict[int, str]:
-        """Command lines, by process id, of what the commands have started."""
-        mark, result = f"STOPPED_FOLDER={self.folder}\0".encode(), {}
+        """Command lines, by process id, of all processes that the commands have started."""
+        marker, result = f"STOPPED_FOLDER={self.folder}\0".encode(), {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
-                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-                    result[int(entry.name)] = line.decode(errors="replace")
+                if entry.name.isdigit() and marker in (entry / "environ").read_bytes() + b"\0":
+                    command_line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    result[int(entry.name)] = command_line.decode(errors="replace")
         return result
 
     def stop(
-        self, command: subprocess.Popen[str], blow: signal.Signals, there: Callable[[], object]
+        self,
+        command: subprocess.Popen[str],
+        stop_signal: signal.Signals,
+        condition: Callable[[], object],
     ) -> str:
-        """Stop a command when something is there; what it said. It leaves no process behind."""
-        until = time.monotonic() + 300
-        while command.poll() is None and not there():
-            assert time.monotonic() < until
+        """Stop a command when the condition holds; return its stderr. No process may remain."""
+        deadline = time.monotonic() + 300
+        while command.poll() is None and not condition():
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         assert command.poll() is None, command.communicate()
-        command.send_signal(blow)
-        _, output = command.communicate(timeout=SECONDS)
+        command.send_signal(stop_signal)
+        _, output = command.communicate(timeout=STOP_TIMEOUT_SECONDS)
         assert command.returncode == 130, output
         assert "Run the same command again" in output
         assert "Traceback" not in output
-        until = time.monotonic() + 5  # what was killed takes a moment
-        while left := self.processes():
-            assert time.monotonic() < until, left
+        deadline = time.monotonic() + 5  # killed processes take a moment to disappear
+        while remaining := self.processes():
+            assert time.monotonic() < deadline, remaining
             time.sleep(0.1)
         return output
 
     def runs(self, verb: str) -> list[str]:
-        """How the runs of a verb and their children ended, the oldest first."""
+        """Final status of the runs of a verb and their children, oldest first."""
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
@@ -136,82 +143,92 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, tracked: Callable[[Path], Path]) -> Iterator[Place]:
-    result = Place(tracked(tmp_path))
+def command_folder(tmp_path: Path, tracked: Callable[[Path], Path]) -> Iterator[CommandFolder]:
+    result = CommandFolder(tracked(tmp_path))
     yield result
     for pid in result.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def is_there(place: Place, word: str) -> Callable[[], bool]:
-    return lambda: any(word in line for line in place.processes().values())
+def process_runs(command_folder: CommandFolder, text: str) -> Callable[[], bool]:
+    return lambda: any(text in line for line in command_folder.processes().values())
 
 
-def test_two_workers_that_are_stopped_while_ray_starts_and_while_they_decode_go_on(place, drawn):
-    words = ["precompute", drawn, "store", *SMALL, *CHUNKS]
-    shards = place.folder / "store" / "shards"
-    output = place.stop(place.start(*words), signal.SIGTERM, is_there(place, "/raylet/raylet "))
+def test_two_workers_stopped_during_ray_start_and_decoding_resume(command_folder, drawn):
+    arguments = ["precompute", drawn, "store", *SMALL, *CHUNKS]
+    shards = command_folder.folder / "store" / "shards"
+    output = command_folder.stop(
+        command_folder.start(*arguments),
+        signal.SIGTERM,
+        process_runs(command_folder, "/raylet/raylet "),
+    )
     assert "interrupted by SIGTERM" in output
-    assert place.runs("precompute") == ["KILLED"]
-    place.stop(place.start(*words), signal.SIGINT, lambda: list(shards.glob("*.arrow")))
-    assert place.runs("precompute") == ["KILLED", "KILLED"]
-    done = len(list(shards.glob("*.arrow")))
-    assert done
-    again = finish(place.start(*words, "--json"))
-    assert again["counts"]["skipped"] >= done
-    assert again["counts"]["decoded"] + again["counts"]["reused"] == 72
-    assert place.runs("precompute") == ["KILLED", "KILLED", "FINISHED"]
+    assert command_folder.runs("precompute") == ["KILLED"]
+    command_folder.stop(
+        command_folder.start(*arguments), signal.SIGINT, lambda: list(shards.glob("*.arrow"))
+    )
+    assert command_folder.runs("precompute") == ["KILLED", "KILLED"]
+    shards_before = len(list(shards.glob("*.arrow")))
+    assert shards_before
+    result = finish(command_folder.start(*arguments, "--json"))
+    assert result["counts"]["skipped"] >= shards_before
+    assert result["counts"]["decoded"] + result["counts"]["reused"] == 72
+    assert command_folder.runs("precompute") == ["KILLED", "KILLED", "FINISHED"]
 
 
-def test_two_workers_that_are_stopped_while_they_train_go_on_in_the_same_run(place, drawn, command):
-    command("precompute", drawn, place.folder / "store", *SMALL)
-    words = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
-    words += ["--checkpoint-seconds", "0"]
+def test_two_workers_stopped_during_training_resume_in_the_same_run(command_folder, drawn, command):
+    command("precompute", drawn, command_folder.folder / "store", *SMALL)
+    arguments = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
+    arguments += ["--checkpoint-seconds", "0"]
 
-    def kept() -> set[str]:
-        return {path.name for path in (place.folder / ".b.training").rglob("heads-*")}
+    def checkpoints() -> set[str]:
+        return {path.name for path in (command_folder.folder / ".b.training").rglob("heads-*")}
 
-    place.stop(place.start(*words), signal.SIGTERM, kept)
-    first = kept()
-    assert first
-    before = place.runs("train")
-    assert {*before} == {"KILLED"}
-    place.stop(place.start(*words), signal.SIGHUP, lambda: kept() - first)
-    assert max(kept()) > max(first)
-    assert place.runs("train") == before
-
-
-def test_two_workers_that_are_stopped_while_they_score_go_on(place, drawn, bundled):
-    words = ["score", bundled(), drawn, "scores", *CHUNKS]
-    parts = place.folder / "scores" / "parts"
-    place.stop(place.start(*words), signal.SIGTERM, lambda: list(parts.glob("part-*")))
-    done = len(list(parts.glob("part-*")))
-    assert done
-    assert place.runs("score") == ["KILLED"]
-    again = finish(place.start(*words, "--json"))
-    assert again["counts"]["skipped"] >= done
-    assert place.runs("score") == ["KILLED", "FINISHED"]
+    command_folder.stop(command_folder.start(*arguments), signal.SIGTERM, checkpoints)
+    first_checkpoints = checkpoints()
+    assert first_checkpoints
+    statuses_before = command_folder.runs("train")
+    assert {*statuses_before} == {"KILLED"}
+    command_folder.stop(
+        command_folder.start(*arguments), signal.SIGHUP, lambda: checkpoints() - first_checkpoints
+    )
+    assert max(checkpoints()) > max(first_checkpoints)
+    assert command_folder.runs("train") == statuses_before
 
 
-def test_a_stopped_run_is_killed_though_its_ray_answers_no_more(place, drawn, command):
-    """Whoever stops a whole service stops Ray's processes, too: nothing may be asked of them."""
-    command("precompute", drawn, place.folder / "store", *SMALL)
-    words = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
-    train = place.start(*words, "--checkpoint-seconds", "0")
-    until = time.monotonic() + 300
-    while not list((place.folder / ".b.training").glob("attempt-*/heads-??????")):
+def test_two_workers_stopped_during_scoring_resume(command_folder, drawn, bundled):
+    arguments = ["score", bundled(), drawn, "scores", *CHUNKS]
+    parts = command_folder.folder / "scores" / "parts"
+    command_folder.stop(
+        command_folder.start(*arguments), signal.SIGTERM, lambda: list(parts.glob("part-*"))
+    )
+    parts_before = len(list(parts.glob("part-*")))
+    assert parts_before
+    assert command_folder.runs("score") == ["KILLED"]
+    result = finish(command_folder.start(*arguments, "--json"))
+    assert result["counts"]["skipped"] >= parts_before
+    assert command_folder.runs("score") == ["KILLED", "FINISHED"]
+
+
+def test_stopped_run_is_marked_killed_though_ray_is_unresponsive(command_folder, drawn, command):
+    """A stopped service stops Ray's processes, too, so nothing may depend on their answers."""
+    command("precompute", drawn, command_folder.folder / "store", *SMALL)
+    arguments = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
+    train = command_folder.start(*arguments, "--checkpoint-seconds", "0")
+    deadline = time.monotonic() + 300
+    while not list((command_folder.folder / ".b.training").glob("attempt-*/heads-??????")):
         assert train.poll() is None, train.communicate()
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    for pid, line in place.processes().items():
+    for pid, line in command_folder.processes().items():
         if "/raylet/raylet " in line or "gcs_server " in line:
             os.kill(pid, signal.SIGSTOP)
     train.send_signal(signal.SIGTERM)
-    until = time.monotonic() + 30  # after 60, Ray itself would end the process
-    while "RUNNING" in place.runs("train"):
-        assert time.monotonic() < until
+    deadline = time.monotonic() + 30  # after 60 seconds Ray itself would end the process
+    while "RUNNING" in command_folder.runs("train"):
+        assert time.monotonic() < deadline
         time.sleep(0.5)
-    assert {*place.runs("train")} == {"KILLED"}
+    assert {*command_folder.runs("train")} == {"KILLED"}
     train.kill()
     train.communicate(timeout=30)
