@@ -1,7 +1,6 @@
 """Tables and object stores as sources: the catalog equals the table, on S3 as on disk.
 
-The S3 here is a real server (moto) that the tests start; `memory://` stands for every other store
-that fsspec opens.
+S3 is a real server (moto) that the tests start; `memory://` stands for every other fsspec store.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from arrowhead.data.source_config import SourceConfig
 NAMES = st.binary(min_size=1, max_size=20).filter(
     lambda name: not set(name) & {0, ord("/")} and name not in (b".", b"..")
 )
-ODD = (
+UNUSUAL_KEYS = (
     "a b.jpg",
     "caf\u00e9 \U0001f415.jpg",
     "back\\slash.jpg",
@@ -40,31 +39,31 @@ ODD = (
 )
 
 
-def _put(root: Path, *names: str) -> Path:
+def _write_files(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode())
     return root
 
 
-def _table(root: Path, content: str | bytes, name: str = "t.csv") -> Path:
+def _write_table(root: Path, content: str | bytes, name: str = "t.csv") -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return root / name
 
 
-def _rows(catalog: Catalog) -> list[tuple[str, tuple[str, ...], str]]:
+def _rows_of(catalog: Catalog) -> list[tuple[str, tuple[str, ...], str]]:
     return list(zip(catalog.paths, catalog.labels, catalog.splits, strict=True))
 
 
 # --------------------------------------------------------------------------------- tables
 
 
-def test_a_table_gives_paths_labels_and_splits(tmp_path: Path) -> None:
-    _put(tmp_path, "b/2.jpg", "a/1.jpg", "3.jpg")
+def test_table_gives_paths_labels_and_splits(tmp_path: Path) -> None:
+    _write_files(tmp_path, "b/2.jpg", "a/1.jpg", "3.jpg")
     table = "path,labels,split\nb/2.jpg,dog,train\na/1.jpg,cat,valid\n3.jpg,cat,train\n"
-    catalog = sources.labelled_catalog(_table(tmp_path, table))
-    assert _rows(catalog) == [
+    catalog = sources.labelled_catalog(_write_table(tmp_path, table))
+    assert _rows_of(catalog) == [
         ("3.jpg", ("cat",), "train"),
         ("a/1.jpg", ("cat",), "valid"),
         ("b/2.jpg", ("dog",), "train"),
@@ -76,10 +75,10 @@ def test_a_table_gives_paths_labels_and_splits(tmp_path: Path) -> None:
     assert not catalog.multi
 
 
-def test_labels_with_spaces_are_one_label_each(tmp_path: Path) -> None:
-    _put(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+def test_label_with_spaces_is_one_label(tmp_path: Path) -> None:
+    _write_files(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     table = "path,labels\n1.jpg,American Bobtail\n2.jpg,American Curl\n3.jpg,Saint Bernard\n"
-    catalog = sources.labelled_catalog(_table(tmp_path, table))
+    catalog = sources.labelled_catalog(_write_table(tmp_path, table))
     assert catalog.classes == ["American Bobtail", "American Curl", "Saint Bernard"]
     assert not catalog.multi
     assert catalog.notes == ()
@@ -108,21 +107,21 @@ def test_labels_with_spaces_are_one_label_each(tmp_path: Path) -> None:
         ("path,tags\n1,sea sun\n2,fog\n", {"label_separator": ""}, [("sea sun",), ("fog",)]),
     ],
 )
-def test_several_labels_of_an_image_are_asked_for_by_flag_by_tags_or_by_lists(
+def test_multi_label_cells_are_enabled_by_flag_tags_column_or_list_syntax(
     tmp_path: Path, content: str, config: dict[str, Any], labels: list[tuple[str, ...]]
 ) -> None:
-    _put(tmp_path, "1", "2", "3")
-    catalog = sources.labelled_catalog(_table(tmp_path, content), SourceConfig(**config))
+    _write_files(tmp_path, "1", "2", "3")
+    catalog = sources.labelled_catalog(_write_table(tmp_path, content), SourceConfig(**config))
     assert catalog.labels == labels
     assert catalog.multi == any(len(names) > 1 for names in labels)
     assert not catalog.multi or "labels for each image" in " ".join(catalog.notes)
 
 
-def test_a_column_that_looks_like_several_labels_is_said_and_kept_as_one(tmp_path: Path) -> None:
+def test_column_that_looks_multi_label_is_reported_and_read_as_one_label(tmp_path: Path) -> None:
     cells = ["haze primary", "clear primary", "clear", "haze", "haze water", "clear water"]
-    _put(tmp_path, *map(str, range(6)))
+    _write_files(tmp_path, *map(str, range(6)))
     rows = "".join(f"{n},{cell}\n" for n, cell in enumerate(cells))
-    catalog = sources.labelled_catalog(_table(tmp_path, f"path,labels\n{rows}"))
+    catalog = sources.labelled_catalog(_write_table(tmp_path, f"path,labels\n{rows}"))
     assert catalog.classes == sorted(cells)
     assert "--multi-label" in " ".join(catalog.notes)
 
@@ -131,11 +130,11 @@ def test_a_column_that_looks_like_several_labels_is_said_and_kept_as_one(tmp_pat
     ("config", "word"),
     [({"multi_label": True}, "one in every cell"), ({"label_separator": "|"}, "one in every cell")],
 )
-def test_several_labels_that_no_cell_has_are_refused(
+def test_multi_label_setting_without_such_cells_is_refused(
     tmp_path: Path, config: dict[str, Any], word: str
 ) -> None:
-    _put(tmp_path, "1", "2")
-    table = _table(tmp_path, "path,labels\n1,cat\n2,dog\n")
+    _write_files(tmp_path, "1", "2")
+    table = _write_table(tmp_path, "path,labels\n1,cat\n2,dog\n")
     with pytest.raises(ConfigError, match=word):
         sources.labelled_catalog(table, SourceConfig(**config))
     with pytest.raises(ConfigError, match="empty --label-separator"):
@@ -149,43 +148,47 @@ def test_several_labels_that_no_cell_has_are_refused(
         ("image,class", {}),
         ("Filename,Breed", {}),
         ("id,species", {}),
-        ("ID,filepaths,Labels", {}),  # an id beside a path is an id
-        ("file_name,what it is", {}),  # the only column that is left
-        ("photo of,category", {}),  # its cells are names of images
+        ("ID,filepaths,Labels", {}),  # an id is ignored if there is a path
+        ("file_name,what it is", {}),  # the only remaining column
+        ("photo of,category", {}),  # its cells name images
         ("one,two", {"path_column": "one", "label_column": "Two"}),
         ("image,path,class,label", {"path_column": "image", "label_column": "class"}),
     ],
 )
-def test_columns_are_guessed_where_that_is_clear_and_said(
+def test_unambiguous_columns_are_detected_and_reported(
     tmp_path: Path, header: str, config: dict[str, Any]
 ) -> None:
-    _put(tmp_path, "1.jpg", "2.jpg")
+    _write_files(tmp_path, "1.jpg", "2.jpg")
     cells = {2: ["{0}.jpg,{1}"], 3: ["7,{0}.jpg,{1}"], 4: ["{0}.jpg,x,{1},y"]}[
         header.count(",") + 1
     ]
     rows = "".join(cells[0].format(n, label) + "\n" for n, label in ((1, "a cat"), (2, "dog")))
     catalog = sources.labelled_catalog(
-        _table(tmp_path, f"{header}\n{rows}"), SourceConfig(**config)
+        _write_table(tmp_path, f"{header}\n{rows}"), SourceConfig(**config)
     )
-    assert _rows(catalog) == [("1.jpg", ("a cat",), ""), ("2.jpg", ("dog",), "")]
-    guessed = header != "path,label" and not config
-    assert any("guessed: column" in note for note in catalog.notes) == guessed
+    assert _rows_of(catalog) == [("1.jpg", ("a cat",), ""), ("2.jpg", ("dog",), "")]
+    detected = header != "path,label" and not config
+    assert any("guessed: column" in note for note in catalog.notes) == detected
 
 
-def test_ids_are_completed_and_found_in_folders_below(tmp_path: Path) -> None:
-    _put(tmp_path, "pics/train/cats/cat.1.jpg", "pics/valid/dogs/dog.2.jpg", "pics/dog.3.jpg")
-    table = _table(tmp_path, "id,breed\ncat.1,American Curl\ndog.2,Saint Bernard\ndog.3,Pug\n")
-    pics = str(tmp_path / "pics")
-    catalog = sources.labelled_catalog(table, SourceConfig(images=pics, suffix=".jpg"))
+def test_image_ids_are_completed_and_found_in_subfolders(tmp_path: Path) -> None:
+    _write_files(
+        tmp_path, "pics/train/cats/cat.1.jpg", "pics/valid/dogs/dog.2.jpg", "pics/dog.3.jpg"
+    )
+    table = _write_table(
+        tmp_path, "id,breed\ncat.1,American Curl\ndog.2,Saint Bernard\ndog.3,Pug\n"
+    )
+    images = str(tmp_path / "pics")
+    catalog = sources.labelled_catalog(table, SourceConfig(images=images, suffix=".jpg"))
     assert catalog.paths == ["dog.3.jpg", "train/cats/cat.1.jpg", "valid/dogs/dog.2.jpg"]
     assert catalog.sizes.min() > 0
     assert "2 of 3 images found by name" in " ".join(catalog.notes)
-    with pytest.raises(ConfigError) as refusal:
-        sources.labelled_catalog(table, SourceConfig(images=pics))
-    assert "--suffix .jpg" in refusal.value.do
-    _put(tmp_path, "pics/other/cat.1.jpg")
+    with pytest.raises(ConfigError) as error_info:
+        sources.labelled_catalog(table, SourceConfig(images=images))
+    assert "--suffix .jpg" in error_info.value.do
+    _write_files(tmp_path, "pics/other/cat.1.jpg")
     with pytest.raises(ConfigError, match=r"line 2: cat.1.jpg is in several folders"):
-        sources.labelled_catalog(table, SourceConfig(images=pics, suffix=".jpg"))
+        sources.labelled_catalog(table, SourceConfig(images=images, suffix=".jpg"))
 
 
 @pytest.mark.parametrize(
@@ -202,17 +205,17 @@ def test_ids_are_completed_and_found_in_folders_below(tmp_path: Path) -> None:
         ("is_train", ("1", "0", "1"), ("train", "valid", "train")),
         ("split", ("0", "1", "0"), ("train", "valid", "train")),
         ("is_valid,is_test", ("0,0", "1,0", "0,1"), ("train", "valid", "test")),
-        ("set", ("train", "blue", ""), ("", "", "")),  # some other set
+        ("set", ("train", "blue", ""), ("", "", "")),  # another image set
     ],
 )
-def test_splits_are_words_or_yes_and_no(
+def test_split_columns_hold_names_or_booleans(
     tmp_path: Path, header: str, words: tuple[str, ...], splits: tuple[str, ...]
 ) -> None:
-    _put(tmp_path, *(f"{n}.jpg" for n in range(9)))
+    _write_files(tmp_path, *(f"{n}.jpg" for n in range(9)))
     rows = "".join(
         f"{3 * at + n}.jpg,{'abc'[n]},{word}\n" for at, word in enumerate(words) for n in range(3)
     )
-    catalog = sources.labelled_catalog(_table(tmp_path, f"path,label,{header}\n{rows}"))
+    catalog = sources.labelled_catalog(_write_table(tmp_path, f"path,label,{header}\n{rows}"))
     assert catalog.splits == [split for split in splits for _ in range(3)]
 
 
@@ -231,58 +234,67 @@ def test_splits_are_words_or_yes_and_no(
         ("t.csv", 'label, path\nMöps, dö/1.jpg\n"cat, fat", dö/2.jpg\n'.encode()),
     ],
 )
-def test_tables_are_read_as_people_save_them(tmp_path: Path, name: str, content: bytes) -> None:
-    _put(tmp_path, "dö/1.jpg", "dö/2.jpg")
-    catalog = sources.labelled_catalog(_table(tmp_path, content, name))
-    assert _rows(catalog) == [("dö/1.jpg", ("Möps",), ""), ("dö/2.jpg", ("cat, fat",), "")]
+def test_common_table_formats_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    _write_files(tmp_path, "dö/1.jpg", "dö/2.jpg")
+    catalog = sources.labelled_catalog(_write_table(tmp_path, content, name))
+    assert _rows_of(catalog) == [("dö/1.jpg", ("Möps",), ""), ("dö/2.jpg", ("cat, fat",), "")]
     assert catalog.sizes.min() > 0
 
 
-SCRIPTS = ("猫 一二三", "изба", "γάτα", "بسة", "ねこ", "고양이", "แมว", "बिल्ली", "🐈🐕", "Möps")
+CLASS_NAMES_BY_SCRIPT = (
+    "猫 一二三",
+    "изба",
+    "γάτα",
+    "بسة",
+    "ねこ",
+    "고양이",
+    "แมว",
+    "बिल्ली",
+    "🐈🐕",
+    "Möps",
+)
 
 
 @pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_utf_16_without_a_byte_order_mark_is_read_in_any_script(
-    tmp_path: Path, script: str, code: str
-) -> None:
+@pytest.mark.parametrize("script", CLASS_NAMES_BY_SCRIPT)
+def test_utf_16_without_bom_is_read_in_any_script(tmp_path: Path, script: str, code: str) -> None:
     names = [f"{script}/{script * 9}{n}.jpg" for n in range(3)]
-    _put(tmp_path, *names)
+    _write_files(tmp_path, *names)
     text = "path,label\n" + "".join(f"{name},{script * 20} {name[-5]}\n" for name in names)
-    rows = _rows(sources.labelled_catalog(_table(tmp_path, text.encode(code))))
+    rows = _rows_of(sources.labelled_catalog(_write_table(tmp_path, text.encode(code))))
     assert rows == [(name, (f"{script * 20} {name[-5]}",), "") for name in names]
-    table = _table(tmp_path, "".join(f"{name}\r\n" for name in names).encode(code), "t.txt")
+    table = _write_table(tmp_path, "".join(f"{name}\r\n" for name in names).encode(code), "t.txt")
     assert sources.unlabelled_catalog(table).paths == names
 
 
 @pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])
-def test_a_letter_that_is_n_in_the_other_order_does_not_turn_a_table_around(
+def test_character_that_is_latin_when_byte_swapped_keeps_the_byte_order(
     tmp_path: Path, code: str
 ) -> None:
-    _put(tmp_path, "1.jpg", "2.jpg")
+    _write_files(tmp_path, "1.jpg", "2.jpg")
     text = f"path,label\n1.jpg,{'一' * 99}\n2.jpg,{'丁' * 99}\n"
-    catalog = sources.labelled_catalog(_table(tmp_path, text.encode(code)))
+    catalog = sources.labelled_catalog(_write_table(tmp_path, text.encode(code)))
     assert catalog.classes == ["一" * 99, "丁" * 99]
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.txt"])
 @pytest.mark.parametrize("content", [b"path,label\n1.jpg,c\0t\n2.jpg,dog\n", b"\0" * 64])
-def test_bytes_that_are_no_text_are_refused_for_that(
+def test_binary_file_as_a_table_is_refused_as_binary(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     with pytest.raises(ConfigError, match=r"holds NUL bytes|is UTF-32"):
-        sources.unlabelled_catalog(_table(tmp_path, content, name))
+        sources.unlabelled_catalog(_write_table(tmp_path, content, name))
 
 
 @pytest.mark.parametrize(
     "address",
     ["https://me:secret@example.org/photos?key=secret", "HTTP://example.org/t.csv", "ftp://x/y"],
 )
-def test_a_web_address_is_refused_for_what_it_is(tmp_path: Path, address: str) -> None:
+def test_web_address_as_a_source_is_refused_as_such(tmp_path: Path, address: str) -> None:
     from arrowhead.bundle import resolve
 
-    _put(tmp_path, "1.jpg", "2.jpg")
-    table = _table(tmp_path, f"path,label\n1.jpg,cat\n{address}/2.jpg,dog\n")
+    _write_files(tmp_path, "1.jpg", "2.jpg")
+    table = _write_table(tmp_path, f"path,label\n1.jpg,cat\n{address}/2.jpg,dog\n")
     for ask in (
         lambda: sources.labelled_catalog(address),
         lambda: sources.unlabelled_catalog(address),
@@ -291,10 +303,10 @@ def test_a_web_address_is_refused_for_what_it_is(tmp_path: Path, address: str) -
         lambda: sources.labelled_catalog(table),
         lambda: sources.labelled_catalog(table, SourceConfig(images=address)),
     ):
-        with pytest.raises(ConfigError, match="is a web address") as refusal:
+        with pytest.raises(ConfigError, match="is a web address") as error_info:
             ask()
-        assert "download it first" in refusal.value.do
-        assert "secret" not in str(refusal.value)
+        assert "download it first" in error_info.value.do
+        assert "secret" not in str(error_info.value)
     with pytest.raises(ConfigError, match=r"t\.csv, line 3: "):
         sources.labelled_catalog(table)
     with pytest.raises(ConfigError, match="is an address of HDFS"):
@@ -315,29 +327,29 @@ def test_a_web_address_is_refused_for_what_it_is(tmp_path: Path, address: str) -
         (b"path,label,is_val,is_valid\n1.jpg,cat,0,1\n", ["is_val and is_valid", "both be meant"]),
     ],
 )
-def test_tables_that_cannot_be_read_are_refused_for_the_true_cause(
+def test_unreadable_tables_are_refused_with_the_actual_cause(
     tmp_path: Path, content: bytes, words: list[str]
 ) -> None:
-    _put(tmp_path, "1.jpg", "2.jpg")
-    with pytest.raises(ConfigError) as refusal:
-        sources.labelled_catalog(_table(tmp_path, content))
+    _write_files(tmp_path, "1.jpg", "2.jpg")
+    with pytest.raises(ConfigError) as error_info:
+        sources.labelled_catalog(_write_table(tmp_path, content))
     for word in words:
-        assert word in refusal.value.found
+        assert word in error_info.value.found
 
 
-def test_a_column_that_does_not_split_is_told_its_words_and_not_its_commas(tmp_path: Path) -> None:
-    _put(tmp_path, "1.jpg", "2.jpg")
-    table = _table(tmp_path, "path;label;check\n1.jpg;cat;ja\n2.jpg;dog;nein\n")
-    with pytest.raises(ConfigError) as refusal:
+def test_invalid_split_values_are_refused_with_the_valid_ones(tmp_path: Path) -> None:
+    _write_files(tmp_path, "1.jpg", "2.jpg")
+    table = _write_table(tmp_path, "path;label;check\n1.jpg;cat;ja\n2.jpg;dog;nein\n")
+    with pytest.raises(ConfigError) as error_info:
         sources.labelled_catalog(table, SourceConfig(split_column="check"))
-    assert "line 2: it has 'ja' as check" in refusal.value.found
-    assert refusal.value.wanted.startswith("one of train, val and test in every line")
-    assert "write these words" in refusal.value.do
+    assert "line 2: it has 'ja' as check" in error_info.value.found
+    assert error_info.value.wanted.startswith("one of train, val and test in every line")
+    assert "write these words" in error_info.value.do
 
 
-def test_a_list_may_be_of_windows_too(tmp_path: Path) -> None:
-    _put(tmp_path, "d/1.jpg", "d/2.jpg")
-    table = _table(tmp_path, "d\\2.jpg\r\nd\\1.jpg\r\n".encode("utf-16"), "t.txt")
+def test_list_from_windows_is_read(tmp_path: Path) -> None:
+    _write_files(tmp_path, "d/1.jpg", "d/2.jpg")
+    table = _write_table(tmp_path, "d\\2.jpg\r\nd\\1.jpg\r\n".encode("utf-16"), "t.txt")
     catalog = sources.unlabelled_catalog(table)
     assert catalog.paths == ["d/2.jpg", "d/1.jpg"]
     assert catalog.sizes.min() > 0
@@ -351,15 +363,15 @@ def test_a_list_may_be_of_windows_too(tmp_path: Path) -> None:
         ("t.tsv", b"path\tlabels\na b.jpg\tcat\nb.jpg\tdog\n"),
     ],
 )
-def test_the_dialects_of_spreadsheets_are_read(tmp_path: Path, name: str, content: bytes) -> None:
-    _put(tmp_path, "a b.jpg", "b.jpg")
-    catalog = sources.labelled_catalog(_table(tmp_path, content, name))
-    assert _rows(catalog) == [("a b.jpg", ("cat",), ""), ("b.jpg", ("dog",), "")]
+def test_spreadsheet_dialects_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    _write_files(tmp_path, "a b.jpg", "b.jpg")
+    catalog = sources.labelled_catalog(_write_table(tmp_path, content, name))
+    assert _rows_of(catalog) == [("a b.jpg", ("cat",), ""), ("b.jpg", ("dog",), "")]
 
 
 @given(st.dictionaries(NAMES, st.sampled_from(["cat", "dog", "\U0001f98a fox"]), min_size=1))
 @settings(max_examples=100, deadline=None)
-def test_a_name_of_any_bytes_survives_a_table(labels: dict[bytes, str]) -> None:
+def test_any_file_name_survives_a_table(labels: dict[bytes, str]) -> None:
     labels |= {b"first.jpg": "cat", b"second.jpg": "dog"}
     with tempfile.TemporaryDirectory() as folder:
         content = io.StringIO(newline="")
@@ -372,7 +384,7 @@ def test_a_name_of_any_bytes_survives_a_table(labels: dict[bytes, str]) -> None:
             os.close(handle)
         with tempfile.TemporaryDirectory() as elsewhere:
             encoded = content.getvalue().encode("utf-8", "surrogateescape")
-            table = _table(Path(elsewhere), encoded)
+            table = _write_table(Path(elsewhere), encoded)
             config = SourceConfig(images=folder, label_separator="")
             catalog = sources.labelled_catalog(table, config)
         assert {
@@ -384,9 +396,9 @@ def test_a_name_of_any_bytes_survives_a_table(labels: dict[bytes, str]) -> None:
         assert catalog.read_file(0, 9) == (b"12345", None)
 
 
-def test_paths_start_at_the_folder_of_images_and_take_a_suffix(tmp_path: Path) -> None:
-    _put(tmp_path, "pics/1.jpg", "pics/2.jpg")
-    table = _table(tmp_path / "tables", "path,labels\n1,cat\n2,dog\n")
+def test_paths_are_relative_to_the_image_folder_and_take_a_suffix(tmp_path: Path) -> None:
+    _write_files(tmp_path, "pics/1.jpg", "pics/2.jpg")
+    table = _write_table(tmp_path / "tables", "path,labels\n1,cat\n2,dog\n")
     config = SourceConfig(images=str(tmp_path / "pics"), suffix=".jpg")
     catalog = sources.labelled_catalog(table, config)
     assert catalog.paths == ["1.jpg", "2.jpg"]
@@ -394,17 +406,19 @@ def test_paths_start_at_the_folder_of_images_and_take_a_suffix(tmp_path: Path) -
     assert sources.unlabelled_catalog(table, config).paths == catalog.paths
 
 
-def test_paths_that_leave_the_folder_move_the_root_up(tmp_path: Path) -> None:
-    _put(tmp_path, "here/1.jpg", "there/2.jpg", "here/sub/3.jpg")
+def test_paths_outside_the_folder_move_the_root_up(tmp_path: Path) -> None:
+    _write_files(tmp_path, "here/1.jpg", "there/2.jpg", "here/sub/3.jpg")
     content = (
         f"path,labels\n./1.jpg,cat\n../there/2.jpg,dog\n{tmp_path}/here/sub/../sub//3.jpg,cat\n"
     )
-    catalog = sources.labelled_catalog(_table(tmp_path / "here", content))
+    catalog = sources.labelled_catalog(_write_table(tmp_path / "here", content))
     assert catalog.root == path_text.resolve(tmp_path)
     assert catalog.paths == ["here/1.jpg", "here/sub/3.jpg", "there/2.jpg"]
     assert catalog.sizes.min() > 0
     inside = sources.labelled_catalog(
-        _table(tmp_path / "here", f"path,labels\nsub/../1.jpg,a\n{tmp_path}/here/sub/3.jpg,b\n")
+        _write_table(
+            tmp_path / "here", f"path,labels\nsub/../1.jpg,a\n{tmp_path}/here/sub/3.jpg,b\n"
+        )
     )
     assert (inside.root, inside.paths) == (
         path_text.resolve(tmp_path / "here"),
@@ -412,19 +426,19 @@ def test_paths_that_leave_the_folder_move_the_root_up(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_is_not_there_stays_a_row(tmp_path: Path) -> None:
-    _put(tmp_path, "1.jpg")
+def test_missing_file_stays_a_row(tmp_path: Path) -> None:
+    _write_files(tmp_path, "1.jpg")
     catalog = sources.labelled_catalog(
-        _table(tmp_path, "path,labels\n1.jpg,cat\ngone.jpg,dog\nno/2.jpg,dog\n")
+        _write_table(tmp_path, "path,labels\n1.jpg,cat\ngone.jpg,dog\nno/2.jpg,dog\n")
     )
     assert catalog.sizes.tolist() == [5, -1, -1]
     assert catalog.read_file(1, 99) == (b"", "unreadable: No such file or directory")
 
 
-def test_a_table_may_name_hidden_files_and_odd_ones(tmp_path: Path) -> None:
-    _put(tmp_path, ".a.jpg", "__MACOSX/b.jpg")
+def test_table_may_name_hidden_and_unusual_files(tmp_path: Path) -> None:
+    _write_files(tmp_path, ".a.jpg", "__MACOSX/b.jpg")
     catalog = sources.labelled_catalog(
-        _table(tmp_path, "path,labels\n.a.jpg,cat\n__MACOSX/b.jpg,dog\n")
+        _write_table(tmp_path, "path,labels\n.a.jpg,cat\n__MACOSX/b.jpg,dog\n")
     )
     assert catalog.sizes.tolist() == [6, 14]
 
@@ -456,26 +470,26 @@ def test_a_table_may_name_hidden_files_and_odd_ones(tmp_path: Path) -> None:
         ("path,labels\n1.jpg,cat\ns3://b/2.jpg,dog\n", ["several places", "line 3", "line 2"]),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_refused_with_file_and_line(
+def test_invalid_table_is_refused_with_file_and_line(
     tmp_path: Path, content: str, words: list[str]
 ) -> None:
-    _put(tmp_path, "1.jpg", "2.jpg", "3.jpg")
-    table = _table(tmp_path, content)
-    with pytest.raises(ConfigError) as refusal:
+    _write_files(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    table = _write_table(tmp_path, content)
+    with pytest.raises(ConfigError) as error_info:
         sources.labelled_catalog(table)
     for word in (*words, str(table)):
-        assert word in refusal.value.found
-    assert refusal.value.wanted
-    assert refusal.value.do
+        assert word in error_info.value.found
+    assert error_info.value.wanted
+    assert error_info.value.do
 
 
-def test_a_missing_table_is_refused(tmp_path: Path) -> None:
+def test_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         sources.labelled_catalog(tmp_path / "no.csv")
 
 
-def test_a_folder_called_like_a_table_is_a_folder(tmp_path: Path) -> None:
-    _put(tmp_path / "set.csv", "cat/1.jpg", "dog/2.jpg")
+def test_folder_with_a_table_like_name_is_a_folder(tmp_path: Path) -> None:
+    _write_files(tmp_path / "set.csv", "cat/1.jpg", "dog/2.jpg")
     assert sources.labelled_catalog(tmp_path / "set.csv").classes == ["cat", "dog"]
 
 
@@ -483,14 +497,14 @@ def test_a_folder_called_like_a_table_is_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of an S3 server of our own."""
+def s3_server() -> Iterator[str]:
+    """The address of a local S3 server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-p", str(port)]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
+    environment = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=environment, stderr=environment) as process:
         try:
             for _ in range(600):
                 assert process.poll() is None
@@ -505,13 +519,13 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """An empty bucket as a boto3 resource, and an environment in which it is found."""
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """An empty bucket as a boto3 resource, and environment variables that point to it."""
     boto3 = pytest.importorskip("boto3")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in {
-        "AWS_ENDPOINT_URL": server,
+        "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -530,7 +544,7 @@ def _upload(bucket: Any, *keys: str) -> None:
         bucket.put_object(Key=key, Body=key.encode())
 
 
-def test_class_folders_in_s3_are_class_folders(bucket: Any) -> None:
+def test_class_folders_in_s3_give_classes(bucket: Any) -> None:
     _upload(bucket, "d/train/cat/1.jpg", "d/train/dog/deep/2.jpg", "d/valid/cat/3.jpg")
     _upload(
         bucket,
@@ -544,7 +558,7 @@ def test_class_folders_in_s3_are_class_folders(bucket: Any) -> None:
     _upload(bucket, "data/train/cat/other.jpg")
     root = f"s3://{bucket.name}/d"
     catalog = sources.labelled_catalog(f"{root}/")
-    assert _rows(catalog) == [
+    assert _rows_of(catalog) == [
         ("train/cat/1.jpg", ("cat",), "train"),
         ("train/dog/deep/2.jpg", ("dog",), "train"),
         ("valid/cat/3.jpg", ("cat",), "valid"),
@@ -557,8 +571,15 @@ def test_class_folders_in_s3_are_class_folders(bucket: Any) -> None:
     assert sources.labelled_catalog(root).stamps.tolist() == catalog.stamps.tolist()
 
 
-def test_every_key_of_a_bucket_is_listed_once_and_read(bucket: Any) -> None:
-    keys = [*ODD, "a//b.jpg", "/top.jpg", "a/b/c/d/e.jpg", "a", *(f"many/{n}" for n in range(1100))]
+def test_every_bucket_key_is_listed_once_and_read(bucket: Any) -> None:
+    keys = [
+        *UNUSUAL_KEYS,
+        "a//b.jpg",
+        "/top.jpg",
+        "a/b/c/d/e.jpg",
+        "a",
+        *(f"many/{n}" for n in range(1100)),
+    ]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda key: _upload(bucket, key), keys))
     catalog = sources.unlabelled_catalog(f"s3://{bucket.name}")
@@ -569,7 +590,7 @@ def test_every_key_of_a_bucket_is_listed_once_and_read(bucket: Any) -> None:
     assert read == [(path_text.unescape_path(catalog.paths[row]), None) for row in rows]
 
 
-def test_an_object_written_again_changes_its_stamp_and_is_a_fault(bucket: Any) -> None:
+def test_overwritten_object_changes_its_timestamp_and_is_a_fault(bucket: Any) -> None:
     _upload(bucket, "1.jpg", "2.jpg", "3.jpg")
     before = sources.unlabelled_catalog(f"s3://{bucket.name}")
     bucket.put_object(Key="1.jpg", Body=b"other")
@@ -585,7 +606,7 @@ def test_an_object_written_again_changes_its_stamp_and_is_a_fault(bucket: Any) -
     assert after.read_file(1, 4) == (b"", "too large: 18 bytes, more than 4")
 
 
-def test_a_table_in_s3_names_objects_beside_it_or_anywhere_in_the_bucket(bucket: Any) -> None:
+def test_table_in_s3_names_objects_beside_it_or_anywhere_in_the_bucket(bucket: Any) -> None:
     _upload(bucket, "d/1.jpg", "d/a b.jpg", "e/3.jpg")
     base = f"s3://{bucket.name}"
     bucket.put_object(Key="d/t.csv", Body=b"path,labels\n1.jpg,cat\na b.jpg,dog\ngone.jpg,dog\n")
@@ -594,16 +615,14 @@ def test_a_table_in_s3_names_objects_beside_it_or_anywhere_in_the_bucket(bucket:
     assert catalog.sizes.tolist() == [7, 9, -1]
     assert catalog.read_file(0, 99) == (b"d/1.jpg", None)
     assert catalog.stamps[0] == sources.unlabelled_catalog(f"{base}/d").stamps[0]
-    far = f"path,labels\n1.jpg,cat\n../e/3.jpg,dog\n{base}/d/a b.jpg,dog\n"
-    bucket.put_object(Key="d/t.csv", Body=far.encode())
+    distant = f"path,labels\n1.jpg,cat\n../e/3.jpg,dog\n{base}/d/a b.jpg,dog\n"
+    bucket.put_object(Key="d/t.csv", Body=distant.encode())
     catalog = sources.labelled_catalog(f"{base}/d/t.csv")
     assert (catalog.root, catalog.paths) == (base, ["d/1.jpg", "d/a b.jpg", "e/3.jpg"])
     assert catalog.sizes.min() > 0
 
 
-def test_a_file_in_s3_is_copied_to_the_disk_or_named_as_missing(
-    bucket: Any, tmp_path: Path
-) -> None:
+def test_s3_file_is_copied_to_disk_or_reported_missing(bucket: Any, tmp_path: Path) -> None:
     data = os.urandom(6 << 20)
     bucket.put_object(Key="shelf/bundle/weights", Body=data)
     root = f"s3://{bucket.name}/shelf/bundle"
@@ -615,17 +634,17 @@ def test_a_file_in_s3_is_copied_to_the_disk_or_named_as_missing(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_local_table_may_name_objects_in_s3(bucket: Any, tmp_path: Path) -> None:
+def test_local_table_may_name_objects_in_s3(bucket: Any, tmp_path: Path) -> None:
     _upload(bucket, "d/1.jpg", "d/2.jpg")
-    table = _table(tmp_path, "path,labels\n1.jpg,cat\n2.jpg,dog\n")
+    table = _write_table(tmp_path, "path,labels\n1.jpg,cat\n2.jpg,dog\n")
     catalog = sources.labelled_catalog(table, SourceConfig(images=f"s3://{bucket.name}/d"))
     assert catalog.sizes.tolist() == [7, 7]
     uris = "".join(f"s3://{bucket.name}/d/{n}.jpg,{label}\n" for n, label in ((1, "a"), (2, "b")))
-    catalog = sources.labelled_catalog(_table(tmp_path, f"path,labels\n{uris}"))
+    catalog = sources.labelled_catalog(_write_table(tmp_path, f"path,labels\n{uris}"))
     assert (catalog.root, catalog.paths) == (f"s3://{bucket.name}/d", ["1.jpg", "2.jpg"])
 
 
-def test_a_store_that_cannot_be_listed_is_refused_soon_and_without_secrets(
+def test_unlistable_store_is_refused_quickly_and_without_secrets(
     bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = time.monotonic()
@@ -635,9 +654,9 @@ def test_a_store_that_cannot_be_listed_is_refused_soon_and_without_secrets(
         ("s3://name:secret@bucket/d", "password"),
         ("nostore://x/y", "not known"),
     ):
-        with pytest.raises(ConfigError, match=word) as refusal:
+        with pytest.raises(ConfigError, match=word) as error_info:
             sources.unlabelled_catalog(uri)
-        assert "secret" not in str(refusal.value)
+        assert "secret" not in str(error_info.value)
     with pytest.raises(ConfigError, match="No such file"):
         sources.labelled_catalog(f"s3://{bucket.name}/no.csv")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -649,7 +668,7 @@ def test_a_store_that_cannot_be_listed_is_refused_soon_and_without_secrets(
     assert time.monotonic() - start < 60
 
 
-def test_a_store_whose_library_is_missing_is_refused_with_the_extra_to_install() -> None:
+def test_store_with_a_missing_library_is_refused_with_the_extra_to_install() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None; from arrowhead import ConfigError; "
         "from arrowhead.data import sources\n"
@@ -662,11 +681,11 @@ def test_a_store_whose_library_is_missing_is_refused_with_the_extra_to_install()
     assert "pip install 'arrowhead[s3]'" in output.stdout
 
 
-def test_any_other_store_that_fsspec_opens_is_listed_and_read() -> None:
+def test_other_fsspec_stores_are_listed_and_read() -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
     store = MemoryFileSystem()
-    keys = [f"cat/{name}" for name in (*ODD, "new\nline.jpg", ".hidden")] + ["dog/1.jpg"]
+    keys = [f"cat/{name}" for name in (*UNUSUAL_KEYS, "new\nline.jpg", ".hidden")] + ["dog/1.jpg"]
     store.pipe({f"/here/{key}": key.encode() for key in keys})
     try:
         catalog = sources.labelled_catalog("memory://here")
@@ -688,7 +707,7 @@ def test_any_other_store_that_fsspec_opens_is_listed_and_read() -> None:
         sources.unlabelled_catalog("memory://nowhere")
 
 
-def test_any_other_store_notices_an_object_of_the_same_size_and_is_asked_again(
+def test_other_stores_detect_same_size_changes_and_are_retried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
@@ -714,7 +733,7 @@ def test_any_other_store_notices_an_object_of_the_same_size_and_is_asked_again(
         store.rm("/there", recursive=True)
 
 
-def test_sidecars_and_our_own_output_in_a_store_are_left_out_as_on_a_disk(
+def test_sidecars_and_arrowhead_output_in_a_store_are_skipped(
     bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _upload(
@@ -730,14 +749,14 @@ def test_sidecars_and_our_own_output_in_a_store_are_left_out_as_on_a_disk(
     output = " ".join(catalog.notes)
     assert "1 .json, 1 .txt, 1 .xml" in output
     assert "mlruns, out/store" in output
-    monkeypatch.setattr(listing, "MAX_HEADER_READS", 1)  # more than are looked into one by one
+    monkeypatch.setattr(listing, "MAX_HEADER_READS", 1)  # more than are checked one by one
     _upload(bucket, *(f"d/cat/{n}.txt" for n in range(9)))
     catalog = sources.labelled_catalog(f"s3://{bucket.name}/d")
     assert catalog.ignored >= 11
 
 
-def test_local_sources_never_import_the_store_library(tmp_path: Path) -> None:
-    _put(tmp_path, "cat/1.jpg", "dog/2.jpg")
+def test_local_sources_do_not_import_the_store_library(tmp_path: Path) -> None:
+    _write_files(tmp_path, "cat/1.jpg", "dog/2.jpg")
     code = (
         "import sys; from arrowhead.data import sources; "
         "c = sources.labelled_catalog(sys.argv[1]); c.read_file(0, 99);"
@@ -746,7 +765,7 @@ def test_local_sources_never_import_the_store_library(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
-def test_images_and_a_bundle_in_s3_are_scored_as_those_on_the_disk(
+def test_images_and_a_bundle_in_s3_are_scored_like_local_ones(
     bucket: Any, bundled: Any, drawn: Path, tmp_path: Path, command: Any
 ) -> None:
     result, images = bundled(), sorted((drawn / "new").iterdir())[:6]
@@ -762,21 +781,21 @@ def test_images_and_a_bundle_in_s3_are_scored_as_those_on_the_disk(
         (tmp_path / "here" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "here" / "page.jpg").write_text("<html>not here</html>")
     flags = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
-    near = command("score", result, tmp_path / "here", tmp_path / "near", *flags, code=3)
+    local = command("score", result, tmp_path / "here", tmp_path / "near", *flags, code=3)
     address, photos = f"s3://{bucket.name}/models/one", f"s3://{bucket.name}/photos"
-    far = command("score", address, photos, tmp_path / "far", *flags, code=3)
-    assert far["counts"] == near["counts"] and far["counts"]["faults"] == 1
+    remote = command("score", address, photos, tmp_path / "far", *flags, code=3)
+    assert remote["counts"] == local["counts"] and remote["counts"]["faults"] == 1
     name = "parts/part-000000.parquet"
     assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
     assert not (tmp_path / "far" / ".bundle").exists()
-    about = command("bundle", "info", address)
-    assert about["fingerprint"] == far["bundle_fingerprint"] == near["bundle_fingerprint"]
+    bundle_info = command("bundle", "info", address)
+    assert bundle_info["fingerprint"] == remote["bundle_fingerprint"] == local["bundle_fingerprint"]
 
 
 @pytest.mark.parametrize(
     "head", ["# photos of 2024\npath,label\n", "# a, b\n#c\npath;label\n", "#path,label\n"]
 )
-def test_comment_lines_above_a_header_are_passed_over(tmp_path: Path, head: str) -> None:
+def test_comment_lines_above_a_header_are_skipped(tmp_path: Path, head: str) -> None:
     cut = ";" if ";" in head else ","
     for name in ("1.jpg", "2.jpg"):
         (tmp_path / name).touch()
@@ -786,13 +805,13 @@ def test_comment_lines_above_a_header_are_passed_over(tmp_path: Path, head: str)
 
 
 @pytest.mark.parametrize("code", ["utf-32", "utf-32-le", "utf-32-be"])
-def test_a_table_in_utf_32_is_refused_for_that(tmp_path: Path, code: str) -> None:
+def test_utf_32_table_is_refused_as_such(tmp_path: Path, code: str) -> None:
     (tmp_path / "t.csv").write_bytes("path,label\n1.jpg,cat\n".encode(code))
     with pytest.raises(ConfigError, match="UTF-32"):
         sources.labelled_catalog(tmp_path / "t.csv")
 
 
-def test_eval_and_holdout_are_words_for_validation(tmp_path: Path) -> None:
+def test_eval_and_holdout_mean_validation(tmp_path: Path) -> None:
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         (tmp_path / name).touch()
     for word in ("eval", "holdout"):

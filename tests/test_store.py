@@ -26,41 +26,41 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--chunk-s
 
 
 @pytest.fixture(scope="module")
-def made(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/ (72 drawn images in train/ and valid/) and the finished store/ of them."""
     folder = tmp_path_factory.mktemp("made")
     shutil.copytree(drawn, folder / "data", ignore=shutil.ignore_patterns("new"))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["precompute", str(folder / "data"), str(folder / "store"), *FLAGS])
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One MLflow store for all tests here: making its schema takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
+def _shared_tracking_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One MLflow store for all tests here, because creating its schema takes seconds."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
         folder = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}")
         yield
 
 
 @pytest.fixture(autouse=True)
-def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _change_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def data(made: Path, tmp_path: Path) -> Path:
-    """A copy of the images, to be changed; names, bytes and times as in `made`."""
-    shutil.copytree(made / "data", tmp_path / "data")
+def data(original: Path, tmp_path: Path) -> Path:
+    """A copy of the images, to be changed; names, bytes and timestamps as in the original."""
+    shutil.copytree(original / "data", tmp_path / "data")
     return tmp_path / "data"
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
+def store(original: Path, tmp_path: Path) -> Path:
     """A copy of the finished store."""
-    shutil.copytree(made / "store", tmp_path / "store")
+    shutil.copytree(original / "store", tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -73,7 +73,7 @@ def features_by_path(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def work(result: dict[str, Any]) -> tuple[int, int, int]:
+def work_counts(result: dict[str, Any]) -> tuple[int, int, int]:
     counts = result["counts"]
     assert counts["inputs"] == counts["features"] + counts["faults"] + counts["ignored"]
     assert counts["features"] == counts["decoded"] + counts["looked_up"] + counts["skipped"]
@@ -83,74 +83,74 @@ def work(result: dict[str, Any]) -> tuple[int, int, int]:
 # ------------------------------------------------------------------------ incremental
 
 
-def test_a_second_run_skips_everything(store, data, command):
-    assert work(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
+def test_second_run_skips_everything(store, data, command):
+    assert work_counts(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
 
 
-def test_a_few_more_images_cost_only_themselves(store, data, command, drawn):
+def test_only_added_images_are_decoded(store, data, command, drawn):
     before = features_by_path(store)
     for number, photo in enumerate(sorted((drawn / "new").iterdir())[:2]):
         shutil.copy(photo, data / "train" / "beads" / f"more{number}.jpg")
-    decoded, looked_up, skipped = work(command("precompute", data, store, *FLAGS))
+    decoded, looked_up, skipped = work_counts(command("precompute", data, store, *FLAGS))
     assert decoded == 2
     assert skipped > 0
-    assert looked_up <= 3 * 24  # three chunks at most change their borders
+    assert looked_up <= 3 * 24  # at most three chunks change their borders
     after = features_by_path(store)
     assert len(after) == 74
     assert all((after[path] == feature).all() for path, feature in before.items())
 
 
-def test_a_renamed_class_is_looked_up_not_decoded(store, data, command):
+def test_renamed_class_is_looked_up_not_decoded(store, data, command):
     before = features_by_path(store)
     for split in ("train", "valid"):
         (data / split / "leaves").rename(data / split / "ferns")
     result = command("precompute", data, store, *FLAGS)
-    assert work(result)[0] == 0
+    assert work_counts(result)[0] == 0
     assert result["classes"] == ["baskets", "beads", "ferns"]
     after = features_by_path(store)
     for path, feature in before.items():
         assert (after[path.replace("/leaves/", "/ferns/")] == feature).all()
 
 
-def test_a_touched_image_is_looked_up_and_a_changed_one_is_decoded(store, data, command, drawn):
+def test_touched_image_is_looked_up_and_changed_image_is_decoded(store, data, command, drawn):
     names = sorted((data / "train" / "beads").iterdir())[:2]
     os.utime(names[0], (1, 1))
-    assert work(command("precompute", data, store, *FLAGS))[0] == 0
+    assert work_counts(command("precompute", data, store, *FLAGS))[0] == 0
     other = sorted((drawn / "new").iterdir())[0].read_bytes()
     status = names[1].stat()
     names[1].write_bytes(other)
     assert names[1].stat().st_mtime_ns != status.st_mtime_ns
     before = features_by_path(store)
-    assert work(command("precompute", data, store, *FLAGS))[0] == 1
+    assert work_counts(command("precompute", data, store, *FLAGS))[0] == 1
     path = str(names[1].relative_to(data))
     assert (features_by_path(store)[path] != before[path]).any()
 
 
-def test_a_copy_of_an_image_is_looked_up(store, data, command):
+def test_copy_of_an_image_is_looked_up(store, data, command):
     photo = sorted((data / "train" / "beads").iterdir())[0]
     shutil.copy(photo, photo.with_name("copy.jpg"))
-    assert work(command("precompute", data, store, *FLAGS))[0] == 0
+    assert work_counts(command("precompute", data, store, *FLAGS))[0] == 0
     after = features_by_path(store)
     assert (after["train/beads/copy.jpg"] == after[str(photo.relative_to(data))]).all()
 
 
-def test_two_copies_in_one_fresh_run_get_the_same_feature(data, command, tmp_path):
+def test_copies_in_one_run_get_the_same_feature(data, command, tmp_path):
     photo = sorted((data / "train" / "beads").iterdir())[0]
     shutil.copy(photo, data / "valid" / "beads" / "copy.jpg")
-    work(command("precompute", data, "fresh", *FLAGS))
+    work_counts(command("precompute", data, "fresh", *FLAGS))
     after = features_by_path(tmp_path / "fresh")
     assert (after["valid/beads/copy.jpg"] == after[str(photo.relative_to(data))]).all()
 
 
 def test_removed_images_leave_no_row(store, data, command):
-    gone = sorted((data / "train" / "beads").iterdir())[:3]
-    for photo in gone:
+    removed = sorted((data / "train" / "beads").iterdir())[:3]
+    for photo in removed:
         photo.unlink()
-    assert work(command("precompute", data, store, *FLAGS))[0] == 0
-    assert not {str(photo.relative_to(data)) for photo in gone} & features_by_path(store).keys()
+    assert work_counts(command("precompute", data, store, *FLAGS))[0] == 0
+    assert not {str(photo.relative_to(data)) for photo in removed} & features_by_path(store).keys()
 
 
-def test_a_store_of_the_older_crop_rule_goes_on_as_it_was_made(store, data, command, tmp_path):
+def test_store_of_the_older_crop_rule_keeps_its_recipe(store, data, command, tmp_path):
     newest = Store(store).recipe
     older = dataclasses.replace(newest, decoder="dali")
     Store.create(tmp_path / "old", older, Store(store).chunk_size)
@@ -158,20 +158,22 @@ def test_a_store_of_the_older_crop_rule_goes_on_as_it_was_made(store, data, comm
     assert newest.decoder == "dali-upright"
     assert result["fingerprint"] == older.fingerprint != newest.fingerprint
     new, old = features_by_path(store), features_by_path(tmp_path / "old")
-    assert all((old[path] == feature).all() for path, feature in new.items())  # none is turned
+    assert all(
+        (old[path] == feature).all() for path, feature in new.items()
+    )  # none has an EXIF rotation
 
 
-def test_a_file_that_could_not_be_read_is_tried_again_by_itself(data, command, monkeypatch):
-    """A permission given, a disk back: neither size nor mtime tells of it."""
+def test_unreadable_file_is_retried_by_the_next_run(data, command, monkeypatch):
+    """A changed permission or a remounted disk changes neither size nor mtime."""
     victim = sorted((data / "train" / "beads").iterdir())[0]
-    really, shut = os.open, [True]
+    original_open, unreadable = os.open, [True]
 
-    def sick(path: Any, *rest: Any, **more: Any) -> int:
-        if shut[0] and os.fsencode(path).endswith(os.fsencode(victim.name)):
+    def failing_open(path: Any, *rest: Any, **more: Any) -> int:
+        if unreadable[0] and os.fsencode(path).endswith(os.fsencode(victim.name)):
             raise OSError(5, "Input/output error")
-        return really(path, *rest, **more)
+        return original_open(path, *rest, **more)
 
-    monkeypatch.setattr(os, "open", sick)
+    monkeypatch.setattr(os, "open", failing_open)
     first = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
     assert first["faults"] == [
         {
@@ -179,19 +181,19 @@ def test_a_file_that_could_not_be_read_is_tried_again_by_itself(data, command, m
             "fault": "unreadable: Input/output error",
         }
     ]
-    still = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
-    assert work(still) == (0, 0, 71)
-    shut[0] = False
-    healed = command("precompute", data, "s", *FLAGS)
-    assert work(healed)[0] == 1
-    assert healed["counts"]["faults"] == 0
-    assert work(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
+    second = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
+    assert work_counts(second) == (0, 0, 71)
+    unreadable[0] = False
+    third = command("precompute", data, "s", *FLAGS)
+    assert work_counts(third)[0] == 1
+    assert third["counts"]["faults"] == 0
+    assert work_counts(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
 
 
-def test_a_file_that_the_decoder_died_over_is_tried_again_by_the_next_run(
+def test_file_that_crashed_the_decoder_is_retried_by_the_next_run(
     data, command, monkeypatch, tmp_path
 ):
-    """What killed it may have been the machine's state; the program below stands for that."""
+    """The crash may depend on the state of the machine; the program below simulates that."""
     victim = sorted((data / "train" / "beads").iterdir())[0]
     victim.write_bytes(victim.read_bytes() + b"mark")
     (tmp_path / "sick").mkdir()
@@ -209,14 +211,14 @@ def test_a_file_that_the_decoder_died_over_is_tried_again_by_the_next_run(
         again = command("precompute", data, "s", *FLAGS, "--max-faults", "5")
     crash = {"path": str(victim.relative_to(data)), "fault": "decoder_crash: exit code 7"}
     assert first["faults"] == again["faults"] == [crash]
-    assert work(again)[0] == 0
-    healed = command("precompute", data, "s", *FLAGS)
-    assert work(healed)[0] == 1
-    assert healed["counts"]["faults"] == 0
-    assert work(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
+    assert work_counts(again)[0] == 0
+    recovered = command("precompute", data, "s", *FLAGS)
+    assert work_counts(recovered)[0] == 1
+    assert recovered["counts"]["faults"] == 0
+    assert work_counts(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
 
 
-def test_bad_files_are_rows_and_too_many_of_them_are_exit_code_3(store, data, command):
+def test_faulty_files_are_rows_and_too_many_give_exit_code_3(store, data, command):
     (data / "train" / "beads" / "page.jpg").write_text("<html>not found</html>")
     (data / "train" / "beads" / "empty.jpg").touch()
     (data / ".DS_Store").touch()
@@ -233,17 +235,15 @@ def test_bad_files_are_rows_and_too_many_of_them_are_exit_code_3(store, data, co
         "not an image",
     ]
     assert result["fault_kinds"] == {"empty": 1, "not an image": 1}
-    work(command("precompute", data, store, *FLAGS, "--max-faults", "2"))
+    work_counts(command("precompute", data, store, *FLAGS, "--max-faults", "2"))
 
 
-def test_a_precompute_that_ends_for_its_faults_says_their_kinds_files_and_place(
-    store, data, capsys
-):
+def test_precompute_ended_by_faults_reports_their_kinds_and_files(store, data, capsys):
     (data / "train" / "beads" / "page.jpg").write_text("<html>not found</html>")
     (data / "train" / "beads" / "empty.jpg").touch()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["precompute", str(data), str(store), *FLAGS])
-    assert ended.value.code == 3
+    assert exit_info.value.code == 3
     output = " ".join("".join(capsys.readouterr()).split())
     assert (
         "not read: 1 empty, 1 not an image (train/beads/empty.jpg, train/beads/page.jpg)" in output
@@ -275,9 +275,9 @@ print(sorted(seen))
 """
 
 
-def test_a_reader_that_polls_all_the_while_sees_only_whole_sets(data, command, tmp_path, drawn):
-    done = tmp_path / "done"
-    reading = [sys.executable, "-c", READER, str(tmp_path / "store"), str(done)]
+def test_polling_reader_sees_only_complete_sets(data, command, tmp_path, drawn):
+    finished = tmp_path / "done"
+    reading = [sys.executable, "-c", READER, str(tmp_path / "store"), str(finished)]
     reader = forks.Popen(reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         command("precompute", data, "store", *FLAGS)
@@ -285,7 +285,7 @@ def test_a_reader_that_polls_all_the_while_sees_only_whole_sets(data, command, t
             shutil.copy(photo, data / "train" / "beads" / f"more{number}.jpg")
             command("precompute", data, "store", *FLAGS)
     finally:
-        done.touch()
+        finished.touch()
     out, err = reader.communicate(timeout=300)
     assert reader.returncode == 0, err
     assert set(json.loads(out)) <= {72, 73, 74, 75}, out
@@ -295,32 +295,32 @@ def test_a_reader_that_polls_all_the_while_sees_only_whole_sets(data, command, t
 # ------------------------------------------------------------------ stopped and damaged
 
 
-def test_what_a_killed_run_left_is_checked_before_it_is_used(data, command, tmp_path):
-    work(command("precompute", data, "s", *FLAGS))
-    (tmp_path / "s" / "manifest.json").unlink()  # as if killed before it
+def test_shards_of_a_killed_run_are_verified_before_reuse(data, command, tmp_path):
+    work_counts(command("precompute", data, "s", *FLAGS))
+    (tmp_path / "s" / "manifest.json").unlink()  # as if killed before writing it
     shard = sorted((tmp_path / "s" / "shards").glob("*.arrow"))[0]
     rows = shard_file.read_shard(shard, Store(tmp_path / "s").recipe)
     at = shard.read_bytes().index(np.ascontiguousarray(rows.features[0]).tobytes())
     full = bytearray(shard.read_bytes())
     full[at] ^= 1
     shard.write_bytes(full)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["precompute", str(data), "s", *FLAGS])
-    assert ended.value.code == 4
+    assert exit_info.value.code == 4
     shard.unlink()
     result = command("precompute", data, "s", *FLAGS)
-    assert work(result)[0] == len(rows.paths)
+    assert work_counts(result)[0] == len(rows.paths)
 
 
-def test_two_runs_on_one_store_do_not_meet(store, data, capsys):
-    with Store(store).lock(), pytest.raises(SystemExit) as ended:
+def test_concurrent_run_on_one_store_is_refused(store, data, capsys):
+    with Store(store).lock(), pytest.raises(SystemExit) as exit_info:
         main(["precompute", str(data), str(store), *FLAGS])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "being written by another" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, command, tmp_path):
-    """RLIMIT_FSIZE stands in for the full disk: the third and later shards do not fit."""
+def test_full_disk_is_a_clear_error_and_the_next_run_resumes(data, command, tmp_path):
+    """RLIMIT_FSIZE simulates the full disk: the third and later shards do not fit."""
     code = (
         "import resource, sys, threading, time\n"
         "from pathlib import Path\n"
@@ -331,43 +331,43 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(data, command, tm
         "threading.Thread(target=fill, daemon=True).start()\n"
         "main(sys.argv[1:])\n"
     )
-    words = ["precompute", str(data), "s", *FLAGS]
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
+    arguments = ["precompute", str(data), "s", *FLAGS]
+    completed = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
     )
-    assert ended.returncode == 2, ended.stderr
-    output = ended.stderr.splitlines()[-3:]
+    assert completed.returncode == 2, completed.stderr
+    output = completed.stderr.splitlines()[-3:]
     assert output[0].startswith("arrowhead: ") and output[0].endswith(
         "cannot be written: File too large."
     )
     assert "run the same command again" in output[2]
     assert not (tmp_path / "s" / "manifest.json").exists()
     assert not list((tmp_path / "s").rglob("*.draft"))
-    there = list((tmp_path / "s" / "shards").glob("*.arrow"))
-    assert len(there) >= 2
-    result = command(*words)
-    assert work(result)[2] > 0
-    assert sum(work(result)) == 72
+    shards = list((tmp_path / "s" / "shards").glob("*.arrow"))
+    assert len(shards) >= 2
+    result = command(*arguments)
+    assert work_counts(result)[2] > 0
+    assert sum(work_counts(result)) == 72
 
 
 # --------------------------------------------------------------------------- inventory
 
 
-def findings(command: Command, store: Path, code: int = 0) -> dict[str, str]:
+def verify_findings(command: Command, store: Path, code: int = 0) -> dict[str, str]:
     result = command("features", "verify", store, code=code)["findings"]
     return {Path(one["path"]).name: one["kind"] for one in result}
 
 
-def test_info_tells_what_is_in_a_store(store, command):
-    held = command("features", "info", store)
-    assert (held["images"], held["features"], held["faults"]) == (72, 72, {})
-    assert held["classes"] == ["baskets", "beads", "leaves"]
-    assert sum(sum(counts.values()) for counts in held["by_class"].values()) == 72
-    assert held["recipe"]["body"] == "resnet18"
-    assert held["distinct"] == 72
+def test_info_reports_the_contents_of_a_store(store, command):
+    contents = command("features", "info", store)
+    assert (contents["images"], contents["features"], contents["faults"]) == (72, 72, {})
+    assert contents["classes"] == ["baskets", "beads", "leaves"]
+    assert sum(sum(counts.values()) for counts in contents["by_class"].values()) == 72
+    assert contents["recipe"]["body"] == "resnet18"
+    assert contents["distinct"] == 72
 
 
-def test_info_is_for_people_too(store, capsys):
+def test_info_is_readable_text_without_json(store, capsys):
     with pytest.raises(SystemExit):
         main(["features", "info", str(store)])
     shown = capsys.readouterr().out
@@ -375,11 +375,11 @@ def test_info_is_for_people_too(store, capsys):
     assert "baskets" in shown
 
 
-def test_verify_finds_a_whole_store_whole(store, command):
-    assert findings(command, store) == {}
+def test_verify_accepts_an_intact_store(store, command):
+    assert verify_findings(command, store) == {}
 
 
-def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(store, command):
+def test_verify_reports_flipped_missing_and_leftover_files_and_repairs_nothing(store, command):
     names = [one["name"] for one in Store(store).manifest()["shards"]]
     flipped, missing = (Store(store).shard_path(name) for name in names[:2])
     full = bytearray(flipped.read_bytes())
@@ -396,7 +396,7 @@ def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(st
     digest = store / "digests" / names[3]
     digest.write_text("")
     before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
-    assert findings(command, store, code=4) == {
+    assert verify_findings(command, store, code=4) == {
         digest.name: "changed",
         flipped.name: "changed",
         missing.name: "missing",
@@ -410,57 +410,57 @@ def test_verify_names_flipped_missing_and_left_over_files_and_repairs_nothing(st
     }
 
 
-def test_verify_finds_rows_that_the_hashes_vouch_for_and_the_catalog_does_not(store, command):
-    """A shard twice in a manifest that was sealed again: hashes fit, rows do not."""
+def test_verify_reports_rows_with_valid_hashes_that_are_not_in_the_catalog(store, command):
+    """A shard listed twice in a manifest with a valid checksum: hashes fit, rows do not."""
     manifest = Store(store).manifest()
     manifest["shards"].append(manifest["shards"][0])
     fileio.write_sealed(store / "manifest.json", manifest)
-    assert "misfit" in findings(command, store, code=4).values()
+    assert "misfit" in verify_findings(command, store, code=4).values()
     with pytest.raises(DataError, match="shards hold another number"):
         inspect.info(store)
 
 
-def test_a_store_of_a_newer_format_is_named_and_left_alone(store, capsys):
+def test_store_of_a_newer_format_is_refused_and_left_unchanged(store, capsys):
     head = fileio.read_json(store / "store.json")
     fileio.write_json(store / "store.json", head | {"format": store_format.FORMAT + 1})
     for verb in ("info", "verify", "gc"):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main(["features", verb, str(store)])
-        assert ended.value.code == 4
+        assert exit_info.value.code == 4
         assert f"of format {store_format.FORMAT + 1}" in capsys.readouterr().err
 
 
-def test_gc_removes_what_no_catalog_refers_to_and_only_on_yes(store, data, command):
+def test_gc_removes_unreferenced_files_only_with_yes(store, data, command):
     (data / "train" / "leaves").rename(data / "train" / "ferns")
     (data / "valid" / "leaves").rename(data / "valid" / "ferns")
     command("precompute", data, store, *FLAGS)
     draft = store / "shards" / ".x.arrow.0123abcd.draft"
     draft.write_bytes(b"half")
-    listed = command("features", "gc", store)["findings"]
+    dry_run = command("features", "gc", store)["findings"]
     assert draft.exists()
-    assert all(Path(one["path"]).exists() for one in listed)
-    assert {one["kind"] for one in listed} == {"draft", "leftover"}
+    assert all(Path(one["path"]).exists() for one in dry_run)
+    assert {one["kind"] for one in dry_run} == {"draft", "leftover"}
     removed = command("features", "gc", store, "--yes")["findings"]
-    assert removed == listed
+    assert removed == dry_run
     assert not any(Path(one["path"]).exists() for one in removed)
-    assert findings(command, store) == {}
-    assert work(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
+    assert verify_findings(command, store) == {}
+    assert work_counts(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
 
 
-def test_gc_keeps_what_a_stopped_extraction_will_go_on_with(store, data, command, drawn):
+def test_gc_keeps_shards_that_a_stopped_extraction_will_reuse(store, data, command, drawn):
     shutil.copy(sorted((drawn / "new").iterdir())[0], data / "train" / "beads" / "more.jpg")
     old = {path.name for path in (store / "shards").glob("*.arrow")}
     manifest = (store / "manifest.json").read_bytes()
     command("precompute", data, store, *FLAGS)
     new = {path.name for path in (store / "shards").glob("*.arrow")} - old
-    (store / "manifest.json").write_bytes(manifest)  # as if killed before the manifest
+    (store / "manifest.json").write_bytes(manifest)  # as if killed before writing the manifest
     shutil.copy(store / "catalog.arrow", store / "pending.arrow")
     kept = {Path(one["path"]).name for one in command("features", "gc", store, "--yes")["findings"]}
     assert not kept & new
-    assert work(command("precompute", data, store, *FLAGS))[0] == 0
+    assert work_counts(command("precompute", data, store, *FLAGS))[0] == 0
 
 
-def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
+def test_gc_of_an_unfinished_or_locked_store_is_refused(store, capsys):
     from arrowhead.features import inspect
 
     with Store(store).lock(), pytest.raises(ConfigError, match="being written"):
@@ -473,16 +473,16 @@ def test_gc_of_an_unfinished_or_busy_store_is_refused(store, capsys):
 @pytest.mark.parametrize(
     "words", [["features", "info"], ["features", "verify"], ["lr-find"], ["train"]], ids=" ".join
 )
-def test_an_unfinished_store_is_not_called_damaged_and_the_command_that_finishes_it_is_said(
+def test_unfinished_store_is_refused_with_the_command_that_finishes_it(
     store, capsys, tmp_path, words
 ):
     result = Store(store)
     result.write_pending(listed := result.read_catalog())
     (store / "manifest.json").unlink()
     target = [str(tmp_path / "bundle")] if words == ["train"] else []
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main([*words, str(store), *target])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     output = " ".join(capsys.readouterr().err.split())
     assert "its extraction never finished" in output
     assert f"arrowhead precompute {listed['root']} {store}" in output
@@ -528,14 +528,11 @@ print(*peaks, file=sys.stderr)
 """
 
 
-def test_memory_does_not_grow_with_the_number_of_images(drawn, tmp_path):
-    """160 images more cost at most 120 MB more; if anything kept their files, it were 320 MB.
+def test_memory_use_does_not_grow_with_the_number_of_images(drawn, tmp_path):
+    """160 more images cost at most 120 MB; if anything kept their files, it would be 320 MB.
 
-    Counted is what a command and its decoder hold at a time. Files that are mapped (the libraries
-    are 1 GB of them) do not count: how much of them is in memory is the kernel's choice. Nor does
-    ru_maxrss, which begins, through vfork, at what the process that started this one had in
-    memory: here the whole test suite. One process runs both, so that what only a first run
-    allocates is no growth.
+    The measure is what a command and its decoder hold at one time. Mapped files (1 GB of libraries)
+    do not count: how much of them is in memory is the kernel's choice.
     """
     photos = sorted(drawn.glob("train/*/*.jpg"))
     for folder, count in (("few", 80), ("many", 240)):
@@ -548,17 +545,17 @@ def test_memory_does_not_grow_with_the_number_of_images(drawn, tmp_path):
                 file.write(photos[number % len(photos)].read_bytes())
                 file.write(f"{folder}{number}".encode())
                 file.truncate(file.tell() + 2**21)
-    words = [*FLAGS, "--batch-size", "2"]  # fewer files on their way at a time than `few` are
+    arguments = [*FLAGS, "--batch-size", "2"]  # fewer files on their way at a time than `few` are
     # What is freed goes back to the kernel at once: what is counted is what is held.
-    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    ended = subprocess.run(
-        [sys.executable, "-c", PEAK, *words],
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    completed = subprocess.run(
+        [sys.executable, "-c", PEAK, *arguments],
         cwd=tmp_path,
-        env=exact,
+        env=environment,
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 0, ended.stderr
-    few, many = (int(peak) / 1024 for peak in ended.stderr.split()[-2:])
+    assert completed.returncode == 0, completed.stderr
+    few, many = (int(peak) / 1024 for peak in completed.stderr.split()[-2:])
     print(f"{few:.0f} and {many:.0f} MB")
     assert many - few < 120, (few, many)

@@ -32,45 +32,45 @@ BODY = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
     """A working directory that the tests of this file share."""
     return tracked(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(autouse=True)
-def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def _change_directory(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workdir)
 
 
 @pytest.fixture(scope="module")
-def store(drawn: Path, place: Path) -> Path:
+def store(drawn: Path, workdir: Path) -> Path:
     """Features of the drawn images."""
-    here(place, "precompute", drawn, place / "store", *BODY)
-    return place / "store"
+    run_in_process(workdir, "precompute", drawn, workdir / "store", *BODY)
+    return workdir / "store"
 
 
-def here(place: Path, *words: object, code: int = 0) -> None:
-    """A command in this process, which spares the seconds that a new one imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        with pytest.raises(SystemExit) as ended:
+def run_in_process(workdir: Path, *words: object, code: int = 0) -> None:
+    """Run a command in this process, which saves the imports of a new one."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(workdir)
+        with pytest.raises(SystemExit) as exit_info:
             main([*map(str, words)])
-    assert ended.value.code == code
+    assert exit_info.value.code == code
 
 
-def runs(place: Path, name: str) -> list[Any]:
-    """MLflow runs of this name, the newest first."""
+def runs(workdir: Path, name: str) -> list[Any]:
+    """MLflow runs of this name, newest first."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
     experiment = client.get_experiment_by_name("arrowhead").experiment_id
     return list(client.search_runs([experiment], f"tags.`mlflow.runName` = '{name}'"))
 
 
-def children(place: Path, parent: str) -> list[Any]:
+def children(workdir: Path, parent: str) -> list[Any]:
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
     experiment = client.get_experiment_by_name("arrowhead").experiment_id
     words = f"tags.`mlflow.parentRunId` = '{parent}'"
     return list(client.search_runs([experiment], words, order_by=["metrics.accuracy DESC"]))
@@ -79,10 +79,10 @@ def children(place: Path, parent: str) -> list[Any]:
 # ------------------------------------------------------------------------------ many heads
 
 
-def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, command):
+def test_grid_keeps_its_best_head_and_logs_each_head_as_a_child_run(store, workdir, command):
     grid = "rate=1e-5,1e-2 weight_decay=0,0.1 seed=0,1"
     result = command("train", store, "best", "--grid", grid, "--epochs", 4)
-    heads = children(place, result["run_id"])
+    heads = children(workdir, result["run_id"])
     actual = [run for run in heads if run.info.run_name != "train"]
     assert len(actual) == 8
     assert {run.info.status for run in actual} == {"FINISHED"}
@@ -105,7 +105,7 @@ def test_a_grid_keeps_its_best_head_and_records_each_as_a_child(store, place, co
     assert f"on the same {images} validation images" in result["grid"]["words"]
 
 
-def test_folds_and_learning_curve_use_the_settings_of_the_head_that_is_kept(store, place, command):
+def test_folds_and_learning_curve_use_the_settings_of_the_best_head(store, workdir, command):
     also = ["--epochs", 3, "--folds", 3, "--learning-curve", "--curve-seeds", 2]
     grid = ["--grid", "rate=1e-6,1e-2 weight_decay=0.5 dropout=0.3 seed=1", "--rate", 0.5]
     searched = command("train", store, "searched", *grid, *also)
@@ -125,8 +125,8 @@ def test_folds_and_learning_curve_use_the_settings_of_the_head_that_is_kept(stor
     assert result[0]["lineage"]["training"] == result[1]["lineage"]["training"]
 
 
-def test_folds_give_every_image_one_probability_from_a_head_that_has_not_seen_it(
-    store, place, command
+def test_out_of_fold_probabilities_come_from_heads_not_trained_on_the_image(
+    store, workdir, command
 ):
     result = command("train", store, "folded", "--rate", 0.01, "--epochs", 3, "--folds", 4)
     table = polars.read_ipc(result["folds"]["file"])
@@ -134,20 +134,20 @@ def test_folds_give_every_image_one_probability_from_a_head_that_has_not_seen_it
     used = [p for p, s in zip(catalog["paths"], catalog["splits"], strict=True) if s != "test"]
     assert table["path"].to_list() == used
     assert sorted(set(table["fold"])) == [0, 1, 2, 3]
-    chance = np.array(table["probability"].to_list())
-    assert np.abs(chance.sum(1) - 1).max() < 1e-5
+    prob = np.array(table["probability"].to_list())
+    assert np.abs(prob.sum(1) - 1).max() < 1e-5
     classes = Store(store).manifest()["classes"]
     label = np.array([classes.index(names[0]) for names in table["labels"].to_list()])
     by_fold = [
-        float((chance.argmax(1) == label)[table["fold"].to_numpy() == fold].mean())
+        float((prob.argmax(1) == label)[table["fold"].to_numpy() == fold].mean())
         for fold in range(4)
     ]
     assert result["folds"]["figures"]["accuracy"]["mean"] == pytest.approx(np.mean(by_fold))
     assert [line["accuracy"] for line in result["folds"]["folds"]] == pytest.approx(by_fold)
 
 
-def test_the_table_of_epochs_shows_what_best_chooses_by_and_when_and_why_it_ended(
-    store, place, command, capsys
+def test_epoch_table_shows_the_selection_metric_and_why_training_ended(
+    store, workdir, command, capsys
 ):
     flags = ["--rate", 0.05, "--epochs", 40, "--best", "balanced_accuracy", "--patience", 3]
     result = command("train", store, "early", *flags)
@@ -165,7 +165,7 @@ def test_the_table_of_epochs_shows_what_best_chooses_by_and_when_and_why_it_ende
         f"stopped after epoch {len(lines) - 1}: balanced_accuracy has not improved since epoch"
         f" {result['epoch']}"
     ) in output
-    here(place, "bundle", "info", place / "early", "--per-class")
+    run_in_process(workdir, "bundle", "info", workdir / "early", "--per-class")
     info = capsys.readouterr().out
     assert "single-label" in info
     assert "\\x0a" not in info
@@ -173,19 +173,19 @@ def test_the_table_of_epochs_shows_what_best_chooses_by_and_when_and_why_it_ende
     table = info.split("validation images, by class:")[1].split("\n")
     assert table[1].split() == ["class", "precision", "recall", "F1", "images"]
     assert {line.split()[0] for line in table[2:5]} == {"baskets", "beads", "leaves"}
-    here(place, "bundle", "info", place / "early")
+    run_in_process(workdir, "bundle", "info", workdir / "early")
     assert "by class" not in capsys.readouterr().out
 
 
-def test_folds_train_for_as_long_as_the_head_that_is_kept_did(store, place, command):
+def test_folds_train_for_as_many_epochs_as_the_best_head(store, workdir, command):
     flags = ["--rate", 0.3, "--epochs", 9, "--best", "accuracy", "--patience", 3, "--folds", 3]
     result = command("train", store, "patient", *flags)
     assert result["folds"]["epochs"] == result["epoch"] + 1
     assert {line["epoch"] for line in result["folds"]["folds"]} == {result["epoch"]}
 
 
-def test_a_class_of_one_image_has_no_out_of_fold_probability_and_does_not_end_the_training(
-    drawn, place, command
+def test_single_image_class_has_no_out_of_fold_probability_and_training_succeeds(
+    drawn, workdir, command
 ):
     rows = ["path,label,split"]
     for file in sorted(drawn.glob("*/*/*.jpg")):
@@ -205,7 +205,7 @@ def test_a_class_of_one_image_has_no_out_of_fold_probability_and_does_not_end_th
     assert table["probability"].null_count() == 1
 
 
-def test_the_learning_curve_is_drawn_and_recorded(store, place, command):
+def test_learning_curve_is_plotted_and_logged(store, workdir, command):
     flags = ["--rate", 0.01, "--epochs", 3, "--learning-curve", "--curve-seeds", 2]
     result = command("train", store, "curved", *flags)
     points = result["learning_curve"]["points"]
@@ -215,17 +215,15 @@ def test_the_learning_curve_is_drawn_and_recorded(store, place, command):
     assert len(Path("curved/report/learning_curve.csv").read_text().splitlines()) == 1 + len(points)
 
 
-def test_a_store_larger_than_memory_is_left_in_the_map_and_gives_the_same_numbers(
-    store, command, monkeypatch
-):
+def test_memory_mapped_store_gives_the_same_numbers(store, command, monkeypatch):
     flags = ["--rate", 0.01, "--epochs", 2]
-    held = command("train", store, "held", *flags)
+    in_memory = command("train", store, "held", *flags)
     monkeypatch.setattr(training_run, "_free_bytes", lambda device: 1000)
     mapped = command("train", store, "mapped", *flags)
-    assert mapped["epochs"] == held["epochs"]
+    assert mapped["epochs"] == in_memory["epochs"]
 
 
-def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
+def test_multi_label_images_are_trained_and_scored(drawn, workdir, command):
     rows = ["path\tlabels\tsplit"]
     for file in sorted(drawn.glob("*/*/*.jpg")):
         split, name = file.relative_to(drawn).parts[:2]
@@ -259,7 +257,7 @@ def test_several_labels_per_image_are_trained_and_scored(drawn, place, command):
     assert table["labels"].list.len().max() >= 2
 
 
-# --------------------------------------------------------------------------------- stops
+# --------------------------------------------------------------------------------- interruptions
 
 
 def weights(bundle: Path) -> dict[str, np.ndarray]:
@@ -267,26 +265,26 @@ def weights(bundle: Path) -> dict[str, np.ndarray]:
     return {name: value for name, value in result.items() if name.startswith("head.")}
 
 
-def start(place: Path, *words: object) -> subprocess.Popen[bytes]:
+def start(workdir: Path, *words: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "arrowhead", *map(str, words), "--json"]
-    out = (place / "killed.out").open("wb")
-    return forks.Popen(command, cwd=place, stdout=out, stderr=out)
+    out = (workdir / "killed.out").open("wb")
+    return forks.Popen(command, cwd=workdir, stdout=out, stderr=out)
 
 
 FLAGS = ["--head", "lesson", "--dropout", 0.3, "--rate", 0.003, "--epochs", 60, "--batch-size", 9]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, place: Path) -> Path:
-    """A bundle whose training nobody stopped."""
-    here(place, "train", store, place / "calm", *FLAGS)
-    return place / "calm"
+def undisturbed(store: Path, workdir: Path) -> Path:
+    """The bundle of an uninterrupted training."""
+    run_in_process(workdir, "train", store, workdir / "calm", *FLAGS)
+    return workdir / "calm"
 
 
 @dataclass(frozen=True)
-class Shaken:
-    """A training that was interrupted, stopped while another wanted its place, killed, robbed of
-    the end of its newest checkpoint, and then left alone.
+class InterruptedTraining:
+    """A training that was interrupted, suspended while another wanted its folder, killed, had its
+    newest checkpoint truncated, and then finished.
     """
 
     bundle: Path
@@ -301,99 +299,105 @@ class Shaken:
 
 
 @pytest.fixture(scope="module")
-def shaken(undisturbed: Path, store: Path, place: Path) -> Shaken:
-    words = ["train", store, place / "shaken", *FLAGS, "--checkpoint-seconds", 0]
-    before = len(runs(place, "train"))
+def interrupted(undisturbed: Path, store: Path, workdir: Path) -> InterruptedTraining:
+    arguments = ["train", store, workdir / "shaken", *FLAGS, "--checkpoint-seconds", 0]
+    before = len(runs(workdir, "train"))
 
-    def newest() -> int:
-        result = [int(path.name[6:]) for path in place.glob(".shaken.training/heads-??????")]
+    def newest_checkpoint() -> int:
+        result = [int(path.name[6:]) for path in workdir.glob(".shaken.training/heads-??????")]
         return max(result, default=-1)
 
-    def begun(more: int) -> subprocess.Popen[bytes]:
-        """The command, when it has kept a checkpoint so much later than the last."""
-        process, least = start(place, *words), newest() + more
-        until = time.monotonic() + 300
-        while newest() < least:
-            assert process.poll() is None, (place / "killed.out").read_text()
-            assert time.monotonic() < until
+    def start_and_wait(more: int) -> subprocess.Popen[bytes]:
+        """Start the command; return when its newest checkpoint is this many epochs later."""
+        process, target_epoch = start(workdir, *arguments), newest_checkpoint() + more
+        deadline = time.monotonic() + 300
+        while newest_checkpoint() < target_epoch:
+            assert process.poll() is None, (workdir / "killed.out").read_text()
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         return process
 
-    first = begun(2)
+    first = start_and_wait(2)
     os.kill(first.pid, signal.SIGINT)
     assert first.wait(300) == 130
-    assert not (place / "shaken").exists()
-    second = begun(4)
+    assert not (workdir / "shaken").exists()
+    second = start_and_wait(4)
     os.kill(second.pid, signal.SIGSTOP)
     refused, output = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(refused):
-        here(place, *words, code=2)
+        run_in_process(workdir, *arguments, code=2)
     second.kill()
     assert second.wait(300) == -signal.SIGKILL
-    truncated = place / ".shaken.training" / f"heads-{newest():06}"
-    state = truncated / "state.safetensors"  # at every length: test_checkpoint.py
+    truncated = workdir / ".shaken.training" / f"heads-{newest_checkpoint():06}"
+    state = truncated / "state.safetensors"  # every length is tested in test_checkpoint.py
     state.write_bytes(state.read_bytes()[:-1])
     with contextlib.redirect_stdout(output):
-        here(place, *words)
-    every = runs(place, "train")
-    new = every[: len(every) - before]
-    return Shaken(place / "shaken", refused.getvalue(), truncated.name, output.getvalue(), new)
+        run_in_process(workdir, *arguments)
+    all_runs = runs(workdir, "train")
+    new_runs = all_runs[: len(all_runs) - before]
+    return InterruptedTraining(
+        workdir / "shaken", refused.getvalue(), truncated.name, output.getvalue(), new_runs
+    )
 
 
-def test_a_stopped_training_goes_on_to_the_same_weights(undisturbed, shaken):
-    assert "going on from the checkpoint" in " ".join(shaken.said.split())
-    calm, result = weights(undisturbed), weights(shaken.bundle)
-    assert all(np.array_equal(calm[part], result[part]) for part in calm)
-    assert not shaken.bundle.with_name(f".{shaken.bundle.name}.training").exists()
+def test_stopped_training_resumes_to_the_same_weights(undisturbed, interrupted):
+    assert "going on from the checkpoint" in " ".join(interrupted.said.split())
+    expected, result = weights(undisturbed), weights(interrupted.bundle)
+    assert all(np.array_equal(expected[part], result[part]) for part in expected)
+    assert not interrupted.bundle.with_name(f".{interrupted.bundle.name}.training").exists()
 
 
-def test_a_torn_checkpoint_falls_back_to_the_one_before_it_and_says_so(shaken):
-    assert shaken.torn in shaken.said
-    assert "incomplete or has changed" in shaken.said
+def test_truncated_checkpoint_falls_back_to_the_previous_one_and_reports_it(interrupted):
+    assert interrupted.torn in interrupted.said
+    assert "incomplete or has changed" in interrupted.said
 
 
-def test_a_stopped_training_goes_on_in_the_same_run_and_doubles_no_step(undisturbed, shaken, place):
+def test_stopped_training_resumes_in_the_same_run_without_duplicate_steps(
+    undisturbed, interrupted, workdir
+):
     from mlflow import MlflowClient
 
-    assert len(shaken.runs) == 2  # one parent and its child, both taken up again
-    parent = next(run for run in shaken.runs if "mlflow.parentRunId" not in run.data.tags)
+    assert len(interrupted.runs) == 2  # one parent and its child, both resumed
+    parent = next(run for run in interrupted.runs if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.status == "FINISHED"
-    (child,) = children(place, parent.info.run_id)
-    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    (child,) = children(workdir, parent.info.run_id)
+    client = MlflowClient(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
     history = client.get_metric_history(child.info.run_id, "train_loss")
     assert Counter(point.step for point in history) == Counter(range(60))
 
 
-def test_two_commands_do_not_train_to_the_same_bundle(shaken):
-    assert "being written by another Arrowhead command" in shaken.refused
+def test_concurrent_training_to_the_same_bundle_is_refused(interrupted):
+    assert "being written by another Arrowhead command" in interrupted.refused
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("seed", range(4))
-def test_a_training_on_two_workers_survives_any_kills_with_the_same_weights(
-    undisturbed, store, place, seed
+def test_training_on_two_workers_survives_kills_with_the_same_weights(
+    undisturbed, store, workdir, seed
 ):
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     name = f"chaos-{seed}"
-    words = ["train", store, place / name, *FLAGS, "--checkpoint-seconds", 0, "--workers", 2]
-    before = len(runs(place, "train"))
-    for victim in draw.permutation(["driver", "driver", "worker"]):
-        driver = start(place, *words)
-        time.sleep(float(draw.uniform(8, 40)))
-        ours = psutil.Process(driver.pid)
+    arguments = ["train", store, workdir / name, *FLAGS, "--checkpoint-seconds", 0, "--workers", 2]
+    before = len(runs(workdir, "train"))
+    for victim in rng.permutation(["driver", "driver", "worker"]):
+        driver = start(workdir, *arguments)
+        time.sleep(float(rng.uniform(8, 40)))
+        driver_process = psutil.Process(driver.pid)
         with contextlib.suppress(psutil.Error):
-            workers = [p for p in ours.children(recursive=True) if "RayTrainWorker" in p.name()]
+            workers = [
+                p for p in driver_process.children(recursive=True) if "RayTrainWorker" in p.name()
+            ]
             if victim == "driver":
                 driver.kill()
             elif workers:
-                workers[int(draw.integers(len(workers)))].kill()
+                workers[int(rng.integers(len(workers)))].kill()
         if victim == "worker":
-            assert driver.wait(400) == 0, (place / "killed.out").read_text()
+            assert driver.wait(400) == 0, (workdir / "killed.out").read_text()
             break
         driver.wait(60)
-    if not (place / name / "bundle.json").is_file():
-        assert start(place, *words).wait(400) == 0, (place / "killed.out").read_text()
-    calm, result = weights(undisturbed), weights(place / name)
-    for part in calm:  # two workers sum in another order than one
-        np.testing.assert_allclose(result[part], calm[part], rtol=1e-5, atol=1e-6)
-    assert len(runs(place, "train")) == before + 2
+    if not (workdir / name / "bundle.json").is_file():
+        assert start(workdir, *arguments).wait(400) == 0, (workdir / "killed.out").read_text()
+    expected, result = weights(undisturbed), weights(workdir / name)
+    for part in expected:  # two workers sum in another order than one
+        np.testing.assert_allclose(result[part], expected[part], rtol=1e-5, atol=1e-6)
+    assert len(runs(workdir, "train")) == before + 2

@@ -1,6 +1,6 @@
 """Submitting a command to a cluster: what is refused, what is sent, what comes back.
 
-The cluster is one that `cluster/local.sh` starts, in a home of its own; its last test ends it.
+`cluster/local.sh` starts the cluster with a home folder of its own; the last test stops it.
 """
 
 from __future__ import annotations
@@ -37,25 +37,27 @@ from arrowhead.runtime.jobs import Cluster, ClusterConfig
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "jobs").glob("*.toml"))
 SMALL = ["--body", "resnet18", "--weights", "random", "--size", "32"]
-AWAY = Cluster("http://10.9.9.9:8265", None, (("10.9.9.9", {"CPU": 4.0}), ("10.9.9.8", {})))
-TRAIN = ["train", "store", "bundle"]
+REMOTE_CLUSTER = Cluster(
+    "http://10.9.9.9:8265", None, (("10.9.9.9", {"CPU": 4.0}), ("10.9.9.8", {}))
+)
+TRAIN_COMMAND = ["train", "store", "bundle"]
 
 
 @pytest.fixture(autouse=True)
-def _no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_address_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused; what it says, on one line."""
+    """Run a command that must be refused; return its message on one line."""
 
     def command(*words: object) -> str:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main([str(word) for word in words])
         output = capsys.readouterr().err
-        assert ended.value.code == 2, output
+        assert exit_info.value.code == 2, output
         assert "  wanted  " in output
         assert "  do      " in output
         return " ".join(output.split())
@@ -63,7 +65,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return command
 
 
-# ------------------------------------------------------------------ refused before anything
+# ------------------------------------------------------------------ refused before connecting
 
 
 @pytest.mark.parametrize(
@@ -79,17 +81,17 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_typo_is_refused_before_anything_is_asked_of_a_cluster(refused, words, said):
+def test_typo_is_refused_before_contacting_a_cluster(refused, words, said):
     assert said in refused("submit", "--address", "http://127.0.0.1:9", "--", *words)
 
 
-def test_an_address_where_nothing_answers_says_how_to_start_a_cluster(refused):
-    output = refused("submit", "--address", "http://127.0.0.1:9", "--", *TRAIN)
+def test_unreachable_address_is_refused_with_how_to_start_a_cluster(refused):
+    output = refused("submit", "--address", "http://127.0.0.1:9", "--", *TRAIN_COMMAND)
     assert "No Ray job server answers at http://127.0.0.1:9" in output
     assert "cluster/local.sh up" in output
 
 
-def test_a_token_does_not_travel_readable_to_another_machine_unless_asked(refused):
+def test_token_is_not_sent_unencrypted_to_another_machine_by_default(refused):
     for address in ("http://10.9.9.9:8265", "10.9.9.9:8265"):
         output = refused("jobs", "list", "--address", address)
         assert "could read the token" in output
@@ -99,22 +101,20 @@ def test_a_token_does_not_travel_readable_to_another_machine_unless_asked(refuse
 @pytest.mark.parametrize(
     "address", ["ftp://x", "http://", "http://me:secret@host", "http://h:port"]
 )
-def test_what_is_no_address_of_a_job_server_is_refused(refused, address):
+def test_invalid_job_server_address_is_refused(refused, address):
     output = refused("jobs", "list", "--address", address)
     assert "--address is" in output
     assert "secret" not in output
 
 
-def test_the_address_of_a_gcs_in_the_environment_is_not_taken_for_a_job_server(
-    refused, monkeypatch
-):
+def test_gcs_address_in_the_environment_is_not_used_as_a_job_server(refused, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")
     assert "RAY_ADDRESS is 10.9.9.9:6379" in refused("jobs", "list")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     assert "answers at http://127.0.0.1:9" in refused("jobs", "list")
 
 
-def test_what_answers_but_is_no_ray_is_refused(refused, tmp_path):
+def test_server_other_than_ray_is_refused(refused, tmp_path):
     server = subprocess.Popen(
         [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"],
         cwd=tmp_path,
@@ -131,7 +131,7 @@ def test_what_answers_but_is_no_ray_is_refused(refused, tmp_path):
         server.wait()
 
 
-def test_a_verb_that_is_given_another_cluster_is_refused():
+def test_command_with_another_cluster_address_is_refused():
     call = cli_cluster.parse_command(
         ["train", "s", "b", "--workers", "1", "--address", "10.0.0.1:6379"]
     )
@@ -142,38 +142,43 @@ def test_a_verb_that_is_given_another_cluster_is_refused():
 # ------------------------------------------------------------------- folders of the cluster
 
 
-def test_paths_of_this_machine_are_refused_on_a_cluster_of_others(tmp_path, monkeypatch):
+def test_local_paths_are_refused_for_a_remote_cluster(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"{tmp_path}/photos is on this machine") as refusal:
-        jobs.job_folder(AWAY, [], ["photos"])
-    assert f"--shared {tmp_path}" in refusal.value.do
-    assert jobs.job_folder(AWAY, [], []) is None  # addresses only: nothing here is needed
-    assert jobs.job_folder(AWAY, [tmp_path], ["photos", f"{tmp_path}/out"]) == tmp_path
+    with pytest.raises(ConfigError, match=f"{tmp_path}/photos is on this machine") as error_info:
+        jobs.job_folder(REMOTE_CLUSTER, [], ["photos"])
+    assert f"--shared {tmp_path}" in error_info.value.do
+    assert (
+        jobs.job_folder(REMOTE_CLUSTER, [], []) is None
+    )  # addresses only: no local process is needed
+    assert jobs.job_folder(REMOTE_CLUSTER, [tmp_path], ["photos", f"{tmp_path}/out"]) == tmp_path
     with pytest.raises(ConfigError, match=r"\.\./photos|photos is on this machine"):
-        jobs.job_folder(AWAY, [tmp_path], ["../photos"])
+        jobs.job_folder(REMOTE_CLUSTER, [tmp_path], ["../photos"])
 
 
-def test_from_outside_a_shared_folder_only_absolute_paths_reach_into_it(tmp_path, monkeypatch):
+def test_only_absolute_paths_refer_to_a_shared_folder_from_outside(tmp_path, monkeypatch):
     (tmp_path / "shared").mkdir()
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     shared = [tmp_path / "shared"]
-    assert jobs.job_folder(AWAY, shared, [f"{tmp_path}/shared/photos"]) is None
-    with pytest.raises(ConfigError, match="is relative to") as refusal:
-        jobs.job_folder(AWAY, shared, ["../shared/photos"])
-    assert refusal.value.do == f"give {tmp_path}/shared/photos."
+    assert jobs.job_folder(REMOTE_CLUSTER, shared, [f"{tmp_path}/shared/photos"]) is None
+    with pytest.raises(ConfigError, match="is relative to") as error_info:
+        jobs.job_folder(REMOTE_CLUSTER, shared, ["../shared/photos"])
+    assert error_info.value.do == f"give {tmp_path}/shared/photos."
 
 
-def test_a_shared_folder_may_be_a_link_to_where_we_are(tmp_path, monkeypatch):
+def test_shared_folder_may_be_a_link_to_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "disk" / "mine").mkdir(parents=True)
     (tmp_path / "shared").symlink_to("disk")
     monkeypatch.chdir(tmp_path / "shared" / "mine")
-    assert jobs.job_folder(AWAY, [tmp_path / "shared"], ["out"]) == tmp_path / "shared" / "mine"
+    assert (
+        jobs.job_folder(REMOTE_CLUSTER, [tmp_path / "shared"], ["out"])
+        == tmp_path / "shared" / "mine"
+    )
 
 
-def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path, monkeypatch):
+def test_tunnel_to_a_remote_cluster_is_not_taken_for_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tunnel = Cluster("http://127.0.0.1:8265", None, AWAY.nodes)
+    tunnel = Cluster("http://127.0.0.1:8265", None, REMOTE_CLUSTER.nodes)
     with pytest.raises(ConfigError, match="is on this machine"):
         jobs.job_folder(tunnel, [], ["photos"])
 
@@ -194,7 +199,7 @@ def test_a_tunnel_to_a_cluster_of_others_is_not_taken_for_this_machine(tmp_path,
     ],
     ids=lambda value: " ".join(value),
 )
-def test_every_file_and_folder_that_a_verb_names_is_known(monkeypatch, words, places):
+def test_every_path_argument_of_a_command_is_known(monkeypatch, words, places):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert sorted(cli_cluster._requirements(cli_cluster.parse_command(words)).paths) == sorted(
         places
@@ -212,19 +217,19 @@ def test_every_file_and_folder_that_a_verb_names_is_known(monkeypatch, words, pl
     ],
 )
 @pytest.mark.parametrize("by", ["environment", "flag"])
-def test_what_of_the_mlflow_store_nobody_may_see_is_not_sent(monkeypatch, uri, said, by):
+def test_secrets_of_the_mlflow_address_are_not_sent(monkeypatch, uri, said, by):
     flag = []
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if by == "environment":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     else:
         flag = ["--tracking-uri", uri]
-    with pytest.raises(ConfigError, match=said) as refusal:
-        cli_cluster._requirements(cli_cluster.parse_command([*TRAIN, *flag]))
-    assert "secret" not in str(refusal.value).lower()
+    with pytest.raises(ConfigError, match=said) as error_info:
+        cli_cluster._requirements(cli_cluster.parse_command([*TRAIN_COMMAND, *flag]))
+    assert "secret" not in str(error_info.value).lower()
 
 
-def test_a_job_that_is_told_to_end_has_time_to_end_its_mlflow_run(monkeypatch):
+def test_stopped_job_has_time_to_end_its_mlflow_run(monkeypatch):
     from ray.dashboard.modules.job import job_supervisor
 
     sent: dict[str, Any] = {}
@@ -235,15 +240,17 @@ def test_a_job_that_is_told_to_end_has_time_to_end_its_mlflow_run(monkeypatch):
             return "raysubmit_1"
 
     monkeypatch.setattr(jobs, "_client", lambda cluster: contextlib.nullcontext(Client()))
-    jobs.submit(AWAY, ["doctor"], folder=None, env_vars={"MLFLOW_TRACKING_URI": "sqlite://"})
+    jobs.submit(
+        REMOTE_CLUSTER, ["doctor"], folder=None, env_vars={"MLFLOW_TRACKING_URI": "sqlite://"}
+    )
     assert sent == {"RAY_JOB_STOP_WAIT_TIME_S": "30", "MLFLOW_TRACKING_URI": "sqlite://"}
     read = Path(job_supervisor.__file__).read_text()
     assert '"RAY_JOB_STOP_WAIT_TIME_S"' in read
 
 
-def test_the_address_of_the_mlflow_store_reaches_the_job(monkeypatch):
+def test_mlflow_address_is_passed_to_the_job(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert cli_cluster._requirements(cli_cluster.parse_command(TRAIN)).env_vars == {
+    assert cli_cluster._requirements(cli_cluster.parse_command(TRAIN_COMMAND)).env_vars == {
         "MLFLOW_TRACKING_URI": "http://mlflow:5000"
     }
 
@@ -258,29 +265,27 @@ def test_the_address_of_the_mlflow_store_reaches_the_job(monkeypatch):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_what_a_verb_reads_must_be_there_before_anything_is_sent(
-    tmp_path, monkeypatch, words, inputs
-):
+def test_inputs_of_a_command_must_exist_before_submitting(tmp_path, monkeypatch, words, inputs):
     monkeypatch.chdir(tmp_path)
-    needed = cli_cluster._requirements(cli_cluster.parse_command(words)).inputs
-    assert sorted(needed) == inputs
+    required = cli_cluster._requirements(cli_cluster.parse_command(words)).inputs
+    assert sorted(required) == inputs
     own = Cluster("http://127.0.0.1:8265", None, (("127.0.0.1", {"CPU": 2.0}),))
     for missing in inputs:
         for name in inputs:
             (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / missing).rmdir()
         with pytest.raises(ConfigError, match=f"{tmp_path}/{missing} does not exist"):
-            jobs.check_inputs(own, [], tmp_path, needed)
+            jobs.check_inputs(own, [], tmp_path, required)
         with pytest.raises(ConfigError, match="does not exist"):
-            jobs.check_inputs(AWAY, [tmp_path], tmp_path, needed)
-        jobs.check_inputs(AWAY, [], None, needed)  # we cannot see it
+            jobs.check_inputs(REMOTE_CLUSTER, [tmp_path], tmp_path, required)
+        jobs.check_inputs(REMOTE_CLUSTER, [], None, required)  # remote files cannot be checked
         (tmp_path / missing).mkdir()
-        jobs.check_inputs(own, [], tmp_path, needed)
+        jobs.check_inputs(own, [], tmp_path, required)
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
-def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, monkeypatch):
-    """Whatever shell runs it there."""
+def test_variable_missing_on_the_head_node_gives_exit_code_2(shell, monkeypatch):
+    """In any shell of the head node."""
     sent = []
 
     class Client:
@@ -289,18 +294,20 @@ def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, mon
             return "raysubmit_1"
 
     monkeypatch.setattr(jobs, "_client", lambda cluster: contextlib.nullcontext(Client()))
-    jobs.submit(AWAY, ["doctor"], folder=None, required_variable="MLFLOW_TRACKING_URI")
+    jobs.submit(REMOTE_CLUSTER, ["doctor"], folder=None, required_variable="MLFLOW_TRACKING_URI")
     bare = {"PATH": os.environ["PATH"]}
-    done = subprocess.run([shell, "-c", sent[0]], env=bare, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("arrowhead: MLFLOW_TRACKING_URI is not set on the head node")
-    there = bare | {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    completed = subprocess.run([shell, "-c", sent[0]], env=bare, capture_output=True, text=True)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("arrowhead: MLFLOW_TRACKING_URI is not set on the head node")
+    remote_env = bare | {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
     script = sent[0].replace("exec python", "echo")
-    done = subprocess.run([shell, "-c", script], env=there, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("-m arrowhead doctor")
+    completed = subprocess.run(
+        [shell, "-c", script], env=remote_env, capture_output=True, text=True
+    )
+    assert completed.stdout.strip().endswith("-m arrowhead doctor")
 
 
-# ------------------------------------------------------------------------- what is sent
+# ------------------------------------------------------------------------- uploads
 
 
 @pytest.mark.parametrize(
@@ -314,33 +321,37 @@ def test_a_variable_that_the_head_node_lacks_is_said_with_exit_code_2(shell, mon
     ],
     ids=lambda value: value[0],
 )
-def test_a_verb_gets_workers_of_the_cluster_unless_it_says_how_many(tmp_path, words, workers):
-    request = cli_cluster._with_workers(cli_cluster.parse_command(words), AWAY.worker_capacity)
+def test_command_gets_all_cluster_workers_by_default(tmp_path, words, workers):
+    request = cli_cluster._with_workers(
+        cli_cluster.parse_command(words), REMOTE_CLUSTER.worker_capacity
+    )
     assert request == [words[0], "--workers", workers, *words[1:]]
     assert cli_cluster.parse_command(request).arguments["launch"].workers == (
         workers if ":" in workers else 1
     )
     for own in (["--workers", "0"], ["--workers=2"]):
         call = cli_cluster.parse_command([*words, *own])
-        assert cli_cluster._with_workers(call, AWAY.worker_capacity) == [*words, *own]
+        assert cli_cluster._with_workers(call, REMOTE_CLUSTER.worker_capacity) == [*words, *own]
     toml = tmp_path / "own.toml"
     toml.write_text(f"[{words[0]}]\nworkers = 3\n")
     call = cli_cluster.parse_command([*words, "--config", str(toml)])
-    assert cli_cluster._with_workers(call, AWAY.worker_capacity) == words
+    assert cli_cluster._with_workers(call, REMOTE_CLUSTER.worker_capacity) == words
     for fewer in (["export", "b", "o.onnx"], ["doctor"]):
         assert (
-            cli_cluster._with_workers(cli_cluster.parse_command(fewer), AWAY.worker_capacity)
+            cli_cluster._with_workers(
+                cli_cluster.parse_command(fewer), REMOTE_CLUSTER.worker_capacity
+            )
             == fewer
         )
 
 
-def test_gpus_count_where_there_are_any():
+def test_workers_are_counted_by_gpus_if_there_are_any():
     nodes = (("a", {"CPU": 16.0}), ("b", {"CPU": 16.0, "GPU": 4.0}), ("c", {"GPU": 4.0}))
     assert Cluster("", None, nodes).worker_capacity == 8
     assert Cluster("", None, (("a", {}),)).worker_capacity == 1
 
 
-def test_only_source_and_toml_are_sent(tmp_path):
+def test_only_source_and_toml_are_uploaded(tmp_path):
     toml = tmp_path / "mine.toml"
     toml.write_text("[train]\nepochs = 1\n")
     draft = tmp_path / "draft"
@@ -353,26 +364,26 @@ def test_only_source_and_toml_are_sent(tmp_path):
     assert size == sum((draft / name).stat().st_size for name in sent) < 1_500_000
 
 
-def test_too_large_an_upload_is_refused_with_its_reason(tmp_path):
+def test_oversized_upload_is_refused_with_its_reason(tmp_path):
     toml = tmp_path / "huge.toml"
     with toml.open("wb") as file:
         file.truncate(60_000_000)
-    with pytest.raises(ConfigError, match=r"6\d MB would be sent .*huge.toml") as refusal:
+    with pytest.raises(ConfigError, match=r"6\d MB would be sent .*huge.toml") as error_info:
         jobs._copy_source(tmp_path, toml)
-    assert "50 MB at most" in refusal.value.wanted
+    assert "50 MB at most" in error_info.value.wanted
 
 
 # ------------------------------------------------------------------------------ recipes
 
 
 def header(recipe: Path) -> dict[str, str]:
-    """The run, on and expect of a recipe's first lines."""
+    """The run, on and expect entries in the first lines of a recipe."""
     lines = re.findall(r"^# +(\w+) {2,}(.*(?:\n#  .*)*)", recipe.read_text(), re.MULTILINE)
     return {name: " ".join(words.replace("\n#", " ").split()) for name, words in lines}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_says_what_it_runs_on_what_and_what_comes_of_it(recipe, monkeypatch):
+def test_recipe_header_states_command_cluster_and_result(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
     output = header(recipe)
     assert list(output) == ["run", "on", "expect"]
@@ -389,7 +400,7 @@ def test_a_recipe_says_what_it_runs_on_what_and_what_comes_of_it(recipe, monkeyp
     assert f'main(["{verb}", *sys.argv[1:]])' in script
 
 
-def test_every_verb_that_takes_workers_or_a_bundle_has_a_job():
+def test_every_command_with_workers_or_a_bundle_has_a_job_script():
     scripts = {path.stem for path in (ROOT / "jobs").glob("*.py")}
     assert scripts == {"precompute", "lr_find", "train", "score", "evaluate", "fit", "export"}
     assert scripts == {path.stem for path in RECIPES}
@@ -399,8 +410,8 @@ def test_every_verb_that_takes_workers_or_a_bundle_has_a_job():
 
 
 @dataclass
-class Local:
-    """A running cluster of `cluster/local.sh`, and commands beside it."""
+class LocalCluster:
+    """A running cluster of `cluster/local.sh`, and commands that use it."""
 
     home: Path
     port: int
@@ -415,19 +426,19 @@ class Local:
         return (self.home / ".ray" / "auth_token").read_text()
 
     def script(self, *words: str, code: int = 0) -> str:
-        """Run local.sh; what it prints."""
-        done = subprocess.run(
+        """Run local.sh; return its output."""
+        completed = subprocess.run(
             [ROOT / "cluster" / "local.sh", *words],
             env=self.env,
             text=True,
             capture_output=True,
             timeout=300,
         )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        assert completed.returncode == code, completed.stdout + completed.stderr
+        return completed.stdout + completed.stderr
 
     def start(self, *words: object, **more: str) -> subprocess.Popen[str]:
-        """An arrowhead command at this cluster, in a process of its own."""
+        """Start an arrowhead command for this cluster in its own process."""
         return subprocess.Popen(
             [sys.executable, "-m", "arrowhead", *map(str, words)],
             cwd=self.home,
@@ -438,25 +449,25 @@ class Local:
         )
 
     def run(self, *words: object, code: int = 0, **more: str) -> tuple[str, str]:
-        """What such a command writes to standard output and error."""
+        """Standard output and error of such a command."""
         process = self.start(*words, **more)
         out, err = process.communicate(timeout=500)
         assert process.returncode == code, out + err
         return out, err
 
     def processes(self) -> list[psutil.Process]:
-        """What lives of it, however it was started: all its command lines or files name its home
-        or its session.
+        """Running processes of the cluster, however they were started: those whose command line,
+        environment or open files name its home or its session.
         """
         folders = (str(self.home), *(str(path) for path in self.sessions))
         result = []
         for process in psutil.process_iter():
             try:
-                known = [*process.cmdline(), process.cwd(), *process.environ().values()]
-                known += [file.path for file in process.open_files()]
+                strings = [*process.cmdline(), process.cwd(), *process.environ().values()]
+                strings += [file.path for file in process.open_files()]
             except psutil.Error:
                 continue
-            if process.pid != os.getpid() and any(f in one for f in folders for one in known):
+            if process.pid != os.getpid() and any(f in one for f in folders for one in strings):
                 result.append(process)
         return result
 
@@ -467,14 +478,14 @@ class Local:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """A head and a worker node, token on."""
+def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A head node and a worker node, with token authentication."""
     home = tmp_path_factory.mktemp("home")
     ports = []
-    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
-        for free in (one, two, three):
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+        for probe in (first, second, third):
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
     env |= {
         "HOME": str(home),
@@ -483,7 +494,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
         "PYTHONPATH": str(ROOT / "src"),
         **dict(zip(("PORT", "GCS_PORT", "CLIENT_PORT"), map(str, ports), strict=True)),
     }
-    cluster = Local(home, ports[0], env)
+    cluster = LocalCluster(home, ports[0], env)
     assert "arrowhead submit --address" in cluster.script("up", "1")
     yield cluster
     cluster.script("down")
@@ -491,37 +502,37 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
 
 def post(host: str, port: int, path: str, token: str | None) -> int:
     """HTTP status of an attempt to run a command."""
-    line = http.client.HTTPConnection(host, port, timeout=30)
+    connection = http.client.HTTPConnection(host, port, timeout=30)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    line.request("POST", path, json.dumps({"entrypoint": "true"}), headers)
-    status = line.getresponse().status
-    line.close()
+    connection.request("POST", path, json.dumps({"entrypoint": "true"}), headers)
+    status = connection.getresponse().status
+    connection.close()
     return status
 
 
 @pytest.mark.slow
-def test_it_is_up_once_and_says_so(local):
-    assert "it is already up" in local.script("up", "1")
-    assert "Active:" in local.script("status")
-    taken = local.env | {"XDG_STATE_HOME": str(local.home / "other")}
-    output = Local(local.home, local.port, taken).script("up", "1", code=2)
-    assert f"port {local.port} is taken" in output
-    assert not (local.home / "other").exists()
+def test_local_cluster_starts_once_and_reports_it(local_cluster):
+    assert "it is already up" in local_cluster.script("up", "1")
+    assert "Active:" in local_cluster.script("status")
+    taken = local_cluster.env | {"XDG_STATE_HOME": str(local_cluster.home / "other")}
+    output = LocalCluster(local_cluster.home, local_cluster.port, taken).script("up", "1", code=2)
+    assert f"port {local_cluster.port} is taken" in output
+    assert not (local_cluster.home / "other").exists()
 
 
 @pytest.mark.slow
-def test_whoever_has_no_token_runs_nothing(local):
-    assert (local.home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
-    assert post("127.0.0.1", local.port, "/api/jobs/", None) == 401
-    assert post("127.0.0.1", local.port, "/api/jobs/", "0" * 64) == 403
+def test_requests_without_token_cannot_run_anything(local_cluster):
+    assert (local_cluster.home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    assert post("127.0.0.1", local_cluster.port, "/api/jobs/", None) == 401
+    assert post("127.0.0.1", local_cluster.port, "/api/jobs/", "0" * 64) == 403
     listening = [
         (line.laddr, process)
-        for process in local.processes()
+        for process in local_cluster.processes()
         for line in process.net_connections("tcp")
         if line.status == psutil.CONN_LISTEN
     ]
-    assert {place.ip for place, _ in listening if place.port == local.port} == {"127.0.0.1"}
-    # Agents of nodes start jobs too, and Ray lets them listen on the machine's address.
+    assert {place.ip for place, _ in listening if place.port == local_cluster.port} == {"127.0.0.1"}
+    # Agents of nodes start jobs, too, and Ray lets them listen on the machine's own address.
     agents = [place for place, process in listening if "Agent" in "".join(process.cmdline())]
     answers = set()
     for folder in agents:
@@ -531,83 +542,83 @@ def test_whoever_has_no_token_runs_nothing(local):
         except (OSError, http.client.HTTPException):  # gRPC
             continue
     assert 401 in answers
-    assert answers <= {401, 404, 405}  # the metrics take no POST
+    assert answers <= {401, 404, 405}  # the metrics server accepts no POST
 
 
 @pytest.mark.slow
-def test_a_submit_without_the_token_is_refused_with_where_to_put_it(local, tmp_path):
-    words = ["submit", "--", *TRAIN]
-    _, err = local.run(*words, code=2, HOME=str(tmp_path))
+def test_submit_without_token_is_refused_with_where_to_put_it(local_cluster, tmp_path):
+    arguments = ["submit", "--", *TRAIN_COMMAND]
+    _, err = local_cluster.run(*arguments, code=2, HOME=str(tmp_path))
     assert "asks for a token, and this machine has none" in err
     assert "RAY_AUTH_TOKEN_PATH" in err
     assert f"{tmp_path}/.ray/auth_token" in err
-    _, err = local.run(*words, code=2, HOME=str(tmp_path), RAY_AUTH_TOKEN="wrong")
+    _, err = local_cluster.run(*arguments, code=2, HOME=str(tmp_path), RAY_AUTH_TOKEN="wrong")
     assert "does not accept the token from RAY_AUTH_TOKEN" in err
     assert "wrong" not in err
 
 
 @pytest.fixture(scope="module")
-def extracted(local: Local, drawn: Path) -> tuple[dict[str, Any], str]:
-    """A job by relative paths and a TOML from the folder it is submitted in: result and log."""
-    (local.home / "photos").symlink_to(drawn)
+def extracted(local_cluster: LocalCluster, drawn: Path) -> tuple[dict[str, Any], str]:
+    """A job with relative paths and a TOML in the folder it was submitted from: result and log."""
+    (local_cluster.home / "photos").symlink_to(drawn)
     toml = '[precompute]\nbody = "resnet18"\nweights = "random"\nworkers = 1\n'
-    (local.home / "mine.toml").write_text(toml)
-    words = ["precompute", "photos", "store", "--size", "32", "--config", "mine.toml"]
-    out, err = local.run("submit", "--json", "--", *words)
+    (local_cluster.home / "mine.toml").write_text(toml)
+    arguments = ["precompute", "photos", "store", "--size", "32", "--config", "mine.toml"]
+    out, err = local_cluster.run("submit", "--json", "--", *arguments)
     return json.loads(out.splitlines()[-1]), err
 
 
 @pytest.mark.slow
-def test_a_job_does_its_work_where_it_was_submitted(local, extracted):
+def test_job_works_in_the_folder_it_was_submitted_from(local_cluster, extracted):
     result, log = extracted
     assert result["status"] == "SUCCEEDED"
     assert result["exit_code"] == 0
-    assert result["address"] == local.url
+    assert result["address"] == local_cluster.url
     assert 100_000 < result["uploaded_bytes"] < 1_500_000
     assert f"job {result['job_id']}" in log.splitlines()[0]
     assert "96 inputs = 72 features + 0 faults + 24 ignored" in log
-    assert (local.home / "store" / "manifest.json").is_file()
-    assert (local.home / "mlflow.db").is_file()
+    assert (local_cluster.home / "store" / "manifest.json").is_file()
+    assert (local_cluster.home / "mlflow.db").is_file()
     assert "Running entrypoint" not in log
-    assert " -- " not in log  # how Ray's own lines look
-    store = json.loads((local.home / "store" / "store.json").read_text())
+    assert " -- " not in log  # the format of Ray's own log lines
+    store = json.loads((local_cluster.home / "store" / "store.json").read_text())
     assert store["recipe"]["body"] == "resnet18"
-    out, _ = local.run("jobs", "list", "--json")
+    out, _ = local_cluster.run("jobs", "list", "--json")
     known = {job["job_id"]: job for job in json.loads(out)["jobs"]}
     assert known[result["job_id"]]["command"].endswith(" precompute photos store --size 32")
 
 
 @pytest.mark.slow
-def test_the_exit_code_is_the_jobs_own(local):
-    (local.home / "nothing").mkdir()
-    out, _ = local.run("submit", "--", "features", "verify", "nothing", code=2)
+def test_exit_code_is_that_of_the_job(local_cluster):
+    (local_cluster.home / "nothing").mkdir()
+    out, _ = local_cluster.run("submit", "--", "features", "verify", "nothing", code=2)
     assert "arrowhead: nothing is not a" in out
     assert "  wanted  " in out
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(local, drawn):
+def test_ctrl_c_leaves_the_job_running_and_jobs_stop_ends_it(local_cluster, drawn):
     slow = ["precompute", drawn, "slow", "--body", "resnet34", "--weights", "random"]
-    follower = local.start("submit", "--", *slow)
+    follower = local_cluster.start("submit", "--", *slow)
     job_id = re.search(r"job (\w+) at", follower.stdout.readline())[1]
     follower.send_signal(signal.SIGINT)
     out, err = follower.communicate(timeout=60)
     assert follower.returncode == 130, err
     assert f"arrowhead jobs logs {job_id} --follow" in out
-    out, _ = local.run("jobs", "stop", job_id, "--json")
+    out, _ = local_cluster.run("jobs", "stop", job_id, "--json")
     assert json.loads(out)["stopped"] is True
-    out, _ = local.run("jobs", "logs", job_id, "--follow", "--json", code=130)
+    out, _ = local_cluster.run("jobs", "logs", job_id, "--follow", "--json", code=130)
     assert json.loads(out.splitlines()[-1])["status"] == "STOPPED"
-    _, err = local.run("jobs", "logs", "raysubmit_nothing", code=2)
+    _, err = local_cluster.run("jobs", "logs", "raysubmit_nothing", code=2)
     assert "knows no such job" in err
 
 
 class Scraper(threading.Thread):
-    """Reads what the nodes of a cluster measure, twice a second, as a Prometheus would."""
+    """Reads the metrics of the cluster's nodes twice a second, as Prometheus would."""
 
-    def __init__(self, local: Local) -> None:
+    def __init__(self, local_cluster: LocalCluster) -> None:
         super().__init__(daemon=True)
-        self._local, self._over = local, threading.Event()
+        self._local, self._over = local_cluster, threading.Event()
         self.seen: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
         """Newest value by labels, by name."""
 
@@ -619,7 +630,7 @@ class Scraper(threading.Thread):
                         self._take(answer.read().decode())
 
     def targets(self) -> list[str]:
-        """Addresses of the nodes' measures; the job server has them for whoever has its token."""
+        """Metric addresses of the nodes; the job server gives them to clients with its token."""
         line = http.client.HTTPConnection("127.0.0.1", self._local.port, timeout=5)
         line.request(
             "GET", "/api/prometheus/sd", headers={"Authorization": f"Bearer {self._local.token}"}
@@ -639,7 +650,7 @@ class Scraper(threading.Thread):
         self.join()
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum over nodes and processes, of the series that have these labels."""
+        """The sum over nodes and processes of the series with these labels."""
         return sum(
             value
             for held, value in self.seen.get(f"ray_arrowhead_{name}", {}).items()
@@ -648,43 +659,44 @@ class Scraper(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def scraper(local: Local) -> Iterator[Scraper]:
-    result = Scraper(local)
+def scraper(local_cluster: LocalCluster) -> Iterator[Scraper]:
+    result = Scraper(local_cluster)
     result.start()
     yield result
     result.end()
 
 
 @pytest.mark.slow
-def test_rays_own_command_runs_a_job_file_with_its_recipe(local, extracted, scraper):
-    """`ray job submit`, as the README has it; the bundle and the run are where it says."""
-    words = ["job", "submit", "--working-dir", str(ROOT / "jobs"), "--"]
-    words += ["python", "train.py", "--config", "train.toml", "store", "bundle"]
-    words[-2:] = [str(local.home / name) for name in words[-2:]]
-    words += ["--workers", "1", "--tracking-uri", f"sqlite:///{local.home}/mlflow.db"]
-    done = subprocess.run(
-        [Path(sys.executable).parent / "ray", *words],
-        cwd=local.home,
-        env=local.env | {"RAY_API_SERVER_ADDRESS": local.url, "RAY_AUTH_MODE": "token"},
+def test_ray_job_submit_runs_a_job_script_with_its_recipe(local_cluster, extracted, scraper):
+    """`ray job submit`, as the README shows it; bundle and run are where the recipe says."""
+    arguments = ["job", "submit", "--working-dir", str(ROOT / "jobs"), "--"]
+    arguments += ["python", "train.py", "--config", "train.toml", "store", "bundle"]
+    arguments[-2:] = [str(local_cluster.home / name) for name in arguments[-2:]]
+    arguments += ["--workers", "1", "--tracking-uri", f"sqlite:///{local_cluster.home}/mlflow.db"]
+    completed = subprocess.run(
+        [Path(sys.executable).parent / "ray", *arguments],
+        cwd=local_cluster.home,
+        env=local_cluster.env
+        | {"RAY_API_SERVER_ADDRESS": local_cluster.url, "RAY_AUTH_MODE": "token"},
         text=True,
         capture_output=True,
         timeout=500,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((local.home / "bundle" / "bundle.json").read_text())
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    result = json.loads((local_cluster.home / "bundle" / "bundle.json").read_text())
     assert result["head"] == "linear"
-    assert local.token not in done.stdout + done.stderr
+    assert local_cluster.token not in completed.stdout + completed.stderr
 
 
 @pytest.mark.slow
-def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scraper):
+def test_workers_report_metrics_labelled_with_their_run(local_cluster, scraper):
     """Of the two jobs before."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{local.home}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{local_cluster.home}/mlflow.db")
     result = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id])
     run = {one.info.run_name: one for one in result if "mlflow.parentRunId" not in one.data.tags}
-    until = monotonic() + 60  # a node has its processes' numbers some seconds later
+    until = monotonic() + 60  # a node publishes its processes' numbers some seconds later
     while monotonic() < until and not scraper.total("epoch", run=run["train"].info.run_id):
         sleep(0.2)
     of = {"run": run["precompute"].info.run_id, "verb": "extract"}
@@ -704,8 +716,8 @@ def test_workers_measure_what_they_do_under_the_run_that_asked_for_it(local, scr
 
 
 @pytest.mark.slow
-def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, extracted):
-    """Ray's own figures are asked of the running cluster, ours are `meters.METRICS`."""
+def test_dashboard_queries_only_existing_metrics(local_cluster, scraper, extracted):
+    """Ray's metrics are looked up in the running cluster, Arrowhead's in `meters.METRICS`."""
     board = json.loads((ROOT / "deploy" / "grafana" / "arrowhead.json").read_text())
     texts = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
     request = {name for text in texts for name in re.findall(r"\bray_\w+", text)}
@@ -716,10 +728,12 @@ def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, ext
     until = monotonic() + 30
     while monotonic() < until and "ray_node_mem_total" not in scraper.seen:
         sleep(0.2)
-    known = ours.keys() | scraper.seen.keys() | {"ray_node_gpus_utilization"}  # none here
+    known = (
+        ours.keys() | scraper.seen.keys() | {"ray_node_gpus_utilization"}
+    )  # none on this cluster
     assert request - known == set()
     assert ours.keys() <= request
-    for text in texts:  # sums and legends by labels that the series have
+    for text in texts:  # sums and legends use labels that the series have
         for name in re.findall(r"\bray_arrowhead_\w+", text):
             by = {
                 word.strip()
@@ -730,38 +744,38 @@ def test_the_dashboard_asks_for_nothing_that_is_not_measured(local, scraper, ext
 
 
 @pytest.mark.slow
-def test_the_token_is_in_no_log_no_job_and_no_run(local, extracted):
+def test_token_appears_in_no_log_job_or_run(local_cluster, extracted):
     from mlflow import MlflowClient
 
-    token = local.token
-    out, err = local.run("jobs", "list", "--json")
+    token = local_cluster.token
+    out, err = local_cluster.run("jobs", "list", "--json")
     assert token not in out + err + extracted[1] + json.dumps(extracted[0])
-    client = MlflowClient(tracking_uri=f"sqlite:///{local.home}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{local_cluster.home}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id])
     assert runs
     assert not any(token in str(run.to_dictionary()) for run in runs)
-    (session,) = local.sessions
+    (session,) = local_cluster.sessions
     logs = [path for path in session.rglob("*") if path.is_file() and "logs" in path.parts]
-    logs += [*(local.home / "state").rglob("*.log"), local.home / "mlflow.db"]
+    logs += [*(local_cluster.home / "state").rglob("*.log"), local_cluster.home / "mlflow.db"]
     assert any("job-driver" in path.name for path in logs)
     assert [path for path in logs if token.encode() in path.read_bytes()] == []
-    for process in local.processes():
+    for process in local_cluster.processes():
         assert token not in " ".join(process.cmdline())
 
 
 @pytest.mark.slow
-def test_down_leaves_nothing_behind(local):
-    (session,) = local.sessions
-    before = local.processes()
+def test_down_leaves_no_process_or_session(local_cluster):
+    (session,) = local_cluster.sessions
+    before = local_cluster.processes()
     assert before
-    assert local.script("down") == "down\n"
+    assert local_cluster.script("down") == "down\n"
     assert psutil.wait_procs(before, timeout=5)[1] == []
-    assert local.processes() == []
+    assert local_cluster.processes() == []
     assert not session.exists()
     for name in ("PORT", "GCS_PORT", "CLIENT_PORT"):
         with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", int(local.env[name]))) != 0
-    assert local.script("down") == "not up\n"
-    assert local.script("status", code=3) == "not up\n"
+            assert probe.connect_ex(("127.0.0.1", int(local_cluster.env[name]))) != 0
+    assert local_cluster.script("down") == "not up\n"
+    assert local_cluster.script("status", code=3) == "not up\n"
     with pytest.raises(ConfigError, match="No Ray job server answers"):
-        jobs.connect(ClusterConfig(address=local.url))
+        jobs.connect(ClusterConfig(address=local_cluster.url))

@@ -1,4 +1,4 @@
-"""Paths are checked before any work: what cannot be written or read is refused at once."""
+"""Paths are checked before any work: what cannot be written or read is refused immediately."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from arrowhead.features.backbone import BodyConfig
 from arrowhead.output_paths import check_output_file, check_output_folder
 
 RANDOM = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
-HEAVY = ("torch", "mlflow", "ray", "pyarrow")
+HEAVY_LIBRARIES = ("torch", "mlflow", "ray", "pyarrow")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
     """A working directory with a finished store in it."""
     return tracked(tmp_path_factory.mktemp("targets"))
 
 
 @pytest.fixture(scope="module")
-def store(place: Path, drawn: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        with pytest.raises(SystemExit) as ended:
+def store(workdir: Path, drawn: Path) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(workdir)
+        with pytest.raises(SystemExit) as exit_info:
             main(["precompute", str(drawn), "store", *RANDOM])
-    assert ended.value.code == 0
-    return place / "store"
+    assert exit_info.value.code == 0
+    return workdir / "store"
 
 
 @pytest.fixture
-def here(store: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory; what a test leaves there goes again."""
-    monkeypatch.chdir(place)
-    return place
+def clean_workdir(store: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory; files that a test leaves there are removed."""
+    monkeypatch.chdir(workdir)
+    return workdir
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
-    """What a command that must be refused says was found."""
-    with pytest.raises(SystemExit) as ended:
+def refused_result(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
+    """The first line (what was found) of a command that must be refused."""
+    with pytest.raises(SystemExit) as exit_info:
         main([str(word) for word in words])
     result, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
-    assert ended.value.code == code, result
+    assert exit_info.value.code == code, result
     assert wanted.startswith("  wanted  ") and do.startswith("  do      ")
     return result
 
 
-def everything(folder: Path) -> set[str]:
+def list_files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
@@ -74,18 +74,18 @@ def everything(folder: Path) -> set[str]:
     ],
     ids=lambda words: words[0],
 )
-def test_a_verb_refuses_a_place_that_it_cannot_write_before_it_works(
-    here, drawn, bundled, capsys, words
+def test_unwritable_output_path_is_refused_before_any_work(
+    clean_workdir, drawn, bundled, capsys, words
 ):
-    (here / "file").write_text("mine")
+    (clean_workdir / "file").write_text("mine")
     messages = {"DATA": str(drawn), "BUNDLE": str(bundled())}
     for out in ("file", "file/below", "/proc/nowhere/out", "x" * 300):
-        before = everything(here)
+        before = list_files(clean_workdir)
         request = [out if word == "OUT" else messages.get(word, word) for word in words]
-        result = refused(capsys, *request)
+        result = refused_result(capsys, *request)
         assert out[:20] in result
-        assert everything(here) == before
-    assert (here / "file").read_text() == "mine"
+        assert list_files(clean_workdir) == before
+    assert (clean_workdir / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -100,19 +100,19 @@ def test_a_verb_refuses_a_place_that_it_cannot_write_before_it_works(
     ],
     ids=" ".join,
 )
-def test_a_folder_that_holds_something_else_is_refused_and_left_alone(
-    here, drawn, bundled, capsys, words
+def test_folder_with_other_contents_is_refused_and_left_unchanged(
+    clean_workdir, drawn, bundled, capsys, words
 ):
-    (here / "others").mkdir(exist_ok=True)
-    (here / "others" / "notes.txt").write_text("mine")
-    before = everything(here)
+    (clean_workdir / "others").mkdir(exist_ok=True)
+    (clean_workdir / "others" / "notes.txt").write_text("mine")
+    before = list_files(clean_workdir)
     result = {"DATA": str(drawn), "BUNDLE": str(bundled())}
-    refused(capsys, *(result.get(word, word) for word in words))
-    assert everything(here) == before
+    refused_result(capsys, *(result.get(word, word) for word in words))
+    assert list_files(clean_workdir) == before
 
 
-def test_a_folder_without_leave_to_write_is_refused(tmp_path):
-    """As another user: who is root may write everywhere."""
+def test_folder_without_write_permission_is_refused(tmp_path):
+    """As another user, because root may write everywhere."""
     (tmp_path / "closed").mkdir(mode=0o555)
     script = (
         "import sys\nfrom pathlib import Path\nfrom arrowhead import ConfigError; "
@@ -125,13 +125,13 @@ def test_a_folder_without_leave_to_write_is_refused(tmp_path):
         if not (setpriv := shutil.which("setpriv")):
             pytest.skip("root may write everywhere, and there is no setpriv to be another user")
         command = [setpriv, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", *command]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "setpriv" in done.stderr:
-        pytest.skip(f"no way to be another user here: {done.stderr.strip()}")
-    assert "closed/new cannot be written: Permission denied" in done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "setpriv" in completed.stderr:
+        pytest.skip(f"no way to be another user here: {completed.stderr.strip()}")
+    assert "closed/new cannot be written: Permission denied" in completed.stderr
 
 
-def test_places_are_taken_as_people_write_them(tmp_path, monkeypatch):
+def test_output_paths_are_accepted_in_common_spellings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "real").mkdir()
@@ -145,7 +145,7 @@ def test_places_are_taken_as_people_write_them(tmp_path, monkeypatch):
     assert check_output_folder(Path("dangling"), "bundle") == tmp_path / "later"
     assert check_output_folder(Path("a/.."), "results") == tmp_path
     assert check_output_file(Path("m.onnx")) == Path("m.onnx")
-    assert everything(tmp_path) == {"real", "link", "dangling", "a"}
+    assert list_files(tmp_path) == {"real", "link", "dangling", "a"}
 
 
 @pytest.mark.parametrize(
@@ -158,37 +158,35 @@ def test_places_are_taken_as_people_write_them(tmp_path, monkeypatch):
         ("gs://bucket/model.onnx", "is an address"),
     ],
 )
-def test_a_place_that_is_none_is_refused(tmp_path, monkeypatch, out, found):
+def test_invalid_output_path_is_refused(tmp_path, monkeypatch, out, found):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("pool")
     (tmp_path / "pool").symlink_to("loop")
-    before = everything(tmp_path)
+    before = list_files(tmp_path)
     for kind in ("results", "store", "bundle", "scores"):
-        with pytest.raises(ConfigError) as refusal:
+        with pytest.raises(ConfigError) as error_info:
             check_output_folder(Path(out), kind)
-        assert found in refusal.value.found
-    if out != "loop":  # a file takes the place of a link
+        assert found in error_info.value.found
+    if out != "loop":  # a file replaces a link
         with pytest.raises(ConfigError):
             check_output_file(Path(out))
-    assert everything(tmp_path) == before
+    assert list_files(tmp_path) == before
 
 
-def test_a_folder_that_is_called_like_an_address_is_a_folder(tmp_path, monkeypatch):
+def test_folder_with_an_address_like_name_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s3:").mkdir()
     assert check_output_folder(Path("s3:/bucket"), "results") == Path("s3:/bucket")
 
 
-def test_a_store_or_bundle_that_was_moved_to_a_path_that_is_no_text_is_refused(
-    store, bundled, tmp_path, capsys
-):
+def test_store_or_bundle_at_an_undecodable_path_is_refused(store, bundled, tmp_path, capsys):
     shutil.copytree(store, tmp_path / "s\udcff")
-    assert "are not UTF-8" in refused(capsys, "features", "info", tmp_path / "s\udcff")
+    assert "are not UTF-8" in refused_result(capsys, "features", "info", tmp_path / "s\udcff")
     shutil.copytree(bundled(), tmp_path / "b\udcff")
-    assert "are not UTF-8" in refused(capsys, "bundle", "info", tmp_path / "b\udcff")
+    assert "are not UTF-8" in refused_result(capsys, "bundle", "info", tmp_path / "b\udcff")
 
 
-def test_a_name_that_leaves_no_room_for_a_draft_is_refused_before_the_training(tmp_path):
+def test_name_too_long_for_its_draft_is_refused_before_training(tmp_path):
     for name in ("b" * 245, "ä" * 120):
         with pytest.raises(ConfigError, match="too long"):
             check_output_folder(tmp_path / name, "bundle")
@@ -196,29 +194,29 @@ def test_a_name_that_leaves_no_room_for_a_draft_is_refused_before_the_training(t
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, capsys):
-    """As of a shell's variable that is not set."""
+def test_empty_path_does_not_mean_the_working_directory(tmp_path, monkeypatch, capsys):
+    """As from an unset shell variable."""
     monkeypatch.chdir(tmp_path)
-    assert "path given is empty" in refused(capsys, "fit", "", "out", *RANDOM)
+    assert "path given is empty" in refused_result(capsys, "fit", "", "out", *RANDOM)
 
 
-def test_a_device_is_not_replaced_by_a_file(here, bundled, capsys):
-    os.mkfifo(here / "pipe.onnx")
-    result = refused(capsys, "export", bundled(), "pipe.onnx")
+def test_device_is_not_replaced_by_a_file(clean_workdir, bundled, capsys):
+    os.mkfifo(clean_workdir / "pipe.onnx")
+    result = refused_result(capsys, "export", bundled(), "pipe.onnx")
     assert "not a regular file" in result
-    assert (here / "pipe.onnx").is_fifo()
+    assert (clean_workdir / "pipe.onnx").is_fifo()
 
 
-def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys):
+def test_output_of_fit_given_as_a_store_is_refused_with_the_store_path(tmp_path, capsys):
     (tmp_path / "out" / "store").mkdir(parents=True)
-    for there in (False, True):
-        if there:
+    for output_dir in (False, True):
+        if output_dir:
             (tmp_path / "out" / "store" / "store.json").write_text("{}")
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main(["features", "info", str(tmp_path / "out")])
-        assert ended.value.code == 2
+        assert exit_info.value.code == 2
         result = capsys.readouterr().err
-        assert (f"do      give {tmp_path / 'out' / 'store'}." in result) is there
+        assert (f"do      give {tmp_path / 'out' / 'store'}." in result) is output_dir
 
 
 @pytest.mark.parametrize(
@@ -239,27 +237,27 @@ def test_the_out_of_fit_in_place_of_its_store_is_told_the_store(tmp_path, capsys
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_what_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path, drawn, words, found):
+def test_missing_input_is_refused_before_importing_heavy_libraries(tmp_path, drawn, words, found):
     script = (
         "import sys\nfrom arrowhead.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
-        f"finally: print([name for name in {HEAVY} if name in sys.modules])\n"
+        f"finally: print([name for name in {HEAVY_LIBRARIES} if name in sys.modules])\n"
     )
     request = [str(drawn) if word == "DATA" else word for word in words]
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script, *request],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         check=False,
     )
-    assert done.returncode == 2
-    assert found in done.stderr
-    assert done.stdout.strip() == "[]"
+    assert completed.returncode == 2
+    assert found in completed.stderr
+    assert completed.stdout.strip() == "[]"
     assert not list(tmp_path.iterdir())
 
 
-def test_the_networks_that_are_known_without_torchvision_are_those_that_it_has():
+def test_backbone_list_without_torchvision_equals_torchvisions():
     import torchvision.models
 
     assert backbone._registered_networks() == torchvision.models.list_models(
@@ -267,7 +265,7 @@ def test_the_networks_that_are_known_without_torchvision_are_those_that_it_has()
     )
 
 
-def test_a_store_that_is_there_is_used_with_its_own_recipe(here, store, drawn, command: Command):
+def test_existing_store_is_used_with_its_own_recipe(clean_workdir, store, drawn, command: Command):
     result = command("precompute", drawn, "store")
     assert result["counts"]["decoded"] == 0
     assert "shufflenet_v2_x0_5" in command.said and "64 pixels" in command.said
@@ -278,14 +276,14 @@ def test_a_store_that_is_there_is_used_with_its_own_recipe(here, store, drawn, c
 
 
 @pytest.mark.parametrize("flags", [["--body", "resnet18"], ["--size", "96"], ["--pool", "max"]])
-def test_a_flag_that_contradicts_a_store_is_refused_by_name(here, drawn, capsys, flags):
-    result = refused(capsys, "precompute", drawn, "store", *flags)
+def test_flag_that_contradicts_a_store_is_refused_by_name(clean_workdir, drawn, capsys, flags):
+    result = refused_result(capsys, "precompute", drawn, "store", *flags)
     assert flags[0] in result and "store was made with" in result
-    result = refused(capsys, "precompute", drawn, "store", "--weights", "random", *flags)
+    result = refused_result(capsys, "precompute", drawn, "store", "--weights", "random", *flags)
     assert flags[0] in result
 
 
-def test_the_weights_of_a_store_are_not_needed_elsewhere(here, drawn, command, tmp_path):
+def test_store_can_be_used_without_its_weights_file(clean_workdir, drawn, command, tmp_path):
     import safetensors.torch
     import torch
     import torchvision
@@ -300,15 +298,15 @@ def test_the_weights_of_a_store_are_not_needed_elsewhere(here, drawn, command, t
     assert command("precompute", drawn, tmp_path / "own")["counts"]["decoded"] == 0
 
 
-def test_a_demo_leaves_its_results_only_and_what_was_there(here, monkeypatch, command):
-    """Smaller than it is, and with a smaller body."""
+def test_demo_leaves_only_its_results_and_existing_files(clean_workdir, monkeypatch, command):
+    """With fewer images and a smaller backbone than the real demo."""
     monkeypatch.setattr(demo, "draw", partial(demo.draw, per_class=8))
     small = BodyConfig(body="shufflenet_v2_x0_5", weights="random")
     monkeypatch.setattr(cli_demo, "_demo_body", lambda screen: small)
-    (here / "try it/scores").mkdir(parents=True)
-    (here / "try it/scores/notes.txt").write_text("mine")
+    (clean_workdir / "try it/scores").mkdir(parents=True)
+    (clean_workdir / "try it/scores/notes.txt").write_text("mine")
     result = command("demo", "try it", "--epochs", "2")
-    assert (here / "try it/scores/notes.txt").read_text() == "mine"
+    assert (clean_workdir / "try it/scores/notes.txt").read_text() == "mine"
     assert result["scores"] == "try it/scores-2"
     assert sorted(os.listdir("try it/fit")) == ["bundle", "store"]
     assert sorted(os.listdir("try it")) == ["fit", "images", "scores", "scores-2"]
@@ -317,7 +315,7 @@ def test_a_demo_leaves_its_results_only_and_what_was_there(here, monkeypatch, co
 
 
 @pytest.mark.parametrize("words", [[], ["--grid", "seed=0,1"]], ids=["plain", "grid"])
-def test_the_folder_that_one_stands_in_takes_a_bundle_once(
+def test_working_directory_accepts_a_bundle_once(
     store, tmp_path, monkeypatch, command, capsys, tracked, words
 ):
     folder = tmp_path / "here"
@@ -326,16 +324,16 @@ def test_the_folder_that_one_stands_in_takes_a_bundle_once(
     flags = ["--epochs", "2", "--rate", "0.01", *words]
     result = command("train", store, ".", *flags)
     assert Path(result["bundle"]).samefile(folder)
-    assert {"bundle.json", "weights.safetensors", "golden", "mlflow.db"} <= everything(folder)
+    assert {"bundle.json", "weights.safetensors", "golden", "mlflow.db"} <= list_files(folder)
     assert command("bundle", "verify", ".")["drift"]["changed"] == 0
     assert list(tmp_path.iterdir()) == [folder]
-    before = everything(folder)
-    messages = refused(capsys, "train", store, ".", *flags)
+    before = list_files(folder)
+    messages = refused_result(capsys, "train", store, ".", *flags)
     assert "your working directory" in messages
-    assert everything(folder) == before
+    assert list_files(folder) == before
 
 
-def test_fit_and_score_write_to_the_folder_that_one_stands_in(
+def test_fit_and_score_write_to_the_working_directory(
     bundled, drawn, tmp_path, monkeypatch, command, tracked
 ):
     for name in ("fit", "scores"):
@@ -351,8 +349,10 @@ def test_fit_and_score_write_to_the_folder_that_one_stands_in(
     assert Path("score.json").is_file()
 
 
-def test_a_second_training_of_a_bundle_is_told_which(here, store, tmp_path, capsys):
+def test_second_training_to_a_bundle_is_refused_with_its_name(
+    clean_workdir, store, tmp_path, capsys
+):
     bundle = tmp_path / "bundle"
     with fileio.locked_output_folder(train.checkpoint_dir_of(bundle)):
-        result = refused(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
+        result = refused_result(capsys, "train", store, bundle, "--epochs", "1", "--rate", "0.1")
     assert f"{bundle} is being written" in result and ".training" not in result
