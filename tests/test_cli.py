@@ -1,4 +1,4 @@
-"""The command line for a new user: help and refusals in three parts."""
+"""The command line: help, flags, config files, and refusals in three parts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from arrowhead.cli import cluster, train
 from arrowhead.cli.main import main
 from arrowhead.training.config import TrainConfig
 
-VERBS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor", "submit"]
+COMMANDS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor", "submit"]
 
 
 def run(*args: object) -> int:
     """The exit code of a command, run in this process."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main([str(arg) for arg in args])
-    return int(ended.value.code or 0)
+    return int(exit_info.value.code or 0)
 
 
-def test_help_and_version_bring_no_heavy_library():
+def test_help_imports_no_heavy_library():
     script = (
         "import sys; sys.argv = ['arrowhead', '--help']\n"
         "from arrowhead.cli.main import main\n"
@@ -33,28 +33,28 @@ def test_help_and_version_bring_no_heavy_library():
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'ray', 'mlflow', 'nvidia', 'pyarrow'} & set(sys.modules)))"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip().endswith("[]")
+    assert completed.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_that_says_what_it_does(capsys, verb):
-    assert run(verb, "--help") == 0
-    shown = capsys.readouterr().out
-    assert f"Usage: arrowhead {verb}" in shown
-    assert "--json" in shown
-    assert verb in ("doctor", "demo") or "Example: arrowhead" in shown
-    assert verb in ("doctor", "export") or "--workers" in shown
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_usage_and_an_example(capsys, name):
+    assert run(name, "--help") == 0
+    help_text = capsys.readouterr().out
+    assert f"Usage: arrowhead {name}" in help_text
+    assert "--json" in help_text
+    assert name in ("doctor", "demo") or "Example: arrowhead" in help_text
+    assert name in ("doctor", "export") or "--workers" in help_text
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path, tracked):
-    """Runs a command that must be refused; its three lines."""
+def expect_refusal(monkeypatch, capsys, tmp_path, tracked):
+    """A function that runs a command, requires a refusal and returns its three lines."""
     monkeypatch.chdir(tracked(tmp_path))
 
-    def command(*args: object, code: int = 2) -> tuple[str, str, str]:
+    def run_refused(*args: object, code: int = 2) -> tuple[str, str, str]:
         assert run(*args) == code
         result, wanted, do = capsys.readouterr().err.strip().splitlines()[-3:]
         assert result.startswith("arrowhead: ")
@@ -62,41 +62,41 @@ def refused(monkeypatch, capsys, tmp_path, tracked):
         assert do.startswith("  do      ")
         return result, wanted, do
 
-    return command
+    return run_refused
 
 
-def test_a_missing_folder_is_refused(refused):
-    result, _, _ = refused("fit", "nowhere", "out")
+def test_a_missing_folder_is_refused(expect_refusal):
+    result, _, _ = expect_refusal("fit", "nowhere", "out")
     assert "nowhere is not there" in result
 
 
-def test_a_folder_without_images_is_refused(refused, tmp_path):
+def test_a_folder_without_images_is_refused(expect_refusal, tmp_path):
     (tmp_path / "empty").mkdir()
-    result, _, _ = refused("precompute", "empty", "store")
+    result, _, _ = expect_refusal("precompute", "empty", "store")
     assert "no images" in result
 
 
-def test_one_class_is_refused(refused, tmp_path, drawn):
+def test_a_folder_with_one_class_is_refused(expect_refusal, tmp_path, drawn):
     (tmp_path / "one" / "leaves").mkdir(parents=True)
     file = next((drawn / "train" / "leaves").iterdir())
     (tmp_path / "one" / "leaves" / "a.jpg").write_bytes(file.read_bytes())
-    result, wanted, _ = refused("fit", "one", "out")
+    result, wanted, _ = expect_refusal("fit", "one", "out")
     assert "one class, 'leaves'" in result
     assert "two classes" in wanted
 
 
-def test_a_class_that_training_never_sees_is_refused(refused, tmp_path, drawn):
+def test_a_class_without_training_images_is_refused(expect_refusal, tmp_path, drawn):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(drawn / "train")
     (tmp_path / "data" / "valid").mkdir()
     for name in ("leaves", "ferns"):
         (tmp_path / "data" / "valid" / name).symlink_to(drawn / "valid" / "leaves")
-    result, _, _ = refused("fit", "data", "out")
+    result, _, _ = expect_refusal("fit", "data", "out")
     assert "no images of ferns" in result
 
 
-def test_an_unknown_body_is_refused_with_the_near_miss(refused, drawn):
-    result, _, do = refused("fit", drawn, "out", "--body", "resnet43", "--weights", "random")
+def test_an_unknown_body_is_refused_and_a_similar_one_suggested(expect_refusal, drawn):
+    result, _, do = expect_refusal("fit", drawn, "out", "--body", "resnet43", "--weights", "random")
     assert "resnet43" in result
     assert "resnet34" in do
 
@@ -117,51 +117,53 @@ def test_an_unknown_body_is_refused_with_the_near_miss(refused, drawn):
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_a_bad_flag_is_refused_by_name(refused, drawn, flags):
-    result, _, _ = refused("fit", drawn, "out", *flags)
+def test_a_bad_flag_is_refused_by_name(expect_refusal, drawn, flags):
+    result, _, _ = expect_refusal("fit", drawn, "out", *flags)
     assert flags[0] in result
 
 
 @pytest.mark.parametrize(
     "words", [["score", "nothing", "x", "y"], ["train", "nothing", "x"], ["lr-find", "nothing"]]
 )
-def test_what_is_no_store_or_bundle_is_refused(refused, words):
-    result, _, _ = refused(*words)
+def test_a_path_that_is_not_a_store_or_bundle_is_refused(expect_refusal, words):
+    result, _, _ = expect_refusal(*words)
     assert "nothing is not a" in result
 
 
-def test_a_missing_argument_is_refused(refused):
-    result, _, do = refused("fit")
+def test_a_missing_argument_is_refused(expect_refusal):
+    result, _, do = expect_refusal("fit")
     assert "--data" in result
     assert "fit --help" in do
 
 
-def test_a_refused_request_leaves_no_run_behind(refused, drawn, tmp_path):
+def test_a_refused_request_leaves_no_mlflow_run(expect_refusal, drawn, tmp_path):
     from mlflow import MlflowClient
 
-    result, _, _ = refused("fit", drawn, "out", "--weights", "IMAGENET1K_V9")  # a run has begun
+    result, _, _ = expect_refusal(
+        "fit", drawn, "out", "--weights", "IMAGENET1K_V9"
+    )  # refused after the MLflow run started
     assert "IMAGENET1K_V9" in result
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("arrowhead")
     assert client.search_runs([experiment.experiment_id]) == []
 
 
-def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(refused, drawn):
-    result, _, do = refused("fit", drawn, "out", "--tracking-uri", "http://127.0.0.1:9")
+def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(expect_refusal, drawn):
+    result, _, do = expect_refusal("fit", drawn, "out", "--tracking-uri", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9" in result
     assert "--tracking-uri" in do
     assert not Path("out").exists()
 
 
-def test_an_address_where_no_cluster_listens_is_refused_at_once(refused, drawn):
+def test_an_address_where_no_cluster_answers_is_refused_at_once(expect_refusal, drawn):
     flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
-    away = ["--workers", "1", "--address", "127.0.0.1:9"]
-    result, _, do = refused("precompute", drawn, "store", *flags, *away)
+    unreachable = ["--workers", "1", "--address", "127.0.0.1:9"]
+    result, _, do = expect_refusal("precompute", drawn, "store", *flags, *unreachable)
     assert "No Ray cluster answers at 127.0.0.1:9" in result
     assert "ray start --head" in do
 
 
-def test_doctor_finds_this_machine_fit(capsys):
+def test_doctor_reports_every_check_and_a_fix_for_each_problem(capsys):
     assert run("doctor", "--json") == 0
     checks = json.loads(capsys.readouterr().out.splitlines()[-1])["checks"]
     names = {check["name"] for check in checks}
@@ -170,33 +172,39 @@ def test_doctor_finds_this_machine_fit(capsys):
     assert "JPEG" in next(check["found"] for check in checks if check["name"] == "dali")
 
 
-def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
-    refused, drawn, tmp_path, monkeypatch
+def test_a_config_file_sets_flags_and_the_command_line_overrides_it(
+    expect_refusal, drawn, tmp_path, monkeypatch
 ):
-    seen = []
+    configs = []
     monkeypatch.setattr(train, "Store", lambda path: path)
     monkeypatch.setattr("arrowhead.reporting.extraction.show_store", lambda *args: None)
     monkeypatch.setattr(
-        "arrowhead.commands.train.train_bundle", lambda *args: seen.append(args[2]) or {}
+        "arrowhead.commands.train.train_bundle", lambda *args: configs.append(args[2]) or {}
     )
     toml = tmp_path / "train.toml"
     toml.write_text('[train]\nrate = 0.5\nepochs = 3\nhead = "lesson"\n')
     assert run("train", "s", "b", "--config", toml, "--epochs", "4") == 0
-    assert (seen[0].head.rate, seen[0].head.epochs, seen[0].head.head) == (0.5, 4, "lesson")
+    assert (configs[0].head.rate, configs[0].head.epochs, configs[0].head.head) == (
+        0.5,
+        4,
+        "lesson",
+    )
     toml.write_text("[train]\nepoch = 3\n")
-    result, _, _ = refused("train", "s", "b", "--config", toml)
+    result, _, _ = expect_refusal("train", "s", "b", "--config", toml)
     assert "epoch" in result
-    toml.write_text("[train]\nepochs = 3\n[score]\ncsv = true\n[features]\n")  # of other verbs
+    toml.write_text(
+        "[train]\nepochs = 3\n[score]\ncsv = true\n[features]\n"
+    )  # keys of other commands
     assert run("train", "s", "b", "--config", toml) == 0
-    for text, what, fix in (
+    for text, problem, fix in (
         ("[trian]\nepochs = 3\n", "no command reads [trian]", "write [train]"),
         ("[Train]\nepochs = 3\n", "no command reads [Train]", "write [train]"),
         ("epochs = 3\n", "no command reads epochs", "put epochs below"),
         ("[train]\nepochs = 3\n[[score]]\n", "no command reads score", "put score below"),
     ):
         toml.write_text(text)
-        result, _, do = refused("train", "s", "b", "--config", toml)
-        assert what in result and fix in do
+        result, _, do = expect_refusal("train", "s", "b", "--config", toml)
+        assert problem in result and fix in do
 
 
 @pytest.mark.parametrize(
@@ -208,18 +216,18 @@ def test_a_config_file_sets_the_same_flags_and_the_command_line_wins(
         [],
     ],
 )
-def test_a_suggested_rate_is_offered_with_the_training_it_was_tried_for(flags):
+def test_lr_find_suggests_a_train_command_with_the_same_settings(flags):
     request = cluster.parse_command(["lr-find", "store", *flags])
     assert request is not None
     head = replace(request.arguments.get("head", TrainConfig()), rate=0.00094)
-    offered = train.flags_of(head)
-    assert len(offered) == len(flags) + 2  # no flag that was not asked for, but --rate
-    again = cluster.parse_command(["train", "store", "bundle", *offered])
+    suggested_flags = train.flags_of(head)
+    assert len(suggested_flags) == len(flags) + 2  # the given flags and --rate
+    again = cluster.parse_command(["train", "store", "bundle", *suggested_flags])
     assert again is not None and asdict(again.arguments["head"]) == asdict(head)
 
 
-def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monkeypatch, capsys):
-    """Also where its name was relative and the next call stands elsewhere."""
+def test_a_config_file_of_one_call_is_not_used_by_the_next(tmp_path, monkeypatch, capsys):
+    """Even if its path was relative and the next call has another working directory."""
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text("[train]\nepochs = 3\n")
     words = ["train", "store", "bundle", "--config", "mine.toml"]
@@ -229,16 +237,16 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
         main(words)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["train", "store", "bundle"])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "not a feature store" in capsys.readouterr().err
     again = cluster.parse_command(["train", "store", "bundle"])
     assert again is not None and again.arguments["head"].epochs == TrainConfig().epochs
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "suggested"),
     [
         ("--heed", "--head"),
         ("--heed=lesson", "--head"),
@@ -253,17 +261,17 @@ def test_a_config_file_of_one_call_is_not_looked_for_by_the_next(tmp_path, monke
         ("--xyz", None),
     ],
 )
-def test_an_unknown_flag_is_answered_with_the_near_one_and_with_none_where_none_is_near(
-    refused, typed, meant
+def test_an_unknown_flag_is_refused_and_a_similar_one_suggested_if_there_is_one(
+    expect_refusal, typed, suggested
 ):
-    result, _, _ = refused("fit", "photos", "out", typed, "x")
-    suggestion = f" Did you mean {meant}?" if meant else ""
+    result, _, _ = expect_refusal("fit", "photos", "out", typed, "x")
+    suggestion = f" Did you mean {suggested}?" if suggested else ""
     assert result == f"arrowhead: Unknown option: {typed.partition('=')[0]}.{suggestion}"
 
 
-def test_an_unknown_key_of_a_config_file_is_answered_with_the_near_one(refused):
+def test_an_unknown_key_of_a_config_file_is_refused_and_a_similar_one_suggested(expect_refusal):
     Path("mine.toml").write_text("[train]\nheed = 'lesson'\n")
-    result, _, _ = refused("--config", "mine.toml", "train", "store", "bundle")
+    result, _, _ = expect_refusal("--config", "mine.toml", "train", "store", "bundle")
     assert "heed" in result and result.endswith("Did you mean head?")
 
 
@@ -283,12 +291,14 @@ def test_an_unknown_key_of_a_config_file_is_answered_with_the_near_one(refused):
     ],
     ids=" ".join,
 )
-def test_a_flag_that_would_do_nothing_is_unknown_and_not_in_the_help(refused, capsys, words):
+def test_a_flag_without_effect_on_a_command_is_unknown_and_not_in_its_help(
+    expect_refusal, capsys, words
+):
     flag = next(word for word in words if word.startswith("--"))
-    result, _, _ = refused(*words)
+    result, _, _ = expect_refusal(*words)
     assert f"Unknown option: {flag}." in result
-    verb = words[:2] if words[0] == "bundle" else words[:1]
-    assert run(*verb, "--help") == 0
+    command_words = words[:2] if words[0] == "bundle" else words[:1]
+    assert run(*command_words, "--help") == 0
     assert f" {flag} " not in capsys.readouterr().out
 
 
@@ -305,28 +315,28 @@ def test_a_flag_that_would_do_nothing_is_unknown_and_not_in_the_help(refused, ca
         (["watch", "--no-follow", "--every", "5"], "--every"),
     ],
 )
-def test_a_flag_that_has_no_effect_beside_the_others_is_refused(
-    refused, drawn, bundled, words, named
+def test_a_flag_without_effect_in_this_combination_is_refused(
+    expect_refusal, drawn, bundled, words, named
 ):
-    places = {"photos": drawn, "bundle": bundled()}
-    result, _, _ = refused(*(word.format(**places) for word in words))
+    paths = {"photos": drawn, "bundle": bundled()}
+    result, _, _ = expect_refusal(*(word.format(**paths) for word in words))
     assert named in result
     assert not Path("out", "bundle").exists()
 
 
-def test_a_home_that_the_shell_did_not_expand_is_expanded_by_every_verb(
-    refused, drawn, bundled, tmp_path, monkeypatch, command
+def test_every_command_expands_a_tilde_that_the_shell_did_not_expand(
+    expect_refusal, drawn, bundled, tmp_path, monkeypatch, command
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(bundled(), tmp_path / "bundle")
     shutil.copytree(drawn / "valid", tmp_path / "photos")
     flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
     assert command("precompute", "~/photos", "~/store", *flags)["store"] == str(tmp_path / "store")
-    for verb in ("info", "verify", "gc"):
-        command("features", verb, "~/store")
+    for name in ("info", "verify", "gc"):
+        command("features", name, "~/store")
     command("bundle", "info", "~/bundle")
     command("bundle", "verify", "~/bundle")
-    result, _, _ = refused("score", "~/nothing", "~/photos", "~/scores")
+    result, _, _ = expect_refusal("score", "~/nothing", "~/photos", "~/scores")
     assert str(tmp_path / "nothing") in result
     Path("here.toml").write_text('[precompute]\nimages = "~/elsewhere"\n')
     call = cluster.parse_command(["precompute", "a.csv", "s", "--config", "~/here.toml"])
@@ -336,14 +346,16 @@ def test_a_home_that_the_shell_did_not_expand_is_expanded_by_every_verb(
 @pytest.mark.parametrize(
     "words", [["bundle", "info", "{bundle}", "--json"], ["bundle", "info", "{bundle}"]], ids=len
 )
-def test_a_result_that_a_full_disk_lost_is_no_success(bundled, words):
+def test_a_result_that_cannot_be_written_to_standard_output_is_an_error(bundled, words):
     call = [sys.executable, "-m", "arrowhead", *(word.format(bundle=bundled()) for word in words)]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2
-    assert "could not be written to standard output: No space left on device" in done.stderr
+        completed = subprocess.run(
+            call, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert completed.returncode == 2
+    assert "could not be written to standard output: No space left on device" in completed.stderr
     piped = '"$@" | true; exit "${PIPESTATUS[0]}"'
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", piped, "-", *call], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (completed.returncode, completed.stderr) == (0, "")

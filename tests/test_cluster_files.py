@@ -1,7 +1,7 @@
 """The files for `ray up` are valid, open only ssh, and never start Ray without a token.
 
-Validated with Ray's own code, as `ray up` calls it. Amazon is stood in for by moto, and there Ray
-goes all the way to running machines; Google's and Microsoft's libraries are not installed here.
+They are validated with Ray's own code, as `ray up` does. For Amazon, Ray creates machines in a mock
+(moto); Google's and Microsoft's libraries are not installed here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FILES = sorted((ROOT / "cluster").glob("*.yaml"))
 CLOUDS = [file for file in FILES if file.stem != "onprem"]
 
 
-def named(file: Path) -> str:
+def file_stem(file: Path) -> str:
     return file.stem
 
 
-@pytest.fixture(params=FILES, ids=named)
+@pytest.fixture(params=FILES, ids=file_stem)
 def file(request: Any) -> Path:
     return Path(request.param)
 
@@ -39,33 +39,33 @@ def read(file: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(file.read_text()))
 
 
-def prepared(file: Path) -> dict[str, Any]:
-    """With Ray's defaults, as `ray up` has it before it turns to the provider."""
+def prepare(file: Path) -> dict[str, Any]:
+    """The file with Ray's defaults filled in, as `ray up` does before it calls the provider."""
     return dict(prepare_config(copy.deepcopy(read(file))))
 
 
-def test_there_is_one_for_every_place_the_readme_speaks_of():
+def test_every_provider_that_the_readme_names_has_a_file():
     assert [file.stem for file in FILES] == ["aws", "azure", "gcp", "onprem"]
     text = (ROOT / "cluster" / "README.md").read_text()
     assert all(file.name in text for file in FILES)
 
 
-def test_ray_s_own_schema_takes_it(file):
-    validate_config(prepared(file))
+def test_every_file_is_valid_by_rays_schema(file):
+    validate_config(prepare(file))
 
 
-def test_a_field_that_ray_does_not_know_is_found(file):
+def test_rays_schema_rejects_an_unknown_field(file):
     import jsonschema
 
-    config = prepared(file)
+    config = prepare(file)
     config["idle_timeout_minuets"] = 5
     with pytest.raises(jsonschema.ValidationError):
         validate_config(config)
 
 
-@pytest.mark.parametrize("file", CLOUDS, ids=named)
-def test_workers_are_spot_gpus_that_scale_from_none_and_the_head_is_neither(file):
-    config = prepared(file)
+@pytest.mark.parametrize("file", CLOUDS, ids=file_stem)
+def test_workers_are_spot_gpu_machines_scaled_from_zero_and_the_head_is_on_demand_cpu(file):
+    config = prepare(file)
     kinds = config["available_node_types"]
     head = kinds.pop(config["head_node_type"])
     spot = re.compile(r'"(MarketType|priority)": "[sS]pot"|"provisioningModel": "SPOT"')
@@ -81,12 +81,14 @@ def test_workers_are_spot_gpus_that_scale_from_none_and_the_head_is_neither(file
 
 def test_the_copied_files_exist_and_suffice_for_make_setup(file):
     mounts = read(file)["file_mounts"]
-    ours = {far: near for far, near in mounts.items() if far.startswith("~/arrowhead/")}
-    for far, near in ours.items():
-        assert (ROOT / near).exists()
-        assert far == f"~/arrowhead/{near}"
+    ours = {
+        target: source for target, source in mounts.items() if target.startswith("~/arrowhead/")
+    }
+    for target, source in ours.items():
+        assert (ROOT / source).exists()
+        assert target == f"~/arrowhead/{source}"
     assert {"src", "Makefile", "pyproject.toml", "requirements.lock"} <= set(ours.values())
-    # What pyproject.toml asks for when the package is built must come along.
+    # Building the package needs the files that pyproject.toml names.
     for name in re.findall(r'(?:readme|license-files) = \[?"([^"]+)"', pyproject()):
         assert name in ours.values()
     assert any("make setup" in one for one in read(file)["setup_commands"])
@@ -96,18 +98,18 @@ def pyproject() -> str:
     return (ROOT / "pyproject.toml").read_text()
 
 
-def test_ray_starts_with_a_token_or_not_at_all(file):
+def test_ray_starts_only_with_token_authentication(file):
     config = read(file)
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     for words in ("head_start_ray_commands", "worker_start_ray_commands"):
-        starts = [one for one in config[words] if "ray start" in one]
-        assert len(starts) == 1
-        before = starts[0].partition("ray start")[0]
-        assert "chmod 600 ~/.ray/auth_token &&" in before
-        assert re.search(r"export [^&]*RAY_AUTH_MODE=token[^&]*&&", before)
+        start_commands = [one for one in config[words] if "ray start" in one]
+        assert len(start_commands) == 1
+        prefix = start_commands[0].partition("ray start")[0]
+        assert "chmod 600 ~/.ray/auth_token &&" in prefix
+        assert re.search(r"export [^&]*RAY_AUTH_MODE=token[^&]*&&", prefix)
 
 
-def test_the_dashboard_and_its_jobs_are_on_loopback(file):
+def test_the_dashboard_and_job_server_listen_on_loopback_only(file):
     (start,) = [one for one in read(file)["head_start_ray_commands"] if "ray start" in one]
     assert "--dashboard-host=127.0.0.1" in start
     text = file.read_text()
@@ -115,32 +117,32 @@ def test_the_dashboard_and_its_jobs_are_on_loopback(file):
     assert "--ray-client-server-port" not in text
 
 
-def test_no_secret_is_in_it(file):
+def test_no_file_contains_a_secret(file):
     text = file.read_text()
     assert not re.search(r"AKIA|BEGIN [A-Z ]*PRIVATE KEY|[0-9a-f]{32}", text)
     assert not re.search(r"(?i)(password|secret|token|key)\w*\s*[:=]\s*['\"]?[\w/+]{16,}", text)
 
 
-def test_the_words_that_must_be_replaced_are_those_the_readme_names(file):
+def test_the_readme_names_every_placeholder(file):
     config = read(file)
     del config["file_mounts"]
-    result = set(re.findall(r"(?<![\w:$-])[A-Z]{4,}(?:-\d)?(?![\w=-])", _values(config)))
+    result = set(re.findall(r"(?<![\w:$-])[A-Z]{4,}(?:-\d)?(?![\w=-])", _join_values(config)))
     result -= {"SPOT", "PERSISTENT", "TERMINATE", "DELETE"}
     text = (ROOT / "cluster" / "README.md").read_text()
     assert result
     assert {word for word in result if f"`{word.partition('-')[0]}" not in text} == set()
 
 
-def _values(value: Any) -> str:
+def _join_values(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(_values(one) for pair in value.items() for one in pair)
-    return " ".join(map(_values, value)) if isinstance(value, list) else str(value)
+        return " ".join(_join_values(one) for pair in value.items() for one in pair)
+    return " ".join(map(_join_values, value)) if isinstance(value, list) else str(value)
 
 
 # ------------------------------------------------------------------------------- ports
 
 
-def test_on_amazon_ray_brings_up_a_head_and_a_spot_worker_behind_ssh_only(monkeypatch, tmp_path):
+def test_on_amazon_ray_starts_a_head_and_a_spot_worker_reachable_by_ssh_only(monkeypatch, tmp_path):
     import boto3
     from moto import mock_aws
     from ray.autoscaler._private.aws import config as amazon
@@ -151,7 +153,7 @@ def test_on_amazon_ray_brings_up_a_head_and_a_spot_worker_behind_ssh_only(monkey
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    config = prepared(ROOT / "cluster" / "aws.yaml")
+    config = prepare(ROOT / "cluster" / "aws.yaml")
     validate_config(config)
     with mock_aws():
         utils.resource_cache.cache_clear()
@@ -168,23 +170,23 @@ def test_on_amazon_ray_brings_up_a_head_and_a_spot_worker_behind_ssh_only(monkey
         tags = {"ray-node-name": "x", "ray-launch-config": "x", "ray-node-status": "x"}
         for name, kind in result["available_node_types"].items():
             role = "head" if name == result["head_node_type"] else "worker"
-            more = {"ray-node-type": role, "ray-user-node-type": name}
-            provider.create_node(kind["node_config"], tags | more, 1)
+            node_tags = {"ray-node-type": role, "ray-user-node-type": name}
+            provider.create_node(kind["node_config"], tags | node_tags, 1)
         (group,) = [
             one
             for one in ec2.describe_security_groups()["SecurityGroups"]
             if one["GroupName"] == "arrowhead-ray"
         ]
-        outside = [
+        public_rules = [
             (rule["IpProtocol"], rule["FromPort"], rule["ToPort"])
             for rule in group["IpPermissions"]
             if rule["IpRanges"] or rule["Ipv6Ranges"]
         ]
-        assert outside == [("tcp", 22, 22)]
+        assert public_rules == [("tcp", 22, 22)]
         machines = {
             next(tag["Value"] for tag in one["Tags"] if tag["Key"] == "ray-node-type"): one
-            for lot in ec2.describe_instances()["Reservations"]
-            for one in lot["Instances"]
+            for reservation in ec2.describe_instances()["Reservations"]
+            for one in reservation["Instances"]
         }
         assert machines.keys() == {"head", "worker"}
         assert machines["worker"]["InstanceType"] == "g6.4xlarge"
@@ -195,7 +197,7 @@ def test_on_amazon_ray_brings_up_a_head_and_a_spot_worker_behind_ssh_only(monkey
         utils.resource_cache.cache_clear()
 
 
-def test_on_azure_ray_s_template_opens_ssh_only_and_workers_have_no_address_outside():
+def test_on_azure_only_ssh_is_open_and_workers_have_no_public_address():
     template = Path(util.__file__).parent / "_azure" / "azure-config-template.json"
     (rules,) = [
         one["properties"]["securityRules"]
@@ -207,14 +209,14 @@ def test_on_azure_ray_s_template_opens_ssh_only_and_workers_have_no_address_outs
     assert provider["use_internal_ips"] is True
 
 
-def test_on_google_no_machine_is_in_a_network_that_others_made_rules_for():
+def test_on_google_machines_are_in_their_own_network_with_ssh_only():
     for name, kind in read(ROOT / "cluster" / "gcp.yaml")["available_node_types"].items():
-        (card,) = kind["node_config"]["networkInterfaces"]
-        assert card["subnetwork"].endswith("/subnetworks/arrowhead")
-        assert ("accessConfigs" in card) == (name == "head")
+        (interface,) = kind["node_config"]["networkInterfaces"]
+        assert interface["subnetwork"].endswith("/subnetworks/arrowhead")
+        assert ("accessConfigs" in interface) == (name == "head")
     text = (ROOT / "cluster" / "README.md").read_text()
-    outside = [line for line in text.splitlines() if "firewall-rules create" in line]
-    assert len(outside) == 2
+    rules = [line for line in text.splitlines() if "firewall-rules create" in line]
+    assert len(rules) == 2
     assert "--allow tcp:22" in text
     assert "--source-tags arrowhead --target-tags arrowhead" in text
 
@@ -222,13 +224,13 @@ def test_on_google_no_machine_is_in_a_network_that_others_made_rules_for():
 # ------------------------------------------------------------------------------- token
 
 
-def test_a_head_in_token_mode_with_no_token_does_not_start(tmp_path):
-    # What the files rely on: facts of Ray's, looked at again with every version.
-    safe = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+def test_a_head_in_token_mode_without_a_token_does_not_start(tmp_path):
+    # The cluster files rely on this behaviour of Ray, so it is tested with every version of Ray.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     ray = Path(sys.executable).with_name("ray")
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", "--port=0", "--include-dashboard=false"],
-        env=safe | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"},
+        env=environment | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -20,10 +20,10 @@ from arrowhead.runtime.ray_cluster import check_ray_version
 ROOT = Path(__file__).resolve().parents[1]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"arrowhead", "examples", "jobs"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
-# Used where they are there (a notebook; a type checker's own names), and nowhere else.
+# Used only if present: in a notebook, or by a type checker.
 OPTIONAL = {"IPython", "_typeshed"}
-# What may import what: the package stands on its own dependencies and on extras that it names.
-PLACES = {
+# The extras whose packages each folder may import besides the dependencies.
+EXTRAS_BY_FOLDER = {
     "src": ["s3", "gcs", "onnx"],
     "jobs": [],
     "examples": ["serve"],
@@ -34,14 +34,14 @@ PLACES = {
 }
 
 
-def _named(requirements: list[str]) -> set[str]:
-    """Names of distributions, as packaging compares them."""
-    result = {re.split(r"[\[<>=!~; ]", one)[0] for one in requirements}
+def _normalized_names(requirements: list[str]) -> set[str]:
+    """Normalized names of distributions."""
+    result = {re.split(r"[\[<>=!~; ]", item)[0] for item in requirements}
     return {re.sub(r"[-_.]+", "-", name).lower() for name in result}
 
 
-def _imported(place: str) -> Iterator[tuple[str, Path]]:
-    for path in sorted((ROOT / place).rglob("*.py")):
+def _imported_modules(folder: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 yield from ((name.name.partition(".")[0], path) for name in node.names)
@@ -49,55 +49,57 @@ def _imported(place: str) -> Iterator[tuple[str, Path]]:
                 yield node.module.partition(".")[0], path
 
 
-@pytest.mark.parametrize("place", sorted(PLACES))
-def test_every_library_that_is_imported_is_declared(place: str) -> None:
+@pytest.mark.parametrize("folder", sorted(EXTRAS_BY_FOLDER))
+def test_every_imported_library_is_a_declared_dependency(folder: str) -> None:
     extras = DECLARED["optional-dependencies"]
-    declared = _named(DECLARED["dependencies"])
-    for extra in PLACES[place]:
-        declared |= _named(extras[extra])
-    from_where = importlib.metadata.packages_distributions()
+    declared = _normalized_names(DECLARED["dependencies"])
+    for extra in EXTRAS_BY_FOLDER[folder]:
+        declared |= _normalized_names(extras[extra])
+    distributions = importlib.metadata.packages_distributions()
     undeclared = {}
-    for module, path in _imported(place):
+    for module, path in _imported_modules(folder):
         if module in sys.stdlib_module_names or module in OURS | OPTIONAL:
             continue
-        if not _named(from_where.get(module, [module])) & declared:
+        if not _normalized_names(distributions.get(module, [module])) & declared:
             undeclared[module] = str(path.relative_to(ROOT))
     assert not undeclared
 
 
 def test_every_requirement_has_a_lower_bound() -> None:
-    every = [*DECLARED["dependencies"], *chain(*DECLARED["optional-dependencies"].values())]
-    unbound = [one for one in every if ">=" not in one and not one.startswith("arrowhead[")]
-    assert not unbound
+    requirements = [*DECLARED["dependencies"], *chain(*DECLARED["optional-dependencies"].values())]
+    unbounded = [
+        item for item in requirements if ">=" not in item and not item.startswith("arrowhead[")
+    ]
+    assert not unbounded
 
 
-# ------------------------------------------------------------------- Ray's private corners
+# ---------------------------------------------------------------------- Ray's private names
 
 
-def test_ray_has_the_private_names_that_we_use() -> None:
+def test_ray_has_the_private_names_that_arrowhead_uses() -> None:
     assert ray_private.missing_names() == []
 
 
-def test_a_ray_that_lacks_one_of_them_is_refused_in_words(
+def test_a_ray_without_one_of_the_private_names_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gone = ("ray._private.state", "state.nodes_of_tomorrow", ())
+    removed = ("ray._private.state", "state.nodes_of_tomorrow", ())
     changed = ("ray._private.services", "find_gcs_addresses", ("of_tomorrow",))
-    monkeypatch.setattr(ray_private, "NAMES", (*ray_private.NAMES, gone, changed))
+    monkeypatch.setattr(ray_private, "NAMES", (*ray_private.NAMES, removed, changed))
     with pytest.raises(ConfigError, match="nodes_of_tomorrow") as refusal:
         check_ray_version()
     assert "and 1 more" in refusal.value.found
     assert "requirements.lock" in refusal.value.wanted
 
 
-def test_ray_private_is_the_only_file_that_reaches_into_ray() -> None:
-    """By import; attributes of what Ray hands out are in its list too."""
-    inside = re.compile(r"ray\.[\w.]*\b_\w+")
-    reaching = set()
+def test_only_ray_private_imports_private_names_of_ray() -> None:
+    """This searches imports; ray_private.NAMES also lists attributes of objects."""
+    private = re.compile(r"ray\.[\w.]*\b_\w+")
+    modules = set()
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
-                names = [f"{node.module}.{one.name}" for one in node.names]
-            reaching |= {path.stem for name in names if inside.match(name)}
-    assert reaching == {"ray_private"}
+                names = [f"{node.module}.{item.name}" for item in node.names]
+            modules |= {path.stem for name in names if private.match(name)}
+    assert modules == {"ray_private"}
