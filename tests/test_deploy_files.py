@@ -1,8 +1,8 @@
 """The files in deploy/ are valid, limited, unprivileged, and contain no secret.
 
-Kubernetes' own objects against its schemas, KubeRay's against the operator's; a field that neither
-knows is an error, where the API server would drop it without a word. What the Dockerfiles install
-is installed, in an empty environment.
+Kubernetes objects are validated against its schemas, KubeRay's objects against the operator's. An
+unknown field is an error here, although the API server drops it silently. The install commands of
+the Dockerfiles run in an empty environment.
 """
 
 from __future__ import annotations
@@ -26,92 +26,92 @@ SCHEMAS = ROOT.parent / "shared" / "schemas"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 OBJECTS = [
-    (file, one)
+    (file, item)
     for file in MANIFESTS
-    for one in yaml.safe_load_all(file.read_text())
-    if one is not None
+    for item in yaml.safe_load_all(file.read_text())
+    if item is not None
 ]
-KUBERAY = [one for _, one in OBJECTS if one["apiVersion"].startswith("ray.io/")]
-PLAIN = [one for _, one in OBJECTS if not one["apiVersion"].startswith("ray.io/")]
+KUBERAY = [item for _, item in OBJECTS if item["apiVersion"].startswith("ray.io/")]
+PLAIN = [item for _, item in OBJECTS if not item["apiVersion"].startswith("ray.io/")]
 
 
-def named(one: Any) -> str:
-    return f"{one['kind']} {one['metadata']['name']}" if isinstance(one, dict) else str(one)
+def object_id(item: Any) -> str:
+    return f"{item['kind']} {item['metadata']['name']}" if isinstance(item, dict) else str(item)
 
 
 # ------------------------------------------------------------------------- Kubernetes
 
 
-def test_all_that_is_promised_is_there():
-    kinds = [one["kind"] for _, one in OBJECTS]
+def test_the_manifests_contain_every_promised_kind_of_object():
+    kinds = [item["kind"] for _, item in OBJECTS]
     for kind in ("RayCluster", "RayJob", "RayService", "Deployment", "Service", "NetworkPolicy"):
         assert kind in kinds
 
 
-@pytest.mark.parametrize("one", PLAIN, ids=named)
-def test_kubernetes_takes_it_with_no_field_unknown(one):
+@pytest.mark.parametrize("item", PLAIN, ids=object_id)
+def test_objects_are_valid_by_the_kubernetes_schema_without_unknown_fields(item):
     import kubernetes_validate
 
-    kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+    kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_a_field_that_kubernetes_does_not_know_is_found():
+def test_validation_rejects_a_field_that_kubernetes_does_not_know():
     import kubernetes_validate
 
-    one = copy.deepcopy(next(one for one in PLAIN if one["kind"] == "Deployment"))
-    one["spec"]["template"]["spec"]["runAsRoot"] = False
+    item = copy.deepcopy(next(item for item in PLAIN if item["kind"] == "Deployment"))
+    item["spec"]["template"]["spec"]["runAsRoot"] = False
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+        kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
 
 
-def schema_of(one: dict[str, Any]) -> dict[str, Any]:
-    file = SCHEMAS / f"{one['kind'].lower()}s.v1.schema.json"
+def schema_of(item: dict[str, Any]) -> dict[str, Any]:
+    file = SCHEMAS / f"{item['kind'].lower()}s.v1.schema.json"
     if not file.is_file():
         pytest.skip(f"KubeRay's schemas ({file}) are not on this machine")
     return dict(json.loads(file.read_text()))
 
 
-def unknown(value: Any, schema: dict[str, Any], place: str = "") -> Iterator[str]:
-    """Fields of a value that its schema does not name: OpenAPI lets them pass."""
+def unknown_fields(value: Any, schema: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Yield the paths of fields that the schema does not name; OpenAPI permits them."""
     if schema.get("x-kubernetes-preserve-unknown-fields"):
         return
     if isinstance(value, dict):
-        known, more = schema.get("properties", {}), schema.get("additionalProperties")
+        properties, additional = schema.get("properties", {}), schema.get("additionalProperties")
         for name, inner in value.items():
-            if name in known:
-                yield from unknown(inner, known[name], f"{place}.{name}")
-            elif isinstance(more, dict):
-                yield from unknown(inner, more, f"{place}.{name}")
-            elif more is not True and (known or place != ".metadata"):
-                yield f"{place}.{name}"
+            if name in properties:
+                yield from unknown_fields(inner, properties[name], f"{path}.{name}")
+            elif isinstance(additional, dict):
+                yield from unknown_fields(inner, additional, f"{path}.{name}")
+            elif additional is not True and (properties or path != ".metadata"):
+                yield f"{path}.{name}"
     elif isinstance(value, list):
-        for at, inner in enumerate(value):
-            yield from unknown(inner, schema.get("items", {}), f"{place}[{at}]")
+        for index, inner in enumerate(value):
+            yield from unknown_fields(inner, schema.get("items", {}), f"{path}[{index}]")
 
 
-@pytest.mark.parametrize("one", KUBERAY, ids=named)
-def test_kuberay_takes_it_with_no_field_unknown(one):
+@pytest.mark.parametrize("item", KUBERAY, ids=object_id)
+def test_ray_objects_are_valid_by_the_kuberay_schema_without_unknown_fields(item):
     import jsonschema
 
-    schema = schema_of(one)
-    jsonschema.validate(one, schema)
-    assert list(unknown(one, schema)) == []
+    schema = schema_of(item)
+    jsonschema.validate(item, schema)
+    assert list(unknown_fields(item, schema)) == []
 
 
-@pytest.mark.parametrize("one", KUBERAY, ids=named)
-def test_a_field_that_kuberay_does_not_know_is_found_at_any_depth(one):
-    schema = schema_of(one)
-    wrong = copy.deepcopy(one)
+@pytest.mark.parametrize("item", KUBERAY, ids=object_id)
+def test_validation_finds_a_field_that_kuberay_does_not_know_at_any_depth(item):
+    schema = schema_of(item)
+    wrong = copy.deepcopy(item)
     (container, *_) = containers(wrong)
-    container["securityContext"]["readOnlyRootFileSystem"] = True  # one capital too many
+    container["securityContext"]["readOnlyRootFileSystem"] = True  # wrong capital S
     wrong["spec"]["rayversion"] = "2"
-    result = list(unknown(wrong, schema))
-    assert any(place.endswith(".securityContext.readOnlyRootFileSystem") for place in result)
+    result = list(unknown_fields(wrong, schema))
+    assert any(path.endswith(".securityContext.readOnlyRootFileSystem") for path in result)
     assert ".spec.rayversion" in result
 
 
 def pods(value: Any) -> Iterator[dict[str, Any]]:
-    """Every pod's spec in an object, however deep."""
+    """Yield every pod spec in an object, at any depth."""
     if isinstance(value, dict):
         if "containers" in value:
             yield value
@@ -122,54 +122,54 @@ def pods(value: Any) -> Iterator[dict[str, Any]]:
             yield from pods(inner)
 
 
-def containers(one: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every container of an object, the autoscaler's beside a Ray head too."""
+def containers(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every container of an object, including the autoscaler's of a Ray head."""
     result = [
-        c for pod in pods(one) for k in ("containers", "initContainers") for c in pod.get(k, [])
+        c for pod in pods(item) for k in ("containers", "initContainers") for c in pod.get(k, [])
     ]
-    return result + [given["autoscalerOptions"] for given in clusters(one)]
+    return result + [cluster["autoscalerOptions"] for cluster in clusters(item)]
 
 
-def clusters(one: dict[str, Any]) -> list[dict[str, Any]]:
+def clusters(item: dict[str, Any]) -> list[dict[str, Any]]:
     """The Ray clusters of an object."""
-    spec = one.get("spec", {})
+    spec = item.get("spec", {})
     inner = [spec.get("rayClusterSpec"), spec.get("rayClusterConfig")]
-    own = [spec] if one["kind"] == "RayCluster" else []
-    return own + [given for given in inner if given]
+    own = [spec] if item["kind"] == "RayCluster" else []
+    return own + [cluster for cluster in inner if cluster]
 
 
-WITH_PODS = [one for _, one in OBJECTS if list(pods(one))]
+WITH_PODS = [item for _, item in OBJECTS if list(pods(item))]
 
 
-@pytest.mark.parametrize("one", WITH_PODS, ids=named)
-def test_no_container_is_root_or_can_become_it(one):
-    for pod in pods(one):
-        safe = pod["securityContext"]
-        assert safe["runAsNonRoot"] is True
-        assert safe["runAsUser"] >= 10_000
-        assert safe["seccompProfile"] == {"type": "RuntimeDefault"}
+@pytest.mark.parametrize("item", WITH_PODS, ids=object_id)
+def test_no_container_is_root_or_can_become_root(item):
+    for pod in pods(item):
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert context["runAsUser"] >= 10_000
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
         assert not [volume for volume in pod.get("volumes", []) if "hostPath" in volume]
-    assert containers(one)
-    for container in containers(one):
-        safe = container["securityContext"]
-        assert safe["allowPrivilegeEscalation"] is False
-        assert safe["readOnlyRootFilesystem"] is True
-        assert safe["capabilities"] == {"drop": ["ALL"]}
-        assert "privileged" not in safe
+    assert containers(item)
+    for container in containers(item):
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert "privileged" not in context
 
 
-@pytest.mark.parametrize("one", WITH_PODS, ids=named)
-def test_every_container_has_limits_and_asks_for_something(one):
-    for container in containers(one):
-        given = container["resources"]
-        assert given["limits"].keys() >= {"cpu", "memory"}
-        assert given["requests"].keys() >= {"cpu", "memory"}
+@pytest.mark.parametrize("item", WITH_PODS, ids=object_id)
+def test_every_container_has_resource_limits_and_requests(item):
+    for container in containers(item):
+        resources = container["resources"]
+        assert resources["limits"].keys() >= {"cpu", "memory"}
+        assert resources["requests"].keys() >= {"cpu", "memory"}
 
 
-@pytest.mark.parametrize("one", WITH_PODS, ids=named)
-def test_folders_written_under_a_read_only_root_are_mounted(one):
-    for pod in pods(one):
+@pytest.mark.parametrize("item", WITH_PODS, ids=object_id)
+def test_writable_folders_are_mounted_under_the_read_only_root(item):
+    for pod in pods(item):
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
@@ -178,26 +178,28 @@ def test_folders_written_under_a_read_only_root_are_mounted(one):
             assert container["name"] not in ("ray-head", "ray-worker") or "/dev/shm" in mounts
 
 
-@pytest.mark.parametrize("one", KUBERAY, ids=named)
-def test_every_ray_cluster_has_a_token_and_the_locked_ray(one):
-    assert clusters(one)
+@pytest.mark.parametrize("item", KUBERAY, ids=object_id)
+def test_every_ray_cluster_uses_token_authentication_and_the_locked_version(item):
+    assert clusters(item)
     locked = re.search(r"^ray==([\d.]+)", (DEPLOY / "arrowhead.lock").read_text(), re.MULTILINE)
-    for given in clusters(one):
-        assert given["authOptions"] == {"mode": "token"}
-        assert locked and given["rayVersion"] == locked[1]
-        assert given["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for cluster in clusters(item):
+        assert cluster["authOptions"] == {"mode": "token"}
+        assert locked and cluster["rayVersion"] == locked[1]
+        assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
 
 
-def test_only_a_head_with_an_autoscaler_may_ask_kubernetes_anything():
-    for one in WITH_PODS:
-        heads = [id(given["headGroupSpec"]["template"]["spec"]) for given in clusters(one)]
-        for pod in pods(one):
-            asks = pod.get("automountServiceAccountToken") is not False
-            assert asks == (id(pod) in heads)
+def test_only_a_ray_head_has_a_kubernetes_service_account_token():
+    for item in WITH_PODS:
+        heads = [id(cluster["headGroupSpec"]["template"]["spec"]) for cluster in clusters(item)]
+        for pod in pods(item):
+            has_token = pod.get("automountServiceAccountToken") is not False
+            assert has_token == (id(pod) in heads)
 
 
-def test_nothing_is_reachable_that_no_policy_names():
-    policies = {one["metadata"]["name"]: one["spec"] for one in PLAIN if "Policy" in one["kind"]}
+def test_network_policies_deny_all_traffic_that_they_do_not_name():
+    policies = {
+        item["metadata"]["name"]: item["spec"] for item in PLAIN if "Policy" in item["kind"]
+    }
     assert policies["nothing"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for name, spec in policies.items():
         for rule in spec.get("ingress", []):
@@ -208,18 +210,20 @@ def test_nothing_is_reachable_that_no_policy_names():
                 if "ipBlock" in target:
                     assert "169.254.0.0/16" in target["ipBlock"]["except"], name
                     assert rule["ports"], name
-    for one in PLAIN:
-        if one["kind"] == "Service":
-            assert one["spec"]["type"] == "ClusterIP"
+    for item in PLAIN:
+        if item["kind"] == "Service":
+            assert item["spec"]["type"] == "ClusterIP"
 
 
-def test_labels_that_policies_select_are_on_pods_of_ours_or_of_kuberay_s():
-    ours = {tuple(pair) for _, one in OBJECTS for labels in _labels(one) for pair in labels.items()}
+def test_labels_that_policies_select_exist_on_our_pods_or_those_of_kuberay():
+    ours = {
+        tuple(pair) for _, item in OBJECTS for labels in _labels(item) for pair in labels.items()
+    }
     kuberays = {("ray.io/is-ray-node", "yes"), ("ray.io/node-type", "head")}
-    for one in PLAIN:
-        if one["kind"] == "NetworkPolicy":
-            chosen = one["spec"]["podSelector"].get("matchLabels", {})
-            assert set(chosen.items()) <= ours | kuberays
+    for item in PLAIN:
+        if item["kind"] == "NetworkPolicy":
+            selected = item["spec"]["podSelector"].get("matchLabels", {})
+            assert set(selected.items()) <= ours | kuberays
 
 
 def _labels(value: Any) -> Iterator[dict[str, str]]:
@@ -233,20 +237,20 @@ def _labels(value: Any) -> Iterator[dict[str, str]]:
             yield from _labels(inner)
 
 
-def test_serve_takes_the_configuration_of_the_scoring_service():
+def test_the_configuration_of_the_scoring_service_is_valid_for_ray_serve():
     schema = pytest.importorskip(
         "ray.serve.schema",
         reason="Ray Serve is not installed (arrowhead[serve])",
         exc_type=ImportError,
     )
-    (service,) = [one for one in KUBERAY if one["kind"] == "RayService"]
+    (service,) = [item for item in KUBERAY if item["kind"] == "RayService"]
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     result = schema.ServeDeploySchema.model_validate(config)
     (app,) = result.applications
     module, _, name = app.import_path.partition(":")
     tree = (ROOT / f"{module.replace('.', '/')}.py").read_text()
     assert f"def {name}(" in tree
-    assert [one.name for one in app.deployments] == re.findall(r'deployment\(name="(\w+)"', tree)
+    assert [item.name for item in app.deployments] == re.findall(r'deployment\(name="(\w+)"', tree)
 
 
 # ---------------------------------------------------------------------------- compose
@@ -255,50 +259,52 @@ SERVICES = COMPOSE["services"]
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_bound_limited_and_unprivileged(name):
-    one = SERVICES[name]
-    for port in one.get("ports", []):
+def test_a_service_listens_on_loopback_has_limits_and_is_unprivileged(name):
+    item = SERVICES[name]
+    for port in item.get("ports", []):
         assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)
-    user = one["user"].split(":")
+    user = item["user"].split(":")
     assert all(int(part) >= 10_000 for part in user)
-    assert one["read_only"] is True
-    assert one["cap_drop"] == ["ALL"]
-    assert one["security_opt"] == ["no-new-privileges:true"]
-    assert not {"privileged", "network_mode", "pid", "cap_add", "devices"} & one.keys()
-    assert "/var/run/docker.sock" not in str(one.get("volumes"))
-    assert one["deploy"]["resources"]["limits"].keys() >= {"cpus", "memory"}
-    assert one["restart"] in ("unless-stopped", "on-failure:5")
-    assert "test" in one["healthcheck"] or name == "bucket"  # which ends when it is done
+    assert item["read_only"] is True
+    assert item["cap_drop"] == ["ALL"]
+    assert item["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "network_mode", "pid", "cap_add", "devices"} & item.keys()
+    assert "/var/run/docker.sock" not in str(item.get("volumes"))
+    assert item["deploy"]["resources"]["limits"].keys() >= {"cpus", "memory"}
+    assert item["restart"] in ("unless-stopped", "on-failure:5")
+    assert (
+        "test" in item["healthcheck"] or name == "bucket"
+    )  # which exits when it has created the bucket
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_s_image_is_pinned_and_not_latest(name):
+def test_the_image_of_a_service_is_pinned_to_a_version(name):
     image = SERVICES[name]["image"]
     assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?", image)
 
 
 def test_every_secret_is_a_file_outside_of_git_and_of_images():
-    request = {name for one in SERVICES.values() for name in one.get("secrets", [])}
-    assert request == COMPOSE["secrets"].keys()
-    for name, one in COMPOSE["secrets"].items():
-        assert one == {"file": f"./secrets/{name}"}
+    names = {name for item in SERVICES.values() for name in item.get("secrets", [])}
+    assert names == COMPOSE["secrets"].keys()
+    for name, item in COMPOSE["secrets"].items():
+        assert item == {"file": f"./secrets/{name}"}
     assert "/deploy/secrets/" in (ROOT / ".gitignore").read_text().split()
     (first, *_) = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] != "#"
     ]
     assert first == "*"
-    words = (DEPLOY / "README.md").read_text()
-    assert all(name in words for name in request)
+    readme = (DEPLOY / "README.md").read_text()
+    assert all(name in readme for name in names)
 
 
-def test_services_wait_for_what_they_need_until_it_is_well():
-    for one in SERVICES.values():
-        for other, how in one.get("depends_on", {}).items():
-            wanted = "service_healthy" if "test" in SERVICES[other]["healthcheck"] else None
-            assert how["condition"] == (wanted or "service_completed_successfully")
+def test_services_start_after_their_dependencies_are_healthy():
+    for item in SERVICES.values():
+        for other, dependency in item.get("depends_on", {}).items():
+            expected = "service_healthy" if "test" in SERVICES[other]["healthcheck"] else None
+            assert dependency["condition"] == (expected or "service_completed_successfully")
 
 
-def test_only_the_networks_that_publish_or_fetch_lead_outside():
+def test_internal_services_have_no_external_network_and_no_port():
     assert COMPOSE["networks"]["inside"] == {"internal": True}
     for name in ("postgres", "store", "bucket"):
         assert SERVICES[name]["networks"] == ["inside"]
@@ -309,8 +315,8 @@ def test_only_the_networks_that_publish_or_fetch_lead_outside():
 
 
 def files() -> list[Path]:
-    result = (".lock", ".pyc")  # by programs
-    return [file for file in DEPLOY.rglob("*") if file.is_file() and file.suffix not in result]
+    generated = (".lock", ".pyc")  # written by programs
+    return [file for file in DEPLOY.rglob("*") if file.is_file() and file.suffix not in generated]
 
 
 def test_no_file_holds_a_secret():
@@ -323,13 +329,13 @@ def test_no_file_holds_a_secret():
             text,
         ):
             plain = value.strip().strip("\"'")
-            fine = (
+            harmless = (
                 plain.startswith(("$", "/run/secrets", "{", "[", "("))
                 or "$(secret" in plain
                 or name in ("automountServiceAccountToken", "secretName", "RAY_AUTH_MODE")
                 or re.fullmatch(r"false|secrets|token", plain)
             )
-            assert fine, (file, name, value)
+            assert harmless, (file, name, value)
 
 
 # --------------------------------------------------------------------------- Dockerfiles
@@ -338,63 +344,86 @@ DOCKERFILES = sorted(DEPLOY.glob("Dockerfile*"))
 
 
 def steps(file: Path) -> list[tuple[str, str]]:
-    """Instructions and their words, comments and continuations resolved."""
+    """(instruction, arguments) of a Dockerfile, without comments and line continuations."""
     lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
     full = "\n".join(lines).replace("\\\n", " ")
     return [
-        (word.upper(), " ".join(rest.split()))
-        for word, _, rest in (line.partition(" ") for line in full.splitlines() if line.strip())
+        (instruction.upper(), " ".join(arguments.split()))
+        for instruction, _, arguments in (
+            line.partition(" ") for line in full.splitlines() if line.strip()
+        )
     ]
 
 
 def last_stage(file: Path) -> list[tuple[str, str]]:
     result = steps(file)
-    start = max(at for at, (word, _) in enumerate(result) if word == "FROM")
+    start = max(at for at, (instruction, _) in enumerate(result) if instruction == "FROM")
     return result[start:]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
-def test_an_image_is_pinned_runs_as_a_numbered_user_and_has_no_tools(file):
+def test_an_image_has_a_pinned_base_a_numeric_user_and_no_build_tools(file):
     result = steps(file)
-    stages = {rest.split()[-1] for word, rest in result if word == "FROM" and " AS " in rest}
-    for word, rest in result:
-        if word == "FROM" and rest.split()[0] not in stages:
-            assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w.-]+", rest.split()[0])
+    stages = {
+        arguments.split()[-1]
+        for instruction, arguments in result
+        if instruction == "FROM" and " AS " in arguments
+    }
+    for instruction, arguments in result:
+        if instruction == "FROM" and arguments.split()[0] not in stages:
+            assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w.-]+", arguments.split()[0])
     last = last_stage(file)
-    users = [rest for word, rest in last if word == "USER"]
+    users = [arguments for instruction, arguments in last if instruction == "USER"]
     assert users == ["10001:10001"]
     assert not [
-        rest for word, rest in last if word == "RUN" and re.search(r"pip|uv |gcc|make", rest)
+        arguments
+        for instruction, arguments in last
+        if instruction == "RUN" and re.search(r"pip|uv |gcc|make", arguments)
     ]
-    assert not [rest for word, rest in result if word == "ADD" or "curl" in rest]
-    assert not [rest for word, rest in result if word in ("ARG", "ENV") and "PASSWORD" in rest]
+    assert not [
+        arguments
+        for instruction, arguments in result
+        if instruction == "ADD" or "curl" in arguments
+    ]
+    assert not [
+        arguments
+        for instruction, arguments in result
+        if instruction in ("ARG", "ENV") and "PASSWORD" in arguments
+    ]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
-def test_files_that_an_image_copies_exist_and_are_not_ignored(file):
+def test_files_that_an_image_copies_exist_and_are_not_in_dockerignore(file):
     rules = [
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
         if line.startswith("!")
     ]
-    for word, rest in steps(file):
-        words = [one for one in rest.split() if not one.startswith("--")]
-        if word == "COPY" and "--from=" not in rest:
-            for near in words[:-1]:
-                assert (ROOT / near).exists()
-                assert any(Path(near).match(rule) or rule.startswith(f"{near}/") for rule in rules)
+    for instruction, arguments in steps(file):
+        paths = [item for item in arguments.split() if not item.startswith("--")]
+        if instruction == "COPY" and "--from=" not in arguments:
+            for source_path in paths[:-1]:
+                assert (ROOT / source_path).exists()
+                assert any(
+                    Path(source_path).match(rule) or rule.startswith(f"{source_path}/")
+                    for rule in rules
+                )
 
 
-def test_the_image_without_a_gpu_installs_what_the_other_does():
+def test_the_cpu_image_installs_the_same_packages_as_the_gpu_image():
     def installs(name: str) -> list[str]:
-        return [rest for word, rest in steps(DEPLOY / name) if word == "RUN" and "/opt/uv" in rest]
+        return [
+            arguments
+            for instruction, arguments in steps(DEPLOY / name)
+            if instruction == "RUN" and "/opt/uv" in arguments
+        ]
 
     assert installs("Dockerfile") == installs("Dockerfile.cpu") != []
     gpu, cpu = last_stage(DEPLOY / "Dockerfile"), last_stage(DEPLOY / "Dockerfile.cpu")
     assert gpu == cpu
 
 
-def test_images_hold_the_versions_of_the_lock():
+def test_images_have_the_locked_versions():
     def pins(file: Path) -> dict[str, str]:
         return dict(re.findall(r"^([a-z0-9._-]+)==([^ ;\\]+)", file.read_text(), re.MULTILINE))
 
@@ -411,41 +440,43 @@ def test_images_hold_the_versions_of_the_lock():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.mlflow"])
-def test_the_commands_that_install_work_in_an_empty_environment(name, tmp_path):
-    # /opt and /src are folders here, and Python is the one that runs this test; the rest is as in
-    # the image, where 3.12 runs it. uv links from its cache what is there.
+def test_the_install_commands_work_in_an_empty_environment(name, tmp_path):
+    # /opt and /src become folders in tmp_path, and the Python of this test replaces 3.12; the rest
+    # is as in the image. uv links packages from its cache.
     uv = Path(sys.executable).with_name("uv")
     if not uv.is_file():
         pytest.skip("uv is not in this environment (make setup puts it there)")
     source = tmp_path / "src"
-    for word, rest in steps(DEPLOY / name):
-        words = [one for one in rest.split() if not one.startswith("--")]
-        if word == "COPY" and words[-1].startswith("/src"):
-            target = Path(str(tmp_path) + words[-1])
+    for instruction, arguments in steps(DEPLOY / name):
+        paths = [item for item in arguments.split() if not item.startswith("--")]
+        if instruction == "COPY" and paths[-1].startswith("/src"):
+            target = Path(str(tmp_path) + paths[-1])
             target.mkdir(parents=True, exist_ok=True)
-            for near in words[:-1]:
-                if (ROOT / near).is_dir():
-                    shutil.copytree(ROOT / near, target, dirs_exist_ok=True)
+            for source_path in paths[:-1]:
+                if (ROOT / source_path).is_dir():
+                    shutil.copytree(ROOT / source_path, target, dirs_exist_ok=True)
                 else:
-                    shutil.copy(ROOT / near, target)
-        elif word == "RUN" and "/opt/uv" in rest:
-            line = re.sub(r"--mount=\S+ ", "", rest)
+                    shutil.copy(ROOT / source_path, target)
+        elif instruction == "RUN" and "/opt/uv" in arguments:
+            line = re.sub(r"--mount=\S+ ", "", arguments)
             line = re.sub(r"(?<![\w.])/(opt|src)\b", rf"{tmp_path}/\1", line)
             line = line.replace("python3.12 ", f"{sys.executable} ")
-            done = subprocess.run(["sh", "-ec", line], capture_output=True, text=True, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
+            completed = subprocess.run(
+                ["sh", "-ec", line], capture_output=True, text=True, cwd=tmp_path
+            )
+            assert completed.returncode == 0, completed.stderr
     result = tmp_path / "opt" / "venv"
     if name == "Dockerfile":
         assert source.is_dir()
         shutil.copytree(tmp_path / "opt" / "package", result, dirs_exist_ok=True)
-        words = [result / "bin" / "arrowhead", "--version"]
-        wanted = re.search(
+        paths = [result / "bin" / "arrowhead", "--version"]
+        expected = re.search(
             r'__version__ = "(.+)"', (ROOT / "src/arrowhead/__init__.py").read_text()
         )
     else:
-        words = [result / "bin" / "mlflow", "--version"]
-        wanted = re.search(r"^mlflow==(\S+)", (DEPLOY / "mlflow.lock").read_text(), re.MULTILINE)
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert wanted and wanted[1] in done.stdout, done.stderr
+        paths = [result / "bin" / "mlflow", "--version"]
+        expected = re.search(r"^mlflow==(\S+)", (DEPLOY / "mlflow.lock").read_text(), re.MULTILINE)
+    completed = subprocess.run(paths, capture_output=True, text=True, cwd=tmp_path)
+    assert expected and expected[1] in completed.stdout, completed.stderr
     assert not [tool for tool in ("pip", "uv", "pytest") if (result / "bin" / tool).exists()]
     shutil.rmtree(tmp_path / "opt")

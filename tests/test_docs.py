@@ -17,17 +17,17 @@ import pytest
 from arrowhead.cli import main as command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-LOADS = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "src"}
+URL_ATTRIBUTES = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "src"}
 
 
-def build(place: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
-    return subprocess.run(words, cwd=place, capture_output=True, text=True)
+def build_site(directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the site is made of, with the pages that `make docs` writes."""
+    """A copy of the site's sources, with the pages that `make docs` generates."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(ROOT / "zensical.toml", folder)
     shutil.copytree(ROOT / "docs", folder / "docs")
@@ -39,39 +39,44 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(sources: Path) -> Path:
-    built = build(sources)
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert "No issues found" in built.stdout + built.stderr
+    completed = build_site(sources)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert "No issues found" in completed.stdout + completed.stderr
     return sources / "build" / "site"
 
 
-def listed(nav: list[Any]) -> Iterator[str]:
-    """The pages in a navigation, sections within sections."""
+def navigation_pages(nav: list[Any]) -> Iterator[str]:
+    """Yield the pages of a navigation, with nested sections."""
     for entry in nav:
         if isinstance(entry, str):
             yield entry
         else:
             for value in entry.values():
-                yield from [value] if isinstance(value, str) else listed(value)
+                yield from [value] if isinstance(value, str) else navigation_pages(value)
 
 
-class Loaded(HTMLParser):
-    """What a browser fetches by itself to show a page."""
+class ResourceParser(HTMLParser):
+    """Collects the addresses that a browser loads to show a page."""
 
     def __init__(self) -> None:
         super().__init__()
         self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag in LOADS and given.get("rel") not in ("canonical", "prev", "next", "edit"):
-            self.addresses.append(given.get(LOADS[tag]) or "")
+        attributes = dict(attrs)
+        if tag in URL_ATTRIBUTES and attributes.get("rel") not in (
+            "canonical",
+            "prev",
+            "next",
+            "edit",
+        ):
+            self.addresses.append(attributes.get(URL_ATTRIBUTES[tag]) or "")
 
 
-def test_the_site_builds_without_a_warning_and_holds_every_page(site, sources):
+def test_the_site_builds_without_a_warning_and_contains_every_page(site, sources):
     nav = tomllib.loads((sources / "zensical.toml").read_text())["project"]["nav"]
     pages = {str(page.relative_to(sources / "docs")) for page in (sources / "docs").rglob("*.md")}
-    assert set(listed(nav)) == pages
+    assert set(navigation_pages(nav)) == pages
     for page in pages:
         assert (site / page).with_suffix(".html").is_file(), page
     assert not list(site.rglob("*.py"))
@@ -82,11 +87,11 @@ def test_a_broken_link_fails_the_build(sources, site, link, tmp_path):
     shutil.copytree(sources, tmp_path / "broken", ignore=shutil.ignore_patterns("build", ".cache"))
     with (tmp_path / "broken/docs/index.md").open("a") as page:
         page.write(f"\n[somewhere]({link})\n")
-    assert build(tmp_path / "broken").returncode != 0
+    assert build_site(tmp_path / "broken").returncode != 0
 
 
-def test_links_of_a_page_to_pictures_and_pages_lead_somewhere(site):
-    """Pictures, and links written as HTML, which the build does not look at."""
+def test_relative_links_and_images_of_every_page_exist(site):
+    """This includes images and links written as HTML, which the build does not check."""
     for page in site.rglob("*.html"):
         text = page.read_text()
         for target in re.findall(r'(?:href|src)="([^"]+)"', text):
@@ -97,14 +102,16 @@ def test_links_of_a_page_to_pictures_and_pages_lead_somewhere(site):
 
 def test_no_page_loads_anything_from_the_network(site):
     for page in site.rglob("*.html"):
-        loaded = Loaded()
-        loaded.feed(page.read_text())
-        assert [a for a in loaded.addresses if re.match(r"(https?:)?//", a)] == [], page
+        parser = ResourceParser()
+        parser.feed(page.read_text())
+        assert [
+            address for address in parser.addresses if re.match(r"(https?:)?//", address)
+        ] == [], page
     for style in site.rglob("*.css"):
         assert not re.search(r"@import|url\(['\"]?(https?:)?//", style.read_text()), style
 
 
-def test_the_page_of_commands_has_every_command_and_flag(sources):
+def test_the_cli_reference_has_every_command_and_important_flags(sources):
     page = (sources / "docs/reference/cli.md").read_text()
     for name in command_line.app.resolved_commands():
         if not name.startswith("-"):
@@ -113,7 +120,7 @@ def test_the_page_of_commands_has_every_command_and_flag(sources):
         assert f"`{flag}" in page
 
 
-def test_the_page_of_python_has_the_public_names_with_their_docstrings(sources):
+def test_the_python_reference_has_the_public_names_and_their_docstrings(sources):
     import arrowhead
 
     page = (sources / "docs/reference/python.md").read_text()

@@ -1,4 +1,4 @@
-"""Users of a container without a home, a name or a writable folder get no traceback."""
+"""A container user without a home directory or user name can run Arrowhead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-NOBODY = """
+PROGRAM = """
 import getpass, os, pathlib, pwd, tempfile
 from arrowhead.runtime import environment
 os.setgid(54321)
@@ -24,10 +24,14 @@ print(pathlib.Path.home() == first)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a name")
-def test_a_user_without_an_entry_gets_a_home_and_a_name_of_its_own():
-    clean = {"PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [sys.executable, "-c", NOBODY], env=clean, capture_output=True, text=True, check=False
+def test_a_user_without_a_passwd_entry_gets_a_home_and_a_name():
+    environment = {"PATH": os.environ["PATH"]}
+    completed = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{0o700} 54321", "True"]
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.splitlines() == [f"{0o700} 54321", "True"]

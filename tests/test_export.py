@@ -42,7 +42,7 @@ FORMATS = ["onnx", "pt2"]
 
 @pytest.fixture(scope="module")
 def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty drawn images."""
+    """Twenty synthetic images."""
     folder = tmp_path_factory.mktemp("twenty")
     for path in sorted((drawn / "new").iterdir())[:20]:
         shutil.copy(path, folder)
@@ -51,59 +51,59 @@ def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(bundled: Callable[..., Path]) -> Path:
-    """A bundle for refusals, which nobody changes."""
+def plain_bundle(bundled: Callable[..., Path]) -> Path:
+    """A bundle that no test changes."""
     return bundled()
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def made(request: pytest.FixtureRequest, bundled: Callable[..., Path]) -> Path:
+def bundle(request: pytest.FixtureRequest, bundled: Callable[..., Path]) -> Path:
     """A bundle of each kind."""
     return bundled(**KINDS[request.param])
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(
-    request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What the command says, alone on standard output, of the file it wrote of `made`."""
+    """Export `bundle` and return the JSON result, the only line on standard output."""
     out = tmp_path_factory.mktemp("exported") / "new" / "folder"
-    words = ["export", str(made), str(out), "--format", request.param, "--json"]
-    output = io.StringIO()
-    with redirect_stdout(output), pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 0
-    return dict(json.loads(output.getvalue()))
+    args = ["export", str(bundle), str(out), "--format", request.param, "--json"]
+    stdout = io.StringIO()
+    with redirect_stdout(stdout), pytest.raises(SystemExit) as exit_info:
+        main(args)
+    assert exit_info.value.code == 0
+    return dict(json.loads(stdout.getvalue()))
 
 
 @pytest.fixture(scope="module")
-def scored(
-    made: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
+def expected_probabilities(
+    bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> NDArray[np.float32]:
-    """The probabilities that `score` writes of the twenty images, (20, 3)."""
+    """The probabilities that `score` writes for the twenty images, (20, 3)."""
     out = tmp_path_factory.mktemp("scored") / "scores"
-    config, how = ScoreConfig(probabilities=True), ExtractConfig(chunk_size=100)
-    loaded, catalog = bundle_format.load(made), sources.unlabelled_catalog(images)
-    request = score_request.prepare(out, made, loaded, catalog, config, how.chunk_size)
+    config, extract_config = ScoreConfig(probabilities=True), ExtractConfig(chunk_size=100)
+    loaded, catalog = bundle_format.load(bundle), sources.unlabelled_catalog(images)
+    request = score_request.prepare(out, bundle, loaded, catalog, config, extract_config.chunk_size)
     worker = Worker(
         0, 1, "cpu", 2, TaskQueue(request.unfinished_parts()).next_task, lambda report: None
     )
-    score.score(worker, request, how)
+    score.score(worker, request, extract_config)
     column = polars.read_parquet(out / "parts").sort("path")["probabilities"]
     return column.struct.unnest().to_numpy()
 
 
 @pytest.fixture(scope="module")
-def pixels(images: Path, plain: Path) -> NDArray[np.uint8]:
-    """The twenty images as our decoder shows them, (20, 3, 64, 64)."""
+def pixels(images: Path, plain_bundle: Path) -> NDArray[np.uint8]:
+    """The twenty images, decoded by Arrowhead, (20, 3, 64, 64)."""
     files = [path.read_bytes() for path in sorted(images.iterdir())]
-    recipe = bundle_format.load(plain).recipe
+    recipe = bundle_format.load(plain_bundle).recipe
     with replay.clean_decoder(recipe, "cpu", 2, 20) as decode:
         return decode(files, [bytes(16)] * 20).views[0].transpose(0, 3, 1, 2).copy()
 
 
-def opened(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """The file as its user runs it, without Arrowhead."""
+def load_exported(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """Load the exported file without Arrowhead, as a user does."""
     if file.suffix == ".onnx":
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         return lambda batch: np.asarray(session.run(None, {"pixels": batch})[0])
@@ -111,58 +111,68 @@ def opened(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
     return lambda batch: np.asarray(module(torch.from_numpy(batch)).detach().numpy())
 
 
-def test_the_file_gives_the_same_as_score_for_any_batch_size(
-    exported: dict[str, Any], scored: NDArray[np.float32], pixels: NDArray[np.uint8]
+def test_the_exported_file_gives_the_probabilities_of_score_for_any_batch_size(
+    exported: dict[str, Any], expected_probabilities: NDArray[np.float32], pixels: NDArray[np.uint8]
 ) -> None:
-    run = opened(Path(exported["file"]))
-    assert np.ptp(scored, axis=0).max() > 10 * export.TOLERANCE  # images differ by more than that
+    run = load_exported(Path(exported["file"]))
+    assert (
+        np.ptp(expected_probabilities, axis=0).max() > 10 * export.TOLERANCE
+    )  # images differ by more than the tolerance
     for size in (1, 3, 20):
         batches = [run(pixels[at : at + size]) for at in range(0, 20, size)]
-        assert all(one.dtype == np.float32 for one in batches)
+        assert all(item.dtype == np.float32 for item in batches)
         np.testing.assert_allclose(
-            np.concatenate(batches), scored, rtol=0, atol=export.TOLERANCE, err_msg=f"by {size}"
+            np.concatenate(batches),
+            expected_probabilities,
+            rtol=0,
+            atol=export.TOLERANCE,
+            err_msg=f"by {size}",
         )
 
 
-def test_the_export_is_one_file_with_all_metadata_for_its_caller(
-    exported: dict[str, Any], made: Path
+def test_the_export_is_one_file_that_contains_all_metadata(
+    exported: dict[str, Any], bundle: Path
 ) -> None:
-    file, loaded = Path(exported["file"]), bundle_format.load(made)
-    assert [one.name for one in file.parent.iterdir()] == [f"model.{exported['format']}"]
+    file, loaded = Path(exported["file"]), bundle_format.load(bundle)
+    assert [item.name for item in file.parent.iterdir()] == [f"model.{exported['format']}"]
     assert exported["bytes"] == file.stat().st_size > 40e6  # ResNet18's weights are inside
     if file.suffix == ".onnx":
         model = onnx.load(file)
-        (text,) = [one.value for one in model.metadata_props if one.key == "arrowhead"]
-        assert [one.version for one in model.opset_import if not one.domain] == [export.OPSET]
+        (text,) = [item.value for item in model.metadata_props if item.key == "arrowhead"]
+        assert [item.version for item in model.opset_import if not item.domain] == [export.OPSET]
     else:
         extra = {"arrowhead.json": ""}
         torch.export.load(file, extra_files=extra)
         text = extra["arrowhead.json"]
-    output = json.loads(text)
-    assert output["classes"] == loaded.classes
-    assert output["task"] == ("multi-label" if loaded.multi else "single-label")
-    assert output["decision"] == bundle_format.TASKS[output["task"]]
-    assert output["temperature"] == loaded.temperature
+    metadata = json.loads(text)
+    assert metadata["classes"] == loaded.classes
+    assert metadata["task"] == ("multi-label" if loaded.multi else "single-label")
+    assert metadata["decision"] == bundle_format.TASKS[metadata["task"]]
+    assert metadata["temperature"] == loaded.temperature
     thresholds = loaded.thresholds
-    assert output["thresholds"] == (
+    assert metadata["thresholds"] == (
         dict(zip(loaded.classes, thresholds, strict=True)) if thresholds else None
     )
-    assert output["recipe_fingerprint"] == loaded.recipe.fingerprint
-    assert output["bundle"] == bundle_format.fingerprint(made)
-    assert output["arrowhead"] == export.__version__
-    assert output["recipe"]["mean"] == list(loaded.recipe.mean)
-    how = output["preprocessing"]
-    assert (how["size"], how["resize"], how["antialias"]) == (64, "crop", True)
-    assert {"pixels", "rule", "interpolation", "orientation", "transparency"} < how.keys()
+    assert metadata["recipe_fingerprint"] == loaded.recipe.fingerprint
+    assert metadata["bundle"] == bundle_format.fingerprint(bundle)
+    assert metadata["arrowhead"] == export.__version__
+    assert metadata["recipe"]["mean"] == list(loaded.recipe.mean)
+    preprocessing = metadata["preprocessing"]
+    assert (preprocessing["size"], preprocessing["resize"], preprocessing["antialias"]) == (
+        64,
+        "crop",
+        True,
+    )
+    assert {"pixels", "rule", "interpolation", "orientation", "transparency"} < preprocessing.keys()
 
 
-def test_no_path_of_this_machine_is_in_the_file(exported: dict[str, Any]) -> None:
+def test_the_file_contains_no_path_of_this_machine(exported: dict[str, Any]) -> None:
     data = Path(exported["file"]).read_bytes()
     for folder in (Path(export.__file__).parents[1], Path(torch.__file__).parents[1]):
         assert str(folder).encode() not in data
 
 
-def test_features_pass_through_float16_inside_the_graph(exported: dict[str, Any]) -> None:
+def test_the_graph_rounds_features_to_float16(exported: dict[str, Any]) -> None:
     file = Path(exported["file"])
     if file.suffix == ".onnx":
         casts = [node for node in onnx.load(file).graph.node if node.op_type == "Cast"]
@@ -171,7 +181,7 @@ def test_features_pass_through_float16_inside_the_graph(exported: dict[str, Any]
         assert "torch.float16" in str(torch.export.load(file).graph)
 
 
-def test_the_output_names_what_was_checked(exported: dict[str, Any]) -> None:
+def test_the_result_says_what_was_verified(exported: dict[str, Any]) -> None:
     assert exported["batch_sizes"] == [1, 3]
     assert export.TRACE_BATCH_SIZE not in exported["batch_sizes"]
     assert exported["images"] == 3
@@ -180,11 +190,11 @@ def test_the_output_names_what_was_checked(exported: dict[str, Any]) -> None:
     assert exported["outputs"] == {"probabilities": ["float32", "batch", 3]}
 
 
-# --------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------- refusals
 
 
-def tampered(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
-    """The graph is made of a bundle that is another than the one it is checked against."""
+def export_other_bundle(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """Export a bundle with other fields than the one that the file is verified against."""
     inference_module = export.inference_module
     monkeypatch.setattr(
         export,
@@ -193,41 +203,41 @@ def tampered(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
     )
 
 
-def test_a_file_that_gives_other_probabilities_is_not_kept_and_the_one_before_stays(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_with_other_probabilities_is_refused_and_the_previous_file_kept(
+    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tampered(monkeypatch, temperature=0.6)
+    export_other_bundle(monkeypatch, temperature=0.6)
     (tmp_path / "model.onnx").write_bytes(b"the one before")
     with pytest.raises(DataError, match=r"largest difference 0\.0\d+, 0 of 3 labels changed"):
-        export.export(plain, tmp_path, ExportConfig())
-    assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
+        export.export(plain_bundle, tmp_path, ExportConfig())
+    assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_bytes() == b"the one before"
 
 
-def test_a_file_that_gives_another_label_is_not_kept_however_near_it_is(
+def test_an_export_that_changes_a_label_is_refused_however_small_the_difference(
     bundled: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = bundled(multi=True, thresholds=[0.5] * 3), tmp_path / "out"
     loaded = bundle_format.load(path)
-    chance_C = loaded.golden[0].probabilities.astype(float)
-    label = int(np.abs(chance_C - 0.5).argmax())
-    # Hotter is nearer to a half: what lies below its threshold now rises above it, or falls.
-    side = 2e-5 if chance_C[label] < 0.5 else -2e-5
-    thresholds = [float(chance + side) if i == label else 0.01 for i, chance in enumerate(chance_C)]
+    prob_C = loaded.golden[0].probabilities.astype(float)
+    label = int(np.abs(prob_C - 0.5).argmax())
+    # A higher temperature moves the probability towards 0.5 and so across the threshold.
+    offset = 2e-5 if prob_C[label] < 0.5 else -2e-5
+    thresholds = [float(prob + offset) if i == label else 0.01 for i, prob in enumerate(prob_C)]
     bundle_format.save(dataclasses.replace(loaded, thresholds=thresholds), path)
-    tampered(monkeypatch, temperature=loaded.temperature * 1.001)
+    export_other_bundle(monkeypatch, temperature=loaded.temperature * 1.001)
     with pytest.raises(DataError, match=r"largest difference 0\.000\d+, 1 of 3 labels changed"):
         export.export(path, out, ExportConfig(format="pt2"))
     assert not list(out.iterdir())
 
 
-def test_a_bundle_without_golden_images_is_checked_on_drawn_pixels(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bundle_without_golden_images_is_verified_on_random_pixels(
+    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = tmp_path / "bundle", tmp_path / "out"
-    bundle_format.save(dataclasses.replace(bundle_format.load(plain), golden=()), path)
+    bundle_format.save(dataclasses.replace(bundle_format.load(plain_bundle), golden=()), path)
     with monkeypatch.context() as patch:
-        tampered(patch, temperature=0.1)
+        export_other_bundle(patch, temperature=0.1)
         with pytest.raises(DataError, match="gives the drawn pixels other probabilities"):
             export.export(path, out, ExportConfig(format="pt2"))
         assert not list(out.iterdir())
@@ -236,29 +246,29 @@ def test_a_bundle_without_golden_images_is_checked_on_drawn_pixels(
     assert result["largest_difference"] < 1e-3
 
 
-def test_missing_onnx_packages_are_named_with_the_command_that_installs_them(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_missing_onnx_packages_are_refused_with_the_install_command(
+    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"pip install 'arrowhead\[onnx\]'"):
-        export.export(plain, tmp_path / "model.onnx", ExportConfig())
+        export.export(plain_bundle, tmp_path / "model.onnx", ExportConfig())
 
 
-def test_weights_beyond_what_onnx_holds_are_refused_before_anything_is_traced(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_weights_over_the_onnx_size_limit_are_refused_before_tracing(
+    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "MAX_ONNX_BYTES", 40_000_000)
     monkeypatch.setattr(torch.export, "export", None)
     with pytest.raises(ConfigError, match=r"0\.0 GB, .* ends at 2 GB"):
-        export.export(plain, tmp_path / "model.onnx", ExportConfig())
+        export.export(plain_bundle, tmp_path / "model.onnx", ExportConfig())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "notes"])
-def test_a_name_that_promises_something_else_is_refused(
-    name: str, plain: Path, tmp_path: Path
+def test_an_output_name_of_another_format_is_refused(
+    name: str, plain_bundle: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ConfigError, match=r"ends in \.onnx"):
-        export.export(plain, tmp_path / name, ExportConfig())
+        export.export(plain_bundle, tmp_path / name, ExportConfig())
     assert (tmp_path / "notes").read_text() == "mine"
