@@ -237,9 +237,8 @@ def published(http_site: tuple[Path, str], cache: Path) -> Iterator[tuple[Path, 
     body = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     entry = models.ResNet18_Weights.IMAGENET1K_V1.value
     before = entry.url
-    object.__setattr__(
-        entry, "url", f"{address}/{path.name}"
-    )  # a frozen dataclass that the whole process shares
+    # A frozen dataclass that the whole process shares.
+    object.__setattr__(entry, "url", f"{address}/{path.name}")
     yield path, Weights(state=body, mean=IMAGENET_MEAN, std=IMAGENET_STD).sha256
     object.__setattr__(entry, "url", before)
 

@@ -43,10 +43,11 @@ PAGES = [
     ROOT / "docs" / "asked.md",
 ]
 UNEXECUTED_PAGES = [ROOT / f"docs/{name}.md" for name in ("faults", "determinism", "performance")]
+# Output, and commands that are not run, are marked as one of the second pair.
 EXECUTED_LANGUAGES, OUTPUT_LANGUAGES = (
     {"bash", "python"},
     {"text", "console"},
-)  # the latter for output and commands that are not run
+)
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Paragraphs of text: no heading, list, table, picture or code.
 PARAGRAPH = re.compile(r"^(?![#|\-!<])\S.*(?:\n(?![#|\-!<]).*\S.*)*", re.MULTILINE)
@@ -92,9 +93,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     cached = draft.rename(cache / f"resnet34-{digest[:8]}.pth")
     entry = models.ResNet34_Weights.DEFAULT.value
     before = entry.url
-    object.__setattr__(
-        entry, "url", f"http://127.0.0.1:9/{cached.name}"
-    )  # a frozen dataclass that the whole process shares
+    # A frozen dataclass that the whole process shares.
+    object.__setattr__(entry, "url", f"http://127.0.0.1:9/{cached.name}")
     yield directory
     object.__setattr__(entry, "url", before)
     monkeypatch.undo()

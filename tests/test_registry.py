@@ -212,9 +212,8 @@ def test_image_paths_are_read_only_below_the_allowed_folder(
     from mlflow.exceptions import MlflowException
 
     monkeypatch.setenv("ARROWHEAD_SERVE_PATHS", str(mixed_images))
-    with pytest.raises(
-        MlflowException, match="opens no files"
-    ):  # the variable was not set when the model was loaded
+    # The variable was not set when the model was loaded.
+    with pytest.raises(MlflowException, match="opens no files"):
         loaded_model.predict(pandas.DataFrame({"path": ["0.jpg"]}))
     allowed = mlflow.pyfunc.load_model(str(model_dir))
     names = [*scored["path"].to_list(), str(mixed_images / "0.jpg"), "missing.jpg", None]

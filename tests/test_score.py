@@ -280,9 +280,8 @@ def test_finished_scoring_is_not_repeated_but_can_be_written_as_csv(command, out
     assert first["counts"]["decoded"] == 24
     assert again["counts"]["decoded"] == 0 and again["counts"]["skipped"] == 24
     assert len(Path(again["csv"]).read_text().splitlines()) == 25
-    assert (
-        'python -P -c "import pandas' in command.said
-    )  # -P: a pandas.py in this folder is not imported
+    # -P: a pandas.py in this folder is not imported.
+    assert 'python -P -c "import pandas' in command.said
     assert json.loads((out / "score.json").read_text())["counts"] == first["counts"]
 
 

@@ -158,9 +158,8 @@ def test_store_of_the_older_crop_rule_keeps_its_recipe(store, data, command, tmp
     assert newest.decoder == "dali-upright"
     assert result["fingerprint"] == older.fingerprint != newest.fingerprint
     new, old = features_by_path(store), features_by_path(tmp_path / "old")
-    assert all(
-        (old[path] == feature).all() for path, feature in new.items()
-    )  # none has an EXIF rotation
+    # None of the images has an EXIF rotation.
+    assert all((old[path] == feature).all() for path, feature in new.items())
 
 
 def test_unreadable_file_is_retried_by_the_next_run(data, command, monkeypatch):

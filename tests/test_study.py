@@ -290,9 +290,9 @@ class InterruptedTraining:
     bundle: Path
     refused: str
     """What the other command said."""
-    torn: str
+    truncated: str
     """The checkpoint's name."""
-    said: str
+    output: str
     """What the last command said."""
     runs: list[Any]
     """Of all these commands."""
@@ -341,15 +341,15 @@ def interrupted(undisturbed: Path, store: Path, workdir: Path) -> InterruptedTra
 
 
 def test_stopped_training_resumes_to_the_same_weights(undisturbed, interrupted):
-    assert "going on from the checkpoint" in " ".join(interrupted.said.split())
+    assert "going on from the checkpoint" in " ".join(interrupted.output.split())
     expected, result = weights(undisturbed), weights(interrupted.bundle)
     assert all(np.array_equal(expected[part], result[part]) for part in expected)
     assert not interrupted.bundle.with_name(f".{interrupted.bundle.name}.training").exists()
 
 
 def test_truncated_checkpoint_falls_back_to_the_previous_one_and_reports_it(interrupted):
-    assert interrupted.torn in interrupted.said
-    assert "incomplete or has changed" in interrupted.said
+    assert interrupted.truncated in interrupted.output
+    assert "incomplete or has changed" in interrupted.output
 
 
 def test_stopped_training_resumes_in_the_same_run_without_duplicate_steps(

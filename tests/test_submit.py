@@ -147,9 +147,8 @@ def test_local_paths_are_refused_for_a_remote_cluster(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=f"{tmp_path}/photos is on this machine") as error_info:
         jobs.job_folder(REMOTE_CLUSTER, [], ["photos"])
     assert f"--shared {tmp_path}" in error_info.value.do
-    assert (
-        jobs.job_folder(REMOTE_CLUSTER, [], []) is None
-    )  # addresses only: no local process is needed
+    # Addresses only: no local process is needed.
+    assert jobs.job_folder(REMOTE_CLUSTER, [], []) is None
     assert jobs.job_folder(REMOTE_CLUSTER, [tmp_path], ["photos", f"{tmp_path}/out"]) == tmp_path
     with pytest.raises(ConfigError, match=r"\.\./photos|photos is on this machine"):
         jobs.job_folder(REMOTE_CLUSTER, [tmp_path], ["../photos"])
@@ -728,9 +727,8 @@ def test_dashboard_queries_only_existing_metrics(local_cluster, scraper, extract
     until = monotonic() + 30
     while monotonic() < until and "ray_node_mem_total" not in scraper.seen:
         sleep(0.2)
-    known = (
-        ours.keys() | scraper.seen.keys() | {"ray_node_gpus_utilization"}
-    )  # none on this cluster
+    # This cluster has no GPU, so this metric is missing.
+    known = ours.keys() | scraper.seen.keys() | {"ray_node_gpus_utilization"}
     assert request - known == set()
     assert ours.keys() <= request
     for text in texts:  # sums and legends use labels that the series have

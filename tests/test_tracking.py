@@ -34,20 +34,20 @@ from arrowhead.tracking.run import Run, start
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an SQLite store that the tests of this file share: its schema takes seconds."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an SQLite store shared by all tests here, because its schema takes seconds."""
     return tmp_path_factory.mktemp("tracking")
 
 
 @pytest.fixture(autouse=True)
-def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _change_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def config(workshop: Path) -> TrackingConfig:
-    """The shared store; system metrics only where they are the subject."""
-    return TrackingConfig(tracking_uri=f"sqlite:///{workshop}/mlflow.db", system_metrics=False)
+def config(shared_folder: Path) -> TrackingConfig:
+    """The shared store, without system metrics except in their own tests."""
+    return TrackingConfig(tracking_uri=f"sqlite:///{shared_folder}/mlflow.db", system_metrics=False)
 
 
 @pytest.fixture
@@ -62,26 +62,26 @@ def client_of(config: TrackingConfig) -> Any:
 
 
 class Server:
-    """A real `mlflow server` on loopback that can be killed and started again."""
+    """A real `mlflow server` on loopback that can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
         self.folder, self.process = folder, None
         self.log = (folder / "server.log").open("wb")
 
     def __enter__(self) -> Server:
-        directory = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        data = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        files = ["--artifacts-destination", str(self.folder / "artifacts")]
-        words = [sys.executable, "-m", "mlflow", "server", *directory, *data, *files]
-        # Its job runner is a process for things that nobody asks for here.
-        lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        out: dict[str, Any] = {"stdout": self.log, "stderr": self.log, "env": lean}
-        self.process = subprocess.Popen(words, cwd=self.folder, start_new_session=True, **out)
-        until = time.monotonic() + 300
-        while time.monotonic() < until and self.process.poll() is None:
+        address = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        backend = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        artifacts = ["--artifacts-destination", str(self.folder / "artifacts")]
+        argv = [sys.executable, "-m", "mlflow", "server", *address, *backend, *artifacts]
+        # its job runner is not needed here
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        options: dict[str, Any] = {"stdout": self.log, "stderr": self.log, "env": environment}
+        self.process = subprocess.Popen(argv, cwd=self.folder, start_new_session=True, **options)
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 with urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return self
@@ -90,7 +90,7 @@ class Server:
         pytest.fail((self.folder / "server.log").read_text())
 
     def kill(self) -> None:
-        """As a power cut would."""
+        """Kill the server as a power cut would."""
         if self.process:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -101,22 +101,23 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, workshop: Path) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> Iterator[Server]:
     result = Server(tmp_path_factory.mktemp("server"))
-    if (workshop / "mlflow.db").exists():  # its schema saves the server making one
-        shutil.copy(workshop / "mlflow.db", result.folder / "server.db")
+    # Copying the schema saves the server from creating it.
+    if (shared_folder / "mlflow.db").exists():
+        shutil.copy(shared_folder / "mlflow.db", result.folder / "server.db")
     with result:
         yield result
     result.log.close()
 
 
-def points(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) of every line of a metric, doubled ones too."""
-    return sorted((one.step, one.value) for one in client.get_metric_history(run_id, name))
+def metric_points(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every point of a metric, including duplicates."""
+    return sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
 
 
-def below(client: Any, run_id: str) -> dict[str, Any]:
-    """Children by name; two of one name fail here."""
+def child_runs(client: Any, run_id: str) -> dict[str, Any]:
+    """Child runs by name; fails if two have the same name."""
     experiment = client.get_run(run_id).info.experiment_id
     result = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
     names = [run.info.run_name for run in result]
@@ -124,15 +125,15 @@ def below(client: Any, run_id: str) -> dict[str, Any]:
     return dict(zip(names, result, strict=True))
 
 
-# ------------------------------------------------------------------------ what is recorded
+# ------------------------------------------------------------------------ what is logged
 
 
-def test_importing_the_room_does_not_import_mlflow():
+def test_importing_tracking_does_not_import_mlflow():
     code = "import sys; from arrowhead.tracking import run; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_all_that_is_recorded_can_be_read_back(config, client, tmp_path):
+def test_everything_logged_can_be_read_back(config, client, tmp_path):
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     (tmp_path / "folder" / "deep" / "a.txt").write_text("a")
     (tmp_path / "figure.png").write_bytes(b"png")
@@ -151,25 +152,25 @@ def test_all_that_is_recorded_can_be_read_back(config, client, tmp_path):
     assert len(result.data.params) == 152
     assert result.data.params["rate"] == "0.1"
     assert {k: result.data.tags[k] for k in ("t0", "t119")} == {"t0": "0", "t119": "119"}
-    assert points(client, run.run_id, "loss") == [(3, 2.5)]
+    assert metric_points(client, run.run_id, "loss") == [(3, 2.5)]
     assert np.isnan(result.data.metrics["bad"])
     assert result.data.metrics["accuracy.what_x3F_ ü"] == 1
-    assert points(client, run.run_id, "curve") == [(i, float(i)) for i in range(2500)]
+    assert metric_points(client, run.run_id, "curve") == [(i, float(i)) for i in range(2500)]
     assert [f.path for f in client.list_artifacts(run.run_id, "figures")] == ["figures/figure.png"]
     deep = client.list_artifacts(run.run_id, "folder/deep")
     assert [file.path for file in deep] == ["folder/deep/a.txt"]
-    assert below(client, run.run_id)["train"].data.metrics == {"loss": 1.0}
-    assert below(client, run.run_id)["train"].info.status == "FINISHED"
+    assert child_runs(client, run.run_id)["train"].data.metrics == {"loss": 1.0}
+    assert child_runs(client, run.run_id)["train"].info.status == "FINISHED"
 
 
-def test_a_run_is_found_by_commit_user_command_and_version(config, client, tmp_path):
-    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for words in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "first"]):
+def test_run_is_tagged_with_commit_user_command_and_version(config, client, tmp_path):
+    user_info = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], [*user_info, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", *words], check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
     with start(config, "precompute") as run, run.child("extract") as child:
         pass
-    wanted = {
+    expected = {
         "mlflow.source.git.commit": head.stdout.strip(),
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": "arrowhead precompute",
@@ -177,13 +178,13 @@ def test_a_run_is_found_by_commit_user_command_and_version(config, client, tmp_p
         "arrowhead.version": "0.1.0",
     }
     tags = client.get_run(run.run_id).data.tags
-    assert {name: tags.get(name) for name in wanted} == wanted
+    assert {name: tags.get(name) for name in expected} == expected
     below_tags = client.get_run(child.run_id).data.tags
     assert below_tags["mlflow.source.git.commit"] == head.stdout.strip()
 
 
 @pytest.mark.parametrize(("place", "kind"), [("s3://bucket/dogs", "s3"), ("/data/dogs", "local")])
-def test_mlflow_itself_resolves_the_source_of_a_data_set(config, client, place, kind):
+def test_mlflow_resolves_the_source_of_a_dataset(config, client, place, kind):
     import mlflow.data
 
     with start(config, "fit") as run:
@@ -200,7 +201,7 @@ NAMES += ["_x3F_", "a:b", "猫", "😀", "e\u0301", "n" * 300, "n" * 299 + "m", 
 
 
 @pytest.mark.parametrize("kind", ["database", "server"])
-def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(config, request, kind):
+def test_every_class_name_has_its_own_metric_param_and_tag(config, request, kind):
     if kind == "server":
         server: Server = request.getfixturevalue("server")
         address = f"http://127.0.0.1:{server.port}"
@@ -221,22 +222,21 @@ def test_every_class_has_its_own_metric_param_and_tag_whatever_it_is_called(conf
     assert len([name for name in result.tags if name.startswith("seen ")]) == len(NAMES)
 
 
-def test_a_number_that_mlflow_refuses_costs_a_line_and_nothing_else(config, client, monkeypatch):
-    monkeypatch.setattr(
-        writes, "mlflow_names", lambda names, taken: {one: one for one in names}
-    )  # as an MLflow with other rules would
+def test_metric_refused_by_mlflow_only_prints_a_message(config, client, monkeypatch):
+    # Simulate an MLflow with other naming rules.
+    monkeypatch.setattr(writes, "mlflow_names", lambda names, taken: {one: one for one in names})
     output: list[str] = []
     with start(config, "fit", say=output.append) as run:
         run.record({"../x": 1.0})
         run.record({"../x": 2.0})
         run.record({"loss": 1.0})
-    assert points(client, run.run_id, "loss") == [(0, 1.0)]
+    assert metric_points(client, run.run_id, "loss") == [(0, 1.0)]
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert len(output) == 1
     assert "refuses" in output[0]
 
 
-def test_a_number_that_mlflow_refuses_costs_no_other_in_the_outbox(config, client, tmp_path):
+def test_metric_refused_by_mlflow_does_not_block_others_in_the_outbox(config, client, tmp_path):
     with start(config, "fit", say=lambda line: None) as run:
         pass
     folder, output = tmp_path / "unsent" / run.run_id, []
@@ -249,34 +249,34 @@ def test_a_number_that_mlflow_refuses_costs_no_other_in_the_outbox(config, clien
             write = {"do": "batch", "run": run.run_id, "metrics": [[name, 1.0, 5, 0]]}
             file.write(json.dumps(write | {"params": {}, "tags": {}}) + "\n")
     tracking_run.send(config, tmp_path / "unsent", output.append)
-    assert points(client, run.run_id, "loss") == [(0, 1.0)]
-    assert points(client, run.run_id, "accuracy") == [(0, 1.0)]
+    assert metric_points(client, run.run_id, "loss") == [(0, 1.0)]
+    assert metric_points(client, run.run_id, "accuracy") == [(0, 1.0)]
     assert ["refuses" in line for line in output] == [True, False]
     assert not folder.exists()
 
 
-def test_system_metrics_of_a_short_run_have_samples_and_go_on_when_it_is_resumed(config, client):
+def test_system_metrics_of_a_short_run_have_samples_and_continue_on_resume(config, client):
     measured = TrackingConfig(tracking_uri=config.uri)
     name = "system/cpu_utilization_percentage"
     with pytest.raises(RuntimeError), start(measured, "fit", Path("run.json")) as run:
         time.sleep(2.5)
         raise RuntimeError
-    first = points(client, run.run_id, name)
+    first = metric_points(client, run.run_id, name)
     assert len(first) >= 2
     with start(measured, "fit", Path("run.json"), say=lambda line: None) as run:
         time.sleep(1)
-    steps = [step for step, _ in points(client, run.run_id, name)]
+    steps = [step for step, _ in metric_points(client, run.run_id, name)]
     assert steps == list(range(len(steps)))
     assert len(steps) > len(first)
     with start(config, "fit") as without:
         time.sleep(1)
-    assert points(client, without.run_id, name) == []
+    assert metric_points(client, without.run_id, name) == []
 
 
 # ----------------------------------------------------------------------------- many heads
 
 
-def heads(count: int, epochs: int = 3) -> dict[str, Any]:
+def head_runs(count: int, epochs: int = 3) -> dict[str, Any]:
     return {
         "names": [f"head-{i}" for i in range(count)],
         "params": [{"rate": 10.0**-i, "seed": i} for i in range(count)],
@@ -287,15 +287,15 @@ def heads(count: int, epochs: int = 3) -> dict[str, Any]:
     }
 
 
-def test_each_head_of_a_grid_is_a_finished_child_with_its_numbers(config, client):
+def test_each_head_of_a_grid_is_a_finished_child_run_with_its_metrics(config, client):
     with start(config, "train") as run:
-        ids = run.children(**heads(5, 1200), tags={"grid": "g1"})
-    result = below(client, run.run_id)
+        ids = run.children(**head_runs(5, 1200), tags={"grid": "g1"})
+    result = child_runs(client, run.run_id)
     assert [result[f"head-{i}"].info.run_id for i in range(5)] == ids
     assert {one.info.status for one in result.values()} == {"FINISHED"}
     assert result["head-2"].data.params == {"rate": "0.01", "seed": "2"}
     assert result["head-2"].data.tags["grid"] == "g1"
-    assert points(client, ids[2], "loss") == [(e, 2 + e / 10) for e in range(1200)]
+    assert metric_points(client, ids[2], "loss") == [(e, 2 + e / 10) for e in range(1200)]
     best = client.search_runs(
         [result["head-0"].info.experiment_id],
         "tags.grid = 'g1'",
@@ -305,28 +305,28 @@ def test_each_head_of_a_grid_is_a_finished_child_with_its_numbers(config, client
     assert best[0].info.run_name == "head-4"
 
 
-def test_a_resumed_grid_makes_only_the_heads_that_are_missing(config, client):
+def test_resumed_grid_creates_only_missing_child_runs(config, client):
     with pytest.raises(RuntimeError), start(config, "train", Path("run.json")) as run:
-        before = run.children(**heads(3))
+        before = run.children(**head_runs(3))
         with run.child("head-3") as child:  # half written when the process died
             child.record({"loss": 3.0})
             raise RuntimeError
     with start(config, "train", Path("run.json"), say=lambda line: None) as run:
-        after = run.children(**heads(5))
+        after = run.children(**head_runs(5))
     assert after[:3] == before
     assert after[3] == child.run_id
-    result = below(client, run.run_id)
+    result = child_runs(client, run.run_id)
     assert result.keys() == {f"head-{i}" for i in range(5)}
     assert {one.info.status for one in result.values()} == {"FINISHED"}
     for i, run_id in enumerate(after):
-        assert points(client, run_id, "loss") == [(e, i + e / 10) for e in range(3)]
+        assert metric_points(client, run_id, "loss") == [(e, i + e / 10) for e in range(3)]
 
 
 # ----------------------------------------------------------------- one run through crashes
 
 
-def write_epochs(run: Run, count: int, **params: object) -> str:
-    """What a command does each time it is run; the id of its child."""
+def log_epochs(run: Run, count: int, **params: object) -> str:
+    """Log what a command logs each time it runs; return the id of its child run."""
     run.params({"rate": 0.1, "text": "x" * 6500, **params})
     run.dataset("dogs", "abc", "/data/dogs", "training")
     with run.child("train") as child:
@@ -336,17 +336,17 @@ def write_epochs(run: Run, count: int, **params: object) -> str:
     return child.run_id
 
 
-def test_a_run_that_failed_is_taken_up_and_nothing_is_logged_twice(config, client):
+def test_failed_run_is_resumed_and_nothing_is_logged_twice(config, client):
     folder, output = Path("out/run.json"), []
     with pytest.raises(RuntimeError), start(config, "fit", folder) as first:
-        child = write_epochs(first, 60, workers=2)
+        child = log_epochs(first, 60, workers=2)
         raise RuntimeError
     assert client.get_run(first.run_id).info.status == "FAILED"
     assert json.loads(folder.read_text())["run_id"] == first.run_id
-    with start(config, "fit", folder, say=output.append) as again:
+    with start(config, "fit", folder, say=output.append) as resumed:
         assert client.get_run(first.run_id).info.status == "RUNNING"
-        assert write_epochs(again, 150, workers=4) == child
-    assert again.run_id == first.run_id
+        assert log_epochs(resumed, 150, workers=4) == child
+    assert resumed.run_id == first.run_id
     assert not folder.exists()
     result = client.get_run(first.run_id)
     assert result.info.status == "FINISHED"
@@ -355,15 +355,15 @@ def test_a_run_that_failed_is_taken_up_and_nothing_is_logged_twice(config, clien
     assert sum("param workers" in line for line in output) == 1
     assert not any("param text" in line or "param rate" in line for line in output)
     assert len(result.inputs.dataset_inputs) == 1
-    assert below(client, first.run_id).keys() == {"train"}
-    assert points(client, child, "loss") == [(e, 1 / (e + 1)) for e in range(150)]
-    assert points(client, child, "curve") == [(0, 1.0), (1, 2.0), (2, 3.0)]
+    assert child_runs(client, first.run_id).keys() == {"train"}
+    assert metric_points(client, child, "loss") == [(e, 1 / (e + 1)) for e in range(150)]
+    assert metric_points(client, child, "curve") == [(0, 1.0), (1, 2.0), (2, 3.0)]
     with start(config, "fit", folder) as third:
         pass
     assert third.run_id != first.run_id
 
 
-def test_a_killed_process_leaves_a_run_that_the_next_one_finishes(config, client, tmp_path):
+def test_run_of_a_killed_process_is_finished_by_the_next_one(config, client, tmp_path):
     program = f"""
 import os, signal
 from pathlib import Path
@@ -378,49 +378,49 @@ with start(config, "fit", Path("run.json")) as run:
         run.record({{"loss": step}}, step)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path)
-    assert done.returncode == -signal.SIGKILL
+    completed = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path)
+    assert completed.returncode == -signal.SIGKILL
     killed = TrackingConfig(tracking_uri=config.uri, experiment="killed", system_metrics=False)
     with start(killed, "fit", Path("run.json"), say=lambda line: None) as run:
         for step in range(8):
             run.record({"loss": step}, step)
     (only,) = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
     assert only.info.run_id == run.run_id
-    assert points(client, run.run_id, "loss") == [(e, e) for e in range(8)]
+    assert metric_points(client, run.run_id, "loss") == [(e, e) for e in range(8)]
 
 
-def test_a_process_killed_while_its_run_was_being_made_leaves_one_run(config, client):
+def test_process_killed_while_creating_its_run_leaves_one_run(config, client):
     folder = Path("run.json")
     with pytest.raises(RuntimeError), start(config, "fit", folder) as run:
         raise RuntimeError
     result = json.loads(folder.read_text())
-    began = client.get_run(run.run_id).info.start_time
-    folder.write_text(json.dumps(result | {"run_id": None, "start": began}))
-    with start(config, "fit", folder, say=lambda line: None) as again:
+    start_time = client.get_run(run.run_id).info.start_time
+    folder.write_text(json.dumps(result | {"run_id": None, "start": start_time}))
+    with start(config, "fit", folder, say=lambda line: None) as resumed:
         pass
-    assert again.run_id == run.run_id
+    assert resumed.run_id == run.run_id
     folder.write_text(json.dumps(result | {"run_id": None, "start": 1}))
     with start(config, "fit", folder) as other:
         pass
     assert other.run_id != run.run_id
 
 
-def test_an_interrupted_run_is_killed_and_its_place_stays(config, client):
+def test_interrupted_run_is_marked_killed_and_can_be_resumed(config, client):
     folder = Path("run.json")
-    stop = pytest.raises(KeyboardInterrupt)
-    with stop, start(config, "fit", folder) as run, run.child("train") as child:
+    expect_interrupt = pytest.raises(KeyboardInterrupt)
+    with expect_interrupt, start(config, "fit", folder) as run, run.child("train") as child:
         raise KeyboardInterrupt
     assert client.get_run(run.run_id).info.status == "KILLED"
     assert client.get_run(child.run_id).info.status == "KILLED"
-    with start(config, "fit", folder, say=lambda line: None) as again:
-        assert again.run_id == run.run_id
+    with start(config, "fit", folder, say=lambda line: None) as resumed:
+        assert resumed.run_id == run.run_id
 
 
-def test_an_interrupted_run_ends_though_its_store_does_not_answer(
+def test_interrupted_run_ends_though_its_store_is_unresponsive(
     config, client, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sender, "INTERRUPTED_SECONDS", 0.1)
-    outboxes, lines, answers = tmp_path / "unsent", [], threading.Event()
+    outboxes, lines, store_released = tmp_path / "unsent", [], threading.Event()
     with (
         pytest.raises(KeyboardInterrupt),
         start(config, "fit", outbox=outboxes, say=lines.append) as run,
@@ -428,26 +428,26 @@ def test_an_interrupted_run_ends_though_its_store_does_not_answer(
     ):
         assert child.run_id
         store = run._sender.store
-        do, began = store.do, threading.Event()
+        original_do, write_started = store.do, threading.Event()
 
         def hang(*arguments: Any) -> None:
-            began.set()
-            answers.wait(60)
-            do(*arguments)
+            write_started.set()
+            store_released.wait(60)
+            original_do(*arguments)
 
         monkeypatch.setattr(store, "do", hang)
         run.record({"loss": 1.0})
-        assert began.wait(60)
+        assert write_started.wait(60)
         raise KeyboardInterrupt
     assert "3 writes" in lines[-1] and str(outboxes) in lines[-1]
-    answers.set()
+    store_released.set()
     tracking_run.send(config, outboxes, lines.append)
-    for one in (run, child):
-        assert client.get_run(one.run_id).info.status == "KILLED"
-    assert points(client, run.run_id, "loss") == [(0, 1.0)]
+    for ended_run in (run, child):
+        assert client.get_run(ended_run.run_id).info.status == "KILLED"
+    assert metric_points(client, run.run_id, "loss") == [(0, 1.0)]
 
 
-def test_what_a_killed_command_had_not_sent_is_sent_by_the_next(config, client, tmp_path):
+def test_unsent_writes_of_a_killed_command_are_sent_by_the_next(config, client, tmp_path):
     program = f"""
 import os
 from arrowhead.tracking import store
@@ -465,17 +465,17 @@ with start(TrackingConfig(tracking_uri={config.uri!r}, system_metrics=False), "f
     lines: list[str] = []
     tracking_run.send(config, say=lines.append)
     run_id = killed.stdout.strip()
-    assert points(client, run_id, "loss") == [(step, float(step)) for step in range(5)]
+    assert metric_points(client, run_id, "loss") == [(step, float(step)) for step in range(5)]
     assert lines[-1].endswith(f"what was kept of run {run_id}")
     assert not Path(".arrowhead").exists()
 
 
-def test_a_refused_request_leaves_no_run_unless_there_was_work_in_it(config, client):
+def test_refused_request_leaves_no_run_unless_it_had_done_work(config, client):
     folder = Path("run.json")
     with pytest.raises(ConfigError), start(config, "fit", folder) as run, run.child("a") as child:
         raise ConfigError("a", "b", "c")
-    for one in (run, child):
-        assert client.get_run(one.run_id).info.lifecycle_stage == "deleted"
+    for refused_run in (run, child):
+        assert client.get_run(refused_run.run_id).info.lifecycle_stage == "deleted"
     assert not folder.exists()
     with pytest.raises(RuntimeError), start(config, "fit", folder) as run:
         raise RuntimeError
@@ -486,7 +486,7 @@ def test_a_refused_request_leaves_no_run_unless_there_was_work_in_it(config, cli
 
 
 @pytest.mark.parametrize("how", ["torn", "foreign", "verb", "deleted", "finished"])
-def test_a_place_that_does_not_fit_starts_a_new_run_and_says_so(config, client, how):
+def test_invalid_run_file_starts_a_new_run_with_a_message(config, client, how):
     folder, output = Path("run.json"), []
     with pytest.raises(RuntimeError), start(config, "fit", folder) as old:
         raise RuntimeError
@@ -506,45 +506,45 @@ def test_a_place_that_does_not_fit_starts_a_new_run_and_says_so(config, client, 
     assert not folder.exists()
 
 
-# --------------------------------------------------------------------- a store that is gone
+# --------------------------------------------------------------------- an unreachable store
 
 
-def test_an_address_where_nobody_answers_is_refused(tmp_path):
-    with socket.socket() as mute:  # takes the connection, says nothing
-        mute.bind(("127.0.0.1", 0))
-        mute.listen()
-        for port in (mute.getsockname()[1], 9):
+def test_unresponsive_address_is_refused(tmp_path):
+    with socket.socket() as silent_server:  # accepts the connection, never answers
+        silent_server.bind(("127.0.0.1", 0))
+        silent_server.listen()
+        for port in (silent_server.getsockname()[1], 9):
             uri = f"http://me:hush@127.0.0.1:{port}"
             with (
-                pytest.raises(ConfigError) as refusal,
+                pytest.raises(ConfigError) as error_info,
                 start(TrackingConfig(tracking_uri=uri), "fit"),
             ):
                 pass
-            assert f"127.0.0.1:{port}" in refusal.value.found
-            assert "hush" not in str(refusal.value)
+            assert f"127.0.0.1:{port}" in error_info.value.found
+            assert "hush" not in str(error_info.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_database_that_cannot_be_written_is_refused(tmp_path, workshop, config):
+def test_unwritable_database_is_refused(tmp_path, shared_folder, config):
     import sqlite3
 
     (tmp_path / "not.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(ConfigError, match="not a database"):
         start(TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/not.db"), "fit").__enter__()
-    holder = sqlite3.connect(workshop / "mlflow.db")
+    holder = sqlite3.connect(shared_folder / "mlflow.db")
     holder.execute("BEGIN EXCLUSIVE")
     with pytest.raises(ConfigError, match="locked"):
         start(config, "fit").__enter__()
     holder.close()
 
 
-def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_path, monkeypatch):
+def test_run_survives_its_server_and_the_next_run_sends_the_rest(server, tmp_path, monkeypatch):
     output: list[str] = []
-    there = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
+    server_config = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
     (tmp_path / "report.html").write_text("report")
     (tmp_path / "large.bin").write_bytes(bytes(2000))
     monkeypatch.setattr(outbox, "MAX_COPIED_BYTES", 1000)
-    with start(there, "fit", tmp_path / "run.json", say=output.append) as run:
+    with start(server_config, "fit", tmp_path / "run.json", say=output.append) as run:
         with run.child("early") as early:
             early.record({"loss": 5.0})
             run.record({"loss": 0.0}, 0)
@@ -558,7 +558,7 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
         run.dataset("dogs", "abc", "/data/dogs", "training")
         with run.child("late") as late:
             late.record({"loss": 3.0})
-        ids = run.children(**heads(3))
+        ids = run.children(**head_runs(3))
         run.log_artifact(tmp_path / "report.html", "reports")
         run.log_artifact(tmp_path / "large.bin")
         assert run.model(tmp_path) is None
@@ -571,47 +571,51 @@ def test_a_run_outlives_its_server_and_the_next_one_sends_the_rest(server, tmp_p
     assert not (tmp_path / "run.json").exists()
     assert b"hush" not in b"".join(f.read_bytes() for f in folder.rglob("*") if f.is_file())
     with pytest.raises(ConfigError):
-        start(there, "fit").__enter__()
-    kept = tmp_path / "kept"
-    shutil.copytree(folder, kept)
+        start(server_config, "fit").__enter__()
+    outbox_copy = tmp_path / "kept"
+    shutil.copytree(folder, outbox_copy)
     server.__enter__()
-    client = client_of(there)
+    client = client_of(server_config)
 
     def check() -> None:
         result = client.get_run(run.run_id)
         assert result.info.status == "FINISHED"
-        assert points(client, run.run_id, "loss") == [(e, float(e)) for e in range(30)]
+        assert metric_points(client, run.run_id, "loss") == [(e, float(e)) for e in range(30)]
         assert result.data.params == {"rate": "0.5"}
         assert result.data.tags["verdict"] == "good"
         assert len(result.inputs.dataset_inputs) == 1
-        below_it = below(client, run.run_id)
-        assert below_it.keys() == {"early", "late", "head-0", "head-1", "head-2"}
-        assert {one.info.status for one in below_it.values()} == {"FINISHED"}
-        assert points(client, early.run_id, "loss") == [(0, 5.0), (1, 4.0)]
-        assert points(client, below_it["late"].info.run_id, "loss") == [(0, 3.0)]
-        head = below_it["head-2"]
-        assert points(client, head.info.run_id, "loss") == [(e, 2 + e / 10) for e in range(3)]
+        children = child_runs(client, run.run_id)
+        assert children.keys() == {"early", "late", "head-0", "head-1", "head-2"}
+        assert {one.info.status for one in children.values()} == {"FINISHED"}
+        assert metric_points(client, early.run_id, "loss") == [(0, 5.0), (1, 4.0)]
+        assert metric_points(client, children["late"].info.run_id, "loss") == [(0, 3.0)]
+        head = children["head-2"]
+        assert metric_points(client, head.info.run_id, "loss") == [
+            (e, 2 + e / 10) for e in range(3)
+        ]
         assert head.info.run_id not in ids
         files = {file.path for file in client.list_artifacts(run.run_id)}
         assert files == {"reports", "large.bin"}
-        local = client.download_artifacts(run.run_id, "reports/report.html", str(tmp_path))
-        assert Path(local).read_text() == "report"
+        downloaded = client.download_artifacts(run.run_id, "reports/report.html", str(tmp_path))
+        assert Path(downloaded).read_text() == "report"
 
-    with start(there, "score", say=output.append):
+    with start(server_config, "score", say=output.append):
         check()
     assert "sent to" in output[3]
     assert not folder.exists()
-    shutil.copytree(kept, folder)  # as if the sender had died before it could remove it
-    tracking_run.send(there, say=output.append)
+    shutil.copytree(outbox_copy, folder)  # as if the sender had died before removing it
+    tracking_run.send(server_config, say=output.append)
     check()
     assert not folder.exists()
 
 
-def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypatch, capsys):
+def test_server_that_returns_during_a_run_gets_all_writes_in_order(server, monkeypatch, capsys):
     output: list[str] = []
     monkeypatch.setattr(sender, "RETRY_SECONDS", (0.2, 0.5))
-    there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
-    with start(there, "fit", say=output.append) as run:
+    server_config = TrackingConfig(
+        tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False
+    )
+    with start(server_config, "fit", say=output.append) as run:
         run.record({"loss": 0.0}, 0)
         run.flush()
         server.kill()
@@ -619,30 +623,30 @@ def test_a_server_that_comes_back_in_mid_run_gets_all_in_order(server, monkeypat
         with run.child("train") as child:
             server.__enter__()
             run.record({"loss": 2.0}, 2)
-            until = time.monotonic() + 60
-            while child.run_id.startswith("unsent") and time.monotonic() < until:
+            deadline = time.monotonic() + 60
+            while child.run_id.startswith("unsent") and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert not child.run_id.startswith("unsent")
             child.record({"loss": 7.0})
         run.record({"loss": 3.0}, 3)
-    client = client_of(there)
-    assert points(client, run.run_id, "loss") == [(e, float(e)) for e in range(4)]
-    assert points(client, child.run_id, "loss") == [(0, 7.0)]
-    assert below(client, run.run_id)["train"].info.status == "FINISHED"
+    client = client_of(server_config)
+    assert metric_points(client, run.run_id, "loss") == [(e, float(e)) for e in range(4)]
+    assert metric_points(client, child.run_id, "loss") == [(0, 7.0)]
+    assert child_runs(client, run.run_id)["train"].info.status == "FINISHED"
     assert len(output) == 2, output
     assert "is back" in output[1]
     assert capsys.readouterr().out == ""
     assert not Path(".arrowhead").exists()
 
 
-def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
-    config, client, workshop, monkeypatch
+def test_temporarily_refused_writes_are_queued_and_others_sent(
+    config, client, shared_folder, monkeypatch
 ):
     import sqlite3
 
     output: list[str] = []
     monkeypatch.setattr(sender, "RETRY_SECONDS", (0.1, 0.1))
-    database = sqlite3.connect(workshop / "mlflow.db")
+    database = sqlite3.connect(shared_folder / "mlflow.db")
     with start(config, "fit", say=output.append, outbox=Path("spool")) as run:
         database.execute("ALTER TABLE metrics RENAME TO away")
         run.record({"loss": 1.0}, 1)
@@ -654,14 +658,14 @@ def test_what_a_store_cannot_take_for_a_while_is_kept_and_the_rest_goes_on(
         time.sleep(0.2)
         run.record({"loss": 2.0}, 2)
         run.flush()
-        assert points(client, run.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+        assert metric_points(client, run.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     database.close()
     assert len(output) == 1, output
     assert "not recorded yet" in output[0]
     assert not Path("spool").exists()
 
 
-def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, tmp_path):
+def test_outbox_truncated_at_any_byte_loses_only_its_incomplete_last_line(config, client, tmp_path):
     output: list[str] = []
     with start(config, "fit") as run:
         pass
@@ -672,8 +676,8 @@ def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, t
     ]
     full = b"".join(b"\n" + json.dumps(line).encode() for line in lines)
     ends = [found.end() for found in re.finditer(rb"\}\}", full)]
-    thresholds = sorted({0, 1, 7, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)})
-    for cut in thresholds:
+    cut_positions = sorted({0, 1, 7, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)})
+    for cut in cut_positions:
         new = client.create_run(experiment).info.run_id
         folder = tmp_path / "spool" / new
         folder.mkdir(parents=True)
@@ -682,11 +686,11 @@ def test_a_spool_cut_at_any_byte_loses_its_torn_last_line_only(config, client, t
         (folder / "writes.jsonl").write_bytes(full[:cut].replace(b"RUN", new.encode()))
         tracking_run.send(config, tmp_path / "spool", output.append)
         left = sum(end <= cut for end in ends)
-        assert points(client, new, "loss") == [(e, e / 2) for e in range(left)], cut
+        assert metric_points(client, new, "loss") == [(e, e / 2) for e in range(left)], cut
         assert not folder.exists()
 
 
-def test_what_was_kept_of_a_deleted_run_is_set_aside(config, client, tmp_path):
+def test_unsent_writes_of_a_deleted_run_are_set_aside(config, client, tmp_path):
     output: list[str] = []
     with start(config, "fit") as run:
         pass
@@ -707,7 +711,7 @@ def test_what_was_kept_of_a_deleted_run_is_set_aside(config, client, tmp_path):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
-    """A bundle of a random body and head with three golden images."""
+    """A bundle of a random backbone and head with three golden images."""
     from arrowhead.bundle import format as bundle_format
     from arrowhead.bundle import replay
     from arrowhead.bundle.format import Bundle, GoldenImage
@@ -743,7 +747,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
     return path
 
 
-def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
+def test_mlflow_model_predicts_like_the_bundle_and_contains_no_pickle(
     config, client, bundle, tmp_path, monkeypatch
 ):
     import pandas
@@ -760,56 +764,60 @@ def test_the_model_gives_what_arrowhead_gives_and_holds_no_pickle(
     assert f"models:/{output.model_id}" == address
     assert client.get_logged_model(output.model_id).source_run_id == run.run_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", config.uri)
-    local = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(tmp_path / "model")))
-    kinds = {file.suffix for file in local.rglob("*") if file.is_file()}
-    assert not kinds & {".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
-    served = mlflow.pyfunc.load_model(str(local))
-    flavor = served.metadata.flavors["python_function"]
+    model_dir = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(tmp_path / "model")))
+    suffixes = {file.suffix for file in model_dir.rglob("*") if file.is_file()}
+    assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc", ".joblib"}
+    model = mlflow.pyfunc.load_model(str(model_dir))
+    flavor = model.metadata.flavors["python_function"]
     assert Path(flavor["model_code_path"]).name == "mlflow_model.py"
     assert "python_model" not in flavor
     golden = load(bundle).golden
     rows = pandas.DataFrame({"image": [one.data for one in golden] + [b"no image"]})
-    answer = served.predict(rows)
-    wanted = np.stack([one.probabilities for one in golden])
-    np.testing.assert_allclose(np.stack(answer["probabilities"][:3]), wanted, rtol=0, atol=1e-6)
-    classes = served.metadata.metadata["classes"]
-    assert answer["label"][:3].tolist() == [classes[i] for i in wanted.argmax(1)]
-    assert answer["labels"].tolist() == [[label] for label in answer["label"][:3]] + [[]]
-    assert answer["label"][3] is None
-    assert np.isnan(answer["probability"][3])
-    assert served.metadata.get_input_schema().input_names() == ["image", "path"]
-    names = served.metadata.get_output_schema().input_names()
-    assert names == answer.columns.tolist()
-    example = (local / "serving_input_example.json").read_text()
-    over_http = scoring_server.infer_and_parse_data(
-        json.loads(example), served.metadata.get_input_schema()
+    prediction = model.predict(rows)
+    expected = np.stack([one.probabilities for one in golden])
+    np.testing.assert_allclose(
+        np.stack(prediction["probabilities"][:3]), expected, rtol=0, atol=1e-6
     )
-    drawn = served.predict(over_http)
-    assert drawn["label"][0] in classes
+    classes = model.metadata.metadata["classes"]
+    assert prediction["label"][:3].tolist() == [classes[i] for i in expected.argmax(1)]
+    assert prediction["labels"].tolist() == [[label] for label in prediction["label"][:3]] + [[]]
+    assert prediction["label"][3] is None
+    assert np.isnan(prediction["probability"][3])
+    assert model.metadata.get_input_schema().input_names() == ["image", "path"]
+    names = model.metadata.get_output_schema().input_names()
+    assert names == prediction.columns.tolist()
+    example = (model_dir / "serving_input_example.json").read_text()
+    over_http = scoring_server.infer_and_parse_data(
+        json.loads(example), model.metadata.get_input_schema()
+    )
+    example_prediction = model.predict(over_http)
+    assert example_prediction["label"][0] in classes
     assert not {bytes(data) for data in over_http["image"]} & {one.data for one in golden}
 
 
-def test_a_server_gives_a_registered_bundle_back_by_each_of_its_addresses(server, bundle, tmp_path):
+def test_registered_bundle_is_fetched_by_each_of_its_addresses(server, bundle, tmp_path):
     from arrowhead.bundle import resolve
 
-    there = TrackingConfig(tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False)
-    with start(there, "fit", registry=RegistryConfig(register="far")) as run:
+    server_config = TrackingConfig(
+        tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False
+    )
+    with start(server_config, "fit", registry=RegistryConfig(register="far")) as run:
         model = run.model(bundle)
         assert run.register(bundle) == "models:/far/1"
         assert run.register(bundle) == "models:/far/1"
-    wanted = {file.name: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
+    expected = {file.name: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
     for address in ("models:/far@champion", "models:/far/1", model, f"runs:/{run.run_id}/model"):
-        result = resolve.bundle_folder(address, there, tmp_path / "scratch")
-        assert {f.name: f.read_bytes() for f in result.rglob("*") if f.is_file()} == wanted
+        result = resolve.bundle_folder(address, server_config, tmp_path / "scratch")
+        assert {f.name: f.read_bytes() for f in result.rglob("*") if f.is_file()} == expected
     for address, words in {
         "models:/fat@champion": "far",
         "models:/far@champoin": "champion",
         "models:/far/7": "no models:/far/7",
         f"runs:/{'0' * 32}/model": "no run",
     }.items():
-        with pytest.raises(ConfigError) as refused:
-            resolve.bundle_folder(address, there, tmp_path / "scratch")
-        assert words in str(refused.value)
+        with pytest.raises(ConfigError) as error_info:
+            resolve.bundle_folder(address, server_config, tmp_path / "scratch")
+        assert words in str(error_info.value)
 
 
 # ----------------------------------------------------------------------------------- secrets
@@ -818,22 +826,22 @@ SECRET = "hunter2-p%40ss"
 SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64", "--epochs", "2"]
 
 
-def everything(folder: Path) -> bytes:
-    """Every byte of every file below a folder."""
+def read_all_bytes(folder: Path) -> bytes:
+    """The bytes of all files below a folder."""
     return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 
-def test_a_password_in_the_address_is_shown_nowhere_and_kept_nowhere(
+def test_password_in_the_address_is_neither_printed_nor_stored(
     server, drawn, tmp_path, monkeypatch, capfd
 ):
     address = f"http://anna:{SECRET}@127.0.0.1:{server.port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
 
     def run(*words: object) -> str:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main([*map(str, words)])
         shown = capfd.readouterr()
-        assert ended.value.code == 0, shown.err
+        assert exit_info.value.code == 0, shown.err
         return shown.out + shown.err
 
     output = run("fit", drawn, "out", *SMALL, "--rate", "0.01")
@@ -842,7 +850,7 @@ def test_a_password_in_the_address_is_shown_nowhere_and_kept_nowhere(
     output += run("watch", "--no-follow", "--json")
     output += run("doctor")
     assert "finished" in output.lower()
-    kept = everything(tmp_path) + everything(server.folder)
+    kept = read_all_bytes(tmp_path) + read_all_bytes(server.folder)
     for secret in (SECRET, "hunter2-p@ss", "hunter2"):
         assert secret not in output
         assert secret.encode() not in kept
@@ -863,15 +871,15 @@ def test_a_password_in_the_address_is_shown_nowhere_and_kept_nowhere(
     ],
 )
 @pytest.mark.parametrize("verb", [["fit", "photos", "out"], ["watch"]])
-def test_a_refused_address_is_refused_without_its_password(address, verb, monkeypatch, capfd):
-    with socket.socket() as taken:  # bound, and nobody listens
+def test_refusal_of_an_address_hides_its_password(address, verb, monkeypatch, capfd):
+    with socket.socket() as taken:  # bound, but not listening
         taken.bind(("127.0.0.1", 0))
         given = address.format(secret="hunter2", port=taken.getsockname()[1])
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main(verb)
     shown = capfd.readouterr()
-    assert ended.value.code == 2, shown.err
+    assert exit_info.value.code == 2, shown.err
     assert "hunter2" not in shown.out + shown.err
     assert "wanted" in shown.err
 
@@ -881,7 +889,7 @@ MALFORMED = [
     "http://anna:{secret}@host:99999",
     "http://anna:{secret}@host:0",
     "http://anna:{secret}@",
-    "http://anna:{secret}",  # the host forgotten
+    "http://anna:{secret}",  # without the host
     "http://anna:{secret}@[::1:5000",
     "http://anna:two/{secret}@host:5000",
     "http://anna:two@{secret}#x@host:5000",
@@ -920,7 +928,7 @@ VERBS = [
     [(one, ["watch"]) for one in MALFORMED] + [(MALFORMED[0], verb) for verb in VERBS],
 )
 @pytest.mark.parametrize("by", ["flag", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"])
-def test_a_malformed_address_is_refused_before_any_work_in_three_parts_without_its_secret(
+def test_malformed_address_is_refused_before_any_work_without_its_secret(
     address, verb, by, tmp_path, monkeypatch, capfd
 ):
     given = address.format(secret="hunter2")
@@ -929,11 +937,11 @@ def test_a_malformed_address_is_refused_before_any_work_in_three_parts_without_i
         verb = [*verb, "--tracking-uri", given]
     else:
         monkeypatch.setenv(by, given)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(verb)
     shown = capfd.readouterr()
-    assert ended.value.code == 2, shown.err
-    assert (by if by != "flag" else "--tracking-uri") in shown.err  # and not the missing photos
+    assert exit_info.value.code == 2, shown.err
+    assert (by if by != "flag" else "--tracking-uri") in shown.err  # and not for the missing photos
     assert "wanted" in shown.err and "do  " in shown.err
     assert "hunter2" not in shown.out + shown.err
     assert not any(tmp_path.iterdir())
@@ -941,37 +949,35 @@ def test_a_malformed_address_is_refused_before_any_work_in_three_parts_without_i
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
 @pytest.mark.parametrize("verb", [["watch"], ["fit", "photos", "out", "--json"], ["doctor"]])
-def test_a_process_of_its_own_leaves_no_trace_of_the_secret_in_a_malformed_address(
-    verb, by, tmp_path
-):
+def test_separate_process_leaves_no_trace_of_the_secret_in_a_malformed_address(verb, by, tmp_path):
     given = f"http://anna:{SECRET}@host:badport"
-    flags = ["--tracking-uri", given] if by == "flag" else []  # doctor does not know that one
+    flags = ["--tracking-uri", given] if by == "flag" else []  # doctor does not have that flag
     names = os.environ | ({} if flags else {"MLFLOW_TRACKING_URI": given})
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-P", "-m", "arrowhead", *verb, *flags],
         cwd=tmp_path,
         env=names,
         capture_output=True,
         timeout=300,
     )
-    assert done.returncode == (1 if verb == ["doctor"] and not flags else 2), done.stderr
+    assert completed.returncode == (1 if verb == ["doctor"] and not flags else 2), completed.stderr
     for secret in (b"hunter2", SECRET.encode(), b"Traceback"):
-        assert secret not in done.stdout + done.stderr + everything(tmp_path)
+        assert secret not in completed.stdout + completed.stderr + read_all_bytes(tmp_path)
 
 
 @pytest.mark.parametrize("address", MALFORMED)
-def test_python_refuses_a_malformed_address_without_its_secret(address, monkeypatch, tmp_path):
+def test_python_api_refuses_a_malformed_address_without_its_secret(address, monkeypatch, tmp_path):
     given = address.format(secret="hunter2")
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as error_info:
         TrackingConfig(tracking_uri=given)
-    result = "".join(traceback.format_exception(refused.value))
+    result = "".join(traceback.format_exception(error_info.value))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     with (
-        pytest.raises(ConfigError) as refused,
+        pytest.raises(ConfigError) as error_info,
         tracking_run.start(TrackingConfig(), "fit", outbox=tmp_path),
     ):
         pytest.fail("it began")
-    result += "".join(traceback.format_exception(refused.value))
+    result += "".join(traceback.format_exception(error_info.value))
     assert "hunter2" not in result
     good = TrackingConfig(tracking_uri="http://anna:hunter2@host")
     assert "hunter2" not in repr(good)
@@ -994,7 +1000,7 @@ def test_python_refuses_a_malformed_address_without_its_secret(address, monkeypa
         "databricks://profile",
     ],
 )
-def test_an_address_that_a_store_may_have_is_taken(address):
+def test_valid_store_address_is_accepted(address):
     assert TrackingConfig(tracking_uri=address).uri == address
 
 
@@ -1008,15 +1014,15 @@ def test_an_address_that_a_store_may_have_is_taken(address):
         ("models:/dogs@champion", "models:/dogs@champion"),
     ],
 )
-def test_an_address_is_shown_without_what_opens_it(text, shown):
+def test_address_is_shown_without_its_secrets(text, shown):
     wanted = "at 'postgresql://…@host/x?sslmode=require'" if shown is None else shown
     assert without_secrets(text) == wanted
 
 
-# ------------------------------------------------------------------------- many at once
+# ------------------------------------------------------------------------- concurrency
 
 
-def test_three_commands_at_once_on_a_store_that_is_not_there_are_three_runs(tmp_path):
+def test_three_concurrent_commands_on_a_new_store_give_three_runs(tmp_path):
     program = """
 import sys
 from arrowhead.tracking.run import start

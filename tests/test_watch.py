@@ -29,31 +29,31 @@ SHORT = ["--epochs", "3", "--rate", "0.01"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
-    """A working directory with its store."""
+def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+    """A working directory with its tracking store."""
     return tracked(tmp_path_factory.mktemp("watch"))
 
 
 @pytest.fixture(autouse=True)
-def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def _change_directory(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workdir)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture
-def config(place: Path) -> TrackingConfig:
-    return TrackingConfig(tracking_uri=f"sqlite:///{place}/mlflow.db", system_metrics=False)
+def config(workdir: Path) -> TrackingConfig:
+    return TrackingConfig(tracking_uri=f"sqlite:///{workdir}/mlflow.db", system_metrics=False)
 
 
-def often(place: Path, *words: object) -> subprocess.Popen[str]:
-    """A command that records how far it is five times a second."""
+def start_reporting_command(workdir: Path, *words: object) -> subprocess.Popen[str]:
+    """Start a command that records its progress five times a second."""
     program = (
         "import sys; from arrowhead.reporting import progress; "
         "from arrowhead.cli.main import main; progress.RECORD_SECONDS = 0.2; main()"
     )
     return forks.Popen(
         [sys.executable, "-c", program, *map(str, words)],
-        cwd=place,
+        cwd=workdir,
         env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"},
         text=True,
         stdout=subprocess.PIPE,
@@ -61,113 +61,127 @@ def often(place: Path, *words: object) -> subprocess.Popen[str]:
     )
 
 
-def watched(*words: object, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as ended:
+def run_watch(*words: object, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as exit_info:
         main(["watch", *map(str, words)])
-    assert ended.value.code == code
+    assert exit_info.value.code == code
 
 
-def test_a_run_is_followed_from_another_terminal_to_its_end(place, drawn):
+def test_watch_follows_a_run_to_its_end(workdir, drawn):
     from mlflow import MlflowClient
 
     slow = ["--body", "resnet18", "--weights", "random", "--extract.chunk-size", "4"]
-    fit = often(place, "fit", drawn, "slow", *slow, *SHORT, "--run-name", "slowly")
-    looks: list[View] = []
-    config = TrackingConfig(tracking_uri=f"sqlite:///{place}/mlflow.db")
-    while fit.poll() is None and not looks:  # until the run is there
+    fit = start_reporting_command(
+        workdir, "fit", drawn, "slow", *slow, *SHORT, "--run-name", "slowly"
+    )
+    views: list[View] = []
+    config = TrackingConfig(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
+    while fit.poll() is None and not views:  # until the run exists
         try:
-            with Watch(config, "slowly") as seen:
-                looks.append(seen.look())
+            with Watch(config, "slowly") as watcher:
+                views.append(watcher.look())
         except ConfigError:
             time.sleep(0.5)
-    with Watch(config, "slowly") as seen:
-        while looks[-1].running:
-            looks.append(seen.look())
+    with Watch(config, "slowly") as watcher:
+        while views[-1].running:
+            views.append(watcher.look())
             time.sleep(0.3)
     assert fit.wait() == 0, fit.communicate()
-    done = [stage.images["images"] for one in looks for stage in one.stages if stage.images]
-    assert done == sorted(done)
-    assert any(0 < number < 72 for number in done)
-    assert done[-1] == 72
-    last = looks[-1]
+    image_counts = [
+        stage.images["images"] for view in views for stage in view.stages if stage.images
+    ]
+    assert image_counts == sorted(image_counts)
+    assert any(0 < number < 72 for number in image_counts)
+    assert image_counts[-1] == 72
+    last = views[-1]
     assert [stage.name for stage in last.stages] == ["slowly", "extract", "train"]
     assert {stage.status for stage in last.stages} == {"FINISHED"}
     assert (last.stages[2].epoch, last.stages[2].epochs) == (2, 3)
     assert last.facts == {"dataset": drawn.name, "body": "resnet18"}
     assert any(
-        one.machine["system/cpu_utilization_percentage"] > 0 for one in looks[:-1] if one.machine
+        view.machine["system/cpu_utilization_percentage"] > 0 for view in views[:-1] if view.machine
     )
     client = MlflowClient(tracking_uri=config.uri)
-    below = f"tags.mlflow.parentRunId = '{last.run_id}' and attributes.run_name = 'extract'"
-    (part,) = client.search_runs([client.get_experiment_by_name("arrowhead").experiment_id], below)
-    steps = [one.step for one in client.get_metric_history(part.info.run_id, "progress.images")]
+    filter_string = f"tags.mlflow.parentRunId = '{last.run_id}' and attributes.run_name = 'extract'"
+    (extract_run,) = client.search_runs(
+        [client.get_experiment_by_name("arrowhead").experiment_id], filter_string
+    )
+    steps = [
+        view.step for view in client.get_metric_history(extract_run.info.run_id, "progress.images")
+    ]
     assert steps == sorted(set(steps))
-    words = watch.lines(last)
-    assert re.search(r"extract +█{12} 72/72 · \d+\.\d img/s · bound by forward \(\d+ %", words[1])
-    assert re.search(r"train +epoch 3 of 3 · train loss .* · valid loss .* · accuracy", words[2])
+    lines = watch.lines(last)
+    assert re.search(r"extract +█{12} 72/72 · \d+\.\d img/s · bound by forward \(\d+ %", lines[1])
+    assert re.search(r"train +epoch 3 of 3 · train loss .* · valid loss .* · accuracy", lines[2])
 
 
-def test_an_interrupted_run_ends_the_watch_with_its_code(place, drawn, capsys):
+def test_watch_of_an_interrupted_run_exits_with_its_code(workdir, drawn, capsys):
     slow = ["--body", "resnet18", "--weights", "random", "--size", "448", "--chunk-size", "4"]
-    cut = often(place, "precompute", drawn, "cut", *slow, "--run-name", "cut")
-    while cut.poll() is None and not list((place / "cut" / "shards").glob("*.arrow")):
+    process = start_reporting_command(
+        workdir, "precompute", drawn, "cut", *slow, "--run-name", "cut"
+    )
+    while process.poll() is None and not list((workdir / "cut" / "shards").glob("*.arrow")):
         time.sleep(0.1)
-    later = threading.Timer(1.0, cut.send_signal, [signal.SIGINT])
-    later.start()
-    watched("cut", "--every", "0.2", code=130)
-    assert cut.wait(timeout=60) == 130
+    timer = threading.Timer(1.0, process.send_signal, [signal.SIGINT])
+    timer.start()
+    run_watch("cut", "--every", "0.2", code=130)
+    assert process.wait(timeout=60) == 130
     output = capsys.readouterr().out.splitlines()
     assert re.match(r"cut \w{8} · running for \d+ s", output[0])
-    ended = next(line for line in output if "killed" in line)
-    assert re.match(r"cut \w{8} · killed after \d+ s", ended)
+    last_line = next(line for line in output if "killed" in line)
+    assert re.match(r"cut \w{8} · killed after \d+ s", last_line)
 
 
-def test_many_heads_are_counted_and_their_best_is_named(place, drawn, config, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_watch_counts_heads_and_shows_the_best_metric(workdir, drawn, config, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         main(["precompute", str(drawn), "store", *SMALL])
-    assert ended.value.code == 0
-    with pytest.raises(SystemExit) as ended:
+    assert exit_info.value.code == 0
+    with pytest.raises(SystemExit) as exit_info:
         main(["train", "store", "b", "--grid", "rate=0.003..0.1:4", "--epochs", "3"])
-    assert ended.value.code == 0
-    with Watch(config, "train") as seen:
-        view = seen.look()
+    assert exit_info.value.code == 0
+    with Watch(config, "train") as watcher:
+        view = watcher.look()
     assert len(view.stages) < 4  # the heads themselves are not stages
-    words = "\n".join(watch.lines(view))
-    assert re.search(r"heads: epoch 2 · training 4 heads · best accuracy \d", words)
+    text = "\n".join(watch.lines(view))
+    assert re.search(r"heads: epoch 2 · training 4 heads · best accuracy \d", text)
     best = view.stages[0].stacks["heads"]["accuracy"]
     capsys.readouterr()
-    watched("train", "--json")
+    run_watch("train", "--json")
     result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["stages"][0]["stacks"]["heads"]["accuracy"] == best
 
 
 @pytest.fixture(scope="module")
-def two(place: Path) -> tuple[str, str]:
-    """Ids of two finished runs of one name, the older first."""
+def two_runs(workdir: Path) -> tuple[str, str]:
+    """Ids of two finished runs with the same name, the older first."""
     config = TrackingConfig(
-        tracking_uri=f"sqlite:///{place}/mlflow.db",
+        tracking_uri=f"sqlite:///{workdir}/mlflow.db",
         experiment="two",
         run_name="twin",
         system_metrics=False,
     )
     result = []
     for number in range(2):
-        with start(config, "fit", outbox=place / "unsent") as run, run.child("extract") as part:
+        with start(config, "fit", outbox=workdir / "unsent") as run, run.child("extract") as part:
             part.record({"progress.images": number}, step=number)
         result.append(run.run_id)
         time.sleep(0.01)
     return result[0], result[1]
 
 
-def found(config: TrackingConfig, word: str | None) -> str:
-    with Watch(config, word) as seen:
-        return seen.look().run_id
+def watched_run_id(config: TrackingConfig, word: str | None) -> str:
+    with Watch(config, word) as watcher:
+        return watcher.look().run_id
 
 
-def test_a_run_is_named_by_its_id_or_its_beginning_its_name_or_by_being_the_newest(two, config):
+def test_run_is_selected_by_id_prefix_name_or_as_the_newest(two_runs, config):
     config = TrackingConfig(tracking_uri=config.uri, experiment="two")
-    assert found(config, two[0]) == found(config, two[0][:8]) == two[0]
-    assert found(config, "twin") == found(config, None) == two[1]
+    assert (
+        watched_run_id(config, two_runs[0])
+        == watched_run_id(config, two_runs[0][:8])
+        == two_runs[0]
+    )
+    assert watched_run_id(config, "twin") == watched_run_id(config, None) == two_runs[1]
 
 
 @pytest.mark.parametrize(
@@ -180,20 +194,20 @@ def test_a_run_is_named_by_its_id_or_its_beginning_its_name_or_by_being_the_newe
         (["--every", "0"], "--every is 0"),
     ],
 )
-def test_what_cannot_be_watched_is_refused(two, words, said, capsys):
+def test_unknown_run_to_watch_is_refused(two_runs, words, said, capsys):
     where = [] if "--experiment" in words else ["--experiment", "two"]
-    watched(*where, *words, code=2)
+    run_watch(*where, *words, code=2)
     assert said in " ".join(capsys.readouterr().err.split())
     assert not Path("absent.db").exists()
 
 
-def test_a_store_that_does_not_answer_and_a_run_that_is_silent_are_said(two, place, monkeypatch):
+def test_unresponsive_store_and_silent_run_are_reported(two_runs, workdir, monkeypatch):
     monkeypatch.setattr(watch, "QUIET_SECONDS", 0.05)
-    (place / "other").mkdir()
-    file = place / "other" / "mlflow.db"
-    file.write_bytes((place / "mlflow.db").read_bytes())
+    (workdir / "other").mkdir()
+    file = workdir / "other" / "mlflow.db"
+    file.write_bytes((workdir / "mlflow.db").read_bytes())
     config = TrackingConfig(tracking_uri=f"sqlite:///{file}", system_metrics=False, run_name="mute")
-    with start(config, "fit", outbox=place / "unsent") as run, Watch(config) as seen:
+    with start(config, "fit", outbox=workdir / "unsent") as run, Watch(config) as seen:
         view = seen.look()
         assert "nothing new" not in watch.lines(view)[-1]
         time.sleep(0.1)

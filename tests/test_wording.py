@@ -30,13 +30,13 @@ NAMES = [
 ]
 
 
-def test_a_word_has_its_plural_beside_any_number_but_one():
+def test_nouns_are_plural_for_any_number_but_one():
     assert [pluralize(n, "part") for n in (0, 1, 2)] == ["0 parts", "1 part", "2 parts"]
     assert pluralize(2, "class", "classes") == "2 classes"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "ksh"])
-def test_a_printed_command_can_be_pasted(shell):
+def test_printed_command_can_be_pasted_into_a_shell(shell):
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
     shown = escape_control_chars(shell_command(["printf", r"%s\0", *NAMES]))
@@ -46,7 +46,7 @@ def test_a_printed_command_can_be_pasted(shell):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding):
+def test_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding):
     words = "from arrowhead.wording import shell_command"
     words += f"; print(shell_command(['printf', r'%s\\0', *{NAMES!a}]))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
@@ -56,6 +56,6 @@ def test_a_command_printed_on_a_screen_that_is_not_utf_8_can_be_pasted(encoding)
     assert result.decode(errors="surrogateescape").split("\0")[:-1] == NAMES
 
 
-def test_quotes_in_a_word_do_not_make_it_unreadable():
+def test_quoting_keeps_words_readable():
     code = "print(read('scores/parts'))"
     assert shell_command(["python", "-c", code]) == f'python -c "{code}"'

@@ -15,23 +15,23 @@ import pytest
 
 from arrowhead.features.store import Store
 
-BEFORE = Path(__file__).parent / "written_before"
-SUM = 0.06552159786224365  # of all features, as float64
+FIXTURE_FOLDER = Path(__file__).parent / "written_before"
+FEATURE_SUM = 0.06552159786224365  # of all features, as float64
 
 
 @pytest.fixture
-def before(tmp_path: Path) -> Path:
-    """A copy that may be written to."""
-    return Path(shutil.copytree(BEFORE, tmp_path / "before"))
+def old_files(tmp_path: Path) -> Path:
+    """A writable copy of the old store and bundle."""
+    return Path(shutil.copytree(FIXTURE_FOLDER, tmp_path / "before"))
 
 
-def test_an_old_store_is_whole_and_gives_its_features(before, command):
-    held = command("features", "info", before / "store")
+def test_old_store_is_intact_and_gives_its_features(old_files, command):
+    held = command("features", "info", old_files / "store")
     assert (held["images"], held["features"]) == (24, 24)
-    assert command("features", "verify", before / "store")["findings"] == []
-    features = Store(before / "store").features()
+    assert command("features", "verify", old_files / "store")["findings"] == []
+    features = Store(old_files / "store").features()
     assert features.feature.shape == (24, 1, 1024)
-    assert float(features.feature.astype(np.float64).sum()) == pytest.approx(SUM, rel=1e-9)
+    assert float(features.feature.astype(np.float64).sum()) == pytest.approx(FEATURE_SUM, rel=1e-9)
     assert np.bincount(features.label).tolist() == [8, 8, 8]
     assert {name: int((features.split == name).sum()) for name in ("train", "valid")} == {
         "train": 18,
@@ -39,25 +39,25 @@ def test_an_old_store_is_whole_and_gives_its_features(before, command):
     }
 
 
-def test_an_old_store_is_added_to_without_decoding_again(before, command, tracked, monkeypatch):
-    monkeypatch.chdir(tracked(before))
+def test_old_store_is_extended_without_decoding_again(old_files, command, tracked, monkeypatch):
+    monkeypatch.chdir(tracked(old_files))
     flags = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", 64]
-    counts = command("precompute", before / "images", before / "store", *flags)["counts"]
+    counts = command("precompute", old_files / "images", old_files / "store", *flags)["counts"]
     assert (counts["decoded"], counts["reused"], counts["faults"]) == (0, 24, 0)
 
 
-def test_an_old_bundle_scores_as_it_did(before, command, tracked, monkeypatch):
+def test_old_bundle_scores_as_before(old_files, command, tracked, monkeypatch):
     import pyarrow.parquet as pq
 
-    monkeypatch.chdir(tracked(before))
+    monkeypatch.chdir(tracked(old_files))
     result = command(
-        "score", before / "bundle", before / "images", before / "scores", "--probabilities"
+        "score", old_files / "bundle", old_files / "images", old_files / "scores", "--probabilities"
     )
     assert result["counts"]["scored"] == 24
     assert result["drift"]["changed"] == 0
-    (part,) = (before / "scores").rglob("*.parquet")
+    (part,) = (old_files / "scores").rglob("*.parquet")
     rows = pq.read_table(part).to_pylist()
-    expected = json.loads((BEFORE / "scores.json").read_text())
+    expected = json.loads((FIXTURE_FOLDER / "scores.json").read_text())
     assert [row["path"] for row in rows] == sorted(expected)
     for row in rows:
         given = row["probabilities"]
@@ -65,8 +65,8 @@ def test_an_old_bundle_scores_as_it_did(before, command, tracked, monkeypatch):
         assert values == pytest.approx(expected[row["path"]]["probabilities"], abs=1e-3)
 
 
-def test_an_old_store_trains(before, command, tracked, monkeypatch):
-    monkeypatch.chdir(tracked(before))
-    shutil.rmtree(before / "images")
-    result = command("train", before / "store", before / "new", "--epochs", 3, "--rate", 0.01)
+def test_old_store_can_be_trained_on(old_files, command, tracked, monkeypatch):
+    monkeypatch.chdir(tracked(old_files))
+    shutil.rmtree(old_files / "images")
+    result = command("train", old_files / "store", old_files / "new", "--epochs", 3, "--rate", 0.01)
     assert result["metrics"]["images"] == 6
