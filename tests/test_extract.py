@@ -1,4 +1,4 @@
-"""Extraction: no file stops it, nothing is lost or done twice, threads end."""
+"""Extraction: no file stops it, no image is lost or decoded twice, threads end."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ CONFIG = ExtractConfig(batch_size=16, chunk_size=12, readers=2)
 
 
 def _worker(tasks: int = 0, reports: list[Report] | None = None) -> Worker:
-    heard = [] if reports is None else reports
-    return Worker(0, 1, "cpu", 2, TaskQueue(list(range(tasks))).next_task, heard.append)
+    received = [] if reports is None else reports
+    return Worker(0, 1, "cpu", 2, TaskQueue(list(range(tasks))).next_task, received.append)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Body, Recipe, Path]:
-    """A random resnet18 on 64 pixels, its recipe and its weights file."""
+def body_recipe_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Body, Recipe, Path]:
+    """A random ResNet18 for 64 pixels, its recipe and its weights file."""
     config = BodyConfig(body="resnet18", weights="random")
     weights = load(config)
     path = tmp_path_factory.mktemp("weights") / "body.safetensors"
@@ -59,14 +59,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Body, Recipe, Path]:
 
 
 @pytest.fixture(scope="module")
-def pump(made: tuple[Body, Recipe, Path]) -> Iterator[FeaturePipeline]:
-    with FeaturePipeline(_worker(), made[0], made[1], PIXELS, CONFIG) as ready:
-        yield ready
+def pipeline(body_recipe_weights: tuple[Body, Recipe, Path]) -> Iterator[FeaturePipeline]:
+    with FeaturePipeline(
+        _worker(), body_recipe_weights[0], body_recipe_weights[1], PIXELS, CONFIG
+    ) as pipeline:
+        yield pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 drawn images, loose."""
+    """30 synthetic images in one folder."""
     result = tmp_path_factory.mktemp("folder") / "images"
     result.mkdir()
     for path in sorted(drawn.glob("train/*/*.jpg"))[:30]:
@@ -75,17 +77,20 @@ def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chunks(pump: FeaturePipeline, folder: Path) -> list[Chunk]:
-    """What the pump makes of the folder."""
-    return _pumped(pump, sources.unlabelled_catalog(folder))
+def chunks(pipeline: FeaturePipeline, folder: Path) -> list[Chunk]:
+    """The chunks that the pipeline extracts from the folder."""
+    return _run_pipeline(pipeline, sources.unlabelled_catalog(folder))
 
 
-def _pumped(
-    pump: FeaturePipeline, catalog: Catalog, known: FeatureCache | None = None
+def _run_pipeline(
+    pipeline: FeaturePipeline, catalog: Catalog, cache: FeatureCache | None = None
 ) -> list[Chunk]:
-    runs = data_chunks.split_into_chunks(catalog.paths, CONFIG.chunk_size)
+    row_ranges = data_chunks.split_into_chunks(catalog.paths, CONFIG.chunk_size)
     return list(
-        pump(((at, catalog.subset(rows)) for at, rows in enumerate(runs)), known or FeatureCache())
+        pipeline(
+            ((at, catalog.subset(rows)) for at, rows in enumerate(row_ranges)),
+            cache or FeatureCache(),
+        )
     )
 
 
@@ -107,17 +112,17 @@ def read(file: bytes, max_bytes: int) -> tuple[bytes, str | None]:
     return reading.read_file(path_text.escape_path(folder), path_text.escape_path(name), max_bytes)
 
 
-def _promptly(file: bytes, max_bytes: int = 100) -> tuple[bytes, str | None]:
-    """What `read` gives, or a failure if it waits."""
-    answers: list[tuple[bytes, str | None]] = []
-    thread = threading.Thread(target=lambda: answers.append(read(file, max_bytes)), daemon=True)
+def _read_with_timeout(file: bytes, max_bytes: int = 100) -> tuple[bytes, str | None]:
+    """The result of `read`; fails if it takes over 10 seconds."""
+    results: list[tuple[bytes, str | None]] = []
+    thread = threading.Thread(target=lambda: results.append(read(file, max_bytes)), daemon=True)
     thread.start()
     thread.join(10)
-    assert answers, f"reading {file!r} never ended"
-    return answers[0]
+    assert results, f"reading {file!r} never ended"
+    return results[0]
 
 
-def test_reading_never_waits_and_gives_a_fault_for_what_is_no_file(tmp_path: Path) -> None:
+def test_reading_never_blocks_and_pipes_and_folders_are_faults(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -138,10 +143,10 @@ def test_reading_never_waits_and_gives_a_fault_for_what_is_no_file(tmp_path: Pat
             ("n" * 300, "unreadable"),
             ("/dev/zero", "not a file"),
         ):
-            data, fault = _promptly(os.fsencode(tmp_path / name))
+            data, fault = _read_with_timeout(os.fsencode(tmp_path / name))
             assert data == b""
             assert fault and fault.partition(":")[0] == kind, (name, fault)
-    assert _promptly(os.fsencode(tmp_path / "file")) == (b"12345", None)
+    assert _read_with_timeout(os.fsencode(tmp_path / "file")) == (b"12345", None)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -157,7 +162,7 @@ def test_the_limit_on_bytes_is_exact_and_larger_files_are_refused_unread(tmp_pat
     assert read(os.fsencode(tmp_path / "file"), 4) == (b"", "too large: 5 bytes, more than 4")
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
-    data, fault = _promptly(os.fsencode(tmp_path / "sparse"), 2**28)
+    data, fault = _read_with_timeout(os.fsencode(tmp_path / "sparse"), 2**28)
     assert (data, fault) == (b"", f"too large: {2**40} bytes, more than {2**28}")
 
 
@@ -170,32 +175,36 @@ def test_reading_leaks_no_handles(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# ------------------------------------------------------------------------------ the pump
+# --------------------------------------------------------------------------- the pipeline
 
 
-def test_every_file_is_decoded_reused_or_a_fault(chunks: list[Chunk], folder: Path) -> None:
+def test_every_file_is_counted_as_decoded_looked_up_or_faulty(
+    chunks: list[Chunk], folder: Path
+) -> None:
     assert _total(chunks) == {"files": 30, "decoded": 30, "looked_up": 0, "faults": 0}
     assert [path for chunk in chunks for path in chunk.paths] == sorted(os.listdir(folder))
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
     assert len(chunks) > 1
 
 
-def test_features_are_the_bodys_of_the_decoders_pixels(
-    chunks: list[Chunk], made: tuple[Body, Recipe, Path], folder: Path
+def test_features_equal_the_backbones_output_for_the_decoded_pixels(
+    chunks: list[Chunk], body_recipe_weights: tuple[Body, Recipe, Path], folder: Path
 ) -> None:
     with SubprocessDecoder(PIXELS, batch_size=1, threads=1) as decoder:
         for chunk in chunks:
             image_id, path = chunk.image_ids[-1], folder / chunk.paths[-1]
             views = decoder([path.read_bytes()], [image_id]).views
             pixels = [torch.from_numpy(view).permute(0, 3, 1, 2) for view in views]
-            wanted = np.stack([made[0](view)[0].numpy() for view in pixels]).astype(np.float16)
-            assert np.array_equal(chunk.features[-1], wanted)
+            expected = np.stack(
+                [body_recipe_weights[0](view)[0].numpy() for view in pixels]
+            ).astype(np.float16)
+            assert np.array_equal(chunk.features[-1], expected)
     features = np.stack(list(_by_path(chunks).values()))
     assert len(np.unique(features.reshape(60, -1), axis=0)) == 60
 
 
-def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_features(
-    pump: FeaturePipeline,
+def test_a_second_run_with_a_feature_cache_decodes_nothing_and_gives_equal_features(
+    pipeline: FeaturePipeline,
     chunks: list[Chunk],
     folder: Path,
     tmp_path: Path,
@@ -208,32 +217,34 @@ def test_a_second_run_that_knows_the_images_decodes_nothing_and_gives_equal_feat
     def fail(*args: object) -> None:
         raise AssertionError("an image that was known was decoded again")
 
-    monkeypatch.setattr(pump._decoder, "_ensure_started", fail)
-    again = _pumped(
-        pump, sources.unlabelled_catalog(renamed), FeatureCache([chunk.rows() for chunk in chunks])
+    monkeypatch.setattr(pipeline._decoder, "_ensure_started", fail)
+    second = _run_pipeline(
+        pipeline,
+        sources.unlabelled_catalog(renamed),
+        FeatureCache([chunk.rows() for chunk in chunks]),
     )
-    assert _total(again) == {"files": 30, "decoded": 0, "looked_up": 30, "faults": 0}
+    assert _total(second) == {"files": 30, "decoded": 0, "looked_up": 30, "faults": 0}
     first = _by_path(chunks)
-    for path, feature in _by_path(again).items():
+    for path, feature in _by_path(second).items():
         assert np.array_equal(feature, first[path.removeprefix("other-")])
 
 
-def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_identical(
-    pump: FeaturePipeline, chunks: list[Chunk], folder: Path, tmp_path: Path
+def test_a_broken_file_becomes_one_row_with_a_fault_and_other_rows_stay_bit_identical(
+    pipeline: FeaturePipeline, chunks: list[Chunk], folder: Path, tmp_path: Path
 ) -> None:
-    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
-    names = sorted(os.listdir(spoilt))
-    full = (folder / names[0]).read_bytes()
-    (spoilt / "0-empty.jpg").write_bytes(b"")
-    (spoilt / f"{names[3]}-page.jpg").write_bytes(b"<html>404</html>" * 50)
-    (spoilt / f"{names[7]}-torn.jpg").write_bytes(full[: len(full) // 2])
-    (spoilt / f"{names[9]}-gone.jpg").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(spoilt / "zz-pipe.jpg")
-    after = _pumped(pump, sources.unlabelled_catalog(spoilt))
-    assert _total(after) == {"files": 35, "decoded": 30, "looked_up": 0, "faults": 5}
+    broken_folder = shutil.copytree(folder, tmp_path / "spoilt")
+    names = sorted(os.listdir(broken_folder))
+    photo = (folder / names[0]).read_bytes()
+    (broken_folder / "0-empty.jpg").write_bytes(b"")
+    (broken_folder / f"{names[3]}-page.jpg").write_bytes(b"<html>404</html>" * 50)
+    (broken_folder / f"{names[7]}-torn.jpg").write_bytes(photo[: len(photo) // 2])
+    (broken_folder / f"{names[9]}-gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(broken_folder / "zz-pipe.jpg")
+    chunks_with_faults = _run_pipeline(pipeline, sources.unlabelled_catalog(broken_folder))
+    assert _total(chunks_with_faults) == {"files": 35, "decoded": 30, "looked_up": 0, "faults": 5}
     clean = _by_path(chunks)
     kinds = {}
-    for chunk in after:
+    for chunk in chunks_with_faults:
         for path, fault, feature in zip(chunk.paths, chunk.faults, chunk.features, strict=True):
             if path in clean:
                 assert fault is None
@@ -250,66 +261,66 @@ def test_a_hostile_file_becomes_one_row_with_a_fault_and_leaves_the_others_bit_i
     }
 
 
-def test_numbers_that_float16_cannot_hold_are_a_fault_not_a_feature(
-    made: tuple[Body, Recipe, Path], folder: Path
+def test_a_feature_that_overflows_float16_is_a_fault(
+    body_recipe_weights: tuple[Body, Recipe, Path], folder: Path
 ) -> None:
     def huge(pixels: torch.Tensor) -> torch.Tensor:
         out = torch.ones(len(pixels), 512)
         out[1] = 1e6
         return out
 
-    pump = FeaturePipeline(_worker(), huge, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
+    pipeline = FeaturePipeline(_worker(), huge, body_recipe_weights[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     catalog = sources.unlabelled_catalog(folder)
-    (chunk,) = pump([(0, catalog.subset(range(4)))], FeatureCache())
+    (chunk,) = pipeline([(0, catalog.subset(range(4)))], FeatureCache())
     assert [bool(fault) for fault in chunk.faults] == [False, True, False, False]
     assert str(chunk.faults[1]).startswith("not finite")
     assert not chunk.features[1].any()
     assert (chunk.features[[0, 2, 3]] == 1).all()
 
 
-def test_a_failing_body_and_a_consumer_that_stops_leave_no_threads_behind(
-    made: tuple[Body, Recipe, Path], pump: FeaturePipeline, folder: Path
+def test_no_threads_are_left_after_an_error_or_an_early_stop(
+    body_recipe_weights: tuple[Body, Recipe, Path], pipeline: FeaturePipeline, folder: Path
 ) -> None:
     catalog, before = sources.unlabelled_catalog(folder), set(threading.enumerate())
-    runs = [(at, catalog.subset(range(5 * at, 5 * at + 5))) for at in range(6)]
-    taken = pump(runs, FeatureCache())
-    next(taken)
-    taken.close()
-    del taken
+    row_ranges = [(at, catalog.subset(range(5 * at, 5 * at + 5))) for at in range(6)]
+    stream = pipeline(row_ranges, FeatureCache())
+    next(stream)
+    stream.close()
+    del stream
     assert set(threading.enumerate()) <= before
 
     def fail(pixels: torch.Tensor) -> torch.Tensor:
         raise MemoryError("no room")
 
-    broken = FeaturePipeline(_worker(), fail, made[1], PIXELS, CONFIG)  # type: ignore[arg-type]
+    broken = FeaturePipeline(_worker(), fail, body_recipe_weights[1], PIXELS, CONFIG)  # type: ignore[arg-type]
     with pytest.raises(MemoryError, match="no room"):
-        list(broken(runs, FeatureCache()))
+        list(broken(row_ranges, FeatureCache()))
     assert set(threading.enumerate()) <= before
 
 
 # ----------------------------------------------------------------------------- the stage
 
 
-def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_them(
-    made: tuple[Body, Recipe, Path], folder: Path, tmp_path: Path
+def test_extraction_writes_the_planned_shards_and_a_second_run_reuses_them(
+    body_recipe_weights: tuple[Body, Recipe, Path], folder: Path, tmp_path: Path
 ) -> None:
-    _, recipe, weights = made
+    _, recipe, weights = body_recipe_weights
     store = Store.create(tmp_path / "store", recipe, CONFIG.chunk_size)
     shutil.copy(weights, store.weights_path)
     catalog = sources.unlabelled_catalog(folder)
-    runs = data_chunks.split_into_chunks(catalog.paths, CONFIG.chunk_size)
-    names = [data_chunks.shard_name(catalog, rows, recipe.fingerprint) for rows in runs]
+    row_ranges = data_chunks.split_into_chunks(catalog.paths, CONFIG.chunk_size)
+    names = [data_chunks.shard_name(catalog, rows, recipe.fingerprint) for rows in row_ranges]
     reports: list[list[Report]] = [[], []]
     contents = []
-    for heard in reports:
+    for run_reports in reports:
         store.write_pending(catalog.columns())
-        extract(_worker(len(runs), heard), store.path, PIXELS, CONFIG)
+        extract(_worker(len(row_ranges), run_reports), store.path, PIXELS, CONFIG)
         assert store.shard_names() == sorted(names)
         contents.append([store.shard_path(name).read_bytes() for name in names])
     assert contents[0] == contents[1]
-    assert [sum(r["decoded"] for r in heard) for heard in reports] == [30, 0]
-    assert [sum(r["looked_up"] for r in heard) for heard in reports] == [0, 30]
-    assert [sum(r["files"] for r in heard) for heard in reports] == [30, 30]
+    assert [sum(r["decoded"] for r in run_reports) for run_reports in reports] == [30, 0]
+    assert [sum(r["looked_up"] for r in run_reports) for run_reports in reports] == [0, 30]
+    assert [sum(r["files"] for r in run_reports) for run_reports in reports] == [30, 30]
     assert set(reports[0][0]["seconds"]) == {"read", "decode", "forward", "write"}
     result = FeatureCache.from_store(store)
     for rows in map(store.read_shard, names):
@@ -319,10 +330,10 @@ def test_the_stage_writes_the_shards_of_the_plan_and_a_second_run_reuses_all_of_
     assert result.get(b"\xff" * 16) is None
 
 
-# --------------------------------------------------------------------------------- ahead
+# ------------------------------------------------------------------------------ prefetch
 
 
-def test_ahead_gives_the_items_in_order_and_then_the_exception() -> None:
+def test_prefetch_yields_the_items_in_order_and_then_the_exception() -> None:
     def items() -> Iterator[int]:
         yield from range(5)
         raise ValueError("the sixth")
@@ -331,42 +342,44 @@ def test_ahead_gives_the_items_in_order_and_then_the_exception() -> None:
     with pytest.raises(ValueError, match="the sixth"):
         result.extend(prefetch(items(), 2))
         result.append(-1)
-    taken = []
+    received = []
     with pytest.raises(ValueError, match="the sixth"):
         for item in prefetch(items(), 2):
-            taken.append(item)
-    assert taken == [0, 1, 2, 3, 4]
+            received.append(item)
+    assert received == [0, 1, 2, 3, 4]
     assert list(prefetch(range(100), 1)) == list(range(100))
     assert list(prefetch([], 3)) == []
 
 
-def test_ahead_stops_its_thread_when_the_taker_quits() -> None:
+def test_prefetch_stops_its_thread_when_the_consumer_stops() -> None:
     before = set(threading.enumerate())
-    drawn = 0
+    produced = 0
 
     def endless() -> Iterator[int]:
-        nonlocal drawn
+        nonlocal produced
         while True:
-            drawn += 1
-            yield drawn
+            produced += 1
+            yield produced
 
     for item in prefetch(endless(), 2):
-        assert drawn <= item + 3  # two in the line, one in the maker's hand
+        assert produced <= item + 3  # two in the queue, one being produced
         if item == 20:
             break
     assert set(threading.enumerate()) <= before
-    assert drawn <= 23
+    assert produced <= 23
 
 
 # ------------------------------------------------------------------------------ settings
 
 
-def test_a_recipe_and_its_pixels_lead_to_each_other(made: tuple[Body, Recipe, Path]) -> None:
-    assert make_pixel_config(made[1]) == PIXELS
-    assert made[1].augment == "side-on"
+def test_the_pixel_config_can_be_restored_from_a_recipe(
+    body_recipe_weights: tuple[Body, Recipe, Path],
+) -> None:
+    assert make_pixel_config(body_recipe_weights[1]) == PIXELS
+    assert body_recipe_weights[1].augment == "side-on"
 
 
-def test_the_limit_on_faults_is_a_share_below_one_and_a_count_from_one_on() -> None:
+def test_max_faults_is_a_share_below_1_and_a_count_otherwise() -> None:
     share, count = ExtractConfig(max_faults=0.01), ExtractConfig(max_faults=3)
     assert [share.too_many(faults, 1000) for faults in (10, 11)] == [False, True]
     assert [count.too_many(faults, 1000) for faults in (3, 4)] == [False, True]
@@ -374,7 +387,7 @@ def test_the_limit_on_faults_is_a_share_below_one_and_a_count_from_one_on() -> N
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "settings",
     [
         {"batch_size": 0},
         {"chunk_size": 0},
@@ -384,13 +397,15 @@ def test_the_limit_on_faults_is_a_share_below_one_and_a_count_from_one_on() -> N
         {"max_faults": float("nan")},
     ],
 )
-def test_settings_that_cannot_extract_are_refused_in_three_parts(bad: dict[str, float]) -> None:
+def test_extraction_settings_out_of_range_are_refused_in_three_parts(
+    settings: dict[str, float],
+) -> None:
     with pytest.raises(ConfigError) as refusal:
-        ExtractConfig(**bad)  # type: ignore[arg-type]
+        ExtractConfig(**settings)  # type: ignore[arg-type]
     assert all((refusal.value.found, refusal.value.wanted, refusal.value.do))
 
 
-def test_the_roofline_names_the_stage_that_binds() -> None:
+def test_the_roofline_names_the_bottleneck() -> None:
     seconds = {"read": 1.0, "decode": 2.0, "forward": 6.0, "write": 1.0, "workers": 8.0}
     line = roofline(seconds, images=120, workers=2)
     assert "forward 60 %" in line

@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, by one writer at a time; after kills, too."""
+"""Files and folders are written completely or not at all, by one writer at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from arrowhead import ConfigError, fileio
 
 
 @contextmanager
-def other(code: str, *words: object) -> Iterator[subprocess.Popen[str]]:
-    """Another process, stopped where it says so; it goes on when told anything."""
+def other_process(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
+    """Run code in another process, which waits at each `say` for a line on its standard input."""
     setup = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom arrowhead import fileio\n"
         "def say(word):\n    print(word, flush=True)\n    sys.stdin.readline()\n"
     )
-    command = [sys.executable, "-c", setup + code, *map(str, words)]
+    command = [sys.executable, "-c", setup + code, *map(str, args)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         try:
@@ -34,27 +34,27 @@ def other(code: str, *words: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def heard(process: subprocess.Popen[str]) -> str:
+def read_message(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def tell(process: subprocess.Popen[str]) -> int:
+def let_finish(process: subprocess.Popen[str]) -> int:
     process.communicate("go on\n", timeout=60)
     return process.returncode
 
 
 # ------------------------------------------------------------------------------- locks
 
-HOLD = "with fileio.locked_output_folder(Path(sys.argv[1])):\n    say('held')\n"
+HOLD_LOCK = "with fileio.locked_output_folder(Path(sys.argv[1])):\n    say('held')\n"
 
 
-def test_a_refused_second_writer_leaves_the_lock_of_the_first_so_a_third_is_refused_too(
+def test_every_further_writer_is_refused_while_a_folder_is_locked(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "new" / "deeper"
-    with other(HOLD, folder) as first:
-        assert heard(first) == "held"
+    with other_process(HOLD_LOCK, folder) as first:
+        assert read_message(first) == "held"
         for _ in "second", "third":
             with (
                 pytest.raises(ConfigError, match="being written"),
@@ -62,21 +62,21 @@ def test_a_refused_second_writer_leaves_the_lock_of_the_first_so_a_third_is_refu
             ):
                 pass
             assert (folder / ".lock").exists()
-        assert tell(first) == 0, first.stderr
-    assert list(tmp_path.iterdir()) == []  # nothing was put into it: it went, and so did its parent
+        assert let_finish(first) == 0, first.stderr
+    assert list(tmp_path.iterdir()) == []  # the empty folder and its parent were removed
     with fileio.locked_output_folder(folder):
         (folder / "work").touch()
     assert (folder / "work").exists()
 
 
-def test_files_of_others_and_parent_folders_are_kept(tmp_path: Path) -> None:
+def test_unlocking_keeps_parent_folders_that_hold_other_files(tmp_path: Path) -> None:
     with fileio.locked_output_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "stranger").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["stranger"]
 
 
-def test_only_one_at_a_time_writes_while_the_lock_comes_and_goes(tmp_path: Path) -> None:
-    """Lock files are unlinked all the time here: whoever locks an unlinked one must notice."""
+def test_only_one_process_holds_the_lock_while_lock_files_are_removed(tmp_path: Path) -> None:
+    """Lock files are unlinked constantly; a process that locks an unlinked one must notice."""
     code = (
         "from arrowhead import ConfigError\n"
         "folder, mark = Path(sys.argv[1]), Path(sys.argv[2])\n"
@@ -88,8 +88,12 @@ def test_only_one_at_a_time_writes_while_the_lock_comes_and_goes(tmp_path: Path)
         "    except ConfigError:\n"
         "        pass\n"
     )
-    words = tmp_path / "folder", tmp_path / "mark"
-    with other(code, *words) as a, other(code, *words) as b, other(code, *words) as c:
+    args = tmp_path / "folder", tmp_path / "mark"
+    with (
+        other_process(code, *args) as a,
+        other_process(code, *args) as b,
+        other_process(code, *args) as c,
+    ):
         for process in (a, b, c):
             _, errors = process.communicate(timeout=100)
             assert process.returncode == 0, errors
@@ -101,14 +105,14 @@ def test_a_lock_file_removed_between_opening_and_locking_is_created_again(
 ) -> None:
     lock, removed = fcntl.flock, False
 
-    def late(handle: int, what: int) -> None:
+    def flock_after_removal(handle: int, what: int) -> None:
         nonlocal removed
         if not removed:
-            (tmp_path / ".lock").unlink()  # as the writer before does at its end
+            (tmp_path / ".lock").unlink()  # as the previous writer does when it ends
             removed = True
         lock(handle, what)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", flock_after_removal)
     with (
         fileio.folder_lock(tmp_path),
         pytest.raises(ConfigError, match="being written"),
@@ -117,13 +121,13 @@ def test_a_lock_file_removed_between_opening_and_locking_is_created_again(
         pass
 
 
-def test_a_disk_without_locks_is_reported_and_the_work_continues(
+def test_a_file_system_without_locks_is_reported_and_writing_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(handle: int, what: int) -> None:
+    def flock_unsupported(handle: int, what: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", flock_unsupported)
     output: list[str] = []
     with fileio.folder_lock(tmp_path, output.append):
         fileio.write_json(tmp_path / "a.json", 1)
@@ -134,23 +138,23 @@ def test_a_disk_without_locks_is_reported_and_the_work_continues(
 # ----------------------------------------------------------------------------- folders
 
 
-def fill(folder: Path, word: str) -> None:
+def write_files(folder: Path, text: str) -> None:
     (folder / "deep").mkdir()
     for name in ("a", "deep/b"):
-        (folder / name).write_text(word)
+        (folder / name).write_text(text)
 
 
-def content(folder: Path) -> dict[str, str]:
+def read_files(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
-def whole(word: str) -> dict[str, str]:
-    return {"a": word, "deep/b": word}
+def expected_files(text: str) -> dict[str, str]:
+    return {"a": text, "deep/b": text}
 
 
 @pytest.fixture(params=["exchange", "two renames"])
-def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def rename_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With and without renameat2."""
     if request.param == "two renames":
         monkeypatch.setattr(fileio, "RENAME_EXCHANGE", 1 << 20)  # the kernel answers EINVAL
@@ -158,42 +162,42 @@ def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_a_folder_is_replaced_completely_and_the_previous_one_is_kept_on_request(
-    tmp_path: Path, disk: str
+    tmp_path: Path, rename_method: str
 ) -> None:
     path, previous = tmp_path / "it", tmp_path / "it.previous"
-    for number, word in enumerate(["one", "two", "three"]):
+    for number, text in enumerate(["one", "two", "three"]):
         with fileio.atomic_folder(path, previous) as folder:
-            fill(folder, word)
+            write_files(folder, text)
             if number:
-                assert content(path) == whole(["one", "two"][number - 1])
-        assert content(path) == whole(word)
-    assert content(previous) == whole("two")
+                assert read_files(path) == expected_files(["one", "two"][number - 1])
+        assert read_files(path) == expected_files(text)
+    assert read_files(previous) == expected_files("two")
     with fileio.atomic_folder(path) as folder:
-        fill(folder, "four")
-    assert content(path) == whole("four")
-    assert {one.name for one in tmp_path.iterdir()} == {"it", "it.previous"}
+        write_files(folder, "four")
+    assert read_files(path) == expected_files("four")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"it", "it.previous"}
 
 
-def test_a_folder_whose_making_fails_leaves_the_one_before_and_no_draft(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_previous_folder_and_no_draft(tmp_path: Path) -> None:
     with fileio.atomic_folder(tmp_path / "it") as folder:
-        fill(folder, "one")
+        write_files(folder, "one")
     with pytest.raises(KeyboardInterrupt), fileio.atomic_folder(tmp_path / "it") as folder:
         (folder / "a").write_text("half")
         raise KeyboardInterrupt
-    assert content(tmp_path / "it") == whole("one")
-    assert [one.name for one in tmp_path.iterdir()] == ["it"]
+    assert read_files(tmp_path / "it") == expected_files("one")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["it"]
 
 
-def test_a_link_to_a_folder_stays_a_link_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+def test_writing_to_a_symlink_replaces_its_target_and_keeps_the_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "it").symlink_to(tmp_path / "elsewhere")
     with fileio.atomic_folder(tmp_path / "it") as folder:
-        fill(folder, "one")
+        write_files(folder, "one")
     assert (tmp_path / "it").is_symlink()
-    assert content(tmp_path / "elsewhere") == whole("one")
+    assert read_files(tmp_path / "elsewhere") == expected_files("one")
 
 
-KILLED = """
+KILLED_WRITER = """
 folder = Path(sys.argv[1])
 with fileio.atomic_folder(folder) as draft:
     (draft / "a").write_text("half")
@@ -202,30 +206,35 @@ with fileio.atomic_folder(folder) as draft:
 """
 
 
-def test_a_killed_writer_leaves_the_old_folder_and_the_next_writer_sweeps(tmp_path: Path) -> None:
-    path = tmp_path / "it"
-    with fileio.atomic_folder(path) as folder:
-        fill(folder, "one")
-    with other(KILLED, path) as killed, other(KILLED, path) as living:
-        assert heard(killed) == heard(living) == "in the middle"
-        assert tell(killed) == -signal.SIGKILL
-        assert content(path) == whole("one")
-        assert len(list(tmp_path.glob(".it.*.draft"))) == 2
-        with fileio.atomic_folder(path) as folder:
-            fill(folder, "two")
-        assert content(path) == whole("two")
-        assert len(list(tmp_path.glob(".it.*.draft"))) == 1  # of the one that is at work
-    fileio.remove_stale_drafts(tmp_path)
-    assert [one.name for one in tmp_path.iterdir()] == ["it"]
-
-
-def test_a_kill_between_the_two_renames_leaves_a_folder_that_the_next_one_brings_back(
+def test_a_killed_writer_leaves_the_old_folder_and_the_next_writer_removes_its_draft(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "it"
     with fileio.atomic_folder(path) as folder:
-        fill(folder, "one")
-    for moment in (1, 2, 3):
+        write_files(folder, "one")
+    with (
+        other_process(KILLED_WRITER, path) as killed,
+        other_process(KILLED_WRITER, path) as running,
+    ):
+        assert read_message(killed) == read_message(running) == "in the middle"
+        assert let_finish(killed) == -signal.SIGKILL
+        assert read_files(path) == expected_files("one")
+        assert len(list(tmp_path.glob(".it.*.draft"))) == 2
+        with fileio.atomic_folder(path) as folder:
+            write_files(folder, "two")
+        assert read_files(path) == expected_files("two")
+        assert len(list(tmp_path.glob(".it.*.draft"))) == 1  # that of the running writer
+    fileio.remove_stale_drafts(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_kill_between_the_two_renames_leaves_a_folder_that_can_be_recovered(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "it"
+    with fileio.atomic_folder(path) as folder:
+        write_files(folder, "one")
+    for rename_count in (1, 2, 3):
         code = (
             "fileio.RENAME_EXCHANGE = 1 << 20\n"
             "rename, left = Path.rename, [int(sys.argv[2])]\n"
@@ -238,24 +247,24 @@ def test_a_kill_between_the_two_renames_leaves_a_folder_that_the_next_one_brings
             "with fileio.atomic_folder(Path(sys.argv[1])) as draft:\n"
             "    (draft / 'a').write_text('two')\n"
         )
-        with other(code, path, moment) as process:
+        with other_process(code, path, rename_count) as process:
             process.communicate(timeout=60)
             assert process.returncode == -signal.SIGKILL
         fileio.recover_folder(path)
-        assert content(path) == ({"a": "two"} if moment > 1 else whole("one"))
+        assert read_files(path) == ({"a": "two"} if rename_count > 1 else expected_files("one"))
         fileio.remove_stale_drafts(tmp_path)
-        assert [one.name for one in tmp_path.iterdir()] == ["it"]
+        assert [entry.name for entry in tmp_path.iterdir()] == ["it"]
 
 
-def test_the_folder_one_stands_in_has_the_file_that_vouches_for_all_only_at_the_end(
+def test_in_the_working_directory_the_manifest_is_moved_into_place_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bundle written in place: killed before any of its moves, it is no bundle."""
+    """A bundle is written in place; after a kill before any move it is not a valid bundle."""
     names = ["bundle.json", "golden", "images.safetensors", "weights.safetensors"]
     for moves in range(len(names) + 1):
-        here = tmp_path / str(moves)
-        here.mkdir()
-        monkeypatch.chdir(here)
+        directory = tmp_path / str(moves)
+        directory.mkdir()
+        monkeypatch.chdir(directory)
         code = (
             "import os\n"
             "moves, rename = int(sys.argv[2]), Path.rename\n"
@@ -270,17 +279,17 @@ def test_the_folder_one_stands_in_has_the_file_that_vouches_for_all_only_at_the_
             "        (draft / name).write_text(name)\n"
             "        os.utime(draft / name, (0, 0))\n"
         )
-        with other(code, here, str(moves)) as process:
+        with other_process(code, directory, str(moves)) as process:
             process.communicate(timeout=60)
-        assert (here / "bundle.json").exists() == (moves == len(names))
-        assert set(os.listdir(here)) <= set(names)
-        assert len(os.listdir(here)) == moves
+        assert (directory / "bundle.json").exists() == (moves == len(names))
+        assert set(os.listdir(directory)) <= set(names)
+        assert len(os.listdir(directory)) == moves
 
 
-def test_drafts_of_files_are_swept_when_their_writer_is_gone_and_only_then(tmp_path: Path) -> None:
+def test_drafts_of_files_are_removed_only_after_their_writer_has_ended(tmp_path: Path) -> None:
     code = "with fileio.atomic_write(Path(sys.argv[1])) as draft:\n    say('in the middle')\n"
-    with other(code, tmp_path / "a.txt") as killed:
-        assert heard(killed) == "in the middle"
+    with other_process(code, tmp_path / "a.txt") as killed:
+        assert read_message(killed) == "in the middle"
         fileio.remove_stale_drafts(tmp_path)
         assert re.fullmatch(r"\.a\.txt\.[0-9a-f]{8}\.draft", os.listdir(tmp_path)[0])
     (tmp_path / ".mine.draft").touch()
@@ -304,10 +313,10 @@ def test_a_full_disk_while_a_folder_is_written_is_reported_and_leaves_no_draft(
         "    print(error.found, error.do)\n"
     )
     with fileio.atomic_folder(tmp_path / "it") as folder:
-        fill(folder, "one")
-    with other(code, tmp_path / "it") as process:
+        write_files(folder, "one")
+    with other_process(code, tmp_path / "it") as process:
         output, errors = process.communicate(timeout=60)
     assert f"{tmp_path / 'it'} cannot be written: File too large." in output, errors
     assert "run the same command again" in output
-    assert content(tmp_path / "it") == whole("one")
-    assert [one.name for one in tmp_path.iterdir()] == ["it"]
+    assert read_files(tmp_path / "it") == expected_files("one")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["it"]

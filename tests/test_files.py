@@ -1,4 +1,4 @@
-"""Listing and reading: names survive, no file is lost or counted twice, changes are noticed."""
+"""Listing and reading: names survive, no file is lost or counted twice, changes are detected."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from arrowhead.data import exclusions, listing, path_text, reading, walk
 from arrowhead.data.walk import Listing
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & {0, ord("/")})
-NOT_A_FILE = "not a file: a folder, pipe, socket or device"
+NOT_A_FILE_FAULT = "not a file: a folder, pipe, socket or device"
 
 
 @pytest.fixture(params=("one thread", "parts", "many threads"))
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Listing in each of the ways a large folder may be shared out, with few files."""
+def listing_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """List in each of the ways that a large folder is divided among threads."""
     if request.param != "one thread":
         monkeypatch.setattr(walk, "NAMES_PER_TASK", 7)
-    if request.param == "many threads":  # as if every file had been waited for
+    if request.param == "many threads":  # as if the process had waited for every file
         ticks = iter(range(0, 10**9, 10**6))
         monkeypatch.setattr(walk, "getrusage", lambda who: SimpleNamespace(ru_nvcsw=next(ticks)))
     return str(request.param)
@@ -39,8 +39,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def open_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that an ordinary user may reach, and the test being one: root may read anything."""
-    for folder in (tmp_path, *tmp_path.parents[:3]):  # one more where tests run side by side
+    """A folder for tests of permissions, which run without root's privileges."""
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # parallel test processes have one more level
         folder.chmod(folder.stat().st_mode | 0o055)
     user = os.geteuid()
     if user == 0:
@@ -52,20 +52,20 @@ def open_folder(tmp_path: Path) -> Iterator[Path]:
         os.seteuid(user)
 
 
-def _put(root: Path, *names: str) -> Path:
+def _write_files(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode())
     return root
 
 
-def _listed(root: Path) -> Listing:
+def _list(root: Path) -> Listing:
     return listing.list_files(path_text.resolve(root))
 
 
-def _grown(root: Path, seed: int) -> Path:
-    """A tree with all that trees have: hidden things, junk, links, rings, odd names, pipes."""
-    draw = random.Random(seed)
+def _random_tree(root: Path, seed: int) -> Path:
+    """Create a random tree with hidden files, system files, links, cycles, odd names and pipes."""
+    rng = random.Random(seed)
     folders = [root]
     names = (
         "a",
@@ -79,38 +79,38 @@ def _grown(root: Path, seed: int) -> Path:
         "-",
         ".h",
     )
-    junk = ("Thumbs.db", "desktop.ini", "__MACOSX", "._a", ".DS_Store", "...")
+    system_files = ("Thumbs.db", "desktop.ini", "__MACOSX", "._a", ".DS_Store", "...")
     for number in range(60):
-        folder = draw.choice(folders)
-        name = f"{draw.choice(names)}{number}"
-        target = folder / (draw.choice(junk) if draw.random() < 0.2 else name)
+        folder = rng.choice(folders)
+        name = f"{rng.choice(names)}{number}"
+        target = folder / (rng.choice(system_files) if rng.random() < 0.2 else name)
         if target.is_symlink() or target.exists():
             continue
-        kind = draw.random()
+        kind = rng.random()
         if kind < 0.3:
             target.mkdir()
             folders.append(target)
         elif kind < 0.4:
-            target.symlink_to(draw.choice([root, folder, *folders, root / "nowhere", target]))
+            target.symlink_to(rng.choice([root, folder, *folders, root / "nowhere", target]))
         elif kind < 0.45:
             os.mkfifo(target)
         else:
-            target.write_bytes(bytes(draw.randrange(50)))
-            os.utime(target, ns=(1, draw.randrange(10**18)))
-    for number in range(40):  # one folder that is shared out itself
+            target.write_bytes(bytes(rng.randrange(50)))
+            os.utime(target, ns=(1, rng.randrange(10**18)))
+    for number in range(40):  # one folder large enough to be divided
         (folders[-1] / f"many{number}").touch()
     return root
 
 
-def _walked(folder: bytes, above: tuple[tuple[int, int], ...] = ()) -> Iterator[bytes]:
-    """Every file by its path, as a plain walk that follows links and ends in rings finds it."""
+def _plain_walk(folder: bytes, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[bytes]:
+    """Yield every file path by a simple walk that follows links and stops at cycles."""
     status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here not in above:
+    identity = (status.st_dev, status.st_ino)
+    if identity not in ancestors:
         for name in os.listdir(folder):
             path = folder + b"/" + name
             if Path(os.fsdecode(path)).is_dir():
-                yield from _walked(path, (*above, here))
+                yield from _plain_walk(path, (*ancestors, identity))
             else:
                 yield path
 
@@ -120,15 +120,15 @@ def _walked(folder: bytes, above: tuple[tuple[int, int], ...] = ()) -> Iterator[
 
 @given(NAMES)
 @settings(max_examples=500, deadline=None)
-def test_a_name_survives_to_text_and_back(name: bytes) -> None:
-    shown = path_text.escape_path(name)
-    assert path_text.unescape_path(shown) == name
-    assert shown.isprintable()
-    shown.encode("utf-8")
+def test_a_file_name_survives_escaping_and_unescaping(name: bytes) -> None:
+    text = path_text.escape_path(name)
+    assert path_text.unescape_path(text) == name
+    assert text.isprintable()
+    text.encode("utf-8")
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
+    ("name", "text"),
     [
         (b"caf\xc3\xa9.jpg", "café.jpg"),
         (b"caf\xe9.jpg", r"caf\xe9.jpg"),
@@ -137,75 +137,78 @@ def test_a_name_survives_to_text_and_back(name: bytes) -> None:
         (b"one\ntwo\t.jpg", r"one\x0atwo\x09.jpg"),
     ],
 )
-def test_names_are_shown_as_they_are_and_only_the_unshowable_is_escaped(
-    name: bytes, shown: str
-) -> None:
-    assert path_text.escape_path(name) == shown
+def test_only_unprintable_parts_of_names_are_escaped(name: bytes, text: str) -> None:
+    assert path_text.escape_path(name) == text
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
 @settings(max_examples=50, deadline=None)
-def test_a_file_of_any_name_is_listed_and_read(names: list[bytes]) -> None:
-    odd = exclusions.SYSTEM_FILES | exclusions.OWN_NAMES
-    there = [name for name in names if name[:1] != b"." and name not in odd]
-    there = [name for name in there if not exclusions.sidecar_kind(name)]
+def test_files_with_any_name_are_listed_and_read(names: list[bytes]) -> None:
+    ignored_names = exclusions.SYSTEM_FILES | exclusions.OWN_NAMES
+    listed_names = [name for name in names if name[:1] != b"." and name not in ignored_names]
+    listed_names = [name for name in listed_names if not exclusions.sidecar_kind(name)]
     with tempfile.TemporaryDirectory() as root:
-        for name in there:
+        for name in listed_names:
             handle = os.open(os.fsencode(root) + b"/" + name, os.O_WRONLY | os.O_CREAT)
             os.write(handle, name)
             os.close(handle)
-        result = _listed(Path(root))
+        result = _list(Path(root))
         assert [path_text.unescape_path(path) for path in result.paths] == sorted(
-            there, key=path_text.escape_path
+            listed_names, key=path_text.escape_path
         )
-        for path, size, stamp in zip(result.paths, result.sizes, result.stamps, strict=True):
+        for path, size, mtime_ns in zip(result.paths, result.sizes, result.stamps, strict=True):
             name = path_text.unescape_path(path)
-            assert reading.read_file(path_text.resolve(root), path, 99, size, stamp) == (name, None)
+            assert reading.read_file(path_text.resolve(root), path, 99, size, mtime_ns) == (
+                name,
+                None,
+            )
 
 
 # ----------------------------------------------------------------------------- listing
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_listing_has_every_file_once_however_it_is_shared_out(
-    tmp_path: Path, way: str, seed: int
+def test_a_listing_has_every_file_exactly_once_in_every_mode(
+    tmp_path: Path, listing_mode: str, seed: int
 ) -> None:
-    result = _listed(_grown(tmp_path, seed))
+    result = _list(_random_tree(tmp_path, seed))
     top = os.fsencode(tmp_path.resolve())
-    all_paths = sorted(path[len(top) + 1 :] for path in _walked(top))
-    shown = [
+    all_paths = sorted(path[len(top) + 1 :] for path in _plain_walk(top))
+    visible = [
         path
         for path in all_paths
         if not any(p[:1] == b"." or p in exclusions.SYSTEM_FILES for p in path.split(b"/"))
     ]
-    assert result.paths == sorted(map(path_text.escape_path, shown))
+    assert result.paths == sorted(map(path_text.escape_path, visible))
     assert len(result.paths) + result.ignored == len(all_paths)
-    for path, size, stamp in zip(result.paths, result.sizes, result.stamps, strict=True):
+    for path, size, mtime_ns in zip(result.paths, result.sizes, result.stamps, strict=True):
         try:
             status = os.stat(top + b"/" + path_text.unescape_path(path))
         except OSError:
-            assert (size, stamp) == (-1, 0)
+            assert (size, mtime_ns) == (-1, 0)
         else:
-            ordinary = stat.S_ISREG(status.st_mode)
-            assert (size, stamp) == (status.st_size if ordinary else -1, status.st_mtime_ns)
+            is_regular = stat.S_ISREG(status.st_mode)
+            assert (size, mtime_ns) == (status.st_size if is_regular else -1, status.st_mtime_ns)
 
 
-def test_files_beside_folders_come_in_the_order_of_their_paths(tmp_path: Path, way: str) -> None:
-    _put(tmp_path, "m/1", "a", "z", "m-", "m0", "n/1", "m/o/1", "m/a", "m/z")
-    paths = _listed(tmp_path).paths
+def test_files_and_folders_are_listed_in_the_order_of_their_paths(
+    tmp_path: Path, listing_mode: str
+) -> None:
+    _write_files(tmp_path, "m/1", "a", "z", "m-", "m0", "n/1", "m/o/1", "m/a", "m/z")
+    paths = _list(tmp_path).paths
     assert paths == ["a", "m-", "m/1", "m/a", "m/o/1", "m/z", "m0", "n/1", "z"]
 
 
-def test_a_folder_called_like_an_image_is_a_folder(tmp_path: Path) -> None:
-    assert _listed(_put(tmp_path, "dog.jpg/1.jpg")).paths == ["dog.jpg/1.jpg"]
+def test_a_folder_named_like_an_image_is_listed_as_a_folder(tmp_path: Path) -> None:
+    assert _list(_write_files(tmp_path, "dog.jpg/1.jpg")).paths == ["dog.jpg/1.jpg"]
 
 
-def test_links_back_up_the_tree_end_and_dangling_links_stay_rows(tmp_path: Path) -> None:
-    _put(tmp_path, "cat/1.jpg")
+def test_symlink_cycles_end_and_dangling_links_are_rows(tmp_path: Path) -> None:
+    _write_files(tmp_path, "cat/1.jpg")
     (tmp_path / "cat" / "up").symlink_to(tmp_path)
     (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "cat" / "ring").symlink_to(tmp_path / "cat" / "ring")
-    result = _listed(tmp_path)
+    result = _list(tmp_path)
     assert dict(zip(result.paths, result.sizes.tolist(), strict=True)) == {
         "cat/1.jpg": 9,
         "cat/gone.jpg": -1,
@@ -221,60 +224,68 @@ def test_links_back_up_the_tree_end_and_dangling_links_stay_rows(tmp_path: Path)
     )
 
 
-def test_a_folder_that_may_not_be_listed_is_a_row_and_a_fault(open_folder: Path, way: str) -> None:
-    root = _put(open_folder / "tree", "cat/1.jpg", "shut/2.jpg", "shut/deep/3.jpg", ".shut/4.jpg")
+def test_a_folder_without_read_permission_is_a_row_with_a_fault(
+    open_folder: Path, listing_mode: str
+) -> None:
+    root = _write_files(
+        open_folder / "tree", "cat/1.jpg", "shut/2.jpg", "shut/deep/3.jpg", ".shut/4.jpg"
+    )
     (root / "shut").chmod(0)
     (root / ".shut").chmod(0)
     try:
-        result = _listed(root)
+        result = _list(root)
         assert result.paths == ["cat/1.jpg", "shut"]
         assert result.sizes.tolist() == [9, -1]
         assert result.ignored == 1
         assert reading.read_file(str(root), "shut", 9) == (b"", "unreadable: Permission denied")
         with pytest.raises(ConfigError, match="Permission denied"):
-            _listed(root / "shut")
+            _list(root / "shut")
     finally:
         (root / "shut").chmod(0o755)
         (root / ".shut").chmod(0o755)
 
 
-def test_folders_without_a_file_of_their_own_are_named(tmp_path: Path, way: str) -> None:
-    _put(tmp_path, "train/cat/1.jpg", "train/dog/.hidden", "train/emu/deep/1.jpg", ".git/a/b")
-    _put(tmp_path, *(f"train/cat/{name}/1.jpg" for name in "abcdefghijk"))
+def test_folders_without_files_are_reported(tmp_path: Path, listing_mode: str) -> None:
+    _write_files(
+        tmp_path, "train/cat/1.jpg", "train/dog/.hidden", "train/emu/deep/1.jpg", ".git/a/b"
+    )
+    _write_files(tmp_path, *(f"train/cat/{name}/1.jpg" for name in "abcdefghijk"))
     (tmp_path / "train/fox/deep").mkdir(parents=True)
-    result = set(_listed(tmp_path).folders)
+    result = set(_list(tmp_path).folders)
     assert {"train/dog", "train/emu", "train/fox", "train/fox/deep"} <= result
     assert "train/cat" not in result
 
 
-def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
-    _put(tmp_path, "file.jpg")
-    for name, word in (("nowhere", "not there"), ("file.jpg", "is a file")):
-        with pytest.raises(ConfigError, match=word):
-            _listed(tmp_path / name)
+def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
+    _write_files(tmp_path, "file.jpg")
+    for name, message in (("nowhere", "not there"), ("file.jpg", "is a file")):
+        with pytest.raises(ConfigError, match=message):
+            _list(tmp_path / name)
 
 
-def test_a_file_uri_is_the_folder_it_names(tmp_path: Path) -> None:
+def test_a_file_uri_is_resolved_to_its_folder(tmp_path: Path) -> None:
     root = tmp_path / "a b%c\u00e9"
-    _put(root, "1.jpg")
+    _write_files(root, "1.jpg")
     assert path_text.resolve(root.as_uri()) == path_text.resolve(root)
     assert listing.list_files(path_text.resolve(root.as_uri())).paths == ["1.jpg"]
 
 
-def test_checking_named_files_gives_the_same_as_a_listing(tmp_path: Path, way: str) -> None:
-    result, root = _listed(_grown(tmp_path, 3)), path_text.resolve(tmp_path)
+def test_stat_files_gives_the_same_sizes_and_times_as_a_listing(
+    tmp_path: Path, listing_mode: str
+) -> None:
+    result, root = _list(_random_tree(tmp_path, 3)), path_text.resolve(tmp_path)
     sizes, stamps = listing.stat_files(root, result.paths)
     np.testing.assert_array_equal(sizes, result.sizes)
     np.testing.assert_array_equal(stamps, result.stamps)
-    _put(tmp_path, "file")
-    absent = ["no", "no/such/file", path_text.escape_path(b"file\0b")]
-    mixed = sorted([*absent, *result.paths[:3]])
-    sizes, _ = listing.stat_files(root, mixed)
-    assert [sizes[mixed.index(path)] for path in absent] == [-1, -1, -1]
+    _write_files(tmp_path, "file")
+    missing = ["no", "no/such/file", path_text.escape_path(b"file\0b")]
+    paths = sorted([*missing, *result.paths[:3]])
+    sizes, _ = listing.stat_files(root, paths)
+    assert [sizes[paths.index(path)] for path in missing] == [-1, -1, -1]
 
 
-def test_a_named_file_is_seen_in_a_folder_that_may_not_be_listed(open_folder: Path) -> None:
-    root = _put(open_folder / "tree", "blind/1.jpg")
+def test_stat_files_works_in_a_folder_without_read_permission(open_folder: Path) -> None:
+    root = _write_files(open_folder / "tree", "blind/1.jpg")
     (root / "blind").chmod(0o100)
     try:
         assert listing.stat_files(path_text.resolve(root), ["blind/1.jpg"])[0].tolist() == [11]
@@ -286,7 +297,7 @@ def test_a_named_file_is_seen_in_a_folder_that_may_not_be_listed(open_folder: Pa
 
 
 def test_a_file_is_read_completely_or_not_at_all(tmp_path: Path) -> None:
-    root = path_text.resolve(_put(tmp_path, "four"))
+    root = path_text.resolve(_write_files(tmp_path, "four"))
     assert reading.read_file(root, "four", 4) == (b"four", None)
     assert reading.read_file(root, "four", 3) == (b"", "too large: 4 bytes, more than 3")
     assert reading.read_file(root, "gone", 3) == (b"", "unreadable: No such file or directory")
@@ -296,31 +307,32 @@ def test_a_file_is_read_completely_or_not_at_all(tmp_path: Path) -> None:
     )
 
 
-def test_pipes_sockets_devices_and_folders_are_no_files_and_never_waited_on(
+def test_pipes_sockets_devices_and_folders_are_faults_and_never_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "device").symlink_to("/dev/zero")
-    monkeypatch.chdir(tmp_path)  # names of sockets must be short
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind("socket")
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
         for name in ("pipe", "folder", "device", "socket"):
-            assert reading.read_file(path_text.resolve(tmp_path), name, 99) == (b"", NOT_A_FILE), (
-                name
-            )
+            assert reading.read_file(path_text.resolve(tmp_path), name, 99) == (
+                b"",
+                NOT_A_FILE_FAULT,
+            ), name
 
 
-def test_a_file_that_differs_from_its_listing_is_a_fault(tmp_path: Path) -> None:
-    root, result = path_text.resolve(_put(tmp_path, "1.jpg")), _listed(tmp_path)
-    size, stamp = int(result.sizes[0]), int(result.stamps[0])
-    assert reading.read_file(root, "1.jpg", 99, size, stamp) == (b"1.jpg", None)
-    os.utime(tmp_path / "1.jpg", ns=(0, stamp + 1))
-    assert reading.read_file(root, "1.jpg", 99, size, stamp)[1] == (
+def test_a_file_that_changed_after_it_was_listed_is_a_fault(tmp_path: Path) -> None:
+    root, result = path_text.resolve(_write_files(tmp_path, "1.jpg")), _list(tmp_path)
+    size, mtime_ns = int(result.sizes[0]), int(result.stamps[0])
+    assert reading.read_file(root, "1.jpg", 99, size, mtime_ns) == (b"1.jpg", None)
+    os.utime(tmp_path / "1.jpg", ns=(0, mtime_ns + 1))
+    assert reading.read_file(root, "1.jpg", 99, size, mtime_ns)[1] == (
         "changed: it was written again after it was listed"
     )
     (tmp_path / "1.jpg").write_bytes(b"longer than it was")
-    data, fault = reading.read_file(root, "1.jpg", 99, size, stamp)
+    data, fault = reading.read_file(root, "1.jpg", 99, size, mtime_ns)
     assert (data, fault) == (b"", "changed: it had 5 bytes when it was listed, now it has 18")
     data, fault = reading.read_file(root, "1.jpg", 99, -1, 0)
     assert data == b""
@@ -328,34 +340,34 @@ def test_a_file_that_differs_from_its_listing_is_a_fault(tmp_path: Path) -> None
     assert fault.startswith("changed: it could not be looked at")
 
 
-@pytest.mark.parametrize("spoilt", [b"longer than it was", b"1", b"2.jpg"])
-def test_a_file_that_is_written_to_while_it_is_read_is_a_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: bytes
+@pytest.mark.parametrize("new_content", [b"longer than it was", b"1", b"2.jpg"])
+def test_a_file_that_changes_while_it_is_read_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_content: bytes
 ) -> None:
-    file = _put(tmp_path, "1.jpg") / "1.jpg"
-    stamp, fdopen = file.stat().st_mtime_ns, os.fdopen
+    file = _write_files(tmp_path, "1.jpg") / "1.jpg"
+    mtime_ns, fdopen = file.stat().st_mtime_ns, os.fdopen
 
-    def opened(*args: Any, **more: Any) -> Any:
-        file.write_bytes(spoilt)
-        if len(spoilt) != 5:  # clocks of file systems are coarse: the size alone tells
-            os.utime(file, ns=(stamp, stamp))
+    def change_then_open(*args: Any, **kwargs: Any) -> Any:
+        file.write_bytes(new_content)
+        if len(new_content) != 5:  # same time: only the size differs
+            os.utime(file, ns=(mtime_ns, mtime_ns))
         else:
-            os.utime(file, ns=(stamp, stamp + 1))
-        return fdopen(*args, **more)
+            os.utime(file, ns=(mtime_ns, mtime_ns + 1))
+        return fdopen(*args, **kwargs)
 
-    monkeypatch.setattr(os, "fdopen", opened)
+    monkeypatch.setattr(os, "fdopen", change_then_open)
     fault = "changed: it was written to while it was read"
     assert reading.read_file(path_text.resolve(tmp_path), "1.jpg", 99) == (b"", fault)
 
 
-def test_eight_threads_read_their_own_files(tmp_path: Path) -> None:
-    root = path_text.resolve(_put(tmp_path, *(f"{n}.jpg" for n in range(100))))
+def test_reading_is_thread_safe(tmp_path: Path) -> None:
+    root = path_text.resolve(_write_files(tmp_path, *(f"{n}.jpg" for n in range(100))))
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda n: reading.read_file(root, f"{n % 100}.jpg", 99), range(2000)))
     assert read == [(f"{n % 100}.jpg".encode(), None) for n in range(2000)]
 
 
-def test_a_folder_named_like_an_image_is_a_row_when_nothing_is_in_it(tmp_path: Path) -> None:
+def test_an_empty_folder_named_like_an_image_is_a_row_with_a_fault(tmp_path: Path) -> None:
     (tmp_path / "cat" / "dog.JPG").mkdir(parents=True)
     (tmp_path / "cat" / "full.png").mkdir()
     (tmp_path / "cat" / "full.png" / "1.jpg").write_bytes(b"1")
@@ -371,14 +383,14 @@ def test_a_folder_named_like_an_image_is_a_row_when_nothing_is_in_it(tmp_path: P
 JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF"
 
 
-def test_files_that_say_they_are_no_images_and_are_none_are_counted_by_ending(
-    tmp_path: Path, way: str
+def test_files_that_are_not_images_by_name_and_content_are_counted_by_extension(
+    tmp_path: Path, listing_mode: str
 ) -> None:
     for number in range(12):
-        _put(tmp_path, f"cat/{number}.jpg", f"cat/{number}.txt", f"dog/{number}.JSON")
-    _put(tmp_path, "dog/notes.md", "only/labels.csv", "BMW.txt")
+        _write_files(tmp_path, f"cat/{number}.jpg", f"cat/{number}.txt", f"dog/{number}.JSON")
+    _write_files(tmp_path, "dog/notes.md", "only/labels.csv", "BMW.txt")
     (tmp_path / "cat" / "empty.xml").touch()
-    result = _listed(tmp_path)
+    result = _list(tmp_path)
     assert result.paths == sorted(f"cat/{number}.jpg" for number in range(12))
     counts = {".txt": 13, ".json": 12, ".md": 1, ".csv": 1, ".xml": 1}
     assert (result.sidecars, result.ignored) == (counts, 28)
@@ -397,40 +409,46 @@ def test_files_that_say_they_are_no_images_and_are_none_are_counted_by_ending(
         b"\0\0\0\x1cftypheic",
     ],
 )
-def test_an_image_under_another_name_is_a_row_and_so_is_the_name_of_an_image_without_one(
+def test_a_file_is_a_row_if_its_name_or_its_content_is_that_of_an_image(
     tmp_path: Path, head: bytes
 ) -> None:
     (tmp_path / "photo.txt").write_bytes(head)
     (tmp_path / "page.jpg").write_bytes(b"<html>")
     (tmp_path / "IMG_0001").write_bytes(b"no ending says nothing")
     (tmp_path / "csv").write_bytes(b"nor does a word that is an ending elsewhere")
-    result = _listed(tmp_path)
+    result = _list(tmp_path)
     assert (result.paths, result.ignored) == (["IMG_0001", "csv", "page.jpg", "photo.txt"], 0)
 
 
-def test_a_readme_without_an_ending_is_ignored_and_counted_under_its_own_name(
-    tmp_path: Path, way: str
+def test_a_readme_without_an_extension_is_ignored_and_counted_by_its_name(
+    tmp_path: Path, listing_mode: str
 ) -> None:
-    _put(tmp_path, "cat/1.jpg", "README", "cat/LICENSE", "cat/readme", "notes.md")
+    _write_files(tmp_path, "cat/1.jpg", "README", "cat/LICENSE", "cat/readme", "notes.md")
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "README").write_bytes(JPEG)
-    result = _listed(tmp_path)
+    result = _list(tmp_path)
     assert result.paths == ["cat/1.jpg", "dog/README"]
     assert result.sidecars == {"README": 1, "LICENSE": 1, "readme": 1, ".md": 1}
 
 
-def test_a_sidecar_that_cannot_be_looked_into_stays_a_row(open_folder: Path) -> None:
-    _put(open_folder / "tree", "1.jpg", "shut.txt")
+def test_a_sidecar_that_cannot_be_read_is_a_row(open_folder: Path) -> None:
+    _write_files(open_folder / "tree", "1.jpg", "shut.txt")
     (open_folder / "tree" / "shut.txt").chmod(0)
-    assert _listed(open_folder / "tree").paths == ["1.jpg", "shut.txt"]
+    assert _list(open_folder / "tree").paths == ["1.jpg", "shut.txt"]
 
 
-def test_what_arrowhead_and_mlflow_write_is_left_out_uncounted_and_named(
-    tmp_path: Path, way: str
+def test_output_of_arrowhead_and_mlflow_is_excluded_and_reported(
+    tmp_path: Path, listing_mode: str
 ) -> None:
-    _put(tmp_path, "cat/1.jpg", "dog/2.jpg", "mlruns/1/a/artifacts/x.png", "mlflow.db", "thumbs.db")
-    _put(tmp_path, "out/lr_finder.png", "out/.bundle.training/run.json", ".arrowhead/unsent/1")
-    _put(tmp_path, "out/bundle-confusion.png", "out/bundle/golden/0.img", "deep/s/golden/1.jpg")
+    _write_files(
+        tmp_path, "cat/1.jpg", "dog/2.jpg", "mlruns/1/a/artifacts/x.png", "mlflow.db", "thumbs.db"
+    )
+    _write_files(
+        tmp_path, "out/lr_finder.png", "out/.bundle.training/run.json", ".arrowhead/unsent/1"
+    )
+    _write_files(
+        tmp_path, "out/bundle-confusion.png", "out/bundle/golden/0.img", "deep/s/golden/1.jpg"
+    )
     for name, content in {
         "out/store/store.json": '{"seal": "0"}',
         "out/bundle/bundle.json": '{"seal": "0"}',
@@ -438,10 +456,10 @@ def test_what_arrowhead_and_mlflow_write_is_left_out_uncounted_and_named(
         "begun/request.json": '{"runs": []}',
         "cat/theirs/score.json": '{"goals": 3}',
     }.items():
-        _put(tmp_path, name)
+        _write_files(tmp_path, name)
         (tmp_path / name).write_text(content)
-    _put(tmp_path, "cat/theirs/3.jpg", "cat/scores/4.jpg")
-    result = _listed(tmp_path)
+    _write_files(tmp_path, "cat/theirs/3.jpg", "cat/scores/4.jpg")
+    result = _list(tmp_path)
     assert result.paths == ["cat/1.jpg", "cat/theirs/3.jpg", "deep/s/golden/1.jpg", "dog/2.jpg"]
     assert (result.ignored, result.sidecars) == (2, {".json": 1})
     assert set(result.own) == {
@@ -457,4 +475,4 @@ def test_what_arrowhead_and_mlflow_write_is_left_out_uncounted_and_named(
         "out/store",
     }
     assert "out" not in result.folders
-    assert _listed(tmp_path / "cat" / "scores").paths == ["4.jpg"]  # asked for by name
+    assert _list(tmp_path / "cat" / "scores").paths == ["4.jpg"]  # listed if it is the root itself

@@ -1,4 +1,4 @@
-"""One flipped bit anywhere in any kind of file is reported: never wrong rows, never a crash."""
+"""A flipped bit anywhere in any kind of file is detected: never wrong data, never a crash."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from arrowhead.features import inspect
 from arrowhead.features.store import Store
 from arrowhead.training import checkpoint
 
-BEFORE = Path(__file__).parent / "written_before"
+WRITTEN_BEFORE = Path(__file__).parent / "written_before"
 FLAGS = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64", "--chunk-size", "8"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tracked) -> Path:
-    """A finished store, one that was stopped, a bundle, a checkpoint."""
+def originals(tmp_path_factory, tracked) -> Path:
+    """A folder with a finished store, an interrupted store, a bundle and a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tracked(tmp_path_factory.mktemp("made")))
-        with pytest.raises(SystemExit) as ended:
-            main(["precompute", str(BEFORE / "images"), "store", *FLAGS])
-        assert ended.value.code == 0
+        with pytest.raises(SystemExit) as exit_info:
+            main(["precompute", str(WRITTEN_BEFORE / "images"), "store", *FLAGS])
+        assert exit_info.value.code == 0
         shutil.copytree("store", "stopped")
         stopped = Store(Path("stopped").absolute())
         stopped.write_pending(stopped.read_catalog())
         (stopped.path / "manifest.json").unlink()
         ids = np.arange(5, dtype=np.uint64)
-        full = replace(
-            bundle_format.load(BEFORE / "bundle"), known_images=KnownImages.from_ids(ids, ids + ids)
+        bundle = replace(
+            bundle_format.load(WRITTEN_BEFORE / "bundle"),
+            known_images=KnownImages.from_ids(ids, ids + ids),
         )
-        bundle_format.save(full, Path("bundle"))
+        bundle_format.save(bundle, Path("bundle"))
         tensors = {"a": torch.arange(20.0), "b": torch.ones(3, 3, dtype=torch.int64)}
         draft = checkpoint.draft_path(Path("place"))
         checkpoint.write(draft, tensors, {"key": "key", "number": 3})
@@ -55,98 +56,102 @@ def made(tmp_path_factory, tracked) -> Path:
 
 
 @pytest.fixture
-def folders(made, tmp_path, monkeypatch) -> dict[str, Path]:
-    """Copies of them."""
+def folders(originals, tmp_path, monkeypatch) -> dict[str, Path]:
+    """Copies of the original folders by name, in the working directory."""
     monkeypatch.chdir(tmp_path)
     names = ("store", "stopped", "bundle", "place")
-    return {name: Path(shutil.copytree(made / name, tmp_path / name)) for name in names}
+    return {name: Path(shutil.copytree(originals / name, tmp_path / name)) for name in names}
 
 
 KINDS = {"store": "store", "stopped": "store", "bundle": "bundle", "place": "checkpoint"}
-UNREAD = {".lock", "catalog.arrow"}
+NEVER_READ = {".lock", "catalog.arrow"}
 
 
 def outcomes(folder: Path, kind: str, flips: list[tuple[str, int]]) -> Counter[str]:
-    """What came of each flip: of those that end the process, which signal it was."""
-    result, left, died = Counter[str](), list(flips), 0
-    while left:
+    """Count the outcomes of the flips; for a crash, the outcome has the exit code."""
+    result, pending, crashes = Counter[str](), list(flips), 0
+    while pending:
         command = [sys.executable, Path(__file__).with_name("flipper.py"), kind, folder]
         pipe = subprocess.PIPE
         with forks.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
-            lines, errors = child.communicate("".join(json.dumps(one) + "\n" for one in left))
+            lines, errors = child.communicate("".join(json.dumps(one) + "\n" for one in pending))
         output = [json.loads(line) for line in lines.splitlines()]
         assert output and output[0] == "ready", errors
         result.update(output[1:])
-        left = left[len(output) - 1 :]
-        if left:
-            result[f"the process ended with {child.returncode} at {left.pop(0)}"] += 1
-            died += 1
-            assert died < 20, result
+        pending = pending[len(output) - 1 :]
+        if pending:
+            result[f"the process ended with {child.returncode} at {pending.pop(0)}"] += 1
+            crashes += 1
+            assert crashes < 20, result
     return result
 
 
-def flips(folder: Path, count: int) -> list[tuple[str, int]]:
-    """As many in each kind of file as in any other, at drawn places; the ends of files, too."""
-    draw, result = random.Random(7), []
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in UNREAD)
-    kinds: dict[str, list[Path]] = {}
+def random_flips(folder: Path, count: int) -> list[tuple[str, int]]:
+    """Random bits, `count` per kind of file, more often near the start and end of a file."""
+    rng, result = random.Random(7), []
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and file.name not in NEVER_READ
+    )
+    files_by_kind: dict[str, list[Path]] = {}
     for file in files:
-        inside = file.relative_to(folder)
-        kind = inside.name if inside.parent == Path() else inside.suffix
-        kinds.setdefault(str(inside.parent / kind), []).append(file)
-    for trials in kinds.values():
+        relative = file.relative_to(folder)
+        kind = relative.name if relative.parent == Path() else relative.suffix
+        files_by_kind.setdefault(str(relative.parent / kind), []).append(file)
+    for candidates in files_by_kind.values():
         for _ in range(count):
-            file = draw.choice(trials)
+            file = rng.choice(candidates)
             bits = 8 * file.stat().st_size
-            end = draw.choice([bits, bits, min(bits, 8 * 2000)])
-            bit = draw.randrange(end)
-            result.append((str(file.relative_to(folder)), draw.choice([bit, bits - 1 - bit])))
+            limit = rng.choice([bits, bits, min(bits, 8 * 2000)])
+            bit = rng.randrange(limit)
+            result.append((str(file.relative_to(folder)), rng.choice([bit, bits - 1 - bit])))
     return result
 
 
-def must_be_told(folders: dict[str, Path], count: int) -> None:
+def check_flips_are_detected(folders: dict[str, Path], count: int) -> None:
     for name, kind in KINDS.items():
-        result = outcomes(folders[name], kind, flips(folders[name], count))
+        result = outcomes(folders[name], kind, random_flips(folders[name], count))
         assert set(result) <= {"DataError", "same"}, (name, result)
         assert result["DataError"] > result["same"], (name, result)
 
 
 def test_a_flipped_bit_anywhere_is_detected_or_harmless(folders):
-    must_be_told(folders, 15)
+    check_flips_are_detected(folders, 15)
 
 
 @pytest.mark.chaos
-def test_a_flipped_bit_at_any_of_many_places_is_detected_or_harmless(folders):
-    must_be_told(folders, 500)
+def test_many_flipped_bits_are_each_detected_or_harmless(folders):
+    check_flips_are_detected(folders, 500)
 
 
-# ------------------------------------------------------------------------ well-sealed nonsense
+# ------------------------------------------------------- documents with a valid seal, but wrong
 
 
 DEEP = json.loads("[" * 900 + "]" * 900)
-NONSENSE = [None, "text", -1, 0, 2.5, True, [], ["x"], {}, {"x": 1}, DEEP]
+WRONG_VALUES = [None, "text", -1, 0, 2.5, True, [], ["x"], {}, {"x": 1}, DEEP]
 
 
-def spoiled(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The document with each key, at any depth, absent or of another kind."""
+def corrupted_documents(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield copies of the document with each key, at any depth, removed or of another type."""
     for key, value in document.items():
         yield f"no {key}", {name: one for name, one in document.items() if name != key}
-        for other in NONSENSE:
+        for other in WRONG_VALUES:
             if type(other) is not type(value):
                 yield f"{key} {str(other)[:20]}", document | {key: other}
         inner = value[0] if isinstance(value, list) and value else value
         if isinstance(inner, dict):
-            for words, one in spoiled(inner):
-                yield f"{key}.{words}", document | {key: one if inner is value else [one]}
+            for description, one in corrupted_documents(inner):
+                yield f"{key}.{description}", document | {key: one if inner is value else [one]}
 
 
-@pytest.mark.parametrize("paper", ["store/store.json", "store/manifest.json", "bundle/bundle.json"])
-def test_well_sealed_nonsense_is_refused_and_nothing_else_is_raised(paper, folders):
-    path = Path(paper).absolute()
-    full = fileio.read_json(path)
-    del full["seal"]
+@pytest.mark.parametrize(
+    "document_path", ["store/store.json", "store/manifest.json", "bundle/bundle.json"]
+)
+def test_sealed_documents_with_wrong_values_are_refused(document_path, folders):
+    path = Path(document_path).absolute()
+    original = fileio.read_json(path)
+    del original["seal"]
     refused = 0
-    for words, document in spoiled(full):
+    for description, document in corrupted_documents(original):
         fileio.write_sealed(path, document)
         try:
             if path.parent.name == "bundle":
@@ -157,14 +162,14 @@ def test_well_sealed_nonsense_is_refused_and_nothing_else_is_raised(paper, folde
                 inspect.info(path.parent)
                 Store(path.parent).features()
         except (DataError, ConfigError) as error:
-            assert path.parent.name in error.found, words
+            assert path.parent.name in error.found, description
             refused += 1
     assert refused > 50
-    fileio.write_sealed(path, full)
+    fileio.write_sealed(path, original)
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[" * 200_000 + "]" * 200_000, "7", "[]", "null"])
-def test_a_paper_that_nests_or_is_something_else_is_refused(text, folders):
+def test_a_document_that_is_nested_deeply_or_not_an_object_is_refused(text, folders):
     for path in ("store/store.json", "store/manifest.json", "bundle/bundle.json"):
         Path(path).write_text(text)
     for read in (
@@ -175,23 +180,23 @@ def test_a_paper_that_nests_or_is_something_else_is_refused(text, folders):
             read()
 
 
-def test_names_in_a_manifest_that_lead_out_of_the_store_are_refused(folders):
+def test_names_in_a_manifest_that_point_outside_the_store_are_refused(folders):
     path = folders["store"] / "manifest.json"
-    full = fileio.read_json(path)
-    del full["seal"]
-    stolen = shutil.copy(folders["store"] / full["catalog"]["name"], "stolen.arrow")
-    for name in ("../stolen.arrow", str(Path(stolen).absolute()), "catalog-../stolen.arrow"):
-        fileio.write_sealed(path, full | {"catalog": full["catalog"] | {"name": name}})
+    original = fileio.read_json(path)
+    del original["seal"]
+    outside_file = shutil.copy(folders["store"] / original["catalog"]["name"], "stolen.arrow")
+    for name in ("../stolen.arrow", str(Path(outside_file).absolute()), "catalog-../stolen.arrow"):
+        fileio.write_sealed(path, original | {"catalog": original["catalog"] | {"name": name}})
         with pytest.raises(DataError, match=r"catalog\.name"):
             Store(folders["store"]).verify()
     for name in ("../../stolen", "..", "/etc/passwd", "a/b", ""):
-        shards = [full["shards"][0] | {"name": name}, *full["shards"][1:]]
-        fileio.write_sealed(path, full | {"shards": shards})
+        shards = [original["shards"][0] | {"name": name}, *original["shards"][1:]]
+        fileio.write_sealed(path, original | {"shards": shards})
         with pytest.raises(DataError, match=r"shards\[0\]\.name"):
             inspect.gc(folders["store"], remove=True)
 
 
-def test_gc_removes_nothing_at_the_other_end_of_a_link(folders):
+def test_gc_removes_nothing_behind_a_symlink(folders):
     store, elsewhere = folders["store"], folders["store"].parent / "elsewhere"
     (store / "shards").rename(elsewhere)
     shutil.copy(next(elsewhere.glob("*.arrow")), elsewhere / "0123.arrow")
