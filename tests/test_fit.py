@@ -1,4 +1,4 @@
-"""The main command as a user runs it: a folder in, a bundle and scores out."""
+"""`arrowhead fit` as a user runs it: from a folder of images to a bundle and scores."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ RANDOM = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
     """A working directory that the tests of this file share, in order."""
     return tracked(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(autouse=True)
-def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def _run_in_workdir(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workdir)
 
 
 @pytest.fixture(scope="module")
-def data(drawn: Path, place: Path) -> Path:
-    """A copy of the drawn images that tests may change."""
-    shutil.copytree(drawn, place / "data")
-    shutil.rmtree(place / "data" / "new")
-    return place / "data"
+def data(drawn: Path, workdir: Path) -> Path:
+    """A copy of the synthetic images that tests may change."""
+    shutil.copytree(drawn, workdir / "data")
+    shutil.rmtree(workdir / "data" / "new")
+    return workdir / "data"
 
 
 @pytest.fixture(scope="module")
-def fitted(data: Path, place: Path, drawn: Path) -> Path:
-    """OUT of a first fit."""
+def fitted(data: Path, workdir: Path, drawn: Path) -> Path:
+    """The output folder of a first fit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        with pytest.raises(SystemExit) as ended:
+        patch.chdir(workdir)
+        with pytest.raises(SystemExit) as exit_info:
             main(["fit", str(data), "out", *RANDOM, "--epochs", "4"])
-    assert ended.value.code == 0
-    return place / "out"
+    assert exit_info.value.code == 0
+    return workdir / "out"
 
 
 def test_a_folder_becomes_a_store_and_a_bundle(fitted):
@@ -69,7 +69,7 @@ def test_the_second_fit_decodes_nothing_and_gives_the_same_numbers(fitted, data,
     assert {"train_loss", "valid_loss", "accuracy"} <= result["epochs"][0].keys()
 
 
-def test_only_what_is_new_is_decoded(fitted, data, command, drawn):
+def test_only_new_images_are_decoded(fitted, data, command, drawn):
     new = sorted((drawn / "new").iterdir())[0]
     (data / "train" / "beads" / "one_more.jpg").write_bytes(new.read_bytes())
     (data / "train" / "leaves").rename(data / "train" / "ferns")
@@ -80,70 +80,70 @@ def test_only_what_is_new_is_decoded(fitted, data, command, drawn):
     assert result["classes"] == ["baskets", "beads", "ferns"]
 
 
-def test_another_recipe_is_refused_by_the_first_differing_field(fitted, data, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_another_recipe_is_refused_with_the_first_differing_field(fitted, data, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         main(["precompute", str(data), "out/store", *RANDOM, "--resize", "squash"])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "resize = crop" in capsys.readouterr().err
 
 
-def live_shard(store: Path) -> Path:
+def manifest_shard(store: Path) -> Path:
     """A shard that the manifest names: others may be left over from an earlier catalog."""
     name = json.loads((store / "manifest.json").read_text())["shards"][0]["name"]
     return store / "shards" / f"{name}.arrow"
 
 
 def test_a_flipped_byte_is_detected_before_training(fitted, capsys):
-    shard = live_shard(fitted / "store")
-    good = shard.read_bytes()
-    bad = bytearray(good)
-    bad[len(bad) // 2] ^= 1
-    shard.write_bytes(bytes(bad))
-    with pytest.raises(SystemExit) as ended:
+    shard = manifest_shard(fitted / "store")
+    original = shard.read_bytes()
+    damaged = bytearray(original)
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(bytes(damaged))
+    with pytest.raises(SystemExit) as exit_info:
         main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
-    shard.write_bytes(good)
-    assert ended.value.code == 4
+    shard.write_bytes(original)
+    assert exit_info.value.code == 4
     assert shard.name in capsys.readouterr().err
     assert not Path("other").exists()
 
 
-def test_a_second_fit_does_not_vouch_for_a_changed_shard(fitted, data, command, capsys):
-    shard = live_shard(fitted / "store")
-    good = shard.read_bytes()
-    shard.write_bytes(good[:-200] + bytes([good[-200] ^ 1]) + good[-199:])
-    with pytest.raises(SystemExit) as ended:
+def test_a_second_fit_does_not_accept_a_changed_shard(fitted, data, command, capsys):
+    shard = manifest_shard(fitted / "store")
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-200] + bytes([original[-200] ^ 1]) + original[-199:])
+    with pytest.raises(SystemExit) as exit_info:
         main(["fit", str(data), "out", *RANDOM])
-    assert ended.value.code == 4
+    assert exit_info.value.code == 4
     assert shard.name in capsys.readouterr().err
     shard.unlink()  # what the refusal says to do
     result = command("precompute", data, "out/store", *RANDOM)
     assert result["counts"]["decoded"] + result["counts"]["reused"] == 73
-    assert shard.read_bytes() == good
+    assert shard.read_bytes() == original
 
 
-def test_a_changed_body_in_the_store_is_detected_before_it_gets_into_a_bundle(fitted, capsys):
+def test_changed_backbone_weights_in_the_store_are_detected_before_a_bundle_is_built(
+    fitted, capsys
+):
     weights = fitted / "store" / "body.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(SystemExit) as ended:
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(SystemExit) as exit_info:
         main(["train", "out/store", "other", "--epochs", "1", "--rate", "0.01"])
-    weights.write_bytes(good)
-    assert ended.value.code == 4
+    weights.write_bytes(original)
+    assert exit_info.value.code == 4
     assert "body.safetensors" in capsys.readouterr().err
     assert not Path("other").exists()
 
 
-def test_images_of_which_none_can_validate_are_refused_before_any_is_decoded(
-    drawn, tmp_path, capsys
-):
+def test_too_few_images_for_validation_are_refused_before_decoding(drawn, tmp_path, capsys):
     for name in ("baskets", "beads"):
         photos = sorted((drawn / "train" / name).iterdir())
         (tmp_path / "one" / name).mkdir(parents=True)
         shutil.copy(photos[0], tmp_path / "one" / name)
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["fit", str(tmp_path / "one"), str(out), *RANDOM])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     output = capsys.readouterr().err
     assert "none can be held out for validation" in output
     assert "  wanted  two images or more" in output
@@ -153,7 +153,7 @@ def test_images_of_which_none_can_validate_are_refused_before_any_is_decoded(
         Learner(BodyConfig(body="resnet18", weights="random"), Images.from_folder(tmp_path / "one"))
 
 
-def test_lr_find_draws_writes_and_suggests(fitted, command):
+def test_lr_find_writes_a_figure_and_a_table_and_suggests_rates(fitted, command):
     result = command("lr-find", "out/store")
     assert result["verdict"] in ("good", "unstable", "rules differ", "flat: no signal")
     five = {"held-out", "valley", "steepest", "minimum/10", "slide"}
@@ -162,21 +162,23 @@ def test_lr_find_draws_writes_and_suggests(fitted, command):
     assert len((fitted / "store" / "lr_finder.csv").read_text().splitlines()) == 101
 
 
-def test_the_bundle_that_is_replaced_is_kept_and_compared(fitted, command):
+def test_the_replaced_bundle_is_kept_and_its_accuracy_compared(fitted, command):
     first = command("train", "out/store", "twice/bundle", "--epochs", "3")
-    kept = Path("twice/bundle/bundle.json").read_bytes()
+    previous = Path("twice/bundle/bundle.json").read_bytes()
     assert "replaces" not in command.said and not Path("twice/bundle.previous").exists()
     second = command("train", "out/store", "twice/bundle", "--epochs", "1", "--rate", "1e-6")
-    was, now = (result["metrics"]["accuracy"] for result in (first, second))
-    assert f"accuracy {was:.4f} (this one {now:.4f})" in command.said
-    assert Path("twice/bundle.previous/bundle.json").read_bytes() == kept
+    previous_accuracy, new_accuracy = (result["metrics"]["accuracy"] for result in (first, second))
+    assert f"accuracy {previous_accuracy:.4f} (this one {new_accuracy:.4f})" in command.said
+    assert Path("twice/bundle.previous/bundle.json").read_bytes() == previous
     command("bundle", "verify", "twice/bundle.previous")
     assert "twice/bundle.previous" in second["files"]
     command("train", "out/store", "twice/bundle", "--epochs", "2", "--rate", "1e-6")
-    assert re.search(rf"in place of the bundle of [^:]+:..: accuracy {was:.4f}", command.said)
+    assert re.search(
+        rf"in place of the bundle of [^:]+:..: accuracy {previous_accuracy:.4f}", command.said
+    )
 
 
-def test_what_a_training_wrote_is_in_its_bundle_and_is_named(fitted, command):
+def test_reports_of_a_training_are_in_its_bundle_and_listed_in_the_result(fitted, command):
     result = command("train", "out/store", "named/b", "--epochs", "2", "--folds", "2")
     report = Path("named/b/report")
     names = {"confusion.png", "folds.arrow", "lr_finder.csv", "lr_finder.png"}
@@ -185,15 +187,15 @@ def test_what_a_training_wrote_is_in_its_bundle_and_is_named(fitted, command):
     assert [file.name for file in Path("named").iterdir()] == ["b"]
     assert str(report) in command.said
     shutil.rmtree(report)
-    command("bundle", "verify", "named/b")  # it stands without
+    command("bundle", "verify", "named/b")  # it is valid without the report
 
 
-def test_a_folder_that_holds_something_else_is_not_taken_for_the_bundle_before(fitted, capsys):
+def test_a_folder_with_other_files_is_not_overwritten_as_the_previous_bundle(fitted, capsys):
     Path("mine.previous").mkdir()
     Path("mine.previous/notes.txt").write_text("mine")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["train", "out/store", "mine", "--epochs", "1"])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "mine.previous holds files" in capsys.readouterr().err
 
 
@@ -203,8 +205,8 @@ def test_both_heads_train_on_the_same_store(fitted, command):
     assert json.loads(Path("lesson/bundle.json").read_text())["head"] == "lesson"
 
 
-def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, command, place):
-    images = place / "mixed"
+def test_every_file_gets_one_row_of_scores_even_broken_ones(fitted, drawn, command, workdir):
+    images = workdir / "mixed"
     shutil.copytree(drawn / "new", images / "deep" / "er")
     (images / "page.jpg").write_text("<html>not here</html>")
     (images / "empty.jpg").touch()
@@ -223,16 +225,18 @@ def test_every_file_gets_one_row_of_scores_hostile_ones_too(fitted, drawn, comma
     rows = polars.read_parquet("scores/parts")
     assert rows["path"].to_list() == sorted(rows["path"].to_list())
     assert rows.height == 28
-    good = rows.filter(polars.col("fault").is_null())
-    sums = good["probabilities"].struct.unnest().sum_horizontal().to_numpy()
+    scored = rows.filter(polars.col("fault").is_null())
+    sums = scored["probabilities"].struct.unnest().sum_horizontal().to_numpy()
     np.testing.assert_allclose(sums, 1, atol=1e-5)
-    same = good.filter(polars.col("path").str.contains("line"))
+    same = scored.filter(polars.col("path").str.contains("line"))
     assert same["path"].to_list() == ["new\\x0aline \N{CAT FACE} \\x1b[31m.jpg"]
-    bad = rows.filter(polars.col("fault").is_not_null())
-    assert bad["label"].is_null().all() and bad["top_k"].is_null().all()
+    faulty = rows.filter(polars.col("fault").is_not_null())
+    assert faulty["label"].is_null().all() and faulty["top_k"].is_null().all()
 
 
-def test_a_stopped_scoring_resumes_and_other_requests_are_refused(fitted, drawn, command, capsys):
+def test_an_interrupted_scoring_resumes_and_another_bundle_is_refused(
+    fitted, drawn, command, capsys
+):
     command("score", "out/bundle", drawn / "new", "again", "--chunk-size", "6")
     parts = sorted(Path("again/parts").glob("*.parquet"))
     before = [part.read_bytes() for part in parts]
@@ -241,21 +245,21 @@ def test_a_stopped_scoring_resumes_and_other_requests_are_refused(fitted, drawn,
     result = command("score", "out/bundle", drawn / "new", "again", "--chunk-size", "6")
     assert [part.read_bytes() for part in parts] == before
     assert 0 < result["counts"]["decoded"] < result["counts"]["scored"]
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["score", "lesson", str(drawn / "new"), "again", "--chunk-size", "6"])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "of another bundle" in capsys.readouterr().err
 
 
-def test_a_bundle_with_one_changed_byte_is_refused(fitted, drawn, capsys, place):
-    shutil.copytree(fitted / "bundle", place / "torn")
-    weights = place / "torn" / "weights.safetensors"
+def test_a_bundle_with_one_changed_byte_is_refused(fitted, drawn, capsys, workdir):
+    shutil.copytree(fitted / "bundle", workdir / "torn")
+    weights = workdir / "torn" / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["score", "torn", str(drawn / "new"), "never"])
-    assert ended.value.code == 4
+    assert exit_info.value.code == 4
     assert "weights.safetensors" in capsys.readouterr().err
 
 
@@ -268,10 +272,10 @@ def test_shards_open_without_arrowhead(fitted):
         assert frame.height == table.num_rows
 
 
-def test_the_run_can_be_read_back_from_mlflow(fitted, place):
+def test_the_run_can_be_read_back_from_mlflow(fitted, workdir):
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
     experiment = client.get_experiment_by_name("arrowhead").experiment_id
     parents = client.search_runs([experiment], "tags.`mlflow.runName` = 'fit'")
     first = min(parents, key=lambda run: run.info.start_time)
@@ -282,8 +286,8 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, place):
     assert "evaluation" in names
     (model,) = client.search_logged_models([experiment], f"source_run_id = '{first.info.run_id}'")
     assert model.name == "data-resnet18-linear"
-    below = f"tags.`mlflow.parentRunId` = '{first.info.run_id}'"
-    children = {run.info.run_name: run for run in client.search_runs([experiment], below)}
+    filter_string = f"tags.`mlflow.parentRunId` = '{first.info.run_id}'"
+    children = {run.info.run_name: run for run in client.search_runs([experiment], filter_string)}
     assert children.keys() == {"extract", "lr-find", "train"}
     history = client.get_metric_history(children["train"].info.run_id, "valid_loss")
     assert [point.step for point in history] == [0, 1, 2, 3]

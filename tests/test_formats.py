@@ -1,6 +1,6 @@
 """Every format is decoded as a browser shows it, and every view is a function of its image.
 
-The second opinion is Pillow's: turned as EXIF asks, laid on a white page, 16 bits scaled to 8.
+The reference is Pillow: EXIF orientation applied, on a white background, 16 bits scaled to 8.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ SIDE = 64
 
 @pytest.fixture(scope="module")
 def photos(drawn: Path) -> list[bytes]:
-    """24 drawn JPEGs of many shapes."""
+    """24 synthetic JPEGs of many sizes."""
     return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:24]]
 
 
 @pytest.fixture(scope="module")
 def photo(photos: list[bytes]) -> Image.Image:
-    """One of them, 64 x 64: squashed to that size, it keeps its pixels."""
+    """One of them at 64 x 64, so that resizing to that size changes no pixel."""
     return Image.open(io.BytesIO(photos[0])).convert("RGB").resize((SIDE, SIDE))
 
 
 @pytest.fixture(scope="module")
 def same_size() -> Iterator[SubprocessDecoder]:
-    with SubprocessDecoder(_squashed(SIDE), batch_size=8, threads=2) as decoder:
+    with SubprocessDecoder(_squash_config(SIDE), batch_size=8, threads=2) as decoder:
         yield decoder
 
 
 @pytest.fixture(scope="module")
 def smaller() -> Iterator[SubprocessDecoder]:
-    with SubprocessDecoder(_squashed(40), batch_size=8, threads=2) as decoder:
+    with SubprocessDecoder(_squash_config(40), batch_size=8, threads=2) as decoder:
         yield decoder
 
 
-def _squashed(side: int) -> PixelConfig:
+def _squash_config(side: int) -> PixelConfig:
     return PixelConfig(size=side, resize="squash")
 
 
@@ -80,8 +80,8 @@ def _ids(count: int) -> list[bytes]:
     return [number.to_bytes(16, "big") for number in range(count)]
 
 
-def _shown(data: bytes) -> np.ndarray:
-    """uint8 (H, W, 3): the first picture of a file as Pillow has it, on a white page."""
+def _reference_pixels(data: bytes) -> np.ndarray:
+    """The first frame of a file, decoded by Pillow on a white background; uint8 (H, W, 3)."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -97,8 +97,8 @@ def _resized(image_HWC: np.ndarray, side: int) -> np.ndarray:
     return reference.resize(pixels, [side, side], antialias=True).permute(1, 2, 0).numpy()
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference, in steps of 255."""
+def _mean_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference, of 255."""
     return float(np.abs(a.astype(float) - b).mean())
 
 
@@ -108,7 +108,7 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
 def _bmp(
     bits: int, lines: bytes, *, way: int = 0, behind: bytes = b"", height: int = SIDE
 ) -> bytes:
-    """A BMP of kinds that Pillow reads but does not write; behind: masks, or a palette."""
+    """A BMP of a kind that Pillow reads but does not write; behind: masks, or a palette."""
     masks = 12 * (way == 3)
     head = struct.pack("<IiiHHIIiiII", 40, SIDE, height, 1, bits, way, len(lines), 0, 0, 0, 0)
     start = 54 + len(behind)
@@ -124,12 +124,12 @@ def _sixteen_bits(pixels_HWC: np.ndarray, colour: int, before: bytes = b"") -> b
     return png(width, height, depth=16, colour=colour, pixels=lines, before=before)
 
 
-def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
-    """Files by name, and whether Pillow has to decode them."""
+def _files_of_every_format(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
+    """Files by name, and whether Pillow must decode them."""
     pixels, grey = np.asarray(photo), np.asarray(photo.convert("L"))
     alpha = Image.radial_gradient("L").resize(photo.size)
-    glass = photo.copy()
-    glass.putalpha(alpha)
+    transparent = photo.copy()
+    transparent.putalpha(alpha)
     palette = photo.quantize(200)
     shades = np.asarray(palette)
     colours = np.array(palette.getpalette() + [0] * 768, np.uint8)[:768].reshape(256, 3)
@@ -171,8 +171,8 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
         "animated WebP": animated(photo, "WEBP"),
     }
     pillows = {
-        "PNG with alpha": encoded(glass, "PNG"),
-        "grey PNG with alpha": encoded(glass.convert("LA"), "PNG"),
+        "PNG with alpha": encoded(transparent, "PNG"),
+        "grey PNG with alpha": encoded(transparent.convert("LA"), "PNG"),
         "16-bit PNG with alpha": _sixteen_bits(np.dstack([deep_rgb, deep_alpha]), 6),
         "16-bit grey PNG with alpha": _sixteen_bits(np.dstack([deep, deep_alpha]), 4),
         "palette PNG, one colour clear": encoded(palette, "PNG", transparency=3),
@@ -182,9 +182,9 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
             photo.convert("L"), "PNG", transparency=int(grey[5, 5])
         ),
         "16-bit grey PNG, one shade clear": _sixteen_bits(deep[..., None], 0, key),
-        "WebP with alpha": encoded(glass, "WEBP"),
-        "lossless WebP with alpha": encoded(glass, "WEBP", lossless=True),
-        "animated WebP with alpha": animated(glass, "WEBP"),
+        "WebP with alpha": encoded(transparent, "WEBP"),
+        "lossless WebP with alpha": encoded(transparent, "WEBP", lossless=True),
+        "animated WebP with alpha": animated(transparent, "WEBP"),
         "BMP": encoded(photo, "BMP"),
         "BMP from the top down": _bmp(24, pixels[..., ::-1].tobytes(), height=-SIDE),
         "grey BMP": encoded(photo.convert("L"), "BMP"),
@@ -194,7 +194,7 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
             4, (nibbles[:, ::2] << 4 | nibbles[:, 1::2]).tobytes(), behind=bgr0[:64]
         ),
         "run-length BMP": _bmp(8, runs + b"\0\1", way=1, behind=bgr0),
-        "BMP with alpha": encoded(glass, "BMP"),
+        "BMP with alpha": encoded(transparent, "BMP"),
         "16-bit BMP": _bmp(16, (red >> 3 << 10 | green >> 3 << 5 | blue >> 3).tobytes()),
         "16-bit BMP, masked": _bmp(
             16, (red >> 3 << 11 | green >> 2 << 5 | blue >> 3).tobytes(), way=3, behind=masks
@@ -207,13 +207,13 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
         "YCbCr TIFF": encoded(photo.convert("YCbCr"), "TIFF"),
         "BigTIFF": encoded(photo, "TIFF", big_tiff=True),
         "TIFF of many pages": animated(photo, "TIFF"),
-        "TIFF with alpha": encoded(glass, "TIFF"),
+        "TIFF with alpha": encoded(transparent, "TIFF"),
         "CMYK TIFF": encoded(photo.convert("CMYK"), "TIFF"),
         "GIF": encoded(photo, "GIF"),
         "animated GIF": animated(photo, "GIF"),
         "GIF, one colour clear": encoded(palette, "GIF", transparency=3),
         "AVIF": encoded(photo, "AVIF"),
-        "AVIF with alpha": encoded(glass, "AVIF"),
+        "AVIF with alpha": encoded(transparent, "AVIF"),
     } | {
         f"TIFF, {way}": encoded(photo, "TIFF", compression=way)
         for way in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd")
@@ -223,19 +223,19 @@ def _kinds(photo: Image.Image) -> dict[str, tuple[bytes, bool]]:
     return result | {name: (data, True) for name, data in pillows.items()}
 
 
-def test_every_kind_of_file_comes_out_as_a_browser_shows_it(
+def test_every_format_is_decoded_as_a_browser_shows_it(
     photo: Image.Image, same_size: SubprocessDecoder, smaller: SubprocessDecoder
 ) -> None:
     # Tolerance, mean absolute difference of 255: 0.5 for what is rounded on the way from 16 bits,
     # a palette of 16-bit colours or YCbCr, and for the resampling of two libraries; else none.
     rounded = ("16-bit", "palette TIFF", "YCbCr TIFF")
     wrong = {}
-    for name, (data, by_pillow) in _kinds(photo).items():
-        wanted = _shown(data)
-        assert wanted.std() > 10, name
-        result, less = same_size([data], _ids(1)), smaller([data], _ids(1))
-        apart = _apart(result.views[0][0], wanted)
-        resized = _apart(less.views[0][0], _resized(wanted, 40))
+    for name, (data, by_pillow) in _files_of_every_format(photo).items():
+        expected = _reference_pixels(data)
+        assert expected.std() > 10, name
+        result, smaller_result = same_size([data], _ids(1)), smaller([data], _ids(1))
+        apart = _mean_difference(result.views[0][0], expected)
+        resized = _mean_difference(smaller_result.views[0][0], _resized(expected, 40))
         exact = apart == 0 or (name.startswith(rounded) and apart <= 0.5)
         if result.faults != [None] or not exact or resized > 0.5:
             wrong[name] = result.faults[0], apart, resized
@@ -244,28 +244,28 @@ def test_every_kind_of_file_comes_out_as_a_browser_shows_it(
     assert not wrong
 
 
-def test_the_first_picture_of_an_animated_file_is_the_one_shown(
+def test_the_first_frame_of_an_animation_is_decoded(
     photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     for kind in ("GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"):
-        film, still = animated(photo, kind), encoded(photo, "JPEG" if kind == "MPO" else kind)
-        result = same_size([film, still], _ids(2))
+        animation, still = animated(photo, kind), encoded(photo, "JPEG" if kind == "MPO" else kind)
+        result = same_size([animation, still], _ids(2))
         assert result.faults == [None, None], kind
-        # A film's frames are compressed differently from a still; another frame is 20 away.
-        assert _apart(result.views[0][0], result.views[0][1]) < 6, kind
+        # Frames are compressed differently from a still image; another frame differs by 20.
+        assert _mean_difference(result.views[0][0], result.views[0][1]) < 6, kind
 
 
-def test_an_animation_whose_first_frame_is_a_part_shows_it_on_a_white_page(
+def test_a_partial_first_frame_of_an_animation_is_on_a_white_background(
     photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     part = Image.new("RGBA", photo.size)
     part.paste(photo.crop((0, 0, 40, 40)), (20, 10))
     for kind in ("GIF", "PNG"):  # of WebP Pillow says no more than that it were black
-        film = encoded(part, kind, save_all=True, append_images=[photo.convert("RGBA")])
-        result = same_size([film], _ids(1))
+        animation = encoded(part, kind, save_all=True, append_images=[photo.convert("RGBA")])
+        result = same_size([animation], _ids(1))
         assert result.faults == [None], kind
         assert (result.views[0][0][:8] == 255).all(), kind
-        assert _apart(result.views[0][0], _shown(film)) < 1, kind
+        assert _mean_difference(result.views[0][0], _reference_pixels(animation)) < 1, kind
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_an_animation_whose_first_frame_is_a_part_shows_it_on_a_white_page(
     ],
 )
 @pytest.mark.parametrize("resize", ["squash", "crop"])
-def test_every_orientation_is_upright_whoever_decodes(
+def test_exif_orientation_is_applied_in_every_format_and_mode(
     kind: str, mode: str, resize: str, photos: list[bytes]
 ) -> None:
     # Tolerance: mean absolute difference 1 of 255 for resampling in another order; a wrong turn is
@@ -290,19 +290,19 @@ def test_every_orientation_is_upright_whoever_decodes(
         exif = Image.Exif()
         exif[0x0112] = orientation
         files.append(encoded(image, kind, exif=exif))
-        upright.append(encoded(Image.fromarray(_shown(files[-1])), "PNG"))
+        upright.append(encoded(Image.fromarray(_reference_pixels(files[-1])), "PNG"))
     config = PixelConfig(size=56, resize=resize)
     with SubprocessDecoder(config, batch_size=8, threads=1) as decoder:
-        result, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
-    assert result.faults == wanted.faults == [None] * 8
-    first = wanted.views[0][0]
-    assert min(_apart(first, np.rot90(first, turns)) for turns in (1, 2, 3)) > 15
-    apart = [_apart(result.views[0][row], wanted.views[0][row]) for row in range(8)]
+        result, expected = decoder(files, _ids(8)), decoder(upright, _ids(8))
+    assert result.faults == expected.faults == [None] * 8
+    first = expected.views[0][0]
+    assert min(_mean_difference(first, np.rot90(first, turns)) for turns in (1, 2, 3)) > 15
+    apart = [_mean_difference(result.views[0][row], expected.views[0][row]) for row in range(8)]
     assert max(apart) < 1, apart
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
-def test_a_turned_photo_is_cut_where_the_upright_one_is_cut_whatever_its_size(
+def test_a_rotated_photo_is_cropped_like_the_upright_one_for_any_size(
     resize: str, photos: list[bytes]
 ) -> None:
     # Tolerance: mean absolute difference 0.5 of 255 for resampling in another order. One pixel
@@ -315,19 +315,19 @@ def test_a_turned_photo_is_cut_where_the_upright_one_is_cut_whatever_its_size(
             exif = Image.Exif()
             exif[0x0112] = orientation
             files.append(encoded(image.resize((width, height)), "PNG", exif=exif))
-            upright.append(encoded(Image.fromarray(_shown(files[-1])), "PNG"))
+            upright.append(encoded(Image.fromarray(_reference_pixels(files[-1])), "PNG"))
         config = PixelConfig(size=57, resize=resize)
         with SubprocessDecoder(config, batch_size=8, threads=1) as decoder:
-            result, wanted = decoder(files, _ids(8)), decoder(upright, _ids(8))
-        assert result.faults == wanted.faults == [None] * 8
+            result, expected = decoder(files, _ids(8)), decoder(upright, _ids(8))
+        assert result.faults == expected.faults == [None] * 8
         for row in range(8):
-            apart = _apart(result.views[0][row], wanted.views[0][row])
+            apart = _mean_difference(result.views[0][row], expected.views[0][row])
             if apart > 0.5:
                 wrong[width, height, row + 1] = round(apart, 2)
     assert not wrong
 
 
-def test_a_store_of_the_older_crop_rule_gets_the_pixels_it_always_got(photos: list[bytes]) -> None:
+def test_a_store_with_the_older_crop_rule_still_gets_the_same_pixels(photos: list[bytes]) -> None:
     """Rows that are added to it, and golden images of its bundles, come out as the old ones did."""
     image = Image.open(io.BytesIO(photos[0])).convert("RGB").resize((64, 81))
     files = []
@@ -366,7 +366,7 @@ def _jpeg(data: bytes, jfif: bool, transform: int | None, ids: bytes = b"") -> b
     return b"".join(kept) + data[list(segments(data))[-1][2] :]
 
 
-def test_jpegs_of_every_colour_space_come_out_as_pillow_shows_them(
+def test_jpegs_of_every_colour_space_are_decoded_as_by_pillow(
     photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     # Tolerance: mean absolute difference 1 of 255, for CMYK is taken times K in whole numbers. A
@@ -396,8 +396,8 @@ def test_jpegs_of_every_colour_space_come_out_as_pillow_shows_them(
     assert len(files) > 150
     wrong = {}
     for case, data in files.items():
-        result, wanted = same_size([data], _ids(1)), _shown(data)
-        apart = _apart(result.views[0][0], wanted)
+        result, expected = same_size([data], _ids(1)), _reference_pixels(data)
+        apart = _mean_difference(result.views[0][0], expected)
         if result.faults != [None] or apart > 1:
             wrong[case] = result.faults[0], round(apart, 1)
     assert not wrong
@@ -414,7 +414,7 @@ def test_a_damaged_cmyk_jpeg_without_adobes_segment_is_a_fault(
     assert well is None
 
 
-# ------------------------------------------------------- images of kinds not decoded here
+# -------------------------------------------------------------------- unsupported formats
 
 
 def _box(brand: bytes, *others: bytes, kind: bytes = b"ftyp") -> bytes:
@@ -431,7 +431,7 @@ def _raw(photo: Image.Image, **tags: Any) -> bytes:
     return encoded(photo, "TIFF", tiffinfo=info)
 
 
-def test_an_image_of_a_kind_that_is_not_decoded_is_unsupported_and_says_what_to_do(
+def test_an_unsupported_format_is_a_fault_that_says_what_to_do(
     photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"></svg>'
@@ -485,7 +485,7 @@ def test_an_image_of_a_kind_that_is_not_decoded_is_unsupported_and_says_what_to_
     assert not wrong
 
 
-def test_a_file_that_only_begins_like_another_kind_is_recognized(
+def test_a_file_that_only_starts_like_another_format_is_recognized(
     photo: Image.Image, same_size: SubprocessDecoder
 ) -> None:
     page = b"<!DOCTYPE html><html><body><svg></svg></body></html>" * 4
@@ -506,7 +506,7 @@ def squares(dogscats: Path) -> list[Image.Image]:
     return [ImageOps.fit(Image.open(path).convert("RGB"), (224, 224)) for path in paths]
 
 
-def test_decoded_photos_equal_pillows_to_the_last_bit_before_they_are_resized(
+def test_decoded_photos_are_bit_identical_to_pillows_before_resizing(
     squares: list[Image.Image],
 ) -> None:
     ways = [
@@ -515,15 +515,15 @@ def test_decoded_photos_equal_pillows_to_the_last_bit_before_they_are_resized(
         for sampling in ("4:2:0", "4:2:2", "4:4:4")
     ]
     files = [encoded(image, "JPEG", **ways[n % len(ways)]) for n, image in enumerate(squares)]
-    with SubprocessDecoder(_squashed(224), batch_size=64, threads=2) as decoder:
+    with SubprocessDecoder(_squash_config(224), batch_size=64, threads=2) as decoder:
         result = decoder(files, _ids(64))
     assert result.faults == [None] * 64
     assert not any(result.fallback)
     for row, data in enumerate(files):
-        assert np.array_equal(result.views[0][row], _shown(data))
+        assert np.array_equal(result.views[0][row], _reference_pixels(data))
 
 
-def test_features_equal_those_of_plain_torchvision_code(
+def test_features_are_close_to_those_of_plain_torchvision_code(
     dogscats: Path, mobilenet: list[str], tmp_path: Path
 ) -> None:
     # Tolerances, as cosines. For the same pixels: 0.9999 (the store holds float16, batch norms are
@@ -539,10 +539,10 @@ def test_features_equal_those_of_plain_torchvision_code(
     recipe = make_recipe(pixels, config, weights, body.width)
     catalog = data_sources.unlabelled_catalog(tmp_path)
     worker = Worker(0, 1, "cpu", 2, lambda: None, lambda report: None)
-    with FeaturePipeline(worker, body, recipe, pixels, ExtractConfig()) as pump:
+    with FeaturePipeline(worker, body, recipe, pixels, ExtractConfig()) as pipeline:
         runs = data_chunks.split_into_chunks(catalog.paths, 256)
         chunks = list(
-            pump(((at, catalog.subset(rows)) for at, rows in enumerate(runs)), FeatureCache())
+            pipeline(((at, catalog.subset(rows)) for at, rows in enumerate(runs)), FeatureCache())
         )
     ours = {
         path: row[0] for done in chunks for path, row in zip(done.paths, done.features, strict=True)
@@ -576,29 +576,31 @@ def test_features_equal_those_of_plain_torchvision_code(
 # -------------------------------------------------------------------------------- views
 
 
-def test_one_decode_serves_all_views(photos: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = {"codec": 0, "Pillow": 0}
+def test_an_image_is_decoded_once_for_all_views(
+    photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"codec": 0, "Pillow": 0}
     by_codec, by_pillow = Decoder._decode_batch, pillow_images.decode_with_pillow
 
     def count_codec(self: Decoder, headers: list) -> list:
-        counted["codec"] += len(headers)
+        counts["codec"] += len(headers)
         return by_codec(self, headers)
 
     def count_pillow(data: bytes) -> object:
-        counted["Pillow"] += 1
+        counts["Pillow"] += 1
         return by_pillow(data)
 
     monkeypatch.setattr(Decoder, "_decode_batch", count_codec)
     monkeypatch.setattr(pillow_images, "decode_with_pillow", count_pillow)
-    glass = encoded(Image.open(io.BytesIO(photos[0])).convert("RGBA"), "PNG")
+    transparent = encoded(Image.open(io.BytesIO(photos[0])).convert("RGBA"), "PNG")
     engine = Decoder(PixelConfig(size=32, views=5), batch_size=8, threads=1)
-    result = engine([*photos[:6], glass, glass], _ids(8))
-    assert counted == {"codec": 6, "Pillow": 2}
+    result = engine([*photos[:6], transparent, transparent], _ids(8))
+    assert counts == {"codec": 6, "Pillow": 2}
     assert len({view[:8].tobytes() for view in result.views}) == 5
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
-def test_the_policy_none_repeats_the_clean_view_to_the_last_bit(
+def test_with_augmentation_none_all_views_are_bit_identical(
     resize: str, photos: list[bytes]
 ) -> None:
     config = PixelConfig(size=SIDE, views=3, augment="none", resize=resize)
@@ -608,7 +610,9 @@ def test_the_policy_none_repeats_the_clean_view_to_the_last_bit(
     assert np.array_equal(views[0], views[2])
 
 
-def test_side_on_views_lean_a_little_and_never_turn_by_quarters(photo: Image.Image) -> None:
+def test_side_on_views_rotate_by_at_most_10_degrees_and_have_no_quarter_turns(
+    photo: Image.Image,
+) -> None:
     # A picture dark above and light below stays so in every view; seen from above it does not.
     sky = np.zeros((SIDE, SIDE, 3), np.uint8)
     sky[SIDE // 2 :] = 255
@@ -621,20 +625,20 @@ def test_side_on_views_lean_a_little_and_never_turn_by_quarters(photo: Image.Ima
         lower = np.stack([view[:32, 24:].mean((1, 2, 3)) for view in views[1:]])
         upper = np.stack([view[:32, :8].mean((1, 2, 3)) for view in views[1:]])
         upside_down[policy] = int((lower - upper < 100).sum())
-        shots = [
+        augmentations = [
             draw_augmentation(config, image_id, view)
             for image_id in _ids(200)
             for view in range(1, 5)
         ]
-        turned = {shot.quarter_turns for shot in shots}
+        turned = {augmentation.quarter_turns for augmentation in augmentations}
         assert turned == ({0} if policy == "side-on" else {0, 1, 2, 3})
-        assert max(abs(float(shot.angle[0])) for shot in shots) <= 10
-        assert {shot.mirrored for shot in shots} == {False, True}
+        assert max(abs(float(augmentation.angle[0])) for augmentation in augmentations) <= 10
+        assert {augmentation.mirrored for augmentation in augmentations} == {False, True}
     assert upside_down["side-on"] == 0
     assert upside_down["top-down"] > 100
 
 
-def test_a_view_is_a_function_of_seed_image_and_view_in_any_batch_order_thread_and_process(
+def test_a_view_depends_only_on_seed_image_and_view_not_on_batch_order_or_process(
     photos: list[bytes],
 ) -> None:
     config = PixelConfig(size=32, views=4, augment_seed=5)
@@ -652,11 +656,11 @@ def test_a_view_is_a_function_of_seed_image_and_view_in_any_batch_order_thread_a
     for view in range(4):
         assert np.array_equal(full[view], again[view])
         assert np.array_equal(full[view][order], shuffled[view])
-        assert np.array_equal(full[view], _joined(fives, view, 5))
-        assert np.array_equal(full[view], _joined(here, view, 7))
-        # The clean view knows no name, the others go by it.
+        assert np.array_equal(full[view], _join_batches(fives, view, 5))
+        assert np.array_equal(full[view], _join_batches(here, view, 7))
+        # Only the clean view does not depend on the image id.
         assert np.array_equal(full[view][0], other_name[view][0]) == (view == 0)
 
 
-def _joined(batches: Sequence[list[np.ndarray]], view: int, size: int) -> np.ndarray:
+def _join_batches(batches: Sequence[list[np.ndarray]], view: int, size: int) -> np.ndarray:
     return np.concatenate([views[view][:size] for views in batches])[:24]

@@ -1,7 +1,7 @@
-"""gs:// like s3://: names survive, changes are noticed, short outages are retried.
+"""gs://: names survive, changes are detected, short outages are retried.
 
-The client is gcsfs; the server is a small one of ours that speaks the three requests of Google's
-JSON API that it makes (list, get, get with alt=media). Nothing here ran against Google's.
+The client is gcsfs. The server is a small one of ours for the three requests of Google's JSON API
+that gcsfs makes (list, get, get with alt=media). Nothing here ran against Google's servers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import pytest
 from arrowhead import ConfigError
 from arrowhead.data import reading, sources
 
-ODD = ("a b.jpg", "caf\u00e9 \U0001f415.jpg", "100%25+&.jpg", "q?generation=7.jpg")
+ODD_NAMES = ("a b.jpg", "caf\u00e9 \U0001f415.jpg", "100%25+&.jpg", "q?generation=7.jpg")
 
 
 class Bucket:
-    """The objects of a bucket by name, with their generations; what fails, and how often."""
+    """The objects of a bucket with their generations, and how often each request fails."""
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, int]] = {}
@@ -39,7 +39,7 @@ class Bucket:
         self.objects[name] = data, self._generation
 
     def resource(self, name: str) -> dict[str, str]:
-        """What Google says of an object (storage#object)."""
+        """The metadata of an object as Google returns it (storage#object)."""
         data, generation = self.objects[name]
         md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         return {
@@ -51,7 +51,7 @@ class Bucket:
             "metageneration": "1",
             "md5Hash": md5,
             "etag": f"e{generation}",
-            "updated": "2026-01-01T00:00:00.000Z",  # the same for all: no help
+            "updated": "2026-01-01T00:00:00.000Z",  # the same for all, so that it shows no change
             "timeCreated": "2026-01-01T00:00:00.000Z",
         }
 
@@ -60,20 +60,20 @@ def _handler(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            request = {name: values[0] for name, values in parse_qs(url.query).items()}
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
             _, _, name = url.path.partition("/b/b/o")
             name = unquote(name.removeprefix("/"))
             bucket.asked.append(self.path)
             if "/b/b/o" not in url.path or (name and name not in bucket.objects):
                 self._answer(404, b'{"error": {"code": 404, "message": "Not Found"}}')
             elif not name:
-                self._list(request)
+                self._list(query)
             elif bucket.unavailable.get(name, 0) > 0:
                 bucket.unavailable[name] -= 1
                 self._answer(503, b'{"error": {"code": 503, "message": "again, please"}}')
-            elif request.get("alt") != "media":
+            elif query.get("alt") != "media":
                 self._answer(200, json.dumps(bucket.resource(name)).encode())
-            elif request.get("generation", "") not in ("", str(bucket.objects[name][1])):
+            elif query.get("generation", "") not in ("", str(bucket.objects[name][1])):
                 self._answer(404, b'{"error": {"code": 404, "message": "No such generation"}}')
             else:
                 data = bucket.objects[name][0]
@@ -83,9 +83,9 @@ def _handler(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
                 bucket.torn[name] = bucket.torn.get(name, 0) - 1
                 self._answer(206 if first else 200, part, torn=truncated)
 
-        def _list(self, asked: dict[str, str]) -> None:
-            names = sorted(n for n in bucket.objects if n.startswith(asked.get("prefix", "")))
-            start = int(asked.get("pageToken", 0))
+        def _list(self, query: dict[str, str]) -> None:
+            names = sorted(n for n in bucket.objects if n.startswith(query.get("prefix", "")))
+            start = int(query.get("pageToken", 0))
             page = [bucket.resource(name) for name in names[start : start + 3]]
             more = {"nextPageToken": str(start + 3)} if start + 3 < len(names) else {}
             self._answer(
@@ -122,8 +122,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         thread.join()
 
 
-def test_class_folders_at_google_are_class_folders(bucket: Bucket) -> None:
-    keys = [f"d/cat/{name}" for name in ODD] + [
+def test_class_folders_on_gs_are_listed_and_read(bucket: Bucket) -> None:
+    keys = [f"d/cat/{name}" for name in ODD_NAMES] + [
         "d/dog/1.jpg",
         "d/dog/1.txt",
         "d/.git/x",
@@ -132,7 +132,7 @@ def test_class_folders_at_google_are_class_folders(bucket: Bucket) -> None:
     for key in keys:
         bucket.put(key, key.encode())
     catalog = sources.labelled_catalog("gs://b/d")
-    assert catalog.paths == sorted([f"cat/{name}" for name in ODD] + ["dog/1.jpg"])
+    assert catalog.paths == sorted([f"cat/{name}" for name in ODD_NAMES] + ["dog/1.jpg"])
     assert (catalog.classes, catalog.ignored) == (["cat", "dog"], 2)
     for row, path in enumerate(catalog.paths):
         assert catalog.read_file(row, 99) == (f"d/{path}".encode(), None)
@@ -142,7 +142,9 @@ def test_class_folders_at_google_are_class_folders(bucket: Bucket) -> None:
         sources.labelled_catalog("gs://b/nowhere")
 
 
-def test_an_object_written_again_is_a_fault_also_of_the_same_size_and_time(bucket: Bucket) -> None:
+def test_an_object_that_was_overwritten_is_a_fault_even_with_equal_size_and_time(
+    bucket: Bucket,
+) -> None:
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         bucket.put(f"d/{name}", name.encode())
     before = sources.unlabelled_catalog("gs://b/d")
@@ -157,14 +159,14 @@ def test_an_object_written_again_is_a_fault_also_of_the_same_size_and_time(bucke
     assert after.read_file(0, 99) == (b"other", None)
 
 
-def test_the_generation_that_was_judged_is_the_one_that_is_read(bucket: Bucket) -> None:
+def test_the_generation_that_was_checked_is_the_one_that_is_read(bucket: Bucket) -> None:
     bucket.put("d/1.jpg", b"first")
     reading.read_file("gs://b/d", "1.jpg", 99)
     generation = bucket.objects["d/1.jpg"][1]
     assert any(f"generation={generation}" in path for path in bucket.asked)
 
 
-def test_a_short_outage_of_the_server_costs_no_image(bucket: Bucket) -> None:
+def test_short_outages_of_the_server_are_retried(bucket: Bucket) -> None:
     bucket.put("d/away.jpg", b"a" * 1000)
     bucket.put("d/torn.jpg", b"t" * 1000)
     catalog = sources.unlabelled_catalog("gs://b/d")

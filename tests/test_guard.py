@@ -1,7 +1,7 @@
-"""The guarded decoder: a file that kills or hangs it costs one row, two deaths and nothing else.
+"""The decoder process: a file that crashes or hangs it costs one row and two restarts.
 
-The decoder is made to die without hooks of its own: Python runs a `sitecustomize.py` that it finds
-on PYTHONPATH when it starts, and ours makes the child end when it meets a file with a mark.
+The decoder has no hooks for tests. Python runs a `sitecustomize.py` on PYTHONPATH when it starts;
+ours makes the decoder process crash when it reads a file with a mark.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from arrowhead.decode.worker_process import SubprocessDecoder
 
 PIXELS = PixelConfig(size=32, views=2)
 
-# Behind its end marker a JPEG may carry anything: these files are well but for the mark.
+# A JPEG may have any bytes after its end marker, so a file with a mark is valid.
 SABOTAGE = """
 import os, resource, signal, sys, time
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -64,7 +64,7 @@ if sys.argv[0] == "-c":
 
 
 @pytest.fixture(autouse=True)
-def _started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def _start_new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_process, "subprocess", subprocess)
 
 
@@ -72,17 +72,17 @@ def _started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make every decoder's process that starts from now on run this first."""
 
-    def arrange(program: str) -> None:
+    def install(program: str) -> None:
         (tmp_path / "sitecustomize.py").write_text(program)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    arrange(SABOTAGE)
-    return arrange
+    install(SABOTAGE)
+    return install
 
 
 @pytest.fixture(scope="module")
 def photos(drawn: Path) -> list[bytes]:
-    """32 drawn JPEGs."""
+    """32 synthetic JPEGs."""
     return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:32]]
 
 
@@ -120,14 +120,14 @@ def _decoder(size: int = 8, timeout_seconds: float = 60.0) -> SubprocessDecoder:
     return SubprocessDecoder(PIXELS, batch_size=size, threads=2, timeout_seconds=timeout_seconds)
 
 
-def _streamed(
+def _check_stream(
     decoder: SubprocessDecoder, batches: Iterable[Batch], clean: dict[bytes, bytes]
 ) -> list[str]:
     """The faults of these batches; every photo in them has to come out as it does alone."""
     batches = list(batches)
     faults = []
-    for batch, (its_own, result) in zip(batches, decoder.stream(batches), strict=True):
-        assert its_own is batch
+    for batch, (streamed_batch, result) in zip(batches, decoder.stream(batches), strict=True):
+        assert streamed_batch is batch
         assert len(result.faults) == len(result.fallback) == len(batch.encoded)
         for row, data in enumerate(batch.encoded):
             if data in clean:
@@ -140,7 +140,7 @@ def _streamed(
     return faults
 
 
-def _gone(process: int, seconds: float = 120.0) -> bool:
+def _ends(process: int, seconds: float = 120.0) -> bool:
     """Whether a process ends (or is a corpse that its new parent has not buried yet)."""
     for _ in range(int(seconds / 0.05)):
         try:
@@ -167,19 +167,19 @@ def _gone(process: int, seconds: float = 120.0) -> bool:
         ("raise", "exit code 1", 2),
     ],
 )
-def test_a_file_that_kills_the_decoder_is_quarantined_after_so_many_deaths(
+def test_a_file_that_crashes_the_decoder_becomes_a_fault_after_a_few_crashes(
     way: str, words: str, deaths: int, photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
     batch = [*photos[:3], _marked(photos[3], way), *photos[4:8]]
     with _decoder() as decoder:
-        assert _streamed(decoder, [Batch(batch)], clean) == [f"decoder_crash: {words}"]
+        assert _check_stream(decoder, [Batch(batch)], clean) == [f"decoder_crash: {words}"]
         assert decoder.deaths == deaths
-        assert _streamed(decoder, [Batch(photos[8:16])], clean) == []
+        assert _check_stream(decoder, [Batch(photos[8:16])], clean) == []
         assert decoder.deaths == deaths
 
 
 @pytest.mark.usefixtures("sabotaged")
-def test_a_file_that_hangs_the_decoder_is_quarantined_and_no_process_stays(
+def test_a_file_that_hangs_the_decoder_becomes_a_fault_and_no_process_is_left(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
     batches = [Batch([*photos[:2], _marked(photos[2], "hang"), photos[3]]), Batch(photos[4:8])]
@@ -187,15 +187,15 @@ def test_a_file_that_hangs_the_decoder_is_quarantined_and_no_process_stays(
     with _decoder(timeout_seconds=3) as decoder:
         decoder(photos[:1], _ids(photos[:1]))
         children.add(decoder._child.pid)
-        assert _streamed(decoder, batches, clean) == ["decoder_crash: no answer in 3 s"]
+        assert _check_stream(decoder, batches, clean) == ["decoder_crash: no answer in 3 s"]
         children.add(decoder._child.pid)
         assert decoder.deaths == 2
     assert len(children) == 2
-    assert all(_gone(child) for child in children)
+    assert all(_ends(child) for child in children)
 
 
 @pytest.mark.usefixtures("sabotaged")
-def test_marked_files_anywhere_cost_their_rows_only(
+def test_crashing_files_anywhere_cost_only_their_own_rows(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
     def marked(number: int) -> bytes:
@@ -211,26 +211,26 @@ def test_marked_files_anywhere_cost_their_rows_only(
         Batch([*photos[26:31], marked(31)]),  # the last file of the last batch
     ]
     with _decoder() as decoder:
-        faults = _streamed(decoder, batches, clean)
+        faults = _check_stream(decoder, batches, clean)
         assert faults == ["decoder_crash: killed by SIGSEGV"] * 8
         # One death for each batch that holds such files, one for each of the files.
         assert decoder.deaths <= 5 + 8
-        assert _streamed(decoder, [Batch(photos[:8])], clean) == []
+        assert _check_stream(decoder, [Batch(photos[:8])], clean) == []
 
 
 @pytest.mark.usefixtures("sabotaged")
-def test_every_batch_after_a_death_comes_in_order(
+def test_batches_stay_in_order_after_crashes(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
     files = [_marked(p, "abort") if n % 9 == 4 else p for n, p in enumerate(photos)]
     batches = [Batch(files[first : first + 3]) for first in range(0, 32, 3)]
     with _decoder(size=3) as decoder:
-        assert len(_streamed(decoder, batches, clean)) == 4
+        assert len(_check_stream(decoder, batches, clean)) == 4
         assert decoder.deaths == 8
 
 
 @pytest.mark.usefixtures("sabotaged")
-def test_a_quarantined_file_has_the_same_fault_alone_and_among_others(photos: list[bytes]) -> None:
+def test_a_crashing_file_has_the_same_fault_alone_and_among_others(photos: list[bytes]) -> None:
     marked = _marked(photos[0], "abort")
     with _decoder() as decoder:
         alone = decoder([marked], _ids([marked])).faults[0]
@@ -239,7 +239,7 @@ def test_a_quarantined_file_has_the_same_fault_alone_and_among_others(photos: li
 
 
 @pytest.mark.usefixtures("sabotaged")
-def test_twenty_deaths_leave_no_file_descriptor_and_no_process_behind(
+def test_twenty_crashes_leak_no_file_descriptor_and_no_process(
     photos: list[bytes],
 ) -> None:
     deadly = [_marked(photo, "segfault") for photo in photos[:9]]
@@ -254,7 +254,7 @@ def test_twenty_deaths_leave_no_file_descriptor_and_no_process_behind(
             children.add(decoder._child.pid)
             assert len(os.listdir("/proc/self/fd")) == held
     assert sorted(os.listdir("/proc/self/fd")) == before
-    assert all(_gone(child) for child in children)
+    assert all(_ends(child) for child in children)
 
 
 # -------------------------------------------------------------------- the child's own end
@@ -265,10 +265,10 @@ def test_a_child_killed_between_batches_costs_nothing(
 ) -> None:
     with _decoder() as decoder:
         for first in (0, 8, 16):
-            assert _streamed(decoder, [Batch(photos[first : first + 8])], clean) == []
+            assert _check_stream(decoder, [Batch(photos[first : first + 8])], clean) == []
             os.kill(decoder._child.pid, signal.SIGKILL)
-            assert _gone(decoder._child.pid)
-        assert _streamed(decoder, [Batch(photos[24:])], clean) == []
+            assert _ends(decoder._child.pid)
+        assert _check_stream(decoder, [Batch(photos[24:])], clean) == []
         assert decoder.deaths == 3
 
 
@@ -278,7 +278,7 @@ def test_a_child_killed_at_any_moment_of_a_stream_costs_nothing(
     batches = [Batch(photos[first : first + 4]) for first in range(0, 32, 4)]
     with _decoder(size=4) as decoder:
 
-        def shot_at() -> Iterator[Batch]:
+        def batches_with_kills() -> Iterator[Batch]:
             for number, batch in enumerate(batches):
                 if number in (2, 3, 6):  # while the one or two before are under way
                     os.kill(decoder._child.pid, signal.SIGKILL)
@@ -286,21 +286,21 @@ def test_a_child_killed_at_any_moment_of_a_stream_costs_nothing(
 
         rows = [
             _pixels(made.views, row)
-            for batch, made in decoder.stream(shot_at())
+            for batch, made in decoder.stream(batches_with_kills())
             for row in range(len(batch.encoded))
         ]
         assert rows == [clean[photo] for photo in photos]
         assert 1 <= decoder.deaths <= 3
 
 
-def test_a_stream_left_early_does_not_answer_for_the_next(
+def test_a_stream_that_is_abandoned_does_not_affect_the_next(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
     batches = [Batch(photos[first : first + 4]) for first in range(0, 16, 4)]
     with _decoder(size=4) as decoder:
         for _ in decoder.stream(batches):
             break
-        assert _streamed(decoder, [Batch(photos[20:24])], clean) == []
+        assert _check_stream(decoder, [Batch(photos[20:24])], clean) == []
 
         def failing() -> Iterator[Batch]:
             yield from batches[:2]
@@ -308,10 +308,10 @@ def test_a_stream_left_early_does_not_answer_for_the_next(
 
         with pytest.raises(OSError, match="the disk is gone"):
             list(decoder.stream(failing()))
-        assert _streamed(decoder, [Batch(photos[28:])], clean) == []
+        assert _check_stream(decoder, [Batch(photos[28:])], clean) == []
 
 
-def test_a_decoder_that_was_closed_leaves_no_process(photos: list[bytes]) -> None:
+def test_closing_a_decoder_ends_its_process(photos: list[bytes]) -> None:
     decoder = _decoder()
     decoder(photos[:1], _ids(photos[:1]))
     child = decoder._child.pid
@@ -338,22 +338,22 @@ time.sleep(600)
 
 
 @pytest.mark.usefixtures("sabotaged")
-@pytest.mark.parametrize("doing", ["idle", "at work"])
-def test_the_child_does_not_outlive_a_parent_killed_outright(
-    doing: str, photos: list[bytes], tmp_path: Path
+@pytest.mark.parametrize("state", ["idle", "at work"])
+def test_the_decoder_process_ends_if_its_parent_is_killed(
+    state: str, photos: list[bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(photos[0])
     program = tmp_path / "parent.py"
     program.write_text(PARENT)
-    result = [str(tmp_path / "photo.jpg"), *(["hang"] if doing == "at work" else [])]
+    result = [str(tmp_path / "photo.jpg"), *(["hang"] if state == "at work" else [])]
     parent = subprocess.Popen([sys.executable, program, *result], stdout=subprocess.PIPE, text=True)
     child = 0
     try:
         child = int(parent.stdout.readline())
-        assert not _gone(child, 0.5)
+        assert not _ends(child, 0.5)
         parent.kill()
         parent.wait()
-        assert _gone(child)
+        assert _ends(child)
     finally:
         parent.kill()
         parent.wait()
@@ -390,7 +390,7 @@ def _killing(
     killed: list[int] = []
     ended = threading.Event()
 
-    def hunt() -> None:
+    def kill_next() -> None:
         while len(killed) < times and not ended.is_set():
             child = decoder._child
             if child and child.pid not in killed and ready(child.pid):
@@ -399,20 +399,20 @@ def _killing(
                     killed.append(child.pid)
             time.sleep(0.005)
 
-    hunter = threading.Thread(target=hunt)
-    hunter.start()
+    thread = threading.Thread(target=kill_next)
+    thread.start()
     try:
         yield killed
     finally:
         ended.set()
-        hunter.join()
+        thread.join()
 
 
 def test_a_child_killed_while_it_starts_is_started_again(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:
     with _decoder() as decoder, _killing(decoder, worker_process.MAX_START_ATTEMPTS - 1) as killed:
-        assert _streamed(decoder, [Batch(photos[:8])], clean) == []
+        assert _check_stream(decoder, [Batch(photos[:8])], clean) == []
         assert len(killed) == worker_process.MAX_START_ATTEMPTS - 1
 
 
@@ -474,19 +474,19 @@ def test_files_that_are_killed_one_after_another_are_the_machines_fault(
 # ------------------------------------------------------------------------------ the slots
 
 
-def test_files_of_50_megabytes_pass(photos: list[bytes], clean: dict[bytes, bytes]) -> None:
-    # A photo with a film behind it, as telephones make them.
+def test_files_of_50_megabytes_are_decoded(photos: list[bytes], clean: dict[bytes, bytes]) -> None:
+    # A photo followed by a film, as phones write them.
     film = np.random.default_rng(0).bytes(50_000_000)
-    heavy = [photos[0] + film, photos[1] + film]
+    large_files = [photos[0] + film, photos[1] + film]
     with _decoder(size=4) as decoder:
-        result = decoder([*heavy, photos[2]], _ids(photos[:3]))
+        result = decoder([*large_files, photos[2]], _ids(photos[:3]))
         assert result.faults == [None] * 3
         assert [_pixels(result.views, row) for row in range(3)] == [clean[p] for p in photos[:3]]
         # The child gives the memory of the encoded bytes back once it has read them.
         assert all(os.fstat(slot.encoded).st_size == 0 for slot in decoder._slots)
 
 
-def test_a_batch_of_nothing_has_no_rows_and_starts_nothing() -> None:
+def test_an_empty_batch_has_no_rows_and_starts_no_process() -> None:
     with _decoder() as decoder:
         result = decoder([], [])
         assert [len(view) for view in result.views] == [0, 0]
@@ -494,7 +494,7 @@ def test_a_batch_of_nothing_has_no_rows_and_starts_nothing() -> None:
         assert decoder._child is None
 
 
-def test_the_output_of_the_child_is_bounded(photos: list[bytes]) -> None:
+def test_the_stderr_file_of_the_decoder_process_is_bounded(photos: list[bytes]) -> None:
     # Each of these makes libjpeg and nvImageCodec complain in many words.
     truncated = [photo[: len(photo) // 2] for photo in photos]
     with _decoder(size=32) as decoder:

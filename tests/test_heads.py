@@ -23,23 +23,26 @@ WIDTH = 7
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """On matrices this small and cores this busy, threads wait for each other more than work."""
+    """Use one thread: for matrices this small, threads spend more time on waiting than working."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def _heads(kind: str, classes: int, groups: int, each: int) -> list[list[nn.Sequential]]:
-    """Heads with weights of their own; those of a group share the mean and deviation."""
-    draw = torch.Generator().manual_seed(0)
+def _heads(kind: str, classes: int, groups: int, heads_per_group: int) -> list[list[nn.Sequential]]:
+    """Heads with different weights; those of a group share the mean and deviation."""
+    generator = torch.Generator().manual_seed(0)
     result = []
     for group in range(groups):
         result.append(
-            [heads.build_head(kind, WIDTH, classes, seed=group * each + n) for n in range(each)]
+            [
+                heads.build_head(kind, WIDTH, classes, seed=group * heads_per_group + n)
+                for n in range(heads_per_group)
+            ]
         )
-        mean = torch.randn(WIDTH, generator=draw)
-        deviation = torch.rand(WIDTH, generator=draw) + 0.5
+        mean = torch.randn(WIDTH, generator=generator)
+        deviation = torch.rand(WIDTH, generator=generator) + 0.5
         for head in result[-1]:
             if isinstance(head[0], Standardize):
                 head[0].mean.copy_(mean)
@@ -56,26 +59,26 @@ def _stack(kind: str, single: list[list[nn.Sequential]], *, multi: bool = False)
 
 
 def _batch(groups: int, rows: int) -> Tensor:
-    drawn = np.random.default_rng(1).normal(size=(groups, rows, WIDTH)).astype(np.float16)
-    return torch.from_numpy(drawn)
+    features = np.random.default_rng(1).normal(size=(groups, rows, WIDTH)).astype(np.float16)
+    return torch.from_numpy(features)
 
 
-def _centred(logit_CB: Tensor, *, multi: bool) -> Tensor:
-    """Where a row has one label, a constant added to all its logits means nothing."""
+def _centre_logits(logit_CB: Tensor, *, multi: bool) -> Tensor:
+    """Centre single-label logits, because a constant added to all of them has no effect."""
     return logit_CB if multi else logit_CB - logit_CB.mean(-2, keepdim=True)
 
 
 # ------------------------------------------------------------------------------ one head
 
 
-def test_the_lesson_head_is_the_lessons() -> None:
+def test_the_lesson_head_has_the_layers_of_fastais_lesson() -> None:
     parts = [type(part) for part in heads.build_head("lesson", 16, 3)]
     norm, drop = nn.BatchNorm1d, nn.Dropout
     assert parts == [norm, drop, nn.Linear, nn.ReLU, norm, drop, nn.Linear]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_weights_are_a_function_of_the_seed_and_of_nothing_else(kind: str) -> None:
+def test_initial_weights_depend_only_on_the_seed(kind: str) -> None:
     def weights(seed: int) -> Tensor:
         return nn.utils.parameters_to_vector(heads.build_head(kind, 5, 3, seed=seed).parameters())
 
@@ -102,9 +105,11 @@ def test_a_head_taken_from_a_stack_gives_the_same_logits(
         single = heads.restore_head(kind, WIDTH, classes, stack.state(group, head))
         assert not single.training
         with torch.inference_mode():
-            wanted = single(feature[group].float()).mT
-        result = _centred(logit[group, head], multi=multi)
-        torch.testing.assert_close(result, _centred(wanted, multi=multi), rtol=1e-5, atol=1e-5)
+            expected = single(feature[group].float()).mT
+        result = _centre_logits(logit[group, head], multi=multi)
+        torch.testing.assert_close(
+            result, _centre_logits(expected, multi=multi), rtol=1e-5, atol=1e-5
+        )
     same = stack.logits(feature[:1])  # one batch for all groups
     torch.testing.assert_close(same[0], logit[0])
     torch.testing.assert_close(same[1], stack.logits(feature[:1].expand(2, -1, -1))[1])
@@ -117,12 +122,12 @@ def test_a_head_taken_from_a_stack_gives_the_same_logits(
 @pytest.mark.parametrize("multi", [False, True])
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(
-    ("groups", "each", "rows"), [(1, 1, 2), (1, 1, 1), (2, 3, 20), (2, 5, 3), (1, 6, 6)]
+    ("groups", "heads_per_group", "rows"), [(1, 1, 2), (1, 1, 1), (2, 3, 20), (2, 5, 3), (1, 6, 6)]
 )
-def test_logits_slopes_and_statistics_are_those_autograd_finds_for_each_head(
-    kind: str, multi: bool, classes: int, groups: int, each: int, rows: int
+def test_logits_gradients_and_statistics_equal_autograds_for_each_head(
+    kind: str, multi: bool, classes: int, groups: int, heads_per_group: int, rows: int
 ) -> None:
-    single = _heads(kind, classes, groups, each)
+    single = _heads(kind, classes, groups, heads_per_group)
     stack = _stack(kind, single, multi=multi)
     feature = _batch(groups, rows)
     logit = stack.logits(feature, BatchSlice(0, 0, rows))
@@ -133,13 +138,13 @@ def test_logits_slopes_and_statistics_are_those_autograd_finds_for_each_head(
     if kind == "lesson" and rows == 1:  # torch's batch norm refuses it; a store may have it
         assert stack.grad.isfinite().all()
         return
-    for group, number in np.ndindex(groups, each):
+    for group, number in np.ndindex(groups, heads_per_group):
         head = single[group][number].train()
         plain = head(feature[group].float()).mT
         plain.backward(gradient[group, number])
-        result = _centred(logit[group, number], multi=multi)
-        wanted = _centred(plain.detach(), multi=multi)
-        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
+        result = _centre_logits(logit[group, number], multi=multi)
+        expected = _centre_logits(plain.detach(), multi=multi)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         gradients = stack.state(group, number, stack.grad)
         for name, weight in head.named_parameters():
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-4)
@@ -149,7 +154,7 @@ def test_logits_slopes_and_statistics_are_those_autograd_finds_for_each_head(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [2, 3])
-def test_a_worker_without_a_row_of_the_batch_adds_nothing(kind: str, classes: int) -> None:
+def test_a_worker_without_rows_of_a_batch_contributes_no_gradient(kind: str, classes: int) -> None:
     stack = _stack(kind, _heads(kind, classes, 2, 3))
     stack.grad.fill_(1)
     if kind == "linear":  # alone: the lesson's statistics would be those of no row at all
@@ -168,24 +173,24 @@ def test_padding_rows_change_nothing(kind: str, counts: list[int]) -> None:
     single = _heads(kind, 3, groups, 2)
     stack = _stack(kind, single)
     feature = _batch(groups, rows)
-    real = torch.arange(rows) < torch.tensor(counts)[:, None]
-    stack.logits(feature, BatchSlice(0, 0, rows), real)
+    valid = torch.arange(rows) < torch.tensor(counts)[:, None]
+    stack.logits(feature, BatchSlice(0, 0, rows), valid)
     gradient = torch.ones(groups, 2, 3, rows)
     gradient[:, :, 0] = -2
-    stack.backward(gradient * real[:, None, None])
+    stack.backward(gradient * valid[:, None, None])
     for group, count in enumerate(counts):
         alone = _stack(kind, [single[group]])
         alone.logits(feature[group : group + 1, :count], BatchSlice(0, 0, count))
         alone.backward(gradient[group : group + 1, :, :, :count].clone())
         for head in range(2):
             for flat, own in ((stack.grad, alone.grad), (None, None)):
-                wanted = alone.state(0, head, own)
+                expected = alone.state(0, head, own)
                 for name, value in stack.state(group, head, flat).items():
-                    torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flat_tensors_of_a_stack_fall_into_parts_and_heads(kind: str) -> None:
+def test_flat_tensors_of_a_stack_can_be_split_by_parameter_and_head(kind: str) -> None:
     single = _heads(kind, 3, 2, 3)
     stack = _stack(kind, single)
     for group, head in np.ndindex(2, 3):
@@ -207,7 +212,7 @@ def test_flat_tensors_of_a_stack_fall_into_parts_and_heads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_taken_from_a_stack_stays_as_it_was(kind: str) -> None:
+def test_a_state_copied_from_a_stack_does_not_change_later(kind: str) -> None:
     stack = _stack(kind, _heads(kind, 2, 1, 1))
     taken = stack.state(0, 0)
     before = {name: value.clone() for name, value in taken.items()}
@@ -251,7 +256,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 99), st.integers(0, 1))
 @settings(deadline=None, max_examples=40)
-def test_several_workers_draw_the_dropout_mask_of_one(
+def test_the_dropout_mask_does_not_depend_on_the_number_of_workers(
     rows: int, world: int, step: int, layer: int
 ) -> None:
     full = heads.dropout_mask(5, layer, BatchSlice(step, 0, rows), rows, 6, 0.5)
@@ -263,7 +268,7 @@ def test_several_workers_draw_the_dropout_mask_of_one(
     assert torch.equal(torch.cat(parts), full)
 
 
-def test_each_seed_layer_and_step_has_a_mask_of_its_own() -> None:
+def test_each_seed_layer_and_step_has_its_own_dropout_mask() -> None:
     result = [
         heads.dropout_mask(seed, layer, BatchSlice(step, 0, 20), 20, 20, 0.5)
         for seed in range(2)

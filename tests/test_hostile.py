@@ -36,7 +36,7 @@ PIXELS = PixelConfig(size=32, views=2)
 
 
 class Row(NamedTuple):
-    """What one file came out as."""
+    """The result of one file."""
 
     fault: str | None
     fallback: bool
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 @pytest.fixture(scope="module")
 def photos(drawn: Path) -> list[bytes]:
-    """56 drawn JPEGs."""
+    """56 synthetic JPEGs."""
     return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:56]]
 
 
@@ -62,7 +62,7 @@ def decoder() -> Iterator[SubprocessDecoder]:
 
 @pytest.fixture(scope="module")
 def alone(corpus: dict[str, Case], decoder: SubprocessDecoder) -> dict[str, Row]:
-    """What each hostile file comes out as in a batch of its own."""
+    """The result of each broken file in a batch of its own."""
     rows = {}
     for name, case in corpus.items():
         rows[name] = _rows(decoder([case.data], _ids([case.data])))[0]
@@ -73,20 +73,20 @@ def _ids(files: Sequence[bytes]) -> list[bytes]:
     return [zlib.crc32(data).to_bytes(16, "big") for data in files]
 
 
-def _rows(made: Pixels) -> list[Row]:
-    """The rows that stand for files."""
+def _rows(pixels: Pixels) -> list[Row]:
+    """The rows of files, without padding."""
     return [
-        Row(fault, made.fallback[row], b"".join(view[row].tobytes() for view in made.views))
-        for row, fault in enumerate(made.faults)
+        Row(fault, pixels.fallback[row], b"".join(view[row].tobytes() for view in pixels.views))
+        for row, fault in enumerate(pixels.faults)
     ]
 
 
-def _mixed(
-    mates: Sequence[bytes], strangers: Sequence[bytes], rng: np.random.Generator
+def _shuffled_batch(
+    good: Sequence[bytes], broken: Sequence[bytes], rng: np.random.Generator
 ) -> tuple[list[bytes], list[int]]:
     """A batch of both, shuffled, and where in (mates + strangers) each of its files stood."""
-    order = rng.permutation(len(mates) + len(strangers))
-    files = [*mates, *strangers]
+    order = rng.permutation(len(good) + len(broken))
+    files = [*good, *broken]
     return [files[place] for place in order], [int(place) for place in order]
 
 
@@ -101,7 +101,7 @@ def test_the_corpus_is_large_and_the_same_from_the_same_seed(
     assert hostile(photos, seed=1) != corpus
 
 
-def test_every_hostile_file_ends_as_it_should(
+def test_every_broken_file_has_its_expected_outcome(
     corpus: dict[str, Case], alone: dict[str, Row]
 ) -> None:
     wrong = {}
@@ -114,7 +114,7 @@ def test_every_hostile_file_ends_as_it_should(
     assert not wrong
 
 
-def test_a_fault_is_one_short_printable_line_without_addresses_times_or_paths(
+def test_a_fault_is_one_short_printable_line_without_addresses_or_paths(
     alone: dict[str, Row],
 ) -> None:
     for name, row in alone.items():
@@ -137,7 +137,7 @@ def test_a_faulty_row_is_black(alone: dict[str, Row]) -> None:
 @pytest.mark.parametrize(
     ("size", "bad", "threads", "real"), [(64, 12, 2, False), (32, 6, 1, False), (64, 24, 2, True)]
 )
-def test_hostile_files_and_their_mates_come_out_as_they_do_alone(
+def test_broken_and_good_files_in_a_batch_are_decoded_as_when_alone(
     size: int,
     bad: int,
     threads: int,
@@ -158,7 +158,7 @@ def test_hostile_files_and_their_mates_come_out_as_they_do_alone(
         assert not any(row.fault for row in clean)
         for first in range(0, len(names), bad):
             some = names[first : first + bad]
-            batch, order = _mixed(others, [corpus[name].data for name in some], rng)
+            batch, order = _shuffled_batch(others, [corpus[name].data for name in some], rng)
             for directory, row in zip(order, _rows(decoder(batch, _ids(batch))), strict=True):
                 if directory < len(others):
                     assert row == clean[directory], f"a photo changed among {some}"
@@ -168,7 +168,7 @@ def test_hostile_files_and_their_mates_come_out_as_they_do_alone(
         assert decoder.deaths == 0
 
 
-def test_one_bad_file_among_63_photos_of_an_epoch_costs_one_row(
+def test_one_broken_file_among_63_photos_costs_one_row(
     photos: list[bytes], corpus: dict[str, Case], decoder: SubprocessDecoder
 ) -> None:
     others = (photos * 2)[:63]
@@ -180,7 +180,7 @@ def test_one_bad_file_among_63_photos_of_an_epoch_costs_one_row(
         assert rows[20].fault
 
 
-def test_the_words_of_one_file_do_not_hide_the_damage_of_another(
+def test_messages_about_one_file_do_not_hide_the_damage_of_another(
     photos: list[bytes], decoder: SubprocessDecoder
 ) -> None:
     # libpng says a line for each of 20,000 broken comments in a PNG that is otherwise well, while
@@ -211,7 +211,7 @@ def _peak_megabytes(process: int) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 
-def test_a_false_size_in_a_file_costs_no_memory(
+def test_a_false_size_in_a_file_allocates_no_memory(
     corpus: dict[str, Case], photos: list[bytes]
 ) -> None:
     claims = [name for name in corpus if "claiming" in name or "longer than itself" in name]
@@ -274,15 +274,15 @@ def _others(images: list[Image.Image]) -> list[bytes]:
     return files
 
 
-def _fuzzed(
+def _decode_among_good(
     broken: Sequence[bytes], good: Sequence[bytes], decoder: SubprocessDecoder
 ) -> Iterator[Row]:
     """What broken files come out as, in batches of 64 with good ones between them."""
     clean = _rows(decoder(good, _ids(good)))
     assert not any(row.fault for row in clean)
-    strangers = 64 - len(good)
-    for first in range(0, len(broken), strangers):
-        batch = list(broken[first : first + strangers])
+    broken_per_batch = 64 - len(good)
+    for first in range(0, len(broken), broken_per_batch):
+        batch = list(broken[first : first + broken_per_batch])
         places = [number * len(batch) // len(good) for number in range(len(good))]
         for folder, photo in zip(reversed(places), reversed(good), strict=True):
             batch.insert(folder, photo)
@@ -294,7 +294,7 @@ def _fuzzed(
 
 
 @pytest.mark.parametrize(("kind", "count"), [("JPEG", 10_000), ("other", 10_000)])
-def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
+def test_mutated_files_are_decoded_or_faults_and_the_same_in_every_order(
     kind: str, count: int, photos: list[bytes], decoder: SubprocessDecoder
 ) -> None:
     images = _small(photos, 20)
@@ -302,7 +302,7 @@ def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
     seeds = _jpegs(images) if kind == "JPEG" else _others(images[:3])
     broken = list(mutants(seeds, count, seed=7))
     good = [encoded(image, "JPEG", quality=88) for image in images[:4]]
-    rows = list(_fuzzed(broken, good, decoder))
+    rows = list(_decode_among_good(broken, good, decoder))
     assert decoder.deaths == deaths
     assert len(rows) == count
     for row in rows:
@@ -314,7 +314,7 @@ def test_broken_files_are_rows_well_or_faulty_and_the_same_in_every_order(
 
     order = np.random.default_rng(8).permutation(count)
     with SubprocessDecoder(PIXELS, batch_size=64, threads=1) as other:
-        again = list(_fuzzed([broken[place] for place in order], good, other))
+        again = list(_decode_among_good([broken[place] for place in order], good, other))
         assert other.deaths == 0
     changed = [int(place) for place, row in zip(order, again, strict=True) if row != rows[place]]
     assert not changed, [(n, broken[n][:4], rows[n].fault) for n in changed[:9]]

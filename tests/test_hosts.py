@@ -29,7 +29,7 @@ NET = "10.203.77"  # reachable from these namespaces only
 HEAD = f"{NET}.1:6379"
 # Ray takes a machine for lost after a minute without an answer. Here after a third of that, which
 # is still longer than our own command keeps silent.
-NOTICE = {
+RAY_HEALTH_CHECK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
@@ -54,7 +54,7 @@ class Host:
         with log.open("wb") as file:
             return subprocess.Popen(
                 ["nsenter", f"--net=/run/netns/{self.name}", *words],
-                env=os.environ | NOTICE | home | {"RAY_USAGE_STATS_ENABLED": "0"},
+                env=os.environ | RAY_HEALTH_CHECK | home | {"RAY_USAGE_STATS_ENABLED": "0"},
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -71,7 +71,7 @@ class Host:
         node = self.run([*ray, *own, "--object-store-memory=100000000", *words], log)
 
         def joined() -> None:
-            until(lambda: node.poll() is not None or b"runtime started" in log.read_bytes())
+            wait_until(lambda: node.poll() is not None or b"runtime started" in log.read_bytes())
             assert node.poll() is None, log.read_text()
 
         return joined
@@ -87,17 +87,17 @@ class Host:
 
     def works(self) -> bool:
         """Whether a worker runs here."""
-        return any("TrainWorker" in title(pid) for pid in self.pids())
+        return any("TrainWorker" in command_line(pid) for pid in self.pids())
 
     def raylet(self) -> int | None:
-        return next((pid for pid in self.pids() if "/raylet/raylet " in title(pid)), None)
+        return next((pid for pid in self.pids() if "/raylet/raylet " in command_line(pid)), None)
 
 
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-def title(pid: int) -> str:
+def command_line(pid: int) -> str:
     try:
         line = (Path("/proc") / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -105,7 +105,7 @@ def title(pid: int) -> str:
     return line.replace(b"\0", b" ").decode(errors="replace")
 
 
-def until(reached: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end, f"not reached in {seconds:.0f} s"
@@ -114,7 +114,7 @@ def until(reached: Callable[[], bool], seconds: float = 120.0) -> None:
 
 @pytest.fixture(scope="module")
 def hosts(tracked: Callable[[Path], Path]) -> Iterator[list[Host]]:
-    """A head and two hosts on a bridge, in one Ray cluster; nothing is left of them."""
+    """A head and two hosts on a bridge, in one Ray cluster, removed afterwards."""
     if not (shutil.which("ip") and shutil.which("nsenter")):
         pytest.skip("several hosts need `ip` and `nsenter` (iproute2, util-linux)")
     folder = tracked(Path(tempfile.mkdtemp(prefix="ah", dir="/tmp")))
@@ -148,7 +148,7 @@ def hosts(tracked: Callable[[Path], Path]) -> Iterator[list[Host]]:
     finally:
         for host in outcome:
             host.kill()
-        until(lambda: not any(host.pids() for host in outcome))
+        wait_until(lambda: not any(host.pids() for host in outcome))
         for host in outcome:
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -186,7 +186,7 @@ def files(store: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in named}
 
 
-def on(head: Host, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def run_on_head(head: Host, words: list[str], log: Path) -> subprocess.Popen[bytes]:
     return head.run([sys.executable, "-m", "arrowhead", *words, "--address", HEAD], log)
 
 
@@ -196,22 +196,22 @@ def result(command: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
     return dict(json.loads(lines[-1]))
 
 
-def test_one_host_killed_and_the_other_cut_off_cost_no_row(hosts, alone, many):
+def test_extraction_loses_no_row_if_one_host_is_killed_and_another_disconnected(hosts, alone, many):
     head, first, second = hosts
     folder, _ = alone
     store, log = folder / "disturbed", folder / "disturbed.log"
-    command = on(head, [*precompute(many, store), "--workers", "1:2"], log)
-    until(lambda: shards(store) >= 4 or command.poll() is not None)
+    command = run_on_head(head, [*precompute(many, store), "--workers", "1:2"], log)
+    wait_until(lambda: shards(store) >= 4 or command.poll() is not None)
     assert first.works() and second.works(), log.read_text()
 
     os.kill(first.raylet(), signal.SIGKILL)
-    until(lambda: f"on {first.address} is gone" in log.read_text())
-    there = shards(store)
-    until(lambda: shards(store) >= there + 2)
+    wait_until(lambda: f"on {first.address} is gone" in log.read_text())
+    shard_count = shards(store)
+    wait_until(lambda: shards(store) >= shard_count + 2)
     head.ip("link", "set", f"to-{second.address}", "down")
     assert command.poll() is None, "it ended before a host was cut off"
     first.start(f"--address={HEAD}", "--num-cpus=1")
-    until(lambda: f"{second.address} has not answered" in log.read_text(), 30)
+    wait_until(lambda: f"{second.address} has not answered" in log.read_text(), 30)
     assert f"on {second.address} is gone" not in log.read_text()  # Ray has not said so yet
     counts = result(command, log)["counts"]
     assert f"on {second.address} is gone" in log.read_text()
@@ -219,27 +219,25 @@ def test_one_host_killed_and_the_other_cut_off_cost_no_row(hosts, alone, many):
     assert files(store) == files(folder / "alone" / "store")
 
 
-def test_what_waits_for_a_host_says_so_and_two_hosts_train_what_one_process_trains(
-    hosts, alone, many
-):
+def test_waiting_for_a_host_is_reported_and_two_hosts_train_like_one_process(hosts, alone, many):
     """The second host, which was cut off, comes back while the command waits for it."""
     head, first, second = hosts
     folder, expected = alone
     log = folder / "together.log"
     store = folder / "disturbed"  # by the test before
     train = ["train", str(store), str(folder / "together"), *HEAD_FLAGS, "--workers", "2"]
-    command = on(head, train, log)
+    command = run_on_head(head, train, log)
     never = folder / "never.log"
     three = [*precompute(many, folder / "never"), "--workers", "3", "--wait", "1"]
-    impatient = on(head, three, never)
-    until(lambda: "waiting for 2 workers: the cluster has room for 1" in log.read_text())
+    impatient = run_on_head(head, three, never)
+    wait_until(lambda: "waiting for 2 workers: the cluster has room for 1" in log.read_text())
     head.ip("link", "set", f"to-{second.address}", "up")
-    until(lambda: second.raylet() is None)  # its Ray finds that it is given up, and ends
+    wait_until(lambda: second.raylet() is None)  # its Ray finds that it is given up, and ends
     second.start(f"--address={HEAD}", "--num-cpus=1")
     assert impatient.wait(120) == 130
     assert "For 1 s the cluster had no room for 3 workers" in never.read_text()
     assert "run the same command again" in never.read_text()
-    until(lambda: first.works() and second.works())
+    wait_until(lambda: first.works() and second.works())
     actual = result(command, log)
     assert len(actual["epochs"]) == 4
     for one, two in zip(expected["epochs"], actual["epochs"], strict=True):

@@ -35,8 +35,8 @@ def data(many: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path) -> dict[str, bytes]:
-    """The files of a store that nobody disturbed."""
+def undisturbed(data: Path) -> dict[str, bytes]:
+    """The files of a store that was extracted without kills."""
     (result,) = finish(start(data.parent, data, "whole", workers=0))
     assert result["counts"]["decoded"] == IMAGES
     return files(data.parent / "whole")
@@ -46,7 +46,7 @@ def whole(data: Path) -> dict[str, bytes]:
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A working directory; nothing of ours runs in it afterwards."""
     yield tmp_path
-    for process in ours(tmp_path):
+    for process in our_processes(tmp_path):
         os.kill(process, signal.SIGKILL)
 
 
@@ -103,7 +103,7 @@ def files(store: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in named}
 
 
-def ours(folder: Path) -> dict[int, str]:
+def our_processes(folder: Path) -> dict[int, str]:
     """Processes of commands started in this folder: pid to command line."""
     mark, result = f"KILLS_FOLDER={folder}\0".encode(), {}
     for entry in Path("/proc").iterdir():
@@ -124,15 +124,17 @@ VICTIMS = {
 }
 
 
-def strike(command: subprocess.Popen[str], folder: Path, victim: str, draw: random.Random) -> bool:
+def kill_victim(
+    command: subprocess.Popen[str], folder: Path, victim: str, rng: random.Random
+) -> bool:
     """Kill a process of that kind; False if there was none (any more)."""
     if victim == "driver":
         command.kill()
         return True
-    result = [pid for pid, line in ours(folder).items() if VICTIMS[victim](line)]
+    result = [pid for pid, line in our_processes(folder).items() if VICTIMS[victim](line)]
     if not result or command.poll() is not None:
         return False
-    os.kill(draw.choice(sorted(result)), signal.SIGKILL)
+    os.kill(rng.choice(sorted(result)), signal.SIGKILL)
     return True
 
 
@@ -143,13 +145,13 @@ def until_files(command: subprocess.Popen[str], folder: Path, kind: str, more: i
         time.sleep(0.05)
 
 
-def settled(folder: Path) -> None:
+def wait_for_no_processes(folder: Path) -> None:
     """Wait until nothing of a dead command is left, then see that nothing is."""
     for _ in range(100):
-        if not ours(folder):
+        if not our_processes(folder):
             return
         time.sleep(0.1)
-    for process in ours(folder):  # Ray's own agents may outlive their raylet
+    for process in our_processes(folder):  # Ray's own agents may outlive their raylet
         os.kill(process, signal.SIGKILL)
 
 
@@ -189,20 +191,20 @@ def pair(data: Path, tracked: Tracked, tmp_path_factory: pytest.TempPathFactory)
         alone = finish(run(folder, ["fit", str(data), "alone", *head], [*score, "one"]), lines=2)
         command = run(folder, ["fit", str(data), "group", *head, *two], [*score, "two", *two])
         until_files(command, folder / "group" / "store" / "shards", "*.arrow", 2)
-        assert strike(command, folder, "worker", random.Random(0)), command.communicate()[1]
+        assert kill_victim(command, folder, "worker", random.Random(0)), command.communicate()[1]
         until_files(command, folder / "two" / "parts", "part-*", 2)
-        assert strike(command, folder, "gcs", random.Random(0)), command.communicate()[1]
+        assert kill_victim(command, folder, "gcs", random.Random(0)), command.communicate()[1]
         out, output = command.communicate(timeout=300)
         assert command.returncode == 130, output[-4000:]
-        settled(folder)
+        wait_for_no_processes(folder)
         (scored,) = finish(run(folder, [*score, "two"]))
         yield Pair(folder, alone[0], results(out)[0], scored, output)
     finally:
-        for process in ours(folder):
+        for process in our_processes(folder):
             os.kill(process, signal.SIGKILL)
 
 
-def test_two_workers_write_the_shards_of_one_though_one_of_them_is_killed(pair):
+def test_two_workers_write_the_same_shards_as_one_even_if_one_is_killed(pair):
     assert "started again" in pair.said
     assert len(list((pair.folder / "alone" / "store" / "shards").glob("*.arrow"))) > 8
     assert files(pair.folder / "group" / "store") == files(pair.folder / "alone" / "store")
@@ -215,14 +217,14 @@ def test_two_workers_write_the_shards_of_one_though_one_of_them_is_killed(pair):
     assert twice == once
 
 
-def test_two_workers_reach_the_same_figures_in_every_epoch(pair):
+def test_two_workers_have_the_same_metrics_as_one_in_every_epoch(pair):
     """The lesson's head: batch norm and dropout are those of the global batch."""
     assert len(pair.group["epochs"]) == 3
     for one, two in zip(pair.alone["epochs"], pair.group["epochs"], strict=True):
         assert two == pytest.approx(one, rel=1e-4)
 
 
-def test_two_workers_score_the_same_though_their_cluster_is_killed(pair):
+def test_two_workers_write_the_same_scores_even_if_their_cluster_is_killed(pair):
     assert "run the same command again: it continues" in pair.said
     parts = sorted((pair.folder / "one" / "parts").glob("part-*"))
     assert len(parts) > 8
@@ -231,77 +233,81 @@ def test_two_workers_score_the_same_though_their_cluster_is_killed(pair):
         assert (pair.folder / "two" / "parts" / part.name).read_bytes() == part.read_bytes()
 
 
-def test_the_token_of_a_ray_of_our_own_is_for_its_owner_only(pair):
+def test_the_token_of_a_local_ray_is_readable_by_its_owner_only(pair):
     assert (pair.folder / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("victim", ["gcs", "raylet"])
-def test_a_killed_cluster_ends_an_extraction_that_can_be_resumed(data, whole, folder, victim):
+def test_an_extraction_resumes_after_its_cluster_is_killed(data, undisturbed, folder, victim):
     command = start(folder, data, "s", workers=2)
     until_files(command, folder / "s" / "shards", "*.arrow", 4)
-    assert strike(command, folder, victim, random.Random(0)), command.communicate()[1]
+    assert kill_victim(command, folder, victim, random.Random(0)), command.communicate()[1]
     _, err = command.communicate(timeout=300)
     assert command.returncode == 130, err[-4000:]
     assert "run the same command again: it continues" in err
-    settled(folder)
+    wait_for_no_processes(folder)
     (result,) = finish(start(folder, data, "s", workers=0))
-    assert files(folder / "s") == whole
+    assert files(folder / "s") == undisturbed
     assert result["counts"]["skipped"] >= 8 * 4
     assert result["counts"]["features"] == IMAGES
 
 
 def test_scores_survive_kills_of_workers_cluster_and_driver(data, folder):
     """The parts of an undisturbed scoring are the measure."""
-    few = ["--extract.chunk-size", "8", "--epochs", "1", "--rate", "0.01"]
-    finish(run(folder, ["fit", str(data), "fit", *FLAGS[:-2], *few]))
+    flags = ["--extract.chunk-size", "8", "--epochs", "1", "--rate", "0.01"]
+    finish(run(folder, ["fit", str(data), "fit", *FLAGS[:-2], *flags]))
     words = ["score", "fit/bundle", str(data), "calm", "--chunk-size", "8", "--flag-novel"]
     finish(run(folder, words))
-    calm = {file.name: file.read_bytes() for file in (folder / "calm" / "parts").glob("part-*")}
-    words[3], draw = "shaken", random.Random(0)
+    expected_parts = {
+        file.name: file.read_bytes() for file in (folder / "calm" / "parts").glob("part-*")
+    }
+    words[3], rng = "shaken", random.Random(0)
     for victim in ("driver", "worker", "gcs", "driver", "worker", "raylet"):
         before = len(list((folder / "shaken" / "parts").glob("part-*")))
-        if before > len(calm) - 10:  # too little is left to be struck in its middle
+        if before > len(expected_parts) - 10:  # too little is left to be struck in its middle
             shutil.rmtree(folder / "shaken")
             before = 0
         command = run(folder, [*words, "--workers", "2"])
         until_files(command, folder / "shaken" / "parts", "part-*", 2)
-        assert strike(command, folder, victim, draw)
+        assert kill_victim(command, folder, victim, rng)
         _, err = command.communicate(timeout=600)
-        settled(folder)
+        wait_for_no_processes(folder)
         assert command.returncode in (0, 130, -signal.SIGKILL), err[-4000:]
         print(f"killed {victim} with {before} parts there: exit code {command.returncode}")
     finish(run(folder, words))
     shaken = (folder / "shaken" / "parts").glob("part-*")
-    assert {file.name: file.read_bytes() for file in shaken} == calm
+    assert {file.name: file.read_bytes() for file in shaken} == expected_parts
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("seed", [int(os.environ.get("CHAOS_SEED", "0"))])
-def test_twenty_kills_at_random_moments_leave_the_same_bytes(data, whole, folder, seed):
+def test_after_twenty_kills_at_random_moments_a_store_has_the_same_bytes(
+    data, undisturbed, folder, seed
+):
     """Every kill is at a moment drawn between start-up and end; stores are begun anew when done."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     kinds = ["driver", "worker", "raylet", "gcs"] * 5
-    draw.shuffle(kinds)
-    struck: dict[str, int] = {}
+    rng.shuffle(kinds)
+    kills: dict[str, int] = {}
     finished = 0
     while kinds:
-        workers = 0 if kinds[-1] == "driver" and draw.random() < 0.5 else 2
+        workers = 0 if kinds[-1] == "driver" and rng.random() < 0.5 else 2
         command = start(folder, data, "s", workers)
         before = len(list((folder / "s" / "shards").glob("*.arrow")))
-        until_files(command, folder / "s" / "shards", "*.arrow", draw.randrange(0, 6))
-        time.sleep(draw.random() * 2)
-        if command.poll() is None and strike(command, folder, kinds[-1], draw):
-            struck[kinds[-1]] = struck.get(kinds[-1], 0) + 1
+        until_files(command, folder / "s" / "shards", "*.arrow", rng.randrange(0, 6))
+        time.sleep(rng.random() * 2)
+        if command.poll() is None and kill_victim(command, folder, kinds[-1], rng):
+            kills[kinds[-1]] = kills.get(kinds[-1], 0) + 1
             print(f"killed {kinds.pop()} with {before} shards there, {workers} workers", flush=True)
         _, err = command.communicate(timeout=600)
-        settled(folder)
+        wait_for_no_processes(folder)
         wanted = (0, 130, -signal.SIGKILL)
         assert command.returncode in wanted, (command.returncode, err[-4000:])
         if command.returncode == 0:
             finished += 1
-            assert files(folder / "s") == whole
+            assert files(folder / "s") == undisturbed
             shutil.rmtree(folder / "s")
     finish(start(folder, data, "s", workers=0))
-    assert files(folder / "s") == whole
-    assert sum(struck.values()) == 20, struck
-    print(struck, f"finished {finished} times in between")
+    assert files(folder / "s") == undisturbed
+    assert sum(kills.values()) == 20, kills
+    print(kills, f"finished {finished} times in between")

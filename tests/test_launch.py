@@ -29,8 +29,8 @@ from arrowhead.runtime.worker import Worker
 EPOCHS, ROWS, KEY = 12, 40, "k"
 
 
-def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any]:
-    """Adds up rows over all ranks, epoch by epoch; goes on from the newest checkpoint."""
+def count(worker: Worker, directory: Path, epochs: int, seconds_per_epoch: float) -> dict[str, Any]:
+    """Sum rows over all ranks in every epoch; resume from the newest checkpoint."""
     import time
 
     import torch
@@ -39,14 +39,16 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
     from arrowhead.training import checkpoint
 
     output: list[str] = []
-    last = checkpoint.newest(place, KEY, output.append)
+    last = checkpoint.newest(directory, KEY, output.append)
     total = last.tensors["total"] if last else torch.zeros(ROWS, dtype=torch.float64)
     first = last.number + 1 if last else 0
     worker.report({"pid": os.getpid(), "rank": worker.rank, "first": first})
     spent = []
     for epoch in range(first, epochs):
         task = worker.next_task()
-        time.sleep(nap)  # long against the rest: a kill finds tasks claimed and not done
+        time.sleep(
+            seconds_per_epoch
+        )  # long against the rest: a kill finds tasks claimed and not done
         rows = torch.zeros(ROWS, dtype=torch.float64)
         mine = range(worker.rank, ROWS, worker.world_size)
         rows[list(mine)] = torch.tensor([float(row * (epoch + 1)) for row in mine]).double()
@@ -55,14 +57,14 @@ def count(worker: Worker, place: Path, epochs: int, nap: float) -> dict[str, Any
         total += rows
         if task is not None:
             worker.report({"task": task, "rank": worker.rank})
-        draft = checkpoint.draft_path(place) if worker.rank == 0 else None
+        draft = checkpoint.draft_path(directory) if worker.rank == 0 else None
         if draft is not None:
             checkpoint.write(draft, {"total": total}, {"key": KEY, "number": epoch})
         start = time.perf_counter()
         worker.save_checkpoint(draft, f"epoch-{epoch:04}")
         spent.append(time.perf_counter() - start)
         if worker.rank == 0:
-            checkpoint.prune(place, KEY)
+            checkpoint.prune(directory, KEY)
             worker.report({"epoch": epoch, "world": worker.world_size})
     while (task := worker.next_task()) is not None:
         worker.report({"task": task, "rank": worker.rank})
@@ -87,19 +89,19 @@ def shrink(folder: Path) -> dict[str, Any]:
     """On 1:2 workers; one is killed, and its CPU is given to somebody else."""
     import ray
 
-    heard: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     sizes: list[int] = []
-    hog: list[Any] = []
+    cpu_holders: list[Any] = []
 
     @ray.remote(num_cpus=1)
-    class Hog:
+    class CpuHolder:
         pass
 
     def listen(report: dict[str, Any]) -> None:
-        heard.append(report)
-        if report.get("epoch") == 4 and not hog:
-            hog.append(Hog.remote())  # waits until the group gives its room back
-            victim = next(one["pid"] for one in heard if one.get("rank") == 1 and "pid" in one)
+        reports.append(report)
+        if report.get("epoch") == 4 and not cpu_holders:
+            cpu_holders.append(CpuHolder.remote())  # waits until the group gives its room back
+            victim = next(one["pid"] for one in reports if one.get("rank") == 1 and "pid" in one)
             os.kill(victim, signal.SIGKILL)
 
     result = runtime_launch.run(
@@ -113,7 +115,7 @@ def shrink(folder: Path) -> dict[str, Any]:
         checkpoint_dir=folder / "place",
         on_start=sizes.append,
     )
-    return {**result, "sizes": sizes, "heard": heard}
+    return {**result, "sizes": sizes, "heard": reports}
 
 
 def grow(folder: Path) -> dict[str, Any]:
@@ -124,11 +126,11 @@ def grow(folder: Path) -> dict[str, Any]:
     enable_token_auth()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-    heard: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     sizes: list[int] = []
 
     def listen(report: dict[str, Any]) -> None:
-        heard.append(report)
+        reports.append(report)
         if report.get("epoch") == 2 and len(sizes) == 1:
             cluster.add_node(num_cpus=1)
 
@@ -143,7 +145,7 @@ def grow(folder: Path) -> dict[str, Any]:
         checkpoint_dir=folder / "place",
         on_start=sizes.append,
     )
-    return {**result, "sizes": sizes, "heard": heard}
+    return {**result, "sizes": sizes, "heard": reports}
 
 
 def command(folder: Path, scenario: str) -> subprocess.Popen[str]:
@@ -171,7 +173,7 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------- promises
 
 
-def test_what_is_kept_here_lies_in_the_place_under_its_name(tmp_path):
+def test_a_checkpoint_is_saved_in_the_checkpoint_directory_under_its_name(tmp_path):
     folder = tmp_path / "place"
     result = runtime_launch.run(count, folder, 3, 0.0, checkpoint_dir=folder)
     assert result["total"] == expected(3)
@@ -180,7 +182,7 @@ def test_what_is_kept_here_lies_in_the_place_under_its_name(tmp_path):
     assert (again["first"], again["total"]) == (3, expected(5))
 
 
-def test_a_name_kept_twice_is_the_later_folder_and_leaves_no_other(tmp_path):
+def test_a_checkpoint_saved_under_an_existing_name_replaces_it(tmp_path):
     folder = tmp_path / "place"
 
     def twice(worker: Worker) -> None:
@@ -195,7 +197,7 @@ def test_a_name_kept_twice_is_the_later_folder_and_leaves_no_other(tmp_path):
     assert (folder / "same" / "word").read_text() == "new"
 
 
-def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
+def test_without_a_checkpoint_directory_checkpoints_are_discarded(tmp_path):
     draft = tmp_path / "draft"
 
     def once(worker: Worker) -> bool:
@@ -207,7 +209,7 @@ def test_without_a_place_what_is_kept_goes_with_the_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_work_in_one_process_is_done_without_ray():
+def test_a_run_in_one_process_does_not_import_ray():
     words = "import sys; from arrowhead.runtime import launch; sys.modules['ray'] = None"
     words += (
         "; print(launch.run(lambda worker: (worker.next_task(), worker.world_size), tasks=[7]))"
@@ -250,7 +252,7 @@ def test_after_a_killed_worker_an_elastic_group_continues_with_the_workers_that_
 
 
 @pytest.mark.slow
-def test_a_range_takes_in_a_machine_that_joins(tmp_path):
+def test_an_elastic_group_grows_when_a_machine_joins(tmp_path):
     result = finish(command(tmp_path, "grow"))
     assert result["sizes"] == [1, 2]
     assert result["total"] == expected(150)
@@ -272,7 +274,7 @@ def test_unfinished_tasks_are_claimed_again_when_the_group_restarts():
     assert queue.take_reports() == [{"workers": 2}, {"task": 3}, {"workers": 1}, {"task": 5}]
 
 
-def test_a_silent_host_is_reported_once_and_a_finished_one_never(monkeypatch):
+def test_a_host_without_heartbeat_is_reported_once_and_a_finished_one_never(monkeypatch):
     monkeypatch.setattr(task_queue, "HEARTBEAT_TIMEOUT_SECONDS", 0.2)
     queue = TaskQueue([])
     for rank, host in enumerate(["calm", "cut", "done"]):
@@ -286,7 +288,7 @@ def test_a_silent_host_is_reported_once_and_a_finished_one_never(monkeypatch):
     assert queue.take_reports() == [{"workers": 1}]
 
 
-def test_a_machine_that_is_about_to_go_gets_no_more_tasks_and_is_reported_once():
+def test_a_draining_machine_gets_no_more_tasks_and_is_reported_once():
     queue = TaskQueue([3, 5])
     queue.heartbeat(0, "host-a", "a")
     queue.heartbeat(1, "host-b", "b")
@@ -300,26 +302,27 @@ def test_a_machine_that_is_about_to_go_gets_no_more_tasks_and_is_reported_once()
 
 
 @pytest.mark.parametrize(
-    ("asked", "least", "most"), [(0, 0, 0), (2, 2, 2), ("2", 2, 2), ("1:2", 1, 2), ("3:3", 3, 3)]
+    ("workers", "min_workers", "max_workers"),
+    [(0, 0, 0), (2, 2, 2), ("2", 2, 2), ("1:2", 1, 2), ("3:3", 3, 3)],
 )
-def test_workers_are_a_number_or_a_range(asked, least, most):
-    config = LaunchConfig(workers=asked)
-    assert (config.min_workers, config.max_workers) == (least, most)
+def test_workers_are_a_number_or_a_range(workers, min_workers, max_workers):
+    config = LaunchConfig(workers=workers)
+    assert (config.min_workers, config.max_workers) == (min_workers, max_workers)
 
 
-@pytest.mark.parametrize("asked", [-1, "-1", "0:2", "2:1", "1:", ":2", "1:2:3", "two", "", "1.5"])
-def test_what_is_neither_is_refused(asked):
+@pytest.mark.parametrize("workers", [-1, "-1", "0:2", "2:1", "1:", ":2", "1:2:3", "two", "", "1.5"])
+def test_workers_that_are_neither_a_number_nor_a_range_are_refused(workers):
     with pytest.raises(ConfigError, match="--workers is"):
-        LaunchConfig(workers=asked)
+        LaunchConfig(workers=workers)
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
-def test_nobody_waits_for_less_than_no_time(seconds):
+def test_a_wait_that_is_not_positive_is_refused(seconds):
     with pytest.raises(ConfigError, match="--wait is"):
         LaunchConfig(wait=seconds)
 
 
-def test_flags_and_files_give_workers_either_way(tmp_path):
+def test_flags_and_config_files_accept_workers_as_number_or_range(tmp_path):
     import cyclopts
 
     seen: list[LaunchConfig] = []

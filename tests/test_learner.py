@@ -1,4 +1,4 @@
-"""The three lines of fast.ai's lesson, as its reader types them."""
+"""The Python interface: Images and Learner, as in the first lesson of fast.ai."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def learn(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Learner:
     return Learner(body, images, store=store, pixels=PixelConfig(size=64, views=2))
 
 
-def test_images_know_their_classes_labels_and_files_before_anything_is_decoded(images, drawn):
+def test_images_have_classes_labels_and_paths_before_decoding(images, drawn):
     assert images.classes == ["baskets", "beads", "leaves"]
     names = [images.classes[label] for label in images.valid_labels]
     assert names == [path.parent.name for path in images.valid_paths]
     assert set(images.valid_paths) == set((drawn / "valid").glob("*/*.jpg"))
 
 
-def test_fit_prints_epoch_train_loss_valid_loss_accuracy(learn, capsys):
+def test_fit_prints_losses_and_accuracy_of_each_epoch(learn, capsys):
     lines = learn.fit(0.01, 3)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["epoch", "train", "loss", "valid", "loss", "accuracy"]
@@ -120,7 +120,7 @@ def test_a_table_is_a_source_and_its_settings_are_kept(drawn, tmp_path):
     assert "shufflenet_v2_x0_5" in repr(learner) and "not fitted" in repr(learner)
 
 
-def test_a_refusal_speaks_python(images, learn):
+def test_a_refusal_names_python_keywords_not_flags(images, learn):
     with pytest.raises(ConfigError) as refusal:
         learn.fit(-1, 1)
     assert "rate=" in refusal.value.found and "--" not in str(refusal.value)
@@ -128,7 +128,7 @@ def test_a_refusal_speaks_python(images, learn):
         Images.from_folder(images.path, valid_share=1.5)
 
 
-def test_a_curve_can_be_drawn(learn):
+def test_the_lr_finder_curve_can_be_plotted(learn):
     assert learn.lr_find(steps=20, seeds=1).plot().get_axes()
 
 
@@ -152,7 +152,7 @@ def test_settings_are_keywords_of_the_learner(images, tmp_path):
     assert (learner.store.recipe.body, learner.store.recipe.size) == ("shufflenet_v2_x0_5", 64)
 
 
-def test_settings_that_are_left_out_are_those_of_the_store_that_is_there(learn, images, capsys):
+def test_omitted_settings_are_taken_from_the_existing_store(learn, images, capsys):
     again = Learner("resnet18", images, store=learn.store.path)
     assert "\n0 decoded" in capsys.readouterr().out
     assert again.store.recipe == learn.store.recipe
@@ -191,13 +191,11 @@ def test_a_setting_of_another_kind_is_refused_in_plain_words(learn, words, named
     assert refusal.value._render_traceback_() == [f"ConfigError: {refusal.value}"]
 
 
-def test_numbers_of_numpy_are_numbers(learn):
+def test_fit_accepts_numpy_numbers(learn):
     assert len(learn.fit(np.float32(0.01), np.int64(2))) == 2
 
 
-def test_of_many_epochs_some_are_shown_with_the_first_the_best_and_the_last(
-    images, capsys, tmp_path
-):
+def test_of_many_epochs_the_first_best_last_and_some_others_are_printed(images, capsys, tmp_path):
     small = {"weights": "random", "size": 32}
     learner = Learner("shufflenet_v2_x0_5", images, store=tmp_path / "s", head="linear", **small)
     capsys.readouterr()

@@ -35,12 +35,12 @@ from arrowhead.training.lr_finder import (
 )
 from arrowhead.training.trainer import train, train_stack
 
-FIVE = {"held-out", "valley", "steepest", "minimum/10", "slide"}
+RULES = {"held-out", "valley", "steepest", "minimum/10", "slide"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """On matrices this small and cores this busy, threads wait for each other more than work."""
+    """Use one thread: for matrices this small, threads spend more time on waiting than working."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,23 +48,29 @@ def _one_thread() -> Iterator[None]:
 
 
 def _data(
-    rows: int, *, width: int, classes: int, apart: float, seed: int = 0, multi: bool = False
+    rows: int, *, width: int, classes: int, separation: float, seed: int = 0, multi: bool = False
 ) -> Data:
-    """Gaussian clouds `apart` times their width from each other; at 0, labels mean nothing. multi:
-    half of the images have the next class's label too. Held-out rows are sorted by class, as a
-    folder's are.
+    """Gaussian clusters with validation rows sorted by class, as those of a folder are.
+
+    Args:
+        rows: training and validation rows.
+        width: numbers per row.
+        classes: number of classes.
+        separation: distance of the clusters in their widths; at 0, labels are random.
+        seed: of the generator.
+        multi: half of the images also have the label of the next class.
     """
-    draw = np.random.default_rng(seed)
-    label = draw.integers(classes, size=rows)
-    centre = apart * draw.normal(size=(classes, width))
-    feature = (centre[label] + draw.normal(size=(rows, width))).astype(np.float16)[:, None]
+    rng = np.random.default_rng(seed)
+    label = rng.integers(classes, size=rows)
+    centre = separation * rng.normal(size=(classes, width))
+    feature = (centre[label] + rng.normal(size=(rows, width))).astype(np.float16)[:, None]
     cut = rows * 4 // 5
     order = np.concatenate([np.arange(cut), cut + np.argsort(label[cut:], kind="stable")])
     feature, label = feature[order], label[order]
     names = [str(n) for n in range(classes)]
     if multi:
         many = np.eye(classes, dtype=np.uint8)[label]
-        many |= np.eye(classes, dtype=np.uint8)[(label + 1) % classes] * draw.integers(
+        many |= np.eye(classes, dtype=np.uint8)[(label + 1) % classes] * rng.integers(
             2, size=(rows, 1), dtype=np.uint8
         )
         return Data.from_arrays((feature[:cut], many[:cut]), (feature[cut:], many[cut:]), names)
@@ -78,16 +84,16 @@ def _data(
 @pytest.mark.parametrize(
     ("rows", "width", "classes"), [(8000, 16, 5), (1000, 256, 2), (120, 512, 3)]
 )
-def test_labels_that_mean_nothing_are_flat(
+def test_random_labels_have_the_verdict_flat(
     rows: int, width: int, classes: int, multi: bool
 ) -> None:
     for seed in range(4):
-        data = _data(rows, width=width, classes=classes, apart=0, seed=seed, multi=multi)
+        data = _data(rows, width=width, classes=classes, separation=0, seed=seed, multi=multi)
         assert find_learning_rate(data, TrainConfig(), FinderConfig()).verdict == "flat: no signal"
 
 
 def test_shuffled_labels_are_flat_although_heads_overfit_them() -> None:
-    kind = _data(160, width=512, classes=2, apart=1)
+    kind = _data(160, width=512, classes=2, separation=1)
     for seed in range(40):
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(kind.label)))
         curve = find_learning_rate(
@@ -97,9 +103,9 @@ def test_shuffled_labels_are_flat_although_heads_overfit_them() -> None:
         assert np.nanmin(curve.losses) < 0.5 * curve.losses[0, 0]
 
 
-def test_the_lessons_head_is_flat_too_on_shuffled_labels() -> None:
+def test_the_lesson_head_has_the_verdict_flat_for_random_labels() -> None:
     for seed in range(3):
-        data = _data(400, width=32, classes=3, apart=0, seed=seed)
+        data = _data(400, width=32, classes=3, separation=0, seed=seed)
         finder = FinderConfig(steps=50)
         assert (
             find_learning_rate(data, TrainConfig(head="lesson"), finder).verdict
@@ -107,17 +113,19 @@ def test_the_lessons_head_is_flat_too_on_shuffled_labels() -> None:
         )
 
 
-@pytest.mark.parametrize("apart", [0.15, 1.0])
+@pytest.mark.parametrize("separation", [0.15, 1.0])
 @pytest.mark.parametrize("multi", [False, True])
-def test_a_signal_is_never_flat_however_weak_or_small_the_store(multi: bool, apart: float) -> None:
+def test_a_signal_is_never_flat_however_weak_or_small_the_store(
+    multi: bool, separation: float
+) -> None:
     for seed in range(3):
-        rows = 100 if apart == 1 else 2000
-        data = _data(rows, width=64, classes=3, apart=apart, seed=seed, multi=multi)
+        rows = 100 if separation == 1 else 2000
+        data = _data(rows, width=64, classes=3, separation=separation, seed=seed, multi=multi)
         assert find_learning_rate(data, TrainConfig(), FinderConfig()).verdict == "good"
 
 
 def test_a_short_training_gets_a_rate_that_was_tried_with_its_number_of_steps() -> None:
-    data = _data(180, width=128, classes=5, apart=0.3)
+    data = _data(180, width=128, classes=5, separation=0.3)
     config = TrainConfig(head="linear", epochs=5)  # 15 steps
     curve = find_learning_rate(data, config, FinderConfig())
     assert curve.chosen == "schedule"
@@ -134,7 +142,7 @@ def test_a_short_training_gets_a_rate_that_was_tried_with_its_number_of_steps() 
 
 
 def test_held_out_rows_of_all_classes_decide_though_rows_come_class_by_class() -> None:
-    data = _data(30000, width=16, classes=2, apart=1)
+    data = _data(30000, width=16, classes=2, separation=1)
     assert set(data.label[data.valid[:2048]].tolist()) == {0}
     assert find_learning_rate(data, TrainConfig(), FinderConfig(steps=40)).verdict == "good"
 
@@ -154,11 +162,11 @@ def test_held_out_rows_of_all_classes_decide_though_rows_come_class_by_class() -
 def test_separable_features_are_good_and_the_rate_trains_well(
     head: str, width: int, classes: int, multi: bool
 ) -> None:
-    data = _data(800, width=width, classes=classes, apart=1, multi=multi)
+    data = _data(800, width=width, classes=classes, separation=1, multi=multi)
     config = TrainConfig(head=head, epochs=10)  # type: ignore[arg-type]
     curve = find_learning_rate(data, config, FinderConfig())
     assert curve.verdict == "good"
-    assert curve.suggestions.keys() - {"schedule"} == curve.spreads.keys() == FIVE
+    assert curve.suggestions.keys() - {"schedule"} == curve.spreads.keys() == RULES
     assert curve.rate == curve.suggestions[curve.chosen]
     assert curve.spreads["held-out"] < 2
     well, badly = (train(data, config, rate).epochs[-1] for rate in (curve.rate, 1e-6))
@@ -166,12 +174,12 @@ def test_separable_features_are_good_and_the_rate_trains_well(
     assert well["valid_loss"] < 0.5 * badly["valid_loss"]
 
 
-@pytest.mark.parametrize("told", [{"head": "linear"}, {"head": "lesson", "epochs": 8}])
+@pytest.mark.parametrize("settings", [{"head": "linear"}, {"head": "lesson", "epochs": 8}])
 def test_where_rates_matter_the_rate_is_within_three_of_the_best_of_a_grid(
-    told: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
-    data = _data(400, width=256, classes=2, apart=0.15)
-    config = TrainConfig(**told)
+    data = _data(400, width=256, classes=2, separation=0.15)
+    config = TrainConfig(**settings)
     curve = find_learning_rate(data, config, FinderConfig())
     grid = np.geomspace(1e-5, 1e-1, 9)
     trials = [
@@ -194,8 +202,8 @@ def test_the_rate_of_real_features_is_within_three_of_the_best_of_a_grid(
 
     store = Store(pets)
     parts = [store.features(split) for split in ("train", "valid")]
-    (taught, held) = ((np.array(part.feature), np.array(part.label)) for part in parts)
-    data, config = Data.from_arrays(taught, held, ["cats", "dogs"]), TrainConfig()
+    (train_part, valid_part) = ((np.array(part.feature), np.array(part.label)) for part in parts)
+    data, config = Data.from_arrays(train_part, valid_part, ["cats", "dogs"]), TrainConfig()
     curve = find_learning_rate(data, config, FinderConfig())
     assert curve.verdict == "good"
     grid = np.geomspace(1e-5, 1e-1, 9)
@@ -209,13 +217,13 @@ def test_the_rate_of_real_features_is_within_three_of_the_best_of_a_grid(
     assert best / 3 < curve.rate < best * 3
 
 
-def test_a_race_is_won_by_the_lowest_validation_loss() -> None:
-    data = _data(400, width=64, classes=3, apart=0.3)
+def test_the_race_chooses_the_rate_with_the_lowest_validation_loss() -> None:
+    data = _data(400, width=64, classes=3, separation=0.3)
     config = TrainConfig(epochs=4, seed=3)
     finder = FinderConfig(race=True, seeds=2, steps=40)
     curve = find_learning_rate(data, config, finder)
     assert curve.race is not None
-    assert curve.race.keys() == FIVE | {"schedule"}
+    assert curve.race.keys() == RULES | {"schedule"}
     assert curve.race[curve.chosen] == min(curve.race.values())
     assert curve.rate == curve.suggestions[curve.chosen]
     alone = [
@@ -230,7 +238,7 @@ def test_a_race_is_won_by_the_lowest_validation_loss() -> None:
 
 
 def test_a_race_of_a_few_epochs_runs_whatever_the_training_would_end_or_keep_by() -> None:
-    data = _data(200, width=16, classes=2, apart=1)
+    data = _data(200, width=16, classes=2, separation=1)
     config = TrainConfig(
         schedule="cosine", cycle_len=1, cycle_mult=2, epochs=7, best="accuracy", patience=1
     )
@@ -258,7 +266,7 @@ def test_a_rate_whose_heads_diverge_loses_the_race_and_is_none_in_json() -> None
 
 
 def test_the_same_seed_draws_the_same_curve_and_every_seed_its_own() -> None:
-    data = _data(400, width=16, classes=3, apart=1)
+    data = _data(400, width=16, classes=3, separation=1)
     first, again = (
         find_learning_rate(data, TrainConfig(), FinderConfig(steps=30)) for _ in range(2)
     )
@@ -267,8 +275,8 @@ def test_the_same_seed_draws_the_same_curve_and_every_seed_its_own() -> None:
     assert len({tuple(row) for row in first.losses.tolist()}) == 3
 
 
-def test_a_seeds_curve_is_the_one_it_draws_alone() -> None:
-    data = _data(400, width=16, classes=3, apart=1)
+def test_the_curve_of_a_seed_does_not_depend_on_other_seeds() -> None:
+    data = _data(400, width=16, classes=3, separation=1)
     both = find_learning_rate(data, TrainConfig(), FinderConfig(steps=30, seeds=2))
     alone = find_learning_rate(data, TrainConfig(seed=1), FinderConfig(steps=30, seeds=1))
     np.testing.assert_allclose(both.losses[1], alone.losses[0], rtol=1e-4)
@@ -279,10 +287,10 @@ def test_a_seeds_curve_is_the_one_it_draws_alone() -> None:
 def test_a_range_that_ends_in_nan_still_gives_finite_advice(
     head: str, low: float, high: float, tmp_path: Path
 ) -> None:
-    data = _data(400, width=16, classes=3, apart=1)
+    data = _data(400, width=16, classes=3, separation=1)
     config = TrainConfig(head=head, epochs=3)  # type: ignore[arg-type]
     curve = find_learning_rate(data, config, FinderConfig(low=low, high=high, steps=25, seeds=2))
-    assert (curve.suggestions.keys() - {"schedule"}) | {"held-out"} == FIVE
+    assert (curve.suggestions.keys() - {"schedule"}) | {"held-out"} == RULES
     assert all(np.isfinite(rate) and rate > 0 for rate in curve.suggestions.values())
     assert low <= curve.rate <= high
     json.loads(json.dumps(curve.plain(), allow_nan=False))
@@ -290,78 +298,78 @@ def test_a_range_that_ends_in_nan_still_gives_finite_advice(
 
 
 @pytest.mark.parametrize("rows", [5, 8, 66])
-def test_stores_of_a_few_rows_are_tested_too(rows: int) -> None:
-    taught = np.eye(4, dtype=np.float16)[np.arange(rows) % 2][:, None], np.arange(rows) % 2
-    held = taught[0][:1], taught[1][:1]
+def test_the_finder_works_for_stores_of_a_few_rows(rows: int) -> None:
+    train_part = np.eye(4, dtype=np.float16)[np.arange(rows) % 2][:, None], np.arange(rows) % 2
+    valid_part = train_part[0][:1], train_part[1][:1]
     curve = find_learning_rate(
-        Data.from_arrays(taught, held, ["a", "b"]), TrainConfig(), FinderConfig(steps=20)
+        Data.from_arrays(train_part, valid_part, ["a", "b"]), TrainConfig(), FinderConfig(steps=20)
     )
     assert np.isfinite(curve.rate)
     assert curve.verdict == "flat: no signal"  # one held-out row proves nothing
 
 
 def test_a_seed_that_diverges_leaves_nan_behind_it_and_bounds_the_advice() -> None:
-    data = _data(400, width=16, classes=3, apart=1)
+    data = _data(400, width=16, classes=3, separation=1)
     curve = find_learning_rate(data, TrainConfig(), FinderConfig(high=1e10))
-    gone = np.isnan(curve.losses).any(0)
-    assert gone.any()
+    diverged = np.isnan(curve.losses).any(0)
+    assert diverged.any()
     assert not np.isnan(curve.losses[:, 0]).any()
     for row in np.isnan(curve.losses):
         assert (np.diff(row.astype(int)) >= 0).all()  # once gone, gone
-    for name in FIVE:
-        assert curve.suggestions[name] < curve.rates[gone].min()
+    for name in RULES:
+        assert curve.suggestions[name] < curve.rates[diverged].min()
 
 
 # ------------------------------------------------------------------------- reading a curve
 
 
-def _valley(tested: NDArray[np.float64]) -> NDArray[np.float64]:
+def _valley(rates: NDArray[np.float64]) -> NDArray[np.float64]:
     """A loss that falls from 1e-4 to 1e-1, steepest at 1e-2, and rises behind it."""
-    x = np.log10(tested)
+    x = np.log10(rates)
     return np.asarray(1 / (1 + np.exp(4 * (x + 2))) + np.where(x > -1, (x + 1) ** 2, 0))
 
 
 def test_suggestions_are_read_off_a_known_curve() -> None:
-    tested = np.geomspace(1e-6, 10, 141)
-    known = np.stack([_valley(tested)] * 2)
-    curve = suggest(tested, known, known)
+    rates = np.geomspace(1e-6, 10, 141)
+    losses = np.stack([_valley(rates)] * 2)
+    curve = suggest(rates, losses, losses)
     assert curve.verdict == "good"
     assert all(spread == pytest.approx(1) for spread in curve.spreads.values())
-    lowest = tested[_valley(tested).argmin()]
+    lowest = rates[_valley(rates).argmin()]
     assert curve.suggestions["steepest"] == pytest.approx(1e-2, rel=0.2)
     assert curve.suggestions["minimum/10"] == pytest.approx(lowest / 10)
-    assert curve.suggestions["valley"] == pytest.approx((tested[0] * lowest) ** 0.5, rel=0.2)
+    assert curve.suggestions["valley"] == pytest.approx((rates[0] * lowest) ** 0.5, rel=0.2)
     half_done = 1e-2
     assert curve.rate == pytest.approx(half_done**0.7 * lowest**0.3, rel=0.1)
 
 
 def test_slide_stops_where_the_slopes_at_the_windows_ends_agree() -> None:
-    tested = np.geomspace(1e-6, 10, 100)
+    rates = np.geomspace(1e-6, 10, 100)
     folder = np.arange(100)
     # Flat up to 40, then bent upwards: from its right, the first straight window is 25 to 40.
-    known = np.where(folder < 40, 1 - folder / 80, 0.5 + ((folder - 40) / 20) ** 2)
-    curve = suggest(tested, known[None])
-    assert curve.suggestions["slide"] == pytest.approx(tested[25], rel=0.4)
+    losses = np.where(folder < 40, 1 - folder / 80, 0.5 + ((folder - 40) / 20) ** 2)
+    curve = suggest(rates, losses[None])
+    assert curve.suggestions["slide"] == pytest.approx(rates[25], rel=0.4)
 
 
 def test_spreads_are_the_factor_by_which_single_seeds_differ() -> None:
-    tested = np.geomspace(1e-6, 10, 141)
-    seeds = np.stack([_valley(tested), _valley(tested * 4)])
-    curve = suggest(tested, seeds, seeds)
+    rates = np.geomspace(1e-6, 10, 141)
+    seeds = np.stack([_valley(rates), _valley(rates * 4)])
+    curve = suggest(rates, seeds, seeds)
     # Two rates a factor 4 apart lie a factor 2 from their geometric mean.
     assert curve.spreads["steepest"] == pytest.approx(2, rel=0.15)
     assert curve.spreads["held-out"] == pytest.approx(2, rel=0.15)
 
 
-def test_spikes_infinities_and_lone_nans_move_no_suggestion() -> None:
-    tested = np.geomspace(1e-6, 10, 100)
-    plain = np.stack([_valley(tested)] * 3)
-    hurt = plain.copy()
-    hurt[0, 20], hurt[1, 55], hurt[2, 70:72], hurt[0, 48] = 1e30, np.nan, np.inf, -1e30
-    well, ill = (suggest(tested, smooth(one)) for one in (plain, hurt))
-    assert np.array_equal(np.isnan(well.losses), np.isnan(ill.losses))
+def test_suggestions_are_robust_to_spikes_infinities_and_nans() -> None:
+    rates = np.geomspace(1e-6, 10, 100)
+    plain = np.stack([_valley(rates)] * 3)
+    damaged = plain.copy()
+    damaged[0, 20], damaged[1, 55], damaged[2, 70:72], damaged[0, 48] = 1e30, np.nan, np.inf, -1e30
+    well, from_damaged = (suggest(rates, smooth(one)) for one in (plain, damaged))
+    assert np.array_equal(np.isnan(well.losses), np.isnan(from_damaged.losses))
     for name, rate in well.suggestions.items():
-        assert ill.suggestions[name] == pytest.approx(rate, rel=0.2)
+        assert from_damaged.suggestions[name] == pytest.approx(rate, rel=0.2)
 
 
 def test_smoothing_moves_nothing_to_higher_rates() -> None:
@@ -373,33 +381,33 @@ def test_losses_end_where_no_batch_is_finite_any_more() -> None:
     raw = np.ones((2, 40))
     raw[0, 20:] = np.nan
     raw[1, 30:] = 100.0
-    gone = np.isnan(smooth(raw))
-    assert 18 <= gone[0].argmax() <= 22
-    assert 20 <= gone[1].argmax() <= 30
-    assert gone[:, -1].all()
+    diverged = np.isnan(smooth(raw))
+    assert 18 <= diverged[0].argmax() <= 22
+    assert 20 <= diverged[1].argmax() <= 30
+    assert diverged[:, -1].all()
 
 
 def test_curves_that_only_rise_or_stay_are_flat() -> None:
-    tested = np.geomspace(1e-6, 10, 100)
+    rates = np.geomspace(1e-6, 10, 100)
     for losses in (np.ones(100), np.linspace(1, 3, 100), 1 - 0.02 * np.linspace(0, 1, 100)):
-        assert suggest(tested, losses[None]).verdict == "flat: no signal"
+        assert suggest(rates, losses[None]).verdict == "flat: no signal"
 
 
 def test_seeds_that_disagree_are_unstable() -> None:
-    tested = np.geomspace(1e-6, 10, 100)
+    rates = np.geomspace(1e-6, 10, 100)
     down = 1 - 0.9 * np.linspace(0, 1, 100)
     up = np.where(np.arange(100) < 10, 1 - 0.05 * np.arange(100), 0.5 + 0.01 * np.arange(100))
-    assert suggest(tested, np.stack([down, down])).verdict == "good"
-    assert suggest(tested, np.stack([down, up])).verdict == "unstable"
+    assert suggest(rates, np.stack([down, down])).verdict == "good"
+    assert suggest(rates, np.stack([down, up])).verdict == "unstable"
 
 
 def test_rates_rise_geometrically_from_low_to_high() -> None:
-    tested = rate_range(FinderConfig(low=1e-4, high=1e-1, steps=31))
-    assert (tested[0], tested[-1]) == (pytest.approx(1e-4), pytest.approx(1e-1))
-    np.testing.assert_allclose(tested[1:] / tested[:-1], 10**0.1)
+    rates = rate_range(FinderConfig(low=1e-4, high=1e-1, steps=31))
+    assert (rates[0], rates[-1]) == (pytest.approx(1e-4), pytest.approx(1e-1))
+    np.testing.assert_allclose(rates[1:] / rates[:-1], 10**0.1)
 
 
-def test_a_curve_says_none_where_it_has_no_loss() -> None:
+def test_missing_losses_of_a_curve_are_none_in_json() -> None:
     losses = np.array([[1.0, 0.5, np.nan]])
     curve = Curve(rates=np.ones(3), losses=losses, suggestions={"valley": 1.0}, verdict="good")
     assert curve.plain()["losses"] == [[1.0, 0.5, None]]
@@ -419,7 +427,7 @@ def test_a_curve_says_none_where_it_has_no_loss() -> None:
         {"race_epochs": 3},
     ],
 )
-def test_ranges_that_test_nothing_are_refused_in_three_parts(bad: dict[str, Any]) -> None:
+def test_finder_settings_out_of_range_are_refused_in_three_parts(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as refusal:
         FinderConfig(**bad)
     assert all((refusal.value.found, refusal.value.wanted, refusal.value.do))
@@ -429,16 +437,16 @@ def test_ranges_that_test_nothing_are_refused_in_three_parts(bad: dict[str, Any]
 
 
 def _curve() -> Curve:
-    tested = np.geomspace(1e-6, 10, 100)
-    seeds = np.stack([_valley(tested), _valley(tested * 1.5)])
+    rates = np.geomspace(1e-6, 10, 100)
+    seeds = np.stack([_valley(rates), _valley(rates * 1.5)])
     seeds[0, 90:] = np.nan
-    return suggest(tested, seeds, seeds * 1.1)
+    return suggest(rates, seeds, seeds * 1.1)
 
 
 def test_suggestions_three_decades_apart_are_not_called_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data, finder = _data(100, width=64, classes=3, apart=1), FinderConfig(steps=40)
+    data, finder = _data(100, width=64, classes=3, separation=1), FinderConfig(steps=40)
     near = find_learning_rate(data, TrainConfig(), finder)
     assert near.words.startswith("good: seeds agree, and all suggestions lie within a factor of ")
     monkeypatch.setattr(lr_finder, "MAX_SUGGESTION_SPAN", near.span)
@@ -465,7 +473,7 @@ def test_the_figure_shows_verdict_and_every_suggestion_in_places_that_do_not_mee
         assert page.y0 <= box.y0 < box.y1 <= page.y1
 
 
-def test_a_spike_does_not_press_the_curve_flat() -> None:
+def test_a_spike_does_not_determine_the_scale_of_the_figure() -> None:
     curve = _curve()
     assert curve.held_out is not None
     curve.held_out[:, 80] = 1e9
@@ -488,11 +496,11 @@ def test_the_table_has_a_rate_and_a_loss_per_seed_and_nothing_where_it_diverged(
 
 
 def test_without_a_finite_held_out_loss_the_valley_is_used() -> None:
-    tested = np.geomspace(1e-6, 10, 100)
-    losses = np.stack([_valley(tested)] * 2)
-    curve = suggest(tested, losses, np.full_like(losses, np.nan))
+    rates = np.geomspace(1e-6, 10, 100)
+    losses = np.stack([_valley(rates)] * 2)
+    curve = suggest(rates, losses, np.full_like(losses, np.nan))
     assert curve.chosen == "valley"
-    assert curve.rate == suggest(tested, losses).rate > tested[0]
+    assert curve.rate == suggest(rates, losses).rate > rates[0]
 
 
 # -------------------------------------------------------------------------- several workers
@@ -500,9 +508,9 @@ def test_without_a_finite_held_out_loss_the_valley_is_used() -> None:
 
 def _cases() -> dict[str, tuple[Data, TrainConfig, FinderConfig]]:
     """A sound test; seeds that diverge at rates of their own; a NaN among one worker's rows."""
-    sound = _data(403, width=16, classes=3, apart=1)
+    sound = _data(403, width=16, classes=3, separation=1)
     # A head is lost as soon as it draws row 7: early in one seed, late in another.
-    poisoned = _data(403, width=16, classes=3, apart=1)
+    poisoned = _data(403, width=16, classes=3, separation=1)
     rows = poisoned.feature.take(torch.arange(403))
     rows[7] = float("nan")
     poisoned = replace(poisoned, feature=InMemoryFeatures(rows[:, None]))
@@ -511,7 +519,7 @@ def _cases() -> dict[str, tuple[Data, TrainConfig, FinderConfig]]:
         "linear": (sound, TrainConfig(), few),
         "lesson": (sound, TrainConfig(head="lesson", epochs=10), few),
         "several labels": (
-            _data(403, width=16, classes=3, apart=1, multi=True),
+            _data(403, width=16, classes=3, separation=1, multi=True),
             TrainConfig(),
             few,
         ),
@@ -560,17 +568,15 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", list(_cases()))
-def test_two_workers_draw_the_curve_of_one_and_agree_on_everything(
-    by_two: list[dict[str, Any]], name: str
-) -> None:
+def test_two_workers_compute_the_same_curve_as_one(by_two: list[dict[str, Any]], name: str) -> None:
     one = _alone(name)
     first, second = (rank[name] for rank in by_two)
     assert first == second
     losses = np.array(first["losses"], dtype=float)  # None becomes nan
     assert np.array_equal(np.isnan(losses), np.isnan(one.losses))
-    gone = np.isnan(one.losses)
+    diverged = np.isnan(one.losses)
     # Where a loss is large it has been through a divergence, which no rounding survives.
-    calm = ~gone & (np.maximum.accumulate(np.nan_to_num(one.losses, nan=0), 1) < 3)
+    calm = ~diverged & (np.maximum.accumulate(np.nan_to_num(one.losses, nan=0), 1) < 3)
     calm[:, :-1] &= calm[:, 1:]  # the weights part one step before the loss shows it
     np.testing.assert_allclose(losses[calm], one.losses[calm], rtol=1e-5, atol=1e-5)
     assert one.held_out is not None
