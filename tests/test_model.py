@@ -50,12 +50,12 @@ def test_features_equal_the_torchvision_network_without_its_last_layer(
     plain.load_state_dict(weights.state)
     mean, std = (torch.tensor(triple).view(1, 3, 1, 1) for triple in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.inference_mode():
-        wanted = plain.eval()((pixels.float() / 255 - mean) / std)
+        expected = plain.eval()((pixels.float() / 255 - mean) / std)
     result = _load(weights, name)(pixels)
     assert result.dtype == torch.float32
-    assert nn.functional.cosine_similarity(result, wanted).min() > 0.9999
-    torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-4)
-    others = nn.functional.cosine_similarity(result, wanted.roll(1, 0))
+    assert nn.functional.cosine_similarity(result, expected).min() > 0.9999
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    others = nn.functional.cosine_similarity(result, expected.roll(1, 0))
     assert others.max() < 0.9999  # otherwise the comparison above could not fail
 
 
@@ -106,10 +106,10 @@ def test_random_weights_are_reproducible(random_weights: dict[str, Weights]) -> 
 
 def test_loading_does_not_change_the_callers_random_state() -> None:
     torch.manual_seed(5)
-    wanted = torch.rand(3)
+    expected = torch.rand(3)
     torch.manual_seed(5)
     load(BodyConfig(body="resnet18", weights="random"))
-    assert torch.equal(torch.rand(3), wanted)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_mean_and_std_default_to_imagenet(random_weights: dict[str, Weights]) -> None:

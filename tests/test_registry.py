@@ -145,8 +145,8 @@ made.to_json(sys.argv[2], orient="records", double_precision=15)
     assert [one["label"] is None for one in fresh] == [i == 4 for i in range(9)]
     for one, row in zip(fresh, scored.iter_rows(named=True), strict=True):
         if row["fault"] is None:
-            wanted = np.array([*row["probabilities"].values()])
-            gap = np.abs(np.array(one["probabilities"]) - wanted)
+            expected = np.array([*row["probabilities"].values()])
+            gap = np.abs(np.array(one["probabilities"]) - expected)
             assert gap.max() <= 1e-6
             assert abs(one["probability"] - row["probability"]) <= 1e-6
 
@@ -390,7 +390,7 @@ def bundle_contents(model_dir: Path) -> dict[str, bytes]:
 
 def test_every_address_of_a_bundle_resolves_to_the_same_files(fitted, config, client, tmp_path):
     version = client.get_model_version("weave", "1")
-    wanted = bundle_contents(fitted)
+    expected = bundle_contents(fitted)
     for address in (
         "models:/weave@champion",
         "models:/weave/1",
@@ -399,7 +399,7 @@ def test_every_address_of_a_bundle_resolves_to_the_same_files(fitted, config, cl
     ):
         result = resolve.bundle_folder(address, config, tmp_path)
         assert result.parent == tmp_path
-        assert bundle_contents(result) == wanted
+        assert bundle_contents(result) == expected
     result = resolve.bundle_folder("models:/weave/latest", config, tmp_path)
     assert bundle_contents(result) == bundle_contents(Path("next"))
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]

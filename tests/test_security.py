@@ -1,8 +1,7 @@
 """No file that a command reads can run code: nothing is unpickled or evaluated.
 
-Two witnesses. The source is searched for every call that would run what it reads. And eight kinds
-of planted files, each of which makes a file (the canary) where it is run, go through every command
-that reads such files.
+Two kinds of tests: the source is searched for calls that could run the data they read, and every
+command gets malicious files of eight kinds, each of which creates a file (the canary) if it is run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Machines that an autoscaler adds and a cloud takes back: every task runs once (`make test-slow`).
+"""Nodes that an autoscaler adds and a cloud preempts: every task runs once (`make test-slow`).
 
 The machines are raylets that Ray's own autoscaler starts on this one (its fake provider).
 Run as a program, this file is a driver: `test_spot.py ADDRESS FOLDER SCENARIO`.

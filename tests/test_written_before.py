@@ -1,7 +1,7 @@
 """A store and a bundle that version 0.1.0 wrote (features of format 2, bundle of format 3) open.
 
 They were made once, with a random `shufflenet_v2_x0_5` at 64 pixels and the images beside them, and
-are never written anew: `scores.json` holds what that version answered.
+must not be regenerated: `scores.json` holds that version's predictions.
 """
 
 from __future__ import annotations
