@@ -255,6 +255,7 @@ def test_a_config_file_of_one_call_is_not_used_by_the_next(tmp_path, monkeypatch
         ("--epoch", "--epochs"),
         ("--batch", "--batch-size"),
         ("--val-share", "--valid-share"),
+        ("--max-faults", "--extract.max-faults"),
         ("--store", None),
         ("--prefix", None),
         ("--test", None),

@@ -264,7 +264,7 @@ def test_weights_over_the_onnx_size_limit_are_refused_before_tracing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["model.pt2", "notes"])
+@pytest.mark.parametrize("name", ["model.pt2", "model.txt", "notes"])
 def test_an_output_name_of_another_format_is_refused(
     name: str, plain_bundle: Path, tmp_path: Path
 ) -> None:

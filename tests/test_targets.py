@@ -219,6 +219,21 @@ def test_output_of_fit_given_as_a_store_is_refused_with_the_store_path(tmp_path,
         assert (f"do      give {tmp_path / 'out' / 'store'}." in result) is output_dir
 
 
+def test_a_bundle_in_place_of_its_store_is_answered_with_the_store(bundled, capsys):
+    bundle = bundled()
+    store = bundle.parent / "store"
+    for answer in (
+        f"{bundle} is a bundle: give the store that it was trained on.",
+        f"give {store}.",
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(bundle), "b"])
+        assert ended.value.code == 2
+        assert f"  do      {answer}" in capsys.readouterr().err
+        store.mkdir(exist_ok=True)
+        (store / "store.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [

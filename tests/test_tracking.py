@@ -255,6 +255,44 @@ def test_metric_refused_by_mlflow_does_not_block_others_in_the_outbox(config, cl
     assert not folder.exists()
 
 
+def test_damaged_lines_of_an_outbox_cost_nothing_else(config, client, tmp_path):
+    with start(config, "fit", say=lambda line: None) as run:
+        pass
+    folder, output = tmp_path / "unsent" / run.run_id, []
+    folder.mkdir(parents=True)
+    experiment = client.get_run(run.run_id).info.experiment_id
+    header = {"store": config.uri, "experiment": experiment, "run_id": run.run_id}
+    (folder / "run.json").write_text(json.dumps(header))
+    whole = {"do": "batch", "run": run.run_id, "metrics": [["loss", 1.0, 5, 0]], "params": {}}
+    gone = {"do": "file", "run": run.run_id, "path": "files/x/gone.txt", "folder": None}
+    lines = [{"x": 1}, [1], 5, {"do": "zap"}, {"do": ["batch"]}, whole, whole | {"tags": {}}, gone]
+    (folder / "writes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tracking_run.send(config, tmp_path / "unsent", output.append)
+    assert points(client, run.run_id, "loss") == [(0, 1.0)]
+    assert "6 damaged lines" in output[0]
+    assert "gone.txt" in output[1]
+    assert not folder.exists()
+
+
+def test_an_outbox_of_somebody_else_is_left_alone(config, tmp_path):
+    folder, output = tmp_path / "unsent" / "abc", []
+    (folder / "lock").mkdir(parents=True)  # cannot be opened, as another user's cannot
+    header = {"store": config.uri, "experiment": "0", "run_id": "abc"}
+    (folder / "run.json").write_text(json.dumps(header))
+    with start(config, "fit", outbox=tmp_path / "unsent", say=output.append):
+        pass
+    assert ["belongs to somebody else" in line for line in output] == [True]
+    assert (folder / "run.json").exists()
+
+
+def test_text_that_is_no_unicode_is_recorded_readably(config, client):
+    output: list[str] = []
+    with start(config, "fit", say=output.append) as run:
+        run.params({"folder": "/x/\udcff"})
+    assert client.get_run(run.run_id).data.params == {"folder": "/x/?"}
+    assert not output
+
+
 def test_system_metrics_of_a_short_run_have_samples_and_continue_on_resume(config, client):
     measured = TrackingConfig(tracking_uri=config.uri)
     name = "system/cpu_utilization_percentage"

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 20
+# Of files that people may mean, but of no folder.
+OTHER_SUFFIXES = (".bin", ".engine", ".json", ".pb", ".pt", ".pth", ".tflite", ".txt")
 TRACE_BATCH_SIZE = 2  # torch may treat a size of 1 as a constant
 TOLERANCE = 1e-3  # of a probability
 MAX_ONNX_BYTES = 2**31 - 2**24  # of weights: protobuf's limit is 2 GiB, and the graph needs some
@@ -114,11 +116,11 @@ def output_file(out: Path, format: str) -> Path:
     """The file to write: `out` itself, or model.FORMAT in the folder `out`."""
     other = {"onnx": ".pt2", "pt2": ".onnx"}[format]
     is_folder = os.path.isdir(out)  # noqa: PTH112 - False, not an error, where a name is too long
-    if out.suffix == other and not is_folder:
+    if out.suffix in (other, *OTHER_SUFFIXES) and not is_folder:
         raise ConfigError(
             f"{out} does not have the suffix of the format {format}.",
             f"a name that ends in .{format}, or a folder.",
-            f"rename it, or give --format {other[1:]}.",
+            f"rename it, or give --format {other[1:]}." if out.suffix == other else "rename it.",
         )
     if out.suffix == f".{format}" and not is_folder:
         return out

@@ -173,8 +173,14 @@ def show_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
     return written
 
 
-def finish(result: dict[str, Any], output: Output) -> int:
-    """Print the result if --json is given; the exit code."""
+def finish(result: dict[str, Any], output: Output, *, faults_flag: str = "--max-faults") -> int:
+    """Print the result if --json is given; the exit code.
+
+    Args:
+        result: The result of the command.
+        output: Where it goes.
+        faults_flag: The command's flag for the number of faults it accepts.
+    """
     if output.json:
         print_result(result)
     if not result.get("too_many_faults"):
@@ -182,7 +188,7 @@ def finish(result: dict[str, Any], output: Output) -> int:
     counts = result["counts"]
     Screen(to_stderr=True).say(
         f"arrowhead: {counts['faults']} of {counts['inputs']} images could not be read, more than"
-        " --max-faults allows. The results for all other images are written."
+        f" {faults_flag} allows. The results for all other images are written."
     )
     return 3
 
@@ -337,6 +343,9 @@ def closest_flag(name: str, flags: Iterable[str]) -> str | None:
         similarity = difflib.SequenceMatcher(None, name, flag, autojunk=False).ratio()
         return similarity + 0.1 * (name[:1] == flag[:1]), -abs(len(flag) - len(name))
 
+    in_group = [flag for flag in flags if flag.endswith(f".{name}")]
+    if len(in_group) == 1:  # --max-faults, where a command calls it --extract.max-faults
+        return in_group[0]
     best = max(sorted(flags), key=score, default=None)
     return best if best is not None and score(best)[0] > 0.75 else None
 

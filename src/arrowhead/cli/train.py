@@ -103,7 +103,7 @@ def fit(
         result["files"] = show_written(context.screen, [out / "store", *bundles(out / "bundle")])
         score_command = [program(), "score", result["bundle"], "IMAGES", "SCORES"]
         show_next_commands(context.screen, [score_command, ui_command(tracking)])
-    return finish(result, output)
+    return finish(result, output, faults_flag="--extract.max-faults")
 
 
 def precompute(

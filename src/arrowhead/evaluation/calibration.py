@@ -113,9 +113,8 @@ def describe(calibration_metrics: dict[str, Any]) -> str:
         if not error:
             return f"temperature {temperature:.2f}"
         before = calibration_metrics["ece_uncalibrated"]
-        return (
-            f"temperature {temperature:.2f} · ECE {error} on held-out images, {before:.3f} without"
-        )
+        change = f"ECE {error} on held-out images, {before:.3f} without the temperature"
+        return f"temperature {temperature:.2f} · {change}"
     reason = "a fitted one did not help"
     if calibration_metrics.get("temperature_fitted") is None:
         reason = f"fewer than {MIN_IMAGES} different images to fit one"

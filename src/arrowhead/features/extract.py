@@ -527,7 +527,7 @@ def roofline(seconds: Mapping[str, float], images: int, workers: int) -> str:
     """
     total = sum(seconds.get(stage, 0.0) for stage in STAGES)
     if not images or not total:
-        return "nothing decoded: the features of all images exist already"
+        return "nothing decoded: every image was done before"
     shares = " · ".join(f"{s} {100 * seconds.get(s, 0) / total:.0f} %" for s in STAGES)
     stage = bottleneck(seconds)
     rate, upper_bound = images / seconds["workers"], images * workers / seconds[stage]

@@ -81,6 +81,21 @@ class Features:
         return self.label.ndim == 2
 
 
+def _what_to_give(path: Path) -> str:
+    """What to do about a folder that is not a store."""
+    for near in (path / "store", path.parent / "store"):  # the OUT of fit, or a bundle in it
+        if (near / "store.json").is_file() and (near.parent == path or is_bundle(path)):
+            return f"give {near}."
+    if is_bundle(path):
+        return f"{path} is a bundle: give the store that it was trained on."
+    return f"run `arrowhead precompute DATA {path}` first."
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder holds a bundle."""
+    return (path / "bundle.json").is_file()
+
+
 class Store:
     """A directory of features with the same recipe. Opens an existing one; `create` makes it."""
 
@@ -89,12 +104,10 @@ class Store:
         self._checked: set[str] = set()  # files whose sha256 (or content) was found right
         self._manifest: tuple[tuple[int, ...], dict[str, Any]] | None = None
         if not (path / "store.json").is_file():
-            inner = path / "store"  # if `path` is the OUT of fit
-            has_inner = (inner / "store.json").is_file()
             raise ConfigError(
                 f"{path} is not a feature store: it has no store.json.",
                 "a folder written by `arrowhead precompute`, or the store in the OUT of `fit`.",
-                f"give {inner}." if has_inner else f"run `arrowhead precompute DATA {path}` first.",
+                _what_to_give(path),
             )
         output_paths.check_utf8(path)
         content = store_format.read_sealed(path / "store.json")

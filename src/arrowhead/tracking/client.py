@@ -246,10 +246,11 @@ def refuse_store_errors(config: TrackingConfig) -> Iterator[None]:
             raise
         raise ConfigError(
             f"The tracking store {without_secrets(config.uri)} cannot be used: {first_line(error)}",
-            "a database (sqlite:///…, postgresql://…) or the address of an MLflow server.",
+            "a database (sqlite:///…, postgresql://…) or an MLflow server that answers.",
             "give --tracking-uri sqlite:////FOLDER/mlflow.db, a FOLDER that can be written."
             if config.uri == _default() and not os.access(".", os.W_OK)
-            else "check --tracking-uri and MLFLOW_TRACKING_URI; leave both out for ./mlflow.db.",
+            else "start it, or check --tracking-uri and MLFLOW_TRACKING_URI; without these, runs go"
+            " to ./mlflow.db.",
         ) from _cause_without_secrets(error)
 
 

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from arrowhead import fileio
 from arrowhead.errors import ConfigError
-from arrowhead.tracking.writes import Write, for_another_process
+from arrowhead.tracking.writes import Write, for_another_process, is_write
 
 MAX_COPIED_BYTES = 64 << 20  # a larger file is not copied: its size and time are noted instead
 
@@ -45,6 +45,8 @@ class Outbox:
         self._unsaved: set[int] = set()
         self.added = 0
         """Number of writes added so far, those found on the disk included."""
+        self.damaged = 0
+        """Number of lines on the disk that are no writes and are left out."""
         self.problem: str | None = None
         """Why the disk did not take a write."""
 
@@ -143,7 +145,10 @@ class Outbox:
         with contextlib.suppress(FileNotFoundError):
             for line in self._lines.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
-                    writes.append(json.loads(line))
+                    if is_write(write := json.loads(line)):
+                        writes.append(write)
+                    else:
+                        self.damaged += 1
         return writes
 
     def pending(self, since: int = 0) -> list[tuple[list[int], Write]]:
@@ -227,4 +232,4 @@ def stamp(path: Path) -> list[int]:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass")

@@ -271,7 +271,7 @@ class Run:
             new = new_run(name, self._id, all_tags)
             if self._child_runs.get(name):
                 child, status = self._child_runs[name].pop(0)
-                self._sender.store.ids[new["local"]] = child
+                new["run_id"] = child
                 if status == "FINISHED":
                     ids.append(child)
                     continue

@@ -208,8 +208,18 @@ def send_unsent(
         except (OSError, ValueError, KeyError, TypeError):
             continue
         outbox = Outbox(file.parent, header)
-        if header.get("store") != uri or file.parent.name != run_id or not outbox.lock():
+        if header.get("store") != uri or file.parent.name != run_id:
             continue
+        try:
+            if not outbox.lock():
+                continue
+        except FileNotFoundError:  # its owner has just sent it
+            continue
+        except OSError as error:
+            store.say(f"not sent: {file.parent} belongs to somebody else ({error.strerror})")
+            continue
+        if outbox.damaged:
+            store.say(f"{file.parent}: {outbox.damaged} damaged lines are left out")
         try:
             run = find_run(store.client, run_id)
             if run is None or run.info.lifecycle_stage != "active":

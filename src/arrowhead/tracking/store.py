@@ -71,6 +71,8 @@ class TrackingStore:
 
     def make(self, new: Mapping[str, Any]) -> str:
         """The id of a run (see `writes.new_run`), which is made unless it is there."""
+        if "run_id" in new:  # of a resumed run, whose children MLflow has
+            self.ids[new["local"]] = new["run_id"]
         if new["local"] in self.ids:
             return self.ids[new["local"]]
         tags = dict(new["tags"])
@@ -170,7 +172,7 @@ class TrackingStore:
             )
 
     def _file(self, run_id: str, path: Path, write: Write) -> None:
-        if write.get("stamp") and stamp(path) != write["stamp"]:
+        if not path.exists() or write.get("stamp", stamp(path)) != stamp(path):
             self.say(f"not sent to MLflow, it was removed or changed since: {path}")
             return
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact

@@ -21,7 +21,23 @@ Write = dict[str, Any]
 """One write: `do` says what to do, the rest are its arguments (see `store.TrackingStore.do`)."""
 Points = Mapping[str, Sequence[tuple[int, float]]]
 """Metrics: name to (step, value)."""
+FIELDS = {
+    "make": {"made"},
+    "head": {"made", "metrics", "params", "tags", "end"},
+    "batch": {"run", "metrics", "params", "tags"},
+    "file": {"run", "path", "folder"},
+    "inputs": {"run", "data", "use"},
+    "status": {"run", "status", "end"},
+    "delete": {"run"},
+}
+"""What each kind of write has besides `do`: the run by its id, or as `new_run` made it."""
 LOCAL_PREFIX = "unsent-"  # of the ids that runs go by here until MLflow has made them
+
+
+def is_write(value: Any) -> bool:
+    """Whether a value read from a file is a write with all of its fields."""
+    fields = FIELDS.get(str(value.get("do"))) if isinstance(value, dict) else None
+    return fields is not None and fields <= value.keys()
 
 
 def now_ms() -> int:
@@ -55,12 +71,17 @@ def batch(
         for name, pairs in (points or {}).items()
         for step, value in pairs
     ]
-    params_text = {written[name]: str(value) for name, value in (params or {}).items()}
-    tags_text = {written[name]: str(value) for name, value in (tags or {}).items()}
+    params_text = {written[name]: _text(value) for name, value in (params or {}).items()}
+    tags_text = {written[name]: _text(value) for name, value in (tags or {}).items()}
     for name, short in written.items():
         if is_shortened(short):
             tags_text[shortened(f"full_name.{short[-16:]}")] = name
     return {"metrics": metrics, "params": params_text, "tags": tags_text}
+
+
+def _text(value: Any) -> str:
+    """A value as text that any store takes; what is no Unicode, as in some file names, is "?"."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def new_run(name: str, parent: str | None, tags: Mapping[str, str]) -> dict[str, Any]:
