@@ -736,7 +736,7 @@ def test_unsent_writes_of_a_deleted_run_are_set_aside(config, client, tmp_path):
     folder.mkdir(parents=True)
     header = {"store": config.uri, "experiment": "1", "run_id": run.run_id}
     (folder / "run.json").write_text(json.dumps(header))
-    (folder / "writes.jsonl").write_text('{"do": "delete"}')
+    (folder / "writes.jsonl").write_text('{"do": "delete", "run": "it"}')
     client.delete_run(run.run_id)
     tracking_run.send(config, tmp_path / "spool", output.append)
     assert folder.with_suffix(".refused").is_dir()
