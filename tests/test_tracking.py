@@ -268,7 +268,7 @@ def test_damaged_lines_of_an_outbox_cost_nothing_else(config, client, tmp_path):
     lines = [{"x": 1}, [1], 5, {"do": "zap"}, {"do": ["batch"]}, whole, whole | {"tags": {}}, gone]
     (folder / "writes.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tracking_run.send(config, tmp_path / "unsent", output.append)
-    assert points(client, run.run_id, "loss") == [(0, 1.0)]
+    assert metric_points(client, run.run_id, "loss") == [(0, 1.0)]
     assert "6 damaged lines" in output[0]
     assert "gone.txt" in output[1]
     assert not folder.exists()
