@@ -116,6 +116,15 @@ def metric_points(client: Any, run_id: str, name: str) -> list[tuple[int, float]
     return sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
 
 
+def make_outbox(base: Path, config: TrackingConfig, run_id: str) -> Path:
+    """The folder of an outbox of a run, without writes."""
+    folder = base / run_id
+    folder.mkdir(parents=True)
+    header = {"store": config.uri, "experiment": "1", "run_id": run_id}
+    (folder / "run.json").write_text(json.dumps(header))
+    return folder
+
+
 def child_runs(client: Any, run_id: str) -> dict[str, Any]:
     """Child runs by name; fails if two have the same name."""
     experiment = client.get_run(run_id).info.experiment_id
@@ -239,11 +248,7 @@ def test_metric_refused_by_mlflow_only_prints_a_message(config, client, monkeypa
 def test_metric_refused_by_mlflow_does_not_block_others_in_the_outbox(config, client, tmp_path):
     with start(config, "fit", say=lambda line: None) as run:
         pass
-    folder, output = tmp_path / "unsent" / run.run_id, []
-    folder.mkdir(parents=True)
-    experiment = client.get_run(run.run_id).info.experiment_id
-    header = {"store": config.uri, "experiment": experiment, "run_id": run.run_id}
-    (folder / "run.json").write_text(json.dumps(header))
+    folder, output = make_outbox(tmp_path / "unsent", config, run.run_id), []
     with (folder / "writes.jsonl").open("w") as file:
         for name in ("loss", "../x", "accuracy"):
             write = {"do": "batch", "run": run.run_id, "metrics": [[name, 1.0, 5, 0]]}
@@ -258,11 +263,7 @@ def test_metric_refused_by_mlflow_does_not_block_others_in_the_outbox(config, cl
 def test_damaged_lines_of_an_outbox_cost_nothing_else(config, client, tmp_path):
     with start(config, "fit", say=lambda line: None) as run:
         pass
-    folder, output = tmp_path / "unsent" / run.run_id, []
-    folder.mkdir(parents=True)
-    experiment = client.get_run(run.run_id).info.experiment_id
-    header = {"store": config.uri, "experiment": experiment, "run_id": run.run_id}
-    (folder / "run.json").write_text(json.dumps(header))
+    folder, output = make_outbox(tmp_path / "unsent", config, run.run_id), []
     whole = {"do": "batch", "run": run.run_id, "metrics": [["loss", 1.0, 5, 0]], "params": {}}
     gone = {"do": "file", "run": run.run_id, "path": "files/x/gone.txt", "folder": None}
     lines = [{"x": 1}, [1], 5, {"do": "zap"}, {"do": ["batch"]}, whole, whole | {"tags": {}}, gone]
@@ -275,10 +276,8 @@ def test_damaged_lines_of_an_outbox_cost_nothing_else(config, client, tmp_path):
 
 
 def test_an_outbox_of_somebody_else_is_left_alone(config, tmp_path):
-    folder, output = tmp_path / "unsent" / "abc", []
-    (folder / "lock").mkdir(parents=True)  # cannot be opened, as another user's cannot
-    header = {"store": config.uri, "experiment": "0", "run_id": "abc"}
-    (folder / "run.json").write_text(json.dumps(header))
+    folder, output = make_outbox(tmp_path / "unsent", config, "abc"), []
+    (folder / "lock").mkdir()  # cannot be opened, as another user's cannot
     with start(config, "fit", outbox=tmp_path / "unsent", say=output.append):
         pass
     assert ["belongs to somebody else" in line for line in output] == [True]
@@ -717,10 +716,7 @@ def test_outbox_truncated_at_any_byte_loses_only_its_incomplete_last_line(config
     cut_positions = sorted({0, 1, 7, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)})
     for cut in cut_positions:
         new = client.create_run(experiment).info.run_id
-        folder = tmp_path / "spool" / new
-        folder.mkdir(parents=True)
-        header = {"store": config.uri, "experiment": experiment, "run_id": new}
-        (folder / "run.json").write_text(json.dumps(header))
+        folder = make_outbox(tmp_path / "spool", config, new)
         (folder / "writes.jsonl").write_bytes(full[:cut].replace(b"RUN", new.encode()))
         tracking_run.send(config, tmp_path / "spool", output.append)
         left = sum(end <= cut for end in ends)
@@ -732,10 +728,7 @@ def test_unsent_writes_of_a_deleted_run_are_set_aside(config, client, tmp_path):
     output: list[str] = []
     with start(config, "fit") as run:
         pass
-    folder = tmp_path / "spool" / run.run_id
-    folder.mkdir(parents=True)
-    header = {"store": config.uri, "experiment": "1", "run_id": run.run_id}
-    (folder / "run.json").write_text(json.dumps(header))
+    folder = make_outbox(tmp_path / "spool", config, run.run_id)
     (folder / "writes.jsonl").write_text('{"do": "delete", "run": "it"}')
     client.delete_run(run.run_id)
     tracking_run.send(config, tmp_path / "spool", output.append)
