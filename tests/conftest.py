@@ -101,6 +101,17 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     return add_database
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Use one thread: for matrices this small, threads spend more time on waiting than working."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def dogscats() -> Path:
     """600 + 200 real photos of cats and dogs."""

@@ -4,7 +4,6 @@ does not depend on its worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -20,14 +19,7 @@ from arrowhead.training.heads import BatchSlice, Stack, Standardize
 KINDS = ["linear", "lesson"]
 WIDTH = 7
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Use one thread: for matrices this small, threads spend more time on waiting than working."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _heads(kind: str, classes: int, groups: int, heads_per_group: int) -> list[list[nn.Sequential]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
@@ -37,14 +36,7 @@ from arrowhead.training.trainer import train, train_stack
 
 RULES = {"held-out", "valley", "steepest", "minimum/10", "slide"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Use one thread: for matrices this small, threads spend more time on waiting than working."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _data(

@@ -4,7 +4,6 @@ that overflows does not affect the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,7 @@ from arrowhead.training.optimizer import Optimizer
 from arrowhead.training.optimizer_config import OptimizerConfig
 from arrowhead.training.schedule import check_cycles, lr_factor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Use one thread: for matrices this small, threads spend more time on waiting than working."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------ schedules

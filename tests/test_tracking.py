@@ -31,6 +31,7 @@ from arrowhead.tracking.client import TrackingConfig
 from arrowhead.tracking.names import original
 from arrowhead.tracking.registry import RegistryConfig
 from arrowhead.tracking.run import Run, start
+from arrowhead.tracking.store import TrackingStore
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +274,29 @@ def test_damaged_lines_of_an_outbox_cost_nothing_else(config, client, tmp_path):
     assert "6 damaged lines" in output[0]
     assert "gone.txt" in output[1]
     assert not folder.exists()
+
+
+def test_a_head_of_a_resumed_grid_is_sent_by_another_process_once(config, client, monkeypatch):
+    file, do = Path("run.json"), TrackingStore.do
+    with pytest.raises(RuntimeError), start(config, "fit", file) as run:
+        raise RuntimeError
+    tags = {"mlflow.parentRunId": run.run_id}
+    experiment = client.get_run(run.run_id).info.experiment_id
+    unfinished = client.create_run(experiment, tags=tags, run_name="head-0").info.run_id
+
+    def fail(store: TrackingStore, write: Any, folder: Path) -> None:
+        if write["do"] == "head":
+            raise OSError("no answer")
+        do(store, write, folder)
+
+    monkeypatch.setattr(TrackingStore, "do", fail)
+    with start(config, "fit", file, say=lambda line: None) as again:
+        again.children(**head_runs(1))
+    monkeypatch.setattr(TrackingStore, "do", do)
+    tracking_run.send(config, say=lambda line: None)
+    children = child_runs(client, run.run_id)
+    assert [one.info.run_id for one in children.values()] == [unfinished]
+    assert children["head-0"].info.status == "FINISHED"
 
 
 def test_an_outbox_of_somebody_else_is_left_alone(config, tmp_path):

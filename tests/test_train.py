@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,14 +39,7 @@ KINDS = ["linear", "lesson"]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 StopRule = Callable[[int, Sequence[int], Sequence[list[dict[str, float]]]], set[int]]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """With small matrices and busy cores, threads wait for each other more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------- epochs

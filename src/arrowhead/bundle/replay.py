@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,10 +110,9 @@ def clean_features(
 
 def clean_decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> SubprocessDecoder:
     """A decoder that gives one view of each image, without the recipe's augmentation."""
-    clean = dataclasses.replace(recipe, views=1, augment="none", augment_seed=0)
     gpu = int(device.partition(":")[2] or 0) if "cuda" in device else None
     return SubprocessDecoder(
-        extract.make_pixel_config(clean),
+        extract.make_pixel_config(recipe.single_view()),
         batch_size=batch_size,
         threads=threads,
         device=gpu,

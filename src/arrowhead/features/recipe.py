@@ -54,6 +54,10 @@ class Recipe:
         """A hash of the recipe, 16 hex digits."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=8).hexdigest()
 
+    def single_view(self) -> Recipe:
+        """The recipe for scoring: one view without augmentation, whatever the training views."""
+        return dataclasses.replace(self, views=1, augment="none", augment_seed=0)
+
     @staticmethod
     def from_dict(fields: Mapping[str, Any], where: str) -> Recipe:
         """Parse a recipe; `where` it was read from is for error messages.

@@ -81,19 +81,15 @@ class Features:
         return self.label.ndim == 2
 
 
-def _what_to_give(path: Path) -> str:
+def _suggest_store(path: Path) -> str:
     """What to do about a folder that is not a store."""
-    for near in (path / "store", path.parent / "store"):  # the OUT of fit, or a bundle in it
-        if (near / "store.json").is_file() and (near.parent == path or is_bundle(path)):
-            return f"give {near}."
-    if is_bundle(path):
+    is_bundle = (path / "bundle.json").is_file()
+    store = (path.parent if is_bundle else path) / "store"  # beside the bundle, in the OUT of fit
+    if (store / "store.json").is_file():
+        return f"give {store}."
+    if is_bundle:
         return f"{path} is a bundle: give the store that it was trained on."
     return f"run `arrowhead precompute DATA {path}` first."
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether a folder holds a bundle."""
-    return (path / "bundle.json").is_file()
 
 
 class Store:
@@ -107,7 +103,7 @@ class Store:
             raise ConfigError(
                 f"{path} is not a feature store: it has no store.json.",
                 "a folder written by `arrowhead precompute`, or the store in the OUT of `fit`.",
-                _what_to_give(path),
+                _suggest_store(path),
             )
         output_paths.check_utf8(path)
         content = store_format.read_sealed(path / "store.json")

@@ -54,7 +54,7 @@ def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) 
         "arrowhead.run_id": str(bundle.lineage.get("run_id")),
         "arrowhead.version": __version__,
     }
-    recipe = score_request.single_view(bundle.recipe)
+    recipe = bundle.recipe.single_view()
     pixels = replace(
         extract.make_pixel_config(recipe), max_pixels=config.max_pixels, max_scans=config.max_scans
     )

@@ -18,7 +18,6 @@ from arrowhead.data import chunks
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import catalog_file
-from arrowhead.features.recipe import Recipe
 from arrowhead.features.store import Store
 from arrowhead.inference import layout, scores_io
 from arrowhead.inference.scores_io import Part
@@ -170,11 +169,6 @@ def _wrong_files_error(path: Path) -> DataError:
     )
 
 
-def single_view(recipe: Recipe) -> Recipe:
-    """The recipe for scoring: one view without augmentation, however many the head trained on."""
-    return replace(recipe, views=1, augment="none", augment_seed=0)
-
-
 def prepare(
     out: Path, path: Path, bundle: Bundle, catalog: Catalog, config: ScoreConfig, chunk_size: int
 ) -> ScoreRequest:
@@ -241,7 +235,7 @@ def _check_config(path: Path, bundle: Bundle, config: ScoreConfig) -> None:
         )
     if config.store:
         store = Store(config.store)
-        store_recipe, bundle_recipe = single_view(store.recipe), single_view(bundle.recipe)
+        store_recipe, bundle_recipe = store.recipe.single_view(), bundle.recipe.single_view()
         store_recipe.require_equal(bundle_recipe, str(config.store), str(path))
         store.intact_shards()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -36,7 +37,6 @@ class Outbox:
         Args:
             folder: the folder of this run; made with the first write.
             header: what run.json holds.
-
         """
         self.folder, self._header = folder, header
         self._lines = folder / "writes.jsonl"
@@ -91,7 +91,6 @@ class Outbox:
         Args:
             writes: in order, as this process sends them.
             ids: local run ids to MLflow's, for the process that may have to send them instead.
-
         """
         try:
             self._open()
@@ -156,23 +155,16 @@ class Outbox:
 
         Args:
             since: leave out the writes before this number.
-
         """
         joined: list[tuple[list[int], Write]] = []
-        for number, write in self._pending.items():
-            if number < since:
-                continue
-            numbers, last = joined[-1] if joined else ([], None)
-            if (
-                last
-                and _only_metrics(last)
-                and _only_metrics(write)
-                and last["run"] == write["run"]
-            ):
-                merged = last | {"metrics": last["metrics"] + write["metrics"]}
-                joined[-1] = [*numbers, number], merged
+        rows = ((number, write) for number, write in self._pending.items() if number >= since)
+        for run, group in itertools.groupby(rows, key=lambda row: _run_of_metrics(row[1])):
+            batch = list(group)
+            if run is None:
+                joined += [([number], write) for number, write in batch]
             else:
-                joined.append(([number], write))
+                metrics = [point for _, write in batch for point in write["metrics"]]
+                joined.append(([number for number, _ in batch], batch[0][1] | {"metrics": metrics}))
         return joined
 
     def remove(self, numbers: Sequence[int]) -> None:
@@ -201,12 +193,9 @@ class Outbox:
         if self._pending:
             lines = [_json(for_another_process(one, ids)) for one in self._pending.values()]
             # Where the disk is full, what it took before is still in its file.
-            with (
-                contextlib.suppress(OSError, ConfigError),
-                fileio.atomic_write(self._lines) as draft,
-            ):
-                draft.write_bytes(b"\n".join(lines))
-            if self._lines.is_file() and self._lines.read_bytes() == b"\n".join(lines):
+            with contextlib.suppress(OSError, ConfigError):
+                with fileio.atomic_write(self._lines) as draft:
+                    draft.write_bytes(b"\n".join(lines))
                 self._unsaved.clear()
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -217,11 +206,11 @@ class Outbox:
         self.release()
 
 
-def _only_metrics(write: Write, of: str | None = None) -> bool:
-    """Whether a write is metrics and nothing else (of a given run)."""
-    if write["do"] != "batch" or of not in (None, write["run"]):
-        return False
-    return not (write["params"] or write["tags"] or "model" in write or "dataset" in write)
+def _run_of_metrics(write: Write) -> str | None:
+    """The run of a write that is metrics and nothing else; None for any other write."""
+    if write["do"] != "batch" or write["params"] or write["tags"]:
+        return None
+    return None if "model" in write or "dataset" in write else str(write["run"])
 
 
 def stamp(path: Path) -> list[int]:

@@ -31,7 +31,6 @@ def unfinished_run(
         file: written by `run.start`, and there while the run is unfinished.
         owner: store, experiment and verb of the command that asks; another's run is left alone.
         say: takes a line that says why a run cannot go on.
-
     """
     try:
         content = json.loads(file.read_bytes())

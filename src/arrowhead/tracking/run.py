@@ -307,7 +307,6 @@ def start(
 
     Raises:
         ConfigError: before any work, when the store or the registry asked for cannot be used.
-
     """
     base = (outbox or _default_outbox()).absolute()
     with contextlib.ExitStack() as until_begun:

@@ -79,10 +79,11 @@ class Sender:
         with self._lock:
             self._closing = True
             self._changed.notify_all()
-        left = len(self._outbox) + 1
-        while self._thread.is_alive() and len(self._outbox) < left:
-            left = 0 if interrupted else len(self._outbox)
+        while self._thread.is_alive():
+            before = len(self._outbox)
             self._thread.join(INTERRUPTED_SECONDS if interrupted else STALLED_SECONDS)
+            if interrupted or len(self._outbox) == before:
+                break
         with self._lock:
             self._closed = True
             self._outbox.close(self.store.ids)
@@ -122,8 +123,8 @@ class Sender:
         if was_away and why_unreachable(self._uri, PROBE_SECONDS) is None and self.store.answers():
             self._away = False
         with self._lock:
-            pending, added = self._outbox.pending(0 if retry else self._tried), self._outbox.added
-        queue = deque(() if self._away else pending)
+            added = self._outbox.added
+            queue = deque(() if self._away else self._outbox.pending(0 if retry else self._tried))
         while queue and not self._away:
             numbers, write = queue.popleft()
             outcome = self._deliver(write, joined=len(numbers) > 1)
@@ -170,7 +171,7 @@ class Sender:
             where = str(self._outbox.folder)
             if self._outbox.unsaved:
                 where = f"memory only ({self._outbox.problem})"
-            self._say_once(
+            self.say(
                 f"{self._name} is gone ({silent or first_line(error)}). The work goes on; what is"
                 f" to be recorded is kept in {where} and sent when it is back"
             )
@@ -198,7 +199,6 @@ def send_unsent(
         uri: the store's address without secrets, as the outboxes name it.
         own: the run that is about to go on: all of its writes are sent, however long it takes.
         seconds: time for those of other runs.
-
     """
     until = monotonic() + seconds
     for file in sorted(base.glob("*/run.json")):

@@ -62,7 +62,6 @@ def batch(
         params: parameters by name.
         tags: tags by name.
         names: the names that earlier batches of the run used; it is filled (see `mlflow_names`).
-
     """
     now = now_ms()
     written = mlflow_names([*(points or {}), *(params or {}), *(tags or {})], names)
@@ -106,7 +105,6 @@ def for_another_process(write: Write, ids: Mapping[str, str]) -> Write:
     Args:
         write: as this process sends it.
         ids: local run ids to MLflow's.
-
     """
     if "run" in write:
         return write | {"run": ids.get(write["run"], write["run"])}
