@@ -62,6 +62,30 @@ def _fork_decoder_processes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _trainings_without_reports() -> Iterator[Callable[..., Any]]:
+    """Leave out the reports of `fit` and `train` in this process: seconds in hundreds of tests.
+
+    Tests of reports ask for `with_reports`. Commands in processes of their own write theirs.
+    """
+    from arrowhead.commands import examine
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = examine.report_of_training
+        patch.setattr(examine, "report_of_training", lambda *_: None)
+        yield original
+
+
+@pytest.fixture
+def with_reports(
+    monkeypatch: pytest.MonkeyPatch, _trainings_without_reports: Callable[..., Any]
+) -> None:
+    """Let `fit` and `train` in this process write their reports, as users get them."""
+    from arrowhead.commands import examine
+
+    monkeypatch.setattr(examine, "report_of_training", _trainings_without_reports)
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/, valid/ and new/ of synthetic JPEGs: 3 classes, 24 images each."""

@@ -40,6 +40,8 @@ from typing import Any
 # All that `fit`, `score` and the decoder's process import.
 IMPORTS = """
     arrowhead.cli.main arrowhead.commands.train arrowhead.commands.score
+    arrowhead.commands.examine jinja2 scipy.cluster.hierarchy sklearn.decomposition
+    sklearn.manifold sklearn.metrics
     arrowhead.decode.worker_process arrowhead.inference.score arrowhead.inference.evaluate
     arrowhead.runtime.launch arrowhead.tracking.run arrowhead.training.heads
     mlflow mlflow.store.tracking.sqlalchemy_store matplotlib.figure matplotlib.backends.backend_agg

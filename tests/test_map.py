@@ -43,6 +43,7 @@ ALLOWED_IMPORTERS = {
     "torchvision": {"features.backbone"},
     "pyarrow": {
         "arrow_io",
+        "examine.tables",
         "features.catalog_file",
         "features.shard_file",
         "inference.scores_io",
@@ -64,12 +65,16 @@ ALLOWED_IMPORTERS = {
         "runtime.ray_private",
         "runtime.ray_train",
     },
-    "matplotlib": {"examine.figures"},
+    "jinja2": {"examine.page"},
+    "matplotlib": {"examine.charts", "examine.figures"},
+    "scipy": {"examine.charts"},
+    "sklearn": {"examine.charts", "examine.feature_map"},
     "fsspec": {"data.object_store"},
     "onnx": {"bundle.export"},
     "onnxruntime": {"bundle.export"},
     "onnxscript": {"bundle.export"},
     "cyclopts": {
+        "cli.examine",
         "cli.app",
         "cli.artifacts",
         "cli.cluster",
@@ -90,6 +95,8 @@ HEAVY_LIBRARIES = {
     "pyarrow",
     "matplotlib",
     "onnx",
+    "scipy",
+    "sklearn",
 }
 # These two import a heavy library at module level: heads are torch modules, and MLflow itself
 # imports the other.

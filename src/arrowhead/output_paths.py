@@ -41,6 +41,7 @@ OUTPUT_KINDS = {
     "store": OutputKind("a feature store", ("store.json", "shards")),
     "bundle": OutputKind("a bundle", ("bundle.json",), is_replaced=True),
     "scores": OutputKind("scores", ("request.json", "score.json", "inputs.arrow")),
+    "report": OutputKind("a report", ("report.json",), is_replaced=True),
     "results": OutputKind("results", ()),
 }
 

@@ -35,6 +35,10 @@ class KnownImages:
         """NEW, VALIDATED or TRAINED for each image id of 16 bytes, uint8 (N,)."""
         byte_N16 = np.frombuffer(b"".join(image_ids), np.uint8).reshape(-1, 16)
         id_N = np.ascontiguousarray(byte_N16[:, :8]).view(">u8").ravel().astype(np.uint64)
+        return self.lookup_ids(id_N)
+
+    def lookup_ids(self, id_N: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        """The same for the first 8 bytes of image ids, uint64 (N,) (see `features.store`)."""
         use_N = np.full(len(id_N), NEW, np.uint8)
         use_N[_is_in_sorted(id_N, self.valid)] = VALIDATED
         use_N[_is_in_sorted(id_N, self.train)] = TRAINED

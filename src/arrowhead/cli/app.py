@@ -133,6 +133,11 @@ def ui_command(tracking: TrackingConfig) -> str:
     return f"{shell_command([sibling_program('mlflow')])} ui --backend-store-uri {shown}"
 
 
+def open_command(page: Path) -> list[str]:
+    """The command that opens a page in the user's browser."""
+    return [sibling_program("python"), "-P", "-m", "webbrowser", page.absolute().as_uri()]
+
+
 # --------------------------------------------------------------------- how a command ends
 
 

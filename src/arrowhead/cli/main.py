@@ -15,7 +15,7 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
-from arrowhead.cli import artifacts, cluster, demo, inference, train
+from arrowhead.cli import artifacts, cluster, demo, examine, inference, train
 from arrowhead.cli.app import (
     app,
     check_output_written,
@@ -100,6 +100,7 @@ app.command(train.lr_find, sort_key=3)
 app.command(train.train, sort_key=4)
 app.command(inference.score, sort_key=5)
 app.command(inference.evaluate, sort_key=5)
+app.command(examine.examine, sort_key=6)
 app.command(inference.export, sort_key=6)
 app.command(demo.demo, sort_key=0)
 app.command(watch, sort_key=7)

@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 from arrowhead.bundle.export import ExportConfig
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
+from arrowhead.examine.config import ExamineConfig, ReportConfig
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.golden_images import GoldenConfig
@@ -124,6 +125,9 @@ NamedFinder = Annotated[
 Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
 Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
 Evaluate = Annotated[EvaluateConfig, _flags("Evaluation", 6)]
+_REPORT = Parameter(name="*", group=Group("Report", sort_key=8), negative_bool="no-", negative=None)
+Examine = Annotated[ExamineConfig, _REPORT]
+Report = Annotated[ReportConfig, _REPORT]
 Export = Annotated[ExportConfig, _flags("Export", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 # negative: booleans that are true by default get a --no- flag.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from arrowhead.cli.app import (
     finish,
     given_flags,
+    open_command,
     program,
     run_context,
     show_next_commands,
@@ -34,6 +35,7 @@ from arrowhead.cli.options import (
     Output,
     Pixels,
     Registry,
+    Report,
     Source,
     StorePath,
     Sweep,
@@ -45,6 +47,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.errors import ConfigError
+from arrowhead.examine.config import ReportConfig
 from arrowhead.features import backbone
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
@@ -77,13 +80,14 @@ def fit(
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     registry: Registry = RegistryConfig(),
+    report: Report = ReportConfig(),
     output: Out = Output(),
 ) -> int:
     """Train a classifier on a folder of images. This is the main command.
 
     It lists the images, extracts their features, chooses a learning rate, trains a head, evaluates
-    it, saves a bundle, and records all of this in MLflow. Run it again with other training flags:
-    no image is decoded a second time.
+    it, saves a bundle, writes a report to look at, and records all of this in MLflow. Run it again
+    with other training flags: no image is decoded a second time.
 
     Example: arrowhead fit photos/ out/ --body resnet34
     """
@@ -100,9 +104,12 @@ def fit(
     sources.check_can_validate(data, catalog)
     with run_context("fit", launch, tracking, output, run_file, registry) as context:
         result = commands_train.fit(catalog, out, images, study, context)
-        result["files"] = show_written(context.screen, [out / "store", *bundles(out / "bundle")])
+        page = _add_report(result, out / "store", out / "bundle", report, context)
+        written = [out / "store", *bundles(out / "bundle"), *page]
+        result["files"] = show_written(context.screen, written)
         score_command = [program(), "score", result["bundle"], "IMAGES", "SCORES"]
-        show_next_commands(context.screen, [score_command, ui_command(tracking)])
+        commands = [*map(open_command, page), score_command, ui_command(tracking)]
+        show_next_commands(context.screen, commands)
     return finish(result, output, faults_flag="--extract.max-faults")
 
 
@@ -239,6 +246,7 @@ def train(
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     registry: Registry = RegistryConfig(),
+    report: Report = ReportConfig(),
     output: Out = Output(),
 ) -> int:
     """Train a head on stored features, and save body and head as a bundle.
@@ -256,9 +264,23 @@ def train(
     with run_context("train", launch, tracking, output, run_file, registry) as context:
         extraction.show_store(store, context.screen)
         result = commands_train.train_bundle(store, bundle, study, context, golden)
-        result["files"] = show_written(context.screen, bundles(bundle))
-        show_next_commands(context.screen, [[program(), "score", bundle, "IMAGES", "SCORES"]])
+        page = _add_report(result, store, bundle, report, context)
+        result["files"] = show_written(context.screen, [*bundles(bundle), *page])
+        score_command = [program(), "score", bundle, "IMAGES", "SCORES"]
+        show_next_commands(context.screen, [*map(open_command, page), score_command])
     return finish(result, output)
+
+
+def _add_report(
+    result: dict[str, Any], store: Path, bundle: Path, report: ReportConfig, context: Any
+) -> list[Path]:
+    """Write the report of a new bundle if it is wanted; the page, or nothing."""
+    from arrowhead.commands import examine as commands_examine
+
+    result["report"] = None
+    if report.report:
+        result["report"] = commands_examine.report_of_training(store, bundle, context)
+    return [Path(result["report"])] if result["report"] else []
 
 
 def bundles(path: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from arrowhead.bundle import build
 from arrowhead.bundle import format as bundle_format
 from arrowhead.commands import precompute
 from arrowhead.data.catalog import Catalog
+from arrowhead.examine import figures
 from arrowhead.features import golden_images
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.golden_images import GoldenConfig
@@ -192,6 +193,8 @@ def _report_experiments(
 ) -> dict[str, Any]:
     """Report LR finder, grid, folds and learning curve, with files in `folder`; their results."""
     result: dict[str, Any] = {}
+    if len(study_result.winner.epochs) > 1:
+        figures.epochs_csv(study_result.winner.epochs, folder / "epochs.csv")
     if study_result.curve:
         with run_context.child_context(context, "lr-find") as child:
             reporting_training.report_lr_curve(study_result.curve, folder, child)

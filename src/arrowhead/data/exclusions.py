@@ -35,6 +35,7 @@ OWN_MARKERS = {
     b"bundle.json": b'"seal"',
     b"score.json": b'"bundle_fingerprint"',
     b"request.json": b'"runs"',
+    b"report.json": b'"bundle_fingerprint"',
 }
 OWN_FIGURE_SUFFIXES = (
     "-confusion.png",
@@ -93,7 +94,7 @@ def is_own_name(name: bytes) -> bool:
 
 
 def is_own_folder(handle: int, names: list[bytes]) -> bool:
-    """Whether an open folder with these entries is a store, a bundle, or scores."""
+    """Whether an open folder with these entries is a store, a bundle, scores or a report."""
     for name in frozenset(OWN_MARKERS).intersection(names):
         with suppress(OSError):
             file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)

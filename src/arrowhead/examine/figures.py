@@ -131,7 +131,7 @@ def confusion_figure(
     count = len(classes)
     show_counts, step = count <= MAX_CLASSES_WITH_COUNTS, -(-count // MAX_NAMED_CLASSES)
     ticks = list(range(0, count, step))
-    names, text = _text_style(classes[tick] for tick in ticks)
+    names, text = text_style(classes[tick] for tick in ticks)
     # Inches for the names plus inches for the cells; with many classes a cell is 9 points wide.
     side = 1.5 + 0.09 * max(map(len, names))
     side += min(14.0, 1.1 + 0.7 * count) if show_counts else 0.125 * min(count, MAX_NAMED_CLASSES)
@@ -168,7 +168,7 @@ def scores_figure(
     from matplotlib.ticker import MaxNLocator
 
     shown = sorted(labels.items(), key=lambda pair: -pair[1])[:MAX_BARS]
-    names, text = _text_style(name for name, _ in shown)
+    names, text = text_style(name for name, _ in shown)
     figure = Figure(figsize=(10, 1.8 + 0.22 * max(8, len(shown))), layout="constrained")
     by_label, by_probability, by_novelty = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
     by_label.barh(range(len(shown)), [count for _, count in shown])
@@ -236,6 +236,14 @@ def learning_csv(curve: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def epochs_csv(epochs: list[dict[str, float]], path: Path) -> Path:
+    """Write one row of metrics per epoch of a training; returns the path."""
+    with spreadsheet.open_csv(path, list(epochs[0])) as sheet:
+        for epoch in epochs:
+            sheet.row(list(epoch.values()))
+    return path
+
+
 def grid_csv(ranked: dict[str, Any], path: Path) -> Path:
     """Write one row per setting of a grid, the best first; returns the path.
 
@@ -281,7 +289,7 @@ def save(figure: Any, path: Path) -> Path:
 # ------------------------------------------------------------------------- names in figures
 
 
-def _text_style(names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+def text_style(names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
     """Prepare names for a figure: the texts, and matplotlib's properties for them.
 
     Long names lose their middle. Control characters are escaped, and so are characters that no font

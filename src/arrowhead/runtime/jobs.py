@@ -366,8 +366,11 @@ def submit(
 def _copy_source(folder: Path, config: Path | None) -> int:
     """Copy the package's source and the TOML file to the folder that is sent; their bytes."""
     source = Path(arrowhead.__file__).parent
-    files = {path: f"arrowhead/{path.relative_to(source)}" for path in sorted(source.rglob("*.py"))}
-    files[source / "py.typed"] = "arrowhead/py.typed"
+    files = {
+        path: f"arrowhead/{path.relative_to(source)}"
+        for path in sorted(source.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     if config is not None:
         files[config] = config.name
     size = sum(path.stat().st_size for path in files)

@@ -93,6 +93,10 @@ class Run:
         """Whether `model` logs what it is given."""
         return self._registry.log_model
 
+    def store_has_run(self, run_id: str) -> bool:
+        """Whether the store has a run with this id that was not deleted; False if it is away."""
+        return self._sender.store.has_run(run_id)
+
     def flush(self) -> None:
         """Wait until the store has all that was recorded so far, or is known to be away."""
         self._sender.flush()
@@ -146,14 +150,21 @@ class Run:
         write = writes.batch(points, params, tags, names=self._names)
         self._sender.write({"do": "batch", "run": self._id} | write)
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file, or a directory's files, as artifacts of the run."""
+    def log_artifact(
+        self, path: Path, folder: str | None = None, *, run_id: str | None = None
+    ) -> None:
+        """Log a file, or a directory's files, as artifacts of the run, or of another run."""
         if not path.exists():
             self._sender.say(f"not logged in MLflow, there is no such file: {path}")
             return
         inside = (folder or path.name) if path.is_dir() else folder
         self._sender.write(
-            {"do": "file", "run": self._id, "path": str(path.absolute()), "folder": inside}
+            {
+                "do": "file",
+                "run": run_id or self._id,
+                "path": str(path.absolute()),
+                "folder": inside,
+            }
         )
 
     def dataset(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arrowhead.tracking.client import longer_timeout, search
+from arrowhead.tracking.client import find_run, longer_timeout, search
 from arrowhead.tracking.names import shortened
 from arrowhead.tracking.outbox import stamp
 from arrowhead.tracking.writes import Write, is_local
@@ -68,6 +68,14 @@ class TrackingStore:
                 self.client.set_terminated(run, write["status"], write["end"])
             case "delete":
                 self.client.delete_run(run)
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether there is a run with this id that was not deleted; False if the store is away."""
+        try:
+            run = find_run(self.client, run_id)
+        except Exception:  # whatever a store that is away raises
+            return False
+        return run is not None and run.info.lifecycle_stage == "active"
 
     def make(self, new: Mapping[str, Any]) -> str:
         """The id of a run (see `writes.new_run`), which is made unless it is there."""

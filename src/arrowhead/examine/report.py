@@ -1,0 +1,378 @@
+"""The report of a bundle on a store: one page, its charts and tables in a folder.
+
+    store, bundle -> predictions -> galleries, mistakes, curves, a map
+                  -> the rows to show -> thumbnails and heatmaps of those rows only
+                  -> report.html, figures/, tables/, report.json
+
+Everything but the pictures comes from the stored features: no image is decoded for the analysis,
+and a million images need little more memory than a thousand.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import gmtime, strftime
+from typing import Any
+
+import numpy as np
+
+from arrowhead import __version__, fileio
+from arrowhead.bundle import format as bundle_format
+from arrowhead.data.catalog import Catalog
+from arrowhead.evaluation import metrics as evaluation_metrics
+from arrowhead.examine import (
+    charts,
+    curves,
+    feature_map,
+    figures,
+    findings,
+    galleries,
+    mistakes,
+    page,
+    predictions,
+    tables,
+    thumbnails,
+)
+from arrowhead.examine.cards import CardMaker, Heat
+from arrowhead.examine.config import ExamineConfig
+from arrowhead.examine.findings import Finding
+from arrowhead.examine.galleries import Gallery
+from arrowhead.examine.predictions import Predictions
+from arrowhead.features.store import Store
+from arrowhead.wording import pluralize
+
+THUMBNAIL_SIDE = 320  # pixels, of the longer side
+TILE_SIDE = 56  # pixels, of the pictures on the map
+MAX_TILES = 400
+MAP_COLORS = (
+    "#2a6fb0",
+    "#c8590b",
+    "#2f8f5b",
+    "#a03a8c",
+    "#8a6d00",
+    "#1c9aa8",
+    "#b03050",
+    "#6652b8",
+)
+OTHER_COLOR = "#8b949e"
+
+
+@dataclass(kw_only=True, slots=True)
+class Content:
+    """What the template report.html.j2 shows; a section whose value is None is left out."""
+
+    title: str
+    subtitle: str
+    classes: list[str]
+    multi: bool
+    command: str
+    about: list[tuple[str, str]]
+    version: str = __version__
+    first: list[Finding] = field(default_factory=list)
+    tiles: list[dict[str, str]] = field(default_factory=list)
+    held_out_sentence: str = ""
+    galleries: list[Gallery] = field(default_factory=list)
+    cards: list[Any] = field(default_factory=list)
+    has_heat: bool = False
+    heat_sentence: str = ""
+    confusion: dict[str, Any] | None = None
+    per_class: list[dict[str, Any]] = field(default_factory=list)
+    per_class_caption: str = ""
+    label_errors: dict[str, Any] | None = None
+    corrections: dict[str, Any] | None = None
+    duplicates: dict[str, Any] | None = None
+    slices: dict[str, Any] | None = None
+    outliers: dict[str, Any] | None = None
+    faults: dict[str, Any] | None = None
+    map: dict[str, Any] | None = None
+    charts: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """Anchor and name of each section that is there."""
+        named = [
+            ("pictures", "Pictures", self.cards),
+            ("mistakes", "Mistakes", self.confusion),
+            ("labels", "Labels", self.label_errors),
+            ("duplicates", "Duplicates", self.duplicates),
+            ("slices", "Slices", self.slices),
+            ("unusual", "Unusual", self.outliers or self.faults),
+            ("map-section", "Map", self.map),
+            ("charts", "Curves", self.charts),
+        ]
+        return [(anchor, name) for anchor, name, shown in named if shown] + [("about", "About")]
+
+
+class Report:
+    """Builds the report of a bundle on a store.
+
+    Args:
+        store: The store.
+        bundle: The bundle's folder.
+        config: What the report contains.
+        on_step: Called with a few words when a step begins.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        bundle: Path,
+        config: ExamineConfig = ExamineConfig(),
+        on_step: Callable[[str], None] = lambda words: None,
+    ) -> None:
+        self.store, self.bundle_path, self.config = Store(store), bundle, config
+        self.bundle = bundle_format.load(bundle)
+        self.catalog = Catalog(**self.store.read_catalog())
+        self._on_step = on_step
+        on_step("predicting from the stored features")
+        self.predictions: Predictions = predictions.predict(self.store, self.bundle)
+        self.metrics: dict[str, Any] = mistakes.evaluate(self.predictions)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the report into an empty folder.
+
+        Returns:
+            Its summary, which is also written as report.json.
+        """
+        content = self._content(folder)
+        self._on_step("writing the page")
+        tables.write_predictions(folder / "tables", self.catalog, self.predictions)
+        page.write(folder / "report.html", "report.html.j2", {"report": content})
+        summary = self._summary(content)
+        fileio.write_json(folder / "report.json", summary)
+        return summary
+
+    def _content(self, folder: Path) -> Content:
+        content = self._header()
+        self._add_mistakes(content, folder)
+        found = galleries.choose_galleries(self.predictions, self.config.pictures)
+        self._on_step("reading the pictures")
+        rows = {int(self.predictions.row[k]) for gallery in found for k in gallery.index}
+        shown = thumbnails.read_thumbnails(self.catalog, sorted(rows), THUMBNAIL_SIDE)
+        heats: dict[int, Heat] = {}
+        card_of = CardMaker(self.catalog, self.predictions, shown, heats)
+        self._add_galleries(content, found, card_of)
+        if self.config.map:
+            self._on_step("drawing the map")
+            self._add_map(content)
+        self._on_step("drawing the curves")
+        self._add_curves(content, folder)
+        content.first = findings.choose(self._findings(content))
+        return content
+
+    # ---------------------------------------------------------------------------- header
+
+    def _header(self) -> Content:
+        catalog, recipe = self.catalog, self.bundle.recipe
+        held_out = int(self.predictions.held_out.sum())
+        source = catalog.source or catalog.root
+        name = source.rstrip("/").rpartition("/")[2] or source
+        content = Content(
+            title=f"{name}: what the model got wrong, and what the data got wrong",
+            subtitle=f"{pluralize(len(catalog), 'image')}, {len(self.bundle.classes)} classes ·"
+            f" {recipe.body}, {self.bundle.head} head · {strftime('%Y-%m-%d %H:%M', gmtime())} UTC",
+            classes=self.bundle.classes,
+            multi=self.bundle.multi,
+            command=shlex.join(
+                ["arrowhead", "examine", str(self.store.path), str(self.bundle_path), "REPORT"]
+            ),
+            about=[
+                ("images", source),
+                ("store", str(self.store.path.absolute())),
+                ("bundle", f"{self.bundle_path.absolute()}"),
+                ("fingerprint", bundle_format.fingerprint(self.bundle_path)),
+                ("MLflow run", str(self.bundle.lineage.get("run_id") or "not recorded")),
+                ("backbone", f"{recipe.body}, {recipe.size} pixels, {recipe.resize}"),
+                ("classes", str(len(self.bundle.classes))),
+            ],
+        )
+        train = int((self.predictions.split == "train").sum())
+        content.held_out_sentence = (
+            f"All pictures are of the {pluralize(held_out, 'held-out image')}: the model was not"
+            f" trained on them, but on {pluralize(train, 'other image')}."
+        )
+        content.tiles = self._tiles(held_out)
+        return content
+
+    def _tiles(self, held_out: int) -> list[dict[str, str]]:
+        found = self.metrics
+        tiles = []
+        if held_out and not self.bundle.multi:
+            correct = round(found["accuracy"] * held_out)
+            low, high = evaluation_metrics.wilson_interval(correct, held_out)
+            note = f"{correct} of {held_out}, 95 % interval {low:.3f} to {high:.3f}"
+            tiles.append(_tile("Accuracy", f"{found['accuracy']:.4f}", note))
+            note = "mean recall of the classes"
+            tiles.append(_tile("Balanced accuracy", f"{found['balanced_accuracy']:.4f}", note))
+        elif held_out:
+            note = f"mean over {held_out} held-out images"
+            tiles.append(_tile("F2", f"{found['f2_samples']:.4f}", note))
+        ece = self.bundle.metrics.get("ece")
+        if ece is not None:
+            note = f"temperature {self.bundle.temperature:.2f}"
+            tiles.append(_tile("Calibration error", f"{ece:.3f}", note))
+        faults = len(self.catalog) - len(self.predictions)
+        tiles.append(
+            _tile("Images", f"{len(self.predictions):,}", f"and {faults:,} unreadable files")
+        )
+        return tiles
+
+    # -------------------------------------------------------------------------- sections
+
+    def _add_mistakes(self, content: Content, folder: Path) -> None:
+        if not self.predictions.held_out.any():
+            return
+        classes = self.bundle.classes
+        if self.bundle.multi:
+            pairs = mistakes.label_confusion(self.predictions)
+            content.confusion = {"rows": None, "svg": None, "pairs": pairs}
+        else:
+            counts_CC = np.array(self.metrics["confusion"])
+            pairs = mistakes.most_confused(counts_CC, classes)
+            content.confusion = {"rows": None, "svg": None, "pairs": pairs, "classes": classes}
+            if len(classes) <= mistakes.MAX_TABLE_CLASSES:
+                content.confusion["rows"] = mistakes.confusion_rows(counts_CC, classes)
+                chart = figures.confusion_figure(counts_CC, classes, "Held-out images")
+            else:
+                chart = charts.confusion_chart(counts_CC, classes)
+                content.confusion["svg"] = charts.inline_svg(
+                    chart, "confusion", "Confusion matrix; the table beside it names the worst."
+                )
+            _save(chart, folder, "confusion")
+        tables.write_table(folder / "tables", "most_confused", [asdict(pair) for pair in pairs])
+        lines = [{"name": name} | line for name, line in self.metrics["per_class"].items()]
+        lines.sort(key=lambda line: (not line["images"], line["f1"]))
+        tables.write_table(folder / "tables", "per_class", lines)
+        content.per_class = lines[:200]
+        content.per_class_caption = "The lowest F1 first" + (
+            f"; 200 of {len(lines)} classes" if len(lines) > 200 else ""
+        )
+
+    def _add_galleries(self, content: Content, found: list[Gallery], card_of: CardMaker) -> None:
+        shown_in: dict[int, list[str]] = {}
+        for gallery in found:
+            for position, index in enumerate(gallery.index.tolist()):
+                shown_in.setdefault(index, []).append(f"{gallery.name}:{position}")
+        content.galleries = found
+        content.cards = [
+            card_of(int(self.predictions.row[index]), galleries=names)
+            for index, names in shown_in.items()
+        ]
+
+    def _add_map(self, content: Content) -> None:
+        found = feature_map.project(self.store, self.predictions)
+        if found is None:
+            return
+        predicted = self.predictions
+        rows = predicted.row[found.index]
+        wrong = predicted.held_out[found.index] & ~predicted.correct[found.index]
+        pictured = rows[np.argsort(~wrong, kind="stable")[:MAX_TILES]]
+        sheet, tiles = thumbnails.sprite_sheet(self.catalog, pictured.tolist(), TILE_SIDE)
+        labels = [predicted.names(predicted.label[k]) for k in found.index]
+        names = [predicted.names(predicted.predicted[k]) for k in found.index]
+        colors = _colors_of([name for one in labels for name in one[:1]])
+        width, height = 800, 520
+        content.map = {
+            "sentence": f"Each point is one of {len(rows)} images; neighbors look alike to the"
+            " backbone. Points with a dark ring are predicted wrong. Distances between far groups"
+            " mean nothing.",
+            "legend": [*colors.items(), ("other", OTHER_COLOR)]
+            if len(colors) == len(MAP_COLORS)
+            else list(colors.items()),
+            "data": {
+                "width": width,
+                "height": height,
+                "side": TILE_SIDE,
+                "columns": 20,
+                "sheet": sheet.uri if sheet else "",
+                "colors": colors,
+                "other": OTHER_COLOR,
+                "points": [
+                    {
+                        "x": round(10 + float(x) * (width - 20), 1),
+                        "y": round(10 + float(y) * (height - 20), 1),
+                        "label": ", ".join(label) or "none",
+                        "predicted": ", ".join(name) or "none",
+                        "path": self.catalog.paths[row],
+                        "wrong": bool(is_wrong),
+                        "tile": tiles.get(int(row)),
+                    }
+                    for (x, y), label, name, row, is_wrong in zip(
+                        found.xy, labels, names, rows.tolist(), wrong, strict=True
+                    )
+                ],
+            },
+        }
+
+    def _add_curves(self, content: Content, folder: Path) -> None:
+        for chart in curves.draw(self.predictions, self.metrics, self.bundle_path):
+            svg = charts.inline_svg(chart.figure, chart.name, chart.caption)
+            content.charts.append({"svg": svg, "caption": chart.caption})
+            _save(chart.figure, folder, chart.name)
+
+    # -------------------------------------------------------------------------- findings
+
+    def _findings(self, content: Content) -> list[Finding]:
+        predicted = self.predictions
+        held_out = int(predicted.held_out.sum())
+        if not held_out:
+            text = (
+                "The bundle was trained on all of these images: nothing here says how good it is."
+            )
+            return [Finding(1.0, text, "about", "About this report")]
+        correct = int(predicted.correct[predicted.held_out].sum())
+        wrong = held_out - correct
+        text = f"{correct} of {pluralize(held_out, 'held-out image')} are right"
+        pairs = content.confusion["pairs"] if content.confusion else []
+        if wrong and pairs and not predicted.multi:
+            text += (
+                f"; most often {pairs[0].label} is taken for {pairs[0].predicted}"
+                f" ({pluralize(pairs[0].images, 'image')})"
+            )
+        found = [Finding(0.5, f"{text}.", "pictures", "Look at the mistakes")]
+        faults = len(self.catalog) - len(predicted)
+        if faults:
+            share = faults / len(self.catalog)
+            text = f"{pluralize(faults, 'file')} could not be read ({100 * share:.1f} %)."
+            found.append(Finding(0.9 if share > 0.01 else 0.4, text, "unusual", "See which"))
+        weak = [line for line in self.metrics["per_class"].items() if line[1]["images"] >= 10]
+        if weak and not predicted.multi:
+            name, line = min(weak, key=lambda one: one[1]["recall"])
+            if line["recall"] < 0.9:
+                text = f"Of the images of {name} only {100 * line['recall']:.0f} % are recognized."
+                found.append(Finding(0.45, text, "mistakes", "See the classes"))
+        return found
+
+    def _summary(self, content: Content) -> dict[str, Any]:
+        names = ("accuracy", "balanced_accuracy", "f2_samples", "ece", "auroc", "loss")
+        return {
+            "arrowhead": __version__,
+            "store": str(self.store.path),
+            "bundle": str(self.bundle_path),
+            "bundle_fingerprint": bundle_format.fingerprint(self.bundle_path),
+            "images": len(self.catalog),
+            "held_out": int(self.predictions.held_out.sum()),
+            "metrics": {name: self.metrics[name] for name in names if name in self.metrics},
+            "first": [finding.text for finding in content.first],
+        }
+
+
+def _tile(label: str, value: str, note: str) -> dict[str, str]:
+    return {"label": label, "value": value, "note": note}
+
+
+def _save(figure: Any, folder: Path, name: str) -> None:
+    """Write a chart as figures/NAME.png and NAME.svg."""
+    (folder / "figures").mkdir(exist_ok=True)
+    for suffix in ("png", "svg"):
+        figures.save(figure, folder / "figures" / f"{name}.{suffix}")
+
+
+def _colors_of(labels: Sequence[str]) -> dict[str, str]:
+    """A color for each of the most frequent labels, in the order of names."""
+    names, counts = np.unique(np.array(labels, object).astype(str), return_counts=True)
+    frequent = sorted(names[np.argsort(-counts, kind="stable")[: len(MAP_COLORS)]].tolist())
+    return dict(zip(frequent, MAP_COLORS, strict=False))
