@@ -34,6 +34,7 @@ ORDER = [
     "commands",
     "demo",
     "doctor",
+    "keyword_settings",
     "notebook",
     "cli",
 ]
@@ -66,7 +67,7 @@ ALLOWED_IMPORTERS = {
         "runtime.ray_train",
     },
     "jinja2": {"examine.page"},
-    "matplotlib": {"examine.charts", "examine.figures"},
+    "matplotlib": {"examine.charts", "examine.figures", "examine.pictures", "notebook"},
     "scipy": {"examine.charts"},
     "sklearn": {"examine.charts", "examine.feature_map"},
     "fsspec": {"data.object_store"},

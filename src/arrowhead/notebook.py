@@ -11,37 +11,44 @@ use the stored features.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import numbers
 import os
-import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle import resolve
+from arrowhead.commands import examine as commands_examine
 from arrowhead.commands import precompute, train
 from arrowhead.data import path_text, sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.errors import ConfigError, Refusal
+from arrowhead.errors import ConfigError
 from arrowhead.examine import figures as examine_figures
+from arrowhead.examine import mistakes, pictures, predictions
+from arrowhead.examine.config import ExamineConfig
+from arrowhead.examine.galleries import ImageRanking
 from arrowhead.features import feature_config
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.store import Store
 from arrowhead.inference.predictor import Predictor
+from arrowhead.keyword_settings import (
+    changed_fields,
+    check_settings,
+    python_refusals,
+    replace_fields,
+)
 from arrowhead.output_paths import check_output_folder
 from arrowhead.printable import encodable_text, escape_control_chars
 from arrowhead.reporting import run_context
@@ -53,6 +60,7 @@ from arrowhead.training.study import Study
 from arrowhead.training.trainer import TrainedHead
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import nn
 
 
@@ -83,8 +91,8 @@ class Images:
         Raises:
             ConfigError: The folder is missing or empty, or there are fewer than two classes.
         """
-        with _python_refusals():
-            config = SourceConfig(**_check_settings(source, SourceConfig))
+        with python_refusals():
+            config = SourceConfig(**check_settings(source, SourceConfig))
             return Images(os.fspath(path), sources.labelled_catalog(path, config), config)
 
     @staticmethod
@@ -217,8 +225,8 @@ class Learner:
         tracking_uri: str | None = None,
         **settings: Any,
     ) -> None:
-        with _python_refusals():
-            options = _check_settings(
+        with python_refusals():
+            options = check_settings(
                 settings, BodyConfig, PixelConfig, ExtractConfig, exclude=("body",)
             )
             if not isinstance(images, Images):
@@ -228,13 +236,13 @@ class Learner:
             body = BodyConfig(body=body) if isinstance(body, str) else body
             config = FeatureConfig(
                 source=images.source,
-                body=_replace_fields(body, options),
-                pixels=_replace_fields(pixels or PixelConfig(), options),
-                extract=_replace_fields(ExtractConfig(), options),
+                body=replace_fields(body, options),
+                pixels=replace_fields(pixels or PixelConfig(), options),
+                extract=replace_fields(ExtractConfig(), options),
             )
-            given = {"body", *options, *_changed_fields(body)}
+            given = {"body", *options, *changed_fields(body)}
             given |= {field.name for field in dataclasses.fields(pixels)} if pixels else set()
-            self._config = TrainConfig(**_check_settings({"head": head}, TrainConfig))
+            self._config = TrainConfig(**check_settings({"head": head}, TrainConfig))
         self.images = images
         source = path_text.resolve(images.path)
         digest = hashlib.blake2b(path_text.unescape_path(source), digest_size=4).hexdigest()
@@ -246,7 +254,8 @@ class Learner:
         self._context = RunContext(screen=_PrintingScreen())
         self._trained: TrainedHead | None = None
         self._cached_predictor: Predictor | None = None
-        with _python_refusals():
+        self._cached_ranking: ImageRanking | None = None
+        with python_refusals():
             config = feature_config.complete_from_store(folder, config, given)
             sources.check_can_validate(images.path, images.catalog)
             precompute.precompute(images.path, folder, config, self._context)
@@ -260,7 +269,7 @@ class Learner:
             ConfigError: There is no bundle.
             DataError: It is damaged, or this machine computes other results for its golden images.
         """
-        with _python_refusals():
+        with python_refusals():
             return Classifier(Path(path))
 
     def __repr__(self) -> str:
@@ -290,9 +299,9 @@ class Learner:
             One dict of metrics per epoch.
         """
         overrides.setdefault("schedule", "constant")
-        with _python_refusals(), self._run("fit") as context:
+        with python_refusals(), self._run("fit") as context:
             before = self._config
-            settings = _check_settings({"rate": rate, "epochs": epochs} | overrides, TrainConfig)
+            settings = check_settings({"rate": rate, "epochs": epochs} | overrides, TrainConfig)
             self._config = dataclasses.replace(before, **settings)
             resume = self._trained and not fresh and before.head == self._config.head
             start = self._trained.state if resume and self._trained else None
@@ -333,8 +342,8 @@ class Learner:
         Args:
             overrides: Fields of `FinderConfig`, such as low, high, steps, seeds.
         """
-        with _python_refusals(), self._run("lr-find") as context:
-            finder = FinderConfig(**_check_settings(overrides, FinderConfig))
+        with python_refusals(), self._run("lr-find") as context:
+            finder = FinderConfig(**check_settings(overrides, FinderConfig))
             curve = train.find_learning_rate(self.store.path, self._config, finder, context)
         fields = {f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)}
         drawn_curve = DrawnCurve(**fields)
@@ -349,9 +358,101 @@ class Learner:
         Returns:
             The bundle's metrics.
         """
-        with _python_refusals():
+        with python_refusals():
             out = check_output_folder(Path(path), "bundle")
             return train.save_bundle(self.store, self._config, self._fitted(), out, self._context)
+
+    # ------------------------------------------------------------------------- looking
+
+    def show_correct(self, count: int = 9) -> Figure:
+        """Show validation images that are predicted right, drawn at random."""
+        return self._show(self._ranking().at_random(correct=True)[:count], "Right, at random")
+
+    def show_incorrect(self, count: int = 9) -> Figure:
+        """Show validation images that are predicted wrong, drawn at random."""
+        return self._show(self._ranking().at_random(correct=False)[:count], "Wrong, at random")
+
+    def show_most_correct(self, class_name: str, count: int = 9) -> Figure:
+        """Show the images of a class that are right with the highest probability."""
+        index = self._ranking().most_correct(self._class_index(class_name))
+        return self._show(index[:count], f"Most correct {class_name}")
+
+    def show_most_incorrect(self, class_name: str, count: int = 9) -> Figure:
+        """Show the images of a class whose label has the lowest probability."""
+        index = self._ranking().most_incorrect(self._class_index(class_name))
+        return self._show(index[:count], f"Most incorrect {class_name}")
+
+    def show_most_uncertain(self, count: int = 9) -> Figure:
+        """Show the images nearest to another prediction."""
+        return self._show(self._ranking().most_uncertain()[:count], "Most uncertain")
+
+    def show_top_losses(self, count: int = 9) -> Figure:
+        """Show the images with the highest loss."""
+        return self._show(self._ranking().top_losses()[:count], "Highest loss")
+
+    def plot_confusion(self) -> Figure:
+        """Plot the confusion matrix of the validation images; returns the matplotlib figure."""
+        counts_CC = self._confusion()
+        figure = examine_figures.confusion_figure(counts_CC, self.images.classes)
+        examine_figures.display(figure)
+        return figure
+
+    def most_confused(self, count: int = 10) -> list[tuple[str, str, int]]:
+        """The most frequent mistakes: label, prediction, number of validation images."""
+        pairs = mistakes.most_confused(self._confusion(), self.images.classes, count)
+        return [(pair.label, pair.predicted, pair.images) for pair in pairs]
+
+    def report(self, path: str | Path = "report") -> Path:
+        """Write the report as `arrowhead examine` does, into the folder PATH; returns the page."""
+        with python_refusals(), self._saved_bundle() as bundle:
+            out = check_output_folder(Path(path), "report")
+            config = ExamineConfig()
+            result = commands_examine.examine(self.store.path, bundle, out, config, self._context)
+        return Path(result["report"])
+
+    def _confusion(self) -> NDArray[np.int64]:
+        with python_refusals():
+            if self.images.catalog.multi:
+                raise ConfigError(
+                    "Images with several labels have no confusion matrix.",
+                    "one label for each image.",
+                    "call learn.report(), which counts missing and surplus labels.",
+                )
+            found = mistakes.evaluate(self._ranking().predictions)
+        return np.array(found["confusion"], np.int64)
+
+    def _class_index(self, name: str) -> int:
+        with python_refusals():
+            if name not in self.images.classes:
+                raise ConfigError(
+                    f"{name!r} is not a class.",
+                    f"one of {', '.join(self.images.classes[:20])}.",
+                    "check the name.",
+                )
+        return self.images.classes.index(name)
+
+    def _show(self, index: NDArray[np.int64], title: str) -> Figure:
+        """Show some images of the predictions; returns the matplotlib figure."""
+        catalog = Catalog(**self.store.read_catalog())
+        figure = pictures.gallery_figure(catalog, self._ranking().predictions, index, title)
+        examine_figures.display(figure)
+        return figure
+
+    def _ranking(self) -> ImageRanking:
+        """The validation images with the trained head's predictions, kept until the next `fit`."""
+        if self._cached_ranking is None:
+            with python_refusals(), self._saved_bundle() as bundle:
+                loaded = bundle_format.load(bundle)
+            self._cached_ranking = ImageRanking(predictions.predict(self.store, loaded))
+        return self._cached_ranking
+
+    @contextmanager
+    def _saved_bundle(self) -> Iterator[Path]:
+        """The trained head as a bundle in a temporary folder."""
+        with tempfile.TemporaryDirectory(prefix="arrowhead-learner-") as scratch:
+            bundle = Path(scratch) / "bundle"
+            train.save_bundle(self.store, self._config, self._fitted(), bundle, RunContext())
+            yield bundle
 
     @contextmanager
     def _run(self, name: str) -> Iterator[RunContext]:
@@ -367,15 +468,12 @@ class Learner:
     def _predictor(self) -> Predictor:
         """A predictor with the trained head, kept until the next `fit`."""
         if self._cached_predictor is None:
-            self._fitted()
-            with tempfile.TemporaryDirectory(prefix="arrowhead-learner-") as scratch:
-                bundle = Path(scratch) / "bundle"
-                quiet = RunContext()
-                train.save_bundle(self.store, self._config, self._fitted(), bundle, quiet)
+            with self._saved_bundle() as bundle:
                 self._cached_predictor = Predictor(bundle)
         return self._cached_predictor
 
     def _close_predictor(self) -> None:
+        self._cached_ranking = None
         if self._cached_predictor:
             self._cached_predictor.close()
             self._cached_predictor = None
@@ -449,112 +547,6 @@ def predict_files(predictor: Predictor, paths: Sequence[str | Path]) -> list[Ans
             probabilities=dict(zip(classes, probability_C.tolist(), strict=True)),
         )
     return [answers[i] for i in range(len(files))]
-
-
-@contextmanager
-def _python_refusals() -> Iterator[None]:
-    """Inside this block, refusals name keyword arguments instead of flags."""
-    try:
-        yield
-    except Refusal as error:
-        parts = map(_flags_to_keywords, (error.found, error.wanted, error.do))
-        raise type(error)(*parts) from None
-
-
-# A flag, with its value if that is clearly not a word of the sentence.
-_FLAG = re.compile(
-    r"--([a-z][a-z\d-]*)(?: (\d[\d.e-]*\d|\d|[A-Z]{2,}[\w.]*|random|auto|linear|last))?"
-)
-
-
-def _flags_to_keywords(text: str) -> str:
-    """The text with every flag replaced by the keyword argument, such as `size=128`."""
-
-    def keyword(flag: re.Match[str]) -> str:
-        value = flag[2] or ""
-        quoted = value if not value or value[0].isdigit() else f'"{value}"'
-        return f"{flag[1].replace('-', '_')}={quoted}"
-
-    return _FLAG.sub(keyword, text)
-
-
-def _check_settings(
-    given: dict[str, Any], *configs: Any, exclude: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Check keyword arguments against the fields of dataclasses.
-
-    Args:
-        given: Names and values.
-        configs: The dataclasses.
-        exclude: Fields that are not allowed.
-
-    Returns:
-        The settings, with paths as text and numbers of NumPy as Python's.
-
-    Raises:
-        ConfigError: A name or type does not match.
-    """
-    hints = {
-        f.name: get_type_hints(config)[f.name]
-        for config in configs
-        for f in dataclasses.fields(config)
-        if f.name not in exclude
-    }
-    settings = {}
-    for name, value in given.items():
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, 1)
-            raise ConfigError(
-                f"{name}= is not a setting of this call.",
-                f"one of {', '.join(sorted(hints))}.",
-                f"did you mean {close[0]}=?" if close else "leave it out.",
-            )
-        types = _allowed_types(hints[name])
-        settings[name] = _to_python(value)
-        if not any(_matches(settings[name], one) for one in types):
-            allowed = " or ".join(dict.fromkeys(map(_type_name, types)))
-            raise ConfigError(f"{name}={value!r}.", f"{allowed}.", f"give another {name}=.")
-    return settings
-
-
-def _to_python(value: Any) -> Any:
-    """The value, with paths as text and numbers of NumPy as Python's."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _allowed_types(hint: Any) -> list[Any]:
-    """The types of a type hint, and the single values of a Literal."""
-    if get_origin(hint) in (Union, UnionType, Literal):
-        return [one for part in get_args(hint) for one in _allowed_types(part)]
-    return [get_origin(hint) or hint]
-
-
-def _matches(value: Any, allowed: Any) -> bool:
-    """Whether a value has the allowed type, or is the allowed value."""
-    if allowed in (int, float):
-        number = numbers.Integral if allowed is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, allowed) if isinstance(allowed, type) else value == allowed
-
-
-def _type_name(allowed: Any) -> str:
-    """A type or value as words for a refusal."""
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    names |= {NoneType: "None", tuple: "three numbers"}
-    return names.get(allowed, repr(allowed))
-
-
-def _changed_fields(config: Any) -> set[str]:
-    """Names of the fields that differ from their defaults."""
-    return {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
-
-
-def _replace_fields(config: Any, settings: dict[str, Any]) -> Any:
-    """The dataclass with those of the settings that are its fields."""
-    names = {f.name for f in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{k: v for k, v in settings.items() if k in names})
 
 
 __all__ = ["Answer", "Classifier", "Images", "Learner"]

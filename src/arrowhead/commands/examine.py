@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ def examine(
     Returns:
         The report's summary (see `Report.write`), `report`: the page, and the run ids.
     """
-    with fileio.atomic_folder(out) as folder:
-        bundle = resolve.bundle_folder(str(address), tracking, folder)
-        report = Report(store, bundle, config, context.screen.passing)
-        result = report.write(folder) | {"bundle": str(address)}
-        fileio.remove_path(folder / "bundle")  # a downloaded one
+    with (
+        tempfile.TemporaryDirectory(prefix="arrowhead-bundle-") as scratch,
+        fileio.atomic_folder(out) as folder,
+    ):
+        bundle = resolve.bundle_folder(str(address), tracking, Path(scratch))
+        report = Report(store, bundle, config, str(address), context.screen.passing)
+        result = report.write(folder)
     for finding in result["first"]:
         context.screen.say(finding)
     run_id = None

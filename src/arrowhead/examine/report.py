@@ -113,6 +113,7 @@ class Report:
         store: The store.
         bundle: The bundle's folder.
         config: What the report contains.
+        address: What the user calls the bundle; None for its folder.
         on_step: Called with a few words when a step begins.
     """
 
@@ -121,12 +122,13 @@ class Report:
         store: Path,
         bundle: Path,
         config: ExamineConfig = ExamineConfig(),
+        address: str | None = None,
         on_step: Callable[[str], None] = lambda words: None,
     ) -> None:
         self.store, self.bundle_path, self.config = Store(store), bundle, config
         self.bundle = bundle_format.load(bundle)
         self.catalog = Catalog(**self.store.read_catalog())
-        self._on_step = on_step
+        self._on_step, self.address = on_step, address or str(bundle)
         on_step("predicting from the stored features")
         self.predictions: Predictions = predictions.predict(self.store, self.bundle)
         self.metrics: dict[str, Any] = mistakes.evaluate(self.predictions)
@@ -177,12 +179,12 @@ class Report:
             classes=self.bundle.classes,
             multi=self.bundle.multi,
             command=shlex.join(
-                ["arrowhead", "examine", str(self.store.path), str(self.bundle_path), "REPORT"]
+                ["arrowhead", "examine", str(self.store.path), self.address, "REPORT"]
             ),
             about=[
                 ("images", source),
                 ("store", str(self.store.path.absolute())),
-                ("bundle", f"{self.bundle_path.absolute()}"),
+                ("bundle", self.address),
                 ("fingerprint", bundle_format.fingerprint(self.bundle_path)),
                 ("MLflow run", str(self.bundle.lineage.get("run_id") or "not recorded")),
                 ("backbone", f"{recipe.body}, {recipe.size} pixels, {recipe.resize}"),
@@ -351,7 +353,7 @@ class Report:
         return {
             "arrowhead": __version__,
             "store": str(self.store.path),
-            "bundle": str(self.bundle_path),
+            "bundle": self.address,
             "bundle_fingerprint": bundle_format.fingerprint(self.bundle_path),
             "images": len(self.catalog),
             "held_out": int(self.predictions.held_out.sum()),

@@ -17,6 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pillow_images import open_image
 from arrowhead.decode.pixels import PixelConfig
@@ -85,6 +88,18 @@ def _map_files(
     distinct = sorted({int(row) for row in rows})
     with ThreadPoolExecutor(min(MAX_THREADS, 2 * (os.cpu_count() or 1))) as pool:
         return dict(zip(distinct, pool.map(read_and_make, distinct), strict=True))
+
+
+def read_pixels(
+    catalog: Catalog, rows: Sequence[int], side: int
+) -> dict[int, NDArray[np.uint8] | None]:
+    """Like `read_thumbnails`, as uint8 (H, W, 3)."""
+
+    def decode(data: bytes) -> NDArray[np.uint8] | None:
+        image = decode_small(data, side)
+        return None if image is None else np.asarray(image)
+
+    return _map_files(catalog, rows, decode)
 
 
 def make_thumbnail(data: bytes, side: int) -> Thumbnail | None:
