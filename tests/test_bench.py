@@ -56,3 +56,29 @@ def test_bench_listing_counts_files_with_every_alternative(tmp_path, capsys, mon
     for name in listing.ALTERNATIVES:
         listing.measure(name, str(tmp_path))
         assert json.loads(capsys.readouterr().out)["files"] == 30
+
+
+def test_bench_suggest_compares_methods_from_the_same_start(capsys):
+    import numpy as np
+
+    suggest = load("suggest")
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1, 2], 20)
+    feature = (np.eye(3)[label] + rng.normal(0, 0.3, (60, 3))).astype(np.float32)
+    task = suggest.Task(feature, label, start=4, picks=3, rounds=2)
+    result = suggest.compare("points", task, 2, list(suggest.METHODS))
+    assert result.keys() == suggest.METHODS.keys()
+    assert len({one["accuracy"][0] for one in result.values()}) == 1
+    assert all(len(one["accuracy"]) == 3 for one in result.values())
+    cold = suggest.Task(feature, label, start=0, picks=6, rounds=1)
+    assert suggest.compare("cold", cold, 2, ["random", "core-set"])["core-set"]["all_classes"] == 1
+
+
+def test_bench_search_compares_similarities():
+    import numpy as np
+
+    search = load("search")
+    label = np.repeat([0, 1], 30)
+    feature = np.random.default_rng(0).normal(0, 0.1, (60, 8)) + 5 + np.eye(8)[label]
+    for name, prepare in search.preparations(feature.astype(np.float32)).items():
+        assert search.precision(prepare(feature), label) > 0.6, name

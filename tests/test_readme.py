@@ -33,6 +33,7 @@ PAGES = [
             "heads",
             "score",
             "features",
+            "search",
             "python",
             "cluster",
             "s3",

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
-from arrowhead.cli import artifacts, cluster, demo, examine, inference, train
+from arrowhead.cli import artifacts, cluster, demo, examine, inference, search, train
 from arrowhead.cli.app import (
     app,
     check_output_written,
@@ -102,6 +102,8 @@ app.command(inference.score, sort_key=5)
 app.command(inference.evaluate, sort_key=5)
 app.command(examine.examine, sort_key=6)
 app.command(inference.export, sort_key=6)
+app.command(search.search, sort_key=5)
+app.command(search.suggest, sort_key=5)
 app.command(demo.demo, sort_key=0)
 app.command(watch, sort_key=7)
 app.command(doctor, sort_key=7)

@@ -12,6 +12,8 @@ from arrowhead.bundle.export import ExportConfig
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.examine.config import ExamineConfig, ReportConfig
+from arrowhead.examine.search import SearchConfig
+from arrowhead.examine.suggest import SuggestConfig
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.golden_images import GoldenConfig
@@ -129,6 +131,8 @@ _REPORT = Parameter(name="*", group=Group("Report", sort_key=8), negative_bool="
 Examine = Annotated[ExamineConfig, _REPORT]
 Report = Annotated[ReportConfig, _REPORT]
 Export = Annotated[ExportConfig, _flags("Export", 6)]
+Search = Annotated[SearchConfig, _flags("Search", 6)]
+Suggest = Annotated[SuggestConfig, _flags("Suggestions", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 # negative: booleans that are true by default get a --no- flag.
 _TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))

@@ -64,6 +64,9 @@ from arrowhead.training.lr_finder import FinderConfig
 from arrowhead.training.study import Study
 from arrowhead.wording import pluralize
 
+# Flags that have no effect with --unlabelled.
+LABEL_FLAGS = {"valid_share", "label_column", "split_column", "multi_label", "label_separator"}
+
 
 def fit(
     data: Data,
@@ -128,6 +131,14 @@ def precompute(
     pixels: Pixels = PixelConfig(),
     extract: Extract = ExtractConfig(),
     golden: Golden = GoldenConfig(),
+    unlabelled: Annotated[
+        bool,
+        Parameter(
+            help="Store all images below DATA, or all paths of a table or list, without labels: to"
+            " search in them, or to choose with `suggest` which to label.",
+            group="Labels",
+        ),
+    ] = False,
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
@@ -142,18 +153,24 @@ def precompute(
 
     store = check_output_folder(store, "store")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
-    images, catalog = _prepare(data, store, images, Screen(to_stderr=output.json))
+    screen = Screen(to_stderr=output.json)
+    images, catalog = _prepare(data, store, images, screen, unlabelled=unlabelled)
+    next_commands = [[program(), "lr-find", store], [program(), "train", store, "BUNDLE"]]
+    if unlabelled:
+        next_commands = [
+            [program(), "suggest", store],
+            [program(), "suggest", store, "BUNDLE"],
+            [program(), "search", store, "IMAGE"],
+        ]
     with run_context("precompute", launch, tracking, output) as context:
         result = commands_precompute.precompute(catalog, store, images, context)
         result["files"] = show_written(context.screen, [store])
-        show_next_commands(
-            context.screen, [[program(), "lr-find", store], [program(), "train", store, "BUNDLE"]]
-        )
+        show_next_commands(context.screen, next_commands)
     return finish(result, output)
 
 
 def _prepare(
-    data: str, store: Path, request: FeatureConfig, screen: Screen
+    data: str, store: Path, request: FeatureConfig, screen: Screen, *, unlabelled: bool = False
 ) -> tuple[FeatureConfig, Catalog]:
     """Check the request, list the images, and take over the settings of an existing store.
 
@@ -162,7 +179,11 @@ def _prepare(
     """
     images = complete_from_store(store, request, given_flags())
     backbone.check_config(images.body)
-    catalog = sources.labelled_catalog(data, images.source)
+    if unlabelled:
+        _check_unlabelled(store)
+        catalog = sources.unlabelled_catalog(data, images.source, distinct=True)
+    else:
+        catalog = sources.labelled_catalog(data, images.source)
     if images != request:
         body, pixels = images.body, images.pixels
         weights = f" with {body.weights}" if body.weights != request.body.weights else ""
@@ -172,6 +193,23 @@ def _prepare(
         )
     _report_unused_flags(images, catalog, store, screen)
     return images, catalog
+
+
+def _check_unlabelled(store: Path) -> None:
+    """Raise ConfigError if --unlabelled contradicts other flags, or would drop a store's labels."""
+    if unused := given_flags() & LABEL_FLAGS:
+        flag = "--" + min(unused).replace("_", "-")
+        raise ConfigError(
+            f"{flag} says how labels are read, and --unlabelled that there are none.",
+            "one of the two.",
+            f"leave {flag} out.",
+        )
+    if (store / "manifest.json").is_file() and (classes := Store(store).manifest()["classes"]):
+        raise ConfigError(
+            f"{store} has labels ({', '.join(classes[:5])}), which --unlabelled would drop.",
+            "a new folder, or a store without labels.",
+            "write the unlabelled images to a store of their own.",
+        )
 
 
 def _report_unused_flags(

@@ -98,7 +98,11 @@ def _table_location(table: str | Path) -> str:
 
 
 def unlabelled_catalog(
-    source: str | Path, config: SourceConfig = SourceConfig(), *, base_flag: str = "--images"
+    source: str | Path,
+    config: SourceConfig = SourceConfig(),
+    *,
+    base_flag: str = "--images",
+    distinct: bool = False,
 ) -> Catalog:
     """The catalog of images without labels and splits.
 
@@ -107,6 +111,7 @@ def unlabelled_catalog(
             (.txt, .lst: a path per line): every path, in its order, with repetitions.
         config: How a table is read.
         base_flag: The command's flag for the field `images`.
+        distinct: Sort the paths of a table too, and list each only once.
 
     Raises:
         ConfigError: The source is missing, empty or corrupt, or settings for tables are given with
@@ -114,9 +119,11 @@ def unlabelled_catalog(
     """
     if tables.is_table(source):
         rows = tables.read_table(source, config, labelled=False)
-        return replace(
-            _catalog_from_rows(rows, range(len(rows.paths))), source=_table_location(source)
-        )
+        order: Sequence[int] = range(len(rows.paths))
+        if distinct:
+            first = {path: row for row, path in reversed(list(enumerate(rows.paths)))}
+            order = [first[path] for path in sorted(first)]
+        return replace(_catalog_from_rows(rows, order), source=_table_location(source))
     root = path_text.resolve(source)
     files = listing.list_files(root)
     _check_has_images(root, len(files.paths), files.ignored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from numpy.typing import NDArray
 from arrowhead import arrow_io
 from arrowhead.errors import DataError
 from arrowhead.features.store_format import REPAIR
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogRow:
+    """An image of a catalog: its escaped path, its labels and its split."""
+
+    path: str
+    labels: tuple[str, ...]
+    split: str
 
 
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
@@ -53,6 +63,24 @@ def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
         "source": table.schema.metadata.get(b"arrowhead.source", b"").decode(),
     }
+
+
+def find_paths(table: Any, paths: Sequence[str]) -> dict[str, int]:
+    """The rows of those of some paths that a catalog's table holds; no other row is read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = pa.array(sorted(set(paths)), pa.string())
+    row_M = np.flatnonzero(np.asarray(pc.is_in(table["path"], value_set=wanted)))
+    return dict(zip(table["path"].take(pa.array(row_M)).to_pylist(), row_M.tolist(), strict=True))
+
+
+def take_rows(table: Any, row_M: NDArray[np.int64]) -> list[CatalogRow]:
+    """Some rows of a catalog's table, in this order."""
+    import pyarrow as pa
+
+    part = table.select(["path", "labels", "split"]).take(pa.array(row_M, pa.int64()))
+    return [CatalogRow(one["path"], tuple(one["labels"]), one["split"]) for one in part.to_pylist()]
 
 
 def catalog_table(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """The settings of a feature extraction, and how an existing store completes them.
 
 FeatureConfig          labels, pixels, body, extraction, golden images
+recipe_flags           the flags that give another store the recipe of a store
 complete_from_store    takes the settings that the user did not give from a store's recipe
 resolve_weights        loads the weights that the settings name, or those of the store
 """
@@ -84,6 +85,20 @@ def complete_from_store(
     )
     limits = {name: getattr(config.pixels, name) for name in ("max_pixels", "max_scans")}
     return dataclasses.replace(config, body=body, pixels=dataclasses.replace(pixels, **limits))
+
+
+def recipe_flags(store: Store) -> list[str]:
+    """The flags with which another store gets the recipe of this one, apart from its views."""
+    recipe, default = store.recipe, PixelConfig()
+    flags = ["--body", recipe.body, "--weights", str(store.weights_path)]
+    for name in ("mean", "std"):
+        flags += [f"--{name}", *map(str, getattr(recipe, name))]
+    if recipe.pool != BodyConfig().pool:
+        flags += ["--pool", recipe.pool]
+    for name in ("size", "resize"):
+        if (value := getattr(recipe, name)) != getattr(default, name):
+            flags += [f"--{name}", str(value)]
+    return flags
 
 
 def resolve_weights(path: Path, body: BodyConfig) -> Weights:

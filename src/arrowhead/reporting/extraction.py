@@ -28,6 +28,8 @@ def show_source(catalog: Catalog, screen: Screen) -> None:
 def _task(catalog: Catalog) -> str:
     """One line: labels per image, the number of classes and their first names."""
     classes = catalog.classes
+    if not classes:
+        return "no labels"
     names = ", ".join(classes[:MAX_CLASSES_SHOWN])
     if len(classes) > MAX_CLASSES_SHOWN:
         names += f" and {len(classes) - MAX_CLASSES_SHOWN} more"
@@ -41,6 +43,8 @@ def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
     listed: the catalog as it was read; its split is "" where one had to be drawn. split: the same
     catalog with every split.
     """
+    if not split.classes:
+        return
     counts = Counter(split.splits)
     if "" in listed.splits:
         screen.say(

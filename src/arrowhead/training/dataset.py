@@ -114,8 +114,15 @@ class Data:
         """Return the data itself.
 
         Raises:
-            ConfigError: A split is empty, or the training split lacks a class.
+            ConfigError: There are no labels, a split is empty, or the training split lacks a class.
         """
+        if not self.classes:
+            raise ConfigError(
+                "The store has no labels: it was made with --unlabelled.",
+                "images with labels to train on.",
+                "label some of them (`arrowhead suggest` chooses which) and run `arrowhead fit` on"
+                " the table of them.",
+            )
         for split, rows in (("training", self.train), ("validation", self.valid)):
             label = self.label[rows].cpu().numpy()
             present = np.flatnonzero(label.any(0)) if self.multilabel else label
