@@ -364,7 +364,7 @@ def test_a_table_that_a_spreadsheet_saved_with_semicolons_is_kept_too(tmp_path: 
     path = tmp_path / "suggest.csv"
     path.write_bytes(
         "\ufeffpath;predicted;probability;why;new_label\r\n"
-        "a;,b.jpg;cat;0,5;x;\r\n"
+        "a,b.jpg;cat;0,5;x;\r\n"
         '"c d.jpg";cat;0,5;x;dog\r\n'.encode()
     )
     assert [(row["path"], row["new_label"]) for row in suggest.read_labelled_rows(path)] == [

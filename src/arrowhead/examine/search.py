@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from arrowhead import spreadsheet
 from arrowhead.bundle import replay
 from arrowhead.data import path_text, reading
+from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.evaluation.novelty import MIN_STD
 from arrowhead.features import extract
@@ -33,6 +34,7 @@ from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.store import Features, Store
 from arrowhead.output_paths import expand_user
 
+DECIMALS = 5  # of a similarity
 BATCH_SIZE = 32  # query files that are decoded together
 NOT_FOUND = "unreadable: No such file or directory"
 CSV_HEADER = ("query", "rank", "similarity", "path", "labels", "split", "exact_copy")
@@ -59,6 +61,7 @@ class Query:
     Attributes:
         name: As the user gave it.
         row: Its row, if it is an image of the store; it is not among its own results.
+        twin: The row of an image of the same content, whose feature is used; -1 if there is none.
         image_id: The first 8 bytes of its image id, big endian; -1 if unknown.
         feature: float32 (D,); None until it is known, or at a fault.
         fault: Why it cannot be used.
@@ -67,6 +70,7 @@ class Query:
 
     name: str
     row: int = -1
+    twin: int = -1
     image_id: int = -1
     feature: NDArray[np.float32] | None = None
     fault: str | None = None
@@ -102,18 +106,19 @@ def search(path: Path, images: Sequence[str], config: SearchConfig) -> dict[str,
     queries = read_queries(store, known, images)
     similar = _answer(store, known, queries, config.top)
     rows = np.array([one.row for one in queries if one.row >= 0], np.int64)
-    images_by_row = dict(zip(rows.tolist(), store.catalog_rows(rows), strict=True))
+    own = Catalog(**store.read_catalog(rows))
+    path_by_row = dict(zip(rows.tolist(), own.paths, strict=True))
     faults = sum(one.fault is not None for one in queries)
     counts = {"inputs": len(queries), "answered": len(queries) - faults, "faults": faults}
     result = {
         "store": str(path),
-        "root": store.root(),
+        "root": own.root,
         "counts": counts,
         "notes": [one.note for one in queries if one.note],
         "queries": [
             {
                 "query": query.name,
-                "path": images_by_row[query.row].path if query.row >= 0 else None,
+                "path": path_by_row.get(query.row),
                 "fault": query.fault,
                 "similar": found,
             }
@@ -152,18 +157,17 @@ def _describe(
     other_T = row_T != query.row
     row_T, similarity_T = row_T[other_T][:top], similarity_T[other_T][:top]
     id_T = known.image_id[np.searchsorted(known.row, row_T)]
+    images = Catalog(**store.read_catalog(row_T))
     return [
         {
-            "rank": rank,
-            "similarity": float(similarity),
-            "path": image.path,
-            "labels": list(image.labels),
-            "split": image.split,
-            "exact_copy": int(image_id) == query.image_id,
+            "rank": at + 1,
+            "similarity": float(similarity_T[at]),
+            "path": images.paths[at],
+            "labels": list(images.labels[at]),
+            "split": images.splits[at],
+            "exact_copy": int(id_T[at]) == query.image_id,
         }
-        for rank, (similarity, image, image_id) in enumerate(
-            zip(similarity_T, store.catalog_rows(row_T), id_T, strict=True), 1
-        )
+        for at in range(len(images))
     ]
 
 
@@ -250,7 +254,8 @@ def most_similar(
     similarity_QT = np.zeros((len(query_QD), 0), np.float32)
     for first, shard in _clean_shards(store):
         row = known.row[slice(*np.searchsorted(known.row, [first, first + len(shard)]))]
-        similarity_QR = query_QD @ standardize(shard[row - first]).T
+        # Rounded, so that equal features are equally similar whatever the size of their shard.
+        similarity_QR = np.round(query_QD @ standardize(shard[row - first]).T, DECIMALS)
         row_QT = np.hstack([row_QT, np.broadcast_to(row, similarity_QR.shape)])
         similarity_QT = np.hstack([similarity_QT, similarity_QR])
         best_QT = np.argsort(-similarity_QT, axis=1, kind="stable")[:, :top]
@@ -274,7 +279,8 @@ def read_queries(store: Store, known: Features, images: Sequence[str]) -> list[Q
         images: As the user gave them.
     """
     places = [_place(name) for name in images]
-    below_root = f"{store.root().rstrip('/')}/"
+    root = store.read_catalog(np.zeros(0, np.int64))["root"]
+    below_root = f"{root.rstrip('/')}/"
     spellings = [
         [place.removeprefix(below_root)] * place.startswith(below_root)
         + [path_text.escape_path(os.fsencode(name)), name]
@@ -285,8 +291,8 @@ def read_queries(store: Store, known: Features, images: Sequence[str]) -> list[Q
     queries = []
     for name, place, names in zip(images, places, spellings, strict=True):
         row = next((rows[one] for one in names if one in rows), -1)
-        root, _, leaf = place.rpartition("/")
-        data, fault = reading.read_file(root or "/", leaf, ExtractConfig().max_bytes)
+        folder, _, leaf = place.rpartition("/")
+        data, fault = reading.read_file(folder or "/", leaf, ExtractConfig().max_bytes)
         if fault and row >= 0:
             queries.append(_query_of_row(store, known, name, row))
         elif fault == NOT_FOUND:
@@ -297,6 +303,11 @@ def read_queries(store: Store, known: Features, images: Sequence[str]) -> list[Q
         else:
             is_own = place.startswith(below_root)
             queries.append(_query_of_file(store, known, by_id, (name, data), row, is_own))
+    stored = [one for one in queries if one.twin >= 0]
+    twins = np.unique(np.array([one.twin for one in stored], np.int64))
+    feature_by_row = dict(zip(twins.tolist(), store.clean_features(twins), strict=True))
+    for query in stored:
+        query.feature = feature_by_row[query.twin].astype(np.float32)
     _decode(store, [one for one in queries if one.feature is None and one.fault is None])
     return queries
 
@@ -316,8 +327,7 @@ def _query_of_row(store: Store, known: Features, name: str, row: int) -> Query:
     position = int(np.searchsorted(known.row, row))
     if position == len(known.row) or known.row[position] != row:
         return Query(name=name, row=row, fault=f"in the store it has a fault: {store.fault(row)}")
-    feature = store.clean_features(np.array([row]))[0].astype(np.float32)
-    return Query(name=name, row=row, image_id=int(known.image_id[position]), feature=feature)
+    return Query(name=name, row=row, twin=row, image_id=int(known.image_id[position]))
 
 
 def _query_of_file(
@@ -328,7 +338,7 @@ def _query_of_file(
     row: int,
     is_own: bool,
 ) -> Query:
-    """A query for a file that was read: with a feature if the store has an image of its content.
+    """A query for a file that was read: with a twin if the store has an image of its content.
 
     Args:
         store: The store.
@@ -352,9 +362,9 @@ def _query_of_file(
             changed = "the file has changed since" if is_own else "it is another image than"
             note = f"{name}: {changed} the one in the store; the file is used"
         return Query(name=name, image_id=image_id, data=data, note=note)
-    query = _query_of_row(store, known, name, row if row in copies else copies[0])
-    query.row = row if row in copies else -1
-    return query
+    if row in copies:
+        return _query_of_row(store, known, name, row)
+    return Query(name=name, twin=copies[0], image_id=image_id)
 
 
 def _decode(store: Store, queries: Sequence[Query]) -> None:

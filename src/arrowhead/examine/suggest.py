@@ -101,7 +101,7 @@ def suggest(path: Path, bundle_path: Path | None, config: SuggestConfig) -> dict
     return {
         "store": str(path),
         "bundle": str(bundle_path) if bundle_path else None,
-        "root": store.root(),
+        "root": store.read_catalog(np.zeros(0, np.int64))["root"],
         "counts": {
             "unlabelled": unlabelled,
             "candidates": len(candidate_M),
@@ -237,25 +237,25 @@ def choose(
     picked, size = spread(unit_SD, count, uncertainty_S)
     ranked = np.argsort(-(size if uncertainty_S is None else uncertainty_S[picked]), kind="stable")
     picked, size = picked[ranked], size[ranked]
-    images = store.catalog_rows(row_S[picked])
+    paths = store.read_catalog(row_S[picked])["paths"]
     if bundle is None:
         share = size / len(row_S)
         return [
             Suggestion(
-                path=image.path,
+                path=path,
                 predicted=None,
                 probability=None,
                 why=f"typical of {100 * part:.0f} % of the images",
             )
-            for image, part in zip(images, share, strict=True)
+            for path, part in zip(paths, share, strict=True)
         ]
     head = bundle.make_head()
     prob_PC = bundle_format.probabilities(
         head, feature_SD[picked], bundle.temperature, multi=bundle.multi
     )
     return [
-        Suggestion(path=image.path, **_explain(bundle, prob_C))
-        for image, prob_C in zip(images, prob_PC, strict=True)
+        Suggestion(path=path, **_explain(bundle, prob_C))
+        for path, prob_C in zip(paths, prob_PC, strict=True)
     ]
 
 

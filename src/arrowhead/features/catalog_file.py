@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,6 @@ from numpy.typing import NDArray
 from arrowhead import arrow_io
 from arrowhead.errors import DataError
 from arrowhead.features.store_format import REPAIR
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogRow:
-    """An image of a catalog: its escaped path, its labels and its split."""
-
-    path: str
-    labels: tuple[str, ...]
-    split: str
 
 
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
@@ -47,11 +37,17 @@ def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
     arrow_io.write_arrow(path, table.replace_schema_metadata(metadata))
 
 
-def read_catalog(path: Path, rows: range | None = None) -> dict[str, Any]:
-    """Read what `write_catalog` wrote as the fields of `Catalog`; all rows unless `rows` is set."""
+def read_catalog(path: Path, rows: range | NDArray[np.int64] | None = None) -> dict[str, Any]:
+    """Read what `write_catalog` wrote as the fields of `Catalog`; all rows unless `rows` is set,
+    in its order.
+    """
+    import pyarrow as pa
+
     table = catalog_table(path)
-    if rows is not None:
+    if isinstance(rows, range):
         table = table.slice(rows.start, len(rows))
+    elif rows is not None:
+        table = table.take(pa.array(rows, pa.int64()))
     return {
         "root": table.schema.metadata[b"arrowhead.root"].decode(),
         "paths": table["path"].to_pylist(),
@@ -73,14 +69,6 @@ def find_paths(table: Any, paths: Sequence[str]) -> dict[str, int]:
     wanted = pa.array(sorted(set(paths)), pa.string())
     row_M = np.flatnonzero(np.asarray(pc.is_in(table["path"], value_set=wanted)))
     return dict(zip(table["path"].take(pa.array(row_M)).to_pylist(), row_M.tolist(), strict=True))
-
-
-def take_rows(table: Any, row_M: NDArray[np.int64]) -> list[CatalogRow]:
-    """Some rows of a catalog's table, in this order."""
-    import pyarrow as pa
-
-    part = table.select(["path", "labels", "split"]).take(pa.array(row_M, pa.int64()))
-    return [CatalogRow(one["path"], tuple(one["labels"]), one["split"]) for one in part.to_pylist()]
 
 
 def catalog_table(path: Path) -> Any:

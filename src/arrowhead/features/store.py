@@ -43,7 +43,6 @@ from numpy.typing import NDArray
 from arrowhead import fileio, output_paths
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import catalog_file, shard_file, store_format
-from arrowhead.features.catalog_file import CatalogRow
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.shard_file import ShardRows
 from arrowhead.features.store_format import (
@@ -401,24 +400,14 @@ class Store:
         if done != images:
             raise self._row_count_error(images)
 
-    def read_catalog(self) -> dict[str, Any]:
-        """Read the manifest's catalog as the fields of `Catalog`."""
-        return catalog_file.read_catalog(self._catalog_path(self.manifest()))
-
-    def root(self) -> str:
-        """The folder or URI that the paths of the catalog are relative to, escaped."""
-        table = catalog_file.catalog_table(self._catalog_path(self.manifest()))
-        return str(table.schema.metadata[b"arrowhead.root"].decode())
+    def read_catalog(self, row_M: NDArray[np.int64] | None = None) -> dict[str, Any]:
+        """Read the manifest's catalog, or only some rows of it, as the fields of `Catalog`."""
+        return catalog_file.read_catalog(self._catalog_path(self.manifest()), row_M)
 
     def find_paths(self, paths: Sequence[str]) -> dict[str, int]:
         """The rows of those of these escaped paths that are in the catalog."""
         table = catalog_file.catalog_table(self._catalog_path(self.manifest()))
         return catalog_file.find_paths(table, paths)
-
-    def catalog_rows(self, row_M: NDArray[np.int64]) -> list[CatalogRow]:
-        """Path, labels and split of some rows of the catalog, in this order; no other is read."""
-        table = catalog_file.catalog_table(self._catalog_path(self.manifest()))
-        return catalog_file.take_rows(table, row_M)
 
     def fault(self, row: int) -> str | None:
         """Why the image of a row has no features; None if it has."""
