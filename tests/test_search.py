@@ -261,6 +261,18 @@ def test_the_csv_holds_what_the_screen_shows(
         assert line.split() == [*cells, row["path"], row["labels"], row["split"]]
 
 
+def test_the_page_shows_the_pictures_and_escapes_names(workdir: Path, here: Path) -> None:
+    name = "<b>&'\".jpg"
+    shutil.copy(workdir / "all/first/new/photo-0001.jpg", name)
+    run("search", workdir / "pool", name, "gone.jpg", "--top", "3", "--out", "found.html", code=3)
+    text = (here / "found.html").read_text()
+    assert text.count("data:image/webp;base64,") == 4  # the query and three others
+    assert "<b>" not in text and "&lt;b&gt;" in text
+    assert "first/new/photo-0001.jpg" in text and "exact copy" in text
+    assert "neither a file nor the path of an image in the store" in text
+    run("search", workdir / "pool", name, "--out", "found.txt", code=2)
+
+
 def test_search_without_an_image_is_refused(workdir: Path, here: Path) -> None:
     run("search", workdir / "pool", code=2)
     run("search", workdir / "pool", "first/new/photo-0001.jpg", "--top", "0", code=2)

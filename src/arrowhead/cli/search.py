@@ -50,17 +50,20 @@ def search(
     Example: arrowhead search out/store photo.jpg --top 20
     """
     from arrowhead.examine import search as examine_search
+    from arrowhead.examine import search_page
 
-    if search.csv:
-        search = replace(search, csv=check_output_file(search.csv))
+    csv, page = (file and check_output_file(file) for file in (search.csv, search.out))
+    search = replace(search, csv=csv, out=page)
     screen = Screen(to_stderr=output.json)
     result = examine_search.search(expand_user(store), images, search)
     for note in result["notes"]:
         screen.say(note)
     for query in result["queries"]:
         _show_query(screen, query)
-    if search.csv:
-        result["files"] = show_written(screen, [search.csv])
+    if page:
+        search_page.write_page(page, result)
+    if csv or page:
+        result["files"] = show_written(screen, [file for file in (csv, page) if file])
     finish(result, output)
     counts = result["counts"]
     if not counts["faults"]:

@@ -48,10 +48,16 @@ class SearchConfig:
     """Number of images to find for each query."""
     csv: Path | None = None
     """File for the result as CSV."""
+    out: Path | None = None
+    """File for the result as a page with pictures (.html)."""
 
     def __post_init__(self) -> None:
         if self.top < 1:
             raise ConfigError(f"--top is {self.top}.", "1 or more.", "raise it.")
+        if self.out and self.out.suffix.lower() not in (".html", ".htm"):
+            raise ConfigError(
+                f"--out is {self.out}.", "a file ending in .html.", "give e.g. similar.html."
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -278,7 +284,7 @@ def read_queries(store: Store, known: Features, images: Sequence[str]) -> list[Q
         known: `store.features(rows_only=True)`.
         images: As the user gave them.
     """
-    places = [_place(name) for name in images]
+    places = [locate(name) for name in images]
     root = store.read_catalog(np.zeros(0, np.int64))["root"]
     below_root = f"{root.rstrip('/')}/"
     spellings = [
@@ -291,8 +297,7 @@ def read_queries(store: Store, known: Features, images: Sequence[str]) -> list[Q
     queries = []
     for name, place, names in zip(images, places, spellings, strict=True):
         row = next((rows[one] for one in names if one in rows), -1)
-        folder, _, leaf = place.rpartition("/")
-        data, fault = reading.read_file(folder or "/", leaf, ExtractConfig().max_bytes)
+        data, fault = read_located(place)
         if fault and row >= 0:
             queries.append(_query_of_row(store, known, name, row))
         elif fault == NOT_FOUND:
@@ -317,9 +322,15 @@ def _as_text(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def _place(name: str) -> str:
+def locate(name: str) -> str:
     """The escaped absolute path or address of a query."""
     return path_text.resolve(os.fspath(expand_user(Path(name))) if name[:1] == "~" else name)
+
+
+def read_located(place: str) -> tuple[bytes, str | None]:
+    """The bytes of a query and None, or no bytes and the fault. place: from `locate`."""
+    folder, _, leaf = place.rpartition("/")
+    return reading.read_file(folder or "/", leaf, ExtractConfig().max_bytes)
 
 
 def _query_of_row(store: Store, known: Features, name: str, row: int) -> Query:
