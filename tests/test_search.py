@@ -435,6 +435,7 @@ def test_with_several_labels_an_image_near_a_threshold_is_suggested(
     run("fit", "tags.csv", "out", *FLAGS, "--epochs", "2", "--rate", "0.01", "--head", "linear")
     result = command("suggest", workdir / "pool", "out/bundle", "--count", "3")
     assert all("is near its threshold" in one["why"] for one in result["suggestions"])
+    assert "--label-column new_label --multi-label" in command.said
     labels = command("search", "out/store", photos[0], "--top", "2")["queries"][0]["similar"]
     assert all("seen" in one["labels"] and len(one["labels"]) == 2 for one in labels)
 

@@ -131,6 +131,7 @@ def suggest(
     result["files"] = show_written(screen, [suggest.out])
     root = os.fsdecode(path_text.unescape_path(result["root"]))
     table = [program(), "fit", suggest.out, "OUT", "--images", root, "--label-column", "new_label"]
+    table += ["--multi-label"] if result["multi_label"] else []
     screen.say("fill in the column new_label (delete the rows that you cannot label), then")
     show_next_commands(screen, [[*table, *recipe_flags(Store(store))]])
     return finish(result, output)

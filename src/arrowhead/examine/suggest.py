@@ -76,8 +76,8 @@ def suggest(path: Path, bundle_path: Path | None, config: SuggestConfig) -> dict
         config: How many, and where to write them.
 
     Returns:
-        For JSON: store, bundle, root (the folder of the images), counts {unlabelled, candidates,
-        suggested, kept}, notes, suggestions, and out.
+        For JSON: store, bundle, multi_label (of the bundle), root (the folder of the images), counts
+        {unlabelled, candidates, suggested, kept}, notes, suggestions, and out.
 
     Raises:
         ConfigError: The store has no unlabelled image, the bundle has another recipe, or the file
@@ -101,6 +101,7 @@ def suggest(path: Path, bundle_path: Path | None, config: SuggestConfig) -> dict
     return {
         "store": str(path),
         "bundle": str(bundle_path) if bundle_path else None,
+        "multi_label": bool(bundle and bundle.multi),
         "root": store.read_catalog(np.zeros(0, np.int64))["root"],
         "counts": {
             "unlabelled": unlabelled,
