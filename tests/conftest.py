@@ -16,7 +16,7 @@ import pytest
 
 Bundled = Callable[..., Path]
 Tracked = Callable[[Path], Path]
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # These are set before anything imports torch, MLflow or Ray, which read them on import.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -320,7 +320,7 @@ def test_neither_known_images_nor_copies_are_suggested(
     paths = [one["path"] for one in result["suggestions"]]
     new = sorted(file.name for file in (workdir / "all" / "first" / "new").iterdir())
     assert sorted(paths) == [f"first/new/{name}" for name in new]
-    assert f"only {len(new)} images are left to suggest" in command.said
+    assert f"there is no more to suggest than {len(new)} images" in command.said
     rows = rows_of(here / "suggest.csv")
     assert [row["path"] for row in rows] == paths
     assert {row["new_label"] for row in rows} == {""}
@@ -370,6 +370,16 @@ def test_labels_that_a_person_has_filled_in_are_kept_and_not_suggested_again(
     assert second["counts"]["kept"] == 4
     names = [Path(one["path"]).name for one in (*first["suggestions"], *second["suggestions"])]
     assert len(set(names)) == 10
+
+
+def test_when_everything_is_labelled_the_table_stays_as_it_is(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", np.random.default_rng(0).normal(size=(3, 8)))
+    config = SuggestConfig(out=tmp_path / "suggest.csv")
+    assert len(suggest.suggest(tmp_path / "store", None, config)["suggestions"]) == 3
+    fill_in(config.out)
+    labelled = rows_of(config.out)
+    again = suggest.suggest(tmp_path / "store", None, config)
+    assert again["suggestions"] == [] and rows_of(config.out) == labelled
 
 
 def test_a_table_that_a_spreadsheet_saved_with_semicolons_is_kept_too(tmp_path: Path) -> None:

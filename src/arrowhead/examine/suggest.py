@@ -31,6 +31,7 @@ from arrowhead.data import table_parser
 from arrowhead.errors import ConfigError
 from arrowhead.examine.search import Standardizer
 from arrowhead.features.store import Features, Store
+from arrowhead.wording import pluralize
 
 SHORTLIST = 25  # most uncertain images per image that is wanted
 MAX_CLUSTERED = 20_000  # images at most; 100 MB with 1,280 numbers each
@@ -76,8 +77,8 @@ def suggest(path: Path, bundle_path: Path | None, config: SuggestConfig) -> dict
         config: How many, and where to write them.
 
     Returns:
-        For JSON: store, bundle, multi_label (of the bundle), root (the folder of the images), counts
-        {unlabelled, candidates, suggested, kept}, notes, suggestions, and out.
+        For JSON: store, bundle, multi_label (of the bundle), root (the folder of the images),
+        counts {unlabelled, candidates, suggested, kept}, notes, suggestions, and out.
 
     Raises:
         ConfigError: The store has no unlabelled image, the bundle has another recipe, or the file
@@ -95,7 +96,7 @@ def suggest(path: Path, bundle_path: Path | None, config: SuggestConfig) -> dict
     labelled_rows = store.find_paths([row["path"] for row in kept]).values()
     candidate_M, notes = candidates(path, known, bundle, list(labelled_rows))
     if len(candidate_M) < config.count:
-        notes.append(f"only {len(candidate_M)} images are left to suggest")
+        notes.append(f"there is no more to suggest than {pluralize(len(candidate_M), 'image')}")
     suggestions = choose(store, known, candidate_M, bundle, config.count)
     _write(config.out, kept, suggestions)
     return {
