@@ -46,6 +46,34 @@ def mirrored_axes(orientation: int) -> NDArray[np.bool_]:
     return np.array([columns, rows] if orientation >= 5 else [rows, columns])
 
 
+def upright_box(
+    config: PixelConfig, header: Header, *, crops_upright: bool = True
+) -> tuple[float, float, float, float]:
+    """Where the clean view lies in the upright image.
+
+    Args:
+        config: Size and resize mode.
+        header: Size of the stored image, and its EXIF orientation.
+        crops_upright: Whether the center is rounded in the upright image, see `DECODER_RULES`.
+
+    Returns:
+        (left, top, right, bottom) as shares of the upright image's width and height. Resize mode
+        pad shows more than the image, so its box begins below 0 and ends above 1.
+    """
+    size = np.array([header.height, header.width], np.float64)
+    if config.resize == "pad":
+        margin = (size.max() / size - 1) / 2
+        start, end = -margin, 1 + margin
+    else:
+        mirrored = mirrored_axes(header.orientation) & crops_upright
+        start, end = (corner / size for corner in view_region(config, header, mirrored))
+    if header.orientation >= 5:
+        start, end = start[::-1], end[::-1]
+    flips = [header.orientation in (3, 4, 7, 8), header.orientation in (2, 3, 6, 7)]
+    start, end = np.where(flips, 1 - end, start), np.where(flips, 1 - start, end)
+    return float(start[1]), float(start[0]), float(end[1]), float(end[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Augmentation:
     """The parameters of one augmented view.

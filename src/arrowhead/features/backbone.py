@@ -326,7 +326,8 @@ def _feature_map_layers(net: nn.Module, body: str) -> nn.Module:
 class Body:
     """Computes features on one device: uint8 pixels (B, 3, S, S) -> float32 (B, D); inference only.
 
-    module: the torch module, from uint8 pixels to features; width: D.
+    module: the torch module, from uint8 pixels to features; width: D; name, pool: as in the recipe;
+    device: where it runs.
     """
 
     def __init__(
@@ -347,7 +348,7 @@ class Body:
         fused = _fuse_batch_norms(net if pool == "avg" else _feature_map_layers(net, body))
         fused.to(memory_format=torch.channels_last)
         self.module = _make_feature_extractor(fused, pool, mean, std).to(device)
-        self._device = torch.device(device)
+        self.name, self.pool, self.device = body, pool, torch.device(device)
         black_images = torch.zeros((16, 3, size, size), dtype=torch.uint8, device=device)
         self.width = int(self(black_images).shape[1])
 
@@ -355,10 +356,15 @@ class Body:
         """Features of a batch, in the order of its images; with float16 arithmetic on CUDA."""
         import torch
 
-        on_gpu = self._device.type == "cuda"
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=on_gpu):
-            out: torch.Tensor = self.module(pixels_BCHW.to(self._device))
+        with torch.inference_mode(), self.autocast():
+            out: torch.Tensor = self.module(pixels_BCHW.to(self.device))
             return out
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the module runs: float16 arithmetic on CUDA."""
+        import torch
+
+        return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda")
 
 
 def _make_feature_extractor(
@@ -383,10 +389,14 @@ def _make_feature_extractor(
             self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
         def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+            return self.pool_output(self.net(self.normalize(pixels_BCHW)))
+
+        def normalize(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
             scaled = (pixels_BCHW.float() / 255 - self.mean) / self.std
-            out: torch.Tensor = self.net(
-                scaled.contiguous(memory_format=torch.channels_last)
-            ).float()
+            return scaled.contiguous(memory_format=torch.channels_last)
+
+        def pool_output(self, net_output: torch.Tensor) -> torch.Tensor:
+            out = net_output.float()
             if pool == "avg":
                 return out.flatten(1)
             highest = out.amax((2, 3))
