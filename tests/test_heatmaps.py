@@ -263,12 +263,34 @@ def test_a_map_is_strongest_over_the_bright_square(resize, orientation):
         )
         (heatmap,) = heatmaps.explain(bundle, [encode(upright, orientation)], [0])
         assert heatmap is not None
-        row, column = np.unravel_index(heatmap.map.argmax(), heatmap.map.shape)
+        alpha = drawn_overlay(heatmap)[..., 3]
+        row, column = np.argwhere(alpha == alpha.max()).mean(0)
         left, top, right, bottom = heatmap.box
-        peak_x = left + (right - left) * (column + 0.5) / heatmap.map.shape[1]
-        peak_y = top + (bottom - top) * (row + 0.5) / heatmap.map.shape[0]
-        assert peak_x == pytest.approx(x + 90 / 480 / 2, abs=0.13)
-        assert peak_y == pytest.approx(y + 90 / 360 / 2, abs=0.13)
+        peak_x = left + (right - left) * (column + 0.5) / 64
+        peak_y = top + (bottom - top) * (row + 0.5) / 64
+        assert peak_x == pytest.approx(x + 90 / 480 / 2, abs=0.08)
+        assert peak_y == pytest.approx(y + 90 / 360 / 2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("body", "first_center", "distance"),
+    [
+        ("resnet18", 0.5, 32),  # every layer with a stride is centered on its first pixel
+        ("mobilenet_v2", 0.5, 32),
+        ("densenet121", 14.5, 32),  # three poolings of 2 x 2: 2 + 4 + 8 pixels further
+        ("vgg11", 16, 32),  # five of them, and nothing else
+        ("convnext_tiny", 16, 32),
+        ("vit_b_32", 16, 32),
+        ("swin_t", 16, 32),
+    ],
+)
+def test_positions_of_a_map_lie_at_the_centers_of_their_receptive_fields(
+    body, first_center, distance
+):
+    maps = FeatureMaps(make_bundle(body, size=224).make_body())
+    first, last = maps.extent(7, 224)
+    assert (last - first) * 224 / 7 == pytest.approx(distance)
+    assert first * 224 + distance / 2 == pytest.approx(first_center)
 
 
 def bright_detector(resize: str) -> Bundle:
@@ -286,13 +308,21 @@ def bright_detector(resize: str) -> Bundle:
 # -------------------------------------------------------------------------- as pictures
 
 
-def overlay(map_hw: np.ndarray) -> np.ndarray:
+def drawn_overlay(heatmap: heatmaps.Heatmap) -> np.ndarray:
     """The overlay's pixels, (64, 64, RGBA)."""
-    data = heatmaps.overlay_png(map_hw.astype(np.float32))
+    data = heatmaps.overlay_png(heatmap)
     assert len(data) < 4000
     image = Image.open(io.BytesIO(data))
     assert image.format == "PNG"
     return np.asarray(image.convert("RGBA"), int)
+
+
+def overlay(map_hw: np.ndarray) -> np.ndarray:
+    """The overlay's pixels of a map that divides its box into equal cells."""
+    box, extent = (0.0, 0.0, 1.0, 1.0), (0.0, 1.0)
+    return drawn_overlay(
+        heatmaps.Heatmap(map_hw.astype(np.float32), box, extent, "CAM", class_index=0, logit=1.0)
+    )
 
 
 def test_an_overlay_is_opaque_where_the_map_is_strong_and_shows_its_sign():

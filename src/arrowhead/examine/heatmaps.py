@@ -42,7 +42,7 @@ OVERLAY_PIXELS = 64
 LEVELS = 31  # steps of color on each side of zero
 MAX_ALPHA = 190  # of 255: the photo stays visible
 # Yellow to red for, blue against: told apart with any kind of color blindness.
-FOR_COLORS, AGAINST_COLORS = ((240, 60, 20), (255, 225, 60)), ((70, 120, 255), (20, 50, 200))
+FOR_COLORS, AGAINST_COLORS = ((255, 220, 40), (225, 0, 60)), ((120, 170, 255), (20, 50, 210))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class Heatmap:
         map: float32 (h, w), contributions to the logit; of the upright image, the top row first.
             CAM: signed, relative to the average training image; their mean plus the head's bias
             is the logit. Grad-CAM: >= 0.
-        box: (left, top, right, bottom) of the map in the upright image, as shares of its width and
-            height. With resize pad it begins below 0 and ends above 1.
+        box: (left, top, right, bottom) of what the network saw of the upright image, as shares of
+            its width and height. With resize pad it begins below 0 and ends above 1.
+        extent: Where the map lies in the box along both axes, as shares; see `FeatureMaps.extent`.
         method: How it was computed.
         class_index: The explained class.
         logit: The logit of this class, as scoring computes it, before temperature.
@@ -62,6 +63,7 @@ class Heatmap:
 
     map: NDArray[np.float32]
     box: Box
+    extent: tuple[float, float]
     method: Method
     class_index: int
     logit: float
@@ -126,6 +128,7 @@ class _Outputs:
 
         self._head = head
         self._map_BKhw, self._feature_BD = maps(view_BCHW)
+        self._extent = maps.extent(self._map_BKhw.shape[2], view_BCHW.shape[2])
         # Scoring rounds features to float16, and so does the map, that the sum stays exact.
         self._rounded_BD = self._feature_BD.detach().half().float()
         with torch.no_grad():
@@ -148,6 +151,7 @@ class _Outputs:
             row: Heatmap(
                 map=map_Bhw[row],
                 box=box,
+                extent=self._extent,
                 method=self._method,
                 class_index=(class_index := int(class_B[row])),
                 logit=float(self._logit_BC[row, class_index]),
@@ -185,32 +189,36 @@ def _box(recipe: Recipe, data: bytes) -> Box:
     return geometry.upright_box(config, header, crops_upright=upright)
 
 
-def overlay_png(map_hw: NDArray[np.float32]) -> bytes:
+def overlay_png(heatmap: Heatmap) -> bytes:
     """Draw a map as a transparent PNG: the stronger a position, the less of the photo is seen.
 
     Yellow to red: for the class; blue: against it. Strengths are relative to the map's strongest
     position. Stretch the picture to the heat map's `box` over the photo.
-
-    Args:
-        map_hw: float32 (h, w), as in `Heatmap`.
 
     Returns:
         A PNG file of 64 x 64 pixels with a palette, 1 to 3 kB.
     """
     from PIL import Image
 
-    strength_hw = map_hw / max(float(np.abs(map_hw).max()), 1e-12)
-    smooth = Image.fromarray(strength_hw.astype(np.float32)).resize(
-        (OVERLAY_PIXELS, OVERLAY_PIXELS), Image.Resampling.BICUBIC
+    map_hw = heatmap.map / max(float(np.abs(heatmap.map).max()), 1e-12)
+    # What lies in the box but not in the map continues the map's edge.
+    height, width = map_hw.shape
+    padded = Image.fromarray(np.pad(map_hw, ((height, height), (width, width)), mode="edge"))
+    first, last = heatmap.extent
+    start, end = 1 - first / (last - first), 1 + (1 - first) / (last - first)
+    smooth = padded.resize(
+        (OVERLAY_PIXELS, OVERLAY_PIXELS),
+        Image.Resampling.BICUBIC,
+        box=(start * width, start * height, end * width, end * height),
     )
     level = np.rint(np.asarray(smooth).clip(-1, 1) * LEVELS).astype(np.int16) + LEVELS
     picture = Image.fromarray(level.astype(np.uint8), mode="P")
-    steps = np.abs(np.arange(-LEVELS, LEVELS + 1))[:, None] / LEVELS
+    steps = np.abs(np.arange(-LEVELS, LEVELS + 1)) / LEVELS
     pairs = [AGAINST_COLORS] * LEVELS + [FOR_COLORS] * (LEVELS + 1)
     weak, strong = np.array(pairs, np.float64).transpose(1, 0, 2)
-    colors = weak + (strong - weak) * steps
+    colors = weak + (strong - weak) * steps[:, None]
     picture.putpalette(np.rint(colors).astype(np.uint8).tobytes())
+    alphas = np.rint(MAX_ALPHA * steps**1.5).astype(np.uint8)
     file = io.BytesIO()
-    alphas = np.rint(MAX_ALPHA * steps[:, 0]).astype(np.uint8).tobytes()
-    picture.save(file, "PNG", transparency=alphas, optimize=True)
+    picture.save(file, "PNG", transparency=alphas.tobytes(), optimize=True)
     return file.getvalue()

@@ -59,6 +59,24 @@ class FeatureMaps:
         else:
             raise _no_map_error(body.name)
         self._map_node = nodes[reader].all_input_nodes[0]
+        self._start, self._stride = _receptive_fields(self._module.net, self._map_node)
+
+    def extent(self, positions: int, size: int) -> tuple[float, float]:
+        """Where the map lies in the pixels along each axis, as shares of their size.
+
+        Position i of a ResNet's map is computed from the pixels around 32 i, not from those around
+        32 i + 16 as if the map divided the pixels into equal cells: its map lies further left and
+        up than the pixels. That of a ConvNeXt, a Swin or a vision transformer does not.
+
+        Args:
+            positions: Of the map along the axis, h or w.
+            size: Of the pixels along the axis, S.
+        """
+        length = positions * self._stride
+        if not size / 2 < length < 2 * size:  # it is made smaller by other means, such as slices
+            return 0.0, 1.0
+        first = self._start + 0.5 - self._stride / 2
+        return first / size, (first + length) / size
 
     def __call__(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Feature map (B, K, h, w) and features (B, D) of a batch of pixels, uint8 (B, 3, S, S).
@@ -132,6 +150,34 @@ def _is_global(node: fx.Node, layer: Any) -> bool:
     """Whether a pooling node averages all positions."""
     size = getattr(layer, "output_size", node.args[-1])
     return _name(layer) == "mean" or size in (1, (1, 1), [1, 1])
+
+
+def _receptive_fields(net: fx.GraphModule, map_node: fx.Node) -> tuple[float, float]:
+    """The center of a map's first receptive field, and the distance of two centers, in pixels.
+
+    Computed from kernel sizes, strides and paddings (Dumoulin and Visin 2016, arXiv:1603.07285).
+    """
+    fields: dict[fx.Node, tuple[float, float]] = {}
+    for node in net.graph.nodes:
+        inputs = [fields[one] for one in node.all_input_nodes]
+        start, stride = max(inputs, key=lambda field: field[1], default=(0.0, 1.0))
+        layer = _layer(net, node)
+        if _name(layer) in ("Conv2d", "MaxPool2d", "AvgPool2d"):
+            kernel, step, padding, dilation = (
+                value[0] if isinstance(value, tuple) else value
+                for value in (
+                    layer.kernel_size,
+                    layer.stride,
+                    layer.padding,
+                    getattr(layer, "dilation", 1),
+                )
+            )
+            start += ((kernel - 1) * dilation / 2 - padding) * stride
+            stride *= step
+        fields[node] = (start, stride)
+        if node is map_node:
+            break
+    return fields[map_node]
 
 
 def _no_map_error(body: str) -> ConfigError:
