@@ -27,7 +27,7 @@ from arrowhead.features.feature_maps import FeatureMaps
 from arrowhead.training import heads
 
 AVERAGING_BODIES = ["resnet18", "densenet121", "regnet_y_400mf", "swin_t"]
-OTHER_BODIES = ["vgg11", "convnext_tiny", "vit_b_32", "maxvit_t"]
+OTHER_BODIES = ["mobilenet_v3_small", "convnext_tiny", "vit_b_32"]
 ORIENTATIONS = range(1, 9)
 
 
@@ -43,7 +43,8 @@ def make_bundle(
     """A bundle of three classes with a random head, and a random body by default."""
     config = BodyConfig(body=body, weights=weights, pool=pool, mean=mean, std=mean)
     loaded, pixel_config = backbone.load(config), PixelConfig(**{"size": 96} | pixels)
-    width = Body(body, loaded.state, pool=pool, mean=loaded.mean, std=loaded.std, size=96).width
+    norm, size = {"mean": loaded.mean, "std": loaded.std}, pixel_config.size
+    width = Body(body, loaded.state, pool=pool, size=size, **norm).width
     state = heads.build_head(head, width, 3, seed=4).state_dict()
     generator = torch.Generator().manual_seed(1)
     for name, tensor in state.items():  # as after training: not the identity
@@ -148,14 +149,16 @@ def assert_grad_cam(bundle: Bundle, photos: list[bytes], channel_weights: object
     with replay.clean_decoder(bundle.recipe, "cpu", 1, 16) as decode:
         view_NHWC = decode(photos, [bytes(16)] * len(photos)).views[0]
     map_NKhw, feature_ND = FeatureMaps(body)(torch.from_numpy(view_NHWC).permute(0, 3, 1, 2))
-    wanted = [2, 0, 1, 1, 2]
+    wanted, positive = [2, 0, 1, 1, 2], 0
     for row, heatmap in enumerate(heatmaps.explain(bundle, photos, wanted)):
         assert heatmap is not None
         assert heatmap.method == "Grad-CAM"
         weight_K = channel_weights(feature_ND[row].detach())[wanted[row]]
-        expected = (weight_K[:, None, None] * map_NKhw[row].detach()).sum(0).relu().numpy()
-        assert heatmap.map == pytest.approx(expected, rel=1e-3, abs=1e-3 * expected.max())
-        assert heatmap.map.max() > 0
+        total_hw = (weight_K[:, None, None] * map_NKhw[row].detach()).sum(0).numpy()
+        scale = np.abs(total_hw).max()
+        assert heatmap.map == pytest.approx(np.maximum(total_hw, 0), abs=1e-3 * scale)
+        positive += (heatmap.map > 0.01 * scale).any()
+    assert positive
 
 
 @pytest.mark.parametrize("body", OTHER_BODIES)
@@ -278,7 +281,6 @@ def test_a_map_is_strongest_over_the_bright_square(resize, orientation):
         ("resnet18", 0.5, 32),  # every layer with a stride is centered on its first pixel
         ("mobilenet_v2", 0.5, 32),
         ("densenet121", 14.5, 32),  # three poolings of 2 x 2: 2 + 4 + 8 pixels further
-        ("vgg11", 16, 32),  # five of them, and nothing else
         ("convnext_tiny", 16, 32),
         ("vit_b_32", 16, 32),
         ("swin_t", 16, 32),

@@ -110,7 +110,7 @@ def explain(
             # In each turn one class of every image: Grad-CAM then needs one backward pass for all.
             for turn in range(max(len(rows[data]) for data in batch)):
                 asked = {i: rows[batch[i]][turn] for i in usable if turn < len(rows[batch[i]])}
-                wanted = {i: classes[row] for i, row in asked.items()} if classes else {}
+                wanted = {} if classes is None else {i: classes[row] for i, row in asked.items()}
                 found = outputs.heatmaps(boxes, wanted)
                 for i, row in asked.items():
                     results[row] = found[i]
