@@ -157,26 +157,44 @@ class TableParser:
     ) -> TableParser:
         """Detect encoding, delimiter and columns of a table; guesses are appended to `notes`."""
         text = decode_text(source, content)
-        delimiters, skipped = TABLE_DELIMITERS[source[-4:].lower()] + DELIMITERS, 0
-        if match := re.match(r"sep=(.)\r?\n", text):  # Excel's declaration of the delimiter
-            delimiters, skipped = match[1], match.end()
-        starts = [skipped]
-        if match := _COMMENTS.match(text, skipped):  # may also be a header that starts with #
-            starts.append(match.end())
-        parsers = [
-            TableParser(source, text[start:], delimiter, 1 + text.count("\n", 0, start))
-            for start in starts
-            for delimiter in dict.fromkeys(delimiters)
-        ]
+        parsers = TableParser._candidates(source, text)
         parser = next((each for each in parsers if each._has_columns(config, labelled)), None)
-        if parser is None:  # take the one with most columns, and look at its cells
-            parser = max(parsers, key=lambda each: len(each.names))
+        if parser is None:  # look at the cells, too
+            parser = TableParser._widest(parsers)
         parser._find_columns(config, labelled, notes, by_cells=True)
         try:
             text.encode()
         except UnicodeEncodeError:
             notes.append(f"{source} is not UTF-8: labels with other bytes are read as Windows-1252")
         return parser
+
+    @staticmethod
+    def parse_cells(source: str, content: bytes) -> TableParser:
+        """Detect encoding and delimiter of a table, without finding the roles of its columns."""
+        parser = TableParser._widest(TableParser._candidates(source, decode_text(source, content)))
+        if parser._header_error:
+            raise parser._header_error
+        return parser
+
+    @staticmethod
+    def _candidates(source: str, text: str) -> list[TableParser]:
+        """A parser for each delimiter and each line that may be the header."""
+        delimiters, skipped = TABLE_DELIMITERS[source[-4:].lower()] + DELIMITERS, 0
+        if match := re.match(r"sep=(.)\r?\n", text):  # Excel's declaration of the delimiter
+            delimiters, skipped = match[1], match.end()
+        starts = [skipped]
+        if match := _COMMENTS.match(text, skipped):  # may also be a header that starts with #
+            starts.append(match.end())
+        return [
+            TableParser(source, text[start:], delimiter, 1 + text.count("\n", 0, start))
+            for start in starts
+            for delimiter in dict.fromkeys(delimiters)
+        ]
+
+    @staticmethod
+    def _widest(parsers: Sequence[TableParser]) -> TableParser:
+        """The parser that sees most columns."""
+        return max(parsers, key=lambda each: len(each.names))
 
     def _has_columns(self, config: SourceConfig, labelled: bool) -> bool:
         """Whether the header alone determines the columns."""

@@ -123,6 +123,16 @@ def read_table(source: str | Path, config: SourceConfig, *, labelled: bool) -> T
     )
 
 
+def read_cells(location: str) -> TableParser:
+    """The cells of a table, without the roles of its columns.
+
+    location: its escaped absolute path or URI, as in `Catalog.source`. Raises ConfigError if it
+    cannot be read.
+    """
+    content = _read_content(location, path_text.unescape_path(location))
+    return TableParser.parse_cells(location, content)
+
+
 def _read_content(source: str, table: bytes) -> bytes:
     """The bytes of a table or list."""
     folder, _, leaf = table.rpartition(b"/")

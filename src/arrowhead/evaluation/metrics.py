@@ -361,7 +361,7 @@ def block_slices(length: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, length))
 
 
-def wilson_interval(correct: int, images: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: float, images: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % confidence interval (low, high) of the proportion `correct` of `images`.
 
     Wilson's score interval (JASA 22, 1927), which stays within 0..1 and holds for few images and

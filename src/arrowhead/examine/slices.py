@@ -1,0 +1,369 @@
+"""Slices of the images on which a model is right significantly less often than on the others.
+
+    properties            -> conditions   a level, a fifth of the numbers, or one end of them
+    correct, conditions   -> p-values     is the model worse there than on the other images?
+                          -> adjusted     for the number of conditions, by permutation
+      -> `SliceReport`    every slice, and the worse ones without repetitions
+
+The p-value of a slice is Fisher's exact test, one-sided. Conditions overlap (dark images have
+little contrast), so the p-values are adjusted with the step-down minP procedure of Westfall and
+Young ("Resampling-Based Multiple Testing", 1993, algorithm 2.8; Ge, Dudoit and Speed, Test 12(1),
+2003, box 4): the errors are shuffled, and the smallest p-value of each shuffle is compared with the
+observed ones. That keeps the probability of naming any slice by chance below `max_p`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import spreadsheet
+from arrowhead.errors import ConfigError
+from arrowhead.evaluation.metrics import wilson_interval
+from arrowhead.examine.permutation import PermutationTest
+from arrowhead.examine.properties import Property
+
+LOW_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the images at one end of a property's numbers
+FIFTHS = (0.2, 0.4, 0.6, 0.8)
+CUT_SHARES = tuple(sorted({*LOW_SHARES, *(round(1 - one, 2) for one in LOW_SHARES)}))
+MAX_P_OUTSIDE = 0.05  # above, a slice is not worse outside of those already named
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceConfig:
+    """Which slices are examined and named."""
+
+    min_images: int = 20
+    """Examine no slice with fewer images, nor one that leaves fewer others."""
+    max_p: float = 0.01
+    """Name a slice if its adjusted p-value is at most this: the probability of naming any slice
+    where errors do not depend on the properties."""
+    permutations: int = 2000
+    """Number of shuffles from which p-values are adjusted."""
+
+    def __post_init__(self) -> None:
+        if self.min_images < 1:
+            raise ConfigError(
+                f"--min-images is {self.min_images}.", "1 or more.", "give a number such as 20."
+            )
+        if not 0 < self.max_p < 1:
+            raise ConfigError(
+                f"--max-p is {self.max_p}.", "a probability above 0 and below 1.", "give 0.01."
+            )
+        if self.permutations < 1 / self.max_p:
+            raise ConfigError(
+                f"--permutations is {self.permutations}, too few for --max-p {self.max_p}.",
+                f"{math.ceil(1 / self.max_p)} or more.",
+                "give more permutations or a larger --max-p.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """Images that fulfil a condition, and how often the model is right on them.
+
+    Attributes:
+        name: The condition, such as "brightness below 41.2".
+        property: The property that it is about.
+        is_part: Whether it is a level or a fifth, which do not overlap, rather than one end.
+        images: Number of images.
+        accuracy, low, high: Share of right decisions and its 95 % interval (Wilson).
+        rest_images, rest_accuracy: The same of the other images for which the property is known.
+        difference, difference_low, difference_high: accuracy - rest_accuracy and its 95 % interval
+            (Newcombe, Statistics in Medicine 17(8), 1998, method 10).
+        p: One-sided p-value that the slice is worse; None for a slice that is not tested.
+        adjusted_p: The same, adjusted for the number of slices.
+        row: int64 (images,), rows of the catalog; empty unless the slice is a worse one.
+        same_images: Names of other worse slices that this one explains.
+    """
+
+    name: str
+    property: str
+    is_part: bool
+    images: int
+    accuracy: float
+    low: float
+    high: float
+    rest_images: int
+    rest_accuracy: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    p: float | None
+    adjusted_p: float | None
+    row: NDArray[np.int64]
+    same_images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceReport:
+    """The accuracy by slice.
+
+    Attributes:
+        images, accuracy, low, high: All compared images, their accuracy and its 95 % interval.
+        slices: Every examined slice: by p-value, then accuracy; those that are not tested last.
+        worse: The slices that are significantly worse than the rest, the most significant first,
+            each with other images than those before it.
+        tested: Number of slices that the p-values are adjusted for.
+        notes: Sentences for the reader.
+    """
+
+    images: int
+    accuracy: float
+    low: float
+    high: float
+    slices: tuple[Slice, ...]
+    worse: tuple[Slice, ...]
+    tested: int
+    notes: tuple[str, ...] = ()
+
+    def write_csv(self, path: Path) -> Path:
+        """Write one row per slice, the worse ones first; returns the path."""
+        header = ["slice", "property", "worse", "images", "accuracy", "low", "high"]
+        header += ["rest_images", "rest_accuracy", "difference", "difference_low"]
+        header += ["difference_high", "p", "adjusted_p", "same_images"]
+        names = {one.name for one in self.worse}
+        rest = [one for one in self.slices if one.name not in names]
+        with spreadsheet.open_csv(path, header) as sheet:
+            for one in (*self.worse, *rest):
+                sheet.row(
+                    [one.name, one.property, "yes" if one.name in names else "no"]
+                    + [getattr(one, column) for column in header[3:-1]]
+                    + ["; ".join(one.same_images)]
+                )
+        return path
+
+
+# ------------------------------------------------------------------------------ conditions
+
+
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    """The images whose code of a property is at least `first` and below `end`."""
+
+    property: int
+    name: str
+    first: int
+    end: int
+    is_part: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """A property as small whole numbers: codes int32 (N,), 0 where it is not known."""
+
+    source: Property
+    code: NDArray[np.int32]
+    conditions: tuple[_Condition, ...]
+
+    def mask(self, condition: _Condition) -> NDArray[np.bool_]:
+        """The images that fulfil a condition, bool (N,)."""
+        mask_N: NDArray[np.bool_] = (self.code >= condition.first) & (self.code < condition.end)
+        return mask_N
+
+
+def _encode(number: int, source: Property, usable_N: NDArray[np.bool_]) -> _Coded:
+    """Divide a property into conditions; number: its index; usable_N: the images to use."""
+    known_N = source.known & usable_N
+    code_N = np.zeros(len(known_N), np.int32)
+    if source.levels:
+        code_N[known_N] = source.value[known_N] + 1
+        conditions = [
+            _Condition(number, f"{source.name}: {level}", index + 1, index + 2, True)
+            for index, level in enumerate(source.levels)
+        ]
+        return _Coded(source, code_N, tuple(conditions))
+    value_K = np.sort(source.value[known_N].astype(np.float64))
+    if not len(value_K):
+        return _Coded(source, code_N, ())
+    # Equal numbers are never divided: a cut is a number that occurs, and starts the upper part.
+    cut_by_share = {share: value_K[int(share * len(value_K))] for share in CUT_SHARES}
+    cuts = sorted(set(cut_by_share.values()) - {value_K[0]})
+    code_N[known_N] = np.searchsorted(cuts, source.value[known_N], "right") + 1
+    code_of = {cut: index + 2 for index, cut in enumerate(cuts)}
+    ends = {share: code_of.get(cut, 1) for share, cut in cut_by_share.items()}
+    top = len(cuts) + 2
+    fifths = list(zip((0.0, *FIFTHS), (*FIFTHS, 1.0), strict=True))
+    ranges = [(ends.get(low, 1), ends.get(high, top), True) for low, high in fifths]
+    ranges += [(1, ends[share], False) for share in LOW_SHARES]
+    ranges += [(ends[round(1 - share, 2)], top, False) for share in LOW_SHARES]
+    unique: dict[tuple[int, int], bool] = {}
+    for first, end, is_part in ranges:
+        if first < end and (first, end) != (1, top):
+            unique.setdefault((first, end), is_part)
+    conditions = [
+        _Condition(number, _range_name(source.name, first, end, cuts), first, end, is_part)
+        for (first, end), is_part in unique.items()
+    ]
+    return _Coded(source, code_N, tuple(conditions))
+
+
+def _range_name(name: str, first: int, end: int, cuts: Sequence[float]) -> str:
+    """A range of codes in words; code 1 is below the first cut."""
+    low = f"{cuts[first - 2]:.4g}" if first > 1 else ""
+    high = f"{cuts[end - 2]:.4g}" if end - 2 < len(cuts) else ""
+    if not low:
+        return f"{name} below {high}"
+    return f"{name} {low} to below {high}" if high else f"{name} {low} or more"
+
+
+# ---------------------------------------------------------------------------------- slices
+
+
+def find_slices(
+    correct_N: NDArray[np.bool_] | NDArray[np.float64],
+    row_N: NDArray[np.int64],
+    properties: Sequence[Property],
+    config: SliceConfig = SliceConfig(),
+) -> SliceReport:
+    """Compare the accuracy of slices with that of the other images.
+
+    Args:
+        correct_N: Whether the model is right on each image; with several labels per image the
+            share of right decisions, 0 to 1. Only images that it was not trained on.
+        row_N: Rows of the catalog.
+        properties: Their properties. If two give the same images, the first names the slice.
+        config: Which slices are examined and named.
+    """
+    correct_N = np.asarray(correct_N, np.float64)
+    usable_N = np.ones(len(correct_N), bool)  # where everything that was sampled is known
+    for one in properties:
+        if one.sampled and one.known.any():
+            usable_N &= one.known
+    every_N = np.ones(len(correct_N), bool)
+    coded = [
+        _encode(number, one, usable_N if one.sampled else every_N)
+        for number, one in enumerate(properties)
+    ]
+    test = PermutationTest(1 - correct_N, usable_N)
+    conditions = _select_conditions(coded, test, config)
+    is_tested = [coded[one.property].source.tested for one in conditions]
+    tested = [one for one, flag in zip(conditions, is_tested, strict=True) if flag]
+    p, adjusted_p = test.run(
+        [coded[one.property].code for one in tested],
+        [(one.first, one.end) for one in tested],
+        [coded[one.property].source.sampled for one in tested],
+        config.permutations,
+    )
+    slices = []
+    values = iter(zip(p, adjusted_p, strict=True))
+    for condition, flag in zip(conditions, is_tested, strict=True):
+        source = coded[condition.property].source
+        mask_N = coded[condition.property].mask(condition)
+        rest_N = (usable_N if source.sampled else every_N) & ~mask_N
+        pair = next(values) if flag else (None, None)
+        slices.append(_measure(condition, source, correct_N[mask_N], correct_N[rest_N], pair))
+    untested = math.inf
+    order = sorted(
+        range(len(slices)),
+        key=lambda k: (untested if slices[k].p is None else slices[k].p, slices[k].accuracy, k),
+    )
+    candidates = [(slices[k], conditions[k]) for k in order]
+    low, high = wilson_interval(float(correct_N.sum()), len(correct_N))
+    return SliceReport(
+        images=len(correct_N),
+        accuracy=float(correct_N.mean()) if len(correct_N) else math.nan,
+        low=low,
+        high=high,
+        slices=tuple(one for one, _ in candidates),
+        worse=_name_worse(candidates, coded, test, row_N, config),
+        tested=len(tested),
+    )
+
+
+def _select_conditions(
+    coded: Sequence[_Coded], test: PermutationTest, config: SliceConfig
+) -> list[_Condition]:
+    """The conditions with enough images on both sides, without those that select equal images."""
+    selected: list[_Condition] = []
+    seen: set[bytes] = set()
+    for one in coded:
+        universe = test.images(one.source.sampled)
+        counts = np.concatenate([[0], np.cumsum(np.bincount(one.code))])
+        for condition in one.conditions:
+            last = len(counts) - 1
+            images = counts[min(condition.end, last)] - counts[min(condition.first, last)]
+            if not config.min_images <= images <= universe - config.min_images:
+                continue
+            bits = np.packbits(one.mask(condition)).tobytes()
+            key = hashlib.blake2b(bits, digest_size=16).digest()
+            if key not in seen:
+                seen.add(key)
+                selected.append(condition)
+    return selected
+
+
+def _measure(
+    condition: _Condition,
+    source: Property,
+    correct_S: NDArray[np.float64],
+    correct_R: NDArray[np.float64],
+    p: tuple[float, float] | tuple[None, None],
+) -> Slice:
+    """Measure a slice of S images against the R others; p: p-value and adjusted p-value."""
+    low, high = wilson_interval(float(correct_S.sum()), len(correct_S))
+    rest_low, rest_high = wilson_interval(float(correct_R.sum()), len(correct_R))
+    accuracy, rest = float(correct_S.mean()), float(correct_R.mean())
+    difference = accuracy - rest
+    return Slice(
+        name=condition.name,
+        property=source.name,
+        is_part=condition.is_part,
+        images=len(correct_S),
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        rest_images=len(correct_R),
+        rest_accuracy=rest,
+        difference=difference,
+        difference_low=difference - math.hypot(accuracy - low, rest_high - rest),
+        difference_high=difference + math.hypot(high - accuracy, rest - rest_low),
+        p=p[0],
+        adjusted_p=p[1],
+        row=np.zeros(0, np.int64),
+    )
+
+
+def _name_worse(
+    candidates: Sequence[tuple[Slice, _Condition]],
+    coded: Sequence[_Coded],
+    test: PermutationTest,
+    row_N: NDArray[np.int64],
+    config: SliceConfig,
+) -> tuple[Slice, ...]:
+    """The significant slices, each of which is worse also outside of those before it.
+
+    A slice that overlaps with an earlier one of the same property, or that is not worse without
+    the images already named, is listed with the earlier slice that it shares most images with.
+    """
+    worse: list[Slice] = []
+    masks: list[NDArray[np.bool_]] = []
+    named_N = np.zeros(len(row_N), bool)
+    for one, condition in candidates:
+        if one.adjusted_p is None or one.adjusted_p > config.max_p:
+            continue
+        source = coded[condition.property].source
+        mask_N = coded[condition.property].mask(condition)
+        shared = [int((mask_N & mask).sum()) for mask in masks]
+        nearest = shared.index(max(shared)) if any(shared) else None
+        if nearest is not None:
+            outside_N = mask_N & ~named_N
+            overlaps = any(
+                count and before.property == one.property
+                for count, before in zip(shared, worse, strict=True)
+            )
+            p = test.p_value(outside_N, ~named_N, source.sampled)
+            if overlaps or outside_N.sum() < config.min_images or p > MAX_P_OUTSIDE:
+                before = worse[nearest]
+                worse[nearest] = replace(before, same_images=(*before.same_images, one.name))
+                continue
+        worse.append(replace(one, row=row_N[mask_N]))
+        masks.append(mask_N)
+        named_N |= mask_N
+    return tuple(worse)
