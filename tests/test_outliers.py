@@ -1,0 +1,157 @@
+"""The most novel images of a store, those unlike their class, and its faults."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from arrowhead.commands import precompute
+from arrowhead.data.catalog import Catalog
+from arrowhead.evaluation import novelty
+from arrowhead.examine import faults, outliers
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.feature_config import FeatureConfig
+from arrowhead.features.store import Store
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+K = novelty.K
+
+
+@pytest.fixture(scope="module")
+def odd_store(drawn, tmp_path_factory) -> Store:
+    """Drawn images with two odd ones, ten copies of one image, a wrong label, and bad files."""
+    folder = tmp_path_factory.mktemp("odd")
+    photos = folder / "photos"
+    for split in ("train", "valid"):
+        shutil.copytree(drawn / split, photos / split)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).save(photos / "valid" / "beads" / "noise.png")
+    for number in range(10):
+        Image.fromarray(noise[::-1]).save(photos / "train" / "beads" / f"copy{number}.png")
+    leaf = min((photos / "train" / "leaves").iterdir())
+    shutil.move(leaf, photos / "train" / "baskets" / "wrong.jpg")
+    data = leaf.with_name(sorted((photos / "train" / "leaves").iterdir())[0].name).read_bytes()
+    for number in range(3):
+        (photos / "train" / "beads" / f"cut{number}.jpg").write_bytes(data[: 900 + number])
+    (photos / "valid" / "beads" / "=text.jpg").write_bytes(b"no image at all")
+    body = BodyConfig(body="shufflenet_v2_x0_5", weights="random")
+    precompute.precompute(photos, folder / "store", FeatureConfig(body=body))
+    return Store(folder / "store")
+
+
+def reference_distances(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Distance and class gap of every readable image, one image at a time."""
+    images = store.features()
+    feature = images.feature[:, 0].astype(np.float32)
+    train = images.split == "train"
+    mean, std = feature[train].mean(0), feature[train].std(0)
+    unit = (feature - mean) / np.where(std > novelty.MIN_STD, std, 1)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    bank = unit.astype(np.float16).astype(np.float32)
+    distance, gap = np.zeros((2, len(images.row)))
+    for i in range(len(images.row)):
+        to_bank = np.linalg.norm(unit[i] - bank, axis=1)
+        others = train & (images.image_id != images.image_id[i])
+        own = others & (images.label == images.label[i])
+        foreign = others & (images.label != images.label[i])
+        distance[i] = np.sort(to_bank[others])[K - 1]
+        gap[i] = np.sort(to_bank[own])[K - 1] - np.sort(to_bank[foreign])[K - 1]
+    return distance, gap
+
+
+def test_distances_equal_those_to_other_training_images_one_by_one(odd_store):
+    result, row = outliers.find_outliers(odd_store), odd_store.features(rows_only=True).row
+    distance, gap = reference_distances(odd_store)
+    np.testing.assert_allclose(result.distance[row], distance, atol=2e-3)
+    np.testing.assert_allclose(result.class_gap[row], gap, atol=4e-3)
+    missing = np.setdiff1d(np.arange(len(result.distance)), row)
+    assert len(missing) == 4 and np.isnan(result.distance[missing]).all()
+
+
+def test_copies_of_an_odd_image_do_not_hide_it(odd_store):
+    catalog = Catalog(**odd_store.read_catalog())
+    result = outliers.find_outliers(odd_store, top=10)
+    assert all("copy" in catalog.paths[row] for row in result.novel["train"].tolist())
+    assert (np.diff(result.novel["train"]) > 0).all()  # equal distances: in the order of rows
+    assert set(result.novel) == {"train", "valid"}
+    assert result.threshold < result.distance[result.novel["train"]].min()
+
+
+def test_lists_hold_the_largest_values_first_and_no_more_than_asked(odd_store):
+    result = outliers.find_outliers(odd_store, top=4)
+    catalog = Catalog(**odd_store.read_catalog())
+    for split, rows in result.novel.items():
+        of_split = np.array([name == split for name in catalog.splits])
+        largest = np.sort(result.distance[of_split & np.isfinite(result.distance)])[::-1][:4]
+        np.testing.assert_array_equal(result.distance[rows], largest)
+    gap = result.class_gap[result.unlike_class]
+    assert (gap > 0).all() and (np.diff(gap) <= 0).all() and len(gap) <= 4
+    assert len(outliers.find_outliers(odd_store, top=0).unlike_class) == 0
+
+
+def test_image_in_the_wrong_class_folder_is_unlike_its_class(odd_store):
+    catalog = Catalog(**odd_store.read_catalog())
+    result = outliers.find_outliers(odd_store)
+    wrong = next(row for row, path in enumerate(catalog.paths) if path.endswith("wrong.jpg"))
+    assert wrong in result.unlike_class.tolist()
+
+
+def test_a_bank_smaller_than_the_training_split_gives_similar_distances(odd_store, monkeypatch):
+    whole = outliers.find_outliers(odd_store)
+    monkeypatch.setattr(novelty, "MAX_BANK_ROWS", 60)
+    monkeypatch.setattr(novelty, "BATCH_ROWS", 7)
+    part = outliers.find_outliers(odd_store)
+    known = np.isfinite(whole.distance)
+    np.testing.assert_array_equal(np.isfinite(part.distance), known)
+    assert np.corrcoef(part.distance[known], whole.distance[known])[0, 1] > 0.8
+
+
+def test_distances_do_not_depend_on_the_size_of_blocks(odd_store, monkeypatch):
+    whole = outliers.find_outliers(odd_store)
+    monkeypatch.setattr(novelty, "BATCH_ROWS", 7)
+    np.testing.assert_allclose(outliers.find_outliers(odd_store).distance, whole.distance, 1e-4)
+
+
+def test_outliers_csv_lists_every_row_with_its_numbers(odd_store, tmp_path):
+    catalog, result = Catalog(**odd_store.read_catalog()), outliers.find_outliers(odd_store, top=3)
+    path = result.write_csv(tmp_path / "outliers.csv", catalog)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["list"] for row in rows[:6]] == ["novel"] * 6
+    assert rows[0]["path"] == catalog.paths[result.novel["train"][0]]
+    assert float(rows[0]["distance"]) == pytest.approx(result.distance[result.novel["train"][0]])
+    assert {row["list"] for row in rows[6:]} == {"unlike its class"}
+
+
+# ---------------------------------------------------------------------------------- faults
+
+
+def test_faults_are_counted_by_kind_with_examples(odd_store):
+    found = faults.find_faults(odd_store, max_examples=2)
+    assert [(one.kind, one.images) for one in found] == [("truncated", 3), ("not an image", 1)]
+    assert [Path(path).name for path, _ in found[0].examples] == ["cut0.jpg", "cut1.jpg"]
+    assert found[1].examples[0][1].startswith("not an image:")
+
+
+def test_faults_csv_lists_every_bad_file_and_no_formula(odd_store, tmp_path):
+    path = faults.write_faults_csv(odd_store, tmp_path / "faults.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert {row["kind"] for row in rows} == {"truncated", "not an image"}
+    assert rows[-1]["path"] == "valid/beads/=text.jpg"
+
+
+def test_a_store_without_faults_has_none(drawn, tmp_path):
+    body = BodyConfig(body="shufflenet_v2_x0_5", weights="random")
+    precompute.precompute(drawn / "valid", tmp_path / "store", FeatureConfig(body=body))
+    store = Store(tmp_path / "store")
+    assert faults.find_faults(store) == []
+    assert faults.write_faults_csv(store, tmp_path / "f.csv").read_text().split() == [
+        "kind,path,fault"
+    ]
