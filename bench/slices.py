@@ -100,7 +100,7 @@ def main() -> None:
             "photos": len(measured.row),
             "runs": args.runs,
             "cpus": os.cpu_count(),
-            "config": {"min_images": 20, "max_p": 0.01, "permutations": 2000},
+            "config": {"min_images": 20, "max_p": 0.02, "permutations": 2000},
         }
         result = {"about": about, "ms_per_original": round(ms, 2), "cases": results}
         args.out.write_text(json.dumps(result | {"seconds": seconds}, indent=1) + "\n")

@@ -32,6 +32,7 @@ PAGES = [
             "tables",
             "heads",
             "score",
+            "slices",
             "features",
             "search",
             "python",

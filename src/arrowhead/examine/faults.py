@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from arrowhead import spreadsheet
 from arrowhead.features.store import Store
 
 
@@ -29,7 +27,7 @@ def find_faults(store: Store, max_examples: int = 5) -> list[FaultKind]:
     """Count the faults of a store by kind, the most frequent first, with example files."""
     counts: dict[str, int] = {}
     examples: dict[str, list[tuple[str, str]]] = {}
-    for kind, path, fault in iter_faults(store):
+    for kind, path, fault in _iter_faults(store):
         counts[kind] = counts.get(kind, 0) + 1
         if len(some := examples.setdefault(kind, [])) < max_examples:
             some.append((path, fault))
@@ -37,7 +35,14 @@ def find_faults(store: Store, max_examples: int = 5) -> list[FaultKind]:
     return [FaultKind(kind, counts[kind], tuple(examples[kind])) for kind in order]
 
 
-def iter_faults(store: Store) -> Iterator[tuple[str, str, str]]:
+def fault_table(store: Store) -> list[dict[str, str]]:
+    """One row per file without a feature for `tables.write_table`: kind, path, fault."""
+    return [
+        {"kind": kind, "path": path, "fault": fault} for kind, path, fault in _iter_faults(store)
+    ]
+
+
+def _iter_faults(store: Store) -> Iterator[tuple[str, str, str]]:
     """Yield kind, path and fault of every file without a feature, in catalog order."""
     if not any(shard["faults"] for shard in store.manifest()["shards"]):
         return
@@ -45,11 +50,3 @@ def iter_faults(store: Store) -> Iterator[tuple[str, str, str]]:
         for path, fault in zip(rows.paths, rows.faults, strict=True):
             if fault:
                 yield fault.partition(":")[0], path, fault
-
-
-def write_faults_csv(store: Store, path: Path) -> Path:
-    """Write kind, path and fault of every file without a feature; returns the path."""
-    with spreadsheet.open_csv(path, ["kind", "path", "fault"]) as sheet:
-        for kind, file, fault in iter_faults(store):
-            sheet.row([kind, file, fault])
-    return path

@@ -9,19 +9,16 @@ itself and its exact copies, so that training images can be compared with the ot
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import spreadsheet
 from arrowhead.data.catalog import Catalog
 from arrowhead.evaluation import novelty
 from arrowhead.evaluation.novelty import NoveltyDetector
+from arrowhead.examine.predictions import feature_blocks
 from arrowhead.features.store import Store
 
 if TYPE_CHECKING:
@@ -52,21 +49,28 @@ class Outliers:
     novel: dict[str, NDArray[np.int64]]
     unlike_class: NDArray[np.int64]
 
-    def write_csv(self, path: Path, catalog: Catalog) -> Path:
-        """Write one row per listed image: the novel ones of each split, then those unlike their
-        class; returns the path.
+    def table(self, catalog: Catalog) -> list[dict[str, Any]]:
+        """One row per listed image for `tables.write_table`: the novel ones of each split, then
+        those unlike their class.
         """
         lists = [("novel", row) for rows in self.novel.values() for row in rows.tolist()]
         lists += [("unlike its class", row) for row in self.unlike_class.tolist()]
-        with spreadsheet.open_csv(
-            path, ["list", "path", "split", "label", "distance", "class_gap"]
-        ) as sheet:
-            for name, row in lists:
-                numbers = (float(self.distance[row]), float(self.class_gap[row]))
-                cells = [None if math.isnan(one) else round(one, 6) for one in numbers]
-                labels = "|".join(catalog.labels[row])
-                sheet.row([name, catalog.paths[row], catalog.splits[row], labels, *cells])
-        return path
+        return [
+            {
+                "list": name,
+                "path": catalog.paths[row],
+                "split": catalog.splits[row],
+                "labels": "|".join(catalog.labels[row]),
+                "distance": _rounded(self.distance[row]),
+                "class_gap": _rounded(self.class_gap[row]),
+            }
+            for name, row in lists
+        ]
+
+
+def _rounded(value: np.float32) -> float | None:
+    """A number for a table, None instead of NaN."""
+    return None if np.isnan(value) else round(float(value), 6)
 
 
 def find_outliers(store: Store, top: int = 20) -> Outliers:
@@ -86,15 +90,19 @@ def find_outliers(store: Store, top: int = 20) -> Outliers:
     detector = NoveltyDetector.fit(feature_MD, np.zeros((0, feature_MD.shape[1]), np.float16))
     bank_label = None if images.multi else images.label[bank]
     distance_n, gap_n = np.full((2, len(images.row)), np.nan, np.float32)
-    for block, feature_BD in _feature_blocks(store, images.row):
-        distance_n[block], gap_n[block] = _distances(
-            detector,
-            feature_BD,
-            images.image_id[block],
-            None if images.multi else images.label[block],
-            images.image_id[bank],
-            bank_label,
-        )
+    for block, feature_BD in feature_blocks(store, images.row):
+        for start in range(0, len(feature_BD), novelty.BATCH_ROWS):
+            part = slice(
+                block.start + start, min(block.start + start + novelty.BATCH_ROWS, block.stop)
+            )
+            distance_n[part], gap_n[part] = _distances(
+                detector,
+                feature_BD[start : start + novelty.BATCH_ROWS],
+                images.image_id[part],
+                None if images.multi else images.label[part],
+                images.image_id[bank],
+                bank_label,
+            )
     files = sum(shard["files"] for shard in store.manifest()["shards"])
     distance_N, gap_N = np.full((2, files), np.nan, np.float32)
     distance_N[images.row], gap_N[images.row] = distance_n, gap_n
@@ -111,19 +119,6 @@ def find_outliers(store: Store, top: int = 20) -> Outliers:
         },
         unlike_class=_largest(gap_N, images.row[gap_n > 0], top),
     )
-
-
-def _feature_blocks(
-    store: Store, row_n: NDArray[np.int64]
-) -> Iterator[tuple[slice, NDArray[np.float16]]]:
-    """Yield slices of row_n, which ascends, with the features of view 0 of these rows."""
-    first, start = 0, 0
-    for shard_RVD in store.mapped_features():
-        stop = start + int(np.searchsorted(row_n[start:], first + len(shard_RVD)))
-        for at in range(start, stop, novelty.BATCH_ROWS):
-            block = slice(at, min(at + novelty.BATCH_ROWS, stop))
-            yield block, shard_RVD[row_n[block] - first, 0]
-        first, start = first + len(shard_RVD), stop
 
 
 def _distances(

@@ -17,18 +17,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead import spreadsheet
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.evaluation.metrics import wilson_interval
 from arrowhead.examine.image_properties import ImagePropertiesConfig, measure_images
 from arrowhead.examine.permutation import PermutationTest
+from arrowhead.examine.predictions import Predictions
 from arrowhead.examine.properties import (
     Property,
     catalog_properties,
@@ -40,6 +40,7 @@ from arrowhead.examine.table_columns import read_table_columns
 LOW_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the images at one end of a property's numbers
 FIFTHS = (0.2, 0.4, 0.6, 0.8)
 CUT_SHARES = tuple(sorted({*LOW_SHARES, *(round(1 - one, 2) for one in LOW_SHARES)}))
+NOT_IN_TABLE = ("name", "is_part", "row", "same_images")
 MAX_P_OUTSIDE = 0.05  # above, a slice is not worse outside of those already named
 
 
@@ -49,7 +50,7 @@ class SliceConfig:
 
     min_images: int = 20
     """Examine no slice with fewer images, nor one that leaves fewer others."""
-    max_p: float = 0.01
+    max_p: float = 0.02
     """Name a slice if its adjusted p-value is at most this: the probability of naming any slice
     where errors do not depend on the properties."""
     permutations: int = 2000
@@ -62,7 +63,7 @@ class SliceConfig:
             )
         if not 0 < self.max_p < 1:
             raise ConfigError(
-                f"--max-p is {self.max_p}.", "a probability above 0 and below 1.", "give 0.01."
+                f"--max-p is {self.max_p}.", "a probability above 0 and below 1.", "give 0.02."
             )
         if self.permutations < 1 / self.max_p:
             raise ConfigError(
@@ -87,6 +88,20 @@ class HeldOutImages:
     image_id: NDArray[np.uint64]
     correct: NDArray[np.bool_] | NDArray[np.float64]
     predicted: Sequence[tuple[str, ...]] | None = None
+
+    @staticmethod
+    def from_predictions(predictions: Predictions) -> HeldOutImages:
+        """The held-out images of a bundle's predictions."""
+        held_out = predictions.held_out
+        correct, predicted = predictions.correct, predictions.predicted[held_out]
+        if predictions.multi:
+            correct = (predictions.predicted == predictions.label).mean(1)
+        return HeldOutImages(
+            row=predictions.row[held_out],
+            image_id=predictions.image_id[held_out],
+            correct=correct[held_out],
+            predicted=[tuple(predictions.names(one)) for one in predicted],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,21 +163,17 @@ class SliceReport:
     tested: int
     notes: tuple[str, ...] = ()
 
-    def write_csv(self, path: Path) -> Path:
-        """Write one row per slice, the worse ones first; returns the path."""
-        header = ["slice", "property", "worse", "images", "accuracy", "low", "high"]
-        header += ["rest_images", "rest_accuracy", "difference", "difference_low"]
-        header += ["difference_high", "p", "adjusted_p", "same_images"]
+    def table(self) -> list[dict[str, Any]]:
+        """One row per slice for `tables.write_table`, the worse ones first."""
         names = {one.name for one in self.worse}
         rest = [one for one in self.slices if one.name not in names]
-        with spreadsheet.open_csv(path, header) as sheet:
-            for one in (*self.worse, *rest):
-                sheet.row(
-                    [one.name, one.property, "yes" if one.name in names else "no"]
-                    + [getattr(one, column) for column in header[3:-1]]
-                    + ["; ".join(one.same_images)]
-                )
-        return path
+        columns = [field.name for field in fields(Slice) if field.name not in NOT_IN_TABLE]
+        return [
+            {"slice": one.name, "worse": "yes" if one.name in names else "no"}
+            | {column: getattr(one, column) for column in columns}
+            | {"same_images": "; ".join(one.same_images)}
+            for one in (*self.worse, *rest)
+        ]
 
 
 # ------------------------------------------------------------------------------ conditions
