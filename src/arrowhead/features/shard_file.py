@@ -152,9 +152,14 @@ def feature_column(table: Any, recipe: Recipe) -> NDArray[np.float16]:
 
 def id_column(table: Any) -> NDArray[np.uint64]:
     """The first 8 bytes of every image id as a big-endian number, uint64 (rows of the table,)."""
+    return whole_id_column(table)[:, 0]
+
+
+def whole_id_column(table: Any) -> NDArray[np.uint64]:
+    """Every image id as two big-endian numbers, uint64 (rows of the table, 2)."""
     ids = arrow_io.single_array(table["image_id"])
     halves = np.frombuffer(ids.buffers()[1], ">u8").reshape(-1, 2)
-    return halves[ids.offset : ids.offset + len(ids), 0].astype(np.uint64)
+    return halves[ids.offset : ids.offset + len(ids)].astype(np.uint64)
 
 
 def check_content(paths: Sequence[Path]) -> None:

@@ -451,6 +451,14 @@ class Store:
             first += len(shard)
         return np.concatenate(parts)
 
+    def image_ids(self) -> NDArray[np.uint64]:
+        """The whole image id of every row of the catalog, uint64 (N, 2), big endian."""
+        parts = [
+            shard_file.whole_id_column(table)[:: self.recipe.views]
+            for table in self._tables(self.manifest())
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
+
     def features(self, split: str | None = None, *, rows_only: bool = False) -> Features:
         """Load features and labels of one split, or of all images, without those with a fault.
 

@@ -1,0 +1,193 @@
+"""Compare the pixels of two images: do they show the same photo?
+
+    file -> thumbnail       grey, longer side 64 pixels
+      -> whole images       both stretched to a square; 8 orientations
+      -> a part of one      the middle of one is searched in the other; mirrored or not, 15 sizes
+      -> similarity         the highest normalized cross-correlation: 1 for the same photo
+
+Template matching by normalized cross-correlation (Lewis, "Fast Normalized Cross-Correlation",
+1995), computed with the FFT. The correlation does not depend on brightness and contrast. The whole
+images find copies that were resized, compressed, stretched, turned or mirrored; the part finds
+cropped copies and those with a border. Only details of a certain size count (a difference of
+Gaussians), which keeps two photos of a dark animal on a bright ground apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead.decode import pillow_images
+
+SIDE = 64  # pixels of a thumbnail's longer side
+SQUARE_SIDE = 32
+FINE_SIGMA, COARSE_SIGMA = 0.8, 2.5  # pixels: details between these sizes are compared
+TEMPLATE_SHARE = 0.62  # of width and height: a crop that keeps the middle contains it
+SCALES = tuple(1.07**step for step in range(-7, 8))  # 0.62 to 1.61
+MIN_TEMPLATE_SIDE = 8  # pixels
+# Correlations from which two images are the same photo; see bench/duplicates.py.
+MIN_WHOLE, MIN_PART = 0.75, 0.82
+MIN_CONTRAST = 2.0  # grey levels: standard deviation below which an image is of one colour
+MAX_FLAT_DIFFERENCE = 8.0  # grey levels between two images of one colour that are the same
+MIN_WINDOW_ENERGY = 0.1  # of the mean: what a part needs to be compared
+
+Thumbnail = NDArray[np.uint8]
+Grey = NDArray[np.float32]
+
+
+def decode_thumbnail(data: bytes) -> Thumbnail | str:
+    """Decode a file in grey, uint8 (H, W) with a longer side of SIDE pixels; or return a fault."""
+    grey = pillow_images.decode_small_grey(data, SIDE)
+    return grey if isinstance(grey, str) else thumbnail(grey)
+
+
+def thumbnail(grey: NDArray[Any]) -> Thumbnail:
+    """Resize grey pixels (H, W), 0 to 255, to a longer side of SIDE pixels."""
+    factor = SIDE / max(grey.shape)
+    height, width = (max(MIN_TEMPLATE_SIDE, round(n * factor)) for n in grey.shape)
+    resized = _resize(grey.astype(np.float32), height, width)
+    return resized.round().clip(0, 255).astype(np.uint8)
+
+
+def is_flat(grey: Thumbnail) -> bool:
+    """Whether a thumbnail is of one colour, so that there are no details to compare."""
+    return float(grey.std()) < MIN_CONTRAST
+
+
+def square_details(grey: Thumbnail) -> Grey:
+    """The details of a whole thumbnail, stretched to a square.
+
+    Returns:
+        float32 (SQUARE_SIDE, SQUARE_SIDE) with mean 0 and norm 1; zeros for one colour.
+    """
+    if is_flat(grey):
+        return np.zeros((SQUARE_SIDE, SQUARE_SIDE), np.float32)
+    return _normalize(_details(_resize(grey.astype(np.float32), SQUARE_SIDE, SQUARE_SIDE)))
+
+
+def turn_alike(square: Grey, pattern: Grey) -> Grey:
+    """The one of a square's 8 orientations that correlates most with a pattern.
+
+    All orientations of an image give the same result, so turned and mirrored copies become equal.
+    A copy with small differences can give another orientation where two correlate almost equally;
+    use several patterns.
+    """
+    return max(orientations(square), key=lambda turned: float((turned * pattern).sum()))
+
+
+def smooth_pattern(generator: np.random.Generator) -> Grey:
+    """A random pattern with details of the size that is compared, for `turn_alike`."""
+    noise = generator.standard_normal((SQUARE_SIDE, SQUARE_SIDE)).astype(np.float32)
+    return _normalize(_details(noise))
+
+
+def similarity(one: Thumbnail, other: Thumbnail) -> tuple[float, float]:
+    """How alike two images are as a whole, and at best in part.
+
+    Args:
+        one: A thumbnail.
+        other: Another one.
+
+    Returns:
+        Two correlations, 0 to 1. Of the same photo both are near 1, or the second alone if one is
+        a crop or has a border. The second is 0 if the first is at least MIN_WHOLE, and so needs no
+        confirmation. Two images of one colour have 1 and 0 if it is the same, else 0 and 0.
+    """
+    if is_flat(one) or is_flat(other):
+        difference = abs(float(one.mean()) - float(other.mean()))
+        same = is_flat(one) and is_flat(other) and difference <= MAX_FLAT_DIFFERENCE
+        return float(same), 0.0
+    square = square_details(other)
+    whole = max(float((turned * square).sum()) for turned in orientations(square_details(one)))
+    part = 0.0
+    if whole < MIN_WHOLE:
+        part = _template_similarity(one, other)
+        if part < MIN_PART:
+            part = max(part, _template_similarity(other, one))
+    return min(1.0, max(0.0, whole)), min(1.0, max(0.0, part))
+
+
+def is_same_photo(whole: float, part: float) -> bool:
+    """Whether similarities say that two images show the same photo."""
+    return whole >= MIN_WHOLE or part >= MIN_PART
+
+
+def orientations(pixels: Grey) -> Iterator[Grey]:
+    """The eight turned and mirrored forms of an image."""
+    for form in (pixels, pixels[:, ::-1]):
+        for quarter_turns in range(4):
+            yield np.rot90(form, quarter_turns)
+
+
+def _template_similarity(image: Thumbnail, template: Thumbnail) -> float:
+    """The highest correlation of the middle of `template` with a part of `image`."""
+    from scipy import fft
+
+    shape = (SIDE, SIDE)  # a template that lies inside the image does not wrap around
+    details = _details(image.astype(np.float32))
+    forms = np.stack([details, details[:, ::-1]])
+    spectrum_FHW = fft.rfft2(forms, shape)
+    # Sums over all rectangles from the upper left corner.
+    sums_FHW = np.pad(np.square(forms, dtype=np.float64), ((0, 0), (1, 0), (1, 0)))
+    sums_FHW = sums_FHW.cumsum(1).cumsum(2)
+    best, grey = -1.0, template.astype(np.float32)
+    for scale in SCALES:
+        part = _middle(grey, scale)
+        height, width = part.shape
+        if height > details.shape[0] or width > details.shape[1]:
+            continue
+        if float(part.std()) < MIN_CONTRAST:
+            continue
+        spectrum = np.conj(fft.rfft2(_normalize(_details(part)), shape))
+        energy_FHW = (
+            sums_FHW[:, height:, width:]
+            - sums_FHW[:, :-height, width:]
+            - sums_FHW[:, height:, :-width]
+            + sums_FHW[:, :-height, :-width]
+        )
+        floor = MIN_WINDOW_ENERGY * sums_FHW[0, -1, -1] * part.size / details.size
+        product_FHW = fft.irfft2(spectrum_FHW * spectrum, shape)
+        inside = product_FHW[:, : energy_FHW.shape[1], : energy_FHW.shape[2]]
+        best = max(best, float((inside / np.sqrt(np.maximum(energy_FHW, floor))).max()))
+    return best
+
+
+def _middle(grey: Grey, scale: float) -> Grey:
+    """The middle of an image, resized by `scale`."""
+    height, width = grey.shape
+    rows, columns = (
+        max(MIN_TEMPLATE_SIDE, round(n * TEMPLATE_SHARE * scale)) for n in (height, width)
+    )
+    high, wide = min(height, rows / scale), min(width, columns / scale)
+    top, left = (height - high) / 2, (width - wide) / 2
+    return _resize(grey, rows, columns, (left, top, left + wide, top + high))
+
+
+def _resize(
+    grey: Grey, height: int, width: int, box: tuple[float, float, float, float] | None = None
+) -> Grey:
+    """Resize (a box of) grey pixels, smoothed where they shrink."""
+    from PIL import Image
+
+    image = Image.fromarray(grey)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized, dtype=np.float32)
+
+
+def _details(grey: Grey) -> Grey:
+    """The details between two sizes: a difference of Gaussians."""
+    from scipy import ndimage
+
+    fine = ndimage.gaussian_filter(grey, FINE_SIGMA, mode="nearest")
+    details: Grey = fine - ndimage.gaussian_filter(grey, COARSE_SIGMA, mode="nearest")
+    return details
+
+
+def _normalize(details: Grey) -> Grey:
+    """The same with mean 0 and norm 1; zeros if there is almost nothing."""
+    centred = details - details.mean()
+    norm = float(np.linalg.norm(centred))
+    return centred / norm if norm > 1e-3 else np.zeros_like(centred)
