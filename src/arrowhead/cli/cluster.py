@@ -214,7 +214,7 @@ def _requirements(call: Call) -> Requirements:
         elif name in ("data", "store", "bundle", "images"):
             inputs.append(value)
         elif isinstance(value, SourceConfig):
-            inputs.append(value.images)
+            inputs += [value.images, value.drop]
         elif isinstance(value, EvaluateConfig):
             inputs.append(value.store)
         elif isinstance(value, ScoreConfig):

@@ -56,9 +56,10 @@ class FinderHead(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadSource(SourceConfig):
-    """How labels are read if no images are held out."""
+    """How labels are read if no images are held out or left out."""
 
     valid_share: Annotated[float, Parameter(parse=False)] = 0.2
+    drop: Annotated[str | None, Parameter(parse=False)] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,6 +31,9 @@ class SourceConfig:
     label_separator: str | None = None
     """Separator between several labels of an image, such as "|"; implies --multi-label. Default:
     the first of | ; , that occurs, else a space. An empty separator means one label per image."""
+    drop: str | None = None
+    """Text file with images to leave out, such as copies: one path per line, relative to the folder
+    of the images. Lines that start with # are comments."""
 
     def __post_init__(self) -> None:
         if not 0 < self.valid_share < 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arrowhead.data import layouts, listing, named_files, path_text, tables
+from arrowhead.data import drop_list, layouts, listing, named_files, path_text, tables
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.data.tables import TableRows
@@ -54,6 +54,10 @@ def labelled_catalog(
     else:
         catalog, first_seen = _catalog_of_folder(path_text.resolve(source))
         _refuse_table_settings(source, config)
+    if config.drop is not None:
+        catalog = drop_list.leave_out(catalog, config.drop)
+        left = set(zip(catalog.splits, catalog.labels, strict=True))
+        first_seen = {key: place for key, place in first_seen.items() if key in left}
     if for_training and "train" in (given := set(catalog.splits)) and "valid" not in given:
         splits = [split.replace("train", "") for split in catalog.splits]
         first_seen = {

@@ -14,7 +14,7 @@ Gaussians), which keeps two photos of a dark animal on a bright ground apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ SCALES = tuple(1.07**step for step in range(-7, 8))  # 0.62 to 1.61
 MIN_TEMPLATE_SIDE = 8  # pixels
 # Correlations from which two images are the same photo; see bench/duplicates.py.
 MIN_WHOLE, MIN_PART = 0.75, 0.82
+MIN_ROUGH = 0.55  # with a third of the sizes; below, the others are not tried
 MIN_CONTRAST = 2.0  # grey levels: standard deviation below which an image is of one colour
 MAX_FLAT_DIFFERENCE = 8.0  # grey levels between two images of one colour that are the same
 MIN_WINDOW_ENERGY = 0.1  # of the mean: what a part needs to be compared
@@ -104,9 +105,10 @@ def similarity(one: Thumbnail, other: Thumbnail) -> tuple[float, float]:
     whole = max(float((turned * square).sum()) for turned in orientations(square_details(one)))
     part = 0.0
     if whole < MIN_WHOLE:
-        part = _template_similarity(one, other)
-        if part < MIN_PART:
-            part = max(part, _template_similarity(other, one))
+        ways = ((one, other), (other, one))
+        part = max(_template_similarity(*way, SCALES[1::3]) for way in ways)
+        if part >= MIN_ROUGH:
+            part = max(part, *(_template_similarity(*way, SCALES) for way in ways))
     return min(1.0, max(0.0, whole)), min(1.0, max(0.0, part))
 
 
@@ -122,7 +124,7 @@ def orientations(pixels: Grey) -> Iterator[Grey]:
             yield np.rot90(form, quarter_turns)
 
 
-def _template_similarity(image: Thumbnail, template: Thumbnail) -> float:
+def _template_similarity(image: Thumbnail, template: Thumbnail, scales: Sequence[float]) -> float:
     """The highest correlation of the middle of `template` with a part of `image`."""
     from scipy import fft
 
@@ -134,7 +136,7 @@ def _template_similarity(image: Thumbnail, template: Thumbnail) -> float:
     sums_FHW = np.pad(np.square(forms, dtype=np.float64), ((0, 0), (1, 0), (1, 0)))
     sums_FHW = sums_FHW.cumsum(1).cumsum(2)
     best, grey = -1.0, template.astype(np.float32)
-    for scale in SCALES:
+    for scale in scales:
         part = _middle(grey, scale)
         height, width = part.shape
         if height > details.shape[0] or width > details.shape[1]:
