@@ -15,7 +15,18 @@ from arrowhead.cli import cluster, train
 from arrowhead.cli.main import main
 from arrowhead.training.config import TrainConfig
 
-COMMANDS = ["demo", "fit", "precompute", "lr-find", "train", "score", "export", "doctor", "submit"]
+COMMANDS = [
+    "demo",
+    "fit",
+    "precompute",
+    "lr-find",
+    "train",
+    "score",
+    "export",
+    "doctor",
+    "submit",
+    "fetch",
+]
 
 
 def run(*args: object) -> int:
@@ -46,7 +57,7 @@ def test_every_command_has_help_with_usage_and_an_example(capsys, name):
     assert f"Usage: arrowhead {name}" in help_text
     assert "--json" in help_text
     assert name in ("doctor", "demo") or "Example: arrowhead" in help_text
-    assert name in ("doctor", "export") or "--workers" in help_text
+    assert name in ("doctor", "export", "fetch") or "--workers" in help_text
 
 
 @pytest.fixture

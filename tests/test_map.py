@@ -80,6 +80,7 @@ ALLOWED_IMPORTERS = {
         "cli.artifacts",
         "cli.cluster",
         "cli.demo",
+        "cli.fetch",
         "cli.inference",
         "cli.main",
         "cli.options",

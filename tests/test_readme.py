@@ -18,6 +18,7 @@ import pytest
 
 from arrowhead.cli import cluster
 from arrowhead.cli.main import main
+from arrowhead.data.known_datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,6 +29,7 @@ PAGES = [
     *(
         ROOT / "docs" / "guides" / f"{name}.md"
         for name in (
+            "fetch",
             "train",
             "tables",
             "heads",
@@ -123,8 +125,8 @@ def _change_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def is_tested_elsewhere(program: str, words: list[str]) -> bool:
-    """Whether tests/test_submit.py (a cluster) or test_sources.py (an object store) runs such a
-    command; here only its files and flags are checked.
+    """Whether tests/test_submit.py (a cluster), test_sources.py (an object store) or test_fetch.py
+    (the network) runs such a command; here only its files and flags are checked.
     """
     if program == "cluster/local.sh":
         return (ROOT / program).is_file()
@@ -139,6 +141,9 @@ def is_tested_elsewhere(program: str, words: list[str]) -> bool:
         return cluster.parse_command(after) is not None
     if program == "arrowhead" and any(word.startswith("s3://") for word in words):
         return cluster.parse_command(words) is not None
+    if program == "arrowhead" and words[0] == "fetch":
+        name = words[1]
+        return name in DATASETS or name.startswith("https://") or name.endswith(".tar.gz")
     return program == "arrowhead" and words[0] == "jobs"
 
 

@@ -43,6 +43,7 @@ OUTPUT_KINDS = {
     "scores": OutputKind("scores", ("request.json", "score.json", "inputs.arrow")),
     "report": OutputKind("a report", ("report.json",), is_replaced=True),
     "results": OutputKind("results", ()),
+    "data": OutputKind("a fetched data set", ("fetched.json",), is_replaced=True),
 }
 
 

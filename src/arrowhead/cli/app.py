@@ -271,7 +271,14 @@ class _GivenFlags:
             check_address_variables()
 
 
-PATH_ARGUMENTS = {"--data", "--bundle", "--images", "--base", "--weights"}  # or addresses
+PATH_ARGUMENTS = {
+    "--data",
+    "--source",
+    "--bundle",
+    "--images",
+    "--base",
+    "--weights",
+}  # or addresses
 
 
 def _is_path(argument: Argument) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
-from arrowhead.cli import artifacts, cluster, demo, examine, inference, search, train
+from arrowhead.cli import artifacts, cluster, demo, examine, fetch, inference, search, train
 from arrowhead.cli.app import (
     app,
     check_output_written,
@@ -105,6 +105,7 @@ app.command(inference.export, sort_key=6)
 app.command(search.search, sort_key=5)
 app.command(search.suggest, sort_key=5)
 app.command(demo.demo, sort_key=0)
+app.command(fetch.fetch, sort_key=0)
 app.command(watch, sort_key=7)
 app.command(doctor, sort_key=7)
 app.command(artifacts.features)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from arrowhead.bundle.export import ExportConfig
+from arrowhead.commands.fetch import FetchConfig
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.examine.config import ExamineConfig, ReportConfig
@@ -134,6 +135,7 @@ Report = Annotated[ReportConfig, _REPORT]
 Export = Annotated[ExportConfig, _flags("Export", 6)]
 Search = Annotated[SearchConfig, _flags("Search", 6)]
 Suggest = Annotated[SuggestConfig, _flags("Suggestions", 6)]
+Fetch = Annotated[FetchConfig, _flags("Download", 6)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 # negative: booleans that are true by default get a --no- flag.
 _TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import monotonic
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from arrowhead import printable
@@ -132,6 +140,22 @@ class Screen:
         yield advance
 
     @contextmanager
+    def byte_bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show how many megabytes are done; without a terminal, lines.
+
+        Args:
+            title: What is going on.
+
+        Yields:
+            A function to call with the bytes done and the bytes in all (0: not known). It shows
+            the bar when it is first called; the bytes done may also become fewer.
+        """
+        self._clear_status()
+        with ExitStack() as stack:
+            bar = _ByteBar(self, stack, printable.escape_control_chars(title))
+            yield bar.show
+
+    @contextmanager
     def live(self) -> Iterator[Callable[[Sequence[str]], None]]:
         """Show lines that replace the previous ones; without a terminal, only new lines.
 
@@ -162,3 +186,35 @@ class Screen:
         for line in lines:
             if line not in printed:
                 self.say(line)
+
+
+class _ByteBar:
+    """The bar of `Screen.byte_bar`, from its first call on."""
+
+    def __init__(self, screen: Screen, stack: ExitStack, title: str) -> None:
+        self._screen, self._stack, self._title = screen, stack, title
+        self._progress: Progress | None = None
+        self._last_line = monotonic()
+
+    def show(self, done: int, total: int) -> None:
+        if not self._screen.console.is_terminal:
+            self._show_line(done, total)
+            return
+        if self._progress is None:
+            columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            self._progress = self._stack.enter_context(
+                Progress(
+                    TextColumn("{task.description}", markup=False),
+                    *columns,
+                    console=self._screen.console,
+                )
+            )
+            self._progress.add_task(self._title, total=total or None, completed=done)
+        self._progress.update(self._progress.task_ids[0], completed=done, total=total or None)
+
+    def _show_line(self, done: int, total: int) -> None:
+        if monotonic() - self._last_line < LINE_SECONDS:
+            return
+        self._last_line = monotonic()
+        of = f" of {total / 1e6:,.0f}" if total else ""
+        self._screen.say(f"{self._title} {done / 1e6:,.0f}{of} MB")
