@@ -37,6 +37,7 @@ PAGES = [
             "slices",
             "features",
             "search",
+            "duplicates",
             "python",
             "cluster",
             "s3",

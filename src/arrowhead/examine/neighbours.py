@@ -1,7 +1,7 @@
 """Find the close neighbours among millions of features without comparing all pairs.
 
     features (memory-mapped)     as unit vectors
-      -> projection              onto their first 64 principal components: 256 bytes per image
+      -> projection              onto their first 128 principal components
       -> cells                   k-means; each row is compared with the rows of its nearest cells
       -> candidates              the nearest rows of each row, by the projection
       -> pairs                   their cosine similarity with all numbers, at least `min_similarity`
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     import torch
 
 NEIGHBOURS = 4  # that a row keeps
-PROBES = 8  # cells that a row is compared with
+CANDIDATES = 8  # nearest rows by the projection, of which these are the nearest
+PROBES = 12  # cells that a row is compared with
 EXACT_ROWS = 16_384  # up to so many, there is one cell
 ROWS_PER_CELL = 512
 SAMPLE_ROWS = 65_536  # for the principal components and the cells
-COMPONENTS, EXACT_COMPONENTS = 64, 256  # the latter up to EXACT_ROWS rows
+COMPONENTS, EXACT_COMPONENTS = 128, 256  # the latter up to EXACT_ROWS rows
 ROUNDS = 6  # of k-means
 BLOCK_ROWS = 16_384  # of features: with 512 numbers, 32 MB in float32
 BLOCK_CELLS = 2**22  # similarities at a time: 16 MB
@@ -118,12 +119,31 @@ def close_pairs(features: UnitVectors, min_similarity: float) -> Pairs:
         return Pairs(one=empty, other=empty, similarity=np.zeros(0, np.float32))
     point_MK = _project(features)
     cells = _Cells.fit(point_MK)
-    keys = _candidates(point_MK, cells, min_similarity)
+    keys, first_keys = _candidates(point_MK, cells, min_similarity)
+    del point_MK, cells
     one, other = np.divmod(keys, len(features))
     similarity = features.similarity(one, other)
-    kept = np.flatnonzero(similarity >= min_similarity)
+    is_near = _among_nearest(one, other, similarity) | np.isin(keys, first_keys)
+    kept = np.flatnonzero((similarity >= min_similarity) & is_near)
     kept = kept[np.argsort(-similarity[kept], kind="stable")]  # keys ascend, so ties are by row
     return Pairs(one=one[kept], other=other[kept], similarity=similarity[kept])
+
+
+def _among_nearest(
+    one: NDArray[np.int64], other: NDArray[np.int64], similarity: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Whether a pair is among the NEIGHBOURS most similar ones of either row, bool (P,)."""
+    order = np.argsort(-similarity, kind="stable")
+    is_near = np.zeros(len(one), bool)
+    row = np.concatenate([one[order], other[order]])
+    pair = np.concatenate([order, order])
+    # By row, then by similarity: the two halves are merged by rank.
+    rank = np.concatenate([np.arange(len(one)), np.arange(len(one))])
+    by_row = np.lexsort((rank, row))
+    sorted_row = row[by_row]
+    position = np.arange(len(row)) - np.searchsorted(sorted_row, sorted_row)
+    is_near[pair[by_row[position < NEIGHBOURS]]] = True
+    return is_near
 
 
 def _project(features: UnitVectors) -> torch.Tensor:
@@ -239,8 +259,11 @@ def _order_by_largest_spread(point_NK: torch.Tensor) -> torch.Tensor:
     return torch.argsort(point_NK[:, component], stable=True)
 
 
-def _candidates(point_MK: torch.Tensor, cells: _Cells, min_similarity: float) -> NDArray[np.int64]:
-    """Pairs that may be close, as keys lower row * M + higher row, ascending and different.
+def _candidates(
+    point_MK: torch.Tensor, cells: _Cells, min_similarity: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs that may be close, as keys lower row * M + higher row, ascending and different; and
+    those of them that connect a row with the first row of its crowd.
 
     The squared distance of two unit vectors is 2 - 2 * similarity; that of their projections is at
     most as large. So no pair in a cell is lost by the comparison of projections.
@@ -250,8 +273,8 @@ def _candidates(point_MK: torch.Tensor, cells: _Cells, min_similarity: float) ->
     rows = len(point_MK)
     max_square = 2 - 2 * min_similarity + 1e-5
     half_square_M = point_MK.square().sum(1) / 2
-    best = torch.full((rows, NEIGHBOURS), torch.inf)  # half squared distances, ascending
-    neighbour = torch.full((rows, NEIGHBOURS), -1)
+    best = torch.full((rows, CANDIDATES), torch.inf)  # half squared distances, ascending
+    neighbour = torch.full((rows, CANDIDATES), -1)
     first = torch.full((rows,), rows)  # the lowest row that is close
     for members, visitors in zip(cells.members, cells.visitors, strict=True):
         member_KN = point_MK[members].T.contiguous()
@@ -269,14 +292,15 @@ def _candidates(point_MK: torch.Tensor, cells: _Cells, min_similarity: float) ->
             visitor, half, is_close = visitor[near], half[near], is_close[near]
             lowest = members[is_close.to(torch.uint8).argmax(1)]
             first[visitor] = torch.minimum(first[visitor], lowest)
-            found = half.topk(min(NEIGHBOURS, half.shape[1]), dim=1, largest=False)
+            found = half.topk(min(CANDIDATES, half.shape[1]), dim=1, largest=False)
             values = torch.cat([best[visitor], found.values], 1)
             indices = torch.cat([neighbour[visitor], members[found.indices]], 1)
-            merged = values.topk(NEIGHBOURS, dim=1, largest=False)
+            merged = values.topk(CANDIDATES, dim=1, largest=False)
             best[visitor] = merged.values
             neighbour[visitor] = indices.gather(1, merged.indices)
     neighbour[best > max_square / 2] = -1
-    return _pair_keys(torch.cat([neighbour, torch.where(first < rows, first, -1)[:, None]], 1))
+    first_keys = _pair_keys(torch.where(first < rows, first, -1)[:, None])
+    return np.union1d(_pair_keys(neighbour), first_keys), first_keys
 
 
 def _pair_keys(neighbour_MJ: torch.Tensor) -> NDArray[np.int64]:
