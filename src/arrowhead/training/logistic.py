@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arrowhead.data import splits
 from arrowhead.training import cross_validation, lbfgs
@@ -87,7 +88,7 @@ def _train(data: Data, trial: Trial, distributed: DistributedContext) -> Trained
     start = None
     strength = trial.config.l2
     if strength == "auto":
-        sample = _sample_for_cv(data, trial)
+        sample = sample_for_cv(data, trial)
         strength, loss, start = choose_strength(
             solver
             if sample is trial
@@ -102,7 +103,7 @@ def _train(data: Data, trial: Trial, distributed: DistributedContext) -> Trained
     return TrainedHead(state=state, epochs=[result], epoch=0, l2=strength)
 
 
-def _sample_for_cv(data: Data, trial: Trial) -> Trial:
+def sample_for_cv(data: Data, trial: Trial) -> Trial:
     """Return the trial on few enough training images for cross-validation.
 
     They are drawn by content, the same share of every class.
@@ -228,6 +229,12 @@ class LogisticSolver:
         rows = self.data.feature.take(flat.to(self.device)).double()
         return rows.sub_(self._mean).div_(self._std)
 
+    def first_views(self, position: NDArray[np.int64]) -> Tensor:
+        """Return the standardized first views of some of this worker's images, float64 (B, D)."""
+        import torch
+
+        return self._standardized(self._flat[torch.from_numpy(position * self._views)])
+
     def _blocks(self, models: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield this worker's rows in blocks: their positions, and float64 (B, D)."""
         import torch
@@ -280,14 +287,17 @@ class LogisticSolver:
 
         return torch.ones(1, self._own.stop - self._own.start, dtype=torch.bool)
 
-    def folds(self, count: int) -> Tensor:
-        """Return which images the model of each fold trains on, bool (K, images of this worker)."""
+    def folds(self, count: int, repeat: int = 0) -> Tensor:
+        """Return which images the model of each fold trains on, bool (K, images of this worker).
+
+        repeat: Draws other folds, for repeated cross-validation.
+        """
         import torch
 
-        label = self.data.label.cpu().numpy()[self.rows]
-        fold = cross_validation.assign_folds(
-            self.data.key[self.rows], label, count, self.data.classes
-        )
+        label, key = self.data.label.cpu().numpy()[self.rows], self.data.key[self.rows]
+        if repeat:
+            key = cross_validation.shuffle_keys(key, f"{repeat}")
+        fold = cross_validation.assign_folds(key, label, count, self.data.classes)
         numbers = [one for one in range(count) if (fold == one).any()]
         masks = np.stack([fold != one for one in numbers]) if numbers else np.empty((0, len(fold)))
         return torch.from_numpy(masks[:, self._own])
@@ -383,6 +393,26 @@ class LogisticSolver:
         weight = weight * (self._flat % self._views == 0).to(self.device)
         total, *_ = self._pass(models, weight, gradient=False)
         return float(total.sum() / self._sum_over_workers(weight.sum().clone()[None])[0])
+
+    def logits(self, models: Models) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the logits of this worker's images, in blocks.
+
+        Yields:
+            The positions of images among those of this worker, and the logits of their first view,
+            float64 (K, B, C); with two classes those of the two differ by the model's single logit.
+        """
+        import torch
+
+        flat_weight = (models.weight @ self._axes.T).flatten(0, 1)
+        size = max(1, BLOCK_VALUES // max(len(flat_weight), self.width))
+        first_views = self._flat[:: self._views]
+        for start in range(0, len(first_views), size):
+            block = slice(start, min(start + size, len(first_views)))
+            x_BD = self._standardized(first_views[block])
+            logit = (x_BD @ flat_weight.T).view(len(x_BD), len(models.weight), -1) + models.bias
+            if self.columns == 1:
+                logit = torch.cat([-logit / 2, logit / 2], 2)
+            yield block, logit.transpose(0, 1)
 
     # --------------------------------------------------------------------------- the optimum
 

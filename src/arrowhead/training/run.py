@@ -318,7 +318,25 @@ def _decide_on_rank_0(due: bool, distributed: DistributedContext, device: torch.
 
 
 def load_data(store: Store, device: str, workers: int = 1) -> tuple[Data, NDArray[np.int64]]:
-    """Load all readable images of a store.
+    """Load all readable images of a store for a training.
+
+    Args:
+        store: The feature store.
+        device: The device that trains.
+        workers: The number of workers.
+
+    Returns:
+        The data, and each image's row in the catalog.
+
+    Raises:
+        ConfigError: See `Data.check_trainable`.
+    """
+    data, row = read_data(store, device, workers)
+    return data.check_trainable(), row
+
+
+def read_data(store: Store, device: str, workers: int = 1) -> tuple[Data, NDArray[np.int64]]:
+    """Read all readable images of a store, whatever their splits.
 
     Features are copied to the device if they fill less than half of its free memory (on a CPU the
     workers share it); else they stay memory-mapped.
@@ -352,7 +370,7 @@ def load_data(store: Store, device: str, workers: int = 1) -> tuple[Data, NDArra
         valid=np.flatnonzero(part.split == "valid"),
         classes=store.manifest()["classes"],
     )
-    return data.check_trainable(), part.row
+    return data, part.row
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,0 +1,342 @@
+"""Find labels that are probably wrong, from features and labels alone.
+
+    store                  features and labels of all splits
+      -> copies            the same content with different labels: one of them is wrong, certainly
+      -> OutOfFold         margins of heads and of neighbours that have not seen the label
+      -> LabelNoise        the two weighed against each other; how often labels are wrong
+      -> again             with heads and votes that trust each label as far as it is right
+      -> LabelErrors       ranked labels, an estimate with an interval, label_errors.csv
+
+Chosen by measurement (bench/label_errors.py) over margins of heads or neighbours alone, confident
+learning (Northcutt et al., arXiv:1911.00068) and strongly regularized heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrowhead import spreadsheet
+from arrowhead.data.catalog import Catalog
+from arrowhead.errors import ConfigError
+from arrowhead.evaluation import label_noise
+from arrowhead.evaluation.label_noise import LabelNoise
+from arrowhead.features.store import Store
+from arrowhead.training import comparison, run
+from arrowhead.training.dataset import Data
+from arrowhead.training.out_of_fold import HeadMargins, OutOfFold
+
+NO_LABEL = -1
+FLAG_SCORE = 0.5  # labels that are more likely wrong than right are flagged
+REFITS = 1  # how often the heads are solved again with trust in each label
+CSV_HEADER = ("path", "label", "suggested", "score", "new_label")
+MIN_CSV_ROWS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelErrors:
+    """Labels ranked from the most to the least suspicious; M of them.
+
+    With one label per image M is the number of images whose label could be judged. With several,
+    an entry is one label of one image that may be missing or be too many, and only the most
+    suspicious entries are here, as many as there are images.
+
+    Attributes:
+        row: int64 (M,), rows of the catalog.
+        label: int64 (M,), indices of the manifest's classes: the label that was given. -1: a label
+            that may be missing.
+        suggested: int64 (M,), the class that fits best among the others. -1: a label that may be
+            too many.
+        score: float64 (M,), the probability that the label is wrong, estimated from heads and
+            neighbours which have not seen it. 1 for copies of an image with different labels, of
+            which at least one is wrong.
+        flagged: How many of the first labels are more likely wrong than right.
+        estimated_errors: How many labels are wrong, estimated: the sum of these probabilities.
+        interval: Between which numbers the true one lies with 95 % probability, as far as the
+            model of wrong labels holds: each label is wrong with the same probability.
+        conflicts: How many labels are wrong with certainty, at the least, since copies of an image
+            have different labels.
+        accuracy: Share of the judged labels that heads predict which were not trained on the
+            image. nan if none could be judged.
+        learnable: Whether these predictions are better than those of the classes' frequencies
+            (p < 0.01). If they are not, nothing but copies is flagged: labels that the features
+            do not explain cannot be judged by them.
+        not_judged: Images of classes with a single different image.
+        multi: Whether images have several labels.
+    """
+
+    row: NDArray[np.int64]
+    label: NDArray[np.int64]
+    suggested: NDArray[np.int64]
+    score: NDArray[np.float64]
+    flagged: int
+    estimated_errors: float
+    interval: tuple[float, float]
+    conflicts: int
+    accuracy: float
+    learnable: bool
+    not_judged: int
+    multi: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Evidence:
+    """What is known about the labels of N images, or of N x C labels, as flat arrays.
+
+    wrong: The probability that each label is wrong; nan: not judged.
+    """
+
+    wrong: NDArray[np.float64]
+    other: NDArray[np.int64]
+    noise: LabelNoise | None
+    accuracy: float
+    learnable: bool
+
+
+def find_label_errors(store: Store) -> LabelErrors:
+    """Rank the labels of all readable images of a store, whatever their split.
+
+    Args:
+        store: A feature store; its first views are used.
+
+    Raises:
+        ConfigError: The images have fewer than two classes.
+    """
+    data, row = run.read_data(store, "cpu")
+    return rank_labels(data, row)
+
+
+def rank_labels(data: Data, row_N: NDArray[np.int64]) -> LabelErrors:
+    """Rank the labels of images: see `find_label_errors`.
+
+    Args:
+        data: Features and labels; the splits do not matter.
+        row_N: The row of each image in the catalog.
+    """
+    if len(data.classes) < 2 and not data.multilabel:
+        raise ConfigError(
+            f"All images have the same label: {', '.join(data.classes) or 'none'}.",
+            "images of two or more classes.",
+            "add images of another class.",
+        )
+    evidence = _judge(data)
+    preferred_N, conflicting_N, certain = _conflicting_copies(data, evidence.wrong)
+    score = evidence.wrong if evidence.learnable else np.minimum(evidence.wrong, FLAG_SCORE)
+    judged = np.isfinite(score)
+    score = np.where(conflicting_N, 1.0, np.where(judged, score, 0.0))
+    suggested = np.where(conflicting_N & (preferred_N != NO_LABEL), preferred_N, evidence.other)
+    key, columns = data.key, 1
+    if data.multilabel:
+        columns = len(data.classes)
+        key = np.repeat(key, columns)
+    order = np.lexsort((np.arange(len(score)), key, -score))
+    order = order[(judged | conflicting_N)[order]][: len(data.key)]
+    image, label, suggested = _entries(data, order, suggested)
+    wrong = np.where(conflicting_N | ~judged, 0.0, evidence.wrong)
+    low, high = evidence.noise.interval if evidence.noise else (0.0, 0.0)
+    return LabelErrors(
+        row=row_N[image],
+        label=label,
+        suggested=suggested,
+        score=score[order],
+        flagged=int((score[order] > FLAG_SCORE).sum()),
+        estimated_errors=certain + float(wrong.sum()),
+        interval=(max(low, float(certain)), max(high, certain + float(wrong.sum()))),
+        conflicts=certain,
+        accuracy=evidence.accuracy,
+        learnable=evidence.learnable,
+        not_judged=int((~judged).sum()) // columns,
+        multi=data.multilabel,
+    )
+
+
+def _entries(
+    data: Data, order: NDArray[np.int64], suggested: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return image, given label and suggested label of entries."""
+    label = data.label.numpy()
+    if not data.multilabel:
+        return order, label[order].astype(np.int64), suggested[order]
+    image, column = np.divmod(order, len(data.classes))
+    given = label[image, column] > 0
+    return image, np.where(given, column, NO_LABEL), np.where(given, NO_LABEL, column)
+
+
+# ----------------------------------------------------------------------------- the evidence
+
+
+def _judge(data: Data) -> _Evidence:
+    """Estimate the probability that each label is wrong."""
+    label = data.label.numpy()
+    entries = label.size
+    nothing = _Evidence(
+        wrong=np.full(entries, np.nan),
+        other=np.full(entries, NO_LABEL),
+        noise=None,
+        accuracy=np.nan,
+        learnable=False,
+    )
+    try:
+        folds = OutOfFold(data)
+    except ConfigError:  # each class has a single different image
+        return nothing
+    heads = folds.head_margins()
+    judged = np.isfinite(heads.margin).reshape(-1)
+    if data.multilabel:
+        judged &= np.tile(label.min(0) != label.max(0), len(label))
+    if not judged.any():
+        return nothing
+    present = label.reshape(-1)[judged] > 0 if data.multilabel else None
+    noise = _fit(heads, folds.neighbour_margins(), judged, data, present)
+    first = heads
+    for _ in range(REFITS):
+        trust = _trust(noise.wrong, judged, label.shape)
+        heads = folds.head_margins(trust)
+        noise = _fit(heads, folds.neighbour_margins(trust), judged, data, present)
+    wrong = np.full(entries, np.nan)
+    wrong[judged] = noise.wrong
+    other = heads.other.reshape(-1) if not data.multilabel else np.full(entries, NO_LABEL)
+    return _Evidence(
+        wrong=wrong,
+        other=other,
+        noise=noise,
+        accuracy=float((first.margin.reshape(-1)[judged] > 0).mean())
+        if data.multilabel
+        else float((first.predicted == label)[judged].mean()),
+        learnable=_is_learnable(first.margin.reshape(-1), judged, data),
+    )
+
+
+def _fit(
+    heads: HeadMargins,
+    neighbours: dict[int, NDArray[np.float32]],
+    judged: NDArray[np.bool_],
+    data: Data,
+    present: NDArray[np.bool_] | None,
+) -> LabelNoise:
+    """Weigh heads and neighbours; of the numbers of neighbours, the most likely is taken."""
+    alternatives = 1 if data.multilabel else len(data.classes) - 1
+    head = heads.margin.reshape(-1)[judged]
+    fits = {}
+    for count, margin in neighbours.items():
+        both = np.stack([head, margin.reshape(-1)[judged].astype(np.float64)], 1)
+        fits[count] = both, label_noise.fit(both, alternatives, present, interval=False)
+    best, _ = min(fits.values(), key=lambda one: one[1].cost)
+    return label_noise.fit(best, alternatives, present)
+
+
+def _trust(
+    wrong: NDArray[np.float64], judged: NDArray[np.bool_], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Return the weight of each image: the probability that its labels are right."""
+    trust = np.ones(judged.shape)
+    trust[judged] = 1 - wrong
+    return trust if len(shape) == 1 else trust.reshape(shape).min(1)
+
+
+def _is_learnable(margin: NDArray[np.float64], judged: NDArray[np.bool_], data: Data) -> bool:
+    """Whether held-out predictions beat those of the classes' frequencies, on different images."""
+    label = data.label.numpy()
+    if data.multilabel:
+        share = np.clip(label.mean(0), 1e-6, 1 - 1e-6)
+        prior = np.where(label > 0, np.log(share), np.log1p(-share)).reshape(-1)
+        image = np.repeat(np.arange(len(label)), label.shape[1])[judged]
+    else:
+        prior = np.log(np.bincount(label)[label] / len(label))
+        image = np.arange(len(label))[judged]
+    gain = -np.logaddexp(0, -margin[judged]) - prior[judged]
+    _, group = np.unique(data.key[image], return_inverse=True)
+    gain_by_image = np.bincount(group, gain) / np.bincount(group)
+    return bool(gain_by_image.sum() > 0 and comparison.paired_p_value(gain_by_image) < 0.01)
+
+
+# ------------------------------------------------------------------------------- exact copies
+
+
+def _conflicting_copies(
+    data: Data, wrong: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
+    """Find copies of an image with different labels.
+
+    The label of most copies counts as the right one; if there is no most frequent one, every copy
+    conflicts.
+
+    Returns:
+        The label that a conflicting copy should have, int64, -1 if unclear; whether each label
+        conflicts; and how many labels must be wrong.
+    """
+    label = data.label.numpy()
+    if data.multilabel:
+        columns = [
+            _conflicts(data.key, label[:, one].astype(np.int64)) for one in range(label.shape[1])
+        ]
+        conflicting = np.stack([one[1] for one in columns], 1).reshape(-1)
+        return np.full(label.size, NO_LABEL), conflicting, sum(one[2] for one in columns)
+    return _conflicts(data.key, label)
+
+
+def _conflicts(
+    key: NDArray[np.uint64], label: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
+    """See `_conflicting_copies`, for one label per image."""
+    preferred, conflicting, certain = np.full(len(label), NO_LABEL), np.zeros(len(label), bool), 0
+    _, group, count = np.unique(key, return_inverse=True, return_counts=True)
+    copies = np.flatnonzero(count[group] > 1)
+    copies = copies[np.argsort(group[copies], kind="stable")]
+    starts = np.flatnonzero(np.diff(group[copies], prepend=-1))
+    for rows in np.split(copies, starts[1:]) if len(copies) else []:
+        names, number = np.unique(label[rows], return_counts=True)
+        if len(names) == 1:
+            continue
+        certain += int(number.sum() - number.max())
+        if (number == number.max()).sum() == 1:
+            most_frequent = names[number.argmax()]
+            preferred[rows] = most_frequent
+            conflicting[rows] = label[rows] != most_frequent
+        else:
+            conflicting[rows] = True
+    return preferred, conflicting, certain
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+def write_csv(errors: LabelErrors, catalog: Catalog, path: Path, rows: int | None = None) -> None:
+    """Write label_errors.csv: path, label, suggested, score, and an empty column new_label.
+
+    Look at the images, fill in new_label where the label is wrong, and give the file to
+    `arrowhead relabel`. With several labels per image they are joined by |, and `suggested` has
+    all changes that are more likely right than wrong, or else the most likely one.
+
+    Args:
+        errors: The ranked labels.
+        catalog: The catalog of the store.
+        path: The file.
+        rows: The number of images, most suspicious first; None: twice as many as are flagged, but
+            at least 100.
+    """
+    classes = catalog.classes
+    if rows is None:
+        rows = max(2 * errors.flagged, MIN_CSV_ROWS)
+    changes: dict[int, list[int]] = {}  # positions of the entries by catalog row
+    for position, row in enumerate(errors.row.tolist()):
+        if row in changes:
+            if errors.score[position] > FLAG_SCORE:
+                changes[row].append(position)
+        elif len(changes) < rows:
+            changes[row] = [position]
+    with spreadsheet.open_csv(path, CSV_HEADER) as writer:
+        for row, positions in changes.items():
+            labels = set(catalog.labels[row])
+            for position in positions:
+                given, other = int(errors.label[position]), int(errors.suggested[position])
+                if other != NO_LABEL or errors.multi:
+                    labels -= {classes[given]} if given != NO_LABEL else set()
+                    labels |= {classes[other]} if other != NO_LABEL else set()
+            score = round(float(errors.score[positions[0]]), 4)
+            given_labels, suggested = "|".join(catalog.labels[row]), "|".join(sorted(labels))
+            suggested = "" if suggested == given_labels else suggested
+            writer.row((catalog.paths[row], given_labels, suggested, score, None))
