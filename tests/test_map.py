@@ -68,7 +68,12 @@ ALLOWED_IMPORTERS = {
     },
     "jinja2": {"examine.page"},
     "matplotlib": {"examine.charts", "examine.figures", "examine.pictures", "notebook"},
-    "scipy": {"evaluation.label_noise", "examine.charts", "examine.image_matching", "examine.permutation"},
+    "scipy": {
+        "evaluation.label_noise",
+        "examine.charts",
+        "examine.image_matching",
+        "examine.permutation",
+    },
     "sklearn": {"examine.charts", "examine.feature_map", "examine.suggest"},
     "fsspec": {"data.object_store"},
     "onnx": {"bundle.export"},
