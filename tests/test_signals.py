@@ -344,3 +344,22 @@ def test_closed_stdout_and_full_stderr_do_not_stop_the_work(folder, drawn):
         assert process.wait(timeout=300) == 0
     assert (folder / "store/manifest.json").is_file()
     assert runs(folder)["precompute"][0] == "FINISHED"
+
+
+@pytest.mark.parametrize("module", ["arrowhead.cli.main", "cyclopts", "numpy"])
+def test_interrupt_during_the_imports_ends_with_130_and_one_line(module):
+    script = (
+        "import os, signal, sys\n"
+        "class PressCtrlC:\n"
+        "    def find_spec(self, name, *args):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, PressCtrlC())\n"
+        "sys.argv = ['arrowhead', 'doctor']\n"
+        "from arrowhead.__main__ import main; main()\n"
+    )
+    completed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert completed.returncode == signals.INTERRUPTED_EXIT_CODE
+    assert completed.stderr == "\narrowhead: interrupted before the command began.\n"
