@@ -147,6 +147,32 @@ def test_a_missing_argument_is_refused(expect_refusal):
     assert "fit --help" in do
 
 
+@pytest.mark.parametrize(
+    ("words", "found", "wanted", "do"),
+    [
+        (
+            "train s b --weight-decay abc",
+            "abc",
+            "--weight-decay: a number. adamw: decoupled from the gradient",
+            "correct --weight-decay; arrowhead train --help",
+        ),
+        ("fit", "fit: DATA (--data) is missing.", "--data: a text. Images: a folder", "fit --help"),
+        ("fit a b --mean 1 2", "Only got 2", "--mean: 3 numbers. Channel means", "correct --mean"),
+        ("train s b --epochs", "--epochs", "a whole number or auto. Passes", "correct --epochs"),
+        ("train s b --schedule x", "x", "--schedule: one of one-cycle, ", "correct --schedule"),
+        ("train s b extra", "too many arguments: extra.", "each argument", "train --help"),
+        ("train s b --heed x", "--heed", "a flag of train.", "write --head."),
+        ("bundle inf", "inf", "one of the commands.", "arrowhead bundle --help"),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed_gets_a_refusal_that_says_what_is_wanted(
+    expect_refusal, words, found, wanted, do
+):
+    refusal = expect_refusal(*words.split())
+    for text, part in zip(refusal, (found, wanted, do), strict=True):
+        assert part in text
+
+
 def test_a_refused_request_leaves_no_mlflow_run(expect_refusal, drawn, tmp_path):
     from mlflow import MlflowClient
 

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import (
     App,
@@ -20,8 +20,11 @@ from cyclopts import (
     ArgumentCollection,
     CycloptsError,
     Group,
+    MissingArgumentError,
     Parameter,
+    UnknownCommandError,
     UnknownOptionError,
+    UnusedCliTokensError,
 )
 from cyclopts.config import Toml
 
@@ -362,24 +365,79 @@ def closest_flag(name: str, flags: Iterable[str]) -> str | None:
     return best if best is not None and score(best)[0] > 0.75 else None
 
 
-def parse_error_message(error: CycloptsError) -> str:
-    """The message for a command line that cyclopts could not parse.
+def parse_refusal(error: CycloptsError, words: list[str]) -> tuple[str, str, str]:
+    """The three parts of the refusal of a command line that cyclopts could not parse.
 
     An unknown flag gets Arrowhead's own suggestion: cyclopts compares the dashes too, so short
     flags look alike to it.
     """
+    found = str(error)
+    command = " ".join(error.command_chain or ()) or command_in(words).strip()
+    help_command = " ".join([program(), *command.split(), "--help"])
+    if error.argument is not None:
+        name, flag = error.argument.name, error.argument
+        if isinstance(error, MissingArgumentError) and flag.index is not None and not flag.tokens:
+            found = f"{command}: {name.lstrip('-').upper()} ({name}) is missing."
+        wanted = f"{name}: {_type_text(flag.hint)}. {_help_text(error, name)}"
+        return found, wanted, f"correct {name}; {help_command} shows all arguments and flags."
+    if isinstance(error, UnknownOptionError):
+        found, closest = _unknown_flag(error)
+        wanted = f"a flag of {command or 'arrowhead'}."
+        return found, wanted, f"write {closest}." if closest else f"run {help_command}."
+    if isinstance(error, UnknownCommandError):
+        return found, "one of the commands.", f"run {help_command}."
+    if isinstance(error, UnusedCliTokensError):
+        found = f"{command}: too many arguments: {' '.join(error.unused_tokens or ())}."
+    return found, "each argument and each flag once, as --help lists them.", f"run {help_command}."
+
+
+def _unknown_flag(error: UnknownOptionError) -> tuple[str, str | None]:
+    """What to say about an unknown flag, and the flag that was probably meant."""
     message = str(error)
-    if not isinstance(error, UnknownOptionError) or "Did you mean to" in message:
-        return message
+    if "Did you mean to" in message:
+        return message, None
     message = message.partition(" Did you mean ")[0]
     typed = (error.token.keyword or error.token.value).partition("=")[0]
     dashes = "--" if typed.startswith("--") else ""
     if not dashes and not typed.startswith("["):  # "[name]" is a key of --config
-        return message
+        return message, None
     names = {name for one in error.argument_collection if one.parse for name in one.names}
     flags = {name[2:] for name in names if name.startswith("--")}
     closest = closest_flag(typed.strip("-[]"), flags)
-    return message if closest is None else f"{message} Did you mean {dashes}{closest}?"
+    if closest is None:
+        return message, None
+    return f"{message} Did you mean {dashes}{closest}?", dashes + closest
+
+
+def _help_text(error: CycloptsError, name: str) -> str:
+    """The help of a flag, for fields of a dataclass read from the docstring below the field."""
+    assert error.app is not None
+    for argument in error.app.assemble_argument_collection(parse_docstring=True):
+        if argument.name == name:
+            return " ".join((argument.parameter.help or "").split())
+    return ""
+
+
+TYPE_TEXTS = {
+    bool: "no value (it is on or off)",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+}
+
+
+def _type_text(hint: Any) -> str:
+    """The values that a flag takes, in words."""
+    if hint in TYPE_TEXTS:
+        return TYPE_TEXTS[hint]
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, parts)) if len(parts) > 1 else str(parts[0])
+    if get_origin(hint) in (tuple, list):
+        several = {float: "numbers", int: "whole numbers"}.get(parts[0], "values")
+        return f"{len(parts)} {several}" if Ellipsis not in parts else several
+    return " or ".join(_type_text(part) for part in parts) or "a value"
 
 
 def show_refusal(found: str, wanted: str, do: str) -> None:

@@ -19,12 +19,10 @@ from arrowhead.cli import artifacts, cluster, demo, examine, fetch, inference, s
 from arrowhead.cli.app import (
     app,
     check_output_written,
-    command_in,
     finish,
     given_flags,
-    parse_error_message,
+    parse_refusal,
     print_result,
-    program,
     show_refusal,
 )
 from arrowhead.cli.options import Out, Output, Watched, WatchedTracking
@@ -142,10 +140,8 @@ def _run(words: list[str]) -> int:
                 sys.stdout.flush()
             check_output_written()
     except CycloptsError as error:
-        wanted = "a command, its arguments and its flags, as --help lists them."
         # The word that cannot be parsed may be an address with a password.
-        found = without_secrets(parse_error_message(error))
-        show_refusal(found, wanted, f"run {program()} {command_in(words)}--help.")
+        show_refusal(*map(without_secrets, parse_refusal(error, words)))
         code = 2
     except LostError as error:
         show_refusal(error.found, error.wanted, error.do)
