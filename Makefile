@@ -18,6 +18,8 @@ setup: $(READY)  ## create .venv with the locked packages and Arrowhead, editabl
 
 # The lock has a hash for every package; uv refuses a package with another hash.
 $(READY): requirements.lock pyproject.toml
+	@echo "installing $$(grep -c '^[a-z0-9].*==' requirements.lock) packages into .venv (7 GB):" \
+		"some minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
