@@ -80,7 +80,6 @@ def score(
         context.screen.say(f"labels: {counts}")
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
         names = ["parts", "score.json", "scores.csv", "scores.png"]
-        names += ["inputs.arrow", "request.json", "journal"]
         result["files"] = show_written(context.screen, [out / name for name in names])
         show_next_commands(
             context.screen,
