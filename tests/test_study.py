@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,13 @@ def test_grid_keeps_its_best_head_and_logs_each_head_as_a_child_run(store, workd
     best = result["grid"]["settings"][0]
     assert best["knobs"]["rate"] == result["rate"] == 0.01
     assert best["mean"] >= result["grid"]["settings"][-1]["mean"]
+    accuracy = result["epochs"][-1]["accuracy"]
+    assert "; p: p-value of the difference from the first row:" in command.said
+    assert re.search(
+        "rows: the mean ± standard deviation over 2 seeds; the bundle is the best head of the first"
+        rf" row: seed [01], accuracy {accuracy:.4f}\n",
+        command.said,
+    )
     with Path("best/report/grid.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["rate"] for row in table[:2]] == ["0.01", "0.01"]

@@ -64,8 +64,9 @@ class ExtractConfig:
     """More faults than this end the command with exit code 3. Below 1: a share of the images; from
     1 on: a count."""
     patience: float = 60.0
-    """Seconds that decoding a batch may take, plus one per megabyte of files. After that the
-    decoder counts as hung: its process is replaced, and the batch is tried file by file."""
+    """Seconds that decoding a batch may take, plus one per megabyte of files (the --patience of
+    training counts epochs). After that the decoder counts as hung: its process is replaced, and the
+    batch is tried file by file."""
 
     def __post_init__(self) -> None:
         for flag, value, minimum in (
@@ -531,4 +532,5 @@ def roofline(seconds: Mapping[str, float], images: int, workers: int) -> str:
     shares = " · ".join(f"{s} {100 * seconds.get(s, 0) / total:.0f} %" for s in STAGES)
     stage = bottleneck(seconds)
     rate, upper_bound = images / seconds["workers"], images * workers / seconds[stage]
-    return f"{shares} — bound by {stage}: {rate:.1f} img/s ({stage} alone: {upper_bound:.1f})"
+    limit = f"at most {upper_bound:.1f} if only {stage} took time"
+    return f"{shares} — bound by {stage}: {rate:.1f} img/s ({limit})"

@@ -30,9 +30,10 @@ def report_grid(
     """
     overrides, heads, ranking = study.overrides, result.heads, result.ranking
     assert ranking is not None
+    p_text = "; p: p-value of the difference from the first row" if ranking["test"] else ""
     context.screen.say(
         f"{pluralize(len(heads), 'head')}, {pluralize(len(ranking['settings']), 'setting')}, by"
-        f" {ranking['figure']}:"
+        f" {ranking['figure']}{p_text}:"
     )
     for setting in ranking["settings"][:MAX_SETTINGS_SHOWN]:
         std = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
@@ -42,6 +43,8 @@ def report_grid(
         )
     if len(ranking["settings"]) > MAX_SETTINGS_SHOWN:
         context.screen.say(f"  … the best {MAX_SETTINGS_SHOWN}; all of them are in report/grid.csv")
+    if len(heads) > len(ranking["settings"]):
+        context.screen.say(_winner_text(ranking, heads[ranking["best"]]))
     context.screen.say(ranking["words"])
     table = figures.grid_csv(ranking, folder / "grid.csv")
     if context.run:
@@ -61,11 +64,22 @@ def report_grid(
     return ranking
 
 
+def _winner_text(ranking: dict[str, Any], winner: TrainedHead) -> str:
+    """Why the bundle's metric is not the mean in the first row: it is that of one seed."""
+    best = ranking["settings"][0]
+    seed = best["seeds"][best["heads"].index(ranking["best"])]
+    value = winner.epochs[winner.epoch][ranking["figure"]]
+    return (
+        f"rows: the mean ± standard deviation over {pluralize(len(best['seeds']), 'seed')}; the"
+        f" bundle is the best head of the first row: seed {seed}, {ranking['figure']} {value:.4f}"
+    )
+
+
 def _remark(setting: dict[str, Any]) -> str:
     """When a setting was stopped, or the p-value of its difference from the best."""
     if setting["stopped"]:
         return f"  (stopped after {pluralize(setting['epochs'], 'epoch')})"
-    return "" if setting["p"] is None else f"  p {setting['p']:.2g}"
+    return "" if setting["p"] is None else f"  p = {setting['p']:.2g}"
 
 
 def _metric_series(head: TrainedHead) -> dict[str, list[tuple[int, float]]]:

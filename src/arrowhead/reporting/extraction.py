@@ -114,13 +114,14 @@ def _file_counts(features: int, faults: int, ignored: int) -> str:
 
 def show_throughput(screen: Screen, counts: dict[str, int], work: WorkTotals) -> None:
     """Show where the features came from, and what limited the speed."""
-    parts = [
-        f"{counts['decoded']} decoded",
-        f"{counts['looked_up']} looked up",
-        f"{counts['skipped']} skipped: done before",
-    ]
-    if counts["fallback"]:
-        parts.append(f"{counts['fallback']} by the fallback decoder")
+    parts = [f"{counts['decoded']} decoded"]
+    for name, text in (
+        ("looked_up", "not decoded: an image with the same content was"),
+        ("skipped", "skipped: done before"),
+        ("fallback", "by the fallback decoder"),
+    ):
+        if counts[name]:
+            parts.append(f"{counts[name]} {text}")
     screen.say(" · ".join(parts))
     screen.say(extract.roofline(work.seconds, work.decoded, work.workers))
 

@@ -51,7 +51,7 @@ class TrainConfig(OptimizerConfig):
     """Which epoch's weights to keep: the last, or the best by this metric of the validation split
     (f1, f2: several labels per image)."""
     patience: int = 0
-    """Early stopping: end when --best has not improved for this many epochs; 0: never."""
+    """Epochs without an improvement of --best after which training stops early; 0: never."""
     checkpoint_seconds: float = 5.0
     """Seconds of training between checkpoints; 0: one after every epoch."""
 

@@ -120,7 +120,7 @@ def _describe_gain(
 ) -> str:
     """Describe what the last increase of the number of images gained."""
     gain = (last["mean"] - before["mean"]) * (-1 if metric == "valid_loss" else 1)
-    change = "got better" if gain > 0 else "got worse" if gain < 0 else "moved"
+    change = "improves" if gain > 0 else "worsens" if gain < 0 else "changes"
     span = (
         f"from {before['images']} to {last['images']} images {metric} {change} by {abs(gain):.4f}"
     )
