@@ -59,6 +59,10 @@ def test_class_table_sorts_worst_first_and_classes_without_images_last() -> None
     several = evaluate(np.zeros((1, 1)), np.ones((1, 1), np.uint8), ["one"])["per_class"]
     assert class_table(several)[1].split()[-1] == "0.5000"
     assert len(class_table({})) == 1
+    counts = np.diag([1, 2, 3])
+    short = class_table(per_class_metrics(counts, ["a" * 60, "b" * 30, "c"]), most=2)
+    assert [line.split()[0] for line in short[1:3]] == ["a" * 39 + "…", "b" * 30]
+    assert short[3] == "…  the 2 classes with the lowest F1 of 3"
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=60))

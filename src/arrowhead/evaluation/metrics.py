@@ -27,6 +27,7 @@ Labels = NDArray[np.int64] | NDArray[np.uint8]
 TOP_K = 5
 MAX_CALIBRATION_BINS = 15
 MIN_IMAGES_PER_BIN = 20
+MAX_CLASS_NAME_CHARS = 40  # in a table
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -412,21 +413,28 @@ def _precision_recall_f1(
     }
 
 
-def class_table(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
+def class_table(by_class: Mapping[str, Mapping[str, float]], most: int | None = None) -> list[str]:
     """Format per-class metrics as lines of text: a heading, then one line per class.
 
     The lowest F1 comes first. Classes without an image come last: their metrics say nothing.
+
+    Args:
+        by_class: The metrics.
+        most: How many classes to show; None: all. If there are more, the last line says so.
     """
     names = sorted(by_class, key=lambda name: (by_class[name]["images"] == 0, by_class[name]["f1"]))
-    width = max(5, *(len(name) for name in names)) if names else 5
+    longest = MAX_CLASS_NAME_CHARS
+    shown = [n if len(n) <= longest else f"{n[: longest - 1]}…" for n in names[:most]]
+    width = max(map(len, ["class", *shown]))
     has_thresholds = any("threshold" in metrics for metrics in by_class.values())
     heading = f"{'class':<{width}}  {'precision':>9}  {'recall':>6}  {'F1':>6}  {'images':>6}"
     lines = [heading + ("  threshold" if has_thresholds else "")]
-    for name in names:
-        metrics = by_class[name]
+    for name, metrics in zip(shown, (by_class[name] for name in names), strict=False):
         line = f"{name:<{width}}  {metrics['precision']:>9.4f}  {metrics['recall']:>6.4f}"
         line += f"  {metrics['f1']:>6.4f}  {int(metrics['images']):>6}"
         lines.append(line + (f"  {metrics['threshold']:>9.4f}" if has_thresholds else ""))
+    if len(shown) < len(names):
+        lines.append(f"…  the {len(shown)} classes with the lowest F1 of {len(names)}")
     return lines
 
 

@@ -24,7 +24,6 @@ from arrowhead.wording import pluralize
 MIN_IMBALANCE = 3  # ratio of the largest to the smallest class from which on it is reported
 MAX_RARE_CLASSES_SHOWN = 3
 MAX_CLASSES_SHOWN = 30  # of more, those with the lowest F1
-MAX_CLASS_NAME_CHARS = 40
 TRUSTED_IMAGES = {"new": "new to the bundle", "validation": "that validated the bundle"}
 
 
@@ -90,7 +89,7 @@ def report_evaluation(
         images = TRUSTED_IMAGES[metrics["trusted_images"]]
         title = f"Images {images}"
         say(f"by class, {shown['images']} images {images}:")
-    for line in _class_lines(shown["per_class"]):
+    for line in evaluation_metrics.class_table(shown["per_class"], MAX_CLASSES_SHOWN):
         say(line)
     if metrics["faults"]:
         say(f"in no metric: {pluralize(metrics['faults'], 'image')} that could not be read")
@@ -120,29 +119,6 @@ def lineage_tags(result: dict[str, Any]) -> dict[str, str]:
         "recipe": result["recipe_fingerprint"],
         "trained_by": str(result["trained_by"]),
     }
-
-
-def _class_lines(by_class: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A table with a line per class: images, precision, recall, F1; of many classes the worst."""
-    shown = list(by_class.items())
-    if len(shown) > MAX_CLASSES_SHOWN:
-        shown = sorted(shown, key=lambda pair: (not pair[1]["images"], pair[1]["f1"]))
-        shown = shown[:MAX_CLASSES_SHOWN]
-    width = max(5, *(min(len(name), MAX_CLASS_NAME_CHARS) for name, _ in shown))
-    lines = [f"{'class':<{width}}  {'images':>8}  {'precision':>9}  {'recall':>7}  {'F1':>7}"]
-    for name, line in shown:
-        short = (
-            name if len(name) <= MAX_CLASS_NAME_CHARS else f"{name[: MAX_CLASS_NAME_CHARS - 1]}…"
-        )
-        lines.append(
-            f"{short:<{width}}  {line['images']:>8}  {line['precision']:>9.4f}"
-            f"  {line['recall']:>7.4f}  {line['f1']:>7.4f}"
-        )
-    if len(shown) < len(by_class):
-        lines.append(
-            f"{'…':<{width}}  the {len(shown)} classes with the lowest F1 of {len(by_class)}"
-        )
-    return lines
 
 
 def show_trusted_metrics(metrics: Mapping[str, Any], screen: Screen) -> None:
