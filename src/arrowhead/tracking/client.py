@@ -376,15 +376,17 @@ def is_missing(error: Exception) -> bool:
     return code == "RESOURCE_DOES_NOT_EXIST" and not str(error).startswith("API request to")
 
 
-def search(client: MlflowClient, experiment: str, wanted: str) -> Iterator[Recorded]:
-    """All runs that match a filter, oldest first."""
+def search(
+    client: MlflowClient, experiment: str, wanted: str = "", order: str = "ASC"
+) -> Iterator[Recorded]:
+    """All runs that match a filter; ASC: the oldest first, DESC: the newest."""
     token = None
     while True:
         page = client.search_runs(
             [experiment],
             wanted,
             max_results=1000,
-            order_by=["attributes.start_time ASC"],
+            order_by=[f"attributes.start_time {order}"],
             page_token=token,
         )
         yield from page

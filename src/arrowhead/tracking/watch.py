@@ -206,7 +206,12 @@ def _find_run_id(client: Any, config: TrackingConfig, word: str | None) -> str:
     where = without_secrets(config.uri)
     experiment = client.get_experiment_by_name(config.experiment)
     latest: list[str] = []
-    for run in _newest(client, experiment.experiment_id) if experiment else ():
+    runs = (
+        tracking_client.search(client, experiment.experiment_id, order="DESC") if experiment else ()
+    )
+    for run in runs:
+        if PARENT in run.data.tags:
+            continue
         if word is None or run.info.run_name == word or run.info.run_id.startswith(word):
             return str(run.info.run_id)
         latest += [f"{run.info.run_name} {run.info.run_id[:8]}"] if len(latest) < 5 else []
@@ -222,22 +227,6 @@ def _find_run_id(client: Any, config: TrackingConfig, word: str | None) -> str:
         "the id of a run or its first letters, its name, or nothing for the newest.",
         do,
     )
-
-
-def _newest(client: Any, experiment: str) -> Iterator[Recorded]:
-    """Runs without a parent, newest first."""
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment],
-            max_results=1000,
-            order_by=["attributes.start_time DESC"],
-            page_token=token,
-        )
-        yield from (run for run in page if PARENT not in run.data.tags)
-        token = page.token
-        if not token:
-            return
 
 
 # ------------------------------------------------------------------------------ as text
