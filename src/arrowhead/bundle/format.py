@@ -377,12 +377,7 @@ def read_bundle_json(file: Path, address: str) -> dict[str, Any]:
 
 def check_sha256(file: Path, digest: str, address: str) -> None:
     """Raise DataError unless the file has this sha256. address: its name in messages."""
-    if not file.is_file() or fileio.sha256(file) != digest:
-        raise DataError(
-            f"{address} is not the file that this bundle was saved with.",
-            f"a file whose sha256 is {digest}.",
-            REPAIR,
-        )
+    fileio.check_sha256(file, digest, recorded_in="bundle.json", repair=REPAIR, name=address)
 
 
 def _is_inside(name: str) -> bool:
@@ -428,7 +423,7 @@ def load(path: Path) -> Bundle:
         lineage=content["lineage"],
         novelty=_load_novelty(groups["novelty"], recipe.width),
         known_images=_load_known_images(path) if KNOWN_IMAGES_FILE in content["sha256"] else None,
-        golden=list(_load_golden(path, recipe.width, len(classes))),
+        golden=list(_load_golden(path, content["sha256"], recipe.width, len(classes))),
     )
 
 
@@ -455,8 +450,9 @@ def _load_novelty(tensors: Mapping[str, torch.Tensor], width: int) -> NoveltyDet
     return detector
 
 
-def _load_golden(path: Path, width: int, class_count: int) -> Iterator[GoldenImage]:
-    hashed = read_bundle_json(path / "bundle.json", str(path))["sha256"]
+def _load_golden(
+    path: Path, hashed: Mapping[str, str], width: int, class_count: int
+) -> Iterator[GoldenImage]:
     for entry in _read_golden_json(path):
         name = entry["name"]
         if f"golden/{name}" not in hashed:
