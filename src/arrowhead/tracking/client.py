@@ -17,12 +17,12 @@ import socket
 import sqlite3
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from arrowhead.errors import ConfigError
@@ -369,11 +369,17 @@ def find_run(client: MlflowClient, run_id: str) -> Recorded | None:
         raise
 
 
-def is_missing(error: Exception) -> bool:
-    """Whether a store says that it does not have what was requested."""
-    code = getattr(error, "error_code", "")
-    # A server that does not know the route answers 404 too, but not with MLflow's error codes.
-    return code == "RESOURCE_DOES_NOT_EXIST" and not str(error).startswith("API request to")
+def get_or_none(get: Callable[[str], Any], key: str) -> Any:
+    """What a method of the client returns for a key, or None if the store says that it has none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return get(key)
+    except MlflowException as error:
+        # A server that does not know the route answers 404 too, but not with MLflow's error codes.
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST" or str(error).startswith("API request to"):
+            raise
+        return None
 
 
 def search(

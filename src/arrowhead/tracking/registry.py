@@ -29,7 +29,7 @@ from arrowhead.tracking.client import (
     TrackingConfig,
     find_run,
     first_line,
-    is_missing,
+    get_or_none,
     open_for_reading,
     refuse_store_errors,
 )
@@ -159,7 +159,7 @@ def _model_location(client: MlflowClient, uri: str, where: str) -> str:
             f"give e.g. models:/{rest.split('/')[0].split('@')[0] or 'NAME'}@champion.",
         )
     name, alias, version = match["name"], match["alias"], match["version"]
-    model = registered(client, name)
+    model = get_or_none(client.get_registered_model, name)
     if model is None:
         names = [one.name for one in client.search_registered_models(max_results=1000)]
         raise _not_found(f"No model is registered as {name} in {where}", name, names)
@@ -199,14 +199,9 @@ def _location_in_run(client: MlflowClient, run_id: str, name: str, where: str) -
 
 def _get_or_refuse(get: Callable[[str], Any], key: str, uri: str, where: str) -> Any:
     """What `get` returns for a key, or a refusal if the store does not have it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return get(key)
-    except MlflowException as error:
-        if not is_missing(error):
-            raise
-        raise _not_found(f"There is no {uri} in {where}", key, []) from error
+    if (found := get_or_none(get, key)) is None:
+        raise _not_found(f"There is no {uri} in {where}", key, [])
+    return found
 
 
 def _not_found(found: str, name: str, there: Sequence[str]) -> ConfigError:
@@ -218,24 +213,12 @@ def _not_found(found: str, name: str, there: Sequence[str]) -> ConfigError:
     )
 
 
-def registered(client: MlflowClient, name: str) -> Any:
-    """A registered model, or None."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if is_missing(error):
-            return None
-        raise
-
-
 def check_registrable(client: MlflowClient, name: str) -> None:
     """Raise ConfigError if no model can be registered under that name."""
     from mlflow.exceptions import MlflowException
 
     try:
-        model = registered(client, name)
+        model = get_or_none(client.get_registered_model, name)
     except MlflowException as error:
         raise ConfigError(
             f"Nothing can be registered as {name}: {first_line(error)}",
@@ -405,7 +388,7 @@ def make_version(
         model = _logged(client, client.get_run(run_id), digest)
         if model is None:
             raise LookupError("the run has no MLflow model of it")
-        if registered(client, name) is None:
+        if get_or_none(client.get_registered_model, name) is None:
             client.create_registered_model(name)
         created = client.create_model_version(
             name,
