@@ -53,6 +53,17 @@ app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = Group("All commands", sort_key=9)
 
 
+def command_group(name: str, help_text: str, sort_key: int) -> App:
+    """A command with commands below it, such as `arrowhead jobs list`."""
+    return App(
+        name=name,
+        help=help_text,
+        sort_key=sort_key,
+        default_parameter=Parameter(negative=""),
+        suppress_keyboard_interrupt=False,
+    )
+
+
 # ------------------------------------------------------------------- how a command begins
 
 

@@ -6,9 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from arrowhead.cli.app import finish, local_bundle, print_result, program, show_next_commands
+from arrowhead.cli.app import (
+    command_group,
+    finish,
+    local_bundle,
+    print_result,
+    program,
+    show_next_commands,
+)
 from arrowhead.cli.options import (
     BundleAddress,
     Models,
@@ -26,13 +33,7 @@ from arrowhead.wording import pluralize
 
 # ---------------------------------------------------------------------------- features
 
-features = App(
-    name="features",
-    help="Inspect a feature store, check it, clean it up.",
-    sort_key=8,
-    default_parameter=Parameter(negative=""),
-    suppress_keyboard_interrupt=False,
-)
+features = command_group("features", "Inspect a feature store, check it, clean it up.", 8)
 
 
 @features.command
@@ -122,13 +123,7 @@ def _show_findings(findings: list[Any], output: Output) -> None:
 
 # ------------------------------------------------------------------------------ scores
 
-scores_app = App(
-    name="scores",
-    help="Check the output of `score`.",
-    sort_key=8,
-    default_parameter=Parameter(negative=""),
-    suppress_keyboard_interrupt=False,
-)
+scores_app = command_group("scores", "Check the output of `score`.", 8)
 
 
 @scores_app.command(name="verify")
@@ -172,13 +167,7 @@ def expand_score_verify(words: list[str]) -> list[str]:
 
 # ------------------------------------------------------------------------------ bundle
 
-bundles = App(
-    name="bundle",
-    help="Inspect a bundle, check it, register it.",
-    sort_key=8,
-    default_parameter=Parameter(negative=""),
-    suppress_keyboard_interrupt=False,
-)
+bundles = command_group("bundle", "Inspect a bundle, check it, register it.", 8)
 
 
 CALIBRATION_METRICS = (  # shown on their own line

@@ -11,15 +11,16 @@ from pathlib import Path
 from time import localtime, strftime
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import CycloptsError, Group, Parameter
 from cyclopts.config import Toml
 
 from arrowhead.cli.app import (
     app,
-    command_in,
+    command_group,
     configure,
     entry,
     finish,
+    parse_refusal,
     print_result,
     program,
     show_next_commands,
@@ -175,11 +176,7 @@ def parse_command(words: list[str], config: Path | None = None) -> Call | None:
         configure(file := outer.kwargs.get("config") or config)
         function, bound, _ = app.parse_args(tokens, **quiet)
     except CycloptsError as error:
-        raise ConfigError(
-            without_secrets(str(error).strip().replace("\n", " ")),
-            "a command, its arguments and its flags, as --help lists them.",
-            f"run {program()} {command_in(words)}--help.",
-        ) from error
+        raise ConfigError(*map(without_secrets, parse_refusal(error, words))) from error
     finally:
         app.config = before
     bound.apply_defaults()
@@ -330,13 +327,7 @@ def _follow(
     return code
 
 
-jobs_app = App(
-    name="jobs",
-    help="List the jobs of a cluster, read their logs, stop them.",
-    sort_key=9,
-    default_parameter=Parameter(negative=""),
-    suppress_keyboard_interrupt=False,
-)
+jobs_app = command_group("jobs", "List the jobs of a cluster, read their logs, stop them.", 9)
 JobId = Annotated[
     str, Parameter(name="id", help="The job's id, as `submit` and `jobs list` show it.")
 ]
