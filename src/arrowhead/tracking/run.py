@@ -49,7 +49,7 @@ from arrowhead.tracking.registry import (
     version_of,
 )
 from arrowhead.tracking.resume import ChildRuns, reopen, unfinished_run
-from arrowhead.tracking.sender import Sender, send_unsent
+from arrowhead.tracking.sender import INTERRUPTED_SECONDS, Sender, send_unsent
 from arrowhead.tracking.store import Say, TrackingStore
 from arrowhead.tracking.writes import Points, Write, is_local, new_run, now_ms, source_tags
 
@@ -365,7 +365,7 @@ def _recording(
         interrupted = True
         raise
     finally:
-        sender.close(interrupted=interrupted)
+        sender.close(seconds=INTERRUPTED_SECONDS if interrupted else math.inf)
         if resume_file and finished:
             resume_file.unlink(missing_ok=True)
 

@@ -74,30 +74,35 @@ class Sender:
             written = self._outbox.added
             self._changed.wait_for(lambda: self._away or self._ended or self._tried >= written)
 
-    def close(self, *, interrupted: bool = False) -> None:
-        """Send what is left, and say where it stays if that takes too long."""
+    def close(self, *, seconds: float = math.inf) -> None:
+        """Send what is left, and say where it stays if that takes longer than so many seconds, or
+        if nothing can be sent for STALLED_SECONDS.
+        """
+        until = monotonic() + seconds
         with self._lock:
             self._closing = True
             self._changed.notify_all()
-        while self._thread.is_alive():
-            before = len(self._outbox)
-            self._thread.join(INTERRUPTED_SECONDS if interrupted else STALLED_SECONDS)
-            if interrupted or len(self._outbox) == before:
-                break
-        with self._lock:
-            self._closed = True
-            self._outbox.close(self.store.ids)
-            if lost := self._outbox.unsaved:
-                self.say(
-                    f"{lost} writes to {self._name} are lost: neither it nor {self._outbox.folder}"
-                    f" took them ({self._outbox.problem}). The results of the command are complete"
-                )
-            elif left := len(self._outbox):
-                self.say(
-                    f"{left} writes to {self._name} are not sent. They are kept in"
-                    f" {self._outbox.folder}; the next arrowhead command with this store sends them"
-                    " first (in Python: arrowhead.tracking.run.send)"
-                )
+        try:
+            while self._thread.is_alive():
+                before, wait = len(self._outbox), min(STALLED_SECONDS, until - monotonic())
+                self._thread.join(max(0.0, wait))
+                if monotonic() >= until or len(self._outbox) == before:
+                    break
+        finally:
+            with self._lock:
+                self._closed = True
+                self._outbox.close(self.store.ids)
+        if lost := self._outbox.unsaved:
+            self.say(
+                f"{lost} writes to {self._name} are lost: neither it nor {self._outbox.folder}"
+                f" took them ({self._outbox.problem}). The results of the command are complete"
+            )
+        elif left := len(self._outbox):
+            self.say(
+                f"{left} writes to {self._name} are not sent. They are kept in"
+                f" {self._outbox.folder}; the next arrowhead command with this store sends them"
+                " first (in Python: arrowhead.tracking.run.send)"
+            )
 
     def _run(self) -> None:
         try:
@@ -228,35 +233,9 @@ def send_unsent(
                 file.parent.rename(aside)
                 continue
             theirs = TrackingStore(store.client, experiment, store.say)
-            _send_all(theirs, outbox, math.inf if run_id == own else until)
-            left = len(outbox)
-            outbox.close(theirs.ids)
-            if left:
-                store.say(f"{left} writes of run {run_id} are still to be sent: {file.parent}")
-            else:
+            sender = Sender(theirs, outbox, uri)
+            sender.close(seconds=math.inf if run_id == own else until - monotonic())
+            if not len(outbox):
                 store.say(f"sent to {uri}: what was kept of run {run_id}")
         finally:
             outbox.release()
-
-
-def _send_all(store: TrackingStore, outbox: Outbox, until: float) -> None:
-    """Send what an outbox holds, in order, until a time.
-
-    A write that fails although the store answers stays, and the next one is tried.
-    """
-    queue = deque(outbox.pending())
-    while queue and monotonic() <= until:
-        numbers, write = queue.popleft()
-        try:
-            store.do(write, outbox.folder)
-        except Exception as error:
-            if is_refusal(error) and len(numbers) > 1:
-                queue.extendleft(reversed(outbox.separate(numbers)))
-                continue
-            if is_refusal(error):
-                store.say(f"MLflow refuses what was kept in {outbox.folder}: {first_line(error)}")
-            elif store.answers():
-                continue
-            else:
-                return
-        outbox.remove(numbers)
