@@ -70,6 +70,7 @@ ALLOWED_IMPORTERS = {
     "matplotlib": {"examine.charts", "examine.figures", "examine.pictures", "notebook"},
     "scipy": {
         "evaluation.label_noise",
+        "evaluation.metrics",
         "examine.charts",
         "examine.image_matching",
         "examine.permutation",

@@ -453,51 +453,40 @@ def fit_temperature(logit_NC: torch.Tensor, label: torch.Tensor) -> float:
     Returns:
         T, or 1 if nothing can be fitted: there are no images, or a logit is not finite.
     """
-    derivatives = _sigmoid_loss_derivatives if label.ndim == 2 else _softmax_loss_derivatives
-    # The loss is convex in 1/T. Newton's method finds its minimum; a step that leaves the interval
-    # known to hold the minimum is replaced by the (geometric) middle of the interval.
-    low, high, inverse_temperature = 1 / 20, 20.0, 1.0
-    for _ in range(60):
-        gradient, curvature = 0.0, 0.0
-        for block in block_slices(*logit_NC.shape):
-            first, second = derivatives(
-                logit_NC[block].double(), label[block], inverse_temperature, len(logit_NC)
-            )
-            gradient, curvature = gradient + first, curvature + second
-        if not math.isfinite(gradient + curvature):
-            return 1.0
-        if gradient == 0:
-            break
-        if gradient > 0:
-            high = inverse_temperature
-        else:
-            low = inverse_temperature
-        step = inverse_temperature - gradient / curvature if curvature > 0 else math.inf
-        previous = inverse_temperature
-        inverse_temperature = step if low < step < high else math.sqrt(low * high)
-        if abs(inverse_temperature - previous) <= 1e-10 * previous:
-            break
-    return 1 / inverse_temperature
+    from scipy.optimize import brentq
+
+    derivative = _sigmoid_loss_derivative if label.ndim == 2 else _softmax_loss_derivative
+    rows, low, high = len(logit_NC), 1 / 20, 20.0  # the bounds of 1/T
+
+    def slope(inverse_temperature: float) -> float:
+        parts = (
+            (logit_NC[block].double(), label[block]) for block in block_slices(*logit_NC.shape)
+        )
+        return sum(derivative(*part, inverse_temperature, rows) for part in parts)
+
+    start = slope(1.0)
+    if start == 0 or not math.isfinite(start):
+        return 1.0
+    # The loss is convex in 1/T: its slope changes its sign once, or the minimum is a bound.
+    if slope(low) >= 0:
+        return 1 / low
+    return 1 / high if slope(high) <= 0 else 1 / brentq(slope, low, high, xtol=1e-14, rtol=1e-10)
 
 
-def _softmax_loss_derivatives(
+def _softmax_loss_derivative(
     z_BC: torch.Tensor, label_B: torch.Tensor, inverse_temperature: float, rows: int
-) -> tuple[float, float]:
-    """First and second derivative of these rows' loss with respect to 1/T."""
-    prob_BC = (z_BC * inverse_temperature).softmax(1)
-    mean_B = (prob_BC * z_BC).sum(1)
-    variance_B = (prob_BC * (z_BC - mean_B[:, None]).square()).sum(1)
-    prior_weight = z_BC.shape[1] / (2 * rows)
-    gradient = (mean_B * (1 + prior_weight)).sum() - z_BC.sum() / (2 * rows)
-    label_z = z_BC.gather(1, label_B.long()[:, None]).sum()
-    return float(gradient - label_z), float(variance_B.sum() * (1 + prior_weight))
+) -> float:
+    """The derivative of these rows' loss with respect to 1/T."""
+    mean_B = ((z_BC * inverse_temperature).softmax(1) * z_BC).sum(1)
+    prior = mean_B.sum() * z_BC.shape[1] - z_BC.sum()  # half an image of every class
+    return float(
+        (mean_B - z_BC.gather(1, label_B.long()[:, None])[:, 0]).sum() + prior / (2 * rows)
+    )
 
 
-def _sigmoid_loss_derivatives(
+def _sigmoid_loss_derivative(
     z_BC: torch.Tensor, label_BC: torch.Tensor, inverse_temperature: float, rows: int
-) -> tuple[float, float]:
-    """First and second derivative of these rows' loss with respect to 1/T."""
+) -> float:
+    """The derivative of these rows' loss with respect to 1/T."""
     prob_BC = (z_BC * inverse_temperature).sigmoid()
-    gradient_BC = (prob_BC * (1 + 1 / rows) - label_BC - 1 / (2 * rows)) * z_BC
-    curvature_BC = prob_BC * (1 - prob_BC) * z_BC.square() * (1 + 1 / rows)
-    return float(gradient_BC.sum()), float(curvature_BC.sum())
+    return float(((prob_BC * (1 + 1 / rows) - label_BC - 1 / (2 * rows)) * z_BC).sum())
