@@ -17,6 +17,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -273,6 +274,17 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
     with atomic_write(path) as draft_file:
         draft_file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON can hold it: Python's own types, and None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(name): jsonable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(one) for one in value]
+    if hasattr(value, "tolist"):  # of NumPy
+        return jsonable(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from cyclopts import (
 )
 from cyclopts.config import Toml
 
-from arrowhead import __version__
+from arrowhead import __version__, fileio
 from arrowhead.cli.options import Output
 from arrowhead.cli.screen import Screen
 from arrowhead.errors import ConfigError
@@ -108,7 +107,6 @@ def _lock_checkpoints(run_file: Path | None, say: Callable[[str], None]) -> Iter
     if run_file is None:
         yield
         return
-    from arrowhead import fileio
     from arrowhead.commands import train
 
     with fileio.locked_output_folder(
@@ -219,7 +217,7 @@ def print_result(result: dict[str, Any]) -> None:
         ConfigError: It could not be written, for example to a full disk. Not if the reader has
             gone, because then nobody wants the result.
     """
-    Screen(to_stderr=False).print_raw(json.dumps(_jsonable(result), allow_nan=False))
+    Screen(to_stderr=False).print_raw(json.dumps(fileio.jsonable(result), allow_nan=False))
     check_output_written()
 
 
@@ -231,15 +229,6 @@ def check_output_written() -> None:
             "a file or pipe that can be written.",
             "redirect the output elsewhere and run the same command again; finished work is kept.",
         )
-
-
-def _jsonable(value: Any) -> Any:
-    """The value as JSON can hold it: None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {str(name): _jsonable(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------- the flags

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead import fileio
 from arrowhead.evaluation import metrics
 from arrowhead.evaluation.metrics import Labels
 
@@ -99,7 +100,7 @@ def _calibrate(
     held_out["temperature"] = temperature
     held_out["temperature_fitted"] = fitted if has_enough_images else None
     return Calibration(
-        temperature=temperature, thresholds=thresholds, metrics=metrics.to_json_types(held_out)
+        temperature=temperature, thresholds=thresholds, metrics=fileio.jsonable(held_out)
     )
 
 

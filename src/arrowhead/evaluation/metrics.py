@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead import fileio
+
 if TYPE_CHECKING:
     import torch
 
@@ -82,18 +84,7 @@ def evaluate(
             metrics = _multi_label_metrics(logit_NC, label, classes, temperature, threshold_C)
         else:
             metrics = _single_label_metrics(logit_NC, label, classes, temperature)
-        return dict(to_json_types(metrics))
-
-
-def to_json_types(value: Any) -> Any:
-    """Convert a metric, or a dict of them, to Python's own types; non-finite numbers to None."""
-    if isinstance(value, dict):
-        return {name: to_json_types(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value
+        return dict(fileio.jsonable(metrics))
 
 
 def _single_label_metrics(

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead import fileio
 from arrowhead.errors import ConfigError
 from arrowhead.training.batches import DistributedContext
 from arrowhead.training.config import TrainConfig, total_steps
@@ -154,16 +155,8 @@ class Curve:
 
     def plain(self) -> dict[str, Any]:
         """Return the curve as lists and numbers, for JSON."""
-        return {
-            "rates": self.rates.tolist(),
-            "losses": _finite_or_none(self.losses),
-            "held_out": None if self.held_out is None else _finite_or_none(self.held_out),
-            "suggestions": self.suggestions,
-            "spreads": self.spreads,
-            "race": self.race and {k: v if np.isfinite(v) else None for k, v in self.race.items()},
-            "chosen": self.chosen,
-            "verdict": self.verdict,
-        }
+        names = ["rates", "losses", "held_out", "suggestions", "spreads", "race", "chosen"]
+        return dict(fileio.jsonable({name: getattr(self, name) for name in [*names, "verdict"]}))
 
     @staticmethod
     def from_plain(plain: dict[str, Any]) -> Curve:
@@ -179,10 +172,6 @@ class Curve:
             race=race,
             verdict=plain["verdict"],
         )
-
-
-def _finite_or_none(losses: Floats) -> list[list[float | None]]:
-    return [[x if np.isfinite(x) else None for x in row] for row in losses.tolist()]
 
 
 def rate_range(config: FinderConfig) -> Floats:
