@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import monotonic
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -25,6 +26,8 @@ from arrowhead.printable import ENCODING_ERRORS
 from arrowhead.wording import pluralize
 
 Advance = Callable[[int, int, str], None]
+Show = Callable[[int, float, str, str], None]
+"""Takes images done, images per second, faults in words, and what limits the speed."""
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -80,64 +83,48 @@ class Screen:
             A function to call with images done, new faults, and what limits the speed.
         """
         self._clear_status()
+        start, completed, faults = monotonic(), 0, 0
         with (
-            self._live(title, total)
-            if self.console.is_terminal
-            else self._lines(title, total) as advance
-        ):
+            self._live_bar(title, total) if self.console.is_terminal else self._lines(title, total)
+        ) as show:
+
+            def advance(done: int, new_faults: int, binding: str) -> None:
+                nonlocal completed, faults
+                completed, faults = completed + done, faults + new_faults
+                rate = completed / max(monotonic() - start, 1e-9)
+                show(completed, rate, pluralize(faults, "fault"), binding)
+
             yield advance
 
     @contextmanager
-    def _live(self, title: str, total: int) -> Iterator[Advance]:
-        columns = (
-            "{task.fields[rate]:.1f} img/s",
-            "{task.fields[faults]}",
-            "bound by {task.fields[binding]}",
-        )
+    def _live_bar(self, title: str, total: int) -> Iterator[Show]:
+        columns = ("{task.fields[rate]:.1f} img/s", "{task.fields[faults]}")
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            *(TextColumn(column) for column in columns),
+            *map(TextColumn, (*columns, "bound by {task.fields[binding]}")),
             TimeRemainingColumn(),
             console=self.console,
         ) as progress:
-            task = progress.add_task(
-                printable.escape_control_chars(title),
-                total=total,
-                rate=0.0,
-                faults=pluralize(0, "fault"),
-                binding="…",
+            fields: dict[str, Any] = {"rate": 0.0, "faults": pluralize(0, "fault"), "binding": "…"}
+            task = progress.add_task(printable.escape_control_chars(title), total=total, **fields)
+            yield lambda completed, rate, faults, binding: progress.update(
+                task, completed=completed, rate=rate, faults=faults, binding=binding
             )
-            start, faults = monotonic(), 0
-
-            def advance(done: int, new_faults: int, binding: str) -> None:
-                nonlocal faults
-                faults += new_faults
-                completed = progress.tasks[0].completed + done
-                rate = completed / max(monotonic() - start, 1e-9)
-                fault_count = pluralize(faults, "fault")
-                progress.update(task, advance=done, rate=rate, faults=fault_count, binding=binding)
-
-            yield advance
 
     @contextmanager
-    def _lines(self, title: str, total: int) -> Iterator[Advance]:
-        start = last_line = monotonic()
-        completed = faults = 0
+    def _lines(self, title: str, total: int) -> Iterator[Show]:
+        last_line = monotonic()
 
-        def advance(done: int, new_faults: int, binding: str) -> None:
-            nonlocal completed, faults, last_line
-            completed, faults = completed + done, faults + new_faults
+        def show(completed: int, rate: float, faults: str, binding: str) -> None:
+            nonlocal last_line
             if monotonic() - last_line > LINE_SECONDS or completed == total:
                 last_line = monotonic()
-                rate = completed / max(last_line - start, 1e-9)
-                self.say(
-                    f"{title} {completed}/{total} · {rate:.1f} img/s · {pluralize(faults, 'fault')}"
-                    f" · bound by {binding}"
-                )
+                text = f"{title} {completed}/{total} · {rate:.1f} img/s · {faults}"
+                self.say(f"{text} · bound by {binding}")
 
-        yield advance
+        yield show
 
     @contextmanager
     def byte_bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
