@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_data import data_from_arrays
 
 from arrowhead.training import comparison, grid
 from arrowhead.training.comparison import holm_correction, paired_p_value
@@ -26,7 +27,7 @@ def _data(*, multi: bool = False, copies: bool = False, rows: int = 300) -> Data
     if multi:
         label = (rng.random((rows, 3)) < 0.4).astype(np.uint8)
         feature = (label + rng.normal(size=(rows, 3)))[:, None].astype(np.float16)
-    result = Data.from_arrays(
+    result = data_from_arrays(
         (feature[:150], label[:150]), (feature[150:], label[150:]), list("abc")
     )
     if copies:

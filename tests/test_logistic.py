@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from training_data import data_from_arrays
 
 from arrowhead import ConfigError
 from arrowhead.features.store import Store
@@ -39,7 +40,7 @@ def gaussian_clusters(
     split = count * 3 // 4
     rows = feature.astype(np.float16)[:, None]
     names = [f"class {one}" for one in range(classes)]
-    return Data.from_arrays((rows[:split], label[:split]), (rows[split:], label[split:]), names)
+    return data_from_arrays((rows[:split], label[:split]), (rows[split:], label[split:]), names)
 
 
 def multi_label_data(count: int = 240, width: int = 20) -> Data:
@@ -49,7 +50,7 @@ def multi_label_data(count: int = 240, width: int = 20) -> Data:
     seen = feature[:, 0, :2] + rng.normal(size=(count, 2)) > 0.5
     label = np.concatenate([seen, np.ones((count, 1))], 1).astype(np.uint8)
     split = count * 3 // 4
-    return Data.from_arrays(
+    return data_from_arrays(
         (feature[:split], label[:split]), (feature[split:], label[split:]), ["a", "b", "always"]
     )
 
@@ -160,7 +161,7 @@ def test_a_rare_class_does_not_lead_to_too_much_regularization() -> None:
     way = rng.normal(size=600)
     feature = rng.normal(size=(2530, 600)) + 5 * label[:, None] * way / np.linalg.norm(way)
     rows = feature.astype(np.float16)[:, None]
-    data = Data.from_arrays((rows[:330], label[:330]), (rows[330:], label[330:]), ["often", "rare"])
+    data = data_from_arrays((rows[:330], label[:330]), (rows[330:], label[330:]), ["often", "rare"])
     result = fit_logistic(data).epochs[0]
     fixed = [fit_logistic(data, l2=l2).epochs[0] for l2 in (100.0, 10.0, 1.0, 0.1)]
     for figure in ("accuracy", "balanced_accuracy"):
@@ -186,11 +187,11 @@ def test_constant_features_and_classes_of_one_image_are_accepted() -> None:
     feature = np.concatenate([rng.normal(size=(31, 5)), np.full((31, 3), 7.0)], 1)
     label = np.array([0] * 15 + [1] * 15 + [2])
     rows = feature.astype(np.float16)[:, None]
-    data = Data.from_arrays((rows, label), (rows[:30], label[:30]), ["a", "b", "once"])
+    data = data_from_arrays((rows, label), (rows[:30], label[:30]), ["a", "b", "once"])
     result = fit_logistic(data)
     assert (result.state["2.weight"][:, 5:] == 0).all()
     assert all(np.isfinite(value).all() for value in result.state.values())
-    flat = Data.from_arrays(
+    flat = data_from_arrays(
         (rows[:, :, 5:], label), (rows[:30, :, 5:], label[:30]), ["a", "b", "once"]
     )
     assert np.isfinite(fit_logistic(flat).epochs[0]["valid_loss"])

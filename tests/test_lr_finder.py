@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from training_data import data_from_arrays
 
 from arrowhead import ConfigError
 from arrowhead.examine import figures
@@ -65,8 +66,8 @@ def _data(
         many |= np.eye(classes, dtype=np.uint8)[(label + 1) % classes] * rng.integers(
             2, size=(rows, 1), dtype=np.uint8
         )
-        return Data.from_arrays((feature[:cut], many[:cut]), (feature[cut:], many[cut:]), names)
-    return Data.from_arrays((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
+        return data_from_arrays((feature[:cut], many[:cut]), (feature[cut:], many[cut:]), names)
+    return data_from_arrays((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
 
 
 # ------------------------------------------------------------------------------- verdicts
@@ -195,7 +196,7 @@ def test_the_rate_of_real_features_is_within_three_of_the_best_of_a_grid(
     store = Store(pets)
     parts = [store.features(split) for split in ("train", "valid")]
     (train_part, valid_part) = ((np.array(part.feature), np.array(part.label)) for part in parts)
-    data, config = Data.from_arrays(train_part, valid_part, ["cats", "dogs"]), TrainConfig()
+    data, config = data_from_arrays(train_part, valid_part, ["cats", "dogs"]), TrainConfig()
     curve = find_learning_rate(data, config, FinderConfig())
     assert curve.verdict == "good"
     grid = np.geomspace(1e-5, 1e-1, 9)
@@ -294,7 +295,7 @@ def test_the_finder_works_for_stores_of_a_few_rows(rows: int) -> None:
     train_part = np.eye(4, dtype=np.float16)[np.arange(rows) % 2][:, None], np.arange(rows) % 2
     valid_part = train_part[0][:1], train_part[1][:1]
     curve = find_learning_rate(
-        Data.from_arrays(train_part, valid_part, ["a", "b"]), TrainConfig(), FinderConfig(steps=20)
+        data_from_arrays(train_part, valid_part, ["a", "b"]), TrainConfig(), FinderConfig(steps=20)
     )
     assert np.isfinite(curve.rate)
     assert curve.verdict == "flat: no signal"  # one held-out row proves nothing

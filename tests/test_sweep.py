@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from training_data import data_from_arrays
 
 from arrowhead import ConfigError
 from arrowhead.training import comparison, cross_validation, grid, learning_curve, logistic
@@ -28,7 +29,7 @@ def _toy_data(rows: int = 600, *, width: int = 16, classes: int = 3, apart: floa
     feature = (centre[label] + rng.normal(size=(rows, 1, width))).astype(np.float16)
     cut = rows * 4 // 5
     names = [f"class {n}" for n in range(classes)]
-    return Data.from_arrays((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
+    return data_from_arrays((feature[:cut], label[:cut]), (feature[cut:], label[cut:]), names)
 
 
 # ----------------------------------------------------------------------------------- grids

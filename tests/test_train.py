@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from training_data import data_from_arrays
 
 from arrowhead import ConfigError
 from arrowhead.training import heads, schedule, trainer
@@ -84,7 +85,7 @@ def _toy_data(
     labels = multi_hot.astype(np.uint8) if multi else label
     split = max(rows * 4 // 5, classes)
     class_names = [f"class {n}" for n in range(classes)]
-    return Data.from_arrays(
+    return data_from_arrays(
         (feature[:split], labels[:split]), (feature[split:], labels[split:]), class_names, device
     )
 
@@ -192,9 +193,9 @@ def test_class_without_training_images_is_refused_by_name() -> None:
     feature = np.zeros((4, 1, 2), np.float16)
     label, no_rows = np.array([0, 2, 0, 2]), np.array([], np.int64)
     with pytest.raises(ConfigError, match="of bee"):
-        Data.from_arrays((feature, label), (feature, label), ["ant", "bee", "cat"])
+        data_from_arrays((feature, label), (feature, label), ["ant", "bee", "cat"])
     with pytest.raises(ConfigError, match="validation split has no readable image"):
-        Data.from_arrays((feature, label % 2 + label // 2), (feature[:0], no_rows), ["ant", "bee"])
+        data_from_arrays((feature, label % 2 + label // 2), (feature[:0], no_rows), ["ant", "bee"])
     copies = Data(
         feature=InMemoryFeatures(torch.zeros(6, 1, 2)),
         label=torch.tensor([0, 0, 0, 1, 1, 1]),
@@ -207,7 +208,7 @@ def test_class_without_training_images_is_refused_by_name() -> None:
         copies.check_trainable()
     multi_hot = np.array([[1, 0], [1, 0], [0, 0], [1, 0]], np.uint8)
     with pytest.raises(ConfigError, match="of bee"):
-        Data.from_arrays((feature, multi_hot), (feature, multi_hot), ["ant", "bee"])
+        data_from_arrays((feature, multi_hot), (feature, multi_hot), ["ant", "bee"])
 
 
 # ------------------------------------------------------------------------ order and views
@@ -465,7 +466,7 @@ def test_linear_head_learns_from_large_similar_and_constant_features() -> None:
     for rows in (data.train, data.valid):
         shifted = np.pad(500 + 0.5 * _clean_features(data, rows).numpy(), ((0, 0), (0, 4)))[:, None]
         pairs.append((shifted.astype(np.float16), data.label[rows].numpy()))
-    result = train(Data.from_arrays(pairs[0], pairs[1], data.classes), _config(epochs=5), 0.02)
+    result = train(data_from_arrays(pairs[0], pairs[1], data.classes), _config(epochs=5), 0.02)
     assert result.epochs[-1]["accuracy"] > 0.97
     assert all(np.isfinite(value).all() for value in result.state.values())
 
@@ -485,7 +486,7 @@ def test_every_epoch_is_reported() -> None:
 def test_training_works_with_any_number_of_rows(kind: str, rows: int) -> None:
     rng = np.random.default_rng(0)
     feature, label = rng.normal(size=(rows, 1, 4)).astype(np.float16), np.zeros(rows, np.int64)
-    data = Data.from_arrays((feature, label), (feature, label), ["only"])
+    data = data_from_arrays((feature, label), (feature, label), ["only"])
     result = train(data, _config(head=kind, epochs=2, batch_size=2 if rows < 9 else 64), 0.01)
     assert all(np.isfinite(value).all() for value in result.state.values())
     assert np.isfinite(result.epochs[-1]["train_loss"])

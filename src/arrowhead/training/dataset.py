@@ -85,31 +85,6 @@ class Data:
         """Whether images have several labels."""
         return self.label.dim() == 2
 
-    @staticmethod
-    def from_arrays(
-        train: tuple[NDArray[np.float16], NDArray[Any]],
-        valid: tuple[NDArray[np.float16], NDArray[Any]],
-        classes: Sequence[str],
-        device: str = "cpu",
-    ) -> Data:
-        """Build it from (feature (n, V, D), label (n,) or (n, C)) of each split.
-
-        Raises:
-            ConfigError: See `check_trainable`.
-        """
-        import torch
-
-        feature = torch.from_numpy(np.concatenate([train[0], valid[0]])).to(device)
-        rows = np.arange(len(feature))
-        return Data(
-            feature=InMemoryFeatures(feature),
-            label=torch.from_numpy(np.concatenate([train[1], valid[1]])).to(device),
-            key=rows.astype(np.uint64),
-            train=rows[: len(train[1])],
-            valid=rows[len(train[1]) :],
-            classes=classes,
-        ).check_trainable()
-
     def check_trainable(self) -> Data:
         """Return the data itself.
 
