@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from training_data import data_from_arrays
+from training_data import data_from_arrays, epoch_batches
 
 from arrowhead import ConfigError
 from arrowhead.training import heads, schedule, trainer
 from arrowhead.training import losses as training_losses
-from arrowhead.training.batches import BatchSampler, DistributedContext, choose_views, epoch_batches
+from arrowhead.training.batches import BatchSampler, DistributedContext, choose_views
 from arrowhead.training.config import TrainConfig, matmul_dtype, resolve_epochs, total_steps
 from arrowhead.training.dataset import (
     Data,

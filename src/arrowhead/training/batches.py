@@ -7,7 +7,6 @@ workers, and they depend on (seed, epoch) alone, so a checkpoint holds no random
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,18 +26,6 @@ class DistributedContext:
 
     rank: int = 0
     world_size: int = 1
-
-
-def epoch_batches(rows: int, batch_size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """Yield all rows once, in batches, in an order drawn from (seed, epoch)."""
-    order = _shuffled_rows(rows, seed, epoch)
-    ends = config.batch_ends(rows, batch_size)
-    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-        yield order[start:stop]
-
-
-def _shuffled_rows(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 def choose_views(key: NDArray[np.uint64], views: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -82,7 +69,7 @@ class BatchSampler:
         import torch
 
         data, views = self._data, self._data.feature.shape[1]
-        rows = self._rows[_shuffled_rows(len(self._rows), self._seed, epoch)]
+        rows = np.random.default_rng((self._seed, epoch)).permutation(self._rows)
         flat = rows * views + choose_views(data.key[rows], views, self._seed, epoch)
         index = torch.from_numpy(rows).to(data.label.device)
         self._flat = torch.from_numpy(flat).to(data.feature.device)
