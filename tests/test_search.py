@@ -289,9 +289,9 @@ def test_an_unlabelled_store_lists_every_image_and_cannot_be_trained_on(
     assert info["images"] == len(files) and info["faults"] == {"not an image": 1}
     assert info["classes"] == []
     assert command("features", "verify", workdir / "pool")["findings"] == []
-    with pytest.raises(SystemExit) as exit_info:
-        main(["train", str(workdir / "pool"), "bundle"])
-    assert exit_info.value.code == 2
+    run("train", workdir / "pool", "bundle", code=2)
+    run("examine", workdir / "pool", workdir / "out" / "bundle", "report", code=2)
+    run("lr-find", workdir / "pool", code=2)
 
 
 def test_unlabelled_never_drops_the_labels_of_a_store(workdir: Path, here: Path) -> None:

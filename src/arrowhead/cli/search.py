@@ -128,6 +128,8 @@ def suggest(
     else:
         result = examine_suggest.suggest(store, None, suggest)
     _show_suggestions(screen, result)
+    if not result["counts"]["suggested"]:
+        return finish(result, output)
     result["files"] = show_written(screen, [suggest.out])
     root = os.fsdecode(path_text.unescape_path(result["root"]))
     table = [program(), "fit", suggest.out, "OUT", "--images", root, "--label-column", "new_label"]

@@ -169,6 +169,13 @@ def feature_blocks(
 def _labels_of_bundle(store: Store, images: Features, bundle: Bundle) -> NDArray[Any]:
     """The labels as indices of the bundle's classes, (n,) or (n, C)."""
     classes = store.manifest()["classes"]
+    if not classes:
+        raise ConfigError(
+            f"{store.path} has no labels: it was made with --unlabelled.",
+            "the store that the bundle was trained on, or one with the same classes.",
+            f"see what to label with `arrowhead suggest {store.path} BUNDLE`, or predict with"
+            " `arrowhead score`.",
+        )
     unknown = sorted(set(classes) - set(bundle.classes))
     if unknown or (images.multi and not bundle.multi):
         names = ", ".join(unknown[:MAX_NAMES])

@@ -98,7 +98,8 @@ def suggest(path: Path, bundle_path: Path | None, config: SuggestConfig) -> dict
     if len(candidate_M) < config.count:
         notes.append(f"there is no more to suggest than {pluralize(len(candidate_M), 'image')}")
     suggestions = choose(store, known, candidate_M, bundle, config.count)
-    _write(config.out, kept, suggestions)
+    if suggestions:
+        _write(config.out, kept, suggestions)
     return {
         "store": str(path),
         "bundle": str(bundle_path) if bundle_path else None,
