@@ -251,7 +251,7 @@ def test_two_images_are_enough(drawn, tmp_path):
 
 def test_a_crowd_of_copies_is_one_group_after_few_comparisons():
     generator = np.random.default_rng(0)
-    rows = 5000
+    rows = 2000
     feature = np.ones((rows, 1, 16)) + generator.normal(0, 0.01, (rows, 1, 16))
     grey = image_matching.thumbnail(generator.integers(0, 255, (48, 64)))
     vectors = UnitVectors(shards=[feature.astype(np.float16)], row_M=np.arange(rows))
@@ -346,6 +346,17 @@ def test_altered_photos_are_the_same_photo_and_others_are_not(dogscats):
     for number, original in enumerate(originals):
         for other in originals[:number]:
             assert not image_matching.is_same_photo(*image_matching.similarity(original, other))
+
+
+def test_turned_and_mirrored_squares_become_equal():
+    generator = np.random.default_rng(0)
+    square = image_matching.square_details(
+        image_matching.thumbnail(generator.integers(0, 255, (64, 48)))
+    )
+    forms = np.stack(list(image_matching.orientations(square)))
+    turned = image_matching.turn_alike(forms, image_matching.smooth_pattern(generator))
+    assert len(np.unique(forms, axis=0)) == 8
+    assert (turned == turned[0]).all()
 
 
 def test_a_file_that_is_no_image_gives_a_fault():

@@ -69,14 +69,19 @@ def square_details(grey: Thumbnail) -> Grey:
     return _normalize(_details(_resize(grey.astype(np.float32), SQUARE_SIDE, SQUARE_SIDE)))
 
 
-def turn_alike(square: Grey, pattern: Grey) -> Grey:
-    """The one of a square's 8 orientations that correlates most with a pattern.
+def turn_alike(square_NHW: Grey, pattern: Grey) -> Grey:
+    """Turn each square to the one of its 8 orientations that correlates most with a pattern.
 
     All orientations of an image give the same result, so turned and mirrored copies become equal.
     A copy with small differences can give another orientation where two correlate almost equally;
     use several patterns.
     """
-    return max(orientations(square), key=lambda turned: float((turned * pattern).sum()))
+    forms = list(orientations(square_NHW))
+    best_N = np.stack([(form * pattern).sum((1, 2)) for form in forms]).argmax(0)
+    turned_NHW = np.empty_like(square_NHW)
+    for number, form in enumerate(forms):
+        turned_NHW[best_N == number] = form[best_N == number]
+    return turned_NHW
 
 
 def smooth_pattern(generator: np.random.Generator) -> Grey:
@@ -118,10 +123,10 @@ def is_same_photo(whole: float, part: float) -> bool:
 
 
 def orientations(pixels: Grey) -> Iterator[Grey]:
-    """The eight turned and mirrored forms of an image."""
-    for form in (pixels, pixels[:, ::-1]):
+    """The eight turned and mirrored forms of an image, or of several, (…, H, W)."""
+    for form in (pixels, pixels[..., ::-1]):
         for quarter_turns in range(4):
-            yield np.rot90(form, quarter_turns)
+            yield np.rot90(form, quarter_turns, axes=(-2, -1))
 
 
 def _template_similarity(image: Thumbnail, template: Thumbnail, scales: Sequence[float]) -> float:

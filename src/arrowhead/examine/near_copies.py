@@ -155,18 +155,17 @@ def _alike_pairs(features: UnitVectors, thumbnails: Sequence[Thumbnail | None]) 
     their features.
     """
     side = image_matching.SQUARE_SIDE
-    blank = np.zeros((side, side), np.float32)
-    squares = [
-        blank if grey is None else image_matching.square_details(grey) for grey in thumbnails
-    ]
-    rows = np.arange(len(squares))
+    square_NHW = np.zeros((len(thumbnails), side, side), np.float32)
+    for row, grey in enumerate(thumbnails):
+        if grey is not None:
+            square_NHW[row] = image_matching.square_details(grey)
+    rows = np.arange(len(thumbnails))
     generator = np.random.default_rng(0)
     keys = [np.zeros(0, np.int64)]
     for _ in range(PATTERNS):
         pattern = image_matching.smooth_pattern(generator)
-        turned = np.empty((len(squares), 1, side * side), np.float16)
-        for row, square in enumerate(squares):
-            turned[row, 0] = image_matching.turn_alike(square, pattern).ravel()
+        turned_NHW = image_matching.turn_alike(square_NHW, pattern)
+        turned = turned_NHW.reshape(-1, 1, side * side).astype(np.float16)
         found = close_pairs(UnitVectors(shards=[turned], row_M=rows), image_matching.MIN_WHOLE)
         keys.append(found.one * len(rows) + found.other)
     one, other = np.divmod(np.unique(np.concatenate(keys)), max(1, len(rows)))
