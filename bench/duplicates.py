@@ -50,7 +50,7 @@ from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.features.store import Store
 
 PARTS = ("copies", "leaks", "million")
-LEAK_SEEDS = 10
+LEAK_SEEDS = 5
 EXACT_SAMPLE = 50_000
 
 
