@@ -22,6 +22,14 @@ class ExamineConfig:
 
     pictures: int = 24
     """Pictures in each gallery."""
+    label_errors: bool = True
+    """Look for labels that are probably wrong."""
+    duplicates: bool = True
+    """Look for copies of images, also between training and held-out images."""
+    slices: bool = True
+    """Look for groups of images on which the model is worse."""
+    heatmaps: bool = True
+    """Show where the model looked."""
     map: bool = True
     """Draw a map of the images, similar ones near each other."""
 

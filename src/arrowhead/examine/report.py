@@ -11,7 +11,7 @@ and a million images need little more memory than a thousand.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import gmtime, strftime
@@ -26,28 +26,29 @@ from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.examine import (
     charts,
     curves,
-    feature_map,
     figures,
     findings,
     galleries,
     mistakes,
     page,
     predictions,
+    sections,
     tables,
     thumbnails,
 )
+from arrowhead.examine.analysis import Analysis, analyze, write_tables
 from arrowhead.examine.cards import CardMaker, Heat
 from arrowhead.examine.config import ExamineConfig
 from arrowhead.examine.findings import Finding
 from arrowhead.examine.galleries import Gallery
+from arrowhead.examine.heats import explain_rows
+from arrowhead.examine.map_section import map_section
 from arrowhead.examine.predictions import Predictions
 from arrowhead.features.store import Store
 from arrowhead.wording import pluralize
 
 THUMBNAIL_SIDE = 320  # pixels, of the longer side
-TILE_SIDE = 56  # pixels, of the pictures on the map
-MAX_TILES = 400
-MAP_COLORS = (
+MAX_HEATMAPS = 96
     "#2a6fb0",
     "#c8590b",
     "#2f8f5b",
@@ -57,7 +58,6 @@ MAP_COLORS = (
     "#b03050",
     "#6652b8",
 )
-OTHER_COLOR = "#8b949e"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,20 +150,69 @@ class Report:
     def _content(self, folder: Path) -> Content:
         content = self._header()
         self._add_mistakes(content, folder)
+        analysis = analyze(
+            self.store, self.catalog, self.predictions, self.config, self._on_step
+        )
+        write_tables(analysis, folder, self.store, self.catalog)
         found = galleries.choose_galleries(self.predictions, self.config.pictures)
-        self._on_step("reading the pictures")
-        rows = {int(self.predictions.row[k]) for gallery in found for k in gallery.index}
-        shown = thumbnails.read_thumbnails(self.catalog, sorted(rows), THUMBNAIL_SIDE)
-        heats: dict[int, Heat] = {}
-        card_of = CardMaker(self.catalog, self.predictions, shown, heats)
+        card_of = self._make_cards(content, found, analysis)
         self._add_galleries(content, found, card_of)
+        said = self._add_sections(content, analysis, card_of)
         if self.config.map:
             self._on_step("drawing the map")
-            self._add_map(content)
+            content.map = map_section(self.store, self.catalog, self.predictions)
         self._on_step("drawing the curves")
         self._add_curves(content, folder)
-        content.first = findings.choose(self._findings(content))
+        content.first = findings.choose([*self._findings(content), *said])
         return content
+
+    def _make_cards(
+        self, content: Content, found: list[Gallery], analysis: Analysis
+    ) -> CardMaker:
+        """Read the pictures that the report shows, and compute the heatmaps of some of them."""
+        self._on_step("reading the pictures")
+        in_galleries = dict.fromkeys(
+            int(self.predictions.row[k]) for gallery in found for k in gallery.index
+        )
+        in_sections = analysis.rows_to_show(self.catalog, self.predictions)
+        rows = sorted({*in_galleries, *in_sections})
+        shown = thumbnails.read_thumbnails(self.catalog, rows, THUMBNAIL_SIDE)
+        heats: dict[int, Heat] = {}
+        if self.config.heatmaps:
+            self._on_step("computing where the model looked")
+            explained = [*in_galleries][:MAX_HEATMAPS]
+            heats, content.heat_sentence = explain_rows(self.bundle, self.catalog, explained)
+        content.has_heat = bool(heats)
+        return CardMaker(self.catalog, self.predictions, shown, heats)
+
+    def _add_sections(
+        self, content: Content, analysis: Analysis, card_of: CardMaker
+    ) -> list[Finding]:
+        """Add the sections about the data; what they add to the findings."""
+        catalog, predicted = self.catalog, self.predictions
+        made = []
+        if analysis.label_errors:
+            classes = self.store.manifest()["classes"]
+            section = sections.label_errors_section(
+                analysis.label_errors, catalog, classes, str(self.store.path), card_of
+            )
+            content.label_errors = section.content
+            made.append(section)
+        if analysis.duplicates:
+            section = sections.duplicates_section(analysis.duplicates, catalog, predicted, card_of)
+            content.duplicates = section.content
+            made.append(section)
+        if analysis.slices:
+            section = sections.slices_section(analysis.slices, predicted, card_of)
+            content.slices = section.content
+            made.append(section)
+        if analysis.outliers:
+            content.outliers = sections.outliers_section(
+                analysis.outliers, catalog, card_of
+            ).content
+        section = sections.faults_section(analysis.faults, len(catalog))
+        content.faults = section.content
+        return [finding for one in (*made, section) for finding in one.findings]
 
     # ---------------------------------------------------------------------------- header
 
@@ -264,51 +313,6 @@ class Report:
             for index, names in shown_in.items()
         ]
 
-    def _add_map(self, content: Content) -> None:
-        found = feature_map.project(self.store, self.predictions)
-        if found is None:
-            return
-        predicted = self.predictions
-        rows = predicted.row[found.index]
-        wrong = predicted.held_out[found.index] & ~predicted.correct[found.index]
-        pictured = rows[np.argsort(~wrong, kind="stable")[:MAX_TILES]]
-        sheet, tiles = thumbnails.sprite_sheet(self.catalog, pictured.tolist(), TILE_SIDE)
-        labels = [predicted.names(predicted.label[k]) for k in found.index]
-        names = [predicted.names(predicted.predicted[k]) for k in found.index]
-        colors = _colors_of([name for one in labels for name in one[:1]])
-        width, height = 800, 520
-        content.map = {
-            "sentence": f"Each point is one of {len(rows)} images; neighbors look alike to the"
-            " backbone. Points with a dark ring are predicted wrong. Distances between far groups"
-            " mean nothing.",
-            "legend": [*colors.items(), ("other", OTHER_COLOR)]
-            if len(colors) == len(MAP_COLORS)
-            else list(colors.items()),
-            "data": {
-                "width": width,
-                "height": height,
-                "side": TILE_SIDE,
-                "columns": 20,
-                "sheet": sheet.uri if sheet else "",
-                "colors": colors,
-                "other": OTHER_COLOR,
-                "points": [
-                    {
-                        "x": round(10 + float(x) * (width - 20), 1),
-                        "y": round(10 + float(y) * (height - 20), 1),
-                        "label": ", ".join(label) or "none",
-                        "predicted": ", ".join(name) or "none",
-                        "path": self.catalog.paths[row],
-                        "wrong": bool(is_wrong),
-                        "tile": tiles.get(int(row)),
-                    }
-                    for (x, y), label, name, row, is_wrong in zip(
-                        found.xy, labels, names, rows.tolist(), wrong, strict=True
-                    )
-                ],
-            },
-        }
-
     def _add_curves(self, content: Content, folder: Path) -> None:
         for chart in curves.draw(self.predictions, self.metrics, self.bundle_path):
             svg = charts.inline_svg(chart.figure, chart.name, chart.caption)
@@ -335,11 +339,6 @@ class Report:
                 f" ({pluralize(pairs[0].images, 'image')})"
             )
         found = [Finding(0.5, f"{text}.", "pictures", "Look at the mistakes")]
-        faults = len(self.catalog) - len(predicted)
-        if faults:
-            share = faults / len(self.catalog)
-            text = f"{pluralize(faults, 'file')} could not be read ({100 * share:.1f} %)."
-            found.append(Finding(0.9 if share > 0.01 else 0.4, text, "unusual", "See which"))
         weak = [line for line in self.metrics["per_class"].items() if line[1]["images"] >= 10]
         if weak and not predicted.multi:
             name, line = min(weak, key=lambda one: one[1]["recall"])
@@ -371,10 +370,3 @@ def _save(figure: Any, folder: Path, name: str) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for suffix in ("png", "svg"):
         figures.save(figure, folder / "figures" / f"{name}.{suffix}")
-
-
-def _colors_of(labels: Sequence[str]) -> dict[str, str]:
-    """A color for each of the most frequent labels, in the order of names."""
-    names, counts = np.unique(np.array(labels, object).astype(str), return_counts=True)
-    frequent = sorted(names[np.argsort(-counts, kind="stable")[: len(MAP_COLORS)]].tolist())
-    return dict(zip(frequent, MAP_COLORS, strict=False))

@@ -1,0 +1,90 @@
+"""What a report finds in the data: wrong labels, duplicates, slices, outliers, faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arrowhead.data.catalog import Catalog
+from arrowhead.errors import ConfigError
+from arrowhead.examine import duplicates as examine_duplicates
+from arrowhead.examine import faults, outliers, sections, slices, tables
+from arrowhead.examine import label_errors as examine_label_errors
+from arrowhead.examine.config import ExamineConfig
+from arrowhead.examine.duplicates import Duplicates
+from arrowhead.examine.faults import FaultKind
+from arrowhead.examine.label_errors import LabelErrors
+from arrowhead.examine.outliers import Outliers
+from arrowhead.examine.predictions import Predictions
+from arrowhead.examine.slices import HeldOutImages, SliceReport
+from arrowhead.features.store import Store
+
+
+@dataclass(kw_only=True, slots=True)
+class Analysis:
+    """The results; None for what was not wanted or not possible."""
+
+    label_errors: LabelErrors | None = None
+    duplicates: Duplicates | None = None
+    slices: SliceReport | None = None
+    outliers: Outliers | None = None
+    faults: list[FaultKind] = field(default_factory=list)
+
+    def rows_to_show(self, catalog: Catalog, predictions: Predictions) -> list[int]:
+        """The rows of the catalog whose pictures the sections show."""
+        rows: list[int] = []
+        if self.label_errors:
+            shown = sections.shown_label_errors(self.label_errors)
+            rows += self.label_errors.row[shown].tolist()
+        if self.duplicates:
+            for group in sections.shown_groups(self.duplicates, catalog):
+                rows += group.rows[: sections.MAX_GROUP_CARDS].tolist()
+        if self.slices:
+            rows += sections.shown_slice_rows(self.slices, predictions)
+        if self.outliers:
+            rows += sections.shown_outliers(self.outliers)
+        return rows
+
+
+def analyze(
+    store: Store,
+    catalog: Catalog,
+    predictions: Predictions,
+    config: ExamineConfig,
+    on_step: Callable[[str], None],
+) -> Analysis:
+    """Run the analyses that `config` wants; on_step: called when one begins."""
+    result = Analysis()
+    if config.label_errors:
+        on_step("looking for wrong labels")
+        try:
+            result.label_errors = examine_label_errors.find_label_errors(store)
+        except ConfigError:  # too few classes or images: there is nothing to judge
+            result.label_errors = None
+    if config.duplicates:
+        on_step("looking for duplicates")
+        result.duplicates = examine_duplicates.find_duplicates(store, catalog)
+    if config.slices and predictions.held_out.any():
+        on_step("comparing slices")
+        held_out = HeldOutImages.from_predictions(predictions)
+        result.slices = slices.examine_slices(catalog, held_out)
+    on_step("looking for unusual images")
+    if (predictions.split == "train").any():
+        result.outliers = outliers.find_outliers(store)
+    result.faults = faults.find_faults(store)
+    return result
+
+
+def write_tables(result: Analysis, folder: Path, store: Store, catalog: Catalog) -> None:
+    """Write the results as tables; lists to edit or to pass to a command directly in `folder`."""
+    if result.label_errors:
+        examine_label_errors.write_csv(result.label_errors, catalog, folder / "label_errors.csv")
+    if result.duplicates and result.duplicates.groups:
+        examine_duplicates.write_csv(result.duplicates, catalog, folder / "duplicates.csv")
+        examine_duplicates.write_drop_list(result.duplicates, catalog, folder / "drop.txt")
+    if result.slices:
+        tables.write_table(folder / "tables", "slices", result.slices.table())
+    if result.outliers:
+        tables.write_table(folder / "tables", "outliers", result.outliers.table(catalog))
+    tables.write_table(folder / "tables", "faults", faults.fault_table(store))

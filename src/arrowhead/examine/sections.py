@@ -1,0 +1,266 @@
+"""The sections of a report about the data: labels, duplicates, slices, outliers, faults.
+
+Each function turns the result of an analysis into what the template shows, and into the sentence
+that the report may begin with.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from arrowhead.data.catalog import Catalog
+from arrowhead.evaluation.metrics import wilson_interval
+from arrowhead.examine import duplicates as examine_duplicates
+from arrowhead.examine.cards import CardMaker
+from arrowhead.examine.duplicates import DuplicateGroup, Duplicates
+from arrowhead.examine.faults import FaultKind
+from arrowhead.examine.findings import Finding
+from arrowhead.examine.label_errors import NO_LABEL, LabelErrors
+from arrowhead.examine.outliers import Outliers
+from arrowhead.examine.predictions import Predictions
+from arrowhead.examine.slices import SliceReport
+from arrowhead.wording import pluralize
+
+MIN_LABEL_CARDS, MAX_LABEL_CARDS = 6, 48
+MIN_LABEL_SCORE = 0.1  # labels that are less likely wrong are not shown
+MAX_GROUPS, MAX_GROUP_CARDS = 12, 6
+MAX_SLICES, MAX_SLICE_CARDS = 10, 12
+MAX_OUTLIERS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What a section shows, and what it adds to the findings."""
+
+    content: dict[str, Any]
+    findings: Sequence[Finding] = ()
+
+
+# ---------------------------------------------------------------------------- labels
+
+
+def shown_label_errors(found: LabelErrors) -> list[int]:
+    """The entries of `found` to show: those flagged, and a few more."""
+    count = min(max(found.flagged, MIN_LABEL_CARDS), MAX_LABEL_CARDS, len(found.row))
+    return [k for k in range(count) if k < found.flagged or found.score[k] >= MIN_LABEL_SCORE]
+
+
+def label_errors_section(
+    found: LabelErrors, catalog: Catalog, classes: Sequence[str], store: str, card_of: CardMaker
+) -> Section:
+    """Labels that are probably wrong, with what they should be."""
+    cards = []
+    for k in shown_label_errors(found):
+        row = int(found.row[k])
+        suggested = _suggested_labels(found, k, catalog.labels[row], classes)
+        cards.append(card_of(row, suggested="|".join(suggested), score=float(found.score[k])))
+    images = len(found.row)
+    low, high = found.interval
+    estimate = round(found.estimated_errors)
+    if not found.learnable:
+        sentence = (
+            "The labels cannot be predicted from the features better than by the classes' sizes,"
+            " so only copies of an image with different labels are named."
+        )
+    elif estimate == 0 and not found.flagged:
+        sentence = f"No label of the {pluralize(images, 'image')} is likely to be wrong."
+    else:
+        sentence = (
+            f"About {estimate} of {pluralize(images, 'label')} are probably wrong (95 % interval"
+            f" {low:.0f} to {high:.0f}). The score is the probability that a label is wrong, judged"
+            " by models that were not trained on it."
+        )
+    content = {
+        "sentence": sentence,
+        "cards": cards,
+        "command": shlex.join(["arrowhead", "relabel", store, "fixes.csv"]),
+    }
+    if not found.flagged:
+        return Section(content)
+    text = (
+        f"{pluralize(found.flagged, 'label')} {'are' if found.flagged > 1 else 'is'} probably wrong"
+        f" (of {images})."
+    )
+    return Section(content, [Finding(0.8, text, "labels", "Check and correct them")])
+
+
+def _suggested_labels(
+    found: LabelErrors, k: int, labels: Sequence[str], classes: Sequence[str]
+) -> list[str]:
+    """The labels that an image should have, according to one entry."""
+    suggested = int(found.suggested[k])
+    if not found.multi:
+        return [classes[suggested]]
+    if suggested == NO_LABEL:
+        return [name for name in labels if name != classes[int(found.label[k])]]
+    return sorted({*labels, classes[suggested]})
+
+
+# ---------------------------------------------------------------------------- duplicates
+
+
+def shown_groups(found: Duplicates, catalog: Catalog) -> list[DuplicateGroup]:
+    """The groups to show: those across splits first, then those with different labels."""
+    across = {id(group) for group in examine_duplicates.groups_across_splits(found, catalog)}
+    mixed = {id(group) for group in examine_duplicates.groups_with_different_labels(found, catalog)}
+    order = sorted(found.groups, key=lambda group: (id(group) not in across, id(group) not in mixed))
+    return order[:MAX_GROUPS]
+
+
+def duplicates_section(
+    found: Duplicates, catalog: Catalog, predictions: Predictions, card_of: CardMaker
+) -> Section:
+    """Copies of images, and what the accuracy is without those that are also in training."""
+    across = {id(group) for group in examine_duplicates.groups_across_splits(found, catalog)}
+    groups = []
+    for number, group in enumerate(shown_groups(found, catalog), 1):
+        rows = group.rows.tolist()
+        labels = {catalog.labels[row] for row in rows}
+        title = f"Group {number}: {len(rows)} {group.kind} copies"
+        title += " in training and held-out images" if id(group) in across else ""
+        title += ", with different labels" if len(labels) > 1 else ""
+        cards = [
+            card_of(row, note=f"{catalog.splits[row]} · label {', '.join(catalog.labels[row])}")
+            for row in rows[:MAX_GROUP_CARDS]
+        ]
+        groups.append({"title": title, "cards": cards})
+    sentence = " ".join(examine_duplicates.summarize(found, catalog))
+    findings = []
+    leaked_N = examine_duplicates.leaked_rows(found, np.array(catalog.splits))
+    leaked_M = leaked_N[predictions.row] & predictions.held_out
+    if leaked := int(leaked_M.sum()):
+        text = f"{pluralize(leaked, 'held-out image')} {'have' if leaked > 1 else 'has'} a copy"
+        text += " among the training images"
+        clean_M = predictions.held_out & ~leaked_M
+        if clean_M.any() and not predictions.multi:
+            correct, total = int(predictions.correct[clean_M].sum()), int(clean_M.sum())
+            low, high = wilson_interval(correct, total)
+            text += (
+                f"; on the others the accuracy is {correct / total:.4f} ({correct} of {total}, 95 %"
+                f" interval {low:.3f} to {high:.3f})"
+            )
+        sentence = f"{text}. {sentence}"
+        findings.append(Finding(0.95, f"{text}.", "duplicates", "See the copies"))
+    elif found.groups:
+        text = f"{pluralize(len(found.groups), 'group')} of copies of the same photo."
+        findings.append(Finding(0.3, text, "duplicates", "See them"))
+    more = len(found.groups) - len(groups)
+    content = {
+        "sentence": sentence + (f" {more} more groups are in duplicates.csv." if more > 0 else ""),
+        "groups": groups,
+        "command": "arrowhead fit IMAGES OUT --drop drop.txt" if found.groups else None,
+    }
+    return Section(content, findings)
+
+
+# ---------------------------------------------------------------------------- slices
+
+
+def slices_section(found: SliceReport, predictions: Predictions, card_of: CardMaker) -> Section:
+    """Groups of images on which the model is worse."""
+    named = {one.name for one in found.worse}
+    others = [one for one in found.slices if one.p is not None and one.name not in named]
+    lines = [
+        {
+            "name": one.name,
+            "images": one.images,
+            "accuracy": one.accuracy,
+            "low": one.low,
+            "high": one.high,
+            "rest": one.rest_accuracy,
+            "p": "" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
+            "significant": one.name in named,
+        }
+        for one in (*found.worse, *others)
+    ]
+    findings, cards, title = [], [], ""
+    if found.worse:
+        worst = found.worse[0]
+        text = (
+            f"Accuracy is lower on images with {worst.name}: {worst.accuracy:.3f} of"
+            f" {worst.images}, against {worst.rest_accuracy:.3f} of all others."
+        )
+        findings.append(Finding(0.9, text, "slices", "See the slices"))
+        sentence = (
+            f"{pluralize(len(found.worse), 'slice')} of {found.tested} examined"
+            f" {'are' if len(found.worse) > 1 else 'is'} significantly worse than the rest, also"
+            " when the number of slices is accounted for."
+        )
+        wrong = np.isin(predictions.row, worst.row) & ~predictions.correct
+        cards = [card_of(int(row)) for row in predictions.row[wrong][:MAX_SLICE_CARDS]]
+        title = f"Mistakes on images with {worst.name}"
+    else:
+        sentence = (
+            f"None of the {found.tested} examined slices is significantly worse than the rest."
+            if found.tested
+            else "There are too few held-out images to compare slices."
+        )
+    content = {
+        "sentence": " ".join([sentence, *found.notes]),
+        "caption": f"Held-out images; accuracy of all {found.images}: {found.accuracy:.4f}",
+        "lines": lines[: max(MAX_SLICES, len(found.worse))],
+        "cards": cards,
+        "cards_title": title,
+    }
+    return Section(content, findings)
+
+
+def shown_slice_rows(found: SliceReport, predictions: Predictions) -> list[int]:
+    """The rows of the pictures that `slices_section` shows."""
+    if not found.worse:
+        return []
+    wrong = np.isin(predictions.row, found.worse[0].row) & ~predictions.correct
+    return [int(row) for row in predictions.row[wrong][:MAX_SLICE_CARDS]]
+
+
+# ---------------------------------------------------------------------------- unusual images
+
+
+def shown_outliers(found: Outliers) -> list[int]:
+    """The most novel images of all splits, the most novel first."""
+    rows = np.concatenate([np.zeros(0, np.int64), *found.novel.values()])
+    order = np.lexsort((rows, -found.distance[rows]))
+    return [int(row) for row in rows[order][:MAX_OUTLIERS]]
+
+
+def outliers_section(found: Outliers, catalog: Catalog, card_of: CardMaker) -> Section:
+    """The images that are least like the training images."""
+    cards = [
+        card_of(
+            row,
+            note=f"{catalog.splits[row]} · {', '.join(catalog.labels[row])} · distance"
+            f" {found.distance[row]:.2f}",
+        )
+        for row in shown_outliers(found)
+    ]
+    sentence = (
+        "The images least like any other training image, by the distance of their features (0: the"
+        " same, 2: opposite)."
+    )
+    if np.isfinite(found.threshold):
+        sentence += f" 5 % of the validation images lie above {found.threshold:.2f}."
+    return Section({"sentence": sentence, "cards": cards})
+
+
+def faults_section(found: Sequence[FaultKind], images: int) -> Section:
+    """Files that could not be read, by kind."""
+    faults = sum(kind.images for kind in found)
+    if not faults:
+        return Section({"sentence": "Every file could be read.", "lines": []})
+    lines = [
+        {
+            "kind": kind.kind,
+            "files": kind.images,
+            "examples": [f"{path} ({fault})" for path, fault in kind.examples[:3]],
+        }
+        for kind in found
+    ]
+    share = faults / images
+    text = f"{pluralize(faults, 'file')} could not be read ({100 * share:.1f} %)."
+    finding = Finding(0.9 if share > 0.01 else 0.4, text, "unusual", "See which")
+    return Section({"sentence": f"{text} They are in no figure.", "lines": lines}, [finding])
