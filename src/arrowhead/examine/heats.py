@@ -43,8 +43,6 @@ def explain_rows(
         if heatmap is not None:
             png = base64.b64encode(heatmaps.overlay_png(heatmap.map)).decode()
             left, top, right, bottom = (round(100 * edge, 2) for edge in heatmap.box)
-            heats[row] = Heat(
-                f"data:image/png;base64,{png}", left, top, right - left, bottom - top
-            )
+            heats[row] = Heat(f"data:image/png;base64,{png}", left, top, right - left, bottom - top)
             method = heatmap.method
     return heats, SENTENCES.get(method, "")

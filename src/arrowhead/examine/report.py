@@ -49,15 +49,6 @@ from arrowhead.wording import pluralize
 
 THUMBNAIL_SIDE = 320  # pixels, of the longer side
 MAX_HEATMAPS = 96
-    "#2a6fb0",
-    "#c8590b",
-    "#2f8f5b",
-    "#a03a8c",
-    "#8a6d00",
-    "#1c9aa8",
-    "#b03050",
-    "#6652b8",
-)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,9 +141,7 @@ class Report:
     def _content(self, folder: Path) -> Content:
         content = self._header()
         self._add_mistakes(content, folder)
-        analysis = analyze(
-            self.store, self.catalog, self.predictions, self.config, self._on_step
-        )
+        analysis = analyze(self.store, self.catalog, self.predictions, self.config, self._on_step)
         write_tables(analysis, folder, self.store, self.catalog)
         found = galleries.choose_galleries(self.predictions, self.config.pictures)
         card_of = self._make_cards(content, found, analysis)
@@ -166,9 +155,7 @@ class Report:
         content.first = findings.choose([*self._findings(content), *said])
         return content
 
-    def _make_cards(
-        self, content: Content, found: list[Gallery], analysis: Analysis
-    ) -> CardMaker:
+    def _make_cards(self, content: Content, found: list[Gallery], analysis: Analysis) -> CardMaker:
         """Read the pictures that the report shows, and compute the heatmaps of some of them."""
         self._on_step("reading the pictures")
         in_galleries = dict.fromkeys(

@@ -108,7 +108,9 @@ def shown_groups(found: Duplicates, catalog: Catalog) -> list[DuplicateGroup]:
     """The groups to show: those across splits first, then those with different labels."""
     across = {id(group) for group in examine_duplicates.groups_across_splits(found, catalog)}
     mixed = {id(group) for group in examine_duplicates.groups_with_different_labels(found, catalog)}
-    order = sorted(found.groups, key=lambda group: (id(group) not in across, id(group) not in mixed))
+    order = sorted(
+        found.groups, key=lambda group: (id(group) not in across, id(group) not in mixed)
+    )
     return order[:MAX_GROUPS]
 
 
