@@ -33,6 +33,7 @@ PAGES = [
             "train",
             "tables",
             "heads",
+            "examine",
             "score",
             "slices",
             "features",

@@ -11,10 +11,13 @@ from arrowhead.bundle import resolve
 from arrowhead.errors import Refusal
 from arrowhead.examine.config import ExamineConfig
 from arrowhead.examine.report import Report
+from arrowhead.features.store import Store
 from arrowhead.output_paths import check_output_folder
 from arrowhead.reporting.run_context import RunContext
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.wording import shell_command
+
+MAX_QUICK_IMAGES = 50_000
 
 
 def examine(
@@ -73,7 +76,7 @@ def report_of_training(store: Path, bundle: Path, context: RunContext) -> str | 
     command = shell_command(["arrowhead", "examine", store, bundle, out])
     try:
         with fileio.atomic_folder(check_output_folder(out, "report")) as folder:
-            report = Report(store, bundle, on_step=context.screen.passing)
+            report = Report(store, bundle, _quick(store), on_step=context.screen.passing)
             result = report.write(folder)
     except Refusal as refusal:
         context.screen.say(f"no report: {refusal.found} Do: {refusal.do}")
@@ -89,6 +92,13 @@ def report_of_training(store: Path, bundle: Path, context: RunContext) -> str | 
     if context.root_run:
         context.root_run.log_artifact(out, "report")
     return str(out / "report.html")
+
+
+def _quick(store: Path) -> ExamineConfig:
+    """What the report of a training contains: with many images not what takes minutes."""
+    images = sum(shard["files"] for shard in Store(store).manifest()["shards"])
+    few = images <= MAX_QUICK_IMAGES
+    return ExamineConfig(label_errors=few, duplicates=few)
 
 
 def report_folder(bundle: Path) -> Path:
