@@ -41,7 +41,7 @@ def explain_rows(
     heats, method = {}, ""
     for row, heatmap in zip(files, found, strict=True):
         if heatmap is not None:
-            png = base64.b64encode(heatmaps.overlay_png(heatmap.map)).decode()
+            png = base64.b64encode(heatmaps.overlay_png(heatmap)).decode()
             left, top, right, bottom = (round(100 * edge, 2) for edge in heatmap.box)
             heats[row] = Heat(f"data:image/png;base64,{png}", left, top, right - left, bottom - top)
             method = heatmap.method

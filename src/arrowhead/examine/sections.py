@@ -29,7 +29,7 @@ from arrowhead.wording import pluralize
 MIN_LABEL_CARDS, MAX_LABEL_CARDS = 6, 48
 MIN_LABEL_SCORE = 0.1  # labels that are less likely wrong are not shown
 MAX_GROUPS, MAX_GROUP_CARDS = 12, 6
-MAX_SLICES, MAX_SLICE_CARDS = 10, 12
+MAX_SLICES, MAX_SLICE_CARDS = 6, 12
 MAX_OUTLIERS = 12
 
 
@@ -71,8 +71,8 @@ def label_errors_section(
         sentence = f"No label of the {pluralize(images, 'image')} is likely to be wrong."
     else:
         sentence = (
-            f"About {estimate} of {pluralize(images, 'label')} are probably wrong (95 % interval"
-            f" {low:.0f} to {high:.0f}). The score is the probability that a label is wrong, judged"
+            f"About {estimate} of {pluralize(images, 'label')} {'is' if estimate == 1 else 'are'}"
+            f" probably wrong (95 % interval {low:.0f} to {high:.0f}). The score is the probability that a label is wrong, judged"
             " by models that were not trained on it."
         )
     content = {
@@ -83,10 +83,10 @@ def label_errors_section(
     if not found.flagged:
         return Section(content)
     text = (
-        f"{pluralize(found.flagged, 'label')} {'are' if found.flagged > 1 else 'is'} probably wrong"
-        f" (of {images})."
+        f"{found.flagged} of {pluralize(images, 'label')} {'are' if found.flagged > 1 else 'is'}"
+        " probably wrong."
     )
-    return Section(content, [Finding(0.8, text, "labels", "Check and correct them")])
+    return Section(content, [Finding(0.8, text, "labels", "Check and correct")])
 
 
 def _suggested_labels(
@@ -131,7 +131,7 @@ def duplicates_section(
             for row in rows[:MAX_GROUP_CARDS]
         ]
         groups.append({"title": title, "cards": cards})
-    sentence = " ".join(examine_duplicates.summarize(found, catalog))
+    sentence = _describe_groups(found.groups)
     findings = []
     leaked_N = examine_duplicates.leaked_rows(found, np.array(catalog.splits))
     leaked_M = leaked_N[predictions.row] & predictions.held_out
@@ -151,6 +151,8 @@ def duplicates_section(
     elif found.groups:
         text = f"{pluralize(len(found.groups), 'group')} of copies of the same photo."
         findings.append(Finding(0.3, text, "duplicates", "See them"))
+    if found.compared and not leaked:
+        sentence += " No held-out image has a copy among the training images."
     more = len(found.groups) - len(groups)
     content = {
         "sentence": sentence + (f" {more} more groups are in duplicates.csv." if more > 0 else ""),
@@ -158,6 +160,19 @@ def duplicates_section(
         "command": "arrowhead fit IMAGES OUT --drop drop.txt" if found.groups else None,
     }
     return Section(content, findings)
+
+
+def _describe_groups(groups: Sequence[DuplicateGroup]) -> str:
+    """How many groups there are, in words."""
+    if not groups:
+        return "No image is a copy of another one."
+    files = sum(len(group.rows) for group in groups)
+    exact = sum(group.kind == "exact" for group in groups)
+    return (
+        f"{pluralize(files, 'file')} {'show' if files > 1 else 'shows'}"
+        f" {pluralize(len(groups), 'photo')}: {pluralize(exact, 'group')} of exact copies,"
+        f" {len(groups) - exact} of near copies (resized, cropped, turned, edited)."
+    )
 
 
 # ---------------------------------------------------------------------------- slices
@@ -205,7 +220,7 @@ def slices_section(found: SliceReport, predictions: Predictions, card_of: CardMa
     content = {
         "sentence": " ".join([sentence, *found.notes]),
         "caption": f"Held-out images; accuracy of all {found.images}: {found.accuracy:.4f}",
-        "lines": lines[: max(MAX_SLICES, len(found.worse))],
+        "lines": lines[: len(found.worse) + MAX_SLICES],
         "cards": cards,
         "cards_title": title,
     }
