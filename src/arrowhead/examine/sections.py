@@ -72,8 +72,8 @@ def label_errors_section(
     else:
         sentence = (
             f"About {estimate} of {pluralize(images, 'label')} {'is' if estimate == 1 else 'are'}"
-            f" probably wrong (95 % interval {low:.0f} to {high:.0f}). The score is the probability that a label is wrong, judged"
-            " by models that were not trained on it."
+            f" probably wrong (95 % interval {low:.0f} to {high:.0f}). The score is the"
+            " probability that a label is wrong, judged by models that were not trained on it."
         )
     content = {
         "sentence": sentence,
