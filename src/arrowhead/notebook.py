@@ -123,6 +123,8 @@ class Images:
     @property
     def classes(self) -> list[str]:
         """Names of the classes; a label is an index into this list."""
+        if self._store is not None:  # its labels may be corrected (`arrowhead relabel`)
+            return list(self._store.manifest()["classes"])
         return self.catalog.classes
 
     @property

@@ -6,8 +6,8 @@ characters. File and class names come from other people's data, so both are esca
     =1+1, -x, @y, 'z   ->  '=1+1, '-x, '@y, ''z     (OWASP, "CSV Injection")
     ESC [ 3 1 m        ->  \x1b[31m
 
-A program that reads the CSV removes one leading ' from a text field; Parquet and Arrow files hold
-the exact names. Python's csv module does not escape formulas.
+A program that reads the CSV removes one leading ' from a text field (`original_text`); Parquet and
+Arrow files hold the exact names. Python's csv module does not escape formulas.
 """
 
 from __future__ import annotations
@@ -54,3 +54,8 @@ def safe_cell(value: Any) -> Any:
     # Some localized spreadsheets treat full-width signs like ASCII ones.
     first = unicodedata.normalize("NFKC", text.lstrip()[:1])[:1]
     return f"'{text}" if first and first in FORMULA_PREFIXES else text
+
+
+def original_text(cell: str) -> str:
+    """The text that `safe_cell` wrote as this cell. A cell that it did not escape is unchanged."""
+    return cell[1:] if cell[:1] == "'" and safe_cell(cell[1:]) == cell else cell

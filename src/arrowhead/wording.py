@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _SAFE_IN_DOUBLE_QUOTES = re.compile(r'[^"$`\\!]*')  # ! expands history in interactive shells
 
@@ -13,6 +13,12 @@ _SAFE_IN_DOUBLE_QUOTES = re.compile(r'[^"$`\\!]*')  # ! expands history in inter
 def pluralize(count: int, word: str, plural: str | None = None) -> str:
     """A count with its noun, such as "1 image" or "2 images"; `plural` if it is not noun + s."""
     return f"{count} {word if count == 1 else plural or word + 's'}"
+
+
+def join_first(items: Sequence[str], shown: int = 5, separator: str = "; ") -> str:
+    """The first items, and how many more there are, such as "a; b; and 3 more"."""
+    more = [f"and {len(items) - shown} more"] if len(items) > shown else []
+    return separator.join([*items[:shown], *more])
 
 
 def shell_command(words: Iterable[object]) -> str:

@@ -21,7 +21,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.evaluation import calibration, novelty
 from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.evaluation.novelty import NoveltyDetector
-from arrowhead.features import extract
+from arrowhead.features import corrections, extract
 from arrowhead.features.store import Features, Store
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.trainer import TrainedHead
@@ -115,7 +115,8 @@ def _logits(head: nn.Module, part: Features) -> NDArray[np.float32]:
 
 
 def _lineage(store: Store, config: TrainConfig, trained: TrainedHead) -> dict[str, Any]:
-    return {
+    changes = corrections.active_changes(corrections.read_history(store))
+    return ({"corrections": changes} if changes else {}) | {
         "arrowhead": __version__,
         "data": Catalog(**store.read_catalog()).digest(),
         "training": config.parameters(),

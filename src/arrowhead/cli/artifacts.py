@@ -29,7 +29,7 @@ from arrowhead.cli.options import (
 from arrowhead.cli.screen import Screen
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.tracking.registry import RegistryConfig
-from arrowhead.wording import pluralize
+from arrowhead.wording import pluralize, shell_command
 
 # ---------------------------------------------------------------------------- features
 
@@ -66,6 +66,10 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
         screen.say(f"{name:<{width}}" + "".join(f"{counts.get(split, 0):>9}" for split in splits))
     for kind, count in facts["faults"].items():
         screen.say(f"fault: {kind} {count}")
+    if changes := facts["corrections"]["changes"]:
+        labels = pluralize(facts["corrections"]["labels"], "label")
+        history = shell_command([program(), "relabel", store, "--history"])
+        screen.say(f"corrections: {labels} in {pluralize(len(changes), 'change')} ({history})")
     return 0
 
 

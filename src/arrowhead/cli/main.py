@@ -15,7 +15,17 @@ from typing import Annotated
 
 from cyclopts import CycloptsError, Parameter
 
-from arrowhead.cli import artifacts, cluster, demo, examine, fetch, inference, search, train
+from arrowhead.cli import (
+    artifacts,
+    cluster,
+    demo,
+    examine,
+    fetch,
+    inference,
+    relabel,
+    search,
+    train,
+)
 from arrowhead.cli.app import (
     app,
     check_output_written,
@@ -99,6 +109,7 @@ app.command(train.train, sort_key=4)
 app.command(inference.score, sort_key=5)
 app.command(inference.evaluate, sort_key=5)
 app.command(examine.examine, sort_key=6)
+app.command(relabel.relabel, sort_key=5)
 app.command(inference.export, sort_key=6)
 app.command(search.search, sort_key=5)
 app.command(search.suggest, sort_key=5)
@@ -125,7 +136,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 # Commands whose result is what they print: it is an error if that cannot be written.
-PRINTING_COMMANDS = ("features", "scores", "bundle", "jobs", "doctor")
+PRINTING_COMMANDS = ("features", "scores", "bundle", "jobs", "doctor", "relabel")
 
 
 def _run(words: list[str]) -> int:

@@ -10,6 +10,8 @@ from cyclopts import Group, Parameter
 
 from arrowhead.bundle.export import ExportConfig
 from arrowhead.commands.fetch import FetchConfig
+from arrowhead.commands.label_changes import TableConfig
+from arrowhead.commands.relabel import ChangeConfig
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.examine.config import ExamineConfig, ReportConfig
@@ -78,6 +80,14 @@ class TrackingStore(WatchedTracking):
     experiment: Annotated[str, Parameter(parse=False)] = "arrowhead"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FixesTable(TableConfig):
+    """How a table of new labels is read; only the flag that is true by default has a --no- flag."""
+
+    copies: Annotated[bool, Parameter(negative="--no-copies")] = True
+    """Also relabel exact copies of an image (files with the same bytes)."""
+
+
 Data = Annotated[
     str,
     Parameter(
@@ -136,6 +146,8 @@ Export = Annotated[ExportConfig, _flags("Export", 6)]
 Search = Annotated[SearchConfig, _flags("Search", 6)]
 Suggest = Annotated[SuggestConfig, _flags("Suggestions", 6)]
 Fetch = Annotated[FetchConfig, _flags("Download", 6)]
+Fixes = Annotated[FixesTable, _flags("Table", 2)]
+Change = Annotated[ChangeConfig, _flags("Change", 3)]
 Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
 # negative: booleans that are true by default get a --no- flag.
 _TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))

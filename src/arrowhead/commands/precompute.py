@@ -16,13 +16,16 @@ from arrowhead.commands import chunks
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data import sources, splits
 from arrowhead.data.catalog import Catalog
-from arrowhead.features import extract, golden_images
+from arrowhead.features import corrections, extract, golden_images
 from arrowhead.features.backbone import Body
+from arrowhead.features.corrections import Correction
 from arrowhead.features.feature_config import FeatureConfig, resolve_weights
 from arrowhead.features.store import Store
+from arrowhead.reporting import corrections as reporting_corrections
 from arrowhead.reporting import extraction, recording, run_context
 from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import RunContext
+from arrowhead.wording import shell_command
 
 RETRIED_FAULTS = ("unreadable", "decoder_crash")  # a later run may not have these faults
 MAX_FAULTS_SHOWN = 5
@@ -57,14 +60,14 @@ def precompute(
     with store.lock(context.screen.say):
         intact = store.intact_shards()
         store.check_unlisted_shards()
+        history = corrections.read_history(store)
         extraction.show_source(listed, context.screen)
         extraction.show_class_changes(store, listed, context.screen)
         listed = _count_retries(store, listed, images.extract.max_bytes)
         recipe = dataclasses.asdict(store.recipe)
         run_context.log_params(context, {f"recipe.{k}": v for k, v in recipe.items()})
         names, missing, work = _extract_missing(store, listed, images, context)
-        manifest, catalog = _commit(store, listed, names, images, intact)
-        extraction.show_split(listed, catalog, context.screen)
+        manifest, catalog = _commit(store, listed, names, images, intact, history, context)
     work.seconds["wall"] = perf_counter() - start
     skipped = sum(
         shard["files"] - shard["faults"]
@@ -178,30 +181,49 @@ def _extract_missing(
 
 def _commit(
     store: Store,
-    catalog: Catalog,
+    listed: Catalog,
     names: list[str],
     images: FeatureConfig,
     intact: dict[str, str],
+    history: list[Correction],
+    context: RunContext,
 ) -> tuple[dict[str, Any], Catalog]:
-    """Draw missing splits, save candidates for golden images, write catalog and manifest.
+    """Apply corrected labels, draw missing splits, save candidates for golden images, write catalog
+    and manifest.
 
     Returns:
-        The manifest, and the catalog with every split.
+        The manifest, and the catalog with every split and the labels to train on.
     """
     shards = [store.read_shard(name) for name in names]
-    if [path for rows in shards for path in rows.paths] != catalog.paths:
+    if [path for rows in shards for path in rows.paths] != listed.paths:
         raise AssertionError("the shards do not hold every file of the catalog once, in order")
     ids = [image_id for rows in shards for image_id in rows.image_ids]
     faults = [fault for rows in shards for fault in rows.faults]
     is_faulty = [fault is not None for fault in faults]
-    catalog = splits.draw_splits(catalog, ids, images.source.valid_share, is_faulty)
+    corrected = corrections.correct_labels(listed, ids, history, is_faulty)
+    # Drawn by the labels before corrections, so that these move no image between splits.
+    catalog = splits.draw_splits(
+        dataclasses.replace(listed, labels=corrected.before),
+        ids,
+        images.source.valid_share,
+        is_faulty,
+        corrected.labels if history else None,
+    )
+    catalog = corrected.apply(catalog)
+    if history:
+        reporting_corrections.show_corrected_labels(store.path, catalog, corrected, context.screen)
+        do = f"undo the last one: {shell_command(['arrowhead', 'relabel', store.path, '--undo'])}."
+        corrections.check_classes(catalog, do)
     golden = (
         golden_images.save_candidates(store, catalog, ids, faults)
         if images.golden.golden_images
         else []
     )
-    manifest = store.commit(names, catalog.columns(), intact, golden)
+    manifest = store.commit(
+        names, catalog.columns(), intact, golden, corrections.history_columns(history)
+    )
     store.delete_pending()
+    extraction.show_split(listed, catalog, context.screen)
     return manifest, catalog
 
 

@@ -14,6 +14,7 @@ from arrowhead.bundle import build
 from arrowhead.bundle import format as bundle_format
 from arrowhead.commands import precompute
 from arrowhead.data.catalog import Catalog
+from arrowhead.errors import ConfigError
 from arrowhead.examine import figures
 from arrowhead.features import golden_images
 from arrowhead.features.feature_config import FeatureConfig
@@ -59,6 +60,7 @@ def train_bundle(
     learning curve.
     """
     store = Store(path)
+    trained_catalog = store.manifest()["catalog"]["sha256"]
     resolved = study.resolve(store)[0]
     _log_study(store, study, resolved.head, context)
     # Each head of a grid gets a child run instead.
@@ -80,6 +82,7 @@ def train_bundle(
             file = out / bundle_format.REPORT_FOLDER / experiment_results["folds"]["file"]
             experiment_results["folds"]["file"] = str(file)
         metrics = write_bundle(store, config, winner, folder, context, {"rate": rate}, golden)
+        _check_unchanged(store, trained_catalog)
         evaluation.show_replaced_bundle(out, folder, context)
     if context.run:
         recording.log_model(context.run, out, metrics)
@@ -186,6 +189,18 @@ def _log_study(store: Store, study: Study, head: TrainConfig, context: RunContex
     run.params({"recipe": store.recipe.to_json()})
     run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
     recording.log_datasets(run, Catalog(**store.read_catalog()))
+
+
+def _check_unchanged(store: Store, catalog: str) -> None:
+    """Raise ConfigError if the store has another catalog than when the training began; catalog: the
+    sha256 of that. The head would have learned other labels than it is evaluated by.
+    """
+    if store.manifest()["catalog"]["sha256"] != catalog:
+        raise ConfigError(
+            f"the labels or images of {store.path} were changed during the training.",
+            "a store that stays the same until the bundle is written.",
+            "run the same command again.",
+        )
 
 
 def _report_experiments(

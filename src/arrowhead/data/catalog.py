@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ class Catalog:
             the name of its shard.
         ignored: Number of files that are no rows (hidden and system files, sidecars, files outside
             class folders).
+        source_labels: What the source says, by row, about the images whose label was corrected.
         source: Escaped path of the table that lists the files, "" for a folder.
         empty_folders: Class folders without an image, such as train/fox.
         notes: Sentences for the user about how the source was read.
@@ -41,6 +43,7 @@ class Catalog:
     splits: list[str]
     tries: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     ignored: int = 0
+    source_labels: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     source: str = ""
     empty_folders: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -66,7 +69,11 @@ class Catalog:
         """A catalog of some of the rows."""
         selection = slice(rows.start, rows.stop)
         names = ("paths", "sizes", "stamps", "labels", "splits", "tries")
-        return replace(self, **{name: getattr(self, name)[selection] for name in names})
+        corrected = {
+            row - rows.start: names for row, names in self.source_labels.items() if row in rows
+        }
+        columns = {name: getattr(self, name)[selection] for name in names}
+        return replace(self, **columns, source_labels=corrected)
 
     def read_file(self, row: int, max_bytes: int) -> tuple[bytes, str | None]:
         """The bytes of a row's file and None, or no bytes and the fault.

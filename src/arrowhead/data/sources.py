@@ -273,7 +273,7 @@ def _check_trainable(source: str, catalog: Catalog, first_seen: FirstSeen) -> No
             where.setdefault(name, place)
     twins: dict[str, str] = {}
     for name in sorted(where):
-        if (twin := twins.setdefault(_canonical_name(name), name)) != name:
+        if (twin := twins.setdefault(canonical_name(name), name)) != name:
             raise ConfigError(
                 f"{source} has two classes that look alike: {twin!a} ({where[twin]}) and"
                 f" {name!a} ({where[name]}).",
@@ -331,7 +331,7 @@ def rarest_labels(labels_K: Sequence[tuple[str, ...]]) -> list[str]:
     return [rarest[names] for names in labels_K]
 
 
-def _canonical_name(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The same for names that differ in case or Unicode form only (canonical caseless, UAX 21)."""
     plain = path_text.unescape_path(name).decode("utf-8", "surrogateescape")
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", plain).casefold())

@@ -23,6 +23,7 @@ def draw_splits(
     image_ids: Sequence[bytes],
     valid_share: float,
     faulty: Sequence[bool] | None = None,
+    trained_labels: Sequence[tuple[str, ...]] | None = None,
 ) -> Catalog:
     """Draw the split of rows whose split is "", stratified by class.
 
@@ -36,6 +37,7 @@ def draw_splits(
         image_ids: N hashes of the content, 16 bytes each.
         valid_share: Share of each class to hold out.
         faulty: Which rows have no readable image; they go to train and are not counted.
+        trained_labels: The labels that each need an image in train, if they are not the catalog's.
 
     Returns:
         The catalog with all splits set.
@@ -53,18 +55,17 @@ def draw_splits(
     fixed_K = valid_K | np.isin(key_K, key_N[given_N == "train"])
     test_K = ~fixed_K & np.isin(key_K, key_N[given_N == "test"])
     fixed_K |= test_K
-    labels_K = [catalog.labels[row] for row in row_M[first_K].tolist()]
-    for i in np.flatnonzero(count_K[image_M] > 1).tolist():  # copies may have different labels
-        image = int(image_M[i])
-        labels_K[image] = tuple(sorted({*labels_K[image], *catalog.labels[row_M[i]]}))
+    labels_K = _labels_of_images(catalog.labels, row_M, first_K, image_M)
     rarest_K = sources.rarest_labels(labels_K)
     strata: dict[str, list[int]] = {}
     for image in np.flatnonzero(~fixed_K).tolist():
         strata.setdefault(rarest_K[image], []).append(image)
     for images in strata.values():
         _draw_validation(images, count_K, valid_share, valid_K)
+    if trained_labels is not None:
+        labels_K = _labels_of_images(trained_labels, row_M, first_K, image_M)
     train_labels = set(itertools.compress(labels_K, ~(valid_K | test_K)))
-    train_labels |= set(itertools.compress(catalog.labels, given_N == "train"))
+    train_labels |= set(itertools.compress(trained_labels or catalog.labels, given_N == "train"))
     train_classes = {name for names in train_labels for name in names}
     # Each class needs an image in train: move drawn images there.
     for image in np.flatnonzero(valid_K & ~fixed_K)[::-1].tolist():
@@ -75,6 +76,27 @@ def draw_splits(
         for row in row_M[chosen_K[image_M]].tolist():
             splits[row] = split
     return replace(catalog, splits=splits)
+
+
+def _labels_of_images(
+    labels_N: Sequence[tuple[str, ...]],
+    row_M: NDArray[np.int64],
+    first_K: NDArray[np.int64],
+    image_M: NDArray[np.int64],
+) -> list[tuple[str, ...]]:
+    """The labels of K distinct images: those of all copies, which may differ.
+
+    Args:
+        labels_N: Labels of every row of the catalog.
+        row_M: The rows to draw.
+        first_K: Position in row_M of the first copy of each image.
+        image_M: The image of each row to draw, an index into K.
+    """
+    labels_K = [labels_N[row] for row in row_M[first_K].tolist()]
+    for row, image in zip(row_M.tolist(), image_M.tolist(), strict=True):
+        if labels_N[row] != labels_K[image]:
+            labels_K[image] = tuple(sorted({*labels_K[image], *labels_N[row]}))
+    return labels_K
 
 
 def _draw_validation(

@@ -296,6 +296,13 @@ class TableParser:
             raise self._column_error(f"{len(columns) or 'no'} columns that are {name}", flag)
         return columns[0]
 
+    def find_column(self, name: str) -> int | None:
+        """The column with this name, or the only one that differs only in case and signs."""
+        try:
+            return self._column_from_flag("", name)
+        except ConfigError:
+            return None
+
     def _column_by_name(
         self, tiers: Sequence[set[str]], used: Iterable[int | None], flag: str
     ) -> int | None:
@@ -461,17 +468,25 @@ def _boolean_meaning(normalized: str) -> tuple[str, str] | None:
     return (part, "train") if part else None
 
 
-def _parse_labels(cell: str, separator: str, are_lists: bool) -> tuple[str, ...]:
-    """The labels in a cell, sorted and unique; separator "": one label."""
+def split_labels(cell: str, separator: str, is_list: bool) -> list[str]:
+    """The labels in a cell as they are written, without empty ones; separator "": one label."""
     parts = [cell]
-    if are_lists:
+    if is_list:
         parts = [re.sub(r"\\(.)", r"\1", a or b or c) for a, b, c in _ITEM.findall(cell[1:-1])]
     elif separator:
         parts = cell.split(separator)
-    names = {named_files.decode_windows_1252(name.strip()) for name in parts}
-    return tuple(
-        sorted(path_text.escape_path(n.encode("utf-8", "surrogateescape")) for n in names if n)
-    )
+    return [name for part in parts if (name := part.strip())]
+
+
+def escape_label(name: str) -> str:
+    """A label as catalogs hold it: safe to print; bytes that are not UTF-8 are Windows-1252."""
+    decoded = named_files.decode_windows_1252(name)
+    return path_text.escape_path(decoded.encode("utf-8", "surrogateescape"))
+
+
+def _parse_labels(cell: str, separator: str, are_lists: bool) -> tuple[str, ...]:
+    """The labels in a cell, sorted and unique; separator "": one label."""
+    return tuple(sorted(set(map(escape_label, split_labels(cell, separator, are_lists)))))
 
 
 def _note_multi_label(

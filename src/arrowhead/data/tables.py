@@ -66,7 +66,7 @@ def is_list(source: str | Path) -> bool:
 
 def check_readable(source: str | Path) -> None:
     """Raise ConfigError for a table or list that does not exist or is not text."""
-    _read_content(os.fspath(source), named_files.absolute_path(os.fspath(source)))
+    read_content(os.fspath(source), named_files.absolute_path(os.fspath(source)))
 
 
 def read_table(source: str | Path, config: SourceConfig, *, labelled: bool) -> TableRows:
@@ -82,7 +82,7 @@ def read_table(source: str | Path, config: SourceConfig, *, labelled: bool) -> T
     """
     name, table = os.fspath(source), named_files.absolute_path(os.fspath(source))
     base = named_files.absolute_path(config.images) if config.images else table.rpartition(b"/")[0]
-    content = _read_content(name, table)
+    content = read_content(name, table)
     suffix = config.suffix.encode("utf-8", "surrogateescape")
     notes: list[str] = []
     labels: list[tuple[str, ...]] = []
@@ -129,12 +129,16 @@ def read_cells(location: str) -> TableParser:
     location: its escaped absolute path or URI, as in `Catalog.source`. Raises ConfigError if it
     cannot be read.
     """
-    content = _read_content(location, path_text.unescape_path(location))
+    content = read_content(location, path_text.unescape_path(location))
     return TableParser.parse_cells(location, content)
 
 
-def _read_content(source: str, table: bytes) -> bytes:
-    """The bytes of a table or list."""
+def read_content(source: str, table: bytes) -> bytes:
+    """The bytes of a table or list; table: its absolute path, for `source` as the user gave it.
+
+    Raises:
+        ConfigError: It cannot be read, or is not text.
+    """
     folder, _, leaf = table.rpartition(b"/")
     content, fault = reading.read_file(
         path_text.escape_path(folder or b"/"), path_text.escape_path(leaf), MAX_TABLE_BYTES

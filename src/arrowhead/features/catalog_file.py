@@ -17,20 +17,27 @@ from arrowhead.features.store_format import REPAIR
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
     """Write a catalog (`Catalog.columns`) as one Arrow file, complete or not at all.
 
-    Columns: path, size, stamp, labels, split, tries. Metadata: root, ignored, source.
+    Columns: path, size, stamp, labels, split, tries; and, if labels were corrected, source_labels,
+    null for the other images. Metadata: root, ignored, source.
     """
     import pyarrow as pa
 
+    names_type = pa.list_(pa.string())
     table = pa.table(
         {
             "path": pa.array(columns["paths"], pa.string()),
             "size": pa.array(columns["sizes"], pa.int64()),
             "stamp": pa.array(columns["stamps"], pa.int64()),
-            "labels": pa.array([list(names) for names in columns["labels"]], pa.list_(pa.string())),
+            "labels": pa.array([list(names) for names in columns["labels"]], names_type),
             "split": pa.array(columns["splits"], pa.string()).dictionary_encode(),
             "tries": pa.array(columns["tries"], pa.uint8()),
         }
     )
+    if corrected := columns.get("source_labels"):
+        source_labels = [
+            list(corrected[row]) if row in corrected else None for row in range(table.num_rows)
+        ]
+        table = table.append_column("source_labels", pa.array(source_labels, names_type))
     metadata = {"arrowhead.root": columns["root"], "arrowhead.ignored": str(columns["ignored"])}
     if columns.get("source"):
         metadata["arrowhead.source"] = columns["source"]
@@ -56,6 +63,7 @@ def read_catalog(path: Path, rows: range | NDArray[np.int64] | None = None) -> d
         "labels": [tuple(names) for names in table["labels"].to_pylist()],
         "splits": table["split"].to_pylist(),
         "tries": table["tries"].to_numpy(),
+        "source_labels": _source_labels(table),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
         "source": table.schema.metadata.get(b"arrowhead.source", b"").decode(),
     }
@@ -71,6 +79,18 @@ def find_paths(table: Any, paths: Sequence[str]) -> dict[str, int]:
     return dict(zip(table["path"].take(pa.array(row_M)).to_pylist(), row_M.tolist(), strict=True))
 
 
+def _source_labels(table: Any) -> dict[int, tuple[str, ...]]:
+    """The field `Catalog.source_labels`."""
+    if "source_labels" not in table.column_names:
+        return {}
+    column = table["source_labels"]
+    rows = np.flatnonzero(column.is_valid().to_numpy())
+    return {
+        row: tuple(names)
+        for row, names in zip(rows.tolist(), column.take(rows).to_pylist(), strict=True)
+    }
+
+
 def catalog_table(path: Path) -> Any:
     """The memory-mapped pyarrow table of a catalog; raises DataError if its schema differs."""
     import pyarrow as pa
@@ -84,10 +104,11 @@ def catalog_table(path: Path) -> Any:
         "split": pa.dictionary(pa.int32(), pa.string()),
         "tries": pa.uint8(),
     }
+    optional = {"source_labels": pa.list_(pa.string())}
     metadata = table.schema.metadata or {}
     is_valid = (
-        dict(zip(table.column_names, table.schema.types, strict=True)) == types
-        and not any(column.null_count for column in table.columns)
+        dict(zip(table.column_names, table.schema.types, strict=True)) in (types, types | optional)
+        and not any(table[name].null_count for name in types)
         and b"arrowhead.root" in metadata
         and metadata.get(b"arrowhead.ignored", b"").isdigit()
     )

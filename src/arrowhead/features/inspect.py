@@ -20,7 +20,7 @@ from arrowhead import fileio
 from arrowhead.data import chunks
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError, DataError
-from arrowhead.features import extract, store_format
+from arrowhead.features import corrections, extract, store_format
 from arrowhead.features.store import Store
 from arrowhead.wording import pluralize
 
@@ -51,7 +51,8 @@ def info(path: Path) -> dict[str, Any]:
 
     Returns:
         A dict for JSON: store, recipe, fingerprint, classes, images, features, faults by kind,
-        distinct (image contents), features by class and split, shards, bytes, root.
+        distinct (image contents), features by class and split, shards, bytes, root, corrections
+        (labels: how many differ from the source's; changes: numbers of those in effect).
 
     Raises:
         ConfigError: the store is not finished.
@@ -83,6 +84,10 @@ def info(path: Path) -> dict[str, Any]:
         "shards": len(manifest["shards"]),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "root": catalog.root,
+        "corrections": {
+            "labels": len(catalog.source_labels),
+            "changes": corrections.active_changes(corrections.read_history(store)),
+        },
     }
 
 
@@ -109,6 +114,12 @@ def _check_files(store: Store) -> Iterator[Finding]:
         except DataError as error:
             kind = "changed" if path.is_file() else "missing"
             yield Finding(kind, str(path), f"{error.found} Do: {error.do}")
+    try:
+        corrections.read_history(store)
+    except DataError as error:
+        file = store.path / store.manifest()["corrections"]["name"]
+        kind = "changed" if file.is_file() else "missing"
+        yield Finding(kind, str(file), f"{error.found} Do: {error.do}")
     for shard in store.manifest()["shards"]:
         file = store.path / "digests" / shard["name"]
         if file.is_file() and file.read_bytes().strip() != shard["sha256"].encode():
@@ -186,6 +197,11 @@ def find_unneeded(store: Store) -> list[Finding]:
         if catalog.name != manifest["catalog"]["name"]:
             words = "the catalog of an earlier run. Do: features gc"
             findings.append(Finding("leftover", str(catalog), words))
+    history = manifest.get("corrections", {"name": ""})["name"]
+    for file in sorted(store.path.glob("corrections-*.arrow")):
+        if file.name != history:
+            words = "the history of corrected labels before the last change. Do: features gc"
+            findings.append(Finding("leftover", str(file), words))
     for image in store.unused_golden(manifest.get("golden", [])):
         words = "no longer a golden image. Do: features gc"
         findings.append(Finding("leftover", str(image), words))

@@ -8,12 +8,14 @@
     store/
       store.json           format, recipe, fingerprint, chunk size
       catalog-<hash>.arrow paths, stamps, labels and splits; immutable
+      corrections-<hash>.arrow  every label that was corrected (`features.corrections`); immutable
       body.safetensors     the weights that made the features
       shards/<name>.arrow  immutable
       golden/<id>.img      copies of a few photos, with which bundles check other machines
       digests/<name>       sha256 of each shard, and of the pending catalog
       pending.arrow        the catalog of an extraction that has not finished
-      manifest.json        what is complete: catalog, shards, their hashes; replaced atomically
+      manifest.json        what is complete: catalog, corrections, shards, their hashes; replaced
+                           atomically
       catalog.arrow        a copy of the current catalog under a fixed name, for people
 
 A file gets its name only when it is complete, so the files on the disk show what is done, and a
@@ -42,15 +44,17 @@ from numpy.typing import NDArray
 
 from arrowhead import fileio, output_paths
 from arrowhead.errors import ConfigError, DataError
-from arrowhead.features import catalog_file, shard_file, store_format
+from arrowhead.features import catalog_file, corrections_file, shard_file, store_format
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.shard_file import ShardRows
 from arrowhead.features.store_format import (
+    CORRECTIONS_NAME,
     EXTRACT_AGAIN,
     FORMAT,
     IMAGE_ID,
     MANIFEST_SCHEMA,
     REPAIR,
+    RESTORE_CORRECTIONS,
     SHA256,
     STORE_SCHEMA,
 )
@@ -313,6 +317,7 @@ class Store:
         columns: Mapping[str, Any],
         intact: Mapping[str, str],
         golden: Sequence[str] = (),
+        corrections: Mapping[str, Sequence[Any]] | None = None,
     ) -> dict[str, Any]:
         """Write the catalog and the manifest; from then on readers see these shards.
 
@@ -321,6 +326,7 @@ class Store:
             columns: the catalog, see `Catalog.columns`.
             intact: hashes that are known already, from `intact_shards`.
             golden: names of the golden images; other files in their folder are removed.
+            corrections: the history of corrected labels, see `read_corrections`.
 
         Returns:
             The manifest.
@@ -342,16 +348,79 @@ class Store:
                     "sha256": intact.get(name) or fileio.sha256(self.shard_path(name)),
                 }
             )
-        catalog = self._write_catalog(columns) | {"tries": int(columns["tries"].sum())}
-        classes = sorted({name for names in columns["labels"] for name in names})
-        manifest = {"format": FORMAT, "classes": classes, "catalog": catalog, "shards": entries}
-        manifest["golden"] = list(golden)
-        fileio.write_sealed(self.path / "manifest.json", manifest)
-        with fileio.atomic_write(self.path / "catalog.arrow") as temporary:
-            shutil.copyfile(self.path / catalog["name"], temporary)
+        manifest = {"format": FORMAT, "shards": entries, "golden": list(golden)}
+        manifest = self._publish(manifest, columns, corrections)
         for file in self.unused_golden(golden):
             file.unlink()
         return manifest
+
+    def commit_labels(
+        self, columns: Mapping[str, Any], corrections: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Any]:
+        """Write the catalog with other labels, the history that they come from, and the manifest.
+
+        Nothing else changes. The manifest names catalog and history, so readers see both as they
+        were before, or both as they are now. Args and result: see `commit`.
+        """
+        return self._publish(self.manifest(), columns, corrections)
+
+    def _publish(
+        self,
+        manifest: Mapping[str, Any],
+        columns: Mapping[str, Any],
+        corrections: Mapping[str, Sequence[Any]] | None,
+    ) -> dict[str, Any]:
+        """Write the manifest with this catalog and history; see `commit`."""
+        catalog = self._write_hashed(
+            "catalog", lambda file: catalog_file.write_catalog(file, columns)
+        )
+        published = dict(manifest)
+        published["catalog"] = catalog | {"tries": int(columns["tries"].sum())}
+        published["classes"] = sorted({name for names in columns["labels"] for name in names})
+        published.pop("corrections", None)
+        if corrections and corrections["path"]:
+            published["corrections"] = self._write_hashed(
+                "corrections", lambda file: corrections_file.write_corrections(file, corrections)
+            )
+        fileio.write_sealed(self.path / "manifest.json", published)
+        with fileio.atomic_write(self.path / "catalog.arrow") as temporary:
+            shutil.copyfile(self.path / catalog["name"], temporary)
+        return published
+
+    def read_corrections(self) -> dict[str, list[Any]]:
+        """Read the history of corrected labels, by column (see `corrections_file`); {} if none.
+
+        In a store without a manifest it comes from the newest intact history, so that repairing a
+        manifest (by deleting it) loses no correction.
+
+        Raises:
+            DataError: The history is missing or has changed.
+        """
+        if not (self.path / "manifest.json").is_file():
+            return self._newest_corrections()
+        entry = self.manifest().get("corrections")
+        if entry is None:
+            return {}
+        path = self.path / entry["name"]
+        fileio.check_sha256(
+            path, entry["sha256"], recorded_in="the manifest", repair=RESTORE_CORRECTIONS
+        )
+        return corrections_file.read_corrections(path)
+
+    def _newest_corrections(self) -> dict[str, list[Any]]:
+        """The longest history among the files of the store whose hash is that in their name."""
+        newest: dict[str, list[Any]] = {}
+        newest_key = (0, 0)
+        for path in sorted(self.path.glob("corrections-*.arrow")):
+            name = CORRECTIONS_NAME.fullmatch(path.name)
+            if not name or not fileio.sha256(path).startswith(name[1]):
+                continue
+            columns = corrections_file.read_corrections(path)
+            # A history only grows: by rows, and by marks that a row was undone.
+            key = len(columns["path"]), sum(when is not None for when in columns["undone"])
+            if key > newest_key:
+                newest, newest_key = columns, key
+        return newest
 
     def unused_golden(self, names: Sequence[str]) -> list[Path]:
         """Golden images that are not among `names`; none if their folder is a symbolic link."""
@@ -359,13 +428,13 @@ class Store:
         files = [] if folder.is_symlink() else sorted(folder.glob("*.img"))
         return [file for file in files if IMAGE_ID.fullmatch(file.stem) and file.stem not in names]
 
-    def _write_catalog(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a catalog under a name that contains its hash; the manifest's entry for it."""
-        temporary = fileio.draft_path(self.path / "catalog")
+    def _write_hashed(self, stem: str, write: Callable[[Path], None]) -> dict[str, Any]:
+        """Write an Arrow file under a name that contains its hash; the manifest's entry for it."""
+        temporary = fileio.draft_path(self.path / stem)
         try:
-            catalog_file.write_catalog(temporary, columns)
+            write(temporary)
             digest = fileio.sha256(temporary)
-            path = self.path / f"catalog-{digest[:16]}.arrow"
+            path = self.path / f"{stem}-{digest[:16]}.arrow"
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

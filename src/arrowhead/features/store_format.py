@@ -17,6 +17,12 @@ EXTRACT_AGAIN = (
     "delete the file and run the same precompute again: only its images are decoded again."
 )
 
+RESTORE_CORRECTIONS = (
+    "restore the file from a copy. Without one, delete it and manifest.json and run the same"
+    " precompute again: the store then has the corrections that an older corrections-*.arrow in it"
+    " holds."
+)
+
 
 def _positive(value: Any) -> bool:
     return type(value) is int and value > 0
@@ -40,6 +46,7 @@ RECIPE_SCHEMA = {
     **dict.fromkeys(("mean", "std"), _three_numbers),
     "antialias": bool,
 }
+CORRECTIONS_NAME = re.compile(r"corrections-([0-9a-f]{16})\.arrow")  # the start of its sha256
 IMAGE_ID = re.compile("[0-9a-f]{32}")
 STORE_SCHEMA = {"recipe": dict, "chunk_size": _positive}
 MANIFEST_SCHEMA = {
@@ -54,6 +61,7 @@ MANIFEST_SCHEMA = {
         | {"sha256": SHA256}
     ],
     "golden?": [IMAGE_ID],  # absent in what version 0.1.0 wrote
+    "corrections?": {"name": CORRECTIONS_NAME, "sha256": SHA256},
 }
 
 

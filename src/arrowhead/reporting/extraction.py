@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arrowhead.data.catalog import Catalog
-from arrowhead.features import extract
+from arrowhead.features import corrections, extract
 from arrowhead.features.store import Store
 from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import Screen
@@ -75,7 +75,7 @@ def show_class_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
         screen.say(f"{folder}/ holds no image: it is not a class")
     if not (store.path / "manifest.json").is_file():
         return
-    before, now = set(store.manifest()["classes"]), set(catalog.classes)
+    before, now = set(corrections.source_classes(store)), set(catalog.classes)
     if before != now:
         changes = [
             f"{word} {', '.join(sorted(names))}"
