@@ -107,7 +107,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
 
 
 def write_tables(directory: Path) -> None:
-    """Write labels.csv with the guide's columns, and tags.csv with one or two labels per image."""
+    """Write labels.csv with the guide's columns, tags.csv with one or two labels per image, and
+    fixes.csv with a new label for one image.
+    """
     photos = sorted((directory / "photos").rglob("*.jpg"))[::3]
     rows = [(path.relative_to(directory / "photos"), path.parent.name) for path in photos]
     labels = [
@@ -115,6 +117,9 @@ def write_tables(directory: Path) -> None:
     ]
     (directory / "labels.csv").write_text("\n".join(["image,breed,split", *labels]) + "\n")
     tags = [f"{path},{label}{'|dark' * (i % 2)}" for i, (path, label) in enumerate(rows)]
+    path, label = rows[0]
+    other = next(other for _, other in rows if other != label)
+    (directory / "fixes.csv").write_text(f"path,label,new_label\n{path},{label},{other}\n")
     (directory / "tags.csv").write_text("\n".join(["path,tags", *tags]) + "\n")
 
 

@@ -75,6 +75,8 @@ def relabel(
         changes = label_changes.plan_changes(state, rows, table)
         before, when = state.catalog, _now()
         number = max((one.change for one in state.history), default=0) + 1
+        changed = {row for row, new in changes.labels.items() if new != before.labels[row]}
+        contents = {state.image_ids[row] for row in changed if table.copies}
         added = [
             Correction(
                 change=number,
@@ -88,7 +90,7 @@ def relabel(
                 copies=table.copies,
             )
             for row, labels in sorted(changes.labels.items())
-            if labels != before.labels[row]
+            if row in changed or state.image_ids[row] in contents
         ]
         history = [*state.history, *added]
         after = state.with_history(history, f"change {rows.source}; nothing was changed.")
@@ -97,7 +99,7 @@ def relabel(
         "change": number if added else None,
         "by": config.author,
         "copies": sum(before.labels[row] != after.labels[row] for row in changes.copies),
-        "unchanged": len(changes.labels) - len(added),
+        "unchanged": len(changes.labels) - len(changed),
         "skipped": rows.skipped,
     }
     reporting_corrections.show_relabelled(result, rows.source, before, after, screen)
@@ -149,7 +151,8 @@ def show_history(path: Path, screen: Screen) -> dict[str, Any]:
     labels = len(Catalog(**store.read_catalog()).source_labels)
     by_change: dict[int, list[Correction]] = {}
     for one in corrections.read_history(store):
-        by_change.setdefault(one.change, []).append(one)
+        if one.old != one.new:
+            by_change.setdefault(one.change, []).append(one)
     reporting_corrections.show_history(path, by_change, labels, screen)
     changes = [
         {name: getattr(rows[0], name) for name in ("change", "when", "by", "undone", "undone_by")}

@@ -42,7 +42,8 @@ class Correction:
         path: The image below the catalog's root, as it was called then.
         image_id: Hash of its content, 16 bytes.
         old: Labels before, sorted.
-        new: Labels after, sorted.
+        new: Labels after, sorted. The same as `old` where a copy of a corrected image had the
+            label already: such a row only remembers that.
         copies: Whether it also holds for files with the same content under other paths.
         undone: When it was undone; None while it is in effect.
         undone_by: Who undid it.
@@ -230,7 +231,7 @@ def correct_labels(
     result = CorrectedLabels(labels=list(catalog.labels), before=list(catalog.labels))
     if not active:
         return result
-    expected_id = {one.path: one.image_id for one in active}
+    expected_id = {one.path: one.image_id for one in active if one.old != one.new}
     by_image = _by_image(active)
     other_image, found = {}, set()
     for row, (path, image_id) in enumerate(zip(catalog.paths, image_ids, strict=True)):
@@ -266,7 +267,9 @@ def _replay(
         The labels after them; the labels before them (see `CorrectedLabels.before`); and the
         corrections of the last change, [] if none holds for this file.
     """
-    relevant = (one for one in corrections if one.copies or one.path == path)
+    relevant = (
+        one for one in corrections if one.path == path or (one.copies and one.old != one.new)
+    )
     changes = [list(group) for _, group in itertools.groupby(relevant, lambda one: one.change)]
     labels, first_applied = source_labels, len(changes)
     for number, change in enumerate(changes):
