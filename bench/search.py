@@ -4,8 +4,8 @@
 
 STORE is a store of labelled photos that are still where they were. Two measures: of the ten images
 most similar to each image, how many have its label (precision); and how often an altered copy of
-one of --copies images finds its original first (recall). Then the similarity is computed in a store
-as large as --rows images, made of copies of the features, to measure time and memory.
+one of --copies images finds its original first (recall). Before that, time and memory of one query
+are measured in a store as large as --rows images, made of copies of the features.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def main() -> None:
     known = store.features()
     feature_ND = known.feature[:, 0].astype(np.float32)
     result: dict[str, Any] = {"about": environment(store, known, args)}
+    result["scale"] = measure_scale(store, args.rows)  # first, while little memory is in use
+    print(result["scale"])
     altered = alter(store, known, args.copies)
     for name, prepare in preparations(feature_ND).items():
         unit_ND = prepare(feature_ND)
@@ -56,8 +58,6 @@ def main() -> None:
             first = (prepare(changed) @ unit_ND.T).argmax(1)
             result[name][f"recall: {change}"] = float((first == rows).mean())
         print(f"{name:<24}", "  ".join(f"{k} {v:.3f}" for k, v in result[name].items()))
-    result["scale"] = measure_scale(store, args.rows)
-    print(result["scale"])
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
