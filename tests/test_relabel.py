@@ -548,6 +548,8 @@ from arrowhead.commands.label_changes import TableConfig
 from arrowhead.features import corrections_file, store
 from arrowhead.reporting.run_context import SilentScreen
 
+pyarrow.array([1])  # imports the rest
+
 def count_down(name, left):
     original = getattr(os, name)
     def call(*args, **options):
