@@ -17,7 +17,8 @@ from arrowhead.reporting.run_context import RunContext
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.wording import shell_command
 
-MAX_QUICK_IMAGES = 50_000
+# With more images, the report of a training leaves these out: they would take minutes.
+MAX_LABEL_ERROR_IMAGES, MAX_DUPLICATE_IMAGES = 20_000, 3_000
 
 
 def examine(
@@ -97,8 +98,9 @@ def report_of_training(store: Path, bundle: Path, context: RunContext) -> str | 
 def _quick(store: Path) -> ExamineConfig:
     """What the report of a training contains: with many images not what takes minutes."""
     images = sum(shard["files"] for shard in Store(store).manifest()["shards"])
-    few = images <= MAX_QUICK_IMAGES
-    return ExamineConfig(label_errors=few, duplicates=few)
+    return ExamineConfig(
+        label_errors=images <= MAX_LABEL_ERROR_IMAGES, duplicates=images <= MAX_DUPLICATE_IMAGES
+    )
 
 
 def report_folder(bundle: Path) -> Path:

@@ -13,9 +13,9 @@ from arrowhead.examine.cards import Heat
 from arrowhead.features.extract import ExtractConfig
 
 SENTENCES = {
-    "CAM": "“Where it looked” colors what speaks for the prediction (yellow to red) and against it"
+    "CAM": '"Where it looked" colors what speaks for the prediction (yellow to red) and against it'
     " (blue), by class activation maps: their mean is the logit (arXiv:1512.04150).",
-    "Grad-CAM": "“Where it looked” colors what speaks for the prediction, by Grad-CAM"
+    "Grad-CAM": '"Where it looked" colors what speaks for the prediction, by Grad-CAM'
     " (arXiv:1610.02391).",
 }
 

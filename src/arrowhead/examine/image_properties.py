@@ -65,8 +65,8 @@ class ImageProperties:
             in complex images", J. Opt. Soc. Am. A 7(10), 1990).
         sharpness: float64 (M,), variance of the Laplacian of the luminance (LAP4 in Pertuz et al.,
             "Analysis of focus measure operators", Pattern Recognition 46(5), 2013).
-        colourfulness: float64 (M,), the metric of Hasler and Süsstrunk ("Measuring colourfulness in
-            natural images", SPIE 5007, 2003, section 7).
+        colourfulness: float64 (M,), the metric of Hasler and Suesstrunk ("Measuring colourfulness
+            in natural images", SPIE 5007, 2003, section 7).
         format: M names such as JPEG; "" for a file that cannot be decoded.
         color: M values: grey, color, or "" for a file that cannot be decoded.
     """

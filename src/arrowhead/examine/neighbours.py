@@ -6,7 +6,7 @@
       -> candidates              the nearest rows of each row, by the projection
       -> pairs                   their cosine similarity with all numbers, at least `min_similarity`
 
-An inverted file with several probes (Jégou et al., "Product Quantization for Nearest Neighbor
+An inverted file with several probes (Jegou et al., "Product Quantization for Nearest Neighbor
 Search", 2011, section 4), without the quantization of the rows. Up to EXACT_ROWS rows there is one
 cell, so every pair is compared. bench/duplicates.py measures time, memory and recall.
 

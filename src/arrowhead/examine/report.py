@@ -63,6 +63,7 @@ class Content:
     about: list[tuple[str, str]]
     version: str = __version__
     first: list[Finding] = field(default_factory=list)
+    left_out: str = ""
     tiles: list[dict[str, str]] = field(default_factory=list)
     held_out_sentence: str = ""
     galleries: list[Gallery] = field(default_factory=list)
@@ -152,6 +153,7 @@ class Report:
             content.map = map_section(self.store, self.catalog, self.predictions)
         self._on_step("drawing the curves")
         self._add_curves(content, folder)
+        content.left_out = self._left_out()
         content.first = findings.choose([*self._findings(content), *said])
         return content
 
@@ -299,6 +301,20 @@ class Report:
             card_of(int(self.predictions.row[index]), galleries=names)
             for index, names in shown_in.items()
         ]
+
+    def _left_out(self) -> str:
+        """Which analyses were not wanted, in words."""
+        wanted = self.config
+        names = [
+            name
+            for name, done in (
+                ("wrong labels", wanted.label_errors),
+                ("duplicates", wanted.duplicates),
+                ("slices", wanted.slices),
+            )
+            if not done
+        ]
+        return f"Not looked for: {', '.join(names)}." if names else ""
 
     def _add_curves(self, content: Content, folder: Path) -> None:
         for chart in curves.draw(self.predictions, self.metrics, self.bundle_path):
