@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arrowhead.bundle import format as bundle_format
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.examine import duplicates as examine_duplicates
@@ -19,6 +21,8 @@ from arrowhead.examine.outliers import Outliers
 from arrowhead.examine.predictions import Predictions
 from arrowhead.examine.slices import HeldOutImages, SliceReport
 from arrowhead.features.store import Store
+
+MAX_SINGLE_THREAD_IMAGES = 5_000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,15 +60,8 @@ def analyze(
 ) -> Analysis:
     """Run the analyses that `config` wants; on_step: called when one begins."""
     result = Analysis()
-    if config.label_errors:
-        on_step("looking for wrong labels")
-        try:
-            result.label_errors = examine_label_errors.find_label_errors(store)
-        except ConfigError:  # too few classes or images: there is nothing to judge
-            result.label_errors = None
-    if config.duplicates:
-        on_step("looking for duplicates")
-        result.duplicates = examine_duplicates.find_duplicates(store, catalog)
+    with _few_threads(len(catalog)):
+        _analyze_labels_and_copies(result, store, catalog, config, on_step)
     if config.slices and predictions.held_out.any():
         on_step("comparing slices")
         held_out = HeldOutImages.from_predictions(predictions)
@@ -74,6 +71,36 @@ def analyze(
         result.outliers = outliers.find_outliers(store)
     result.faults = faults.find_faults(store)
     return result
+
+
+@contextmanager
+def _few_threads(images: int) -> Iterator[None]:
+    """Compute with one thread if there are few images: threads would wait more than they work."""
+    from threadpoolctl import threadpool_limits
+
+    if images > MAX_SINGLE_THREAD_IMAGES:
+        yield
+        return
+    with bundle_format.single_thread(), threadpool_limits(1):
+        yield
+
+
+def _analyze_labels_and_copies(
+    result: Analysis,
+    store: Store,
+    catalog: Catalog,
+    config: ExamineConfig,
+    on_step: Callable[[str], None],
+) -> None:
+    if config.label_errors:
+        on_step("looking for wrong labels")
+        try:
+            result.label_errors = examine_label_errors.find_label_errors(store)
+        except ConfigError:  # too few classes or images: there is nothing to judge
+            result.label_errors = None
+    if config.duplicates:
+        on_step("looking for duplicates")
+        result.duplicates = examine_duplicates.find_duplicates(store, catalog)
 
 
 def write_tables(result: Analysis, folder: Path, store: Store, catalog: Catalog) -> None:

@@ -37,6 +37,7 @@ from arrowhead.examine import (
     thumbnails,
 )
 from arrowhead.examine.analysis import Analysis, analyze, write_tables
+from arrowhead.examine.before_after import compare_with_previous
 from arrowhead.examine.cards import CardMaker, Heat
 from arrowhead.examine.config import ExamineConfig
 from arrowhead.examine.findings import Finding
@@ -74,7 +75,7 @@ class Content:
     per_class: list[dict[str, Any]] = field(default_factory=list)
     per_class_caption: str = ""
     label_errors: dict[str, Any] | None = None
-    corrections: dict[str, Any] | None = None
+    before_after: dict[str, Any] | None = None
     duplicates: dict[str, Any] | None = None
     slices: dict[str, Any] | None = None
     outliers: dict[str, Any] | None = None
@@ -88,6 +89,7 @@ class Content:
         named = [
             ("pictures", "Pictures", self.cards),
             ("mistakes", "Mistakes", self.confusion),
+            ("before", "Before and after", self.before_after),
             ("labels", "Labels", self.label_errors),
             ("duplicates", "Duplicates", self.duplicates),
             ("slices", "Slices", self.slices),
@@ -142,6 +144,9 @@ class Report:
     def _content(self, folder: Path) -> Content:
         content = self._header()
         self._add_mistakes(content, folder)
+        content.before_after = compare_with_previous(
+            self.store, self.catalog, self.bundle_path, self.predictions
+        )
         analysis = analyze(self.store, self.catalog, self.predictions, self.config, self._on_step)
         write_tables(analysis, folder, self.store, self.catalog)
         found = galleries.choose_galleries(self.predictions, self.config.pictures)
