@@ -359,5 +359,14 @@ def test_turned_and_mirrored_squares_become_equal():
     assert (turned == turned[0]).all()
 
 
+def test_two_photos_in_the_same_frame_are_different(drawn):
+    photos = [Image.open(file) for file in sorted((drawn / "train").rglob("*.jpg"))[::18]]
+    framed = [thumbnail(load("duplicates").HARD["border 15 %"](photo)) for photo in photos]
+    for number, one in enumerate(framed):
+        for other in framed[:number]:
+            whole, _ = image_matching.similarity(one, other)
+            assert whole < image_matching.MIN_WHOLE
+
+
 def test_a_file_that_is_no_image_gives_a_fault():
     assert "corrupt" in str(image_matching.decode_thumbnail(b"not an image"))

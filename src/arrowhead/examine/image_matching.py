@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from arrowhead.decode import pillow_images
 
 SIDE = 64  # pixels of a thumbnail's longer side
-SQUARE_SIDE = 32
+STRETCHED_SIDE = 32
+MARGIN = 7  # pixels of a stretched image that are left out on each side: two frames are alike
+SQUARE_SIDE = STRETCHED_SIDE - 2 * MARGIN
 FINE_SIGMA, COARSE_SIGMA = 0.8, 2.5  # pixels: details between these sizes are compared
 TEMPLATE_SHARE = 0.62  # of width and height: a crop that keeps the middle contains it
 SCALES = tuple(1.07**step for step in range(-7, 8))  # 0.62 to 1.61
 MIN_TEMPLATE_SIDE = 8  # pixels
 # Correlations from which two images are the same photo; see bench/duplicates.py.
-MIN_WHOLE, MIN_PART = 0.75, 0.82
+MIN_WHOLE, MIN_PART = 0.8, 0.82
 MIN_ROUGH = 0.55  # with a third of the sizes; below, the others are not tried
 MIN_CONTRAST = 2.0  # grey levels: standard deviation below which an image is of one colour
 MAX_FLAT_DIFFERENCE = 8.0  # grey levels between two images of one colour that are the same
@@ -59,14 +61,15 @@ def is_flat(grey: Thumbnail) -> bool:
 
 
 def square_details(grey: Thumbnail) -> Grey:
-    """The details of a whole thumbnail, stretched to a square.
+    """The details of a whole thumbnail, stretched to a square, without its margin.
 
     Returns:
         float32 (SQUARE_SIDE, SQUARE_SIDE) with mean 0 and norm 1; zeros for one colour.
     """
     if is_flat(grey):
         return np.zeros((SQUARE_SIDE, SQUARE_SIDE), np.float32)
-    return _normalize(_details(_resize(grey.astype(np.float32), SQUARE_SIDE, SQUARE_SIDE)))
+    stretched = _resize(grey.astype(np.float32), STRETCHED_SIDE, STRETCHED_SIDE)
+    return _normalize(_details(stretched)[MARGIN:-MARGIN, MARGIN:-MARGIN])
 
 
 def turn_alike(square_NHW: Grey, pattern: Grey) -> Grey:
