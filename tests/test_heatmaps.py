@@ -123,15 +123,52 @@ def test_features_beside_a_map_are_those_of_the_body(body):
         assert torch.allclose(map_BKhw.mean((2, 3)), feature_BD, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", ["max", "concat"])
+def test_grad_cam_of_max_pooling_weights_channels_by_the_head(pool, photos):
+    bundle = make_bundle("resnet18", pool=pool)
+    state, width = bundle.head_state, 512
+    # The gradient of a maximum, summed over positions, is 1; so is that of the average.
+    weight_CD = state["2.weight"] / state["0.deviation"]
+    weight_CK = weight_CD[:, :width] + (weight_CD[:, width:] if pool == "concat" else 0)
+    assert_grad_cam(bundle, photos, lambda _: weight_CK)
+
+
+def test_grad_cam_of_the_lesson_head_weights_channels_by_its_gradient(photos):
+    bundle = make_bundle("resnet18", head="lesson")
+    head = bundle.make_head()
+
+    def gradient(feature_D: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.functional.jacobian(lambda x: head(x[None])[0], feature_D)
+
+    assert_grad_cam(bundle, photos, gradient)
+
+
+def assert_grad_cam(bundle: Bundle, photos: list[bytes], channel_weights: object) -> None:
+    """Compare with the formula of the paper; channel_weights: from a feature (D,) to (C, K)."""
+    body = bundle.make_body()
+    with replay.clean_decoder(bundle.recipe, "cpu", 1, 16) as decode:
+        view_NHWC = decode(photos, [bytes(16)] * len(photos)).views[0]
+    map_NKhw, feature_ND = FeatureMaps(body)(torch.from_numpy(view_NHWC).permute(0, 3, 1, 2))
+    wanted, positive = [2, 0, 1, 1, 2], 0
+    for row, heatmap in enumerate(heatmaps.explain(bundle, photos, wanted)):
+        assert heatmap is not None
+        assert heatmap.method == "Grad-CAM"
+        weight_K = channel_weights(feature_ND[row].detach())[wanted[row]]
+        total_hw = (weight_K[:, None, None] * map_NKhw[row].detach()).sum(0).numpy()
+        scale = float(np.abs(total_hw).max())
+        assert heatmap.map == pytest.approx(np.maximum(total_hw, 0), abs=1e-3 * scale)
+        positive += (heatmap.map > 0.01 * scale).any()
+    assert positive
+
+
 @pytest.mark.parametrize("body", OTHER_BODIES)
 def test_networks_that_do_more_than_average_get_grad_cam(body, photos):
     bundle = make_bundle(body, size=224)
-    for wanted in ([0] * 5, [1] * 5, [2] * 5):
-        for heatmap in heatmaps.explain(bundle, photos, wanted):
-            assert heatmap is not None
-            assert (heatmap.method, heatmap.map.shape) == ("Grad-CAM", (7, 7))
-            assert heatmap.map.min() >= 0
-            assert np.isfinite(heatmap.map).all()
+    for heatmap in heatmaps.explain(bundle, photos * 3, [0] * 5 + [1] * 5 + [2] * 5):
+        assert heatmap is not None
+        assert (heatmap.method, heatmap.map.shape) == ("Grad-CAM", (7, 7))
+        assert heatmap.map.min() >= 0
+        assert np.isfinite(heatmap.map).all()
 
 
 def test_an_image_can_be_explained_for_several_classes_in_any_order(photos):
@@ -218,15 +255,17 @@ def test_the_box_of_a_map_holds_the_pixels_that_the_network_saw(resize, photo):
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_map_is_strongest_over_the_bright_square(resize, orientation):
-    bundle = bright_detector(resize)
-    for x, y in ((0.68, 0.12), (0.25, 0.12), (0.25, 0.62), (0.68, 0.62)):
+def test_an_overlay_is_strongest_over_the_bright_square(resize):
+    squares = [(0.68, 0.12), (0.25, 0.12), (0.25, 0.62), (0.68, 0.62)]
+    cases = [(x, y, turn) for x, y in squares for turn in (1, 3, 6, 8)]
+    files = []
+    for x, y, turn in cases:
+        left, top = int(x * 480), int(y * 360)
         upright = Image.new("RGB", (480, 360), (40, 40, 40))
-        upright.paste(
-            (255, 255, 255), (int(x * 480), int(y * 360), int(x * 480) + 90, int(y * 360) + 90)
-        )
-        (heatmap,) = heatmaps.explain(bundle, [encode(upright, orientation)], [0])
+        upright.paste((255, 255, 255), (left, top, left + 90, top + 90))
+        files.append(encode(upright, turn))
+    found = heatmaps.explain(bright_detector(resize), files, [0] * len(files))
+    for (x, y, _), heatmap in zip(cases, found, strict=True):
         assert heatmap is not None
         alpha = drawn_overlay(heatmap)[..., 3]
         row, column = np.argwhere(alpha == alpha.max()).mean(0)
