@@ -12,6 +12,10 @@ reported.
 --digits also measures scikit-learn's 1,797 handwritten digits (8 x 8 pixels, enlarged to 128 x
 128 JPEGs): ten classes that the body has never seen.
 
+--cost N measures time and memory instead, on the features of the photos repeated until there are N,
+each with some noise, so that none is a copy. A class is the side of a random plane, or of seven (up
+to 100 of 128 classes, of different sizes); 5 % of the labels are replaced.
+
 cleanlab is installed into an environment of its own below --cache, so it needs a package index the
 first time; without it, its rankers are left out. It is given the held-out probabilities of the
 same scikit-learn models as "margin, held out". In-sample: the images were trained on themselves.
@@ -27,6 +31,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import venv
 import warnings
@@ -51,7 +56,7 @@ from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.store import Store
 from arrowhead.training import run
-from arrowhead.training.dataset import Data
+from arrowhead.training.dataset import Data, InMemoryFeatures
 
 OURS = "Arrowhead"
 HELD_OUT = {
@@ -91,12 +96,13 @@ def main() -> None:
     parser.add_argument("--std", type=float, nargs=3, help="of the weights' own training")
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 20), metavar=("FIRST", "END"))
     parser.add_argument("--share", type=float, default=0.05, help="of the labels to replace")
+    parser.add_argument("--cost", type=int, help="only measure the cost for this many images")
     parser.add_argument("--cache", type=Path, default=Path(".cache/cleanlab"))
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     torch.set_num_threads(2)
-    peer = install_cleanlab(args.cache)
+    peer = None if args.cost else install_cleanlab(args.cache)
     norm = {name: tuple(v) for name in ("mean", "std") if (v := getattr(args, name))}
     config = FeatureConfig(body=BodyConfig(body=args.body, weights=args.weights, **norm))
     results = {}
@@ -109,6 +115,11 @@ def main() -> None:
             draw_digits(scratch / "images")
             stores["digits"] = scratch / "digits"
             precompute.precompute(str(scratch / "images"), stores["digits"], config)
+        if args.cost:
+            results["cost"] = [
+                measure_cost(Store(stores["photos"]), args.cost, classes) for classes in (2, 100)
+            ]
+            stores = {}
         for name, path in stores.items():
             results[name] = measure(Store(path), range(*args.seeds), args.share, peer)
             show(name, results[name])
@@ -313,6 +324,71 @@ def summarize_estimates(estimates: list[dict[str, Any]], replaced: int) -> dict[
         "flagged": summarize([one["flagged"] for one in estimates]),
         "flagged_replaced": summarize([one["flagged_replaced"] for one in estimates]),
     }
+
+
+def measure_cost(store: Store, images: int, classes: int) -> dict[str, Any]:
+    """Seconds, and the highest memory beyond features and labels, for repeated features."""
+    data, _ = run.read_data(store, "cpu")
+    rng = np.random.default_rng(0)
+    flat = torch.from_numpy(np.arange(images) % len(data.key) * data.feature.shape[1])
+    feature = data.feature.take(flat).numpy()
+    deviation = feature[: len(data.key)].std(0)
+    for part in np.array_split(feature, max(1, images // 1000)):  # in place
+        part += (rng.standard_normal(part.shape) * deviation / 2).astype(np.float16)
+    planes = rng.standard_normal((feature.shape[1], 1 if classes == 2 else 7)) / deviation.mean()
+    centred = feature - feature.mean(0, dtype=np.float32)
+    label = ((centred @ planes > 0) @ (1 << np.arange(planes.shape[1]))) % classes
+    del centred
+    label, _ = replace_labels(label, classes, 0.05, 0)
+    rows = np.arange(images)
+    tiled = Data(
+        feature=InMemoryFeatures(torch.from_numpy(feature)[:, None]),
+        label=torch.from_numpy(label),
+        key=rng.permutation(images).astype(np.uint64),
+        train=rows,
+        valid=rows[:0],
+        classes=[str(number) for number in range(classes)],
+    )
+    before = resident_mib()
+    peak = PeakMemory()
+    started = time.perf_counter()
+    found = label_errors.rank_labels(tiled, rows)
+    result = {
+        "images": images,
+        "classes": classes,
+        "features": int(feature.shape[1]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "more_memory_mib": round(peak.stop() - before),
+        "accuracy": round(found.accuracy, 3),
+        "estimate": round(found.estimated_errors),
+    }
+    print(result, flush=True)
+    return result
+
+
+def resident_mib() -> float:
+    """The memory of this process, MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class PeakMemory:
+    """Looks at the memory of this process every 50 ms."""
+
+    def __init__(self) -> None:
+        self._peak, self._stop = resident_mib(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self._peak = max(self._peak, resident_mib())
+
+    def stop(self) -> float:
+        """The highest memory so far, MiB."""
+        self._stop.set()
+        self._thread.join()
+        return self._peak
 
 
 def show(name: str, result: dict[str, Any]) -> None:

@@ -21,6 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 RATE_PRIOR = (1.5, 20.0)  # of the rates, a beta distribution: its mode is 2.6 %
+SHARPNESS_PRIOR = 2.0  # power of the mean absolute logit: where the images do not tell sharp
+# predictions of wrong labels from unsure ones of right labels, the former are assumed
+MAX_SHARPNESS = 10.0  # mean absolute logit from which on the prior is flat
 SCALE_LIMITS = (-7.0, 4.0)  # of the natural logarithm of a scale
 RATE_LIMITS = (-12.0, 1.0)  # of the logit of a rate
 STARTS = ((0.0, -2.2), (0.0, -4.6), (-2.0, -2.2), (-2.0, -4.6))  # scale, rate
@@ -36,6 +39,7 @@ class LabelNoise:
             and a temperature at once.
         rate: float64 (R,), the share of labels recorded wrongly. R is 1, or 2 with several labels
             per image: that of labels which are missing, and that of labels which are too many.
+        margin: float64 (M,), the scaled margins' sum: the logit of the given label.
         wrong: float64 (M,), the probability that each label is wrong.
         interval: Between which numbers of wrong labels the true one lies with 95 % probability.
         cost: What the fit minimized, nats: lower is better for the same labels.
@@ -43,6 +47,7 @@ class LabelNoise:
 
     scale: NDArray[np.float64]
     rate: NDArray[np.float64]
+    margin: NDArray[np.float64]
     wrong: NDArray[np.float64]
     interval: tuple[float, float]
     cost: float
@@ -72,8 +77,10 @@ def fit(
 
     def cost(point: NDArray[np.float64]) -> float:
         right, wrong, rate = _likelihoods(point, margin_MJ, alternatives, kind)
+        size = np.abs(margin_MJ @ np.exp(point[:margins])).mean()
+        sharpness = SHARPNESS_PRIOR * np.log(min(size, MAX_SHARPNESS) + 1e-9)
         prior = (RATE_PRIOR[0] - 1) * np.log(rate) + (RATE_PRIOR[1] - 1) * np.log1p(-rate)
-        return float(-np.log(np.maximum(right + wrong, 1e-300)).sum() - prior.sum())
+        return float(-np.log(np.maximum(right + wrong, 1e-300)).sum() - prior.sum() - sharpness)
 
     limits = [SCALE_LIMITS] * margins + [RATE_LIMITS] * rates
     results = [
@@ -91,6 +98,7 @@ def fit(
     return LabelNoise(
         scale=np.exp(best.x[:margins]),
         rate=rate,
+        margin=margin_MJ @ np.exp(best.x[:margins]),
         wrong=posterior,
         interval=bounds,
         cost=float(best.fun),

@@ -33,7 +33,7 @@ NO_LABEL = -1
 FLAG_SCORE = 0.5  # labels that are more likely wrong than right are flagged
 REFITS = 1  # how often the heads are solved again with trust in each label
 CSV_HEADER = ("path", "label", "suggested", "score", "new_label")
-MIN_CSV_ROWS = 100
+MIN_CSV_IMAGES = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +193,7 @@ def _judge(data: Data) -> _Evidence:
     noise = _fit(heads, folds.neighbour_margins(), judged, data, present)
     first = heads
     for _ in range(REFITS):
-        trust = _trust(noise.wrong, judged, label.shape)
+        trust = _trust(noise.margin, judged, label.shape)
         heads = folds.head_margins(trust)
         noise = _fit(heads, folds.neighbour_margins(trust), judged, data, present)
     wrong = np.full(entries, np.nan)
@@ -229,11 +229,15 @@ def _fit(
 
 
 def _trust(
-    wrong: NDArray[np.float64], judged: NDArray[np.bool_], shape: tuple[int, ...]
+    margin: NDArray[np.float64], judged: NDArray[np.bool_], shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
-    """Return the weight of each image: the probability that its labels are right."""
+    """Return the weight of each image: 0 if any of its labels is not the one predicted, else 1.
+
+    Heads that were trained with wrong labels are as unsure as these are frequent, so that their
+    predictions explain every wrong label without an error.
+    """
     trust = np.ones(judged.shape)
-    trust[judged] = 1 - wrong
+    trust[judged] = margin > 0
     return trust if len(shape) == 1 else trust.reshape(shape).min(1)
 
 
@@ -304,39 +308,78 @@ def _conflicts(
 # ---------------------------------------------------------------------------------- the table
 
 
-def write_csv(errors: LabelErrors, catalog: Catalog, path: Path, rows: int | None = None) -> None:
-    """Write label_errors.csv: path, label, suggested, score, and an empty column new_label.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suggestion:
+    """What an image's label should be; several labels are joined by |.
 
-    Look at the images, fill in new_label where the label is wrong, and give the file to
-    `arrowhead relabel`. With several labels per image they are joined by |, and `suggested` has
-    all changes that are more likely right than wrong, or else the most likely one.
+    Attributes:
+        row: The row of the catalog.
+        label: The label that was given, "" for none.
+        suggested: The label to give instead; "" if none of the changes is likely.
+        score: The highest score of the image's labels (see `LabelErrors.score`).
+    """
+
+    row: int
+    label: str
+    suggested: str
+    score: float
+
+
+def suggestions(errors: LabelErrors, catalog: Catalog, images: int) -> list[Suggestion]:
+    """Return the most suspicious images with their labels as text, most suspicious first.
+
+    With several labels per image, `suggested` has all changes that are more likely right than
+    wrong, or else the most likely one.
 
     Args:
         errors: The ranked labels.
         catalog: The catalog of the store.
-        path: The file.
-        rows: The number of images, most suspicious first; None: twice as many as are flagged, but
-            at least 100.
+        images: The maximum number of images.
     """
     classes = catalog.classes
-    if rows is None:
-        rows = max(2 * errors.flagged, MIN_CSV_ROWS)
     changes: dict[int, list[int]] = {}  # positions of the entries by catalog row
     for position, row in enumerate(errors.row.tolist()):
         if row in changes:
             if errors.score[position] > FLAG_SCORE:
                 changes[row].append(position)
-        elif len(changes) < rows:
+        elif len(changes) < images:
             changes[row] = [position]
+        elif not errors.multi:
+            break
+    result = []
+    for row, positions in changes.items():
+        labels = set(catalog.labels[row])
+        for position in positions:
+            given, other = int(errors.label[position]), int(errors.suggested[position])
+            if errors.multi or other != NO_LABEL:
+                labels -= {classes[given]} if given != NO_LABEL else set()
+                labels |= {classes[other]} if other != NO_LABEL else set()
+        before, after = "|".join(catalog.labels[row]), "|".join(sorted(labels))
+        suggestion = Suggestion(
+            row=row,
+            label=before,
+            suggested="" if after == before else after,
+            score=float(errors.score[positions[0]]),
+        )
+        result.append(suggestion)
+    return result
+
+
+def write_csv(errors: LabelErrors, catalog: Catalog, path: Path, images: int | None = None) -> None:
+    """Write label_errors.csv: path, label, suggested, score, and an empty column new_label.
+
+    Look at the images, fill in new_label where the label is wrong, and give the file to
+    `arrowhead relabel`.
+
+    Args:
+        errors: The ranked labels.
+        catalog: The catalog of the store.
+        path: The file.
+        images: The number of images, most suspicious first; None: twice as many as are flagged,
+            but at least 100.
+    """
+    count = max(2 * errors.flagged, MIN_CSV_IMAGES) if images is None else images
     with spreadsheet.open_csv(path, CSV_HEADER) as writer:
-        for row, positions in changes.items():
-            labels = set(catalog.labels[row])
-            for position in positions:
-                given, other = int(errors.label[position]), int(errors.suggested[position])
-                if other != NO_LABEL or errors.multi:
-                    labels -= {classes[given]} if given != NO_LABEL else set()
-                    labels |= {classes[other]} if other != NO_LABEL else set()
-            score = round(float(errors.score[positions[0]]), 4)
-            given_labels, suggested = "|".join(catalog.labels[row]), "|".join(sorted(labels))
-            suggested = "" if suggested == given_labels else suggested
-            writer.row((catalog.paths[row], given_labels, suggested, score, None))
+        for one in suggestions(errors, catalog, count):
+            cells = catalog.paths[one.row], one.label, one.suggested, round(one.score, 4), None
+            writer.row(cells)

@@ -173,6 +173,8 @@ class OutOfFold:
         import torch
 
         axes, variance = self.solver.principal_axes
+        if not len(variance):  # all features are constant
+            return torch.zeros(len(rows), 1)
         top = variance.argsort(descending=True)[:MAX_AXES]
         top = top[variance[top] > 1e-9 * variance.max()]
         scaled_axes = axes[:, top] * variance[top].pow(-0.25)
