@@ -9,7 +9,7 @@ noise Robust Logistic Regression and Its Applications", ECML PKDD 2012): a label
 at some rate, whatever the image, so an image can contradict its label only as far as this rate and
 the sharpness of the predictions explain. Predictions that are often unsure explain a contradiction
 without an error; sharp ones do not. Confident learning (Northcutt et al., arXiv:1911.00068) counts
-contradictions beyond thresholds instead; on clean data it counts the model's own mistakes.
+contradictions beyond thresholds instead.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class LabelNoise:
 
 def fit(
     margin_MJ: NDArray[np.float64],
-    alternatives: int = 1,
     present_M: NDArray[np.bool_] | None = None,
     *,
     interval: bool = True,
@@ -65,7 +64,6 @@ def fit(
     Args:
         margin_MJ: The logit of the given label against all others, from J predictions that have
             not seen it.
-        alternatives: The number of other labels that a wrong label may stand for.
         present_M: With several labels per image, whether the label was given; a label that was
             not given is another kind of entry with a rate of its own. None: one label per image.
         interval: Whether the interval is wanted; without it, it is (nan, nan).
@@ -76,7 +74,7 @@ def fit(
     rates, margins = 1 if kind is None else 2, margin_MJ.shape[1]
 
     def cost(point: NDArray[np.float64]) -> float:
-        right, wrong, rate = _likelihoods(point, margin_MJ, alternatives, kind)
+        right, wrong, rate = _likelihoods(point, margin_MJ, kind)
         size = np.abs(margin_MJ @ np.exp(point[:margins])).mean()
         sharpness = SHARPNESS_PRIOR * np.log(min(size, MAX_SHARPNESS) + 1e-9)
         prior = (RATE_PRIOR[0] - 1) * np.log(rate) + (RATE_PRIOR[1] - 1) * np.log1p(-rate)
@@ -88,11 +86,11 @@ def fit(
         for start in STARTS
     ]
     best = min(results, key=lambda result: float(result.fun))
-    right, wrong, rate = _likelihoods(best.x, margin_MJ, alternatives, kind)
+    right, wrong, rate = _likelihoods(best.x, margin_MJ, kind)
     posterior = wrong / np.maximum(right + wrong, 1e-300)
     bounds = (np.nan, np.nan)
     if interval:
-        draws = _draw_counts(cost, best.x, limits, margin_MJ, alternatives, kind)
+        draws = _draw_counts(cost, best.x, limits, margin_MJ, kind)
         low, high = np.quantile(draws, (0.025, 0.975))
         bounds = (float(max(low, 0.0)), float(min(high, len(margin_MJ))))
     return LabelNoise(
@@ -108,7 +106,6 @@ def fit(
 def _likelihoods(
     point: NDArray[np.float64],
     margin_MJ: NDArray[np.float64],
-    alternatives: int,
     kind: NDArray[np.int64] | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return how likely each given label is as a right one and as a wrong one, and the rates."""
@@ -117,7 +114,7 @@ def _likelihoods(
     total = np.clip(margin_MJ @ np.exp(point[:margins]), -500, 500)
     prob = 1 / (1 + np.exp(-total))
     if kind is None:
-        return (1 - rate[0]) * prob, rate[0] / alternatives * (1 - prob), rate
+        return (1 - rate[0]) * prob, rate[0] * (1 - prob), rate
     # A label that is absent (0) is right at 1 - surplus and wrong at the rate of missing ones.
     return (1 - rate[1 - kind]) * prob, rate[kind] * (1 - prob), rate
 
@@ -127,7 +124,6 @@ def _draw_counts(
     best: NDArray[np.float64],
     limits: list[tuple[float, float]],
     margin_MJ: NDArray[np.float64],
-    alternatives: int,
     kind: NDArray[np.int64] | None,
 ) -> NDArray[np.float64]:
     """Draw numbers of wrong labels: parameters from their normal approximation (the Laplace
@@ -149,7 +145,7 @@ def _draw_counts(
     counts = []
     for normal in rng.standard_normal((DRAWS, size)):
         point = np.clip(best + deviation @ normal, low, high)
-        right, wrong, _ = _likelihoods(point, margin_MJ, alternatives, kind)
+        right, wrong, _ = _likelihoods(point, margin_MJ, kind)
         posterior = wrong / np.maximum(right + wrong, 1e-300)
         noise = np.sqrt((posterior * (1 - posterior)).sum()) * rng.standard_normal()
         counts.append(posterior.sum() + noise)

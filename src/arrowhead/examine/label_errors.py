@@ -4,11 +4,11 @@
       -> copies            the same content with different labels: one of them is wrong, certainly
       -> OutOfFold         margins of heads and of neighbours that have not seen the label
       -> LabelNoise        the two weighed against each other; how often labels are wrong
-      -> again             with heads and votes that trust each label as far as it is right
+      -> again             with heads and votes from the labels that agree with the prediction
       -> LabelErrors       ranked labels, an estimate with an interval, label_errors.csv
 
-Chosen by measurement (bench/label_errors.py) over margins of heads or neighbours alone, confident
-learning (Northcutt et al., arXiv:1911.00068) and strongly regularized heads.
+bench/label_errors.py compares the ranking with margins of scikit-learn's logistic regressions,
+held out and in-sample, and with confident learning (Northcutt et al., arXiv:1911.00068).
 """
 
 from __future__ import annotations
@@ -190,12 +190,12 @@ def _judge(data: Data) -> _Evidence:
     if not judged.any():
         return nothing
     present = label.reshape(-1)[judged] > 0 if data.multilabel else None
-    noise = _fit(heads, folds.neighbour_margins(), judged, data, present)
+    noise = _fit(heads, folds.neighbour_margins(), judged, present)
     first = heads
     for _ in range(REFITS):
         trust = _trust(noise.margin, judged, label.shape)
         heads = folds.head_margins(trust)
-        noise = _fit(heads, folds.neighbour_margins(trust), judged, data, present)
+        noise = _fit(heads, folds.neighbour_margins(trust), judged, present)
     wrong = np.full(entries, np.nan)
     wrong[judged] = noise.wrong
     other = heads.other.reshape(-1) if not data.multilabel else np.full(entries, NO_LABEL)
@@ -214,18 +214,16 @@ def _fit(
     heads: HeadMargins,
     neighbours: dict[int, NDArray[np.float32]],
     judged: NDArray[np.bool_],
-    data: Data,
     present: NDArray[np.bool_] | None,
 ) -> LabelNoise:
     """Weigh heads and neighbours; of the numbers of neighbours, the most likely is taken."""
-    alternatives = 1 if data.multilabel else len(data.classes) - 1
     head = heads.margin.reshape(-1)[judged]
     fits = {}
     for count, margin in neighbours.items():
         both = np.stack([head, margin.reshape(-1)[judged].astype(np.float64)], 1)
-        fits[count] = both, label_noise.fit(both, alternatives, present, interval=False)
+        fits[count] = both, label_noise.fit(both, present, interval=False)
     best, _ = min(fits.values(), key=lambda one: one[1].cost)
-    return label_noise.fit(best, alternatives, present)
+    return label_noise.fit(best, present)
 
 
 def _trust(

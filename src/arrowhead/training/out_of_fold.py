@@ -119,9 +119,8 @@ class OutOfFold:
         """Return what the nearest other images say about labels, for several numbers of them.
 
         Neighbours are those of the highest cosine similarity along the principal axes of the
-        standardized features, half whitened (divided by the square root of each axis' standard
-        deviation): the first axes tell apart animals well and digits badly, whitened ones the
-        reverse, and half whitened ones both (bench/label_errors.py).
+        standardized features, half whitened: divided by the square root of each axis' standard
+        deviation, since the first axes alone tell cats from dogs well but digits badly.
 
         Args:
             trust_N: The weight of each image's vote; None: all weigh the same.
