@@ -130,7 +130,8 @@ def test_copies_with_conflicting_labels_come_first():
     # Of three copies two say 0; of two copies of image 60 one says 1 and one says 0.
     assert set(found.row[:3].tolist()) == {101, 60, 102}
     assert found.score[:3].tolist() == [1, 1, 1]
-    assert found.suggested[found.row.tolist().index(101)] == 0
+    suggested = dict(zip(found.row.tolist(), found.suggested.tolist(), strict=True))
+    assert (suggested[101], suggested[60], suggested[102]) == (0, 0, 1)
     assert found.conflicts == 2
     assert found.flagged >= 3
     assert 2 <= found.estimated_errors <= 4

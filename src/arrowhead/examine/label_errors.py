@@ -263,12 +263,12 @@ def _conflicting_copies(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
     """Find copies of an image with different labels.
 
-    The label of most copies counts as the right one; if there is no most frequent one, every copy
-    conflicts.
+    The label of most copies counts as the right one. If two are equally frequent, every copy
+    conflicts, and the other one is suggested.
 
     Returns:
-        The label that a conflicting copy should have, int64, -1 if unclear; whether each label
-        conflicts; and how many labels must be wrong.
+        The label that a conflicting copy should have, int64, -1 with several labels per image;
+        whether each label conflicts; and how many labels must be wrong.
     """
     label = data.label.numpy()
     if data.multilabel:
@@ -294,12 +294,9 @@ def _conflicts(
         if len(names) == 1:
             continue
         certain += int(number.sum() - number.max())
-        if (number == number.max()).sum() == 1:
-            most_frequent = names[number.argmax()]
-            preferred[rows] = most_frequent
-            conflicting[rows] = label[rows] != most_frequent
-        else:
-            conflicting[rows] = True
+        tied = names[number == number.max()]
+        preferred[rows] = np.where(label[rows] == tied[0], tied[-1], tied[0])
+        conflicting[rows] = (label[rows] != tied[0]) | (len(tied) > 1)
     return preferred, conflicting, certain
 
 
