@@ -38,6 +38,7 @@ PAGES = [
             "slices",
             "features",
             "search",
+            "label_errors",
             "duplicates",
             "python",
             "cluster",
