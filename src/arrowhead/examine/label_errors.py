@@ -32,6 +32,7 @@ from arrowhead.training.out_of_fold import HeadMargins, OutOfFold
 NO_LABEL = -1
 FLAG_SCORE = 0.5  # labels that are more likely wrong than right are flagged
 REFITS = 1  # how often the heads are solved again with trust in each label
+MIN_REFIT_IMAGES = 10  # of a class, for some of them to be left out
 CSV_HEADER = ("path", "label", "suggested", "score", "new_label")
 MIN_CSV_IMAGES = 100
 
@@ -193,7 +194,7 @@ def _judge(data: Data) -> _Evidence:
     noise = _fit(heads, folds.neighbour_margins(), judged, present)
     first = heads
     for _ in range(REFITS):
-        trust = _trust(noise.margin, judged, label.shape)
+        trust = _trust(noise.margin, judged, label)
         heads = folds.head_margins(trust)
         noise = _fit(heads, folds.neighbour_margins(trust), judged, present)
     wrong = np.full(entries, np.nan)
@@ -227,16 +228,20 @@ def _fit(
 
 
 def _trust(
-    margin: NDArray[np.float64], judged: NDArray[np.bool_], shape: tuple[int, ...]
+    margin: NDArray[np.float64], judged: NDArray[np.bool_], label: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return the weight of each image: 0 if any of its labels is not the one predicted, else 1.
 
     Heads that were trained with wrong labels are as unsure as these are frequent, so that their
-    predictions explain every wrong label without an error.
+    predictions explain every wrong label without an error. Small classes keep all of their images:
+    those that are left would look wrong without the others.
     """
     trust = np.ones(judged.shape)
     trust[judged] = margin > 0
-    return trust if len(shape) == 1 else trust.reshape(shape).min(1)
+    if label.ndim == 1:
+        return np.where(np.bincount(label)[label] < MIN_REFIT_IMAGES, 1.0, trust)
+    trust = trust.reshape(label.shape)
+    return np.where(label.sum(0) < MIN_REFIT_IMAGES, 1.0, trust).min(1)
 
 
 def _is_learnable(margin: NDArray[np.float64], judged: NDArray[np.bool_], data: Data) -> bool:

@@ -160,12 +160,15 @@ class OutOfFold:
         return {count: torch.cat(parts).numpy() for count, parts in result.items()}
 
     def _neighbour_counts(self, bank: int) -> list[int]:
-        """Return the numbers of neighbours: up to half of the images of a class of median size."""
+        """Return the numbers of neighbours: up to half of the images of a class of median size.
+
+        In smaller classes it is the number of the other images of the class.
+        """
         label = self.data.label
         sizes = label.sum(0) if self.data.multilabel else label.bincount()
         typical = int(sizes[sizes > 0].double().median()) * bank // len(label)
         counts = [min(count, bank) for count in NEIGHBOURS if count <= typical // 2]
-        return counts or [min(NEIGHBOURS[0], bank)]
+        return counts or [min(max(typical - 1, 1), NEIGHBOURS[0], bank)]
 
     def _directions(self, rows: NDArray[np.int64]) -> Tensor:
         """Return unit vectors along the half whitened principal axes, float32 (B, A)."""
