@@ -241,7 +241,8 @@ def _trust(
     if label.ndim == 1:
         return np.where(np.bincount(label)[label] < MIN_REFIT_IMAGES, 1.0, trust)
     trust = trust.reshape(label.shape)
-    return np.where(label.sum(0) < MIN_REFIT_IMAGES, 1.0, trust).min(1)
+    lowest: NDArray[np.float64] = np.where(label.sum(0) < MIN_REFIT_IMAGES, 1.0, trust).min(1)
+    return lowest
 
 
 def _is_learnable(margin: NDArray[np.float64], judged: NDArray[np.bool_], data: Data) -> bool:
