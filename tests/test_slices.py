@@ -485,7 +485,9 @@ def test_darkened_photos_and_a_bad_camera_are_found_on_real_photos(dogscats, mob
                 target.parent.mkdir(exist_ok=True)
                 image = Image.open(path).convert("RGB")
                 if split == "valid" and number < 20:
-                    image = image.point(lambda value: value // 40)
+                    image = image.point(
+                        lambda value: value // 100
+                    )  # hardly anything is left to see
                 image.save(target, quality=90)
                 camera = "ABC"[int(rng.integers(3))]
                 wrong = split == "valid" and number >= 75
@@ -510,19 +512,32 @@ def test_darkened_photos_and_a_bad_camera_are_found_on_real_photos(dogscats, mob
     with torch.inference_mode():
         logit = head(torch.from_numpy(valid.feature[:, 0].astype(np.float32)))
     predicted = logit.argmax(1).numpy()
+    held_out = HeldOutImages(
+        row=valid.row,
+        image_id=valid.image_id,
+        correct=predicted == valid.label,
+        predicted=[(names[index],) for index in predicted],
+    )
+    report = slices.examine_slices(catalog, held_out)
+    assert [one.name for one in report.worse] == ["camera: D"]
+    assert report.notes == ("left out: 1 column of identifiers (serial)",)
+    # A bad slice as large as this hides the smaller one. Without it the dark photos come first.
+    mended = ~np.isin(valid.row, report.worse[0].row)
     report = slices.examine_slices(
         catalog,
         HeldOutImages(
-            row=valid.row,
-            image_id=valid.image_id,
-            correct=predicted == valid.label,
-            predicted=[(names[index],) for index in predicted],
+            row=valid.row[mended],
+            image_id=valid.image_id[mended],
+            correct=held_out.correct[mended],
         ),
     )
-    assert [one.name for one in report.worse[:1]] == ["camera: D"]
-    dark = report.worse[1]
-    assert dark.property in ("brightness", "contrast", "sharpness", "colourfulness")
+    dark = report.worse[0]
+    assert dark.property in (
+        "brightness",
+        "contrast",
+        "sharpness",
+        "colourfulness",
+        "file size (KB)",
+    )
     darkened = [int(catalog.paths[r].split("-")[-1][:-4]) < 20 for r in dark.row.tolist()]
     assert np.mean(darkened) > 0.9
-    assert len(report.worse) == 2
-    assert report.notes == ("left out: 1 column of identifiers (serial)",)
