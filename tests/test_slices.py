@@ -537,6 +537,7 @@ def test_darkened_photos_and_a_bad_camera_are_found_on_real_photos(dogscats, mob
         "contrast",
         "sharpness",
         "colourfulness",
+        "colors",
         "file size (KB)",
     )
     darkened = [int(catalog.paths[r].split("-")[-1][:-4]) < 20 for r in dark.row.tolist()]
