@@ -126,6 +126,15 @@ def test_galleries_filter_and_sort(page):
     assert chances == sorted(chances)
 
 
+def test_heatmaps_are_shown_only_when_asked_for(page):
+    heat = page.locator("#gallery .card:visible .heat").first
+    assert not heat.is_visible()
+    page.locator("[data-heat-toggle]").first.click()
+    assert heat.is_visible()
+    page.locator("[data-heat-toggle]").first.click()
+    assert not heat.is_visible()
+
+
 def test_a_number_of_the_confusion_matrix_shows_its_pictures(page):
     cell = page.locator("button[data-pair]").first
     label, predicted = json.loads(cell.get_attribute("data-pair"))

@@ -359,7 +359,10 @@ def test_only_source_and_toml_are_uploaded(tmp_path):
     sent = {str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()}
     package = Path(arrowhead.__file__).parent
     source = {f"arrowhead/{path.relative_to(package)}" for path in package.rglob("*.py")}
-    assert sent == source | {"arrowhead/py.typed", "mine.toml"}
+    pages = {
+        f"arrowhead/{p.relative_to(package)}" for p in (package / "examine/templates").iterdir()
+    }
+    assert sent == source | pages | {"arrowhead/py.typed", "mine.toml"}
     assert size == sum((draft / name).stat().st_size for name in sent) < 1_500_000
 
 
