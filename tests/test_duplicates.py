@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from test_bench import load
 
@@ -370,3 +371,18 @@ def test_two_photos_in_the_same_frame_are_different(drawn):
 
 def test_a_file_that_is_no_image_gives_a_fault():
     assert "corrupt" in str(image_matching.decode_thumbnail(b"not an image"))
+
+
+def test_patterns_that_repeat_are_not_copies_of_each_other():
+    def weave(period: float, angle: float, seed: int) -> NDArray[Any]:
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[:240, :240]
+        along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        threads = np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period)
+        return 128 + 80 * threads + rng.normal(0, 8, (240, 240))
+
+    one, other = weave(20, 0.1, 1), weave(23, 0.15, 2)
+    small = [image_matching.thumbnail(pixels.clip(0, 255)) for pixels in (one, other)]
+    assert not image_matching.is_same_photo(*image_matching.similarity(*small))
+    brighter = image_matching.thumbnail((one * 0.9 + 20).clip(0, 255))
+    assert image_matching.is_same_photo(*image_matching.similarity(small[0], brighter))

@@ -32,6 +32,10 @@ SCALES = tuple(1.07**step for step in range(-7, 8))  # 0.62 to 1.61
 MIN_TEMPLATE_SIDE = 8  # pixels
 # Correlations from which two images are the same photo; see bench/duplicates.py.
 MIN_WHOLE, MIN_PART = 0.8, 0.82
+# A part of a woven or tiled pattern is found in every such pattern. So images whose middle
+# correlates this much with itself elsewhere must be more alike. Of 780 pairs of drawn baskets this
+# leaves 2 of 16 false ones; 97 of 100 altered copies of photos with such a pattern still pass.
+MIN_REPETITION, MIN_OF_PATTERN = 0.5, 0.9
 MIN_ROUGH = 0.55  # with a third of the sizes; below, the others are not tried
 MIN_CONTRAST = 2.0  # grey levels: standard deviation below which an image is of one colour
 MAX_FLAT_DIFFERENCE = 8.0  # grey levels between two images of one colour that are the same
@@ -117,7 +121,36 @@ def similarity(one: Thumbnail, other: Thumbnail) -> tuple[float, float]:
         part = max(_template_similarity(*way, SCALES[1::3]) for way in ways)
         if part >= MIN_ROUGH:
             part = max(part, *(_template_similarity(*way, SCALES) for way in ways))
+    if is_same_photo(whole, part) and max(whole, part) < MIN_OF_PATTERN and _repeats(one, other):
+        return 0.0, 0.0
     return min(1.0, max(0.0, whole)), min(1.0, max(0.0, part))
+
+
+def _repeats(*images: Thumbnail) -> bool:
+    """Whether any of some images shows a pattern that repeats."""
+    return any(repetition(image) >= MIN_REPETITION for image in images)
+
+
+def repetition(grey: Thumbnail) -> float:
+    """The highest correlation of the middle of an image with itself at another place, -1 to 1.
+
+    Places are more than three pixels apart, and at least half of the middle overlaps.
+    """
+    from scipy import fft
+
+    part = _normalize(_details(_middle(grey.astype(np.float32), 1.0)))
+    height, width = part.shape
+    shape = (2 * height, 2 * width)
+    spectrum, ones = fft.rfft2(part, shape), fft.rfft2(np.ones_like(part), shape)
+    energies = fft.rfft2(np.square(part), shape)
+    product = fft.irfft2(spectrum * np.conj(spectrum), shape)
+    first = fft.irfft2(np.conj(energies) * ones, shape)  # of the pixels that overlap
+    second = fft.irfft2(energies * np.conj(ones), shape)
+    down = np.minimum(np.arange(2 * height), 2 * height - np.arange(2 * height))[:, None]
+    right = np.minimum(np.arange(2 * width), 2 * width - np.arange(2 * width))[None]
+    overlap = (height - down).clip(0) * (width - right).clip(0)
+    elsewhere = (2 * overlap >= height * width) & (down**2 + right**2 > 9)
+    return float((product / np.sqrt((first * second).clip(1e-9)))[elsewhere].max())
 
 
 def is_same_photo(whole: float, part: float) -> bool:
