@@ -48,7 +48,7 @@ def examine(
         fileio.atomic_folder(out) as folder,
     ):
         bundle = resolve.bundle_folder(str(address), tracking, Path(scratch))
-        report = Report(store, bundle, config, str(address), context.screen.passing)
+        report = Report(store, bundle, config, str(address), out, context.screen.passing)
         result = report.write(folder)
     for finding in result["first"]:
         context.screen.say(finding)
@@ -77,7 +77,8 @@ def report_of_training(store: Path, bundle: Path, context: RunContext) -> str | 
     command = shell_command(["arrowhead", "examine", store, bundle, out])
     try:
         with fileio.atomic_folder(check_output_folder(out, "report")) as folder:
-            report = Report(store, bundle, _quick(store), on_step=context.screen.passing)
+            config, say = _quick(store), context.screen.passing
+            report = Report(store, bundle, config, str(bundle), out, say)
             result = report.write(folder)
     except Refusal as refusal:
         context.screen.say(f"no report: {refusal.found} Do: {refusal.do}")

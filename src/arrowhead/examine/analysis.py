@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arrowhead import fileio
 from arrowhead.bundle import format as bundle_format
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
@@ -103,15 +104,32 @@ def _analyze_labels_and_copies(
         result.duplicates = examine_duplicates.find_duplicates(store, catalog)
 
 
-def write_tables(result: Analysis, folder: Path, store: Store, catalog: Catalog) -> None:
-    """Write the results as tables; lists to edit or to pass to a command directly in `folder`."""
+def write_tables(
+    result: Analysis, folder: Path, store: Store, catalog: Catalog, previous: Path
+) -> None:
+    """Write the results as tables; lists to edit or to pass to a command directly in `folder`.
+
+    previous: the report that this one replaces. Its drop.txt goes on: files that were left out by
+    it are no longer found.
+    """
     if result.label_errors:
         examine_label_errors.write_csv(result.label_errors, catalog, folder / "label_errors.csv")
     if result.duplicates and result.duplicates.groups:
         examine_duplicates.write_csv(result.duplicates, catalog, folder / "duplicates.csv")
         examine_duplicates.write_drop_list(result.duplicates, catalog, folder / "drop.txt")
+    _keep_drop_list(previous / "drop.txt", folder / "drop.txt")
     if result.slices:
         tables.write_table(folder / "tables", "slices", result.slices.table())
     if result.outliers:
         tables.write_table(folder / "tables", "outliers", result.outliers.table(catalog))
     tables.write_table(folder / "tables", "faults", faults.fault_table(store))
+
+
+def _keep_drop_list(old: Path, new: Path) -> None:
+    """Put the lines of an earlier drop list before those of a new one, which may not exist."""
+    if not old.is_file():
+        return
+    lines = old.read_text("utf-8").splitlines()
+    found = new.read_text("utf-8").splitlines() if new.is_file() else []
+    with fileio.atomic_write(new) as draft:
+        draft.write_text("\n".join(dict.fromkeys([*lines, *found])) + "\n", "utf-8")

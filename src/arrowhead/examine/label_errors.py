@@ -370,7 +370,8 @@ def write_csv(errors: LabelErrors, catalog: Catalog, path: Path, images: int | N
     """Write label_errors.csv: path, label, suggested, score, and an empty column new_label.
 
     Look at the images, fill in new_label where the label is wrong, and give the file to
-    `arrowhead relabel`.
+    `arrowhead relabel`. Only labels that are more likely wrong than right have a suggestion, so
+    that `--column suggested` changes no other.
 
     Args:
         errors: The ranked labels.
@@ -382,5 +383,6 @@ def write_csv(errors: LabelErrors, catalog: Catalog, path: Path, images: int | N
     count = max(2 * errors.flagged, MIN_CSV_IMAGES) if images is None else images
     with spreadsheet.open_csv(path, CSV_HEADER) as writer:
         for one in suggestions(errors, catalog, count):
-            cells = catalog.paths[one.row], one.label, one.suggested, round(one.score, 4), None
+            suggested = one.suggested if one.score > FLAG_SCORE else None
+            cells = catalog.paths[one.row], one.label, suggested, round(one.score, 4), None
             writer.row(cells)

@@ -108,6 +108,7 @@ class Report:
         bundle: The bundle's folder.
         config: What the report contains.
         address: What the user calls the bundle; None for its folder.
+        out: Where the report will be, for the commands that it shows.
         on_step: Called with a few words when a step begins.
     """
 
@@ -117,12 +118,14 @@ class Report:
         bundle: Path,
         config: ExamineConfig = ExamineConfig(),
         address: str | None = None,
+        out: Path = Path("REPORT"),
         on_step: Callable[[str], None] = lambda words: None,
     ) -> None:
         self.store, self.bundle_path, self.config = Store(store), bundle, config
         self.bundle = bundle_format.load(bundle)
         self.catalog = Catalog(**self.store.read_catalog())
         self._on_step, self.address = on_step, address or str(bundle)
+        self.out = out
         on_step("predicting from the stored features")
         self.predictions: Predictions = predictions.predict(self.store, self.bundle)
         self.metrics: dict[str, Any] = mistakes.evaluate(self.predictions)
@@ -148,7 +151,7 @@ class Report:
             self.store, self.catalog, self.bundle_path, self.predictions
         )
         analysis = analyze(self.store, self.catalog, self.predictions, self.config, self._on_step)
-        write_tables(analysis, folder, self.store, self.catalog)
+        write_tables(analysis, folder, self.store, self.catalog, self.out)
         found = galleries.choose_galleries(self.predictions, self.config.pictures)
         card_of = self._make_cards(content, found, analysis)
         self._add_galleries(content, found, card_of)
@@ -193,7 +196,9 @@ class Report:
             content.label_errors = section.content
             made.append(section)
         if analysis.duplicates:
-            section = sections.duplicates_section(analysis.duplicates, catalog, predicted, card_of)
+            section = sections.duplicates_section(
+                analysis.duplicates, catalog, predicted, card_of, self._drop_command()
+            )
             content.duplicates = section.content
             made.append(section)
         if analysis.slices:
@@ -222,7 +227,7 @@ class Report:
             classes=self.bundle.classes,
             multi=self.bundle.multi,
             command=shlex.join(
-                ["arrowhead", "examine", str(self.store.path), self.address, "REPORT"]
+                ["arrowhead", "examine", str(self.store.path), self.address, str(self.out)]
             ),
             about=[
                 ("images", source),
@@ -239,6 +244,13 @@ class Report:
             f"All pictures are of the {pluralize(held_out, 'held-out image')}: the model was not"
             f" trained on them, but on {pluralize(train, 'other image')}."
         )
+        copies = int((self.predictions.split != "train").sum()) - held_out
+        if copies:
+            content.held_out_sentence += (
+                f" {pluralize(copies, 'further validation or test image')}"
+                f" {'are exact copies' if copies > 1 else 'is an exact copy'} of training images"
+                " and not shown."
+            )
         content.tiles = self._tiles(held_out)
         return content
 
@@ -307,6 +319,15 @@ class Report:
             for index, names in shown_in.items()
         ]
 
+    def _drop_command(self) -> str:
+        """The command that extracts and trains without copies."""
+        source = self.catalog.source or self.catalog.root
+        is_fit = self.store.path.name == "store"  # in the OUT of fit
+        verb, out = ("fit", self.store.path.parent) if is_fit else ("precompute", self.store.path)
+        return shlex.join(
+            ["arrowhead", verb, source, str(out), "--drop", str(self.out / "drop.txt")]
+        )
+
     def _left_out(self) -> str:
         """Which analyses were not wanted, in words."""
         wanted = self.config
@@ -343,16 +364,18 @@ class Report:
         pairs = content.confusion["pairs"] if content.confusion else []
         if wrong and pairs and not predicted.multi:
             text += (
-                f"; most often {pairs[0].label} is taken for {pairs[0].predicted}"
+                f"; the most frequent mistake: {pairs[0].label} taken for {pairs[0].predicted}"
                 f" ({pluralize(pairs[0].images, 'image')})"
             )
-        found = [Finding(0.5, f"{text}.", "pictures", "Look at the mistakes")]
+        if faults := len(self.catalog) - len(predicted):
+            text += f"; {pluralize(faults, 'file')} could not be read"
+        found = [Finding(1.0, f"{text}.", "pictures", "Look at the mistakes")]
         weak = [line for line in self.metrics["per_class"].items() if line[1]["images"] >= 10]
         if weak and not predicted.multi:
             name, line = min(weak, key=lambda one: one[1]["recall"])
             if line["recall"] < 0.9:
                 text = f"Of the images of {name} only {100 * line['recall']:.0f} % are recognized."
-                found.append(Finding(0.45, text, "mistakes", "See the classes"))
+                found.append(Finding(0.35, text, "mistakes", "See the classes"))
         return found
 
     def _summary(self, content: Content) -> dict[str, Any]:

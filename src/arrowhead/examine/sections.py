@@ -115,7 +115,7 @@ def shown_groups(found: Duplicates, catalog: Catalog) -> list[DuplicateGroup]:
 
 
 def duplicates_section(
-    found: Duplicates, catalog: Catalog, predictions: Predictions, card_of: CardMaker
+    found: Duplicates, catalog: Catalog, predictions: Predictions, card_of: CardMaker, command: str
 ) -> Section:
     """Copies of images, and what the accuracy is without those that are also in training."""
     across = {id(group) for group in examine_duplicates.groups_across_splits(found, catalog)}
@@ -124,7 +124,7 @@ def duplicates_section(
         rows = group.rows.tolist()
         labels = {catalog.labels[row] for row in rows}
         title = f"Group {number}: {len(rows)} {group.kind} copies"
-        title += " in training and held-out images" if id(group) in across else ""
+        title += " in training and validation or test" if id(group) in across else ""
         title += ", with different labels" if len(labels) > 1 else ""
         cards = [
             card_of(row, note=f"{catalog.splits[row]} · label {', '.join(catalog.labels[row])}")
@@ -134,10 +134,14 @@ def duplicates_section(
     sentence = _describe_groups(found.groups)
     findings = []
     leaked_N = examine_duplicates.leaked_rows(found, np.array(catalog.splits))
-    leaked_M = leaked_N[predictions.row] & predictions.held_out
+    leaked_M = leaked_N[predictions.row]
     if leaked := int(leaked_M.sum()):
-        text = f"{pluralize(leaked, 'held-out image')} {'have' if leaked > 1 else 'has'} a copy"
-        text += " among the training images"
+        exact = int((leaked_M & ~predictions.held_out).sum())  # the bundle knows their content
+        text = (
+            f"{pluralize(leaked, 'validation or test image')}"
+            f" {'are copies' if leaked > 1 else 'is a copy'} of training images"
+            f" ({exact} exact, {leaked - exact} near)"
+        )
         clean_M = predictions.held_out & ~leaked_M
         if clean_M.any() and not predictions.multi:
             correct, total = int(predictions.correct[clean_M].sum()), int(clean_M.sum())
@@ -152,12 +156,12 @@ def duplicates_section(
         text = f"{pluralize(len(found.groups), 'group')} of copies of the same photo."
         findings.append(Finding(0.3, text, "duplicates", "See them"))
     if found.compared and not leaked:
-        sentence += " No held-out image has a copy among the training images."
+        sentence += " No validation or test image is a copy of a training image."
     more = len(found.groups) - len(groups)
     content = {
         "sentence": sentence + (f" {more} more groups are in duplicates.csv." if more > 0 else ""),
         "groups": groups,
-        "command": "arrowhead fit IMAGES OUT --drop drop.txt" if found.groups else None,
+        "command": command if found.groups else None,
     }
     return Section(content, findings)
 
@@ -279,5 +283,5 @@ def faults_section(found: Sequence[FaultKind], images: int) -> Section:
     ]
     share = faults / images
     text = f"{pluralize(faults, 'file')} could not be read ({100 * share:.1f} %)."
-    finding = Finding(0.9 if share > 0.01 else 0.4, text, "unusual", "See which")
+    finding = Finding(0.6 if share > 0.01 else 0.25, text, "unusual", "See which")
     return Section({"sentence": f"{text} They are in no figure.", "lines": lines}, [finding])

@@ -201,10 +201,7 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     same_data = old.get("lineage", {}).get("data") == new["lineage"]["data"]
     if same_data and isinstance(old_value, int | float) and isinstance(new_value, int | float):
         return f"{name.partition('_')[0]} {old_value:.4f} (this one {new_value:.4f})"
-    corrections = [one.get("lineage", {}).get("corrections") for one in (old, new)]
-    if corrections[0] != corrections[1]:
-        return "by other labels; the report compares both on the same images"
-    return "of other images, so that their metrics cannot be compared"
+    return "of other images or labels, so that their metrics cannot be compared"
 
 
 def _read_bundle_json(bundle: Path) -> dict[str, Any] | None:
