@@ -199,6 +199,17 @@ def test_thumbnails_are_upright_and_small(tmp_path):
     assert thumbnails.make_thumbnail(b"not an image", 100) is None
 
 
+@pytest.mark.parametrize("side", [90, 1500])
+def test_thumbnails_of_16_bit_images_are_neither_black_nor_missing(tmp_path, side):
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, side * side, dtype=np.uint16).reshape(side, side)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    pixels = np.asarray(thumbnails.decode_small((tmp_path / "x.png").read_bytes(), 64))
+    assert pixels.shape == (64, 64, 3)
+    assert pixels[:8].mean() < 40 < 100 < pixels[24:40].mean() < 160 < 220 < pixels[-8:].mean()
+
+
 def test_learner_shows_pictures_and_writes_the_report(fitted, workdir):
     from arrowhead import Images
 

@@ -457,3 +457,27 @@ def test_suggestions_are_printed_as_json(workdir: Path, here: Path, command: Com
     assert [one["predicted"] for one in result["suggestions"]] == [None, None]
     with pytest.raises(ConfigError):
         SuggestConfig(count=0)
+
+
+def test_suggest_replaces_no_table_with_other_columns(tmp_path):
+    from arrowhead.examine import suggest
+
+    table = tmp_path / "le.csv"
+    for header in ("path,label,suggested,score,new_label", ",".join((*suggest.COLUMNS, "notes"))):
+        table.write_text(f"{header}\na.jpg,cats,dogs,0.9,dogs\n")
+        with pytest.raises(ConfigError, match="not a table of suggestions"):
+            suggest.read_labelled_rows(table)
+    table.write_text(",".join(suggest.COLUMNS) + "\na.jpg,cats,0.5,unsure,'90s\nb.jpg,x,1,y,\n")
+    assert [row["new_label"] for row in suggest.read_labelled_rows(table)] == ["'90s"]
+
+
+def test_search_writes_its_table_over_no_photo(drawn, tmp_path, capsys):
+    from arrowhead.cli.main import main
+
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"kept")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["search", str(tmp_path), "a.jpg", "--csv", str(photo)])
+    assert exit_info.value.code == 2
+    assert photo.read_bytes() == b"kept"
+    assert ".csv" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from arrowhead.cli.options import (
 )
 from arrowhead.cli.screen import Screen
 from arrowhead.data import path_text
+from arrowhead.errors import ConfigError
 from arrowhead.examine.search import SearchConfig
 from arrowhead.examine.suggest import SuggestConfig
 from arrowhead.features.feature_config import recipe_flags
@@ -54,6 +55,10 @@ def search(
 
     csv, page = (file and check_output_file(file) for file in (search.csv, search.out))
     search = replace(search, csv=csv, out=page)
+    if csv and csv.suffix.lower() not in (".csv", ".tsv"):
+        raise ConfigError(
+            f"--csv {csv} does not end in .csv.", "a table to write.", "give e.g. similar.csv."
+        )
     screen = Screen(to_stderr=output.json)
     result = examine_search.search(expand_user(store), images, search)
     for note in result["notes"]:

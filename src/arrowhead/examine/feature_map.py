@@ -54,10 +54,10 @@ def project(
     ).astype(np.float32)
     deviation_D = feature_ND.std(0)
     feature_ND = (feature_ND - feature_ND.mean(0)) / np.where(deviation_D > 1e-6, deviation_D, 1)
+    if not feature_ND.any():  # all images are alike
+        return None
     components = min(COMPONENTS, *feature_ND.shape)
     reduced = PCA(components, svd_solver="randomized", random_state=0).fit_transform(feature_ND)
-    if not reduced.std() > 0:  # all images are alike
-        return None
     tsne = TSNE(
         perplexity=min(30, (len(index) - 1) / 3),
         init=reduced[:, :2] / max(float(reduced[:, 0].std()), 1e-12) * 1e-4,

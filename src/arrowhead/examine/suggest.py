@@ -128,18 +128,21 @@ def read_labelled_rows(path: Path) -> list[dict[str, str]]:
     text = table_parser.decode_text(str(path), path.read_bytes())
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    if any(name not in (rows[0] if rows else header) for name in ("path", "new_label")):
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    columns = [name.strip() for name in reader.fieldnames or []]
+    if sorted(columns) != sorted(COLUMNS):  # other columns would be lost
         raise ConfigError(
-            f"{path} exists and is not a table of suggestions: it lacks path or new_label.",
-            "a new file, or one that `arrowhead suggest` wrote.",
+            f"{path} exists and is not a table of suggestions: its columns are"
+            f" {', '.join(columns)[:200] or 'none'}.",
+            f"a new file, or one that `arrowhead suggest` wrote: {', '.join(COLUMNS)}.",
             "give another file with --out.",
         )
-    cells = [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in rows]
+    reader.fieldnames = columns
+    cells = [{name: (row.get(name) or "") for name in COLUMNS} for row in reader]
     return [
-        {name: cell[1:] if cell.startswith("'") else cell for name, cell in row.items()}
+        {name: spreadsheet.original_text(cell) for name, cell in row.items()}
         for row in cells
-        if row["path"] and row["new_label"]
+        if row["path"] and row["new_label"].strip()
     ]
 
 

@@ -126,9 +126,9 @@ def decode_small(data: bytes, side: int) -> Any:
             return None
         image.draft("RGB", (side, side))
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # as `decode_with_pillow` does
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         image.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
-        if image.mode.startswith("I;16"):
-            image = image.point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image.convert("RGBA"))
