@@ -46,8 +46,8 @@ def gallery_figure(
             ", ".join(predictions.names(one[k])) or "none"
             for one in (predictions.label, predictions.predicted)
         )
+        (path, label, predicted), text = text_style([catalog.paths[row], label, predicted])
         words = f"label {label}, predicted {predicted}" if label != predicted else label
-        (path, words), text = text_style([catalog.paths[row], words])
         axes.set_title(
             f"{words}  {predictions.confidence[k]:.3f}\n{path}", fontsize="small", **text
         )
