@@ -4,12 +4,10 @@
     near_copies             different files that show the same photo, confirmed by their pixels
       -> groups             files that are connected by equal ids or by confirmed pairs
 
-A copy of a training image in the validation split
-makes the accuracy look better than it is (Barz and Denzler, "Do We Train on Test Data?", 2020, name
-it for CIFAR): `leaked_rows` finds these images, `write_drop_list` lists what to leave out.
-
-The thresholds come from bench/duplicates.py: 15 alterations of real photos, chosen on half of the
-photos and tested on the other half.
+A copy of a training image in the validation split makes the accuracy look better than it is (Barz
+and Denzler, "Do We Train on Test Data?", 2020, name it for CIFAR): `leaked_rows` finds these images,
+`write_drop_list` lists what to leave out. The thresholds come from bench/duplicates.py: 15
+alterations of real photos.
 """
 
 from __future__ import annotations
