@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -145,6 +146,23 @@ def test_a_number_of_the_confusion_matrix_shows_its_pictures(page):
     for card in shown.all():
         assert json.loads(card.get_attribute("data-label")) == [label]
         assert json.loads(card.get_attribute("data-predicted")) == [predicted]
+
+
+def test_ticked_labels_download_as_a_table_that_relabel_takes(page, command, tmp_path):
+    download = page.locator("#download-fixes")
+    assert download.is_disabled()
+    card = page.locator("[data-fix]").first
+    card.locator("[type=checkbox]").check()
+    card.locator("[type=text]").fill("baskets")
+    with page.expect_download() as downloading:
+        download.click()
+    downloading.value.save_as(tmp_path / "fixes.csv")
+    with (tmp_path / "fixes.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["label"] == card.get_attribute("data-label")
+    assert row["new_label"] == "baskets"
+    result = command("relabel", "out/store", tmp_path / "fixes.csv", "--dry-run")
+    assert result["labels"] >= 1
 
 
 def test_pictures_enlarge_and_close_with_the_keyboard(page):

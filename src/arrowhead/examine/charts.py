@@ -253,6 +253,22 @@ def finder_chart(rates: Sequence[float], losses_SR: NDArray[Any], chosen: float 
     return figure
 
 
+def learning_chart(images: Sequence[float], mean: NDArray[Any], std: NDArray[Any]) -> Figure:
+    """Plot a validation metric against the number of training images, with its deviation."""
+    from matplotlib.ticker import NullLocator
+
+    figure = _new_figure(8.6, 3.4)
+    axes = figure.add_subplot()
+    axes.fill_between(images, mean - std, mean + std, color=COLORS["blue"], alpha=0.2, lw=0)
+    axes.plot(images, mean, "o-", color=COLORS["blue"])
+    axes.set_xscale("log")
+    axes.set_xticks(list(images), [f"{int(count)}" for count in images])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="training images", ylabel="validation metric")
+    _style_axes(axes)
+    return figure
+
+
 def inline_svg(figure: Figure, name: str, description: str) -> str:
     """A chart as SVG for a page: without size, with a description, colors as CSS variables.
 

@@ -88,7 +88,7 @@ def _curves_caption(predictions: Predictions, metrics: dict[str, Any]) -> str:
 
 
 def _training_charts(predictions: Predictions, bundle: Path) -> Iterator[Chart]:
-    """Losses by epoch and the LR finder's curve, if the training left them in the bundle."""
+    """The curves of the training, as far as it left their tables in the bundle."""
     epochs = tables.read_csv_columns(bundle / REPORT_FOLDER / "epochs.csv")
     names = ("epoch", "train_loss", "valid_loss", "accuracy")
     if epochs and all(name in epochs for name in names) and len(epochs["epoch"]) > 1:
@@ -99,6 +99,17 @@ def _training_charts(predictions: Predictions, bundle: Path) -> Iterator[Chart]:
             "training",
             charts.training_chart(lines, kept),
             f"Training of {len(lines)} epochs; the bundle has the weights of epoch {kept}.",
+        )
+    learning = tables.read_csv_columns(bundle / REPORT_FOLDER / "learning_curve.csv")
+    if learning and {"images", "spread"} < learning.keys() and len(learning) > 3:
+        metric, mean = list(learning.items())[2]
+        yield Chart(
+            "learning_curve",
+            charts.learning_chart(
+                learning["images"].tolist(), mean, np.nan_to_num(learning["spread"])
+            ),
+            f"Learning curve: {metric} with a part of the training images. If it still"
+            " rises, more images will help.",
         )
     finder = tables.read_csv_columns(bundle / REPORT_FOLDER / "lr_finder.csv")
     if finder and "rate" in finder and len(finder) > 1:

@@ -5,8 +5,8 @@
       -> groups             files that are connected by equal ids or by confirmed pairs
 
 A copy of a training image in the validation split makes the accuracy look better than it is (Barz
-and Denzler, "Do We Train on Test Data?", 2020, name it for CIFAR): `leaked_rows` finds these images,
-`write_drop_list` lists what to leave out. The thresholds come from bench/duplicates.py: 15
+and Denzler, "Do We Train on Test Data?", 2020, name it for CIFAR): `leaked_rows` finds these
+images, `write_drop_list` lists what to leave out. The thresholds come from bench/duplicates.py: 15
 alterations of real photos.
 """
 
