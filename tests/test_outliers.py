@@ -176,3 +176,37 @@ def test_a_store_without_faults_has_none(drawn, tmp_path):
     store = Store(tmp_path / "store")
     assert faults.find_faults(store) == []
     assert faults.fault_table(store) == []
+
+
+def test_black_white_flat_and_blurred_images_are_named_and_others_are_not(dogscats, tmp_path):
+    from PIL import Image, ImageFilter
+
+    from arrowhead.data import sources
+    from arrowhead.data.source_config import SourceConfig
+    from arrowhead.examine import image_properties, poor_images
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    photos = sorted((dogscats / "valid" / "cats").iterdir())[:8]
+    image = Image.open(photos[0]).convert("RGB")
+    altered = {
+        "black": image.point(lambda value: value // 12),
+        "white": image.point(lambda value: 245 + value // 30),
+        "flat": image.point(lambda value: 120 + value // 40),
+        "blurred": image.filter(ImageFilter.GaussianBlur(20)),
+    }
+    for name, one in altered.items():
+        one.save(tmp_path / "a" / f"{name}.png")
+    for photo in photos:
+        shutil.copy(photo, tmp_path / "b")
+    catalog = sources.labelled_catalog(tmp_path, SourceConfig())
+    rows = np.arange(len(catalog))
+    measured = image_properties.measure_images(catalog, rows, rows.astype(np.uint64))
+    found = poor_images.by_reason(measured)
+    named = {reason: [catalog.paths[row] for row in rows] for reason, rows in found.items()}
+    assert named == {
+        "nearly black": ["a/black.png"],
+        "nearly white": ["a/white.png"],
+        "hardly any contrast": ["a/flat.png"],
+        "very blurred": ["a/blurred.png"],
+    }

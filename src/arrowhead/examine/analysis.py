@@ -19,6 +19,7 @@ from arrowhead.examine.duplicates import Duplicates
 from arrowhead.examine.faults import FaultKind
 from arrowhead.examine.label_errors import LabelErrors
 from arrowhead.examine.outliers import Outliers
+from arrowhead.examine.poor_images import PoorImages, find_poor_images
 from arrowhead.examine.predictions import Predictions
 from arrowhead.examine.slices import HeldOutImages, SliceReport
 from arrowhead.features.store import Store
@@ -34,6 +35,7 @@ class Analysis:
     duplicates: Duplicates | None = None
     slices: SliceReport | None = None
     outliers: Outliers | None = None
+    poor_images: PoorImages | None = None
     faults: list[FaultKind] = field(default_factory=list)
 
     def rows_to_show(self, catalog: Catalog, predictions: Predictions) -> list[int]:
@@ -49,6 +51,8 @@ class Analysis:
             rows += sections.shown_slice_rows(self.slices, predictions)
         if self.outliers:
             rows += sections.shown_outliers(self.outliers)
+        if self.poor_images:
+            rows += [row for row, _ in sections.shown_poor_images(self.poor_images)]
         return rows
 
 
@@ -68,6 +72,7 @@ def analyze(
         held_out = HeldOutImages.from_predictions(predictions)
         result.slices = slices.examine_slices(catalog, held_out)
     on_step("looking for unusual images")
+    result.poor_images = find_poor_images(catalog, predictions)
     if (predictions.split == "train").any():
         result.outliers = outliers.find_outliers(store)
     result.faults = faults.find_faults(store)

@@ -79,6 +79,7 @@ class Content:
     duplicates: dict[str, Any] | None = None
     slices: dict[str, Any] | None = None
     outliers: dict[str, Any] | None = None
+    poor_images: dict[str, Any] | None = None
     faults: dict[str, Any] | None = None
     map: dict[str, Any] | None = None
     charts: list[dict[str, str]] = field(default_factory=list)
@@ -209,6 +210,10 @@ class Report:
             content.outliers = sections.outliers_section(
                 analysis.outliers, catalog, card_of
             ).content
+        if analysis.poor_images and analysis.poor_images.count:
+            section = sections.poor_images_section(analysis.poor_images, catalog, card_of)
+            content.poor_images = section.content
+            made.append(section)
         section = sections.faults_section(analysis.faults, len(catalog))
         content.faults = section.content
         return [finding for one in (*made, section) for finding in one.findings]

@@ -22,6 +22,7 @@ from arrowhead.examine.faults import FaultKind
 from arrowhead.examine.findings import Finding
 from arrowhead.examine.label_errors import NO_LABEL, LabelErrors
 from arrowhead.examine.outliers import Outliers
+from arrowhead.examine.poor_images import PoorImages
 from arrowhead.examine.predictions import Predictions
 from arrowhead.examine.slices import SliceReport
 from arrowhead.wording import pluralize
@@ -30,7 +31,7 @@ MIN_LABEL_CARDS, MAX_LABEL_CARDS = 6, 48
 MIN_LABEL_SCORE = 0.1  # labels that are less likely wrong are not shown
 MAX_GROUPS, MAX_GROUP_CARDS = 12, 6
 MAX_SLICES, MAX_SLICE_CARDS = 6, 12
-MAX_OUTLIERS = 12
+MAX_OUTLIERS, MAX_POOR_IMAGES = 12, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +261,36 @@ def outliers_section(found: Outliers, catalog: Catalog, card_of: CardMaker) -> S
         for row in shown_outliers(found)
     ]
     sentence = (
-        "The images least like any other training image, by the distance of their features (0: the"
-        " same, 2: opposite)."
+        "The images of all splits least like any training image, by the distance of their features"
+        " (0: the same, 2: opposite)."
     )
     if np.isfinite(found.threshold):
         sentence += f" 5 % of the validation images lie above {found.threshold:.2f}."
     return Section({"sentence": sentence, "cards": cards})
+
+
+def shown_poor_images(found: PoorImages) -> list[tuple[int, str]]:
+    """The poor images to show, with their reasons."""
+    pairs = [(row, reason) for reason, rows in found.rows.items() for row in rows]
+    return pairs[:MAX_POOR_IMAGES]
+
+
+def poor_images_section(found: PoorImages, catalog: Catalog, card_of: CardMaker) -> Section:
+    """Images with little to see."""
+    cards = [
+        card_of(row, note=f"{reason} · {catalog.splits[row]} · {', '.join(catalog.labels[row])}")
+        for row, reason in shown_poor_images(found)
+    ]
+    counts = ", ".join(f"{len(rows)} {reason}" for reason, rows in found.rows.items())
+    sentence = (
+        f"{pluralize(found.count, 'image')} with little to see (of {found.measured} measured):"
+        f" {counts}."
+    )
+    if not found.count:
+        return Section({"sentence": "", "cards": []})
+    return Section(
+        {"sentence": sentence, "cards": cards}, [Finding(0.7, sentence, "unusual", "See them")]
+    )
 
 
 def faults_section(found: Sequence[FaultKind], images: int) -> Section:
