@@ -50,7 +50,7 @@ def examine(
         bundle = resolve.bundle_folder(str(address), tracking, Path(scratch))
         report = Report(store, bundle, config, str(address), out, context.screen.passing)
         result = report.write(folder)
-    for finding in result["first"]:
+    for finding in [*result["first"], *result["also"]]:
         context.screen.say(finding)
     run_id = None
     if context.run:
@@ -89,7 +89,7 @@ def report_of_training(store: Path, bundle: Path, context: RunContext) -> str | 
             f" error: {command}"
         )
         return None
-    for finding in result["first"]:
+    for finding in [*result["first"], *result["also"]]:
         context.screen.say(finding)
     if context.root_run:
         context.root_run.log_artifact(out, "report")

@@ -24,6 +24,7 @@ class Finding:
     link: str
 
 
-def choose(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings to show, the weightiest first; equal weights keep their order."""
-    return sorted(findings, key=lambda finding: -finding.weight)[:MAX_FINDINGS]
+def rank(findings: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
+    """The three weightiest findings, and the others; equal weights keep their order."""
+    ranked = sorted(findings, key=lambda finding: -finding.weight)
+    return ranked[:MAX_FINDINGS], ranked[MAX_FINDINGS:]

@@ -64,6 +64,7 @@ class Content:
     about: list[tuple[str, str]]
     version: str = __version__
     first: list[Finding] = field(default_factory=list)
+    also: list[Finding] = field(default_factory=list)
     left_out: str = ""
     tiles: list[dict[str, str]] = field(default_factory=list)
     held_out_sentence: str = ""
@@ -163,7 +164,7 @@ class Report:
         self._on_step("drawing the curves")
         self._add_curves(content, folder)
         content.left_out = self._left_out()
-        content.first = findings.choose([*self._findings(content), *said])
+        content.first, content.also = findings.rank([*self._findings(content), *said])
         return content
 
     def _make_cards(self, content: Content, found: list[Gallery], analysis: Analysis) -> CardMaker:
@@ -394,6 +395,7 @@ class Report:
             "held_out": int(self.predictions.held_out.sum()),
             "metrics": {name: self.metrics[name] for name in names if name in self.metrics},
             "first": [finding.text for finding in content.first],
+            "also": [finding.text for finding in content.also],
         }
 
 

@@ -87,7 +87,7 @@ def label_errors_section(
         f"{found.flagged} of {pluralize(images, 'label')} {'are' if found.flagged > 1 else 'is'}"
         " probably wrong."
     )
-    return Section(content, [Finding(0.8, text, "labels", "Check and correct")])
+    return Section(content, [Finding(0.92, text, "labels", "Check and correct")])
 
 
 def _suggested_labels(
