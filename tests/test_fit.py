@@ -181,7 +181,7 @@ def test_the_replaced_bundle_is_kept_and_its_accuracy_compared(fitted, command):
 def test_reports_of_a_training_are_in_its_bundle_and_listed_in_the_result(fitted, command):
     result = command("train", "out/store", "named/b", "--epochs", "2", "--folds", "2")
     report = Path("named/b/report")
-    names = {"confusion.png", "folds.arrow", "lr_finder.csv", "lr_finder.png"}
+    names = {"confusion.png", "epochs.csv", "folds.arrow", "lr_finder.csv", "lr_finder.png"}
     assert {file.name for file in report.iterdir()} == names
     assert set(result["files"]) == {"named/b", *(str(report / name) for name in names)}
     assert [file.name for file in Path("named").iterdir()] == ["b"]
