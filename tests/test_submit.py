@@ -576,7 +576,7 @@ def test_job_works_in_the_folder_it_was_submitted_from(local_cluster, extracted)
     assert result["status"] == "SUCCEEDED"
     assert result["exit_code"] == 0
     assert result["address"] == local_cluster.url
-    assert 100_000 < result["uploaded_bytes"] < 1_500_000
+    assert 100_000 < result["uploaded_bytes"] < 2_000_000
     assert f"job {result['job_id']}" in log.splitlines()[0]
     assert "96 inputs = 72 features + 0 faults + 24 ignored" in log
     assert (local_cluster.home / "store" / "manifest.json").is_file()
