@@ -29,9 +29,9 @@ def examine(
     """Show what the model got wrong and what the labels got wrong: a page to open in a browser.
 
     Writes OUT/report.html, one file with pictures, mistakes by class, curves and a map of the
-    images; OUT/figures with the charts, and OUT/tables with all predictions as CSV and Parquet. The
-    analysis uses the stored features; only the images that the page shows are decoded. `fit` and
-    `train` write the same report beside the bundle (BUNDLE.report).
+    images; OUT/figures with the charts, and OUT/tables with all predictions as CSV and Parquet.
+    Most of it comes from the stored features; originals are read at a small size, to show them and
+    to compare them. `fit` and `train` write such a report beside the bundle (BUNDLE.report).
 
     Example: arrowhead examine out/store out/bundle report/
     """

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead.evaluation.calibration import HASH_MULTIPLIER
 from arrowhead.examine.predictions import Predictions, feature_blocks
 from arrowhead.features.store import Store
 
 MAX_POINTS = 600  # 2 s on one core
 MIN_POINTS = 12  # with fewer images a map shows nothing
 COMPONENTS = 50
-HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: 2**64 / golden ratio
 
 
 @dataclass(frozen=True, slots=True)

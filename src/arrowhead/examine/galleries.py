@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead.evaluation.calibration import HASH_MULTIPLIER
 from arrowhead.examine.predictions import Predictions
-
-HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: 2**64 / golden ratio
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@
                   -> the rows to show -> thumbnails and heatmaps of those rows only
                   -> report.html, figures/, tables/, report.json
 
-Everything but the pictures comes from the stored features: no image is decoded for the analysis,
-and a million images need little more memory than a thousand.
+Predictions, labels, outliers and the map come from the stored features. Originals are read small:
+those that the page shows, up to 2,000 for the slices, and up to 20,000 for the search for copies.
 """
 
 from __future__ import annotations
@@ -279,7 +279,11 @@ class Report:
             tiles.append(_tile("Calibration error", f"{ece:.3f}", note))
         faults = len(self.catalog) - len(self.predictions)
         tiles.append(
-            _tile("Images", f"{len(self.predictions):,}", f"and {faults:,} unreadable files")
+            _tile(
+                "Images",
+                f"{len(self.predictions):,}",
+                f"and {pluralize(faults, 'unreadable file')}",
+            )
         )
         return tiles
 
