@@ -143,6 +143,7 @@ def corrupted_documents(document: dict[str, Any]) -> Iterator[tuple[str, dict[st
                 yield f"{key}.{description}", document | {key: one if inner is value else [one]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "document_path", ["store/store.json", "store/manifest.json", "bundle/bundle.json"]
 )

@@ -238,6 +238,7 @@ def test_a_crashing_file_has_the_same_fault_alone_and_among_others(photos: list[
     assert alone == among == "decoder_crash: killed by SIGABRT"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sabotaged")
 def test_twenty_crashes_leak_no_file_descriptor_and_no_process(
     photos: list[bytes],
@@ -454,6 +455,7 @@ def test_a_decoder_that_is_always_killed_while_it_starts_is_refused_and_the_file
     assert "--workers" in refusal.value.do
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sabotaged")
 def test_files_that_are_killed_one_after_another_are_the_machines_fault(
     photos: list[bytes], monkeypatch: pytest.MonkeyPatch

@@ -218,6 +218,7 @@ def test_a_run_in_one_process_does_not_import_ray():
     assert (done.returncode, done.stdout, done.stderr) == (0, "(7, 1)\n", "")
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_from_its_newest_checkpoint(tmp_path):
     first = command(tmp_path, "alone")
     while first.poll() is None and not list((tmp_path / "place").glob("epoch-*")):

@@ -241,6 +241,7 @@ def _worker(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_same_head_as_one(tmp_path: Path) -> None:
     import torch.multiprocessing as processes
 

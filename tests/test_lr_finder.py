@@ -167,6 +167,7 @@ def test_separable_features_are_good_and_the_rate_trains_well(
     assert well["valid_loss"] < 0.5 * badly["valid_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"head": "linear"}, {"head": "lesson", "epochs": 8}])
 def test_where_rates_matter_the_rate_is_within_three_of_the_best_of_a_grid(
     settings: dict[str, Any],
@@ -560,6 +561,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(_cases()))
 def test_two_workers_compute_the_same_curve_as_one(by_two: list[dict[str, Any]], name: str) -> None:
     one = _alone(name)

@@ -161,6 +161,7 @@ def outputs() -> dict[str, str]:
     return {}
 
 
+@pytest.mark.slow
 def test_documented_commands_run_as_written(capsys, outputs):
     for command in commands():
         program, *words = shlex.split(command)
@@ -182,6 +183,7 @@ def test_documented_commands_run_as_written(capsys, outputs):
     assert Path("model.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_documented_python_runs_as_written(capsys):
     """In the order of the pages, after the commands."""
     names: dict[str, object] = {}

@@ -124,6 +124,7 @@ def scored(fitted: Path, mixed_images: Path, command: Any) -> polars.DataFrame:
     return polars.read_parquet("scores/parts")
 
 
+@pytest.mark.slow
 def test_model_loaded_by_mlflow_in_a_new_process_predicts_what_score_does(
     config, scored, mixed_images, workdir
 ):
@@ -151,6 +152,7 @@ made.to_json(sys.argv[2], orient="records", double_precision=15)
             assert abs(one["probability"] - row["probability"]) <= 1e-6
 
 
+@pytest.mark.slow
 def test_mlflow_models_predict_accepts_the_input_example(config, model_dir, fitted, workdir):
     arguments = ["models", "predict", "-m", "models:/weave@champion", "-t", "json"]
     files = [

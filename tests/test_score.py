@@ -361,6 +361,7 @@ def make_mixed_folder(folder: Path, photos: Path) -> int:
     return sum(1 for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
 
 
+@pytest.mark.slow
 def test_killed_scoring_resumes_to_the_same_bytes(command, tmp_path, workdir):
     count = make_mixed_folder(tmp_path / "salted", workdir / "new")
     flags = ["--chunk-size", "4", "--batch-size", "4", "--features", "--flag-novel"]

@@ -20,6 +20,7 @@ SHADOWED_MODULES = """
 ARROWHEAD = str(Path(sys.executable).with_name("arrowhead"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "workers"),
     [

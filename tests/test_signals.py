@@ -69,6 +69,7 @@ def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if runs(pid)]
 
 
+@pytest.mark.slow
 def test_terminated_extraction_is_killed_in_mlflow_and_resumes(folder, drawn):
     arguments = ["fit", drawn, "out", *SLOW, "--epochs", "2", "--rate", "0.01"]
     process = start_command(folder, *arguments)

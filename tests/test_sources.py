@@ -765,6 +765,7 @@ def test_local_sources_do_not_import_the_store_library(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 def test_images_and_a_bundle_in_s3_are_scored_like_local_ones(
     bucket: Any, bundled: Any, drawn: Path, tmp_path: Path, command: Any
 ) -> None:

@@ -189,6 +189,7 @@ def test_unreadable_file_is_retried_by_the_next_run(data, command, monkeypatch):
     assert work_counts(command("precompute", data, "s", *FLAGS)) == (0, 0, 72)
 
 
+@pytest.mark.slow
 def test_file_that_crashed_the_decoder_is_retried_by_the_next_run(
     data, command, monkeypatch, tmp_path
 ):
@@ -274,6 +275,7 @@ print(sorted(seen))
 """
 
 
+@pytest.mark.slow
 def test_polling_reader_sees_only_complete_sets(data, command, tmp_path, drawn):
     finished = tmp_path / "done"
     reading = [sys.executable, "-c", READER, str(tmp_path / "store"), str(finished)]
@@ -294,6 +296,7 @@ def test_polling_reader_sees_only_complete_sets(data, command, tmp_path, drawn):
 # ------------------------------------------------------------------ stopped and damaged
 
 
+@pytest.mark.slow
 def test_shards_of_a_killed_run_are_verified_before_reuse(data, command, tmp_path):
     work_counts(command("precompute", data, "s", *FLAGS))
     (tmp_path / "s" / "manifest.json").unlink()  # as if killed before writing it
@@ -318,6 +321,7 @@ def test_concurrent_run_on_one_store_is_refused(store, data, capsys):
     assert "being written by another" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_full_disk_is_a_clear_error_and_the_next_run_resumes(data, command, tmp_path):
     """RLIMIT_FSIZE simulates the full disk: the third and later shards do not fit."""
     code = (
@@ -527,6 +531,7 @@ print(*peaks, file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_memory_use_does_not_grow_with_the_number_of_images(drawn, tmp_path):
     """160 more images cost at most 120 MB; if anything kept their files, it would be 320 MB.
 

@@ -313,6 +313,7 @@ def test_store_can_be_used_without_its_weights_file(clean_workdir, drawn, comman
     assert command("precompute", drawn, tmp_path / "own")["counts"]["decoded"] == 0
 
 
+@pytest.mark.slow
 def test_demo_leaves_only_its_results_and_existing_files(clean_workdir, monkeypatch, command):
     """With fewer images and a smaller backbone than the real demo."""
     monkeypatch.setattr(demo, "draw", partial(demo.draw, per_class=8))
@@ -329,6 +330,7 @@ def test_demo_leaves_only_its_results_and_existing_files(clean_workdir, monkeypa
     assert set(result["files"]) >= {"try it/images", "try it/fit/bundle", "try it/scores-2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--grid", "seed=0,1"]], ids=["plain", "grid"])
 def test_working_directory_accepts_a_bundle_once(
     store, tmp_path, monkeypatch, command, capsys, tracked, words
@@ -348,6 +350,7 @@ def test_working_directory_accepts_a_bundle_once(
     assert list_files(folder) == before
 
 
+@pytest.mark.slow
 def test_fit_and_score_write_to_the_working_directory(
     bundled, drawn, tmp_path, monkeypatch, command, tracked
 ):

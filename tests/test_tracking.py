@@ -424,6 +424,7 @@ def test_failed_run_is_resumed_and_nothing_is_logged_twice(config, client):
     assert third.run_id != first.run_id
 
 
+@pytest.mark.slow
 def test_run_of_a_killed_process_is_finished_by_the_next_one(config, client, tmp_path):
     program = f"""
 import os, signal
@@ -508,6 +509,7 @@ def test_interrupted_run_ends_though_its_store_is_unresponsive(
     assert metric_points(client, run.run_id, "loss") == [(0, 1.0)]
 
 
+@pytest.mark.slow
 def test_unsent_writes_of_a_killed_command_are_sent_by_the_next(config, client, tmp_path):
     program = f"""
 import os
@@ -599,6 +601,7 @@ def test_unwritable_database_is_refused(tmp_path, shared_folder, config):
     holder.close()
 
 
+@pytest.mark.slow
 def test_run_survives_its_server_and_the_next_run_sends_the_rest(server, tmp_path, monkeypatch):
     output: list[str] = []
     server_config = TrackingConfig(tracking_uri=f"http://me:hush@127.0.0.1:{server.port}")
@@ -670,6 +673,7 @@ def test_run_survives_its_server_and_the_next_run_sends_the_rest(server, tmp_pat
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_server_that_returns_during_a_run_gets_all_writes_in_order(server, monkeypatch, capsys):
     output: list[str] = []
     monkeypatch.setattr(sender, "RETRY_SECONDS", (0.2, 0.5))
@@ -1077,6 +1081,7 @@ def test_address_is_shown_without_its_secrets(text, shown):
 # ------------------------------------------------------------------------- concurrency
 
 
+@pytest.mark.slow
 def test_three_concurrent_commands_on_a_new_store_give_three_runs(tmp_path):
     program = """
 import sys

@@ -1173,6 +1173,7 @@ def results_by_world_size(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     "name", [*_training_jobs(), *(f"{name}, resumed" for name in RESUMED_JOBS)]

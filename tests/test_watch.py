@@ -67,6 +67,7 @@ def run_watch(*words: object, code: int = 0) -> None:
     assert exit_info.value.code == code
 
 
+@pytest.mark.slow
 def test_watch_follows_a_run_to_its_end(workdir, drawn):
     from mlflow import MlflowClient
 
@@ -115,6 +116,7 @@ def test_watch_follows_a_run_to_its_end(workdir, drawn):
     assert re.search(r"train +epoch 3 of 3 · train loss .* · valid loss .* · accuracy", lines[2])
 
 
+@pytest.mark.slow
 def test_watch_of_an_interrupted_run_exits_with_its_code(workdir, drawn, capsys):
     slow = ["--body", "resnet18", "--weights", "random", "--size", "448", "--chunk-size", "4"]
     process = start_reporting_command(
