@@ -149,9 +149,50 @@ def test_drop_leaves_out_copies_without_decoding_again(found, planted, tmp_path,
     assert reply["counts"]["ignored"] == 4
     assert "--drop drop.txt: 4 images left out" in command.said
     assert "1 path is not among the images, such as train/a/never_there.jpg" in command.said
+    assert "never_there.jpg (below" in command.said
     smaller = Store(tmp_path / "store")
     again = find_duplicates(smaller, Catalog(**smaller.read_catalog()))
     assert again.groups == []
+
+
+def test_a_store_goes_on_without_the_dropped_images_until_they_are_taken_back(
+    found, planted, tmp_path, command, tracked
+):
+    store, catalog, _ = found
+    shutil.copytree(store.path, tmp_path / "store")
+    drop = tmp_path / "drop.txt"
+    drop.write_text("train/a/00.jpg\ntrain/b/05.jpg\n")
+    uri = f"sqlite:///{tracked(tmp_path)}/mlflow.db"
+    run = ["precompute", planted, tmp_path / "store", "--tracking-uri", uri]
+
+    def ignored(*flags: object) -> int:
+        reply = command(*run, *flags)
+        assert reply["counts"]["decoded"] == 0
+        return reply["counts"]["ignored"] - catalog.ignored
+
+    assert ignored("--drop", drop) == 2
+    assert ignored() == 2
+    assert "2 images left out as before" in command.said and "dropped.txt" in command.said
+    drop.write_text("train/a/00.jpg\n")
+    assert ignored("--drop", drop) == 1  # another list replaces the first
+    assert "1 image left out by an earlier --drop: back again" in command.said
+    assert ignored("--drop", "none") == 0
+    assert "1 image left out by an earlier --drop: back again" in command.said
+    assert ignored() == 0
+    assert "left out" not in command.said
+
+
+def test_a_drop_list_may_have_absolute_paths_also_through_a_link(planted, tmp_path):
+    (tmp_path / "link").symlink_to(planted)
+    lines = [planted / "train/a/00.jpg", tmp_path / "link/train/a/02.jpg", "/elsewhere/a.jpg"]
+    (tmp_path / "drop.txt").write_text("\n".join(map(str, lines)))
+    config = SourceConfig(drop=str(tmp_path / "drop.txt"))
+    every = sources.labelled_catalog(planted)
+    left = sources.labelled_catalog(planted, config)
+    assert sorted(set(every.paths) - set(left.paths)) == ["train/a/00.jpg", "train/a/02.jpg"]
+    assert "1 path is not among the images, such as /elsewhere/a.jpg" in left.notes[-1]
+    plain = sources.unlabelled_catalog(planted, config, distinct=True)
+    assert plain.paths == left.paths
 
 
 def test_a_drop_list_names_files_with_strange_names(tmp_path, drawn):

@@ -27,6 +27,7 @@ from arrowhead.cli.app import (
 )
 from arrowhead.cli.options import Out, Output, ToCluster
 from arrowhead.cli.screen import Screen
+from arrowhead.data import drop_list
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.errors import ConfigError
 from arrowhead.features.backbone import WEIGHTS_SUFFIXES, BodyConfig
@@ -211,7 +212,7 @@ def _requirements(call: Call) -> Requirements:
         elif name in ("data", "store", "bundle", "images"):
             inputs.append(value)
         elif isinstance(value, SourceConfig):
-            inputs += [value.images, value.drop]
+            inputs += [value.images, None if value.drop == drop_list.TAKE_BACK else value.drop]
         elif isinstance(value, EvaluateConfig):
             inputs.append(value.store)
         elif isinstance(value, ScoreConfig):

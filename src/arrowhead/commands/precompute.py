@@ -14,7 +14,7 @@ import numpy as np
 from arrowhead import fileio
 from arrowhead.commands import chunks
 from arrowhead.data import chunks as data_chunks
-from arrowhead.data import sources, splits
+from arrowhead.data import drop_list, sources, splits
 from arrowhead.data.catalog import Catalog
 from arrowhead.features import corrections, extract, golden_images
 from arrowhead.features.backbone import Body
@@ -62,6 +62,7 @@ def precompute(
         store.check_unlisted_shards()
         history = corrections.read_history(store)
         extraction.show_source(listed, context.screen)
+        extraction.show_taken_back(drop_list.remember(path, listed), context.screen)
         extraction.show_class_changes(store, listed, context.screen)
         listed = _count_retries(store, listed, images.extract.max_bytes)
         recipe = dataclasses.asdict(store.recipe)

@@ -31,6 +31,7 @@ class Catalog:
             class folders).
         source_labels: What the source says, by row, about the images whose label was corrected.
         source: Escaped path of the table that lists the files, "" for a folder.
+        dropped: Escaped paths that a drop list names, whether or not they were there; sorted.
         empty_folders: Class folders without an image, such as train/fox.
         notes: Sentences for the user about how the source was read.
     """
@@ -45,6 +46,7 @@ class Catalog:
     ignored: int = 0
     source_labels: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     source: str = ""
+    dropped: tuple[str, ...] = ()
     empty_folders: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -85,7 +87,7 @@ class Catalog:
 
     def columns(self) -> dict[str, Any]:
         """The fields by name that `catalog_file.write_catalog` saves."""
-        unsaved = ("empty_folders", "notes")
+        unsaved = ("dropped", "empty_folders", "notes")
         names = [field.name for field in fields(self) if field.name not in unsaved]
         return {name: getattr(self, name) for name in names}
 

@@ -1,47 +1,62 @@
 """Leave out images that a text file lists, such as copies of other images.
 
-One path per line, relative to the root of the images; lines that start with # are comments.
-`examine.duplicates.write_drop_list` writes such a file.
+One path per line, relative to the root of the images or absolute; lines that start with # are
+comments. `examine.duplicates.write_drop_list` writes such a file.
+
+A store remembers the list in DROPPED_FILE, and later runs into it leave out the same images unless
+they give another list, or TAKE_BACK.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
+from arrowhead import fileio
 from arrowhead.data import named_files, path_text, reading
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.wording import pluralize
 
+DROPPED_FILE = "dropped.txt"  # of a store
+TAKE_BACK = "none"  # in the place of a list: leave out no image
 MAX_BYTES = 2**30
+MAX_UNKNOWN_SHOWN = 3
 
 
 def leave_out(catalog: Catalog, file: str) -> Catalog:
     """The catalog without the files that a list names.
 
-    They are added to `ignored`; a note says how many they are, and which path of the list is not
+    They are added to `ignored`; a note says how many they are, and which paths of the list are not
     in the catalog.
 
     Args:
         catalog: All files.
-        file: Path or URI of the list.
+        file: Path or URI of the list, or TAKE_BACK for no list.
 
     Raises:
         ConfigError: The list cannot be read.
     """
-    listed = _read_paths(file)
+    if file == TAKE_BACK:
+        return catalog
+    listed = _read_paths(file, catalog.root)
     kept = [path not in listed for path in catalog.paths]
     dropped = len(kept) - sum(kept)
-    note = f"--drop {Path(file).name}: {pluralize(dropped, 'image')} left out"
-    if len(listed) > dropped:
-        known = set(catalog.paths)
-        unknown = sorted(path for path in listed if path not in known)
-        paths = pluralize(len(unknown), "path is", "paths are")
-        note += f"; {paths} not among the images, such as {unknown[0]}"
+    notes = list(catalog.notes)
+    if Path(file).name == DROPPED_FILE:
+        if dropped:
+            notes.append(
+                f"{pluralize(dropped, 'image')} left out as before ({file}; --drop {TAKE_BACK}"
+                f" takes {'them' if dropped > 1 else 'it'} back)"
+            )
+    else:
+        note = f"--drop {Path(file).name}: {pluralize(dropped, 'image')} left out"
+        notes.append(note + _describe_unknown(listed, catalog))
     return replace(
         catalog,
         paths=list(compress(catalog.paths, kept)),
@@ -51,12 +66,41 @@ def leave_out(catalog: Catalog, file: str) -> Catalog:
         splits=list(compress(catalog.splits, kept)),
         tries=catalog.tries[np.array(kept, bool)],
         ignored=catalog.ignored + dropped,
-        notes=(*catalog.notes, note),
+        dropped=tuple(sorted(listed)),
+        notes=tuple(notes),
     )
 
 
-def _read_paths(file: str) -> set[str]:
-    """The paths in a list, escaped as in a catalog."""
+def remember(store: Path, catalog: Catalog) -> int:
+    """Write the list that a catalog was made with into a store; without a list, remove that.
+
+    Returns:
+        How many images are in the catalog that the store's list left out until now.
+    """
+    file = store / DROPPED_FILE
+    before = _read_paths(str(file), catalog.root) if file.is_file() else set()
+    if not catalog.dropped:
+        file.unlink(missing_ok=True)
+    elif before != set(catalog.dropped):
+        lines = [f"./{path}" if path.startswith("#") else path for path in catalog.dropped]
+        with fileio.atomic_write(file) as draft:
+            draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(before.intersection(catalog.paths)) if before else 0
+
+
+def _describe_unknown(listed: Collection[str], catalog: Catalog) -> str:
+    """Which of the listed paths are not among the images, as the end of a sentence."""
+    known = set(catalog.paths)
+    unknown = sorted(path for path in listed if path not in known)
+    if not unknown:
+        return ""
+    paths = pluralize(len(unknown), "path is", "paths are")
+    such_as = ", ".join(unknown[:MAX_UNKNOWN_SHOWN])
+    return f"; {paths} not among the images, such as {such_as} (below {catalog.root})"
+
+
+def _read_paths(file: str, root: str) -> set[str]:
+    """The paths in a list relative to a root, escaped as in a catalog."""
     folder, _, name = named_files.absolute_path(file).rpartition(b"/")
     content, fault = reading.read_file(
         path_text.escape_path(folder or b"/"), path_text.escape_path(name), MAX_BYTES
@@ -71,7 +115,7 @@ def _read_paths(file: str) -> set[str]:
     for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         path = line.rstrip(b"\r")
         if path.strip() and not path.startswith(b"#"):
-            paths.add(_escaped(path.removeprefix(b"./")))
+            paths.add(_relative(_escaped(path.removeprefix(b"./")), root))
     return paths
 
 
@@ -81,3 +125,18 @@ def _escaped(path: bytes) -> str:
     if text.isprintable() and path_text.escape_path(path_text.unescape_path(text)) == text:
         return text
     return path_text.escape_path(path)
+
+
+def _relative(path: str, root: str) -> str:
+    """An absolute path or URI below the root, relative to it; any other path as it is.
+
+    The root has no symbolic links, so those in a path to its folder are followed, too.
+    """
+    prefix = root.rstrip("/") + "/"
+    if path.startswith(prefix):
+        return path.removeprefix(prefix)
+    if not path.startswith("/"):
+        return path
+    folder, _, name = path_text.unescape_path(path).rpartition(b"/")
+    real = path_text.escape_path(os.path.realpath(folder or b"/").rstrip(b"/") + b"/" + name)
+    return real.removeprefix(prefix)

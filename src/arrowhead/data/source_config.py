@@ -33,7 +33,8 @@ class SourceConfig:
     the first of | ; , that occurs, else a space. An empty separator means one label per image."""
     drop: str | None = None
     """Text file with images to leave out, such as copies: one path per line, relative to the folder
-    of the images. Lines that start with # are comments."""
+    of the images or absolute. Lines that start with # are comments. Later runs into the same store
+    leave out the same images, until --drop none or another list is given."""
 
     def __post_init__(self) -> None:
         if not 0 < self.valid_share < 1:

@@ -127,12 +127,13 @@ def unlabelled_catalog(
         if distinct:
             first = {path: row for row, path in reversed(list(enumerate(rows.paths)))}
             order = [first[path] for path in sorted(first)]
-        return replace(_catalog_from_rows(rows, order), source=_table_location(source))
+        catalog = replace(_catalog_from_rows(rows, order), source=_table_location(source))
+        return catalog if config.drop is None else drop_list.leave_out(catalog, config.drop)
     root = path_text.resolve(source)
     files = listing.list_files(root)
     _check_has_images(root, len(files.paths), files.ignored)
     _refuse_table_settings(source, config, base_flag)
-    return Catalog(
+    catalog = Catalog(
         root=root,
         paths=files.paths,
         sizes=files.sizes,
@@ -142,6 +143,7 @@ def unlabelled_catalog(
         ignored=files.ignored,
         notes=_exclusion_notes(files),
     )
+    return catalog if config.drop is None else drop_list.leave_out(catalog, config.drop)
 
 
 def _catalog_of_table(source: str | Path, config: SourceConfig) -> tuple[Catalog, FirstSeen]:

@@ -43,17 +43,6 @@ class PermutationTest:
         """Number of images with which a group is compared, itself included."""
         return int(self._sample.sum()) if sampled else len(self._sample)
 
-    def p_value(
-        self, group_N: NDArray[np.bool_], among_N: NDArray[np.bool_], sampled: bool
-    ) -> float:
-        """The p-value that errors are more frequent in a group than among the other images.
-
-        among_N: the images to compare, which contain the group.
-        """
-        among_N = among_N & self._sample if sampled else among_N
-        statistic = self._statistic(int(group_N.sum()), among_N)
-        return float(statistic(np.array([self._error[group_N & among_N].sum()]))[0])
-
     def run(
         self,
         codes: Sequence[NDArray[np.int32]],

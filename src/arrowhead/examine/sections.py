@@ -24,13 +24,14 @@ from arrowhead.examine.label_errors import NO_LABEL, LabelErrors
 from arrowhead.examine.outliers import Outliers
 from arrowhead.examine.poor_images import PoorImages
 from arrowhead.examine.predictions import Predictions
-from arrowhead.examine.slices import SliceReport
+from arrowhead.examine.slices import LISTED_WITH_ROWS, Slice, SliceReport
 from arrowhead.wording import pluralize
 
 MIN_LABEL_CARDS, MAX_LABEL_CARDS = 6, 48
 MIN_LABEL_SCORE = 0.1  # labels that are less likely wrong are not shown
 MAX_GROUPS, MAX_GROUP_CARDS = 12, 6
-MAX_SLICES, MAX_SLICE_CARDS = 6, 12
+MAX_SLICE_CARDS, MAX_OTHER_SLICE_CARDS, MAX_SAME_SLICES = 12, 6, 3
+MAX_SLICES = LISTED_WITH_ROWS  # that are not worse
 MAX_OUTLIERS, MAX_POOR_IMAGES = 12, 24
 
 
@@ -184,23 +185,33 @@ def _describe_groups(groups: Sequence[DuplicateGroup]) -> str:
 
 
 def slices_section(found: SliceReport, predictions: Predictions, card_of: CardMaker) -> Section:
-    """Groups of images on which the model is worse."""
-    named = {one.name for one in found.worse}
-    others = [one for one in found.slices if one.p is not None and one.name not in named]
+    """Groups of images on which the model is worse, each with its mistakes."""
+    mistakes = _slice_mistakes(found, predictions)
+    worse = len(found.worse)
     lines = [
         {
             "name": one.name,
+            "note": _slice_note(one),
             "images": one.images,
             "accuracy": one.accuracy,
             "low": one.low,
             "high": one.high,
             "rest": one.rest_accuracy,
             "p": "" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
-            "significant": one.name in named,
+            "significant": number < worse,
+            "shown": len(rows),
+            "title": f"Mistakes on images with {one.name}",
+            "count": pluralize(wrong, "mistake")
+            if wrong == len(rows)
+            else f"{len(rows)} of {pluralize(wrong, 'mistake')}, those of the highest loss",
         }
-        for one in (*found.worse, *others)
+        for number, (one, rows, wrong) in enumerate(mistakes)
     ]
-    findings, cards, title = [], [], ""
+    shown_in: dict[int, list[str]] = {}
+    for number, (_, rows, _) in enumerate(mistakes):
+        for position, row in enumerate(rows):
+            shown_in.setdefault(row, []).append(f"{number}:{position}")
+    findings = []
     if found.worse:
         worst = found.worse[0]
         text = (
@@ -209,13 +220,12 @@ def slices_section(found: SliceReport, predictions: Predictions, card_of: CardMa
         )
         findings.append(Finding(0.9, text, "slices", "See the slices"))
         sentence = (
-            f"{pluralize(len(found.worse), 'slice')} of {found.tested} examined"
-            f" {'are' if len(found.worse) > 1 else 'is'} significantly worse than the rest, also"
-            " when the number of slices is accounted for."
+            f"{pluralize(worse, 'slice')} of {found.tested} examined"
+            f" {'are' if worse > 1 else 'is'} significantly worse than the rest, also when the"
+            " number of slices is accounted for."
         )
-        wrong = np.isin(predictions.row, worst.row) & ~predictions.correct
-        cards = [card_of(int(row)) for row in predictions.row[wrong][:MAX_SLICE_CARDS]]
-        title = f"Mistakes on images with {worst.name}"
+        if worse > 1:
+            sentence += " Each is compared without the images of those above it."
     else:
         sentence = (
             f"None of the {found.tested} examined slices is significantly worse than the rest."
@@ -225,19 +235,43 @@ def slices_section(found: SliceReport, predictions: Predictions, card_of: CardMa
     content = {
         "sentence": " ".join([sentence, *found.notes]),
         "caption": f"Held-out images; accuracy of all {found.images}: {found.accuracy:.4f}",
-        "lines": lines[: len(found.worse) + MAX_SLICES],
-        "cards": cards,
-        "cards_title": title,
+        "lines": lines,
+        "cards": [card_of(row, galleries=names) for row, names in shown_in.items()],
     }
     return Section(content, findings)
 
 
 def shown_slice_rows(found: SliceReport, predictions: Predictions) -> list[int]:
     """The rows of the pictures that `slices_section` shows."""
-    if not found.worse:
-        return []
-    wrong = np.isin(predictions.row, found.worse[0].row) & ~predictions.correct
-    return [int(row) for row in predictions.row[wrong][:MAX_SLICE_CARDS]]
+    return [row for _, rows, _ in _slice_mistakes(found, predictions) for row in rows]
+
+
+def _slice_mistakes(
+    found: SliceReport, predictions: Predictions
+) -> list[tuple[Slice, list[int], int]]:
+    """The slices to show, the worse ones first: each with the rows of the mistakes to show, the
+    highest loss first, and the number of all its mistakes.
+    """
+    named = {one.name for one in found.worse}
+    others = [one for one in found.slices if one.p is not None and one.name not in named]
+    result = []
+    for number, one in enumerate([*found.worse, *others[:MAX_SLICES]]):
+        is_wrong = np.isin(predictions.row, one.row) & ~predictions.correct & predictions.held_out
+        wrong = np.flatnonzero(is_wrong)
+        wrong = wrong[np.argsort(-predictions.loss[wrong], kind="stable")]
+        most = MAX_SLICE_CARDS if number < len(found.worse) else MAX_OTHER_SLICE_CARDS
+        result.append((one, predictions.row[wrong[:most]].tolist(), len(wrong)))
+    return result
+
+
+def _slice_note(one: Slice) -> str:
+    """Which images are left out of a slice, and which other slices are nearly the same."""
+    notes = ["without the images of the slices above"] if one.without else []
+    if one.same_images:
+        names = ", ".join(one.same_images[:MAX_SAME_SLICES])
+        more = ", …" if len(one.same_images) > MAX_SAME_SLICES else ""
+        notes.append(f"much the same images: {names}{more}")
+    return "; ".join(notes)
 
 
 # ---------------------------------------------------------------------------- unusual images

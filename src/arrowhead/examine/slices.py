@@ -3,6 +3,8 @@
     properties            -> conditions   a level, a fifth of the numbers, or one end of them
     correct, conditions   -> p-values     is the model worse there than on the other images?
                           -> adjusted     for the number of conditions, by permutation
+                          -> the worst    is named if it is significant; its images are left out
+      again, until none is significant
       -> `SliceReport`    every slice, and the worse ones without repetitions
 
 The p-value of a slice is Fisher's exact test, one-sided. Conditions overlap (dark images have
@@ -10,6 +12,10 @@ little contrast), so the p-values are adjusted with the step-down minP procedure
 Young ("Resampling-Based Multiple Testing", 1993, algorithm 2.8; Ge, Dudoit and Speed, Test 12(1),
 2003, box 4): the errors are shuffled, and the smallest p-value of each shuffle is compared with the
 observed ones. That keeps the probability of naming any slice by chance below `max_p`.
+
+A large bad slice hides smaller ones, because its errors are among "the other images". So the images
+of a slice that was named are left out, and the others are tested again. Where no slice is worse,
+none is named in the first round and there is no second: the probability stays the same.
 """
 
 from __future__ import annotations
@@ -40,8 +46,9 @@ from arrowhead.examine.table_columns import read_table_columns
 LOW_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the images at one end of a property's numbers
 FIFTHS = (0.2, 0.4, 0.6, 0.8)
 CUT_SHARES = tuple(sorted({*LOW_SHARES, *(round(1 - one, 2) for one in LOW_SHARES)}))
-NOT_IN_TABLE = ("name", "is_part", "row", "same_images")
-MAX_P_OUTSIDE = 0.05  # above, a slice is not worse outside of those already named
+NOT_IN_TABLE = ("name", "is_part", "row", "without", "same_images")
+MAX_ROUNDS = 12  # of leaving out a slice and testing the others again
+LISTED_WITH_ROWS = 6  # slices that are not worse, whose rows are known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +126,10 @@ class Slice:
             (Newcombe, Statistics in Medicine 17(8), 1998, method 10).
         p: One-sided p-value that the slice is worse; None for a slice that is not tested.
         adjusted_p: The same, adjusted for the number of slices.
-        row: int64 (images,), rows of the catalog; empty unless the slice is a worse one.
+        row: int64 (images,), rows of the catalog; empty unless the slice is a worse one or among
+            the first others.
+        without: Names of the worse slices whose images are left out here, of the slice and of the
+            rest.
         same_images: Names of other worse slices that this one explains.
     """
 
@@ -138,6 +148,7 @@ class Slice:
     p: float | None
     adjusted_p: float | None
     row: NDArray[np.int64]
+    without: tuple[str, ...] = ()
     same_images: tuple[str, ...] = ()
 
 
@@ -148,9 +159,9 @@ class SliceReport:
     Attributes:
         images, accuracy, low, high: All compared images, their accuracy and its 95 % interval.
         slices: Every examined slice: by p-value, then accuracy; those that are not tested last.
-        worse: The slices that are significantly worse than the rest, the most significant first,
-            each with other images than those before it.
-        tested: Number of slices that the p-values are adjusted for.
+        worse: The slices that are significantly worse than the rest, in the order in which they
+            were found; each is measured without the images of those before it.
+        tested: Number of slices that the p-values are adjusted for in the first round.
         notes: Sentences for the reader.
     """
 
@@ -171,7 +182,7 @@ class SliceReport:
         return [
             {"slice": one.name, "worse": "yes" if one.name in names else "no"}
             | {column: getattr(one, column) for column in columns}
-            | {"same_images": "; ".join(one.same_images)}
+            | {"without": "; ".join(one.without), "same_images": "; ".join(one.same_images)}
             for one in (*self.worse, *rest)
         ]
 
@@ -202,6 +213,10 @@ class _Coded:
         """The images that fulfil a condition, bool (N,)."""
         mask_N: NDArray[np.bool_] = (self.code >= condition.first) & (self.code < condition.end)
         return mask_N
+
+    def only(self, kept_N: NDArray[np.bool_]) -> _Coded:
+        """The same conditions, for some of the images."""
+        return replace(self, code=self.code[kept_N])
 
 
 def _encode(number: int, source: Property, usable_N: NDArray[np.bool_]) -> _Coded:
@@ -277,40 +292,118 @@ def find_slices(
         _encode(number, one, usable_N if one.sampled else every_N)
         for number, one in enumerate(properties)
     ]
+    worse, found, tested = _find_worse(coded, correct_N, usable_N, config)
+    low, high = wilson_interval(float(correct_N.sum()), len(correct_N))
+    named = {one.name for one, _ in worse}
+    others = [one for one, _ in found if one.p is not None and one.name not in named]
+    with_rows = {one.name for one in others[:LISTED_WITH_ROWS]}
+    return SliceReport(
+        images=len(correct_N),
+        accuracy=float(correct_N.mean()) if len(correct_N) else math.nan,
+        low=low,
+        high=high,
+        slices=tuple(
+            replace(one, row=row_N[coded[condition.property].mask(condition)])
+            if one.name in with_rows
+            else one
+            for one, condition in found
+        ),
+        worse=tuple(replace(one, row=row_N[mask_N]) for one, mask_N in worse),
+        tested=tested,
+    )
+
+
+_Found = list[tuple[Slice, _Condition]]
+
+
+def _find_worse(
+    coded: Sequence[_Coded],
+    correct_N: NDArray[np.float64],
+    usable_N: NDArray[np.bool_],
+    config: SliceConfig,
+) -> tuple[list[tuple[Slice, NDArray[np.bool_]]], _Found, int]:
+    """Name the worst slice if it is significant, and test the others without its images; repeat.
+
+    A slice that overlaps with an earlier one of the same property (brightness below 41, below 60)
+    is listed with that one instead of being named, and so is one that was significant until the
+    images of others were left out.
+
+    Returns:
+        The worse slices with their images, bool (N,); all slices and the number of tested ones of
+        the first round.
+    """
+    worse: list[Slice] = []
+    own: list[NDArray[np.bool_]] = []  # the images by which a slice is measured
+    every: list[NDArray[np.bool_]] = []  # those that fulfil its condition
+    also: dict[str, _Condition] = {}
+    kept_N = np.ones(len(correct_N), bool)
+    first: tuple[_Found, int] | None = None
+    for _ in range(MAX_ROUNDS):
+        rest = [one.only(kept_N) for one in coded]
+        found, tested = _compare(rest, correct_N[kept_N], usable_N[kept_N], config)
+        first = first or (found, tested)
+        significant = [
+            (one, condition)
+            for one, condition in found
+            if one.adjusted_p is not None and one.adjusted_p <= config.max_p
+        ]
+        if not significant:
+            break
+        one, condition = significant[0]
+        also |= {other.name: place for other, place in significant}
+        mask_N = coded[condition.property].mask(condition)
+        is_part_of_earlier = any(
+            before.property == one.property and (mask_N & mask).any()
+            for before, mask in zip(worse, every, strict=True)
+        )
+        if not is_part_of_earlier:
+            worse.append(replace(one, without=tuple(before.name for before in worse)))
+            own.append(mask_N & kept_N)
+            every.append(mask_N)
+        kept_N &= ~mask_N
+    assert first is not None
+    for name in [one.name for one in worse]:
+        del also[name]
+    for name, condition in also.items():
+        mask_N = coded[condition.property].mask(condition)
+        nearest = int(np.argmax([(mask_N & mask).sum() for mask in every]))
+        same = (*worse[nearest].same_images, name)
+        worse[nearest] = replace(worse[nearest], same_images=same)
+    return list(zip(worse, own, strict=True)), *first
+
+
+def _compare(
+    coded: Sequence[_Coded],
+    correct_N: NDArray[np.float64],
+    usable_N: NDArray[np.bool_],
+    config: SliceConfig,
+) -> tuple[_Found, int]:
+    """Test and measure every slice of N images.
+
+    Returns:
+        Slices with their conditions, by p-value, then accuracy, those that are not tested last;
+        and the number of those that are.
+    """
     test = PermutationTest(1 - correct_N, usable_N)
     conditions = _select_conditions(coded, test, config)
-    is_tested = [coded[one.property].source.tested for one in conditions]
-    tested = [one for one, flag in zip(conditions, is_tested, strict=True) if flag]
+    tested = [one for one in conditions if coded[one.property].source.tested]
     p, adjusted_p = test.run(
         [coded[one.property].code for one in tested],
         [(one.first, one.end) for one in tested],
         [coded[one.property].source.sampled for one in tested],
         config.permutations,
     )
-    slices = []
-    values = iter(zip(p, adjusted_p, strict=True))
-    for condition, flag in zip(conditions, is_tested, strict=True):
-        source = coded[condition.property].source
-        mask_N = coded[condition.property].mask(condition)
-        rest_N = (usable_N if source.sampled else every_N) & ~mask_N
-        pair = next(values) if flag else (None, None)
-        slices.append(_measure(condition, source, correct_N[mask_N], correct_N[rest_N], pair))
-    untested = math.inf
-    order = sorted(
-        range(len(slices)),
-        key=lambda k: (untested if slices[k].p is None else slices[k].p, slices[k].accuracy, k),
-    )
-    candidates = [(slices[k], conditions[k]) for k in order]
-    low, high = wilson_interval(float(correct_N.sum()), len(correct_N))
-    return SliceReport(
-        images=len(correct_N),
-        accuracy=float(correct_N.mean()) if len(correct_N) else math.nan,
-        low=low,
-        high=high,
-        slices=tuple(one for one, _ in candidates),
-        worse=_name_worse(candidates, coded, test, row_N, config),
-        tested=len(tested),
-    )
+    p_values = dict(zip(tested, zip(p, adjusted_p, strict=True), strict=True))
+    found = []
+    for condition in conditions:
+        one = coded[condition.property]
+        mask_N = one.mask(condition)
+        rest_N = (usable_N & ~mask_N) if one.source.sampled else ~mask_N
+        pair = p_values.get(condition, (None, None))
+        measured = _measure(condition, one.source, correct_N[mask_N], correct_N[rest_N], pair)
+        found.append((measured, condition))
+    found.sort(key=lambda pair: (math.inf if pair[0].p is None else pair[0].p, pair[0].accuracy))
+    return found, len(tested)
 
 
 def _select_conditions(
@@ -364,45 +457,6 @@ def _measure(
         adjusted_p=p[1],
         row=np.zeros(0, np.int64),
     )
-
-
-def _name_worse(
-    candidates: Sequence[tuple[Slice, _Condition]],
-    coded: Sequence[_Coded],
-    test: PermutationTest,
-    row_N: NDArray[np.int64],
-    config: SliceConfig,
-) -> tuple[Slice, ...]:
-    """The significant slices, each of which is worse also outside of those before it.
-
-    A slice that overlaps with an earlier one of the same property, or that is not worse without
-    the images already named, is listed with the earlier slice that it shares most images with.
-    """
-    worse: list[Slice] = []
-    masks: list[NDArray[np.bool_]] = []
-    named_N = np.zeros(len(row_N), bool)
-    for one, condition in candidates:
-        if one.adjusted_p is None or one.adjusted_p > config.max_p:
-            continue
-        source = coded[condition.property].source
-        mask_N = coded[condition.property].mask(condition)
-        shared = [int((mask_N & mask).sum()) for mask in masks]
-        nearest = shared.index(max(shared)) if any(shared) else None
-        if nearest is not None:
-            outside_N = mask_N & ~named_N
-            overlaps = any(
-                count and before.property == one.property
-                for count, before in zip(shared, worse, strict=True)
-            )
-            p = test.p_value(outside_N, ~named_N, source.sampled)
-            if overlaps or outside_N.sum() < config.min_images or p > MAX_P_OUTSIDE:
-                before = worse[nearest]
-                worse[nearest] = replace(before, same_images=(*before.same_images, one.name))
-                continue
-        worse.append(replace(one, row=row_N[mask_N]))
-        masks.append(mask_N)
-        named_N |= mask_N
-    return tuple(worse)
 
 
 def examine_slices(

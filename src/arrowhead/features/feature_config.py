@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arrowhead.data import drop_list
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.errors import ConfigError
@@ -39,7 +40,8 @@ class FeatureConfig:
 def complete_from_store(
     path: Path, config: FeatureConfig, explicit: Collection[str]
 ) -> FeatureConfig:
-    """Replace the settings that the user did not give by those of an existing store.
+    """Replace the settings that the user did not give by those of an existing store: its recipe,
+    and the list of images that it leaves out.
 
     Without a store at `path`, `config` is returned as it is.
 
@@ -84,7 +86,11 @@ def complete_from_store(
         pool=recipe.pool,  # type: ignore[arg-type]
     )
     limits = {name: getattr(config.pixels, name) for name in ("max_pixels", "max_scans")}
-    return dataclasses.replace(config, body=body, pixels=dataclasses.replace(pixels, **limits))
+    source, dropped = config.source, path / drop_list.DROPPED_FILE
+    if source.drop is None and dropped.is_file():
+        source = dataclasses.replace(source, drop=str(dropped))
+    pixels = dataclasses.replace(pixels, **limits)
+    return dataclasses.replace(config, source=source, body=body, pixels=pixels)
 
 
 def recipe_flags(store: Store) -> list[str]:

@@ -25,6 +25,12 @@ def show_source(catalog: Catalog, screen: Screen) -> None:
         screen.say(_task(catalog))
 
 
+def show_taken_back(images: int, screen: Screen) -> None:
+    """Show how many images are in the store again that a drop list left out until now."""
+    if images:
+        screen.say(f"{pluralize(images, 'image')} left out by an earlier --drop: back again")
+
+
 def _task(catalog: Catalog) -> str:
     """One line: labels per image, the number of classes and their first names."""
     classes = catalog.classes

@@ -58,6 +58,32 @@ if (gallery) {
   }
   choose(document.querySelector("[data-gallery]").dataset.gallery);
 }
+// ---------------------------------------------------------------------------- slices
+const sliceCards = document.querySelector("#slice-cards");
+if (sliceCards) {
+  const cards = all(".card", sliceCards), buttons = all("[data-slice]");
+  const showSlice = (button) => {
+    const positions = new Map();
+    for (const card of cards) {
+      const entry = card.dataset.slices.split(" ").find((one) => one.startsWith(button.dataset.slice + ":"));
+      card.hidden = entry === undefined;
+      if (entry !== undefined) positions.set(card, Number(entry.split(":")[1]));
+    }
+    for (const [card] of [...positions].sort((a, b) => a[1] - b[1])) sliceCards.append(card);
+    for (const one of buttons) one.setAttribute("aria-pressed", one === button);
+    document.querySelector("#slice-title").textContent = button.dataset.title;
+    document.querySelector("#slice-count").textContent = button.dataset.count;
+  };
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      showSlice(button);
+      const title = document.querySelector("#slice-title");
+      title.focus({ preventScroll: true });
+      title.scrollIntoView({ block: "nearest" });
+    });
+  }
+  showSlice(buttons[0]);
+}
 for (const toggle of all("[data-heat-toggle]")) {
   toggle.addEventListener("click", () => {
     const on = toggle.getAttribute("aria-pressed") !== "true";
