@@ -35,7 +35,8 @@ SAMPLE_ROWS = 65_536  # for the principal components and the cells
 COMPONENTS, EXACT_COMPONENTS = 128, 256  # the latter up to EXACT_ROWS rows
 ROUNDS = 6  # of k-means
 BLOCK_ROWS = 16_384  # of features: with 512 numbers, 32 MB in float32
-BLOCK_CELLS = 2**22  # similarities at a time: 16 MB
+BLOCK_PAIRS = 2048  # of rows of features, which then stay in the processor's cache
+BLOCK_CELLS = 2**21  # similarities at a time: 8 MB
 MAX_CELL_ROWS = 8 * ROWS_PER_CELL  # of a cell; larger ones are divided
 
 
@@ -62,26 +63,26 @@ class UnitVectors:
     def similarity(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float32]:
         """The cosine similarity of pairs of rows, float32 (P,)."""
         similarity = np.empty(len(one), np.float32)
-        for block in _blocks(len(one), BLOCK_ROWS // 2):
-            product = self.read(one[block])
-            product *= self.read(other[block])
-            similarity[block] = product.sum(1)
+        for block in _blocks(len(one), BLOCK_PAIRS):
+            distinct, at = np.unique_inverse(one[block])  # a row is often the first of many pairs
+            similarity[block] = np.vecdot(self.read(distinct)[at], self.read(other[block]))
         return similarity
 
     def read(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
         """Some of the rows, float32 (m, D); zeros for a row of zeros."""
         row_M = self.row_M[index]
         ends = np.cumsum([len(shard) for shard in self.shards])
-        vector = np.empty((len(row_M), self.width), np.float32)
+        half = np.empty((len(row_M), self.width), np.float16)
         order = np.argsort(row_M, kind="stable")
         bounds = np.searchsorted(row_M[order], ends).tolist()
         start = 0
         for shard, last, end in zip(self.shards, bounds, ends.tolist(), strict=True):
             if last > start:
                 at = order[start:last]
-                vector[at] = shard[row_M[at] - (end - len(shard)), 0]
+                half[at] = shard[row_M[at] - (end - len(shard)), 0]
             start = last
-        norm = np.linalg.norm(vector, axis=1, keepdims=True)
+        vector = half.astype(np.float32)
+        norm = np.sqrt(np.vecdot(vector, vector))[:, None]
         vector /= np.where(norm > 0, norm, 1)
         return vector
 
@@ -133,16 +134,16 @@ def _among_nearest(
     one: NDArray[np.int64], other: NDArray[np.int64], similarity: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
     """Whether a pair is among the NEIGHBOURS most similar ones of either row, bool (P,)."""
+    import torch
+
     order = np.argsort(-similarity, kind="stable")
     is_near = np.zeros(len(one), bool)
-    row = np.concatenate([one[order], other[order]])
-    pair = np.concatenate([order, order])
-    # By row, then by similarity: the two halves are merged by rank.
-    rank = np.concatenate([np.arange(len(one)), np.arange(len(one))])
-    by_row = np.lexsort((rank, row))
-    sorted_row = row[by_row]
-    position = np.arange(len(row)) - np.searchsorted(sorted_row, sorted_row)
-    is_near[pair[by_row[position < NEIGHBOURS]]] = True
+    # Both rows of each pair, the most similar pair first; a stable sort by row keeps that order.
+    row = torch.from_numpy(np.stack([one[order], other[order]], axis=1).ravel())
+    sorted_row, by_row = (part.numpy() for part in torch.sort(row, stable=True))
+    is_near_end = np.ones(len(by_row), bool)  # whether fewer than NEIGHBOURS before are of its row
+    is_near_end[NEIGHBOURS:] = sorted_row[NEIGHBOURS:] != sorted_row[:-NEIGHBOURS]
+    is_near[order[by_row[is_near_end] // 2]] = True
     return is_near
 
 
@@ -174,8 +175,8 @@ class _Cells:
 
     Attributes:
         members: The rows of each cell, ascending; a row is in one cell, and the first row of a
-            divided cell in all its parts.
-        visitors: The rows that are compared with each cell's members, ascending.
+            divided cell in all its parts. They are compared with each other.
+        visitors: The rows of other cells that are compared with each cell's members, ascending.
     """
 
     members: list[torch.Tensor]
@@ -189,24 +190,22 @@ class _Cells:
         rows = len(point_MK)
         if rows <= EXACT_ROWS:
             every = torch.arange(rows)
-            return _Cells(members=[every], visitors=[every])
+            return _Cells(members=[every], visitors=[every[:0]])
         centre_CK = _k_means(point_MK, rows // ROWS_PER_CELL)
         nearest_MP = _nearest_centres(point_MK, centre_CK, PROBES)
         members, visitors = [], []
         own = _group(nearest_MP[:, 0], len(centre_CK))
-        near = _group(nearest_MP.reshape(-1), len(centre_CK))
+        near = _group(nearest_MP[:, 1:].reshape(-1), len(centre_CK))
         for home, probes in zip(own, near, strict=True):
-            probing = probes // nearest_MP.shape[1]
             if len(home) <= MAX_CELL_ROWS:
                 members.append(home)
-                visitors.append(probing)
+                visitors.append(probes // (nearest_MP.shape[1] - 1))
                 continue
             # Too many rows for all pairs: neighbours along the direction in which they differ most.
             order = home[_order_by_largest_spread(point_MK[home])]
             for part in torch.split(order, MAX_CELL_ROWS // 2):
-                part = torch.unique(torch.cat([home[:1], part]))
-                members.append(part)
-                visitors.append(part)
+                members.append(torch.unique(torch.cat([home[:1], part])))
+                visitors.append(home[:0])
         return _Cells(members=members, visitors=visitors)
 
 
@@ -227,14 +226,14 @@ def _k_means(point_MK: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _nearest_centres(point_BK: torch.Tensor, centre_CK: torch.Tensor, count: int) -> torch.Tensor:
-    """The nearest centres of each point, the nearest first; int64 (B, count)."""
+    """The nearest centres of each point, the nearest first; int32 (B, count)."""
     import torch
 
     half_square_C = centre_CK.square().sum(1) / 2
     count = min(count, len(centre_CK))
     step = max(1, BLOCK_CELLS // len(centre_CK))
     parts = [
-        (part @ centre_CK.T - half_square_C).topk(count, dim=1).indices
+        (part @ centre_CK.T - half_square_C).topk(count, dim=1).indices.to(torch.int32)
         for part in torch.split(point_BK, step)
     ]
     return torch.cat(parts)
@@ -270,48 +269,141 @@ def _candidates(
     """
     import torch
 
-    rows = len(point_MK)
-    max_square = 2 - 2 * min_similarity + 1e-5
-    half_square_M = point_MK.square().sum(1) / 2
-    best = torch.full((rows, CANDIDATES), torch.inf)  # half squared distances, ascending
-    neighbour = torch.full((rows, CANDIDATES), -1)
-    first = torch.full((rows,), rows)  # the lowest row that is close
-    for members, visitors in zip(cells.members, cells.visitors, strict=True):
-        member_KN = point_MK[members].T.contiguous()
+    nearest = _Nearest.empty(point_MK, min_similarity)
+    # A row's own cell first: few rows of other cells are nearer than its neighbours there.
+    for members in cells.members:
         step = max(1, BLOCK_CELLS // max(1, len(members)))
-        for visitor in torch.split(visitors, step) if len(members) else ():
-            half = half_square_M[members] - point_MK[visitor] @ member_KN
-            half += half_square_M[visitor][:, None]
-            at = torch.searchsorted(members, visitor).clamp(max=len(members) - 1)
-            own = torch.nonzero(members[at] == visitor)[:, 0]
-            half[own, at[own]] = torch.inf
-            is_close = half <= max_square / 2
-            near = torch.nonzero(is_close.any(1))[:, 0]
-            if not len(near):
-                continue
-            visitor, half, is_close = visitor[near], half[near], is_close[near]
-            lowest = members[is_close.to(torch.uint8).argmax(1)]
-            first[visitor] = torch.minimum(first[visitor], lowest)
-            found = half.topk(min(CANDIDATES, half.shape[1]), dim=1, largest=False)
-            values = torch.cat([best[visitor], found.values], 1)
-            indices = torch.cat([neighbour[visitor], members[found.indices]], 1)
-            merged = values.topk(CANDIDATES, dim=1, largest=False)
-            best[visitor] = merged.values
-            neighbour[visitor] = indices.gather(1, merged.indices)
-    neighbour[best > max_square / 2] = -1
-    first_keys = _pair_keys(torch.where(first < rows, first, -1)[:, None])
-    return np.union1d(_pair_keys(neighbour), first_keys), first_keys
+        for part in torch.split(torch.arange(len(members)), step) if len(members) else ():
+            nearest.update(members[part], members, itself=part)
+    for members, visitors in zip(cells.members, cells.visitors, strict=True):
+        if len(members):
+            for part in torch.split(visitors, max(1, BLOCK_CELLS // len(members))):
+                nearest.update(part, members)
+    return nearest.keys()
 
 
-def _pair_keys(neighbour_MJ: torch.Tensor) -> NDArray[np.int64]:
-    """Keys of the pairs of each row with its neighbours; -1 is no neighbour."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Nearest:
+    """The nearest rows of each row that were found so far.
+
+    Closeness is minus half the squared distance.
+
+    Attributes:
+        point: float32 (M, K).
+        minus_half_square: float32 (M,), of the points' lengths.
+        least: The closeness from which two rows are close.
+        closeness: float32 (M, CANDIDATES), of the nearest rows, descending; -inf for none.
+        neighbour: int32 (M, CANDIDATES), these rows.
+        first: int32 (M,), the lowest row that is close; M for none.
+    """
+
+    point: torch.Tensor
+    minus_half_square: torch.Tensor
+    least: float
+    closeness: torch.Tensor
+    neighbour: torch.Tensor
+    first: torch.Tensor
+
+    @staticmethod
+    def empty(point_MK: torch.Tensor, min_similarity: float) -> _Nearest:
+        """No neighbours yet."""
+        import torch
+
+        rows = len(point_MK)
+        return _Nearest(
+            point=point_MK,
+            minus_half_square=point_MK.square().sum(1) / -2,
+            least=min_similarity - 1 - 5e-6,
+            closeness=torch.full((rows, CANDIDATES), -torch.inf),
+            neighbour=torch.full((rows, CANDIDATES), -1, dtype=torch.int32),
+            first=torch.full((rows,), rows, dtype=torch.int32),
+        )
+
+    def update(
+        self, visitor_V: torch.Tensor, members_N: torch.Tensor, itself: torch.Tensor | None = None
+    ) -> None:
+        """Compare V rows with N others; itself: the position of each among these, if it is there.
+
+        Most rows are far from all members of most cells. So only the largest closeness of each row
+        is computed for all, and the rest for the rows that it may change something for.
+        """
+        import torch
+
+        close_VN = torch.addmm(
+            self.minus_half_square[members_N], self.point[visitor_V], self.point[members_N].T
+        )
+        own_V = self.minus_half_square[visitor_V]
+        if itself is not None:
+            close_VN[torch.arange(len(itself)), itself] = -torch.inf
+        best_V = close_VN.amax(1) + own_V
+        worst_V = self.closeness[visitor_V, -1]
+        is_nearer = (best_V >= self.least) & (best_V > worst_V)
+        may_be_first = (best_V >= self.least) & (self.first[visitor_V] > members_N[0])
+        for chosen, change in ((is_nearer, self._add), (may_be_first, self._lower_first)):
+            at = torch.nonzero(chosen)[:, 0]
+            if len(at):
+                change(visitor_V[at], members_N, close_VN[at], own_V[at])
+
+    def _add(
+        self,
+        visitor_V: torch.Tensor,
+        members_N: torch.Tensor,
+        close_VN: torch.Tensor,
+        own_V: torch.Tensor,
+    ) -> None:
+        """Merge the nearest of some members into the neighbours of V rows."""
+        import torch
+
+        found = close_VN.topk(min(CANDIDATES, close_VN.shape[1]), dim=1)
+        values = torch.cat([self.closeness[visitor_V], found.values + own_V[:, None]], 1)
+        rows = members_N[found.indices].to(torch.int32)
+        rows = torch.cat([self.neighbour[visitor_V], rows], 1)
+        merged = values.topk(CANDIDATES, dim=1)
+        self.closeness[visitor_V] = merged.values
+        self.neighbour[visitor_V] = rows.gather(1, merged.indices)
+
+    def _lower_first(
+        self,
+        visitor_V: torch.Tensor,
+        members_N: torch.Tensor,
+        close_VN: torch.Tensor,
+        own_V: torch.Tensor,
+    ) -> None:
+        """Lower the first close row of V rows, if a lower member is close."""
+        import torch
+
+        below = int(torch.searchsorted(members_N, self.first[visitor_V].max()))
+        is_close = close_VN[:, :below] >= (self.least - own_V)[:, None]
+        lowest = members_N[is_close.to(torch.uint8).argmax(1)].to(torch.int32)
+        lowest = torch.where(is_close.any(1), lowest, len(self.first))
+        self.first[visitor_V] = torch.minimum(self.first[visitor_V], lowest)
+
+    def keys(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The keys of all pairs, and of those with the first row of a crowd; see `_candidates`."""
+        import torch
+
+        rows = len(self.first)
+        self.neighbour[self.closeness < self.least] = -1
+        first_keys = _pair_keys(torch.where(self.first < rows, self.first, -1)[:, None])
+        return _pair_keys(self.neighbour, first_keys), first_keys
+
+
+def _pair_keys(
+    neighbour_MJ: torch.Tensor, more: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """Keys of the pairs of each row with its neighbours, and more keys; -1 is no neighbour."""
     rows = len(neighbour_MJ)
-    keys = []
+    keys = [] if more is None else [more]
     for column in neighbour_MJ.T.numpy():
         row = np.flatnonzero(column >= 0)
-        other = column[row]
+        other = column[row].astype(np.int64)
         keys.append(np.minimum(row, other) * rows + np.maximum(row, other))
-    return np.unique(np.concatenate(keys))
+    key = np.concatenate(keys)
+    del keys
+    key.sort()
+    is_new = np.ones(len(key), bool)
+    is_new[1:] = key[1:] != key[:-1]
+    return key[is_new]
 
 
 def _blocks(count: int, size: int = BLOCK_ROWS) -> Iterator[slice]:
