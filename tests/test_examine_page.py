@@ -148,6 +148,25 @@ def test_a_number_of_the_confusion_matrix_shows_its_pictures(page):
         assert json.loads(card.get_attribute("data-predicted")) == [predicted]
 
 
+def test_a_slice_opens_its_mistakes_with_the_keyboard(page):
+    buttons = page.locator("[data-slice]")
+    assert buttons.count() > 1
+    shown = page.locator("#slice-cards .card:visible")
+    for button in (buttons.last, buttons.first):
+        button.focus()
+        page.keyboard.press("Enter")
+        number = button.get_attribute("data-slice")
+        entries = [card.get_attribute("data-slices").split() for card in shown.all()]
+        places = [one.split(":") for names in entries for one in names]
+        mine = [int(place) for name, place in places if name == number]
+        assert mine == list(range(shown.count())) and mine
+        assert shown.locator(".mark.wrong").count() == shown.count()
+        assert page.locator('[data-slice][aria-pressed="true"]').count() == 1
+        title = page.locator("#slice-title:focus")
+        assert title.inner_text().endswith(button.inner_text())
+        assert title.evaluate("e => e.getBoundingClientRect().top < innerHeight")
+
+
 def test_ticked_labels_download_as_a_table_that_relabel_takes(page, command, tmp_path):
     download = page.locator("#download-fixes")
     assert download.is_disabled()
