@@ -252,10 +252,8 @@ def _slice_mistakes(
     """The slices to show, the worse ones first: each with the rows of the mistakes to show, the
     highest loss first, and the number of all its mistakes.
     """
-    named = {one.name for one in found.worse}
-    others = [one for one in found.slices if one.p is not None and one.name not in named]
     result = []
-    for number, one in enumerate([*found.worse, *others[:MAX_SLICES]]):
+    for number, one in enumerate([*found.worse, *found.others[:MAX_SLICES]]):
         is_wrong = np.isin(predictions.row, one.row) & ~predictions.correct & predictions.held_out
         wrong = np.flatnonzero(is_wrong)
         wrong = wrong[np.argsort(-predictions.loss[wrong], kind="stable")]

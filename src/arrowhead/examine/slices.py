@@ -48,7 +48,7 @@ FIFTHS = (0.2, 0.4, 0.6, 0.8)
 CUT_SHARES = tuple(sorted({*LOW_SHARES, *(round(1 - one, 2) for one in LOW_SHARES)}))
 NOT_IN_TABLE = ("name", "is_part", "row", "without", "same_images")
 MAX_ROUNDS = 12  # of leaving out a slice and testing the others again
-LISTED_WITH_ROWS = 6  # slices that are not worse, whose rows are known
+LISTED_WITH_ROWS = 6  # of the slices that are not worse: whose rows are known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +127,7 @@ class Slice:
         p: One-sided p-value that the slice is worse; None for a slice that is not tested.
         adjusted_p: The same, adjusted for the number of slices.
         row: int64 (images,), rows of the catalog; empty unless the slice is a worse one or among
-            the first others.
+            the first LISTED_WITH_ROWS others.
         without: Names of the worse slices whose images are left out here, of the slice and of the
             rest.
         same_images: Names of other worse slices that this one explains.
@@ -173,6 +173,12 @@ class SliceReport:
     worse: tuple[Slice, ...]
     tested: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def others(self) -> list[Slice]:
+        """The tested slices that are neither worse nor explained by a worse one."""
+        named = {name for one in self.worse for name in (one.name, *one.same_images)}
+        return [one for one in self.slices if one.p is not None and one.name not in named]
 
     def table(self) -> list[dict[str, Any]]:
         """One row per slice for `tables.write_table`, the worse ones first."""
@@ -294,23 +300,21 @@ def find_slices(
     ]
     worse, found, tested = _find_worse(coded, correct_N, usable_N, config)
     low, high = wilson_interval(float(correct_N.sum()), len(correct_N))
-    named = {one.name for one, _ in worse}
-    others = [one for one, _ in found if one.p is not None and one.name not in named]
-    with_rows = {one.name for one in others[:LISTED_WITH_ROWS]}
-    return SliceReport(
+    report = SliceReport(
         images=len(correct_N),
         accuracy=float(correct_N.mean()) if len(correct_N) else math.nan,
         low=low,
         high=high,
-        slices=tuple(
-            replace(one, row=row_N[coded[condition.property].mask(condition)])
-            if one.name in with_rows
-            else one
-            for one, condition in found
-        ),
+        slices=tuple(one for one, _ in found),
         worse=tuple(replace(one, row=row_N[mask_N]) for one, mask_N in worse),
         tested=tested,
     )
+    with_rows = {one.name for one in report.others[:LISTED_WITH_ROWS]}
+    listed = [
+        replace(one, row=row_N[coded[place.property].mask(place)]) if one.name in with_rows else one
+        for one, place in found
+    ]
+    return replace(report, slices=tuple(listed))
 
 
 _Found = list[tuple[Slice, _Condition]]

@@ -77,9 +77,8 @@ if (sliceCards) {
   for (const button of buttons) {
     button.addEventListener("click", () => {
       showSlice(button);
-      const title = document.querySelector("#slice-title");
-      title.focus({ preventScroll: true });
-      title.scrollIntoView({ block: "nearest" });
+      document.querySelector("#slice-title").focus({ preventScroll: true });
+      sliceCards.querySelector(".card:not([hidden])").scrollIntoView({ block: "nearest" });
     });
   }
   showSlice(buttons[0]);
