@@ -414,16 +414,31 @@ def test_a_file_that_is_no_image_gives_a_fault():
     assert "corrupt" in str(image_matching.decode_thumbnail(b"not an image"))
 
 
-def test_patterns_that_repeat_are_not_copies_of_each_other():
-    def weave(period: float, angle: float, seed: int) -> NDArray[Any]:
-        rng = np.random.default_rng(seed)
-        y, x = np.mgrid[:240, :240]
-        along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        threads = np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period)
-        return 128 + 80 * threads + rng.normal(0, 8, (240, 240))
+def weave(period: float, angle: float, seed: int, things: float = 0) -> NDArray[Any]:
+    """Grey pixels of a woven cloth; things: how bright or dark the nine things on it are."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:240, :240]
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    threads = np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period)
+    pixels = 128 + 80 * threads + rng.normal(0, 8, (240, 240))
+    for left, top in rng.uniform(40, 200, (9, 2)):
+        blob = np.exp(-((x - left) ** 2 + (y - top) ** 2) / 200)
+        pixels += things * blob * rng.choice((-1, 1))
+    return pixels.clip(0, 255)
 
+
+def test_patterns_that_repeat_are_not_copies_of_each_other():
     one, other = weave(20, 0.1, 1), weave(23, 0.15, 2)
-    small = [image_matching.thumbnail(pixels.clip(0, 255)) for pixels in (one, other)]
+    small = [image_matching.thumbnail(pixels) for pixels in (one, other)]
     assert not image_matching.is_same_photo(*image_matching.similarity(*small))
     brighter = image_matching.thumbnail((one * 0.9 + 20).clip(0, 255))
     assert image_matching.is_same_photo(*image_matching.similarity(small[0], brighter))
+
+
+def test_a_cropped_copy_of_things_on_a_pattern_is_found_and_other_things_are_not():
+    one, other = weave(20, 0.1, 1, 80), weave(21, 0.12, 51, 80)
+    small, cropped, different = map(image_matching.thumbnail, (one, one[12:-12, 12:-12], other))
+    assert image_matching.repetition(small) > image_matching.MIN_REPETITION
+    scores = image_matching.similarity(small, cropped)
+    assert image_matching.is_same_photo(*scores) and max(scores) < 0.9
+    assert not image_matching.is_same_photo(*image_matching.similarity(small, different))

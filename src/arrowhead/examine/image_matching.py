@@ -15,7 +15,7 @@ Gaussians), which keeps two photos of a dark animal on a bright ground apart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,13 @@ FINE_SIGMA, COARSE_SIGMA = 0.8, 2.5  # pixels: details between these sizes are c
 TEMPLATE_SHARE = 0.62  # of width and height: a crop that keeps the middle contains it
 SCALES = tuple(1.07**step for step in range(-7, 8))  # 0.62 to 1.61
 MIN_TEMPLATE_SIDE = 8  # pixels
+NEAR = 3  # pixels between two places that count as one
 # Correlations from which two images are the same photo; see bench/duplicates.py.
 MIN_WHOLE, MIN_PART = 0.8, 0.82
-# A part of a woven or tiled pattern is found in every such pattern. So images whose middle
-# correlates this much with itself elsewhere must be more alike. Of 780 pairs of drawn baskets this
-# leaves 2 of 16 false ones; 97 of 100 altered copies of photos with such a pattern still pass.
-MIN_REPETITION, MIN_OF_PATTERN = 0.5, 0.9
+# A part of a woven or tiled pattern is found in every such pattern, and there at many places. So
+# images whose middle correlates this much with itself elsewhere must also match clearly better at
+# one place than at any other, unless they are almost equal.
+MIN_REPETITION, MIN_DISTINCT, EQUAL_PATTERN = 0.5, 0.1, 0.95
 MIN_ROUGH = 0.55  # with a third of the sizes; below, the others are not tried
 MIN_CONTRAST = 2.0  # grey levels: standard deviation below which an image is of one colour
 MAX_FLAT_DIFFERENCE = 8.0  # grey levels between two images of one colour that are the same
@@ -114,27 +115,47 @@ def similarity(one: Thumbnail, other: Thumbnail) -> tuple[float, float]:
         same = is_flat(one) and is_flat(other) and difference <= MAX_FLAT_DIFFERENCE
         return float(same), 0.0
     square = square_details(other)
-    whole = max(float((turned * square).sum()) for turned in orientations(square_details(one)))
-    part = 0.0
+    wholes = [float((turned * square).sum()) for turned in orientations(square_details(one))]
+    whole, match = max(wholes), _Match(0.0, 0.0)
     if whole < MIN_WHOLE:
-        ways = ((one, other), (other, one))
-        part = max(_template_similarity(*way, SCALES[1::3]) for way in ways)
-        if part >= MIN_ROUGH:
-            part = max(part, *(_template_similarity(*way, SCALES) for way in ways))
-    if is_same_photo(whole, part) and max(whole, part) < MIN_OF_PATTERN and _repeats(one, other):
-        return 0.0, 0.0
+        match = _best_match(one, other, SCALES[1::3])
+        if match.similarity >= MIN_ROUGH:
+            match = max(match, _best_match(one, other, SCALES))
+    part = match.similarity
+    if (
+        is_same_photo(whole, part)
+        and max(whole, part) < EQUAL_PATTERN
+        and max(repetition(one), repetition(other)) >= MIN_REPETITION
+    ):
+        if whole >= MIN_WHOLE:  # then the parts were not compared
+            turned = list(orientations(one))[int(np.argmax(wholes))]
+            match = _best_match(turned, other, SCALES)
+        if match.similarity - match.elsewhere < MIN_DISTINCT:
+            return 0.0, 0.0
     return min(1.0, max(0.0, whole)), min(1.0, max(0.0, part))
 
 
-def _repeats(*images: Thumbnail) -> bool:
-    """Whether any of some images shows a pattern that repeats."""
-    return any(repetition(image) >= MIN_REPETITION for image in images)
+class _Match(NamedTuple):
+    """The place where the middle of one image correlates most with a part of another.
+
+    Attributes:
+        similarity: The correlation there.
+        elsewhere: The highest one at the same scale, more than NEAR pixels away.
+    """
+
+    similarity: float
+    elsewhere: float
+
+
+def _best_match(one: Thumbnail, other: Thumbnail, scales: Sequence[float]) -> _Match:
+    """The best match of the middle of one in the other, or the other way round."""
+    return max(_match_middle(one, other, scales), _match_middle(other, one, scales))
 
 
 def repetition(grey: Thumbnail) -> float:
     """The highest correlation of the middle of an image with itself at another place, -1 to 1.
 
-    Places are more than three pixels apart, and at least half of the middle overlaps.
+    Places are more than NEAR pixels apart, and at least half of the middle overlaps.
     """
     from scipy import fft
 
@@ -149,7 +170,7 @@ def repetition(grey: Thumbnail) -> float:
     down = np.minimum(np.arange(2 * height), 2 * height - np.arange(2 * height))[:, None]
     right = np.minimum(np.arange(2 * width), 2 * width - np.arange(2 * width))[None]
     overlap = (height - down).clip(0) * (width - right).clip(0)
-    elsewhere = (2 * overlap >= height * width) & (down**2 + right**2 > 9)
+    elsewhere = (2 * overlap >= height * width) & (down**2 + right**2 > NEAR**2)
     return float((product / np.sqrt((first * second).clip(1e-9)))[elsewhere].max())
 
 
@@ -158,15 +179,15 @@ def is_same_photo(whole: float, part: float) -> bool:
     return whole >= MIN_WHOLE or part >= MIN_PART
 
 
-def orientations(pixels: Grey) -> Iterator[Grey]:
+def orientations(pixels: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """The eight turned and mirrored forms of an image, or of several, (…, H, W)."""
     for form in (pixels, pixels[..., ::-1]):
         for quarter_turns in range(4):
             yield np.rot90(form, quarter_turns, axes=(-2, -1))
 
 
-def _template_similarity(image: Thumbnail, template: Thumbnail, scales: Sequence[float]) -> float:
-    """The highest correlation of the middle of `template` with a part of `image`."""
+def _match_middle(image: Thumbnail, template: Thumbnail, scales: Sequence[float]) -> _Match:
+    """The best match of the middle of `template` with a part of `image`."""
     from scipy import fft
 
     shape = (SIDE, SIDE)  # a template that lies inside the image does not wrap around
@@ -176,7 +197,7 @@ def _template_similarity(image: Thumbnail, template: Thumbnail, scales: Sequence
     # Sums over all rectangles from the upper left corner.
     sums_FHW = np.pad(np.square(forms, dtype=np.float64), ((0, 0), (1, 0), (1, 0)))
     sums_FHW = sums_FHW.cumsum(1).cumsum(2)
-    best, grey = -1.0, template.astype(np.float32)
+    best, best_FHW, grey = -1.0, np.zeros((1, 1, 1)), template.astype(np.float32)
     for scale in scales:
         part = _middle(grey, scale)
         height, width = part.shape
@@ -194,8 +215,14 @@ def _template_similarity(image: Thumbnail, template: Thumbnail, scales: Sequence
         floor = MIN_WINDOW_ENERGY * sums_FHW[0, -1, -1] * part.size / details.size
         product_FHW = fft.irfft2(spectrum_FHW * spectrum, shape)
         inside = product_FHW[:, : energy_FHW.shape[1], : energy_FHW.shape[2]]
-        best = max(best, float((inside / np.sqrt(np.maximum(energy_FHW, floor))).max()))
-    return best
+        match_FHW = inside / np.sqrt(np.maximum(energy_FHW, floor))
+        if (highest := float(match_FHW.max())) > best:
+            best, best_FHW = highest, match_FHW
+    form, row, column = np.unravel_index(best_FHW.argmax(), best_FHW.shape)
+    down = np.arange(best_FHW.shape[1])[:, None] - row
+    right = np.arange(best_FHW.shape[2]) - column
+    is_far = down**2 + right**2 > NEAR**2
+    return _Match(best, float(best_FHW[form].max(where=is_far, initial=-1.0)))
 
 
 def _middle(grey: Grey, scale: float) -> Grey:
