@@ -80,6 +80,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument(
+        "--cases", nargs="+", type=int, help="numbers of cases, from 0; default: all"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     store = Store(args.store)
@@ -90,7 +93,7 @@ def main() -> None:
     print(f"reading and measuring an original: {ms:.1f} ms")
     base, _ = properties.measured_properties(measured, images.row)
     results = []
-    for case in CASES:
+    for case in (CASES[k] for k in args.cases or range(len(CASES))):
         results.append(measure(case, base, args.runs))
         print(json.dumps(results[-1]), flush=True)
     seconds = {}

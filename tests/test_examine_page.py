@@ -47,6 +47,9 @@ def page_file(
     monkeypatch.chdir(workdir)
     if not Path("report").exists():
         shutil.copytree(drawn, "data", ignore=shutil.ignore_patterns("new"))
+        for folder in Path("data/train").iterdir():  # enough held-out images to compare slices
+            for file in sorted(folder.iterdir())[-10:]:
+                file.rename(Path("data/valid", folder.name, file.name))
         first = min(Path("data/valid/beads").iterdir())
         first.rename(first.with_name(HOSTILE))
         # A copy of a training image with another label: a leak, and a label that is wrong.
