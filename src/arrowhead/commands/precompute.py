@@ -62,7 +62,6 @@ def precompute(
         store.check_unlisted_shards()
         history = corrections.read_history(store)
         extraction.show_source(listed, context.screen)
-        extraction.show_taken_back(drop_list.remember(path, listed), context.screen)
         extraction.show_class_changes(store, listed, context.screen)
         listed = _count_retries(store, listed, images.extract.max_bytes)
         recipe = dataclasses.asdict(store.recipe)
@@ -171,6 +170,7 @@ def _extract_missing(
     chunk_rows = data_chunks.split_into_chunks(catalog.paths, store.chunk_size)
     names = [data_chunks.shard_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
     store.write_pending(catalog.columns())
+    extraction.show_taken_back(drop_list.remember(store.path, catalog), context.screen)
     missing = [i for i, name in enumerate(names) if not store.shard_path(name).is_file()]
     total = sum(len(chunk_rows[i]) for i in missing)
     args = store.path, images.pixels, images.extract
