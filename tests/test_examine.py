@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from arrowhead.cli.main import main
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine import predictions, thumbnails
 from arrowhead.examine.galleries import ImageRanking, choose_galleries
+from arrowhead.examine.originals import Originals, Wanted, read_pixels
 from arrowhead.examine.predictions import Predictions
 from arrowhead.features.store import Store
 
@@ -70,8 +72,14 @@ def test_fit_ends_with_a_report_beside_the_bundle(fitted, workdir):
     assert result["report"] == "out/bundle.report/report.html"
     assert result["report"] in result["files"]
     folder = fitted / "bundle.report"
-    expected = {"report.html", "report.json", "figures", "tables", "label_errors.csv"}
-    assert {path.name for path in folder.iterdir()} - {"duplicates.csv", "drop.txt"} == expected
+    expected = {"report.html", "report.json", "figures", "tables"}
+    expected |= {"label_errors.csv", "label_errors.parquet"}
+    copies = {"duplicates.csv", "duplicates.parquet", "drop.txt"}
+    assert {path.name for path in folder.iterdir()} - copies == expected
+    rows = polars.read_parquet(folder / "label_errors.parquet")
+    csv = polars.read_csv(folder / "label_errors.csv", infer_schema=False)
+    assert rows["path"].to_list() == csv["path"].to_list()
+    assert rows["score"].is_sorted(descending=True)
     figures = {path.name for path in (folder / "figures").iterdir()}
     names = ("confusion", "reliability", "roc_and_precision_recall", "training", "lr_finder")
     assert {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")} <= figures
@@ -221,12 +229,14 @@ def test_learner_shows_pictures_and_writes_the_report(fitted, workdir):
         learn.show_incorrect(),
         learn.show_most_correct(classes[0]),
         learn.show_most_incorrect(classes[0]),
+        learn.show_most_correct(),
+        learn.show_most_incorrect(),
         learn.show_most_uncertain(4),
         learn.show_top_losses(),
         learn.plot_confusion(),
     ]
     assert all(figure.axes for figure in shown)
-    assert len([axes for axes in shown[4].axes if axes.images]) == 4
+    assert len([axes for axes in shown[6].axes if axes.images]) == 4
     mistakes = sum(count for _, _, count in learn.most_confused(100))
     log_prob = learn.predict()
     assert mistakes == (log_prob.argmax(1) != learn.images.valid_labels).sum()
@@ -235,9 +245,43 @@ def test_learner_shows_pictures_and_writes_the_report(fitted, workdir):
         learn.show_most_correct("zebras")
 
 
+def test_a_file_that_was_replaced_with_the_same_size_and_time_is_not_shown(fitted, tmp_path):
+    catalog = Catalog(**Store(fitted / "store").read_catalog())
+    originals = Originals.of(Store(fitted / "store"), catalog)
+    path = Path("data") / catalog.paths[0]
+    before, stat = path.read_bytes(), path.stat()
+    assert originals.read(0) == before
+    try:
+        path.write_bytes(before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert catalog.read_file(0, 2**20)[1] is None  # nothing but the content tells
+        assert originals.read(0) is None
+        assert originals.map([0], len) == {0: None}
+    finally:
+        path.write_bytes(before)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_each_original_is_read_once_before_the_analyses(fitted):
+    catalog = Catalog(**Store(fitted / "store").read_catalog())
+    originals = Originals.of(Store(fitted / "store"), catalog)
+    reads = []
+    read = originals.read
+    originals.read = lambda row: reads.append(row) or read(row)
+    wanted = Wanted(measured=[0, 1, 2], grey=[1, 2, 3], thumbnails=[2, 3], tiles=[3, 5])
+    pixels = read_pixels(originals, wanted, 64, 16)
+    assert sorted(reads) == [0, 1, 2, 3, 5]
+    assert [*pixels.measured] == [0, 1, 2]
+    assert pixels.measured[0].format == "JPEG"
+    assert [max(pixels.grey[row].shape) for row in (1, 2, 3)] == [64] * 3
+    assert max(pixels.thumbnails[2].width, pixels.thumbnails[2].height) == 64
+    assert max(pixels.tiles[5].size) == 16
+
+
 def test_originals_that_cannot_be_read_give_no_thumbnail(fitted):
     catalog = Catalog(**Store(fitted / "store").read_catalog())
     broken = catalog.paths.index("train/beads/broken.jpg")
-    made = thumbnails.read_thumbnails(catalog, [0, broken], 64)
+    originals = Originals.of(Store(fitted / "store"), catalog)
+    made = originals.map([0, broken], lambda data: thumbnails.make_thumbnail(data, 64))
     assert made[broken] is None
     assert made[0].webp.startswith(b"RIFF")

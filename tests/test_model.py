@@ -98,6 +98,23 @@ def test_weights_hash_depends_on_the_tensors_not_on_the_file(
     assert Weights(state=changed, mean=result.mean, std=result.std).sha256 != result.sha256
 
 
+@pytest.mark.parametrize("name", ["mnasnet0_5", "mnasnet1_0"])
+def test_bodies_with_version_numbers_load_tensors_without_them(name: str, tmp_path: Path) -> None:
+    weights = load(BodyConfig(body=name, weights="random"))
+    safetensors.torch.save_file(weights.state, tmp_path / "body.safetensors")
+    again = load(BodyConfig(body=name, weights=str(tmp_path / "body.safetensors")))
+    assert again.sha256 == weights.sha256
+    body = Body(name, again.state, pool="avg", mean=again.mean, std=again.std, size=32)
+    assert body.width == 1280
+
+
+def test_a_size_that_the_network_does_not_take_is_refused() -> None:
+    weights = load(BodyConfig(body="inception_v3", weights="random"))
+    with pytest.raises(ConfigError, match="64 x 64 pixels") as refusal:
+        Body("inception_v3", weights.state, pool="avg", mean=weights.mean, std=weights.std, size=64)
+    assert "--size 299" in refusal.value.do
+
+
 def test_random_weights_are_reproducible(random_weights: dict[str, Weights]) -> None:
     torch.manual_seed(5)
     again = load(BodyConfig(body="resnet18", weights="random"))

@@ -410,6 +410,30 @@ def test_table_of_another_store_is_refused_as_such(store, fix, refuse):
     assert str(store.parent / "data") in said or "the store holds images of" in said
 
 
+def test_the_only_label_of_an_image_cannot_be_taken_away(store, fix, refuse):
+    path, before = train_paths(store, "beads")[0], labels(store)
+    for empty in ("[]", "{ }"):
+        said = refuse("relabel", store, fix({path: empty}))
+        assert "gives no label in line 2, where each image of the store has one" in said
+    assert labels(store) == before
+
+
+def test_images_of_another_folder_are_announced_before_they_replace_those_of_a_store(
+    store, data, command
+):
+    other = data.with_name("other")
+    shutil.copytree(data, other)
+    first = next(other.glob("beads/*.jpg"))
+    first.unlink()
+    result = command("precompute", other, store)
+    said = command.said
+    gone = f"of {other} replace them: 1 are not among these, such as beads/{first.name}"
+    assert gone in said and said.index(gone) < said.index("decoded")
+    assert result["counts"]["decoded"] == 0
+    command("precompute", other, store)
+    assert "replace them" not in command.said
+
+
 def test_unknown_column_and_empty_tables_are_refused(store, fix, refuse):
     path = train_paths(store, "beads")[0]
     said = refuse("relabel", store, fix({path: "leaves"}, header="path,suggested"))
@@ -512,6 +536,7 @@ def test_tables_are_read_as_spreadsheets_save_them(tmp_path, name, encoding, del
         ("hot dog", ("hot dog",)),
         ("['sea', 'hot dog']", ("hot dog", "sea")),
         ("[]", ()),
+        ("{ }", ()),
         ("a|b", ("a|b",)),
     ],
 )

@@ -372,6 +372,23 @@ def test_labels_that_a_person_has_filled_in_are_kept_and_not_suggested_again(
     assert len(set(names)) == 10
 
 
+def test_labels_of_images_that_the_store_lacks_are_kept_and_reported(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", np.random.default_rng(0).normal(size=(6, 8)))
+    config = SuggestConfig(count=2, out=tmp_path / "suggest.csv")
+    suggest.suggest(tmp_path / "store", None, config)
+    fill_in(config.out)
+    with config.out.open("a") as file:
+        file.write("gone.jpg,,,,cats\n")
+    notes = suggest.suggest(tmp_path / "store", None, config)["notes"]
+    assert "1 row" in notes[0] and "does not hold: gone.jpg" in notes[0]
+    assert "gone.jpg" in config.out.read_text()
+    before = "path,predicted,probability,why,new_label\ngone.jpg,,,,cats\n"
+    config.out.write_text(before)
+    with pytest.raises(ConfigError, match="holds none of them, such as gone.jpg"):
+        suggest.suggest(tmp_path / "store", None, config)
+    assert config.out.read_text() == before
+
+
 def test_when_everything_is_labelled_the_table_stays_as_it_is(tmp_path: Path) -> None:
     make_store(tmp_path / "store", np.random.default_rng(0).normal(size=(3, 8)))
     config = SuggestConfig(out=tmp_path / "suggest.csv")

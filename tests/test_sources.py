@@ -117,6 +117,27 @@ def test_multi_label_cells_are_enabled_by_flag_tags_column_or_list_syntax(
     assert not catalog.multi or "labels for each image" in " ".join(catalog.notes)
 
 
+@pytest.mark.parametrize("empty", ["[]", "[ ]", "{}", "()"])
+def test_an_empty_list_is_no_label_and_never_a_class(tmp_path: Path, empty: str) -> None:
+    _write_files(tmp_path, "1", "2", "3")
+    table = _write_table(tmp_path, f"path,label\n1,sea|sun\n2,fog\n3,{empty}\n")
+    catalog = sources.labelled_catalog(table, SourceConfig(multi_label=True))
+    assert catalog.labels == [("sea", "sun"), ("fog",), ()]
+    table = _write_table(tmp_path, f"path,label\n1,sea\n2,fog\n3,{empty}\n")
+    with pytest.raises(ConfigError, match="line 4 has no label"):
+        sources.labelled_catalog(table)
+    table = _write_table(tmp_path, f"path,label\n1,['sea']\n2,[fog]\n3,{empty}\n")
+    assert sources.labelled_catalog(table).labels == [("sea",), ("fog",), ()]
+
+
+def test_a_word_for_a_missing_value_is_a_class_and_reported(tmp_path: Path) -> None:
+    _write_files(tmp_path, "1", "2", "3")
+    table = _write_table(tmp_path, "path,label\n1,nan\n2,naan\n3,None\n")
+    catalog = sources.labelled_catalog(table)
+    assert catalog.classes == ["None", "naan", "nan"]
+    assert "'None' and 'nan' are classes like any other" in " ".join(catalog.notes)
+
+
 def test_column_that_looks_multi_label_is_reported_and_read_as_one_label(tmp_path: Path) -> None:
     cells = ["haze primary", "clear primary", "clear", "haze", "haze water", "clear water"]
     _write_files(tmp_path, *map(str, range(6)))

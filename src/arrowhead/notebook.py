@@ -374,13 +374,25 @@ class Learner:
         """Show validation images that are predicted wrong, drawn at random."""
         return self._show(self._ranking().at_random(correct=False)[:count], "Wrong, at random")
 
-    def show_most_correct(self, class_name: str, count: int = 9) -> Figure:
-        """Show the images of a class that are right with the highest probability."""
+    def show_most_correct(self, class_name: str | None = None, count: int = 9) -> Figure:
+        """Show the images of a class that are right with the highest probability.
+
+        Without a class name, the most correct images of all classes, as many of each.
+        """
+        if class_name is None:
+            index = self._ranking().of_all_classes(count, correct=True)
+            return self._show(index, "Most correct")
         index = self._ranking().most_correct(self._class_index(class_name))
         return self._show(index[:count], f"Most correct {class_name}")
 
-    def show_most_incorrect(self, class_name: str, count: int = 9) -> Figure:
-        """Show the images of a class whose label has the lowest probability."""
+    def show_most_incorrect(self, class_name: str | None = None, count: int = 9) -> Figure:
+        """Show the wrong images of a class whose label has the lowest probability.
+
+        Without a class name, the most incorrect images of all classes, as many of each.
+        """
+        if class_name is None:
+            index = self._ranking().of_all_classes(count, correct=False)
+            return self._show(index, "Most incorrect")
         index = self._ranking().most_incorrect(self._class_index(class_name))
         return self._show(index[:count], f"Most incorrect {class_name}")
 

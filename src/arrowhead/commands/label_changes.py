@@ -69,6 +69,8 @@ def plan_changes(state: StoreLabels, table: LabelFixes, config: TableConfig) -> 
         table, catalog.classes, multi=multi, separator=config.label_separator
     )
     new = [parse(cell) for cell in table.new]
+    if not multi:
+        _check_labelled(table, new)
     _check_class_names(table, new, catalog.classes, config)
     by_row: dict[int, int] = {}  # the position in the table of each row of the store
     for position, row in enumerate(rows):
@@ -121,6 +123,18 @@ def _find_rows(state: StoreLabels, table: LabelFixes) -> list[int]:
                 "run the same precompute again, or remove the row; nothing was changed.",
             )
     return rows
+
+
+def _check_labelled(table: LabelFixes, new: Sequence[Labels]) -> None:
+    """Raise ConfigError for rows that take away the only label of an image."""
+    lines = [f"line {line}" for names, line in zip(new, table.lines, strict=True) if not names]
+    if lines:
+        raise ConfigError(
+            f"{table.source} gives no label in {join_first(lines)}, where each image of the store"
+            " has one.",
+            "one label for each image; a row with an empty cell is left alone.",
+            "write the right labels, or leave these cells empty; nothing was changed.",
+        )
 
 
 def _check_class_names(

@@ -62,7 +62,7 @@ def precompute(
         store.check_unlisted_shards()
         history = corrections.read_history(store)
         extraction.show_source(listed, context.screen)
-        extraction.show_class_changes(store, listed, context.screen)
+        extraction.show_store_changes(store, listed, context.screen)
         listed = _count_retries(store, listed, images.extract.max_bytes)
         recipe = dataclasses.asdict(store.recipe)
         run_context.log_params(context, {f"recipe.{k}": v for k, v in recipe.items()})

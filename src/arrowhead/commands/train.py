@@ -46,6 +46,7 @@ def fit(
 
     Returns what `precompute.precompute` and `train_bundle` return.
     """
+    evaluation.show_bundle_to_delete(out / "bundle", context)
     with run_context.child_context(context, "extract") as child:
         result = precompute.precompute(data, out / "store", images, child)
     return result | train_bundle(out / "store", out / "bundle", study, context, images.golden)

@@ -3,6 +3,17 @@
 The addresses are those of the publishers, or of fast.ai for the sets that it made. The hashes are
 those that torchvision, TensorFlow Datasets, fastai or Zenodo record for these addresses. Where
 a publisher has replaced a file since, these projects record different hashes, and each is accepted.
+
+The terms are short forms of what the publishers say, at `KnownDataset.page` and here:
+
+    Asirra (cats and dogs)     the licence that Microsoft's download page shows, and Kaggle's rules
+    ImageNet                   https://www.image-net.org/download.php
+    Imagenette, Imagewoof      LICENSE in https://github.com/fastai/imagenette
+    Oxford-IIIT pets, DTD      the pages of the data sets at robots.ox.ac.uk
+    flowers                    LICENSE.txt in the archive: each photographer and licence
+    EuroSAT                    the licence field of the Zenodo record; for the images below it,
+                               https://sentinels.copernicus.eu (Sentinel Data Legal Notice)
+    beans                      LICENSE in https://github.com/AI-Lab-Makerere/ibean
 """
 
 from __future__ import annotations

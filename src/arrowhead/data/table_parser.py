@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,9 @@ FALSE_WORDS = {"false", "f", "no", "n", "0", "0.0"}
 SAMPLE_ROWS = 100
 SAMPLE_BYTES = 2**16  # to detect the encoding of a table; a multiple of 4
 _COMMENTS = re.compile(r"(?:[ \t]*#[^\n]*\n)+")  # comment lines above a header
+EMPTY_LIST = re.compile(r"\[\s*\]|\{\s*\}|\(\s*\)")
+# What pandas, JSON and spreadsheets write for a missing value.
+MISSING_WORDS = frozenset(("nan", "none", "null", "na", "n/a", "#n/a", "<na>"))
 _ITEM = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"|([^\s,\[\]'\"][^,\[\]'\"]*)")
 
 
@@ -429,7 +432,10 @@ class TableParser:
         assert column is not None
         cells = {row[column].strip() for _, row in self.rows()}
         nonempty = cells - {""}
-        are_lists = bool(nonempty) and all(re.fullmatch(r"\[.*\]", x, re.S) for x in nonempty)
+        filled = {cell for cell in nonempty if not is_empty_list(cell)}
+        are_lists = bool(nonempty) and all(re.fullmatch(r"\[.*\]", x, re.S) for x in filled)
+        if note := missing_words_note(self.names[column], filled):
+            notes.append(note)
         is_tags_column = (
             _normalize_name(self.names[column]) == "tags" and config.label_separator != ""
         )
@@ -451,7 +457,9 @@ class TableParser:
             )
 
         def labels_of(line: int, row: list[str]) -> tuple[str, ...]:
-            if not (names := labels_by_cell[row[column].strip()]) and not are_lists:
+            cell = row[column].strip()
+            names = labels_by_cell[cell]
+            if not names and not are_lists and not (is_multi_label and is_empty_list(cell)):
                 raise line_error(self.source, line, "has no label")
             return names
 
@@ -468,8 +476,35 @@ def _boolean_meaning(normalized: str) -> tuple[str, str] | None:
     return (part, "train") if part else None
 
 
+def is_empty_list(cell: str) -> bool:
+    """Whether a cell is a list without labels: [], {} or (), also with spaces inside.
+
+    This is how programs write that an image has none, and never a class. A word such as nan or None
+    may be a class, so it is one; `missing_words_note` tells.
+    """
+    return EMPTY_LIST.fullmatch(cell.strip()) is not None
+
+
+def missing_words_note(name: str, cells: Collection[str]) -> str | None:
+    """A note on cells that are words for a missing value, which are read as labels."""
+    words = sorted(cell for cell in cells if cell.casefold() in MISSING_WORDS)
+    if not words:
+        return None
+    shown = " and ".join(map(repr, words))
+    verb = "are classes" if len(words) > 1 else "is a class"
+    return (
+        f"column {name}: {shown} {verb} like any other; if a program wrote that for a missing"
+        " label, remove these rows"
+    )
+
+
 def split_labels(cell: str, separator: str, is_list: bool) -> list[str]:
-    """The labels in a cell as they are written, without empty ones; separator "": one label."""
+    """The labels in a cell as they are written, without empty ones; separator "": one label.
+
+    An empty list has none, whatever the separator.
+    """
+    if is_empty_list(cell):
+        return []
     parts = [cell]
     if is_list:
         parts = [re.sub(r"\\(.)", r"\1", a or b or c) for a, b, c in _ITEM.findall(cell[1:-1])]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from arrowhead import fileio
 from arrowhead.bundle import format as bundle_format
@@ -17,7 +20,13 @@ from arrowhead.examine import label_errors as examine_label_errors
 from arrowhead.examine.config import ExamineConfig
 from arrowhead.examine.duplicates import Duplicates
 from arrowhead.examine.faults import FaultKind
+from arrowhead.examine.image_properties import (
+    ImagePropertiesConfig,
+    properties_of,
+    sample_rows,
+)
 from arrowhead.examine.label_errors import LabelErrors
+from arrowhead.examine.originals import Pixels
 from arrowhead.examine.outliers import Outliers
 from arrowhead.examine.poor_images import PoorImages, find_poor_images
 from arrowhead.examine.predictions import Predictions
@@ -56,57 +65,65 @@ class Analysis:
         return rows
 
 
-def analyze(
+def analyze_features(
+    result: Analysis, store: Store, config: ExamineConfig, on_step: Callable[[str], None]
+) -> None:
+    """Add the analyses that need no original; on_step: called when one begins."""
+    if config.label_errors:
+        on_step("looking for wrong labels")
+        with _few_threads(store), suppress(ConfigError):  # too few classes or images to judge
+            result.label_errors = examine_label_errors.find_label_errors(store)
+    on_step("looking for unusual images")
+    if (store.features(rows_only=True).split == "train").any():
+        result.outliers = outliers.find_outliers(store)
+    result.faults = faults.find_faults(store)
+
+
+def rows_to_measure(
+    predictions: Predictions, mask: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
+    """The rows of the catalog whose properties are measured: a sample of (some of) the images."""
+    chosen = slice(None) if mask is None else mask
+    return sample_rows(
+        predictions.row[chosen], predictions.image_id[chosen], ImagePropertiesConfig().max_images
+    )
+
+
+def analyze_pixels(
+    result: Analysis,
     store: Store,
     catalog: Catalog,
     predictions: Predictions,
     config: ExamineConfig,
+    pixels: Pixels,
     on_step: Callable[[str], None],
-) -> Analysis:
-    """Run the analyses that `config` wants; on_step: called when one begins."""
-    result = Analysis()
-    with _few_threads(len(catalog)):
-        _analyze_labels_and_copies(result, store, catalog, config, on_step)
+) -> None:
+    """Add the analyses that need originals; pixels: what was read of them."""
+    if config.duplicates:
+        on_step("looking for duplicates")
+        read = pixels.grey.__getitem__ if pixels.grey else None
+        with _few_threads(store):
+            result.duplicates = examine_duplicates.find_duplicates(store, catalog, read=read)
     if config.slices and predictions.held_out.any():
         on_step("comparing slices")
-        held_out = HeldOutImages.from_predictions(predictions)
-        result.slices = slices.examine_slices(catalog, held_out)
-    on_step("looking for unusual images")
-    result.poor_images = find_poor_images(catalog, predictions)
-    if (predictions.split == "train").any():
-        result.outliers = outliers.find_outliers(store)
-    result.faults = faults.find_faults(store)
-    return result
+        images = HeldOutImages.from_predictions(predictions)
+        rows = rows_to_measure(predictions, predictions.held_out)
+        measured = properties_of(catalog, rows, pixels.measured)
+        result.slices = slices.examine_slices(catalog, images, measured=measured)
+    measured = properties_of(catalog, rows_to_measure(predictions), pixels.measured)
+    result.poor_images = find_poor_images(measured)
 
 
 @contextmanager
-def _few_threads(images: int) -> Iterator[None]:
+def _few_threads(store: Store) -> Iterator[None]:
     """Compute with one thread if there are few images: threads would wait more than they work."""
     from threadpoolctl import threadpool_limits
 
-    if images > MAX_SINGLE_THREAD_IMAGES:
+    if len(store.image_ids()) > MAX_SINGLE_THREAD_IMAGES:
         yield
         return
     with bundle_format.single_thread(), threadpool_limits(1):
         yield
-
-
-def _analyze_labels_and_copies(
-    result: Analysis,
-    store: Store,
-    catalog: Catalog,
-    config: ExamineConfig,
-    on_step: Callable[[str], None],
-) -> None:
-    if config.label_errors:
-        on_step("looking for wrong labels")
-        try:
-            result.label_errors = examine_label_errors.find_label_errors(store)
-        except ConfigError:  # too few classes or images: there is nothing to judge
-            result.label_errors = None
-    if config.duplicates:
-        on_step("looking for duplicates")
-        result.duplicates = examine_duplicates.find_duplicates(store, catalog)
 
 
 def write_tables(
@@ -119,8 +136,12 @@ def write_tables(
     """
     if result.label_errors:
         examine_label_errors.write_csv(result.label_errors, catalog, folder / "label_errors.csv")
+        rows = examine_label_errors.table(result.label_errors, catalog)
+        tables.write_parquet(folder / "label_errors.parquet", rows)
     if result.duplicates and result.duplicates.groups:
         examine_duplicates.write_csv(result.duplicates, catalog, folder / "duplicates.csv")
+        rows = examine_duplicates.table(result.duplicates, catalog)
+        tables.write_parquet(folder / "duplicates.parquet", rows)
         examine_duplicates.write_drop_list(result.duplicates, catalog, folder / "drop.txt")
     _keep_drop_list(previous / "drop.txt", folder / "drop.txt")
     if result.slices:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from arrowhead import fileio, spreadsheet
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine import near_copies
-from arrowhead.examine.near_copies import Components, DuplicateConfig, DuplicatePair
+from arrowhead.examine.near_copies import Components, DuplicateConfig, DuplicatePair, Reader
 from arrowhead.examine.neighbours import UnitVectors
 from arrowhead.features.store import Store
 from arrowhead.wording import pluralize
@@ -72,7 +73,10 @@ class Duplicates:
 
 
 def find_duplicates(
-    store: Store, catalog: Catalog, config: DuplicateConfig = DuplicateConfig()
+    store: Store,
+    catalog: Catalog,
+    config: DuplicateConfig = DuplicateConfig(),
+    read: Reader | None = None,
 ) -> Duplicates:
     """Find exact and near copies within and across splits.
 
@@ -82,22 +86,35 @@ def find_duplicates(
         store: A finished feature store.
         catalog: Its catalog, with the images at its root.
         config: How alike copies are.
+        read: Gives the small grey pixels of a row; None: they are read from the originals.
 
     Raises:
         DataError: A file of the store has changed.
     """
     row_M = store.features(rows_only=True).row
-    id_M = store.image_ids()[row_M]
-    first_M = _first_with_same_id(id_M, row_M)
+    first_M = _first_with_same_id(store.image_ids()[row_M], row_M)
     distinct = row_M[first_M == row_M]
     features = UnitVectors(shards=store.mapped_features(), row_M=distinct)
-    near = near_copies.find_near_copies(features, near_copies.catalog_reader(catalog), config)
+    near = near_copies.find_near_copies(
+        features, read or near_copies.catalog_reader(catalog), config
+    )
     return Duplicates(
         groups=_groups(row_M, first_M, near.pairs),
         pairs=near.pairs,
         compared=near.compared,
         not_compared=near.not_compared,
     )
+
+
+def rows_to_compare(store: Store, config: DuplicateConfig = DuplicateConfig()) -> list[int]:
+    """The rows whose pixels `find_duplicates` compares in any case: one of each content.
+
+    None in a store with more than `max_thumbnails` of them, where only candidates are read.
+    """
+    row_M = store.features(rows_only=True).row
+    first_M = _first_with_same_id(store.image_ids()[row_M], row_M)
+    rows: list[int] = row_M[first_M == row_M].tolist()
+    return rows if config.max_rejected_pairs and len(rows) <= config.max_thumbnails else []
 
 
 def leaked_rows(duplicates: Duplicates, split_N: NDArray[np.str_]) -> NDArray[np.bool_]:
@@ -144,21 +161,38 @@ def kept_row(group: DuplicateGroup, catalog: Catalog) -> int:
     )
 
 
-def write_csv(duplicates: Duplicates, catalog: Catalog, path: Path) -> Path:
-    """Write one row per file of a group: duplicates.csv; returns the path.
+def table(duplicates: Duplicates, catalog: Catalog) -> list[dict[str, Any]]:
+    """One row per file of a group.
 
-    Columns: group (from 1), path, split, label, kind (exact or near), similarity (of the group),
-    keep (yes or no), labels_differ (yes or no).
+    Columns: group (from 1), path, split, label (several are joined by |), kind (exact or near),
+    similarity (of the group), keep (bool), labels_differ (bool).
     """
+    rows = []
+    for number, group in enumerate(duplicates.groups, 1):
+        keep, differ = kept_row(group, catalog), len(_group_labels(group, catalog)) > 1
+        for row in group.rows.tolist():
+            rows.append(
+                {
+                    "group": number,
+                    "path": catalog.paths[row],
+                    "split": catalog.splits[row],
+                    "label": "|".join(catalog.labels[row]),
+                    "kind": group.kind,
+                    "similarity": group.similarity,
+                    "keep": row == keep,
+                    "labels_differ": differ,
+                }
+            )
+    return rows
+
+
+def write_csv(duplicates: Duplicates, catalog: Catalog, path: Path) -> Path:
+    """Write `table` as duplicates.csv, with yes and no; returns the path."""
     with spreadsheet.open_csv(path, CSV_COLUMNS) as sheet:
-        for number, group in enumerate(duplicates.groups, 1):
-            keep = kept_row(group, catalog)
-            differ = "yes" if len(_group_labels(group, catalog)) > 1 else "no"
-            for row in group.rows.tolist():
-                label = "|".join(catalog.labels[row])
-                cells = [number, catalog.paths[row], catalog.splits[row], label, group.kind]
-                kept = "yes" if row == keep else "no"
-                sheet.row([*cells, round(group.similarity, 4), kept, differ])
+        for row in table(duplicates, catalog):
+            cells = row | {"similarity": round(row["similarity"], 4)}
+            cells |= {name: "yes" if row[name] else "no" for name in ("keep", "labels_differ")}
+            sheet.row([cells[name] for name in CSV_COLUMNS])
     return path
 
 

@@ -46,7 +46,7 @@ def project(
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    index = _choose(predictions, max_points)
+    index = choose(predictions, max_points)
     if len(index) < MIN_POINTS:
         return None
     feature_ND = np.concatenate(
@@ -70,7 +70,7 @@ def project(
     return FeatureMap(index, ((xy - low) / np.maximum(high - low, 1e-9)).astype(np.float32))
 
 
-def _choose(predictions: Predictions, count: int) -> NDArray[np.int64]:
+def choose(predictions: Predictions, count: int = MAX_POINTS) -> NDArray[np.int64]:
     """The images on the map, int64 (k,), ascending."""
     order = predictions.image_id * HASH_MULTIPLIER
     wrong = predictions.held_out & ~predictions.correct

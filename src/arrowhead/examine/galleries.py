@@ -58,6 +58,37 @@ class ImageRanking:
         """
         return self._of_class(class_index, correct=False)
 
+    def of_all_classes(self, count: int, *, correct: bool) -> NDArray[np.int64]:
+        """The most correct or incorrect images of all classes, class by class.
+
+        The classes, those with the most mistakes first, share `count` images; one with many fills
+        the places of one with few.
+        """
+        rank = self.most_correct if correct else self.most_incorrect
+        by_class = [index for index in map(rank, self._classes()) if len(index)]
+        if not by_class:
+            return np.zeros(0, np.int64)
+        taken = np.zeros(len(by_class), np.int64)
+        while taken.sum() < count:
+            open_classes = [k for k, index in enumerate(by_class) if taken[k] < len(index)]
+            if not open_classes:
+                break
+            for k in open_classes[: count - int(taken.sum())]:
+                taken[k] += 1
+        chosen = [index[:first] for index, first in zip(by_class, taken, strict=True)]
+        return np.concatenate(list(_distinct(chosen)))
+
+    def _classes(self) -> list[int]:
+        """The classes, those with the most mistakes first."""
+        predictions = self.predictions
+        index, count = self.held_out, len(predictions.classes)
+        if predictions.multi:
+            errors = (predictions.label[index] != predictions.predicted[index]).sum(0)
+        else:
+            wrong = predictions.label[index][~predictions.correct[index]]
+            errors = np.bincount(wrong, minlength=count)
+        return [int(k) for k in np.argsort(-errors, kind="stable")]
+
     def most_uncertain(self) -> NDArray[np.int64]:
         """All images, the one nearest to another prediction first."""
         return self._sorted(self.held_out, self.predictions.margin)
@@ -104,7 +135,7 @@ def choose_galleries(predictions: Predictions, pictures: int = 24) -> list[Galle
             "most_incorrect",
             "Most wrong",
             "Of each class the mistakes in which the label had the lowest probability.",
-            _by_class(ranking, pictures, correct=False),
+            ranking.of_all_classes(pictures, correct=False),
         ),
         Gallery(
             "top_losses",
@@ -128,7 +159,7 @@ def choose_galleries(predictions: Predictions, pictures: int = 24) -> list[Galle
             "most_correct",
             "Most right",
             "Of each class the images whose label had the highest probability.",
-            _by_class(ranking, pictures, correct=True),
+            ranking.of_all_classes(pictures, correct=True),
         ),
         Gallery(
             "random_correct",
@@ -140,24 +171,6 @@ def choose_galleries(predictions: Predictions, pictures: int = 24) -> list[Galle
     return [gallery for gallery in galleries if len(gallery.index)]
 
 
-def _by_class(ranking: ImageRanking, pictures: int, *, correct: bool) -> NDArray[np.int64]:
-    """The first images of each class, class by class."""
-    rank = ranking.most_correct if correct else ranking.most_incorrect
-    by_class = [index for index in map(rank, _classes(ranking)) if len(index)]
-    if not by_class:
-        return np.zeros(0, np.int64)
-    # Classes with many images fill the places of those with few.
-    taken = np.zeros(len(by_class), np.int64)
-    while taken.sum() < pictures:
-        open_classes = [k for k, index in enumerate(by_class) if taken[k] < len(index)]
-        if not open_classes:
-            break
-        for k in open_classes[: pictures - int(taken.sum())]:
-            taken[k] += 1
-    chosen = [index[:count] for index, count in zip(by_class, taken, strict=True)]
-    return np.concatenate(list(_distinct(chosen)))
-
-
 def _distinct(parts: list[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
     """The parts without images that an earlier part has (with several labels)."""
     seen: set[int] = set()
@@ -165,15 +178,3 @@ def _distinct(parts: list[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
         fresh = [index for index in part.tolist() if index not in seen]
         seen.update(fresh)
         yield np.array(fresh, np.int64)
-
-
-def _classes(ranking: ImageRanking) -> list[int]:
-    """The classes, those with the most mistakes first, so that the worst ones are shown."""
-    predictions = ranking.predictions
-    index, count = ranking.held_out, len(predictions.classes)
-    if predictions.multi:
-        errors = (predictions.label[index] != predictions.predicted[index]).sum(0)
-    else:
-        wrong = predictions.label[index][~predictions.correct[index]]
-        errors = np.bincount(wrong, minlength=count)
-    return [int(k) for k in np.argsort(-errors, kind="stable")]

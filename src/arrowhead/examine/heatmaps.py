@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,33 +88,61 @@ def explain(
     Raises:
         ConfigError: If the bundle's network has no feature map.
     """
+    with open_explainer(bundle) as explain_images:
+        return explain_images(images, classes)
+
+
+@contextmanager
+def open_explainer(
+    bundle: Bundle,
+) -> Iterator[Callable[[Sequence[bytes], Sequence[int] | None], list[Heatmap | None]]]:
+    """Load a bundle once to explain images in several calls.
+
+    Yields:
+        A function of images and classes that returns what `explain` does.
+
+    Raises:
+        ConfigError: If the bundle's network has no feature map.
+    """
     import torch
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     threads = len(os.sched_getaffinity(0))
     maps, head = FeatureMaps(bundle.make_body(device)), bundle.make_head(device)
+    with replay.clean_decoder(bundle.recipe, device, threads, BATCH_SIZE) as decode:
+        yield lambda images, classes: _explain(bundle.recipe, maps, head, decode, images, classes)
+
+
+def _explain(
+    recipe: Recipe,
+    maps: FeatureMaps,
+    head: nn.Module,
+    decode: Callable[[Sequence[bytes], Sequence[bytes]], Any],
+    images: Sequence[bytes],
+    classes: Sequence[int] | None,
+) -> list[Heatmap | None]:
+    """One heat map per image; see `explain`."""
+    import torch
+
     rows: dict[bytes, list[int]] = {}
     for row, data in enumerate(images):
         rows.setdefault(data, []).append(row)
     different = list(rows)
     results: list[Heatmap | None] = [None] * len(images)
-    with replay.clean_decoder(bundle.recipe, device, threads, BATCH_SIZE) as decode:
-        for first in range(0, len(different), BATCH_SIZE):
-            batch = different[first : first + BATCH_SIZE]
-            pixels = decode(batch, [bytes(16)] * len(batch))
-            view_BCHW = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
-            outputs = _Outputs(maps, head, view_BCHW)
-            usable = [
-                i for i, fault in enumerate(pixels.faults) if not fault and outputs.is_finite(i)
-            ]
-            boxes = {i: _box(bundle.recipe, batch[i]) for i in usable}
-            # In each turn one class of every image: Grad-CAM then needs one backward pass for all.
-            for turn in range(max(len(rows[data]) for data in batch)):
-                asked = {i: rows[batch[i]][turn] for i in usable if turn < len(rows[batch[i]])}
-                wanted = {} if classes is None else {i: classes[row] for i, row in asked.items()}
-                found = outputs.heatmaps(boxes, wanted)
-                for i, row in asked.items():
-                    results[row] = found[i]
+    for first in range(0, len(different), BATCH_SIZE):
+        batch = different[first : first + BATCH_SIZE]
+        pixels = decode(batch, [bytes(16)] * len(batch))
+        view_BCHW = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
+        outputs = _Outputs(maps, head, view_BCHW)
+        usable = [i for i, fault in enumerate(pixels.faults) if not fault and outputs.is_finite(i)]
+        boxes = {i: _box(recipe, batch[i]) for i in usable}
+        # In each turn one class of every image: Grad-CAM then needs one backward pass for all.
+        for turn in range(max(len(rows[data]) for data in batch)):
+            asked = {i: rows[batch[i]][turn] for i in usable if turn < len(rows[batch[i]])}
+            wanted = {} if classes is None else {i: classes[row] for i, row in asked.items()}
+            found = outputs.heatmaps(boxes, wanted)
+            for i, row in asked.items():
+                results[row] = found[i]
     return results
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -115,14 +116,27 @@ def measure_images(
         config: How many images to measure, and limits of their size.
     """
     row_M = sample_rows(row_N, image_id_N, config.max_images)
-    measured: list[_Measured | None] = []
+    measured: dict[int, Measured | None] = {}
     if len(row_M):
         # Warnings are set up once, because threads share them.
         with warnings.catch_warnings(), ThreadPoolExecutor(_threads()) as pool:
             warnings.simplefilter("ignore")
-            measured = list(
-                pool.map(lambda row: _measure_file(catalog, int(row), config), row_M.tolist())
-            )
+            found = pool.map(lambda row: _measure_file(catalog, row, config), row_M.tolist())
+            measured = dict(zip(row_M.tolist(), found, strict=True))
+    return properties_of(catalog, row_M, measured)
+
+
+def properties_of(
+    catalog: Catalog, row_M: NDArray[np.int64], measured_by_row: Mapping[int, Measured | None]
+) -> ImageProperties:
+    """The properties of some rows, which were measured before.
+
+    Args:
+        catalog: The images.
+        row_M: Rows of the catalog, ascending.
+        measured_by_row: What `measure_image` gives for each of them; None for an unreadable file.
+    """
+    measured = [measured_by_row[row] for row in row_M.tolist()]
     unknown = (np.nan,) * len(PIXEL_PROPERTIES)
     value_MP = np.array([one.values if one else unknown for one in measured])
     value_MP = value_MP.reshape(len(row_M), len(PIXEL_PROPERTIES))
@@ -146,21 +160,26 @@ def _threads() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
-    """Properties of one image: its format, and values in the order of PIXEL_PROPERTIES."""
+class Measured:
+    """Properties of one image.
+
+    Attributes:
+        format: Such as JPEG.
+        values: In the order of PIXEL_PROPERTIES.
+    """
 
     format: str
     values: tuple[float, ...]
 
 
-def _measure_file(catalog: Catalog, row: int, config: ImagePropertiesConfig) -> _Measured | None:
+def _measure_file(catalog: Catalog, row: int, config: ImagePropertiesConfig) -> Measured | None:
     data, fault = catalog.read_file(row, MAX_BYTES)
     return None if fault else measure_image(data, config)
 
 
 def measure_image(
     data: bytes, config: ImagePropertiesConfig = ImagePropertiesConfig()
-) -> _Measured | None:
+) -> Measured | None:
     """Measure one encoded image; None if it cannot be decoded."""
     try:
         if formats.unsupported_fault(data) or _is_damaged(data, config.max_scans):
@@ -182,7 +201,7 @@ def _is_damaged(data: bytes, max_scans: int) -> bool:
     return False
 
 
-def _measure(image: Any) -> _Measured:
+def _measure(image: Any) -> Measured:
     """Measure an open image."""
     width, height = image.size
     orientation = 1 if image.format == "TIFF" else pillow_images.exif_orientation(image)
@@ -200,7 +219,7 @@ def _measure(image: Any) -> _Measured:
     colourfulness = deviation + 0.3 * np.hypot(red_green.mean(), yellow_blue.mean())
     pixels = (gray.mean(), gray.std(), laplacian.var(), colourfulness)
     values = (width, height, width / height, *pixels)
-    return _Measured(name, tuple(float(value) for value in values))
+    return Measured(name, tuple(float(value) for value in values))
 
 
 def _small_pixels(image: Any) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -380,9 +381,20 @@ def write_csv(errors: LabelErrors, catalog: Catalog, path: Path, images: int | N
         images: The number of images, most suspicious first; None: twice as many as are flagged,
             but at least 100.
     """
-    count = max(2 * errors.flagged, MIN_CSV_IMAGES) if images is None else images
     with spreadsheet.open_csv(path, CSV_HEADER) as writer:
-        for one in suggestions(errors, catalog, count):
-            suggested = one.suggested if one.score > FLAG_SCORE else None
-            cells = catalog.paths[one.row], one.label, suggested, round(one.score, 4), None
-            writer.row(cells)
+        for row in table(errors, catalog, images):
+            writer.row([row["path"], row["label"], row["suggested"], round(row["score"], 4), None])
+
+
+def table(errors: LabelErrors, catalog: Catalog, images: int | None = None) -> list[dict[str, Any]]:
+    """The rows of label_errors.csv without new_label: path, label, suggested (or None), score."""
+    count = max(2 * errors.flagged, MIN_CSV_IMAGES) if images is None else images
+    return [
+        {
+            "path": catalog.paths[one.row],
+            "label": one.label,
+            "suggested": one.suggested if one.score > FLAG_SCORE else None,
+            "score": one.score,
+        }
+        for one in suggestions(errors, catalog, count)
+    ]

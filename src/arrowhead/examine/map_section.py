@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,27 @@ COLORS = ("#2a6fb0", "#c8590b", "#2f8f5b", "#a03a8c", "#8a6d00", "#1c9aa8", "#b0
 OTHER_COLOR = "#8b949e"
 
 
-def map_section(store: Store, catalog: Catalog, predictions: Predictions) -> dict[str, Any] | None:
-    """What the template shows of the map; None if there are too few images for one."""
+def pictured_rows(predictions: Predictions) -> list[int]:
+    """The rows of the catalog that the map shows with a picture: its mistakes first."""
+    index = feature_map.choose(predictions)
+    wrong = predictions.held_out[index] & ~predictions.correct[index]
+    rows: list[int] = predictions.row[index[np.argsort(~wrong, kind="stable")[:MAX_TILES]]].tolist()
+    return rows
+
+
+def map_section(
+    store: Store, catalog: Catalog, predictions: Predictions, pictures: Mapping[int, Any]
+) -> dict[str, Any] | None:
+    """What the template shows of the map; None if there are too few images for one.
+
+    pictures: Pillow images of `pictured_rows`, of TILE_SIDE pixels, None where one is missing.
+    """
     found = feature_map.project(store, predictions)
     if found is None:
         return None
     rows = predictions.row[found.index]
     wrong = predictions.held_out[found.index] & ~predictions.correct[found.index]
-    pictured = rows[np.argsort(~wrong, kind="stable")[:MAX_TILES]]
-    sheet, tiles = thumbnails.sprite_sheet(catalog, pictured.tolist(), TILE_SIDE, TILE_COLUMNS)
+    sheet, tiles = thumbnails.sprite_sheet(pictures, TILE_SIDE, TILE_COLUMNS)
     labels = [predictions.names(predictions.label[k]) for k in found.index]
     names = [predictions.names(predictions.predicted[k]) for k in found.index]
     colors = colors_of([name for one in labels for name in one[:1]])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine import thumbnails
 from arrowhead.examine.figures import text_style
+from arrowhead.examine.originals import Originals
 from arrowhead.examine.predictions import Predictions
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ def gallery_figure(
     from matplotlib.figure import Figure
 
     rows = predictions.row[index]
-    shown = thumbnails.read_pixels(catalog, rows.tolist(), SIDE)
+    image_id_N = np.zeros(len(catalog), np.uint64)
+    image_id_N[rows] = predictions.image_id[index]
+    shown = Originals(catalog, image_id_N).map(
+        rows.tolist(), lambda data: thumbnails.decode_small(data, SIDE)
+    )
     lines = max(1, -(-len(index) // COLUMNS))
     figure = Figure(figsize=(3 * COLUMNS, 3.2 * lines + 0.5), layout="constrained")
     figure.suptitle(title if len(index) else f"{title}: no image", parse_math=False)

@@ -10,13 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arrowhead.data.catalog import Catalog
-from arrowhead.examine.image_properties import (
-    ImageProperties,
-    ImagePropertiesConfig,
-    measure_images,
-)
-from arrowhead.examine.predictions import Predictions
+from arrowhead.examine.image_properties import ImageProperties
 
 MIN_BRIGHTNESS, MAX_BRIGHTNESS = 25.0, 235.0  # mean luminance, 0 to 255
 MIN_CONTRAST = 10.0  # standard deviation of the luminance
@@ -41,13 +35,8 @@ class PoorImages:
         return sum(map(len, self.rows.values()))
 
 
-def find_poor_images(
-    catalog: Catalog,
-    predictions: Predictions,
-    config: ImagePropertiesConfig = ImagePropertiesConfig(),
-) -> PoorImages:
-    """Measure the readable images, or a sample drawn by content, and find the poor ones."""
-    found = measure_images(catalog, predictions.row, predictions.image_id, config)
+def find_poor_images(found: ImageProperties) -> PoorImages:
+    """Find the poor images among those that were measured."""
     return PoorImages(by_reason(found), int(np.isfinite(found.brightness).sum()))
 
 

@@ -4,17 +4,18 @@
                   -> the rows to show -> thumbnails and heatmaps of those rows only
                   -> report.html, figures/, tables/, report.json
 
-Predictions, labels, outliers and the map come from the stored features. Originals are read small:
-those that the page shows, up to 2,000 for the slices, and up to 20,000 for the search for copies.
+Predictions, labels, outliers and the map come from the stored features. Originals are read small
+and once: those that the page shows, up to 2,000 for the slices and as many for poor images, and up
+to 20,000 for the search for copies. Two kinds are read again: the copies, poor images and slices
+that are found, to show them, and up to 96 pictures in full, for their heatmaps.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from time import gmtime, strftime
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ import numpy as np
 from arrowhead import __version__, fileio
 from arrowhead.bundle import format as bundle_format
 from arrowhead.data.catalog import Catalog
-from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.examine import (
     charts,
     curves,
@@ -34,72 +34,31 @@ from arrowhead.examine import (
     predictions,
     sections,
     tables,
-    thumbnails,
 )
-from arrowhead.examine.analysis import Analysis, analyze, write_tables
+from arrowhead.examine.analysis import (
+    Analysis,
+    analyze_features,
+    analyze_pixels,
+    rows_to_measure,
+    write_tables,
+)
 from arrowhead.examine.before_after import compare_with_previous
 from arrowhead.examine.cards import CardMaker, Heat
 from arrowhead.examine.config import ExamineConfig
+from arrowhead.examine.content import Content
+from arrowhead.examine.duplicates import rows_to_compare
 from arrowhead.examine.findings import Finding
 from arrowhead.examine.galleries import Gallery
+from arrowhead.examine.header import make_header
 from arrowhead.examine.heats import explain_rows
-from arrowhead.examine.map_section import map_section
+from arrowhead.examine.map_section import TILE_SIDE, map_section, pictured_rows
+from arrowhead.examine.mistakes import ConfusedPair
+from arrowhead.examine.originals import Originals, Pixels, Wanted, read_pixels
 from arrowhead.examine.predictions import Predictions
 from arrowhead.features.store import Store
-from arrowhead.wording import pluralize
 
 THUMBNAIL_SIDE = 320  # pixels, of the longer side
 MAX_HEATMAPS = 96
-
-
-@dataclass(kw_only=True, slots=True)
-class Content:
-    """What the template report.html.j2 shows; a section whose value is None is left out."""
-
-    title: str
-    subtitle: str
-    classes: list[str]
-    multi: bool
-    command: str
-    about: list[tuple[str, str]]
-    version: str = __version__
-    first: list[Finding] = field(default_factory=list)
-    also: list[Finding] = field(default_factory=list)
-    left_out: str = ""
-    tiles: list[dict[str, str]] = field(default_factory=list)
-    held_out_sentence: str = ""
-    galleries: list[Gallery] = field(default_factory=list)
-    cards: list[Any] = field(default_factory=list)
-    has_heat: bool = False
-    heat_sentence: str = ""
-    confusion: dict[str, Any] | None = None
-    per_class: list[dict[str, Any]] = field(default_factory=list)
-    per_class_caption: str = ""
-    label_errors: dict[str, Any] | None = None
-    before_after: dict[str, Any] | None = None
-    duplicates: dict[str, Any] | None = None
-    slices: dict[str, Any] | None = None
-    outliers: dict[str, Any] | None = None
-    poor_images: dict[str, Any] | None = None
-    faults: dict[str, Any] | None = None
-    map: dict[str, Any] | None = None
-    charts: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def sections(self) -> list[tuple[str, str]]:
-        """Anchor and name of each section that is there."""
-        named = [
-            ("pictures", "Pictures", self.cards),
-            ("mistakes", "Mistakes", self.confusion),
-            ("before", "Before and after", self.before_after),
-            ("labels", "Labels", self.label_errors),
-            ("duplicates", "Duplicates", self.duplicates),
-            ("slices", "Slices", self.slices),
-            ("unusual", "Unusual", self.outliers or self.faults),
-            ("map-section", "Map", self.map),
-            ("charts", "Curves", self.charts),
-        ]
-        return [(anchor, name) for anchor, name, shown in named if shown] + [("about", "About")]
 
 
 class Report:
@@ -126,6 +85,7 @@ class Report:
         self.store, self.bundle_path, self.config = Store(store), bundle, config
         self.bundle = bundle_format.load(bundle)
         self.catalog = Catalog(**self.store.read_catalog())
+        self.originals = Originals.of(self.store, self.catalog)
         self._on_step, self.address = on_step, address or str(bundle)
         self.out = out
         on_step("predicting from the stored features")
@@ -147,40 +107,75 @@ class Report:
         return summary
 
     def _content(self, folder: Path) -> Content:
-        content = self._header()
-        self._add_mistakes(content, folder)
-        content.before_after = compare_with_previous(
-            self.store, self.catalog, self.bundle_path, self.predictions
+        predicted = self.predictions
+        content = make_header(
+            self.catalog,
+            predicted,
+            self.metrics,
+            self.store.path,
+            self.bundle_path,
+            self.address,
+            self.out,
         )
-        analysis = analyze(self.store, self.catalog, self.predictions, self.config, self._on_step)
+        confused = self._add_mistakes(content, folder)
+        content.before_after = compare_with_previous(
+            self.store, self.catalog, self.bundle_path, predicted
+        )
+        found = galleries.choose_galleries(predicted, self.config.pictures)
+        in_galleries = dict.fromkeys(
+            int(predicted.row[k]) for gallery in found for k in gallery.index
+        )
+        analysis = Analysis()
+        analyze_features(analysis, self.store, self.config, self._on_step)
+        pixels = self._read_pixels(analysis, [*in_galleries])
+        analyze_pixels(
+            analysis, self.store, self.catalog, predicted, self.config, pixels, self._on_step
+        )
         write_tables(analysis, folder, self.store, self.catalog, self.out)
-        found = galleries.choose_galleries(self.predictions, self.config.pictures)
-        card_of = self._make_cards(content, found, analysis)
+        card_of = self._make_cards(content, [*in_galleries], analysis, pixels)
         self._add_galleries(content, found, card_of)
         said = self._add_sections(content, analysis, card_of)
         if self.config.map:
             self._on_step("drawing the map")
-            content.map = map_section(self.store, self.catalog, self.predictions)
+            content.map = map_section(self.store, self.catalog, predicted, pixels.tiles)
         self._on_step("drawing the curves")
         self._add_curves(content, folder)
         content.left_out = self._left_out()
-        content.first, content.also = findings.rank([*self._findings(content), *said])
+        about_model = findings.model_findings(
+            predicted, self.metrics, confused, len(self.catalog) - len(predicted)
+        )
+        content.first, content.also = findings.rank([*about_model, *said])
         return content
 
-    def _make_cards(self, content: Content, found: list[Gallery], analysis: Analysis) -> CardMaker:
-        """Read the pictures that the report shows, and compute the heatmaps of some of them."""
-        self._on_step("reading the pictures")
-        in_galleries = dict.fromkeys(
-            int(self.predictions.row[k]) for gallery in found for k in gallery.index
+    def _read_pixels(self, analysis: Analysis, in_galleries: list[int]) -> Pixels:
+        """Read the originals once, for all that is known to need them."""
+        self._on_step("reading the originals")
+        config, predicted = self.config, self.predictions
+        measured = set(rows_to_measure(predicted).tolist())
+        if config.slices:
+            measured |= set(rows_to_measure(predicted, predicted.held_out).tolist())
+        wanted = Wanted(
+            measured=sorted(measured),
+            grey=rows_to_compare(self.store) if config.duplicates else (),
+            thumbnails=[*in_galleries, *analysis.rows_to_show(self.catalog, predicted)],
+            tiles=pictured_rows(predicted) if config.map else (),
         )
+        return read_pixels(self.originals, wanted, THUMBNAIL_SIDE, TILE_SIDE)
+
+    def _make_cards(
+        self, content: Content, in_galleries: list[int], analysis: Analysis, pixels: Pixels
+    ) -> CardMaker:
+        """Read the pictures that the analyses found, and compute heatmaps for the galleries."""
+        self._on_step("reading the pictures")
+        shown = pixels.thumbnails
         in_sections = analysis.rows_to_show(self.catalog, self.predictions)
-        rows = sorted({*in_galleries, *in_sections})
-        shown = thumbnails.read_thumbnails(self.catalog, rows, THUMBNAIL_SIDE)
+        wanted = Wanted(thumbnails=[row for row in in_sections if row not in shown])
+        shown |= read_pixels(self.originals, wanted, THUMBNAIL_SIDE, TILE_SIDE).thumbnails
         heats: dict[int, Heat] = {}
         if self.config.heatmaps:
             self._on_step("computing where the model looked")
-            explained = [*in_galleries][:MAX_HEATMAPS]
-            heats, content.heat_sentence = explain_rows(self.bundle, self.catalog, explained)
+            explained = in_galleries[:MAX_HEATMAPS]
+            heats, content.heat_sentence = explain_rows(self.bundle, self.originals, explained)
         content.has_heat = bool(heats)
         return CardMaker(self.catalog, self.predictions, shown, heats)
 
@@ -219,79 +214,12 @@ class Report:
         content.faults = section.content
         return [finding for one in (*made, section) for finding in one.findings]
 
-    # ---------------------------------------------------------------------------- header
-
-    def _header(self) -> Content:
-        catalog, recipe = self.catalog, self.bundle.recipe
-        held_out = int(self.predictions.held_out.sum())
-        source = catalog.source or catalog.root
-        name = source.rstrip("/").rpartition("/")[2] or source
-        content = Content(
-            title=f"{name}: what the model got wrong, and what the data got wrong",
-            subtitle=f"{pluralize(len(catalog), 'image')}, {len(self.bundle.classes)} classes ·"
-            f" {recipe.body}, {self.bundle.head} head · {strftime('%Y-%m-%d %H:%M', gmtime())} UTC",
-            classes=self.bundle.classes,
-            multi=self.bundle.multi,
-            command=shlex.join(
-                ["arrowhead", "examine", str(self.store.path), self.address, str(self.out)]
-            ),
-            about=[
-                ("images", source),
-                ("store", str(self.store.path.absolute())),
-                ("bundle", self.address),
-                ("fingerprint", bundle_format.fingerprint(self.bundle_path)),
-                ("MLflow run", str(self.bundle.lineage.get("run_id") or "not recorded")),
-                ("backbone", f"{recipe.body}, {recipe.size} pixels, {recipe.resize}"),
-                ("classes", str(len(self.bundle.classes))),
-            ],
-        )
-        train = int((self.predictions.split == "train").sum())
-        content.held_out_sentence = (
-            f"All pictures are of the {pluralize(held_out, 'held-out image')}: the model was not"
-            f" trained on them, but on {pluralize(train, 'other image')}."
-        )
-        copies = int((self.predictions.split != "train").sum()) - held_out
-        if copies:
-            content.held_out_sentence += (
-                f" {pluralize(copies, 'further validation or test image')}"
-                f" {'are exact copies' if copies > 1 else 'is an exact copy'} of training images"
-                " and not shown."
-            )
-        content.tiles = self._tiles(held_out)
-        return content
-
-    def _tiles(self, held_out: int) -> list[dict[str, str]]:
-        found = self.metrics
-        tiles = []
-        if held_out and not self.bundle.multi:
-            correct = round(found["accuracy"] * held_out)
-            low, high = evaluation_metrics.wilson_interval(correct, held_out)
-            note = f"{correct} of {held_out}, 95 % interval {low:.3f} to {high:.3f}"
-            tiles.append(_tile("Accuracy", f"{found['accuracy']:.4f}", note))
-            note = "mean recall of the classes"
-            tiles.append(_tile("Balanced accuracy", f"{found['balanced_accuracy']:.4f}", note))
-        elif held_out:
-            note = f"mean over {held_out} held-out images"
-            tiles.append(_tile("F2", f"{found['f2_samples']:.4f}", note))
-        ece = self.bundle.metrics.get("ece")
-        if ece is not None:
-            note = f"temperature {self.bundle.temperature:.2f}"
-            tiles.append(_tile("Calibration error", f"{ece:.3f}", note))
-        faults = len(self.catalog) - len(self.predictions)
-        tiles.append(
-            _tile(
-                "Images",
-                f"{len(self.predictions):,}",
-                f"and {pluralize(faults, 'unreadable file')}",
-            )
-        )
-        return tiles
-
     # -------------------------------------------------------------------------- sections
 
-    def _add_mistakes(self, content: Content, folder: Path) -> None:
+    def _add_mistakes(self, content: Content, folder: Path) -> list[ConfusedPair]:
+        """Add the confusion matrix and the classes; the most confused pairs."""
         if not self.predictions.held_out.any():
-            return
+            return []
         classes = self.bundle.classes
         if self.bundle.multi:
             pairs = mistakes.label_confusion(self.predictions)
@@ -317,6 +245,7 @@ class Report:
         content.per_class_caption = "The lowest F1 first" + (
             f"; 200 of {len(lines)} classes" if len(lines) > 200 else ""
         )
+        return pairs
 
     def _add_galleries(self, content: Content, found: list[Gallery], card_of: CardMaker) -> None:
         shown_in: dict[int, list[str]] = {}
@@ -358,36 +287,6 @@ class Report:
             content.charts.append({"svg": svg, "caption": chart.caption})
             _save(chart.figure, folder, chart.name)
 
-    # -------------------------------------------------------------------------- findings
-
-    def _findings(self, content: Content) -> list[Finding]:
-        predicted = self.predictions
-        held_out = int(predicted.held_out.sum())
-        if not held_out:
-            text = (
-                "The bundle was trained on all of these images: nothing here says how good it is."
-            )
-            return [Finding(1.0, text, "about", "About this report")]
-        correct = int(predicted.correct[predicted.held_out].sum())
-        wrong = held_out - correct
-        text = f"{correct} of {pluralize(held_out, 'held-out image')} are right"
-        pairs = content.confusion["pairs"] if content.confusion else []
-        if wrong and pairs and not predicted.multi:
-            text += (
-                f"; the most frequent mistake: {pairs[0].label} taken for {pairs[0].predicted}"
-                f" ({pluralize(pairs[0].images, 'image')})"
-            )
-        if faults := len(self.catalog) - len(predicted):
-            text += f"; {pluralize(faults, 'file')} could not be read"
-        found = [Finding(1.0, f"{text}.", "pictures", "Look at the mistakes")]
-        weak = [line for line in self.metrics["per_class"].items() if line[1]["images"] >= 10]
-        if weak and not predicted.multi:
-            name, line = min(weak, key=lambda one: one[1]["recall"])
-            if line["recall"] < 0.9:
-                text = f"Of the images of {name} only {100 * line['recall']:.0f} % are recognized."
-                found.append(Finding(0.35, text, "mistakes", "See the classes"))
-        return found
-
     def _summary(self, content: Content) -> dict[str, Any]:
         names = ("accuracy", "balanced_accuracy", "f2_samples", "ece", "auroc", "loss")
         return {
@@ -401,10 +300,6 @@ class Report:
             "first": [finding.text for finding in content.first],
             "also": [finding.text for finding in content.also],
         }
-
-
-def _tile(label: str, value: str, note: str) -> dict[str, str]:
-    return {"label": label, "value": value, "note": note}
 
 
 def _save(figure: Any, folder: Path, name: str) -> None:

@@ -369,7 +369,9 @@ def _query_of_file(
     copies = known.row[by_id[first:last]].tolist()
     if not copies:
         note = ""
-        if row >= 0:
+        if row >= 0 and (fault := store.fault(row)):
+            note = f"{name}: in the store it has a fault ({fault}); the file is used"
+        elif row >= 0:
             changed = "the file has changed since" if is_own else "it is another image than"
             note = f"{name}: {changed} the one in the store; the file is used"
         return Query(name=name, image_id=image_id, data=data, note=note)

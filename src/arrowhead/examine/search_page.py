@@ -12,6 +12,7 @@ from arrowhead import __version__
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine import page, search, thumbnails
 from arrowhead.examine.cards import Card
+from arrowhead.examine.originals import Originals
 from arrowhead.examine.thumbnails import Thumbnail
 from arrowhead.features.store import Store
 from arrowhead.wording import pluralize
@@ -29,8 +30,11 @@ def write_page(path: Path, result: Mapping[str, Any]) -> Path:
     paths = {similar["path"] for one in answered for similar in one["similar"]}
     paths |= {one["path"] for one in answered if one["path"]}
     rows = sorted(store.find_paths(sorted(paths)).values())
-    images = Catalog(**store.read_catalog(np.array(rows, np.int64)))
-    made = thumbnails.read_thumbnails(images, range(len(images)), SIDE)
+    row_M = np.array(rows, np.int64)
+    images = Catalog(**store.read_catalog(row_M))
+    made = Originals(images, store.image_ids()[row_M, 0]).map(
+        range(len(images)), lambda data: thumbnails.make_thumbnail(data, SIDE)
+    )
     picture = {name: made[at] for at, name in enumerate(images.paths)}
     total = sum(shard["files"] - shard["faults"] for shard in store.manifest()["shards"])
     content = {

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.evaluation.metrics import wilson_interval
-from arrowhead.examine.image_properties import ImagePropertiesConfig, measure_images
+from arrowhead.examine.image_properties import ImageProperties, measure_images
 from arrowhead.examine.permutation import PermutationTest
 from arrowhead.examine.predictions import Predictions
 from arrowhead.examine.properties import (
@@ -467,7 +467,7 @@ def examine_slices(
     catalog: Catalog,
     images: HeldOutImages,
     config: SliceConfig = SliceConfig(),
-    measurement: ImagePropertiesConfig = ImagePropertiesConfig(),
+    measured: ImageProperties | None = None,
 ) -> SliceReport:
     """Compare slices by label, split, folder, columns of the table, and measured properties.
 
@@ -478,14 +478,14 @@ def examine_slices(
         catalog: The images of a store.
         images: Those to compare, and whether the model is right on them.
         config: Which slices are examined and named.
-        measurement: Which originals are read.
+        measured: The properties of some of the images; None: those of a sample are measured.
     """
     row_N = images.row
     given = catalog_properties(catalog, row_N)
     if images.predicted is not None:
         given += label_properties("predicted label", images.predicted, tested=False)
     columns, notes = read_table_columns(catalog, row_N)
-    measured = measure_images(catalog, row_N, images.image_id, measurement)
+    measured = measured or measure_images(catalog, row_N, images.image_id)
     numbers, measured_notes = measured_properties(measured, row_N)
     report = find_slices(images.correct, row_N, [*given, *columns, *numbers], config)
     return replace(report, notes=(*notes, *measured_notes))

@@ -31,7 +31,7 @@ from arrowhead.data import table_parser
 from arrowhead.errors import ConfigError
 from arrowhead.examine.search import Standardizer
 from arrowhead.features.store import Features, Store
-from arrowhead.wording import pluralize
+from arrowhead.wording import join_first, pluralize
 
 SHORTLIST = 25  # most uncertain images per image that is wanted
 MAX_CLUSTERED = 20_000  # images at most; 100 MB with 1,280 numbers each
@@ -93,8 +93,10 @@ def suggest(path: Path, bundle_path: Path | None, config: SuggestConfig) -> dict
         ours.require_equal(theirs, str(path), str(bundle_path))
     known = store.features(rows_only=True)
     unlabelled = int((~_has_label(known)).sum())
-    labelled_rows = store.find_paths([row["path"] for row in kept]).values()
-    candidate_M, notes = candidates(path, known, bundle, list(labelled_rows))
+    labelled_rows = store.find_paths([row["path"] for row in kept])
+    candidate_M, notes = candidates(path, known, bundle, list(labelled_rows.values()))
+    if strangers := [row["path"] for row in kept if row["path"] not in labelled_rows]:
+        notes += _check_strangers(config.out, path, strangers, len(kept))
     if len(candidate_M) < config.count:
         notes.append(f"there is no more to suggest than {pluralize(len(candidate_M), 'image')}")
     suggestions = choose(store, known, candidate_M, bundle, config.count)
@@ -143,6 +145,25 @@ def read_labelled_rows(path: Path) -> list[dict[str, str]]:
         {name: spreadsheet.original_text(cell) for name, cell in row.items()}
         for row in cells
         if row["path"] and row["new_label"].strip()
+    ]
+
+
+def _check_strangers(out: Path, store: Path, strangers: Sequence[str], kept: int) -> list[str]:
+    """A note on the rows with a label whose images the store does not hold.
+
+    Raises ConfigError if that is all of the rows: the table belongs to another store.
+    """
+    if len(strangers) == kept:
+        raise ConfigError(
+            f"{out} has {pluralize(kept, 'image')} with a new_label, and {store} holds none of"
+            f" them, such as {strangers[0]}.",
+            "the table of suggestions from this store.",
+            "give another file with --out; nothing was changed.",
+        )
+    return [
+        f"{pluralize(len(strangers), 'row')} of {out} with a new_label"
+        f" {'name images' if len(strangers) > 1 else 'names an image'} that {store} does not hold:"
+        f" {join_first(strangers)}. They are kept; remove them if these images are gone."
     ]
 
 

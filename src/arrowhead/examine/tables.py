@@ -17,9 +17,6 @@ BLOCK_ROWS = 65_536
 
 def write_table(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with the same keys as NAME.csv and NAME.parquet; nothing if there are none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not rows:
         return
     folder.mkdir(exist_ok=True)
@@ -27,7 +24,15 @@ def write_table(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> N
     with spreadsheet.open_csv(folder / f"{name}.csv", header) as sheet:
         for row in rows:
             sheet.row([row[column] for column in header])
-    with fileio.atomic_write(folder / f"{name}.parquet") as draft:
+    write_parquet(folder / f"{name}.parquet", rows)
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same keys as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with fileio.atomic_write(path) as draft:
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), draft)
 
 

@@ -1,33 +1,20 @@
-"""Small copies of original images for a page: upright, as WebP.
-
-    catalog rows -> read and decoded at a reduced size, a few files at a time -> `Thumbnail`
-
-Only the images that a page shows are read, so their number does not depend on the store's size.
-Originals that are gone or have changed since they were listed give None.
-"""
+"""Small copies of images for a page: decoded at a reduced size, upright, as WebP."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pillow_images import open_image
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.features.extract import ExtractConfig
 
 QUALITY = 72  # of the WebP files
-MAX_THREADS = 8
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,59 +34,6 @@ class Thumbnail:
     def uri(self) -> str:
         """The picture as a data: URI."""
         return "data:image/webp;base64," + base64.b64encode(self.webp).decode()
-
-
-def read_thumbnails(
-    catalog: Catalog,
-    rows: Sequence[int],
-    side: int,
-    on_done: Callable[[], None] = lambda: None,
-) -> dict[int, Thumbnail | None]:
-    """Make thumbnails of some images of a catalog.
-
-    Args:
-        catalog: The images.
-        rows: Rows of the catalog.
-        side: The longer side of a thumbnail in pixels; smaller images keep their size.
-        on_done: Called after each image.
-
-    Returns:
-        The thumbnail of each row; None if the original cannot be read or decoded, or has changed
-        since it was listed.
-    """
-
-    def make(data: bytes) -> Thumbnail | None:
-        thumbnail = make_thumbnail(data, side)
-        on_done()
-        return thumbnail
-
-    return _map_files(catalog, rows, make)
-
-
-def _map_files(
-    catalog: Catalog, rows: Sequence[int], make: Callable[[bytes], T | None]
-) -> dict[int, T | None]:
-    """Apply a function to the bytes of some files, in threads; None where one cannot be read."""
-
-    def read_and_make(row: int) -> T | None:
-        data, fault = catalog.read_file(row, ExtractConfig().max_bytes)
-        return None if fault else make(data)
-
-    distinct = sorted({int(row) for row in rows})
-    with ThreadPoolExecutor(min(MAX_THREADS, 2 * (os.cpu_count() or 1))) as pool:
-        return dict(zip(distinct, pool.map(read_and_make, distinct), strict=True))
-
-
-def read_pixels(
-    catalog: Catalog, rows: Sequence[int], side: int
-) -> dict[int, NDArray[np.uint8] | None]:
-    """Like `read_thumbnails`, as uint8 (H, W, 3)."""
-
-    def decode(data: bytes) -> NDArray[np.uint8] | None:
-        image = decode_small(data, side)
-        return None if image is None else np.asarray(image)
-
-    return _map_files(catalog, rows, decode)
 
 
 def make_thumbnail(data: bytes, side: int) -> Thumbnail | None:
@@ -137,17 +71,21 @@ def decode_small(data: bytes, side: int) -> Any:
 
 
 def sprite_sheet(
-    catalog: Catalog, rows: Sequence[int], side: int, columns: int = 20
+    images: Mapping[int, Any], side: int, columns: int = 20
 ) -> tuple[Thumbnail | None, dict[int, int]]:
     """Paste small square copies of images into one picture, `columns` in a row.
 
+    Args:
+        images: Pillow images by row, with a longer side of `side` pixels; None is left out.
+        side: Pixels of a square.
+        columns: Squares in a line.
+
     Returns:
-        The sheet, None if no image can be read; and the position on it of each row that is there.
+        The sheet, None if there is no image; and the position on it of each row that is there.
     """
     from PIL import Image
 
-    made = _map_files(catalog, rows, lambda data: decode_small(data, side))
-    tiles = [(row, image) for row, image in made.items() if image is not None]
+    tiles = [(row, image) for row, image in sorted(images.items()) if image is not None]
     if not tiles:
         return None, {}
     sheet = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side), "white")

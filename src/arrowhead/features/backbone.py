@@ -130,7 +130,7 @@ def load(config: BodyConfig) -> Weights:
     state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     try:
         with torch.no_grad():
-            net.load_state_dict(state, strict=True)
+            _load_tensors(net, state)
     except RuntimeError as error:
         raise ConfigError(
             f"{config.weights} does not fit {config.body}: {_first_mismatch(error)}",
@@ -139,6 +139,17 @@ def load(config: BodyConfig) -> Weights:
         ) from error
     state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     return Weights(state=state, mean=config.mean or mean, std=config.std or std)
+
+
+def _load_tensors(net: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load tensors by name, of the version of the network that torchvision builds today.
+
+    A safetensors file holds no version numbers, and MNASNet refuses tensors without one.
+    """
+    versioned = net.state_dict()
+    versioned.clear()  # which leaves the version numbers
+    versioned.update(state)
+    net.load_state_dict(versioned)
 
 
 def _first_mismatch(error: RuntimeError) -> str:
@@ -288,6 +299,25 @@ def _unknown_body_error(body: str, networks: list[str]) -> ConfigError:
     )
 
 
+def _size_error(body: str, size: int, error: Exception) -> ConfigError:
+    """The error for images of a size that a network does not take."""
+    models = _import_torchvision_models()
+    preset = models.get_model_weights(body)["DEFAULT"].transforms()
+    usual = getattr(preset, "crop_size", [224])[0]
+    reason = str(error).strip().splitlines()[0][:200]
+    if size == usual:
+        return ConfigError(
+            f"{body} cannot compute features: {reason}.",
+            "a network that takes one batch of pixels and returns one row for each image.",
+            "give another --body.",
+        )
+    return ConfigError(
+        f"{body} cannot compute features of {size} x {size} pixels: {reason}.",
+        f"a size that this network takes, such as {usual}, which it was trained with.",
+        f"give --size {usual}, or another --body.",
+    )
+
+
 def _build_without_final_layer(body: str) -> tuple[nn.Module, str]:
     """The network with its final layer replaced by the identity, and the name of that layer."""
     from torch import nn
@@ -344,13 +374,18 @@ class Body:
         import torch
 
         net, _ = _build_without_final_layer(body)
-        net.load_state_dict(dict(weights))
+        _load_tensors(net, weights)
         fused = _fuse_batch_norms(net if pool == "avg" else _feature_map_layers(net, body))
         fused.to(memory_format=torch.channels_last)
         self.module = _make_feature_extractor(fused, pool, mean, std).to(device)
         self.name, self.pool, self.device = body, pool, torch.device(device)
         black_images = torch.zeros((16, 3, size, size), dtype=torch.uint8, device=device)
-        self.width = int(self(black_images).shape[1])
+        try:
+            self.width = int(self(black_images).shape[1])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:  # which one depends on the network
+            raise _size_error(body, size, error) from error
 
     def __call__(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Features of a batch, in the order of its images; with float16 arithmetic on CUDA."""

@@ -19,7 +19,7 @@ from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.examine import figures as examine_figures
 from arrowhead.inference.evaluate import reported_metrics
 from arrowhead.reporting.run_context import RunContext, Screen
-from arrowhead.wording import pluralize
+from arrowhead.wording import join_first, pluralize
 
 MIN_IMBALANCE = 3  # ratio of the largest to the smallest class from which on it is reported
 MAX_RARE_CLASSES_SHOWN = 3
@@ -176,6 +176,16 @@ def previous_bundle(out: Path, context: RunContext) -> Path | None:
     return out.with_name(f"{out.name}.previous")
 
 
+def show_bundle_to_delete(out: Path, context: RunContext) -> None:
+    """Show before a training which bundle will be lost: that before the one at `out`."""
+    previous = previous_bundle(out, context)
+    if previous and _read_bundle_json(out) and _read_bundle_json(previous):
+        context.screen.say(
+            f"the new bundle will replace {out}, which is then kept in {previous}; the bundle there"
+            f" now, of {_modified(previous)}, will be deleted. Copy it first if you need it."
+        )
+
+
 def show_replaced_bundle(out: Path, new: Path, context: RunContext) -> None:
     """Compare the bundle in the folder `new` with the one at `out` that it will replace, if any."""
     previous = previous_bundle(out, context)
@@ -201,7 +211,10 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     same_data = old.get("lineage", {}).get("data") == new["lineage"]["data"]
     if same_data and isinstance(old_value, int | float) and isinstance(new_value, int | float):
         return f"{name.partition('_')[0]} {old_value:.4f} (this one {new_value:.4f})"
-    return "of other images or labels, so that their metrics cannot be compared"
+    other = "images or labels"
+    if isinstance(classes := old.get("classes"), list) and classes != new.get("classes"):
+        other = f"classes ({join_first([*map(str, classes)], 5, ', ')})"
+    return f"of other {other}, so that their metrics cannot be compared"
 
 
 def _read_bundle_json(bundle: Path) -> dict[str, Any] | None:

@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from arrowhead.data.catalog import Catalog
+from arrowhead.errors import DataError
 from arrowhead.features import corrections, extract
 from arrowhead.features.store import Store
 from arrowhead.reporting.progress import WorkTotals
@@ -75,12 +78,13 @@ def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
         )
 
 
-def show_class_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
-    """Show empty folders, and how the classes differ from those of the store."""
+def show_store_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
+    """Show empty folders, and how the images and classes differ from those of the store."""
     for folder in catalog.empty_folders:
         screen.say(f"{folder}/ holds no image: it is not a class")
     if not (store.path / "manifest.json").is_file():
         return
+    _show_replaced_images(store, catalog, screen)
     before, now = set(corrections.source_classes(store)), set(catalog.classes)
     if before != now:
         changes = [
@@ -91,6 +95,24 @@ def show_class_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
         screen.say(
             f"the classes of {store.path} change: {'; '.join(changes)}."
             " Heads trained before keep the classes they were trained with."
+        )
+
+
+def _show_replaced_images(store: Store, catalog: Catalog, screen: Screen) -> None:
+    """Show that images of another source are about to replace those of a store."""
+    try:
+        if store.read_catalog(np.zeros(0, np.int64))["root"] == catalog.root:
+            return
+        old = Catalog(**store.read_catalog())
+    except DataError:  # a damaged catalog is about to be replaced, too
+        return
+    gone = set(old.paths) - set(catalog.paths)
+    if gone:  # else the folder was probably moved
+        screen.say(
+            f"WARNING: {store.path} holds {pluralize(len(old), 'image')} of {old.root}. The"
+            f" {len(catalog)} of {catalog.root} replace them: {len(gone)} are not among these, such"
+            f" as {min(gone)}, and their features are dropped. To keep both, stop now (Ctrl-C) and"
+            " give another folder."
         )
 
 
