@@ -124,7 +124,7 @@ def test_an_empty_list_is_no_label_and_never_a_class(tmp_path: Path, empty: str)
     catalog = sources.labelled_catalog(table, SourceConfig(multi_label=True))
     assert catalog.labels == [("sea", "sun"), ("fog",), ()]
     table = _write_table(tmp_path, f"path,label\n1,sea\n2,fog\n3,{empty}\n")
-    with pytest.raises(ConfigError, match="line 4 has no label"):
+    with pytest.raises(ConfigError, match="line 4: it has no label"):
         sources.labelled_catalog(table)
     table = _write_table(tmp_path, f"path,label\n1,['sea']\n2,[fog]\n3,{empty}\n")
     assert sources.labelled_catalog(table).labels == [("sea",), ("fog",), ()]

@@ -15,6 +15,7 @@ import hashlib
 import re
 import socket
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -144,11 +145,11 @@ def load(config: BodyConfig) -> Weights:
 def _load_tensors(net: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load tensors by name, of the version of the network that torchvision builds today.
 
-    A safetensors file holds no version numbers, and MNASNet refuses tensors without one.
+    A safetensors file holds no version numbers, and MNASNet refuses tensors without its own. Layers
+    get none: batch norms without one may lack the count of batches, which old files do.
     """
-    versioned = net.state_dict()
-    versioned.clear()  # which leaves the version numbers
-    versioned.update(state)
+    versioned = OrderedDict(state)
+    vars(versioned)["_metadata"] = {"": {"version": net._version}}
     net.load_state_dict(versioned)
 
 
