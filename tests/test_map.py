@@ -44,6 +44,7 @@ ALLOWED_IMPORTERS = {
     "torchvision": {"features.backbone"},
     "pyarrow": {
         "arrow_io",
+        "data.row_files",
         "examine.tables",
         "features.catalog_file",
         "features.corrections_file",

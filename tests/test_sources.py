@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_server import s3_bucket, start_s3_server
 
 from arrowhead import ConfigError
 from arrowhead.data import chunks, listing, object_store, path_text, reading, sources
@@ -520,44 +520,13 @@ def test_folder_with_a_table_like_name_is_a_folder(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
     """The address of a local S3 server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-p", str(port)]
-    environment = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=environment, stderr=environment) as process:
-        try:
-            for _ in range(600):
-                assert process.poll() is None
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
+    yield from start_s3_server()
 
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     """An empty bucket as a boto3 resource, and environment variables that point to it."""
-    boto3 = pytest.importorskip("boto3")
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }.items():
-        monkeypatch.setenv(name, value)
-    result = boto3.resource("s3").Bucket(f"b{abs(hash(request.node.name))}")
-    result.create()
-    return result
+    return s3_bucket(s3_server, monkeypatch, request.node.name)
 
 
 def _upload(bucket: Any, *keys: str) -> None:

@@ -12,10 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
-
-import numpy as np
 
 from arrowhead import fileio
 from arrowhead.data import named_files, path_text, reading
@@ -58,16 +55,7 @@ def leave_out(catalog: Catalog, file: str) -> Catalog:
         note = f"--drop {Path(file).name}: {pluralize(dropped, 'image')} left out"
         notes.append(note + _describe_unknown(listed, catalog))
     return replace(
-        catalog,
-        paths=list(compress(catalog.paths, kept)),
-        sizes=catalog.sizes[np.array(kept, bool)],
-        stamps=catalog.stamps[np.array(kept, bool)],
-        labels=list(compress(catalog.labels, kept)),
-        splits=list(compress(catalog.splits, kept)),
-        tries=catalog.tries[np.array(kept, bool)],
-        ignored=catalog.ignored + dropped,
-        dropped=tuple(sorted(listed)),
-        notes=tuple(notes),
+        catalog.select(kept), dropped=tuple(sorted(listed)), notes=tuple(notes)
     )
 
 

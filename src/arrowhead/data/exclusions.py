@@ -104,14 +104,22 @@ def is_own_folder(handle: int, names: list[bytes]) -> bool:
     return False
 
 
-def find_sidecars(handle: int, names: list[bytes], kinds: bytearray) -> dict[int, bytes]:
+def find_sidecars(
+    handle: int, names: list[bytes], kinds: bytearray, keep: tuple[bytes, ...] = ()
+) -> dict[int, bytes]:
     """The sidecars in an open folder: {index into `names`: kind}.
 
-    kinds: file type of each name, st_mode >> 12.
+    Args:
+        handle: Of the folder.
+        names: Of the files in it.
+        kinds: File type of each name, st_mode >> 12.
+        keep: Suffixes, in lower case, of files that are no sidecars.
     """
     kinds_by_index = {}
     for i, name in enumerate(names):
         if name.endswith(IMAGE_SUFFIXES_BOTH_CASES) or kinds[i] != REGULAR_FILE:
+            continue
+        if keep and name.lower().endswith(keep):
             continue
         if kind := sidecar_kind(name):
             with suppress(OSError):  # an unreadable one stays a row, and becomes a fault

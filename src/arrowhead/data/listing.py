@@ -25,18 +25,23 @@ if TYPE_CHECKING:
 MAX_HEADER_READS = 1000  # requests; of more sidecars in a store only a sample is read
 
 
-def list_files(root: str) -> Listing:
-    """List every file below a root (see `path_text.resolve`).
+def list_files(root: str, keep: tuple[bytes, ...] = ()) -> Listing:
+    """List every file below a root.
 
     Links are followed, except those that lead to one of their own parents. Images are not opened.
+
+    Args:
+        root: The root (see `path_text.resolve`).
+        keep: Suffixes, in lower case, of files that are listed although they are named like
+            sidecars.
 
     Raises:
         ConfigError: The root does not exist, is not a folder, or cannot be listed.
     """
     if path_text.is_store_uri(root):
-        return _list_store(root)
+        return _list_store(root, keep)
     check_folder(root)
-    return _drop_own_figures(walk.walk_folder(path_text.unescape_path(root)))
+    return _drop_own_figures(walk.walk_folder(path_text.unescape_path(root), keep))
 
 
 def check_folder(root: str) -> None:
@@ -125,7 +130,7 @@ def stat_files(root: str, paths: list[str]) -> tuple[NDArray[np.int64], NDArray[
 # ------------------------------------------------------------------------ object stores
 
 
-def _list_store(root: str) -> Listing:
+def _list_store(root: str, keep: tuple[bytes, ...]) -> Listing:
     """As `list_files`, for a root in a store."""
     import numpy as np
 
@@ -153,7 +158,7 @@ def _list_store(root: str) -> Listing:
             rows.append((path_text.escape_path(name), size, stamp))
         else:  # an empty object that web consoles create for a new folder
             folders.append(path_text.escape_path(name[:-1]))
-    sidecars = _find_stored_sidecars(root, rows)
+    sidecars = _find_stored_sidecars(root, rows, keep)
     rows = sorted(row for row in rows if row[0] not in sidecars)
     found = Listing(
         paths=[path for path, *_ in rows],
@@ -178,7 +183,9 @@ def _find_own_folders(root: str, keys: list[bytes]) -> set[bytes]:
     return own_folders
 
 
-def _find_stored_sidecars(root: str, rows: list[tuple[str, int, int]]) -> dict[str, str]:
+def _find_stored_sidecars(
+    root: str, rows: list[tuple[str, int, int]], keep: tuple[bytes, ...]
+) -> dict[str, str]:
     """The sidecars among rows of an object store: {path: kind}.
 
     The first bytes of each are read, with one request each. If there are many, a sample of each
@@ -188,6 +195,8 @@ def _find_stored_sidecars(root: str, rows: list[tuple[str, int, int]]) -> dict[s
     empty = {path for path, size, _ in rows if size == 0}
     for path, *_ in rows:
         name = path_text.unescape_path(path)
+        if keep and name.lower().endswith(keep):
+            continue
         if kind := exclusions.sidecar_kind(name.rpartition(b"/")[2]):
             by_kind.setdefault(kind, []).append(path)
 

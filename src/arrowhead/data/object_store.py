@@ -87,19 +87,28 @@ def _list_s3_objects(store: Any, bucket: str, prefix: str) -> list[StoredObject]
     return all_objects
 
 
-def read_object(uri: str, key: str, check: ObjectCheck) -> tuple[bytes, str | None]:
+def read_object(
+    uri: str, key: str, check: ObjectCheck, part: tuple[int, int] | None = None
+) -> tuple[bytes, str | None]:
     """The bytes of an object and None, or no bytes and the fault that `check` returns.
 
     Interrupted downloads are retried. Raises the store's own exceptions.
+
+    Args:
+        uri: The root.
+        key: Of the object, below it.
+        check: Called with the size and the stamp of the whole object.
+        part: Only the bytes from the first number up to the second, which must be in the object;
+            fewer bytes come if it ends before.
     """
     store, top = _open_store(uri)
     if hasattr(store, "call_s3"):
-        result: tuple[bytes, str | None] = _read_s3_object(store, f"{top}/{key}", check)
+        result: tuple[bytes, str | None] = _read_s3_object(store, f"{top}/{key}", check, part)
         return result
     # gcsfs retries requests and downloads itself, for a minute: our retries would multiply them.
     for pause in RETRY_DELAYS_SECONDS if not _is_google(store) else (None,):
         try:
-            return _read_fsspec_object(store, f"{top}/{key}", check)
+            return _read_fsspec_object(store, f"{top}/{key}", check, part)
         except (FileNotFoundError, PermissionError):
             raise
         except Exception:  # each store raises its own exceptions
@@ -111,22 +120,36 @@ def read_object(uri: str, key: str, check: ObjectCheck) -> tuple[bytes, str | No
     raise AssertionError
 
 
-def _read_fsspec_object(store: Any, name: str, check: ObjectCheck) -> tuple[bytes, str | None]:
+def stat_object(uri: str, key: str) -> tuple[int, int]:
+    """Size and stamp of an object. Raises the store's own exceptions."""
+    store, top = _open_store(uri)
+    name = f"{top}/{key}"
+    info = store.info(name)
+    if info.get("type") != "file":
+        raise FileNotFoundError(name)
+    return _size(store, info), _stamp(info)
+
+
+def _read_fsspec_object(
+    store: Any, name: str, check: ObjectCheck, part: tuple[int, int] | None
+) -> tuple[bytes, str | None]:
     """As `read_object`, without retries, with the interface that every fsspec store has."""
+    bounds = {} if part is None else {"start": part[0], "end": part[1]}
     info = store.info(name)
     size, stamp = _size(store, info), _stamp(info)
     if _is_google(store):  # reads this generation even if the object is overwritten meanwhile
         if fault := check(size, stamp):
             return b"", fault
-        pinned: bytes = store.cat_file(name, generation=info["generation"])
+        pinned: bytes = store.cat_file(name, generation=info["generation"], **bounds)
         return pinned, None
     if check(size, stamp):  # some stores give another time here than in a listing, which counts
         info = _info_from_listing(store, name) or info
         if fault := check(_size(store, info), _stamp(info)):
             return b"", fault
-    data: bytes = store.cat_file(name)
+    data: bytes = store.cat_file(name, **bounds)
     after = store.info(name)
-    if len(data) != size or (_size(store, after), _stamp(after)) != (size, stamp):
+    expected = size if part is None else min(part[1], size) - part[0]
+    if len(data) != expected or (_size(store, after), _stamp(after)) != (size, stamp):
         return b"", "changed: it was written to while it was read"
     return data, None
 
@@ -137,20 +160,23 @@ def _info_from_listing(store: Any, name: str) -> Mapping[str, Any] | None:
     return next((info for info in store.ls(folder, detail=True) if info["name"] == name), None)
 
 
-def _read_s3_object(store: Any, path: str, check: ObjectCheck, first: int | None = None) -> Any:
-    """As `read_object`, from S3; first: read only so many bytes."""
+def _read_s3_object(
+    store: Any, path: str, check: ObjectCheck, span: tuple[int, int] | None = None
+) -> Any:
+    """As `read_object`, from S3."""
     import asyncio
 
     from fsspec.asyn import sync
 
     bucket, _, name = path.partition("/")
-    part = {} if first is None else {"Range": f"bytes=0-{first - 1}"}
+    part = {} if span is None else {"Range": f"bytes={span[0]}-{span[1] - 1}"}
 
     async def get() -> tuple[bytes, str | None]:
         for pause in RETRY_DELAYS_SECONDS:
             answer = await store._call_s3("get_object", Bucket=bucket, Key=name, **part)
             async with answer["Body"] as body:
-                if fault := check(int(answer["ContentLength"]), _stamp(answer)):
+                whole = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
+                if fault := check(int(whole), _stamp(answer)):
                     return b"", fault
                 try:
                     return await body.read(), None
@@ -175,7 +201,7 @@ def read_first_bytes(uri: str, keys: Sequence[str], count: int) -> list[bytes | 
         try:
             if hasattr(store, "call_s3"):
                 return bytes(
-                    _read_s3_object(store, f"{top}/{key}", lambda size, stamp: None, count)[0]
+                    _read_s3_object(store, f"{top}/{key}", lambda size, stamp: None, (0, count))[0]
                 )
             return bytes(store.cat_file(f"{top}/{key}", start=0, end=count))
         except Exception:  # each store raises its own exceptions

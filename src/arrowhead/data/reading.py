@@ -35,12 +35,28 @@ def read_file(
     def check(size_now: int, stamp_now: int) -> str | None:
         if fault := _changed_fault(size_now, stamp_now, size, stamp):
             return fault
-        return _too_large_fault(size_now, max_bytes) if size_now > max_bytes else None
+        return too_large_fault(size_now, max_bytes) if size_now > max_bytes else None
 
+    return read_part(root, path, check)
+
+
+def read_part(
+    root: str, path: str, check: object_store.ObjectCheck, part: tuple[int, int] | None = None
+) -> tuple[bytes, str | None]:
+    """Read a file or a part of it; otherwise as `read_file`.
+
+    Args:
+        root: The root (see `path_text.resolve`).
+        path: Escaped path below it.
+        check: Called with the size and the stamp of the file; returns a fault if it is not to be
+            read.
+        part: Only the bytes from the first number up to the second; fewer if the file ends before.
+            `check` must refuse a part that begins at or after the end.
+    """
     if path_text.is_store_uri(root):
         try:
             return object_store.read_object(
-                path_text.store_uri(root), path_text.unescape_path(path).decode(), check
+                path_text.store_uri(root), path_text.unescape_path(path).decode(), check, part
             )
         except FileNotFoundError:
             return b"", "unreadable: No such file or directory"
@@ -57,8 +73,10 @@ def read_file(
                 return b"", "not a file: a folder, pipe, socket or device"
             if fault := check(before.st_size, before.st_mtime_ns):
                 return b"", fault
+            start, stop = (0, before.st_size) if part is None else part
             with os.fdopen(handle, "rb", closefd=False) as stream:
-                data = stream.read(before.st_size + 1)
+                stream.seek(start)
+                data = stream.read(stop - start + (part is None))
             after = os.fstat(handle)
         finally:
             os.close(handle)
@@ -68,7 +86,8 @@ def read_file(
         return b"", f"unreadable: {error.strerror}"
     except ValueError:  # the path contains NUL
         return b"", "unreadable: no file can have this name"
-    if len(data) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+    expected = min(stop, before.st_size) - start
+    if len(data) != expected or after.st_mtime_ns != before.st_mtime_ns:
         return b"", "changed: it was written to while it was read"
     return data, None
 
@@ -86,7 +105,8 @@ def _changed_fault(
     return None
 
 
-def _too_large_fault(size: int, max_bytes: int) -> str:
+def too_large_fault(size: int, max_bytes: int) -> str:
+    """The fault of a file or member that is larger than allowed."""
     return f"too large: {size} bytes, more than {max_bytes}"
 
 

@@ -1,4 +1,4 @@
-"""Build the catalog of a folder or table of images.
+"""Build the catalog of a folder, a table or shards of images.
 
 No image is opened. Everything that follows, such as chunks and splits, is a function of the catalog
 alone, so that any number of workers agree on it.
@@ -15,7 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from arrowhead.data import drop_list, layouts, listing, named_files, path_text, tables
+from arrowhead.data import (
+    container_source,
+    drop_list,
+    layouts,
+    listing,
+    named_files,
+    path_text,
+    tables,
+)
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.data.tables import TableRows
@@ -40,7 +48,8 @@ def labelled_catalog(
 
     Args:
         source: Class folders, or splits with class folders in them (see `layouts`), on a disk or in
-            a store; or a .csv or .tsv file (see `tables`).
+            a store; a .csv or .tsv file (see `tables`); a tar, Parquet or Arrow file, or a folder
+            of these (see `container_source`).
         config: How labels and splits are read.
         for_training: Whether to check that a classifier can be trained on it.
 
@@ -51,9 +60,18 @@ def labelled_catalog(
     if tables.is_table(source):
         catalog, first_seen = _catalog_of_table(source, config)
         catalog = replace(catalog, source=_table_location(source))
+    elif container_source.is_container(source):
+        _refuse_table_settings(source, config, allowed=CONTAINER_SETTINGS)
+        catalog, first_seen = container_source.labelled_catalog(source, config)
     else:
-        catalog, first_seen = _catalog_of_folder(path_text.resolve(source))
-        _refuse_table_settings(source, config)
+        root = path_text.resolve(source)
+        files = listing.list_files(root)
+        if _has_containers(files):
+            _refuse_table_settings(source, config, allowed=CONTAINER_SETTINGS)
+            catalog, first_seen = container_source.labelled_catalog(source, config)
+        else:
+            catalog, first_seen = _catalog_of_folder(root, files)
+            _refuse_table_settings(source, config)
     if config.drop is not None:
         catalog = drop_list.leave_out(catalog, config.drop)
         left = set(zip(catalog.splits, catalog.labels, strict=True))
@@ -81,16 +99,36 @@ TABLE_SETTINGS = (  # fields of SourceConfig that apply to tables only
 )
 
 
+CONTAINER_SETTINGS = (  # those that apply to tar, Parquet and Arrow files, too
+    "path_column",
+    "label_column",
+    "split_column",
+    "multi_label",
+    "label_separator",
+)
+
+
+def _has_containers(files: Listing) -> bool:
+    """Whether a folder has no image files, but tar, Parquet or Arrow files."""
+    return not files.paths and any(map(container_source.is_possible_suffix, files.sidecars))
+
+
 def _refuse_table_settings(
-    source: str | Path, config: SourceConfig, base_flag: str = "--images"
+    source: str | Path,
+    config: SourceConfig,
+    base_flag: str = "--images",
+    allowed: Sequence[str] = (),
 ) -> None:
-    """Raise ConfigError if a setting for tables is given with a folder, where it has no effect."""
+    """Raise ConfigError if a setting for tables is given with another source, where it has no
+    effect.
+    """
     plain = SourceConfig()
     for name in TABLE_SETTINGS:
-        if getattr(config, name) != getattr(plain, name):
+        if name not in allowed and getattr(config, name) != getattr(plain, name):
             flag = base_flag if name == "images" else "--" + name.replace("_", "-")
             raise ConfigError(
-                f"{source} is a folder; {flag} says how a table is read.",
+                f"{source} is {'no table' if allowed else 'a folder'}; {flag} says how a table is"
+                " read.",
                 "a table of images, or a folder without that flag.",
                 f"leave {flag} out, or give the table in the place of the folder.",
             )
@@ -111,8 +149,9 @@ def unlabelled_catalog(
     """The catalog of images without labels and splits.
 
     Args:
-        source: A folder: every file below it, sorted by path. Or a table (.csv, .tsv) or list
-            (.txt, .lst: a path per line): every path, in its order, with repetitions.
+        source: A folder: every file below it, sorted by path. A table (.csv, .tsv) or list
+            (.txt, .lst: a path per line): every path, in its order, with repetitions. Or shards
+            (see `container_source`): every image in them, sorted by path.
         config: How a table is read.
         base_flag: The command's flag for the field `images`.
         distinct: Sort the paths of a table too, and list each only once.
@@ -121,19 +160,32 @@ def unlabelled_catalog(
         ConfigError: The source is missing, empty or corrupt, or settings for tables are given with
             a folder.
     """
+    catalog = _list_unlabelled(source, config, base_flag, distinct)
+    return catalog if config.drop is None else drop_list.leave_out(catalog, config.drop)
+
+
+def _list_unlabelled(
+    source: str | Path, config: SourceConfig, base_flag: str, distinct: bool
+) -> Catalog:
+    """As `unlabelled_catalog`, with all images."""
     if tables.is_table(source):
         rows = tables.read_table(source, config, labelled=False)
         order: Sequence[int] = range(len(rows.paths))
         if distinct:
             first = {path: row for row, path in reversed(list(enumerate(rows.paths)))}
             order = [first[path] for path in sorted(first)]
-        catalog = replace(_catalog_from_rows(rows, order), source=_table_location(source))
-        return catalog if config.drop is None else drop_list.leave_out(catalog, config.drop)
+        return replace(_catalog_from_rows(rows, order), source=_table_location(source))
+    if container_source.is_container(source):
+        _refuse_table_settings(source, config, base_flag, CONTAINER_SETTINGS)
+        return container_source.unlabelled_catalog(source, config)
     root = path_text.resolve(source)
     files = listing.list_files(root)
+    if _has_containers(files):
+        _refuse_table_settings(source, config, base_flag, CONTAINER_SETTINGS)
+        return container_source.unlabelled_catalog(source, config)
     _check_has_images(root, len(files.paths), files.ignored)
     _refuse_table_settings(source, config, base_flag)
-    catalog = Catalog(
+    return Catalog(
         root=root,
         paths=files.paths,
         sizes=files.sizes,
@@ -143,7 +195,6 @@ def unlabelled_catalog(
         ignored=files.ignored,
         notes=_exclusion_notes(files),
     )
-    return catalog if config.drop is None else drop_list.leave_out(catalog, config.drop)
 
 
 def _catalog_of_table(source: str | Path, config: SourceConfig) -> tuple[Catalog, FirstSeen]:
@@ -184,13 +235,14 @@ def check_exists(source: str | Path) -> None:
     root = path_text.resolve(source)
     if tables.is_table(source):
         tables.check_readable(source)
+    elif container_source.is_container(source):
+        container_source.check_exists(source)
     elif not path_text.is_store_uri(root):
         listing.check_folder(root)
 
 
-def _catalog_of_folder(root: str) -> tuple[Catalog, FirstSeen]:
+def _catalog_of_folder(root: str, files: Listing) -> tuple[Catalog, FirstSeen]:
     """The catalog of class folders, and the folder of each pair of split and labels."""
-    files = listing.list_files(root)
     paths, count = files.paths, len(files.paths)
     layout = layouts.read_layout(root, paths, files.folders)
     labels: list[tuple[str, ...]] = [()] * count

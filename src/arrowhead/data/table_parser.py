@@ -17,7 +17,7 @@ from arrowhead.errors import ConfigError
 
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 DELIMITERS = ",;\t|"
-# Normalized names of columns (see `_normalize_name`). Earlier sets are preferred.
+# Normalized names of columns (see `normalize_name`). Earlier sets are preferred.
 PATH_COLUMNS = (
     {"path", "filepath", "filepaths", "imagepath", "imgpath"},
     {"filename", "file", "image", "img", "imagename", "imgname", "imagefile", "photo", "picture"},
@@ -108,7 +108,7 @@ def _is_image_name(cell: str) -> bool:
     return cell.lower().encode("utf-8", "surrogateescape").endswith(exclusions.IMAGE_SUFFIXES)
 
 
-def _normalize_name(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A column's name in lower case, letters and digits only."""
     return "".join(char for char in name.casefold() if char.isalnum())
 
@@ -143,6 +143,7 @@ class TableParser:
 
     def __init__(self, source: str, text: str, delimiter: str, header_line: int) -> None:
         self.source, self._text, self._delimiter = source, text, delimiter
+        self._place = f"the first line of {source}"  # where the columns are named
         self._header_line = header_line
         self._header_error: ConfigError | None = None  # the header is not valid CSV
         try:
@@ -164,7 +165,7 @@ class TableParser:
         parser = next((each for each in parsers if each._has_columns(config, labelled)), None)
         if parser is None:  # look at the cells, too
             parser = TableParser._widest(parsers)
-        parser._find_columns(config, labelled, notes, by_cells=True)
+        parser.find_columns(config, labelled, notes, by_cells=True)
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -202,10 +203,18 @@ class TableParser:
     def _has_columns(self, config: SourceConfig, labelled: bool) -> bool:
         """Whether the header alone determines the columns."""
         try:
-            self._find_columns(config, labelled, [], by_cells=False)
+            self.find_columns(config, labelled, [], by_cells=False)
         except ConfigError:
             return False
         return True
+
+    def row_place(self, line: int) -> str:
+        """Where the row of this line is, for messages."""
+        return f"{self.source}, line {line}"
+
+    def row_error(self, line: int, what: str) -> ConfigError:
+        """The refusal of a row; what: a verb phrase, such as "has no path"."""
+        return line_error(self.source, line, what)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield each row below the header, with the number of its first line."""
@@ -214,7 +223,7 @@ class TableParser:
                 continue
             if len(row) != len(self.names):
                 what = f"has {len(row)} cells, the header {len(self.names)}"
-                raise line_error(self.source, line, what)
+                raise self.row_error(line, what)
             yield line, row
 
     def _numbered_rows(self) -> Iterator[tuple[int, list[str]]]:
@@ -230,7 +239,7 @@ class TableParser:
         except csv.Error as error:
             raise line_error(self.source, start, f"is not valid CSV: {error}") from error
 
-    def _find_columns(
+    def find_columns(
         self, config: SourceConfig, labelled: bool, notes: list[str], *, by_cells: bool
     ) -> None:
         """Find the columns; ConfigError if one is missing or ambiguous.
@@ -241,7 +250,7 @@ class TableParser:
             raise self._header_error
         if self.names and _is_image_name(self.names[0]):
             raise ConfigError(
-                f"the first line of {self.source} is an image ({self.names[0]}), not a header.",
+                f"{self._place} is an image ({self.names[0]}), not a header.",
                 "the columns' names in the first line, such as path,label.",
                 "write such a line above it.",
             )
@@ -281,7 +290,7 @@ class TableParser:
         """Note the columns if one was guessed; roles: (column, verb phrase, clear names)."""
         if config.path_column is not None or config.label_column is not None:
             return
-        if any(_normalize_name(self.names[column]) not in clear for column, _, clear in roles):
+        if any(normalize_name(self.names[column]) not in clear for column, _, clear in roles):
             listed = ", ".join(f"column {self.names[column]} {what}" for column, what, _ in roles)
             notes.append(f"guessed: {listed} (--path-column, --label-column)")
 
@@ -293,7 +302,7 @@ class TableParser:
         columns = columns or [
             column
             for column, header in enumerate(self.names)
-            if _normalize_name(header) == _normalize_name(name)
+            if normalize_name(header) == normalize_name(name)
         ]
         if len(columns) != 1:
             raise self._column_error(f"{len(columns) or 'no'} columns that are {name}", flag)
@@ -315,7 +324,7 @@ class TableParser:
             columns = [
                 column
                 for column, header in enumerate(self.names)
-                if _normalize_name(header) in names and column not in used
+                if normalize_name(header) in names and column not in used
             ]
             if len(columns) > 1:
                 candidates = " and ".join(self.names[column] for column in columns)
@@ -339,7 +348,7 @@ class TableParser:
         """The columns that determine the split: one called split, boolean ones such as is_valid
         and is_test, or one with a name such as subset whose cells are all names of splits.
         """
-        normalized = [_normalize_name(name) for name in self.names]
+        normalized = [normalize_name(name) for name in self.names]
         if normalized.count("split") > 1:
             raise self._column_error("several columns that are split", "--split-column")
         if "split" in normalized:
@@ -368,7 +377,7 @@ class TableParser:
 
     def _column_error(self, what: str, flag: str) -> ConfigError:
         return ConfigError(
-            f"the first line of {self.source} names the columns"
+            f"{self._place} names the columns"
             f" {', '.join(self.names) or '(none)'}; asked for: {what}.",
             "one column of paths (path, image, filename …), one of labels (label, class …), and"
             " optionally split.",
@@ -384,7 +393,7 @@ class TableParser:
             words = set(cells) - {""}
             meanings[column] = None
             if words and words <= TRUE_WORDS | FALSE_WORDS:
-                meaning = _boolean_meaning(_normalize_name(self.names[column])) or (
+                meaning = _boolean_meaning(normalize_name(self.names[column])) or (
                     "valid",
                     "train",
                 )
@@ -414,12 +423,12 @@ class TableParser:
                     part = meaning[word.casefold() not in TRUE_WORDS]
                 elif word and part is None:
                     raise _split_word_error(
-                        f"{self.source}, line {line}", f"{word!r} as {self.names[column]}"
+                        self.row_place(line), f"{word!r} as {self.names[column]}"
                     )
                 parts.add(part or blank.get(column, ""))
             parts -= {"train", ""} if len(parts - {"train", ""}) else set()
             if len(parts) > 1 and "" not in parts:
-                raise line_error(self.source, line, "is in both the validation and the test split")
+                raise self.row_error(line, "is in both the validation and the test split")
             return max(parts, default="")
 
         return split_of
@@ -437,7 +446,7 @@ class TableParser:
         if note := missing_words_note(self.names[column], filled):
             notes.append(note)
         is_tags_column = (
-            _normalize_name(self.names[column]) == "tags" and config.label_separator != ""
+            normalize_name(self.names[column]) == "tags" and config.label_separator != ""
         )
         is_multi_label = (
             are_lists or is_tags_column or config.multi_label or bool(config.label_separator)
@@ -460,7 +469,7 @@ class TableParser:
             cell = row[column].strip()
             names = labels_by_cell[cell]
             if not names and not are_lists and not (is_multi_label and is_empty_list(cell)):
-                raise line_error(self.source, line, "has no label")
+                raise self.row_error(line, "has no label")
             return names
 
         return labels_of

@@ -108,12 +108,12 @@ class Listing:
     own: list[str]
 
 
-def walk_folder(root: bytes) -> Listing:
-    """List everything below a folder."""
+def walk_folder(root: bytes, keep: tuple[bytes, ...] = ()) -> Listing:
+    """List everything below a folder; keep: see `exclusions.find_sidecars`."""
     import numpy as np
 
     builder = ListingBuilder()
-    for _, part in run_tasks(partial(_visit_folder, root), [Visit()]):
+    for _, part in run_tasks(partial(_visit_folder, root, keep), [Visit()]):
         builder.merge(part)
     order = sorted(range(len(builder.paths)), key=builder.paths.__getitem__)
     return Listing(
@@ -156,7 +156,9 @@ def run_tasks(work: Work[Task, Result], tasks: list[Task]) -> Iterator[tuple[Tas
                 tasks += reversed(further)
 
 
-def _visit_folder(root: bytes, visit: Visit) -> tuple[ListingBuilder, int, list[Visit]]:
+def _visit_folder(
+    root: bytes, keep: tuple[bytes, ...], visit: Visit
+) -> tuple[ListingBuilder, int, list[Visit]]:
     """List one folder; returns what it found, how many names it examined, and further visits."""
     builder, names, further = ListingBuilder(), visit.names, list[Visit]()
     try:
@@ -176,7 +178,8 @@ def _visit_folder(root: bytes, visit: Visit) -> tuple[ListingBuilder, int, list[
                 names, further = _partition_visit(visit, names, builder)
             rows = [file_status(name, handle) for name in names]
             kinds = bytearray(kind for kind, *_ in rows)
-            sidecars = {} if visit.hidden else exclusions.find_sidecars(handle, names, kinds)
+            hidden = visit.hidden
+            sidecars = {} if hidden else exclusions.find_sidecars(handle, names, kinds, keep)
         finally:
             os.close(handle)
     except OSError:  # removed, or no permission: each known name becomes a row

@@ -17,8 +17,9 @@ from arrowhead.features.store_format import REPAIR
 def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
     """Write a catalog (`Catalog.columns`) as one Arrow file, complete or not at all.
 
-    Columns: path, size, stamp, labels, split, tries; and, if labels were corrected, source_labels,
-    null for the other images. Metadata: root, ignored, source.
+    Columns: path, size, stamp, labels, split, tries; if labels were corrected, source_labels, null
+    for the other images; if images are in containers, container and offset. Metadata: root,
+    ignored, source, image_column.
     """
     import pyarrow as pa
 
@@ -38,9 +39,15 @@ def write_catalog(path: Path, columns: Mapping[str, Any]) -> None:
             list(corrected[row]) if row in corrected else None for row in range(table.num_rows)
         ]
         table = table.append_column("source_labels", pa.array(source_labels, names_type))
+    if columns.get("containers"):
+        container = pa.array(columns["containers"], pa.string()).dictionary_encode()
+        table = table.append_column("container", container)
+        table = table.append_column("offset", pa.array(columns["offsets"], pa.int64()))
     metadata = {"arrowhead.root": columns["root"], "arrowhead.ignored": str(columns["ignored"])}
     if columns.get("source"):
         metadata["arrowhead.source"] = columns["source"]
+    if columns.get("image_column"):
+        metadata["arrowhead.image_column"] = columns["image_column"]
     arrow_io.write_arrow(path, table.replace_schema_metadata(metadata))
 
 
@@ -66,7 +73,7 @@ def read_catalog(path: Path, rows: range | NDArray[np.int64] | None = None) -> d
         "source_labels": _source_labels(table),
         "ignored": int(table.schema.metadata[b"arrowhead.ignored"]),
         "source": table.schema.metadata.get(b"arrowhead.source", b"").decode(),
-    }
+    } | _containers(table)
 
 
 def find_paths(table: Any, paths: Sequence[str]) -> dict[str, int]:
@@ -77,6 +84,18 @@ def find_paths(table: Any, paths: Sequence[str]) -> dict[str, int]:
     wanted = pa.array(sorted(set(paths)), pa.string())
     row_M = np.flatnonzero(np.asarray(pc.is_in(table["path"], value_set=wanted)))
     return dict(zip(table["path"].take(pa.array(row_M)).to_pylist(), row_M.tolist(), strict=True))
+
+
+def _containers(table: Any) -> dict[str, Any]:
+    """The fields of `Catalog` about containers; {} if all images are files."""
+    if "container" not in table.column_names:
+        return {}
+    column = table.schema.metadata.get(b"arrowhead.image_column", b"").decode()
+    return {
+        "containers": table["container"].to_pylist(),
+        "offsets": table["offset"].to_numpy(),
+        "image_column": column,
+    }
 
 
 def _source_labels(table: Any) -> dict[int, tuple[str, ...]]:
@@ -104,11 +123,13 @@ def catalog_table(path: Path) -> Any:
         "split": pa.dictionary(pa.int32(), pa.string()),
         "tries": pa.uint8(),
     }
-    optional = {"source_labels": pa.list_(pa.string())}
+    corrected = {"source_labels": pa.list_(pa.string())}
+    located = {"container": pa.dictionary(pa.int32(), pa.string()), "offset": pa.int64()}
     metadata = table.schema.metadata or {}
+    allowed = (types, types | corrected, types | located, types | corrected | located)
     is_valid = (
-        dict(zip(table.column_names, table.schema.types, strict=True)) in (types, types | optional)
-        and not any(table[name].null_count for name in types)
+        dict(zip(table.column_names, table.schema.types, strict=True)) in allowed
+        and not any(table[name].null_count for name in table.column_names if name not in corrected)
         and b"arrowhead.root" in metadata
         and metadata.get(b"arrowhead.ignored", b"").isdigit()
     )

@@ -400,15 +400,27 @@ class FeaturePipeline:
         self, files: Catalog, readers: ThreadPoolExecutor
     ) -> Iterator[tuple[bytes, str | None]]:
         """Contents and faults of files, in order; reads at most two batches ahead."""
-        pending: deque[Future[tuple[bytes, str | None]]] = deque()
-        for row in range(len(files)):
-            pending.append(readers.submit(files.read_file, row, self._config.max_bytes))
-            if len(pending) > 2 * self._config.batch_size:
-                yield self._wait_for(pending.popleft())
+        if files.in_order:
+            for row in range(len(files)):
+                with self.timer.stage("read"):
+                    content = files.read_file(row, self._config.max_bytes)
+                yield content
+            return
+        pending: deque[Future[list[tuple[bytes, str | None]]]] = deque()
+        ahead = 0  # images that are being read
+        for rows in files.spans():
+            pending.append(readers.submit(files.read_span, rows, self._config.max_bytes))
+            ahead += len(rows)
+            while ahead > 2 * self._config.batch_size:
+                read = self._wait_for(pending.popleft())
+                ahead -= len(read)
+                yield from read
         while pending:
-            yield self._wait_for(pending.popleft())
+            yield from self._wait_for(pending.popleft())
 
-    def _wait_for(self, future: Future[tuple[bytes, str | None]]) -> tuple[bytes, str | None]:
+    def _wait_for(
+        self, future: Future[list[tuple[bytes, str | None]]]
+    ) -> list[tuple[bytes, str | None]]:
         with self.timer.stage("read"):  # only waiting counts, not reading ahead
             return future.result()
 

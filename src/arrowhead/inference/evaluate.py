@@ -14,7 +14,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,14 +70,16 @@ class EvaluateConfig:
 
 
 def list_images(data: str | Path, source: SourceConfig) -> Catalog:
-    """List the images of a folder or table; those of a table already with labels.
+    """List the images of a source; those of a table or of shards already with labels.
 
-    data: a folder CLASS/… or SPLIT/CLASS/…, or a table as `fit` takes it. Raises ConfigError for a
-    source that is missing, empty or damaged.
+    data: a folder CLASS/… or SPLIT/CLASS/…, or a table or shards as `fit` takes them. Raises
+    ConfigError for a source that is missing, empty or damaged.
     """
-    if tables.is_table(data):
-        return sources.labelled_catalog(data, source, for_training=False)
-    return sources.unlabelled_catalog(data, source)
+    if not tables.is_table(data):
+        catalog = sources.unlabelled_catalog(data, source)
+        if not catalog.containers:
+            return catalog
+    return sources.labelled_catalog(data, source, for_training=False)
 
 
 def attach_labels(
@@ -101,12 +102,12 @@ def attach_labels(
             an image has several labels or none while the bundle assigns exactly one.
     """
     notes: list[str] = []
-    if not tables.is_table(data):
+    if not (tables.is_table(data) or catalog.containers):
         catalog, notes = _label_by_folder(catalog, bundle.classes)
     elif bundle.multi:
         catalog = _split_labels_if_better(data, catalog, source, bundle)
     if config.split:
-        catalog = _select(catalog, [split == config.split for split in catalog.splits])
+        catalog = catalog.select([split == config.split for split in catalog.splits])
         if not len(catalog):
             raise ConfigError(
                 f"{data} has no image in the split {config.split}.",
@@ -193,7 +194,7 @@ def _label_by_folder(catalog: Catalog, classes: Sequence[str]) -> tuple[Catalog,
     notes = (
         [f"left out: {pluralize(left_out, 'file')} outside of class folders"] if left_out else []
     )
-    return _select(replace(catalog, labels=labels, splits=splits), has_label), notes
+    return replace(catalog, labels=labels, splits=splits).select(has_label), notes
 
 
 def _select_known_classes(
@@ -218,7 +219,7 @@ def _select_known_classes(
         unknown_labels = pluralize(unknown.total(), "label")
         note = f"left out: {unknown_labels} unknown to the bundle: {names}"
         return replace(catalog, labels=labels), [note]
-    selected = _select(catalog, [known.issuperset(names) for names in catalog.labels])
+    selected = catalog.select([known.issuperset(names) for names in catalog.labels])
     if not len(selected):
         raise ConfigError(
             f"{data} has no image of a class that the bundle knows.",
@@ -226,23 +227,6 @@ def _select_known_classes(
             "evaluate on images of these classes, or use another bundle.",
         )
     return selected, [f"left out: {images} of classes unknown to the bundle: {names}"]
-
-
-def _select(catalog: Catalog, mask: Sequence[bool]) -> Catalog:
-    """The rows of a catalog for which the mask is true; the others count as ignored."""
-    if all(mask):
-        return catalog
-    mask_N = np.array(mask, bool)
-    return replace(
-        catalog,
-        paths=list(compress(catalog.paths, mask)),
-        labels=list(compress(catalog.labels, mask)),
-        splits=list(compress(catalog.splits, mask)),
-        sizes=catalog.sizes[mask_N],
-        stamps=catalog.stamps[mask_N],
-        tries=catalog.tries[mask_N],
-        ignored=catalog.ignored + int((~mask_N).sum()),
-    )
 
 
 def _abbreviate(names: Sequence[str]) -> str:
