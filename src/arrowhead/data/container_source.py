@@ -15,7 +15,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class Rows:
         image_column: Of Parquet and Arrow files.
         paths, containers, offsets, sizes, stamps: As in `Catalog`.
         cells: Texts of each image by the name of the field.
+        class_columns: Fields that `datasets` recorded as classes.
         notes: Sentences for the user.
         ignored: Number of files in tars that are no images.
     """
@@ -65,6 +66,7 @@ class Rows:
     sizes: list[int] = field(default_factory=list)
     stamps: list[int] = field(default_factory=list)
     cells: list[dict[str, str]] = field(default_factory=list)
+    class_columns: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     ignored: int = 0
 
@@ -124,6 +126,8 @@ def labelled_catalog(
         ConfigError: The source is missing, empty or corrupt, or its labels cannot be told.
     """
     rows = _read_rows(source, config, labelled=True)
+    if config.label_column is None and len(rows.class_columns) == 1:
+        config = replace(config, label_column=next(iter(rows.class_columns)))
     labels, splits = container_labels.read_labels(
         str(source), rows.root, rows.paths, rows.containers, rows.cells, config, rows.notes
     )
@@ -284,6 +288,7 @@ def _read_row_files(
     rows.image_column = _image_column(known, config)
     for one, file in known:
         columns = _cell_columns(file, rows.image_column, config) if labelled else []
+        rows.class_columns |= file.class_names.keys() & set(columns)
         try:
             _add_row_file(rows, one, file, columns)
         except ContainerError as error:

@@ -74,6 +74,7 @@ def read_part(
             if fault := check(before.st_size, before.st_mtime_ns):
                 return b"", fault
             start, stop = (0, before.st_size) if part is None else part
+            stop = min(stop, before.st_size)  # what a tar claims may be more than memory holds
             with os.fdopen(handle, "rb", closefd=False) as stream:
                 stream.seek(start)
                 data = stream.read(stop - start + (part is None))
@@ -86,8 +87,7 @@ def read_part(
         return b"", f"unreadable: {error.strerror}"
     except ValueError:  # the path contains NUL
         return b"", "unreadable: no file can have this name"
-    expected = min(stop, before.st_size) - start
-    if len(data) != expected or after.st_mtime_ns != before.st_mtime_ns:
+    if len(data) != stop - start or after.st_mtime_ns != before.st_mtime_ns:
         return b"", "changed: it was written to while it was read"
     return data, None
 
