@@ -11,6 +11,7 @@ import hashlib
 import re
 import shlex
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ PAGES = [
             "fetch",
             "train",
             "tables",
+            "shards",
             "heads",
             "examine",
             "score",
@@ -78,7 +80,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Path]:
-    """photos, new-photos, two tables, and a torch cache with a small ResNet34 (one block per stage
+    """photos, new-photos, photos.tar, two tables, and a torch cache with a small ResNet34 (one block per stage
     instead of three to six): no test here depends on what it predicts.
     """
     import torch
@@ -87,6 +89,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     directory = tmp_path_factory.mktemp("readme")
     shutil.copytree(drawn, directory / "photos", ignore=shutil.ignore_patterns("new"))
     shutil.copytree(drawn / "new", directory / "new-photos")
+    with tarfile.open(directory / "photos.tar", "w") as tar:
+        tar.add(directory / "photos", "photos")
     write_tables(directory)
     cache = directory / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
@@ -128,6 +132,7 @@ def write_tables(directory: Path) -> None:
 def _change_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(folder / "indexes"))
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "hub"))
 

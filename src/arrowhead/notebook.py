@@ -84,8 +84,8 @@ class Images:
         """Images in PATH/train/<class> and PATH/valid/<class>, or in PATH/<class>.
 
         Args:
-            path: A folder, an address such as s3://bucket/photos, or a table (see
-                `sources.labelled_catalog`).
+            path: A folder, an address such as s3://bucket/photos, a table, or tar, Parquet or Arrow
+                files (see `sources.labelled_catalog`).
             source: Fields of `SourceConfig`, such as valid_share=0.3.
 
         Raises:
@@ -150,7 +150,8 @@ class Images:
     def valid_paths(self) -> list[Path] | list[str]:
         """Paths of the readable validation images, in the order of `valid_labels`.
 
-        For images in an object store, their addresses.
+        For images in an object store, their addresses; for images in a tar or Parquet file, the
+        path of that file followed by the name of the image in it.
         """
         if self._store is None:
             rows = [i for i, split in enumerate(self.catalog.splits) if split == "valid"]
@@ -161,9 +162,8 @@ class Images:
             for row in rows
         ]
         shown = [os.fsdecode(name) for name in names]
-        return (
-            shown if path_text.is_store_uri(self.catalog.root) else [Path(name) for name in shown]
-        )
+        are_files = not (self.catalog.containers or path_text.is_store_uri(self.catalog.root))
+        return [Path(name) for name in shown] if are_files else shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,8 @@ Data = Annotated[
     str,
     Parameter(
         help="Images: a folder or URI (s3://…, gs://…) with train/CLASS/… and val/CLASS/…, or with"
-        " CLASS/…; or a table (.csv, .tsv) with columns such as path, label and, optionally, split."
+        " CLASS/…; a table (.csv, .tsv) with columns such as path, label and, optionally, split; or"
+        " tar, Parquet or Arrow files with images, or a folder of them."
     ),
 ]
 StorePath = Annotated[

@@ -19,9 +19,11 @@ class SourceConfig:
     suffix: str = ""
     """Suffix to add to the paths in a table if they lack it, such as .jpg."""
     path_column: str | None = None
-    """Column of a table with the images' paths. Default: path, image, filename, id …"""
+    """Column of a table with the images' paths. Default: path, image, filename, id … Of a Parquet
+    or Arrow file: the column with the images."""
     label_column: str | None = None
-    """Column of a table with the labels. Default: label, class, category, breed …"""
+    """Column of a table or Parquet file, or key of the .json files in a tar, with the labels.
+    Default: label, class, category, breed …"""
     split_column: str | None = None
     """Column of a table with the split: train, val or test, or yes and no. Default: split,
     is_valid …"""

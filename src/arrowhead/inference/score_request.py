@@ -56,7 +56,8 @@ class ScoreConfig:
     store: Path | None = None
     """Feature store of the same recipe: images whose features it holds are not decoded."""
     path_column: str | None = None
-    """Column of a table with the images' paths. Default: path, image, filename, id …"""
+    """Column of a table with the images' paths. Default: path, image, filename, id … Of a Parquet
+    or Arrow file: the column with the images."""
     base: str | None = None
     """Folder or URI that the paths in a list or table are relative to. Default: the folder of the
     list or table."""
