@@ -80,8 +80,8 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Path]:
-    """photos, new-photos, photos.tar, two tables, and a torch cache with a small ResNet34 (one block per stage
-    instead of three to six): no test here depends on what it predicts.
+    """photos, new-photos, photos.tar, two tables, and a torch cache with a small ResNet34 (one
+    block per stage instead of three to six): no test here depends on what it predicts.
     """
     import torch
     from torchvision import models

@@ -50,8 +50,8 @@ def score(
         str,
         Parameter(
             help="Images: a folder or URI, including its subfolders; a table (.csv, .tsv) with a"
-            " column path; a list (.txt) with one path per line; or tar, Parquet or Arrow files with"
-            " images, or a folder of them."
+            " column path; a list (.txt) with one path per line; or tar, Parquet or Arrow files"
+            " with images, or a folder of them."
         ),
     ],
     out: Annotated[Path, Parameter(help="Folder for the Parquet parts and score.json.")],
