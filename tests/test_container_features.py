@@ -7,16 +7,23 @@ import io
 import shutil
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import test_kills
 from conftest import Bundled, Command, Tracked
 
-from arrowhead.data import tar_index
+from arrowhead.data import chunks, sources, tar_index
+from arrowhead.data.catalog import Catalog
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.features import backbone, catalog_file
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline, make_recipe
 from arrowhead.features.store import Store
+from arrowhead.runtime.task_queue import TaskQueue
+from arrowhead.runtime.worker import Worker
 
 KINDS = ("folder", "table.csv", "tars", "photos.tar", "parquet", "arrow")
 FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--chunk-size", "7"]
@@ -76,38 +83,62 @@ def same(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows_by_id(store: Path) -> dict[bytes, tuple[Any, ...]]:
-    """Label, split, fault and the bytes of the features of every image, by its id."""
-    opened = Store(store)
-    catalog = opened.read_catalog()
-    shards = opened.shards()
-    found = [
-        (one.image_ids[row], one.faults[row], np.asarray(one.features[row]).tobytes())
-        for one in shards
-        for row in range(len(one.paths))
-    ]
-    rows = zip(found, catalog["labels"], catalog["splits"], strict=True)
-    return {image: (label, split, fault, feature) for (image, fault, feature), label, split in rows}
+@pytest.fixture(scope="module")
+def pipeline() -> Iterator[FeaturePipeline]:
+    """Features of a random ResNet18 of 64 pixels."""
+    pixels, body = PixelConfig(size=64), BodyConfig(body="resnet18", weights="random")
+    weights = backbone.load(body)
+    recipe = make_recipe(pixels, body, weights, 512)
+    network = backbone.Body(
+        "resnet18", weights.state, pool="avg", mean=weights.mean, std=weights.std, size=64
+    )
+    worker = Worker(0, 1, "cpu", 1, TaskQueue([]).next_task, lambda report: None)
+    config = ExtractConfig(batch_size=16)
+    with FeaturePipeline(worker, network, recipe, pixels, config) as result:
+        yield result
 
 
+def rows_by_id(catalog: Catalog, pipeline: FeaturePipeline, chunk_size: int) -> dict[bytes, Any]:
+    """Label, split, kind of fault and the bytes of the features of every image, by its id."""
+    chunk_rows = chunks.split_into_chunks(catalog.paths, chunk_size)
+    rows = {}
+    numbered = ((number, catalog.subset(part)) for number, part in enumerate(chunk_rows))
+    for chunk in pipeline(numbered, FeatureCache()):
+        first = chunk_rows[chunk.number].start
+        assert chunk.paths == catalog.paths[first : first + len(chunk.paths)]
+        for row, image_id in enumerate(chunk.image_ids):
+            label = catalog.labels[first + row], catalog.splits[first + row]
+            rows[image_id] = (*label, chunk.faults[row], chunk.features[row].tobytes())
+    assert len(rows) == len(catalog)
+    return rows
+
+
+@pytest.mark.parametrize("chunk_size", [7, 100])
 def test_same_images_give_equal_features_ids_labels_and_splits_from_every_source(
-    same: Path, tmp_path: Path, command: Command, tracked: Tracked, monkeypatch: pytest.MonkeyPatch
+    same: Path, pipeline: FeaturePipeline, chunk_size: int
 ) -> None:
-    monkeypatch.chdir(tracked(tmp_path))
-    by_kind = {}
-    for kind in KINDS:
-        result = command("precompute", same / kind, tmp_path / kind, *FLAGS, code=3)
-        assert (result["counts"]["features"], result["counts"]["faults"]) == (29, 1), kind
-        by_kind[kind] = rows_by_id(tmp_path / kind)
-    assert len(by_kind["folder"]) == 30
+    by_kind = {
+        kind: rows_by_id(sources.labelled_catalog(same / kind), pipeline, chunk_size)
+        for kind in KINDS
+    }
+    faults = [fault for _, _, fault, _ in by_kind["folder"].values() if fault]
+    assert len(by_kind["folder"]) == 30 and len(faults) == 1
     assert all(rows == by_kind["folder"] for rows in by_kind.values())
-    # Other shards of the same images: nothing is decoded again.
-    shutil.copytree(same / "tars", tmp_path / "moved")
-    again = command("precompute", tmp_path / "moved", tmp_path / "tars", *FLAGS, code=3)
-    assert again["counts"]["decoded"] == 0
-    assert rows_by_id(tmp_path / "tars") == by_kind["folder"]
 
 
+def test_catalog_in_a_file_reads_the_same_images(same: Path, tmp_path: Path) -> None:
+    for kind in ("tars", "parquet", "folder"):
+        catalog = sources.labelled_catalog(same / kind)
+        file = tmp_path / f"{kind}.arrow"
+        catalog_file.write_catalog(file, catalog.columns())
+        read = Catalog(**catalog_file.read_catalog(file, range(3, 9)))
+        assert (read.paths, read.containers) == (catalog.paths[3:9], catalog.containers[3:9])
+        assert [read.read_file(row, 2**20) for row in range(6)] == [
+            catalog.read_file(row, 2**20) for row in range(3, 9)
+        ]
+
+
+@pytest.mark.slow
 def test_shards_are_scored_evaluated_searched_and_relabelled_like_files(
     same: Path,
     tmp_path: Path,
@@ -130,7 +161,9 @@ def test_shards_are_scored_evaluated_searched_and_relabelled_like_files(
         out = tmp_path / f"evaluate-{kind}"
         metrics[kind] = command("evaluate", bundle, same / kind, out, code=3)["metrics"]
     assert scores["tars"] == scores["parquet"] == scores["folder"]
-    assert metrics["tars"] == metrics["parquet"] == metrics["folder"]
+    for kind in ("tars", "parquet"):
+        assert metrics[kind]["accuracy"] == metrics["folder"]["accuracy"]
+        assert metrics[kind]["loss"] == pytest.approx(metrics["folder"]["loss"])  # another order
     for kind, first in (("tars", "train-0.tar/0000.jpg"), ("parquet", "train-0.parquet/00-")):
         store = tmp_path / f"store-{kind}"
         command("precompute", same / kind, store, *FLAGS, code=3)
@@ -147,6 +180,10 @@ def test_shards_are_scored_evaluated_searched_and_relabelled_like_files(
             "precompute", same / kind, store, *FLAGS, "--drop", tmp_path / "drop.txt", code=3
         )
         assert (kept["counts"]["features"], kept["counts"]["decoded"]) == (28, 0)
+    # Other shards of the same images: nothing is decoded again.
+    shutil.copytree(same / "tars", tmp_path / "moved")
+    again = command("precompute", tmp_path / "moved", tmp_path / "store-tars", *FLAGS, code=3)
+    assert again["counts"]["decoded"] == 0
 
 
 @pytest.mark.slow

@@ -161,6 +161,25 @@ def test_text_files_are_labels_but_captions_are_refused(tmp_path: Path) -> None:
         sources.labelled_catalog(write_tar(tmp_path / "b.tar", members))
 
 
+def test_captions_beside_class_folders_are_ignored_and_masks_are_no_samples(tmp_path: Path) -> None:
+    folders = [
+        (f"{label}/{n}.{ending}", JPEG if ending == "jpg" else b"caption %d" % n)
+        for n in range(30)
+        for label in ("cat", "dog")
+        for ending in ("jpg", "txt")
+    ]
+    assert sources.labelled_catalog(write_tar(tmp_path / "a.tar", folders)).classes == [
+        "cat",
+        "dog",
+    ]
+    members = [*sample("1", "a"), ("1.seg.png", b"mask"), *sample("2", "b"), ("3.left.jpg", JPEG)]
+    members += [("3.right.jpg", JPEG), ("3.cls", b"b")]
+    catalog = sources.labelled_catalog(write_tar(tmp_path / "b.tar", members))
+    names = ["1.jpg", "2.jpg", "3.left.jpg", "3.right.jpg"]
+    assert catalog.paths == [f"b.tar/{name}" for name in names]
+    assert "1 further images of a sample" in notes_of(catalog)
+
+
 def test_class_number_without_a_name_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*sample("1", "0"), *sample("2", "2")])
     (tmp_path / "classes.txt").write_text("cat\ndog\n")

@@ -68,10 +68,14 @@ def read_labels(
         if containers.kind_of(places[0]) != "tar" or config.label_column is not None:
             raise _no_labels_error(source, cells, config)
         return _labels_by_folder(source, paths, places, by_container, notes)
+    if names[0] == "txt" and config.label_column is None and _are_captions(cells):
+        if not any(
+            "/" in path[len(place) + 1 :] for path, place in zip(paths, places, strict=True)
+        ):
+            raise _captions_error(source, cells)
+        return _labels_by_folder(source, paths, places, by_container, notes)
     if names[0] == "cls":
         cells = _with_class_names(source, root, places, cells, notes)
-    if names[0] == "txt":
-        _refuse_captions(source, cells)
     records = [
         [path, *(row.get(name, "") for name in names)]
         for path, row in zip(paths, cells, strict=True)
@@ -129,17 +133,21 @@ def _no_labels_error(
     )
 
 
-def _refuse_captions(source: str, cells: Sequence[dict[str, str]]) -> None:
-    texts = {row["txt"] for row in cells if row.get("txt")}
-    count = sum(bool(row.get("txt")) for row in cells)
-    if len(texts) >= MIN_CAPTIONS and 2 * len(texts) > count:
-        raise ConfigError(
-            f"{source} has .txt files that look like captions: {len(texts)} different texts for"
-            f" {pluralize(count, 'image')}.",
-            "labels: .cls files, .json files with the key label, or .txt files with class names.",
-            "name a key of the .json files with --label-column; --label-column txt reads them all"
-            " the same.",
-        )
+def _are_captions(cells: Sequence[dict[str, str]]) -> bool:
+    """Whether the .txt files beside the images have too many different texts for classes."""
+    texts = [row["txt"] for row in cells if row.get("txt")]
+    return len(set(texts)) >= MIN_CAPTIONS and 2 * len(set(texts)) > len(texts)
+
+
+def _captions_error(source: str, cells: Sequence[dict[str, str]]) -> ConfigError:
+    texts = [row["txt"] for row in cells if row.get("txt")]
+    return ConfigError(
+        f"{source} has .txt files that look like captions: {len(set(texts))} different texts for"
+        f" {pluralize(len(texts), 'image')}.",
+        "labels: .cls files, .json files with the key label, or .txt files with class names.",
+        "name a key of the .json files with --label-column; --label-column txt reads them all the"
+        " same.",
+    )
 
 
 # ------------------------------------------------------------------------- names of classes

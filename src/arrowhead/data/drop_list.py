@@ -54,9 +54,7 @@ def leave_out(catalog: Catalog, file: str) -> Catalog:
     else:
         note = f"--drop {Path(file).name}: {pluralize(dropped, 'image')} left out"
         notes.append(note + _describe_unknown(listed, catalog))
-    return replace(
-        catalog.select(kept), dropped=tuple(sorted(listed)), notes=tuple(notes)
-    )
+    return replace(catalog.select(kept), dropped=tuple(sorted(listed)), notes=tuple(notes))
 
 
 def remember(store: Path, catalog: Catalog) -> int:

@@ -109,6 +109,11 @@ def _is_label(name: bytes, size: int) -> bool:
     return size <= TEXT_LIMITS.get(name.rpartition(b".")[2].lower(), -1)
 
 
+def _is_image(ending: bytes) -> bool:
+    """Whether the rest of a name is nothing but the suffix of an image."""
+    return b"." + ending in exclusions.IMAGE_SUFFIXES
+
+
 def split_key(name: bytes) -> tuple[bytes, bytes]:
     """The key of a member's sample and the rest of its name in lower case (WebDataset's rule)."""
     folder, slash, leaf = name.rpartition(b"/")
@@ -129,11 +134,18 @@ def _index_members(content: tar_headers.TarContent, keys: frozenset[str]) -> Tar
         else:
             cells.setdefault(key, {}).update(found)
     images = []
+    plain = {
+        key for name in content.members for key, ending in [split_key(name)] if _is_image(ending)
+    }
     for name, member in content.members.items():
+        key, ending = split_key(name)
         if any(part[:1] == b"." or part in exclusions.SYSTEM_FILES for part in name.split(b"/")):
             left_out["hidden or system files"] += 1
         elif name.lower().endswith(exclusions.IMAGE_SUFFIXES):
-            row = cells.get(split_key(name)[0], {})
+            row = cells.get(key, {})
+            if row and key in plain and not _is_image(ending):
+                left_out["further images of a sample, such as masks (001.seg.png)"] += 1
+                continue
             image = TarImage(path_text.escape_path(name), member.offset, member.size, row)
             images.append(image)
         elif name.rpartition(b".")[2].lower() not in TEXT_LIMITS:
