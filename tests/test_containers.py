@@ -163,7 +163,7 @@ def test_text_files_are_labels_but_captions_are_refused(tmp_path: Path) -> None:
 
 def test_captions_beside_class_folders_are_ignored_and_masks_are_no_samples(tmp_path: Path) -> None:
     folders = [
-        (f"{label}/{n}.{ending}", JPEG if ending == "jpg" else b"caption %d" % n)
+        (f"{label}/{n}.{ending}", JPEG if ending == "jpg" else f"a {label} {n}".encode())
         for n in range(30)
         for label in ("cat", "dog")
         for ending in ("jpg", "txt")
