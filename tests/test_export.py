@@ -17,20 +17,28 @@ import onnx
 import onnxruntime
 import polars
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from numpy.typing import NDArray
 
 from arrowhead import ConfigError, DataError
-from arrowhead.bundle import export, replay
+from arrowhead.bundle import export, export_graph, library_weights, replay
 from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle.export import ExportConfig
+from arrowhead.bundle.format import Bundle
 from arrowhead.cli.main import main
 from arrowhead.data import sources
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.features import backbone, extract
+from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.inference import score, score_request
+from arrowhead.inference.predictor import Predictor
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.runtime.task_queue import TaskQueue
 from arrowhead.runtime.worker import Worker
+from arrowhead.training import heads
 
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"head": "linear"},
@@ -139,7 +147,9 @@ def test_the_export_is_one_file_that_contains_all_metadata(
     if file.suffix == ".onnx":
         model = onnx.load(file)
         (text,) = [item.value for item in model.metadata_props if item.key == "arrowhead"]
-        assert [item.version for item in model.opset_import if not item.domain] == [export.OPSET]
+        assert [item.version for item in model.opset_import if not item.domain] == [
+            export_graph.OPSET
+        ]
     else:
         extra = {"arrowhead.json": ""}
         torch.export.load(file, extra_files=extra)
@@ -183,11 +193,189 @@ def test_the_graph_rounds_features_to_float16(exported: dict[str, Any]) -> None:
 
 def test_the_result_says_what_was_verified(exported: dict[str, Any]) -> None:
     assert exported["batch_sizes"] == [1, 3]
-    assert export.TRACE_BATCH_SIZE not in exported["batch_sizes"]
+    assert export_graph.TRACE_BATCH_SIZE not in exported["batch_sizes"]
     assert exported["images"] == 3
     assert 0 <= exported["largest_difference"] <= exported["tolerance"] == export.TOLERANCE
     assert exported["inputs"] == {"pixels": ["uint8", "batch", 3, 64, 64]}
     assert exported["outputs"] == {"probabilities": ["float32", "batch", 3]}
+
+
+# ------------------------------------------------------------ float16, OpenVINO, torchvision
+
+
+@pytest.fixture(scope="module")
+def score_probabilities(plain_bundle: Path, images: Path) -> NDArray[np.float32]:
+    """The probabilities that a server or `score` gives the twenty images with `plain_bundle`."""
+    predictor = Predictor(plain_bundle)
+    result = predictor([path.read_bytes() for path in sorted(images.iterdir())])
+    predictor.close()
+    return result.probabilities
+
+
+def test_float16_onnx_is_half_the_size_and_gives_the_results_of_score(
+    plain_bundle: Path,
+    pixels: NDArray[np.uint8],
+    score_probabilities: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    result = export.export(plain_bundle, tmp_path / "half.onnx", ExportConfig(precision="fp16"))
+    weights = sum(one.nbytes for one in bundle_format.load(plain_bundle).body_state.values())
+    assert result["bytes"] == (tmp_path / "half.onnx").stat().st_size < 0.52 * weights
+    model = onnx.load(tmp_path / "half.onnx")
+    types = {item.data_type for item in model.graph.initializer if np.prod(item.dims) > 2000}
+    assert types == {onnx.TensorProto.FLOAT16}
+    prob = load_exported(tmp_path / "half.onnx")(pixels)
+    assert prob.dtype == np.float32
+    np.testing.assert_allclose(prob, score_probabilities, rtol=0, atol=export.FLOAT16_TOLERANCE)
+    assert (prob.argmax(1) == score_probabilities.argmax(1)).all()
+    assert np.abs(prob - score_probabilities).max() > 0  # float16 was really used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_openvino_gives_the_results_of_score(
+    precision: str,
+    plain_bundle: Path,
+    pixels: NDArray[np.uint8],
+    score_probabilities: NDArray[np.float32],
+    tmp_path: Path,
+) -> None:
+    import openvino
+
+    config = ExportConfig(format="openvino", precision=precision)
+    result = export.export(plain_bundle, tmp_path, config)
+    files = sorted(item.name for item in tmp_path.iterdir())
+    assert files == ["model.bin", "model.xml"]
+    assert result["bytes"] == sum(item.stat().st_size for item in tmp_path.iterdir())
+    weights = sum(one.nbytes for one in bundle_format.load(plain_bundle).body_state.values())
+    size = (tmp_path / "model.bin").stat().st_size / weights
+    assert 0.48 < size < 0.52 if precision == "fp16" else 0.98 < size < 1.02
+    model = openvino.Core().read_model(tmp_path / "model.xml")
+    metadata = json.loads(model.get_rt_info(["arrowhead"]).astype(str))
+    assert metadata["classes"] == bundle_format.load(plain_bundle).classes
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    tolerance = export.TOLERANCE if precision == "fp32" else export.FLOAT16_TOLERANCE
+    for size in (1, 20):
+        batches = [compiled({"pixels": pixels[at : at + size]})[0] for at in range(0, 20, size)]
+        np.testing.assert_allclose(
+            np.concatenate(batches), score_probabilities, rtol=0, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("kind", ["linear", "several labels"])
+def test_torchvision_loads_the_weights_and_gives_the_logits_of_the_bundle(
+    kind: str, bundled: Callable[..., Path], pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    path = bundled(**KINDS[kind])
+    loaded = bundle_format.load(path)
+    result = export.export(path, tmp_path, ExportConfig(format="torchvision"))
+    assert result["build"] == "torchvision.models.resnet18(num_classes=3)"
+    assert [item.name for item in tmp_path.iterdir()] == ["model.safetensors"]
+
+    # From here on, what a user without Arrowhead writes.
+    net = torchvision.models.resnet18(num_classes=3)
+    net.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    normalize = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        logits = net.eval()(normalize(torch.from_numpy(pixels) / 255))
+
+    with torch.inference_mode():
+        features = loaded.make_body()(torch.from_numpy(pixels))
+        expected = loaded.make_head()(features) / loaded.temperature
+    assert expected.abs().max() > 0.3
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["arrowhead"])
+    assert (metadata["classes"], metadata["thresholds"] is None) == (
+        loaded.classes,
+        not loaded.multi,
+    )
+
+
+FAMILIES = [
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "swin_t",
+    "vgg11",
+    "vit_b_16",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", FAMILIES)
+def test_the_head_folds_into_the_last_layer_of_every_family_of_torchvision(
+    body: str, tmp_path: Path
+) -> None:
+    weights = backbone.load(BodyConfig(body=body, weights="random"))
+    size = 224 if body in ("swin_t", "vit_b_16") else 96
+    net = backbone.Body(
+        body, weights.state, pool="avg", mean=weights.mean, std=weights.std, size=size
+    )
+    state = heads.build_head("linear", net.width, 3, seed=4).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    state["0.mean"] = torch.randn(net.width, generator=generator)
+    state["0.deviation"] = torch.rand(net.width, generator=generator) + 0.5
+    config = BodyConfig(body=body, weights="random")
+    bundle = Bundle(
+        recipe=extract.make_recipe(PixelConfig(size=size), config, weights, net.width),
+        classes=["a", "b", "c"],
+        head="linear",
+        temperature=0.7,
+        body_state=weights.state,
+        head_state=state,
+        metrics={},
+        lineage={},
+    )
+    bundle_format.save(bundle, tmp_path / "bundle")
+    result = export.export(
+        tmp_path / "bundle", tmp_path / "out", ExportConfig(format="torchvision")
+    )
+    assert result["largest_difference"] < 1e-4
+    network = eval(result["build"])  # the expression that users are shown
+    network.load_state_dict(safetensors.torch.load_file(result["file"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ({"head": "lesson"}, "its head is lesson"),
+        ({"head": "linear", "pool": "concat"}, "pooled with concat"),
+    ],
+)
+def test_a_bundle_that_torchvision_cannot_express_is_refused_with_the_reason(
+    kind: dict[str, Any], reason: str, bundled: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        export.export(bundled(**kind), tmp_path / "out", ExportConfig(format="torchvision"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_give_other_logits_are_refused(
+    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = library_weights.fold_head
+    monkeypatch.setattr(library_weights, "fold_head", lambda state, t: fold(state, t * 1.01))
+    with pytest.raises(DataError, match="torchvision gives the golden images other logits"):
+        export.export(plain_bundle, tmp_path, ExportConfig(format="torchvision"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_float16_is_refused_for_formats_that_do_not_have_it() -> None:
+    with pytest.raises(ConfigError, match=r"--precision fp16 is not for --format pt2"):
+        ExportConfig(format="pt2", precision="fp16")
+
+
+def test_missing_openvino_is_refused_with_the_install_command(
+    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ConfigError, match=r"pip install 'arrowhead\[openvino\]'"):
+        export.export(plain_bundle, tmp_path / "model.xml", ExportConfig(format="openvino"))
 
 
 # ----------------------------------------------------------------------------------- refusals
@@ -257,7 +445,7 @@ def test_missing_onnx_packages_are_refused_with_the_install_command(
 def test_weights_over_the_onnx_size_limit_are_refused_before_tracing(
     plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "MAX_ONNX_BYTES", 40_000_000)
+    monkeypatch.setattr(export_graph, "MAX_ONNX_BYTES", 40_000_000)
     monkeypatch.setattr(torch.export, "export", None)
     with pytest.raises(ConfigError, match=r"0\.0 GB, .* ends at 2 GB"):
         export.export(plain_bundle, tmp_path / "model.onnx", ExportConfig())

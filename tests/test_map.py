@@ -79,9 +79,10 @@ ALLOWED_IMPORTERS = {
     },
     "sklearn": {"examine.charts", "examine.feature_map", "examine.suggest"},
     "fsspec": {"data.object_store"},
-    "onnx": {"bundle.export"},
-    "onnxruntime": {"bundle.export"},
-    "onnxscript": {"bundle.export"},
+    "onnx": {"bundle.export_graph"},
+    "onnxruntime": {"bundle.export_graph"},
+    "onnxscript": {"bundle.export_graph"},
+    "openvino": {"bundle.export_graph"},
     "cyclopts": {
         "cli.examine",
         "cli.app",
@@ -107,6 +108,7 @@ HEAVY_LIBRARIES = {
     "pyarrow",
     "matplotlib",
     "onnx",
+    "openvino",
     "scipy",
     "sklearn",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -132,20 +132,25 @@ def export(
     bundle: BundleAddress,
     out: Annotated[
         Path,
-        Parameter(help="File ending in .onnx or .pt2, or a folder for model.onnx or model.pt2."),
+        Parameter(
+            help="File ending in .onnx, .xml (OpenVINO), .pt2 or .safetensors, as --format says; or"
+            " a folder for a file called model."
+        ),
     ],
     *,
     options: Export = ExportConfig(),
     tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
-    """Export a bundle as one ONNX or pt2 file, for programs without Arrowhead.
+    """Export a bundle for programs without Arrowhead: ONNX, OpenVINO, pt2 or torchvision weights.
 
-    The model takes uint8 pixels of any number of images and returns calibrated probabilities. The
-    metadata says how to preprocess the pixels and which class each probability belongs to. The file
-    is checked on the bundle's golden images, and deleted if its results differ from the bundle's.
+    ONNX, OpenVINO and pt2 models take uint8 pixels of any number of images and return calibrated
+    probabilities. torchvision weights are loaded by load_state_dict into the network of that name,
+    which takes normalized pixels and returns calibrated logits. The metadata says how to preprocess
+    the pixels and which class each output belongs to. The file is run on the bundle's golden
+    images, and not kept if its results differ from the bundle's.
 
-    Example: arrowhead export out/bundle model.onnx
+    Example: arrowhead export out/bundle model.onnx --precision fp16
     """
     from arrowhead.bundle import export as bundle_export
 
@@ -158,14 +163,25 @@ def export(
     sizes = " and ".join(map(str, result["batch_sizes"]))
     screen.say(
         f"{result['file']}: {result['bytes'] / 1e6:.1f} MB · checked on {result['images']}"
-        f" {result['checked_on']} in batches of {sizes}: largest difference"
-        f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
+        f" {result['checked_on']} in batches of {sizes}: largest difference of the"
+        f" {result['compared']} {result['largest_difference']:.2g} (allowed"
+        f" {result['tolerance']:g})"
     )
-    result["files"] = show_written(screen, [result["file"]])
-    if options.format == "onnx":
-        expression = f"onnxruntime.InferenceSession({result['file']!r}).get_inputs()[0]"
-        code = f"import onnxruntime; print({expression})"
-    else:
-        code = f"import torch; print(torch.export.load({result['file']!r}).graph_signature)"
+    weights = [Path(result["file"]).with_suffix(".bin")] if options.format == "openvino" else []
+    result["files"] = show_written(screen, [result["file"], *weights])
+    code = _loading_code(result)
     show_next_commands(screen, [[sibling_program("python"), "-P", "-c", code]])
     return finish(result, output)
+
+
+def _loading_code(result: dict[str, Any]) -> str:
+    """Python code that loads an exported file with the library that it is for."""
+    file = result["file"]
+    if result["format"] == "onnx":
+        return f"import onnxruntime; print(onnxruntime.InferenceSession({file!r}).get_inputs()[0])"
+    if result["format"] == "openvino":
+        return f"import openvino; print(openvino.compile_model({file!r}, 'CPU'))"
+    if result["format"] == "pt2":
+        return f"import torch; print(torch.export.load({file!r}).graph_signature)"
+    load = f"net.load_state_dict(safetensors.torch.load_file({file!r}))"
+    return f"import safetensors.torch, torchvision; net = {result['build']}; print({load})"
