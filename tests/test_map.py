@@ -83,6 +83,7 @@ ALLOWED_IMPORTERS = {
     "onnxruntime": {"bundle.export_graph"},
     "onnxscript": {"bundle.export_graph"},
     "openvino": {"bundle.export_graph"},
+    "huggingface_hub": {"bundle.hub"},
     "cyclopts": {
         "cli.examine",
         "cli.app",
@@ -93,6 +94,7 @@ ALLOWED_IMPORTERS = {
         "cli.inference",
         "cli.main",
         "cli.options",
+        "cli.publish",
         "cli.search",
         "cli.relabel",
         "cli.train",
@@ -107,6 +109,7 @@ HEAVY_LIBRARIES = {
     "mlflow",
     "pyarrow",
     "matplotlib",
+    "huggingface_hub",
     "onnx",
     "openvino",
     "scipy",

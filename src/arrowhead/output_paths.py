@@ -42,6 +42,7 @@ OUTPUT_KINDS = {
     "bundle": OutputKind("a bundle", ("bundle.json",), is_replaced=True),
     "scores": OutputKind("scores", ("request.json", "score.json", "inputs.arrow")),
     "report": OutputKind("a report", ("report.json",), is_replaced=True),
+    "publication": OutputKind("a published model", ("arrowhead.json",), is_replaced=True),
     "results": OutputKind("results", ()),
     "data": OutputKind("a fetched data set", ("fetched.json",), is_replaced=True),
 }

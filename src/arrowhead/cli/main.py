@@ -22,6 +22,7 @@ from arrowhead.cli import (
     examine,
     fetch,
     inference,
+    publish,
     relabel,
     search,
     train,
@@ -111,6 +112,7 @@ app.command(inference.evaluate, sort_key=5)
 app.command(examine.examine, sort_key=6)
 app.command(relabel.relabel, sort_key=5)
 app.command(inference.export, sort_key=6)
+app.command(publish.publish, sort_key=6)
 app.command(search.search, sort_key=5)
 app.command(search.suggest, sort_key=5)
 app.command(demo.demo, sort_key=0)

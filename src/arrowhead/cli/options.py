@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from arrowhead.bundle.export import ExportConfig
+from arrowhead.bundle.publish import PublishConfig
 from arrowhead.commands.fetch import FetchConfig
 from arrowhead.commands.label_changes import TableConfig
 from arrowhead.commands.relabel import ChangeConfig
@@ -144,6 +145,7 @@ _REPORT = Parameter(name="*", group=Group("Report", sort_key=8), negative_bool="
 Examine = Annotated[ExamineConfig, _REPORT]
 Report = Annotated[ReportConfig, _REPORT]
 Export = Annotated[ExportConfig, _flags("Export", 6)]
+Publish = Annotated[PublishConfig, _flags("Publication", 6)]
 Search = Annotated[SearchConfig, _flags("Search", 6)]
 Suggest = Annotated[SuggestConfig, _flags("Suggestions", 6)]
 Fetch = Annotated[FetchConfig, _flags("Download", 6)]
