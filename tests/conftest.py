@@ -180,7 +180,9 @@ def pets(
 def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
     """A function that saves a random ResNet18, a random head and 3 golden images as a bundle."""
 
-    def save(head: str = "linear", *, pool: str = "avg", **fields: Any) -> Path:
+    def save(
+        head: str = "linear", *, pool: str = "avg", name: str = "resnet18", **fields: Any
+    ) -> Path:
         import torch
 
         from arrowhead.bundle import format as bundle_format
@@ -191,8 +193,12 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
         from arrowhead.features.backbone import BodyConfig
         from arrowhead.training import heads
 
-        body = BodyConfig(body="resnet18", weights="random", pool=pool)
-        weights, width = backbone.load(body), 1024 if pool == "concat" else 512
+        body = BodyConfig(body=name, weights="random", pool=pool)
+        weights = backbone.load(body)
+        network = backbone.Body(
+            name, weights.state, pool=pool, mean=weights.mean, std=weights.std, size=64
+        )
+        width = network.width
         state = heads.build_head(head, width, 3, seed=4).state_dict()
         if head == "lesson":  # batch norms that change their input, as after training
             generator = torch.Generator().manual_seed(1)
@@ -205,9 +211,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             head=head,
             body_state=weights.state,
             head_state=state,
-            metrics={},
-            lineage={},
-            **{"temperature": 0.5} | fields,
+            **{"temperature": 0.5, "metrics": {}, "lineage": {}} | fields,
         )
         images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in result.classes]
         feature_ND = replay.clean_features(result.recipe, result.make_body(), images, "cpu", 1)

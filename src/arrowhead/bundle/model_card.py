@@ -12,14 +12,13 @@ from typing import Any
 
 from arrowhead.bundle import preparation
 from arrowhead.bundle.format import Bundle
-from arrowhead.evaluation import calibration
 from arrowhead.wording import pluralize
 
 MAX_CLASSES = 100  # in the table; of more, those with the lowest F1
 MAX_NAMES = 20  # in the first paragraph
 METRIC_NAMES = {
     "accuracy": "accuracy",
-    "accuracy_at_thresholds": "accuracy of all decisions",
+    "accuracy_at_thresholds": "accuracy of all decisions, at their thresholds",
     "balanced_accuracy": "balanced accuracy (mean recall of the classes)",
     "top_5_accuracy": "top-5 accuracy",
     "f1_samples": "F1, mean over images",
@@ -29,6 +28,7 @@ METRIC_NAMES = {
     "loss": "log loss, without the temperature",
 }
 HUB_METRICS = {"accuracy": "accuracy", "f1_macro": "f1", "auroc": "roc_auc"}
+ACCURACY_OF_LABELS = "accuracy of all decisions, at thresholds of 0.5"  # with several labels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,8 @@ class Card:
         build: The Python expression that builds the network; "" for ONNX.
         license: Of the model, an identifier such as apache-2.0; None if not stated.
         dataset: What the images are, in words; None if not stated.
-        fingerprint: The fingerprint of the published bundle.
+        trained: The fingerprint of the bundle that was trained.
+        published: The fingerprint of the bundle in the folder.
     """
 
     title: str
@@ -49,7 +50,8 @@ class Card:
     build: str
     license: str | None
     dataset: str | None
-    fingerprint: str
+    trained: str
+    published: str
 
 
 def render(bundle: Bundle, card: Card) -> str:
@@ -88,6 +90,7 @@ def front_matter(bundle: Bundle, card: Card) -> dict[str, Any]:
             {"type": kind, "value": bundle.metrics[prefix + name], "name": METRIC_NAMES[name]}
             for name, kind in HUB_METRICS.items()
             if isinstance(bundle.metrics.get(prefix + name), float)
+            and not (bundle.multi and name == "accuracy")
         ]
         if values:
             dataset = {"name": card.dataset or "images of the author", "type": "images"}
@@ -118,8 +121,8 @@ def text(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """A metric with up to four digits behind the point."""
-    return f"{value:.4f}".rstrip("0").ljust(5, "0")
+    """A metric with four digits behind the point."""
+    return f"{value:.4f}"
 
 
 def _summary(bundle: Bundle) -> str:
@@ -150,27 +153,27 @@ def _results(bundle: Bundle) -> list[str]:
         if "images" not in metrics:
             continue
         parts.append(f"On {pluralize(metrics['images'], f'{title} image')}:")
-        parts.append(_metrics_table(metrics))
+        parts.append(_metrics_table(metrics, multi=bundle.multi))
         if table := metrics.get("per_class"):
             parts.append(_class_table(table, len(bundle.classes)))
     if not parts:
         return ["The bundle has no metrics."]
     if "test_images" in bundle.metrics:
-        parts.append("The test images were used for nothing else.")
-    else:
-        parts.append(
-            "The validation images were not trained on, but the temperature"
-            f"{' and the thresholds were' if bundle.multi else ' was'} fitted to them."
-        )
+        parts.append("Nothing was trained on the test images, nor chosen with them.")
+    parts.append(
+        "The head was not trained on the validation images, but choices such as the temperature"
+        " were made with them: expect a little less on new images."
+    )
     return parts
 
 
-def _metrics_table(metrics: Mapping[str, Any]) -> str:
+def _metrics_table(metrics: Mapping[str, Any], *, multi: bool) -> str:
     lines = ["| metric | value | 95 % interval |", "|---|---|---|"]
     for name, title in METRIC_NAMES.items():
         if isinstance(value := metrics.get(name), int | float):
             interval = metrics.get(f"{name}_interval")
             shown = f"{number(interval[0])} to {number(interval[1])}" if interval else ""
+            title = ACCURACY_OF_LABELS if name == "accuracy" and multi else title
             lines.append(f"| {title} | {number(value)} | {shown} |")
     if metrics.get("ece_high") is not None:
         low, high = number(metrics["ece_low"]), number(metrics["ece_high"])
@@ -242,17 +245,12 @@ def loading_code(bundle: Bundle, card: Card) -> str:
             "with torch.inference_mode():",
             f"    (probabilities,) = net(prepare(image)[None]).{function}",
         ]
+    show = ['for label, probability in zip(config["label_names"], probabilities):']
     if bundle.multi:
-        show = [
-            "for label, probability in zip(config['id2label'].values(), probabilities):",
-            "    given = float(probability) >= config['thresholds'][label]",
-            "    print(label, float(probability), given)",
-        ]
+        show.append('    is_given = float(probability) >= config["thresholds"][label]')
+        show.append("    print(label, float(probability), is_given)")
     else:
-        show = [
-            "for label, probability in zip(config['id2label'].values(), probabilities):",
-            "    print(label, float(probability))",
-        ]
+        show.append("    print(label, float(probability))")
     lines = [
         *imports,
         "",
@@ -283,18 +281,23 @@ def _preparation(bundle: Bundle, card: Card) -> str:
 
 
 def _calibration(bundle: Bundle) -> str:
-    metrics = bundle.metrics
-    lines = []
+    metrics, lines = bundle.metrics, []
     if bundle.temperature == 1:
-        lines.append("The logits are not scaled (temperature 1).")
+        lines.append("The logits are not scaled: the temperature is 1.")
     else:
         lines.append(
             f"The logits are divided by the temperature {bundle.temperature:.4f}, which was fitted"
-            " to validation images (temperature scaling, arXiv:1706.04599). The weights contain it:"
-            " do not divide again."
+            " to validation images (temperature scaling, arXiv:1706.04599). The model does this"
+            " itself: do not divide again."
         )
-    if "temperature" in metrics:
-        lines.append(f"In Arrowhead's words: {calibration.describe(dict(metrics))}.")
+    if metrics.get("ece_high") is not None and metrics.get("ece_uncalibrated") is not None:
+        error, low, high, before = (
+            number(metrics[name]) for name in ("ece", "ece_low", "ece_high", "ece_uncalibrated")
+        )
+        lines.append(
+            f"Expected calibration error on held-out images: {error} (95 % interval {low} to"
+            f" {high}); at temperature 1: {before}."
+        )
     if bundle.multi:
         lines.append(
             "A label is given from its own threshold on (config.json), which was fitted to"
@@ -377,7 +380,8 @@ def _provenance(bundle: Bundle, card: Card) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in training.items() if value is not None)
     rows: Sequence[tuple[str, object]] = [
         ("made by", f"Arrowhead {bundle.lineage.get('arrowhead', 'unknown')}"),
-        ("bundle", card.fingerprint),
+        ("bundle as trained", card.trained),
+        ("bundle in this folder", card.published),
         ("recipe", bundle.recipe.fingerprint),
         ("pretrained weights (sha256)", bundle.recipe.weights),
         ("training", settings or "unknown"),

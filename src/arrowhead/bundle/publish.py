@@ -84,7 +84,7 @@ def publish(path: Path, out: Path, config: PublishConfig) -> dict[str, Any]:
     reason = library_weights.why_not(bundle)
     published = bundle if config.photos else without_photos(bundle)
     with fileio.atomic_folder(out) as folder:
-        fingerprint = bundle_format.save(published, folder / "bundle")
+        published_fingerprint = bundle_format.save(published, folder / "bundle")
         if reason:
             exported = export.export(path, folder / "model.onnx", ExportConfig())
         else:
@@ -98,7 +98,8 @@ def publish(path: Path, out: Path, config: PublishConfig) -> dict[str, Any]:
             build=exported.get("build", ""),
             license=config.license,
             dataset=config.dataset,
-            fingerprint=fingerprint,
+            trained=bundle_format.fingerprint(path),
+            published=published_fingerprint,
         )
         # Numbers of images are told even if their hashes are not.
         shown = dataclasses.replace(published, known_images=bundle.known_images)
@@ -106,7 +107,7 @@ def publish(path: Path, out: Path, config: PublishConfig) -> dict[str, Any]:
         fileio.write_json(folder / "config.json", model_config(bundle, exported, library))
         processor = preparation.processor_config(bundle.recipe)
         fileio.write_json(folder / "preprocessor_config.json", processor)
-        fileio.write_json(folder / "arrowhead.json", _facts(bundle, exported, fingerprint))
+        fileio.write_json(folder / "arrowhead.json", _facts(bundle, exported, card.trained))
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {
@@ -144,6 +145,7 @@ def model_config(bundle: Bundle, exported: dict[str, Any], library: str) -> dict
         "num_classes": len(bundle.classes),
         "num_features": bundle.recipe.width,
         "problem_type": task,
+        "label_names": bundle.classes,
         "id2label": {str(index): name for index, name in enumerate(bundle.classes)},
         "label2id": {name: index for index, name in enumerate(bundle.classes)},
         "thresholds": dict(zip(bundle.classes, thresholds, strict=True)) if bundle.multi else None,
