@@ -24,12 +24,12 @@ OURS = {"arrowhead", "examples", "jobs"} | {path.stem for path in (ROOT / "tests
 OPTIONAL = {"IPython", "_typeshed"}
 # The extras whose packages each folder may import besides the dependencies.
 EXTRAS_BY_FOLDER = {
-    "src": ["s3", "gcs", "onnx"],
+    "src": ["s3", "gcs", "onnx", "openvino", "hub"],
     "jobs": [],
     "examples": ["serve"],
     "deploy": ["serve"],
-    "bench": ["dev", "onnx"],
-    "tests": ["dev", "s3", "onnx", "serve"],
+    "bench": ["dev", "onnx", "openvino"],
+    "tests": ["dev", "s3", "onnx", "openvino", "hub", "serve"],
     ".ci": [],
 }
 
