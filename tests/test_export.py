@@ -292,6 +292,19 @@ def test_torchvision_loads_the_weights_and_gives_the_logits_of_the_bundle(
     )
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_folded_layer_equals_standardization_linear_layer_and_temperature() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = heads.build_head("linear", 64, 5, seed=1).state_dict()
+    state["0.mean"] = torch.randn(64, generator=generator) * 3
+    state["0.deviation"] = torch.rand(64, generator=generator) + 0.1
+    features = torch.randn((10, 64), generator=generator) * 3
+    weight, bias = library_weights.fold_head(state, 0.3)
+    expected = heads.restore_head("linear", 64, 5, state)(features) / 0.3
+    torch.testing.assert_close(features @ weight.T + bias, expected, rtol=1e-5, atol=1e-4)
+    assert expected.std() > 5
+
+
 FAMILIES = [
     "convnext_tiny",
     "densenet121",

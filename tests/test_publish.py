@@ -28,6 +28,7 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle.format import Bundle
 from arrowhead.bundle.known_images import KnownImages
 from arrowhead.bundle.publish import PublishConfig
+from arrowhead.cli.main import main
 from arrowhead.evaluation import metrics
 from arrowhead.inference.predictor import Predictor
 
@@ -55,6 +56,7 @@ def small(bundled: Callable[..., Path]) -> Path:
     """A bundle of a small network, with results, image hashes, corrections and a run id."""
     return bundled(
         name="shufflenet_v2_x0_5",
+        temperature=0.01,  # the features of random weights differ little
         lineage=LINEAGE,
         known_images=IDS,
         metrics=evaluated(["baskets", "beads", "leaves"]),
@@ -100,7 +102,8 @@ def test_the_code_of_the_card_gives_the_probabilities_of_the_bundle(
     predictor.close()
     assert [name for name, _ in lines] == ["baskets", "beads", "leaves"]
     # Pillow's pixels differ a little from the decoder's.
-    np.testing.assert_allclose([float(p) for _, p in lines], expected, atol=0.01)
+    assert np.ptp(expected) > 0.2
+    np.testing.assert_allclose([float(p) for _, p in lines], expected, atol=0.05)
 
 
 def test_torchvision_gives_the_logits_of_the_bundle_with_the_published_files_alone(
@@ -145,7 +148,7 @@ def test_the_card_has_the_numbers_of_the_bundle(published: Path, small: Path) ->
         "drawings \\| mine",
         "3 different training images, 1 different validation image",
         "`0a900f478b6b6adb`",
-        "temperature 0.5000",
+        "temperature 0.0100",
         bundle_format.fingerprint(small),
         bundle_format.fingerprint(published / "bundle"),
         "Pretrained weights of the shufflenet\\_v2\\_x0\\_5: not recorded",
@@ -178,11 +181,12 @@ def test_a_published_folder_has_no_photo_no_image_hash_and_no_name_of_a_person(
 def test_arrowhead_scores_with_the_published_bundle_as_with_the_original(
     published: Path, small: Path, photo: Path
 ) -> None:
-    results = []
-    for path in (published / "bundle", small):
-        predictor = Predictor(path)
-        results.append(predictor([photo.read_bytes()]).probabilities)
-        predictor.close()
+    with pytest.warns(UserWarning, match="no golden images"):
+        public = Predictor(published / "bundle")
+    original = Predictor(small)
+    results = [one([photo.read_bytes()]).probabilities for one in (public, original)]
+    public.close()
+    original.close()
     assert (results[0] == results[1]).all()
 
 
@@ -195,6 +199,7 @@ def test_with_photos_the_golden_images_are_published_too(small: Path, tmp_path: 
     assert "corrections" not in loaded.lineage and "run_id" not in loaded.lineage
 
 
+@pytest.mark.slow
 def test_other_heads_are_published_as_onnx_with_the_reason(
     bundled: Callable[..., Path],
     photo: Path,
@@ -210,7 +215,7 @@ def test_other_heads_are_published_as_onnx_with_the_reason(
     predictor = Predictor(path)
     (expected,) = predictor([photo.read_bytes()]).probabilities
     predictor.close()
-    np.testing.assert_allclose([float(line[1]) for line in lines], expected, atol=0.01)
+    np.testing.assert_allclose([float(line[1]) for line in lines], expected, atol=0.05)
     given = [line[0] for line in lines if line[2] == "True"]
     reached = expected >= np.array([0.2, 0.5, 0.7])
     assert given == [line[0] for line, one in zip(lines, reached, strict=True) if one]
@@ -229,9 +234,9 @@ def test_names_of_classes_cannot_break_the_card_and_keep_their_order() -> None:
         lineage={},
     )
     table = "\n\n".join(model_card._results(template))
-    rows = [line for line in table.splitlines() if "class" in line or "\\" in line or "lt;" in line]
     assert "| a\\|b |" in table and "| \\`x\\` |" in table and "| two lines |" in table
     assert "<b>" not in table
+    rows = table[table.index("| class |") :].splitlines()
     cells = {len(re.findall(r"(?<!\\)\|", line)) for line in rows if line.startswith("| ")}
     assert cells == {6}  # five cells in every row of the table of classes
     written = json.dumps(
@@ -253,15 +258,21 @@ class _AnyRecipe:
 
 
 def test_folders_of_others_are_not_replaced(
-    small: Path, published: Path, tmp_path: Path, command: Command
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refused(bundle: Path, out: Path, reason: str) -> None:
+        with pytest.raises(SystemExit) as exit_info:
+            main(["publish", str(bundle), str(out)])
+        assert exit_info.value.code == 2
+        assert reason in capsys.readouterr().err
+
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    command("publish", small, tmp_path / "mine", code=2)
+    refused(small, tmp_path / "mine", "holds files that are not of a published model")
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
     (tmp_path / "clone" / ".git").mkdir(parents=True)
     (tmp_path / "clone" / "arrowhead.json").write_text("{}")
-    command("publish", small, tmp_path / "clone", code=2)
+    refused(small, tmp_path / "clone", "is a git repository")
     assert (tmp_path / "clone" / ".git").is_dir()
 
 

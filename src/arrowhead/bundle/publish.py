@@ -82,7 +82,7 @@ def publish(path: Path, out: Path, config: PublishConfig) -> dict[str, Any]:
         )
     bundle = bundle_format.load(path)
     reason = library_weights.why_not(bundle)
-    published = bundle if config.photos else without_photos(bundle)
+    published = public_bundle(bundle, photos=config.photos)
     with fileio.atomic_folder(out) as folder:
         published_fingerprint = bundle_format.save(published, folder / "bundle")
         if reason:
@@ -125,12 +125,13 @@ def publish(path: Path, out: Path, config: PublishConfig) -> dict[str, Any]:
     }
 
 
-def without_photos(bundle: Bundle) -> Bundle:
-    """The bundle without its golden images, the hashes of its images, and what names people or
-    runs (corrections, run ids).
+def public_bundle(bundle: Bundle, *, photos: bool) -> Bundle:
+    """The bundle without what names people or runs (corrections, run ids), and without its golden
+    images and the hashes of its images unless `photos` is true.
     """
     lineage = {name: bundle.lineage[name] for name in PUBLISHED_LINEAGE if name in bundle.lineage}
-    return dataclasses.replace(bundle, golden=(), known_images=None, lineage=lineage)
+    bundle = dataclasses.replace(bundle, lineage=lineage)
+    return bundle if photos else dataclasses.replace(bundle, golden=(), known_images=None)
 
 
 def model_config(bundle: Bundle, exported: dict[str, Any], library: str) -> dict[str, Any]:
