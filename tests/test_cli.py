@@ -23,6 +23,7 @@ COMMANDS = [
     "train",
     "score",
     "export",
+    "publish",
     "doctor",
     "submit",
     "fetch",
@@ -57,7 +58,7 @@ def test_every_command_has_help_with_usage_and_an_example(capsys, name):
     assert f"Usage: arrowhead {name}" in help_text
     assert "--json" in help_text
     assert name in ("doctor", "demo") or "Example: arrowhead" in help_text
-    assert name in ("doctor", "export", "fetch") or "--workers" in help_text
+    assert name in ("doctor", "export", "publish", "fetch") or "--workers" in help_text
 
 
 @pytest.fixture

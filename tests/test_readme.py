@@ -45,7 +45,7 @@ PAGES = [
             "python",
             "cluster",
             "s3",
-            "export",
+            "deploy",
             "mlflow",
         )
     ),

@@ -70,6 +70,7 @@ def list_files(folder: Path) -> set[str]:
         ["train", "store", "OUT"],
         ["score", "BUNDLE", "DATA", "OUT"],
         ["export", "BUNDLE", "OUT"],
+        ["publish", "BUNDLE", "OUT"],
         ["demo", "OUT"],
     ],
     ids=lambda words: words[0],
