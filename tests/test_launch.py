@@ -304,7 +304,7 @@ def test_a_draining_machine_gets_no_more_tasks_and_is_reported_once():
 
 @pytest.mark.parametrize(
     ("workers", "min_workers", "max_workers"),
-    [(0, 0, 0), (2, 2, 2), ("2", 2, 2), ("1:2", 1, 2), ("3:3", 3, 3)],
+    [("auto", 0, 0), (0, 0, 0), (2, 2, 2), ("2", 2, 2), ("1:2", 1, 2), ("3:3", 3, 3)],
 )
 def test_workers_are_a_number_or_a_range(workers, min_workers, max_workers):
     config = LaunchConfig(workers=workers)

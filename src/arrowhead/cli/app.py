@@ -32,7 +32,7 @@ from arrowhead.cli.options import Output
 from arrowhead.cli.screen import Screen
 from arrowhead.errors import ConfigError
 from arrowhead.output_paths import expand_user
-from arrowhead.runtime import signals
+from arrowhead.runtime import signals, worker_choice
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.address import redacted, secrets_of, without_secrets
 from arrowhead.tracking.client import TrackingConfig, check_address_variables
@@ -90,6 +90,9 @@ def run_context(
     from arrowhead.tracking.run import start
 
     screen = Screen(to_stderr=output.json)
+    launch, line = worker_choice.choose_workers(launch, name)
+    if line:
+        screen.say(line)
     if not launch.max_workers and (unused := sorted(given_flags() & {"restarts", "wait"})):
         flags = ", ".join(f"--{flag}" for flag in unused)
         screen.say(f"{flags} {'have' if unused[1:] else 'has'} no effect without --workers")

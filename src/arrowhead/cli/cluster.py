@@ -33,7 +33,7 @@ from arrowhead.errors import ConfigError
 from arrowhead.features.backbone import WEIGHTS_SUFFIXES, BodyConfig
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.runtime import signals
+from arrowhead.runtime import signals, worker_choice
 from arrowhead.runtime.jobs import ClusterConfig
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.address import secrets_of, without_secrets
@@ -44,7 +44,6 @@ from arrowhead.wording import shell_command
 
 # Commands that make sense only on the user's own machine.
 LOCAL_COMMANDS = ("submit", "jobs", "watch", "demo")
-DECODING_COMMANDS = ("fit", "precompute", "score", "evaluate")  # these use many workers
 
 
 def submit(
@@ -280,7 +279,8 @@ def _with_workers(call: Call, capacity: int) -> list[str]:
     table = Toml(call.config).config.get(call.name, {}) if call.config else {}
     if "workers" in table or any(re.match(r"--workers(=|$)", token) for token in call.tokens):
         return call.tokens
-    workers = f"1:{capacity}" if call.name in DECODING_COMMANDS and capacity > 1 else "1"
+    decodes = call.name in worker_choice.DECODING_COMMANDS
+    workers = f"1:{capacity}" if decodes and capacity > 1 else "1"
     return [call.name, "--workers", workers, *call.tokens[1:]]
 
 

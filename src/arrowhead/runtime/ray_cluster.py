@@ -34,10 +34,11 @@ STARTUP_TIMEOUT_SECONDS = 20.0  # an interrupt waits until Ray has started, at m
 class LaunchConfig:
     """Where the work is done."""
 
-    workers: int | str = 0
-    """0: run in this process. N: N Ray Train workers, one per GPU, or one per CPU if there are too
-    few GPUs. MIN:MAX (e.g. 1:2): as many as the cluster has room for; if workers are lost, continue
-    with fewer."""
+    workers: int | str = "auto"
+    """auto: this process; with several GPUs, one worker per GPU; with a cluster's address, as many
+    as the cluster has room for. 0: this process. N: N Ray Train workers, one per GPU, or one per
+    CPU if there are too few GPUs. MIN:MAX (e.g. 1:2): as many as the cluster has room for; if
+    workers are lost, continue with fewer."""
     address: str | None = None
     """Address of a running Ray cluster (auto, or HOST:PORT). Default: RAY_ADDRESS, or a new Ray on
     this machine."""
@@ -51,10 +52,12 @@ class LaunchConfig:
             raise ConfigError(f"--restarts is {self.restarts}.", "0 or more.", "give e.g. 3.")
         if not self.wait > 0:
             raise ConfigError(f"--wait is {self.wait}.", "more than 0 seconds.", "give e.g. 1800.")
+        if self.workers == "auto":
+            return
         if not re.fullmatch(r"[0-9]{1,6}(:[0-9]{1,6})?", str(self.workers)):
             raise ConfigError(
                 f"--workers is {self.workers}.",
-                "0 (this process) or more, or a range of at least 1.",
+                "auto, 0 (this process) or more, or a range of at least 1.",
                 "give e.g. 2, or 1:2.",
             )
         if ":" in str(self.workers) and not 1 <= self.min_workers <= self.max_workers:
@@ -66,19 +69,21 @@ class LaunchConfig:
         if self.address and not self.max_workers:
             raise ConfigError(
                 f"--address {self.address} needs workers.",
-                "--workers of 1 or more with an address.",
-                "add --workers N.",
+                "--workers of 1 or more, or auto, with an address.",
+                "leave out --workers, or give the number of workers.",
             )
 
     @property
     def min_workers(self) -> int:
-        """The smallest worker group that is started; 0: this process."""
-        return int(str(self.workers).partition(":")[0])
+        """The smallest worker group that is started; 0: this process, also for `auto` as long as
+        `worker_choice` has not replaced it.
+        """
+        return 0 if self.workers == "auto" else int(str(self.workers).partition(":")[0])
 
     @property
     def max_workers(self) -> int:
         """The size of the worker group if the cluster has room for it; 0: this process."""
-        return int(str(self.workers).rpartition(":")[2])
+        return 0 if self.workers == "auto" else int(str(self.workers).rpartition(":")[2])
 
 
 def connect(config: LaunchConfig) -> None:
