@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arrowhead.runtime.ray_cluster import LaunchConfig
 
-DECODING_COMMANDS = ("fit", "precompute", "score", "evaluate", "demo")
+DECODING_COMMANDS = ("fit", "precompute", "score", "evaluate", "race", "demo")
 """The commands that profit from many workers. Heads train in seconds, wherever they are."""
 MAX_CLUSTER_WORKERS = 1024
 
