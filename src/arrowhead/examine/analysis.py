@@ -69,10 +69,6 @@ def analyze_features(
     result: Analysis, store: Store, config: ExamineConfig, on_step: Callable[[str], None]
 ) -> None:
     """Add the analyses that need no original; on_step: called when one begins."""
-    if config.label_errors:
-        on_step("looking for wrong labels")
-        with _few_threads(store), suppress(ConfigError):  # too few classes or images to judge
-            result.label_errors = examine_label_errors.find_label_errors(store)
     on_step("looking for unusual images")
     if (store.features(rows_only=True).split == "train").any():
         result.outliers = outliers.find_outliers(store)
@@ -98,12 +94,18 @@ def analyze_pixels(
     pixels: Pixels,
     on_step: Callable[[str], None],
 ) -> None:
-    """Add the analyses that need originals; pixels: what was read of them."""
+    """Add the analyses that need originals, or what these say; pixels: what was read of them."""
     if config.duplicates:
         on_step("looking for duplicates")
         read = pixels.grey.__getitem__ if pixels.grey else None
         with _few_threads(store):
             result.duplicates = examine_duplicates.find_duplicates(store, catalog, read=read)
+    if config.label_errors:  # after the duplicates: near copies must not judge each other
+        on_step("looking for wrong labels")
+        groups = result.duplicates.groups if result.duplicates else []
+        near = [group.rows for group in groups if group.kind == "near"]
+        with _few_threads(store), suppress(ConfigError):  # too few classes or images to judge
+            result.label_errors = examine_label_errors.find_label_errors(store, near)
     if config.slices and predictions.held_out.any():
         on_step("comparing slices")
         images = HeldOutImages.from_predictions(predictions)

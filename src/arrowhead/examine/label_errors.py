@@ -1,7 +1,7 @@
 """Find labels that are probably wrong, from features and labels alone.
 
     store                  features and labels of all splits
-      -> copies            the same content with different labels: one of them is wrong, certainly
+      -> copies            held out together; of an image with different labels, one is wrong
       -> OutOfFold         margins of heads and of neighbours that have not seen the label
       -> LabelNoise        the two weighed against each other; how often labels are wrong
       -> again             with heads and votes from the labels that agree with the prediction
@@ -13,7 +13,8 @@ held out and in-sample, and with confident learning (Northcutt et al., arXiv:191
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ NO_LABEL = -1
 FLAG_SCORE = 0.5  # labels that are more likely wrong than right are flagged
 REFITS = 1  # how often the heads are solved again with trust in each label
 MIN_REFIT_IMAGES = 10  # of a class, for some of them to be left out
+MIN_COPY_PROB = 0.6  # of a label, for it to be suggested to the other copies of the image
+DEFAULT_RATE = 0.05  # of wrong labels, where none could be estimated
 CSV_HEADER = ("path", "label", "suggested", "score", "new_label")
 MIN_CSV_IMAGES = 100
 
@@ -51,11 +54,13 @@ class LabelErrors:
         label: int64 (M,), indices of the manifest's classes: the label that was given. -1: a label
             that may be missing.
         suggested: int64 (M,), the class that fits best among the others. -1: a label that may be
-            too many.
+            too many; with one label per image, none, since exact copies of the image have
+            different labels and it is open which is right.
         score: float64 (M,), the probability that the label is wrong, estimated from heads and
-            neighbours which have not seen it. 1 for copies of an image with different labels, of
-            which at least one is wrong.
-        flagged: How many of the first labels are more likely wrong than right.
+            neighbours which have not seen it. For exact copies with different labels, of which
+            one is right at most, it also counts how many copies have each label.
+        flagged: How many of the first labels are more likely wrong than right, or have a copy with
+            another label so that it is open which of the two is wrong.
         estimated_errors: How many labels are wrong, estimated: the sum of these probabilities.
         interval: Between which numbers the true one lies with 95 % probability, as far as the
             model of wrong labels holds: each label is wrong with the same probability.
@@ -98,25 +103,32 @@ class _Evidence:
     learnable: bool
 
 
-def find_label_errors(store: Store) -> LabelErrors:
+def find_label_errors(
+    store: Store, near_copies: Sequence[NDArray[np.int64]] = ()
+) -> LabelErrors:
     """Rank the labels of all readable images of a store, whatever their split.
 
     Args:
         store: A feature store; its first views are used.
+        near_copies: Groups of catalog rows that show one photo: no copy is judged by another.
+            Exact copies need not be named.
 
     Raises:
         ConfigError: The images have fewer than two classes.
     """
     data, row = run.read_data(store, "cpu")
-    return rank_labels(data, row)
+    return rank_labels(data, row, near_copies)
 
 
-def rank_labels(data: Data, row_N: NDArray[np.int64]) -> LabelErrors:
+def rank_labels(
+    data: Data, row_N: NDArray[np.int64], near_copies: Sequence[NDArray[np.int64]] = ()
+) -> LabelErrors:
     """Rank the labels of images: see `find_label_errors`.
 
     Args:
         data: Features and labels; the splits do not matter.
         row_N: The row of each image in the catalog.
+        near_copies: Groups of rows of the catalog.
     """
     if len(data.classes) < 2 and not data.multilabel:
         raise ConfigError(
@@ -124,27 +136,29 @@ def rank_labels(data: Data, row_N: NDArray[np.int64]) -> LabelErrors:
             "images of two or more classes.",
             "add images of another class.",
         )
-    evidence = _judge(data)
-    preferred_N, conflicting_N, certain = _conflicting_copies(data, evidence.wrong)
+    evidence = _judge(replace(data, key=_merge_copies(data.key, row_N, near_copies)))
+    judged = np.isfinite(evidence.wrong)
+    copies = _conflicting_copies(data, evidence)
     score = evidence.wrong if evidence.learnable else np.minimum(evidence.wrong, FLAG_SCORE)
-    judged = np.isfinite(score)
-    score = np.where(conflicting_N, 1.0, np.where(judged, score, 0.0))
-    suggested = np.where(conflicting_N & (preferred_N != NO_LABEL), preferred_N, evidence.other)
+    score = np.where(copies.conflicting, copies.wrong, np.where(judged, score, 0.0))
+    suggested = np.where(copies.conflicting, copies.preferred, evidence.other)
+    flag = (score > FLAG_SCORE) | copies.undecided
     key, columns = data.key, 1
     if data.multilabel:
         columns = len(data.classes)
         key = np.repeat(key, columns)
-    order = np.lexsort((np.arange(len(score)), key, -score))
-    order = order[(judged | conflicting_N)[order]][: len(data.key)]
+    order = np.lexsort((np.arange(len(score)), key, -score, ~flag))
+    order = order[(judged | flag)[order]][: len(data.key)]
     image, label, suggested = _entries(data, order, suggested)
-    wrong = np.where(conflicting_N | ~judged, 0.0, evidence.wrong)
+    wrong = np.where(copies.conflicting | ~judged, 0.0, evidence.wrong)
     low, high = evidence.noise.interval if evidence.noise else (0.0, 0.0)
+    certain = copies.certain
     return LabelErrors(
         row=row_N[image],
         label=label,
         suggested=suggested,
         score=score[order],
-        flagged=int((score[order] > FLAG_SCORE).sum()),
+        flagged=int(flag[order].sum()),
         estimated_errors=certain + float(wrong.sum()),
         interval=(max(low, float(certain)), max(high, certain + float(wrong.sum()))),
         conflicts=certain,
@@ -262,49 +276,100 @@ def _is_learnable(margin: NDArray[np.float64], judged: NDArray[np.bool_], data: 
     return bool(gain_by_image.sum() > 0 and comparison.paired_p_value(gain_by_image) < 0.01)
 
 
-# ------------------------------------------------------------------------------- exact copies
+# ------------------------------------------------------------------------------------- copies
 
 
-def _conflicting_copies(
-    data: Data, wrong: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
-    """Find copies of an image with different labels.
+def _merge_copies(
+    key_N: NDArray[np.uint64], row_N: NDArray[np.int64], groups: Sequence[NDArray[np.int64]]
+) -> NDArray[np.uint64]:
+    """Return keys that are the same for all images of a group of near copies."""
+    key_N, position = key_N.copy(), {row: n for n, row in enumerate(row_N.tolist())}
+    for group in groups:
+        members = [position[row] for row in group.tolist() if row in position]
+        if members:
+            key_N[np.isin(key_N, key_N[members])] = key_N[members].min()
+    return key_N
 
-    The label of most copies counts as the right one. If two are equally frequent, every copy
-    conflicts, and the other one is suggested.
 
-    Returns:
-        The label that a conflicting copy should have, int64, -1 with several labels per image;
-        whether each label conflicts; and how many labels must be wrong.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Copies:
+    """Exact copies of an image with different labels, as flat arrays like those of `_Evidence`.
+
+    Attributes:
+        conflicting: Whether a copy of the image has another label.
+        wrong: The probability that the label is wrong, if it conflicts.
+        preferred: The label that a conflicting copy should have; -1 if it has it, or if undecided.
+        undecided: Whether the label conflicts and no label is likely to be the right one.
+        certain: How many labels must be wrong.
     """
+
+    conflicting: NDArray[np.bool_]
+    wrong: NDArray[np.float64]
+    preferred: NDArray[np.int64]
+    undecided: NDArray[np.bool_]
+    certain: int
+
+
+def _conflicting_copies(data: Data, evidence: _Evidence) -> _Copies:
+    """Find exact copies of an image with different labels, and judge which label is right."""
     label = data.label.numpy()
-    if data.multilabel:
-        columns = [
-            _conflicts(data.key, label[:, one].astype(np.int64)) for one in range(label.shape[1])
-        ]
-        conflicting = np.stack([one[1] for one in columns], 1).reshape(-1)
-        return np.full(label.size, NO_LABEL), conflicting, sum(one[2] for one in columns)
-    return _conflicts(data.key, label)
+    rate = float(evidence.noise.rate.mean()) if evidence.noise else DEFAULT_RATE
+    # The prediction's log odds of the label, without what the label itself contributed.
+    wrong = np.clip(np.nan_to_num(evidence.wrong, nan=rate), 1e-9, 1 - 1e-9)
+    odds = np.log1p(-wrong) - np.log(wrong) + np.log(rate) - np.log1p(-rate)
+    odds = np.where(np.isfinite(evidence.wrong) & evidence.learnable, odds, 0.0)
+    if not data.multilabel:
+        return _conflicts(data.key, label, odds, rate)
+    odds = odds.reshape(label.shape)
+    columns = [
+        _conflicts(data.key, label[:, one].astype(np.int64), odds[:, one], rate)
+        for one in range(label.shape[1])
+    ]
+    undecided = np.stack([one.undecided for one in columns], 1).reshape(-1)
+    wrong = np.stack([one.wrong for one in columns], 1).reshape(-1)
+    return _Copies(
+        conflicting=np.stack([one.conflicting for one in columns], 1).reshape(-1),
+        wrong=np.where(undecided, np.minimum(wrong, FLAG_SCORE), wrong),  # no change is suggested
+        preferred=np.full(label.size, NO_LABEL),
+        undecided=undecided,
+        certain=sum(one.certain for one in columns),
+    )
 
 
 def _conflicts(
-    key: NDArray[np.uint64], label: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
-    """See `_conflicting_copies`, for one label per image."""
-    preferred, conflicting, certain = np.full(len(label), NO_LABEL), np.zeros(len(label), bool), 0
+    key: NDArray[np.uint64], label: NDArray[np.int64], odds: NDArray[np.float64], rate: float
+) -> _Copies:
+    """See `_conflicting_copies`, for one label per image.
+
+    The right label is one of those that the copies have. How likely each of them is: the
+    probability that the predictions give it, times that of so many right and wrong copies.
+    """
+    preferred, conflicting = np.full(len(label), NO_LABEL), np.zeros(len(label), bool)
+    wrong, undecided, certain = np.zeros(len(label)), np.zeros(len(label), bool), 0
     _, group, count = np.unique(key, return_inverse=True, return_counts=True)
     copies = np.flatnonzero(count[group] > 1)
     copies = copies[np.argsort(group[copies], kind="stable")]
     starts = np.flatnonzero(np.diff(group[copies], prepend=-1))
     for rows in np.split(copies, starts[1:]) if len(copies) else []:
-        names, number = np.unique(label[rows], return_counts=True)
+        names, position, number = np.unique(label[rows], return_inverse=True, return_counts=True)
         if len(names) == 1:
             continue
         certain += int(number.sum() - number.max())
-        tied = names[number == number.max()]
-        preferred[rows] = np.where(label[rows] == tied[0], tied[-1], tied[0])
-        conflicting[rows] = (label[rows] != tied[0]) | (len(tied) > 1)
-    return preferred, conflicting, certain
+        predicted = -np.logaddexp(0, -np.bincount(position, odds[rows]) / number)
+        log = predicted + number * (np.log1p(-rate) - np.log(rate))
+        prob = np.exp(log - np.logaddexp.reduce(log))
+        best = int(prob.argmax())
+        conflicting[rows], wrong[rows] = True, 1 - prob[position]
+        undecided[rows] = prob[best] < MIN_COPY_PROB
+        if prob[best] >= MIN_COPY_PROB:
+            preferred[rows] = np.where(position == best, NO_LABEL, names[best])
+    return _Copies(
+        conflicting=conflicting,
+        wrong=wrong,
+        preferred=preferred,
+        undecided=undecided,
+        certain=certain,
+    )
 
 
 # ---------------------------------------------------------------------------------- the table

@@ -97,7 +97,7 @@ def _suggested_labels(
     """The labels that an image should have, according to one entry."""
     suggested = int(found.suggested[k])
     if not found.multi:
-        return [classes[suggested]]
+        return [] if suggested == NO_LABEL else [classes[suggested]]
     if suggested == NO_LABEL:
         return [name for name in labels if name != classes[int(found.label[k])]]
     return sorted({*labels, classes[suggested]})
