@@ -2,6 +2,7 @@
 
     .venv/bin/python bench/label_errors.py --data PHOTOS --body mobilenet_v2 --weights FILE
     .venv/bin/python bench/label_errors.py --store STORE --digits
+    .venv/bin/python bench/label_errors.py --features FEATURES.npz --body efficientnet_lite0
 
 For each of 20 seeds, the labels of 5 % of the images are replaced by another class, drawn at
 random. Each method ranks all labels; its precision is the share of replaced labels among the first
@@ -11,6 +12,9 @@ are reported. Other settings were chosen on small synthetic data.
 
 --digits also measures scikit-learn's 1,797 handwritten digits (8 x 8 pixels, enlarged to 128 x
 128 JPEGs): ten classes that the body has never seen.
+
+--features takes what another program computed: arrays `feature` (N, D), `label` and `path` (N,) of
+text. --body only names it.
 
 --cost N measures time and memory instead, on the features of the photos repeated until there are N,
 each with some noise, so that none is a copy. A class is the side of a random plane, or of seven (up
@@ -89,6 +93,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="labelled photos, as `arrowhead precompute` takes them")
     source.add_argument("--store", type=Path, help="a feature store, instead of --data")
+    source.add_argument("--features", type=Path, help="an .npz file of features, instead of --data")
     parser.add_argument("--digits", action="store_true", help="measure digits, too")
     parser.add_argument("--body", default="resnet34")
     parser.add_argument("--weights", default="auto")
@@ -108,7 +113,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        stores = {"photos": args.store or scratch / "photos"}
+        stores = {} if args.features else {"photos": args.store or scratch / "photos"}
         if args.data:
             precompute.precompute(args.data, stores["photos"], config)
         if args.digits:
@@ -120,8 +125,11 @@ def main() -> None:
                 measure_cost(Store(stores["photos"]), args.cost, classes) for classes in (2, 100)
             ]
             stores = {}
-        for name, path in stores.items():
-            results[name] = measure(Store(path), range(*args.seeds), args.share, peer)
+        sets = {name: read_store(path) for name, path in stores.items()}
+        if args.features:
+            sets["photos"] = read_features(args.features)
+        for name, (data, paths) in sets.items():
+            results[name] = measure(data, paths, range(*args.seeds), args.share, peer)
             show(name, results[name])
     if args.out:
         about = environment(args.body, list(args.seeds), args.share, peer)
@@ -173,9 +181,36 @@ def draw_digits(folder: Path) -> None:
         image.convert("RGB").save(path, quality=92)
 
 
-def measure(store: Store, seeds: range, share: float, peer: Path | None) -> dict[str, Any]:
-    """The precision of each ranker, Arrowhead's estimate, and what it flags without flips."""
+def read_store(path: Path) -> tuple[Data, list[str]]:
+    """The data of a store, and the path of each image."""
+    store = Store(path)
     data, row = run.read_data(store, "cpu")
+    paths = store.read_catalog()["paths"]
+    return data, [paths[one] for one in row.tolist()]
+
+
+def read_features(path: Path) -> tuple[Data, list[str]]:
+    """The same from an .npz file; features are rounded to float16, as in a store."""
+    with np.load(path) as arrays:
+        feature, label, paths = (arrays[name] for name in ("feature", "label", "path"))
+    classes, number = np.unique(label, return_inverse=True)
+    rows = np.arange(len(paths))
+    data = Data(
+        feature=InMemoryFeatures(torch.from_numpy(feature.astype(np.float16))[:, None]),
+        label=torch.from_numpy(number.astype(np.int64)),
+        key=np.random.default_rng(0).permutation(rows).astype(np.uint64),
+        train=rows,
+        valid=rows[:0],
+        classes=classes.tolist(),
+    )
+    return data, paths.tolist()
+
+
+def measure(
+    data: Data, paths: list[str], seeds: range, share: float, peer: Path | None
+) -> dict[str, Any]:
+    """The precision of each ranker, Arrowhead's estimate, and what it flags without flips."""
+    row = np.arange(len(paths))
     feature = data.feature.take(torch.arange(len(row)) * data.feature.shape[1]).double().numpy()
     precision: dict[str, list[float]] = {}
     given: dict[str, list[Any]] = {"label": [], "replaced": [], **{name: [] for name in HELD_OUT}}
@@ -214,14 +249,13 @@ def measure(store: Store, seeds: range, share: float, peer: Path | None) -> dict
         "estimates": summarize_estimates(estimates, int(replaced.sum())),
         "cleanlab_estimates": {name: summarize(values) for name, values in counts.items()},
         "seconds": summarize(seconds),
-        "unchanged_labels": unchanged_labels(data, store),
+        "unchanged_labels": unchanged_labels(data, paths),
     }
 
 
-def unchanged_labels(data: Data, store: Store) -> dict[str, Any]:
+def unchanged_labels(data: Data, paths: list[str]) -> dict[str, Any]:
     """What Arrowhead says about the labels as they are; the first 12 labels at least."""
-    found = label_errors.rank_labels(data, store.features(rows_only=True).row)
-    paths = store.read_catalog()["paths"]
+    found = label_errors.rank_labels(data, np.arange(len(paths)))
     first = slice(max(found.flagged, 12))
     ranked = zip(found.row[first].tolist(), found.score[first].tolist(), strict=True)
     return {
