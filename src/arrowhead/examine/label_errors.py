@@ -103,9 +103,7 @@ class _Evidence:
     learnable: bool
 
 
-def find_label_errors(
-    store: Store, near_copies: Sequence[NDArray[np.int64]] = ()
-) -> LabelErrors:
+def find_label_errors(store: Store, near_copies: Sequence[NDArray[np.int64]] = ()) -> LabelErrors:
     """Rank the labels of all readable images of a store, whatever their split.
 
     Args:
