@@ -21,6 +21,7 @@ from arrowhead.training.batches import DistributedContext
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, MemoryMappedFeatures, Trial, resolve_class_weights
 from arrowhead.training.grid import SweepConfig
+from arrowhead.training.out_of_fold import OutOfFold
 from arrowhead.training.study import Study
 from arrowhead.training.trainer import TrainedHead
 
@@ -195,6 +196,7 @@ def test_constant_features_and_classes_of_one_image_are_accepted() -> None:
         (rows[:, :, 5:], label), (rows[:30, :, 5:], label[:30]), ["a", "b", "once"]
     )
     assert np.isfinite(fit_logistic(flat).epochs[0]["valid_loss"])
+    assert np.isfinite(OutOfFold(flat).head_margins().margin[:30]).all()
 
 
 def test_memory_mapped_features_give_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ ALLOWED_IMPORTERS = {
         "cli.main",
         "cli.options",
         "cli.publish",
+        "cli.race",
         "cli.search",
         "cli.relabel",
         "cli.train",

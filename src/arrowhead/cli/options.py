@@ -59,6 +59,13 @@ class FinderHead(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RaceBody(BodyConfig):
+    """The settings that all bodies of a race share."""
+
+    body: Annotated[str, Parameter(parse=False)] = "resnet34"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReadSource(SourceConfig):
     """How labels are read if no images are held out or left out."""
 
@@ -121,6 +128,7 @@ def _flags(group: str, key: int) -> Any:
 Source = Annotated[SourceConfig, _flags("Labels", 2)]
 LabelSource = Annotated[ReadSource, _flags("Labels", 2)]
 Body = Annotated[BodyConfig, _flags("Body", 3)]
+SharedBody = Annotated[RaceBody, _flags("Body", 3)]
 Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
 Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
 NamedExtract = Annotated[

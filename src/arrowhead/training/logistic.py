@@ -430,7 +430,7 @@ class LogisticSolver:
         import torch
 
         start = start or self._prior_models(masks)
-        size = max(1, MAX_SOLVE_WEIGHTS // (self.columns * len(self._variance)))
+        size = max(1, MAX_SOLVE_WEIGHTS // max(1, self.columns * len(self._variance)))
         parts = [
             self._solve(
                 masks[first : first + size],
