@@ -11,10 +11,10 @@ import pytest
 from conftest import Tracked
 
 from arrowhead import ConfigError
-from arrowhead.commands import race
+from arrowhead.commands import race, race_config
+from arrowhead.commands.race_config import RaceConfig
 from arrowhead.data import sample, sources
 from arrowhead.data.source_config import SourceConfig
-from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.store import Store
 from arrowhead.training import body_comparison
 from arrowhead.training.body_comparison import HeldOut
@@ -143,13 +143,13 @@ def test_the_verdict_names_what_is_better_by_how_much_and_what_it_costs(speeds, 
 @pytest.mark.parametrize(
     ("bodies", "found"),
     [
-        (["resnet34"], "names 1 body"),
-        (["resnet34", "resnet34=random"], "occurs twice"),
+        ("resnet34", "is one body"),
+        ("resnet34,resnet34=random", "occurs twice"),
     ],
 )
 def test_a_race_of_one_body_is_refused(bodies, found, tmp_path):
     with pytest.raises(ConfigError, match=found):
-        race.entries(bodies, tmp_path, BodyConfig())
+        race_config.entries(RaceConfig(bodies=bodies), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ PAGES = [
             "tables",
             "shards",
             "heads",
+            "race",
             "examine",
             "score",
             "slices",

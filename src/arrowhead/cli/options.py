@@ -12,6 +12,7 @@ from arrowhead.bundle.export import ExportConfig
 from arrowhead.bundle.publish import PublishConfig
 from arrowhead.commands.fetch import FetchConfig
 from arrowhead.commands.label_changes import TableConfig
+from arrowhead.commands.race_config import RaceConfig
 from arrowhead.commands.relabel import ChangeConfig
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
@@ -59,10 +60,10 @@ class FinderHead(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RaceBody(BodyConfig):
-    """The settings that all bodies of a race share."""
+class RaceFlags(RaceConfig):
+    """The settings of a race: --bodies instead of --body."""
 
-    body: Annotated[str, Parameter(parse=False)] = "resnet34"
+    body: Annotated[str, Parameter(parse=False)] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +129,7 @@ def _flags(group: str, key: int) -> Any:
 Source = Annotated[SourceConfig, _flags("Labels", 2)]
 LabelSource = Annotated[ReadSource, _flags("Labels", 2)]
 Body = Annotated[BodyConfig, _flags("Body", 3)]
-SharedBody = Annotated[RaceBody, _flags("Body", 3)]
+Race = Annotated[RaceFlags, _flags("Race", 3)]
 Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
 Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
 NamedExtract = Annotated[

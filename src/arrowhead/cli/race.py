@@ -10,22 +10,20 @@ from cyclopts import Parameter
 from arrowhead.cli.app import finish, program, run_context, show_next_commands, show_written
 from arrowhead.cli.options import (
     Data,
-    Extract,
     Launch,
     Out,
     Output,
     Pixels,
-    RaceBody,
-    SharedBody,
+    Race,
+    RaceFlags,
     Source,
     Tracking,
 )
+from arrowhead.commands import race_config
 from arrowhead.data import sample, sources
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.errors import ConfigError
 from arrowhead.features import backbone
-from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.output_paths import check_output_folder
 from arrowhead.runtime.ray_cluster import LaunchConfig
@@ -40,23 +38,9 @@ def race(
     data: Data,
     out: Annotated[Path, Parameter(help="Folder for the results: OUT/BODY/store, race.json.")],
     *,
-    bodies: Annotated[
-        str,
-        Parameter(
-            help="Backbones with commas between them. BODY=WEIGHTS: with weights of its own.",
-            group="Race",
-        ),
-    ],
-    share: Annotated[
-        float,
-        Parameter(
-            help="Share of every class that takes part, at least 20 images each.", group="Race"
-        ),
-    ] = 0.1,
+    race: Race = RaceFlags(),
     source: Source = SourceConfig(),
-    body: SharedBody = RaceBody(),
     pixels: Pixels = PixelConfig(),
-    extract: Extract = ExtractConfig(),
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     output: Out = Output(),
@@ -72,16 +56,16 @@ def race(
     from arrowhead.commands import race as commands_race
 
     out = check_output_folder(out, "results")
-    entries = commands_race.entries(bodies.split(","), out, body)
+    entries = race_config.entries(race, out)
     for entry in entries:
         backbone.check_config(entry.config)
         check_output_folder(entry.store, "store")
-    if not 0 < share <= 1:
-        raise ConfigError(f"--share is {share}.", "above 0, up to 1.", "give e.g. 0.1.")
-    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract)
+    images = FeatureConfig(source=source, pixels=pixels)
     catalog = sources.labelled_catalog(data, source)
     sources.check_can_validate(data, catalog)
-    drawn = sample.draw_sample(catalog, max(share, min(1.0, MIN_IMAGES / len(catalog))), PER_CLASS)
+    drawn = sample.draw_sample(
+        catalog, max(race.share, min(1.0, MIN_IMAGES / len(catalog))), PER_CLASS
+    )
     with run_context("race", launch, tracking, output) as context:
         context.screen.say(
             f"{pluralize(len(entries), 'body', 'bodies')} on {len(drawn):,} of"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import numpy as np
 
 from arrowhead import fileio
 from arrowhead.commands import precompute
+from arrowhead.commands.race_config import Entry
 from arrowhead.data.catalog import Catalog
-from arrowhead.errors import ConfigError
-from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.feature_config import FeatureConfig, resolve_weights
 from arrowhead.features.store import Store
 from arrowhead.reporting import run_context
@@ -26,50 +24,6 @@ from arrowhead.training.body_comparison import Difference, HeldOut
 RESULT = "race.json"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """A body in the race: its settings and the folder for its features."""
-
-    config: BodyConfig
-    folder: Path
-
-    @property
-    def store(self) -> Path:
-        """Its store, where `fit DATA FOLDER` looks for it."""
-        return self.folder / "store"
-
-
-def entries(names: Sequence[str], out: Path, common: BodyConfig) -> list[Entry]:
-    """The bodies of a race.
-
-    Args:
-        names: BODY or BODY=WEIGHTS, such as resnet34 or mobilenet_v2=own.safetensors.
-        out: The folder of the race.
-        common: All other settings of the bodies.
-
-    Raises:
-        ConfigError: There are fewer than two, or one occurs twice.
-    """
-    settings = {name: getattr(common, name) for name in ("weights", "mean", "std", "pool")}
-    result = []
-    for name in names:
-        body, _, weights = name.strip().partition("=")
-        config = BodyConfig(**settings | {"body": body} | ({"weights": weights} if weights else {}))
-        result.append(Entry(config=config, folder=out / body.replace("/", "-")))
-    folders = [one.folder for one in result]
-    if twice := next((one for one in folders if folders.count(one) > 1), None):
-        raise ConfigError(
-            f"{twice.name} occurs twice in --bodies.", "each body once.", "leave one of them out."
-        )
-    if len(result) < 2:
-        raise ConfigError(
-            f"--bodies names {len(result)} body.",
-            "two or more, with commas between them.",
-            "give e.g. --bodies resnet34,mobilenet_v2.",
-        )
-    return result
-
-
 def race(
     sample: Catalog, bodies: Sequence[Entry], out: Path, images: FeatureConfig, context: RunContext
 ) -> dict[str, Any]:
@@ -77,7 +31,7 @@ def race(
 
     Args:
         sample: The images.
-        bodies: The bodies, see `entries`.
+        bodies: The bodies, see `race_config.entries`.
         out: The folder of the race; `race.json` is written there.
         images: How labels, pixels and features are made, apart from the body.
         context: Where to run, show and record.
