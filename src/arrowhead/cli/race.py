@@ -63,9 +63,8 @@ def race(
     images = FeatureConfig(source=source, pixels=pixels)
     catalog = sources.labelled_catalog(data, source)
     sources.check_can_validate(data, catalog)
-    drawn = sample.draw_sample(
-        catalog, max(race.share, min(1.0, MIN_IMAGES / len(catalog))), PER_CLASS
-    )
+    share = max(race.share, min(1.0, MIN_IMAGES / len(catalog)))
+    drawn = sample.draw_sample(catalog, share, PER_CLASS)
     with run_context("race", launch, tracking, output) as context:
         context.screen.say(
             f"{pluralize(len(entries), 'body', 'bodies')} on {len(drawn):,} of"
