@@ -7,8 +7,6 @@ import zlib
 from collections import defaultdict
 from dataclasses import replace
 
-import numpy as np
-
 from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
 
@@ -30,23 +28,12 @@ def draw_sample(catalog: Catalog, share: float, per_class: int) -> Catalog:
     rows_by_class: dict[str, list[int]] = defaultdict(list)
     for row, name in enumerate(sources.rarest_labels(catalog.labels)):
         rows_by_class[name].append(row)
-    drawn: list[int] = []
+    drawn: set[int] = set()
     for rows in rows_by_class.values():
         count = max(math.ceil(share * len(rows)), per_class)
-        drawn += sorted(rows, key=lambda row: (_hash(catalog.paths[row]), row))[:count]
-    drawn.sort()
-    at = np.array(drawn, np.int64)
-    return replace(
-        catalog,
-        paths=[catalog.paths[one] for one in drawn],
-        sizes=catalog.sizes[at],
-        stamps=catalog.stamps[at],
-        labels=[catalog.labels[one] for one in drawn],
-        splits=[catalog.splits[one] for one in drawn],
-        tries=catalog.tries[at],
-        ignored=0,
-        notes=(),
-    )
+        drawn.update(sorted(rows, key=lambda row: (_hash(catalog.paths[row]), row))[:count])
+    sample = catalog.select([row in drawn for row in range(len(catalog))])
+    return replace(sample, ignored=0, notes=())
 
 
 def _hash(path: str) -> int:
