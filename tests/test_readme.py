@@ -34,6 +34,7 @@ PAGES = [
             "train",
             "tables",
             "shards",
+            "backbones",
             "heads",
             "race",
             "examine",

@@ -119,7 +119,7 @@ def _weights() -> Iterator[Check]:
             "weights", "ok", f"{len(files)} in {home}: {', '.join(f.name for f in files[:5])}"
         )
     else:
-        fix = "--weights auto downloads them; or give --weights FILE"
+        fix = "--weights auto downloads them; or give --weights FILE, or --weights bundled"
         yield Check("weights", "warning", f"none cached in {home}", fix)
 
 

@@ -204,7 +204,7 @@ class Learner:
     settings that you leave out are taken from it.
 
     Args:
-        body: The name of a torchvision network, or a BodyConfig.
+        body: The name of a network of torchvision, or of timm after timm/; or a BodyConfig.
         images: The labelled images.
         store: Folder for the features. Default: a folder in .arrowhead/ of the current directory.
         head: "linear" or "lesson".
@@ -248,7 +248,8 @@ class Learner:
         self.images = images
         source = path_text.resolve(images.path)
         digest = hashlib.blake2b(path_text.unescape_path(source), digest_size=4).hexdigest()
-        name = f"{source.rpartition('/')[2]}-{digest}-{config.body.body}"
+        body_name = config.body.body.replace("/", "-")
+        name = f"{source.rpartition('/')[2]}-{digest}-{body_name}"
         folder = Path(store) if store else Path(".arrowhead") / name
         self._tracking = (
             TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None

@@ -116,12 +116,18 @@ def _logits(head: nn.Module, part: Features) -> NDArray[np.float32]:
 
 def _lineage(store: Store, config: TrainConfig, trained: TrainedHead) -> dict[str, Any]:
     changes = corrections.active_changes(corrections.read_history(store))
-    return ({"corrections": changes} if changes else {}) | {
-        "arrowhead": __version__,
-        "data": Catalog(**store.read_catalog()).digest(),
-        "training": config.parameters(),
-        "epoch": trained.epoch,
-    }
+    origin = store.weights_origin
+    optional = {"corrections": changes} if changes else {}
+    return (
+        optional
+        | ({"weights": origin} if origin else {})
+        | {
+            "arrowhead": __version__,
+            "data": Catalog(**store.read_catalog()).digest(),
+            "training": config.parameters(),
+            "epoch": trained.epoch,
+        }
+    )
 
 
 def _novelty(store: Store, valid: Features) -> NoveltyDetector:

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle.format import Bundle
 from arrowhead.bundle.reference import Reference, Run
 from arrowhead.errors import ConfigError
+from arrowhead.features import extract
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +45,7 @@ OTHER_SUFFIXES = (".bin", ".engine", ".json", ".pb", ".pt", ".pth", ".tflite", "
 TOLERANCE = 1e-3  # of a probability
 FLOAT16_TOLERANCE = 1e-2  # likewise, where weights are float16
 RESIZE_RULES = {
-    "crop": "shorter side to round(8 / 7 size), then the middle size x size",
+    "crop": "shorter side to {side} pixels, then the middle size x size",
     "squash": "both sides to size",
     "pad": "longer side to size, the picture in the middle, the rest black",
 }
@@ -242,20 +243,22 @@ def metadata(bundle: Bundle, fingerprint: str) -> str:
     that name, pt2 as the extra file `arrowhead.json`.
     """
     recipe = bundle.recipe
+    pixels = extract.make_pixel_config(recipe)
     task = "multi-label" if bundle.multi else "single-label"
     thresholds = bundle.thresholds or [0.5] * len(bundle.classes)
     return json.dumps(
         {
             "arrowhead": __version__,
             "bundle": fingerprint,
-            "recipe": asdict(recipe),
+            "weights": bundle.lineage.get("weights"),
+            "recipe": recipe.to_dict(),
             "recipe_fingerprint": recipe.fingerprint,
             "preprocessing": {
                 "pixels": f"uint8 (batch, 3, {recipe.size}, {recipe.size}), RGB, 0 to 255",
                 "size": recipe.size,
                 "resize": recipe.resize,
-                "rule": RESIZE_RULES[recipe.resize],
-                "interpolation": "linear",
+                "rule": RESIZE_RULES[recipe.resize].format(side=pixels.resized_side),
+                "interpolation": recipe.interpolation,
                 "antialias": True,
                 "orientation": "EXIF orientation applied",
                 "transparency": "on white",

@@ -14,7 +14,6 @@ A bundle holds no code. It is written atomically, and its hashes are checked whe
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,6 +106,13 @@ class Bundle:
         assert self.thresholds is None or (
             self.multi and len(self.thresholds) == len(self.classes)
         ), "only a multi-label bundle has thresholds, one for every class"
+
+    @property
+    def weights_sentence(self) -> str:
+        """Where the body's weights come from, and their license."""
+        origin = self.lineage.get("weights") or {}
+        source, license = origin.get("source", "not recorded"), origin.get("license", "unknown")
+        return f"{source}, license {license}"
 
     def predict_labels(self, probability_NC: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Decide on labels, bool (N, C).
@@ -294,7 +300,7 @@ def write(bundle: Bundle, folder: Path) -> None:
         "format": FORMAT,
         "task": (task := "multi-label" if bundle.multi else "single-label"),
         "decision": TASKS[task],
-        "recipe": dataclasses.asdict(bundle.recipe),
+        "recipe": bundle.recipe.to_dict(),
         "recipe_fingerprint": bundle.recipe.fingerprint,
         "classes": bundle.classes,
         "head": bundle.head,

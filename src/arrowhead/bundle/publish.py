@@ -161,7 +161,7 @@ def _facts(bundle: Bundle, exported: dict[str, Any], fingerprint: str) -> dict[s
     return {
         "arrowhead": __version__,
         "bundle": fingerprint,
-        "recipe": dataclasses.asdict(bundle.recipe),
+        "recipe": bundle.recipe.to_dict(),
         "recipe_fingerprint": bundle.recipe.fingerprint,
         "temperature": bundle.temperature,
         "metrics": bundle.metrics,

@@ -59,6 +59,8 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
     )
     recipe = " · ".join(f"{name} {value}" for name, value in facts["recipe"].items())
     screen.say(f"recipe {facts['fingerprint']}: {recipe}")
+    if origin := facts["weights"]:
+        screen.say(f"weights: {origin['source']}, license {origin['license']}")
     splits = sorted({split for counts in facts["by_class"].values() for split in counts})
     width = max([5, *map(len, facts["by_class"])])
     screen.say(f"{'class':<{width}}" + "".join(f"{split:>9}" for split in splits))
@@ -218,6 +220,8 @@ def bundle_info(
     screen.say(f"classes: {', '.join(facts['classes'][:20])}{' …' * (len(facts['classes']) > 20)}")
     recipe = " · ".join(f"{name} {value}" for name, value in facts["recipe"].items())
     screen.say(f"recipe {facts['recipe_fingerprint']}: {recipe}")
+    if origin := facts["lineage"].get("weights"):
+        screen.say(f"weights: {origin['source']}, license {origin['license']}")
     screen.say(_head_line(facts))
     metrics = facts["metrics"]
     numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}

@@ -30,7 +30,8 @@ from arrowhead.cli.screen import Screen
 from arrowhead.data import drop_list
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.errors import ConfigError
-from arrowhead.features.backbone import WEIGHTS_SUFFIXES, BodyConfig
+from arrowhead.features import networks
+from arrowhead.features.backbone import BodyConfig
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.runtime import signals, worker_choice
@@ -216,7 +217,7 @@ def _requirements(call: Call) -> Requirements:
             inputs.append(value.store)
         elif isinstance(value, ScoreConfig):
             inputs += [value.base, value.store]
-        elif isinstance(value, BodyConfig) and Path(value.weights).suffix in WEIGHTS_SUFFIXES:
+        elif isinstance(value, BodyConfig) and networks.is_weights_file(value.weights):
             inputs.append(value.weights)
     env_vars: dict[str, str] = {}
     required_variable = None

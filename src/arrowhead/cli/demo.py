@@ -20,12 +20,10 @@ from arrowhead.cli.app import (
     ui_command,
 )
 from arrowhead.cli.options import Head, Launch, Out, Output, Tracking
-from arrowhead.cli.screen import Screen
-from arrowhead.errors import ConfigError
-from arrowhead.features import backbone
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig
+from arrowhead.features.networks import BUNDLED_BODY
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.output_paths import check_output_folder
 from arrowhead.runtime.ray_cluster import LaunchConfig
@@ -45,8 +43,8 @@ def demo(
 ) -> int:
     """Try Arrowhead on images that it draws itself: draw, fit, score.
 
-    Needs no data and no network. It uses ImageNet weights if they are in torch's cache or can be
-    downloaded; otherwise it says so and uses random weights.
+    Needs no data and no network: the body is EfficientNet-Lite0 with ImageNet weights that are
+    installed with Arrowhead (--weights bundled).
     """
     from arrowhead import demo as demo_images
     from arrowhead.commands import score
@@ -68,7 +66,7 @@ def demo(
             context.screen.say(
                 f"{pluralize(drawn, 'image')} of {', '.join(demo_images.CLASSES)} drawn in {images}"
             )
-        config = FeatureConfig(body=_demo_body(context.screen))
+        config = FeatureConfig(body=_demo_body())
         result = commands_train.fit(images, fitted, config, study, context)
         scores = _new_folder(out / "scores")
         with child_context(context, "score") as score_context:
@@ -93,14 +91,6 @@ def _new_folder(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _demo_body(screen: Screen) -> BodyConfig:
-    """A body with ImageNet weights if possible, else with random weights and a warning."""
-    try:
-        backbone.load(BodyConfig())
-    except ConfigError:
-        screen.say(
-            "ImageNet weights are not in torch's cache and could not be downloaded: the body has"
-            " RANDOM weights. It still sees textures, but its accuracy will be far lower."
-        )
-        return BodyConfig(weights="random")
-    return BodyConfig()
+def _demo_body() -> BodyConfig:
+    """The body whose trained weights are installed with Arrowhead: it needs no network."""
+    return BodyConfig(body=BUNDLED_BODY, weights="bundled")

@@ -17,6 +17,7 @@ from cyclopts import CycloptsError, Parameter
 
 from arrowhead.cli import (
     artifacts,
+    backbones,
     cluster,
     demo,
     examine,
@@ -119,6 +120,7 @@ app.command(search.search, sort_key=5)
 app.command(search.suggest, sort_key=5)
 app.command(demo.demo, sort_key=0)
 app.command(fetch.fetch, sort_key=0)
+app.command(backbones.backbones, sort_key=6)
 app.command(watch, sort_key=7)
 app.command(doctor, sort_key=7)
 app.command(artifacts.features)
@@ -140,7 +142,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 # Commands whose result is what they print: it is an error if that cannot be written.
-PRINTING_COMMANDS = ("features", "scores", "bundle", "jobs", "doctor", "relabel")
+PRINTING_COMMANDS = ("backbones", "features", "scores", "bundle", "jobs", "doctor", "relabel")
 
 
 def _run(words: list[str]) -> int:

@@ -184,12 +184,12 @@ def _prepare(
         catalog = sources.unlabelled_catalog(data, images.source, distinct=True)
     else:
         catalog = sources.labelled_catalog(data, images.source)
-    if images != request:
+    if images != request and (store / "store.json").is_file():
         body, pixels = images.body, images.pixels
         weights = f" with {body.weights}" if body.weights != request.body.weights else ""
         screen.say(
             f"as in {store}: body {body.body}{weights} · pool {body.pool} · {pixels.size} pixels,"
-            f" {pixels.resize} · {pluralize(pixels.views, 'view')}"
+            f" {pixels.resize}, {pixels.interpolation} · {pluralize(pixels.views, 'view')}"
         )
     _report_unused_flags(images, catalog, store, screen)
     return images, catalog

@@ -56,7 +56,7 @@ def precompute(
     """
     start = perf_counter()
     listed = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
-    store = _open_store(path, images)
+    store, images = _open_store(path, images, context)
     with store.lock(context.screen.say):
         intact = store.intact_shards()
         store.check_unlisted_shards()
@@ -64,7 +64,7 @@ def precompute(
         extraction.show_source(listed, context.screen)
         extraction.show_store_changes(store, listed, context.screen)
         listed = _count_retries(store, listed, images.extract.max_bytes)
-        recipe = dataclasses.asdict(store.recipe)
+        recipe = store.recipe.to_dict()
         run_context.log_params(context, {f"recipe.{k}": v for k, v in recipe.items()})
         names, missing, work = _extract_missing(store, listed, images, context)
         manifest, catalog = _commit(store, listed, names, images, intact, history, context)
@@ -94,27 +94,38 @@ def precompute(
     }
 
 
-def _open_store(path: Path, images: FeatureConfig) -> Store:
-    """Open or create the store for these settings, with the weights of the body in it."""
+def _open_store(
+    path: Path, images: FeatureConfig, context: RunContext
+) -> tuple[Store, FeatureConfig]:
+    """Open or create the store for these settings, with the weights of the body in it.
+
+    Returns:
+        The store, and the settings with those of the weights where none were given.
+    """
     import safetensors.torch
 
-    weights = resolve_weights(path, images.body)
+    weights = resolve_weights(path, images.body, images.pixels.size)
+    pixels = images.pixels.complete(weights.pixels)
     body = Body(
         images.body.body,
         weights.state,
         pool=images.body.pool,
         mean=weights.mean,
         std=weights.std,
-        size=images.pixels.size,
+        size=pixels.side,
     )
-    recipe = extract.make_recipe(images.pixels, images.body, weights, body.width)
+    body_config = dataclasses.replace(images.body, pool=body.pool)  # type: ignore[arg-type]
+    images = dataclasses.replace(images, pixels=pixels, body=body_config)
+    recipe = extract.make_recipe(pixels, body_config, weights, body.width)
     if (path / "store.json").is_file():  # an older store keeps the decoder that it was begun with
         recipe = dataclasses.replace(recipe, decoder=Store(path).recipe.decoder)
-    store = Store.create(path, recipe, images.extract.chunk_size)
+    origin = weights.origin if weights.source else None
+    store = Store.create(path, recipe, images.extract.chunk_size, origin)
+    extraction.show_body(store, context.screen)
     if not store.weights_path.is_file():
         with fileio.atomic_write(store.weights_path) as draft_file:
             draft_file.write_bytes(safetensors.torch.save(weights.state))
-    return store
+    return store, images
 
 
 def _count_retries(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
@@ -256,4 +267,6 @@ def _report(
         recording.log_datasets(context.root_run, catalog)
     if context.run:
         context.run.record(counts | {f"seconds.{k}": v for k, v in work.seconds.items()})
+        license = (store.weights_origin or {}).get("license", "unknown")
         context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
+        context.run.tags({"weights_license": license})

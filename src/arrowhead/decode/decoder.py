@@ -95,7 +95,7 @@ class Decoder:
         """
         headers = [decode_headers.read_header(data, self.config) for data in encoded]
         faults: list[str | None] = [h if isinstance(h, str) else None for h in headers]
-        side = self.config.size
+        side = self.config.side
         if into is None:
             into = np.empty((self.config.views, len(encoded), side, side, 3), np.uint8)
         views = [view[: len(encoded)] for view in into]
@@ -332,7 +332,7 @@ def _build_pipeline(
     from nvidia.dali import fn, pipeline_def, types
 
     dali_device = "cpu" if device is None else "gpu"
-    side = config.size
+    side = config.side
     augmented = config.views - 1 if config.policy != "none" else 0
     placement_inputs = 1 if config.resize == "pad" else 2
     count = placement_inputs + 4 * augmented
@@ -352,7 +352,9 @@ def _build_pipeline(
         floats = {"dtype": types.FLOAT, "ndim": 1}
         inputs: Any = fn.external_source(lambda: get_inputs()[1:], num_outputs=count, **floats)
         interpolation = {
-            "interp_type": types.INTERP_LINEAR,
+            "interp_type": types.INTERP_CUBIC
+            if config.interpolation == "bicubic"
+            else types.INTERP_LINEAR,
             "antialias": True,
             "device": dali_device,
         }

@@ -16,8 +16,8 @@ def view_region(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The region of an image that the clean view shows.
 
-    "crop" gives the same pixels as torchvision's Resize(8/7 size), CenterCrop(size), with the same
-    rounding, but resizes only the region that it keeps.
+    "crop" gives the same pixels as torchvision's Resize(resized_side), CenterCrop(size), with the
+    same rounding, but resizes only the region that it keeps.
 
     Args:
         config: Size and resize mode.
@@ -29,15 +29,18 @@ def view_region(
         Start and end corner, float32 (y, x) each, in pixels of the stored image.
     """
     image_size = np.array([header.height, header.width], np.float64)
-    if config.resize != "crop":
+    side = config.side
+    if config.resize == "pad" or (config.resize == "squash" and config.resized_side == side):
         return np.zeros(2, np.float32), image_size.astype(np.float32)
-    shorter = round(config.size * 8 / 7)
-    resized = np.floor(shorter * image_size / image_size.min())
-    start = np.round((resized - config.size) / 2)
+    if config.resize == "squash":
+        resized = np.full(2, float(config.resized_side))
+    else:
+        resized = np.floor(config.resized_side * image_size / image_size.min())
+    start = np.round((resized - side) / 2)
     if mirrored is not None:
-        start = np.where(mirrored, resized - config.size - start, start)
+        start = np.where(mirrored, resized - side - start, start)
     scale = image_size / resized
-    return (start * scale).astype(np.float32), ((start + config.size) * scale).astype(np.float32)
+    return (start * scale).astype(np.float32), ((start + side) * scale).astype(np.float32)
 
 
 def mirrored_axes(orientation: int) -> NDArray[np.bool_]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,15 +27,32 @@ def check_decoder_rule(rule: str) -> None:
         )
 
 
+DEFAULT_SIZE = 224
+
+Resize = Literal["crop", "squash", "pad"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelConfig:
-    """How a file becomes the body's square input."""
+    """How a file becomes the body's square input.
 
-    size: int = 224
-    """Height and width of the body's input, in pixels."""
-    resize: Literal["crop", "squash", "pad"] = "crop"
-    """crop: resize the shorter side to 8/7 of --size and crop the centre (as torchvision does);
-    squash: resize both sides to --size; pad: resize the longer side to --size, pad with black."""
+    What is None is that of the body's weights (`complete`), and without weights 224 pixels, crop,
+    bilinear, 8/7.
+    """
+
+    size: int | None = None
+    """Height and width of the body's input, in pixels. Default: those that the weights were made
+    for, 224 for most."""
+    resize: Resize | None = None
+    """crop: resize the shorter side to --size / --crop-pct and crop the centre (as torchvision and
+    timm do); squash: resize both sides to --size; pad: resize the longer side to --size, pad with
+    black. Default: as the weights were evaluated, crop for most."""
+    interpolation: Interpolation | None = None
+    """How pixels are interpolated, always with antialiasing. Default: that of the weights."""
+    crop_pct: float | None = None
+    """Part of the resized image's shorter side that the centre crop keeps, above 0 and up to 1;
+    with squash, of both sides. Default: that of the weights, 0.875 for most; 1 for squash."""
     views: int = 1
     """Views (feature vectors) per image: the first is unchanged, the others are augmented."""
     augment: Literal["side-on", "top-down", "none"] = "side-on"
@@ -48,8 +66,12 @@ class PixelConfig:
     """Do not decode JPEGs with more scans than this (usual progressive JPEGs have 10)."""
 
     def __post_init__(self) -> None:
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ConfigError(
+                f"--crop-pct is {self.crop_pct}.", "above 0, at most 1.", "give e.g. 0.875."
+            )
         for flag, value, low, high in (
-            ("size", self.size, 16, 2048),
+            ("size", self.side, 16, 2048),
             ("views", self.views, 1, 255),
             ("max-pixels", self.max_pixels, 1, 2**31 - 1),
             ("max-scans", self.max_scans, 1, 2**31 - 1),
@@ -58,6 +80,45 @@ class PixelConfig:
                 raise ConfigError(
                     f"--{flag} is {value}.", f"{low} to {high}.", f"give --{flag} in that range."
                 )
+
+    @property
+    def side(self) -> int:
+        """Height and width of the body's input, in pixels."""
+        return DEFAULT_SIZE if self.size is None else self.size
+
+    @property
+    def resized_side(self) -> int:
+        """The length to which `crop` resizes the shorter side, and `squash` both, in pixels.
+
+        Rounded down, as timm does. Without `crop_pct` it is rounded to the nearest, as Arrowhead
+        always did; at 224 pixels and 0.875 both are torchvision's 256.
+        """
+        if self.resize == "pad" or (self.resize == "squash" and self.crop_pct is None):
+            return self.side
+        if self.crop_pct is None:
+            return round(self.side * 8 / 7)
+        return math.floor(self.side / self.crop_pct + 1e-9)
+
+    def complete(self, of_weights: PixelConfig) -> PixelConfig:
+        """These settings, with those of the weights where they are None."""
+        resize = self.resize or of_weights.resize or "crop"
+        if resize == "pad" and self.crop_pct is not None:
+            raise ConfigError(
+                "--crop-pct has no effect with --resize pad, which crops nothing.",
+                "one of the two.",
+                "add --resize crop, or leave --crop-pct out.",
+            )
+        its_crop_pct = of_weights.crop_pct if resize == of_weights.resize else None
+        filled = replace(
+            self,
+            size=self.size or of_weights.side,
+            resize=resize,
+            interpolation=self.interpolation or of_weights.interpolation or "bilinear",
+            crop_pct=self.crop_pct or its_crop_pct,
+        )
+        same = filled.resized_side == replace(filled, crop_pct=None).resized_side
+        # One way to write what gives the same pixels, so that their recipes are the same.
+        return replace(filled, crop_pct=None) if same else filled
 
     @property
     def policy(self) -> str:

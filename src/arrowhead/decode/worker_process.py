@@ -126,7 +126,7 @@ class SubprocessDecoder:
         rule: str = CROPPED_UPRIGHT,
     ) -> None:
         check_decoder_rule(rule)
-        self._shape = (config.views, batch_size, config.size, config.size, 3)
+        self._shape = (config.views, batch_size, config.side, config.side, 3)
         self._settings: dict[str, Any] = {
             "config": dataclasses.asdict(config),
             "batch_size": batch_size,
@@ -418,7 +418,7 @@ def serve() -> None:
     threading.Thread(target=_exit_with_parent, args=(settings["lifeline"],), daemon=True).start()
     connection = Connection(settings["connection"])
     config = PixelConfig(**settings["config"])
-    views, side = config.views, config.size
+    views, side = config.views, config.side
     decoder = Decoder(
         config,
         batch_size=settings["batch_size"],

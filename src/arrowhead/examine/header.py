@@ -57,6 +57,7 @@ def make_header(
                 "backbone",
                 f"{recipe.body}, {recipe.size} pixels, {recipe.resize}",
             ),
+            ("its weights", bundle.weights_sentence),
             ("classes", str(len(bundle.classes))),
         ],
         held_out_sentence=_held_out_sentence(predictions),

@@ -29,8 +29,9 @@ from arrowhead.decode import geometry
 from arrowhead.decode import headers as decode_headers
 from arrowhead.decode.pixels import CROPPED_UPRIGHT, Header
 from arrowhead.features import extract
-from arrowhead.features.feature_maps import FeatureMaps
+from arrowhead.features.feature_maps import FeatureMaps, feature_maps
 from arrowhead.features.recipe import Recipe
+from arrowhead.features.split_maps import SplitMaps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,14 +109,14 @@ def open_explainer(
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     threads = len(os.sched_getaffinity(0))
-    maps, head = FeatureMaps(bundle.make_body(device)), bundle.make_head(device)
+    maps, head = feature_maps(bundle.make_body(device)), bundle.make_head(device)
     with replay.clean_decoder(bundle.recipe, device, threads, BATCH_SIZE) as decode:
         yield lambda images, classes: _explain(bundle.recipe, maps, head, decode, images, classes)
 
 
 def _explain(
     recipe: Recipe,
-    maps: FeatureMaps,
+    maps: FeatureMaps | SplitMaps,
     head: nn.Module,
     decode: Callable[[Sequence[bytes], Sequence[bytes]], Any],
     images: Sequence[bytes],
@@ -152,7 +153,7 @@ class _Outputs:
     maps: the body; head: as `Bundle.make_head`; view_BCHW: uint8 pixels, rows may be padding.
     """
 
-    def __init__(self, maps: FeatureMaps, head: nn.Module, view_BCHW: Tensor) -> None:
+    def __init__(self, maps: FeatureMaps | SplitMaps, head: nn.Module, view_BCHW: Tensor) -> None:
         import torch
 
         self._head = head

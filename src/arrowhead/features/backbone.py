@@ -1,41 +1,31 @@
-"""Bodies: pretrained torchvision backbones without their final layer, one feature row per image.
+"""Bodies: pretrained backbones without their final layer, one feature row per image.
 
-    name, weights          of torchvision, from a file, or random
-      -> load              float32 tensors by name, their sha256, mean and std
+    name, weights          of torchvision or timm, from a file, bundled, or random
+      -> load              float32 tensors by name, their sha256, how their images were prepared
       -> Body              uint8 (B, 3, S, S) -> float32 (B, D), batch norm folded, channels last
 
-Unlike torchvision and timm, loading checks the hash of a cached file, never unpickles code, and
-identifies weights by their tensors, whichever file they came from.
+Unlike torchvision and timm, loading identifies weights by their tensors, whichever file they came
+from, and never unpickles code.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import re
-import socket
-import sys
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from arrowhead.errors import ConfigError, DataError
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.errors import ConfigError
+from arrowhead.features import body_table, networks, timm_bodies, torchvision_bodies
+from arrowhead.features.networks import BUNDLED_BODY, TIMM_PREFIX, Network, Pool, Published, Triple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import nn
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")  # a --weights value that ends so is a file
-DOWNLOAD_TIMEOUT_SECONDS = 20
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")  # torchvision's names: resnet18-f37072fd.pth
-AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, for training only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,18 +33,25 @@ class BodyConfig:
     """The network that turns an image into a feature."""
 
     body: str = "resnet34"
-    """Any torchvision classification network, its final layer removed."""
-    weights: str = "auto"
-    """auto: torchvision's default ImageNet weights, from the torch hub cache or downloaded;
-    a torchvision weights name (IMAGENET1K_V1); a .safetensors or .pth file; or random (untrained).
+    """Any classification network of torchvision (resnet34) or timm (timm/convnext_tiny.fb_in22k, or
+    without the tag timm/convnext_tiny), its final layer removed. `arrowhead backbones` lists them.
     """
-    mean: tuple[float, float, float] | None = None
+    weights: str = "auto"
+    """auto: the published weights, torchvision's from the torch hub cache, timm's from the Hugging
+    Face hub cache, or downloaded; a torchvision weights name (IMAGENET1K_V1); a .safetensors or
+    .pth file; bundled: ImageNet weights that are installed with Arrowhead, for
+    timm/tf_efficientnet_lite0, which is then the default body; or random (untrained)."""
+    mean: Triple | None = None
     """Channel means that the weights were trained with, of pixels scaled to 0..1. Default: those of
-    ImageNet."""
-    std: tuple[float, float, float] | None = None
+    the weights; for a file of a torchvision network those of ImageNet."""
+    std: Triple | None = None
     """Channel standard deviations, likewise."""
-    pool: Literal["avg", "max", "concat"] = "avg"
-    """Pooling from the last feature map to one row; concat joins avg and max, as fast.ai does."""
+    pool: Pool = "auto"
+    """From the last feature map to one row: avg, max, or concat (both, as fast.ai does); from the
+    tokens of a timm transformer: cls (class token), avg (of the other tokens), or cls+avg (both, as
+    DINOv2 does). auto: what the network does itself."""
+    accept_license: bool = False
+    """Use weights whose license restricts their use, such as non-commercial ones or DINOv3's."""
 
     def __post_init__(self) -> None:
         if self.std is not None and not all(value > 0 for value in self.std):
@@ -65,11 +62,23 @@ class BodyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """A body's tensors by name, without the final layer, and the normalization of its input."""
+    """A body's tensors by name, without the final layer, and how to prepare its input.
+
+    Attributes:
+        state: The tensors.
+        mean: Per channel, of pixels scaled to 0..1.
+        std: Likewise.
+        pixels: Size, resize mode, interpolation and crop that the weights were evaluated with.
+        license: Of the weights, in lower case; "" if unknown.
+        source: Where the weights come from: an address, a package, the name of a file, or random.
+    """
 
     state: dict[str, torch.Tensor]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Triple
+    std: Triple
+    pixels: PixelConfig = PixelConfig()
+    license: str = ""
+    source: str = ""
 
     @property
     def sha256(self) -> str:
@@ -80,77 +89,93 @@ class Weights:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """Source and license, for people; not part of a recipe."""
+        return {"source": self.source, "license": self.license or "unknown"}
+
 
 # ------------------------------------------------------------------------------ weights
 
 
 def check_config(config: BodyConfig) -> None:
-    """Raise ConfigError for an unknown body or a missing weights file.
+    """Raise ConfigError for an unknown body, a missing weights file, or an unaccepted license.
 
-    This does not import torch, which would take seconds just to find a typo.
+    This imports neither torch nor timm, which would take seconds just to find a typo, unless the
+    installed timm is newer than Arrowhead's table of its networks.
     """
-    networks = _registered_networks()
-    if networks and config.body not in networks:
-        raise _unknown_body_error(config.body, networks)
-    if Path(config.weights).suffix in WEIGHTS_SUFFIXES:
-        _require_file(Path(config.weights))
+    if not config.body.startswith(TIMM_PREFIX):
+        names = torchvision_bodies.registered_names()
+        if names and config.body not in names:
+            raise torchvision_bodies.unknown_body_error(config.body, names)
+    elif not body_table.has(config.body):
+        timm_bodies.config_of(config.body)
+    if config.weights == "bundled" and config.body.partition(".")[0] != BUNDLED_BODY:
+        raise ConfigError(
+            f"--weights bundled are weights of {BUNDLED_BODY}, not of {config.body}.",
+            f"--body {BUNDLED_BODY}.",
+            "leave --body out, or give other --weights.",
+        )
+    if networks.is_weights_file(config.weights):
+        networks.require_file(Path(config.weights))
+    known = body_table.license_of(config.body, config.weights)
+    if known is not None:
+        _check_license(config, known)
 
 
-def _registered_networks() -> list[str]:
-    """Names of torchvision's classification networks, found in its source by their decorator.
+def _check_license(config: BodyConfig, license: str) -> None:
+    """Raise ConfigError if the license of published weights restricts use and is not accepted."""
+    is_restricted = license not in ("", "unknown", *networks.PERMISSIVE_LICENSES)
+    if config.weights != "random" and is_restricted and not config.accept_license:
+        raise ConfigError(
+            f"The weights of {config.body} are published under the license {license}, which"
+            " restricts what they may be used for.",
+            "that you have read it and accept it.",
+            "add --accept-license, or choose another body (`arrowhead backbones` shows licenses).",
+        )
 
-    Empty if a version of torchvision registers them in another way.
-    """
-    spec = find_spec("torchvision")
-    locations = (spec and spec.submodule_search_locations) or ()
-    folders = [Path(location) / "models" for location in locations]
-    decorated = re.compile(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
-    sources = [file.read_text("utf-8") for folder in folders for file in folder.glob("*.py")]
-    return sorted(name for source in sources for name in decorated.findall(source))
 
-
-def load(config: BodyConfig) -> Weights:
+def load(config: BodyConfig, size: int | None = None) -> Weights:
     """Load the weights that `config` names.
 
+    Args:
+        config: The body and its weights.
+        size: Side of the input in pixels; transformers have weights for one size, which are
+            interpolated to another. None: the size of the weights.
+
     Raises:
-        ConfigError: the body or the weights name is unknown, ImageNet weights are neither in the
+        ConfigError: the body or the weights name is unknown, published weights are neither in the
             cache nor can they be downloaded, or the weights do not fit the body.
         DataError: the file cannot be read.
     """
     import torch
 
-    net, final_layer = _build_without_final_layer(config.body)
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if config.weights == "random":
-        state = dict(_build_network(config.body).state_dict())
-    elif (suffix := Path(config.weights).suffix) in WEIGHTS_SUFFIXES:
-        state = _read_state_dict(Path(config.weights), suffix)
-    else:
-        state, mean, std = _load_torchvision_weights(config)
-    unused = (f"{final_layer}.", *AUXILIARY_HEADS)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+    published = _published(config, size)
+    net, is_unneeded = _build(config.body, size or published.pixels.size)
+    state = {name: t for name, t in published.state.items() if not is_unneeded(name)}
     try:
         with torch.no_grad():
-            _load_tensors(net, state)
+            networks.load_tensors(net, state)
     except RuntimeError as error:
         raise ConfigError(
             f"{config.weights} does not fit {config.body}: {_first_mismatch(error)}",
-            f"the tensors of torchvision's {config.body}, with the same names and shapes.",
+            f"the tensors of {_library(config.body)}'s {config.body.removeprefix(TIMM_PREFIX)},"
+            " with the same names and shapes.",
             "give the --body that the weights were trained for.",
         ) from error
     state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    return Weights(state=state, mean=config.mean or mean, std=config.std or std)
+    return Weights(
+        state=state,
+        mean=config.mean or published.mean,
+        std=config.std or published.std,
+        pixels=published.pixels,
+        license=published.license,
+        source=published.source,
+    )
 
 
-def _load_tensors(net: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load tensors by name, of the version of the network that torchvision builds today.
-
-    A safetensors file holds no version numbers, and MNASNet refuses tensors without its own. Layers
-    get none: batch norms without one may lack the count of batches, which old files do.
-    """
-    versioned = OrderedDict(state)
-    vars(versioned)["_metadata"] = {"": {"version": net._version}}
-    net.load_state_dict(versioned)
+def _library(body: str) -> str:
+    return "timm" if body.startswith(TIMM_PREFIX) else "torchvision"
 
 
 def _first_mismatch(error: RuntimeError) -> str:
@@ -158,207 +183,36 @@ def _first_mismatch(error: RuntimeError) -> str:
     return lines[0][:200] if lines else str(error)[:200]
 
 
-def _read_state_dict(path: Path, suffix: str) -> dict[str, torch.Tensor]:
-    import safetensors.torch
-    import torch
-
-    _require_file(path)
-    try:
-        if suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise DataError(
-            f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0][:200]}",
-            "tensors by name: safetensors, or a state dict saved by torch.save.",
-            "save it again with safetensors; pickled models are not opened.",
-        ) from error
+def _build(body: str, size: int | None) -> tuple[nn.Module, Callable[[str], bool]]:
+    """A network without its final layer, and which tensors of its weights it does not need."""
+    if body.startswith(TIMM_PREFIX):
+        return timm_bodies.build(body, size)
+    return torchvision_bodies.build(body, size)
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(
-            f"--weights {path} does not exist.",
-            "a .safetensors or .pth file of the body's weights.",
-            "check the path, or use --weights auto.",
-        )
+def _published(config: BodyConfig, size: int | None) -> Published:
+    """The weights as their maker loads them; ConfigError if their license is not accepted."""
+    body, weights = config.body, config.weights
+    if body.startswith(TIMM_PREFIX):
+        _check_license(config, timm_bodies.license_of_name(body, weights))
+        return timm_bodies.published_weights(body, weights, size)
+    if weights == "random":
+        return Published(state=torchvision_bodies.random_state(body, size))
+    if networks.is_weights_file(weights):
+        path = Path(weights)
+        return Published(state=networks.read_state_dict(path), source=path.name)
+    _check_license(config, torchvision_bodies.license_of_name(body, weights))
+    return torchvision_bodies.published_weights(body, weights)
 
 
-def _load_torchvision_weights(config: BodyConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """The state dict, mean and std of weights that torchvision knows by name."""
-    import torch
-
-    models = _import_torchvision_models()
-    available = models.get_model_weights(config.body)
-    try:
-        weights = available["DEFAULT" if config.weights == "auto" else config.weights]
-    except KeyError:
-        raise ConfigError(
-            f"{config.body} has no weights called {config.weights!r}.",
-            f"auto, random, a .safetensors or .pth file, or {', '.join(available.__members__)}.",
-            "give one of these.",
-        ) from None
-    name = weights.url.rpartition("/")[2]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not cached.is_file():
-        _download(config.body, weights.url, cached)
-    _check_hash_in_name(cached)
-    preset = weights.transforms()
-    mean, std = getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD)
-    return _read_state_dict(cached, ".pth"), tuple(mean), tuple(std)
-
-
-def _download(body: str, url: str, cached: Path) -> None:
-    """Download torchvision's file into torch's cache, where it appears only with the right hash."""
-    import torch
-
-    previous_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # urllib would wait forever
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        digest = HASH_IN_NAME.search(cached.name)
-        torch.hub.download_url_to_file(
-            url, str(cached), hash_prefix=digest[1] if digest else None, progress=False
-        )
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise ConfigError(
-            f"The ImageNet weights of {body} are not in torch's cache ({cached}) and could not be"
-            f" downloaded from {url}: {error or type(error).__name__}.",
-            "the file in the cache, or a network connection.",
-            "give a file that you have (--weights PATH.safetensors or PATH.pth), or use untrained"
-            " weights (--weights random).",
-        ) from error
-    finally:
-        socket.setdefaulttimeout(previous_timeout)
-
-
-def _check_hash_in_name(cached: Path) -> None:
-    """Compare a cached file with the start of the sha256 in its name.
-
-    torch checks this only when it downloads the file.
-    """
-    expected = HASH_IN_NAME.search(cached.name)
-    with cached.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if expected and not actual.startswith(expected[1]):
-        raise DataError(
-            f"{cached} is damaged: its sha256 starts with {actual[:8]}.",
-            f"{expected[1]}, as its name says.",
-            "delete the file; it is downloaded again.",
-        )
-
-
-# ----------------------------------------------------------------------------- networks
-
-
-def _import_torchvision_models() -> Any:
-    """Import torchvision.models without torch's compiler.
-
-    torchvision's detection operators import the compiler for one predicate, which takes 2.3 s where
-    the rest of the import takes 0.2 s. Classification networks never call it, so a stub replaces
-    the module during the import.
-    """
-    name = "torch._dynamo.utils"
-    if "torchvision" not in sys.modules and name not in sys.modules:
-        stub = ModuleType(name)
-        stub.is_compile_supported = lambda device: False  # type: ignore[attr-defined]
-        sys.modules[name] = stub
-        try:
-            import torchvision
-        except ImportError:  # this version of torchvision needs more than the stub has
-            for module in [one for one in sys.modules if one.partition(".")[0] == "torchvision"]:
-                del sys.modules[module]
-        finally:
-            del sys.modules[name]
-    import torchvision.models
-
-    return torchvision.models
-
-
-def _build_network(body: str) -> nn.Module:
-    models = _import_torchvision_models()
-    networks = models.list_models(module=models)
-    if body not in networks:
-        raise _unknown_body_error(body, networks)
-    import torch
-
-    # These two have auxiliary heads for training, and normalize their input in another way.
-    is_inception = body in ("googlenet", "inception_v3")
-    options = {"aux_logits": False, "init_weights": False, "transform_input": True}
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
-        torch.manual_seed(0)  # a random body is the same on every worker
-        net: nn.Module = models.get_model(body, weights=None, **options if is_inception else {})
-        return net
-
-
-def _unknown_body_error(body: str, networks: list[str]) -> ConfigError:
-    close = difflib.get_close_matches(body, networks, 3)
-    return ConfigError(
-        f"torchvision has no classification network called {body!r}.",
-        f"one of its {len(networks)}, such as resnet34, mobilenet_v2 or convnext_tiny.",
-        f"did you mean {' or '.join(close)}?" if close else "see torchvision.models.",
-    )
-
-
-def _size_error(body: str, size: int, error: Exception) -> ConfigError:
-    """The error for images of a size that a network does not take."""
-    models = _import_torchvision_models()
-    preset = models.get_model_weights(body)["DEFAULT"].transforms()
-    usual = getattr(preset, "crop_size", [224])[0]
-    reason = str(error).strip().splitlines()[0][:200]
-    if size == usual:
-        return ConfigError(
-            f"{body} cannot compute features: {reason}.",
-            "a network that takes one batch of pixels and returns one row for each image.",
-            "give another --body.",
-        )
-    return ConfigError(
-        f"{body} cannot compute features of {size} x {size} pixels: {reason}.",
-        f"a size that this network takes, such as {usual}, which it was trained with.",
-        f"give --size {usual}, or another --body.",
-    )
-
-
-def _build_without_final_layer(body: str) -> tuple[nn.Module, str]:
-    """The network with its final layer replaced by the identity, and the name of that layer."""
-    from torch import nn
-
-    net = _build_network(body)
-    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ConfigError(
-            f"{body} has no linear layer at its end that could be removed.",
-            "a network whose last layer is linear, as in nearly all of torchvision's.",
-            "give another --body.",
-        )
-    parent, _, attribute = linear[-1].rpartition(".")
-    setattr(net.get_submodule(parent), attribute, nn.Identity())
-    return net.eval(), linear[-1]
-
-
-def _feature_map_layers(net: nn.Module, body: str) -> nn.Module:
-    """The layers of a network that compute its last feature map (B, C, H, W)."""
-    from torch import nn
-
-    if body.startswith("densenet"):  # its last activation is a function, not a module
-        return nn.Sequential(net.features, nn.ReLU(inplace=True))  # type: ignore[arg-type]
-    if hasattr(net, "features") and not body.startswith("swin"):
-        return net.features  # type: ignore[return-value]
-    children = dict(net.named_children())
-    if "avgpool" in children and body not in ("googlenet", "inception_v3"):
-        return nn.Sequential(*list(children.values())[: list(children).index("avgpool")])
-    raise ConfigError(
-        f"{body} has no feature map, which --pool max and concat need.",
-        "a convolutional network for --pool max or concat.",
-        "use --pool avg.",
-    )
+# ----------------------------------------------------------------------------- the body
 
 
 class Body:
     """Computes features on one device: uint8 pixels (B, 3, S, S) -> float32 (B, D); inference only.
 
-    module: the torch module, from uint8 pixels to features; width: D; name, pool: as in the recipe;
-    device: where it runs.
+    module: the torch module, from uint8 pixels to features; width: D; size: S; name: as in the
+    recipe; pool: likewise, with auto resolved; device: where it runs.
     """
 
     def __init__(
@@ -367,26 +221,32 @@ class Body:
         weights: Mapping[str, torch.Tensor],
         *,
         pool: str,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        mean: Triple,
+        std: Triple,
         size: int = 224,
         device: str = "cpu",
     ) -> None:
         import torch
 
-        net, _ = _build_without_final_layer(body)
-        _load_tensors(net, weights)
-        fused = _fuse_batch_norms(net if pool == "avg" else _feature_map_layers(net, body))
-        fused.to(memory_format=torch.channels_last)
-        self.module = _make_feature_extractor(fused, pool, mean, std).to(device)
-        self.name, self.pool, self.device = body, pool, torch.device(device)
-        black_images = torch.zeros((16, 3, size, size), dtype=torch.uint8, device=device)
+        net, _ = _build(body, size)
+        networks.load_tensors(net, weights)
+        network = (
+            timm_bodies.assemble(net, body, pool, size)
+            if body.startswith(TIMM_PREFIX)
+            else torchvision_bodies.assemble(net, body, pool)
+        )
+        network.net.to(memory_format=torch.channels_last)
+        self.module = _make_feature_extractor(network, mean, std).to(device)
+        self.name, self.pool, self.size = body, network.pool, size
+        self.device = torch.device(device)
+        black_image = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=device)
         try:
-            self.width = int(self(black_images).shape[1])
+            self.width = int(self(black_image).shape[1])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:  # which one depends on the network
-            raise _size_error(body, size, error) from error
+            usual = next((row.size for row in body_table.rows(body)), 224)
+            raise networks.size_error(body, size, usual, error) from error
 
     def __call__(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Features of a batch, in the order of its images; with float16 arithmetic on CUDA."""
@@ -403,14 +263,8 @@ class Body:
         return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda")
 
 
-def _make_feature_extractor(
-    net: nn.Module, pool: str, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> nn.Module:
-    """Build the module that normalizes pixels, runs `net` and pools.
-
-    net: for pool avg the network without its final layer, which pools itself; else the layers up to
-    the last feature map.
-    """
+def _make_feature_extractor(network: Network, mean: Triple, std: Triple) -> nn.Module:
+    """Build the module that normalizes pixels, runs the network and pools."""
     import torch
     from torch import nn
 
@@ -420,7 +274,7 @@ def _make_feature_extractor(
 
         def __init__(self) -> None:
             super().__init__()
-            self.net = net
+            self.net = network.net
             self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
             self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -432,23 +286,6 @@ def _make_feature_extractor(
             return scaled.contiguous(memory_format=torch.channels_last)
 
         def pool_output(self, net_output: torch.Tensor) -> torch.Tensor:
-            out = net_output.float()
-            if pool == "avg":
-                return out.flatten(1)
-            highest = out.amax((2, 3))
-            return highest if pool == "max" else torch.cat([out.mean((2, 3)), highest], 1)
+            return network.pool_output(net_output.float())
 
     return FeatureExtractor().eval()
-
-
-def _fuse_batch_norms(net: nn.Module) -> nn.Module:
-    """Fold batch norms into the convolutions before them (1.24x to 1.29x as fast).
-
-    Networks that torch.fx cannot trace stay as they are: same features, slower.
-    """
-    from torch.fx.experimental.optimization import fuse
-
-    try:
-        return fuse(net)
-    except Exception:
-        return net

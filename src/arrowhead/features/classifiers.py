@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arrowhead.errors import ConfigError
-from arrowhead.features import backbone
+from arrowhead.features import torchvision_bodies
+from arrowhead.features.networks import TIMM_PREFIX
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,9 +44,15 @@ def classifier(body: str, classes: int) -> Classifier:
     import torch
     from torch import nn
 
-    models = backbone._import_torchvision_models()
+    if body.startswith(TIMM_PREFIX):
+        raise ConfigError(
+            f"{body} is a network of timm, whose weights cannot be written for timm yet.",
+            "a network of torchvision.",
+            "export with --format onnx or pt2.",
+        )
+    models = torchvision_bodies.import_models()
     options: dict[str, Any] = {"num_classes": classes}
-    if body in ("googlenet", "inception_v3"):  # as `backbone` builds them
+    if body in ("googlenet", "inception_v3"):  # as `torchvision_bodies` builds them
         options |= {"aux_logits": False, "init_weights": False, "transform_input": True}
     with torch.random.fork_rng(devices=[]):
         net: nn.Module = models.get_model(body, weights=None, **options)

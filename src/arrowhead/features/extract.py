@@ -31,10 +31,11 @@ from safetensors import SafetensorError
 
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data.catalog import Catalog
-from arrowhead.decode.pixels import CROPPED_UPRIGHT, PixelConfig
+from arrowhead.decode.pixels import CROPPED_UPRIGHT, Interpolation, PixelConfig
 from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features.backbone import Body, BodyConfig, Weights
+from arrowhead.features.networks import TIMM_PREFIX
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.shard_file import ShardRows
 from arrowhead.features.store import Store
@@ -43,6 +44,10 @@ from arrowhead.runtime.worker import Worker
 if TYPE_CHECKING:
     import torch
 
+INTERPOLATIONS: dict[Interpolation, str] = {
+    "bilinear": "linear",
+    "bicubic": "cubic",
+}  # torchvision's names and DALI's
 STAGES = ("read", "decode", "forward", "write")
 
 
@@ -114,14 +119,21 @@ class StageTimer:
 
 
 def make_recipe(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: int) -> Recipe:
-    """The recipe of these settings."""
+    """The recipe of these settings; what they leave open is as the weights were made for.
+
+    Of a network of timm, `body` must name the pooling: `Body.pool` says what auto is for it.
+    """
+    pixels = pixels.complete(weights.pixels)
+    assert body.pool != "auto" or not body.body.startswith(TIMM_PREFIX)
     return Recipe(
         body=body.body,
         weights=weights.sha256,
-        pool=body.pool,
+        pool="avg" if body.pool == "auto" else body.pool,
         width=width,
-        size=pixels.size,
-        resize=pixels.resize,
+        size=pixels.side,
+        resize=pixels.resize or "crop",
+        interpolation=INTERPOLATIONS[pixels.interpolation or "bilinear"],
+        crop_pct=pixels.crop_pct,
         mean=weights.mean,
         std=weights.std,
         views=pixels.views,
@@ -133,13 +145,21 @@ def make_recipe(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: 
 
 def make_pixel_config(recipe: Recipe) -> PixelConfig:
     """The pixel settings of a recipe, with default limits, which are not part of it."""
-    return PixelConfig(
+    interpolation = next(
+        ours for ours, dali in INTERPOLATIONS.items() if dali == recipe.interpolation
+    )
+    config = PixelConfig(
         size=recipe.size,
         resize=recipe.resize,  # type: ignore[arg-type]
+        interpolation=interpolation,
+        crop_pct=recipe.crop_pct,
         views=recipe.views,
         augment=recipe.augment,  # type: ignore[arg-type]
         augment_seed=recipe.augment_seed,
     )
+    if recipe.resize != "crop":
+        return config
+    return replace(config, crop_pct=config.side / config.resized_side)
 
 
 # ----------------------------------------------------------------------- extraction stage

@@ -23,6 +23,7 @@ from arrowhead.features import extract as features_extract
 from arrowhead.features.backbone import BodyConfig, Weights
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.golden_images import GoldenConfig
+from arrowhead.features.networks import BUNDLED_BODY, TIMM_PREFIX
 from arrowhead.features.store import Store
 
 
@@ -54,6 +55,9 @@ def complete_from_store(
     Raises:
         ConfigError: an explicit setting contradicts the recipe.
     """
+    if config.body.weights == "bundled" and "body" not in explicit:
+        bundled = dataclasses.replace(config.body, body=BUNDLED_BODY)
+        config = dataclasses.replace(config, body=bundled)
     if not (path / "store.json").is_file():
         return config
     store = Store(path)
@@ -62,12 +66,13 @@ def complete_from_store(
     stored: dict[str, Any] = {"body": recipe.body, "pool": recipe.pool}
     stored |= {"mean": recipe.mean, "std": recipe.std}
     stored |= {"size": pixels.size, "resize": pixels.resize, "views": pixels.views}
+    stored |= {"interpolation": pixels.interpolation, "crop_pct": pixels.crop_pct}
     if pixels.views > 1:
         stored |= {"augment": pixels.augment, "augment_seed": pixels.augment_seed}
     requested = {f.name: getattr(config.body, f.name) for f in dataclasses.fields(BodyConfig)}
     requested |= {f.name: getattr(config.pixels, f.name) for f in dataclasses.fields(PixelConfig)}
     for name, value in stored.items():
-        if name in explicit and requested[name] != value:
+        if name in explicit and requested[name] not in (value, None, "auto"):
             flag = "--" + name.replace("_", "-")
             argument = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise ConfigError(
@@ -76,14 +81,14 @@ def complete_from_store(
                 f"leave {flag} out (the store's value is used), give {flag} {argument}, or write to"
                 " another folder.",
             )
+    has_own = "weights" not in explicit and store.weights_path.is_file()
     body = BodyConfig(
         body=recipe.body,
-        weights=config.body.weights
-        if "weights" in explicit or not store.weights_path.is_file()
-        else str(store.weights_path),
+        weights=str(store.weights_path) if has_own else config.body.weights,
         mean=recipe.mean,
         std=recipe.std,
         pool=recipe.pool,  # type: ignore[arg-type]
+        accept_license=has_own or config.body.accept_license,  # asked when the store was made
     )
     limits = {name: getattr(config.pixels, name) for name in ("max_pixels", "max_scans")}
     source, dropped = config.source, path / drop_list.DROPPED_FILE
@@ -95,33 +100,43 @@ def complete_from_store(
 
 def recipe_flags(store: Store) -> list[str]:
     """The flags with which another store gets the recipe of this one, apart from its views."""
-    recipe, default = store.recipe, PixelConfig()
+    recipe = store.recipe
     flags = ["--body", recipe.body, "--weights", str(store.weights_path)]
     for name in ("mean", "std"):
         flags += [f"--{name}", *map(str, getattr(recipe, name))]
-    if recipe.pool != BodyConfig().pool:
-        flags += ["--pool", recipe.pool]
-    for name in ("size", "resize"):
-        if (value := getattr(recipe, name)) != getattr(default, name):
-            flags += [f"--{name}", str(value)]
+    is_timm = recipe.body.startswith(TIMM_PREFIX)
+    flags += ["--pool", recipe.pool] if recipe.pool != "avg" or is_timm else []
+    pixels, default = features_extract.make_pixel_config(recipe), PixelConfig()
+    # A file says nothing of pixels: for a network of torchvision these then have fixed defaults,
+    # for one of timm those of its published weights.
+    default = dataclasses.replace(
+        default.complete(default), crop_pct=pixels.side / round(pixels.side * 8 / 7)
+    )
+    for name in ("size", "resize", "interpolation", "crop_pct"):
+        value = getattr(pixels, name)
+        if value is not None and (is_timm or value != getattr(default, name)):
+            flags += [f"--{name.replace('_', '-')}", str(value)]
     return flags
 
 
-def resolve_weights(path: Path, body: BodyConfig) -> Weights:
+def resolve_weights(path: Path, body: BodyConfig, size: int | None = None) -> Weights:
     """Load the weights that `body` names: usually those in the store at `path`, if it exists.
+
+    size: Side of the input in pixels, None for that of the weights.
 
     Raises:
         DataError: the store's weights are damaged.
         ConfigError: `body` names other weights than those that made the store.
     """
     if not (path / "store.json").is_file():
-        return backbone.load(body)
+        return backbone.load(body, size)
     store = Store(path)
     recipe = store.recipe
     if body.weights == str(store.weights_path):
         state = features_extract.load_weights(recipe, store.weights_path)
-        return Weights(state=state, mean=recipe.mean, std=recipe.std)
-    weights = backbone.load(body)
+        pixels = features_extract.make_pixel_config(recipe)
+        return Weights(state=state, mean=recipe.mean, std=recipe.std, pixels=pixels)
+    weights = backbone.load(body, recipe.size)
     if body.body == recipe.body and weights.sha256 != recipe.weights:
         raise ConfigError(
             f"{path} was made with other weights than --weights {body.weights}: their sha256 is"

@@ -6,6 +6,7 @@
 
 The map is found in the network's torch.fx graph: the input of its last average pooling. A vision
 transformer does not pool; its map is the tokens of the patches that its last attention layer reads.
+For timm's networks see `split_maps`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from arrowhead.errors import ConfigError
 from arrowhead.features.backbone import Body
+from arrowhead.features.networks import TIMM_PREFIX
+from arrowhead.features.split_maps import SplitMaps, no_map_error
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 
 # Layers that may follow the pooling if the features are still the average of the map.
 SHAPE_LAYERS = {"flatten", "Dropout", "Flatten", "Identity", "output"}
+
+
+def feature_maps(body: Body) -> FeatureMaps | SplitMaps:
+    """What gives the last feature map of a body; ConfigError if there is none."""
+    return SplitMaps(body) if body.name.startswith(TIMM_PREFIX) else FeatureMaps(body)
 
 
 class FeatureMaps:
@@ -43,7 +50,7 @@ class FeatureMaps:
         self._body = body
         self._module: Any = body.module
         if not isinstance(self._module.net, fx.GraphModule):
-            raise _no_map_error(body.name)
+            raise no_map_error(body.name)
         nodes = list(self._module.net.graph.nodes)
         layers = [_layer(self._module.net, node) for node in nodes]
         self._has_tokens = self.averaged = False
@@ -57,7 +64,7 @@ class FeatureMaps:
             reader = len(names) - 1 - names[::-1].index("MultiheadAttention")
             self._has_tokens = True
         else:
-            raise _no_map_error(body.name)
+            raise no_map_error(body.name)
         self._map_node = nodes[reader].all_input_nodes[0]
         self._start, self._stride = _receptive_fields(self._module.net, self._map_node)
 
@@ -178,11 +185,3 @@ def _receptive_fields(net: fx.GraphModule, map_node: fx.Node) -> tuple[float, fl
         if node is map_node:
             break
     return fields[map_node]
-
-
-def _no_map_error(body: str) -> ConfigError:
-    return ConfigError(
-        f"No feature map was found in {body}.",
-        "a network that averages its last feature map, or a vision transformer.",
-        "use another --body if you want to see where the network looked.",
-    )

@@ -9,7 +9,6 @@ Nothing is repaired here: a finding names the file and says what to do.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,8 +72,9 @@ def info(path: Path) -> dict[str, Any]:
     faults = fault_kinds.total()
     return {
         "store": str(path),
-        "recipe": dataclasses.asdict(store.recipe),
+        "recipe": store.recipe.to_dict(),
         "fingerprint": store.recipe.fingerprint,
+        "weights": store.weights_origin,
         "classes": manifest["classes"],
         "images": len(catalog),
         "features": len(catalog) - faults,

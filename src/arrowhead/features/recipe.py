@@ -20,18 +20,23 @@ class Recipe:
 
     format: int = FORMAT
     body: str
-    """torchvision's name of the network."""
+    """torchvision's name of the network, or timm's after timm/."""
     weights: str
     """sha256 of the body's tensors, see `backbone.Weights.sha256`."""
     pool: str
-    """Pooling of the last feature map: avg, max or concat (both)."""
+    """avg (for a network of torchvision what it does itself), max, concat (both), cls (class
+    token), cls+avg, or own (what another network of timm does itself)."""
     width: int
     """Numbers per feature (D)."""
     size: int
     """Side of the square input image, in pixels."""
     resize: str
-    """crop (shorter side to 8/7 of size, then a center crop), squash, or pad."""
+    """crop (shorter side to size / crop_pct, then a center crop), squash, or pad."""
     interpolation: str = "linear"
+    """linear or cubic, as DALI names them."""
+    crop_pct: float | None = None
+    """None: 7/8, with the resized side rounded to the nearest pixel; 1 for squash and pad. It is
+    then not written, so recipes from before there was such a field keep their fingerprint."""
     antialias: bool = True
     mean: tuple[float, float, float]
     """Per channel, of pixels scaled to 0..1."""
@@ -47,7 +52,14 @@ class Recipe:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are written."""
+        fields = dataclasses.asdict(self)
+        if self.crop_pct is None:
+            del fields["crop_pct"]
+        return fields
 
     @property
     def fingerprint(self) -> str:
@@ -65,7 +77,7 @@ class Recipe:
         Raises DataError if it has another format.
         """
         field_names = {field.name for field in dataclasses.fields(Recipe)}
-        if fields.get("format") != FORMAT or set(fields) != field_names:
+        if fields.get("format") != FORMAT or {*fields, "crop_pct"} != field_names:
             raise DataError(
                 f"{where} holds a recipe of format {fields.get('format')}.",
                 f"format {FORMAT}, with the fields that this version knows.",

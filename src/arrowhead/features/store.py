@@ -27,7 +27,6 @@ compared: a flipped bit can crash it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import shlex
@@ -114,10 +113,15 @@ class Store:
         fileio.check_schema(content, STORE_SCHEMA, str(path / "store.json"), REPAIR)
         self.recipe = Recipe.from_dict(content.get("recipe", {}), str(path / "store.json"))
         self.chunk_size = int(content["chunk_size"])
+        self.weights_origin: dict[str, str] | None = content.get("weights")
 
     @staticmethod
-    def create(path: Path, recipe: Recipe, chunk_size: int) -> Store:
+    def create(
+        path: Path, recipe: Recipe, chunk_size: int, origin: dict[str, str] | None = None
+    ) -> Store:
         """Create the store at `path` for this recipe, or open it if it exists.
+
+        origin: source and license of the weights, for people.
 
         Raises ConfigError if it exists with another recipe.
         """
@@ -126,7 +130,8 @@ class Store:
             store.recipe.require_equal(recipe, str(path), "this run")
             return store
         output_paths.check_output_folder(path, "store")
-        content = {"recipe": dataclasses.asdict(recipe), "chunk_size": chunk_size}
+        content: dict[str, Any] = {"recipe": recipe.to_dict(), "chunk_size": chunk_size}
+        content |= {"weights": origin} if origin else {}
         content |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
         fileio.write_sealed(path / "store.json", content)
         return Store(path)

@@ -45,10 +45,15 @@ RECIPE_SCHEMA = {
     **dict.fromkeys(("format", "augment_seed"), int),
     **dict.fromkeys(("mean", "std"), _three_numbers),
     "antialias": bool,
+    "crop_pct?": float,  # absent: 7/8
 }
 CORRECTIONS_NAME = re.compile(r"corrections-([0-9a-f]{16})\.arrow")  # the start of its sha256
 IMAGE_ID = re.compile("[0-9a-f]{32}")
-STORE_SCHEMA = {"recipe": dict, "chunk_size": _positive}
+STORE_SCHEMA = {
+    "recipe": dict,
+    "chunk_size": _positive,
+    "weights?": {"source": str, "license": str},  # absent in older stores
+}
 MANIFEST_SCHEMA = {
     "classes": [str],
     "catalog": {

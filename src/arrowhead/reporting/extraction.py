@@ -34,6 +34,16 @@ def show_taken_back(images: int, screen: Screen) -> None:
         screen.say(f"{pluralize(images, 'image')} left out by an earlier --drop: back again")
 
 
+def show_body(store: Store, screen: Screen) -> None:
+    """Show the license of the body's weights, if it is known."""
+    origin = store.weights_origin or {}
+    if origin.get("license", "unknown") != "unknown":
+        recipe = store.recipe
+        screen.say(
+            f"body {recipe.body}: weights under {origin['license']}, from {origin['source']}"
+        )
+
+
 def _task(catalog: Catalog) -> str:
     """One line: labels per image, the number of classes and their first names."""
     classes = catalog.classes
