@@ -375,7 +375,8 @@ def test_prefetch_stops_its_thread_when_the_consumer_stops() -> None:
 def test_the_pixel_config_can_be_restored_from_a_recipe(
     body_recipe_weights: tuple[Body, Recipe, Path],
 ) -> None:
-    assert make_pixel_config(body_recipe_weights[1]) == PIXELS
+    restored = make_pixel_config(body_recipe_weights[1])
+    assert restored.complete(PixelConfig()) == PIXELS.complete(PixelConfig())
     assert body_recipe_weights[1].augment == "side-on"
 
 

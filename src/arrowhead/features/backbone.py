@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Of timm's networks: some give other last bits for 17 images than for 16 or 32.
+ROW_MULTIPLE = 16
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BodyConfig:
     """The network that turns an image into a feature."""
@@ -241,7 +245,8 @@ class Body:
         self.device = torch.device(device)
         black_image = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=device)
         try:
-            self.width = int(self(black_image).shape[1])
+            with torch.inference_mode(), self.autocast():
+                self.width = int(self.module(black_image).shape[1])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:  # which one depends on the network
@@ -252,9 +257,14 @@ class Body:
         """Features of a batch, in the order of its images; with float16 arithmetic on CUDA."""
         import torch
 
+        rows = len(pixels_BCHW)
+        missing = -rows % ROW_MULTIPLE if self.name.startswith(TIMM_PREFIX) else 0
+        if missing:
+            black_images = pixels_BCHW.new_zeros((missing, *pixels_BCHW.shape[1:]))
+            pixels_BCHW = torch.cat([pixels_BCHW, black_images])
         with torch.inference_mode(), self.autocast():
             out: torch.Tensor = self.module(pixels_BCHW.to(self.device))
-            return out
+            return out[:rows]
 
     def autocast(self) -> torch.autocast:
         """The context in which the module runs: float16 arithmetic on CUDA."""
