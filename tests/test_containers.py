@@ -280,6 +280,7 @@ def test_torn_tar_costs_only_what_is_behind_the_tear(tmp_path: Path) -> None:
     assert [fault for _, fault in read].count(None) == 7
     assert read[5] == (b"", "truncated: a.tar is cut off in it, after 100 bytes")
     assert "cut off or damaged, what follows is lost: a.tar: its member 5.jpg" in notes_of(catalog)
+    assert "5 whole images before that" in notes_of(catalog)
     (tmp_path / "a.tar").write_bytes(whole)
     assert len(sources.labelled_catalog(tmp_path)) == 11
 
@@ -291,7 +292,7 @@ def test_damaged_header_in_the_middle_ends_a_tar_and_is_named(tmp_path: Path) ->
     catalog = sources.labelled_catalog(tmp_path / "a.tar")
     assert catalog.paths == ["a.tar/0.jpg", "a.tar/1.jpg"]
     assert "checksum" in notes_of(catalog)
-    assert "2 images before that" in notes_of(catalog)
+    assert "2 whole images before that" in notes_of(catalog)
 
 
 def test_tar_cut_between_members_is_named(tmp_path: Path) -> None:

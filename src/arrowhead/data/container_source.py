@@ -251,7 +251,8 @@ def _read_tars(rows: Rows, found: list[Container], config: SourceConfig) -> None
         index = indexes[number]
         left_out.update(index.left_out)
         if index.damage:
-            rest = f"{pluralize(len(index.images), 'image')} before that"
+            whole = sum(image.offset + image.size <= one.size for image in index.images)
+            rest = f"{pluralize(whole, 'whole image')} before that"
             damaged.append(f"{one.path}: {index.damage}, {rest}")
         if index.unmarked:
             unmarked.append(one.path)
