@@ -165,7 +165,7 @@ def find_containers(source: str | Path) -> tuple[str, list[Container]]:
             raise ConfigError(
                 f"{source} cannot be read: {error}.",
                 "a folder of images or shards, or one tar, Parquet or Arrow file.",
-                "check the spelling.",
+                "check the spelling; to give several shards, give their folder, not a pattern.",
             ) from error
     root = path_text.resolve(source)
     files = listing.list_files(root, tuple(suffix.encode() for suffix in ALL_SUFFIXES))
