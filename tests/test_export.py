@@ -18,6 +18,7 @@ import onnxruntime
 import polars
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from numpy.typing import NDArray
@@ -292,6 +293,33 @@ def test_torchvision_loads_the_weights_and_gives_the_logits_of_the_bundle(
     )
 
 
+def test_timm_loads_the_weights_and_gives_the_logits_of_the_bundle(
+    bundled: Callable[..., Path], pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    path = bundled(name="timm/resnet18", temperature=0.1)
+    loaded = bundle_format.load(path)
+    result = export.export(path, tmp_path, ExportConfig(format="timm"))
+    assert result["build"] == "timm.create_model('resnet18', num_classes=3)"
+    net = timm.create_model(
+        "resnet18", num_classes=3, checkpoint_path=tmp_path / "model.safetensors"
+    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (loaded.recipe.mean, loaded.recipe.std))
+    with torch.inference_mode():
+        logits = net.eval()((torch.from_numpy(pixels) / 255 - mean) / std)
+        expected = loaded.make_head()(loaded.make_body()(torch.from_numpy(pixels)))
+        expected /= loaded.temperature
+    assert expected.abs().max() > 0.3
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_the_other_librarys_format_is_refused_with_the_right_one(
+    bundled: Callable[..., Path], plain_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is of torchvision, not of timm"):
+        export.export(plain_bundle, tmp_path / "out", ExportConfig(format="timm"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_the_folded_layer_equals_standardization_linear_layer_and_temperature() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -314,6 +342,10 @@ FAMILIES = [
     "mobilenet_v3_small",
     "shufflenet_v2_x0_5",
     "swin_t",
+    "timm/convnext_atto",
+    "timm/mobilenetv3_small_050",
+    "timm/tf_efficientnet_lite0",
+    "timm/vit_tiny_patch16_224",
     "vgg11",
     "vit_b_16",
 ]
@@ -321,21 +353,21 @@ FAMILIES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", FAMILIES)
-def test_the_head_folds_into_the_last_layer_of_every_family_of_torchvision(
-    body: str, tmp_path: Path
-) -> None:
-    weights = backbone.load(BodyConfig(body=body, weights="random"))
-    size = 224 if body in ("swin_t", "vit_b_16") else 96
+def test_the_head_folds_into_the_last_layer_of_every_family(body: str, tmp_path: Path) -> None:
+    size = 224 if body == "swin_t" or "vit_" in body else 96
+    weights = backbone.load(BodyConfig(body=body, weights="random"), size)
     net = backbone.Body(
-        body, weights.state, pool="avg", mean=weights.mean, std=weights.std, size=size
+        body, weights.state, pool="auto", mean=weights.mean, std=weights.std, size=size
     )
     state = heads.build_head("linear", net.width, 3, seed=4).state_dict()
     generator = torch.Generator().manual_seed(0)
     state["0.mean"] = torch.randn(net.width, generator=generator)
     state["0.deviation"] = torch.rand(net.width, generator=generator) + 0.5
-    config = BodyConfig(body=body, weights="random")
+    config = BodyConfig(body=body, weights="random", pool=net.pool)  # type: ignore[arg-type]
     bundle = Bundle(
-        recipe=extract.make_recipe(PixelConfig(size=size), config, weights, net.width),
+        recipe=extract.make_recipe(
+            PixelConfig(size=size).complete(weights.pixels), config, weights, net.width
+        ),
         classes=["a", "b", "c"],
         head="linear",
         temperature=0.7,
@@ -345,9 +377,8 @@ def test_the_head_folds_into_the_last_layer_of_every_family_of_torchvision(
         lineage={},
     )
     bundle_format.save(bundle, tmp_path / "bundle")
-    result = export.export(
-        tmp_path / "bundle", tmp_path / "out", ExportConfig(format="torchvision")
-    )
+    library = "timm" if body.startswith("timm/") else "torchvision"
+    result = export.export(tmp_path / "bundle", tmp_path / "out", ExportConfig(format=library))
     assert result["largest_difference"] < 1e-4
     network = eval(result["build"])  # the expression that users are shown
     network.load_state_dict(safetensors.torch.load_file(result["file"]))

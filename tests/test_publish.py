@@ -18,6 +18,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
+import timm.data
 import torch
 import torchvision
 from conftest import Command
@@ -197,6 +199,32 @@ def test_with_photos_the_golden_images_are_published_too(small: Path, tmp_path: 
     assert loaded.known_images is not None
     assert "`bundle/golden` has 3 photos" in (tmp_path / "out" / "README.md").read_text()
     assert "corrections" not in loaded.lineage and "run_id" not in loaded.lineage
+
+
+def test_timm_loads_a_published_folder_with_its_settings(
+    bundled: Callable[..., Path],
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = bundled(
+        name="timm/resnet10t",
+        temperature=0.01,
+        lineage={"weights": {"source": "hf-hub:x", "license": "cc0"}},
+    )
+    publish.publish(path, tmp_path / "out", PublishConfig())
+    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    settings = timm.data.resolve_model_data_config(net)
+    recipe = bundle_format.load(path).recipe
+    assert (settings["mean"], settings["std"]) == (list(recipe.mean), list(recipe.std))
+    assert settings["input_size"] == [3, 64, 64]
+    lines = run_card_code(tmp_path / "out", photo, monkeypatch, capsys)
+    predictor = Predictor(path)
+    (expected,) = predictor([photo.read_bytes()]).probabilities
+    predictor.close()
+    np.testing.assert_allclose([float(p) for _, p in lines], expected, atol=0.05)
+    assert "(from hf-hub:x): `cc0`" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow

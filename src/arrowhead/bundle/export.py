@@ -4,7 +4,7 @@
       -> inference_module    one torch module; features are rounded to float16, as in a store
       -> export_graph        ONNX, OpenVINO or pt2, with metadata about pixels and probabilities
     or
-      -> library_weights     safetensors that torchvision loads
+      -> library_weights     safetensors that torchvision or timm loads
       -> comparison          the file and the bundle on the golden images
 
     pixels         uint8   (B, 3, S, S)   RGB, as `decode` makes them
@@ -39,6 +39,7 @@ SUFFIXES = {
     "openvino": ".xml",
     "pt2": ".pt2",
     "torchvision": ".safetensors",
+    "timm": ".safetensors",
 }
 # Of files that people may mean, but of no folder.
 OTHER_SUFFIXES = (".bin", ".engine", ".json", ".pb", ".pt", ".pth", ".tflite", ".txt")
@@ -55,11 +56,11 @@ RESIZE_RULES = {
 class ExportConfig:
     """The format of the exported file."""
 
-    format: Literal["onnx", "openvino", "pt2", "torchvision"] = "onnx"
+    format: Literal["onnx", "openvino", "pt2", "torchvision", "timm"] = "onnx"
     """onnx: for onnxruntime and its like, weights inside, at most 2 GB. openvino: .xml and .bin,
     for OpenVINO. pt2: for torch.export.load, which unpickles parts of the file: load only files
-    that you trust. torchvision: weights (safetensors) that torchvision's network of that name
-    loads; for linear heads."""
+    that you trust. torchvision, timm: weights (safetensors) that the library's network of that
+    name loads; for linear heads."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """fp16: half the size, for GPUs (ONNX) and for OpenVINO's devices; results differ slightly. The
     head and the normalization of the pixels stay fp32."""
@@ -97,7 +98,7 @@ def export(path: Path, out: Path, config: ExportConfig) -> dict[str, Any]:
     export_graph.require_packages(config.format)
     bundle = bundle_format.load(path)
     metadata_json = metadata(bundle, bundle_format.fingerprint(path))
-    if config.format == "torchvision":
+    if config.format in ("torchvision", "timm"):
         result = export_weights(bundle, path, file, config.format, metadata_json)
     else:
         result = _export_graph(bundle, path, file, config, metadata_json)
@@ -108,6 +109,8 @@ def output_file(out: Path, format: str) -> Path:
     """The file to write: `out` itself, or model.SUFFIX in the folder `out`."""
     suffix = SUFFIXES[format]
     others = {other: name for name, other in SUFFIXES.items() if other != suffix}
+    if ".safetensors" in others:
+        others[".safetensors"] = "torchvision or timm"
     is_folder = os.path.isdir(out)  # noqa: PTH112 - False, not an error, where a name is too long
     if out.suffix in (*others, *OTHER_SUFFIXES) and not is_folder:
         other = others.get(out.suffix)
@@ -232,7 +235,10 @@ def export_weights(
         "compared": "logits",
         "largest_difference": largest,
         "tolerance": library_weights.LOGIT_TOLERANCE,
-        "build": weights.call,
+        "build": weights.classifier.expression,
+        "architecture": weights.classifier.architecture,
+        "options": weights.classifier.options,
+        "last_layer": weights.classifier.last_layer,
     }
 
 

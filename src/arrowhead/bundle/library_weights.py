@@ -1,4 +1,4 @@
-"""A bundle as the weights of a network that torchvision builds, to be loaded without Arrowhead.
+"""A bundle as weights for a network of torchvision or timm, to be loaded without Arrowhead.
 
     body                     all layers but the last, as they were before batch norms were folded
     + standardization, linear layer, temperature
@@ -24,6 +24,7 @@ from arrowhead.bundle.format import Bundle
 from arrowhead.bundle.reference import Reference
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import classifiers
+from arrowhead.features.backbone import Body
 from arrowhead.features.classifiers import Classifier
 
 if TYPE_CHECKING:
@@ -39,17 +40,6 @@ class LibraryWeights:
     classifier: Classifier
     state: dict[str, torch.Tensor]
 
-    @property
-    def call(self) -> str:
-        """The Python expression that builds the network."""
-        return call_expression(self.classifier)
-
-
-def call_expression(classifier: Classifier) -> str:
-    """The Python expression that builds the network of a classifier."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in classifier.options.items())
-    return f"torchvision.models.{classifier.architecture}({arguments})"
-
 
 def make_weights(bundle: Bundle, library: str) -> LibraryWeights:
     """The bundle's weights under the names of the library.
@@ -57,44 +47,56 @@ def make_weights(bundle: Bundle, library: str) -> LibraryWeights:
     Raises:
         ConfigError: If the library has no network that computes what the bundle computes.
     """
-    import torch
-
-    reason = why_not(bundle)
-    if reason:
+    recipe = bundle.recipe
+    if library != (own := classifiers.library_of(recipe.body)):
+        raise ConfigError(
+            f"The body of this bundle, {recipe.body}, is of {own}, not of {library}.",
+            f"--format {own}.",
+            f"give --format {own}.",
+        )
+    if reason := _why_not(bundle):
         raise ConfigError(
             f"This bundle cannot be written as weights of {library}: {reason}.",
             "a linear head on the features that the network itself pools.",
-            "train with --head logistic or linear and --pool avg (seconds on a finished store), or"
-            " export with --format onnx or pt2, which take every bundle.",
+            "train with --head logistic or linear and without --pool, or export with --format onnx"
+            " or pt2, which take every bundle.",
         )
-    classifier = classifiers.classifier(bundle.recipe.body, len(bundle.classes))
+    classifier = classifiers.classifier(recipe.body, len(bundle.classes), recipe.size)
     weight, bias = fold_head(bundle.head_state, bundle.temperature)
-    width = classifier.net.state_dict()[f"{classifier.last_layer}.weight"].shape[1]
-    if width != weight.shape[1]:
-        raise ConfigError(
-            f"The last layer of {library}'s {bundle.recipe.body} takes {width} features, and this"
-            f" bundle has {weight.shape[1]}.",
-            "a linear head on the features that the network itself pools.",
-            "export with --format onnx or pt2, which take every bundle.",
-        )
     state = dict(bundle.body_state)
     state |= {f"{classifier.last_layer}.weight": weight, f"{classifier.last_layer}.bias": bias}
-    with torch.no_grad():
+    try:
         classifier.net.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:  # MNASNet wants a version number with its tensors
+        message = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{library}'s {recipe.body} does not load the tensors of this bundle: {message}",
+            "a network that takes a plain state dict.",
+            "export with --format onnx or pt2, which take every bundle.",
+        ) from error
     return LibraryWeights(classifier=classifier, state=state)
 
 
-def why_not(bundle: Bundle) -> str:
+def _why_not(bundle: Bundle) -> str:
     """Why a bundle is no linear layer on the network's own features; "" if it is."""
+    recipe = bundle.recipe
     if bundle.head != "linear":
         return (
             f"its head is {bundle.head} (two linear layers with a ReLU between them), and a network"
             " of the library ends with one linear layer"
         )
-    if bundle.recipe.pool != "avg":
+    own = Body(
+        recipe.body,
+        bundle.body_state,
+        pool="auto",
+        mean=recipe.mean,
+        std=recipe.std,
+        size=recipe.size,
+    ).pool
+    if recipe.pool != own:
         return (
-            f"its features are pooled with {bundle.recipe.pool}, and the network of the library"
-            " pools with avg"
+            f"its features are pooled with {recipe.pool}, and the network of the library pools with"
+            f" {own}"
         )
     return ""
 

@@ -209,9 +209,11 @@ def _class_table(per_class: Mapping[str, Mapping[str, Any]], classes: int) -> st
 
 
 def _usage(bundle: Bundle, card: Card) -> list[str]:
-    packages = "`pip install torch torchvision safetensors pillow`"
-    if card.library == "onnx":
-        packages = "`pip install onnxruntime torchvision pillow`"
+    packages = {
+        "torchvision": "`pip install torch torchvision safetensors pillow`",
+        "timm": "`pip install timm safetensors pillow`",
+        "onnx": "`pip install onnxruntime torchvision pillow`",
+    }[card.library]
     return [
         f"Without Arrowhead ({packages}; run it in this folder):",
         f"```python\n{loading_code(bundle, card)}\n```",
@@ -229,9 +231,10 @@ def loading_code(bundle: Bundle, card: Card) -> str:
     imports += ["import onnxruntime"] if is_onnx else []
     imports += ["from PIL import Image, ImageOps"]
     imports += [] if is_onnx else ["from safetensors.torch import load_file"]
-    imports += ["import torchvision", "from torchvision import transforms"]
+    imports += [] if is_onnx else [f"import {card.library}"]
+    imports += ["from torchvision import transforms"]
     if is_onnx:
-        imports = [line for line in imports if line not in ("import torch", "import torchvision")]
+        imports = [line for line in imports if line != "import torch"]
         load = ['net = onnxruntime.InferenceSession("model.onnx")']
         run = ['(probabilities,) = net.run(None, {"pixels": prepare(image)[None].numpy()})[0]']
     else:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from arrowhead.features import extract
 from arrowhead.features.recipe import Recipe
 
-PIL_FILTERS = {"bicubic": ("BICUBIC", 3)}  # name and number; else bilinear
-
-
-def resized_side(recipe: Recipe) -> int:
-    """The length to which crop resizes the shorter side, in pixels."""
-    return round(recipe.size * 8 / 7)
+PIL_FILTERS = {"bilinear": ("BILINEAR", 2), "bicubic": ("BICUBIC", 3)}  # name and number
 
 
 def processor_config(recipe: Recipe) -> dict[str, Any]:
     """The settings as a preprocessor_config.json, with the keys that transformers uses."""
+    pixels = extract.make_pixel_config(recipe)
     square = {"height": recipe.size, "width": recipe.size}
     crop = recipe.resize == "crop"
     return {
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": resized_side(recipe)} if crop else square,
-        "resample": PIL_FILTERS.get(recipe.interpolation, ("BILINEAR", 2))[1],
+        "size": {"shortest_edge": pixels.resized_side} if crop else square,
+        "resample": PIL_FILTERS[pixels.interpolation or "bilinear"][1],
         "do_center_crop": crop,
         "crop_size": square,
         "do_rescale": True,
@@ -40,16 +37,16 @@ def processor_config(recipe: Recipe) -> dict[str, Any]:
 
 def describe(recipe: Recipe) -> str:
     """The preparation in one sentence."""
+    pixels = extract.make_pixel_config(recipe)
     how = {
-        "crop": f"the shorter side resized to {resized_side(recipe)} pixels and the middle"
+        "crop": f"the shorter side resized to {pixels.resized_side} pixels and the middle"
         f" {recipe.size} x {recipe.size} cropped",
         "squash": f"both sides resized to {recipe.size} pixels",
         "pad": f"the longer side resized to {recipe.size} pixels and the rest filled with black",
     }[recipe.resize]
-    filter_name = PIL_FILTERS.get(recipe.interpolation, ("BILINEAR", 2))[0].lower()
     return (
-        f"Images are turned upright (EXIF), converted to RGB, and {how} ({filter_name}, with"
-        " antialiasing)."
+        f"Images are turned upright (EXIF), converted to RGB, and {how}"
+        f" ({pixels.interpolation}, with antialiasing)."
     )
 
 
@@ -60,12 +57,12 @@ def transform_code(recipe: Recipe, *, normalized: bool) -> str:
         recipe: The bundle's recipe.
         normalized: float32, normalized; else uint8.
     """
-    size = recipe.size
-    filter_name = PIL_FILTERS.get(recipe.interpolation, ("BILINEAR", 2))[0]
+    size, pixels = recipe.size, extract.make_pixel_config(recipe)
+    filter_name = PIL_FILTERS[pixels.interpolation or "bilinear"][0]
     mode = f"transforms.InterpolationMode.{filter_name}"
     steps = {
         "crop": [
-            f"transforms.Resize({resized_side(recipe)}, {mode})",
+            f"transforms.Resize({pixels.resized_side}, {mode})",
             f"transforms.CenterCrop({size})",
         ],
         "squash": [f"transforms.Resize(({size}, {size}), {mode})"],

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from arrowhead import __version__, fileio
 from arrowhead.bundle import export, library_weights, model_card, preparation
@@ -25,6 +25,7 @@ from arrowhead.bundle.export import ExportConfig
 from arrowhead.bundle.format import Bundle
 from arrowhead.bundle.model_card import Card
 from arrowhead.errors import ConfigError
+from arrowhead.features import classifiers, extract
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # the hub checks the rest
 PUBLISHED_LINEAGE = ("arrowhead", "data", "training", "epoch", "rate", "weights")
@@ -81,17 +82,12 @@ def publish(path: Path, out: Path, config: PublishConfig) -> dict[str, Any]:
             "give another folder, and copy its files into the repository.",
         )
     bundle = bundle_format.load(path)
-    reason = library_weights.why_not(bundle)
+    library, reason = _library_or_reason(bundle)
     published = public_bundle(bundle, photos=config.photos)
     with fileio.atomic_folder(out) as folder:
         published_fingerprint = bundle_format.save(published, folder / "bundle")
-        if reason:
-            exported = export.export(path, folder / "model.onnx", ExportConfig())
-        else:
-            exported = export.export(
-                path, folder / "model.safetensors", ExportConfig(format="torchvision")
-            )
-        library = "onnx" if reason else exported["format"]
+        name = "model.onnx" if reason else "model.safetensors"
+        exported = export.export(path, folder / name, ExportConfig(format=library))
         card = Card(
             title=config.title or (config.push or str(out.absolute())).rpartition("/")[2],
             library=library,
@@ -125,6 +121,20 @@ def publish(path: Path, out: Path, config: PublishConfig) -> dict[str, Any]:
     }
 
 
+def _library_or_reason(
+    bundle: Bundle,
+) -> tuple[Literal["onnx", "torchvision", "timm"], str]:
+    """The format of the weights, and why it is ONNX, if it is."""
+    library: Literal["torchvision", "timm"] = (
+        "timm" if classifiers.library_of(bundle.recipe.body) == "timm" else "torchvision"
+    )
+    try:
+        library_weights.make_weights(bundle, library)
+    except ConfigError as error:
+        return "onnx", error.found
+    return library, ""
+
+
 def public_bundle(bundle: Bundle, *, photos: bool) -> Bundle:
     """The bundle without what names people or runs (corrections, run ids), and without its golden
     images and the hashes of its images unless `photos` is true.
@@ -139,9 +149,9 @@ def model_config(bundle: Bundle, exported: dict[str, Any], library: str) -> dict
     task = "multi_label_classification" if bundle.multi else "single_label_classification"
     thresholds = bundle.thresholds or [0.5] * len(bundle.classes)
     output = "sigmoid" if bundle.multi else "softmax"
-    return {
+    return _timm_config(bundle, exported, library) | {
         "library_name": library,
-        "architecture": bundle.recipe.body,
+        "architecture": exported.get("architecture", bundle.recipe.body).partition(".")[0],
         "build": exported.get("build"),
         "num_classes": len(bundle.classes),
         "num_features": bundle.recipe.width,
@@ -153,6 +163,28 @@ def model_config(bundle: Bundle, exported: dict[str, Any], library: str) -> dict
         "output": "calibrated probabilities"
         if library == "onnx"
         else f"calibrated logits: {output} gives probabilities",
+    }
+
+
+def _timm_config(bundle: Bundle, exported: dict[str, Any], library: str) -> dict[str, Any]:
+    """What timm's create_model("local-dir:FOLDER", pretrained=True) reads besides the rest."""
+    if library != "timm":
+        return {}
+    recipe, pixels = bundle.recipe, extract.make_pixel_config(bundle.recipe)
+    mode = {"crop": "center", "squash": "squash", "pad": "border"}[recipe.resize]
+    return {
+        "model_args": {k: v for k, v in exported["options"].items() if k != "num_classes"},
+        "pretrained_cfg": {
+            "input_size": [3, recipe.size, recipe.size],
+            "num_classes": len(bundle.classes),
+            "mean": list(recipe.mean),
+            "std": list(recipe.std),
+            "interpolation": pixels.interpolation,
+            "crop_pct": recipe.size / pixels.resized_side if recipe.resize == "crop" else 1.0,
+            "crop_mode": mode,
+            "classifier": exported["last_layer"],
+            "label_names": bundle.classes,
+        },
     }
 
 

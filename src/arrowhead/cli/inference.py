@@ -142,13 +142,13 @@ def export(
     tracking: Models = TrackingStore(),
     output: Out = Output(),
 ) -> int:
-    """Export a bundle for programs without Arrowhead: ONNX, OpenVINO, pt2 or torchvision weights.
+    """Export a bundle for programs without Arrowhead: ONNX, OpenVINO, pt2, weights.
 
     ONNX, OpenVINO and pt2 models take uint8 pixels of any number of images and return calibrated
-    probabilities. torchvision weights are loaded by load_state_dict into the network of that name,
-    which takes normalized pixels and returns calibrated logits. The metadata says how to preprocess
-    the pixels and which class each output belongs to. The file is run on the bundle's golden
-    images, and not kept if its results differ from the bundle's.
+    probabilities. Weights for torchvision or timm are loaded by load_state_dict into the network of
+    that name, which takes normalized pixels and returns calibrated logits. The metadata says how to
+    preprocess the pixels and which class each output belongs to. The file is run on the bundle's
+    golden images, and not kept if its results differ from the bundle's.
 
     Example: arrowhead export out/bundle model.onnx --precision fp16
     """
@@ -184,4 +184,4 @@ def _loading_code(result: dict[str, Any]) -> str:
     if result["format"] == "pt2":
         return f"import torch; print(torch.export.load({file!r}).graph_signature)"
     load = f"net.load_state_dict(safetensors.torch.load_file({file!r}))"
-    return f"import safetensors.torch, torchvision; net = {result['build']}; print({load})"
+    return f"import safetensors.torch, {result['format']}; net = {result['build']}; print({load})"

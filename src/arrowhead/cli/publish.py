@@ -33,10 +33,10 @@ def publish(
 ) -> int:
     """Write a folder for others, as on the Hugging Face hub: weights, settings, model card.
 
-    torchvision loads the weights without Arrowhead (bundles with other heads than linear ones get
-    an ONNX model instead). The model card has the bundle's results with their intervals, classes,
-    how to use the model, its limits and licenses. Read it, and add what only you know. None of your
-    photos is in the folder unless you say --photos. --push sends it to the hub.
+    torchvision or timm loads the weights without Arrowhead (bundles with other heads than linear
+    ones get an ONNX model instead). The model card has the bundle's results with their intervals,
+    classes, how to use the model, its limits and licenses. Read it, and add what only you know.
+    None of your photos is in the folder unless you say --photos. --push sends it to the hub.
 
     Example: arrowhead publish out/bundle cats-or-dogs --license apache-2.0 --push me/cats-or-dogs
     """
@@ -49,7 +49,7 @@ def publish(
         result = bundle_publish.publish(local, folder, options) | {"bundle": bundle}
     screen = Screen(to_stderr=output.json)
     if result["why_onnx"]:
-        screen.say(f"model.onnx instead of torchvision's weights: {result['why_onnx']}")
+        screen.say(f"model.onnx instead of model.safetensors: {result['why_onnx']}")
     screen.say(
         f"{folder}: {result['bytes'] / 1e6:.1f} MB · checked on {result['images']}"
         f" {result['checked_on']}: largest difference of the {result['compared']}"

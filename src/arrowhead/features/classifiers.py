@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arrowhead.errors import ConfigError
-from arrowhead.features import torchvision_bodies
+from arrowhead.features import timm_bodies, torchvision_bodies
 from arrowhead.features.networks import TIMM_PREFIX
 
 if TYPE_CHECKING:
@@ -34,40 +34,51 @@ class Classifier:
     net: nn.Module
     last_layer: str
 
+    @property
+    def expression(self) -> str:
+        """The Python expression that builds the network."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        if self.library == "timm":
+            return f"timm.create_model({self.architecture!r}, {arguments})"
+        return f"torchvision.models.{self.architecture}({arguments})"
 
-def classifier(body: str, classes: int) -> Classifier:
+
+def library_of(body: str) -> str:
+    """The library that builds a body: torchvision or timm."""
+    return "timm" if body.startswith(TIMM_PREFIX) else "torchvision"
+
+
+def classifier(body: str, classes: int, size: int) -> Classifier:
     """Build the network of `body` with a last layer for `classes` classes.
+
+    Args:
+        body: As in a recipe.
+        classes: The number of outputs.
+        size: Side of the input in pixels.
 
     Raises:
         ConfigError: If its last layer is not a linear layer with a bias.
     """
-    import torch
     from torch import nn
 
-    if body.startswith(TIMM_PREFIX):
-        raise ConfigError(
-            f"{body} is a network of timm, whose weights cannot be written for timm yet.",
-            "a network of torchvision.",
-            "export with --format onnx or pt2.",
-        )
-    models = torchvision_bodies.import_models()
     options: dict[str, Any] = {"num_classes": classes}
-    if body in ("googlenet", "inception_v3"):  # as `torchvision_bodies` builds them
-        options |= {"aux_logits": False, "init_weights": False, "transform_input": True}
-    with torch.random.fork_rng(devices=[]):
-        net: nn.Module = models.get_model(body, weights=None, **options)
-    linear = {name: one for name, one in net.named_modules() if isinstance(one, nn.Linear)}
-    name = list(linear)[-1] if linear else ""
-    if not linear or linear[name].bias is None or linear[name].out_features != classes:
+    if library_of(body) == "timm":
+        options |= timm_bodies.size_options(body, size)
+        net, name = timm_bodies.build_classifier(body, options)
+    else:
+        options |= torchvision_bodies.build_options(body, size)
+        net = torchvision_bodies.build_classifier(body, options)
+        name = [one for one, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
+    last = dict(net.named_modules()).get(name)
+    if not isinstance(last, nn.Linear) or last.bias is None or last.out_features != classes:
         raise ConfigError(
-            f"torchvision's {body} does not end with a linear layer that has a bias, so it cannot"
-            " hold this head.",
+            f"{body} does not end with a linear layer with a bias, which could hold this head.",
             "a network that ends with a linear layer.",
             "export with --format onnx or pt2.",
         )
     return Classifier(
-        library="torchvision",
-        architecture=body,
+        library=library_of(body),
+        architecture=body.removeprefix(TIMM_PREFIX),
         options=options,
         net=net.eval(),
         last_layer=name,

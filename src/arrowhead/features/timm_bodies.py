@@ -239,14 +239,31 @@ def _create(
 ) -> nn.Module:
     import torch
 
-    timm, config = import_timm(), config_of(body)
-    sized = {"img_size": size} if size and config.fixed_input_size else {}
+    timm, sized = import_timm(), size_options(body, size)
     with torch.random.fork_rng(devices=[]), _without_messages():
         torch.manual_seed(0)  # a random body is the same on every worker
         net: nn.Module = timm.create_model(
             body.removeprefix(TIMM_PREFIX), pretrained=pretrained, num_classes=classes, **sized
         )
     return net.eval()
+
+
+def size_options(body: str, size: int | None) -> dict[str, Any]:
+    """What timm's `create_model` takes to build a network for a size."""
+    return {"img_size": size} if size and config_of(body).fixed_input_size else {}
+
+
+def build_classifier(body: str, options: dict[str, Any]) -> tuple[nn.Module, str]:
+    """Build a network with its classifier, with random weights; also the classifier's name.
+
+    The name is "" for a network with several classifiers.
+    """
+    import torch
+
+    name = config_of(body).classifier
+    with torch.random.fork_rng(devices=[]), _without_messages():
+        net: nn.Module = import_timm().create_model(body.removeprefix(TIMM_PREFIX), **options)
+    return net, name if isinstance(name, str) else ""
 
 
 @contextmanager

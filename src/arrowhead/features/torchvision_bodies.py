@@ -195,16 +195,30 @@ def _build_network(body: str, size: int | None) -> nn.Module:
         raise unknown_body_error(body, networks)
     import torch
 
-    options: dict[str, Any] = {}
-    if body in ("googlenet", "inception_v3"):
-        # They have auxiliary heads for training, and normalize their input in another way.
-        options = {"aux_logits": False, "init_weights": False, "transform_input": True}
-    elif body.startswith("vit_") and size:
-        options = {"image_size": size}  # its positions are for one size
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
         torch.manual_seed(0)  # a random body is the same on every worker
-        net: nn.Module = models.get_model(body, weights=None, **options)
+        net: nn.Module = models.get_model(body, weights=None, **build_options(body, size))
         return net
+
+
+def build_options(body: str, size: int | None) -> dict[str, Any]:
+    """What torchvision's function takes, besides the number of classes, to build a network."""
+    if body in ("googlenet", "inception_v3"):
+        # They have auxiliary heads for training, and normalize their input in another way.
+        return {"aux_logits": False, "init_weights": False, "transform_input": True}
+    if body.startswith("vit_") and size:
+        return {"image_size": size}  # its positions are for one size
+    return {}
+
+
+def build_classifier(body: str, options: dict[str, Any]) -> nn.Module:
+    """Build a network with its last layer, with random weights."""
+    import torch
+
+    models = import_models()
+    with torch.random.fork_rng(devices=[]):
+        net: nn.Module = models.get_model(body, weights=None, **options)
+    return net
 
 
 def build(body: str, size: int | None = None) -> tuple[nn.Module, Callable[[str], bool]]:
