@@ -119,7 +119,7 @@ def test_galleries_filter_and_sort(page):
     wrong = page.locator("#gallery .card:visible")
     assert wrong.count() > 0
     assert all(one.get_attribute("data-wrong") == "1" for one in wrong.all())
-    page.get_by_role("button", name="Highest loss").click()
+    page.get_by_role("button", name="Highest loss", exact=True).click()
     losses = [float(one.get_attribute("data-loss")) for one in wrong.all()]
     assert losses == sorted(losses, reverse=True)
     page.select_option("#gallery-class", "leaves")
@@ -152,6 +152,8 @@ def test_a_number_of_the_confusion_matrix_shows_its_pictures(page):
 
 
 def test_a_slice_opens_its_mistakes_with_the_keyboard(page):
+    from playwright.sync_api import expect
+
     buttons = page.locator("[data-slice]")
     assert buttons.count() > 1
     shown = page.locator("#slice-cards .card:visible")
@@ -167,7 +169,7 @@ def test_a_slice_opens_its_mistakes_with_the_keyboard(page):
         assert page.locator('[data-slice][aria-pressed="true"]').count() == 1
         title = page.locator("#slice-title:focus")
         assert title.inner_text().endswith(button.inner_text())
-        assert title.evaluate("e => e.getBoundingClientRect().top < innerHeight")
+        expect(title).to_be_in_viewport()  # the page scrolls smoothly
 
 
 def test_ticked_labels_download_as_a_table_that_relabel_takes(page, command, tmp_path):

@@ -82,7 +82,7 @@ def confusion_rows(counts_CC: NDArray[np.int64], classes: list[str]) -> list[dic
                     "right": row == column,
                     "strength": round(100 * float(share_CC[row, column]) ** 0.5)
                     if row == column
-                    else min(60, round(100 * float(share_CC[row, column]) ** 0.5)),
+                    else min(40, round(100 * float(share_CC[row, column]) ** 0.5)),
                     "pair": None if row == column else [name, predicted],
                     "predicted": predicted,
                 }
