@@ -315,3 +315,9 @@ def test_mixture_tells_wrong_labels_from_unsure_predictions():
     noisy = label_noise.fit(flipped[:, None])
     assert noisy.interval[0] <= 200 <= noisy.interval[1]
     assert noisy.wrong[:200].mean() > 3 * noisy.wrong[200:].mean()
+
+
+def test_surely_right_labels_keep_the_order_of_their_margins():
+    margin = np.append(np.linspace(0.5, 8, 50), -6.0)
+    wrong = label_noise.fit(margin[:, None]).wrong
+    assert (np.diff(wrong[:50]) < 0).all()  # none is 0 by rounding

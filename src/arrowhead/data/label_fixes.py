@@ -69,7 +69,8 @@ def read_fixes(source: str | Path, column: str, path_column: str | None = None) 
             "a file .csv or .tsv with the columns path and new_label.",
             "give such a file; `arrowhead relabel STORE --history` shows what was changed before.",
         )
-    content = tables.read_content(name, named_files.absolute_path(name))
+    wanted = "a table with the columns path and new_label, such as label_errors.csv of a report."
+    content = tables.read_content(name, named_files.absolute_path(name), wanted)
     config = SourceConfig(path_column=path_column)
     parser = TableParser.parse(name, content, config, labelled=False, notes=[])
     new = parser.find_column(column)

@@ -25,6 +25,7 @@ from arrowhead.data.table_parser import TABLE_DELIMITERS, TableParser
 from arrowhead.errors import ConfigError
 
 LIST_SUFFIXES = (".txt", ".lst")
+WANTED = "a folder of images, or a table of them with the columns path and label."
 MAX_TABLE_BYTES = 2**31
 
 
@@ -133,8 +134,13 @@ def read_cells(location: str) -> TableParser:
     return TableParser.parse_cells(location, content)
 
 
-def read_content(source: str, table: bytes) -> bytes:
-    """The bytes of a table or list; table: its absolute path, for `source` as the user gave it.
+def read_content(source: str, table: bytes, wanted: str = WANTED) -> bytes:
+    """The bytes of a table or list.
+
+    Args:
+        source: The table as the user gave it.
+        table: Its absolute path.
+        wanted: What the user should give if it cannot be read.
 
     Raises:
         ConfigError: It cannot be read, or is not text.
@@ -146,7 +152,7 @@ def read_content(source: str, table: bytes) -> bytes:
     if fault:
         raise ConfigError(
             f"{source} cannot be read: {fault}.",
-            "a folder of images, or a table of them with the columns path and label.",
+            wanted,
             "check the spelling.",
         )
     if content.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"PAR1", b"%PDF")):

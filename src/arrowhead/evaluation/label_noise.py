@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 RATE_PRIOR = (1.5, 20.0)  # of the rates, a beta distribution: its mode is 2.6 %
 SHARPNESS_PRIOR = 2.0  # power of the mean absolute logit: where the images do not tell sharp
 # predictions of wrong labels from unsure ones of right labels, the former are assumed
-MAX_SHARPNESS = 10.0  # mean absolute logit from which on the prior is flat
+MODE_SHARPNESS = 10.0  # mean absolute logit from which on the prior falls with the same power: few
+# images that are told apart without an overlap would be judged the surer the larger the logits
 SCALE_LIMITS = (-7.0, 4.0)  # of the natural logarithm of a scale
 RATE_LIMITS = (-12.0, 1.0)  # of the logit of a rate
 STARTS = ((0.0, -2.2), (0.0, -4.6), (-2.0, -2.2), (-2.0, -4.6))  # scale, rate
@@ -75,8 +76,8 @@ def fit(
 
     def cost(point: NDArray[np.float64]) -> float:
         right, wrong, rate = _likelihoods(point, margin_MJ, kind)
-        size = np.abs(margin_MJ @ np.exp(point[:margins])).mean()
-        sharpness = SHARPNESS_PRIOR * np.log(min(size, MAX_SHARPNESS) + 1e-9)
+        size = np.abs(margin_MJ @ np.exp(point[:margins])).mean() + 1e-9
+        sharpness = SHARPNESS_PRIOR * np.log(min(size, MODE_SHARPNESS**2 / size))
         prior = (RATE_PRIOR[0] - 1) * np.log(rate) + (RATE_PRIOR[1] - 1) * np.log1p(-rate)
         return float(-np.log(np.maximum(right + wrong, 1e-300)).sum() - prior.sum() - sharpness)
 
@@ -112,11 +113,11 @@ def _likelihoods(
     margins = margin_MJ.shape[1]
     rate = 1 / (1 + np.exp(-point[margins:]))
     total = np.clip(margin_MJ @ np.exp(point[:margins]), -500, 500)
-    prob = 1 / (1 + np.exp(-total))
+    prob, other = 1 / (1 + np.exp(-total)), 1 / (1 + np.exp(total))  # 1 - prob would round to 0
     if kind is None:
-        return (1 - rate[0]) * prob, rate[0] * (1 - prob), rate
+        return (1 - rate[0]) * prob, rate[0] * other, rate
     # A label that is absent (0) is right at 1 - surplus and wrong at the rate of missing ones.
-    return (1 - rate[1 - kind]) * prob, rate[kind] * (1 - prob), rate
+    return (1 - rate[1 - kind]) * prob, rate[kind] * other, rate
 
 
 def _draw_counts(
