@@ -8,9 +8,9 @@ For each of 20 seeds, the labels of 5 % of the images are replaced by another cl
 random. Each method ranks all labels; its precision is the share of replaced labels among the first
 k, where k is the number of replaced labels. The photos have a few wrong labels of their own, which
 count as mistakes here. The neighbours' settings were chosen on the seeds 100 to 119; seeds 0 to 19
-are reported. That label_noise's prior falls beyond MODE_SHARPNESS was compared with a flat one on the
-seeds 100 to 107: the same precision, slightly better estimates. Other settings were chosen on small
-synthetic data.
+are reported. That the prior of label_noise falls beyond MODE_SHARPNESS was compared with a flat one
+on the seeds 100 to 107: the same precision, slightly better estimates. Other settings were chosen
+on small synthetic data.
 
 --digits also measures scikit-learn's 1,797 handwritten digits (8 x 8 pixels, enlarged to 128 x
 128 JPEGs): ten classes that the body has never seen.

@@ -750,6 +750,6 @@ def test_learner_uses_the_corrected_classes(store, data, command, fix):
 
 
 def test_table_that_is_missing_is_refused_with_the_columns_that_it_should_have(tmp_path):
-    with pytest.raises(ConfigError, match="label_errors.csv cannot be read") as caught:
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
         label_fixes.read_fixes(tmp_path / "label_errors.csv", "new_label")
     assert "the columns path and new_label" in str(caught.value)
