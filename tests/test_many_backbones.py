@@ -53,7 +53,14 @@ TIMM_EXCEPTIONS = {
     "efficientnetv2_rw_t": "a random network this deep amplifies the rounding of folded weights",
     "maxvit_rmlp_pico_rw_256": "other last bits with one thread than with two",
 }
-TORCHVISION_BODIES = ["resnet18", "mnasnet0_5", "mobilenet_v3_small", "shufflenet_v2_x0_5"]
+TORCHVISION_BODIES = [
+    "resnet18",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+]
 
 
 @pytest.mark.parametrize("name", TIMM_BODIES)

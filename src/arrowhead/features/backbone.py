@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# Of timm's networks: some give other last bits for 17 images than for 16 or 32.
+# Some networks (EfficientNet, RegNet) give other last bits for 17 images than for 16 or 32.
 ROW_MULTIPLE = 16
 
 
@@ -258,7 +258,7 @@ class Body:
         import torch
 
         rows = len(pixels_BCHW)
-        missing = -rows % ROW_MULTIPLE if self.name.startswith(TIMM_PREFIX) else 0
+        missing = -rows % ROW_MULTIPLE
         if missing:
             black_images = pixels_BCHW.new_zeros((missing, *pixels_BCHW.shape[1:]))
             pixels_BCHW = torch.cat([pixels_BCHW, black_images])

@@ -34,7 +34,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import CROPPED_UPRIGHT, Interpolation, PixelConfig
 from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.errors import ConfigError, DataError
-from arrowhead.features.backbone import Body, BodyConfig, Weights
+from arrowhead.features.backbone import ROW_MULTIPLE, Body, BodyConfig, Weights
 from arrowhead.features.networks import TIMM_PREFIX
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.shard_file import ShardRows
@@ -396,9 +396,12 @@ class FeaturePipeline:
             features = np.zeros((len(files), *shape), np.float16)
             chunk = Chunk(number, list(files.paths), features, [None] * len(files))
             batch = Batch([], [], [], chunk, last=False)
-            # Batches of equal size: a short last one would be padded with black images.
+            # Batches of about equal size: a short one is padded with black images.
             batches = -(-len(files) // self._config.batch_size)
             images_per_batch = -(-len(files) // batches)
+            images_per_batch = min(
+                self._config.batch_size, -(-images_per_batch // ROW_MULTIPLE) * ROW_MULTIPLE
+            )
             for row, (data, fault) in enumerate(self._read_files(files, readers)):
                 image_id = hashlib.blake2b(data, digest_size=16).digest()
                 chunk.image_ids.append(image_id)
