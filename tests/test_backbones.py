@@ -380,7 +380,7 @@ def test_backbones_lists_bodies_by_part_of_a_name_and_by_pattern(capsys):
     assert any(line.startswith("timm/resnet34.a1_in1k") for line in lines)
     assert run("backbones", "timm/vit_small_patch16_dinov3*", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["backbones"]
-    licenses = {row["license"] for row in rows if "lvd1689m" in row["body"]}
+    licenses = {row["license"] for row in rows if row["body"].endswith(".lvd1689m")}
     assert licenses == {"dinov3-license"}
     assert {row["width"] for row in rows} == {384}
     assert run("backbones", "resnt34") == 2
