@@ -203,6 +203,7 @@ def test_documented_python_runs_as_written(capsys):
     assert "photo-0000.jpg" in output
 
 
+@pytest.mark.slow
 def test_tour_shows_the_current_output_of_the_commands(outputs):
     """Numbers and names differ from those of real photos; the words must not."""
     [tour] = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

@@ -89,7 +89,7 @@ def table(bodies: list[dict[str, Any]]) -> list[str]:
     width = max(len("body"), *(len(one["body"]) for one in bodies))
     lines = [
         f"{'body':<{width}}  {'accuracy':>15}  {'behind the first':>16}  {'img/s':>7}  {'width':>5}"
-        f"  {'parameters':>10}"
+        f"  {'parameters':>10}  license"
     ]
     for one in bodies:
         accuracy = f"{one['accuracy']:.4f} ± {one['half_width']:.4f}"
@@ -98,7 +98,7 @@ def table(bodies: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{one['body']:<{width}}  {accuracy:>15}  {behind:>16}"
             f"  {'' if speed is None else f'{speed:.1f}':>7}  {one['width']:>5}"
-            f"  {one['parameters'] / 1e6:>8.1f} M"
+            f"  {one['parameters'] / 1e6:>8.1f} M  {one['license']}"
         )
     return lines
 

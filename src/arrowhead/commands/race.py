@@ -38,7 +38,7 @@ def race(
 
     Returns:
         `bodies`: for each, from the most to the least accurate, {body, accuracy, half_width,
-        images, images_per_second (None if it was never measured), width, parameters, store,
+        images, images_per_second (None if it was never measured), width, parameters, license, store,
         behind_points, behind_half_width, p}; `verdict`; `images`.
     """
     for entry in bodies:  # a body that cannot be built is named before an hour with the others
@@ -115,6 +115,7 @@ def _line(entry: Entry, result: HeldOut, measured: Mapping[str, float]) -> dict[
         "images_per_second": measured.get(entry.config.body),
         "width": store.recipe.width,
         "parameters": _parameters(store.weights_path),
+        "license": (store.weights_origin or {}).get("license", "unknown"),
         "store": str(entry.store),
         "behind_points": 0.0,
         "behind_half_width": 0.0,

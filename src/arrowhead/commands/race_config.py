@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from arrowhead.errors import ConfigError
@@ -11,7 +11,7 @@ from arrowhead.features.backbone import BodyConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RaceConfig(BodyConfig):
-    """The backbones of a race; `weights`, `mean`, `std` and `pool` are those of all of them."""
+    """The backbones of a race; `weights`, `mean`, `std` … are those of all of them."""
 
     bodies: str = "resnet34,mobilenet_v3_large,convnext_tiny"
     """Backbones with commas between them. BODY=WEIGHTS: with weights of its own."""
@@ -43,7 +43,7 @@ def entries(request: RaceConfig, out: Path) -> list[Entry]:
     Raises:
         ConfigError: There are fewer than two, or one occurs twice.
     """
-    common = {name: getattr(request, name) for name in ("weights", "mean", "std", "pool")}
+    common = {one.name: getattr(request, one.name) for one in fields(BodyConfig)}
     result = []
     for name in request.bodies.split(","):
         body, _, weights = name.strip().partition("=")
