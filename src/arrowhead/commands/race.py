@@ -38,8 +38,8 @@ def race(
 
     Returns:
         `bodies`: for each, from the most to the least accurate, {body, accuracy, half_width,
-        images, images_per_second (None if it was never measured), width, parameters, license, store,
-        behind_points, behind_half_width, p}; `verdict`; `images`.
+        images, images_per_second (None if it was never measured), width, parameters, license,
+        store, behind_points, behind_half_width, p}; `verdict`; `images`.
     """
     for entry in bodies:  # a body that cannot be built is named before an hour with the others
         resolve_weights(entry.store, entry.config)
