@@ -20,9 +20,9 @@ from arrowhead.examine.config import ExamineConfig, ReportConfig
 from arrowhead.examine.search import SearchConfig
 from arrowhead.examine.suggest import SuggestConfig
 from arrowhead.features.backbone import BodyConfig
-from arrowhead.features.networks import Pool, Triple  # noqa: F401  cyclopts looks them up here
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.golden_images import GoldenConfig
+from arrowhead.features.networks import Pool, Triple  # noqa: F401  cyclopts looks them up here
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.runtime.jobs import ClusterConfig
