@@ -362,7 +362,8 @@ def test_only_source_and_toml_are_uploaded(tmp_path):
     pages = {
         f"arrowhead/{p.relative_to(package)}" for p in (package / "examine/templates").iterdir()
     }
-    assert sent == source | pages | {"arrowhead/py.typed", "mine.toml"}
+    table = "arrowhead/features/body_table.json"
+    assert sent == source | pages | {table, "arrowhead/py.typed", "mine.toml"}
     assert size == sum((draft / name).stat().st_size for name in sent) < 2_000_000
 
 
