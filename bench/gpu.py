@@ -206,7 +206,7 @@ def repeated(catalog: Any, images: int) -> Any:
     columns: dict[str, Any] = {}
     for field in dataclasses.fields(catalog):
         column = getattr(catalog, field.name)
-        if isinstance(column, np.ndarray):
+        if isinstance(column, np.ndarray) and len(column) == len(catalog):
             columns[field.name] = column[rows]
         elif isinstance(column, list) and len(column) == len(catalog):
             columns[field.name] = [column[row] for row in rows]

@@ -34,7 +34,7 @@ from arrowhead.errors import ConfigError, LostError
 from arrowhead.runtime.ray_cluster import token_file
 
 LOCAL_ADDRESS = "http://127.0.0.1:8265"
-MAX_UPLOAD_BYTES = 50_000_000  # the package is about 1 MB: anything larger is a mistake
+MAX_UPLOAD_BYTES = 50_000_000  # the package is about 2 MB: anything larger is a mistake
 REQUEST_TIMEOUT_SECONDS = 10.0
 STOP_WAIT_SECONDS = 30  # from a job's SIGTERM to its SIGKILL: Ray's 3 may not end an MLflow run
 MAX_RETRIES = 5  # of an interrupted log: after one second, then two, …
