@@ -154,6 +154,7 @@ def load(config: BodyConfig, size: int | None = None) -> Weights:
     """
     import torch
 
+    check_config(config)
     published = _published(config, size)
     net, is_unneeded = _build(config.body, size or published.pixels.size)
     state = {name: t for name, t in published.state.items() if not is_unneeded(name)}

@@ -66,7 +66,8 @@ class StudyReporter:
 
     def show_workers(self, workers: int) -> None:
         """Show how many workers there are, if that is not what was requested."""
-        if str(self._context.launch.workers) not in ("0", str(workers)):
+        launch = self._context.launch
+        if launch.max_workers and str(launch.workers) != str(workers):
             self._context.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
 
     def send(self) -> None:
