@@ -17,7 +17,7 @@ from arrowhead import ConfigError, demo, fileio
 from arrowhead.cli import demo as cli_demo
 from arrowhead.cli.main import main
 from arrowhead.commands import train
-from arrowhead.features import backbone
+from arrowhead.features import torchvision_bodies
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.output_paths import check_output_file, check_output_folder
 
@@ -276,7 +276,7 @@ def test_missing_input_is_refused_before_importing_heavy_libraries(tmp_path, dra
 def test_backbone_list_without_torchvision_equals_torchvisions():
     import torchvision.models
 
-    assert backbone._registered_networks() == torchvision.models.list_models(
+    assert torchvision_bodies.registered_names() == torchvision.models.list_models(
         module=torchvision.models
     )
 
