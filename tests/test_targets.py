@@ -319,7 +319,7 @@ def test_demo_leaves_only_its_results_and_existing_files(clean_workdir, monkeypa
     """With fewer images and a smaller backbone than the real demo."""
     monkeypatch.setattr(demo, "draw", partial(demo.draw, per_class=8))
     small = BodyConfig(body="shufflenet_v2_x0_5", weights="random")
-    monkeypatch.setattr(cli_demo, "_demo_body", lambda screen: small)
+    monkeypatch.setattr(cli_demo, "_demo_body", lambda: small)
     (clean_workdir / "try it/scores").mkdir(parents=True)
     (clean_workdir / "try it/scores/notes.txt").write_text("mine")
     result = command("demo", "try it", "--epochs", "2")
