@@ -6,6 +6,7 @@ Unlike torchvision, loading checks the hash of a cached file and never unpickles
 from __future__ import annotations
 
 import difflib
+import gc
 import hashlib
 import re
 import socket
@@ -312,3 +313,7 @@ def _fuse_batch_norms(net: nn.Module) -> nn.Module:
         return fuse(net)
     except Exception:
         return net
+    finally:
+        # A trace leaves reference cycles that hold a copy of the network. Python would free it at
+        # its next full collection only, and every command of a session would cost another copy.
+        gc.collect()
