@@ -115,7 +115,9 @@ def _line(entry: Entry, result: HeldOut, measured: Mapping[str, float]) -> dict[
         "images_per_second": measured.get(entry.config.body),
         "width": store.recipe.width,
         "parameters": _parameters(store.weights_path),
-        "license": (store.weights_origin or {}).get("license", "unknown"),
+        "license": ""
+        if entry.config.weights == "random"
+        else (store.weights_origin or {}).get("license", "unknown"),
         "store": str(entry.store),
         "behind_points": 0.0,
         "behind_half_width": 0.0,

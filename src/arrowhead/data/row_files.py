@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,7 +239,7 @@ def _value(array: Any, index: int) -> bytes | str | None:
     return bytes(scalar.as_py())
 
 
-class _Reader:
+class _Reader(ABC):
     """An open file.
 
     Attributes:
@@ -270,21 +271,21 @@ class _Reader:
                 name = self.container.path.rpartition("/")[2]
                 raise ContainerError(f"changed: {name} was written again after it was listed")
 
+    @abstractmethod
     def distance(self, row: int) -> float:
         """How many rows have to be read to reach a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image(self, column: str, row: int) -> bytes | str | None:
         """The image in a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cells(self, columns: list[str]) -> Iterator[dict[str, list[Any]]]:
         """Values of columns, some rows at a time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
-        raise NotImplementedError
 
 
 class _ParquetReader(_Reader):
