@@ -7,8 +7,10 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -224,11 +226,19 @@ def test_positions_of_a_file_of_a_transformer_are_interpolated_to_another_size(t
     assert load(config, 96).state["pos_embed"].shape == (1, 37, 192)
 
 
-def test_weights_that_cannot_be_downloaded_name_three_ways_on(monkeypatch, tmp_path):
-    # A proxy that refuses at once: no test waits for a network.
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache of the hub, and a proxy that refuses at once: no test waits for a network."""
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    # The client of the process keeps the proxies that it was made with: make one, and drop it.
+    huggingface_hub.close_session()
+    yield tmp_path
+    huggingface_hub.close_session()
+
+
+def test_weights_that_cannot_be_downloaded_name_three_ways_on(no_hub):
     with pytest.raises(ConfigError) as error_info:
         load(BodyConfig(body="timm/resnet10t"))
     assert "hf-hub:timm/resnet10t.c3_in1k" in error_info.value.found
@@ -236,11 +246,9 @@ def test_weights_that_cannot_be_downloaded_name_three_ways_on(monkeypatch, tmp_p
         assert way in error_info.value.do
 
 
-def test_weights_in_the_cache_of_the_hub_need_no_network(monkeypatch, tmp_path):
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+def test_weights_in_the_cache_of_the_hub_need_no_network(no_hub):
     full = timm.create_model("resnet10t").state_dict()
-    repository = tmp_path / "models--timm--resnet10t.c3_in1k"
+    repository = no_hub / "models--timm--resnet10t.c3_in1k"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()

@@ -372,6 +372,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setenv("HF_TOKEN", SECRET)
+    huggingface_hub.close_session()  # it keeps the proxies of the time when it was made
     yield handler
     server.shutdown()
     server.server_close()
