@@ -87,20 +87,20 @@ def with_reports(
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/, valid/ and new/ of synthetic JPEGs: 3 classes, 24 images each."""
     from arrowhead import demo
 
-    folder = tmp_path_factory.mktemp("drawn")
+    folder = tmp_path_factory.mktemp("images")
     demo.draw(folder, per_class=24)
     return folder
 
 
 @pytest.fixture(scope="session")
-def many(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def many(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """192 different images of two classes: enough to interrupt a command halfway."""
     folder = tmp_path_factory.mktemp("many") / "data"
-    photos = sorted(drawn.rglob("*.jpg"))
+    photos = sorted(image_folder.rglob("*.jpg"))
     for label in ("a", "b"):
         (folder / label).mkdir(parents=True)
     for number in range(192):
@@ -177,7 +177,7 @@ def pets(
 
 
 @pytest.fixture(scope="session")
-def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
+def bundled(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Bundled:
     """A function that saves a random ResNet18, a random head and 3 golden images as a bundle."""
 
     def save(
@@ -213,7 +213,9 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Bundled:
             head_state=state,
             **{"temperature": 0.5, "metrics": {}, "lineage": {}} | fields,
         )
-        images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in result.classes]
+        images = [
+            next((image_folder / "valid" / name).glob("*")).read_bytes() for name in result.classes
+        ]
         feature_ND = replay.clean_features(result.recipe, result.make_body(), images, "cpu", 1)
         prob_NC = bundle_format.probabilities(
             result.make_head(), feature_ND, result.temperature, multi=result.multi

@@ -291,8 +291,8 @@ def test_an_unknown_network_or_tag_of_timm_is_refused_with_known_ones(name, expe
 @pytest.mark.parametrize(
     ("resize", "crop_pct"), [("crop", 0.9), ("crop", 1.0), ("squash", None), ("squash", 0.9)]
 )
-def test_pixels_are_those_of_timms_own_transform(interpolation, resize, crop_pct, drawn):
-    files = [path.read_bytes() for path in sorted((drawn / "valid").rglob("*.jpg"))]
+def test_pixels_are_those_of_timms_own_transform(interpolation, resize, crop_pct, image_folder):
+    files = [path.read_bytes() for path in sorted((image_folder / "valid").rglob("*.jpg"))]
     config = PixelConfig(size=96, resize=resize, interpolation=interpolation, crop_pct=crop_pct)
     with SubprocessDecoder(config, batch_size=len(files), threads=1) as decode:
         views = decode(files, [bytes(16)] * len(files)).views[0]
@@ -357,10 +357,10 @@ def run(*words: object) -> int:
 
 
 def test_fit_with_bundled_weights_records_recipe_license_and_source(
-    drawn, tmp_path, tracked, monkeypatch, capsys
+    image_folder, tmp_path, tracked, monkeypatch, capsys
 ):
     monkeypatch.chdir(tracked(tmp_path))
-    assert run("fit", drawn, "out", "--weights", "bundled", "--size", 64) == 0
+    assert run("fit", image_folder, "out", "--weights", "bundled", "--size", 64) == 0
     assert "weights under apache-2.0" in capsys.readouterr().out
     store = Store(Path("out/store"))
     recipe = store.recipe
@@ -373,10 +373,10 @@ def test_fit_with_bundled_weights_records_recipe_license_and_source(
     assert bundle.lineage["weights"] == store.weights_origin
     assert run("bundle", "verify", "out/bundle") == 0
     # The flags that `search` and `suggest` print for another store give it this recipe.
-    assert run("precompute", drawn, "other", *recipe_flags(store)) == 0
+    assert run("precompute", image_folder, "other", *recipe_flags(store)) == 0
     assert Store(Path("other")).recipe == recipe
     # The store's own weights and pixels are used again.
-    assert run("fit", drawn, "out", "--head", "linear", "--epochs", 1) == 0
+    assert run("fit", image_folder, "out", "--head", "linear", "--epochs", 1) == 0
     assert "nothing decoded" in capsys.readouterr().out
 
 

@@ -33,8 +33,8 @@ def test_every_benchmark_prints_its_help(name):
     assert "usage:" in completed.stdout
 
 
-def test_bench_extract_measures_each_stage(drawn):
-    seconds, stages = load("extract").pump(drawn / "train", "shufflenet_v2_x0_5", 8)
+def test_bench_extract_measures_each_stage(image_folder):
+    seconds, stages = load("extract").pump(image_folder / "train", "shufflenet_v2_x0_5", 8)
     assert seconds > 0
     assert stages.keys() >= {"read", "decode", "forward", "workers"}
 

@@ -35,12 +35,12 @@ def run_benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(
-    drawn: Path, tmp_path_factory: pytest.TempPathFactory
+    image_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[subprocess.CompletedProcess[str], Path, dict[str, Any]]:
     """A completed run over a few photos, its output folder and its JSON result."""
     out = tmp_path_factory.mktemp("results")
     small_flags = ["--images", "24", "--size", "64", "--body", "shufflenet_v2_x0_5"]
-    completed = run_benchmark("--data", str(drawn), "--out", str(out), *small_flags)
+    completed = run_benchmark("--data", str(image_folder), "--out", str(out), *small_flags)
     assert completed.returncode == 0, completed.stdout + completed.stderr
     return completed, out, json.loads(next(out.glob("*.json")).read_text())
 
@@ -128,8 +128,8 @@ def test_the_pipeline_is_compared_with_its_slowest_stage():
     assert "decode" in share["what"]
 
 
-def test_an_exhausted_time_budget_is_reported(drawn, tmp_path):
-    completed = run_benchmark("--data", str(drawn), "--out", str(tmp_path), "--seconds", "1")
+def test_an_exhausted_time_budget_is_reported(image_folder, tmp_path):
+    completed = run_benchmark("--data", str(image_folder), "--out", str(tmp_path), "--seconds", "1")
     assert completed.returncode == 1
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert {failure["section"] for failure in result["failures"]} == SECTIONS

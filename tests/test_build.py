@@ -17,10 +17,10 @@ from arrowhead.training.trainer import TrainedHead
 
 
 def test_a_store_and_a_head_give_a_complete_bundle_without_the_photos(
-    drawn, tmp_path, monkeypatch, tracked, command
+    image_folder, tmp_path, monkeypatch, tracked, command
 ):
     monkeypatch.chdir(tracked(tmp_path))
-    shutil.copytree(drawn, "photos")
+    shutil.copytree(image_folder, "photos")
     command("precompute", "photos", "store", "--body", "resnet18", "--weights", "random")
     shutil.rmtree("photos")
     store = Store(tmp_path / "store")

@@ -44,17 +44,17 @@ def extract_source(store: Path, command: Any, tracked: Any, tmp_path: Path) -> E
     return extract
 
 
-def _photos(drawn: Path, label: str) -> list[Path]:
-    return sorted((drawn / "train" / label).iterdir())
+def _photos(image_folder: Path, label: str) -> list[Path]:
+    return sorted((image_folder / "train" / label).iterdir())
 
 
-def _tree(root: Path, drawn: Path, *splits: str, count: int = 6) -> Path:
+def _tree(root: Path, image_folder: Path, *splits: str, count: int = 6) -> Path:
     """ROOT/<split>/<class>/… of different images; without splits ROOT/<class>/…"""
     for at, split in enumerate(splits or ("",)):
         for label in ("baskets", "beads"):
             target = root / split / label
             target.mkdir(parents=True)
-            for photo in _photos(drawn, label)[at * count : (at + 1) * count]:
+            for photo in _photos(image_folder, label)[at * count : (at + 1) * count]:
                 shutil.copy(photo, target)
     return root
 
@@ -68,10 +68,12 @@ def _table(path: Path, header: str, rows: Iterable[tuple[object, ...]], **option
     return path
 
 
-def _rows(drawn: Path, count: int = 10) -> list[tuple[str, str]]:
+def _rows(image_folder: Path, count: int = 10) -> list[tuple[str, str]]:
     class_names = {"baskets": "American Basket", "beads": "Saint Bead"}
-    photos = [photo for label in class_names for photo in _photos(drawn, label)[:count]]
-    return [(str(photo.relative_to(drawn)), class_names[photo.parent.name]) for photo in photos]
+    photos = [photo for label in class_names for photo in _photos(image_folder, label)[:count]]
+    return [
+        (str(photo.relative_to(image_folder)), class_names[photo.parent.name]) for photo in photos
+    ]
 
 
 @pytest.mark.parametrize(
@@ -79,9 +81,11 @@ def _rows(drawn: Path, count: int = 10) -> list[tuple[str, str]]:
     [("train", "val"), ("Train", "Validation"), ("Training", "Validation", "test_set")],
 )
 def test_split_folders_are_recognized_by_their_usual_names(
-    drawn: Path, tmp_path: Path, extract_source: Extracted, splits: tuple[str, ...]
+    image_folder: Path, tmp_path: Path, extract_source: Extracted, splits: tuple[str, ...]
 ) -> None:
-    result, catalog, output = extract_source(_tree(tmp_path / "data", drawn, *splits, count=5))
+    result, catalog, output = extract_source(
+        _tree(tmp_path / "data", image_folder, *splits, count=5)
+    )
     assert result["classes"] == ["baskets", "beads"]
     names = ("train", "valid", "test")
     counts = {name: 10 for name, _ in zip(names, splits, strict=False)}
@@ -90,9 +94,9 @@ def test_split_folders_are_recognized_by_their_usual_names(
 
 
 def test_train_and_test_folders_are_splits_and_a_share_of_train_validates(
-    drawn: Path, tmp_path: Path, extract_source: Extracted
+    image_folder: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
-    data = _tree(tmp_path / "data", drawn, "train_set", "test_set", count=9)
+    data = _tree(tmp_path / "data", image_folder, "train_set", "test_set", count=9)
     result, catalog, output = extract_source(data)
     assert result["classes"] == ["baskets", "beads"]
     counts = [catalog.splits.count(name) for name in ("train", "valid", "test")]
@@ -101,11 +105,13 @@ def test_train_and_test_folders_are_splits_and_a_share_of_train_validates(
 
 
 def test_a_table_may_have_labels_with_spaces_and_ids_of_nested_files(
-    drawn: Path, tmp_path: Path, extract_source: Extracted
+    image_folder: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
-    rows = [(Path(path).stem, label) for path, label in _rows(drawn)]
+    rows = [(Path(path).stem, label) for path, label in _rows(image_folder)]
     table = _table(tmp_path / "labels.csv", "id,breed", rows)
-    result, catalog, output = extract_source(table, "--images", str(drawn), "--suffix", ".jpg")
+    result, catalog, output = extract_source(
+        table, "--images", str(image_folder), "--suffix", ".jpg"
+    )
     assert result["classes"] == ["American Basket", "Saint Bead"]
     assert "task: one label for each image, 2 classes: American Basket, Saint Bead" in output
     assert "column id names the images, column breed the labels" in output
@@ -119,11 +125,15 @@ def test_a_table_may_have_labels_with_spaces_and_ids_of_nested_files(
     [("split", ("train", "val")), ("is_valid", ("False", "True")), ("is_valid", ("0", "1"))],
 )
 def test_a_column_of_split_names_or_booleans_selects_the_validation_images(
-    drawn: Path, tmp_path: Path, extract_source: Extracted, column: str, words: tuple[str, str]
+    image_folder: Path,
+    tmp_path: Path,
+    extract_source: Extracted,
+    column: str,
+    words: tuple[str, str],
 ) -> None:
-    rows = [(*row, words[at % 5 == 0]) for at, row in enumerate(_rows(drawn))]
+    rows = [(*row, words[at % 5 == 0]) for at, row in enumerate(_rows(image_folder))]
     table = _table(tmp_path / "labels.csv", f"path,label,{column}", rows)
-    _, catalog, _ = extract_source(table, "--images", str(drawn))
+    _, catalog, _ = extract_source(table, "--images", str(image_folder))
     held_out = {rows[at][0].rpartition("/")[2] for at in range(0, 20, 5)}
     split_of = {p.rpartition("/")[2]: s for p, s in zip(catalog.paths, catalog.splits, strict=True)}
     assert {name for name, split in split_of.items() if split == "valid"} == held_out
@@ -139,25 +149,30 @@ def test_a_column_of_split_names_or_booleans_selects_the_validation_images(
     ],
 )
 def test_a_table_is_read_in_any_common_delimiter_and_encoding(
-    drawn: Path, tmp_path: Path, extract_source: Extracted, how: dict[str, Any]
+    image_folder: Path, tmp_path: Path, extract_source: Extracted, how: dict[str, Any]
 ) -> None:
-    rows = [(path.replace("/", "\\"), label.replace("e", "\u00e9")) for path, label in _rows(drawn)]
+    rows = [
+        (path.replace("/", "\\"), label.replace("e", "\u00e9"))
+        for path, label in _rows(image_folder)
+    ]
     table = _table(tmp_path / "labels.csv", "path,label", rows, **how)
-    result, _, _ = extract_source(table, "--images", str(drawn))
+    result, _, _ = extract_source(table, "--images", str(image_folder))
     assert result["classes"] == ["Am\u00e9rican Bask\u00e9t", "Saint B\u00e9ad"]
     assert (result["counts"]["features"], result["counts"]["faults"]) == (20, 0)
 
 
-def test_a_folder_without_class_folders_is_refused_and_score_is_suggested(drawn: Path) -> None:
+def test_a_folder_without_class_folders_is_refused_and_score_is_suggested(
+    image_folder: Path,
+) -> None:
     with pytest.raises(ConfigError, match="24 images without a class folder") as refusal:
-        sources.labelled_catalog(drawn / "new")
+        sources.labelled_catalog(image_folder / "new")
     assert "score" in refusal.value.do
 
 
 def test_sidecar_files_are_ignored_and_counted_not_faults(
-    drawn: Path, tmp_path: Path, extract_source: Extracted
+    image_folder: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
-    data = _tree(tmp_path / "data", drawn, "train", "valid")
+    data = _tree(tmp_path / "data", image_folder, "train", "valid")
     for photo in list(data.rglob("*.jpg")):
         photo.with_suffix(".json").write_text('{"label": "x"}')
         photo.with_suffix(".txt").write_text("0 0.5 0.5 1 1")
@@ -170,10 +185,10 @@ def test_sidecar_files_are_ignored_and_counted_not_faults(
 
 
 def test_a_class_of_one_image_is_trained_on_and_reported(
-    drawn: Path, tmp_path: Path, extract_source: Extracted
+    image_folder: Path, tmp_path: Path, extract_source: Extracted
 ) -> None:
-    data = _tree(tmp_path / "data", drawn, count=15)
-    for number, photo in enumerate(_photos(drawn, "leaves")[:8]):
+    data = _tree(tmp_path / "data", image_folder, count=15)
+    for number, photo in enumerate(_photos(image_folder, "leaves")[:8]):
         (data / f"rare{number}").mkdir()
         shutil.copy(photo, data / f"rare{number}")
     _, catalog, output = extract_source(data)
@@ -184,9 +199,9 @@ def test_a_class_of_one_image_is_trained_on_and_reported(
 
 
 def test_output_written_into_the_image_folder_does_not_change_the_counts(
-    drawn: Path, tmp_path: Path, tracked: Any, command: Any, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, tracked: Any, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = tracked(_tree(tmp_path / "data", drawn, count=15))
+    data = tracked(_tree(tmp_path / "data", image_folder, count=15))
     monkeypatch.chdir(data)
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
     overrides = ["--epochs", "2", "--rate", "0.01"]
@@ -203,9 +218,9 @@ def test_output_written_into_the_image_folder_does_not_change_the_counts(
 
 
 def test_rare_classes_are_reported_with_their_recall(
-    drawn: Path, tmp_path: Path, tracked: Any, command: Any
+    image_folder: Path, tmp_path: Path, tracked: Any, command: Any
 ) -> None:
-    data = _tree(tmp_path / "data", drawn, "train", "valid")
+    data = _tree(tmp_path / "data", image_folder, "train", "valid")
     for photo in sorted((data / "train" / "beads").iterdir())[2:]:
         photo.unlink()
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]

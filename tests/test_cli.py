@@ -88,27 +88,29 @@ def test_a_folder_without_images_is_refused(expect_refusal, tmp_path):
     assert "no images" in result
 
 
-def test_a_folder_with_one_class_is_refused(expect_refusal, tmp_path, drawn):
+def test_a_folder_with_one_class_is_refused(expect_refusal, tmp_path, image_folder):
     (tmp_path / "one" / "leaves").mkdir(parents=True)
-    file = next((drawn / "train" / "leaves").iterdir())
+    file = next((image_folder / "train" / "leaves").iterdir())
     (tmp_path / "one" / "leaves" / "a.jpg").write_bytes(file.read_bytes())
     result, wanted, _ = expect_refusal("fit", "one", "out")
     assert "one class, 'leaves'" in result
     assert "two classes" in wanted
 
 
-def test_a_class_without_training_images_is_refused(expect_refusal, tmp_path, drawn):
+def test_a_class_without_training_images_is_refused(expect_refusal, tmp_path, image_folder):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train").symlink_to(drawn / "train")
+    (tmp_path / "data" / "train").symlink_to(image_folder / "train")
     (tmp_path / "data" / "valid").mkdir()
     for name in ("leaves", "ferns"):
-        (tmp_path / "data" / "valid" / name).symlink_to(drawn / "valid" / "leaves")
+        (tmp_path / "data" / "valid" / name).symlink_to(image_folder / "valid" / "leaves")
     result, _, _ = expect_refusal("fit", "data", "out")
     assert "no images of ferns" in result
 
 
-def test_an_unknown_body_is_refused_and_a_similar_one_suggested(expect_refusal, drawn):
-    result, _, do = expect_refusal("fit", drawn, "out", "--body", "resnet43", "--weights", "random")
+def test_an_unknown_body_is_refused_and_a_similar_one_suggested(expect_refusal, image_folder):
+    result, _, do = expect_refusal(
+        "fit", image_folder, "out", "--body", "resnet43", "--weights", "random"
+    )
     assert "resnet43" in result
     assert "resnet34" in do
 
@@ -129,8 +131,8 @@ def test_an_unknown_body_is_refused_and_a_similar_one_suggested(expect_refusal, 
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_a_bad_flag_is_refused_by_name(expect_refusal, drawn, flags):
-    result, _, _ = expect_refusal("fit", drawn, "out", *flags)
+def test_a_bad_flag_is_refused_by_name(expect_refusal, image_folder, flags):
+    result, _, _ = expect_refusal("fit", image_folder, "out", *flags)
     assert flags[0] in result
 
 
@@ -174,11 +176,11 @@ def test_a_command_line_that_cannot_be_parsed_gets_a_refusal_that_says_what_is_w
         assert part in text
 
 
-def test_a_refused_request_leaves_no_mlflow_run(expect_refusal, drawn, tmp_path):
+def test_a_refused_request_leaves_no_mlflow_run(expect_refusal, image_folder, tmp_path):
     from mlflow import MlflowClient
 
     result, _, _ = expect_refusal(
-        "fit", drawn, "out", "--weights", "IMAGENET1K_V9"
+        "fit", image_folder, "out", "--weights", "IMAGENET1K_V9"
     )  # refused after the MLflow run started
     assert "IMAGENET1K_V9" in result
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -186,17 +188,21 @@ def test_a_refused_request_leaves_no_mlflow_run(expect_refusal, drawn, tmp_path)
     assert client.search_runs([experiment.experiment_id]) == []
 
 
-def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(expect_refusal, drawn):
-    result, _, do = expect_refusal("fit", drawn, "out", "--tracking-uri", "http://127.0.0.1:9")
+def test_a_tracking_store_that_cannot_be_opened_is_refused_before_any_work(
+    expect_refusal, image_folder
+):
+    result, _, do = expect_refusal(
+        "fit", image_folder, "out", "--tracking-uri", "http://127.0.0.1:9"
+    )
     assert "http://127.0.0.1:9" in result
     assert "--tracking-uri" in do
     assert not Path("out").exists()
 
 
-def test_an_address_where_no_cluster_answers_is_refused_at_once(expect_refusal, drawn):
+def test_an_address_where_no_cluster_answers_is_refused_at_once(expect_refusal, image_folder):
     flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
     unreachable = ["--workers", "1", "--address", "127.0.0.1:9"]
-    result, _, do = expect_refusal("precompute", drawn, "store", *flags, *unreachable)
+    result, _, do = expect_refusal("precompute", image_folder, "store", *flags, *unreachable)
     assert "No Ray cluster answers at 127.0.0.1:9" in result
     assert "ray start --head" in do
 
@@ -211,7 +217,7 @@ def test_doctor_reports_every_check_and_a_fix_for_each_problem(capsys):
 
 
 def test_a_config_file_sets_flags_and_the_command_line_overrides_it(
-    expect_refusal, drawn, tmp_path, monkeypatch
+    expect_refusal, image_folder, tmp_path, monkeypatch
 ):
     configs = []
     monkeypatch.setattr(train, "Store", lambda path: path)
@@ -355,20 +361,20 @@ def test_a_flag_without_effect_on_a_command_is_unknown_and_not_in_its_help(
     ],
 )
 def test_a_flag_without_effect_in_this_combination_is_refused(
-    expect_refusal, drawn, bundled, words, named
+    expect_refusal, image_folder, bundled, words, named
 ):
-    paths = {"photos": drawn, "bundle": bundled()}
+    paths = {"photos": image_folder, "bundle": bundled()}
     result, _, _ = expect_refusal(*(word.format(**paths) for word in words))
     assert named in result
     assert not Path("out", "bundle").exists()
 
 
 def test_every_command_expands_a_tilde_that_the_shell_did_not_expand(
-    expect_refusal, drawn, bundled, tmp_path, monkeypatch, command
+    expect_refusal, image_folder, bundled, tmp_path, monkeypatch, command
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(bundled(), tmp_path / "bundle")
-    shutil.copytree(drawn / "valid", tmp_path / "photos")
+    shutil.copytree(image_folder / "valid", tmp_path / "photos")
     flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
     assert command("precompute", "~/photos", "~/store", *flags)["store"] == str(tmp_path / "store")
     for name in ("info", "verify", "gc"):

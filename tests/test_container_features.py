@@ -68,15 +68,15 @@ def write_sources(folder: Path, images: list[tuple[str, str, Path]], shards: int
 
 
 @pytest.fixture(scope="module")
-def same(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def same(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 images of 3 classes, one of them cut off, as every kind of source."""
     folder = tmp_path_factory.mktemp("same")
     images = []
     for split, count in (("train", 7), ("valid", 3)):
-        for label in sorted(one.name for one in (drawn / split).iterdir()):
+        for label in sorted(one.name for one in (image_folder / split).iterdir()):
             target = folder / "folder" / split / label
             target.mkdir(parents=True)
-            for photo in sorted((drawn / split / label).iterdir())[:count]:
+            for photo in sorted((image_folder / split / label).iterdir())[:count]:
                 images.append((split, label, Path(shutil.copy(photo, target))))
     images[4][2].write_bytes(images[4][2].read_bytes()[:900])
     write_sources(folder, images, shards=2)

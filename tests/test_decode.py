@@ -32,9 +32,9 @@ class Decoder(SubprocessDecoder):
 
 
 @pytest.fixture(scope="module")
-def photos(drawn: Path) -> list[bytes]:
+def photos(image_folder: Path) -> list[bytes]:
     """64 synthetic JPEGs of many sizes."""
-    return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:64]]
+    return [path.read_bytes() for path in sorted(image_folder.rglob("*.jpg"))[:64]]
 
 
 @pytest.fixture(scope="module")

@@ -56,12 +56,12 @@ def group_names(found: Duplicates, catalog: Catalog) -> list[tuple[str, set[str]
 
 
 @pytest.fixture(scope="module")
-def planted(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def planted(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and valid/ of different images, and copies of four of them."""
     root = tmp_path_factory.mktemp("planted") / "data"
     for split, label in (("train", "a"), ("train", "b"), ("valid", "a"), ("valid", "b")):
         (root / split / label).mkdir(parents=True)
-    photos = sorted((drawn / "train").rglob("*.jpg"))[::3]
+    photos = sorted((image_folder / "train").rglob("*.jpg"))[::3]
     for number, photo in enumerate(photos[:16]):
         split = "valid" if number % 4 == 3 else "train"
         shutil.copy(photo, root / split / "ab"[number % 2] / f"{number:02}.jpg")
@@ -195,8 +195,8 @@ def test_a_drop_list_may_have_absolute_paths_also_through_a_link(planted, tmp_pa
     assert plain.paths == left.paths
 
 
-def test_a_drop_list_names_files_with_strange_names(tmp_path, drawn):
-    photos = sorted((drawn / "train").rglob("*.jpg"))
+def test_a_drop_list_names_files_with_strange_names(tmp_path, image_folder):
+    photos = sorted((image_folder / "train").rglob("*.jpg"))
     names = [b"#one.jpg", b"back\\slash.jpg", b"caf\xe9.jpg", b" space.jpg", "ü.jpg".encode()]
     for label in (b"a", b"b"):
         folder = bytes(tmp_path) + b"/data/" + label
@@ -255,11 +255,11 @@ def test_the_settings_are_checked():
 # --------------------------------------------------------------------------- edge cases
 
 
-def test_black_tiny_and_corrupt_images_do_not_stop_the_search(drawn, tmp_path):
+def test_black_tiny_and_corrupt_images_do_not_stop_the_search(image_folder, tmp_path):
     root = tmp_path / "data"
     for label in ("a", "b"):
         (root / label).mkdir(parents=True)
-    photos = sorted((drawn / "train").rglob("*.jpg"))
+    photos = sorted((image_folder / "train").rglob("*.jpg"))
     for number in range(8):
         shutil.copy(photos[5 * number], root / "ab"[number % 2])
     for side in (1, 40, 300):
@@ -272,8 +272,8 @@ def test_black_tiny_and_corrupt_images_do_not_stop_the_search(drawn, tmp_path):
     assert groups == [("near", {"black1.png", "black40.png", "black300.png"})]
 
 
-def test_two_images_are_enough(drawn, tmp_path):
-    photo = min((drawn / "train").rglob("*.jpg"))
+def test_two_images_are_enough(image_folder, tmp_path):
+    photo = min((image_folder / "train").rglob("*.jpg"))
     for label in ("a", "b"):
         (tmp_path / "data" / label).mkdir(parents=True)
     shutil.copy(photo, tmp_path / "data/a/one.jpg")
@@ -401,8 +401,8 @@ def test_turned_and_mirrored_squares_become_equal():
     assert (turned == turned[0]).all()
 
 
-def test_two_photos_in_the_same_frame_are_different(drawn):
-    photos = [Image.open(file) for file in sorted((drawn / "train").rglob("*.jpg"))[::18]]
+def test_two_photos_in_the_same_frame_are_different(image_folder):
+    photos = [Image.open(file) for file in sorted((image_folder / "train").rglob("*.jpg"))[::18]]
     framed = [thumbnail(load("duplicates").HARD["border 15 %"](photo)) for photo in photos]
     for number, one in enumerate(framed):
         for other in framed[:number]:

@@ -19,9 +19,9 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 HEAD = ["--epochs", "4", "--rate", "0.01"]
 
 
-def copy_with_test_split(drawn: Path, folder: Path) -> Path:
+def copy_with_test_split(image_folder: Path, folder: Path) -> Path:
     """Copy the synthetic images and move two thirds of valid/ to test/."""
-    shutil.copytree(drawn, folder, ignore=shutil.ignore_patterns("new"))
+    shutil.copytree(image_folder, folder, ignore=shutil.ignore_patterns("new"))
     for label in sorted((folder / "valid").iterdir()):
         (folder / "test" / label.name).mkdir(parents=True)
         images = sorted(label.iterdir())
@@ -31,10 +31,10 @@ def copy_with_test_split(drawn: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Tracked) -> Path:
     """A folder with photos in three splits and the output of `fit`."""
     folder = tracked(tmp_path_factory.mktemp("evaluate"))
-    copy_with_test_split(drawn, folder / "photos")
+    copy_with_test_split(image_folder, folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with pytest.raises(SystemExit) as exit_info:
@@ -81,10 +81,10 @@ def test_the_test_images_are_evaluated_once_at_the_end(command: Any) -> None:
 
 
 def test_test_images_do_not_influence_training_or_selection(
-    command: Any, drawn: Path, tmp_path: Path
+    command: Any, image_folder: Path, tmp_path: Path
 ) -> None:
     """Swapped test labels change the test metrics and nothing else."""
-    copy_with_test_split(drawn, tmp_path / "photos")
+    copy_with_test_split(image_folder, tmp_path / "photos")
     first, second, third = sorted((tmp_path / "photos" / "test").iterdir())
     first.rename(tmp_path / "x")
     second.rename(first)

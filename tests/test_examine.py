@@ -39,10 +39,10 @@ def _run_in_workdir(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fitted(workdir: Path, drawn: Path, command: Command, with_reports: None) -> Path:
-    """OUT of `fit` on drawn images, one with a hostile name and one that cannot be read."""
+def fitted(workdir: Path, image_folder: Path, command: Command, with_reports: None) -> Path:
+    """OUT of `fit` on synthetic images, one with a hostile name and one that cannot be read."""
     if not (workdir / "out").exists():
-        shutil.copytree(drawn, workdir / "data", ignore=shutil.ignore_patterns("new"))
+        shutil.copytree(image_folder, workdir / "data", ignore=shutil.ignore_patterns("new"))
         first = min((workdir / "data" / "valid" / "beads").iterdir())
         first.rename(first.with_name(HOSTILE))
         (workdir / "data" / "train" / "beads" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
@@ -162,24 +162,26 @@ def test_examine_replaces_only_its_own_folder(fitted, capsys):
     assert Path("mine/notes.txt").read_text() == "mine"
 
 
-def test_a_store_of_another_recipe_is_refused(fitted, command, capsys, drawn):
-    command("precompute", drawn / "train", "other", *SMALL[:-1], "80", "--valid-share", "0.3")
+def test_a_store_of_another_recipe_is_refused(fitted, command, capsys, image_folder):
+    command(
+        "precompute", image_folder / "train", "other", *SMALL[:-1], "80", "--valid-share", "0.3"
+    )
     assert "size = 80" in refusal(capsys, "examine", "other", "out/bundle", "never")
     assert not Path("never").exists()
 
 
 def test_a_store_with_classes_that_the_bundle_does_not_know_is_refused(
-    fitted, command, capsys, drawn
+    fitted, command, capsys, image_folder
 ):
-    shutil.copytree(drawn / "train" / "beads", "two/pearls", dirs_exist_ok=True)
-    shutil.copytree(drawn / "train" / "leaves", "two/leaves", dirs_exist_ok=True)
+    shutil.copytree(image_folder / "train" / "beads", "two/pearls", dirs_exist_ok=True)
+    shutil.copytree(image_folder / "train" / "leaves", "two/leaves", dirs_exist_ok=True)
     command("precompute", "two", "two-store", *SMALL)
     assert "pearls" in refusal(capsys, "examine", "two-store", "out/bundle", "never")
 
 
-def test_several_labels_have_galleries_and_a_report(workdir, command, drawn, with_reports):
+def test_several_labels_have_galleries_and_a_report(workdir, command, image_folder, with_reports):
     rows = ["path,label"]
-    for path in sorted((drawn / "train").glob("*/*.jpg")):
+    for path in sorted((image_folder / "train").glob("*/*.jpg")):
         labels = path.parent.name + ("|even" if path.stem[-1] in "02468" else "")
         rows.append(f"{path},{labels}")
     Path("tags.csv").write_text("\n".join(rows))

@@ -41,12 +41,12 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
 
 @pytest.fixture
 def page_file(
-    workdir: Path, drawn: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, image_folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """The report of a random backbone, which makes mistakes, on images with a hostile name."""
     monkeypatch.chdir(workdir)
     if not Path("report").exists():
-        shutil.copytree(drawn, "data", ignore=shutil.ignore_patterns("new"))
+        shutil.copytree(image_folder, "data", ignore=shutil.ignore_patterns("new"))
         for folder in Path("data/train").iterdir():  # enough held-out images to compare slices
             for file in sorted(folder.iterdir())[-10:]:
                 file.rename(Path("data/valid", folder.name, file.name))

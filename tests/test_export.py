@@ -50,10 +50,10 @@ FORMATS = ["onnx", "pt2"]
 
 
 @pytest.fixture(scope="module")
-def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty synthetic images."""
     folder = tmp_path_factory.mktemp("twenty")
-    for path in sorted((drawn / "new").iterdir())[:20]:
+    for path in sorted((image_folder / "new").iterdir())[:20]:
         shutil.copy(path, folder)
     assert len(list(folder.iterdir())) == 20
     return folder

@@ -67,11 +67,11 @@ def pipeline(body_recipe_weights: tuple[Body, Recipe, Path]) -> Iterator[Feature
 
 
 @pytest.fixture(scope="module")
-def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 synthetic images in one folder."""
     result = tmp_path_factory.mktemp("folder") / "images"
     result.mkdir()
-    for path in sorted(drawn.glob("train/*/*.jpg"))[:30]:
+    for path in sorted(image_folder.glob("train/*/*.jpg"))[:30]:
         shutil.copy(path, result)
     return result
 

@@ -321,8 +321,8 @@ def test_a_full_disk_is_told_and_the_partial_file_stays(client, tmp_path):
     assert get.path.read_bytes() == DATA
 
 
-def test_a_killed_command_is_continued_by_the_next(server, tmp_path, drawn, command):
-    archive = shutil.make_archive(str(tmp_path / "photos"), "zip", drawn)
+def test_a_killed_command_is_continued_by_the_next(server, tmp_path, image_folder, command):
+    archive = shutil.make_archive(str(tmp_path / "photos"), "zip", image_folder)
     data = Path(archive).read_bytes()
     page = server.pages["/photos.zip"] = Page(data=data, slow_bytes=len(data) // 100)
     out = tmp_path / "photos"
@@ -340,7 +340,7 @@ def test_a_killed_command_is_continued_by_the_next(server, tmp_path, drawn, comm
     [one] = result["archives"]
     assert 0 < one["resumed_at"] < len(data)
     assert one["sha256"] == hashlib.sha256(data).hexdigest()
-    assert same_files(out, drawn)
+    assert same_files(out, image_folder)
     assert not (tmp_path / "photos.download").exists()
 
 
@@ -705,20 +705,20 @@ def test_a_checked_path_stays_below_any_folder(name):
 
 
 @pytest.fixture(scope="module")
-def packed(drawn, tmp_path_factory) -> Path:
-    """photos.zip with the folder `photos` of drawn images."""
+def packed(image_folder, tmp_path_factory) -> Path:
+    """photos.zip with the folder `photos` of synthetic images."""
     folder = tmp_path_factory.mktemp("packed")
-    shutil.copytree(drawn, folder / "photos")
+    shutil.copytree(image_folder, folder / "photos")
     return Path(shutil.make_archive(str(folder / "photos"), "gztar", folder, "photos"))
 
 
-def test_a_local_archive_becomes_a_folder_that_fit_reads(packed, tmp_path, command, drawn):
+def test_a_local_archive_becomes_a_folder_that_fit_reads(packed, tmp_path, command, image_folder):
     result = command("fetch", packed, tmp_path / "data")
     assert result["data"] == str(tmp_path / "data" / "photos")
-    assert same_files(tmp_path / "data" / "photos", drawn)
+    assert same_files(tmp_path / "data" / "photos", image_folder)
     catalog = sources.labelled_catalog(result["data"], SourceConfig())
     assert catalog.classes == ["baskets", "beads", "leaves"]
-    assert result["images"] == result["files"] == sum(p.is_file() for p in drawn.rglob("*"))
+    assert result["images"] == result["files"] == sum(p.is_file() for p in image_folder.rglob("*"))
     assert packed.is_file() and f"fit {result['data']} out" in command.said
     done = subprocess.run(["sha256sum", "--quiet", "-c", "fetched.sha256"], cwd=tmp_path / "data")
     assert done.returncode == 0
@@ -925,8 +925,10 @@ def publish(server, monkeypatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_layout_of_a_known_data_set_is_read_by_fit(name, drawn, publish, tmp_path, command):
-    photos = [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))]
+def test_the_layout_of_a_known_data_set_is_read_by_fit(
+    name, image_folder, publish, tmp_path, command
+):
+    photos = [path.read_bytes() for path in sorted(image_folder.rglob("*.jpg"))]
     files = {
         pattern % number: photos[10 * at + number] if at < 6 else photos[number]
         for at, pattern in enumerate(LAYOUTS[name])
@@ -946,8 +948,8 @@ def test_the_layout_of_a_known_data_set_is_read_by_fit(name, drawn, publish, tmp
     assert len(catalog) in (20, 40)
 
 
-def test_the_three_archives_of_beans_become_three_splits(drawn, publish, tmp_path, command):
-    photos = iter([path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))])
+def test_the_three_archives_of_beans_become_three_splits(image_folder, publish, tmp_path, command):
+    photos = iter([path.read_bytes() for path in sorted(image_folder.rglob("*.jpg"))])
 
     def part(split: str) -> bytes:
         names = (f"{split}/{label}/{n}.jpg" for label in ("bean_rust", "healthy") for n in range(5))
@@ -974,8 +976,10 @@ def pets_archives(photos: list[bytes]) -> tuple[bytes, bytes]:
     return gzip.compress(tar_of(*entries)), gzip.compress(tar_of(*texts))
 
 
-def test_oxford_pets_get_a_table_of_breed_species_and_split(drawn, publish, tmp_path, command):
-    photos = [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))]
+def test_oxford_pets_get_a_table_of_breed_species_and_split(
+    image_folder, publish, tmp_path, command
+):
+    photos = [path.read_bytes() for path in sorted(image_folder.rglob("*.jpg"))]
     publish("oxford-pets", *pets_archives(photos))
     result = command("fetch", "oxford-pets", tmp_path / "pets")
     table = tmp_path / "pets" / "labels.csv"
@@ -996,7 +1000,7 @@ def test_oxford_pets_get_a_table_of_breed_species_and_split(drawn, publish, tmp_
     command("fetch", "oxford-pets", tmp_path / "pets", "--check")
 
 
-def test_oxford_pets_with_other_lists_are_refused(drawn, publish, tmp_path, capsys):
+def test_oxford_pets_with_other_lists_are_refused(image_folder, publish, tmp_path, capsys):
     images, _ = pets_archives([b"x"] * 40)
     lists = gzip.compress(tar_of((tar_entry("annotations/trainval.txt"), b"Abyssinian_1 1\n")))
     publish("oxford-pets", images, lists)

@@ -32,15 +32,15 @@ def _run_in_workdir(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(drawn: Path, workdir: Path) -> Path:
+def data(image_folder: Path, workdir: Path) -> Path:
     """A copy of the synthetic images that tests may change."""
-    shutil.copytree(drawn, workdir / "data")
+    shutil.copytree(image_folder, workdir / "data")
     shutil.rmtree(workdir / "data" / "new")
     return workdir / "data"
 
 
 @pytest.fixture(scope="module")
-def fitted(data: Path, workdir: Path, drawn: Path) -> Path:
+def fitted(data: Path, workdir: Path, image_folder: Path) -> Path:
     """The output folder of a first fit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workdir)
@@ -69,8 +69,8 @@ def test_the_second_fit_decodes_nothing_and_gives_the_same_numbers(fitted, data,
     assert {"train_loss", "valid_loss", "accuracy"} <= result["epochs"][0].keys()
 
 
-def test_only_new_images_are_decoded(fitted, data, command, drawn):
-    new = sorted((drawn / "new").iterdir())[0]
+def test_only_new_images_are_decoded(fitted, data, command, image_folder):
+    new = sorted((image_folder / "new").iterdir())[0]
     (data / "train" / "beads" / "one_more.jpg").write_bytes(new.read_bytes())
     (data / "train" / "leaves").rename(data / "train" / "ferns")
     (data / "valid" / "leaves").rename(data / "valid" / "ferns")
@@ -135,9 +135,9 @@ def test_changed_backbone_weights_in_the_store_are_detected_before_a_bundle_is_b
     assert not Path("other").exists()
 
 
-def test_too_few_images_for_validation_are_refused_before_decoding(drawn, tmp_path, capsys):
+def test_too_few_images_for_validation_are_refused_before_decoding(image_folder, tmp_path, capsys):
     for name in ("baskets", "beads"):
-        photos = sorted((drawn / "train" / name).iterdir())
+        photos = sorted((image_folder / "train" / name).iterdir())
         (tmp_path / "one" / name).mkdir(parents=True)
         shutil.copy(photos[0], tmp_path / "one" / name)
     out = tmp_path / "out"
@@ -205,12 +205,12 @@ def test_both_heads_train_on_the_same_store(fitted, command):
     assert json.loads(Path("lesson/bundle.json").read_text())["head"] == "lesson"
 
 
-def test_every_file_gets_one_row_of_scores_even_broken_ones(fitted, drawn, command, workdir):
+def test_every_file_gets_one_row_of_scores_even_broken_ones(fitted, image_folder, command, workdir):
     images = workdir / "mixed"
-    shutil.copytree(drawn / "new", images / "deep" / "er")
+    shutil.copytree(image_folder / "new", images / "deep" / "er")
     (images / "page.jpg").write_text("<html>not here</html>")
     (images / "empty.jpg").touch()
-    cut = sorted((drawn / "new").iterdir())[0].read_bytes()
+    cut = sorted((image_folder / "new").iterdir())[0].read_bytes()
     (images / "cut.jpg").write_bytes(cut[: len(cut) // 2])
     (images / "new\nline \N{CAT FACE} \x1b[31m.jpg").write_bytes(cut)
     (images / ".hidden.jpg").write_bytes(cut)
@@ -235,30 +235,30 @@ def test_every_file_gets_one_row_of_scores_even_broken_ones(fitted, drawn, comma
 
 
 def test_an_interrupted_scoring_resumes_and_another_bundle_is_refused(
-    fitted, drawn, command, capsys
+    fitted, image_folder, command, capsys
 ):
-    command("score", "out/bundle", drawn / "new", "again", "--chunk-size", "6")
+    command("score", "out/bundle", image_folder / "new", "again", "--chunk-size", "6")
     parts = sorted(Path("again/parts").glob("*.parquet"))
     before = [part.read_bytes() for part in parts]
     assert len(parts) > 1
     parts[0].unlink()
-    result = command("score", "out/bundle", drawn / "new", "again", "--chunk-size", "6")
+    result = command("score", "out/bundle", image_folder / "new", "again", "--chunk-size", "6")
     assert [part.read_bytes() for part in parts] == before
     assert 0 < result["counts"]["decoded"] < result["counts"]["scored"]
     with pytest.raises(SystemExit) as exit_info:
-        main(["score", "lesson", str(drawn / "new"), "again", "--chunk-size", "6"])
+        main(["score", "lesson", str(image_folder / "new"), "again", "--chunk-size", "6"])
     assert exit_info.value.code == 2
     assert "of another bundle" in capsys.readouterr().err
 
 
-def test_a_bundle_with_one_changed_byte_is_refused(fitted, drawn, capsys, workdir):
+def test_a_bundle_with_one_changed_byte_is_refused(fitted, image_folder, capsys, workdir):
     shutil.copytree(fitted / "bundle", workdir / "torn")
     weights = workdir / "torn" / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
     with pytest.raises(SystemExit) as exit_info:
-        main(["score", "torn", str(drawn / "new"), "never"])
+        main(["score", "torn", str(image_folder / "new"), "never"])
     assert exit_info.value.code == 4
     assert "weights.safetensors" in capsys.readouterr().err
 

@@ -49,9 +49,9 @@ SIDE = 64
 
 
 @pytest.fixture(scope="module")
-def photos(drawn: Path) -> list[bytes]:
+def photos(image_folder: Path) -> list[bytes]:
     """24 synthetic JPEGs of many sizes."""
-    return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:24]]
+    return [path.read_bytes() for path in sorted(image_folder.rglob("*.jpg"))[:24]]
 
 
 @pytest.fixture(scope="module")

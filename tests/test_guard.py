@@ -81,9 +81,9 @@ def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
 
 @pytest.fixture(scope="module")
-def photos(drawn: Path) -> list[bytes]:
+def photos(image_folder: Path) -> list[bytes]:
     """32 synthetic JPEGs."""
-    return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:32]]
+    return [path.read_bytes() for path in sorted(image_folder.rglob("*.jpg"))[:32]]
 
 
 @pytest.fixture(scope="module")

@@ -72,9 +72,9 @@ def scored_logits(bundle: Bundle, photos: list[bytes]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def photos(drawn: Path) -> list[bytes]:
+def photos(image_folder: Path) -> list[bytes]:
     """Five synthetic JPEGs."""
-    return [path.read_bytes() for path in sorted((drawn / "valid").rglob("*.jpg"))[::4]][:5]
+    return [path.read_bytes() for path in sorted((image_folder / "valid").rglob("*.jpg"))[::4]][:5]
 
 
 # ------------------------------------------------------------------------- what they say
@@ -255,9 +255,9 @@ def encode(upright: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
 
 
 @pytest.fixture(scope="module")
-def photo(drawn: Path) -> Image.Image:
+def photo(image_folder: Path) -> Image.Image:
     """A detailed photo of 403 x 301 pixels."""
-    path = max((drawn / "valid").rglob("*.jpg"), key=lambda path: path.stat().st_size)
+    path = max((image_folder / "valid").rglob("*.jpg"), key=lambda path: path.stat().st_size)
     return Image.open(path).convert("RGB").resize((403, 301))
 
 

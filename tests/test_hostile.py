@@ -44,9 +44,9 @@ class Row(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def photos(drawn: Path) -> list[bytes]:
+def photos(image_folder: Path) -> list[bytes]:
     """56 synthetic JPEGs."""
-    return [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))[:56]]
+    return [path.read_bytes() for path in sorted(image_folder.rglob("*.jpg"))[:56]]
 
 
 @pytest.fixture(scope="module")

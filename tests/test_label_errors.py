@@ -287,9 +287,9 @@ def test_table_joins_the_labels_of_an_image(tmp_path):
     ]
 
 
-def test_store_with_a_photo_in_two_classes_reports_both_copies(drawn, tmp_path, command):
+def test_store_with_a_photo_in_two_classes_reports_both_copies(image_folder, tmp_path, command):
     data = tmp_path / "data"
-    shutil.copytree(drawn / "train", data)
+    shutil.copytree(image_folder / "train", data)
     (copied,) = sorted((data / "beads").iterdir())[:1]
     shutil.copy(copied, data / "leaves" / "copy.jpg")
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]

@@ -15,8 +15,8 @@ from arrowhead.training.lr_finder import Curve
 
 
 @pytest.fixture(scope="module")
-def images(drawn: Path) -> Images:
-    return Images.from_folder(drawn)
+def images(image_folder: Path) -> Images:
+    return Images.from_folder(image_folder)
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,11 @@ def learn(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Learner:
     return Learner(body, images, store=store, pixels=PixelConfig(size=64, views=2))
 
 
-def test_images_have_classes_labels_and_paths_before_decoding(images, drawn):
+def test_images_have_classes_labels_and_paths_before_decoding(images, image_folder):
     assert images.classes == ["baskets", "beads", "leaves"]
     names = [images.classes[label] for label in images.valid_labels]
     assert names == [path.parent.name for path in images.valid_paths]
-    assert set(images.valid_paths) == set((drawn / "valid").glob("*/*.jpg"))
+    assert set(images.valid_paths) == set((image_folder / "valid").glob("*/*.jpg"))
 
 
 def test_fit_prints_losses_and_accuracy_of_each_epoch(learn, capsys):
@@ -84,9 +84,9 @@ def test_fit_continues_with_the_current_weights_unless_fresh_is_given(learn):
     assert [line["valid_loss"] for line in again] == [line["valid_loss"] for line in first]
 
 
-def test_files_are_predicted_with_faults_as_none(learn, drawn, tmp_path):
+def test_files_are_predicted_with_faults_as_none(learn, image_folder, tmp_path):
     learn.fit(0.01, 2, fresh=True)
-    good = sorted((drawn / "valid").glob("*/*.jpg"))[:3]
+    good = sorted((image_folder / "valid").glob("*/*.jpg"))[:3]
     bad = tmp_path / "page.jpg"
     bad.write_text("<html>")
     result = learn.predict([*good, bad, tmp_path / "missing.jpg"])
@@ -107,11 +107,11 @@ def test_files_are_predicted_with_faults_as_none(learn, drawn, tmp_path):
     loaded.close()
 
 
-def test_a_table_is_a_source_and_its_settings_are_kept(drawn, tmp_path):
-    files = sorted((drawn / "train").glob("*/*.jpg"))[::3]
+def test_a_table_is_a_source_and_its_settings_are_kept(image_folder, tmp_path):
+    files = sorted((image_folder / "train").glob("*/*.jpg"))[::3]
     lines = [f"{one.parent.name}/{one.stem},{one.parent.name}" for one in files]
     (tmp_path / "labels.csv").write_text("\n".join(["path,labels", *lines]))
-    source = {"images": str(drawn / "train"), "suffix": ".jpg", "valid_share": 0.4}
+    source = {"images": str(image_folder / "train"), "suffix": ".jpg", "valid_share": 0.4}
     images = Images.from_table(tmp_path / "labels.csv", **source)
     assert "beads" in repr(images) and f"{len(files)} images" in repr(images)
     body, pixels = BodyConfig(body="shufflenet_v2_x0_5", weights="random"), PixelConfig(size=64)

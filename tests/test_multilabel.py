@@ -67,7 +67,7 @@ def _random_store(
     paths, names = [f"{number:04}.jpg" for number in range(len(labels))], []
     while (first := sum(len(result.read_shard(name).paths) for name in names)) < len(paths):
         here = paths[first : first + int(rng.integers(1, 5))]
-        faults = ["empty" if drawn < faulty_share else None for drawn in rng.random(len(here))]
+        faults = ["empty" if value < faulty_share else None for value in rng.random(len(here))]
         features = rng.normal(size=(len(here), views, 3)).astype(np.float16)
         features[[fault is not None for fault in faults]] = 0
         ids = [rng.bytes(16) for _ in here]
@@ -188,15 +188,15 @@ LABELS = {"baskets": "woven brown", "beads": "round", "leaves": "green round"}
 
 
 @pytest.fixture(scope="module")
-def label_table(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TSV of the drawn images with one to three labels each, and one broken file."""
+def label_table(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TSV of the synthetic images with one to three labels each, and one broken file."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff no image")
     with (folder / "labels.tsv").open("w", newline="") as file:
         out = csv.writer(file, delimiter="\t")
         out.writerow(["path", "labels", "split"])
         for split in ("train", "valid"):
-            for number, image in enumerate(sorted((drawn / split).glob("*/*"))):
+            for number, image in enumerate(sorted((image_folder / split).glob("*/*"))):
                 extra = " even" if number % 2 else ""
                 out.writerow([str(image), LABELS[image.parent.name] + extra, split])
         out.writerow([str(folder / "torn.jpg"), "brown even", "train"])
@@ -350,11 +350,14 @@ def test_bundle_of_format_1_is_refused_with_advice_to_retrain(
 
 @pytest.fixture(scope="module")
 def scored(
-    bundle_path: Path, drawn: Path, label_table: Path, tmp_path_factory: pytest.TempPathFactory
+    bundle_path: Path,
+    image_folder: Path,
+    label_table: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Bundle, ScoreRequest, polars.DataFrame]]:
     """Bundle, request and rows: all validation images and one file that is not an image."""
     images = tmp_path_factory.mktemp("images")
-    for image in (drawn / "valid").glob("*/*"):
+    for image in (image_folder / "valid").glob("*/*"):
         (images / image.name).write_bytes(image.read_bytes())
     (images / "torn.jpg").write_bytes((label_table.parent / "torn.jpg").read_bytes())
     out = tmp_path_factory.mktemp("out") / "scores"
@@ -482,7 +485,7 @@ def _with_shifted_golden_probability(bundle: Bundle, shift: NDArray[np.float32])
 
 
 def test_golden_image_that_gains_or_loses_a_label_stops_scoring(
-    bundle: Bundle, drawn: Path, tmp_path: Path
+    bundle: Bundle, image_folder: Path, tmp_path: Path
 ) -> None:
     """Even if its most probable label stays the same."""
     cut, prob = np.array(bundle.thresholds), bundle.golden[0].probabilities
@@ -492,11 +495,11 @@ def test_golden_image_that_gains_or_loses_a_label_stops_scoring(
     path = tmp_path / "bundle"
     bundle_format.save(_with_shifted_golden_probability(bundle, moved), path)
     with pytest.raises(DataError, match="1 of 3 labels changed"):
-        _score_directly(path, drawn / "new", tmp_path / "out")
+        _score_directly(path, image_folder / "new", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("part-*"))
     near = np.clip(prob + np.where(prob < cut, -1e-3, 1e-3), 0, 1).astype(np.float32)
     bundle_format.save(_with_shifted_golden_probability(bundle, near), path)
-    _score_directly(path, drawn / "new", tmp_path / "again")
+    _score_directly(path, image_folder / "new", tmp_path / "again")
 
 
 @pytest.mark.parametrize("multi", [True, False])

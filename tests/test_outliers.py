@@ -28,12 +28,12 @@ def save_noise(path: Path, *, flip: bool = False) -> None:
 
 
 @pytest.fixture(scope="module")
-def drawn_store(drawn, tmp_path_factory) -> Store:
+def drawn_store(image_folder, tmp_path_factory) -> Store:
     """Drawn images, ten copies of an odd one, and bad files."""
     folder = tmp_path_factory.mktemp("odd")
     photos = folder / "photos"
     for split in ("train", "valid"):
-        shutil.copytree(drawn / split, photos / split)
+        shutil.copytree(image_folder / split, photos / split)
     for number in range(10):
         save_noise(photos / "train" / "beads" / f"copy{number}.png")
     data = min((photos / "train" / "leaves").iterdir()).read_bytes()
@@ -170,9 +170,9 @@ def test_faults_csv_lists_every_bad_file_and_no_formula(drawn_store, tmp_path):
     assert rows[-1]["path"] == "valid/beads/=text.jpg"
 
 
-def test_a_store_without_faults_has_none(drawn, tmp_path):
+def test_a_store_without_faults_has_none(image_folder, tmp_path):
     body = BodyConfig(body="shufflenet_v2_x0_5", weights="random")
-    precompute.precompute(drawn / "valid", tmp_path / "store", FeatureConfig(body=body))
+    precompute.precompute(image_folder / "valid", tmp_path / "store", FeatureConfig(body=body))
     store = Store(tmp_path / "store")
     assert faults.find_faults(store) == []
     assert faults.fault_table(store) == []

@@ -371,11 +371,11 @@ def test_one_fifth_of_each_class_validates_and_at_least_one_image_trains(tmp_pat
     counts = {"many": 250, "some": 48, "ten": 10, "three": 3, "two": 2, "single": 1}
     catalog = _class_folder_catalog(tmp_path, **counts)
     for seed in range(5):
-        drawn = data_splits.draw_splits(catalog, _random_ids(len(catalog), seed), 0.2)
-        pairs = list(zip(drawn.labels, drawn.splits, strict=True))
+        result = data_splits.draw_splits(catalog, _random_ids(len(catalog), seed), 0.2)
+        pairs = list(zip(result.labels, result.splits, strict=True))
         held = {name: pairs.count(((name,), "valid")) for name in counts}
         assert held == {"many": 50, "some": 10, "ten": 2, "three": 1, "two": 1, "single": 0}
-        assert set(drawn.splits) == {"train", "valid"}
+        assert set(result.splits) == {"train", "valid"}
 
 
 def test_copies_of_an_image_stay_in_one_split_even_beside_given_splits(tmp_path: Path) -> None:

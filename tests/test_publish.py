@@ -74,9 +74,9 @@ def published(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def photo(drawn: Path) -> Path:
+def photo(image_folder: Path) -> Path:
     """A real JPEG."""
-    return sorted((drawn / "new").glob("*.jpg"))[0]
+    return sorted((image_folder / "new").glob("*.jpg"))[0]
 
 
 def run_card_code(

@@ -24,10 +24,10 @@ FLAGS = ["--size", "32"]
 
 
 @pytest.fixture(scope="module")
-def photos(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 different images of three classes, below train/ only."""
     folder = tmp_path_factory.mktemp("race") / "photos"
-    originals = sorted((drawn / "train").rglob("*.jpg"))
+    originals = sorted((image_folder / "train").rglob("*.jpg"))
     for number in range(240):
         original = originals[number % len(originals)]
         target = folder / original.parent.name / f"{number:03}.jpg"

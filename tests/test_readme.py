@@ -81,7 +81,7 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Iterator[Path]:
     """photos, new-photos, photos.tar, two tables, and a torch cache with a small ResNet34 (one
     block per stage instead of three to six): no test here depends on what it predicts.
     """
@@ -89,8 +89,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Pa
     from torchvision import models
 
     directory = tmp_path_factory.mktemp("readme")
-    shutil.copytree(drawn, directory / "photos", ignore=shutil.ignore_patterns("new"))
-    shutil.copytree(drawn / "new", directory / "new-photos")
+    shutil.copytree(image_folder, directory / "photos", ignore=shutil.ignore_patterns("new"))
+    shutil.copytree(image_folder / "new", directory / "new-photos")
     with tarfile.open(directory / "photos.tar", "w") as tar:
         tar.add(directory / "photos", "photos")
     write_tables(directory)

@@ -19,13 +19,13 @@ QUIET = ["--no-system-metrics"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Any) -> Path:
-    """A folder with a table of the drawn images, a store of it, and a grid training."""
+def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Any) -> Path:
+    """A folder with a table of the synthetic images, a store of it, and a grid training."""
     folder: Path = tracked(tmp_path_factory.mktemp("recording"))
     with (folder / "weave.csv").open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["path", "labels", "split"])
-        for image in sorted(drawn.glob("*/*/*.jpg")):
+        for image in sorted(image_folder.glob("*/*/*.jpg")):
             split, label = image.parts[-3:-1]
             lines.writerow([image, label, split])
     grid = "rate=0.001,0.1 weight_decay=0,0.5 dropout=0,0.2 seed=0,1"
@@ -92,7 +92,7 @@ def test_logged_precision_and_warmup_are_those_used(client, workdir):
 
 
 def test_lr_find_score_and_evaluate_runs_log_their_settings_and_dataset(
-    client, workdir, drawn, command
+    client, workdir, image_folder, command
 ):
     result = command("lr-find", "out/store", "--steps", "20", "--batch-size", "16", *QUIET)
     run = client.get_run(result["run_id"])
@@ -100,10 +100,10 @@ def test_lr_find_score_and_evaluate_runs_log_their_settings_and_dataset(
     assert run.data.params["train.batch_size"] == "16"
     assert run.data.tags["dataset"] == "weave"
     assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"weave"}
-    scored = command("score", "out/bundle", drawn / "new", "scores", "--flag-novel", *QUIET)
+    scored = command("score", "out/bundle", image_folder / "new", "scores", "--flag-novel", *QUIET)
     params = client.get_run(scored["run_id"]).data.params
     assert params["score.flag_novel"] == "True" and "extract.chunk_size" in params
-    evaluated = command("evaluate", "out/bundle", drawn / "valid", "judged", *QUIET)
+    evaluated = command("evaluate", "out/bundle", image_folder / "valid", "judged", *QUIET)
     params = client.get_run(evaluated["run_id"]).data.params
     assert params["bundle"] == evaluated["bundle_fingerprint"]
     scoring_metrics, evaluation_metrics = (
@@ -169,14 +169,16 @@ def test_logged_model_has_a_name_metrics_params_and_tags_for_ranking(client, wor
     assert model.model_id in [one.model_id for one in ranked]
 
 
-def test_models_input_example_is_synthetic_and_not_a_user_photo(client, workdir, drawn, tmp_path):
+def test_models_input_example_is_synthetic_and_not_a_user_photo(
+    client, workdir, image_folder, tmp_path
+):
     from mlflow.artifacts import download_artifacts
 
     run, _ = run_of(client, workdir / "out/bundle")
     (model,) = logged_models(client, run)
     folder = Path(download_artifacts(model.artifact_location, dst_path=str(tmp_path)))
     result = json.loads((folder / "input_example.json").read_text())
-    photos = {image.read_bytes() for image in drawn.rglob("*.jpg")}
+    photos = {image.read_bytes() for image in image_folder.rglob("*.jpg")}
     assert base64.b64decode(result["data"][0][0]) not in photos
     assert not list(folder.rglob("report"))
 

@@ -47,13 +47,13 @@ def _change_directory(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def fitted(workdir: Path, drawn: Path) -> Path:
+def fitted(workdir: Path, image_folder: Path) -> Path:
     """The bundle of a first fit, registered as `weave`."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(workdir)
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         data = workdir / "data"
-        shutil.copytree(drawn, data, ignore=shutil.ignore_patterns("new"))
+        shutil.copytree(image_folder, data, ignore=shutil.ignore_patterns("new"))
         with pytest.raises(SystemExit) as exit_info:
             main(["fit", str(data), "out", *SMALL, *SHORT, "--register", "weave"])
     assert exit_info.value.code == 0
@@ -106,11 +106,11 @@ def _snapshot_before_loading(logged_files: dict[Path, bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def mixed_images(workdir: Path, drawn: Path) -> Path:
+def mixed_images(workdir: Path, image_folder: Path) -> Path:
     """Eight images with a truncated one between them."""
     images = workdir / "mixed"
     images.mkdir()
-    for i, file in enumerate(sorted((drawn / "new").iterdir())[:8]):
+    for i, file in enumerate(sorted((image_folder / "new").iterdir())[:8]):
         shutil.copy(file, images / f"{i}.jpg")
     full = (images / "3.jpg").read_bytes()
     (images / "3b.jpg").write_bytes(full[: len(full) // 2])

@@ -40,12 +40,12 @@ def _shared_tracking_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def original(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/ (class folders without splits) and the finished store/ of them."""
     from arrowhead.cli.main import main
 
     folder = tmp_path_factory.mktemp("original")
-    for number, photo in enumerate(sorted((drawn / "train").rglob("*.jpg"))):
+    for number, photo in enumerate(sorted((image_folder / "train").rglob("*.jpg"))):
         target = folder / "data" / photo.parent.name / f"{number:02}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(photo, target)
@@ -310,8 +310,8 @@ def test_drawn_split_keeps_every_needed_label_in_train():
     )
     assert splits.draw_splits(catalog, ids, 0.25).splits == ["valid", "train", "train", "train"]
     needed = [("y",), ("x",), ("x",), ("x",)]
-    drawn = splits.draw_splits(catalog, ids, 0.25, trained_labels=needed)
-    assert drawn.splits == ["train"] * 4
+    result = splits.draw_splits(catalog, ids, 0.25, trained_labels=needed)
+    assert result.splits == ["train"] * 4
 
 
 # --------------------------------------------------------------------------------- undo

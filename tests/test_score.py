@@ -36,11 +36,11 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Tracked) -> Path:
     """A folder with a fitted bundle, its store, and images to score."""
     folder = tracked(tmp_path_factory.mktemp("score"))
-    shutil.copytree(drawn, folder / "photos", ignore=shutil.ignore_patterns("new"))
-    shutil.copytree(drawn / "new", folder / "new")
+    shutil.copytree(image_folder, folder / "photos", ignore=shutil.ignore_patterns("new"))
+    shutil.copytree(image_folder / "new", folder / "new")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         with pytest.raises(SystemExit) as exit_info:
@@ -455,13 +455,15 @@ def test_novelty_reference_set_does_not_depend_on_image_order(monkeypatch):
     assert set(ids[kept]) == set(ids[order][others])
 
 
-def test_novel_images_are_detected_among_cats_and_dogs(dogscats, pets, drawn, command, tmp_path):
-    """AUROC above 0.95 between validation photos and drawn textures; the false alarm rate holds."""
+def test_novel_images_are_detected_among_cats_and_dogs(
+    dogscats, pets, image_folder, command, tmp_path
+):
+    """AUROC above 0.95 between photos and synthetic textures; the false alarm rate holds."""
     from sklearn.metrics import roc_auc_score
 
     command("train", pets, tmp_path / "bundle", "--epochs", "5", "--rate", "0.003")
     table = {}
-    for name, images in (("pets", dogscats / "valid"), ("others", drawn)):
+    for name, images in (("pets", dogscats / "valid"), ("others", image_folder)):
         flags = ["--flag-novel", "--store", pets]
         command("score", tmp_path / "bundle", images, tmp_path / name, *flags)
         table[name] = read_rows(tmp_path / name)

@@ -78,12 +78,12 @@ def score_directly(path: Path, images: Path, out: Path, **config: object) -> Sco
 
 
 @pytest.fixture(scope="module")
-def images(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 images of three classes and one empty file."""
     folder = tmp_path_factory.mktemp("images") / "images"
     for name in ("baskets", "beads", "leaves"):
         (folder / name).mkdir(parents=True)
-        for file in sorted((drawn / "valid" / name).iterdir())[:4]:
+        for file in sorted((image_folder / "valid" / name).iterdir())[:4]:
             shutil.copy(file, folder / name)
     (folder / "beads" / "empty.jpg").touch()
     return folder
@@ -384,9 +384,9 @@ def test_folders_with_other_names_give_no_accuracy(
 
 
 def test_csv_names_are_never_formulas_or_escape_sequences(
-    bundled: Bundled, drawn: Path, tmp_path: Path
+    bundled: Bundled, image_folder: Path, tmp_path: Path
 ) -> None:
-    photo = next((drawn / "new").iterdir())
+    photo = next((image_folder / "new").iterdir())
     (tmp_path / "photos").mkdir()
     names = [
         "=1+1.jpg",

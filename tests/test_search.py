@@ -89,15 +89,15 @@ def run(*args: object, code: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, drawn: Path, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Tracked) -> Path:
     """A folder with photos, a fit on some of them (out), and an unlabelled store of all (pool).
 
     The pool has two copies of every photo, and a file that is no image.
     """
     folder = tracked(tmp_path_factory.mktemp("search"))
-    shutil.copytree(drawn, folder / "photos", ignore=shutil.ignore_patterns("new"))
+    shutil.copytree(image_folder, folder / "photos", ignore=shutil.ignore_patterns("new"))
     for copy in ("first", "second"):
-        shutil.copytree(drawn, folder / "all" / copy)
+        shutil.copytree(image_folder, folder / "all" / copy)
     (folder / "all" / "broken.jpg").write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -488,7 +488,7 @@ def test_suggest_replaces_no_table_with_other_columns(tmp_path):
     assert [row["new_label"] for row in suggest.read_labelled_rows(table)] == ["'90s"]
 
 
-def test_search_writes_its_table_over_no_photo(drawn, tmp_path, capsys):
+def test_search_writes_its_table_over_no_photo(image_folder, tmp_path, capsys):
     from arrowhead.cli.main import main
 
     photo = tmp_path / "photo.jpg"

@@ -211,12 +211,12 @@ def payload(canary: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def shared_folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """data/ (drawn images), store/ of them, and mlflow.db, which all commands here share."""
+def shared_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """data/ (synthetic images), store/ of them, and mlflow.db, which all commands here share."""
     folder = tmp_path_factory.mktemp("planted")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        shutil.copytree(drawn, folder / "data", ignore=shutil.ignore_patterns("new"))
+        shutil.copytree(image_folder, folder / "data", ignore=shutil.ignore_patterns("new"))
         with pytest.raises(SystemExit) as exit_info:
             main(["precompute", str(folder / "data"), str(folder / "store"), *SMALL])
         assert exit_info.value.code == 0

@@ -31,10 +31,10 @@ ARROWHEAD = str(Path(sys.executable).with_name("arrowhead"))
     ids=["here", "as a module", "a worker"],
 )
 def test_modules_in_the_working_directory_are_not_imported(
-    program: list[str], workers: str, drawn: Path, tracked: Tracked, tmp_path: Path
+    program: list[str], workers: str, image_folder: Path, tracked: Tracked, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    for photo in sorted(drawn.rglob("train/*/*.jpg"))[::6]:
+    for photo in sorted(image_folder.rglob("train/*/*.jpg"))[::6]:
         (data / photo.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, data / photo.parent.name)
     for name in SHADOWED_MODULES:

@@ -70,8 +70,8 @@ def alive(pids: list[int]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_terminated_extraction_is_killed_in_mlflow_and_resumes(folder, drawn):
-    arguments = ["fit", drawn, "out", *SLOW, "--epochs", "2", "--rate", "0.01"]
+def test_terminated_extraction_is_killed_in_mlflow_and_resumes(folder, image_folder):
+    arguments = ["fit", image_folder, "out", *SLOW, "--epochs", "2", "--rate", "0.01"]
     process = start_command(folder, *arguments)
     wait_for(process, lambda: list((folder / "out/store/shards").glob("*.arrow")))
     helpers = children(process.pid)
@@ -95,8 +95,8 @@ def test_terminated_extraction_is_killed_in_mlflow_and_resumes(folder, drawn):
     assert runs_at_end["fit"][1] == runs_after_signal["fit"][1]
 
 
-def test_training_ends_on_sighup_unless_it_is_ignored(folder, drawn, command):
-    command("precompute", drawn, folder / "store", *SMALL)
+def test_training_ends_on_sighup_unless_it_is_ignored(folder, image_folder, command):
+    command("precompute", image_folder, folder / "store", *SMALL)
     arguments = ["train", "store", "b", "--epochs", "20000", "--rate", "0.01"]
     arguments += ["--checkpoint-seconds", "0"]
 
@@ -335,10 +335,10 @@ def test_simultaneous_signals_count_once_and_a_later_one_ends_immediately():
     assert process.returncode == 130
 
 
-def test_closed_stdout_and_full_stderr_do_not_stop_the_work(folder, drawn):
+def test_closed_stdout_and_full_stderr_do_not_stop_the_work(folder, image_folder):
     read, write = os.pipe()
     with Path("/dev/full").open("w") as full:
-        arguments = ["precompute", drawn, "store", *SMALL, "--json"]
+        arguments = ["precompute", image_folder, "store", *SMALL, "--json"]
         process = start_command(folder, *arguments, stdout=write, stderr=full)
         os.close(write)
         os.close(read)

@@ -59,8 +59,8 @@ def test_properties_of_a_flat_color_are_exact():
     assert values["colourfulness"] == pytest.approx(0.3 * np.hypot(50, -125), abs=1e-3)
 
 
-def test_a_blurred_photo_is_less_sharp_and_a_dark_one_less_bright(drawn):
-    original = photo(drawn)
+def test_a_blurred_photo_is_less_sharp_and_a_dark_one_less_bright(image_folder):
+    original = photo(image_folder)
     blurred = measured(original.filter(ImageFilter.GaussianBlur(4)))
     dark = measured(original.point(lambda value: value // 3))
     plain = measured(original)
@@ -69,25 +69,25 @@ def test_a_blurred_photo_is_less_sharp_and_a_dark_one_less_bright(drawn):
     assert dark["contrast"] == pytest.approx(plain["contrast"] / 3, rel=0.05)
 
 
-def test_jpeg_decoded_small_measures_like_the_whole_image(drawn):
-    large = photo(drawn).resize((2048, 1536), Image.Resampling.BICUBIC)
+def test_jpeg_decoded_small_measures_like_the_whole_image(image_folder):
+    large = photo(image_folder).resize((2048, 1536), Image.Resampling.BICUBIC)
     reduced, whole = measured(large, quality=95), measured(large, "PNG")
     for name in ("brightness", "contrast", "colourfulness"):
         assert reduced[name] == pytest.approx(whole[name], rel=0.03)
 
 
-def test_exif_orientation_makes_width_and_height_upright(drawn):
+def test_exif_orientation_makes_width_and_height_upright(image_folder):
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = photo(drawn).resize((320, 200))
+    image = photo(image_folder).resize((320, 200))
     rotated = measured(image, exif=exif)
     assert (rotated["width"], rotated["height"]) == (200, 320)
     assert rotated["brightness"] == measured(image)["brightness"]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "I;16", "1"])
-def test_every_kind_of_png_is_measured(mode, drawn):
-    source = photo(drawn)
+def test_every_kind_of_png_is_measured(mode, image_folder):
+    source = photo(image_folder)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
     else:
@@ -97,8 +97,8 @@ def test_every_kind_of_png_is_measured(mode, drawn):
     assert (values["colourfulness"] < 1) == (mode not in ("P", "RGBA"))
 
 
-def test_a_bad_file_has_no_pixel_properties_and_raises_nothing(drawn, tmp_path):
-    data = next((drawn / "valid").rglob("*.jpg")).read_bytes()
+def test_a_bad_file_has_no_pixel_properties_and_raises_nothing(image_folder, tmp_path):
+    data = next((image_folder / "valid").rglob("*.jpg")).read_bytes()
     folder = tmp_path / "data"
     files = {
         "a/good.jpg": data,
@@ -128,8 +128,8 @@ def test_a_bad_file_has_no_pixel_properties_and_raises_nothing(drawn, tmp_path):
     assert dict(zip(names, result.format, strict=True))["good.jpg"] == "JPEG"
 
 
-def test_sample_is_drawn_by_content_and_measured_alike(drawn):
-    catalog = sources.labelled_catalog(drawn / "train")
+def test_sample_is_drawn_by_content_and_measured_alike(image_folder):
+    catalog = sources.labelled_catalog(image_folder / "train")
     row, image_id = np.arange(len(catalog)), ids(len(catalog))
     config = ImagePropertiesConfig(max_images=10)
     result = image_properties.measure_images(catalog, row, image_id, config)
@@ -139,11 +139,11 @@ def test_sample_is_drawn_by_content_and_measured_alike(drawn):
     np.testing.assert_array_equal(backwards.sharpness, result.sharpness)
 
 
-def test_originals_in_an_object_store_are_measured(drawn):
+def test_originals_in_an_object_store_are_measured(image_folder):
     import fsspec
 
     files = fsspec.filesystem("memory")
-    for number, path in enumerate(sorted((drawn / "valid").rglob("*.jpg"))[:4]):
+    for number, path in enumerate(sorted((image_folder / "valid").rglob("*.jpg"))[:4]):
         files.pipe(f"/slices/{'ab'[number % 2]}/{number}.jpg", path.read_bytes())
     catalog = sources.labelled_catalog("memory://slices")
     result = image_properties.measure_images(catalog, np.arange(4), ids(4))
@@ -378,12 +378,12 @@ HEADER = ("image", "breed", "camera", "age", "patient", "stars", "note")
 
 
 def write_table(
-    path: Path, drawn: Path, separator: str = ",", prefix: str = "", strip: bool = False
+    path: Path, image_folder: Path, separator: str = ",", prefix: str = "", strip: bool = False
 ) -> int:
     lines = [separator.join(HEADER)]
-    files = sorted((drawn / "train").rglob("*.jpg"))
+    files = sorted((image_folder / "train").rglob("*.jpg"))
     for number, file in enumerate(files):
-        name = prefix + file.relative_to(drawn / "train").as_posix()
+        name = prefix + file.relative_to(image_folder / "train").as_posix()
         cells = [name.removesuffix(".jpg") if strip else name, file.parent.name]
         cells += [("Canon", "Nikon")[number % 2], str(20 + number / 2) if number % 9 else ""]
         cells += [str(1000 + number), str(number % 5), f"text {number}"]
@@ -402,11 +402,11 @@ def write_table(
     ],
 )
 def test_columns_of_a_table_are_joined_without_its_flags(
-    drawn, tmp_path, separator, prefix, strip, config
+    image_folder, tmp_path, separator, prefix, strip, config
 ):
-    shutil.copytree(drawn / "train", tmp_path / "train")
+    shutil.copytree(image_folder / "train", tmp_path / "train")
     table = tmp_path / "labels.csv"
-    count = write_table(table, drawn, separator, prefix, strip)
+    count = write_table(table, image_folder, separator, prefix, strip)
     flags = {name: str(tmp_path / v) if name == "images" else v for name, v in config.items()}
     source = SourceConfig(**flags, path_column="image", label_column="breed")
     catalog = sources.labelled_catalog(table, source)
@@ -430,10 +430,10 @@ def test_columns_of_a_table_are_joined_without_its_flags(
     np.testing.assert_array_equal(empty.value == 0, np.isnan(by_name["age"].value))
 
 
-def test_a_table_that_is_gone_or_has_changed_is_reported(drawn, tmp_path):
-    shutil.copytree(drawn / "train", tmp_path / "train")
+def test_a_table_that_is_gone_or_has_changed_is_reported(image_folder, tmp_path):
+    shutil.copytree(image_folder / "train", tmp_path / "train")
     table = tmp_path / "labels.csv"
-    count = write_table(table, drawn, ",", "train/")
+    count = write_table(table, image_folder, ",", "train/")
     catalog = sources.labelled_catalog(table, SourceConfig(label_column="breed"))
     lines = table.read_text().splitlines()
     table.write_text("\n".join(lines[:-10]) + "\n")
@@ -452,8 +452,8 @@ def test_a_table_that_is_gone_or_has_changed_is_reported(drawn, tmp_path):
     assert found == [] and "cannot be read" in notes[0]
 
 
-def test_files_of_one_name_in_two_folders_are_not_mixed_up(drawn, tmp_path):
-    files = sorted((drawn / "train").rglob("*.jpg"))[:8]
+def test_files_of_one_name_in_two_folders_are_not_mixed_up(image_folder, tmp_path):
+    files = sorted((image_folder / "train").rglob("*.jpg"))[:8]
     for number, file in enumerate(files):
         target = tmp_path / "photos" / "ab"[number % 2] / f"{number // 2}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)

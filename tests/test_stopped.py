@@ -35,10 +35,10 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference_store(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_store(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose extraction was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    assert finish(start(folder, drawn, "whole"))["counts"]["decoded"] == 72
+    assert finish(start(folder, image_folder, "whole"))["counts"]["decoded"] == 72
     return folder / "whole"
 
 
@@ -56,15 +56,15 @@ def stop_after_next_shard(
 
 
 def test_interrupted_and_killed_extraction_resumes_to_the_same_bytes(
-    drawn, reference_store, tmp_path
+    image_folder, reference_store, tmp_path
 ):
     shards = tmp_path / "stopped" / "shards"
-    output = stop_after_next_shard(start(tmp_path, drawn, "stopped"), shards, signal.SIGINT)
+    output = stop_after_next_shard(start(tmp_path, image_folder, "stopped"), shards, signal.SIGINT)
     assert "Run the same command again" in output
-    stop_after_next_shard(start(tmp_path, drawn, "stopped"), shards, signal.SIGKILL)
+    stop_after_next_shard(start(tmp_path, image_folder, "stopped"), shards, signal.SIGKILL)
     shards_before = list(shards.glob("*.arrow"))
     assert not (tmp_path / "stopped" / "manifest.json").exists()
-    result = finish(start(tmp_path, drawn, "stopped"))
+    result = finish(start(tmp_path, image_folder, "stopped"))
     assert result["counts"]["decoded"] < 72 - 8
     assert result["counts"]["decoded"] + result["counts"]["reused"] == 72
     assert {shard.name for shard in shards_before} < {
@@ -155,8 +155,8 @@ def process_runs(command_folder: CommandFolder, text: str) -> Callable[[], bool]
     return lambda: any(text in line for line in command_folder.processes().values())
 
 
-def test_two_workers_stopped_during_ray_start_and_decoding_resume(command_folder, drawn):
-    arguments = ["precompute", drawn, "store", *SMALL, *CHUNKS]
+def test_two_workers_stopped_during_ray_start_and_decoding_resume(command_folder, image_folder):
+    arguments = ["precompute", image_folder, "store", *SMALL, *CHUNKS]
     shards = command_folder.folder / "store" / "shards"
     output = command_folder.stop(
         command_folder.start(*arguments),
@@ -177,8 +177,10 @@ def test_two_workers_stopped_during_ray_start_and_decoding_resume(command_folder
     assert command_folder.runs("precompute") == ["KILLED", "KILLED", "FINISHED"]
 
 
-def test_two_workers_stopped_during_training_resume_in_the_same_run(command_folder, drawn, command):
-    command("precompute", drawn, command_folder.folder / "store", *SMALL)
+def test_two_workers_stopped_during_training_resume_in_the_same_run(
+    command_folder, image_folder, command
+):
+    command("precompute", image_folder, command_folder.folder / "store", *SMALL)
     arguments = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
     arguments += ["--checkpoint-seconds", "0"]
 
@@ -197,8 +199,8 @@ def test_two_workers_stopped_during_training_resume_in_the_same_run(command_fold
     assert command_folder.runs("train") == statuses_before
 
 
-def test_two_workers_stopped_during_scoring_resume(command_folder, drawn, bundled):
-    arguments = ["score", bundled(), drawn, "scores", *CHUNKS]
+def test_two_workers_stopped_during_scoring_resume(command_folder, image_folder, bundled):
+    arguments = ["score", bundled(), image_folder, "scores", *CHUNKS]
     parts = command_folder.folder / "scores" / "parts"
     command_folder.stop(
         command_folder.start(*arguments), signal.SIGTERM, lambda: list(parts.glob("part-*"))
@@ -211,9 +213,11 @@ def test_two_workers_stopped_during_scoring_resume(command_folder, drawn, bundle
     assert command_folder.runs("score") == ["KILLED", "FINISHED"]
 
 
-def test_stopped_run_is_marked_killed_though_ray_is_unresponsive(command_folder, drawn, command):
+def test_stopped_run_is_marked_killed_though_ray_is_unresponsive(
+    command_folder, image_folder, command
+):
     """A stopped service stops Ray's processes, too, so nothing may depend on their answers."""
-    command("precompute", drawn, command_folder.folder / "store", *SMALL)
+    command("precompute", image_folder, command_folder.folder / "store", *SMALL)
     arguments = ["train", "store", "b", "--head", "linear", "--epochs", "20000", "--rate", "0.01"]
     train = command_folder.start(*arguments, "--checkpoint-seconds", "0")
     deadline = time.monotonic() + 300

@@ -26,10 +26,10 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64", "--chunk-s
 
 
 @pytest.fixture(scope="module")
-def original(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/ (72 drawn images in train/ and valid/) and the finished store/ of them."""
+def original(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ (72 synthetic images in train/ and valid/) and the finished store/ of them."""
     folder = tmp_path_factory.mktemp("made")
-    shutil.copytree(drawn, folder / "data", ignore=shutil.ignore_patterns("new"))
+    shutil.copytree(image_folder, folder / "data", ignore=shutil.ignore_patterns("new"))
     with pytest.raises(SystemExit) as exit_info:
         main(["precompute", str(folder / "data"), str(folder / "store"), *FLAGS])
     assert exit_info.value.code == 0
@@ -87,9 +87,9 @@ def test_second_run_skips_everything(store, data, command):
     assert work_counts(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
 
 
-def test_only_added_images_are_decoded(store, data, command, drawn):
+def test_only_added_images_are_decoded(store, data, command, image_folder):
     before = features_by_path(store)
-    for number, photo in enumerate(sorted((drawn / "new").iterdir())[:2]):
+    for number, photo in enumerate(sorted((image_folder / "new").iterdir())[:2]):
         shutil.copy(photo, data / "train" / "beads" / f"more{number}.jpg")
     decoded, looked_up, skipped = work_counts(command("precompute", data, store, *FLAGS))
     assert decoded == 2
@@ -112,11 +112,13 @@ def test_renamed_class_is_looked_up_not_decoded(store, data, command):
         assert (after[path.replace("/leaves/", "/ferns/")] == feature).all()
 
 
-def test_touched_image_is_looked_up_and_changed_image_is_decoded(store, data, command, drawn):
+def test_touched_image_is_looked_up_and_changed_image_is_decoded(
+    store, data, command, image_folder
+):
     names = sorted((data / "train" / "beads").iterdir())[:2]
     os.utime(names[0], (1, 1))
     assert work_counts(command("precompute", data, store, *FLAGS))[0] == 0
-    other = sorted((drawn / "new").iterdir())[0].read_bytes()
+    other = sorted((image_folder / "new").iterdir())[0].read_bytes()
     status = names[1].stat()
     names[1].write_bytes(other)
     assert names[1].stat().st_mtime_ns != status.st_mtime_ns
@@ -276,13 +278,13 @@ print(sorted(seen))
 
 
 @pytest.mark.slow
-def test_polling_reader_sees_only_complete_sets(data, command, tmp_path, drawn):
+def test_polling_reader_sees_only_complete_sets(data, command, tmp_path, image_folder):
     finished = tmp_path / "done"
     reading = [sys.executable, "-c", READER, str(tmp_path / "store"), str(finished)]
     reader = forks.Popen(reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         command("precompute", data, "store", *FLAGS)
-        for number, photo in enumerate(sorted((drawn / "new").iterdir())[:3]):
+        for number, photo in enumerate(sorted((image_folder / "new").iterdir())[:3]):
             shutil.copy(photo, data / "train" / "beads" / f"more{number}.jpg")
             command("precompute", data, "store", *FLAGS)
     finally:
@@ -450,8 +452,8 @@ def test_gc_removes_unreferenced_files_only_with_yes(store, data, command):
     assert work_counts(command("precompute", data, store, *FLAGS)) == (0, 0, 72)
 
 
-def test_gc_keeps_shards_that_a_stopped_extraction_will_reuse(store, data, command, drawn):
-    shutil.copy(sorted((drawn / "new").iterdir())[0], data / "train" / "beads" / "more.jpg")
+def test_gc_keeps_shards_that_a_stopped_extraction_will_reuse(store, data, command, image_folder):
+    shutil.copy(sorted((image_folder / "new").iterdir())[0], data / "train" / "beads" / "more.jpg")
     old = {path.name for path in (store / "shards").glob("*.arrow")}
     manifest = (store / "manifest.json").read_bytes()
     command("precompute", data, store, *FLAGS)
@@ -532,13 +534,13 @@ print(*peaks, file=sys.stderr)
 
 
 @pytest.mark.slow
-def test_memory_use_does_not_grow_with_the_number_of_images(drawn, tmp_path):
+def test_memory_use_does_not_grow_with_the_number_of_images(image_folder, tmp_path):
     """160 more images cost at most 120 MB; if anything kept their files, it would be 320 MB.
 
     The measure is what a command and its decoder hold at one time. Mapped files (1 GB of libraries)
     do not count: how much of them is in memory is the kernel's choice.
     """
-    photos = sorted(drawn.glob("train/*/*.jpg"))
+    photos = sorted(image_folder.glob("train/*/*.jpg"))
     for folder, count in (("few", 80), ("many", 240)):
         for label in ("a", "b"):
             (tmp_path / folder / label).mkdir(parents=True)

@@ -44,9 +44,9 @@ def _change_directory(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def store(drawn: Path, workdir: Path) -> Path:
-    """Features of the drawn images."""
-    run_in_process(workdir, "precompute", drawn, workdir / "store", *BODY)
+def store(image_folder: Path, workdir: Path) -> Path:
+    """Features of the synthetic images."""
+    run_in_process(workdir, "precompute", image_folder, workdir / "store", *BODY)
     return workdir / "store"
 
 
@@ -193,11 +193,11 @@ def test_folds_train_for_as_many_epochs_as_the_best_head(store, workdir, command
 
 
 def test_single_image_class_has_no_out_of_fold_probability_and_training_succeeds(
-    drawn, workdir, command
+    image_folder, workdir, command
 ):
     rows = ["path,label,split"]
-    for file in sorted(drawn.glob("*/*/*.jpg")):
-        split, name = file.relative_to(drawn).parts[:2]
+    for file in sorted(image_folder.glob("*/*/*.jpg")):
+        split, name = file.relative_to(image_folder).parts[:2]
         if split in ("train", "valid"):
             rows.append(f"{file},{name},{split}")
     alone = rows[1].split(",")[0]
@@ -231,10 +231,10 @@ def test_memory_mapped_store_gives_the_same_numbers(store, command, monkeypatch)
     assert mapped["epochs"] == in_memory["epochs"]
 
 
-def test_multi_label_images_are_trained_and_scored(drawn, workdir, command):
+def test_multi_label_images_are_trained_and_scored(image_folder, workdir, command):
     rows = ["path\tlabels\tsplit"]
-    for file in sorted(drawn.glob("*/*/*.jpg")):
-        split, name = file.relative_to(drawn).parts[:2]
+    for file in sorted(image_folder.glob("*/*/*.jpg")):
+        split, name = file.relative_to(image_folder).parts[:2]
         both = f"{name} woven" if name == "baskets" else name
         if split in ("train", "valid"):
             rows.append(f"{file}\t{both}\t{split}")
@@ -254,7 +254,7 @@ def test_multi_label_images_are_trained_and_scored(drawn, workdir, command):
     outcome = json.loads(Path("several/bundle/bundle.json").read_text())
     assert outcome["task"] == "multi-label"
     assert outcome["thresholds"].keys() == {"baskets", "beads", "leaves", "woven"}
-    command("score", "several/bundle", drawn / "valid", "several-scores", "--probabilities")
+    command("score", "several/bundle", image_folder / "valid", "several-scores", "--probabilities")
     table = polars.read_parquet("several-scores/parts")
     thresholds = np.array([outcome["thresholds"][name] for name in outcome["classes"]])
     for probability_counts, labels in zip(

@@ -561,9 +561,9 @@ def test_submit_without_token_is_refused_with_where_to_put_it(local_cluster, tmp
 
 
 @pytest.fixture(scope="module")
-def extracted(local_cluster: LocalCluster, drawn: Path) -> tuple[dict[str, Any], str]:
+def extracted(local_cluster: LocalCluster, image_folder: Path) -> tuple[dict[str, Any], str]:
     """A job with relative paths and a TOML in the folder it was submitted from: result and log."""
-    (local_cluster.home / "photos").symlink_to(drawn)
+    (local_cluster.home / "photos").symlink_to(image_folder)
     toml = '[precompute]\nbody = "resnet18"\nweights = "random"\nworkers = 1\n'
     (local_cluster.home / "mine.toml").write_text(toml)
     arguments = ["precompute", "photos", "store", "--size", "32", "--config", "mine.toml"]
@@ -600,8 +600,8 @@ def test_exit_code_is_that_of_the_job(local_cluster):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_the_job_running_and_jobs_stop_ends_it(local_cluster, drawn):
-    slow = ["precompute", drawn, "slow", "--body", "resnet34", "--weights", "random"]
+def test_ctrl_c_leaves_the_job_running_and_jobs_stop_ends_it(local_cluster, image_folder):
+    slow = ["precompute", image_folder, "slow", "--body", "resnet34", "--weights", "random"]
     follower = local_cluster.start("submit", "--", *slow)
     job_id = re.search(r"job (\w+) at", follower.stdout.readline())[1]
     follower.send_signal(signal.SIGINT)

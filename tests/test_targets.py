@@ -32,11 +32,11 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(workdir: Path, drawn: Path) -> Path:
+def store(workdir: Path, image_folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(workdir)
         with pytest.raises(SystemExit) as exit_info:
-            main(["precompute", str(drawn), "store", *RANDOM])
+            main(["precompute", str(image_folder), "store", *RANDOM])
     assert exit_info.value.code == 0
     return workdir / "store"
 
@@ -76,10 +76,10 @@ def list_files(folder: Path) -> set[str]:
     ids=lambda words: words[0],
 )
 def test_unwritable_output_path_is_refused_before_any_work(
-    clean_workdir, drawn, bundled, capsys, words
+    clean_workdir, image_folder, bundled, capsys, words
 ):
     (clean_workdir / "file").write_text("mine")
-    messages = {"DATA": str(drawn), "BUNDLE": str(bundled())}
+    messages = {"DATA": str(image_folder), "BUNDLE": str(bundled())}
     for out in ("file", "file/below", "/proc/nowhere/out", "x" * 300):
         before = list_files(clean_workdir)
         request = [out if word == "OUT" else messages.get(word, word) for word in words]
@@ -102,12 +102,12 @@ def test_unwritable_output_path_is_refused_before_any_work(
     ids=" ".join,
 )
 def test_folder_with_other_contents_is_refused_and_left_unchanged(
-    clean_workdir, drawn, bundled, capsys, words
+    clean_workdir, image_folder, bundled, capsys, words
 ):
     (clean_workdir / "others").mkdir(exist_ok=True)
     (clean_workdir / "others" / "notes.txt").write_text("mine")
     before = list_files(clean_workdir)
-    result = {"DATA": str(drawn), "BUNDLE": str(bundled())}
+    result = {"DATA": str(image_folder), "BUNDLE": str(bundled())}
     refused_result(capsys, *(result.get(word, word) for word in words))
     assert list_files(clean_workdir) == before
 
@@ -253,13 +253,15 @@ def test_a_bundle_in_place_of_its_store_is_answered_with_the_store(bundled, caps
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_missing_input_is_refused_before_importing_heavy_libraries(tmp_path, drawn, words, found):
+def test_missing_input_is_refused_before_importing_heavy_libraries(
+    tmp_path, image_folder, words, found
+):
     script = (
         "import sys\nfrom arrowhead.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         f"finally: print([name for name in {HEAVY_LIBRARIES} if name in sys.modules])\n"
     )
-    request = [str(drawn) if word == "DATA" else word for word in words]
+    request = [str(image_folder) if word == "DATA" else word for word in words]
     completed = subprocess.run(
         [sys.executable, "-c", script, *request],
         capture_output=True,
@@ -281,25 +283,33 @@ def test_backbone_list_without_torchvision_equals_torchvisions():
     )
 
 
-def test_existing_store_is_used_with_its_own_recipe(clean_workdir, store, drawn, command: Command):
-    result = command("precompute", drawn, "store")
+def test_existing_store_is_used_with_its_own_recipe(
+    clean_workdir, store, image_folder, command: Command
+):
+    result = command("precompute", image_folder, "store")
     assert result["counts"]["decoded"] == 0
     assert "shufflenet_v2_x0_5" in command.said and "64 pixels" in command.said
     recipe = json.loads((store / "store.json").read_text())["recipe"]
     assert (recipe["body"], recipe["size"]) == ("shufflenet_v2_x0_5", 64)
-    again = command("precompute", drawn, "store", "--size", "64", "--body", "shufflenet_v2_x0_5")
+    again = command(
+        "precompute", image_folder, "store", "--size", "64", "--body", "shufflenet_v2_x0_5"
+    )
     assert again["counts"]["decoded"] == 0
 
 
 @pytest.mark.parametrize("flags", [["--body", "resnet18"], ["--size", "96"], ["--pool", "max"]])
-def test_flag_that_contradicts_a_store_is_refused_by_name(clean_workdir, drawn, capsys, flags):
-    result = refused_result(capsys, "precompute", drawn, "store", *flags)
+def test_flag_that_contradicts_a_store_is_refused_by_name(
+    clean_workdir, image_folder, capsys, flags
+):
+    result = refused_result(capsys, "precompute", image_folder, "store", *flags)
     assert flags[0] in result and "store was made with" in result
-    result = refused_result(capsys, "precompute", drawn, "store", "--weights", "random", *flags)
+    result = refused_result(
+        capsys, "precompute", image_folder, "store", "--weights", "random", *flags
+    )
     assert flags[0] in result
 
 
-def test_store_can_be_used_without_its_weights_file(clean_workdir, drawn, command, tmp_path):
+def test_store_can_be_used_without_its_weights_file(clean_workdir, image_folder, command, tmp_path):
     import safetensors.torch
     import torch
     import torchvision
@@ -309,9 +319,9 @@ def test_store_can_be_used_without_its_weights_file(clean_workdir, drawn, comman
     weights = tmp_path / "mine.safetensors"
     safetensors.torch.save_file(state, weights)
     flags = ["--body", "shufflenet_v2_x0_5", "--weights", weights, "--size", "32"]
-    command("precompute", drawn, tmp_path / "own", *flags)
+    command("precompute", image_folder, tmp_path / "own", *flags)
     weights.unlink()
-    assert command("precompute", drawn, tmp_path / "own")["counts"]["decoded"] == 0
+    assert command("precompute", image_folder, tmp_path / "own")["counts"]["decoded"] == 0
 
 
 @pytest.mark.slow
@@ -353,18 +363,18 @@ def test_working_directory_accepts_a_bundle_once(
 
 @pytest.mark.slow
 def test_fit_and_score_write_to_the_working_directory(
-    bundled, drawn, tmp_path, monkeypatch, command, tracked
+    bundled, image_folder, tmp_path, monkeypatch, command, tracked
 ):
     for name in ("fit", "scores"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tracked(tmp_path / "fit"))
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
     for _ in range(2):
-        result = command("fit", drawn, ".", *body, "--epochs", "2", "--rate", "0.01")
+        result = command("fit", image_folder, ".", *body, "--epochs", "2", "--rate", "0.01")
         assert Path(result["bundle"]).resolve() == tmp_path / "fit" / "bundle"
     monkeypatch.chdir(tracked(tmp_path / "scores"))
     for _ in range(2):
-        assert command("score", bundled(), drawn / "valid", ".")["counts"]["faults"] == 0
+        assert command("score", bundled(), image_folder / "valid", ".")["counts"]["faults"] == 0
     assert Path("score.json").is_file()
 
 

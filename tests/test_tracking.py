@@ -769,7 +769,7 @@ def test_unsent_writes_of_a_deleted_run_are_set_aside(config, client, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     """A bundle of a random backbone and head with three golden images."""
     from arrowhead.bundle import format as bundle_format
     from arrowhead.bundle import replay
@@ -792,7 +792,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
         metrics={},
         lineage={},
     )
-    images = [next((drawn / "valid" / name).glob("*")).read_bytes() for name in result.classes]
+    images = [
+        next((image_folder / "valid" / name).glob("*")).read_bytes() for name in result.classes
+    ]
     feature_ND = replay.clean_features(recipe, result.make_body(), images, "cpu", 1)
     prob_NC = bundle_format.probabilities(result.make_head(), feature_ND, result.temperature)
     golden = [
@@ -891,7 +893,7 @@ def read_all_bytes(folder: Path) -> bytes:
 
 
 def test_password_in_the_address_is_neither_printed_nor_stored(
-    server, drawn, tmp_path, monkeypatch, capfd
+    server, image_folder, tmp_path, monkeypatch, capfd
 ):
     address = f"http://anna:{SECRET}@127.0.0.1:{server.port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -903,9 +905,9 @@ def test_password_in_the_address_is_neither_printed_nor_stored(
         assert exit_info.value.code == 0, shown.err
         return shown.out + shown.err
 
-    output = run("fit", drawn, "out", *SMALL, "--rate", "0.01")
+    output = run("fit", image_folder, "out", *SMALL, "--rate", "0.01")
     assert f"webbrowser 'http://…@127.0.0.1:{server.port}'" in output
-    output += run("score", "out/bundle", drawn / "new", "scores")
+    output += run("score", "out/bundle", image_folder / "new", "scores")
     output += run("watch", "--no-follow", "--json")
     output += run("doctor")
     assert "finished" in output.lower()

@@ -655,15 +655,17 @@ def test_each_stacked_head_equals_the_head_trained_alone(
 @given(st.data())
 @settings(deadline=None, max_examples=20)
 def test_heads_with_different_training_rows_train_as_they_do_alone(
-    drawn: st.DataObject,
+    values: st.DataObject,
 ) -> None:
-    multi = drawn.draw(st.booleans(), "several labels")
+    multi = values.draw(st.booleans(), "several labels")
     data = _toy_data(200, width=6, multi=multi, views=2)
-    size = drawn.draw(st.integers(2, 50), "batch size")
-    weights = drawn.draw(st.sampled_from(["none", "balanced"]), "class weights")
+    size = values.draw(st.integers(2, 50), "batch size")
+    weights = values.draw(st.sampled_from(["none", "balanced"]), "class weights")
     rng = np.random.default_rng(0)
     trials = []
-    for seed, count in enumerate(drawn.draw(st.lists(st.integers(2, 160), min_size=2, max_size=4))):
+    for seed, count in enumerate(
+        values.draw(st.lists(st.integers(2, 160), min_size=2, max_size=4))
+    ):
         rows = np.sort(rng.permutation(160)[:count])
         valid = rng.permutation(200)[: max(1, count // 3)]
         config = _config(epochs=2, batch_size=size, seed=seed % 2, class_weights=weights)

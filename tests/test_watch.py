@@ -68,12 +68,12 @@ def run_watch(*words: object, code: int = 0) -> None:
 
 
 @pytest.mark.slow
-def test_watch_follows_a_run_to_its_end(workdir, drawn):
+def test_watch_follows_a_run_to_its_end(workdir, image_folder):
     from mlflow import MlflowClient
 
     slow = ["--body", "resnet18", "--weights", "random", "--extract.chunk-size", "4"]
     fit = start_reporting_command(
-        workdir, "fit", drawn, "slow", *slow, *SHORT, "--run-name", "slowly"
+        workdir, "fit", image_folder, "slow", *slow, *SHORT, "--run-name", "slowly"
     )
     views: list[View] = []
     config = TrackingConfig(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
@@ -98,7 +98,7 @@ def test_watch_follows_a_run_to_its_end(workdir, drawn):
     assert [stage.name for stage in last.stages] == ["slowly", "extract", "train"]
     assert {stage.status for stage in last.stages} == {"FINISHED"}
     assert (last.stages[2].epoch, last.stages[2].epochs) == (2, 3)
-    assert last.facts == {"dataset": drawn.name, "body": "resnet18"}
+    assert last.facts == {"dataset": image_folder.name, "body": "resnet18"}
     assert any(
         view.machine["system/cpu_utilization_percentage"] > 0 for view in views[:-1] if view.machine
     )
@@ -117,10 +117,10 @@ def test_watch_follows_a_run_to_its_end(workdir, drawn):
 
 
 @pytest.mark.slow
-def test_watch_of_an_interrupted_run_exits_with_its_code(workdir, drawn, capsys):
+def test_watch_of_an_interrupted_run_exits_with_its_code(workdir, image_folder, capsys):
     slow = ["--body", "resnet18", "--weights", "random", "--size", "448", "--chunk-size", "4"]
     process = start_reporting_command(
-        workdir, "precompute", drawn, "cut", *slow, "--run-name", "cut"
+        workdir, "precompute", image_folder, "cut", *slow, "--run-name", "cut"
     )
     while process.poll() is None and not list((workdir / "cut" / "shards").glob("*.arrow")):
         time.sleep(0.1)
@@ -134,9 +134,9 @@ def test_watch_of_an_interrupted_run_exits_with_its_code(workdir, drawn, capsys)
     assert re.match(r"cut \w{8} · killed after \d+ s", last_line)
 
 
-def test_watch_counts_heads_and_shows_the_best_metric(workdir, drawn, config, capsys):
+def test_watch_counts_heads_and_shows_the_best_metric(workdir, image_folder, config, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main(["precompute", str(drawn), "store", *SMALL])
+        main(["precompute", str(image_folder), "store", *SMALL])
     assert exit_info.value.code == 0
     with pytest.raises(SystemExit) as exit_info:
         main(["train", "store", "b", "--grid", "rate=0.003..0.1:4", "--epochs", "3"])

@@ -66,9 +66,20 @@ def test_a_given_number_of_workers_is_kept(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_gpus_get_two_workers_without_a_flag_and_without_a_word_about_ray(drawn, tmp_path):
+def test_two_gpus_get_two_workers_without_a_flag_and_without_a_word_about_ray(
+    image_folder, tmp_path
+):
     """Two CPU workers stand in for two GPUs."""
-    arguments = ["precompute", drawn, "--body", "resnet18", "--weights", "random", "--size", "32"]
+    arguments = [
+        "precompute",
+        image_folder,
+        "--body",
+        "resnet18",
+        "--weights",
+        "random",
+        "--size",
+        "32",
+    ]
     for name, program in (
         ("two", ["-c", TWO_GPUS]),
         ("one", ["-m", "arrowhead"]),
