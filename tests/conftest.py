@@ -15,7 +15,7 @@ import forks
 import pytest
 
 Bundled = Callable[..., Path]
-Tracked = Callable[[Path], Path]
+AddMlflowDb = Callable[[Path], Path]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # These are set before anything imports torch, MLflow or Ray, which read them on import.
@@ -111,7 +111,7 @@ def many(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+def add_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> AddMlflowDb:
     """A function that copies an empty mlflow.db into a folder; creating one takes seconds."""
     from mlflow import MlflowClient
 
@@ -158,7 +158,10 @@ def mobilenet() -> list[str]:
 
 @pytest.fixture(scope="session")
 def pets(
-    tmp_path_factory: pytest.TempPathFactory, dogscats: Path, mobilenet: list[str], tracked: Tracked
+    tmp_path_factory: pytest.TempPathFactory,
+    dogscats: Path,
+    mobilenet: list[str],
+    add_mlflow_db: AddMlflowDb,
 ) -> Path:
     """The feature store of the real photos, read-only; one test process builds it for all."""
     from arrowhead.cli.main import main
@@ -169,7 +172,7 @@ def pets(
     with (folder / "pets.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "pets" / "manifest.json").is_file():
-            patch.chdir(tracked(tmp_path_factory.mktemp("pets")))
+            patch.chdir(add_mlflow_db(tmp_path_factory.mktemp("pets")))
             with pytest.raises(SystemExit) as exit_info:
                 main(["precompute", str(dogscats), str(folder / "pets"), *mobilenet])
             assert exit_info.value.code == 0

@@ -357,9 +357,9 @@ def run(*words: object) -> int:
 
 
 def test_fit_with_bundled_weights_records_recipe_license_and_source(
-    image_folder, tmp_path, tracked, monkeypatch, capsys
+    image_folder, tmp_path, add_mlflow_db, monkeypatch, capsys
 ):
-    monkeypatch.chdir(tracked(tmp_path))
+    monkeypatch.chdir(add_mlflow_db(tmp_path))
     assert run("fit", image_folder, "out", "--weights", "bundled", "--size", 64) == 0
     assert "weights under apache-2.0" in capsys.readouterr().out
     store = Store(Path("out/store"))

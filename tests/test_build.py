@@ -17,9 +17,9 @@ from arrowhead.training.trainer import TrainedHead
 
 
 def test_a_store_and_a_head_give_a_complete_bundle_without_the_photos(
-    image_folder, tmp_path, monkeypatch, tracked, command
+    image_folder, tmp_path, monkeypatch, add_mlflow_db, command
 ):
-    monkeypatch.chdir(tracked(tmp_path))
+    monkeypatch.chdir(add_mlflow_db(tmp_path))
     shutil.copytree(image_folder, "photos")
     command("precompute", "photos", "store", "--body", "resnet18", "--weights", "random")
     shutil.rmtree("photos")

@@ -31,9 +31,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def extract_source(store: Path, command: Any, tracked: Any, tmp_path: Path) -> Extracted:
+def extract_source(store: Path, command: Any, add_mlflow_db: Any, tmp_path: Path) -> Extracted:
     """A function that extracts a source and returns the result, the catalog and standard error."""
-    folder = tracked(tmp_path)
+    folder = add_mlflow_db(tmp_path)
 
     def extract(source: Path, *flags: str, code: int = 0) -> tuple[dict[str, Any], Catalog, str]:
         body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
@@ -199,9 +199,13 @@ def test_a_class_of_one_image_is_trained_on_and_reported(
 
 
 def test_output_written_into_the_image_folder_does_not_change_the_counts(
-    image_folder: Path, tmp_path: Path, tracked: Any, command: Any, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path,
+    tmp_path: Path,
+    add_mlflow_db: Any,
+    command: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = tracked(_tree(tmp_path / "data", image_folder, count=15))
+    data = add_mlflow_db(_tree(tmp_path / "data", image_folder, count=15))
     monkeypatch.chdir(data)
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
     overrides = ["--epochs", "2", "--rate", "0.01"]
@@ -218,7 +222,7 @@ def test_output_written_into_the_image_folder_does_not_change_the_counts(
 
 
 def test_rare_classes_are_reported_with_their_recall(
-    image_folder: Path, tmp_path: Path, tracked: Any, command: Any
+    image_folder: Path, tmp_path: Path, add_mlflow_db: Any, command: Any
 ) -> None:
     data = _tree(tmp_path / "data", image_folder, "train", "valid")
     for photo in sorted((data / "train" / "beads").iterdir())[2:]:

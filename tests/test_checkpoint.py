@@ -342,9 +342,9 @@ def test_a_finished_training_removes_only_its_own_checkpoints(tmp_path):
 
 
 def test_a_successful_training_keeps_checkpoints_of_other_trainings_of_that_bundle(
-    tmp_path, tracked, command, monkeypatch
+    tmp_path, add_mlflow_db, command, monkeypatch
 ):
-    monkeypatch.chdir(tracked(tmp_path))
+    monkeypatch.chdir(add_mlflow_db(tmp_path))
     shutil.copytree(Path(__file__).parent / "written_before" / "store", "store")
     other = save_checkpoint(tmp_path / ".bundle.training", 7, key="another:heads")
     run = other.parent / "run-0123456789ab.json"
@@ -358,10 +358,10 @@ def test_a_successful_training_keeps_checkpoints_of_other_trainings_of_that_bund
 
 
 def test_a_full_disk_while_the_bundle_is_saved_is_reported_and_the_next_run_resumes(
-    tmp_path, tracked, command, monkeypatch
+    tmp_path, add_mlflow_db, command, monkeypatch
 ):
     """RLIMIT_FSIZE stands in for the full disk: the bundle's weights (1.5 MB) do not fit."""
-    monkeypatch.chdir(tracked(tmp_path))
+    monkeypatch.chdir(add_mlflow_db(tmp_path))
     shutil.copytree(Path(__file__).parent / "written_before" / "store", "store")
     command_args = ["train", "store", "bundle", "--epochs", "2", "--rate", "0.01"]
     code = (

@@ -62,9 +62,9 @@ def test_every_command_has_help_with_usage_and_an_example(capsys, name):
 
 
 @pytest.fixture
-def expect_refusal(monkeypatch, capsys, tmp_path, tracked):
+def expect_refusal(monkeypatch, capsys, tmp_path, add_mlflow_db):
     """A function that runs a command, requires a refusal and returns its three lines."""
-    monkeypatch.chdir(tracked(tmp_path))
+    monkeypatch.chdir(add_mlflow_db(tmp_path))
 
     def run_refused(*args: object, code: int = 2) -> tuple[str, str, str]:
         assert run(*args) == code

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import test_kills
-from conftest import Bundled, Command, Tracked
+from conftest import AddMlflowDb, Bundled, Command
 
 from arrowhead.data import chunks, sources, tar_index
 from arrowhead.data.catalog import Catalog
@@ -143,13 +143,13 @@ def test_shards_are_scored_evaluated_searched_and_relabelled_like_files(
     same: Path,
     tmp_path: Path,
     command: Command,
-    tracked: Tracked,
+    add_mlflow_db: AddMlflowDb,
     bundled: Bundled,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import pyarrow.parquet as pq
 
-    monkeypatch.chdir(tracked(tmp_path))
+    monkeypatch.chdir(add_mlflow_db(tmp_path))
     bundle = bundled()
     scores, metrics = {}, {}
     for kind in ("folder", "tars", "parquet"):

@@ -134,7 +134,9 @@ def test_csv_keeps_one_file_of_each_group_and_the_validation_copy_of_a_leak(foun
     assert [row["path"] for row in differ if row["keep"] == "yes"] == [largest["path"]]
 
 
-def test_drop_leaves_out_copies_without_decoding_again(found, planted, tmp_path, command, tracked):
+def test_drop_leaves_out_copies_without_decoding_again(
+    found, planted, tmp_path, command, add_mlflow_db
+):
     store, catalog, result = found
     shutil.copytree(store.path, tmp_path / "store")
     drop = duplicates.write_drop_list(result, catalog, tmp_path / "drop.txt")
@@ -156,7 +158,7 @@ def test_drop_leaves_out_copies_without_decoding_again(found, planted, tmp_path,
 
 
 def test_a_store_goes_on_without_the_dropped_images_until_they_are_taken_back(
-    found, planted, tmp_path, command, tracked
+    found, planted, tmp_path, command, add_mlflow_db
 ):
     store, catalog, _ = found
     shutil.copytree(store.path, tmp_path / "store")

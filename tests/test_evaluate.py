@@ -11,7 +11,7 @@ import numpy as np
 import polars
 import pytest
 import safetensors.numpy
-from conftest import Bundled, Tracked
+from conftest import AddMlflowDb, Bundled
 
 from arrowhead.cli.main import main
 
@@ -31,9 +31,11 @@ def copy_with_test_split(image_folder: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Tracked) -> Path:
+def workdir(
+    tmp_path_factory: pytest.TempPathFactory, image_folder: Path, add_mlflow_db: AddMlflowDb
+) -> Path:
     """A folder with photos in three splits and the output of `fit`."""
-    folder = tracked(tmp_path_factory.mktemp("evaluate"))
+    folder = add_mlflow_db(tmp_path_factory.mktemp("evaluate"))
     copy_with_test_split(image_folder, folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

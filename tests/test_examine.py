@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars
 import pytest
-from conftest import Command, Tracked
+from conftest import AddMlflowDb, Command
 
 from arrowhead import ConfigError, Learner
 from arrowhead.bundle import format as bundle_format
@@ -28,9 +28,9 @@ HOSTILE = "a<script>alert(1)<&script>\"'.jpg"  # a name cannot contain /
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
     """A working directory with a bundle, its store and its report."""
-    return tracked(tmp_path_factory.mktemp("examine"))
+    return add_mlflow_db(tmp_path_factory.mktemp("examine"))
 
 
 @pytest.fixture(autouse=True)

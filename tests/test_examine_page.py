@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, Tracked
+from conftest import AddMlflowDb, Command
 
 pytestmark = pytest.mark.services
 
@@ -35,8 +35,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
-    return tracked(tmp_path_factory.mktemp("page"))
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
+    return add_mlflow_db(tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture

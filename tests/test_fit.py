@@ -11,7 +11,7 @@ import numpy as np
 import polars
 import pyarrow as pa
 import pytest
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 from arrowhead import ConfigError, Images, Learner
 from arrowhead.cli.main import main
@@ -21,9 +21,9 @@ RANDOM = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
     """A working directory that the tests of this file share, in order."""
-    return tracked(tmp_path_factory.mktemp("work"))
+    return add_mlflow_db(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(autouse=True)

@@ -31,10 +31,10 @@ FLAGS = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64", 
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory, tracked) -> Path:
+def originals(tmp_path_factory, add_mlflow_db) -> Path:
     """A folder with a finished store, an interrupted store, a bundle and a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tracked(tmp_path_factory.mktemp("made")))
+        patch.chdir(add_mlflow_db(tmp_path_factory.mktemp("made")))
         with pytest.raises(SystemExit) as exit_info:
             main(["precompute", str(WRITTEN_BEFORE / "images"), "store", *FLAGS])
         assert exit_info.value.code == 0

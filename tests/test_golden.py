@@ -23,10 +23,10 @@ TRAIN = ["--epochs", 2, "--rate", 0.01]
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, tracked) -> Path:
+def original(tmp_path_factory, add_mlflow_db) -> Path:
     """A folder with photos and their feature store."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tracked(tmp_path_factory.mktemp("made")))
+        patch.chdir(add_mlflow_db(tmp_path_factory.mktemp("made")))
         shutil.copytree(WRITTEN_BEFORE / "images", "photos")
         with pytest.raises(SystemExit) as exit_info:
             main(["precompute", "photos", "store", *map(str, BODY)])

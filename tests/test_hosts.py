@@ -113,11 +113,11 @@ def wait_until(reached: Callable[[], bool], seconds: float = 120.0) -> None:
 
 
 @pytest.fixture(scope="module")
-def hosts(tracked: Callable[[Path], Path]) -> Iterator[list[Host]]:
+def hosts(add_mlflow_db: Callable[[Path], Path]) -> Iterator[list[Host]]:
     """A head and two hosts on a bridge, in one Ray cluster, removed afterwards."""
     if not (shutil.which("ip") and shutil.which("nsenter")):
         pytest.skip("several hosts need `ip` and `nsenter` (iproute2, util-linux)")
-    folder = tracked(Path(tempfile.mkdtemp(prefix="ah", dir="/tmp")))
+    folder = add_mlflow_db(Path(tempfile.mkdtemp(prefix="ah", dir="/tmp")))
     (folder / ".ray").mkdir(mode=0o700)
     (folder / ".ray" / "auth_token").write_text("5" * 64)
     (folder / ".ray" / "auth_token").chmod(0o600)
@@ -156,10 +156,10 @@ def hosts(tracked: Callable[[Path], Path]) -> Iterator[list[Host]]:
 
 @pytest.fixture(scope="module")
 def alone(
-    many: Path, tmp_path_factory: pytest.TempPathFactory, tracked: Callable[[Path], Path]
+    many: Path, tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: Callable[[Path], Path]
 ) -> tuple[Path, dict[str, Any]]:
     """The fit of one process, and its result."""
-    folder = tracked(tmp_path_factory.mktemp("hosts"))
+    folder = add_mlflow_db(tmp_path_factory.mktemp("hosts"))
     words = [sys.executable, "-m", "arrowhead", *fit(many, folder / "alone")]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

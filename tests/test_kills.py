@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 pytestmark = pytest.mark.slow
 
@@ -173,8 +173,10 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(data: Path, tracked: Tracked, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder = tracked(tmp_path_factory.mktemp("pair"))
+def pair(
+    data: Path, add_mlflow_db: AddMlflowDb, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    folder = add_mlflow_db(tmp_path_factory.mktemp("pair"))
     # 13 rows a step: the last is one of few. What the finder says on two: tests/test_lr_finder.py.
     head = ["--head", "lesson", "--dropout", "0.25", "--epochs", "3", "--batch-size", "13"]
     head += ["--rate", "0.01", "--extract.chunk-size", "8", *FLAGS[:-2]]

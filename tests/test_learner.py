@@ -132,7 +132,7 @@ def test_the_lr_finder_curve_can_be_plotted(learn):
     assert learn.lr_find(steps=20, seeds=1).plot().get_axes()
 
 
-def test_a_fit_is_recorded_in_mlflow_when_asked(images, tracked, tmp_path):
+def test_a_fit_is_recorded_in_mlflow_when_asked(images, add_mlflow_db, tmp_path):
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tracked(tmp_path)}/mlflow.db"

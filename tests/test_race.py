@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 from arrowhead import ConfigError
 from arrowhead.commands import race, race_config
@@ -37,8 +37,8 @@ def photos(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
-    return tracked(tmp_path_factory.mktemp("raced"))
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
+    return add_mlflow_db(tmp_path_factory.mktemp("raced"))
 
 
 @pytest.fixture(autouse=True)

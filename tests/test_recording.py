@@ -19,9 +19,11 @@ QUIET = ["--no-system-metrics"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Any) -> Path:
+def workdir(
+    tmp_path_factory: pytest.TempPathFactory, image_folder: Path, add_mlflow_db: Any
+) -> Path:
     """A folder with a table of the synthetic images, a store of it, and a grid training."""
-    folder: Path = tracked(tmp_path_factory.mktemp("recording"))
+    folder: Path = add_mlflow_db(tmp_path_factory.mktemp("recording"))
     with (folder / "weave.csv").open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["path", "labels", "split"])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars
 import pytest
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 from arrowhead import ConfigError, DataError, fileio
 from arrowhead.bundle import format as bundle_format
@@ -34,9 +34,9 @@ SHORT = ["--epochs", "2", "--rate", "0.01"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
     """A working directory with a tracking store that the tests of this file share, in order."""
-    return tracked(tmp_path_factory.mktemp("registry"))
+    return add_mlflow_db(tmp_path_factory.mktemp("registry"))
 
 
 @pytest.fixture(autouse=True)

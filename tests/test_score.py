@@ -21,7 +21,7 @@ import numpy as np
 import polars
 import pyarrow.parquet as pq
 import pytest
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 from arrowhead import ConfigError, DataError, fileio
 from arrowhead.bundle import format as bundle_format
@@ -36,9 +36,11 @@ FLAGS = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Tracked) -> Path:
+def workdir(
+    tmp_path_factory: pytest.TempPathFactory, image_folder: Path, add_mlflow_db: AddMlflowDb
+) -> Path:
     """A folder with a fitted bundle, its store, and images to score."""
-    folder = tracked(tmp_path_factory.mktemp("score"))
+    folder = add_mlflow_db(tmp_path_factory.mktemp("score"))
     shutil.copytree(image_folder, folder / "photos", ignore=shutil.ignore_patterns("new"))
     shutil.copytree(image_folder / "new", folder / "new")
     with pytest.MonkeyPatch.context() as monkeypatch:

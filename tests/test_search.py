@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, Tracked
+from conftest import AddMlflowDb, Command
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -89,12 +89,14 @@ def run(*args: object, code: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tracked: Tracked) -> Path:
+def workdir(
+    tmp_path_factory: pytest.TempPathFactory, image_folder: Path, add_mlflow_db: AddMlflowDb
+) -> Path:
     """A folder with photos, a fit on some of them (out), and an unlabelled store of all (pool).
 
     The pool has two copies of every photo, and a file that is no image.
     """
-    folder = tracked(tmp_path_factory.mktemp("search"))
+    folder = add_mlflow_db(tmp_path_factory.mktemp("search"))
     shutil.copytree(image_folder, folder / "photos", ignore=shutil.ignore_patterns("new"))
     for copy in ("first", "second"):
         shutil.copytree(image_folder, folder / "all" / copy)
@@ -301,8 +303,10 @@ def test_unlabelled_never_drops_the_labels_of_a_store(workdir: Path, here: Path)
     assert Store(Path("store")).read_catalog()["labels"] == before
 
 
-def test_an_unlabelled_list_may_repeat_paths(workdir: Path, tracked: Tracked, here: Path) -> None:
-    tracked(here)
+def test_an_unlabelled_list_may_repeat_paths(
+    workdir: Path, add_mlflow_db: AddMlflowDb, here: Path
+) -> None:
+    add_mlflow_db(here)
     photos = sorted((workdir / "all" / "first" / "new").iterdir())[:3]
     lines = [str(one) for one in (photos[2], photos[0], photos[2], photos[1])]
     Path("list.txt").write_text("\n".join(lines))
@@ -424,9 +428,9 @@ def test_the_same_request_writes_the_same_bytes(workdir: Path, here: Path) -> No
 
 
 def test_a_filled_in_table_trains_a_bundle_for_the_next_suggestions(
-    workdir: Path, here: Path, tracked: Tracked, capsys: pytest.CaptureFixture[str]
+    workdir: Path, here: Path, add_mlflow_db: AddMlflowDb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracked(here)
+    add_mlflow_db(here)
     run("suggest", workdir / "pool", "--count", "12")
     fit = capsys.readouterr().out.splitlines()[-1].split()[1:]
     assert fit[0] == "fit"
@@ -453,9 +457,9 @@ def test_a_bundle_of_another_recipe_and_a_labelled_store_are_refused(
 
 
 def test_with_several_labels_an_image_near_a_threshold_is_suggested(
-    workdir: Path, here: Path, tracked: Tracked, command: Command
+    workdir: Path, here: Path, add_mlflow_db: AddMlflowDb, command: Command
 ) -> None:
-    tracked(here)
+    add_mlflow_db(here)
     photos = sorted((workdir / "photos").rglob("*.jpg"))
     lines = [f"{one},{one.parent.name}|seen" for one in photos]
     Path("tags.csv").write_text("\n".join(["path,tags", *lines]))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 # Modules that a command, its decoder or a worker of Ray may import.
 SHADOWED_MODULES = """
@@ -31,7 +31,7 @@ ARROWHEAD = str(Path(sys.executable).with_name("arrowhead"))
     ids=["here", "as a module", "a worker"],
 )
 def test_modules_in_the_working_directory_are_not_imported(
-    program: list[str], workers: str, image_folder: Path, tracked: Tracked, tmp_path: Path
+    program: list[str], workers: str, image_folder: Path, add_mlflow_db: AddMlflowDb, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     for photo in sorted(image_folder.rglob("train/*/*.jpg"))[::6]:

@@ -22,8 +22,8 @@ ARROWHEAD = [sys.executable, "-m", "arrowhead"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tracked: Callable[[Path], Path]) -> Path:
-    return tracked(tmp_path)
+def folder(tmp_path: Path, add_mlflow_db: Callable[[Path], Path]) -> Path:
+    return add_mlflow_db(tmp_path)
 
 
 def start_command(folder: Path, *words: object, **pipes: Any) -> subprocess.Popen[str]:

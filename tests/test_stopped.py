@@ -143,8 +143,10 @@ class CommandFolder:
 
 
 @pytest.fixture
-def command_folder(tmp_path: Path, tracked: Callable[[Path], Path]) -> Iterator[CommandFolder]:
-    result = CommandFolder(tracked(tmp_path))
+def command_folder(
+    tmp_path: Path, add_mlflow_db: Callable[[Path], Path]
+) -> Iterator[CommandFolder]:
+    result = CommandFolder(add_mlflow_db(tmp_path))
     yield result
     for pid in result.processes():
         with contextlib.suppress(ProcessLookupError):

@@ -23,7 +23,7 @@ import polars
 import psutil
 import pytest
 import safetensors.numpy
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 from arrowhead.cli.main import main
 from arrowhead.features.store import Store
@@ -33,9 +33,9 @@ BODY = ["--body", "resnet18", "--weights", "random", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
     """A working directory that the tests of this file share."""
-    return tracked(tmp_path_factory.mktemp("study"))
+    return add_mlflow_db(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(autouse=True)

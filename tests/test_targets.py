@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Command, Tracked
+from conftest import AddMlflowDb, Command
 
 from arrowhead import ConfigError, demo, fileio
 from arrowhead.cli import demo as cli_demo
@@ -26,9 +26,9 @@ HEAVY_LIBRARIES = ("torch", "mlflow", "ray", "pyarrow")
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
     """A working directory with a finished store in it."""
-    return tracked(tmp_path_factory.mktemp("targets"))
+    return add_mlflow_db(tmp_path_factory.mktemp("targets"))
 
 
 @pytest.fixture(scope="module")
@@ -344,11 +344,11 @@ def test_demo_leaves_only_its_results_and_existing_files(clean_workdir, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--grid", "seed=0,1"]], ids=["plain", "grid"])
 def test_working_directory_accepts_a_bundle_once(
-    store, tmp_path, monkeypatch, command, capsys, tracked, words
+    store, tmp_path, monkeypatch, command, capsys, add_mlflow_db, words
 ):
     folder = tmp_path / "here"
     folder.mkdir()
-    monkeypatch.chdir(tracked(folder))
+    monkeypatch.chdir(add_mlflow_db(folder))
     flags = ["--epochs", "2", "--rate", "0.01", *words]
     result = command("train", store, ".", *flags)
     assert Path(result["bundle"]).samefile(folder)
@@ -363,16 +363,16 @@ def test_working_directory_accepts_a_bundle_once(
 
 @pytest.mark.slow
 def test_fit_and_score_write_to_the_working_directory(
-    bundled, image_folder, tmp_path, monkeypatch, command, tracked
+    bundled, image_folder, tmp_path, monkeypatch, command, add_mlflow_db
 ):
     for name in ("fit", "scores"):
         (tmp_path / name).mkdir()
-    monkeypatch.chdir(tracked(tmp_path / "fit"))
+    monkeypatch.chdir(add_mlflow_db(tmp_path / "fit"))
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
     for _ in range(2):
         result = command("fit", image_folder, ".", *body, "--epochs", "2", "--rate", "0.01")
         assert Path(result["bundle"]).resolve() == tmp_path / "fit" / "bundle"
-    monkeypatch.chdir(tracked(tmp_path / "scores"))
+    monkeypatch.chdir(add_mlflow_db(tmp_path / "scores"))
     for _ in range(2):
         assert command("score", bundled(), image_folder / "valid", ".")["counts"]["faults"] == 0
     assert Path("score.json").is_file()

@@ -15,7 +15,7 @@ from typing import Any
 
 import forks
 import pytest
-from conftest import Tracked
+from conftest import AddMlflowDb
 
 from arrowhead import ConfigError
 from arrowhead.cli.main import main
@@ -29,9 +29,9 @@ SHORT = ["--epochs", "3", "--rate", "0.01"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory, tracked: Tracked) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb) -> Path:
     """A working directory with its tracking store."""
-    return tracked(tmp_path_factory.mktemp("watch"))
+    return add_mlflow_db(tmp_path_factory.mktemp("watch"))
 
 
 @pytest.fixture(autouse=True)

@@ -39,17 +39,19 @@ def test_old_store_is_intact_and_gives_its_features(old_files, command):
     }
 
 
-def test_old_store_is_extended_without_decoding_again(old_files, command, tracked, monkeypatch):
-    monkeypatch.chdir(tracked(old_files))
+def test_old_store_is_extended_without_decoding_again(
+    old_files, command, add_mlflow_db, monkeypatch
+):
+    monkeypatch.chdir(add_mlflow_db(old_files))
     flags = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", 64]
     counts = command("precompute", old_files / "images", old_files / "store", *flags)["counts"]
     assert (counts["decoded"], counts["reused"], counts["faults"]) == (0, 24, 0)
 
 
-def test_old_bundle_scores_as_before(old_files, command, tracked, monkeypatch):
+def test_old_bundle_scores_as_before(old_files, command, add_mlflow_db, monkeypatch):
     import pyarrow.parquet as pq
 
-    monkeypatch.chdir(tracked(old_files))
+    monkeypatch.chdir(add_mlflow_db(old_files))
     result = command(
         "score", old_files / "bundle", old_files / "images", old_files / "scores", "--probabilities"
     )
@@ -65,8 +67,8 @@ def test_old_bundle_scores_as_before(old_files, command, tracked, monkeypatch):
         assert values == pytest.approx(expected[row["path"]]["probabilities"], abs=1e-3)
 
 
-def test_old_store_can_be_trained_on(old_files, command, tracked, monkeypatch):
-    monkeypatch.chdir(tracked(old_files))
+def test_old_store_can_be_trained_on(old_files, command, add_mlflow_db, monkeypatch):
+    monkeypatch.chdir(add_mlflow_db(old_files))
     shutil.rmtree(old_files / "images")
     result = command("train", old_files / "store", old_files / "new", "--epochs", 3, "--rate", 0.01)
     assert result["metrics"]["images"] == 6
