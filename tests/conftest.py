@@ -14,7 +14,7 @@ from typing import Any
 import forks
 import pytest
 
-Bundled = Callable[..., Path]
+MakeBundle = Callable[..., Path]
 AddMlflowDb = Callable[[Path], Path]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -180,7 +180,7 @@ def pets(
 
 
 @pytest.fixture(scope="session")
-def bundled(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Bundled:
+def make_bundle(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> MakeBundle:
     """A function that saves a random ResNet18, a random head and 3 golden images as a bundle."""
 
     def save(
@@ -227,7 +227,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Bun
             GoldenImage(name=f"{i}.img", data=data, feature=feature, probabilities=prob)
             for i, (data, feature, prob) in enumerate(zip(images, feature_ND, prob_NC, strict=True))
         ]
-        path = tmp_path_factory.mktemp("bundled") / "bundle"
+        path = tmp_path_factory.mktemp("bundles") / "bundle"
         bundle_format.save(replace(result, golden=golden), path)
         return path
 

@@ -361,19 +361,19 @@ def test_a_flag_without_effect_on_a_command_is_unknown_and_not_in_its_help(
     ],
 )
 def test_a_flag_without_effect_in_this_combination_is_refused(
-    expect_refusal, image_folder, bundled, words, named
+    expect_refusal, image_folder, make_bundle, words, named
 ):
-    paths = {"photos": image_folder, "bundle": bundled()}
+    paths = {"photos": image_folder, "bundle": make_bundle()}
     result, _, _ = expect_refusal(*(word.format(**paths) for word in words))
     assert named in result
     assert not Path("out", "bundle").exists()
 
 
 def test_every_command_expands_a_tilde_that_the_shell_did_not_expand(
-    expect_refusal, image_folder, bundled, tmp_path, monkeypatch, command
+    expect_refusal, image_folder, make_bundle, tmp_path, monkeypatch, command
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(bundled(), tmp_path / "bundle")
+    shutil.copytree(make_bundle(), tmp_path / "bundle")
     shutil.copytree(image_folder / "valid", tmp_path / "photos")
     flags = ["--body", "resnet18", "--weights", "random", "--size", "32"]
     assert command("precompute", "~/photos", "~/store", *flags)["store"] == str(tmp_path / "store")
@@ -391,8 +391,13 @@ def test_every_command_expands_a_tilde_that_the_shell_did_not_expand(
 @pytest.mark.parametrize(
     "words", [["bundle", "info", "{bundle}", "--json"], ["bundle", "info", "{bundle}"]], ids=len
 )
-def test_a_result_that_cannot_be_written_to_standard_output_is_an_error(bundled, words):
-    call = [sys.executable, "-m", "arrowhead", *(word.format(bundle=bundled()) for word in words)]
+def test_a_result_that_cannot_be_written_to_standard_output_is_an_error(make_bundle, words):
+    call = [
+        sys.executable,
+        "-m",
+        "arrowhead",
+        *(word.format(bundle=make_bundle()) for word in words),
+    ]
     with Path("/dev/full").open("w") as full:
         completed = subprocess.run(
             call, stdout=full, stderr=subprocess.PIPE, text=True, check=False

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import test_kills
-from conftest import AddMlflowDb, Bundled, Command
+from conftest import AddMlflowDb, Command, MakeBundle
 
 from arrowhead.data import chunks, sources, tar_index
 from arrowhead.data.catalog import Catalog
@@ -144,13 +144,13 @@ def test_shards_are_scored_evaluated_searched_and_relabelled_like_files(
     tmp_path: Path,
     command: Command,
     add_mlflow_db: AddMlflowDb,
-    bundled: Bundled,
+    make_bundle: MakeBundle,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import pyarrow.parquet as pq
 
     monkeypatch.chdir(add_mlflow_db(tmp_path))
-    bundle = bundled()
+    bundle = make_bundle()
     scores, metrics = {}, {}
     for kind in ("folder", "tars", "parquet"):
         result = command("score", bundle, same / kind, tmp_path / f"score-{kind}", code=3)

@@ -11,7 +11,7 @@ import numpy as np
 import polars
 import pytest
 import safetensors.numpy
-from conftest import AddMlflowDb, Bundled
+from conftest import AddMlflowDb, MakeBundle
 
 from arrowhead.cli.main import main
 
@@ -221,12 +221,12 @@ def test_it_is_reported_if_all_images_were_validation_images(command: Any, tmp_p
 
 
 def test_it_is_reported_if_the_bundle_does_not_record_its_training_images(
-    command: Any, bundled: Bundled, tmp_path: Path
+    command: Any, make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
-    metrics = command("evaluate", bundled(), "photos/test", tmp_path / "a")["metrics"]
+    metrics = command("evaluate", make_bundle(), "photos/test", tmp_path / "a")["metrics"]
     assert (metrics["images_used"], metrics["trusted_images"]) == (None, "unknown")
     assert "does not say which images it was trained on" in command.said
-    command("score", bundled(), "photos/test", tmp_path / "b")
+    command("score", make_bundle(), "photos/test", tmp_path / "b")
     assert "does not say which images it was trained on" in command.said
 
 

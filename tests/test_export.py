@@ -60,15 +60,15 @@ def images(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def plain_bundle(bundled: Callable[..., Path]) -> Path:
+def plain_bundle(make_bundle: Callable[..., Path]) -> Path:
     """A bundle that no test changes."""
-    return bundled()
+    return make_bundle()
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def bundle(request: pytest.FixtureRequest, bundled: Callable[..., Path]) -> Path:
+def bundle(request: pytest.FixtureRequest, make_bundle: Callable[..., Path]) -> Path:
     """A bundle of each kind."""
-    return bundled(**KINDS[request.param])
+    return make_bundle(**KINDS[request.param])
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -265,9 +265,9 @@ def test_openvino_gives_the_results_of_score(
 
 @pytest.mark.parametrize("kind", ["linear", "several labels"])
 def test_torchvision_loads_the_weights_and_gives_the_logits_of_the_bundle(
-    kind: str, bundled: Callable[..., Path], pixels: NDArray[np.uint8], tmp_path: Path
+    kind: str, make_bundle: Callable[..., Path], pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
-    path = bundled(**KINDS[kind])
+    path = make_bundle(**KINDS[kind])
     loaded = bundle_format.load(path)
     result = export.export(path, tmp_path, ExportConfig(format="torchvision"))
     assert result["build"] == "torchvision.models.resnet18(num_classes=3)"
@@ -294,9 +294,9 @@ def test_torchvision_loads_the_weights_and_gives_the_logits_of_the_bundle(
 
 
 def test_timm_loads_the_weights_and_gives_the_logits_of_the_bundle(
-    bundled: Callable[..., Path], pixels: NDArray[np.uint8], tmp_path: Path
+    make_bundle: Callable[..., Path], pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
-    path = bundled(name="timm/resnet18", temperature=0.1)
+    path = make_bundle(name="timm/resnet18", temperature=0.1)
     loaded = bundle_format.load(path)
     result = export.export(path, tmp_path, ExportConfig(format="timm"))
     assert result["build"] == "timm.create_model('resnet18', num_classes=3)"
@@ -313,7 +313,7 @@ def test_timm_loads_the_weights_and_gives_the_logits_of_the_bundle(
 
 
 def test_the_other_librarys_format_is_refused_with_the_right_one(
-    bundled: Callable[..., Path], plain_bundle: Path, tmp_path: Path
+    make_bundle: Callable[..., Path], plain_bundle: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="is of torchvision, not of timm"):
         export.export(plain_bundle, tmp_path / "out", ExportConfig(format="timm"))
@@ -392,10 +392,10 @@ def test_the_head_folds_into_the_last_layer_of_every_family(body: str, tmp_path:
     ],
 )
 def test_a_bundle_that_torchvision_cannot_express_is_refused_with_the_reason(
-    kind: dict[str, Any], reason: str, bundled: Callable[..., Path], tmp_path: Path
+    kind: dict[str, Any], reason: str, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        export.export(bundled(**kind), tmp_path / "out", ExportConfig(format="torchvision"))
+        export.export(make_bundle(**kind), tmp_path / "out", ExportConfig(format="torchvision"))
     assert not (tmp_path / "out").exists()
 
 
@@ -447,9 +447,9 @@ def test_an_export_with_other_probabilities_is_refused_and_the_previous_file_kep
 
 
 def test_an_export_that_changes_a_label_is_refused_however_small_the_difference(
-    bundled: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, out = bundled(multi=True, thresholds=[0.5] * 3), tmp_path / "out"
+    path, out = make_bundle(multi=True, thresholds=[0.5] * 3), tmp_path / "out"
     loaded = bundle_format.load(path)
     prob_C = loaded.golden[0].probabilities.astype(float)
     label = int(np.abs(prob_C - 0.5).argmax())

@@ -133,8 +133,10 @@ def test_a_damaged_golden_image_is_detected_and_a_missing_one_is_permitted(workd
     assert Store(workdir / "store").manifest()["golden"] == names
 
 
-def test_a_predictor_warns_if_a_bundle_without_golden_images_cannot_be_verified(bundled, tmp_path):
-    bare = dataclasses.replace(bundle_format.load(bundled()), golden=[])
+def test_a_predictor_warns_if_a_bundle_without_golden_images_cannot_be_verified(
+    make_bundle, tmp_path
+):
+    bare = dataclasses.replace(bundle_format.load(make_bundle()), golden=[])
     bundle_format.save(bare, tmp_path / "bare")
     with pytest.warns(UserWarning, match="has no golden images"):
         Predictor(tmp_path / "bare").close()

@@ -33,7 +33,7 @@ OTHER_BODIES_OF_TIMM = ["timm/convnext_atto", "timm/vit_tiny_patch16_224", "timm
 ORIENTATIONS = range(1, 9)
 
 
-def make_bundle(
+def make_body(
     body: str,
     *,
     head: str = "linear",
@@ -99,12 +99,12 @@ def assert_maps_add_up(bundle: Bundle, photos: list[bytes]) -> None:
 
 @pytest.mark.parametrize("body", AVERAGING_BODIES)
 def test_mean_of_a_cam_plus_bias_is_the_logit_that_scoring_computes(body, photos):
-    assert_maps_add_up(make_bundle(body), photos)
+    assert_maps_add_up(make_body(body), photos)
 
 
 def test_mean_of_a_cam_plus_bias_is_the_logit_with_pretrained_weights(mobilenet, dogscats):
     weights = mobilenet[mobilenet.index("--weights") + 1]
-    bundle = make_bundle("mobilenet_v2", weights=weights, mean=(0.5, 0.5, 0.5))
+    bundle = make_body("mobilenet_v2", weights=weights, mean=(0.5, 0.5, 0.5))
     pets = sorted((dogscats / "valid").rglob("*.jpg"))[::40]
     assert_maps_add_up(bundle, [path.read_bytes() for path in pets])
 
@@ -142,7 +142,7 @@ def test_features_beside_a_map_are_those_of_the_body_of_timm(body):
 
 
 def test_maps_of_a_network_of_timm_add_up_to_the_logit(photos):
-    assert_maps_add_up(make_bundle("timm/resnet10t"), photos)
+    assert_maps_add_up(make_body("timm/resnet10t"), photos)
 
 
 def test_a_network_of_timm_without_map_or_grid_of_tokens_is_refused():
@@ -154,7 +154,7 @@ def test_a_network_of_timm_without_map_or_grid_of_tokens_is_refused():
 
 @pytest.mark.parametrize("pool", ["max", "concat"])
 def test_grad_cam_of_max_pooling_weights_channels_by_the_head(pool, photos):
-    bundle = make_bundle("resnet18", pool=pool)
+    bundle = make_body("resnet18", pool=pool)
     state, width = bundle.head_state, 512
     # The gradient of a maximum, summed over positions, is 1; so is that of the average.
     weight_CD = state["2.weight"] / state["0.deviation"]
@@ -163,7 +163,7 @@ def test_grad_cam_of_max_pooling_weights_channels_by_the_head(pool, photos):
 
 
 def test_grad_cam_of_the_lesson_head_weights_channels_by_its_gradient(photos):
-    bundle = make_bundle("resnet18", head="lesson")
+    bundle = make_body("resnet18", head="lesson")
     head = bundle.make_head()
 
     def gradient(feature_D: torch.Tensor) -> torch.Tensor:
@@ -192,7 +192,7 @@ def assert_grad_cam(bundle: Bundle, photos: list[bytes], channel_weights: object
 
 @pytest.mark.parametrize("body", OTHER_BODIES)
 def test_networks_that_do_more_than_average_get_grad_cam(body, photos):
-    bundle = make_bundle(body, size=224)
+    bundle = make_body(body, size=224)
     for heatmap in heatmaps.explain(bundle, photos * 3, [0] * 5 + [1] * 5 + [2] * 5):
         assert heatmap is not None
         assert (heatmap.method, heatmap.map.shape) == ("Grad-CAM", (7, 7))
@@ -201,7 +201,7 @@ def test_networks_that_do_more_than_average_get_grad_cam(body, photos):
 
 
 def test_an_image_can_be_explained_for_several_classes_in_any_order(photos):
-    bundle = make_bundle("resnet18", head="lesson")
+    bundle = make_body("resnet18", head="lesson")
     a, b, broken = photos[0], photos[1], photos[2][:500]
     results = heatmaps.explain(bundle, [a, broken, b, a, a], [0, 0, 1, 2, 1])
     assert [one and one.class_index for one in results] == [0, None, 1, 2, 1]
@@ -213,11 +213,11 @@ def test_an_image_can_be_explained_for_several_classes_in_any_order(photos):
 
 
 def test_no_images_give_no_maps():
-    assert heatmaps.explain(make_bundle("resnet18"), []) == []
+    assert heatmaps.explain(make_body("resnet18"), []) == []
 
 
 def test_more_images_than_a_batch_keep_their_order(photos):
-    bundle = make_bundle("resnet18", size=32)
+    bundle = make_body("resnet18", size=32)
     numbered = [photos[n % 5] + bytes([n]) for n in range(20)]
     results = heatmaps.explain(bundle, numbered)
     logit_NC = scored_logits(bundle, numbered)
@@ -225,7 +225,7 @@ def test_more_images_than_a_batch_keep_their_order(photos):
 
 
 def test_a_network_without_a_feature_map_is_refused():
-    body = make_bundle("resnet18").make_body()
+    body = make_body("resnet18").make_body()
     body.module.net = nn.Flatten()
     with pytest.raises(ConfigError, match="No feature map was found in resnet18"):
         FeatureMaps(body)
@@ -321,7 +321,7 @@ def test_an_overlay_is_strongest_over_the_bright_square(resize):
 def test_positions_of_a_map_lie_at_the_centers_of_their_receptive_fields(
     body, first_center, distance
 ):
-    maps = feature_maps(make_bundle(body, size=224).make_body())
+    maps = feature_maps(make_body(body, size=224).make_body())
     first, last = maps.extent(7, 224)
     assert (last - first) * 224 / 7 == pytest.approx(distance)
     assert first * 224 + distance / 2 == pytest.approx(first_center)
@@ -329,7 +329,7 @@ def test_positions_of_a_map_lie_at_the_centers_of_their_receptive_fields(
 
 def bright_detector(resize: str) -> Bundle:
     """A random ResNet18 whose first class is the difference of white from dark gray."""
-    bundle = make_bundle("resnet18", size=224, resize=resize)
+    bundle = make_body("resnet18", size=224, resize=resize)
     levels = torch.tensor([255, 40], dtype=torch.uint8).repeat(8)
     plain = levels[:, None, None, None].expand(16, 3, 224, 224)
     white_D, gray_D = bundle.make_body()(plain)[:2]
@@ -377,7 +377,7 @@ def test_an_overlay_of_a_constant_map_can_be_drawn(value):
     assert (alpha[0, 0] > 0) == (value != 0)
 
 
-def test_a_saved_bundle_is_explained_the_same(bundled, photos):
-    path = bundled("linear")
+def test_a_saved_bundle_is_explained_the_same(make_bundle, photos):
+    path = make_bundle("linear")
     results = heatmaps.explain(bundle_format.load(path), photos)
     assert [one and one.method for one in results] == ["CAM"] * 5

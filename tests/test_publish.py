@@ -54,9 +54,9 @@ def evaluated(classes: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def small(bundled: Callable[..., Path]) -> Path:
+def small(make_bundle: Callable[..., Path]) -> Path:
     """A bundle of a small network, with results, image hashes, corrections and a run id."""
-    return bundled(
+    return make_bundle(
         name="shufflenet_v2_x0_5",
         temperature=0.01,  # the features of random weights differ little
         lineage=LINEAGE,
@@ -202,13 +202,13 @@ def test_with_photos_the_golden_images_are_published_too(small: Path, tmp_path: 
 
 
 def test_timm_loads_a_published_folder_with_its_settings(
-    bundled: Callable[..., Path],
+    make_bundle: Callable[..., Path],
     photo: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = bundled(
+    path = make_bundle(
         name="timm/resnet10t",
         temperature=0.01,
         lineage={"weights": {"source": "hf-hub:x", "license": "cc0"}},
@@ -229,13 +229,13 @@ def test_timm_loads_a_published_folder_with_its_settings(
 
 @pytest.mark.slow
 def test_other_heads_are_published_as_onnx_with_the_reason(
-    bundled: Callable[..., Path],
+    make_bundle: Callable[..., Path],
     photo: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = bundled("lesson", name="shufflenet_v2_x0_5", multi=True, thresholds=[0.2, 0.5, 0.7])
+    path = make_bundle("lesson", name="shufflenet_v2_x0_5", multi=True, thresholds=[0.2, 0.5, 0.7])
     result = publish.publish(path, tmp_path / "out", PublishConfig())
     assert "its head is lesson" in result["why_onnx"]
     assert (tmp_path / "out" / "model.onnx").is_file()

@@ -178,8 +178,8 @@ def test_store_of_another_recipe_is_refused_with_the_differing_field(out, comman
     assert "resize" in capsys.readouterr().err
 
 
-def test_raw_probabilities_ignore_the_temperature(command, out, tmp_path, bundled):
-    calibrated = bundled(temperature=0.5)
+def test_raw_probabilities_ignore_the_temperature(command, out, tmp_path, make_bundle):
+    calibrated = make_bundle(temperature=0.5)
     command("score", calibrated, "new", out, "--probabilities")
     command("score", calibrated, "new", tmp_path / "raw", "--probabilities", "--raw")
     raw = np.log(read_probabilities(tmp_path / "raw")) / 0.5

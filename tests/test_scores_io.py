@@ -16,7 +16,7 @@ import polars
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from conftest import Bundled, Command
+from conftest import Command, MakeBundle
 
 from arrowhead import ConfigError, DataError, fileio, spreadsheet
 from arrowhead.bundle import format as bundle_format
@@ -91,11 +91,11 @@ def images(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def finished_scores(
-    bundled: Bundled, images: Path, tmp_path_factory: pytest.TempPathFactory
+    make_bundle: MakeBundle, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Finished scores, to be read or copied."""
     out = tmp_path_factory.mktemp("scores") / "scores"
-    score_directly(bundled(), images, out, probabilities=True)
+    score_directly(make_bundle(), images, out, probabilities=True)
     return out
 
 
@@ -175,9 +175,9 @@ def test_unusual_names_and_a_thousand_classes_are_ordinary_fields(tmp_path: Path
 
 
 def test_flipped_bit_in_a_part_is_detected_and_only_that_part_is_rewritten(
-    bundled: Bundled, images: Path, tmp_path: Path
+    make_bundle: MakeBundle, images: Path, tmp_path: Path
 ) -> None:
-    path, out, rng = bundled(), tmp_path / "scores", random.Random(5)
+    path, out, rng = make_bundle(), tmp_path / "scores", random.Random(5)
     score_directly(path, images, out)
     before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
     first, *others = sorted(before)
@@ -237,12 +237,12 @@ def test_verify_names_damaged_files(scores_copy: Path, harm: str) -> None:
 
 
 def test_verify_detects_a_flipped_bit_in_every_machine_readable_file(
-    bundled: Bundled, images: Path, tmp_path: Path, command: Command
+    make_bundle: MakeBundle, images: Path, tmp_path: Path, command: Command
 ) -> None:
     """Except figures, which no program reads, and the journal, whose lines have checksums."""
     out = tmp_path / "scores"
     for words in ([], ["--csv"]):  # the second command only writes the table
-        command("score", bundled(), images, out, *words, code=3)
+        command("score", make_bundle(), images, out, *words, code=3)
     assert verify.verify(out)["problems"] == []
     rng = random.Random(3)
     files = [file for file in out.rglob("*") if file.is_file() and file.suffix != ".png"]
@@ -274,7 +274,7 @@ def test_verify_refuses_scores_with_an_invalid_summary(scores_copy: Path, tmp_pa
 
 
 def test_invalid_content_with_valid_checksums_is_refused(
-    scores_copy: Path, bundled: Bundled, images: Path
+    scores_copy: Path, make_bundle: MakeBundle, images: Path
 ) -> None:
     """Files with valid checksums that Arrowhead does not write: no traceback, no path outside."""
     content = json.loads((scores_copy / "score.json").read_text())
@@ -292,7 +292,7 @@ def test_invalid_content_with_valid_checksums_is_refused(
             verify.verify(scores_copy)
     content = json.loads((scores_copy / "request.json").read_text())
     del content["seal"]
-    path, config = bundled(), ScoreConfig(probabilities=True)
+    path, config = make_bundle(), ScoreConfig(probabilities=True)
     loaded, catalog = bundle_format.load(path), sources.unlabelled_catalog(images)
     for runs in ([[0]], [["0", "13"]], 7, [[0, 10**15]], [[0, 4]], [[0, 9], [4, 13]]):
         fileio.write_sealed(scores_copy / "request.json", content | {"runs": runs})
@@ -320,10 +320,10 @@ def test_verify_command_reports_its_findings(
 
 
 def test_part_without_a_complete_journal_line_is_rewritten(
-    bundled: Bundled, images: Path, tmp_path: Path
+    make_bundle: MakeBundle, images: Path, tmp_path: Path
 ) -> None:
     """As a kill leaves it: the last line incomplete, or the part without its line."""
-    path, out = bundled(), tmp_path / "scores"
+    path, out = make_bundle(), tmp_path / "scores"
     score_directly(path, images, out)
     before = {part.name: part.read_bytes() for part in (out / "parts").iterdir()}
     (journal,) = layout.journal_dir(out).iterdir()
@@ -342,13 +342,13 @@ def test_part_without_a_complete_journal_line_is_rewritten(
 
 
 def test_scores_in_the_old_layout_are_refused_and_left_unchanged(
-    finished_scores: Path, bundled: Bundled, images: Path, tmp_path: Path
+    finished_scores: Path, make_bundle: MakeBundle, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "old"
     shutil.copytree(finished_scores / "parts", out)
     (out / "request.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    for action in (lambda: score_directly(bundled(), images, out), lambda: verify.verify(out)):
+    for action in (lambda: score_directly(make_bundle(), images, out), lambda: verify.verify(out)):
         with pytest.raises(ConfigError, match="older Arrowhead"):
             action()
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
@@ -359,10 +359,10 @@ def test_scores_in_the_old_layout_are_refused_and_left_unchanged(
 
 @pytest.mark.parametrize("split", ["", "valid/"])
 def test_folders_named_after_classes_give_an_accuracy(
-    split: str, bundled: Bundled, images: Path, tmp_path: Path
+    split: str, make_bundle: MakeBundle, images: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(images, tmp_path / "photos" / split)
-    request = score_directly(bundled(), tmp_path / "photos", tmp_path / "scores")
+    request = score_directly(make_bundle(), tmp_path / "photos", tmp_path / "scores")
     rows = polars.read_parquet(tmp_path / "scores" / "parts").drop_nulls("label")
     right = sum(path.split("/")[-2] == label for path, label in rows[["path", "label"]].rows())
     output = json.loads((request.output_dir / "score.json").read_text())["folders"]
@@ -372,11 +372,11 @@ def test_folders_named_after_classes_give_an_accuracy(
 
 
 def test_folders_with_other_names_give_no_accuracy(
-    bundled: Bundled, images: Path, tmp_path: Path
+    make_bundle: MakeBundle, images: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(images, tmp_path / "photos")
     (tmp_path / "photos" / "beads").rename(tmp_path / "photos" / "unsorted")
-    request = score_directly(bundled(), tmp_path / "photos", tmp_path / "scores")
+    request = score_directly(make_bundle(), tmp_path / "photos", tmp_path / "scores")
     assert json.loads((request.output_dir / "score.json").read_text())["folders"] is None
 
 
@@ -384,7 +384,7 @@ def test_folders_with_other_names_give_no_accuracy(
 
 
 def test_csv_names_are_never_formulas_or_escape_sequences(
-    bundled: Bundled, image_folder: Path, tmp_path: Path
+    make_bundle: MakeBundle, image_folder: Path, tmp_path: Path
 ) -> None:
     photo = next((image_folder / "new").iterdir())
     (tmp_path / "photos").mkdir()
@@ -402,7 +402,7 @@ def test_csv_names_are_never_formulas_or_escape_sequences(
         shutil.copy(photo, tmp_path / "photos" / name)
     classes = ["=cmd|'/c calc'!A1", "beads", "-x"]
     path = tmp_path / "bundle"
-    bundle_format.save(replace(bundle_format.load(bundled()), classes=classes), path)
+    bundle_format.save(replace(bundle_format.load(make_bundle()), classes=classes), path)
     request = score_directly(path, tmp_path / "photos", tmp_path / "scores", probabilities=True)
     table = score.write_csv(request, bundle_format.load(path))
     content = table.read_bytes()

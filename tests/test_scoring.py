@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Bundled
+from conftest import MakeBundle
 
 from arrowhead.bundle.format import load
 
@@ -34,11 +34,11 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
-def test_served_bundle_gives_its_own_predictions(bundled: Bundled, tmp_path: Path) -> None:
+def test_served_bundle_gives_its_own_predictions(make_bundle: MakeBundle, tmp_path: Path) -> None:
     probe = subprocess.run([sys.executable, "-c", "from ray import serve"], capture_output=True)
     if probe.returncode:
         pytest.skip("Ray Serve is not installed (arrowhead[serve])")
-    path = bundled()
+    path = make_bundle()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])

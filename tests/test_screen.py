@@ -89,8 +89,8 @@ def test_undecodable_path_is_refused_on_any_screen(tmp_path):
         assert b"caf\\xe9" in done.stderr
 
 
-def test_command_with_many_symbols_succeeds_on_an_ascii_screen(tmp_path, bundled):
-    bundle = bundled()
+def test_command_with_many_symbols_succeeds_on_an_ascii_screen(tmp_path, make_bundle):
+    bundle = make_bundle()
     done = arrowhead("bundle", "info", str(bundle), cwd=tmp_path, **ASCII_ENV)
     assert done.returncode == 0, done.stderr
     assert b"3 classes - " in done.stdout

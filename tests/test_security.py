@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Bundled
+from conftest import MakeBundle
 
 from arrowhead import arrow_io, fileio
 from arrowhead.cli.main import main
@@ -375,10 +375,10 @@ def _update_checksums(bundle: Path) -> None:
     ids=["score", "export", "info", "verify"],
 )
 def test_bundle_of_pickle_files_is_refused(
-    words, code, planted, bundled: Bundled, shared_folder, payload, run_command, tmp_path
+    words, code, planted, make_bundle: MakeBundle, shared_folder, payload, run_command, tmp_path
 ):
     # `info` counts files and opens only the JSON.
-    shutil.copytree(_one_bundle(bundled), tmp_path / "bundle")
+    shutil.copytree(_one_bundle(make_bundle), tmp_path / "bundle")
     npy = io.BytesIO()
     np.save(npy, np.array([payload, None], object), allow_pickle=True)
     (tmp_path / "bundle" / planted).write_bytes(npy.getvalue() if "img" in planted else payload)
@@ -391,10 +391,10 @@ def test_bundle_of_pickle_files_is_refused(
 _saved: list[Path] = []
 
 
-def _one_bundle(bundled: Bundled) -> Path:
+def _one_bundle(make_bundle: MakeBundle) -> Path:
     """One bundle for all tests here."""
     if not _saved:
-        _saved.append(bundled())
+        _saved.append(make_bundle())
     return _saved[0]
 
 
@@ -455,7 +455,7 @@ def test_ray_data_would_unpickle_the_extension_column(shared_folder, payload, ca
     ids=lambda words: " ".join(words[:2]),
 )
 def test_shard_with_an_extension_column_is_refused(
-    words, kind, shared_folder, bundled: Bundled, payload, run_command, tmp_path
+    words, kind, shared_folder, make_bundle: MakeBundle, payload, run_command, tmp_path
 ):
     import ray.data  # noqa: F401 - as Ray Train does
 
@@ -468,16 +468,21 @@ def test_shard_with_an_extension_column_is_refused(
         shutil.copytree(shared_folder / "data", tmp_path / "data")
         file = next((tmp_path / "data" / "train").rglob("*.jpg"))
         file.write_bytes(file.read_bytes() + b"\0")
-    stands = {"DATA": tmp_path / "data", "BUNDLE": _one_bundle(bundled)}
+    stands = {"DATA": tmp_path / "data", "BUNDLE": _one_bundle(make_bundle)}
     if words[0] == "score":
         stands["DATA"] = shared_folder / "data" / "valid"
     run_command(*[stands.get(word, word) for word in words], code=4)
 
 
 def test_score_part_with_an_extension_column_is_refused(
-    shared_folder, bundled: Bundled, payload, run_command, tmp_path
+    shared_folder, make_bundle: MakeBundle, payload, run_command, tmp_path
 ):
-    request = ["score", _one_bundle(bundled), shared_folder / "data" / "valid", tmp_path / "scores"]
+    request = [
+        "score",
+        _one_bundle(make_bundle),
+        shared_folder / "data" / "valid",
+        tmp_path / "scores",
+    ]
     run_command(*request, code=0)
     part = tmp_path / "scores" / "parts" / "part-000000.parquet"
     _add_extension_column(part, "object", payload)
@@ -492,7 +497,7 @@ def test_score_part_with_an_extension_column_is_refused(
 
 
 def test_object_array_is_neither_image_nor_weights(
-    shared_folder, bundled: Bundled, payload, canary, run_command, tmp_path
+    shared_folder, make_bundle: MakeBundle, payload, canary, run_command, tmp_path
 ):
     (tmp_path / "images").mkdir()
     np.save(
@@ -500,7 +505,7 @@ def test_object_array_is_neither_image_nor_weights(
     )
     for name in ("b.jpg", "c"):  # the name a.npy is not an image name: the file is skipped
         (tmp_path / "images" / name).write_bytes((tmp_path / "images" / "a.npy").read_bytes())
-    run_command("score", _one_bundle(bundled), "images", "scores", code=3)
+    run_command("score", _one_bundle(make_bundle), "images", "scores", code=3)
     part = tmp_path / "scores" / "parts" / "part-000000.parquet"
     faults = pq.read_table(part)["fault"].to_pylist()
     assert [fault.partition(":")[0] for fault in faults] == ["not an image"] * 2

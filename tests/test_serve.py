@@ -26,8 +26,8 @@ TIMEOUT_SECONDS = 3
 
 
 @pytest.fixture(scope="module")
-def path(bundled: Callable[..., Path]) -> Path:
-    return bundled()
+def path(make_bundle: Callable[..., Path]) -> Path:
+    return make_bundle()
 
 
 @pytest.fixture(scope="module")

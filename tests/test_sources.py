@@ -757,9 +757,9 @@ def test_local_sources_do_not_import_the_store_library(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_images_and_a_bundle_in_s3_are_scored_like_local_ones(
-    bucket: Any, bundled: Any, image_folder: Path, tmp_path: Path, command: Any
+    bucket: Any, make_bundle: Any, image_folder: Path, tmp_path: Path, command: Any
 ) -> None:
-    result, images = bundled(), sorted((image_folder / "new").iterdir())[:6]
+    result, images = make_bundle(), sorted((image_folder / "new").iterdir())[:6]
     for file in images:
         bucket.put_object(Key=f"photos/{file.name}", Body=file.read_bytes())
     bucket.put_object(Key="photos/page.jpg", Body=b"<html>not here</html>")

@@ -201,8 +201,8 @@ def test_two_workers_stopped_during_training_resume_in_the_same_run(
     assert command_folder.runs("train") == statuses_before
 
 
-def test_two_workers_stopped_during_scoring_resume(command_folder, image_folder, bundled):
-    arguments = ["score", bundled(), image_folder, "scores", *CHUNKS]
+def test_two_workers_stopped_during_scoring_resume(command_folder, image_folder, make_bundle):
+    arguments = ["score", make_bundle(), image_folder, "scores", *CHUNKS]
     parts = command_folder.folder / "scores" / "parts"
     command_folder.stop(
         command_folder.start(*arguments), signal.SIGTERM, lambda: list(parts.glob("part-*"))

@@ -76,10 +76,10 @@ def list_files(folder: Path) -> set[str]:
     ids=lambda words: words[0],
 )
 def test_unwritable_output_path_is_refused_before_any_work(
-    clean_workdir, image_folder, bundled, capsys, words
+    clean_workdir, image_folder, make_bundle, capsys, words
 ):
     (clean_workdir / "file").write_text("mine")
-    messages = {"DATA": str(image_folder), "BUNDLE": str(bundled())}
+    messages = {"DATA": str(image_folder), "BUNDLE": str(make_bundle())}
     for out in ("file", "file/below", "/proc/nowhere/out", "x" * 300):
         before = list_files(clean_workdir)
         request = [out if word == "OUT" else messages.get(word, word) for word in words]
@@ -102,12 +102,12 @@ def test_unwritable_output_path_is_refused_before_any_work(
     ids=" ".join,
 )
 def test_folder_with_other_contents_is_refused_and_left_unchanged(
-    clean_workdir, image_folder, bundled, capsys, words
+    clean_workdir, image_folder, make_bundle, capsys, words
 ):
     (clean_workdir / "others").mkdir(exist_ok=True)
     (clean_workdir / "others" / "notes.txt").write_text("mine")
     before = list_files(clean_workdir)
-    result = {"DATA": str(image_folder), "BUNDLE": str(bundled())}
+    result = {"DATA": str(image_folder), "BUNDLE": str(make_bundle())}
     refused_result(capsys, *(result.get(word, word) for word in words))
     assert list_files(clean_workdir) == before
 
@@ -180,10 +180,10 @@ def test_folder_with_an_address_like_name_is_a_folder(tmp_path, monkeypatch):
     assert check_output_folder(Path("s3:/bucket"), "results") == Path("s3:/bucket")
 
 
-def test_store_or_bundle_at_an_undecodable_path_is_refused(store, bundled, tmp_path, capsys):
+def test_store_or_bundle_at_an_undecodable_path_is_refused(store, make_bundle, tmp_path, capsys):
     shutil.copytree(store, tmp_path / "s\udcff")
     assert "are not UTF-8" in refused_result(capsys, "features", "info", tmp_path / "s\udcff")
-    shutil.copytree(bundled(), tmp_path / "b\udcff")
+    shutil.copytree(make_bundle(), tmp_path / "b\udcff")
     assert "are not UTF-8" in refused_result(capsys, "bundle", "info", tmp_path / "b\udcff")
 
 
@@ -201,9 +201,9 @@ def test_empty_path_does_not_mean_the_working_directory(tmp_path, monkeypatch, c
     assert "path given is empty" in refused_result(capsys, "fit", "", "out", *RANDOM)
 
 
-def test_device_is_not_replaced_by_a_file(clean_workdir, bundled, capsys):
+def test_device_is_not_replaced_by_a_file(clean_workdir, make_bundle, capsys):
     os.mkfifo(clean_workdir / "pipe.onnx")
-    result = refused_result(capsys, "export", bundled(), "pipe.onnx")
+    result = refused_result(capsys, "export", make_bundle(), "pipe.onnx")
     assert "not a regular file" in result
     assert (clean_workdir / "pipe.onnx").is_fifo()
 
@@ -220,8 +220,8 @@ def test_output_of_fit_given_as_a_store_is_refused_with_the_store_path(tmp_path,
         assert (f"do      give {tmp_path / 'out' / 'store'}." in result) is output_dir
 
 
-def test_a_bundle_in_place_of_its_store_is_answered_with_the_store(bundled, capsys):
-    bundle = bundled()
+def test_a_bundle_in_place_of_its_store_is_answered_with_the_store(make_bundle, capsys):
+    bundle = make_bundle()
     store = bundle.parent / "store"
     for answer in (
         f"{bundle} is a bundle: give the store that it was trained on.",
@@ -363,7 +363,7 @@ def test_working_directory_accepts_a_bundle_once(
 
 @pytest.mark.slow
 def test_fit_and_score_write_to_the_working_directory(
-    bundled, image_folder, tmp_path, monkeypatch, command, add_mlflow_db
+    make_bundle, image_folder, tmp_path, monkeypatch, command, add_mlflow_db
 ):
     for name in ("fit", "scores"):
         (tmp_path / name).mkdir()
@@ -374,7 +374,7 @@ def test_fit_and_score_write_to_the_working_directory(
         assert Path(result["bundle"]).resolve() == tmp_path / "fit" / "bundle"
     monkeypatch.chdir(add_mlflow_db(tmp_path / "scores"))
     for _ in range(2):
-        assert command("score", bundled(), image_folder / "valid", ".")["counts"]["faults"] == 0
+        assert command("score", make_bundle(), image_folder / "valid", ".")["counts"]["faults"] == 0
     assert Path("score.json").is_file()
 
 
