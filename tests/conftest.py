@@ -97,9 +97,9 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def many(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_of_192(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """192 different images of two classes: enough to interrupt a command halfway."""
-    folder = tmp_path_factory.mktemp("many") / "data"
+    folder = tmp_path_factory.mktemp("folder_of_192") / "data"
     photos = sorted(image_folder.rglob("*.jpg"))
     for label in ("a", "b"):
         (folder / label).mkdir(parents=True)

@@ -189,14 +189,14 @@ def test_shards_are_scored_evaluated_searched_and_relabelled_like_files(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tars", "parquet"])
 def test_killed_extraction_of_shards_continues_and_two_workers_write_the_same_bytes(
-    many: Path, tmp_path: Path, kind: str
+    folder_of_192: Path, tmp_path: Path, kind: str
 ) -> None:
-    images = [("train", file.parent.name, file) for file in sorted(many.rglob("*.jpg"))]
-    (tmp_path / "folder").symlink_to(many)
+    images = [("train", file.parent.name, file) for file in sorted(folder_of_192.rglob("*.jpg"))]
+    (tmp_path / "folder").symlink_to(folder_of_192)
     write_sources(
         tmp_path,
         [
-            (split, label, tmp_path / "folder" / file.relative_to(many))
+            (split, label, tmp_path / "folder" / file.relative_to(folder_of_192))
             for split, label, file in images
         ],
         shards=3,

@@ -156,11 +156,13 @@ def hosts(add_mlflow_db: Callable[[Path], Path]) -> Iterator[list[Host]]:
 
 @pytest.fixture(scope="module")
 def alone(
-    many: Path, tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: Callable[[Path], Path]
+    folder_of_192: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    add_mlflow_db: Callable[[Path], Path],
 ) -> tuple[Path, dict[str, Any]]:
     """The fit of one process, and its result."""
     folder = add_mlflow_db(tmp_path_factory.mktemp("hosts"))
-    words = [sys.executable, "-m", "arrowhead", *fit(many, folder / "alone")]
+    words = [sys.executable, "-m", "arrowhead", *fit(folder_of_192, folder / "alone")]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
@@ -196,11 +198,13 @@ def result(command: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
     return dict(json.loads(lines[-1]))
 
 
-def test_extraction_loses_no_row_if_one_host_is_killed_and_another_disconnected(hosts, alone, many):
+def test_extraction_loses_no_row_if_one_host_is_killed_and_another_disconnected(
+    hosts, alone, folder_of_192
+):
     head, first, second = hosts
     folder, _ = alone
     store, log = folder / "disturbed", folder / "disturbed.log"
-    command = run_on_head(head, [*precompute(many, store), "--workers", "1:2"], log)
+    command = run_on_head(head, [*precompute(folder_of_192, store), "--workers", "1:2"], log)
     wait_until(lambda: shards(store) >= 4 or command.poll() is not None)
     assert first.works() and second.works(), log.read_text()
 
@@ -219,7 +223,9 @@ def test_extraction_loses_no_row_if_one_host_is_killed_and_another_disconnected(
     assert files(store) == files(folder / "alone" / "store")
 
 
-def test_waiting_for_a_host_is_reported_and_two_hosts_train_like_one_process(hosts, alone, many):
+def test_waiting_for_a_host_is_reported_and_two_hosts_train_like_one_process(
+    hosts, alone, folder_of_192
+):
     """The second host, which was cut off, comes back while the command waits for it."""
     head, first, second = hosts
     folder, expected = alone
@@ -228,7 +234,7 @@ def test_waiting_for_a_host_is_reported_and_two_hosts_train_like_one_process(hos
     train = ["train", str(store), str(folder / "together"), *HEAD_FLAGS, "--workers", "2"]
     command = run_on_head(head, train, log)
     never = folder / "never.log"
-    three = [*precompute(many, folder / "never"), "--workers", "3", "--wait", "1"]
+    three = [*precompute(folder_of_192, folder / "never"), "--workers", "3", "--wait", "1"]
     impatient = run_on_head(head, three, never)
     wait_until(lambda: "waiting for 2 workers: the cluster has room for 1" in log.read_text())
     head.ip("link", "set", f"to-{second.address}", "up")

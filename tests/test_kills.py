@@ -30,8 +30,8 @@ COPIES = 4  # of each image, where a cluster is killed while it scores
 
 
 @pytest.fixture(scope="module")
-def data(many: Path) -> Path:
-    return many
+def data(folder_of_192: Path) -> Path:
+    return folder_of_192
 
 
 @pytest.fixture(scope="module")
