@@ -157,7 +157,7 @@ def mobilenet() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def pets(
+def photo_store(
     tmp_path_factory: pytest.TempPathFactory,
     dogscats: Path,
     mobilenet: list[str],
@@ -169,14 +169,14 @@ def pets(
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    with (folder / "pets.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+    with (folder / "photo_store.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "pets" / "manifest.json").is_file():
-            patch.chdir(add_mlflow_db(tmp_path_factory.mktemp("pets")))
+        if not (folder / "photo_store" / "manifest.json").is_file():
+            patch.chdir(add_mlflow_db(tmp_path_factory.mktemp("photo_store")))
             with pytest.raises(SystemExit) as exit_info:
-                main(["precompute", str(dogscats), str(folder / "pets"), *mobilenet])
+                main(["precompute", str(dogscats), str(folder / "photo_store"), *mobilenet])
             assert exit_info.value.code == 0
-    return folder / "pets"
+    return folder / "photo_store"
 
 
 @pytest.fixture(scope="session")

@@ -228,7 +228,7 @@ def test_rare_classes_are_reported_with_their_recall(
     for photo in sorted((data / "train" / "beads").iterdir())[2:]:
         photo.unlink()
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
-    uri = ["--tracking-uri", f"sqlite:///{tracked(tmp_path)}/mlflow.db"]
+    uri = ["--tracking-uri", f"sqlite:///{add_mlflow_db(tmp_path)}/mlflow.db"]
     result = command("fit", data, tmp_path / "out", *body, *uri, "--epochs", "2", "--rate", "0.01")
     assert "unbalanced: 6 training images of baskets, few of beads (2: recall" in command.said
     assert f"balanced {result['metrics']['balanced_accuracy']:.4f}" in command.said

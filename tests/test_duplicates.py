@@ -142,7 +142,7 @@ def test_drop_leaves_out_copies_without_decoding_again(
     drop = duplicates.write_drop_list(result, catalog, tmp_path / "drop.txt")
     with drop.open("a") as file:
         file.write("train/a/never_there.jpg\n")
-    uri = f"sqlite:///{tracked(tmp_path)}/mlflow.db"
+    uri = f"sqlite:///{add_mlflow_db(tmp_path)}/mlflow.db"
     reply = command(
         "precompute", planted, tmp_path / "store", "--drop", drop, "--tracking-uri", uri
     )
@@ -164,7 +164,7 @@ def test_a_store_goes_on_without_the_dropped_images_until_they_are_taken_back(
     shutil.copytree(store.path, tmp_path / "store")
     drop = tmp_path / "drop.txt"
     drop.write_text("train/a/00.jpg\ntrain/b/05.jpg\n")
-    uri = f"sqlite:///{tracked(tmp_path)}/mlflow.db"
+    uri = f"sqlite:///{add_mlflow_db(tmp_path)}/mlflow.db"
     run = ["precompute", planted, tmp_path / "store", "--tracking-uri", uri]
 
     def ignored(*flags: object) -> int:

@@ -297,8 +297,8 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, workdir):
     assert result == {"lr_finder/lr_finder.png", "lr_finder/lr_finder.csv"}
 
 
-def test_real_photos_are_classified(dogscats, mobilenet, pets, command):
-    shutil.copytree(pets, "real/store")
+def test_real_photos_are_classified(dogscats, mobilenet, photo_store, command):
+    shutil.copytree(photo_store, "real/store")
     result = command("fit", dogscats, "real", *mobilenet)
     assert (result["counts"]["features"], result["counts"]["reused"]) == (800, 800)
     assert result["metrics"]["accuracy"] >= 0.96

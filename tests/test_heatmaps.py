@@ -105,8 +105,8 @@ def test_mean_of_a_cam_plus_bias_is_the_logit_that_scoring_computes(body, photos
 def test_mean_of_a_cam_plus_bias_is_the_logit_with_pretrained_weights(mobilenet, dogscats):
     weights = mobilenet[mobilenet.index("--weights") + 1]
     bundle = make_body("mobilenet_v2", weights=weights, mean=(0.5, 0.5, 0.5))
-    pets = sorted((dogscats / "valid").rglob("*.jpg"))[::40]
-    assert_maps_add_up(bundle, [path.read_bytes() for path in pets])
+    paths = sorted((dogscats / "valid").rglob("*.jpg"))[::40]
+    assert_maps_add_up(bundle, [path.read_bytes() for path in paths])
 
 
 @pytest.mark.parametrize("body", [*AVERAGING_BODIES, *OTHER_BODIES])

@@ -57,8 +57,8 @@ def flip(label, classes, share, seed=1):
 
 
 @pytest.fixture(scope="module")
-def photos(pets):
-    return run.read_data(Store(pets), "cpu")[0]
+def photos(photo_store):
+    return run.read_data(Store(photo_store), "cpu")[0]
 
 
 def test_flipped_labels_of_photos_come_first_and_are_counted(photos):
@@ -72,8 +72,10 @@ def test_flipped_labels_of_photos_come_first_and_are_counted(photos):
     assert np.mean(precision) >= 0.88
 
 
-def test_photos_with_their_own_labels_have_few_flags_and_the_dog_among_the_cats_is_first(pets):
-    store = Store(pets)
+def test_photos_with_their_own_labels_have_few_flags_and_the_dog_among_the_cats_is_first(
+    photo_store,
+):
+    store = Store(photo_store)
     found = label_errors.find_label_errors(store)
     paths, classes = store.read_catalog()["paths"], store.manifest()["classes"]
     assert found.flagged <= 0.03 * 800

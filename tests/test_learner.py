@@ -135,7 +135,7 @@ def test_the_lr_finder_curve_can_be_plotted(learn):
 def test_a_fit_is_recorded_in_mlflow_when_asked(images, add_mlflow_db, tmp_path):
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tracked(tmp_path)}/mlflow.db"
+    uri = f"sqlite:///{add_mlflow_db(tmp_path)}/mlflow.db"
     body, pixels = BodyConfig(body="shufflenet_v2_x0_5", weights="random"), PixelConfig(size=64)
     learner = Learner(body, images, store=tmp_path / "s", pixels=pixels, tracking_uri=uri)
     lines = learner.fit(0.01, 2)

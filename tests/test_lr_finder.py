@@ -190,11 +190,11 @@ def test_where_rates_matter_the_rate_is_within_three_of_the_best_of_a_grid(
 
 
 def test_the_rate_of_real_features_is_within_three_of_the_best_of_a_grid(
-    pets: Path,
+    photo_store: Path,
 ) -> None:
     from arrowhead.features.store import Store
 
-    store = Store(pets)
+    store = Store(photo_store)
     parts = [store.features(split) for split in ("train", "valid")]
     (train_part, valid_part) = ((np.array(part.feature), np.array(part.label)) for part in parts)
     data, config = data_from_arrays(train_part, valid_part, ["cats", "dogs"]), TrainConfig()

@@ -46,7 +46,7 @@ def drawn_store(image_folder, tmp_path_factory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def photo_store(dogscats, mobilenet, tmp_path_factory) -> Store:
+def altered_store(dogscats, mobilenet, tmp_path_factory) -> Store:
     """Real photos: ten copies of noise in train, other noise in valid, a dog among the cats."""
     folder = tmp_path_factory.mktemp("photos")
     for split, per_class in (("train", 30), ("valid", 20)):
@@ -94,9 +94,9 @@ def test_distances_equal_those_to_other_training_images_one_by_one(drawn_store):
     assert len(missing) == 4 and np.isnan(result.distance[missing]).all()
 
 
-def test_copies_of_an_odd_image_do_not_hide_it(photo_store):
-    catalog = Catalog(**photo_store.read_catalog())
-    result = outliers.find_outliers(photo_store, top=10)
+def test_copies_of_an_odd_image_do_not_hide_it(altered_store):
+    catalog = Catalog(**altered_store.read_catalog())
+    result = outliers.find_outliers(altered_store, top=10)
     assert all("copy" in catalog.paths[row] for row in result.novel["train"].tolist())
     assert result.novel["train"].tolist() == sorted(result.novel["train"].tolist())
     assert set(result.novel) == {"train", "valid"}
@@ -115,9 +115,9 @@ def test_lists_hold_the_largest_values_first_and_no_more_than_asked(drawn_store)
     assert len(outliers.find_outliers(drawn_store, top=0).unlike_class) == 0
 
 
-def test_image_in_the_wrong_class_folder_is_unlike_its_class(photo_store):
-    catalog = Catalog(**photo_store.read_catalog())
-    result = outliers.find_outliers(photo_store, top=10)
+def test_image_in_the_wrong_class_folder_is_unlike_its_class(altered_store):
+    catalog = Catalog(**altered_store.read_catalog())
+    result = outliers.find_outliers(altered_store, top=10)
     assert any(catalog.paths[row].endswith("wrong.jpg") for row in result.unlike_class.tolist())
 
 

@@ -458,15 +458,15 @@ def test_novelty_reference_set_does_not_depend_on_image_order(monkeypatch):
 
 
 def test_novel_images_are_detected_among_cats_and_dogs(
-    dogscats, pets, image_folder, command, tmp_path
+    dogscats, photo_store, image_folder, command, tmp_path
 ):
     """AUROC above 0.95 between photos and synthetic textures; the false alarm rate holds."""
     from sklearn.metrics import roc_auc_score
 
-    command("train", pets, tmp_path / "bundle", "--epochs", "5", "--rate", "0.003")
+    command("train", photo_store, tmp_path / "bundle", "--epochs", "5", "--rate", "0.003")
     table = {}
     for name, images in (("pets", dogscats / "valid"), ("others", image_folder)):
-        flags = ["--flag-novel", "--store", pets]
+        flags = ["--flag-novel", "--store", photo_store]
         command("score", tmp_path / "bundle", images, tmp_path / name, *flags)
         table[name] = read_rows(tmp_path / name)
     novelty = np.concatenate([table["pets"]["novelty"], table["others"]["novelty"]])

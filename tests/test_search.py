@@ -166,8 +166,8 @@ def test_a_store_without_a_readable_image_is_refused(tmp_path: Path) -> None:
         search.most_similar(store, np.ones((1, 8)), 1)
 
 
-def test_the_photos_most_similar_to_a_pet_show_the_same_kind_of_pet(pets: Path) -> None:
-    store = Store(pets)
+def test_the_photos_most_similar_to_a_pet_show_the_same_kind_of_pet(photo_store: Path) -> None:
+    store = Store(photo_store)
     known = store.features(rows_only=True)
     query = np.arange(0, len(known.row), 10)
     row_QT, _ = search.most_similar(store, store.clean_features(known.row[query]), 11)
@@ -179,13 +179,13 @@ def test_the_photos_most_similar_to_a_pet_show_the_same_kind_of_pet(pets: Path) 
 
 
 def test_an_altered_copy_finds_its_original_first(
-    pets: Path, dogscats: Path, here: Path, command: Command
+    photo_store: Path, dogscats: Path, here: Path, command: Command
 ) -> None:
     original = sorted((dogscats / "valid" / "dogs").iterdir())[3]
     photo = Image.open(original).convert("RGB")
     name = "größer und heller é.jpg"
     photo.resize((photo.width // 2, photo.height // 2)).save(here / name, quality=60)
-    (query,) = command("search", pets, name, "--top", "3")["queries"]
+    (query,) = command("search", photo_store, name, "--top", "3")["queries"]
     assert query["similar"][0]["path"] == f"valid/dogs/{original.name}"
     assert query["similar"][0]["similarity"] > 0.8
     assert not any(one["exact_copy"] for one in query["similar"])
@@ -354,8 +354,8 @@ def test_suggestions_are_unlike_each_other() -> None:
     assert sorted(size.tolist()) == [1, 2, 3, 4, 40]
 
 
-def test_the_first_suggestions_show_both_kinds_of_pets(pets: Path) -> None:
-    store = Store(pets)
+def test_the_first_suggestions_show_both_kinds_of_pets(photo_store: Path) -> None:
+    store = Store(photo_store)
     known = store.features(rows_only=True)
     picked = suggest.choose(store, known, np.arange(len(known.row)), None, 10)
     kinds = [one.path.split("/")[1] for one in picked]

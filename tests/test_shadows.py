@@ -43,7 +43,7 @@ def test_modules_in_the_working_directory_are_not_imported(
         )
     arguments = ["precompute", ".", "../store", "--body", "resnet18", "--weights", "random"]
     arguments += ["--size", "32", "--workers", workers]
-    arguments += ["--tracking-uri", f"sqlite:///{tracked(tmp_path) / 'mlflow.db'}"]
+    arguments += ["--tracking-uri", f"sqlite:///{add_mlflow_db(tmp_path) / 'mlflow.db'}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
     completed = subprocess.run(
         [*program, *arguments], cwd=data, env=environment, capture_output=True, text=True
