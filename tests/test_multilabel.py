@@ -429,7 +429,8 @@ def test_score_summary_counts_every_predicted_label(
 def _chunk(faults: list[str | None]) -> Chunk:
     paths, ids = [f"{n}.jpg" for n in range(len(faults))], [bytes([n]) * 16 for n in range(9)]
     blank = np.zeros((len(faults), 1, 512), np.float16)
-    return Chunk(0, paths, blank, faults, ids[: len(faults)])
+    sizes = np.zeros((len(paths), 2), np.int32)
+    return Chunk(0, paths, blank, faults, sizes, ids[: len(faults)])
 
 
 def test_image_without_a_predicted_label_is_not_a_fault(bundle: Bundle, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -54,9 +55,23 @@ def precompute(
         ConfigError: If the store has another recipe, or another command is writing it.
         DataError: If a file of the store has changed.
     """
+    store, images = _open_store(path, images, context)
+    return fill_store(data, store, images, extract.extract, context)
+
+
+def fill_store(
+    data: str | Path | Catalog,
+    store: Store,
+    images: FeatureConfig,
+    stage: Callable[..., Any],
+    context: RunContext,
+) -> dict[str, Any]:
+    """Write the shards that a store lacks, with the workers' function `stage`, and its manifest.
+
+    See `precompute`.
+    """
     start = perf_counter()
     listed = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
-    store, images = _open_store(path, images, context)
     with store.lock(context.screen.say):
         intact = store.intact_shards()
         store.check_unlisted_shards()
@@ -66,7 +81,7 @@ def precompute(
         listed = _count_retries(store, listed, images.extract.max_bytes)
         recipe = store.recipe.to_dict()
         run_context.log_params(context, {f"recipe.{k}": v for k, v in recipe.items()})
-        names, missing, work = _extract_missing(store, listed, images, context)
+        names, missing, work = _extract_missing(store, listed, images, stage, context)
         manifest, catalog = _commit(store, listed, names, images, intact, history, context)
     work.seconds["wall"] = perf_counter() - start
     skipped = sum(
@@ -87,7 +102,7 @@ def precompute(
         "fault_kinds": dict(kinds),
         "seconds": dict(work.seconds),
         "roofline": extract.roofline(work.seconds, work.decoded, work.workers),
-        "store": str(path),
+        "store": str(store.path),
         "fingerprint": store.recipe.fingerprint,
         "classes": manifest["classes"],
         "too_many_faults": images.extract.too_many(fault_count, len(catalog)),
@@ -171,7 +186,11 @@ def _count_retries(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
 
 
 def _extract_missing(
-    store: Store, catalog: Catalog, images: FeatureConfig, context: RunContext
+    store: Store,
+    catalog: Catalog,
+    images: FeatureConfig,
+    stage: Callable[..., Any],
+    context: RunContext,
 ) -> tuple[list[str], set[str], WorkTotals]:
     """Compute the shards that the store lacks.
 
@@ -185,9 +204,7 @@ def _extract_missing(
     missing = [i for i, name in enumerate(names) if not store.shard_path(name).is_file()]
     total = sum(len(chunk_rows[i]) for i in missing)
     args = store.path, images.pixels, images.extract
-    work = chunks.run_chunks(
-        extract.extract, args, missing, total, len(catalog) - total, "extract", context
-    )
+    work = chunks.run_chunks(stage, args, missing, total, len(catalog) - total, "extract", context)
     return names, {names[i] for i in missing}, work
 
 

@@ -111,7 +111,11 @@ class Decoder:
             isinstance(header, Header) and header.stream is None and fault is None
             for header, fault in zip(headers, faults, strict=True)
         ]
-        return Pixels(views, faults, fallback)
+        sizes = [
+            header.upright_size if isinstance(header, Header) and fault is None else (0, 0)
+            for header, fault in zip(headers, faults, strict=True)
+        ]
+        return Pixels(views, faults, fallback, sizes)
 
     def _decode_rows(
         self,

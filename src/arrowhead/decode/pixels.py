@@ -135,12 +135,14 @@ class Pixels:
             file.
         faults: b faults, None for a valid image.
         fallback: b flags, whether Pillow decoded it.
+        sizes: Height and width of b upright images, in pixels; (0, 0) if faulty.
         seconds: Decoding time.
     """
 
     views: list[NDArray[np.uint8]]
     faults: list[str | None]
     fallback: list[bool]
+    sizes: list[tuple[int, int]]
     seconds: float = 0.0
 
 
@@ -159,6 +161,12 @@ class Header:
     width: int
     orientation: int
     stream: Any = None
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width of the upright image."""
+        size = self.height, self.width
+        return size if self.orientation < 5 else size[::-1]
 
 
 def too_large_fault(width: int, height: int, config: PixelConfig) -> str:

@@ -239,6 +239,7 @@ class SubprocessDecoder:
                 pixels.faults[row] = f"decoder_crash: {error}"
                 continue
             pixels.faults[row], pixels.fallback[row] = decoded.faults[0], decoded.fallback[0]
+            pixels.sizes[row] = decoded.sizes[0]
             for view, decoded_view in zip(pixels.views, decoded.views, strict=True):
                 view[row] = decoded_view[0]
         return pixels
@@ -274,7 +275,7 @@ class SubprocessDecoder:
         views = [np.empty((rows, *square), np.uint8) for _ in range(n_views)]
         for view in views:
             view[filled:] = 0
-        return Pixels(views, [None] * count, [False] * count)
+        return Pixels(views, [None] * count, [False] * count, [(0, 0)] * count)
 
     # ---- the child
 
@@ -443,6 +444,7 @@ def serve() -> None:
         files = _read_files(settings["slots"][2 * slot], request["sizes"])
         pixels = decoder(files, ids, pixels_by_view[slot])
         reply: dict[str, Any] = {"faults": pixels.faults, "fallback": pixels.fallback}
+        reply["sizes"] = pixels.sizes
         connection.send_bytes(json.dumps(reply | {"seconds": perf_counter() - start_time}).encode())
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -168,10 +168,21 @@ def make_pixel_config(recipe: Recipe) -> PixelConfig:
 def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConfig) -> None:
     """Write the shard of every chunk that this worker takes from the store's pending catalog."""
     store = Store(path)
+    body = load_body(store.recipe, store.weights_path, worker.device)
+    write_shards(worker, store, body, pixels, config)
+
+
+def write_shards(
+    worker: Worker,
+    store: Store,
+    body: Callable[[torch.Tensor], torch.Tensor],
+    pixels: PixelConfig,
+    config: ExtractConfig,
+) -> None:
+    """Write the shards of a store with the features that `body` computes; see `extract`."""
     catalog = Catalog(**store.read_pending())
     chunk_rows = data_chunks.split_into_chunks(catalog.paths, store.chunk_size)
     names = [data_chunks.shard_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
-    body = load_body(store.recipe, store.weights_path, worker.device)
     chunks = (
         (number, catalog.subset(chunk_rows[number])) for number in iter(worker.next_task, None)
     )
@@ -238,6 +249,7 @@ class FeatureCache:
 
     def __init__(self, shards: Sequence[ShardRows] = ()) -> None:
         self._features = [shard.features for shard in shards]
+        self._sizes = [shard.sizes for shard in shards]
         positions = [
             (shard_index, row)
             for shard_index, shard in enumerate(shards)
@@ -263,15 +275,28 @@ class FeatureCache:
             [store.read_shard(name, check=name not in listed) for name in store.shard_names()]
         )
 
-    def get(self, image_id: bytes) -> NDArray[np.float16] | None:
-        """The features of an image, float16 (V, D); None if no shard holds it."""
+    def get(self, image_id: bytes) -> NDArray[Any] | None:
+        """The features of an image, (V, D); None if no shard holds it."""
+        position = self._find(image_id)
+        if position is None:
+            return None
+        feature: NDArray[Any] = self._features[position[0]][position[1]]
+        return feature
+
+    def get_size(self, image_id: bytes) -> NDArray[np.int32] | None:
+        """Height and width of an image, if its shard holds them."""
+        shard_index, row = self._find(image_id) or (-1, -1)
+        sizes = self._sizes[shard_index] if shard_index >= 0 else None
+        return None if sizes is None else sizes[row]
+
+    def _find(self, image_id: bytes) -> tuple[int, int] | None:
+        """The shard and row of an image."""
         key = np.array(image_id, "V16")
         index = int(np.searchsorted(self._ids, key))
         if index == len(self._ids) or self._ids[index] != key:
             return None
         shard_index, row = self._positions[index]
-        feature: NDArray[np.float16] = self._features[shard_index][row]
-        return feature
+        return int(shard_index), int(row)
 
 
 # --------------------------------------------------------------------------- the pipeline
@@ -291,6 +316,7 @@ class Batch:
     views: list[torch.Tensor] = field(default_factory=list)
     """Pixels, once decoded: uint8 (B, 3, S, S) per view."""
     faults: list[str | None] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     ready_event: torch.cuda.Event | None = None
     """On a GPU: set when the features have been copied to the host."""
 
@@ -301,8 +327,9 @@ class Chunk:
 
     number: int
     paths: list[str]
-    features: NDArray[np.float16]
+    features: NDArray[Any]
     faults: list[str | None]
+    sizes: NDArray[np.int32]
     image_ids: list[bytes] = field(default_factory=list)
     looked_up: int = 0
     fallback: int = 0
@@ -314,12 +341,14 @@ class Chunk:
             image_ids=self.image_ids,
             features=self.features,
             faults=self.faults,
+            sizes=self.sizes,
         )
 
     def mark_fault(self, row: int, fault: str) -> None:
         """Mark an image as faulty and clear its features."""
         self.faults[row] = fault
         self.features[row] = 0
+        self.sizes[row] = 0
 
     def counts(self) -> dict[str, Any]:
         """Counts for a report, where files = decoded + looked_up + faults.
@@ -344,7 +373,12 @@ class FeaturePipeline:
     """
 
     def __init__(
-        self, worker: Worker, body: Body, recipe: Recipe, pixels: PixelConfig, config: ExtractConfig
+        self,
+        worker: Worker,
+        body: Callable[[torch.Tensor], torch.Tensor],
+        recipe: Recipe,
+        pixels: PixelConfig,
+        config: ExtractConfig,
     ) -> None:
         self.timer = StageTimer()
         self._body, self._recipe, self._config = body, recipe, config
@@ -393,8 +427,9 @@ class FeaturePipeline:
     ) -> Iterator[Batch]:
         shape = self._recipe.views, self._recipe.width
         for number, files in chunks:
-            features = np.zeros((len(files), *shape), np.float16)
-            chunk = Chunk(number, list(files.paths), features, [None] * len(files))
+            features = np.zeros((len(files), *shape), self._recipe.dtype)
+            sizes = np.zeros((len(files), 2), np.int32)
+            chunk = Chunk(number, list(files.paths), features, [None] * len(files), sizes)
             batch = Batch([], [], [], chunk, last=False)
             # Batches of about equal size: a short one is padded with black images.
             batches = -(-len(files) // self._config.batch_size)
@@ -409,6 +444,8 @@ class FeaturePipeline:
                     chunk.mark_fault(row, fault)
                 elif (cached := cache.get(image_id)) is not None:
                     chunk.features[row] = cached[: self._recipe.views]
+                    size = cache.get_size(image_id)
+                    chunk.sizes[row] = 0 if size is None else size
                     chunk.looked_up += 1
                 else:
                     batch.rows.append(row)
@@ -451,7 +488,7 @@ class FeaturePipeline:
         for batch, pixels in self._decoder.stream(batches):
             self.timer.add("decode", pixels.seconds)
             batch.views = [self._to_device(view) for view in pixels.views if batch.rows]
-            batch.faults, batch.encoded = pixels.faults, []
+            batch.faults, batch.sizes, batch.encoded = pixels.faults, pixels.sizes, []
             batch.chunk.fallback += sum(pixels.fallback)
             yield batch
 
@@ -492,9 +529,15 @@ class FeaturePipeline:
                 batch.ready_event.synchronize()
             for view, feature in enumerate(views):
                 with np.errstate(over="ignore"):  # float16 overflow becomes a fault below
-                    features[batch.rows, view] = feature.numpy().astype(np.float16)
+                    features[batch.rows, view] = feature.numpy().astype(features.dtype, copy=False)
+        if batch.rows:
+            batch.chunk.sizes[batch.rows] = batch.sizes
         for row, fault in zip(batch.rows, batch.faults, strict=True):
-            if fault is None and not np.isfinite(features[row]).all():
+            if (
+                fault is None
+                and features.dtype.kind == "f"
+                and not np.isfinite(features[row]).all()
+            ):
                 fault = "not finite: the body gave a number beyond float16"
             if fault:
                 batch.chunk.mark_fault(row, fault)

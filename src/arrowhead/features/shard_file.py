@@ -20,7 +20,8 @@ from arrowhead.errors import DataError
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.store_format import EXTRACT_AGAIN
 
-COLUMNS = ("path", "image_id", "view", "feature", "fault")
+PIXEL_DTYPE = "uint8"
+"""The `dtype` of a recipe whose features are pixels; its shards also hold the images' sizes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,14 +31,16 @@ class ShardRows:
     Attributes:
         paths: R, relative to the catalog's root.
         image_ids: R hashes of 16 bytes of the files' contents.
-        features: float16 (R, V, D); zeros for an image with a fault.
+        features: float16 (R, V, D), or uint8 if they are pixels; zeros for an image with a fault.
         faults: R; None for an image without a fault.
+        sizes: int32 (R, 2), height and width of the upright images; only written beside pixels.
     """
 
     paths: Sequence[str]
     image_ids: Sequence[bytes]
-    features: NDArray[np.float16]
+    features: NDArray[Any]
     faults: Sequence[str | None]
+    sizes: NDArray[np.int32] | None = None
 
 
 def write_shard(path: Path, rows: ShardRows, recipe: Recipe) -> None:
@@ -51,17 +54,20 @@ def write_shard(path: Path, rows: ShardRows, recipe: Recipe) -> None:
     images, views, width = rows.features.shape
     faults = [fault for fault in rows.faults for _ in range(views)]
     has_fault = pa.array([fault is not None for fault in faults], pa.bool_())
-    table = pa.table(
-        {
-            "path": pa.array([path for path in rows.paths for _ in range(views)], pa.string()),
-            "image_id": pa.array([i for i in rows.image_ids for _ in range(views)], pa.binary(16)),
-            "view": pa.array(np.tile(np.arange(views, dtype=np.uint8), images)),
-            "feature": pa.FixedSizeListArray.from_arrays(
-                pa.array(rows.features.reshape(-1)), width, mask=has_fault
-            ),
-            "fault": pa.array(faults, pa.string()),
-        }
-    )
+    columns = {
+        "path": pa.array([path for path in rows.paths for _ in range(views)], pa.string()),
+        "image_id": pa.array([i for i in rows.image_ids for _ in range(views)], pa.binary(16)),
+        "view": pa.array(np.tile(np.arange(views, dtype=np.uint8), images)),
+        "feature": pa.FixedSizeListArray.from_arrays(
+            pa.array(rows.features.reshape(-1)), width, mask=has_fault
+        ),
+        "fault": pa.array(faults, pa.string()),
+    }
+    if recipe.dtype == PIXEL_DTYPE:
+        assert rows.sizes is not None
+        size = pa.array(rows.sizes.repeat(views, axis=0).reshape(-1), pa.int32())
+        columns["size"] = pa.FixedSizeListArray.from_arrays(size, 2)
+    table = pa.table(columns)
     metadata = {
         "arrowhead.recipe": recipe.to_json(),
         "arrowhead.digest": _content_hash(rows, recipe),
@@ -74,6 +80,8 @@ def _content_hash(rows: ShardRows, recipe: Recipe) -> str:
     digest = hashlib.blake2b(recipe.to_json().encode(), digest_size=16)
     digest.update(json.dumps([list(rows.paths), list(rows.faults)]).encode())
     digest.update(b"".join(rows.image_ids))
+    if recipe.dtype == PIXEL_DTYPE and rows.sizes is not None:
+        digest.update(rows.sizes.astype("<i4").tobytes())
     for feature, fault in zip(rows.features, rows.faults, strict=True):
         if fault is None:
             digest.update(feature.tobytes())
@@ -99,6 +107,7 @@ def read_shard(path: Path, recipe: Recipe, *, check: bool = False) -> ShardRows:
         image_ids=table["image_id"].to_pylist()[::views],
         features=feature_column(table, recipe),
         faults=table["fault"].to_pylist()[::views],
+        sizes=size_column(table, recipe) if recipe.dtype == PIXEL_DTYPE else None,
     )
     stored_hash = table.schema.metadata.get(b"arrowhead.digest", b"").decode()
     if check and stored_hash != _content_hash(rows, recipe):
@@ -118,18 +127,19 @@ def shard_table(path: Path, recipe: Recipe) -> Any:
     table = arrow_io.read_arrow(path)
     shard_recipe = Recipe.from_dict(_stored_recipe(table), str(path))
     shard_recipe.require_equal(recipe, str(path), "the store")
-    types = [
-        pa.string(),
-        pa.binary(16),
-        pa.uint8(),
-        pa.list_(pa.float16(), shard_recipe.width),
-        pa.string(),
-    ]
-    if (tuple(table.column_names), table.schema.types) != (COLUMNS, types):
+    pixels = recipe.dtype == PIXEL_DTYPE
+    expected = {
+        "path": pa.string(),
+        "image_id": pa.binary(16),
+        "view": pa.uint8(),
+        "feature": pa.list_(pa.uint8() if pixels else pa.float16(), recipe.width),
+        "fault": pa.string(),
+    } | ({"size": pa.list_(pa.int32(), 2)} if pixels else {})
+    if list(zip(table.column_names, table.schema.types, strict=True)) != [*expected.items()]:
         columns = ", ".join(f"{field.name} {field.type}" for field in table.schema)
         raise DataError(
             f"{path} has the columns {columns}.",
-            f"{', '.join(COLUMNS)}, with the types that precompute writes.",
+            f"{', '.join(expected)}, with the types that Arrowhead writes.",
             "delete the file and run precompute again: only its images are decoded again.",
         )
     return table
@@ -143,11 +153,20 @@ def _stored_recipe(table: Any) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def feature_column(table: Any, recipe: Recipe) -> NDArray[np.float16]:
-    """The features, float16 (R, V, D), as a view of the memory map; zero where there is a fault."""
+def feature_column(table: Any, recipe: Recipe) -> NDArray[Any]:
+    """The features, (R, V, D) of the recipe's dtype, as a view of the memory map; zero where there
+    is a fault.
+    """
     flat = arrow_io.single_array(table["feature"]).values.to_numpy(zero_copy_only=True)
-    feature: NDArray[np.float16] = flat.reshape(-1, recipe.views, recipe.width)
+    feature: NDArray[Any] = flat.reshape(-1, recipe.views, recipe.width)
     return feature
+
+
+def size_column(table: Any, recipe: Recipe) -> NDArray[np.int32]:
+    """Height and width of the upright images beside pixels, int32 (R, 2)."""
+    flat = arrow_io.single_array(table["size"]).values.to_numpy(zero_copy_only=True)
+    size: NDArray[np.int32] = flat.reshape(-1, recipe.views, 2)[:, 0]
+    return size
 
 
 def id_column(table: Any) -> NDArray[np.uint64]:

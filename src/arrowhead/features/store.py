@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ from arrowhead import fileio, output_paths
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import catalog_file, corrections_file, shard_file, store_format
 from arrowhead.features.recipe import Recipe
-from arrowhead.features.shard_file import ShardRows
+from arrowhead.features.shard_file import PIXEL_DTYPE, ShardRows
 from arrowhead.features.store_format import (
     CORRECTIONS_NAME,
     EXTRACT_AGAIN,
@@ -98,6 +98,9 @@ def _suggest_store(path: Path) -> str:
 class Store:
     """A directory of features with the same recipe. Opens an existing one; `create` makes it."""
 
+    dtype = "float16"
+    """That of the recipes of such stores."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._checked: set[str] = set()  # files whose sha256 (or content) was found right
@@ -112,13 +115,20 @@ class Store:
         content = store_format.read_sealed(path / "store.json")
         fileio.check_schema(content, STORE_SCHEMA, str(path / "store.json"), REPAIR)
         self.recipe = Recipe.from_dict(content.get("recipe", {}), str(path / "store.json"))
+        if self.recipe.dtype != self.dtype:
+            raise ConfigError(
+                f"{path} holds numbers of type {self.recipe.dtype}: it is"
+                f" {'a pixel cache' if self.recipe.dtype == PIXEL_DTYPE else 'a feature store'}.",
+                f"a folder with numbers of type {self.dtype}.",
+                "give the store in the OUT of `precompute`, `fit` or `finetune`.",
+            )
         self.chunk_size = int(content["chunk_size"])
         self.weights_origin: dict[str, str] | None = content.get("weights")
 
-    @staticmethod
+    @classmethod
     def create(
-        path: Path, recipe: Recipe, chunk_size: int, origin: dict[str, str] | None = None
-    ) -> Store:
+        cls, path: Path, recipe: Recipe, chunk_size: int, origin: dict[str, str] | None = None
+    ) -> Self:
         """Create the store at `path` for this recipe, or open it if it exists.
 
         origin: source and license of the weights, for people.
@@ -126,7 +136,7 @@ class Store:
         Raises ConfigError if it exists with another recipe.
         """
         if (path / "store.json").is_file():
-            store = Store(path)
+            store = cls(path)
             store.recipe.require_equal(recipe, str(path), "this run")
             return store
         output_paths.check_output_folder(path, "store")
@@ -134,7 +144,7 @@ class Store:
         content |= {"weights": origin} if origin else {}
         content |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
         fileio.write_sealed(path / "store.json", content)
-        return Store(path)
+        return cls(path)
 
     def lock(
         self, warn: Callable[[str], None] = fileio.warn_no_locks

@@ -1,0 +1,113 @@
+"""Build the pixel cache that fine-tuning reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from arrowhead.commands import precompute
+from arrowhead.data import sources
+from arrowhead.data.catalog import Catalog
+from arrowhead.decode.pixels import PixelConfig
+from arrowhead.errors import ConfigError
+from arrowhead.features.feature_config import FeatureConfig
+from arrowhead.features.golden_images import GoldenConfig
+from arrowhead.finetuning import pixel_cache
+from arrowhead.finetuning.pixel_cache import PixelCacheConfig, PixelStore
+from arrowhead.reporting.run_context import RunContext
+
+
+def build_pixel_cache(
+    data: str | Path | Catalog,
+    path: Path,
+    images: FeatureConfig,
+    cache: PixelCacheConfig = PixelCacheConfig(),
+    context: RunContext = RunContext(),
+) -> dict[str, Any]:
+    """Decode all images into the pixel cache at `path`; skip those that it has already.
+
+    Args:
+        data: A catalog, or what `sources.labelled` lists.
+        path: The folder of the cache.
+        images: Labels, size of the body's input, limits of decoding; `PixelCache` opens the result.
+        cache: Size of the images and of the cache.
+        context: Where to run, show and record.
+
+    Returns:
+        As `precompute`.
+
+    Raises:
+        ConfigError: The cache has another recipe, would take too much disk space, or another
+            command is writing it.
+        DataError: A file of the cache has changed.
+    """
+    listed = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
+    side = cache.side(images.pixels.side)
+    recipe = pixel_cache.pixel_recipe(side)
+    _check_recipe(path, side)
+    _check_space(path, listed, side, cache.cache_bytes)
+    store = PixelStore.create(path, recipe, pixel_cache.CHUNK_SIZE)
+    limits = {name: getattr(images.pixels, name) for name in ("max_pixels", "max_scans")}
+    images = dataclasses.replace(
+        images,
+        pixels=PixelConfig(size=side, resize="squash", interpolation="bilinear", **limits),
+        golden=GoldenConfig(golden_images=False),
+    )
+    result = precompute.fill_store(listed, store, images, pixel_cache.write_pixels, context)
+    _delete_unused(store)
+    return result
+
+
+def _check_recipe(path: Path, side: int) -> None:
+    """Raise ConfigError if there is a pixel cache at `path` with images of another size."""
+    if not (path / "store.json").is_file():
+        return
+    existing = PixelStore(path).recipe
+    if existing.size != side:
+        raise ConfigError(
+            f"{path} holds images of {existing.size} x {existing.size} pixels, and this run needs"
+            f" {side} x {side}.",
+            "one size in a pixel cache.",
+            f"give --cache-size {existing.size}, write to another folder, or delete {path}: it is"
+            " made again from the images.",
+        )
+
+
+def _check_space(path: Path, catalog: Catalog, side: int, limit: int) -> None:
+    """Raise ConfigError if the cache of these images would be larger than allowed, or than what is
+    free on the disk.
+    """
+    each = side * side * 3
+    total = len(catalog) * each
+    size = f"{len(catalog)} images of {side} x {side} pixels take {total / 1e9:.1f} GB"
+    if total > limit:
+        fits = pixel_cache.SIDE_MULTIPLE * int(
+            (limit / 3 / len(catalog)) ** 0.5 // pixel_cache.SIDE_MULTIPLE
+        )
+        smaller = f", or --cache-size {fits} (and a --size up to that)" if fits >= 32 else ""
+        raise ConfigError(
+            f"The pixel cache is too large: {size}.",
+            f"at most {limit / 1e9:.1f} GB (--cache-bytes {limit}).",
+            f"give --cache-bytes {total}{smaller}.",
+        )
+    present = sum(file.stat().st_size for file in (path / "shards").glob("*.arrow"))
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if total - present > free:
+        raise ConfigError(
+            f"{path} has too little space for the pixel cache: {size}, {free / 1e9:.1f} GB are"
+            " free.",
+            f"{(total - present) / 1e9:.1f} GB of free disk space.",
+            "free some, or give an OUT on another disk.",
+        )
+
+
+def _delete_unused(store: PixelStore) -> None:
+    """Delete the shards of images that are not in the catalog any more, to bound the cache."""
+    used = {shard["name"] for shard in store.manifest()["shards"]}
+    with store.lock():
+        for name in store.shard_names():
+            if name not in used:
+                store.shard_path(name).unlink()

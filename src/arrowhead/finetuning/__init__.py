@@ -1,0 +1,1 @@
+"""Fine-tuning: body and head trained together on augmented pixels."""
