@@ -16,13 +16,14 @@ help:  ## show this list
 
 setup: $(READY)  ## create .venv with the locked packages and Arrowhead, editable
 
-# The lock has a hash for every package; uv refuses a package with another hash.
+# The lock has a hash for every package; uv refuses a package with another hash. Bytecode is compiled here:
+# where PYTHONDONTWRITEBYTECODE is set, every command would compile torch and MLflow again (twice the CPU time).
 $(READY): requirements.lock pyproject.toml
 	@echo "installing $$(grep -c '^[a-z0-9].*==' requirements.lock) packages into .venv (7 GB):" \
 		"some minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps --editable .
 	touch $(READY)
 
