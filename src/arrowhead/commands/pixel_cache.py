@@ -52,7 +52,7 @@ def build_pixel_cache(
     limits = {name: getattr(images.pixels, name) for name in ("max_pixels", "max_scans")}
     images = dataclasses.replace(
         images,
-        pixels=PixelConfig(size=side, resize="squash", interpolation="bilinear", **limits),
+        pixels=PixelConfig(size=side, resize="squash", interpolation="bicubic", **limits),
         golden=GoldenConfig(golden_images=False),
     )
     result = precompute.fill_store(listed, store, images, pixel_cache.write_pixels, context)
@@ -81,7 +81,7 @@ def _check_space(path: Path, catalog: Catalog, side: int, limit: int) -> None:
     """
     each = side * side * 3
     total = len(catalog) * each
-    size = f"{len(catalog)} images of {side} x {side} pixels take {total / 1e9:.1f} GB"
+    size = f"{len(catalog)} images of {side} x {side} pixels take {_size(total)}"
     if total > limit:
         fits = pixel_cache.SIDE_MULTIPLE * int(
             (limit / 3 / len(catalog)) ** 0.5 // pixel_cache.SIDE_MULTIPLE
@@ -89,7 +89,7 @@ def _check_space(path: Path, catalog: Catalog, side: int, limit: int) -> None:
         smaller = f", or --cache-size {fits} (and a --size up to that)" if fits >= 32 else ""
         raise ConfigError(
             f"The pixel cache is too large: {size}.",
-            f"at most {limit / 1e9:.1f} GB (--cache-bytes {limit}).",
+            f"at most {_size(limit)} (--cache-bytes {limit}).",
             f"give --cache-bytes {total}{smaller}.",
         )
     present = sum(file.stat().st_size for file in (path / "shards").glob("*.arrow"))
@@ -97,11 +97,15 @@ def _check_space(path: Path, catalog: Catalog, side: int, limit: int) -> None:
     free = shutil.disk_usage(existing).free
     if total - present > free:
         raise ConfigError(
-            f"{path} has too little space for the pixel cache: {size}, {free / 1e9:.1f} GB are"
-            " free.",
-            f"{(total - present) / 1e9:.1f} GB of free disk space.",
+            f"{path} has too little space for the pixel cache: {size}, {_size(free)} are free.",
+            f"{_size(total - present)} of free disk space.",
             "free some, or give an OUT on another disk.",
         )
+
+
+def _size(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 
 def _delete_unused(store: PixelStore) -> None:

@@ -559,7 +559,7 @@ class Store:
         selected_N = np.ones(len(split_N), bool) if split is None else split_N == split
         # Room for the whole split: how many of its images have a fault is not known yet.
         max_rows, views = int(selected_N.sum()), self.recipe.views
-        feature = np.empty((max_rows, views, 0 if rows_only else self.recipe.width), np.float16)
+        feature = np.empty((max_rows, views, 0 if rows_only else self.recipe.width), self.dtype)
         row, image_id = np.empty(max_rows, np.int64), np.empty(max_rows, np.uint64)
         done = first = 0
         for shard in self._tables(manifest):

@@ -12,7 +12,7 @@ themselves (operation, magnitude, sign) are inputs here, see `augmentation.draw_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,10 +65,8 @@ class PixelBatches:
         threads: int = 2,
     ) -> None:
         self._cache, self._config, self._pixels = cache, config, pixels
-        run_on = batch_size, threads, device
-        self._build: Callable[[AugmentConfig | None], _Pipeline] = lambda augmentation: _Pipeline(
-            augmentation, pixels, (mean, std), run_on
-        )
+        self._normalization = mean, std
+        self._run_on = batch_size, threads, device
         self._built: dict[bool, _Pipeline] = {}
 
     def augmented(self, epoch: int, steps: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
@@ -76,25 +74,34 @@ class PixelBatches:
 
         steps: for each step, indices of images in the cache (0 to n - 1).
         """
-        return prefetch((self._augment(epoch, index) for index in steps), BATCHES_AHEAD)
+        pipeline = self._build(augmented=True)
+        return prefetch((self._augment(pipeline, epoch, index) for index in steps), BATCHES_AHEAD)
 
     def clean(self, steps: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
         """Yield the clean view of the images of each step, as the body's recipe shows it."""
-        return prefetch((self._show_clean(index) for index in steps), BATCHES_AHEAD)
+        pipeline = self._build(augmented=False)
+        return prefetch((self._show_clean(pipeline, index) for index in steps), BATCHES_AHEAD)
 
-    def _run(self, index: NDArray[np.int64], inputs: dict[str, Any], *, augmented: bool) -> Tensor:
+    def _build(self, *, augmented: bool) -> _Pipeline:
+        """The pipeline for augmented or clean images, built once."""
         if augmented not in self._built:
-            self._built[augmented] = self._build(self._config if augmented else None)
-        return self._built[augmented]([self._cache.image(i) for i in index], inputs)
+            config = self._config if augmented else None
+            self._built[augmented] = _Pipeline(
+                config, self._pixels, self._normalization, self._run_on
+            )
+        return self._built[augmented]
+
+    def _images(self, index: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self._cache.image(i) for i in index]
 
     def _clean_regions(self, index: NDArray[np.int64]) -> dict[str, Any]:
         regions = [clean_region(self._pixels, *self._cache.size[i]) for i in index]
         return {name: np.stack([one[n] for one in regions]) for n, name in enumerate(REGION)}
 
-    def _show_clean(self, index: NDArray[np.int64]) -> Tensor:
-        return self._run(index, self._clean_regions(index), augmented=False)
+    def _show_clean(self, pipeline: _Pipeline, index: NDArray[np.int64]) -> Tensor:
+        return pipeline(self._images(index), self._clean_regions(index))
 
-    def _augment(self, epoch: int, index: NDArray[np.int64]) -> Tensor:
+    def _augment(self, pipeline: _Pipeline, epoch: int, index: NDArray[np.int64]) -> Tensor:
         config, sizes = self._config, self._cache.size[index]
         aspects = sizes[:, 1] / sizes[:, 0]
         if self._pixels.resize == "squash":
@@ -114,7 +121,7 @@ class PixelBatches:
         if config.operations:
             for name in OPERATION:
                 inputs[name] = np.stack([getattr(one, name) for one in drawn])
-        return self._run(index, inputs, augmented=True)
+        return pipeline(self._images(index), inputs)
 
 
 def clean_region(
@@ -194,8 +201,8 @@ class _Pipeline:
                 output_layout="HWC",
             )
 
-        with warnings.catch_warnings():  # DALI's own suites use its deprecated names
-            warnings.simplefilter("ignore", DeprecationWarning)
+        # DALI's suites of augmentations use its deprecated names; it overrides filters of warnings.
+        with warnings.catch_warnings(record=True):
             self._pipeline = squares_to_batch()
             self._pipeline.build()
 
