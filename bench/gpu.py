@@ -136,7 +136,7 @@ class Sheet:
         if on == "GPU" and not self.settings.gpu:
             self.row(what, None, unit, on=on)
             return
-        say(f"  {what}")
+        log(f"  {what}")
         try:
             result = work()
         except Exception as error:
@@ -164,7 +164,7 @@ class Sheet:
             file.write(json.dumps(line) + "\n")
 
 
-def say(words: str) -> None:
+def log(words: str) -> None:
     """Print progress."""
     print(words, file=sys.stderr, flush=True)
 
@@ -616,7 +616,7 @@ def correctness(sheet: Sheet) -> None:
     odd = kinds(photos[0])
     on, device = ("GPU", 0) if settings.gpu else ("CPU", None)
     torch_device = f"cuda:{device}" if settings.gpu else "cpu"
-    say("  pixels and features of both back ends")
+    log("  pixels and features of both back ends")
     files = [*photos, *odd.values()]
     cpu_pixels, cpu_faults = pixels_of(settings, files, None, 64)
     other_pixels, faults = pixels_of(settings, files, device, 128 if settings.gpu else 16)
@@ -747,7 +747,7 @@ def hostile(sheet: Sheet) -> None:
         cases = module.hostile(photos)
         sets["those of tests/hostile.py"] = {name: case.data for name, case in cases.items()}
     for name, files in sets.items():
-        say(f"  {len(files)} {name}")
+        log(f"  {len(files)} {name}")
         try:
             report_hostile(sheet, name, list(files.items()), photos)
         except Exception as error:
@@ -898,7 +898,7 @@ def broken_files(photos: Sequence[bytes]) -> dict[str, bytes]:
 def run_sections(sections: Sequence[str], file: Path, settings: Settings) -> None:
     """Run sections in this process, one after the other."""
     for section in sections:
-        say(section)
+        log(section)
         start, sheet = perf_counter(), Sheet(section, settings, file)
         try:
             globals()[section](sheet)
@@ -1012,7 +1012,7 @@ def photo_folder(data: Path | None, images: int, scratch: Path) -> tuple[Path, s
             return folder, "real photos (dogscats)"
     from arrowhead import demo
 
-    say("drawing photos")
+    log("drawing photos")
     demo.draw(scratch / "drawn", per_class=min(100, -(-images // 3)))
     return scratch / "drawn", "photos drawn by arrowhead.demo"
 
@@ -1093,7 +1093,7 @@ def main() -> int:
         file = out / f"gpu_{slug}_{result['date']}"
         file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         file.with_suffix(".md").write_text(table(result))
-        say(f"written to {file}.json and .md")
+        log(f"written to {file}.json and .md")
     missed = any(row["passed"] is False for row in rows)
     return 1 if result["failures"] or result["imported"] or missed else 0
 

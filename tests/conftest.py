@@ -239,7 +239,7 @@ class Command:
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
-        self.said = ""  # standard error of the last command
+        self.stderr = ""  # standard error of the last command
 
     def __call__(self, *args: object, code: int = 0) -> dict[str, Any]:
         from arrowhead.cli.main import main
@@ -248,7 +248,7 @@ class Command:
         with pytest.raises(SystemExit) as exit_info:
             main([*map(str, args), "--json"])
         output = self._capsys.readouterr()
-        self.said = output.err
+        self.stderr = output.err
         assert exit_info.value.code == code, output.err
         return dict(json.loads(output.out.splitlines()[-1]))
 

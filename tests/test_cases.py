@@ -39,7 +39,7 @@ def extract_source(store: Path, command: Any, add_mlflow_db: Any, tmp_path: Path
         body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
         uri = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
         result = command("precompute", source, store, *body, *uri, *flags, code=code)
-        return result, Catalog(**Store(store).read_catalog()), command.said
+        return result, Catalog(**Store(store).read_catalog()), command.stderr
 
     return extract
 
@@ -211,7 +211,7 @@ def test_output_written_into_the_image_folder_does_not_change_the_counts(
     overrides = ["--epochs", "2", "--rate", "0.01"]
     first = command("fit", ".", "out", *body, *overrides)
     again = command("fit", ".", "out", *body, *overrides)
-    assert "ignored, written by Arrowhead or MLflow" in command.said
+    assert "ignored, written by Arrowhead or MLflow" in command.stderr
     for name in ("inputs", "features", "faults", "ignored"):
         assert first["counts"][name] == again["counts"][name]
     assert again["classes"] == ["baskets", "beads"]
@@ -230,5 +230,5 @@ def test_rare_classes_are_reported_with_their_recall(
     body = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
     uri = ["--tracking-uri", f"sqlite:///{add_mlflow_db(tmp_path)}/mlflow.db"]
     result = command("fit", data, tmp_path / "out", *body, *uri, "--epochs", "2", "--rate", "0.01")
-    assert "unbalanced: 6 training images of baskets, few of beads (2: recall" in command.said
-    assert f"balanced {result['metrics']['balanced_accuracy']:.4f}" in command.said
+    assert "unbalanced: 6 training images of baskets, few of beads (2: recall" in command.stderr
+    assert f"balanced {result['metrics']['balanced_accuracy']:.4f}" in command.stderr

@@ -378,5 +378,5 @@ def test_a_full_disk_while_the_bundle_is_saved_is_reported_and_the_next_run_resu
     assert "Traceback" not in completed.stderr
     assert not list(tmp_path.rglob("*.draft")) and not Path("bundle").exists()
     command(*command_args)
-    assert "going on from the checkpoint" in " ".join(command.said.split())
+    assert "going on from the checkpoint" in " ".join(command.stderr.split())
     assert {one.name for one in tmp_path.glob(".bundle*")} == set()

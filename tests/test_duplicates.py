@@ -149,9 +149,9 @@ def test_drop_leaves_out_copies_without_decoding_again(
     assert reply["counts"]["decoded"] == 0
     assert reply["counts"]["inputs"] == len(catalog)
     assert reply["counts"]["ignored"] == 4
-    assert "--drop drop.txt: 4 images left out" in command.said
-    assert "1 path is not among the images, such as train/a/never_there.jpg" in command.said
-    assert "never_there.jpg (below" in command.said
+    assert "--drop drop.txt: 4 images left out" in command.stderr
+    assert "1 path is not among the images, such as train/a/never_there.jpg" in command.stderr
+    assert "never_there.jpg (below" in command.stderr
     smaller = Store(tmp_path / "store")
     again = find_duplicates(smaller, Catalog(**smaller.read_catalog()))
     assert again.groups == []
@@ -174,14 +174,14 @@ def test_a_store_goes_on_without_the_dropped_images_until_they_are_taken_back(
 
     assert ignored("--drop", drop) == 2
     assert ignored() == 2
-    assert "2 images left out as before" in command.said and "dropped.txt" in command.said
+    assert "2 images left out as before" in command.stderr and "dropped.txt" in command.stderr
     drop.write_text("train/a/00.jpg\n")
     assert ignored("--drop", drop) == 1  # another list replaces the first
-    assert "1 image left out by an earlier --drop: back again" in command.said
+    assert "1 image left out by an earlier --drop: back again" in command.stderr
     assert ignored("--drop", "none") == 0
-    assert "1 image left out by an earlier --drop: back again" in command.said
+    assert "1 image left out by an earlier --drop: back again" in command.stderr
     assert ignored() == 0
-    assert "left out" not in command.said
+    assert "left out" not in command.stderr
 
 
 def test_a_drop_list_may_have_absolute_paths_also_through_a_link(planted, tmp_path):

@@ -65,7 +65,10 @@ def test_the_test_images_are_evaluated_once_at_the_end(command: Any) -> None:
     from mlflow import MlflowClient
 
     result = command("train", "out/store", "again", *HEAD)
-    assert "test: accuracy" in command.said and "nothing was chosen on these images" in command.said
+    assert (
+        "test: accuracy" in command.stderr
+        and "nothing was chosen on these images" in command.stderr
+    )
     metrics = result["metrics"]
     assert metrics["test_images"] == count_files("photos/test") > metrics["images"]
     assert bundle_json("again")["metrics"]["test_accuracy"] == metrics["test_accuracy"]
@@ -163,7 +166,7 @@ def test_the_written_metrics_equal_scikit_learns(command: Any, workdir: Path) ->
     assert json.loads(Path("written/evaluation.json").read_text())["metrics"] == result["metrics"]
     assert Path("written/confusion.png").is_file()
     for line in ("95 % interval", "precision", *bundle_json("out/bundle")["classes"]):
-        assert line in command.said
+        assert line in command.stderr
     assert command("scores", "verify", "written")["problems"] == []
     client = MlflowClient(tracking_uri=f"sqlite:///{workdir}/mlflow.db")
     run = client.get_run(result["run_id"])
@@ -185,7 +188,7 @@ def test_training_images_are_counted_and_excluded_from_the_trusted_metrics(
         (tmp_path / "all" / image.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(image, tmp_path / "all" / image.parent.name / f"{number}.jpg")
     metrics = command("evaluate", "out/bundle", tmp_path / "all", tmp_path / "a")["metrics"]
-    assert f"WARNING: the bundle was trained on {used['trained_on']} of these" in command.said
+    assert f"WARNING: the bundle was trained on {used['trained_on']} of these" in command.stderr
     assert (metrics["images_used"], metrics["trusted_images"]) == (used, "new")
     assert metrics["images"] == count_files("photos")
     assert metrics["trusted"]["images"] == count_files("photos/test")
@@ -193,31 +196,31 @@ def test_training_images_are_counted_and_excluded_from_the_trusted_metrics(
     written = json.loads((tmp_path / "a" / "evaluation.json").read_text())["metrics"]
     assert written["trusted"] == metrics["trusted"]
     assert metrics["tables_show"] == "trusted"
-    assert f"by class, {count_files('photos/test')} images new to the bundle:" in command.said
+    assert f"by class, {count_files('photos/test')} images new to the bundle:" in command.stderr
     table = polars.read_csv(tmp_path / "a" / "per_class.csv")
     assert table["images"].sum() == count_files("photos/test")
     scored = command("score", "out/bundle", tmp_path / "all", tmp_path / "s")
-    assert scored["images_used"] == used and "WARNING" in command.said
+    assert scored["images_used"] == used and "WARNING" in command.stderr
     shutil.copytree("photos", tmp_path / "fit", ignore=shutil.ignore_patterns("test"))
     metrics = command("evaluate", "out/bundle", tmp_path / "fit", tmp_path / "b")["metrics"]
     assert metrics["trusted_images"] == "validation"
     assert metrics["trusted"]["confusion"] == stored["confusion"]
     metrics = command("evaluate", "out/bundle", "photos/train", tmp_path / "c")["metrics"]
     assert (metrics["trusted_images"], metrics["trusted"]) == ("none", None)
-    assert "nothing here says how good it is on others" in command.said
+    assert "nothing here says how good it is on others" in command.stderr
     metrics = command("evaluate", "out/bundle", "photos/test", tmp_path / "d")["metrics"]
     assert (metrics["trusted_images"], metrics["trusted"]) == ("all", None)
-    assert "WARNING" not in command.said
+    assert "WARNING" not in command.stderr
 
 
 def test_it_is_reported_if_all_images_were_validation_images(command: Any, tmp_path: Path) -> None:
     metrics = command("evaluate", "out/bundle", "photos/valid", tmp_path / "a")["metrics"]
     assert (metrics["trusted_images"], metrics["trusted"]) == ("validation", None)
-    result = [line for line in command.said.splitlines() if "the bundle was" in line]
+    result = [line for line in command.stderr.splitlines() if "the bundle was" in line]
     assert len(result) == 1 and "with all of these images, not trained on them" in result[0]
     command("score", "out/bundle", "photos/valid", tmp_path / "b")
     stored = metrics["images"]
-    assert f"WARNING: the bundle was validated with {stored} of these images:" in command.said
+    assert f"WARNING: the bundle was validated with {stored} of these images:" in command.stderr
 
 
 def test_it_is_reported_if_the_bundle_does_not_record_its_training_images(
@@ -225,9 +228,9 @@ def test_it_is_reported_if_the_bundle_does_not_record_its_training_images(
 ) -> None:
     metrics = command("evaluate", make_bundle(), "photos/test", tmp_path / "a")["metrics"]
     assert (metrics["images_used"], metrics["trusted_images"]) == (None, "unknown")
-    assert "does not say which images it was trained on" in command.said
+    assert "does not say which images it was trained on" in command.stderr
     command("score", make_bundle(), "photos/test", tmp_path / "b")
-    assert "does not say which images it was trained on" in command.said
+    assert "does not say which images it was trained on" in command.stderr
 
 
 def test_a_table_is_evaluated_with_features_of_a_store_instead_of_decoding(
@@ -274,13 +277,13 @@ def test_a_multi_label_bundle_is_evaluated_on_a_multi_label_table(
     message = (
         f"decisions right {accuracy:.4f} at these thresholds, {metrics['accuracy']:.4f} at 0.5"
     )
-    assert message in command.said
+    assert message in command.stderr
     assert not (tmp_path / "figures" / "confusion.png").exists()
-    assert "round" in command.said and "counts as absent" not in command.said
+    assert "round" in command.stderr and "counts as absent" not in command.stderr
     lines = [f"{image.absolute()},{image.parent.name}" for image in images]
     (tmp_path / "one.csv").write_text("\n".join(["path,label", *lines]))
     result = command("evaluate", bundle, tmp_path / "one.csv", tmp_path / "one")
-    assert "a class that is not among an image's labels counts as absent" in command.said
+    assert "a class that is not among an image's labels counts as absent" in command.stderr
     assert result["metrics"]["per_class"]["round"]["images"] == 0
 
 
@@ -320,7 +323,7 @@ def test_classes_unknown_to_the_bundle_are_refused_or_ignored_on_request(
     result = command(*args, "--ignore-unknown-classes")
     assert result["metrics"]["images"] == count_files("photos/test") * 2 // 3
     assert result["metrics"]["per_class"][second.name]["images"] == 0
-    assert "foxes" in command.said
+    assert "foxes" in command.stderr
 
 
 def test_unreadable_images_are_reported_and_excluded_from_all_metrics(

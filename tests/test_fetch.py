@@ -719,7 +719,7 @@ def test_a_local_archive_becomes_a_folder_that_fit_reads(packed, tmp_path, comma
     catalog = sources.labelled_catalog(result["data"], SourceConfig())
     assert catalog.classes == ["baskets", "beads", "leaves"]
     assert result["images"] == result["files"] == sum(p.is_file() for p in image_folder.rglob("*"))
-    assert packed.is_file() and f"fit {result['data']} out" in command.said
+    assert packed.is_file() and f"fit {result['data']} out" in command.stderr
     done = subprocess.run(["sha256sum", "--quiet", "-c", "fetched.sha256"], cwd=tmp_path / "data")
     assert done.returncode == 0
 
@@ -734,7 +734,7 @@ def test_a_second_run_downloads_nothing_and_checks_on_request(server, packed, tm
     first = command(*words)
     assert not first["already_there"] and not (tmp_path / "data.download").exists()
     second = command(*words)
-    assert second["already_there"] and "already there" in command.said
+    assert second["already_there"] and "already there" in command.stderr
     assert second["data"] == first["data"] and len(page.requests) == 1
     command(*words, "--check")
     photo = next((tmp_path / "data").rglob("*.jpg"))
@@ -753,7 +753,7 @@ def test_a_hash_is_checked_and_its_absence_said(server, packed, tmp_path, comman
     result = command("fetch", url, tmp_path / "1", "--sha256", sha256.upper())
     assert result["archives"][0]["checked"] == f"sha256:{sha256}"
     command("fetch", url, tmp_path / "2")
-    assert f"not checked: --sha256 is not given; sha256 {sha256}" in command.said
+    assert f"not checked: --sha256 is not given; sha256 {sha256}" in command.stderr
     with pytest.raises(SystemExit) as exit_info:
         main("fetch", url, tmp_path / "3", "--sha256", "0" * 64)
     assert exit_info.value.code == 4 and not (tmp_path / "3").exists()
@@ -764,7 +764,7 @@ def test_keep_archive_keeps_it(server, packed, tmp_path, command):
     server.pages["/photos.tgz"] = Page(data=packed.read_bytes())
     command("fetch", server.url("/photos.tgz"), tmp_path / "data", "--keep-archive")
     kept = tmp_path / "data.download" / "photos.tgz"
-    assert kept.read_bytes() == packed.read_bytes() and str(kept) in command.said
+    assert kept.read_bytes() == packed.read_bytes() and str(kept) in command.stderr
 
 
 def test_secrets_of_an_address_are_neither_shown_nor_stored(server, packed, tmp_path, command):
@@ -774,7 +774,7 @@ def test_secrets_of_an_address_are_neither_shown_nor_stored(server, packed, tmp_
     assert page.requests[0]["Authorization"].startswith("Basic ")
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     for secret in ("topsecret", "hushhush"):
-        assert secret not in command.said
+        assert secret not in command.stderr
         assert not any(secret.encode() in data for data in written)
 
 
@@ -838,7 +838,7 @@ def test_the_list_has_size_and_terms_of_every_data_set(words, command):
     result = command(*words)
     assert [one["name"] for one in result["datasets"]] == list(DATASETS)
     for one in result["datasets"]:
-        assert one["name"] in command.said and one["terms"] in command.said
+        assert one["name"] in command.stderr and one["terms"] in command.stderr
         assert one["bytes"] > 10**7 and one["page"].startswith("https://")
 
 
@@ -941,7 +941,7 @@ def test_the_layout_of_a_known_data_set_is_read_by_fit(
     publish(name, archive)
     result = command("fetch", name, tmp_path / "data")
     assert result["archives"][0]["checked"].startswith("md5:")
-    assert DATASETS[name].terms in command.said
+    assert DATASETS[name].terms in command.stderr
     catalog = sources.labelled_catalog(result["data"], SourceConfig())
     assert len(catalog.classes) == 2
     assert len(catalog) == (20 if name in ("flowers", "eurosat", "textures") else len(catalog))

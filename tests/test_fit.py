@@ -165,16 +165,16 @@ def test_lr_find_writes_a_figure_and_a_table_and_suggests_rates(fitted, command)
 def test_the_replaced_bundle_is_kept_and_its_accuracy_compared(fitted, command):
     first = command("train", "out/store", "twice/bundle", "--epochs", "3")
     previous = Path("twice/bundle/bundle.json").read_bytes()
-    assert "replaces" not in command.said and not Path("twice/bundle.previous").exists()
+    assert "replaces" not in command.stderr and not Path("twice/bundle.previous").exists()
     second = command("train", "out/store", "twice/bundle", "--epochs", "1", "--rate", "1e-6")
     previous_accuracy, new_accuracy = (result["metrics"]["accuracy"] for result in (first, second))
-    assert f"accuracy {previous_accuracy:.4f} (this one {new_accuracy:.4f})" in command.said
+    assert f"accuracy {previous_accuracy:.4f} (this one {new_accuracy:.4f})" in command.stderr
     assert Path("twice/bundle.previous/bundle.json").read_bytes() == previous
     command("bundle", "verify", "twice/bundle.previous")
     assert "twice/bundle.previous" in second["files"]
     command("train", "out/store", "twice/bundle", "--epochs", "2", "--rate", "1e-6")
     assert re.search(
-        rf"in place of the bundle of [^:]+:..: accuracy {previous_accuracy:.4f}", command.said
+        rf"in place of the bundle of [^:]+:..: accuracy {previous_accuracy:.4f}", command.stderr
     )
 
 
@@ -185,7 +185,7 @@ def test_reports_of_a_training_are_in_its_bundle_and_listed_in_the_result(fitted
     assert {file.name for file in report.iterdir()} == names
     assert set(result["files"]) == {"named/b", *(str(report / name) for name in names)}
     assert [file.name for file in Path("named").iterdir()] == ["b"]
-    assert str(report) in command.said
+    assert str(report) in command.stderr
     shutil.rmtree(report)
     command("bundle", "verify", "named/b")  # it is valid without the report
 
@@ -220,7 +220,7 @@ def test_every_file_gets_one_row_of_scores_even_broken_ones(fitted, image_folder
     assert counts["ignored"] == 1
     assert result["faults"] == {"not an image": 1, "empty": 1, "truncated": 1}
     assert result["fault_kinds"] == result["faults"]
-    output = " ".join(command.said.split())
+    output = " ".join(command.stderr.split())
     assert re.search(r"not read: 1 \S.*cut\.jpg, .*the rows of scores/parts whose column", output)
     rows = polars.read_parquet("scores/parts")
     assert rows["path"].to_list() == sorted(rows["path"].to_list())

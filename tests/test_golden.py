@@ -102,7 +102,7 @@ def test_with_no_golden_images_no_photo_is_copied_and_this_is_reported(workdir, 
     assert list(Path("store/golden").iterdir()) == []
     assert Store(workdir / "store").load_golden() == {}
     command("train", "store", "bundle", *TRAIN)
-    assert "No golden images" in command.said
+    assert "No golden images" in command.stderr
     photo_bytes = read_photos(Path("photos"))
     for folder in ("store", "bundle", "none"):
         assert not [
@@ -110,7 +110,7 @@ def test_with_no_golden_images_no_photo_is_copied_and_this_is_reported(workdir, 
         ]
     result = command("score", "bundle", "photos", "scores")
     assert result["drift"]["images"] == 0
-    assert "has no golden images" in command.said
+    assert "has no golden images" in command.stderr
     with pytest.raises(SystemExit) as exit_info:
         main(["bundle", "verify", "bundle"])
     assert exit_info.value.code == 0

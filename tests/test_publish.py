@@ -383,7 +383,7 @@ def test_a_push_sends_every_file_of_the_folder_in_one_commit_and_shows_no_token(
 ) -> None:
     result = command("publish", small, tmp_path / "things", "--push", "me/things")
     assert result["pushed"].endswith("/me/things")
-    assert SECRET not in command.said + json.dumps(result)
+    assert SECRET not in command.stderr + json.dumps(result)
     by_path = {path.partition("?")[0]: body for path, _, body in fake_hub.requests}
     assert json.loads(by_path["/api/repos/create"])["visibility"] == "private"
     commits = [body for path, _, body in fake_hub.requests if "/commit/" in path]

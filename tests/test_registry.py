@@ -309,7 +309,9 @@ def test_resumed_run_registers_once(fitted, config, client):
     request = RegistryConfig(register="again")
 
     def train() -> None:
-        with start(config, "fit", Path("again.json"), registry=request, say=output.append) as run:
+        with start(
+            config, "fit", Path("again.json"), registry=request, print_line=output.append
+        ) as run:
             run.model(fitted)
             addresses.append(run.register(fitted))
             if len(addresses) < 3:
@@ -330,7 +332,7 @@ def test_registry_failure_during_a_run_only_prints_the_command_to_register_later
     output: list[str] = []
     request = RegistryConfig(register="later on", alias="challenger")
     with sqlite3.connect(workdir / "mlflow.db") as database:
-        with start(config, "fit", registry=request, say=output.append) as run:
+        with start(config, "fit", registry=request, print_line=output.append) as run:
             run.model(fitted)
             database.execute("ALTER TABLE registered_models RENAME TO away")
             database.commit()

@@ -193,7 +193,7 @@ def test_class_can_be_renamed_and_the_old_one_vanishes(store, command, fix):
     result = command("relabel", store, fix(rename), "--new-classes", "--no-copies")
     assert Store(store).manifest()["classes"] == ["baskets", "leaves", "stones"]
     assert (result["new_classes"], result["gone_classes"]) == (["stones"], ["beads"])
-    assert "beads is no class any more" in command.said
+    assert "beads is no class any more" in command.stderr
 
 
 def test_copies_are_relabelled_together_unless_asked_not_to(store, command, fix):
@@ -201,7 +201,7 @@ def test_copies_are_relabelled_together_unless_asked_not_to(store, command, fix)
     result = command("relabel", store, fix({in_beads: "baskets"}))
     assert (labels(store)[in_beads], labels(store)[in_leaves]) == ("baskets", "baskets")
     assert result["copies"] == 1
-    assert "--no-copies" in command.said
+    assert "--no-copies" in command.stderr
     command("relabel", store, "--undo")
     command("relabel", store, fix({in_beads: "baskets"}), "--no-copies")
     assert (labels(store)[in_beads], labels(store)[in_leaves]) == ("baskets", "leaves")
@@ -220,7 +220,7 @@ def test_copies_that_contradict_each_other_are_put_right_and_split_as_before(
     command("precompute", data, store)
     assert (labels(store)[in_beads], labels(store)[in_leaves]) == ("beads", "beads")
     assert split_by_content(store) == split
-    assert "1 label is a correction" in command.said
+    assert "1 label is a correction" in command.stderr
 
 
 def test_suggestions_can_all_be_taken(store, command, fix):
@@ -243,7 +243,7 @@ def test_corrections_and_splits_stay_when_images_are_listed_again(store, data, c
     assert result["counts"]["decoded"] == 0
     assert labels(store) == relabelled
     assert split_by_content(store) == split
-    assert f"{len(fixes)} labels are corrections (arrowhead relabel" in command.said
+    assert f"{len(fixes)} labels are corrections (arrowhead relabel" in command.stderr
 
 
 def test_corrected_file_in_its_right_folder_agrees_and_moves_no_image_between_splits(
@@ -256,7 +256,7 @@ def test_corrected_file_in_its_right_folder_agrees_and_moves_no_image_between_sp
         (data / path).rename(data / "leaves" / f"was-{Path(path).name}")
     command("precompute", data, store)
     assert all(labels(store)[f"leaves/was-{Path(path).name}"] == "leaves" for path in moved)
-    assert "are corrections" not in command.said
+    assert "are corrections" not in command.stderr
     assert split_by_content(store) == split
 
 
@@ -266,7 +266,7 @@ def test_third_label_of_the_source_wins_and_is_said(store, data, command, fix):
     (data / path).rename(data / "baskets" / "third.jpg")
     command("precompute", data, store)
     assert labels(store)["baskets/third.jpg"] == "baskets"
-    assert "baskets/third.jpg (corrected from beads to leaves, now baskets)" in command.said
+    assert "baskets/third.jpg (corrected from beads to leaves, now baskets)" in command.stderr
     (data / "baskets" / "third.jpg").rename(data / path)  # back: the correction holds again
     command("precompute", data, store)
     assert labels(store)[path] == "leaves"
@@ -284,7 +284,7 @@ def test_correction_follows_a_renamed_file_and_leaves_another_image_alone(
     assert labels(store)[second] == "beads"
     assert (
         f"1 file with a corrected label is another image now; the label of the source is used: "
-        f"{second}" in command.said
+        f"{second}" in command.stderr
     )
 
 
@@ -426,12 +426,12 @@ def test_images_of_another_folder_are_announced_before_they_replace_those_of_a_s
     first = next(other.glob("beads/*.jpg"))
     first.unlink()
     result = command("precompute", other, store)
-    said = command.said
+    said = command.stderr
     gone = f"of {other} replace them: 1 are not among these, such as beads/{first.name}"
     assert gone in said and said.index(gone) < said.index("decoded")
     assert result["counts"]["decoded"] == 0
     command("precompute", other, store)
-    assert "replace them" not in command.said
+    assert "replace them" not in command.stderr
 
 
 def test_unknown_column_and_empty_tables_are_refused(store, fix, refuse):

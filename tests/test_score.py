@@ -283,7 +283,7 @@ def test_finished_scoring_is_not_repeated_but_can_be_written_as_csv(command, out
     assert again["counts"]["decoded"] == 0 and again["counts"]["skipped"] == 24
     assert len(Path(again["csv"]).read_text().splitlines()) == 25
     # -P: a pandas.py in this folder is not imported.
-    assert 'python -P -c "import pandas' in command.said
+    assert 'python -P -c "import pandas' in command.stderr
     assert json.loads((out / "score.json").read_text())["counts"] == first["counts"]
 
 

@@ -50,7 +50,7 @@ def arrowhead(
 )
 def test_control_characters_are_escaped_and_others_kept(capsys, text, shown):
     assert escape_control_chars(text) == shown
-    Screen(to_stderr=False).say(text)
+    Screen(to_stderr=False).print(text)
     assert (
         capsys.readouterr()
         .out.rstrip("\n")
@@ -116,10 +116,10 @@ def test_transient_line_is_overwritten_and_only_shown_on_a_terminal(monkeypatch)
         shown = io.StringIO()
         one = Screen(to_stderr=False)
         one.console = Console(file=shown, force_terminal=terminal, highlight=False, width=20)
-        one.passing("epoch 1 " + "x" * 40)
-        one.passing("too soon to be drawn")
-        one.say("epoch 2")
-        one.say("done")
+        one.print_status("epoch 1 " + "x" * 40)
+        one.print_status("too soon to be drawn")
+        one.print("epoch 2")
+        one.print("done")
         if not terminal:
             assert shown.getvalue() == "epoch 2\ndone\n"
             continue

@@ -229,7 +229,7 @@ def test_a_file_here_wins_over_another_image_of_the_same_path_in_the_store(
     assert query["similar"][0]["path"] == other and query["similar"][0]["exact_copy"]
     Image.new("RGB", (80, 80), (200, 10, 10)).save("first/new/photo-0001.jpg")
     command("search", workdir / "pool", "first/new/photo-0001.jpg")
-    assert "another image than the one in the store; the file is used" in command.said
+    assert "another image than the one in the store; the file is used" in command.stderr
 
 
 def test_files_that_cannot_be_read_are_named_and_the_others_answered(
@@ -244,8 +244,8 @@ def test_files_that_cannot_be_read_are_named_and_the_others_answered(
     assert faults["broken.jpg"].startswith("in the store it has a fault: not an image")
     assert faults["page.jpg"].startswith("not an image")
     assert len(result["queries"][3]["similar"]) == 2
-    assert all(f"{name}: {faults[name]}" in command.said for name in names[:3])
-    assert "3 of 4 images could not be used" in command.said
+    assert all(f"{name}: {faults[name]}" in command.stderr for name in names[:3])
+    assert "3 of 4 images could not be used" in command.stderr
 
 
 def test_the_csv_holds_what_the_screen_shows(
@@ -324,7 +324,7 @@ def test_neither_known_images_nor_copies_are_suggested(
     paths = [one["path"] for one in result["suggestions"]]
     new = sorted(file.name for file in (workdir / "all" / "first" / "new").iterdir())
     assert sorted(paths) == [f"first/new/{name}" for name in new]
-    assert f"there is no more to suggest than {len(new)} images" in command.said
+    assert f"there is no more to suggest than {len(new)} images" in command.stderr
     rows = rows_of(here / "suggest.csv")
     assert [row["path"] for row in rows] == paths
     assert {row["new_label"] for row in rows} == {""}
@@ -466,7 +466,7 @@ def test_with_several_labels_an_image_near_a_threshold_is_suggested(
     run("fit", "tags.csv", "out", *FLAGS, "--epochs", "2", "--rate", "0.01", "--head", "linear")
     result = command("suggest", workdir / "pool", "out/bundle", "--count", "3")
     assert all("is near its threshold" in one["why"] for one in result["suggestions"])
-    assert "--label-column new_label --multi-label" in command.said
+    assert "--label-column new_label --multi-label" in command.stderr
     labels = command("search", "out/store", photos[0], "--top", "2")["queries"][0]["similar"]
     assert all("seen" in one["labels"] and len(one["labels"]) == 2 for one in labels)
 

@@ -92,11 +92,11 @@ def test_grid_keeps_its_best_head_and_logs_each_head_as_a_child_run(store, workd
     assert best["knobs"]["rate"] == result["rate"] == 0.01
     assert best["mean"] >= result["grid"]["settings"][-1]["mean"]
     accuracy = result["epochs"][-1]["accuracy"]
-    assert "; p: p-value of the difference from the first row:" in command.said
+    assert "; p: p-value of the difference from the first row:" in command.stderr
     assert re.search(
         "rows: the mean ± standard deviation over 2 seeds; the bundle is the best head of the first"
         rf" row: seed [01], accuracy {accuracy:.4f}\n",
-        command.said,
+        command.stderr,
     )
     with Path("best/report/grid.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -121,7 +121,7 @@ def test_folds_and_learning_curve_use_the_settings_of_the_best_head(store, workd
     messages = ["--rate", 0.01, "--weight-decay", 0.5, "--dropout", 0.3, "--seed", 1]
     request = command("train", store, "asked", *messages, *also)
     parts = {
-        line.split(" · ")[0]: line for line in command.said.splitlines() if "training " in line
+        line.split(" · ")[0]: line for line in command.stderr.splitlines() if "training " in line
     }
     for part in ("folds", "learning-curve"):
         assert "best" not in parts[part], "the best of these heads says nothing"
@@ -159,7 +159,7 @@ def test_epoch_table_shows_the_selection_metric_and_why_training_ended(
 ):
     flags = ["--rate", 0.05, "--epochs", 40, "--best", "balanced_accuracy", "--patience", 3]
     result = command("train", store, "early", *flags)
-    output, lines = command.said, result["epochs"]
+    output, lines = command.stderr, result["epochs"]
     assert result["stopped"] == "patience"
     heading = next(line for line in output.splitlines() if line.split()[:1] == ["epoch"])
     assert heading.split()[-1] == "balanced_accuracy"
@@ -244,13 +244,13 @@ def test_multi_label_images_are_trained_and_scored(image_folder, workdir, comman
     )
     assert {"valid_loss", "accuracy", "f1", "f2"} <= result["epochs"][0].keys()
     assert result["epoch"] == int(np.argmax([line["f2"] for line in result["epochs"]]))
-    heading = next(line for line in command.said.splitlines() if line.split()[:1] == ["epoch"])
+    heading = next(line for line in command.stderr.splitlines() if line.split()[:1] == ["epoch"])
     assert heading.split()[-1] == "f2"
     figures, kept = result["metrics"], result["epochs"][result["epoch"]]
     assert figures["f2_samples"] > 0.6
     assert figures["accuracy"] == pytest.approx(kept["accuracy"]), "one name, one number"
     tuned = f"decisions right {figures['accuracy_at_thresholds']:.4f} at these thresholds"
-    assert f"{tuned}, {figures['accuracy']:.4f} at 0.5" in command.said
+    assert f"{tuned}, {figures['accuracy']:.4f} at 0.5" in command.stderr
     outcome = json.loads(Path("several/bundle/bundle.json").read_text())
     assert outcome["task"] == "multi-label"
     assert outcome["thresholds"].keys() == {"baskets", "beads", "leaves", "woven"}

@@ -288,7 +288,7 @@ def test_existing_store_is_used_with_its_own_recipe(
 ):
     result = command("precompute", image_folder, "store")
     assert result["counts"]["decoded"] == 0
-    assert "shufflenet_v2_x0_5" in command.said and "64 pixels" in command.said
+    assert "shufflenet_v2_x0_5" in command.stderr and "64 pixels" in command.stderr
     recipe = json.loads((store / "store.json").read_text())["recipe"]
     assert (recipe["body"], recipe["size"]) == ("shufflenet_v2_x0_5", 64)
     again = command(
@@ -337,7 +337,7 @@ def test_demo_leaves_only_its_results_and_existing_files(clean_workdir, monkeypa
     assert result["scores"] == "try it/scores-2"
     assert sorted(os.listdir("try it/fit")) == ["bundle", "store"]
     assert sorted(os.listdir("try it")) == ["fit", "images", "scores", "scores-2"]
-    assert "arrowhead train 'try it/fit/store' 'try it/lesson'" in command.said
+    assert "arrowhead train 'try it/fit/store' 'try it/lesson'" in command.stderr
     assert set(result["files"]) >= {"try it/images", "try it/fit/bundle", "try it/scores-2"}
 
 

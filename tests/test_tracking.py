@@ -217,7 +217,7 @@ def test_every_class_name_has_its_own_metric_param_and_tag(config, request, kind
         address = f"http://127.0.0.1:{server.port}"
         config = TrackingConfig(tracking_uri=address, system_metrics=False)
     output: list[str] = []
-    with start(config, "score", say=output.append) as run:
+    with start(config, "score", print_line=output.append) as run:
         run.record({name: at for at, name in enumerate(NAMES)})
         run.params({name: at for at, name in enumerate(NAMES)})
         run.tags({f"seen {name}": at for at, name in enumerate(NAMES)})
@@ -236,7 +236,7 @@ def test_metric_refused_by_mlflow_only_prints_a_message(config, client, monkeypa
     # Simulate an MLflow with other naming rules.
     monkeypatch.setattr(writes, "mlflow_names", lambda names, taken: {one: one for one in names})
     output: list[str] = []
-    with start(config, "fit", say=output.append) as run:
+    with start(config, "fit", print_line=output.append) as run:
         run.record({"../x": 1.0})
         run.record({"../x": 2.0})
         run.record({"loss": 1.0})
@@ -247,7 +247,7 @@ def test_metric_refused_by_mlflow_only_prints_a_message(config, client, monkeypa
 
 
 def test_metric_refused_by_mlflow_does_not_block_others_in_the_outbox(config, client, tmp_path):
-    with start(config, "fit", say=lambda line: None) as run:
+    with start(config, "fit", print_line=lambda line: None) as run:
         pass
     folder, output = make_outbox(tmp_path / "unsent", config, run.run_id), []
     with (folder / "writes.jsonl").open("w") as file:
@@ -262,7 +262,7 @@ def test_metric_refused_by_mlflow_does_not_block_others_in_the_outbox(config, cl
 
 
 def test_damaged_lines_of_an_outbox_cost_nothing_else(config, client, tmp_path):
-    with start(config, "fit", say=lambda line: None) as run:
+    with start(config, "fit", print_line=lambda line: None) as run:
         pass
     folder, output = make_outbox(tmp_path / "unsent", config, run.run_id), []
     whole = {"do": "batch", "run": run.run_id, "metrics": [["loss", 1.0, 5, 0]], "params": {}}
@@ -290,10 +290,10 @@ def test_a_head_of_a_resumed_grid_is_sent_by_another_process_once(config, client
         do(store, write, folder)
 
     monkeypatch.setattr(TrackingStore, "do", fail)
-    with start(config, "fit", file, say=lambda line: None) as again:
+    with start(config, "fit", file, print_line=lambda line: None) as again:
         again.children(**head_runs(1))
     monkeypatch.setattr(TrackingStore, "do", do)
-    tracking_run.send(config, say=lambda line: None)
+    tracking_run.send(config, print_line=lambda line: None)
     children = child_runs(client, run.run_id)
     assert [one.info.run_id for one in children.values()] == [unfinished]
     assert children["head-0"].info.status == "FINISHED"
@@ -302,7 +302,7 @@ def test_a_head_of_a_resumed_grid_is_sent_by_another_process_once(config, client
 def test_an_outbox_of_somebody_else_is_left_alone(config, tmp_path):
     folder, output = make_outbox(tmp_path / "unsent", config, "abc"), []
     (folder / "lock").mkdir()  # cannot be opened, as another user's cannot
-    with start(config, "fit", outbox=tmp_path / "unsent", say=output.append):
+    with start(config, "fit", outbox=tmp_path / "unsent", print_line=output.append):
         pass
     assert ["belongs to somebody else" in line for line in output] == [True]
     assert (folder / "run.json").exists()
@@ -310,7 +310,7 @@ def test_an_outbox_of_somebody_else_is_left_alone(config, tmp_path):
 
 def test_text_that_is_no_unicode_is_recorded_readably(config, client):
     output: list[str] = []
-    with start(config, "fit", say=output.append) as run:
+    with start(config, "fit", print_line=output.append) as run:
         run.params({"folder": "/x/\udcff"})
     assert client.get_run(run.run_id).data.params == {"folder": "/x/?"}
     assert not output
@@ -324,7 +324,7 @@ def test_system_metrics_of_a_short_run_have_samples_and_continue_on_resume(confi
         raise RuntimeError
     first = metric_points(client, run.run_id, name)
     assert len(first) >= 2
-    with start(measured, "fit", Path("run.json"), say=lambda line: None) as run:
+    with start(measured, "fit", Path("run.json"), print_line=lambda line: None) as run:
         time.sleep(1)
     steps = [step for step, _ in metric_points(client, run.run_id, name)]
     assert steps == list(range(len(steps)))
@@ -372,7 +372,7 @@ def test_resumed_grid_creates_only_missing_child_runs(config, client):
         with run.child("head-3") as child:  # half written when the process died
             child.record({"loss": 3.0})
             raise RuntimeError
-    with start(config, "train", Path("run.json"), say=lambda line: None) as run:
+    with start(config, "train", Path("run.json"), print_line=lambda line: None) as run:
         after = run.children(**head_runs(5))
     assert after[:3] == before
     assert after[3] == child.run_id
@@ -404,7 +404,7 @@ def test_failed_run_is_resumed_and_nothing_is_logged_twice(config, client):
         raise RuntimeError
     assert client.get_run(first.run_id).info.status == "FAILED"
     assert json.loads(folder.read_text())["run_id"] == first.run_id
-    with start(config, "fit", folder, say=output.append) as resumed:
+    with start(config, "fit", folder, print_line=output.append) as resumed:
         assert client.get_run(first.run_id).info.status == "RUNNING"
         assert log_epochs(resumed, 150, workers=4) == child
     assert resumed.run_id == first.run_id
@@ -443,7 +443,7 @@ with start(config, "fit", Path("run.json")) as run:
     completed = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path)
     assert completed.returncode == -signal.SIGKILL
     killed = TrackingConfig(tracking_uri=config.uri, experiment="killed", system_metrics=False)
-    with start(killed, "fit", Path("run.json"), say=lambda line: None) as run:
+    with start(killed, "fit", Path("run.json"), print_line=lambda line: None) as run:
         for step in range(8):
             run.record({"loss": step}, step)
     (only,) = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
@@ -458,7 +458,7 @@ def test_process_killed_while_creating_its_run_leaves_one_run(config, client):
     result = json.loads(folder.read_text())
     start_time = client.get_run(run.run_id).info.start_time
     folder.write_text(json.dumps(result | {"run_id": None, "start": start_time}))
-    with start(config, "fit", folder, say=lambda line: None) as resumed:
+    with start(config, "fit", folder, print_line=lambda line: None) as resumed:
         pass
     assert resumed.run_id == run.run_id
     folder.write_text(json.dumps(result | {"run_id": None, "start": 1}))
@@ -474,7 +474,7 @@ def test_interrupted_run_is_marked_killed_and_can_be_resumed(config, client):
         raise KeyboardInterrupt
     assert client.get_run(run.run_id).info.status == "KILLED"
     assert client.get_run(child.run_id).info.status == "KILLED"
-    with start(config, "fit", folder, say=lambda line: None) as resumed:
+    with start(config, "fit", folder, print_line=lambda line: None) as resumed:
         assert resumed.run_id == run.run_id
 
 
@@ -485,7 +485,7 @@ def test_interrupted_run_ends_though_its_store_is_unresponsive(
     outboxes, lines, store_released = tmp_path / "unsent", [], threading.Event()
     with (
         pytest.raises(KeyboardInterrupt),
-        start(config, "fit", outbox=outboxes, say=lines.append) as run,
+        start(config, "fit", outbox=outboxes, print_line=lines.append) as run,
         run.child("train") as child,
     ):
         assert child.run_id
@@ -526,7 +526,7 @@ with start(TrackingConfig(tracking_uri={config.uri!r}, system_metrics=False), "f
     killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     lines: list[str] = []
-    tracking_run.send(config, say=lines.append)
+    tracking_run.send(config, print_line=lines.append)
     run_id = killed.stdout.strip()
     assert metric_points(client, run_id, "loss") == [(step, float(step)) for step in range(5)]
     assert lines[-1].endswith(f"what was kept of run {run_id}")
@@ -542,7 +542,7 @@ def test_refused_request_leaves_no_run_unless_it_had_done_work(config, client):
     assert not folder.exists()
     with pytest.raises(RuntimeError), start(config, "fit", folder) as run:
         raise RuntimeError
-    with pytest.raises(ConfigError), start(config, "fit", folder, say=lambda line: None):
+    with pytest.raises(ConfigError), start(config, "fit", folder, print_line=lambda line: None):
         raise ConfigError("a", "b", "c")
     assert client.get_run(run.run_id).info.lifecycle_stage == "active"
     assert folder.exists()
@@ -562,7 +562,9 @@ def test_invalid_run_file_starts_a_new_run_with_a_message(config, client, how):
         client.delete_run(old.run_id)
     if how == "finished":
         client.set_terminated(old.run_id, "FINISHED")
-    with start(config, "train" if how == "verb" else "fit", folder, say=output.append) as new:
+    with start(
+        config, "train" if how == "verb" else "fit", folder, print_line=output.append
+    ) as new:
         pass
     assert new.run_id != old.run_id
     assert bool(output) == (how != "finished")
@@ -608,7 +610,7 @@ def test_run_survives_its_server_and_the_next_run_sends_the_rest(server, tmp_pat
     (tmp_path / "report.html").write_text("report")
     (tmp_path / "large.bin").write_bytes(bytes(2000))
     monkeypatch.setattr(outbox, "MAX_COPIED_BYTES", 1000)
-    with start(server_config, "fit", tmp_path / "run.json", say=output.append) as run:
+    with start(server_config, "fit", tmp_path / "run.json", print_line=output.append) as run:
         with run.child("early") as early:
             early.record({"loss": 5.0})
             run.record({"loss": 0.0}, 0)
@@ -663,12 +665,12 @@ def test_run_survives_its_server_and_the_next_run_sends_the_rest(server, tmp_pat
         downloaded = client.download_artifacts(run.run_id, "reports/report.html", str(tmp_path))
         assert Path(downloaded).read_text() == "report"
 
-    with start(server_config, "score", say=output.append):
+    with start(server_config, "score", print_line=output.append):
         check()
     assert "sent to" in output[3]
     assert not folder.exists()
     shutil.copytree(outbox_copy, folder)  # as if the sender had died before removing it
-    tracking_run.send(server_config, say=output.append)
+    tracking_run.send(server_config, print_line=output.append)
     check()
     assert not folder.exists()
 
@@ -680,7 +682,7 @@ def test_server_that_returns_during_a_run_gets_all_writes_in_order(server, monke
     server_config = TrackingConfig(
         tracking_uri=f"http://127.0.0.1:{server.port}", system_metrics=False
     )
-    with start(server_config, "fit", say=output.append) as run:
+    with start(server_config, "fit", print_line=output.append) as run:
         run.record({"loss": 0.0}, 0)
         run.flush()
         server.kill()
@@ -712,7 +714,7 @@ def test_temporarily_refused_writes_are_queued_and_others_sent(
     output: list[str] = []
     monkeypatch.setattr(sender, "RETRY_SECONDS", (0.1, 0.1))
     database = sqlite3.connect(shared_folder / "mlflow.db")
-    with start(config, "fit", say=output.append, outbox=Path("spool")) as run:
+    with start(config, "fit", print_line=output.append, outbox=Path("spool")) as run:
         database.execute("ALTER TABLE metrics RENAME TO away")
         run.record({"loss": 1.0}, 1)
         run.tags({"verdict": "good"})

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 class _PrintingScreen(SilentScreen):
     """A screen that prints lines with `print`."""
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print a line."""
         print(encodable_text(escape_control_chars(line)))  # noqa: T201
 
@@ -477,7 +477,7 @@ class Learner:
             return
         from arrowhead.tracking import run as tracking_run
 
-        with tracking_run.start(self._tracking, name, say=self._context.screen.say) as run:
+        with tracking_run.start(self._tracking, name, print_line=self._context.screen.print) as run:
             yield dataclasses.replace(self._context, run=run)
 
     def _predictor(self) -> Predictor:

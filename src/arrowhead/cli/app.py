@@ -92,12 +92,12 @@ def run_context(
     screen = Screen(to_stderr=output.json)
     launch, line = worker_choice.choose_workers(launch, name)
     if line:
-        screen.say(line)
+        screen.print(line)
     if not launch.max_workers and (unused := sorted(given_flags() & {"restarts", "wait"})):
         flags = ", ".join(f"--{flag}" for flag in unused)
-        screen.say(f"{flags} {'have' if unused[1:] else 'has'} no effect without --workers")
-    mlflow_run = start(tracking, name, run_file, registry=registry, say=screen.say)
-    with _lock_checkpoints(run_file, screen.say):
+        screen.print(f"{flags} {'have' if unused[1:] else 'has'} no effect without --workers")
+    mlflow_run = start(tracking, name, run_file, registry=registry, print_line=screen.print)
+    with _lock_checkpoints(run_file, screen.print):
         with mlflow_run as run:
             yield RunContext(launch=launch, screen=screen, run=run)
         if run_file:  # the checkpoints of this run are gone too; those of others stay
@@ -105,7 +105,7 @@ def run_context(
 
 
 @contextmanager
-def _lock_checkpoints(run_file: Path | None, say: Callable[[str], None]) -> Iterator[None]:
+def _lock_checkpoints(run_file: Path | None, print_line: Callable[[str], None]) -> Iterator[None]:
     """Lock the folder of checkpoints, so no other process trains the same bundle."""
     if run_file is None:
         yield
@@ -113,7 +113,7 @@ def _lock_checkpoints(run_file: Path | None, say: Callable[[str], None]) -> Iter
     from arrowhead.commands import train
 
     with fileio.locked_output_folder(
-        run_file.parent, say, display_path=train.bundle_of_checkpoint_dir(run_file.parent)
+        run_file.parent, print_line, display_path=train.bundle_of_checkpoint_dir(run_file.parent)
     ):
         yield
 
@@ -163,9 +163,9 @@ def show_next_commands(screen: Any, commands: Sequence[str | Sequence[object]]) 
         screen: Where to show them.
         commands: Each a list of words, which are quoted as needed, or a string, shown as it is.
     """
-    screen.say("next:")
+    screen.print("next:")
     for one in commands:
-        screen.say(f"  {one if isinstance(one, str) else shell_command(one)}")
+        screen.print(f"  {one if isinstance(one, str) else shell_command(one)}")
 
 
 def show_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
@@ -179,17 +179,17 @@ def show_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
         The paths shown, with the files of a folder called report.
     """
     written: list[str] = []
-    screen.say("written:")
+    screen.print("written:")
     for path in map(Path, paths):
         if not path.exists():
             continue
         written.append(str(path))
-        screen.say(f"  {path}")
+        screen.print(f"  {path}")
         report = path / "report"
         files = sorted(report.iterdir()) if report.is_dir() and path.suffix != ".previous" else []
         written += map(str, files)
         if files:
-            screen.say(f"  {report}: {', '.join(file.name for file in files)}")
+            screen.print(f"  {report}: {', '.join(file.name for file in files)}")
     return written
 
 
@@ -206,7 +206,7 @@ def finish(result: dict[str, Any], output: Output, *, faults_flag: str = "--max-
     if not result.get("too_many_faults"):
         return 0
     counts = result["counts"]
-    Screen(to_stderr=True).say(
+    Screen(to_stderr=True).print(
         f"arrowhead: {counts['faults']} of {counts['inputs']} images could not be read, more than"
         f" {faults_flag} allows. The results for all other images are written."
     )
@@ -446,7 +446,7 @@ def _type_text(hint: Any) -> str:
 def show_refusal(found: str, wanted: str, do: str) -> None:
     """Show the three parts of a refusal on standard error."""
     for label, text in (("arrowhead: ", found), ("  wanted  ", wanted), ("  do      ", do)):
-        Screen(to_stderr=True).say(redacted(label + " ".join(text.strip().splitlines())))
+        Screen(to_stderr=True).print(redacted(label + " ".join(text.strip().splitlines())))
 
 
 @contextmanager

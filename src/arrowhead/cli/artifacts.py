@@ -50,7 +50,7 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
         return 0
     screen = Screen(to_stderr=False)
     faults = sum(facts["faults"].values())
-    screen.say(
+    screen.print(
         f"{store}: {pluralize(facts['images'], 'image')} ="
         f" {pluralize(facts['features'], 'feature')} + {pluralize(faults, 'fault')} ·"
         f" {pluralize(facts['distinct'], 'different content')} ·"
@@ -58,20 +58,20 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
         f" {facts['bytes'] / 1e6:.1f} MB"
     )
     recipe = " · ".join(f"{name} {value}" for name, value in facts["recipe"].items())
-    screen.say(f"recipe {facts['fingerprint']}: {recipe}")
+    screen.print(f"recipe {facts['fingerprint']}: {recipe}")
     if origin := facts["weights"]:
-        screen.say(f"weights: {origin['source']}, license {origin['license']}")
+        screen.print(f"weights: {origin['source']}, license {origin['license']}")
     splits = sorted({split for counts in facts["by_class"].values() for split in counts})
     width = max([5, *map(len, facts["by_class"])])
-    screen.say(f"{'class':<{width}}" + "".join(f"{split:>9}" for split in splits))
+    screen.print(f"{'class':<{width}}" + "".join(f"{split:>9}" for split in splits))
     for name, counts in facts["by_class"].items():
-        screen.say(f"{name:<{width}}" + "".join(f"{counts.get(split, 0):>9}" for split in splits))
+        screen.print(f"{name:<{width}}" + "".join(f"{counts.get(split, 0):>9}" for split in splits))
     for kind, count in facts["faults"].items():
-        screen.say(f"fault: {kind} {count}")
+        screen.print(f"fault: {kind} {count}")
     if changes := facts["corrections"]["changes"]:
         labels = pluralize(facts["corrections"]["labels"], "label")
         history = shell_command([program(), "relabel", store, "--history"])
-        screen.say(f"corrections: {labels} in {pluralize(len(changes), 'change')} ({history})")
+        screen.print(f"corrections: {labels} in {pluralize(len(changes), 'change')} ({history})")
     return 0
 
 
@@ -89,7 +89,7 @@ def verify(store: StorePath, *, output: Out = Output()) -> int:
     _show_findings(findings, output)
     damaged = any(finding.damage for finding in findings)
     if not output.json:
-        Screen(to_stderr=False).say(f"{store} {'is DAMAGED' if damaged else 'is complete'}")
+        Screen(to_stderr=False).print(f"{store} {'is DAMAGED' if damaged else 'is complete'}")
     return 4 if damaged else 0
 
 
@@ -115,7 +115,7 @@ def gc(
         files = pluralize(len(findings), "file")
         them = "it" if len(findings) == 1 else "them"
         summary = f"{files} removed" if yes else f"{files} found; --yes removes {them}"
-        Screen(to_stderr=False).say(summary if findings else "nothing to remove")
+        Screen(to_stderr=False).print(summary if findings else "nothing to remove")
     return 0
 
 
@@ -124,7 +124,7 @@ def _show_findings(findings: list[Any], output: Output) -> None:
         print_result({"findings": [{**asdict(one), "damage": one.damage} for one in findings]})
         return
     for finding in findings:
-        Screen(to_stderr=False).say(f"{finding.kind}: {finding.path}: {finding.words}")
+        Screen(to_stderr=False).print(f"{finding.kind}: {finding.path}: {finding.words}")
 
 
 # ------------------------------------------------------------------------------ scores
@@ -153,8 +153,8 @@ def scores_verify(
     else:
         screen = Screen(to_stderr=False)
         for problem in result["problems"]:
-            screen.say(problem)
-        screen.say(
+            screen.print(problem)
+        screen.print(
             f"{out}: {pluralize(result['parts'], 'part')} · {pluralize(result['rows'], 'row')} ·"
             f" {result['bytes'] / 1e6:.1f} MB:"
             f" {'unchanged' if not result['problems'] else 'DAMAGED'}"
@@ -213,40 +213,42 @@ def bundle_info(
         print_result(facts)
         return 0
     screen = Screen(to_stderr=False)
-    screen.say(
+    screen.print(
         f"{bundle}: {facts['task']}, {pluralize(len(facts['classes']), 'class', 'classes')} ·"
         f" {facts['bytes'] / 1e6:.1f} MB · fingerprint {facts['fingerprint']}"
     )
-    screen.say(f"classes: {', '.join(facts['classes'][:20])}{' …' * (len(facts['classes']) > 20)}")
+    screen.print(
+        f"classes: {', '.join(facts['classes'][:20])}{' …' * (len(facts['classes']) > 20)}"
+    )
     recipe = " · ".join(f"{name} {value}" for name, value in facts["recipe"].items())
-    screen.say(f"recipe {facts['recipe_fingerprint']}: {recipe}")
+    screen.print(f"recipe {facts['recipe_fingerprint']}: {recipe}")
     if origin := facts["lineage"].get("weights"):
-        screen.say(f"weights: {origin['source']}, license {origin['license']}")
-    screen.say(_head_line(facts))
+        screen.print(f"weights: {origin['source']}, license {origin['license']}")
+    screen.print(_head_line(facts))
     metrics = facts["metrics"]
     numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
     shown = {k: v for k, v in numbers.items() if k not in CALIBRATION_METRICS}
-    screen.say("metrics: " + " · ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    screen.print("metrics: " + " · ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if "temperature" in metrics:
-        screen.say(f"calibration: {calibration.describe(metrics)}")
+        screen.print(f"calibration: {calibration.describe(metrics)}")
     if novelty := facts["novelty"]:
         threshold = novelty["threshold_at_5_percent_false_alarms"]
         value = "unknown (too few validation images)" if threshold is None else f"{threshold:.3f}"
-        screen.say(
+        screen.print(
             f"novelty: {novelty['training_images']} training images kept; threshold at 5 % false"
             f" alarms {value}"
         )
     lineage = facts["lineage"]
-    screen.say(
+    screen.print(
         f"made by arrowhead {lineage.get('arrowhead')}, MLflow run {lineage.get('run_id')},"
         f" data {lineage.get('data')}"
     )
-    screen.say(pluralize(facts["golden_images"], "golden image"))
+    screen.print(pluralize(facts["golden_images"], "golden image"))
     for name, images in (("per_class", "validation"), ("test_per_class", "test")):
         if per_class and (table := facts["metrics"].get(name)):
-            screen.say(f"{images} images, by class:")
+            screen.print(f"{images} images, by class:")
             for line in class_table(table):
-                screen.say(line)
+                screen.print(line)
     return 0
 
 
@@ -299,8 +301,8 @@ def bundle_verify(
     else:
         screen = Screen(to_stderr=False)
         if not drift.images:
-            screen.say(NO_GOLDEN_IMAGES)
-        screen.say(
+            screen.print(NO_GOLDEN_IMAGES)
+        screen.print(
             f"{bundle} is complete (report/ is not checked);"
             f" {pluralize(drift.images, 'golden image')} scored again: largest feature drift"
             f" {drift.feature:.1g}, {pluralize(drift.changed, 'label')} changed"
@@ -332,7 +334,7 @@ def register(
     load(bundle)  # raises if it is damaged
     screen = Screen(to_stderr=output.json)
     config = RegistryConfig(register=name, alias=alias)
-    address = register_model(bundle, tracking, config, say=screen.say)
+    address = register_model(bundle, tracking, config, print_line=screen.print)
     show_next_commands(
         screen, [[program(), "score", f"models:/{name}@{alias}", "IMAGES", "SCORES"]]
     )

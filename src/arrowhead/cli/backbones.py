@@ -50,13 +50,13 @@ def backbones(
         return 0
     screen = Screen(to_stderr=False)
     for line in _table(rows):
-        screen.say(line)
+        screen.print(line)
     known = " and ".join(f"{name} {number}" for name, number in versions.items())
-    screen.say(f"{pluralize(len(rows), 'row')}, of {known}")
+    screen.print(f"{pluralize(len(rows), 'row')}, of {known}")
     if any(row.images_per_second for row in rows):
-        screen.say(f"img/s: {body_table.machine()}")
+        screen.print(f"img/s: {body_table.machine()}")
     if newer := [one for one, number in versions.items() if version(one).split("+")[0] != number]:
-        screen.say(f"other networks of your version of {' and '.join(newer)} can be used, too")
+        screen.print(f"other networks of your version of {' and '.join(newer)} can be used, too")
     return 0
 
 

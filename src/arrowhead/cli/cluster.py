@@ -102,7 +102,9 @@ def _submit(
     jobs.check_inputs(cluster, shared, folder, needs.inputs)
     screen = Screen(to_stderr=output.json)
     if cluster.token is None:
-        screen.say(f"{cluster.url} asks for no token: everyone who reaches it can run code there.")
+        screen.print(
+            f"{cluster.url} asks for no token: everyone who reaches it can run code there."
+        )
     job_id, size = jobs.submit(
         cluster,
         _with_workers(call, cluster.worker_capacity),
@@ -118,7 +120,7 @@ def _submit(
     details = {"address": cluster.url, "uploaded_bytes": size}
     if follow:
         return _follow(cluster, job_id, screen, output, logs_command, details, started)
-    screen.say(started)
+    screen.print(started)
     show_next_commands(screen, [logs_command, f"{program()} jobs stop {job_id}{flags}"])
     job = jobs.get_job(cluster, job_id)
     finish({"job_id": job_id, "status": job.status, "exit_code": job.exit_code} | details, output)
@@ -312,16 +314,16 @@ def _follow(
 
     try:
         if started:
-            screen.say(started)
-        job = jobs.follow_job(cluster, job_id, screen.say)
+            screen.print(started)
+        job = jobs.follow_job(cluster, job_id, screen.print)
         status, code = job.status, job.exit_code or 0
     except KeyboardInterrupt:
         signals.mark_handled()
         status, code = "RUNNING", 130
-        screen.say("")  # the terminal has shown ^C
-        screen.say(f"The job is still running. To follow it again: {logs_command}")
+        screen.print("")  # the terminal has shown ^C
+        screen.print(f"The job is still running. To follow it again: {logs_command}")
     if code == 127:
-        screen.say(
+        screen.print(
             "`python` is not on the PATH of the head node, or Arrowhead is not installed in it."
         )
     exit_code = None if status == "RUNNING" else code
@@ -352,9 +354,9 @@ def jobs_list(*, cluster: ToCluster = ClusterConfig(), output: Out = Output()) -
     for job in listed:
         began = strftime("%Y-%m-%d %H:%M", localtime(job.began)) if job.began else "-" * 16
         code = "" if job.exit_code is None else f" {job.exit_code}"
-        screen.say(f"{job.job_id}  {began}  {job.status + code:<13}  {job.command}")
+        screen.print(f"{job.job_id}  {began}  {job.status + code:<13}  {job.command}")
     if not listed:
-        screen.say(f"{server.url} has no jobs.")
+        screen.print(f"{server.url} has no jobs.")
     return 0
 
 
@@ -380,7 +382,7 @@ def jobs_logs(
         same_command = shell_command(["arrowhead", *sys.argv[1:]])
         return _follow(server, job_id, screen, output, same_command, {"address": server.url})
     for line in jobs.read_log(server, job_id):
-        screen.say(line)
+        screen.print(line)
     if output.json:
         print_result({"address": server.url} | asdict(jobs.get_job(server, job_id)))
     return 0
@@ -400,5 +402,5 @@ def jobs_stop(
     stopped = jobs.stop_job(server, job_id)
     if not output.json:
         state = "is stopping" if stopped else "had already ended"
-        Screen(to_stderr=False).say(f"job {job_id} {state}")
+        Screen(to_stderr=False).print(f"job {job_id} {state}")
     return finish({"job_id": job_id, "address": server.url, "stopped": stopped}, output)

@@ -63,7 +63,7 @@ def demo(
             shutil.rmtree(draft, ignore_errors=True)
             drawn = demo_images.draw(draft)
             draft.rename(images)
-            context.screen.say(
+            context.screen.print(
                 f"{pluralize(drawn, 'image')} of {', '.join(demo_images.CLASSES)} drawn in {images}"
             )
         config = FeatureConfig(body=_demo_body())
@@ -74,7 +74,7 @@ def demo(
                 bundle, images / "new", scores, ScoreConfig(), ExtractConfig(), score_context
             )
         counts = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
-        context.screen.say(f"labels of the images in {images / 'new'}: {counts}")
+        context.screen.print(f"labels of the images in {images / 'new'}: {counts}")
         written = [images, fitted / "store", *train.bundles(bundle), scores]
         result["files"] = show_written(context.screen, written)
         flags = ["--head", "lesson", "--epochs", "5"]

@@ -70,9 +70,9 @@ def _list_datasets(source: str | None, screen: Screen, output: Output) -> int:
         raise ConfigError("--list with something to fetch.", "one of the two.", "leave one out.")
     rows: list[dict[str, Any]] = []
     for one in DATASETS.values():
-        screen.say(f"{one.name}  {one.size / 1e6:,.0f} MB")
-        screen.say(f"  {one.description}")
-        screen.say(f"  terms: {one.terms} ({one.page})")
+        screen.print(f"{one.name}  {one.size / 1e6:,.0f} MB")
+        screen.print(f"  {one.description}")
+        screen.print(f"  terms: {one.terms} ({one.page})")
         urls = [archive.url for archive in one.archives]
         fields = {"name": one.name, "description": one.description, "bytes": one.size}
         rows.append(fields | {"terms": one.terms, "page": one.page, "urls": urls})

@@ -78,7 +78,7 @@ def score(
     with run_context("score", launch, tracking, output) as context:
         result = commands_score.score(bundle, images, out, scores, extract, context, tracking)
         counts = " · ".join(f"{name} {count}" for name, count in result["labels"].items())
-        context.screen.say(f"labels: {counts}")
+        context.screen.print(f"labels: {counts}")
         code = f"import pandas; print(pandas.read_parquet({str(out / 'parts')!r}))"
         names = ["parts", "score.json", "scores.csv", "scores.png"]
         result["files"] = show_written(context.screen, [out / name for name in names])
@@ -161,7 +161,7 @@ def export(
         result = bundle_export.export(folder, out, options) | {"bundle": bundle}
     screen = Screen(to_stderr=output.json)
     sizes = " and ".join(map(str, result["batch_sizes"]))
-    screen.say(
+    screen.print(
         f"{result['file']}: {result['bytes'] / 1e6:.1f} MB · checked on {result['images']}"
         f" {result['checked_on']} in batches of {sizes}: largest difference of the"
         f" {result['compared']} {result['largest_difference']:.2g} (allowed"

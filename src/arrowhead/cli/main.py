@@ -101,7 +101,7 @@ def doctor(*, output: Out = Output()) -> int:
         print_result({"checks": [check.plain() for check in checks]})
     else:
         for check in checks:
-            Screen(to_stderr=False).say(check.line())
+            Screen(to_stderr=False).print(check.line())
     return 1 if any(check.state == "missing" for check in checks) else 0
 
 
@@ -172,8 +172,8 @@ def _run(words: list[str]) -> int:
         signals.mark_handled()
         by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
         screen = Screen(to_stderr=True)
-        screen.say("")  # a new line after the terminal's ^C
-        screen.say(f"arrowhead: interrupted{by}. Run the same command again to continue.")
+        screen.print("")  # a new line after the terminal's ^C
+        screen.print(f"arrowhead: interrupted{by}. Run the same command again to continue.")
         code = signals.INTERRUPTED_EXIT_CODE
     except Exception:
         text = traceback.format_exc()

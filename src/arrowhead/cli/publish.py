@@ -49,8 +49,8 @@ def publish(
         result = bundle_publish.publish(local, folder, options) | {"bundle": bundle}
     screen = Screen(to_stderr=output.json)
     if result["why_onnx"]:
-        screen.say(f"model.onnx instead of model.safetensors: {result['why_onnx']}")
-    screen.say(
+        screen.print(f"model.onnx instead of model.safetensors: {result['why_onnx']}")
+    screen.print(
         f"{folder}: {result['bytes'] / 1e6:.1f} MB · checked on {result['images']}"
         f" {result['checked_on']}: largest difference of the {result['compared']}"
         f" {result['largest_difference']:.2g} (allowed {result['tolerance']:g})"
@@ -60,7 +60,7 @@ def publish(
     result["pushed"] = None
     if options.push:
         result["pushed"] = hub.push(folder, options.push, public=options.public)
-        screen.say(f"pushed: {result['pushed']}")
+        screen.print(f"pushed: {result['pushed']}")
     show_next_commands(
         screen,
         [

@@ -66,14 +66,14 @@ def race(
     share = max(race.share, min(1.0, MIN_IMAGES / len(catalog)))
     drawn = sample.draw_sample(catalog, share, PER_CLASS)
     with run_context("race", launch, tracking, output) as context:
-        context.screen.say(
+        context.screen.print(
             f"{pluralize(len(entries), 'body', 'bodies')} on {len(drawn):,} of"
             f" {pluralize(len(catalog), 'image')}"
         )
         result = commands_race.race(drawn, entries, out, images, context)
         for line in table(result["bodies"]):
-            context.screen.say(line)
-        context.screen.say(result["verdict"])
+            context.screen.print(line)
+        context.screen.print(result["verdict"])
         best = result["bodies"][0]
         result["files"] = show_written(
             context.screen, [out / commands_race.RESULT, *(one.store for one in entries)]

@@ -41,12 +41,12 @@ class Screen:
         self.console = Console(stderr=to_stderr, highlight=False, emoji=False)
         self._status_shown, self._status_time = False, -LINE_SECONDS
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print a line, with control characters made visible."""
         self._clear_status()
         self.console.print(printable.escape_control_chars(line), markup=False, soft_wrap=True)
 
-    def passing(self, line: str) -> None:
+    def print_status(self, line: str) -> None:
         """On a terminal, show a line that the next one replaces, at most ten a second."""
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             return
@@ -122,7 +122,7 @@ class Screen:
             if monotonic() - last_line > LINE_SECONDS or completed == total:
                 last_line = monotonic()
                 text = f"{title} {completed}/{total} · {rate:.1f} img/s · {faults}"
-                self.say(f"{text} · bound by {binding}")
+                self.print(f"{text} · bound by {binding}")
 
         yield show
 
@@ -172,7 +172,7 @@ class Screen:
     def _print_new(self, lines: Sequence[str], printed: Sequence[str]) -> None:
         for line in lines:
             if line not in printed:
-                self.say(line)
+                self.print(line)
 
 
 class _ByteBar:
@@ -204,4 +204,4 @@ class _ByteBar:
             return
         self._last_line = monotonic()
         of = f" of {total / 1e6:,.0f}" if total else ""
-        self._screen.say(f"{self._title} {done / 1e6:,.0f}{of} MB")
+        self._screen.print(f"{self._title} {done / 1e6:,.0f}{of} MB")

@@ -62,7 +62,7 @@ def search(
     screen = Screen(to_stderr=output.json)
     result = examine_search.search(expand_user(store), images, search)
     for note in result["notes"]:
-        screen.say(note)
+        screen.print(note)
     for query in result["queries"]:
         _show_query(screen, query)
     if page:
@@ -74,16 +74,16 @@ def search(
     if not counts["faults"]:
         return 0
     inputs = pluralize(counts["inputs"], "image")
-    Screen(to_stderr=True).say(f"arrowhead: {counts['faults']} of {inputs} could not be used.")
+    Screen(to_stderr=True).print(f"arrowhead: {counts['faults']} of {inputs} could not be used.")
     return 3
 
 
 def _show_query(screen: Screen, query: dict[str, Any]) -> None:
     """Show the images found for one query as a table, or why there are none."""
     if query["fault"]:
-        screen.say(f"{query['query']}: {query['fault']}")
+        screen.print(f"{query['query']}: {query['fault']}")
         return
-    screen.say(f"most similar to {query['query']}:")
+    screen.print(f"most similar to {query['query']}:")
     rows = [("rank", "similarity", "path", "label", "split", "")]
     rows += [
         (
@@ -99,7 +99,7 @@ def _show_query(screen: Screen, query: dict[str, Any]) -> None:
     path_width, label_width = (max(len(row[i]) for row in rows) for i in (2, 3))
     for rank, similarity, path, label, split, copy in rows:
         line = f"{rank:>4}  {similarity:>10}  {path:<{path_width}}  {label:<{label_width}}"
-        screen.say(f"{line}  {split:<5}  {copy}".rstrip())
+        screen.print(f"{line}  {split:<5}  {copy}".rstrip())
 
 
 def suggest(
@@ -139,7 +139,7 @@ def suggest(
     root = os.fsdecode(path_text.unescape_path(result["root"]))
     table = [program(), "fit", suggest.out, "OUT", "--images", root, "--label-column", "new_label"]
     table += ["--multi-label"] if result["multi_label"] else []
-    screen.say("fill in the column new_label (delete the rows that you cannot label), then")
+    screen.print("fill in the column new_label (delete the rows that you cannot label), then")
     show_next_commands(screen, [[*table, *recipe_flags(Store(store))]])
     return finish(result, output)
 
@@ -147,14 +147,14 @@ def suggest(
 def _show_suggestions(screen: Screen, result: dict[str, Any]) -> None:
     """Show the images to label as a table, with what there was to choose from."""
     counts = result["counts"]
-    screen.say(
+    screen.print(
         f"{pluralize(counts['suggested'], 'image')} suggested of {counts['candidates']}:"
         f" {counts['unlabelled']} without a label, minus known ones and copies"
     )
     for note in result["notes"]:
-        screen.say(note)
+        screen.print(note)
     if counts["kept"]:
-        screen.say(f"{pluralize(counts['kept'], 'row')} with a new_label kept in {result['out']}")
+        screen.print(f"{pluralize(counts['kept'], 'row')} with a new_label kept in {result['out']}")
     width = max((len(one["path"]) for one in result["suggestions"]), default=0)
     for one in result["suggestions"]:
-        screen.say(f"  {one['path']:<{width}}  {one['why']}")
+        screen.print(f"  {one['path']:<{width}}  {one['why']}")

@@ -187,7 +187,7 @@ def _prepare(
     if images != request and (store / "store.json").is_file():
         body, pixels = images.body, images.pixels
         weights = f" with {body.weights}" if body.weights != request.body.weights else ""
-        screen.say(
+        screen.print(
             f"as in {store}: body {body.body}{weights} · pool {body.pool} · {pixels.size} pixels,"
             f" {pixels.resize}, {pixels.interpolation} · {pluralize(pixels.views, 'view')}"
         )
@@ -226,9 +226,9 @@ def _report_unused_flags(
     if given_flags() & {"chunk_size", "extract.chunk_size"} and (store / "store.json").is_file():
         chunk_size = Store(store).chunk_size
         if chunk_size != images.extract.chunk_size:
-            screen.say(f"--chunk-size is not used: {store} was started with {chunk_size}")
+            screen.print(f"--chunk-size is not used: {store} was started with {chunk_size}")
     if "valid_share" in given_flags() and "" not in catalog.splits:
-        screen.say("--valid-share is not used: the images already have a validation split")
+        screen.print("--valid-share is not used: the images already have a validation split")
 
 
 def lr_find(

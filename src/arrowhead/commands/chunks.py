@@ -55,7 +55,7 @@ def run_chunks(
             if "restart" in report:
                 training.show_restart(report, context.screen)
             elif "warning" in report:
-                context.screen.say(report["warning"])
+                context.screen.print(report["warning"])
             elif "drift" in report:
                 if work.drift is None:  # shown once: the others are equal, or end with an error
                     scoring.show_drift(report["drift"], context.screen)

@@ -48,10 +48,10 @@ def examine(
         fileio.atomic_folder(out) as folder,
     ):
         bundle = resolve.bundle_folder(str(address), tracking, Path(scratch))
-        report = Report(store, bundle, config, str(address), out, context.screen.passing)
+        report = Report(store, bundle, config, str(address), out, context.screen.print_status)
         result = report.write(folder)
     for finding in [*result["first"], *result["also"]]:
-        context.screen.say(finding)
+        context.screen.print(finding)
     run_id = None
     if context.run:
         context.run.record(result["metrics"])
@@ -77,20 +77,20 @@ def report_of_training(store: Path, bundle: Path, context: RunContext) -> str | 
     command = shell_command(["arrowhead", "examine", store, bundle, out])
     try:
         with fileio.atomic_folder(check_output_folder(out, "report")) as folder:
-            config, say = _quick(store), context.screen.passing
-            report = Report(store, bundle, config, str(bundle), out, say)
+            config, print_status = _quick(store), context.screen.print_status
+            report = Report(store, bundle, config, str(bundle), out, print_status)
             result = report.write(folder)
     except Refusal as refusal:
-        context.screen.say(f"no report: {refusal.found} Do: {refusal.do}")
+        context.screen.print(f"no report: {refusal.found} Do: {refusal.do}")
         return None
     except Exception as error:
-        context.screen.say(
+        context.screen.print(
             f"no report: {type(error).__name__}: {error}. The bundle is complete; to see the whole"
             f" error: {command}"
         )
         return None
     for finding in [*result["first"], *result["also"]]:
-        context.screen.say(finding)
+        context.screen.print(finding)
     if context.root_run:
         context.root_run.log_artifact(out, "report")
     return str(out / "report.html")

@@ -71,7 +71,7 @@ class FetchConfig:
 class FetchScreen(Protocol):
     """Where messages and progress are shown."""
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Show a line."""
 
     def byte_bar(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
@@ -118,12 +118,12 @@ def fetch(source: str, path: Path, config: FetchConfig, screen: FetchScreen) -> 
     """
     what = _source(source, config)
     folder = path.with_name(f"{path.name}.download")
-    with fileio.locked_output_folder(folder, screen.say, display_path=path):
+    with fileio.locked_output_folder(folder, screen.print, display_path=path):
         if (path / RECORD).is_file():
             return _already_there(what, path, config, screen)
         if what.dataset:
-            screen.say(f"{what.shown}: {what.dataset.description}")
-            screen.say(f"terms: {what.dataset.terms} ({what.dataset.page})")
+            screen.print(f"{what.shown}: {what.dataset.description}")
+            screen.print(f"terms: {what.dataset.terms} ({what.dataset.page})")
         found = _obtain(what, folder, config, screen)
         try:
             result = _unpack(what, found, path, config, screen)
@@ -138,7 +138,7 @@ def fetch(source: str, path: Path, config: FetchConfig, screen: FetchScreen) -> 
             for one in found:
                 one.path.unlink()
         elif what.local is None:
-            screen.say(f"kept: {', '.join(str(one.path) for one in found)}")
+            screen.print(f"kept: {', '.join(str(one.path) for one in found)}")
     return result
 
 
@@ -228,19 +228,21 @@ def _obtain(
         for name, remote in what.remotes.items():
             try:
                 with screen.byte_bar(f"download {name}") as show:
-                    found.append(download.download(remote, folder / name, limits, show, screen.say))
+                    found.append(
+                        download.download(remote, folder / name, limits, show, screen.print)
+                    )
             except KeyboardInterrupt:
                 partial = download.partial_path(folder / name)
                 if partial.is_file():
-                    screen.say(f"kept: {partial} ({partial.stat().st_size:,} bytes)")
+                    screen.print(f"kept: {partial} ({partial.stat().st_size:,} bytes)")
                 raise
     for name, one in zip(names, found, strict=True):
         if one.checked:
             kind, _, value = one.checked.partition(":")
-            screen.say(f"{name}: {one.size:,} bytes, {kind} {value} is the expected one")
+            screen.print(f"{name}: {one.size:,} bytes, {kind} {value} is the expected one")
         else:
             why = "no hash is published" if what.dataset else "--sha256 is not given"
-            screen.say(f"{name}: {one.size:,} bytes, not checked: {why}; sha256 {one.sha256}")
+            screen.print(f"{name}: {one.size:,} bytes, not checked: {why}; sha256 {one.sha256}")
     return found
 
 
@@ -297,12 +299,12 @@ def _unpack(
 def _show_unpacked(unpacked: Unpacked, path: Path, screen: FetchScreen) -> None:
     files = pluralize(unpacked.files, "file")
     images = pluralize(unpacked.images, "image")
-    screen.say(f"{path}: {files}, {images}, {unpacked.size / 1e6:,.1f} MB")
+    screen.print(f"{path}: {files}, {images}, {unpacked.size / 1e6:,.1f} MB")
     if unpacked.links_left_out:
         links = pluralize(unpacked.links_left_out, "link")
-        screen.say(f"left out: {links} to folders or to nothing in the archive")
+        screen.print(f"left out: {links} to folders or to nothing in the archive")
     if not unpacked.images:
-        screen.say("no file has the name of an image, such as cat.jpg")
+        screen.print("no file has the name of an image, such as cat.jpg")
 
 
 def _result(what: Source, path: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -345,9 +347,9 @@ def _already_there(
         )
     if config.check:
         _check_files(path, record, repair)
-        screen.say(f"{path}: all {pluralize(record['files'], 'file')} are as they were fetched")
+        screen.print(f"{path}: all {pluralize(record['files'], 'file')} are as they were fetched")
     else:
-        screen.say(f"{path} is already there: nothing is downloaded or checked (--check checks)")
+        screen.print(f"{path} is already there: nothing is downloaded or checked (--check checks)")
     return _result(what, path, record) | {"already_there": True, "links_left_out": 0}
 
 

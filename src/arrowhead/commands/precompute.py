@@ -72,7 +72,7 @@ def fill_store(
     """
     start = perf_counter()
     listed = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
-    with store.lock(context.screen.say):
+    with store.lock(context.screen.print):
         intact = store.intact_shards()
         store.check_unlisted_shards()
         history = corrections.read_history(store)

@@ -47,7 +47,7 @@ def race(
     lines: list[dict[str, Any]] = []
     results: list[HeldOut] = []
     for entry in bodies:
-        context.screen.say(f"{entry.config.body}:")
+        context.screen.print(f"{entry.config.body}:")
         with run_context.child_context(context, entry.config.body) as child:
             if not _has_sample(entry.store, sample):
                 settings = dataclasses.replace(images, body=entry.config)

@@ -172,7 +172,7 @@ def _writable(store: Store, config: ChangeConfig, screen: Screen) -> Iterator[No
     if config.dry_run:
         yield
         return
-    with store.lock(screen.say):
+    with store.lock(screen.print):
         yield
 
 

@@ -63,7 +63,7 @@ def score(
         drift, seconds by stage.
     """
     with (
-        fileio.locked_output_folder(out, context.screen.say),
+        fileio.locked_output_folder(out, context.screen.print),
         _local_bundle(str(address), tracking, out) as path,
     ):
         bundle = bundle_format.load(path)
@@ -120,13 +120,13 @@ def evaluate(
         inference_evaluate.default_output_dir(str(address), str(data), catalog), "scores"
     )
     with (
-        fileio.locked_output_folder(out, context.screen.say),
+        fileio.locked_output_folder(out, context.screen.print),
         _local_bundle(str(address), tracking, out) as path,
     ):
         bundle = bundle_format.load(path)
         catalog, notes = inference_evaluate.attach_labels(data, catalog, source, config, bundle)
         for note in (*catalog.notes, *notes):
-            context.screen.say(note)
+            context.screen.print(note)
         scores = _score_catalog(
             path, bundle, catalog, out, config.scores, extract_config, context, "evaluation"
         )

@@ -141,7 +141,7 @@ def run_study(
     store.verify()
     study, messages = study.resolve(store)
     for message in messages:
-        context.screen.say(message)
+        context.screen.print(message)
     reporter = StudyReporter(study, context)
     run_id = context.root_run.run_id if context.root_run else None
     args = path, study, checkpoint_dir, run_id
@@ -278,7 +278,7 @@ def write_bundle(
     if golden.golden_images and not bundle.golden:
         evaluation.show_no_golden_images(context.screen)
     if config.best != "last":
-        context.screen.say(f"kept: epoch {trained.epoch}, the best by {config.best}")
+        context.screen.print(f"kept: epoch {trained.epoch}, the best by {config.best}")
     report = folder / bundle_format.REPORT_FOLDER
     scoring.report_bundle(bundle.metrics, bundle.classes, report, context)
     catalog = Catalog(**store.read_catalog())

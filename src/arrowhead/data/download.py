@@ -29,7 +29,7 @@ from arrowhead.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all; 0 in all: not known."""
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 CHUNK_BYTES = 2**16
 MAX_ATTEMPTS = 200  # requests for one file, however little each of them brings
@@ -116,7 +116,11 @@ class _StartOver(Exception):
 
 
 def download(
-    remote: RemoteFile, path: Path, config: DownloadConfig, progress: Progress, say: Say
+    remote: RemoteFile,
+    path: Path,
+    config: DownloadConfig,
+    progress: Progress,
+    print_line: PrintLine,
 ) -> Downloaded:
     """Download a file, or what is missing of it, and check its hash.
 
@@ -125,7 +129,7 @@ def download(
         path: Where the complete file goes. Its folder exists and nobody else writes there.
         config: Limits and retries.
         progress: Called with the bytes done and in all, also when a download starts over.
-        say: Called with a line for the user.
+        print_line: Called with a line for the user.
 
     Raises:
         ConfigError: The server refuses, the file is too large, the disk is full, or the connection
@@ -135,12 +139,12 @@ def download(
     if path.is_file():
         with suppress(DataError):
             return check_file(path, remote.digests, remote.shown)
-        say(f"{path} does not have the expected hash: it is downloaded again")
+        print_line(f"{path} does not have the expected hash: it is downloaded again")
         path.unlink()
-    transfer = _Transfer(remote, path, config, progress, say)
+    transfer = _Transfer(remote, path, config, progress, print_line)
     resumed_at = transfer.offset
     if resumed_at:
-        say(f"continuing at byte {resumed_at:,}")
+        print_line(f"continuing at byte {resumed_at:,}")
     with fileio.refuse_full_disk(transfer.partial):
         transfer.run()
         os.replace(transfer.partial, path)
@@ -198,11 +202,21 @@ class _Transfer:
     """The download of one file: what has come, and which version it belongs to."""
 
     def __init__(
-        self, remote: RemoteFile, path: Path, config: DownloadConfig, progress: Progress, say: Say
+        self,
+        remote: RemoteFile,
+        path: Path,
+        config: DownloadConfig,
+        progress: Progress,
+        print_line: PrintLine,
     ) -> None:
         self.partial = partial_path(path)
         self.state_path = path.with_name(f"{path.name}.partial.json")
-        self._remote, self._config, self._progress, self._say = remote, config, progress, say
+        self._remote, self._config, self._progress, self._print_line = (
+            remote,
+            config,
+            progress,
+            print_line,
+        )
         self._version: dict[str, str] = {}  # ETag and Last-Modified, as far as the server has them
         self._total = 0  # bytes; 0: not known
         self._furthest = 0
@@ -238,7 +252,7 @@ class _Transfer:
                     self._attempt(session)
                     return
                 except _StartOver as reason:
-                    self._say(f"{reason}: starting over")
+                    self._print_line(f"{reason}: starting over")
                     self.offset, self._total, self._version = 0, 0, {}
                     start_overs += 1
                     if start_overs > MAX_START_OVERS:
@@ -249,7 +263,7 @@ class _Transfer:
                         raise self._given_up(str(cut)) from cut
                     wait = max(cut.wait, self._config.retry_seconds * 2 ** (failures - 1))
                     wait = min(wait, MAX_WAIT_SECONDS)
-                    self._say(f"{cut}; {self._have()}; trying again in {wait:.3g} s")
+                    self._print_line(f"{cut}; {self._have()}; trying again in {wait:.3g} s")
                     time.sleep(wait)
         raise self._given_up(f"{MAX_ATTEMPTS} requests did not suffice")
 
@@ -323,7 +337,7 @@ class _Transfer:
         if self.offset:
             same = bool(self._version) and self._same_version(response)
             reason = "the server cannot continue a download" if same else "the file has changed"
-            self._say(f"{reason}: it is sent from the start")
+            self._print_line(f"{reason}: it is sent from the start")
         self.offset, self._version = 0, _version(response)
         length = response.headers.get("Content-Length", "")
         self._total = int(length) if length.isdecimal() else 0

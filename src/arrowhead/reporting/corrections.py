@@ -29,20 +29,20 @@ def show_corrected_labels(
     if count := len(corrected.source_labels):
         verb = "label is a correction" if count == 1 else "labels are corrections"
         command = shell_command(["arrowhead", "relabel", path, "--history"])
-        screen.say(f"{count} {verb} ({command})")
+        screen.print(f"{count} {verb} ({command})")
     if corrected.overruled:
         examples = [
             f"{catalog.paths[row]} (corrected from {show_labels(one.old)} to"
             f" {show_labels(one.new)}, now {show_labels(catalog.labels[row])})"
             for row, one in corrected.overruled.items()
         ]
-        screen.say(
+        screen.print(
             f"the source has a third label for {pluralize(len(examples), 'corrected image')}; it is"
             f" newer and is used: {join_first(examples, MAX_PATHS_SHOWN, ', ')}"
         )
     if paths := corrected.changed:
         verb = "is another image" if len(paths) == 1 else "are other images"
-        screen.say(
+        screen.print(
             f"{pluralize(len(paths), 'file')} with a corrected label {verb} now; the label of the"
             f" source is used: {join_first(paths, MAX_PATHS_SHOWN, ', ')}"
         )
@@ -58,21 +58,23 @@ def show_relabelled(
     if result["skipped"]:
         rest.append(f"{pluralize(result['skipped'], 'row')} without a new label")
     if not result["labels"]:
-        screen.say(f"{table} changes nothing: {', '.join(rest)}")
+        screen.print(f"{table} changes nothing: {', '.join(rest)}")
         return
     verb = "would change" if result["dry_run"] else "changed"
-    screen.say(f"change {result['change']} by {result['by']}: {_describe(result, verb)}")
+    screen.print(f"change {result['change']} by {result['by']}: {_describe(result, verb)}")
     if copies := result["copies"]:
-        screen.say(
+        screen.print(
             f"{copies} of them {'is a copy' if copies == 1 else 'are copies'} of images in {table},"
             " byte for byte (--no-copies leaves copies alone)"
         )
     if rest:
-        screen.say(f"left alone: {', '.join(rest)}")
+        screen.print(f"left alone: {', '.join(rest)}")
     _show_classes(result, screen)
     if before.multi and not after.multi:
-        screen.say("no image has several labels any more: training will choose one for each image")
-    screen.say("features and splits are as before: no image moved between train and validation")
+        screen.print(
+            "no image has several labels any more: training will choose one for each image"
+        )
+    screen.print("features and splits are as before: no image moved between train and validation")
 
 
 def show_undone(result: Mapping[str, Any], undone: Correction, left: int, screen: Screen) -> None:
@@ -85,9 +87,9 @@ def show_undone(result: Mapping[str, Any], undone: Correction, left: int, screen
         screen: Where to show it.
     """
     verb = "would be undone" if result["dry_run"] else "undone"
-    screen.say(f"change {undone.change} ({undone.by}, {undone.when}) {verb}: {_describe(result)}")
+    screen.print(f"change {undone.change} ({undone.by}, {undone.when}) {verb}: {_describe(result)}")
     _show_classes(result, screen)
-    screen.say(f"{pluralize(left, 'change')} left to undo")
+    screen.print(f"{pluralize(left, 'change')} left to undo")
 
 
 def _describe(result: Mapping[str, Any], verb: str = "changed") -> str:
@@ -99,13 +101,13 @@ def _describe(result: Mapping[str, Any], verb: str = "changed") -> str:
 def _show_classes(result: Mapping[str, Any], screen: Screen) -> None:
     if names := result["new_classes"]:
         word, them = ("class", "it") if len(names) == 1 else ("classes", "them")
-        screen.say(
+        screen.print(
             f"new {word}: {join_first(names, separator=', ')};"
             f" bundles trained before do not know {them}"
         )
     if names := result["gone_classes"]:
         verb = "is no class" if len(names) == 1 else "are no classes"
-        screen.say(f"{join_first(names, separator=', ')} {verb} any more: no image is left in it")
+        screen.print(f"{join_first(names, separator=', ')} {verb} any more: no image is left in it")
 
 
 def show_history(
@@ -120,21 +122,21 @@ def show_history(
         screen: Where to show it.
     """
     if not by_change:
-        screen.say(f"{path}: no label was corrected")
+        screen.print(f"{path}: no label was corrected")
         return
     for number, rows in by_change.items():
         one = rows[0]
         moves = count_moves([each.old for each in rows], [each.new for each in rows])
         shown = join_first([f"{move} {count}" for move, count in moves.items()])
         undone = f" · undone {one.undone} by {one.undone_by}" if one.undone else ""
-        screen.say(
+        screen.print(
             f"change {number} · {one.when} · {one.by} · {pluralize(len(rows), 'label')}: {shown}"
             f"{undone}"
         )
         for row in rows[:MAX_ROWS_SHOWN]:
             reason = f" ({row.reason})" if row.reason else ""
-            screen.say(f"  {row.path}: {show_labels(row.old)} -> {show_labels(row.new)}{reason}")
+            screen.print(f"  {row.path}: {show_labels(row.old)} -> {show_labels(row.new)}{reason}")
         if len(rows) > MAX_ROWS_SHOWN:
-            screen.say(f"  … and {len(rows) - MAX_ROWS_SHOWN} more (--json lists all)")
+            screen.print(f"  … and {len(rows) - MAX_ROWS_SHOWN} more (--json lists all)")
     verb = "differs" if labels == 1 else "differ"
-    screen.say(f"{pluralize(labels, 'label')} {verb} from the source")
+    screen.print(f"{pluralize(labels, 'label')} {verb} from the source")

@@ -31,15 +31,15 @@ def show_novelty_threshold(detector: NoveltyDetector, screen: Screen) -> None:
     """Show the distance above which an image is novel, at 5 % false alarms."""
     threshold = detector.threshold(0.05)
     if np.isfinite(threshold):
-        screen.say(f"novelty threshold {threshold:.3f} (5 % false alarms)")
+        screen.print(f"novelty threshold {threshold:.3f} (5 % false alarms)")
     else:
         images = pluralize(len(detector.known), "validation image")
-        screen.say(f"no novelty threshold: {images}, too few for one")
+        screen.print(f"no novelty threshold: {images}, too few for one")
 
 
 def show_no_golden_images(screen: Screen) -> None:
     """Warn that other machines cannot be compared with this one."""
-    screen.say(
+    screen.print(
         "No golden images: a machine that scores with this bundle cannot check that it sees images"
         " as this one does. Run precompute on the photos again to have some."
     )
@@ -69,7 +69,7 @@ def show_class_imbalance(catalog: Catalog, metrics: dict[str, Any], screen: Scre
         parts.append(f"{name} ({counts[name]}: {recall})")
     hidden = len(rare) - MAX_RARE_CLASSES_SHOWN
     more = f" and {hidden} more" if hidden > 0 else ""
-    screen.say(
+    screen.print(
         f"unbalanced: {counts[largest]} training images of {largest}, few of"
         f" {', '.join(parts)}{more}. Compare the balanced accuracy; --class-weights balanced gives"
         " rare classes more weight"
@@ -83,17 +83,17 @@ def report_evaluation(
 
     result: see `commands.score.evaluate`.
     """
-    metrics, say = result["metrics"], context.screen.say
+    metrics, show = result["metrics"], context.screen.print
     shown, title = reported_metrics(metrics), "Labelled images"
     if metrics["tables_show"] == "trusted":
         images = TRUSTED_IMAGES[metrics["trusted_images"]]
         title = f"Images {images}"
-        say(f"by class, {shown['images']} images {images}:")
+        show(f"by class, {shown['images']} images {images}:")
     for line in evaluation_metrics.class_table(shown["per_class"], MAX_CLASSES_SHOWN):
-        say(line)
+        show(line)
     if metrics["faults"]:
-        say(f"in no metric: {pluralize(metrics['faults'], 'image')} that could not be read")
-    say(metrics_line(metrics, "labelled"))
+        show(f"in no metric: {pluralize(metrics['faults'], 'image')} that could not be read")
+    show(metrics_line(metrics, "labelled"))
     show_trusted_metrics(metrics, context.screen)
     pictures = []
     if "confusion" in shown:
@@ -128,32 +128,32 @@ def show_trusted_metrics(metrics: Mapping[str, Any], screen: Screen) -> None:
     """
     used, trusted, kind = (metrics[k] for k in ("images_used", "trusted", "trusted_images"))
     if used is None:
-        screen.say(
+        screen.print(
             "the bundle does not say which images it was trained on: if these are among them, the"
             " metrics are too good"
         )
     elif kind == "all":
         return
     elif kind == "none":
-        screen.say(
+        screen.print(
             "WARNING: the bundle was trained on all of these images: nothing here says how good it"
             " is on others"
         )
     elif trusted is None:
-        screen.say(
+        screen.print(
             "the bundle was validated with all of these images, not trained on them: its settings"
             " and temperature were chosen on them"
         )
     else:
         overlap = describe_overlap(used["trained_on"], used["validated"])
-        screen.say(f"WARNING: the bundle was {overlap}: the metrics of all of them are too good")
+        screen.print(f"WARNING: the bundle was {overlap}: the metrics of all of them are too good")
         images = (
             "that are new to it"
             if kind == "new"
             else "that it was validated with and not trained on"
         )
-        screen.say(f"the metrics to trust, of the images {images}:")
-        screen.say(metrics_line(trusted, "new" if kind == "new" else "validation"))
+        screen.print(f"the metrics to trust, of the images {images}:")
+        screen.print(metrics_line(trusted, "new" if kind == "new" else "validation"))
 
 
 def describe_overlap(trained: int, validated: int) -> str:
@@ -180,7 +180,7 @@ def show_bundle_to_delete(out: Path, context: RunContext) -> None:
     """Show before a training which bundle will be lost: that before the one at `out`."""
     previous = previous_bundle(out, context)
     if previous and _read_bundle_json(out) and _read_bundle_json(previous):
-        context.screen.say(
+        context.screen.print(
             f"the new bundle will replace {out}, which is then kept in {previous}; the bundle there"
             f" now, of {_modified(previous)}, will be deleted. Copy it first if you need it."
         )
@@ -197,7 +197,7 @@ def show_replaced_bundle(out: Path, new: Path, context: RunContext) -> None:
     )
     if lost := _read_bundle_json(previous):
         message += f", in place of the bundle of {_modified(previous)}: {_compare(lost, this)}"
-    context.screen.say(message)
+    context.screen.print(message)
 
 
 def _modified(bundle: Path) -> str:

@@ -31,21 +31,23 @@ def report_grid(
     overrides, heads, ranking = study.overrides, result.heads, result.ranking
     assert ranking is not None
     p_text = "; p: p-value of the difference from the first row" if ranking["test"] else ""
-    context.screen.say(
+    context.screen.print(
         f"{pluralize(len(heads), 'head')}, {pluralize(len(ranking['settings']), 'setting')}, by"
         f" {ranking['figure']}{p_text}:"
     )
     for setting in ranking["settings"][:MAX_SETTINGS_SHOWN]:
         std = "" if setting["spread"] is None else f" ± {setting['spread']:.4f}"
-        context.screen.say(
+        context.screen.print(
             f"  {setting['mean']:.4f}{std}  loss {setting['valid_loss']:.4f}"
             f"  {grid.format_setting(setting['knobs'])}{_remark(setting)}"
         )
     if len(ranking["settings"]) > MAX_SETTINGS_SHOWN:
-        context.screen.say(f"  … the best {MAX_SETTINGS_SHOWN}; all of them are in report/grid.csv")
+        context.screen.print(
+            f"  … the best {MAX_SETTINGS_SHOWN}; all of them are in report/grid.csv"
+        )
     if len(heads) > len(ranking["settings"]):
-        context.screen.say(_winner_text(ranking, heads[ranking["best"]]))
-    context.screen.say(ranking["words"])
+        context.screen.print(_winner_text(ranking, heads[ranking["best"]]))
+    context.screen.print(ranking["words"])
     table = figures.grid_csv(ranking, folder / "grid.csv")
     if context.run:
         context.run.log_artifact(table, "grid")
@@ -106,14 +108,14 @@ def report_folds(
     }
     metrics = " · ".join(f"{k} {v['mean']:.4f} ± {v['spread']:.4f}" for k, v in table.items())
     epochs = "" if config.head == "logistic" else f", {pluralize(folds.epochs, 'epoch')} each"
-    context.screen.say(f"{len(folds.last)} folds{epochs}: {metrics}")
+    context.screen.print(f"{len(folds.last)} folds{epochs}: {metrics}")
     if folds.not_held_out:
         names = ", ".join(f"{name} ({count})" for name, count in folds.not_held_out.items())
-        context.screen.say(
+        context.screen.print(
             "classes with too few different images to hold out (images): "
             f"{names}. They are trained on in every fold and get no probability."
         )
-    context.screen.say(
+    context.screen.print(
         f"{path.name}: a probability for every image, from a head that was not trained on it"
     )
     if context.run:
@@ -162,8 +164,8 @@ def report_learning_curve(curve: dict[str, Any], folder: Path, context: RunConte
     for point in curve["points"]:
         std = "" if point["spread"] is None else f" ± {point['spread']:.4f}"
         share = f"{100 * point['share']:.0f} %"
-        context.screen.say(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{std}")
-    context.screen.say(curve["words"])
+        context.screen.print(f"{share:>6} {point['images']:>8} images  {point['mean']:.4f}{std}")
+    context.screen.print(curve["words"])
     stem = folder / "learning_curve"
     picture = figures.save(figures.learning_figure(curve), stem.with_suffix(".png"))
     table = figures.learning_csv(curve, stem.with_suffix(".csv"))

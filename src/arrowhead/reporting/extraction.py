@@ -23,15 +23,15 @@ MAX_MISSING_CLASSES_SHOWN = 10
 def show_source(catalog: Catalog, screen: Screen) -> None:
     """Show how the source was read, and its classes."""
     for note in catalog.notes:
-        screen.say(note)
+        screen.print(note)
     if catalog.classes:
-        screen.say(_task(catalog))
+        screen.print(_task(catalog))
 
 
 def show_taken_back(images: int, screen: Screen) -> None:
     """Show how many images are in the store again that a drop list left out until now."""
     if images:
-        screen.say(f"{pluralize(images, 'image')} left out by an earlier --drop: back again")
+        screen.print(f"{pluralize(images, 'image')} left out by an earlier --drop: back again")
 
 
 def show_body(store: Store, screen: Screen) -> None:
@@ -39,7 +39,7 @@ def show_body(store: Store, screen: Screen) -> None:
     origin = store.weights_origin or {}
     if origin.get("license", "unknown") != "unknown":
         recipe = store.recipe
-        screen.say(
+        screen.print(
             f"body {recipe.body}: weights under {origin['license']}, from {origin['source']}"
         )
 
@@ -66,7 +66,7 @@ def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
         return
     counts = Counter(split.splits)
     if "" in listed.splits:
-        screen.say(
+        screen.print(
             f"split by content, class by class: {pluralize(counts['train'], 'image')} to train,"
             f" {counts['valid']} to validate"
         )
@@ -81,7 +81,7 @@ def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
         if len(missing) > MAX_MISSING_CLASSES_SHOWN:
             names += f" and {len(missing) - MAX_MISSING_CLASSES_SHOWN} more"
         plural = len(missing) > 1
-        screen.say(
+        screen.print(
             f"no image validates {names}: too few different images of"
             f" {'these classes' if plural else 'this class'}, which"
             f" {'are' if plural else 'is'} trained all the same"
@@ -91,7 +91,7 @@ def show_split(listed: Catalog, split: Catalog, screen: Screen) -> None:
 def show_store_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
     """Show empty folders, and how the images and classes differ from those of the store."""
     for folder in catalog.empty_folders:
-        screen.say(f"{folder}/ holds no image: it is not a class")
+        screen.print(f"{folder}/ holds no image: it is not a class")
     if not (store.path / "manifest.json").is_file():
         return
     _show_replaced_images(store, catalog, screen)
@@ -102,7 +102,7 @@ def show_store_changes(store: Store, catalog: Catalog, screen: Screen) -> None:
             for word, names in (("gone", before - now), ("new", now - before))
             if names
         ]
-        screen.say(
+        screen.print(
             f"the classes of {store.path} change: {'; '.join(changes)}."
             " Heads trained before keep the classes they were trained with."
         )
@@ -118,7 +118,7 @@ def _show_replaced_images(store: Store, catalog: Catalog, screen: Screen) -> Non
         return
     gone = set(old.paths) - set(catalog.paths)
     if gone:  # else the folder was probably moved
-        screen.say(
+        screen.print(
             f"WARNING: {store.path} holds {pluralize(len(old), 'image')} of {old.root}. The"
             f" {len(catalog)} of {catalog.root} replace them: {len(gone)} are not among these, such"
             f" as {min(gone)}, and their features are dropped. To keep both, stop now (Ctrl-C) and"
@@ -132,13 +132,13 @@ def show_store(path: Path, screen: Screen) -> None:
     manifest, catalog = store.manifest(), Catalog(**store.read_catalog())
     files = sum(shard["files"] for shard in manifest["shards"])
     faults = sum(shard["faults"] for shard in manifest["shards"])
-    screen.say(_file_counts(files - faults, faults, catalog.ignored))
-    screen.say(_task(catalog))
+    screen.print(_file_counts(files - faults, faults, catalog.ignored))
+    screen.print(_task(catalog))
 
 
 def show_extraction(screen: Screen, counts: dict[str, int], work: WorkTotals) -> None:
     """Show the counts of an extraction, and what limited its speed."""
-    screen.say(_file_counts(counts["features"], counts["faults"], counts["ignored"]))
+    screen.print(_file_counts(counts["features"], counts["faults"], counts["ignored"]))
     show_throughput(screen, counts, work)
 
 
@@ -160,20 +160,20 @@ def show_throughput(screen: Screen, counts: dict[str, int], work: WorkTotals) ->
     ):
         if counts[name]:
             parts.append(f"{counts[name]} {text}")
-    screen.say(" · ".join(parts))
-    screen.say(extract.roofline(work.seconds, work.decoded, work.workers))
+    screen.print(" · ".join(parts))
+    screen.print(extract.roofline(work.seconds, work.decoded, work.workers))
 
 
 def show_damaged_parts(names: list[str], screen: Screen) -> None:
     """Show which parts of the scores are computed again because their files have changed."""
     for name in names:
-        screen.say(f"{name} has changed since it was written: its images are scored again")
+        screen.print(f"{name} has changed since it was written: its images are scored again")
 
 
 def show_faults(kinds: Counter[str], paths: Sequence[str], rows: Path, screen: Screen) -> None:
     """Show the faults by kind, the first files, and which Arrow or Parquet files list them all."""
     if kinds:
-        screen.say(
+        screen.print(
             f"not read: {describe_faults(kinds, paths)}; all of them are in the rows of"
             f" {rows} whose column fault is filled"
         )

@@ -17,10 +17,10 @@ Advance = Callable[[int, int, str], None]
 class Screen(Protocol):
     """Where messages and progress are shown."""
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Show a line."""
 
-    def passing(self, line: str) -> None:
+    def print_status(self, line: str) -> None:
         """On a terminal, show a line that the next one replaces."""
 
     def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
@@ -34,10 +34,10 @@ class Screen(Protocol):
 class SilentScreen:
     """A screen that shows nothing."""
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Ignore the line."""
 
-    def passing(self, line: str) -> None:
+    def print_status(self, line: str) -> None:
         """Ignore the line."""
 
     @contextmanager

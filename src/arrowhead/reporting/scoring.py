@@ -23,9 +23,9 @@ from arrowhead.wording import pluralize
 def show_drift(drift: dict[str, Any], screen: Screen) -> None:
     """Show the result of the golden images (see `replay.Drift`)."""
     if not drift["images"]:
-        screen.say(NO_GOLDEN_IMAGES)
+        screen.print(NO_GOLDEN_IMAGES)
         return
-    screen.say(
+    screen.print(
         f"golden images: {drift['images']} replayed, largest feature drift {drift['feature']:.1g},"
         f" {pluralize(drift['changed'], 'label')} changed"
     )
@@ -46,7 +46,7 @@ def show_scoring(
     ignored = (
         f" ({pluralize(counts['ignored'], 'other file')} ignored)" if counts["ignored"] else ""
     )
-    screen.say(
+    screen.print(
         f"{pluralize(counts['inputs'], 'input')} = {counts['scored']} scored"
         f" + {pluralize(counts['faults'], 'fault')}{ignored}"
     )
@@ -55,12 +55,12 @@ def show_scoring(
         return
     threshold, rate = novelty_threshold(bundle, config), f"{100 * config.false_alarms:g} %"
     if threshold is None:
-        screen.say(
+        screen.print(
             f"no image can be called novel at {rate} false alarms: the bundle was validated on"
             f" {pluralize(len(bundle.novelty.known), 'image')}, too few for a threshold"
         )
     else:
-        screen.say(
+        screen.print(
             f"{pluralize(counts['novel'], 'novel image')}: novelty above {threshold:.3f}"
             f" ({rate} false alarms)"
         )
@@ -72,17 +72,17 @@ def show_label_trust(summary: ScoreSummary, screen: Screen) -> None:
     """
     folders = summary.folders
     if folders:
-        screen.say(
+        screen.print(
             f"the folders are named after classes of the bundle: {folders.right} of"
             f" {folders.images} agree ({_percent(folders.right, folders.images)})"
         )
     if summary.trained or summary.validated:
         overlap = evaluation.describe_overlap(summary.trained or 0, summary.validated or 0)
-        screen.say(
+        screen.print(
             f"WARNING: the bundle was {overlap}: how well it does on them says little about others"
         )
     elif summary.trained is None and folders:
-        screen.say(
+        screen.print(
             "the bundle does not say which images it was trained on: if these are among them, their"
             " agreement says little about others"
         )
@@ -117,9 +117,9 @@ def report_bundle(
     matrices in `folder`.
     """
     test = {k.removeprefix("test_"): v for k, v in bundle_metrics.items() if k.startswith("test_")}
-    context.screen.say(evaluation.metrics_line(bundle_metrics))
+    context.screen.print(evaluation.metrics_line(bundle_metrics))
     if test:
-        context.screen.say(
+        context.screen.print(
             f"{evaluation.metrics_line(test, 'test')} · nothing was chosen on these images"
         )
     for name, title, part in (

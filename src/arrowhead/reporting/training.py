@@ -25,7 +25,7 @@ EPOCH_HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid loss':>10}  {'accurac
 
 def show_restart(report: dict[str, Any], screen: Screen) -> None:
     """Show why the workers are started again."""
-    screen.say(
+    screen.print(
         f"{report['restart'].rstrip('.')}. The workers are started again; what is done stays."
     )
 
@@ -50,10 +50,10 @@ class StudyReporter:
         if "restart" in report:
             show_restart(report, screen)
         elif "warning" in report:
-            screen.say(report["warning"])
+            screen.print(report["warning"])
         elif "resumed_after" in report:
             done = pluralize(report["resumed_after"], "epoch")
-            screen.say(f"{report['part']}: {done} done before; going on from the checkpoint")
+            screen.print(f"{report['part']}: {done} done before; going on from the checkpoint")
         elif "curve" in report and "curve" not in self._reported:
             self._reported.add("curve")
             show_suggested_rates(report["curve"], screen)
@@ -68,7 +68,7 @@ class StudyReporter:
         """Show how many workers there are, if that is not what was requested."""
         launch = self._context.launch
         if launch.max_workers and str(launch.workers) != str(workers):
-            self._context.screen.say(f"{workers} worker{'s' if workers > 1 else ''}")
+            self._context.screen.print(f"{workers} worker{'s' if workers > 1 else ''}")
 
     def send(self) -> None:
         """Record the epochs since the last call, in one request to MLflow."""
@@ -81,7 +81,7 @@ class StudyReporter:
         if result.heads and self._hidden_rows:
             winner = result.winner
             for epoch in sorted({winner.epoch, len(winner.epochs) - 1} & self._hidden_rows.keys()):
-                self._context.screen.say(self._hidden_rows.pop(epoch))
+                self._context.screen.print(self._hidden_rows.pop(epoch))
 
     def _report_epoch(self, report: dict[str, Any]) -> None:
         """Report an epoch of a single head: a row of a table."""
@@ -93,13 +93,13 @@ class StudyReporter:
             column = _extra_column(line, config.best)
             if epoch == 0:
                 heading = f"  {column:>{max(8, len(column))}}" if column else ""
-                screen.say(EPOCH_HEADER + heading)
+                screen.print(EPOCH_HEADER + heading)
             row = self._row(line, column)
             if epoch % math.ceil(config.total_epochs / MAX_EPOCH_LINES) == 0:
-                screen.say(row)
+                screen.print(row)
             else:
                 self._hidden_rows[epoch] = row
-                screen.passing(f"{row}  of {config.total_epochs} epochs")
+                screen.print_status(f"{row}  of {config.total_epochs} epochs")
         rate = {"rate": report["rate"]} if "rate" in report else {}
         for name, value in (line | rate).items():
             if name != "epoch":
@@ -122,7 +122,9 @@ class StudyReporter:
             choose = min if name == "valid_loss" else max
             values[name] = choose(line[name] for line in lines.values())
             best = f" · best {name} {values[name]:.4f}"
-        self._context.screen.say(f"{part} · {number}training {pluralize(len(lines), 'head')}{best}")
+        self._context.screen.print(
+            f"{part} · {number}training {pluralize(len(lines), 'head')}{best}"
+        )
         if self._context.run:
             self._context.run.record(
                 {f"progress.{part}.{k}": v for k, v in values.items()}, step=epoch
@@ -160,8 +162,8 @@ def epoch_row(line: dict[str, float]) -> str:
 def show_logistic(line: dict[str, float], screen: Screen) -> None:
     """Show the metrics of a logistic regression, and how its L2 strength was chosen."""
     chosen = f" by cross-validation (loss {line['cv_loss']:.4f})" if "cv_loss" in line else ""
-    screen.say(f"logistic regression: L2 {line['l2']:.4g} (C {1 / line['l2']:.4g}){chosen}")
-    screen.say(
+    screen.print(f"logistic regression: L2 {line['l2']:.4g} (C {1 / line['l2']:.4g}){chosen}")
+    screen.print(
         f"train loss {line['train_loss']:.6f} · valid loss {line['valid_loss']:.6f}"
         f" · accuracy {line['accuracy']:.6f}"
     )
@@ -171,11 +173,11 @@ def show_early_stopping(result: StudyResult, screen: Screen) -> None:
     """Show how many heads --patience stopped, and when it stopped the one that is kept."""
     stopped = [head for head in result.heads if head.stopped == "patience"]
     if len(result.heads) > 1 and stopped:
-        screen.say(f"{len(stopped)} of {len(result.heads)} heads stopped early (--patience)")
+        screen.print(f"{len(stopped)} of {len(result.heads)} heads stopped early (--patience)")
     if result.heads and result.winner.stopped == "patience":
         assert result.config is not None
         winner = result.winner
-        screen.say(
+        screen.print(
             f"stopped after epoch {len(winner.epochs) - 1}: {result.config.best} has not improved"
             f" since epoch {winner.epoch} (--patience {result.config.patience})"
         )
@@ -191,11 +193,11 @@ def show_suggested_rates(curve: Curve, screen: Screen) -> None:
         else:
             suggestions.append(f"{name} {rate:.2g} ({wording.format(factor)})")
             wording = "factor {:.2g}"  # the long wording only once
-    screen.say(f"learning rate: {' · '.join(suggestions)} — {curve.words}")
+    screen.print(f"learning rate: {' · '.join(suggestions)} — {curve.words}")
     if curve.race:
         losses = " · ".join(f"{name} {loss:.4f}" for name, loss in curve.race.items())
-        screen.say(f"race, by validation loss: {losses}")
-    screen.say(f"rate {curve.rate:.2g} ({curve.chosen})")
+        screen.print(f"race, by validation loss: {losses}")
+    screen.print(f"rate {curve.rate:.2g} ({curve.chosen})")
 
 
 def report_lr_curve(curve: Curve, folder: Path, context: RunContext) -> None:

@@ -372,7 +372,7 @@ def make_version(
     run_id: str,
     bundle: Path,
     registry: RegistryConfig,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> str:
     """Make the run's model of a bundle a version of a registered model, unless it is one.
 
@@ -405,5 +405,5 @@ def make_version(
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": entry})
     client.set_registered_model_alias(name, registry.alias, version)
     address = f"models:/{name}/{version}"
-    say(f"registered: {address}, and as models:/{name}@{registry.alias}")
+    print_line(f"registered: {address}, and as models:/{name}@{registry.alias}")
     return address

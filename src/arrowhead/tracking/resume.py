@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arrowhead import fileio
 from arrowhead.errors import DataError
 from arrowhead.tracking.client import find_run, search
-from arrowhead.tracking.store import Say
+from arrowhead.tracking.store import PrintLine
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,7 +22,7 @@ FORMATS = ({"run_id": str}, {"run_id": None, "start": int})  # the second: while
 
 
 def unfinished_run(
-    client: MlflowClient, file: Path, owner: Mapping[str, Any], say: Say
+    client: MlflowClient, file: Path, owner: Mapping[str, Any], print_line: PrintLine
 ) -> MlflowRun | None:
     """The unfinished run that a file names, or None.
 
@@ -30,7 +30,7 @@ def unfinished_run(
         client: of the tracking store.
         file: written by `run.start`, and there while the run is unfinished.
         owner: store, experiment and verb of the command that asks; another's run is left alone.
-        say: takes a line that says why a run cannot go on.
+        print_line: takes a line that says why a run cannot go on.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -40,22 +40,24 @@ def unfinished_run(
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, RecursionError, DataError):
-        say(f"{file} is corrupt or no file of Arrowhead's: a new MLflow run is started")
+        print_line(f"{file} is corrupt or no file of Arrowhead's: a new MLflow run is started")
         return None
     if not same_owner:
-        say(f"{file} is of another store, experiment or command: a new MLflow run is started")
+        print_line(
+            f"{file} is of another store, experiment or command: a new MLflow run is started"
+        )
         return None
     if run_id is None:  # the command was killed while the run was being made
         candidates = search(client, owner["experiment"], f"attributes.start_time = {int(began)}")
         return next((run for run in candidates if "mlflow.parentRunId" not in run.data.tags), None)
     run = find_run(client, run_id)
     if run is None or run.info.lifecycle_stage != "active":
-        say(f"MLflow run {run_id} of {file} was deleted: a new one is started")
+        print_line(f"MLflow run {run_id} of {file} was deleted: a new one is started")
         return None
     return None if run.info.status == "FINISHED" else run
 
 
-def reopen(client: MlflowClient, run: MlflowRun, say: Say) -> ChildRuns:
+def reopen(client: MlflowClient, run: MlflowRun, print_line: PrintLine) -> ChildRuns:
     """Set an unfinished run RUNNING and count that it was resumed; its children."""
     run_id = run.info.run_id
     children: ChildRuns = {}
@@ -65,5 +67,5 @@ def reopen(client: MlflowClient, run: MlflowRun, say: Say) -> ChildRuns:
     times = int(run.data.tags.get("arrowhead.resumed", 0)) + 1
     client.update_run(run_id, status="RUNNING")
     client.set_tag(run_id, "arrowhead.resumed", str(times))
-    say(f"resuming MLflow run {run_id}, which was left {run.info.status}")
+    print_line(f"resuming MLflow run {run_id}, which was left {run.info.status}")
     return children

@@ -50,7 +50,7 @@ from arrowhead.tracking.registry import (
 )
 from arrowhead.tracking.resume import ChildRuns, reopen, unfinished_run
 from arrowhead.tracking.sender import INTERRUPTED_SECONDS, Sender, send_unsent
-from arrowhead.tracking.store import Say, TrackingStore
+from arrowhead.tracking.store import PrintLine, TrackingStore
 from arrowhead.tracking.writes import Points, Write, is_local, new_run, now_ms, source_tags
 
 UNSENT = Path(".arrowhead") / "unsent"
@@ -155,7 +155,7 @@ class Run:
     ) -> None:
         """Log a file, or a directory's files, as artifacts of the run, or of another run."""
         if not path.exists():
-            self._sender.say(f"not logged in MLflow, there is no such file: {path}")
+            self._sender.print_line(f"not logged in MLflow, there is no such file: {path}")
             return
         inside = (folder or path.name) if path.is_dir() else folder
         self._sender.write(
@@ -226,7 +226,7 @@ class Run:
             return None
         return self._in_store(
             lambda client: make_version(
-                client, self.run_id, bundle, self._registry, self._sender.say
+                client, self.run_id, bundle, self._registry, self._sender.print_line
             ),
             lambda why: (
                 f"not registered as {self._registry.register} ({why}). To register it later:"
@@ -243,7 +243,7 @@ class Run:
                 return do(self._sender.store.client)
             except Exception as error:
                 why = first_line(error)
-        self._sender.say(failed(why))
+        self._sender.print_line(failed(why))
         return None
 
     @contextmanager
@@ -303,7 +303,7 @@ def start(
     *,
     registry: RegistryConfig = RegistryConfig(),
     outbox: Path | None = None,
-    say: Say = _to_stderr,
+    print_line: PrintLine = _to_stderr,
 ) -> Iterator[Run]:
     """A parent run; ended FINISHED, FAILED when the block raises, KILLED when it is interrupted.
 
@@ -314,7 +314,7 @@ def start(
             same store and experiment goes on in that run.
         registry: what `Run.register` does.
         outbox: a folder for unsent writes, one folder in it per run; default .arrowhead/unsent.
-        say: takes one line for a person, once per trouble.
+        print_line: takes one line for a person, once per trouble.
 
     Raises:
         ConfigError: before any work, when the store or the registry asked for cannot be used.
@@ -325,16 +325,18 @@ def start(
             client, experiment = open_store(config)
             if registry.register:
                 check_registrable(client, registry.register)
-            store = TrackingStore(client, experiment, say)
+            store = TrackingStore(client, experiment, print_line)
             header = {"store": without_secrets(config.uri), "experiment": experiment}
             owner = header | {"verb": name}
-            resumed = unfinished_run(client, resume_file, owner, say) if resume_file else None
+            resumed = (
+                unfinished_run(client, resume_file, owner, print_line) if resume_file else None
+            )
             own = resumed.info.run_id if resumed else None
             send_unsent(store, base, header["store"], own)
             # A signal between a run's making and the block that ends it would leave it RUNNING.
             until_begun.enter_context(signals.deferred())
             if resumed:
-                run_id, children = resumed.info.run_id, reopen(client, resumed, say)
+                run_id, children = resumed.info.run_id, reopen(client, resumed, print_line)
             else:
                 new = new_run(config.run_name or name, None, source_tags(name))
                 if resume_file:  # before the run is there: a kill in between must not leave two
@@ -389,11 +391,13 @@ def _ended(sender: Sender, run_id: str, *, new: bool) -> Iterator[None]:
     record("FINISHED")
 
 
-def send(config: TrackingConfig, outbox: Path | None = None, say: Say = _to_stderr) -> None:
+def send(
+    config: TrackingConfig, outbox: Path | None = None, print_line: PrintLine = _to_stderr
+) -> None:
     """Send what earlier runs could not. Raises ConfigError when the store cannot be used."""
     with refuse_store_errors(config):
         client, experiment = open_store(config)
-        store = TrackingStore(client, experiment, say)
+        store = TrackingStore(client, experiment, print_line)
         base = (outbox or _default_outbox()).absolute()
         send_unsent(store, base, without_secrets(config.uri), None, math.inf)
 
@@ -404,7 +408,7 @@ def register(
     registry: RegistryConfig,
     *,
     outbox: Path | None = None,
-    say: Say = _to_stderr,
+    print_line: PrintLine = _to_stderr,
 ) -> str:
     """Make a finished bundle a version of a registered model; models:/NAME/VERSION.
 
@@ -415,7 +419,7 @@ def register(
     with refuse_store_errors(config):
         client, experiment = open_store(config)
         check_registrable(client, registry.register)
-        store = TrackingStore(client, experiment, say)
+        store = TrackingStore(client, experiment, print_line)
         base = (outbox or _default_outbox()).absolute()
         send_unsent(store, base, without_secrets(config.uri), None)
         if version_of(client, registry.register, digest_of(bundle)) is None:
@@ -427,5 +431,5 @@ def register(
                 client.set_terminated(trained, "FINISHED")
             with longer_timeout(stamp(bundle)[0]):
                 log_model(client, trained, bundle)
-            return make_version(client, trained, bundle, registry, say)
-        return make_version(client, "", bundle, registry, say)
+            return make_version(client, trained, bundle, registry, print_line)
+        return make_version(client, "", bundle, registry, print_line)

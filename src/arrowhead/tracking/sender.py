@@ -36,11 +36,11 @@ class Sender:
     """Sends the writes of one run, in the order they came, in a thread of its own.
 
     A write that fails is sent again later; the ones behind it wait only while the store does not
-    answer at all. Nothing is raised because a store is away: `say` gets a line.
+    answer at all. Nothing is raised because a store is away: `print_line` gets a line.
     """
 
     def __init__(self, store: TrackingStore, outbox: Outbox, uri: str) -> None:
-        self.store, self.say = store, store.say
+        self.store, self.print_line = store, store.print_line
         self._outbox, self._uri = outbox, uri
         self._name = f"the tracking store {without_secrets(uri)}"
         self._lock = threading.RLock()  # held while the outbox or a flag below is used
@@ -93,12 +93,12 @@ class Sender:
                 self._closed = True
                 self._outbox.close(self.store.ids)
         if lost := self._outbox.unsaved:
-            self.say(
+            self.print_line(
                 f"{lost} writes to {self._name} are lost: neither it nor {self._outbox.folder}"
                 f" took them ({self._outbox.problem}). The results of the command are complete"
             )
         elif left := len(self._outbox):
-            self.say(
+            self.print_line(
                 f"{left} writes to {self._name} are not sent. They are kept in"
                 f" {self._outbox.folder}; the next arrowhead command with this store sends them"
                 " first (in Python: arrowhead.tracking.run.send)"
@@ -152,7 +152,7 @@ class Sender:
             self._changed.notify_all()
         if was_away and not self._away:
             rest = f", except for {left} writes" if left else ""
-            self.say(f"{self._name} is back; what was kept has been sent to it{rest}")
+            self.print_line(f"{self._name} is back; what was kept has been sent to it{rest}")
 
     def _deliver(self, write: Write, *, joined: bool) -> str:
         """Carry a write out: sent, refused for good, put off, or the store is away."""
@@ -176,7 +176,7 @@ class Sender:
             where = str(self._outbox.folder)
             if self._outbox.unsaved:
                 where = f"memory only ({self._outbox.problem})"
-            self.say(
+            self.print_line(
                 f"{self._name} is gone ({silent or first_line(error)}). The work goes on; what is"
                 f" to be recorded is kept in {where} and sent when it is back"
             )
@@ -186,7 +186,7 @@ class Sender:
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            self.say(line)
+            self.print_line(line)
 
 
 def send_unsent(
@@ -221,21 +221,23 @@ def send_unsent(
         except FileNotFoundError:  # its owner has just sent it
             continue
         except OSError as error:
-            store.say(f"not sent: {file.parent} belongs to somebody else ({error.strerror})")
+            store.print_line(f"not sent: {file.parent} belongs to somebody else ({error.strerror})")
             continue
         if outbox.damaged:
-            store.say(f"{file.parent}: {outbox.damaged} damaged lines are left out")
+            store.print_line(f"{file.parent}: {outbox.damaged} damaged lines are left out")
         try:
             run = find_run(store.client, run_id)
             if run is None or run.info.lifecycle_stage != "active":
                 aside = file.parent.with_suffix(".refused")
-                store.say(f"{uri} has no run {run_id} any more: its unsent writes go to {aside}")
+                store.print_line(
+                    f"{uri} has no run {run_id} any more: its unsent writes go to {aside}"
+                )
                 file.parent.rename(aside)
                 continue
-            theirs = TrackingStore(store.client, experiment, store.say)
+            theirs = TrackingStore(store.client, experiment, store.print_line)
             sender = Sender(theirs, outbox, uri)
             sender.close(seconds=math.inf if run_id == own else until - monotonic())
             if not len(outbox):
-                store.say(f"sent to {uri}: what was kept of run {run_id}")
+                store.print_line(f"sent to {uri}: what was kept of run {run_id}")
         finally:
             outbox.release()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_PARAM_CHARS = 6000  # of a param's value: MLflow cuts off the rest
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 """Shows one line to a person."""
 
 
@@ -38,8 +38,8 @@ class _Logged:
 class TrackingStore:
     """Carries writes out in one experiment, from this process or an earlier one."""
 
-    def __init__(self, client: MlflowClient, experiment: str, say: Say) -> None:
-        self.client, self.experiment, self.say = client, experiment, say
+    def __init__(self, client: MlflowClient, experiment: str, print_line: PrintLine) -> None:
+        self.client, self.experiment, self.print_line = client, experiment, print_line
         self.ids: dict[str, str] = {}
         """Local id of a run that was made here, to MLflow's."""
         self._logged: dict[str, _Logged] = {}
@@ -174,14 +174,14 @@ class TrackingStore:
             self.client.log_batch(run_id, metrics=some_metrics, params=some_params, tags=some_tags)
         held |= {name: value[:MAX_PARAM_CHARS] for name, value in new.items()}
         for name, value in changed.items():
-            self.say(
+            self.print_line(
                 f"param {name} of run {run_id} was {held[name][:80]} and is now"
                 f" {value[:80]}: the new value is the tag resumed.{name}"
             )
 
     def _file(self, run_id: str, path: Path, write: Write) -> None:
         if not path.exists() or write.get("stamp", stamp(path)) != stamp(path):
-            self.say(f"not sent to MLflow, it was removed or changed since: {path}")
+            self.print_line(f"not sent to MLflow, it was removed or changed since: {path}")
             return
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         with longer_timeout(stamp(path)[0]):

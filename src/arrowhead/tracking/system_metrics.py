@@ -57,4 +57,4 @@ def _record(sender: Sender, run_id: str, stop: threading.Event) -> None:
             sender.write({"do": "batch", "run": run_id} | batch(points))
             step += 1
     except Exception as error:
-        sender.say(f"no system metrics are recorded: {first_line(error)}")
+        sender.print_line(f"no system metrics are recorded: {first_line(error)}")
