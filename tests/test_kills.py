@@ -168,8 +168,8 @@ class Pair:
     alone: dict[str, Any]
     group: dict[str, Any]
     scored: dict[str, Any]
-    """What the last command says, which ends the scoring that the killed cluster left."""
-    said: str
+    """Standard error of the last command, which ends the scoring that the killed cluster left."""
+    stderr: str
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def pair(
 
 
 def test_two_workers_write_the_same_shards_as_one_even_if_one_is_killed(pair):
-    assert "started again" in pair.said
+    assert "started again" in pair.stderr
     assert len(list((pair.folder / "alone" / "store" / "shards").glob("*.arrow"))) > 8
     assert files(pair.folder / "group" / "store") == files(pair.folder / "alone" / "store")
     # What the killed worker had written and not yet reported (a chunk) is found again by content.
@@ -227,7 +227,7 @@ def test_two_workers_have_the_same_metrics_as_one_in_every_epoch(pair):
 
 
 def test_two_workers_write_the_same_scores_even_if_their_cluster_is_killed(pair):
-    assert "run the same command again: it continues" in pair.said
+    assert "run the same command again: it continues" in pair.stderr
     parts = sorted((pair.folder / "one" / "parts").glob("part-*"))
     assert len(parts) > 8
     assert 0 < pair.scored["counts"]["skipped"] < COPIES * IMAGES

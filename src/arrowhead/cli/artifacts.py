@@ -204,7 +204,6 @@ def bundle_info(
     Example: arrowhead bundle info out/bundle --per-class
     """
     from arrowhead.bundle import format as bundle_format
-    from arrowhead.evaluation import calibration
     from arrowhead.evaluation.metrics import class_table
 
     with local_bundle(bundle, tracking) as folder:
@@ -213,8 +212,21 @@ def bundle_info(
         print_result(facts)
         return 0
     screen = Screen(to_stderr=False)
+    _print_bundle(facts, screen)
+    for name, images in (("per_class", "validation"), ("test_per_class", "test")):
+        if per_class and (table := facts["metrics"].get(name)):
+            screen.print(f"{images} images, by class:")
+            for line in class_table(table):
+                screen.print(line)
+    return 0
+
+
+def _print_bundle(facts: dict[str, Any], screen: Screen) -> None:
+    """Print all that `bundle info` shows without --per-class."""
+    from arrowhead.evaluation import calibration
+
     screen.print(
-        f"{bundle}: {facts['task']}, {pluralize(len(facts['classes']), 'class', 'classes')} ·"
+        f"{facts['bundle']}: {facts['task']}, {pluralize(len(facts['classes']), 'class', 'classes')} ·"
         f" {facts['bytes'] / 1e6:.1f} MB · fingerprint {facts['fingerprint']}"
     )
     screen.print(
@@ -244,12 +256,6 @@ def bundle_info(
         f" data {lineage.get('data')}"
     )
     screen.print(pluralize(facts["golden_images"], "golden image"))
-    for name, images in (("per_class", "validation"), ("test_per_class", "test")):
-        if per_class and (table := facts["metrics"].get(name)):
-            screen.print(f"{images} images, by class:")
-            for line in class_table(table):
-                screen.print(line)
-    return 0
 
 
 def _head_line(facts: dict[str, Any]) -> str:
