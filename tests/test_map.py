@@ -95,6 +95,7 @@ ALLOWED_IMPORTERS = {
         "cli.cluster",
         "cli.demo",
         "cli.fetch",
+        "cli.finetune",
         "cli.inference",
         "cli.main",
         "cli.options",

@@ -22,6 +22,7 @@ from arrowhead.cli import (
     demo,
     examine,
     fetch,
+    finetune,
     inference,
     publish,
     race,
@@ -108,6 +109,7 @@ def doctor(*, output: Out = Output()) -> int:
 app.command(train.fit, sort_key=1)
 app.command(train.precompute, sort_key=2)
 app.command(race.race, sort_key=3)
+app.command(finetune.finetune, sort_key=2)
 app.command(train.lr_find, sort_key=3)
 app.command(train.train, sort_key=4)
 app.command(inference.score, sort_key=5)

@@ -23,6 +23,9 @@ from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.features.networks import Pool, Triple  # noqa: F401  cyclopts looks them up here
+from arrowhead.finetuning.augmentation import AugmentConfig
+from arrowhead.finetuning.config import FinetuneConfig
+from arrowhead.finetuning.pixel_cache import PixelCacheConfig
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.runtime.jobs import ClusterConfig
@@ -91,6 +94,22 @@ class TrackingStore(WatchedTracking):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlainPixels(PixelConfig):
+    """How a file becomes the body's input, where a network is trained on augmented pixels."""
+
+    views: Annotated[int, Parameter(parse=False)] = 1
+    augment: Annotated[Literal["side-on", "top-down", "none"], Parameter(parse=False)] = "side-on"
+    augment_seed: Annotated[int, Parameter(parse=False)] = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentFlags(AugmentConfig):
+    """How training images are augmented; --seed is that of the training."""
+
+    seed: Annotated[int, Parameter(parse=False)] = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FixesTable(TableConfig):
     """How a table of new labels is read; only the flag that is true by default has a --no- flag."""
 
@@ -149,6 +168,10 @@ NamedFinder = Annotated[
     FinderConfig, Parameter(name="lr-find", group=Group("LR finder", sort_key=7))
 ]
 Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
+Finetune = Annotated[FinetuneConfig, _flags("Fine-tuning", 6)]
+Augment = Annotated[AugmentFlags, _flags("Augmentation", 6)]
+PixelCacheFlags = Annotated[PixelCacheConfig, _flags("Pixel cache", 7)]
+Squares = Annotated[PlainPixels, _flags("Pixels", 4)]
 Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
 Evaluate = Annotated[EvaluateConfig, _flags("Evaluation", 6)]
 _REPORT = Parameter(name="*", group=Group("Report", sort_key=8), negative_bool="no-", negative=None)
@@ -170,3 +193,23 @@ Models = Annotated[TrackingStore, _TRACKING]
 Registry = Annotated[RegistryConfig, _TRACKING]
 ToCluster = Annotated[ClusterConfig, _flags("Cluster", 8)]
 Out = Annotated[Output, _flags("Output", 10)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunedImages:
+    """The flags of a fine-tuning that say which images and which body."""
+
+    source: Source = SourceConfig()
+    body: Body = BodyConfig()
+    pixels: Squares = PlainPixels()
+    extract: NamedExtract = ExtractConfig()
+    golden: Golden = GoldenConfig()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """The flags of a fine-tuning that say how it trains."""
+
+    config: Finetune = FinetuneConfig()
+    augment: Augment = AugmentFlags()
+    cache: PixelCacheFlags = PixelCacheConfig()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -179,6 +179,29 @@ def load(config: BodyConfig, size: int | None = None) -> Weights:
     )
 
 
+def build_network(
+    body: str, weights: Mapping[str, torch.Tensor], *, pool: str, size: int, fold: bool = True
+) -> tuple[nn.Module, Network]:
+    """Build a body with these weights.
+
+    Args:
+        body: As in the recipe.
+        weights: Its tensors by name.
+        pool: How its output is pooled.
+        size: Side of its input in pixels.
+        fold: Fold batch norms, for inference. Without it the network can be trained.
+
+    Returns:
+        The network under the names that its library gives the tensors, and the same network ready
+        to compute features. With `fold` the first one is no longer complete.
+    """
+    net, _ = _build(body, size)
+    networks.load_tensors(net, weights)
+    if body.startswith(TIMM_PREFIX):
+        return net, timm_bodies.assemble(net, body, pool, size, fold=fold)
+    return net, torchvision_bodies.assemble(net, body, pool, fold=fold)
+
+
 def _library(body: str) -> str:
     return "timm" if body.startswith(TIMM_PREFIX) else "torchvision"
 
@@ -197,6 +220,18 @@ def _build(body: str, size: int | None) -> tuple[nn.Module, Callable[[str], bool
 
 def _published(config: BodyConfig, size: int | None) -> Published:
     """The weights as their maker loads them; ConfigError if their license is not accepted."""
+    published = _load_published(config, size)
+    if not networks.is_weights_file(config.weights):
+        return published
+    origin = networks.read_origin(Path(config.weights))
+    if not (license := str(origin.get("license", ""))):
+        return published
+    _check_license(config, license)
+    source = str(origin.get("source") or published.source)
+    return replace(published, license=license, source=source)
+
+
+def _load_published(config: BodyConfig, size: int | None) -> Published:
     body, weights = config.body, config.weights
     if body.startswith(TIMM_PREFIX):
         _check_license(config, timm_bodies.license_of_name(body, weights))
@@ -233,13 +268,7 @@ class Body:
     ) -> None:
         import torch
 
-        net, _ = _build(body, size)
-        networks.load_tensors(net, weights)
-        network = (
-            timm_bodies.assemble(net, body, pool, size)
-            if body.startswith(TIMM_PREFIX)
-            else torchvision_bodies.assemble(net, body, pool)
-        )
+        _, network = build_network(body, weights, pool=pool, size=size)
         network.net.to(memory_format=torch.channels_last)
         self.module = _make_feature_extractor(network, mean, std).to(device)
         self.name, self.pool, self.size = body, network.pool, size

@@ -8,6 +8,7 @@ name                   resnet34 (torchvision) or timm/resnet34.a1_in1k
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")  # a --weights value that end
 # Under these, weights may be used for anything; others ask for --accept-license.
 PERMISSIVE_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
 TIMM_PREFIX = "timm/"
+ORIGIN_KEY = "arrowhead.origin"  # of the metadata in a .safetensors file
 BUNDLED_BODY = "timm/tf_efficientnet_lite0"
 Pool = Literal["auto", "avg", "max", "concat", "cls", "cls+avg"]
 MAP_POOLS, TOKEN_POOLS = ("avg", "max", "concat"), ("cls", "avg", "cls+avg")
@@ -103,6 +105,23 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             "tensors by name: safetensors, or a state dict saved by torch.save.",
             "save it again with safetensors; pickled models are not opened.",
         ) from error
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """What Arrowhead wrote about the origin of the tensors into a .safetensors file; {} if nothing.
+
+    Its keys are those of `backbone.Weights.origin`, and what made the weights of others.
+    """
+    import safetensors
+
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            origin = json.loads((file.metadata() or {}).get(ORIGIN_KEY, "{}"))
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _unwrap(content: Any) -> dict[str, torch.Tensor]:

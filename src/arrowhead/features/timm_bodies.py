@@ -326,11 +326,12 @@ def build(body: str, size: int | None = None) -> tuple[nn.Module, Callable[[str]
     return net, lambda name: name not in own and name.startswith(unneeded)
 
 
-def assemble(net: nn.Module, body: str, pool: str, size: int) -> Network:
+def assemble(net: nn.Module, body: str, pool: str, size: int, *, fold: bool = True) -> Network:
     """Make a network ready for inference: batch norms folded, and the pooling that is asked for.
 
     Pooling auto is what the network does itself before its classifier: the average of a map, or the
-    class token or the average of the tokens of a transformer.
+    class token or the average of the tokens of a transformer. Without `fold` the network shares its
+    modules with `net`, and can be trained.
 
     Raises:
         ConfigError: If the network cannot be pooled in this way, or does not take this size.
@@ -353,7 +354,8 @@ def assemble(net: nn.Module, body: str, pool: str, size: int) -> Network:
         )
     wrapped = _wrap(net, pool, own)
     _keep_single_queries_whole(wrapped, example_BCHW)
-    folding.fold_batch_norms(wrapped, example_BCHW)
+    if fold:
+        folding.fold_batch_norms(wrapped, example_BCHW)
     return Network(net=wrapped, pool=pool, pool_output=lambda features: features)
 
 

@@ -241,10 +241,11 @@ def random_state(body: str, size: int | None = None) -> dict[str, torch.Tensor]:
     return dict(_build_network(body, size).state_dict())
 
 
-def assemble(net: nn.Module, body: str, pool: str) -> Network:
+def assemble(net: nn.Module, body: str, pool: str, *, fold: bool = True) -> Network:
     """Make a network ready for inference: batch norms folded, and the way to pool its output.
 
     Pooling avg is what the network does itself, whatever comes between its map and its last layer.
+    Without `fold` the network shares its modules with `net`, and can be trained.
 
     Raises:
         ConfigError: If the network cannot be pooled in this way.
@@ -259,12 +260,14 @@ def assemble(net: nn.Module, body: str, pool: str) -> Network:
             "avg, max or concat for a network of torchvision.",
             "use --pool avg, or a transformer of timm (`arrowhead backbones 'timm/vit*'`).",
         )
-    if pool == "avg":
-        return Network(
-            net=_fuse_batch_norms(net), pool=pool, pool_output=lambda out: torch.flatten(out, 1)
-        )
-    fused = _fuse_batch_norms(_feature_map_layers(net, body))
-    return Network(net=fused, pool=pool, pool_output=networks.pool_map(pool))
+    layers = net if pool == "avg" else _feature_map_layers(net, body)
+    return Network(
+        net=_fuse_batch_norms(layers) if fold else layers,
+        pool=pool,
+        pool_output=(lambda out: torch.flatten(out, 1))
+        if pool == "avg"
+        else networks.pool_map(pool),
+    )
 
 
 def _build_without_final_layer(body: str, size: int | None) -> tuple[nn.Module, str]:

@@ -1,0 +1,402 @@
+"""The command finetune: body and head trained together on augmented pixels.
+
+OUT/frozen        without --from: store and bundle of the frozen body, as `fit` makes them
+    OUT/pixels        the pixel cache
+    OUT/body.safetensors, OUT/store   the tuned body, and the features that it gives
+    OUT/bundle        the better one of the frozen and the fine-tuned bundle
+    OUT/bundle.tuned  the fine-tuned one, if it is not the better one
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arrowhead import fileio
+from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle.format import Bundle
+from arrowhead.commands import pixel_cache, precompute, train
+from arrowhead.data import sources
+from arrowhead.data.catalog import Catalog
+from arrowhead.evaluation import metrics as evaluation_metrics
+from arrowhead.features import extract, networks
+from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.feature_config import FeatureConfig
+from arrowhead.features.recipe import Recipe
+from arrowhead.features.store import Store
+from arrowhead.finetuning import run as finetuning_run
+from arrowhead.finetuning.augmentation import AugmentConfig
+from arrowhead.finetuning.config import FinetuneConfig
+from arrowhead.finetuning.network import BODY, HEAD
+from arrowhead.finetuning.pixel_cache import PixelCacheConfig
+from arrowhead.finetuning.run import OutOfMemoryRefusal, Request
+from arrowhead.reporting import evaluation, recording, run_context
+from arrowhead.reporting import finetuning as reporting_finetuning
+from arrowhead.reporting.finetuning import FinetuneReporter
+from arrowhead.reporting.run_context import RunContext
+from arrowhead.runtime import launch
+from arrowhead.training import checkpoint
+from arrowhead.training.config import TrainConfig
+from arrowhead.training.study import Study
+from arrowhead.training.trainer import TrainedHead
+
+LICENSE_ACCEPTED = {"accept_license": True}  # asked when the base was made
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneSettings:
+    """How a network is fine-tuned.
+
+    Attributes:
+        config: The training.
+        augment: The augmentation of training images.
+        cache: The cache of decoded pixels.
+        study: How the frozen head is trained, without a bundle to start from.
+    """
+
+    config: FinetuneConfig = FinetuneConfig()
+    augment: AugmentConfig = AugmentConfig()
+    cache: PixelCacheConfig = PixelCacheConfig()
+    study: Study = Study()
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The bundle to start from: its folder and content, and its store if there is one."""
+
+    path: Path
+    bundle: Bundle
+    store: Path | None
+
+    @property
+    def fingerprint(self) -> str:
+        """See `bundle_format.fingerprint`."""
+        return bundle_format.fingerprint(self.path)
+
+
+def finetune(
+    data: str | Path | Catalog,
+    out: Path,
+    base: Path | None,
+    images: FeatureConfig,
+    settings: FinetuneSettings,
+    context: RunContext,
+) -> dict[str, Any]:
+    """Fine-tune a bundle's network on images; OUT/bundle is then the better one of the two.
+
+    Args:
+        data: A catalog, or what `sources.labelled_catalog` lists.
+        out: The folder of the results.
+        base: The bundle to start from; None: a head on the frozen body is trained first.
+        images: How images are read; without `base` also the body and its pixels.
+        settings: How it is fine-tuned.
+        context: Where to run, show and record.
+
+    Returns:
+        counts and faults of the images; epochs; frozen, tuned: the metrics of both on the
+        validation images; better: "frozen" or "tuned"; bundle, store, and so on.
+    """
+    catalog = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
+    evaluation.show_bundle_to_delete(out / "bundle", context)
+    origin = Base(base, bundle_format.load(base), None) if base else None
+    origin = origin or _train_frozen(catalog, out / "frozen", images, settings.study, context)
+    recipe = origin.bundle.recipe.single_view()
+    images = dataclasses.replace(images, pixels=_pixels(recipe, images))
+    with run_context.child_context(context, "decode") as child:
+        decoded = pixel_cache.build_pixel_cache(
+            catalog, out / "pixels", images, settings.cache, child
+        )
+    request, trained = _train(out, origin, recipe, settings, context)
+    body = _write_body(out, origin, recipe, request, trained)
+    body_config = BodyConfig(**_body_flags(recipe), weights=str(body), accept_license=True)
+    store_path = _tuned_store(out / "store", body_config, recipe)
+    images = dataclasses.replace(images, body=body_config)
+    with run_context.child_context(context, "extract") as child:
+        precompute.precompute(catalog, store_path, images, child)
+    result = _choose(out, origin, Store(store_path), (request, trained), images, context)
+    checkpoint_dir = train.checkpoint_dir_of(out / "bundle")
+    checkpoint.remove_finished(checkpoint_dir, trained["key"])
+    (checkpoint_dir / finetuning_run.START_FILE).unlink(missing_ok=True)
+    return (
+        {name: decoded[name] for name in ("counts", "faults", "fault_kinds", "too_many_faults")}
+        | {
+            "epochs": trained["history"],
+            "epoch": trained["kept"],
+            "groups": trained["groups"],
+            "steps": trained["steps"],
+            "train_seconds": trained["seconds"],
+            "images_per_second": trained["images_per_second"],
+            "micro_batch": request.config.micro_batch,
+            "classes": list(request.classes),
+            "pixels": str(out / "pixels"),
+            "body": str(body),
+            "run_id": context.run.run_id if context.run else None,
+        }
+        | result
+    )
+
+
+# ------------------------------------------------------------------------------ the base
+
+
+def _train_frozen(
+    catalog: Catalog, folder: Path, images: FeatureConfig, study: Study, context: RunContext
+) -> Base:
+    """Train a head on the features of the frozen body, as `fit` does."""
+    context.screen.say("first a head on the frozen body:")
+    store, bundle = folder / "store", folder / "bundle"
+    with run_context.child_context(context, "frozen") as child:
+        precompute.precompute(catalog, store, images, child)
+        result = train.run_study(store, study, child)
+        assert result.config is not None
+        train.save_bundle(Store(store), result.config, result.winner, bundle, child)
+    return Base(bundle, bundle_format.load(bundle), store)
+
+
+def _pixels(recipe: Recipe, images: FeatureConfig) -> Any:
+    """The pixel settings of the base, with the limits of decoding that were asked for."""
+    limits = {name: getattr(images.pixels, name) for name in ("max_pixels", "max_scans")}
+    return dataclasses.replace(extract.make_pixel_config(recipe), **limits)
+
+
+def _body_flags(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "body": recipe.body,
+        "pool": recipe.pool if recipe.pool in (*networks.MAP_POOLS, "cls", "cls+avg") else "auto",
+        "mean": recipe.mean,
+        "std": recipe.std,
+    }
+
+
+def _base_metrics(
+    base: Base, store: Store, images: FeatureConfig, out: Path, context: RunContext
+) -> dict[str, Any]:
+    """The metrics of the base on the validation images of `store`.
+
+    They are in the base if it was validated on the same images; else its features of these images
+    are computed, in OUT/frozen.
+    """
+    catalog = Catalog(**store.read_catalog())
+    if base.bundle.lineage.get("data") == catalog.digest():
+        return base.bundle.metrics
+    import safetensors.torch
+    import torch
+
+    context.screen.say(
+        f"{base.path} was trained on other images: its features of these are computed to compare it"
+    )
+    weights = out / "frozen" / "body.safetensors"
+    with fileio.atomic_write(weights) as draft:
+        draft.write_bytes(safetensors.torch.save(dict(base.bundle.body_state)))
+    recipe = base.bundle.recipe.single_view()
+    body = BodyConfig(**_body_flags(recipe), weights=str(weights), accept_license=True)
+    path = _tuned_store(out / "frozen" / "store", body, recipe)
+    with run_context.child_context(context, "frozen") as child:
+        precompute.precompute(catalog, path, dataclasses.replace(images, body=body), child)
+    valid = Store(path).features("valid")
+    with torch.inference_mode():
+        feature = torch.from_numpy(valid.feature[:, 0]).float()
+        logit_NC = base.bundle.make_head()(feature).numpy()
+    import numpy as np
+
+    thresholds = base.bundle.thresholds
+    return evaluation_metrics.evaluate(
+        logit_NC,
+        valid.label,
+        base.bundle.classes,
+        temperature=base.bundle.temperature,
+        thresholds=None if thresholds is None else np.array(thresholds),
+    )
+
+
+# ---------------------------------------------------------------------------- the training
+
+
+def _train(
+    out: Path, base: Base, recipe: Recipe, settings: FinetuneSettings, context: RunContext
+) -> tuple[Request, dict[str, Any]]:
+    """Fine-tune, in smaller parts if the memory is too small for a step; see `run_finetune`."""
+    folder = train.checkpoint_dir_of(out / "bundle")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{BODY}{name}": t for name, t in base.bundle.body_state.items()}
+    tensors |= {f"{HEAD}{name}": t for name, t in base.bundle.head_state.items()}
+    request = Request(
+        recipe=recipe,
+        architecture=base.bundle.head,
+        classes=tuple(base.bundle.classes),
+        config=settings.config,
+        augment=settings.augment,
+        start=finetuning_run.save_start(folder, tensors),
+    )
+    root = context.root_run.run_id if context.root_run else None
+    reporter = FinetuneReporter(request, context)
+    with run_context.child_context(context, "train") as child:
+        reporter = FinetuneReporter(request, child)
+        _log_settings(request, base, child)
+        while True:
+            try:
+                result = launch.run(
+                    finetuning_run.run_finetune,
+                    out / "pixels",
+                    folder,
+                    request,
+                    root,
+                    config=context.launch,
+                    on_report=reporter,
+                    checkpoint_dir=folder,
+                    on_start=reporter.show_workers,
+                    labels=run_context.metric_labels(context, "finetune"),
+                )
+                break
+            except OutOfMemoryRefusal as error:
+                if settings.config.batch_size != "auto" or not error.smaller:
+                    raise
+                context.screen.say(
+                    f"{error.found} Going on with parts of {error.smaller} images"
+                    f" (--micro-batch {error.smaller}); steps still have"
+                    f" {request.config.global_batch}."
+                )
+                config = dataclasses.replace(request.config, micro_batch=error.smaller)
+                request = dataclasses.replace(request, config=config)
+            finally:
+                reporter.send()
+    return request, result
+
+
+def _log_settings(request: Request, base: Base, context: RunContext) -> None:
+    values = {f"finetune.{k}": v for k, v in request.config.parameters().items()}
+    values |= {f"augment.{k}": v for k, v in dataclasses.asdict(request.augment).items()}
+    values |= {"recipe": base.bundle.recipe.to_json(), "base": base.fingerprint}
+    run_context.log_params(context, values | {"workers": context.launch.workers})
+
+
+# ------------------------------------------------------------------------------ the result
+
+
+def _write_body(
+    out: Path, base: Base, recipe: Recipe, request: Request, trained: dict[str, Any]
+) -> Path:
+    """Write the tuned body with its origin: a file for `--weights`."""
+    import safetensors.torch
+
+    folder = train.checkpoint_dir_of(out / "bundle")
+    tensors = finetuning_run.result_tensors(folder, trained["key"])
+    body = {n.removeprefix(BODY): t for n, t in tensors.items() if n.startswith(BODY)}
+    trained["head"] = {
+        n.removeprefix(HEAD): t.numpy() for n, t in tensors.items() if n.startswith(HEAD)
+    }
+    weights = base.bundle.lineage.get("weights") or {}
+    origin = {
+        "license": weights.get("license", "unknown"),
+        "source": _tuned_source(weights.get("source", "")),
+        "base_weights": recipe.weights,
+        "base_bundle": base.fingerprint,
+        "finetune": request.config.parameters() | dataclasses.asdict(request.augment),
+    }
+    metadata = {networks.ORIGIN_KEY: json.dumps(origin, sort_keys=True)}
+    path = out / "body.safetensors"
+    with fileio.atomic_write(path) as draft:
+        draft.write_bytes(safetensors.torch.save(body, metadata))
+    return path
+
+
+def _tuned_source(source: str) -> str:
+    prefix = "fine-tuned from "
+    return source if source.startswith(prefix) else prefix + (source or "weights not recorded")
+
+
+def _tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
+    """Where the features of this body are stored.
+
+    A store of other weights that an earlier fine-tuning left there is replaced; that of a frozen
+    body stays, and the new one lies beside it.
+    """
+    from arrowhead.features import backbone
+
+    beside = path.with_name(f"{path.name}.tuned")
+    digest = backbone.load(body, recipe.size).sha256
+    for candidate in (path, beside):
+        if not (candidate / "store.json").is_file():
+            return candidate
+        store = Store(candidate)
+        if store.recipe.weights == digest:
+            return candidate
+        source = (store.weights_origin or {}).get("source", "")
+        if source.startswith("fine-tuned from ") or candidate == beside:
+            fileio.remove_path(candidate)
+            return candidate
+    raise AssertionError("the second place is always taken")
+
+
+def _choose(
+    out: Path,
+    base: Base,
+    store: Store,
+    work: tuple[Request, dict[str, Any]],
+    images: FeatureConfig,
+    context: RunContext,
+) -> dict[str, Any]:
+    """Write the fine-tuned bundle, compare it with the base, and make the better one OUT/bundle."""
+    tuned_path, bundle_path = out / "bundle.tuned", out / "bundle"
+    tuned = _write_tuned(tuned_path, base, store, work, images, context)
+    frozen = _base_metrics(base, store, images, out, context)
+    name = "f2_samples" if "f2_samples" in tuned else "accuracy"
+    is_better = _rank(tuned, name) > _rank(frozen, name)
+    reporting_finetuning.show_comparison(frozen, tuned, name, is_better, context.screen)
+    previous = evaluation.previous_bundle(bundle_path, context)
+    bundle_format.check_replaceable(bundle_path)
+    if is_better:
+        fileio.replace_folder(tuned_path, bundle_path, previous)
+    elif not (bundle_path.exists() and bundle_path.samefile(base.path)):
+        with fileio.atomic_folder(bundle_path, previous) as folder:
+            shutil.copytree(base.path, folder, dirs_exist_ok=True)
+    metrics = tuned if is_better else frozen
+    registered = None
+    if context.run:
+        context.run.record({f"frozen.{name}": frozen[name], f"tuned.{name}": tuned[name]})
+        recording.log_model(context.run, bundle_path, metrics)
+        registered = context.run.register(bundle_path)
+    their_store = store.path if is_better else base.store
+    return {
+        "frozen": frozen,
+        "tuned": tuned,
+        "metrics": metrics,
+        "better": "tuned" if is_better else "frozen",
+        "bundle": str(bundle_path),
+        "tuned_bundle": str(bundle_path if is_better else tuned_path),
+        "store": str(their_store) if their_store else None,
+        "tuned_store": str(store.path),
+        "registered": registered,
+    }
+
+
+def _rank(metrics: dict[str, Any], name: str) -> tuple[float, float]:
+    """What the better bundle has more of: the metric, then the lower loss."""
+    loss = metrics.get("loss")
+    return metrics.get(name) or 0.0, -loss if loss is not None else float("-inf")
+
+
+def _write_tuned(
+    path: Path,
+    base: Base,
+    store: Store,
+    work: tuple[Request, dict[str, Any]],
+    images: FeatureConfig,
+    context: RunContext,
+) -> dict[str, Any]:
+    """Write the fine-tuned bundle; its metrics."""
+    request, trained = work
+    head = TrainedHead(state=trained["head"], epochs=trained["history"], epoch=trained["kept"])
+    config = TrainConfig(head="lesson" if request.architecture == "lesson" else "linear")
+    settings = request.config.parameters() | dataclasses.asdict(request.augment)
+    lineage = {
+        "training": {"head": request.architecture} | settings,
+        "finetuned_from": base.fingerprint,
+        "rate": request.config.group_rates[-1],
+    }
+    with bundle_format.draft(path) as folder:
+        return train.write_bundle(store, config, head, folder, context, lineage, images.golden)
