@@ -15,7 +15,11 @@ from arrowhead.commands.label_changes import TableConfig
 from arrowhead.commands.race_config import RaceConfig
 from arrowhead.commands.relabel import ChangeConfig
 from arrowhead.data.source_config import SourceConfig
-from arrowhead.decode.pixels import PixelConfig
+from arrowhead.decode.pixels import (  # cyclopts looks the two up here
+    Interpolation,  # noqa: F401
+    PixelConfig,
+    Resize,  # noqa: F401
+)
 from arrowhead.examine.config import ExamineConfig, ReportConfig
 from arrowhead.examine.search import SearchConfig
 from arrowhead.examine.suggest import SuggestConfig

@@ -117,7 +117,7 @@ def read_origin(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         return {}
     try:
-        with safetensors.safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path, "pt") as file:
             origin = json.loads((file.metadata() or {}).get(ORIGIN_KEY, "{}"))
     except (OSError, ValueError, safetensors.SafetensorError):
         return {}

@@ -147,4 +147,5 @@ def _batch_norm(
         out = out * weight.view(shape)
     if bias is not None:
         out = out + bias.view(shape)
-    return out.to(input.dtype)
+    normalized: Tensor = out.to(input.dtype)
+    return normalized

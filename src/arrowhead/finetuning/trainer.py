@@ -163,9 +163,7 @@ class Finetuning:
         )
         self._dtype = training_config.matmul_dtype(config.precision, self._device)
         self._optimizer = self._make_optimizer()
-        self._scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
-            self._device.type, enabled=self._dtype is torch.float16
-        )
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._dtype is torch.float16)
         self._model: Any = tuned.module
         if distributed.world_size > 1:
             self._model = torch.nn.parallel.DistributedDataParallel(
@@ -231,7 +229,7 @@ class Finetuning:
                 logit = self._model(pixels)
             loss = self._loss_sum(logit, target) / part.weight
             scaled = self._scaler.scale(loss * self._distributed.world_size)  # DDP averages
-            scaled.backward()
+            scaled.backward()  # type: ignore[no-untyped-call]
         self._sums[0] += loss.detach().double() * part.weight
         if part.is_last:
             self._sums[1] += part.weight if self._distributed.rank == 0 else 0.0
@@ -359,8 +357,8 @@ class Finetuning:
 
         sums = self._all_reduce(self._sums)
         tensors = {f"network.{name}": t for name, t in self.tuned.tensors().items()}
-        for kind, group in (("ema", self._ema), ("best", self._best)):
-            tensors |= {f"{kind}.{name}": t for name, t in group.items()}
+        for kind, copies in (("ema", self._ema), ("best", self._best)):
+            tensors |= {f"{kind}.{name}": t for name, t in copies.items()}
         for number, group in enumerate(self._groups):
             for name, parameter in zip(group.names, group.parameters, strict=True):
                 for kind, value in self._optimizer.state[parameter].items():
