@@ -33,6 +33,7 @@ from arrowhead.finetuning.trainer import Clock, Finetuning, Samples
 from arrowhead.runtime.worker import Worker
 from arrowhead.training import checkpoint, dataset
 from arrowhead.training.batches import DistributedContext
+from arrowhead.training.checkpoint import Checkpoint
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, InMemoryFeatures, Trial
 
@@ -141,18 +142,8 @@ def run_finetune(
         training = make_training(worker, cache, samples, tuned, request)
         groups = network.describe_groups(tuned, request.config)
         _report(worker, {"groups": groups, "steps_per_epoch": training.plan.steps_per_epoch})
-        if saved:
-            training.load(saved.tensors, saved.facts)
-            for line in training.history:
-                _report(worker, {"epoch": line["epoch"], "line": line})
-            _report(worker, {"resumed_after": training.step, "of": training.plan.steps})
-        first_step = training.step
-        saver = _Saver(worker, folder, {"key": key, "run_id": run_id}, request.config)
-        while not training.finished:
-            before = len(training.history)
-            training.train(saver)
-            line = training.history[before]
-            _report(worker, {"epoch": before, "line": line, "rate": training.rate_factor()})
+        note = {"key": key, "run_id": run_id}
+        first_step = _train(worker, training, saved, _Saver(worker, folder, note, request.config))
     images = (training.step - first_step) * request.config.global_batch
     seconds = perf_counter() - began
     return {
@@ -164,6 +155,22 @@ def run_finetune(
         "images_per_second": images / seconds,
         "key": key,
     }
+
+
+def _train(worker: Worker, training: Finetuning, saved: Checkpoint | None, saver: _Saver) -> int:
+    """Train to the end, from a checkpoint if there is one; the step at which this began."""
+    if saved:
+        training.load(saved.tensors, saved.facts)
+        for line in training.history:
+            _report(worker, {"epoch": line["epoch"], "line": line})
+        _report(worker, {"resumed_after": training.step, "of": training.plan.steps})
+    first_step = training.step
+    while not training.finished:
+        before = len(training.history)
+        training.train(saver)
+        line = training.history[before]
+        _report(worker, {"epoch": before, "line": line, "rate": training.rate_factor()})
+    return first_step
 
 
 def make_training(
