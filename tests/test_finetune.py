@@ -179,9 +179,9 @@ def test_workers_drop_what_one_worker_drops():
 
 
 @pytest.fixture(scope="module")
-def finetuned(drawn, tracked, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+def finetuned(drawn, add_mlflow_db, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The folder of a command that fine-tuned a small network on drawn images, and its result."""
-    folder = tracked(tmp_path_factory.mktemp("finetuned"))
+    folder = add_mlflow_db(tmp_path_factory.mktemp("finetuned"))
     words = ["finetune", str(drawn), str(folder / "out"), *BODY_FLAGS, "--epochs", "2"]
     words += ["--rates", "1e-6,1e-5,1e-3", "--batch-size", "16", "--ema", "0.9"]
     return folder, run(folder, words)

@@ -37,6 +37,7 @@ PAGES = [
             "backbones",
             "heads",
             "race",
+            "finetune",
             "examine",
             "score",
             "slices",

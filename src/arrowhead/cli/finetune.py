@@ -21,12 +21,10 @@ from arrowhead.cli.app import (
 )
 from arrowhead.cli.options import (
     Data,
-    Launch,
     Out,
     Output,
-    Registry,
     Report,
-    Tracking,
+    RunFlags,
     TunedImages,
     Tuning,
 )
@@ -38,9 +36,6 @@ from arrowhead.features import backbone
 from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.finetuning.augmentation import AugmentConfig
 from arrowhead.output_paths import check_output_folder
-from arrowhead.runtime.ray_cluster import LaunchConfig
-from arrowhead.tracking.client import TrackingConfig
-from arrowhead.tracking.registry import RegistryConfig
 
 # What a bundle decides: these flags have no effect with --from.
 BODY_FLAGS = {"body", "weights", "mean", "std", "pool", "accept_license"}
@@ -61,9 +56,7 @@ def finetune(
     ] = None,
     images: Annotated[TunedImages, Parameter(name="*")] = TunedImages(),
     tuning: Annotated[Tuning, Parameter(name="*")] = Tuning(),
-    launch: Launch = LaunchConfig(),
-    tracking: Tracking = TrackingConfig(),
-    registry: Registry = RegistryConfig(),
+    run: Annotated[RunFlags, Parameter(name="*")] = RunFlags(),
     report: Report = ReportConfig(),
     output: Out = Output(),
 ) -> int:
@@ -89,7 +82,8 @@ def finetune(
     request = _resolve(request, out, base)
     catalog = sources.labelled_catalog(data, request.source)
     sources.check_can_validate(data, catalog)
-    with run_context("finetune", launch, tracking, output, run_file, registry) as context:
+    tracking = run.tracking
+    with run_context("finetune", run.launch, tracking, output, run_file, run.registry) as context:
         if base is None:
             result = commands_finetune.finetune(catalog, out, None, request, settings, context)
         else:

@@ -211,6 +211,15 @@ class TunedImages:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunFlags:
+    """The flags that say where a command runs, and where its run and model are recorded."""
+
+    launch: Launch = LaunchConfig()
+    tracking: Tracking = TrackingConfig()
+    registry: Registry = RegistryConfig()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tuning:
     """The flags of a fine-tuning that say how it trains."""
 

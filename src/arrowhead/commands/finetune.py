@@ -147,7 +147,7 @@ def _train_frozen(
     catalog: Catalog, folder: Path, images: FeatureConfig, study: Study, context: RunContext
 ) -> Base:
     """Train a head on the features of the frozen body, as `fit` does."""
-    context.screen.say("first a head on the frozen body:")
+    context.screen.print("first a head on the frozen body:")
     store, bundle = folder / "store", folder / "bundle"
     with run_context.child_context(context, "frozen") as child:
         precompute.precompute(catalog, store, images, child)
@@ -186,7 +186,7 @@ def _base_metrics(
     import safetensors.torch
     import torch
 
-    context.screen.say(
+    context.screen.print(
         f"{base.path} was trained on other images: its features of these are computed to compare it"
     )
     weights = out / "frozen" / "body.safetensors"
@@ -255,7 +255,7 @@ def _train(
             except OutOfMemoryRefusal as error:
                 if settings.config.batch_size != "auto" or not error.smaller:
                     raise
-                context.screen.say(
+                context.screen.print(
                     f"{error.found} Going on with parts of {error.smaller} images"
                     f" (--micro-batch {error.smaller}); steps still have"
                     f" {request.config.global_batch}."

@@ -10,12 +10,18 @@ state to save. torch's SyncBatchNorm runs on GPUs only, and its dropout has a st
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.overrides import TorchFunctionMode
+
+
+BATCH_NORM_ARGUMENTS = (
+    "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,8 @@ def seen_by_layers(rows: GlobalRows) -> TorchFunctionMode:
                 target: Tensor = args[0]
                 return target.copy_(self._draw(target, float(args[1])))
             if func is functional.batch_norm and rows.workers > 1:
-                return _batch_norm(rows, *args, **kwargs)
+                given = dict(zip(BATCH_NORM_ARGUMENTS, args, strict=False)) | kwargs
+                return _batch_norm(rows, given) if given["training"] else func(*args, **kwargs)
             return func(*args, **kwargs)
 
         def _dropout(
@@ -111,26 +118,18 @@ def _mix(*numbers: int) -> int:
     return int(state[0] >> np.uint64(1))
 
 
-def _batch_norm(
-    rows: GlobalRows,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Batch norm over the rows of all workers (Ioffe & Szegedy, arXiv:1502.03167)."""
+def _batch_norm(rows: GlobalRows, given: Mapping[str, Any]) -> Tensor:
+    """Batch norm over the rows of all workers (Ioffe & Szegedy, arXiv:1502.03167).
+
+    given: the arguments of `torch.nn.functional.batch_norm` by name.
+    """
     import torch
     from torch.distributed.nn.functional import all_reduce
-    from torch.nn import functional
 
-    if not training:
-        return functional.batch_norm(
-            input, running_mean, running_var, weight, bias, False, momentum, eps
-        )
+    input: Tensor = given["input"]
+    running_mean, running_var = given["running_mean"], given["running_var"]
+    weight, bias = given.get("weight"), given.get("bias")
+    momentum, eps = given.get("momentum", 0.1), given.get("eps", 1e-5)
     x = input.float()
     count = rows.total * math.prod(input.shape[2:])
     axes = [axis for axis in range(x.dim()) if axis != 1]

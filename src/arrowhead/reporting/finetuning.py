@@ -31,9 +31,9 @@ class FinetuneReporter:
         if "restart" in report:
             show_restart(report, screen)
         elif "warning" in report:
-            screen.say(report["warning"])
+            screen.print(report["warning"])
         elif "resumed_after" in report:
-            screen.say(f"{report['resumed_after']} of {report['of']} steps done before; going on")
+            screen.print(f"{report['resumed_after']} of {report['of']} steps done before; going on")
         elif "groups" in report and "groups" not in self._reported:
             self._reported.add("groups")
             self._show_groups(report)
@@ -41,13 +41,15 @@ class FinetuneReporter:
             self._reported.add(report["epoch"])
             self._report_epoch(report)
         elif "step" in report:
-            screen.passing(f"epoch {report['epoch']} · step {report['step']} of {report['of']}")
+            screen.print_status(
+                f"epoch {report['epoch']} · step {report['step']} of {report['of']}"
+            )
 
     def show_workers(self, workers: int) -> None:
         """Show how many workers there are, if that is not what was requested."""
         launch = self._context.launch
         if launch.max_workers and str(launch.workers) != str(workers):
-            self._context.screen.say(pluralize(workers, "worker"))
+            self._context.screen.print(pluralize(workers, "worker"))
 
     def send(self) -> None:
         """Record the epochs since the last call, in one request to MLflow."""
@@ -63,7 +65,7 @@ class FinetuneReporter:
             for group in report["groups"]
         ]
         config = self._request.config
-        self._context.screen.say(
+        self._context.screen.print(
             f"fine-tuning {self._request.recipe.body}: weights of the layer groups and their rates:"
             f" {', '.join(parts)} (head) · {pluralize(config.epochs, 'epoch')} of"
             f" {report['steps_per_epoch']} steps"
@@ -75,9 +77,9 @@ class FinetuneReporter:
         best = self._request.config.best
         column = best if best in ("balanced_accuracy", "f1") else column
         if report["epoch"] == 0:
-            screen.say(EPOCH_HEADER + (f"  {column:>8}" if column else ""))
+            screen.print(EPOCH_HEADER + (f"  {column:>8}" if column else ""))
         row = epoch_row(line)
-        screen.say(row + (f"  {line[column]:>{max(8, len(column))}.6f}" if column else ""))
+        screen.print(row + (f"  {line[column]:>{max(8, len(column))}.6f}" if column else ""))
         values = dict(line)
         if "rate" in report:
             values["rate_factor"] = report["rate"]
@@ -102,7 +104,7 @@ def show_comparison(
         loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         figures.append(f"{what} {metrics[name]:.4f}, loss {loss}")
     kept = "the fine-tuned bundle is kept" if is_better else "the frozen one is kept"
-    screen.say(
+    screen.print(
         f"fine-tuned: {figures[0]} · frozen head: {figures[1]} (same"
         f" {tuned['images']} validation images): {kept}"
     )
