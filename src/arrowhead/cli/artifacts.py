@@ -226,7 +226,8 @@ def _print_bundle(facts: dict[str, Any], screen: Screen) -> None:
     from arrowhead.evaluation import calibration
 
     screen.print(
-        f"{facts['bundle']}: {facts['task']}, {pluralize(len(facts['classes']), 'class', 'classes')} ·"
+        f"{facts['bundle']}: {facts['task']},"
+        f" {pluralize(len(facts['classes']), 'class', 'classes')} ·"
         f" {facts['bytes'] / 1e6:.1f} MB · fingerprint {facts['fingerprint']}"
     )
     screen.print(
