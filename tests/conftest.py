@@ -24,6 +24,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Two test processes share the cores. OpenMP threads that spin while they wait make tests five times
 # slower; threads that sleep give the same results.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Likewise, the threads of OpenBLAS make fits of small matrices by SciPy four times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 # Files whose tests take minutes (Ray, killed processes). They start first, so that the two test
@@ -181,11 +183,25 @@ def photo_store(
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> MakeBundle:
-    """A function that saves a random ResNet18, a random head and 3 golden images as a bundle."""
+    """A function that saves a random network, a random head and 3 golden images as a bundle.
+
+    Each call gives a folder of its own; what was computed for the same arguments is copied.
+    """
 
     def save(
-        head: str = "linear", *, pool: str = "avg", name: str = "resnet18", **fields: Any
+        head: str = "linear", *, pool: str = "avg", name: str = "shufflenet_v2_x0_5", **fields: Any
     ) -> Path:
+        path = tmp_path_factory.mktemp("bundles") / "bundle"
+        key = repr((head, pool, name, sorted(fields.items())))
+        if key not in originals:
+            originals[key] = tmp_path_factory.mktemp("bundles") / "bundle"
+            save_bundle(originals[key], head, pool, name, fields)
+        shutil.copytree(originals[key], path)
+        return path
+
+    originals: dict[str, Path] = {}
+
+    def save_bundle(path: Path, head: str, pool: str, name: str, fields: dict[str, Any]) -> None:
         import torch
 
         from arrowhead.bundle import format as bundle_format
@@ -227,9 +243,7 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) ->
             GoldenImage(name=f"{i}.img", data=data, feature=feature, probabilities=prob)
             for i, (data, feature, prob) in enumerate(zip(images, feature_ND, prob_NC, strict=True))
         ]
-        path = tmp_path_factory.mktemp("bundles") / "bundle"
         bundle_format.save(replace(result, golden=golden), path)
-        return path
 
     return save
 

@@ -42,9 +42,14 @@ from arrowhead.runtime.worker import Worker
 from arrowhead.training import heads
 
 KINDS: dict[str, dict[str, Any]] = {
-    "linear": {"head": "linear"},
-    "lesson on concat": {"head": "lesson", "pool": "concat"},
-    "several labels": {"multi": True, "thresholds": [0.2, 0.5, 0.7], "temperature": 0.8},
+    "linear": {"name": "resnet18"},
+    "lesson on concat": {"name": "resnet18", "head": "lesson", "pool": "concat"},
+    "several labels": {
+        "name": "resnet18",
+        "multi": True,
+        "thresholds": [0.2, 0.5, 0.7],
+        "temperature": 0.8,
+    },
 }
 FORMATS = ["onnx", "pt2"]
 
@@ -388,7 +393,7 @@ def test_the_head_folds_into_the_last_layer_of_every_family(body: str, tmp_path:
     ("kind", "reason"),
     [
         ({"head": "lesson"}, "its head is lesson"),
-        ({"head": "linear", "pool": "concat"}, "pooled with concat"),
+        ({"name": "mobilenet_v3_small", "pool": "concat"}, "pooled with concat"),
     ],
 )
 def test_a_bundle_that_torchvision_cannot_express_is_refused_with_the_reason(
