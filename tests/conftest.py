@@ -44,6 +44,12 @@ SLOW_FILES = [
 ]
 
 
+def slow_params(*values: Any) -> list[Any]:
+    """Values of a parametrized test, tuples if it has several parameters, for `make test-slow`."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow files first and keep the order of the others."""
     position = {name: at for at, name in enumerate(SLOW_FILES)}
@@ -54,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fork_decoder_processes() -> Iterator[None]:
     """Fork decoder processes from a server with the imports done, when tests run in parallel.
 
-    test_guard.py, and a file that is run alone, start them as the product does.
+    A file that is run alone starts them as the product does.
     """
     from arrowhead.decode import worker_process
 

@@ -10,6 +10,7 @@ Use subprocess for a test that depends on what differs from a new interpreter:
   test process; a command with other values is refused. Variables that Ray and Intel's libraries
   set themselves are not compared.
 - /proc shows the command line and environment of the server.
+- A sitecustomize.py on PYTHONPATH runs after the imports of the server.
 - Signals have their default handlers, even where the test process ignores them.
 - A fork frees no objects at exit, and strings hash alike in all forks of a server.
 
@@ -143,9 +144,7 @@ class Server:
 
     def differs(self, env: Mapping[str, str]) -> bool:
         """Whether a new interpreter with this environment would differ from a fork."""
-        paths = map(Path, env.get("PYTHONPATH", "").split(":"))
-        customized = any((path / "sitecustomize.py").is_file() for path in paths)
-        return customized or _import_environment(env) != self._environment
+        return _import_environment(env) != self._environment
 
     def fork(self, request: dict[str, Any], fds: Mapping[int, int]) -> int:
         """Start a child of this process and return its pid.
@@ -264,17 +263,24 @@ def execute(words: list[str]) -> None:
     """Do what `python` does with these arguments."""
     while words[0] == "-P":
         words = words[1:]
+    sys.argv = words[1:] if words[0] == "-m" else ["-c", *words[2:]] if words[0] == "-c" else words
+    run_sitecustomize()
     if words[0] == "-m":
-        sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
-        sys.argv = ["-c", *words[2:]]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(words[1], "<string>", "exec"), main.__dict__)
     else:
-        sys.argv = words
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         runpy.run_path(words[0], run_name="__main__")
+
+
+def run_sitecustomize() -> None:
+    """Run a file of this name on PYTHONPATH, as a new interpreter does before its imports."""
+    for path in filter(None, os.environ.get("PYTHONPATH", "").split(":")):
+        file = Path(path) / "sitecustomize.py"
+        if file.is_file():
+            exec(compile(file.read_text(), file, "exec"), {"__name__": "sitecustomize"})
 
 
 def exit_interpreter(error: BaseException | None) -> None:

@@ -87,14 +87,21 @@ def test_file_descriptors_are_passed_on_under_their_numbers_however_high():
         os.close(read)
 
 
-def test_variables_read_on_import_are_refused_and_decoders_get_a_new_interpreter(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("print('read')\n")
-    for other in ({"PYTHONUTF8": "0"}, {"PYTHONPATH": str(tmp_path)}):
-        with pytest.raises(AssertionError, match="an interpreter of its own"):
-            forks.run([*PYTHON, "pass"], env=os.environ | other)
-    pipe = subprocess.PIPE
-    with forks.Decoders.Popen([*PYTHON, "pass"], env=os.environ | other, stdout=pipe) as process:
-        assert process.communicate()[0] == b"read\n"
+def test_variables_read_on_import_are_refused_and_decoders_get_a_new_interpreter():
+    other = os.environ | {"PYTHONUTF8": "0"}
+    with pytest.raises(AssertionError, match="an interpreter of its own"):
+        forks.run([*PYTHON, "pass"], env=other)
+    code, pipe = "import sys; print(sys.flags.utf8_mode)", subprocess.PIPE
+    with forks.Decoders.Popen([*PYTHON, code], env=other, stdout=pipe) as process:
+        assert process.communicate()[0] == b"0\n"
+
+
+def test_a_fork_runs_the_sitecustomize_on_its_path_first(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; print(sys.argv)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [*PYTHON, "print('main')", "a"]
+    completed = forks.run(command, env=environment, capture_output=True, text=True)
+    assert completed.stdout == "['-c', 'a']\nmain\n"
 
 
 def test_a_fork_handles_ctrl_c_though_the_tests_ignore_it():

@@ -63,8 +63,9 @@ if sys.argv[0] == "-c":
 """
 
 
-@pytest.fixture(autouse=True)
-def _start_new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start decoder processes as the product does, where their start is what is tested."""
     monkeypatch.setattr(worker_process, "subprocess", subprocess)
 
 
@@ -312,6 +313,7 @@ def test_a_stream_that_is_abandoned_does_not_affect_the_next(
         assert _check_stream(decoder, [Batch(photos[28:])], clean) == []
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_closing_a_decoder_ends_its_process(photos: list[bytes]) -> None:
     decoder = _decoder()
     decoder(photos[:1], _ids(photos[:1]))
@@ -363,6 +365,7 @@ def test_the_decoder_process_ends_if_its_parent_is_killed(
             os.kill(child or parent.pid, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_a_child_that_cannot_start_is_refused_in_three_parts(
     sabotaged: Callable[[str], None], photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +412,7 @@ def _killing(
         thread.join()
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_a_child_killed_while_it_starts_is_started_again(
     photos: list[bytes], clean: dict[bytes, bytes]
 ) -> None:

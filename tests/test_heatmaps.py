@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import slow_params
 from PIL import Image
 from torch import nn
 
@@ -30,7 +33,25 @@ AVERAGING_BODIES = ["resnet18", "densenet121", "regnet_y_400mf", "swin_t"]
 OTHER_BODIES = ["mobilenet_v3_small", "convnext_tiny", "vit_b_32"]
 AVERAGING_BODIES_OF_TIMM = ["timm/resnet10t", "timm/swinv2_cr_tiny_ns_224"]
 OTHER_BODIES_OF_TIMM = ["timm/convnext_atto", "timm/vit_tiny_patch16_224", "timm/test_vit3"]
+LARGE_BODIES = {"densenet121", "swin_t", "convnext_tiny", "vit_b_32"}
+LARGE_BODIES |= {"timm/swinv2_cr_tiny_ns_224", "timm/vit_tiny_patch16_224"}
 ORIENTATIONS = range(1, 9)
+
+load = functools.cache(backbone.load)
+
+
+def bodies(*names: str) -> list[Any]:
+    """Parameters of a test: networks that take seconds are tested by `make test-slow`."""
+    small = [name for name in names if name not in LARGE_BODIES]
+    return [*small, *slow_params(*(name for name in names if name in LARGE_BODIES))]
+
+
+@functools.cache
+def width_of(config: BodyConfig, size: int) -> int:
+    """The number of features."""
+    weights = load(config)
+    norm = {"mean": weights.mean, "std": weights.std}
+    return Body(config.body, weights.state, pool=config.pool, size=size, **norm).width
 
 
 def make_body(
@@ -44,9 +65,8 @@ def make_body(
 ) -> Bundle:
     """A bundle of three classes with a random head, and a random body by default."""
     config = BodyConfig(body=body, weights=weights, pool=pool, mean=mean, std=mean)
-    loaded, pixel_config = backbone.load(config), PixelConfig(**{"size": 96} | pixels)
-    norm, size = {"mean": loaded.mean, "std": loaded.std}, pixel_config.size
-    width = Body(body, loaded.state, pool=pool, size=size, **norm).width
+    loaded, pixel_config = load(config), PixelConfig(**{"size": 96} | pixels)
+    width = width_of(config, pixel_config.size)
     state = heads.build_head(head, width, 3, seed=4).state_dict()
     generator = torch.Generator().manual_seed(1)
     for name, tensor in state.items():  # as after training: not the identity
@@ -97,7 +117,7 @@ def assert_maps_add_up(bundle: Bundle, photos: list[bytes]) -> None:
             assert np.ptp(heatmap.map) > 1e-3, "the same everywhere"
 
 
-@pytest.mark.parametrize("body", AVERAGING_BODIES)
+@pytest.mark.parametrize("body", bodies(*AVERAGING_BODIES))
 def test_mean_of_a_cam_plus_bias_is_the_logit_that_scoring_computes(body, photos):
     assert_maps_add_up(make_body(body), photos)
 
@@ -109,10 +129,10 @@ def test_mean_of_a_cam_plus_bias_is_the_logit_with_pretrained_weights(mobilenet,
     assert_maps_add_up(bundle, [path.read_bytes() for path in paths])
 
 
-@pytest.mark.parametrize("body", [*AVERAGING_BODIES, *OTHER_BODIES])
+@pytest.mark.parametrize("body", bodies(*AVERAGING_BODIES, *OTHER_BODIES))
 def test_features_beside_a_map_are_those_of_the_body(body):
     config = BodyConfig(body=body, weights="random")
-    loaded = backbone.load(config)
+    loaded = load(config)
     net = Body(body, loaded.state, pool="avg", mean=loaded.mean, std=loaded.std, size=224)
     generator = torch.Generator().manual_seed(2)
     pixels_BCHW = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8, generator=generator)
@@ -125,9 +145,9 @@ def test_features_beside_a_map_are_those_of_the_body(body):
         assert torch.allclose(map_BKhw.mean((2, 3)), feature_BD, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("body", [*AVERAGING_BODIES_OF_TIMM, *OTHER_BODIES_OF_TIMM])
+@pytest.mark.parametrize("body", bodies(*AVERAGING_BODIES_OF_TIMM, *OTHER_BODIES_OF_TIMM))
 def test_features_beside_a_map_are_those_of_the_body_of_timm(body):
-    loaded = backbone.load(BodyConfig(body=body, weights="random"))
+    loaded = load(BodyConfig(body=body, weights="random"))
     size = loaded.pixels.side
     net = Body(body, loaded.state, pool="auto", mean=loaded.mean, std=loaded.std, size=size)
     generator = torch.Generator().manual_seed(2)
@@ -146,7 +166,7 @@ def test_maps_of_a_network_of_timm_add_up_to_the_logit(photos):
 
 
 def test_a_network_of_timm_without_map_or_grid_of_tokens_is_refused():
-    loaded = backbone.load(BodyConfig(body="timm/levit_128s", weights="random"))
+    loaded = load(BodyConfig(body="timm/levit_128s", weights="random"))
     net = Body("timm/levit_128s", loaded.state, pool="auto", mean=loaded.mean, std=loaded.std)
     with pytest.raises(ConfigError, match="No feature map was found in timm/levit_128s"):
         feature_maps(net)
@@ -190,7 +210,7 @@ def assert_grad_cam(bundle: Bundle, photos: list[bytes], channel_weights: object
     assert positive
 
 
-@pytest.mark.parametrize("body", OTHER_BODIES)
+@pytest.mark.parametrize("body", bodies(*OTHER_BODIES))
 def test_networks_that_do_more_than_average_get_grad_cam(body, photos):
     bundle = make_body(body, size=224)
     for heatmap in heatmaps.explain(bundle, photos * 3, [0] * 5 + [1] * 5 + [2] * 5):
@@ -283,7 +303,7 @@ def test_the_box_of_a_map_holds_the_pixels_that_the_network_saw(resize, photo):
         assert difference < 3, (name, difference)
 
 
-@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("resize", ["crop", *slow_params("squash", "pad")])
 def test_an_overlay_is_strongest_over_the_bright_square(resize):
     squares = [(0.68, 0.12), (0.25, 0.12), (0.25, 0.62), (0.68, 0.62)]
     cases = [(x, y, turn) for x, y in squares for turn in (1, 3, 6, 8)]
@@ -309,13 +329,15 @@ def test_an_overlay_is_strongest_over_the_bright_square(resize):
     ("body", "first_center", "distance"),
     [
         ("resnet18", 0.5, 32),  # every layer with a stride is centered on its first pixel
-        ("mobilenet_v2", 0.5, 32),
-        ("densenet121", 14.5, 32),  # three poolings of 2 x 2: 2 + 4 + 8 pixels further
-        ("convnext_tiny", 16, 32),
-        ("vit_b_32", 16, 32),
-        ("swin_t", 16, 32),
         ("timm/resnet18", 0.5, 32),
         ("timm/convnext_atto", 16, 32),
+        *slow_params(
+            ("mobilenet_v2", 0.5, 32),
+            ("densenet121", 14.5, 32),  # three poolings of 2 x 2: 2 + 4 + 8 pixels further
+            ("convnext_tiny", 16, 32),
+            ("vit_b_32", 16, 32),
+            ("swin_t", 16, 32),
+        ),
     ],
 )
 def test_positions_of_a_map_lie_at_the_centers_of_their_receptive_fields(

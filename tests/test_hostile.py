@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import slow_params
 from hostile import (
     KINDS,
     Case,
@@ -135,7 +136,8 @@ def test_a_faulty_row_is_black(alone: dict[str, Row]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "bad", "threads", "real"), [(64, 12, 2, False), (32, 6, 1, False), (64, 24, 2, True)]
+    ("size", "bad", "threads", "real"),
+    [(64, 12, 2, False), *slow_params((32, 6, 1, False), (64, 24, 2, True))],
 )
 def test_broken_and_good_files_in_a_batch_are_decoded_as_when_alone(
     size: int,
@@ -293,7 +295,8 @@ def _decode_among_good(
         yield from (row for place, row in enumerate(rows) if place not in places)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("JPEG", 10_000), ("other", 10_000)])
+@pytest.mark.parametrize("kind", ["JPEG", "other"])
+@pytest.mark.parametrize("count", [2_000, *slow_params(10_000)])
 def test_mutated_files_are_decoded_or_faults_and_the_same_in_every_order(
     kind: str, count: int, photos: list[bytes], decoder: SubprocessDecoder
 ) -> None:
