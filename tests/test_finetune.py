@@ -179,10 +179,10 @@ def test_workers_drop_what_one_worker_drops():
 
 
 @pytest.fixture(scope="module")
-def finetuned(drawn, add_mlflow_db, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+def finetuned(image_folder, add_mlflow_db, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The folder of a command that fine-tuned a small network on drawn images, and its result."""
     folder = add_mlflow_db(tmp_path_factory.mktemp("finetuned"))
-    words = ["finetune", str(drawn), str(folder / "out"), *BODY_FLAGS, "--epochs", "2"]
+    words = ["finetune", str(image_folder), str(folder / "out"), *BODY_FLAGS, "--epochs", "2"]
     words += ["--rates", "1e-6,1e-5,1e-3", "--batch-size", "16", "--ema", "0.9"]
     return folder, run(folder, words)
 
@@ -298,7 +298,7 @@ def test_parts_of_a_step_give_its_gradient(training):
 
 
 def test_a_lack_of_memory_says_which_flag_helps_or_halves_the_parts(
-    finetuned, drawn, tmp_path, monkeypatch, capsys
+    finetuned, image_folder, tmp_path, monkeypatch, capsys
 ):
     folder, _ = finetuned
     original = FinetuneNetwork.__init__
@@ -313,7 +313,7 @@ def test_a_lack_of_memory_says_which_flag_helps_or_halves_the_parts(
         self.module.register_forward_pre_hook(check)
 
     monkeypatch.setattr(FinetuneNetwork, "__init__", with_little_memory)
-    words = ["finetune", str(drawn), "again", "--from", "out/frozen/bundle", "--epochs", "1"]
+    words = ["finetune", str(image_folder), "again", "--from", "out/frozen/bundle", "--epochs", "1"]
     words += ["--rates", "1e-5"]
     result = run(folder, words)
     said = capsys.readouterr().err
@@ -325,3 +325,30 @@ def test_a_lack_of_memory_says_which_flag_helps_or_halves_the_parts(
         main([*words, "--batch-size", "16"])
     assert exit_info.value.code == 2
     assert "add --micro-batch 8" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- in Python
+
+
+def test_the_lessons_calls_unfreeze_and_train_by_layer_groups(image_folder, tmp_path, monkeypatch):
+    from arrowhead import Images, Learner
+
+    monkeypatch.chdir(tmp_path)
+    images = Images.from_folder(image_folder)
+    learn = Learner("shufflenet_v2_x0_5", images, head="linear", weights="random", size=64)
+    learn.fit(0.01, 1)
+    frozen = learn.store.recipe.weights
+    learn.unfreeze()
+    before = {name: value.copy() for name, value in learn._trained.state.items()}
+    curve = learn.lr_find(steps=20, seeds=1, high=1e-2)
+    assert np.isfinite(curve.losses[0, :5]).all()
+    assert learn.store.recipe.weights == frozen
+    assert all(np.array_equal(value, before[n]) for n, value in learn._trained.state.items())
+    learn.freeze_to(1)
+    history = learn.fit([1e-6, 1e-5, 1e-4], 2, cycle_len=1, cycle_mult=2)
+    assert [one["epoch"] for one in history] == [0, 1, 2]
+    assert learn.store.recipe.weights != frozen
+    assert learn.predict().shape == (18, 3)
+    assert learn.save("bundle")["images"] == 18
+    learn.freeze()
+    assert len(learn.fit(0.01, 2)) == 2

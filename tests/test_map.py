@@ -36,6 +36,7 @@ ORDER = [
     "demo",
     "doctor",
     "keyword_settings",
+    "unfrozen",
     "notebook",
     "cli",
 ]

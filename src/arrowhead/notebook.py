@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead import unfrozen
 from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle import resolve
 from arrowhead.commands import examine as commands_examine
@@ -50,9 +51,9 @@ from arrowhead.keyword_settings import (
     replace_fields,
 )
 from arrowhead.output_paths import check_output_folder
-from arrowhead.printable import encodable_text, escape_control_chars
+from arrowhead.printable import escape_control_chars
 from arrowhead.reporting import run_context
-from arrowhead.reporting.run_context import RunContext, SilentScreen
+from arrowhead.reporting.run_context import PrintingScreen, RunContext
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.lr_finder import Curve, FinderConfig
@@ -62,14 +63,6 @@ from arrowhead.training.trainer import TrainedHead
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
-
-
-class _PrintingScreen(SilentScreen):
-    """A screen that prints lines with `print`."""
-
-    def print(self, line: str) -> None:
-        """Print a line."""
-        print(encodable_text(escape_control_chars(line)))  # noqa: T201
 
 
 class Images:
@@ -254,15 +247,17 @@ class Learner:
         self._tracking = (
             TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None
         )
-        self._context = RunContext(screen=_PrintingScreen())
+        self._context = RunContext(screen=PrintingScreen())
         self._trained: TrainedHead | None = None
         self._cached_predictor: Predictor | None = None
         self._cached_ranking: ImageRanking | None = None
+        self._trained_from: int | None = None  # layer group; None: the body is frozen
         with python_refusals():
             config = feature_config.complete_from_store(folder, config, given)
             sources.check_can_validate(images.path, images.catalog)
             precompute.precompute(images.path, folder, config, self._context)
-        self.store = images._store = Store(folder)
+        self._folder, self.store = folder, Store(folder)
+        images._store = self.store
 
     @staticmethod
     def load(path: str | Path) -> Classifier:
@@ -287,20 +282,38 @@ class Learner:
             f" {len(self.images.classes)} classes): {status}"
         )
 
+    def unfreeze(self) -> None:
+        """Let `fit` and `lr_find` train all layers from now on, on augmented images."""
+        self.freeze_to(0)
+
+    def freeze_to(self, group: int) -> None:
+        """Let `fit` and `lr_find` train the layer groups from this number on; -1: only the head."""
+        self._fitted()
+        self._trained_from = group
+
+    def freeze(self) -> None:
+        """Let `fit` and `lr_find` train the head alone again, on stored features."""
+        self._trained_from = None
+
     def fit(
-        self, rate: float, epochs: int, *, fresh: bool = False, **overrides: Any
+        self, rate: float | Sequence[float], epochs: int, *, fresh: bool = False, **overrides: Any
     ) -> list[dict[str, float]]:
-        """Train the head, by default at a constant learning rate.
+        """Train the head, by default at a constant learning rate; after `unfreeze` the body, too.
 
         Args:
-            rate: The learning rate.
-            epochs: Passes over the training images.
+            rate: The learning rate; after `unfreeze` also one for each layer group, from the first
+                layers to the head: [1e-4, 1e-3, 1e-2].
+            epochs: Passes over the training images; after `unfreeze`, with cycle_len, the number of
+                cycles, as in fast.ai.
             fresh: Start with new weights; otherwise a second call continues from the first.
-            overrides: Other fields of `TrainConfig`, such as schedule="one-cycle" or dropout=0.5.
+            overrides: Other fields of `TrainConfig`, such as schedule="one-cycle" or dropout=0.5;
+                after `unfreeze` those of `FinetuneConfig` and `AugmentConfig`.
 
         Returns:
             One dict of metrics per epoch.
         """
+        if self._trained_from is not None:
+            return self._fit_unfrozen(rate, epochs, overrides)
         overrides.setdefault("schedule", "constant")
         with python_refusals(), self._run("fit") as context:
             before = self._config
@@ -347,11 +360,31 @@ class Learner:
         """
         with python_refusals(), self._run("lr-find") as context:
             finder = FinderConfig(**check_settings(overrides, FinderConfig))
-            curve = train.find_learning_rate(self.store.path, self._config, finder, context)
+            if self._trained_from is None:
+                curve = train.find_learning_rate(self.store.path, self._config, finder, context)
+            else:
+                settings = unfrozen.settings({"freeze_to": self._trained_from})
+                curve = self._unfrozen().find_learning_rate(settings, finder, context)
         fields = {f.name: getattr(curve, f.name) for f in dataclasses.fields(curve)}
         drawn_curve = DrawnCurve(**fields)
         examine_figures.display(examine_figures.lr_figure(drawn_curve))
         return drawn_curve
+
+    def _fit_unfrozen(
+        self, rate: float | Sequence[float], epochs: int, overrides: dict[str, Any]
+    ) -> list[dict[str, float]]:
+        """Train the layer groups that are not frozen; the store is then that of the tuned body."""
+        with python_refusals(), self._run("finetune") as context:
+            given = overrides | {"freeze_to": self._trained_from}
+            settings = unfrozen.settings(given, rate, epochs)
+            store, self._trained, history = self._unfrozen().fit(settings, context)
+        self.store = self.images._store = store
+        self._close_predictor()
+        return history
+
+    def _unfrozen(self) -> unfrozen.Unfrozen:
+        folder = self._folder.with_name(f"{self._folder.name}.unfrozen")
+        return unfrozen.Unfrozen(self.store, self._fitted(), self._config, folder)
 
     def save(self, path: str | Path) -> dict[str, Any]:
         """Save the trained head and its body as a bundle for `arrowhead score`.

@@ -44,8 +44,6 @@ from arrowhead.training.config import TrainConfig
 from arrowhead.training.study import Study
 from arrowhead.training.trainer import TrainedHead
 
-LICENSE_ACCEPTED = {"accept_license": True}  # asked when the base was made
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSettings:
@@ -110,10 +108,10 @@ def finetune(
         decoded = pixel_cache.build_pixel_cache(
             catalog, out / "pixels", images, settings.cache, child
         )
-    request, trained = _train(out, origin, recipe, settings, context)
-    body = _write_body(out, origin, recipe, request, trained)
-    body_config = BodyConfig(**_body_flags(recipe), weights=str(body), accept_license=True)
-    store_path = _tuned_store(out / "store", body_config, recipe)
+    request, trained = train_network(out, origin, recipe, settings, context)
+    body = write_body(out, origin, recipe, request, trained)
+    body_config = BodyConfig(**body_settings(recipe), weights=str(body), accept_license=True)
+    store_path = tuned_store(out / "store", body_config, recipe)
     images = dataclasses.replace(images, body=body_config)
     with run_context.child_context(context, "extract") as child:
         precompute.precompute(catalog, store_path, images, child)
@@ -163,7 +161,8 @@ def _pixels(recipe: Recipe, images: FeatureConfig) -> Any:
     return dataclasses.replace(extract.make_pixel_config(recipe), **limits)
 
 
-def _body_flags(recipe: Recipe) -> dict[str, Any]:
+def body_settings(recipe: Recipe) -> dict[str, Any]:
+    """The fields of `BodyConfig` that a recipe decides, besides the weights."""
     return {
         "body": recipe.body,
         "pool": recipe.pool if recipe.pool in (*networks.MAP_POOLS, "cls", "cls+avg") else "auto",
@@ -193,8 +192,8 @@ def _base_metrics(
     with fileio.atomic_write(weights) as draft:
         draft.write_bytes(safetensors.torch.save(dict(base.bundle.body_state)))
     recipe = base.bundle.recipe.single_view()
-    body = BodyConfig(**_body_flags(recipe), weights=str(weights), accept_license=True)
-    path = _tuned_store(out / "frozen" / "store", body, recipe)
+    body = BodyConfig(**body_settings(recipe), weights=str(weights), accept_license=True)
+    path = tuned_store(out / "frozen" / "store", body, recipe)
     with run_context.child_context(context, "frozen") as child:
         precompute.precompute(catalog, path, dataclasses.replace(images, body=body), child)
     valid = Store(path).features("valid")
@@ -216,24 +215,13 @@ def _base_metrics(
 # ---------------------------------------------------------------------------- the training
 
 
-def _train(
+def train_network(
     out: Path, base: Base, recipe: Recipe, settings: FinetuneSettings, context: RunContext
 ) -> tuple[Request, dict[str, Any]]:
     """Fine-tune, in smaller parts if the memory is too small for a step; see `run_finetune`."""
     folder = train.checkpoint_dir_of(out / "bundle")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{BODY}{name}": t for name, t in base.bundle.body_state.items()}
-    tensors |= {f"{HEAD}{name}": t for name, t in base.bundle.head_state.items()}
-    request = Request(
-        recipe=recipe,
-        architecture=base.bundle.head,
-        classes=tuple(base.bundle.classes),
-        config=settings.config,
-        augment=settings.augment,
-        start=finetuning_run.save_start(folder, tensors),
-    )
+    request = make_request(out, base, recipe, settings)
     root = context.root_run.run_id if context.root_run else None
-    reporter = FinetuneReporter(request, context)
     with run_context.child_context(context, "train") as child:
         reporter = FinetuneReporter(request, child)
         _log_settings(request, base, child)
@@ -267,6 +255,22 @@ def _train(
     return request, result
 
 
+def make_request(out: Path, base: Base, recipe: Recipe, settings: FinetuneSettings) -> Request:
+    """Write the weights to start from beside the checkpoints of OUT; what the workers are given."""
+    folder = train.checkpoint_dir_of(out / "bundle")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{BODY}{name}": t for name, t in base.bundle.body_state.items()}
+    tensors |= {f"{HEAD}{name}": t for name, t in base.bundle.head_state.items()}
+    return Request(
+        recipe=recipe,
+        architecture=base.bundle.head,
+        classes=tuple(base.bundle.classes),
+        config=settings.config,
+        augment=settings.augment,
+        start=finetuning_run.save_start(folder, tensors),
+    )
+
+
 def _log_settings(request: Request, base: Base, context: RunContext) -> None:
     values = {f"finetune.{k}": v for k, v in request.config.parameters().items()}
     values |= {f"augment.{k}": v for k, v in dataclasses.asdict(request.augment).items()}
@@ -277,7 +281,7 @@ def _log_settings(request: Request, base: Base, context: RunContext) -> None:
 # ------------------------------------------------------------------------------ the result
 
 
-def _write_body(
+def write_body(
     out: Path, base: Base, recipe: Recipe, request: Request, trained: dict[str, Any]
 ) -> Path:
     """Write the tuned body with its origin: a file for `--weights`."""
@@ -309,7 +313,7 @@ def _tuned_source(source: str) -> str:
     return source if source.startswith(prefix) else prefix + (source or "weights not recorded")
 
 
-def _tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
+def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
     """Where the features of this body are stored.
 
     A store of other weights that an earlier fine-tuning left there is replaced; that of a frozen

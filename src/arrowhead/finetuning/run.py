@@ -124,21 +124,13 @@ def run_finetune(
     Raises:
         OutOfMemoryRefusal: A part of a step does not fit into the device's memory.
     """
-    import safetensors.torch
-
     began = perf_counter()
     cache = PixelCache(cache_path)
     samples = load_samples(cache, request)
     key = request.key(cache)
     saved = checkpoint.newest(folder, key, lambda text: _report(worker, {"warning": text}))
     with _memory_refusal(worker, request.config):
-        tuned = FinetuneNetwork(
-            request.recipe.to_dict(),
-            request.architecture,
-            len(request.classes),
-            safetensors.torch.load_file(folder / START_FILE),
-            worker.device,
-        )
+        tuned = load_network(folder, request, worker.device)
         training = make_training(worker, cache, samples, tuned, request)
         groups = network.describe_groups(tuned, request.config)
         _report(worker, {"groups": groups, "steps_per_epoch": training.plan.steps_per_epoch})
@@ -171,6 +163,19 @@ def _train(worker: Worker, training: Finetuning, saved: Checkpoint | None, saver
         line = training.history[before]
         _report(worker, {"epoch": before, "line": line, "rate": training.rate_factor()})
     return first_step
+
+
+def load_network(folder: Path, request: Request, device: str) -> FinetuneNetwork:
+    """The network with the weights to start from."""
+    import safetensors.torch
+
+    return FinetuneNetwork(
+        request.recipe.to_dict(),
+        request.architecture,
+        len(request.classes),
+        safetensors.torch.load_file(folder / START_FILE),
+        device,
+    )
 
 
 def make_training(

@@ -205,18 +205,25 @@ class Finetuning:
         """
         epoch = len(self.history)
         done = self.step - epoch * self.plan.steps_per_epoch
-        parts = list(self.plan.parts(epoch, done))
-        pixels = self._batches.augmented(epoch, [part.rows for part in parts])
-        for part, batch in zip(parts, pixels, strict=True):
-            self.train_part(part, batch)
+        for part, pixels in self.batches(epoch, done):
+            self.train_part(part, pixels)
             if part.is_last:
                 self.step += 1
                 after_step(self)
         self._end_epoch(epoch)
         after_step(self)
 
-    def train_part(self, part: Part, pixels: Tensor) -> None:
-        """Add the gradients of a part; with the last part of a step, update the weights."""
+    def batches(self, epoch: int, first_step: int) -> Iterator[tuple[Part, Tensor]]:
+        """The parts of an epoch from one of its steps on, with their augmented pixels."""
+        parts = list(self.plan.parts(epoch, first_step))
+        pixels = self._batches.augmented(epoch, [part.rows for part in parts])
+        yield from zip(parts, pixels, strict=True)
+
+    def train_part(self, part: Part, pixels: Tensor, factor: float | None = None) -> None:
+        """Add the gradients of a part; with the last part of a step, update the weights.
+
+        factor: of the peak learning rates; None: that of the schedule.
+        """
         import torch
 
         label = self.samples.label[part.rows].to(self._device)
@@ -233,7 +240,10 @@ class Finetuning:
         self._sums[0] += loss.detach().double() * part.weight
         if part.is_last:
             self._sums[1] += part.weight if self._distributed.rank == 0 else 0.0
-            self._update(part.step)
+            if factor is None:
+                progress = part.step / self.plan.steps
+                factor = schedule.lr_factor(progress, self.config, self.config.epochs)
+            self._update(factor)
             with torch.no_grad():
                 self._update_average(part.step)
 
@@ -262,11 +272,10 @@ class Finetuning:
             target_BC = target_BC * weights
         return -(target_BC * logit_BC.log_softmax(1)).sum()
 
-    def _update(self, step: int) -> None:
-        """One step of the optimizer along the gradients."""
+    def _update(self, factor: float) -> None:
+        """One step of the optimizer along the gradients, at `factor` of the peak rates."""
         import torch
 
-        factor = schedule.lr_factor(step / self.plan.steps, self.config, self.config.epochs)
         for settings, group in zip(self._optimizer.param_groups, self._groups, strict=True):
             settings["lr"] = group.lr * factor
         self._scaler.unscale_(self._optimizer)
@@ -284,15 +293,19 @@ class Finetuning:
         for name, tensor in network.trained_float_tensors(self.tuned).items():
             self._ema[name].lerp_(tensor, 1 - decay)
 
+    def take_loss(self) -> float:
+        """The mean loss of the images since the last call, over all workers."""
+        loss, weight = self._all_reduce(self._sums).tolist()
+        self._sums.zero_()
+        return float(loss / weight)
+
     def rate_factor(self) -> float:
         """The learning rate of the next step as a factor of its peak."""
         progress = min(self.step, self.plan.steps - 1) / self.plan.steps
         return schedule.lr_factor(progress, self.config, self.config.epochs)
 
     def _end_epoch(self, epoch: int) -> None:
-        loss, weight = self._all_reduce(self._sums).tolist()
-        self._sums.zero_()
-        line = {"epoch": epoch, "train_loss": loss / weight} | self.validate()
+        line = {"epoch": epoch, "train_loss": self.take_loss()} | self.validate()
         self.history.append(line)
         best = self.config.best
         sign = -1 if best == "valid_loss" else 1

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from arrowhead.printable import encodable_text, escape_control_chars
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.run import Run
 
@@ -44,6 +45,14 @@ class SilentScreen:
     def bar(self, title: str, total: int) -> Iterator[Advance]:
         """Ignore the progress."""
         yield lambda done, faults, bottleneck: None
+
+
+class PrintingScreen(SilentScreen):
+    """A screen that prints lines with `print`."""
+
+    def print(self, line: str) -> None:
+        """Print a line."""
+        print(encodable_text(escape_control_chars(line)))  # noqa: T201
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
