@@ -273,7 +273,11 @@ def _fsync(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
     with atomic_write(path) as draft_file:
-        draft_file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        draft_file.write_text(_json_text(content))
+
+
+def _json_text(content: Any) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def jsonable(value: Any) -> Any:
@@ -302,7 +306,13 @@ def read_json(path: Path) -> Any:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically, with a hash of its content under the key "seal"."""
-    write_json(path, {**content, "seal": _seal(content)})
+    with atomic_write(path) as draft_file:
+        draft_file.write_text(sealed(content))
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """The text that `write_sealed` writes."""
+    return _json_text({**content, "seal": _seal(content)})
 
 
 def read_sealed(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from arrowhead import fileio, output_paths
 from arrowhead.bundle.known_images import KnownImages
+from arrowhead.data import remote_folder
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.evaluation.novelty import NoveltyDetector
 from arrowhead.features import store_format
@@ -260,6 +261,7 @@ def draft(path: Path, previous: Path | None = None) -> Iterator[Path]:
         ConfigError: If `path` holds something other than a bundle, or the disk is full.
     """
     check_replaceable(path)
+    replaces = previous if path.exists() else None
     with fileio.atomic_folder(path, previous) as folder:
         (folder / REPORT_FOLDER).mkdir()
         yield folder
@@ -267,6 +269,10 @@ def draft(path: Path, previous: Path | None = None) -> Iterator[Path]:
             (folder / REPORT_FOLDER).rmdir()
         if not (folder / "bundle.json").is_file():
             raise AssertionError("no bundle was written")
+    for one in (replaces, path):
+        if one is not None:
+            content = read_bundle_json(one / "bundle.json", str(one))
+            remote_folder.of(one).publish("bundle.json", content["sha256"])
 
 
 def save(bundle: Bundle, path: Path, previous: Path | None = None) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
 from arrowhead import fileio
 from arrowhead.bundle import format as bundle_format
-from arrowhead.data import path_text, reading
+from arrowhead.data import mirrors, path_text, reading, remote_folder
 from arrowhead.errors import DataError
 from arrowhead.tracking import registry
 from arrowhead.tracking.client import TrackingConfig
@@ -48,6 +49,19 @@ def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
     return Path(os.fsdecode(path_text.unescape_path(root))) if "://" in address else Path(address)
 
 
+def refresh_mirror(path: Path) -> None:
+    """Fetch the bundle of a mirror that a command will replace, or remove one that the store does
+    not have any more. Does nothing for a path on a disk.
+    """
+    if (uri := mirrors.uri_of(path)) is None:
+        return
+    if not remote_folder.of(path).note_version("bundle.json"):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    if not remote_folder.of(path).has_version("bundle.json"):
+        _download(partial(reading.download_file, path_text.resolve(uri)), uri, path)
+
+
 def _download(fetch: registry.Fetch, address: str, target: Path) -> Path:
     with fileio.atomic_folder(target) as folder:
         try:
@@ -58,12 +72,24 @@ def _download(fetch: registry.Fetch, address: str, target: Path) -> Path:
         for name, digest in content["sha256"].items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                fetch(name, folder / name)
-            except FileNotFoundError as error:
-                raise DataError(
-                    f"{address} is incomplete: {name} is missing.",
-                    "every file that bundle.json names.",
-                    "copy the bundle there again, or train again.",
-                ) from error
-            bundle_format.check_sha256(folder / name, digest, f"{address}/{name}")
+                _fetch_file(fetch, name, folder / name, digest, address)
+            except (FileNotFoundError, DataError):
+                try:  # the bundle was replaced a moment ago
+                    staged = remote_folder.staged_key(digest)
+                    _fetch_file(fetch, staged, folder / name, digest, address)
+                except (FileNotFoundError, DataError):
+                    _fetch_file(fetch, name, folder / name, digest, address)
     return target
+
+
+def _fetch_file(fetch: registry.Fetch, name: str, target: Path, digest: str, address: str) -> None:
+    """Fetch a file of a bundle and compare its hash."""
+    try:
+        fetch(name, target)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{address} is incomplete: {name} is missing.",
+            "every file that bundle.json names.",
+            "copy the bundle there again, or train again.",
+        ) from error
+    bundle_format.check_sha256(target, digest, f"{address}/{name}")

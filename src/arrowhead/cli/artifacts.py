@@ -27,6 +27,7 @@ from arrowhead.cli.options import (
     WatchedTracking,
 )
 from arrowhead.cli.screen import Screen
+from arrowhead.data import remote_folder
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.tracking.registry import RegistryConfig
 from arrowhead.wording import pluralize, shell_command
@@ -44,7 +45,7 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
     """
     from arrowhead.features import inspect
 
-    facts = inspect.info(store)
+    facts = inspect.info(store := remote_folder.local(store))
     if output.json:
         print_result(facts)
         return 0
@@ -85,7 +86,7 @@ def verify(store: StorePath, *, output: Out = Output()) -> int:
     """
     from arrowhead.features import inspect
 
-    findings = inspect.verify(store)
+    findings = inspect.verify(store := remote_folder.local(store))
     _show_findings(findings, output)
     damaged = any(finding.damage for finding in findings)
     if not output.json:
@@ -109,7 +110,7 @@ def gc(
     """
     from arrowhead.features import inspect
 
-    findings = inspect.gc(store, remove=yes)
+    findings = inspect.gc(remote_folder.local(store), remove=yes)
     _show_findings(findings, output)
     if not output.json:
         files = pluralize(len(findings), "file")

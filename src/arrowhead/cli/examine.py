@@ -10,9 +10,9 @@ from cyclopts import Parameter
 from arrowhead.bundle import resolve
 from arrowhead.cli.app import finish, run_context, show_written
 from arrowhead.cli.options import BundleAddress, Examine, Out, Output, StorePath, Tracking
+from arrowhead.data import remote_folder
 from arrowhead.examine.config import ExamineConfig
 from arrowhead.features.store import Store
-from arrowhead.output_paths import check_output_folder, expand_user
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 
@@ -37,8 +37,8 @@ def examine(
     """
     from arrowhead.commands import examine as commands_examine
 
-    Store(store := expand_user(store))
-    out = check_output_folder(out, "report")
+    Store(store := remote_folder.local(store))
+    out = remote_folder.check_output(out, "report")
     resolve.check_exists(bundle)
     with run_context("examine", LaunchConfig(), tracking, output) as context:
         result = commands_examine.examine(store, bundle, out, config, context, tracking)

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from arrowhead import printable
+from arrowhead.data import mirrors
 from arrowhead.printable import ENCODING_ERRORS
 from arrowhead.wording import pluralize
 
@@ -44,7 +45,8 @@ class Screen:
     def print(self, line: str) -> None:
         """Print a line, with control characters made visible."""
         self._clear_status()
-        self.console.print(printable.escape_control_chars(line), markup=False, soft_wrap=True)
+        line = printable.escape_control_chars(mirrors.show(line))
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def print_status(self, line: str) -> None:
         """On a terminal, show a line that the next one replaces, at most ten a second."""
@@ -55,6 +57,7 @@ class Screen:
         self._status_time = monotonic()
         self._clear_status()
         self._status_shown = True
+        line = mirrors.show(line)
         text = Text(printable.escape_control_chars(line), end="", no_wrap=True, overflow="ellipsis")
         text.truncate(max(self.console.width - 1, 1))
         self.console.print(text, end="", soft_wrap=True)
@@ -68,7 +71,7 @@ class Screen:
     def print_raw(self, line: str) -> None:
         """Print a line for a program to read: without style or wrapping, and flushed."""
         self._clear_status()
-        self.console.file.write(f"{line}\n")
+        self.console.file.write(f"{mirrors.show(line)}\n")
         self.console.file.flush()
 
     @contextmanager

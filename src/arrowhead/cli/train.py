@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from arrowhead.bundle import resolve
 from arrowhead.cli.app import (
     finish,
     given_flags,
@@ -42,7 +43,7 @@ from arrowhead.cli.options import (
     Tracking,
 )
 from arrowhead.cli.screen import Screen
-from arrowhead.data import sources
+from arrowhead.data import remote_folder, sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
@@ -54,7 +55,6 @@ from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.features.store import Store
-from arrowhead.output_paths import check_output_folder, expand_user
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.tracking.registry import RegistryConfig
@@ -96,10 +96,9 @@ def fit(
     """
     from arrowhead.commands import train as commands_train
 
-    out = check_output_folder(out, "results")
-    check_output_folder(out / "store", "store")
-    for folder in bundles(out / "bundle"):
-        check_output_folder(folder, "bundle")
+    out = remote_folder.check_output(out, "results")
+    remote_folder.check_output(out / "store", "store")
+    check_bundle(out / "bundle")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.run_file(out / "bundle", data, images, study)
@@ -151,7 +150,7 @@ def precompute(
     """
     from arrowhead.commands import precompute as commands_precompute
 
-    store = check_output_folder(store, "store")
+    store = remote_folder.check_output(store, "store")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     screen = Screen(to_stderr=output.json)
     images, catalog = _prepare(data, store, images, screen, unlabelled=unlabelled)
@@ -249,8 +248,8 @@ def lr_find(
     from arrowhead.commands import train as commands_train
     from arrowhead.reporting import extraction
 
-    Store(store := expand_user(store))
-    check_output_folder(store, "store")
+    Store(store := remote_folder.local(store))
+    remote_folder.check_output(store, "store")
     with run_context("lr-find", launch, tracking, output) as context:
         extraction.show_store(store, context.screen)
         curve = commands_train.find_learning_rate(store, head, finder, context)
@@ -294,9 +293,8 @@ def train(
     from arrowhead.commands import train as commands_train
     from arrowhead.reporting import extraction
 
-    Store(store := expand_user(store))
-    bundle, previous = bundles(check_output_folder(bundle, "bundle"))
-    check_output_folder(previous, "bundle")
+    Store(store := remote_folder.local(store))
+    bundle = check_bundle(bundle)
     study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.run_file(bundle, store.absolute(), study)
     with run_context("train", launch, tracking, output, run_file, registry) as context:
@@ -319,6 +317,15 @@ def _add_report(
     if report.report:
         result["report"] = commands_examine.report_of_training(store, bundle, context)
     return [Path(result["report"])] if result["report"] else []
+
+
+def check_bundle(path: Path) -> Path:
+    """Check where a bundle will be written, and the bundle that it replaces be kept."""
+    path, previous = bundles(remote_folder.check_output(path, "bundle"))
+    remote_folder.check_output(previous, "bundle")
+    for folder in (path, previous):
+        resolve.refresh_mirror(folder)
+    return path
 
 
 def bundles(path: Path) -> list[Path]:

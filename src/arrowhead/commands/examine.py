@@ -8,11 +8,11 @@ from typing import Any
 
 from arrowhead import fileio
 from arrowhead.bundle import resolve
+from arrowhead.data import remote_folder
 from arrowhead.errors import Refusal
 from arrowhead.examine.config import ExamineConfig
 from arrowhead.examine.report import Report
 from arrowhead.features.store import Store
-from arrowhead.output_paths import check_output_folder
 from arrowhead.reporting.run_context import RunContext
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.wording import shell_command
@@ -50,6 +50,7 @@ def examine(
         bundle = resolve.bundle_folder(str(address), tracking, Path(scratch))
         report = Report(store, bundle, config, str(address), out, context.screen.print_status)
         result = report.write(folder)
+    remote_folder.of(out).publish("report.json")
     for finding in [*result["first"], *result["also"]]:
         context.screen.print(finding)
     run_id = None
@@ -76,10 +77,11 @@ def report_of_training(store: Path, bundle: Path, context: RunContext) -> str | 
     out = report_folder(bundle)
     command = shell_command(["arrowhead", "examine", store, bundle, out])
     try:
-        with fileio.atomic_folder(check_output_folder(out, "report")) as folder:
+        with fileio.atomic_folder(remote_folder.check_output(out, "report")) as folder:
             config, print_status = _quick(store), context.screen.print_status
             report = Report(store, bundle, config, str(bundle), out, print_status)
             result = report.write(folder)
+        remote_folder.of(out).publish("report.json")
     except Refusal as refusal:
         context.screen.print(f"no report: {refusal.found} Do: {refusal.do}")
         return None

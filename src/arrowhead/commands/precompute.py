@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from arrowhead import fileio
 from arrowhead.commands import chunks
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data import drop_list, sources, splits
@@ -138,7 +137,7 @@ def _open_store(
     store = Store.create(path, recipe, images.extract.chunk_size, origin)
     extraction.show_body(store, context.screen)
     if not store.weights_path.is_file():
-        with fileio.atomic_write(store.weights_path) as draft_file:
+        with store.files.atomic_write(store.weights_path) as draft_file:
             draft_file.write_bytes(safetensors.torch.save(weights.state))
     return store, images
 
@@ -154,6 +153,7 @@ def _count_retries(store: Store, catalog: Catalog, max_bytes: int) -> Catalog:
         return catalog
     manifest = store.manifest()
     old_catalog = store.path / manifest["catalog"]["name"]
+    store.files.fetch([old_catalog])
     retried = [one for one in manifest["shards"] if {*RETRIED_FAULTS} & {*one["kinds"]}]
     if not old_catalog.is_file() or not (retried or manifest["catalog"]["tries"]):
         return catalog
@@ -201,7 +201,8 @@ def _extract_missing(
     names = [data_chunks.shard_name(catalog, rows, store.recipe.fingerprint) for rows in chunk_rows]
     store.write_pending(catalog.columns())
     extraction.show_taken_back(drop_list.remember(store.path, catalog), context.screen)
-    missing = [i for i, name in enumerate(names) if not store.shard_path(name).is_file()]
+    done = {*store.shard_names()}
+    missing = [i for i, name in enumerate(names) if name not in done]
     total = sum(len(chunk_rows[i]) for i in missing)
     args = store.path, images.pixels, images.extract
     work = chunks.run_chunks(stage, args, missing, total, len(catalog) - total, "extract", context)
@@ -223,6 +224,7 @@ def _commit(
     Returns:
         The manifest, and the catalog with every split and the labels to train on.
     """
+    store.fetch_shards(names)
     shards = [store.read_shard(name) for name in names]
     if [path for rows in shards for path in rows.paths] != listed.paths:
         raise AssertionError("the shards do not hold every file of the catalog once, in order")

@@ -13,6 +13,7 @@ from arrowhead import __version__
 from arrowhead.bundle import build
 from arrowhead.bundle import format as bundle_format
 from arrowhead.commands import precompute
+from arrowhead.data import remote_folder
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.examine import figures
@@ -121,6 +122,8 @@ def find_learning_rate(
         context.run.tags({"recipe": store.recipe.fingerprint, "body": store.recipe.body})
         recording.log_datasets(context.run, Catalog(**store.read_catalog()))
     reporting_training.report_lr_curve(curve, path, context)
+    for name in ("lr_finder.png", "lr_finder.csv"):
+        remote_folder.of(path).upload(path / name)
     return curve
 
 
@@ -196,6 +199,7 @@ def _check_unchanged(store: Store, catalog: str) -> None:
     """Raise ConfigError if the store has another catalog than when the training began; catalog: the
     sha256 of that. The head would have learned other labels than it is evaluated by.
     """
+    store.files.refresh()
     if store.manifest()["catalog"]["sha256"] != catalog:
         raise ConfigError(
             f"the labels or images of {store.path} were changed during the training.",

@@ -14,8 +14,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from arrowhead import fileio
-from arrowhead.data import named_files, path_text, reading
+from arrowhead.data import named_files, path_text, reading, remote_folder
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.wording import pluralize
@@ -66,10 +65,10 @@ def remember(store: Path, catalog: Catalog) -> int:
     file = store / DROPPED_FILE
     before = _read_paths(str(file), catalog.root) if file.is_file() else set()
     if not catalog.dropped:
-        file.unlink(missing_ok=True)
+        remote_folder.of(store).remove(file)
     elif before != set(catalog.dropped):
         lines = [f"./{path}" if path.startswith("#") else path for path in catalog.dropped]
-        with fileio.atomic_write(file) as draft:
+        with remote_folder.of(store).atomic_write(file) as draft:
             draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(before.intersection(catalog.paths)) if before else 0
 

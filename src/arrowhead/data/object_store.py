@@ -35,7 +35,7 @@ def list_objects(uri: str) -> list[StoredObject]:
 
     Raises the store's own exceptions; ConfigError if its library is not installed.
     """
-    store, top = _open_store(uri)
+    store, top = open_store(uri)
     if not hasattr(store, "call_s3"):
         return [
             (name[len(top) + 1 :], _size(store, info), _stamp(info))
@@ -101,12 +101,12 @@ def read_object(
         part: Only the bytes from the first number up to the second, which must be in the object;
             fewer bytes come if it ends before.
     """
-    store, top = _open_store(uri)
+    store, top = open_store(uri)
     if hasattr(store, "call_s3"):
         result: tuple[bytes, str | None] = _read_s3_object(store, f"{top}/{key}", check, part)
         return result
     # gcsfs retries requests and downloads itself, for a minute: our retries would multiply them.
-    for pause in RETRY_DELAYS_SECONDS if not _is_google(store) else (None,):
+    for pause in RETRY_DELAYS_SECONDS if not is_google(store) else (None,):
         try:
             return _read_fsspec_object(store, f"{top}/{key}", check, part)
         except (FileNotFoundError, PermissionError):
@@ -122,7 +122,7 @@ def read_object(
 
 def stat_object(uri: str, key: str) -> tuple[int, int]:
     """Size and stamp of an object. Raises the store's own exceptions."""
-    store, top = _open_store(uri)
+    store, top = open_store(uri)
     name = f"{top}/{key}"
     info = store.info(name)
     if info.get("type") != "file":
@@ -137,7 +137,7 @@ def _read_fsspec_object(
     bounds = {} if part is None else {"start": part[0], "end": part[1]}
     info = store.info(name)
     size, stamp = _size(store, info), _stamp(info)
-    if _is_google(store):  # reads this generation even if the object is overwritten meanwhile
+    if is_google(store):  # reads this generation even if the object is overwritten meanwhile
         if fault := check(size, stamp):
             return b"", fault
         pinned: bytes = store.cat_file(name, generation=info["generation"], **bounds)
@@ -195,7 +195,7 @@ def read_first_bytes(uri: str, keys: Sequence[str], count: int) -> list[bytes | 
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    store, top = _open_store(uri)
+    store, top = open_store(uri)
 
     def read_start(key: str) -> bytes | None:
         try:
@@ -213,8 +213,15 @@ def read_first_bytes(uri: str, keys: Sequence[str], count: int) -> list[bytes | 
 
 def download(uri: str, key: str, target: Path) -> None:
     """Copy an object to the disk. Raises the store's own exceptions."""
-    store, top = _open_store(uri)
+    store, top = open_store(uri)
     store.get_file(f"{top}/{key}", os.fspath(target))
+
+
+def run(store: Any, function: Callable[[], Any]) -> Any:
+    """Run a coroutine function of an asynchronous store to its end."""
+    from fsspec.asyn import sync
+
+    return sync(store.loop, function)
 
 
 def error_summary(error: Exception) -> str:
@@ -224,7 +231,7 @@ def error_summary(error: Exception) -> str:
     return "".join(char if char.isprintable() else "?" for char in line)
 
 
-def _open_store(uri: str) -> tuple[Any, str]:
+def open_store(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path of the root in it."""
     scheme = uri.partition(":")[0]
     # A changed environment (another profile or endpoint) needs another connection.
@@ -266,7 +273,8 @@ def _connect(scheme: str, pid: int, environment: tuple[tuple[str, str], ...]) ->
     return store
 
 
-def _is_google(store: Any) -> bool:
+def is_google(store: Any) -> bool:
+    """Whether a store is Google Cloud Storage."""
     return "gs" in ((store.protocol,) if isinstance(store.protocol, str) else store.protocol)
 
 

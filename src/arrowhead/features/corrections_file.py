@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arrowhead import arrow_io
+from arrowhead import arrow_io, fileio
 from arrowhead.errors import DataError
-from arrowhead.features.store_format import RESTORE_CORRECTIONS
+from arrowhead.features.store_format import CORRECTIONS_NAME, RESTORE_CORRECTIONS
 
 OPTIONAL = ("undone", "undone_by")  # null in rows that are in effect
 
@@ -70,3 +70,19 @@ def read_corrections(path: Path) -> dict[str, list[Any]]:
     for name in ("old", "new"):
         columns[name] = [tuple(names) for names in columns[name]]
     return columns
+
+
+def read_newest(folder: Path) -> dict[str, list[Any]]:
+    """The longest history among those in a folder whose hash is that in their name; {} if none."""
+    newest: dict[str, list[Any]] = {}
+    newest_key = (0, 0)
+    for path in sorted(folder.glob("corrections-*.arrow")):
+        name = CORRECTIONS_NAME.fullmatch(path.name)
+        if not name or not fileio.sha256(path).startswith(name[1]):
+            continue
+        columns = read_corrections(path)
+        # A history only grows: by rows, and by marks that a row was undone.
+        key = len(columns["path"]), sum(when is not None for when in columns["undone"])
+        if key > newest_key:
+            newest, newest_key = columns, key
+    return newest

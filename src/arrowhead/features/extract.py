@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from arrowhead.data import chunks as data_chunks
+from arrowhead.data import mirrors
 from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import CROPPED_UPRIGHT, Interpolation, PixelConfig
 from arrowhead.decode.worker_process import SubprocessDecoder
@@ -167,7 +168,7 @@ def make_pixel_config(recipe: Recipe) -> PixelConfig:
 
 def extract(worker: Worker, path: Path, pixels: PixelConfig, config: ExtractConfig) -> None:
     """Write the shard of every chunk that this worker takes from the store's pending catalog."""
-    store = Store(path)
+    store = Store(mirrors.here(path))
     body = load_body(store.recipe, store.weights_path, worker.device)
     write_shards(worker, store, body, pixels, config)
 
@@ -271,9 +272,9 @@ class FeatureCache:
         finished = (store.path / "manifest.json").is_file()
         listed = {shard["name"] for shard in store.manifest()["shards"]} if finished else set()
         store.check_unlisted_shards()
-        return FeatureCache(
-            [store.read_shard(name, check=name not in listed) for name in store.shard_names()]
-        )
+        names = store.shard_names()
+        store.fetch_shards(names)
+        return FeatureCache([store.read_shard(name, check=name not in listed) for name in names])
 
     def get(self, image_id: bytes) -> NDArray[Any] | None:
         """The features of an image, (V, D); None if no shard holds it."""

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from arrowhead import fileio
 from arrowhead.data.catalog import Catalog
 from arrowhead.features.store import Store
 
@@ -62,7 +61,7 @@ def save_candidates(
         MAX_BYTES, _read_unchanged(catalog, image_ids, candidates, copied)
     ):
         if row not in copied:
-            with fileio.atomic_write(store.golden_path(image_ids[row].hex())) as temporary:
+            with store.files.atomic_write(store.golden_path(image_ids[row].hex())) as temporary:
                 temporary.write_bytes(data)
         names.append(image_ids[row].hex())
     return names

@@ -82,7 +82,7 @@ def info(path: Path) -> dict[str, Any]:
         "distinct": len(contents),
         "by_class": {name: dict(counts) for name, counts in sorted(by_class.items())},
         "shards": len(manifest["shards"]),
-        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "bytes": store.files.size(),
         "root": catalog.root,
         "corrections": {
             "labels": len(catalog.source_labels),
@@ -98,6 +98,7 @@ def verify(path: Path) -> list[Finding]:
     has changed.
     """
     store = Store(path)
+    store.files.fetch_all(again=True)
     manifest = store.manifest()
     findings = list(_check_files(store))
     findings += _check_rows(store, manifest, {finding.path for finding in findings})
@@ -226,6 +227,7 @@ def gc(path: Path, *, remove: bool) -> list[Finding]:
     """
     store = Store(path)
     with store.lock():
+        store.files.fetch_all()
         findings = [one for one in find_unneeded(store) if one.kind in ("draft", "leftover")]
         for finding in findings:
             folder = Path(finding.path).parent
@@ -236,5 +238,6 @@ def gc(path: Path, *, remove: bool) -> list[Finding]:
                     "check the files there yourself, or replace the link by the folder itself.",
                 )
         for finding in findings if remove else []:
-            fileio.remove_path(Path(finding.path))
+            unneeded = Path(finding.path)
+            store.files.remove(unneeded) if unneeded.is_file() else fileio.remove_path(unneeded)
     return findings

@@ -32,7 +32,7 @@ import os
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +42,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import fileio, output_paths
+from arrowhead.data import remote_folder
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import catalog_file, corrections_file, shard_file, store_format
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.shard_file import PIXEL_DTYPE, ShardRows
 from arrowhead.features.store_format import (
-    CORRECTIONS_NAME,
     EXTRACT_AGAIN,
     FORMAT,
     IMAGE_ID,
@@ -84,32 +84,26 @@ class Features:
         return self.label.ndim == 2
 
 
-def _suggest_store(path: Path) -> str:
-    """What to do about a folder that is not a store."""
-    is_bundle = (path / "bundle.json").is_file()
-    store = (path.parent if is_bundle else path) / "store"  # beside the bundle, in the OUT of fit
-    if (store / "store.json").is_file():
-        return f"give {store}."
-    if is_bundle:
-        return f"{path} is a bundle: give the store that it was trained on."
-    return f"run `arrowhead precompute DATA {path}` first."
-
-
 class Store:
-    """A directory of features with the same recipe. Opens an existing one; `create` makes it."""
+    """A directory of features with the same recipe. Opens an existing one; `create` makes it.
+
+    `files` carries the files of a store in an object store (`data.remote_folder`).
+    """
 
     dtype = "float16"
     """That of the recipes of such stores."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files = remote_folder.of(path)
+        self.files.refresh()
         self._checked: set[str] = set()  # files whose sha256 (or content) was found right
         self._manifest: tuple[tuple[int, ...], dict[str, Any]] | None = None
         if not (path / "store.json").is_file():
             raise ConfigError(
                 f"{path} is not a feature store: it has no store.json.",
                 "a folder written by `arrowhead precompute`, or the store in the OUT of `fit`.",
-                _suggest_store(path),
+                store_format.suggest_store(path),
             )
         output_paths.check_utf8(path)
         content = store_format.read_sealed(path / "store.json")
@@ -135,6 +129,8 @@ class Store:
 
         Raises ConfigError if it exists with another recipe.
         """
+        files = remote_folder.of(path)
+        files.refresh()
         if (path / "store.json").is_file():
             store = cls(path)
             store.recipe.require_equal(recipe, str(path), "this run")
@@ -143,7 +139,8 @@ class Store:
         content: dict[str, Any] = {"recipe": recipe.to_dict(), "chunk_size": chunk_size}
         content |= {"weights": origin} if origin else {}
         content |= {"format": FORMAT, "fingerprint": recipe.fingerprint}
-        fileio.write_sealed(path / "store.json", content)
+        with files.atomic_write(path / "store.json", guarded=True) as draft:
+            draft.write_text(fileio.sealed(content))
         return cls(path)
 
     def lock(
@@ -153,7 +150,7 @@ class Store:
 
         warn: called with a sentence if the file system has no locks.
         """
-        return fileio.folder_lock(self.path, warn)
+        return self.files.lock(warn)
 
     @property
     def weights_path(self) -> Path:
@@ -166,12 +163,18 @@ class Store:
 
     def shard_names(self) -> list[str]:
         """Names of all shards on the disk, including those left over from an earlier catalog."""
-        return sorted(path.stem for path in (self.path / "shards").glob("*.arrow"))
+        names = self.files.names("shards")
+        return sorted(name[:-6] for name in names if name.endswith(".arrow") and name[0] != ".")
+
+    def fetch_shards(self, names: Iterable[str]) -> None:
+        """Fetch shards that will be read, several at a time; of a store on a disk: nothing."""
+        self.files.fetch(self.shard_path(name) for name in names)
 
     def write_shard(self, name: str, rows: ShardRows) -> None:
         """Write a shard, and its sha256 into digests/ until a manifest lists it."""
         shard_file.write_shard(self.shard_path(name), rows, self.recipe)
-        self._record_hash(self.shard_path(name))
+        self._record_hash(self.shard_path(name))  # before the shard: its name means that it is done
+        self.files.upload(self.shard_path(name))
 
     def read_shard(self, name: str, *, check: bool = False) -> ShardRows:
         """Read a shard after comparing its sha256.
@@ -191,6 +194,7 @@ class Store:
         """Write the catalog of an extraction that starts; `columns`: see `Catalog.columns`."""
         catalog_file.write_catalog(self.pending_path, columns)
         self._record_hash(self.pending_path)
+        self.files.upload(self.pending_path)
 
     def read_pending(self) -> dict[str, Any]:
         """Read what `write_pending` wrote; raises DataError if it has changed."""
@@ -206,17 +210,18 @@ class Store:
 
     def delete_pending(self) -> None:
         """Delete the pending catalog of an extraction that is complete."""
-        self.pending_path.unlink()
-        self._hash_path(self.pending_path).unlink(missing_ok=True)
+        self.files.remove(self.pending_path)
+        self.files.remove(self._hash_path(self.pending_path))
 
     def _hash_path(self, path: Path) -> Path:
         return self.path / "digests" / path.stem
 
     def _record_hash(self, path: Path) -> None:
-        with fileio.atomic_write(self._hash_path(path)) as temporary:
+        with self.files.atomic_write(self._hash_path(path)) as temporary:
             temporary.write_text(fileio.sha256(path) + "\n")
 
     def _recorded_hash(self, path: Path) -> str | None:
+        self.files.fetch([self._hash_path(path)])
         try:
             digest = self._hash_path(path).read_text(errors="replace").strip()
         except FileNotFoundError:
@@ -230,10 +235,12 @@ class Store:
         """
         listed = self._manifest_hashes()
         paths = [self.shard_path(name) for name in self.shard_names() if name not in listed]
+        self.files.refresh("digests")
         self._check_content([path for path in paths if self._recorded_hash(path) is None])
 
     def _check_content(self, paths: Sequence[Path]) -> None:
         unchecked = [path for path in paths if path.name not in self._checked]
+        self.files.fetch(unchecked)
         shard_file.check_content(unchecked)
         for path in unchecked:
             self._checked.add(path.name)
@@ -257,8 +264,14 @@ class Store:
             digest, witness = self._recorded_hash(path), str(self._hash_path(path))
         if digest is None:
             self._check_content([path] if path.is_file() else [])
-        elif f"{path.name} {digest}" not in self._checked:
-            fileio.check_sha256(path, digest, recorded_in=witness, repair=EXTRACT_AGAIN)
+        elif f"{path.name} {digest}" not in self._checked or not path.is_file():
+            self.files.fetch([path])
+            try:
+                fileio.check_sha256(path, digest, recorded_in=witness, repair=EXTRACT_AGAIN)
+            except DataError:
+                if not self.files.fetch_again(path):
+                    raise
+                fileio.check_sha256(path, digest, recorded_in=witness, repair=EXTRACT_AGAIN)
             self._checked.add(f"{path.name} {digest}")
 
     def manifest(self) -> dict[str, Any]:
@@ -296,11 +309,9 @@ class Store:
         Raises DataError if one has changed, since its features would be reused and listed in a new
         manifest. A missing shard is no error: it is extracted again.
         """
-        existing = {
-            name: digest
-            for name, digest in self._manifest_hashes().items()
-            if self.shard_path(name).is_file()
-        }
+        names = {*self.shard_names()}
+        existing = {name: sha for name, sha in self._manifest_hashes().items() if name in names}
+        self.fetch_shards(existing)
         for name, digest in existing.items():
             self._check_hash(self.shard_path(name), digest)
         return existing
@@ -319,6 +330,7 @@ class Store:
         if names is None:
             return None
         images = {}
+        self.files.fetch(self.golden_path(name) for name in names)
         for name in names:
             with suppress(OSError):
                 data = self.golden_path(name).read_bytes()
@@ -350,6 +362,7 @@ class Store:
             DataError: the content of a shard that is not in `intact` has changed.
         """
         entries = []
+        self.fetch_shards(names)
         for name in names:
             rows = self.read_shard(name, check=name not in intact)
             kinds = Counter(fault.partition(":")[0] for fault in rows.faults if fault)
@@ -366,7 +379,7 @@ class Store:
         manifest = {"format": FORMAT, "shards": entries, "golden": list(golden)}
         manifest = self._publish(manifest, columns, corrections)
         for file in self.unused_golden(golden):
-            file.unlink()
+            self.files.remove(file)
         return manifest
 
     def commit_labels(
@@ -397,8 +410,9 @@ class Store:
             published["corrections"] = self._write_hashed(
                 "corrections", lambda file: corrections_file.write_corrections(file, corrections)
             )
-        fileio.write_sealed(self.path / "manifest.json", published)
-        with fileio.atomic_write(self.path / "catalog.arrow") as temporary:
+        with self.files.atomic_write(self.path / "manifest.json", guarded=True) as temporary:
+            temporary.write_text(fileio.sealed(published))
+        with self.files.atomic_write(self.path / "catalog.arrow") as temporary:
             shutil.copyfile(self.path / catalog["name"], temporary)
         return published
 
@@ -412,7 +426,7 @@ class Store:
             DataError: The history is missing or has changed.
         """
         if not (self.path / "manifest.json").is_file():
-            return self._newest_corrections()
+            return corrections_file.read_newest(self.path)
         entry = self.manifest().get("corrections")
         if entry is None:
             return {}
@@ -422,26 +436,12 @@ class Store:
         )
         return corrections_file.read_corrections(path)
 
-    def _newest_corrections(self) -> dict[str, list[Any]]:
-        """The longest history among the files of the store whose hash is that in their name."""
-        newest: dict[str, list[Any]] = {}
-        newest_key = (0, 0)
-        for path in sorted(self.path.glob("corrections-*.arrow")):
-            name = CORRECTIONS_NAME.fullmatch(path.name)
-            if not name or not fileio.sha256(path).startswith(name[1]):
-                continue
-            columns = corrections_file.read_corrections(path)
-            # A history only grows: by rows, and by marks that a row was undone.
-            key = len(columns["path"]), sum(when is not None for when in columns["undone"])
-            if key > newest_key:
-                newest, newest_key = columns, key
-        return newest
-
     def unused_golden(self, names: Sequence[str]) -> list[Path]:
         """Golden images that are not among `names`; none if their folder is a symbolic link."""
         folder = self.path / "golden"
-        files = [] if folder.is_symlink() else sorted(folder.glob("*.img"))
-        return [file for file in files if IMAGE_ID.fullmatch(file.stem) and file.stem not in names]
+        files = [] if folder.is_symlink() else sorted(map(Path, self.files.names("golden")))
+        images = [file for file in files if IMAGE_ID.fullmatch(file.stem) and file.suffix == ".img"]
+        return [folder / file for file in images if file.stem not in names]
 
     def _write_hashed(self, stem: str, write: Callable[[Path], None]) -> dict[str, Any]:
         """Write an Arrow file under a name that contains its hash; the manifest's entry for it."""
@@ -451,6 +451,7 @@ class Store:
             digest = fileio.sha256(temporary)
             path = self.path / f"{stem}-{digest[:16]}.arrow"
             os.replace(temporary, path)
+            self.files.upload(path)
         finally:
             temporary.unlink(missing_ok=True)
         return {"name": path.name, "sha256": digest}
@@ -458,7 +459,9 @@ class Store:
     def verify(self) -> None:
         """Compare every file in the manifest with its hash; DataError for the first difference."""
         self._checked.clear()
-        for path, digest in self.expected_hashes().items():
+        hashes = self.expected_hashes()
+        self.files.fetch(hashes)
+        for path, digest in hashes.items():
             self._check_hash(path, digest)
 
     def expected_hashes(self) -> dict[Path, str]:
@@ -475,6 +478,7 @@ class Store:
         """
         manifest = self.manifest()
         images, done = catalog_file.catalog_table(self._catalog_path(manifest)).num_rows, 0
+        self.fetch_shards(shard["name"] for shard in manifest["shards"])
         for shard in manifest["shards"]:
             rows = self.read_shard(shard["name"])
             done += len(rows.paths)
@@ -510,6 +514,7 @@ class Store:
 
     def _tables(self, manifest: Mapping[str, Any]) -> Iterator[Any]:
         """The tables of the manifest's shards, in catalog order, memory-mapped."""
+        self.fetch_shards(shard["name"] for shard in manifest["shards"])
         for shard in manifest["shards"]:
             self._check_hash(self.shard_path(shard["name"]), shard["sha256"])
             yield shard_file.shard_table(self.shard_path(shard["name"]), self.recipe)

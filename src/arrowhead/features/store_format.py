@@ -70,6 +70,17 @@ MANIFEST_SCHEMA = {
 }
 
 
+def suggest_store(path: Path) -> str:
+    """What to do about a folder that is not a store."""
+    is_bundle = (path / "bundle.json").is_file()
+    store = (path.parent if is_bundle else path) / "store"  # beside the bundle, in the OUT of fit
+    if (store / "store.json").is_file():
+        return f"give {store}."
+    if is_bundle:
+        return f"{path} is a bundle: give the store that it was trained on."
+    return f"run `arrowhead precompute DATA {path}` first."
+
+
 def check_sha256(path: Path, digest: str) -> None:
     """Raise DataError if a file of a store is missing or its sha256 is not `digest`."""
     fileio.check_sha256(path, digest, recorded_in="the manifest", repair=EXTRACT_AGAIN)

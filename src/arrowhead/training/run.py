@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead.data import mirrors
 from arrowhead.features.store import Store
 from arrowhead.runtime.worker import Worker
 from arrowhead.training import (
@@ -62,7 +63,7 @@ def run_study(
         run_id: The MLflow run's id, noted in checkpoints.
     """
     began = perf_counter()
-    store = Store(path)
+    store = Store(mirrors.here(path))
     data, row = load_data(store, worker.device, worker.world_size)
     distributed = DistributedContext(worker.rank, worker.world_size)
     note = {"key": study.key(store), "run_id": run_id}
