@@ -55,10 +55,16 @@ def refresh_mirror(path: Path) -> None:
     """
     if (uri := mirrors.uri_of(path)) is None:
         return
-    if not remote_folder.of(path).note_version("bundle.json"):
+    folder = remote_folder.of(path)
+    if not folder.note_version("bundle.json"):
         shutil.rmtree(path, ignore_errors=True)
         return
-    if not remote_folder.of(path).has_version("bundle.json"):
+    folder.fetch_all()
+    try:
+        content = bundle_format.read_bundle_json(path / "bundle.json", uri)
+        for name, digest in content["sha256"].items():
+            bundle_format.check_sha256(path / name, digest, f"{uri}/{name}")
+    except DataError:  # it is being replaced, or was when its writer was killed
         _download(partial(reading.download_file, path_text.resolve(uri)), uri, path)
 
 

@@ -30,7 +30,7 @@ ENDPOINT_VARIABLES = (
 # `Path` turns s3://bucket into s3:/bucket.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,3}(.*)", re.DOTALL)
 _MIRROR = re.compile(rf"(.*)/{FOLDER}/[0-9a-f]{{8}}/(s3|gs|az)(?:/(.*))?", re.DOTALL)
-# At the start of a word, so that links (file:///…) stay: a browser can open them.
+# Of any machine: at the start of a word, so that links (file:///…) stay: a browser can open them.
 _MIRROR_IN_TEXT = re.compile(
     rf"(?<![^\s'\"(=\[,])/(?:[^\s'\"]*?/)?{FOLDER}/[0-9a-f]{{8}}/(s3|gs|az)/"
 )
@@ -126,4 +126,6 @@ def show(text: str) -> str:
     """A text for people, with addresses in the place of paths in their mirrors."""
     if FOLDER not in text:
         return text
+    ours = re.escape(str(root().parent))
+    text = re.sub(rf"(?<!file://){ours}/[0-9a-f]{{8}}/(s3|gs|az)/", r"\1://", text)
     return _MIRROR_IN_TEXT.sub(r"\1://", text)

@@ -104,10 +104,6 @@ class LocalFolder:
         """Note which version of the marker `publish` will replace. Returns whether there is one."""
         return (self.path / marker).is_file()
 
-    def has_version(self, marker: str) -> bool:
-        """Whether the marker here is the one that `note_version` saw."""
-        return (self.path / marker).is_file()
-
     def remove(self, path: Path) -> None:
         """Remove a file here and in the store."""
         path.unlink(missing_ok=True)
@@ -223,6 +219,7 @@ class RemoteFolder(LocalFolder):
             self._write_marker(marker)
             for file in staged:
                 object_writes.copy(self.uri, staged_key(hashes[self._key(file)]), self._key(file))
+                self._record(file, object_writes.etag(self.uri, self._key(file)))
             kept = {self._key(file) for file in files}
             unneeded = [key for key in listed if key not in kept and not key.startswith(".lock")]
             unneeded += [staged_key(hashes[self._key(file)]) for file in staged]
@@ -243,11 +240,6 @@ class RemoteFolder(LocalFolder):
         etag = object_writes.etag(self.uri, marker)
         self._note(marker, etag)
         return etag != ABSENT
-
-    def has_version(self, marker: str) -> bool:
-        """As `LocalFolder.has_version`."""
-        file = self.path / marker
-        return file.is_file() and object_writes.md5_etag(file) == self._noted().get(marker)
 
     def remove(self, path: Path) -> None:
         """As `LocalFolder.remove`."""

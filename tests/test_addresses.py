@@ -1,0 +1,303 @@
+"""Stores, bundles and reports in an object store: moto's S3 server behind a proxy with faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Bundled, Command, Tracked
+from faulty_proxy import FaultyProxy
+from s3_server import s3_bucket, start_s3_server
+
+from arrowhead import ConfigError
+from arrowhead.bundle import resolve
+from arrowhead.data import mirrors, object_writes, remote_folder
+from arrowhead.data.object_writes import ABSENT, ConditionFailedError
+from arrowhead.tracking.client import TrackingConfig
+
+RECIPE = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "32"]
+PRECOMPUTE = [*RECIPE, "--chunk-size", "16", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[FaultyProxy]:
+    pytest.importorskip("s3fs")
+    for server in start_s3_server():
+        proxy = FaultyProxy(server)
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture
+def bucket(
+    proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, request: Any, tmp_path: Path
+) -> Any:
+    proxy.rule, proxy.done = lambda method, path: "", []
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(object_writes, "RETRY_DELAYS_SECONDS", (0.1, 0.1))
+    return s3_bucket(proxy.address, monkeypatch, request.node.name)
+
+
+def once(fault: str, method: str, part: str) -> Callable[[str, str], str]:
+    """A rule: the first request of this method, with this in its path, has the fault."""
+    left, lock = [fault], threading.Lock()
+
+    def rule(given: str, path: str) -> str:
+        with lock:
+            return left.pop() if given == method and part in path and left else ""
+
+    return rule
+
+
+def contents(bucket: Any, prefix: str) -> dict[str, bytes]:
+    objects = bucket.objects.filter(Prefix=f"{prefix}/")
+    return {one.key.removeprefix(f"{prefix}/"): one.get()["Body"].read() for one in objects}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+# ------------------------------------------------------------------------------- addresses
+
+
+def test_path_in_a_mirror_names_its_address_on_every_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path))
+    folder = mirrors.mirror_of(Path("s3://bucket/a b/store"))  # Path makes s3:/bucket of it
+    assert mirrors.uri_of(folder) == "s3://bucket/a b/store"
+    assert mirrors.uri_of(tmp_path) is None
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path / "another"))
+    assert mirrors.here(folder) == mirrors.mirror_of("s3://bucket/a b/store") != folder
+    shown = mirrors.show(f"{folder}/x, '{folder}' file://{folder}/report.html")
+    assert shown == (
+        f"s3://bucket/a b/store/x, 's3://bucket/a b/store' file://{folder}/report.html"
+    )
+    assert mirrors.mirror_of("file:///data/out%20put") == Path("/data/out put")
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://bucket", "s3://user:hidden@bucket/x", "ftp://host/x", "s3://bucket/../x"]
+)
+def test_address_that_no_folder_can_have_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        mirrors.mirror_of(address)
+    assert "hidden" not in str(refusal.value)
+
+
+def test_refusals_name_the_address_the_cause_and_the_fix(
+    bucket: Any, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"s3://no-such-bucket/x .*no such bucket"):
+        remote_folder.check_output(Path("s3://no-such-bucket/x"), "store")
+    bucket.put_object(Key="photos/cat/1.jpg", Body=b"x")
+    with pytest.raises(ConfigError, match="not of a feature store, such as cat"):
+        remote_folder.check_output(Path(f"s3://{bucket.name}/photos"), "store")
+    proxy.rule = lambda method, path: "403" if method == "PUT" else ""
+    with pytest.raises(ConfigError, match=r"access is denied(?s:.*)give these credentials"):
+        remote_folder.check_output(Path(f"s3://{bucket.name}/x"), "store")
+    proxy.rule = lambda method, path: ""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(ConfigError, match=r"there are no credentials(?s:.*)AWS_PROFILE"):
+        remote_folder.check_output(Path(f"s3://{bucket.name}/x"), "store")
+
+
+# --------------------------------------------------------------------------------- objects
+
+
+@pytest.mark.parametrize("fault", ["503", "slow", "cut upload", "cut answer"])
+def test_upload_survives_a_fault_and_is_whole_or_absent(
+    bucket: Any, proxy: FaultyProxy, tmp_path: Path, fault: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(300_000))
+    uri = f"s3://{bucket.name}/x"
+    proxy.rule = once(fault, "PUT", "/x/object")
+    etag = object_writes.write(uri, "object", file, ABSENT)
+    assert [fault for *_, fault in proxy.done if fault]
+    assert contents(bucket, "x") == {"object": bytes(300_000)}
+    file.write_bytes(b"next")
+    for other in (ABSENT, "0" * 32):
+        with pytest.raises(ConditionFailedError):
+            object_writes.write(uri, "object", file, other)
+    object_writes.write(uri, "object", file, etag)
+    assert contents(bucket, "x") == {"object": b"next"}
+
+
+@pytest.mark.parametrize("fault", ["503", "cut download"])
+def test_download_survives_a_fault(
+    bucket: Any, proxy: FaultyProxy, tmp_path: Path, fault: str
+) -> None:
+    bucket.put_object(Key="x/object", Body=b"y" * 300_000)
+    proxy.rule = once(fault, "GET", "/x/object")
+    object_writes.read(f"s3://{bucket.name}/x", "object", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"y" * 300_000
+
+
+def test_large_file_is_absent_until_all_its_parts_are_there(
+    bucket: Any, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from arrowhead.data import object_versions
+
+    monkeypatch.setattr(object_versions, "PART_BYTES", 5 * 2**20)
+    file = tmp_path / "large"
+    file.write_bytes(b"z" * (11 * 2**20))
+    proxy.rule = lambda method, path: "403" if "partNumber=3" in path else ""
+    with pytest.raises(ConfigError, match="denied"):
+        object_writes.write(f"s3://{bucket.name}/x", "large", file)
+    assert contents(bucket, "x") == {} and list(bucket.multipart_uploads.all()) == []
+    proxy.rule = once("cut upload", "PUT", "partNumber=2")
+    object_writes.write(f"s3://{bucket.name}/x", "large", file)
+    assert contents(bucket, "x")["large"] == file.read_bytes()
+
+
+# --------------------------------------------------------------------------------- folders
+
+
+def test_second_writer_is_refused_and_a_dead_one_replaced(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address = f"s3://{bucket.name}/store"
+    one = remote_folder.of(mirrors.mirror_of(address))
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path / "another machine"))
+    other = remote_folder.of(mirrors.mirror_of(address))
+    with one.lock():
+        refused = pytest.raises(ConfigError, match=f"{address} is being written by another")
+        with refused, other.lock():
+            pass
+    with other.lock():
+        pass
+    lock = {"host": remote_folder.socket.gethostname(), "pid": 2**22 + 1}  # above Linux's largest
+    bucket.put_object(Key="store/.lock", Body=json.dumps(lock).encode())
+    with other.lock():
+        pass
+    assert contents(bucket, "store") == {}
+
+
+def test_manifest_that_another_wrote_meanwhile_is_not_replaced(bucket: Any) -> None:
+    folder = remote_folder.of(mirrors.mirror_of(f"s3://{bucket.name}/store"))
+    with folder.lock():
+        bucket.put_object(Key="store/manifest.json", Body=b"of another")
+        with (
+            pytest.raises(ConfigError, match="was written by another command"),
+            folder.atomic_write(folder.path / "manifest.json", guarded=True) as draft,
+        ):
+            draft.write_text("ours")
+    assert contents(bucket, "store") == {"manifest.json": b"of another"}
+    assert not (folder.path / "manifest.json").exists()
+
+
+# ------------------------------------------------------------------------ stores and bundles
+
+
+@pytest.fixture
+def workdir(tracked: Tracked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The working directory, with an empty mlflow.db."""
+    monkeypatch.chdir(tracked(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def few(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 images of two classes."""
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("baskets", "beads"):
+        (folder / name).mkdir()
+        for photo in sorted(drawn.glob(f"*/{name}/*.jpg"))[:24]:
+            shutil.copy(photo, folder / name / f"{photo.parent.parent.name}-{photo.name}")
+    return folder
+
+
+def test_store_in_a_bucket_has_the_bytes_of_one_on_a_disk(
+    bucket: Any, proxy: FaultyProxy, few: Path, command: Command, workdir: Path
+) -> None:
+    address = f"s3://{bucket.name}/store"
+    command("precompute", few, "store", *PRECOMPUTE)
+    rules = [
+        once("503", "PUT", "/digests/"),
+        once("cut upload", "PUT", "/shards/"),
+        once("cut answer", "PUT", "/manifest.json"),
+        once("slow", "GET", "list-type=2"),
+    ]
+    proxy.rule = lambda method, path: next(filter(None, (r(method, path) for r in rules)), "")
+    result = command("precompute", few, address, *PRECOMPUTE)
+    assert result["store"] == address and str(workdir) not in command.said
+    assert {fault for *_, fault in proxy.done} == {"", "503", "cut upload", "cut answer", "slow"}
+    assert contents(bucket, "store") == files(workdir / "store")
+    assert command("features", "info", address)["features"] == 48
+    # A damaged object is found, although the copy here is intact.
+    shard = next(key for key in contents(bucket, "store") if key.startswith("shards/"))
+    bucket.put_object(Key=f"store/{shard}", Body=b"damaged")
+    assert f"{address}/{shard}" in str(command("features", "verify", address, code=4))
+
+
+@pytest.mark.slow
+def test_training_from_a_bucket_to_a_bucket_gives_the_bundle_of_a_disk(
+    bucket: Any,
+    proxy: FaultyProxy,
+    few: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    workdir: Path,
+) -> None:
+    address, bundle = f"s3://{bucket.name}/store", f"s3://{bucket.name}/bundle"
+    command("precompute", few, "store", *PRECOMPUTE)
+    for name, data in files(workdir / "store").items():
+        bucket.put_object(Key=f"store/{name}", Body=data)
+    proxy.rule = once("cut download", "GET", "/shards/")
+    result = command("train", address, bundle, "--no-report", "--workers", "0")
+    assert (result["bundle"], result["store"]) == (bundle, address)
+    command("train", "store", "bundle", "--no-report", "--workers", "0")
+    ours, theirs = contents(bucket, "bundle"), files(workdir / "bundle")
+    assert ours.keys() == theirs.keys()
+    assert ours["weights.safetensors"] == theirs["weights.safetensors"]
+    # Again from another machine, with nothing in its cache: the bundle is replaced, and kept.
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
+    command("train", address, bundle, "--seed", "1", "--epochs", "3", "--workers", "0")
+    assert "replaces the bundle" in command.said
+    assert contents(bucket, "bundle.previous") == ours
+    assert {"report.html", "report.json"} <= contents(bucket, "bundle.report").keys(), command.said
+    command("bundle", "verify", bundle)
+
+
+@pytest.mark.slow
+def test_bundle_being_replaced_is_the_old_one_or_the_new_one(
+    bucket: Any, proxy: FaultyProxy, bundled: Bundled, tmp_path: Path
+) -> None:
+    """The store refuses every write from one on, as if the writer was killed there."""
+    address = f"s3://{bucket.name}/bundle"
+    folder = mirrors.mirror_of(address)
+    old, new = (bundled(head, name="shufflenet_v2_x0_5") for head in ("linear", "lesson"))
+    found = []
+    for writes in range(8):
+        bucket.objects.all().delete()
+        for name, data in files(old).items():
+            bucket.put_object(Key=f"bundle/{name}", Body=data)
+        shutil.rmtree(folder, ignore_errors=True)
+        remote_folder.check_output(Path(address), "bundle")
+        resolve.refresh_mirror(folder)
+        assert files(folder) == files(old)
+        shutil.rmtree(folder)
+        shutil.copytree(new, folder)
+        left = [True] * writes
+
+        proxy.rule = lambda method, path, left=left: (
+            "403" if method == "PUT" and not (left and left.pop()) else ""
+        )
+        hashes = json.loads((new / "bundle.json").read_text())["sha256"]
+        with suppress(ConfigError):
+            remote_folder.of(folder).publish("bundle.json", hashes)
+        proxy.rule = lambda method, path: ""
+        read = files(resolve.bundle_folder(address, TrackingConfig(), tmp_path / str(writes)))
+        found.append(read == files(new))
+        assert found[-1] or read == files(old)
+    assert not found[0] and found[-1] and sorted(found) == found
+    assert contents(bucket, "bundle") == files(new)
