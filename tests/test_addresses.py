@@ -229,7 +229,7 @@ def test_store_in_a_bucket_has_the_bytes_of_one_on_a_disk(
     ]
     proxy.rule = lambda method, path: next(filter(None, (r(method, path) for r in rules)), "")
     result = command("precompute", few, address, *PRECOMPUTE)
-    assert result["store"] == address and str(workdir) not in command.said
+    assert result["store"] == address and str(workdir) not in command.stderr
     assert {fault for *_, fault in proxy.done} == {"", "503", "cut upload", "cut answer", "slow"}
     assert contents(bucket, "store") == files(workdir / "store")
     assert command("features", "info", address)["features"] == 48
@@ -247,6 +247,7 @@ def test_training_from_a_bucket_to_a_bucket_gives_the_bundle_of_a_disk(
     command: Command,
     monkeypatch: pytest.MonkeyPatch,
     workdir: Path,
+    with_reports: None,
 ) -> None:
     address, bundle = f"s3://{bucket.name}/store", f"s3://{bucket.name}/bundle"
     command("precompute", few, "store", *PRECOMPUTE)
@@ -262,9 +263,9 @@ def test_training_from_a_bucket_to_a_bucket_gives_the_bundle_of_a_disk(
     # Again from another machine, with nothing in its cache: the bundle is replaced, and kept.
     monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
     command("train", address, bundle, "--seed", "1", "--epochs", "3", "--workers", "0")
-    assert "replaces the bundle" in command.said
+    assert "replaces the bundle" in command.stderr
     assert contents(bucket, "bundle.previous") == ours
-    assert {"report.html", "report.json"} <= contents(bucket, "bundle.report").keys(), command.said
+    assert {"report.html", "report.json"} <= contents(bucket, "bundle.report").keys()
     command("bundle", "verify", bundle)
 
 

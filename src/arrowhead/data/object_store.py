@@ -21,7 +21,7 @@ from arrowhead.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 MAX_THREADS = 16
 RETRY_DELAYS_SECONDS = (0.5, 2.0, None)  # None: no further attempt
 # Key below the root, size in bytes, stamp.

@@ -54,9 +54,9 @@ class LocalFolder:
     def fetch(self, paths: Iterable[Path]) -> None:
         """Download those of these files that are not here; those not in the store are left out."""
 
-    def fetch_again(self, path: Path) -> bool:
-        """Replace a file that is damaged here by the one in the store. Returns whether it did."""
-        return False
+    def check_sha256(self, path: Path, digest: str, *, recorded_in: str, repair: str) -> None:
+        """As `fileio.check_sha256`. A file that is missing or damaged here is fetched first."""
+        fileio.check_sha256(path, digest, recorded_in=recorded_in, repair=repair)
 
     def fetch_all(self, *, again: bool = False) -> None:
         """Fetch every file of the store, and remove all others here.
@@ -147,11 +147,12 @@ class RemoteFolder(LocalFolder):
         """As `LocalFolder.fetch`."""
         self._download([path for path in paths if not path.is_file()])
 
-    def fetch_again(self, path: Path) -> bool:
-        """As `LocalFolder.fetch_again`."""
-        path.unlink(missing_ok=True)
-        self._download([path])
-        return path.is_file()
+    def check_sha256(self, path: Path, digest: str, *, recorded_in: str, repair: str) -> None:
+        """As `LocalFolder.check_sha256`."""
+        if not path.is_file() or fileio.sha256(path) != digest:
+            path.unlink(missing_ok=True)
+            self._download([path])
+        fileio.check_sha256(path, digest, recorded_in=recorded_in, repair=repair)
 
     def fetch_all(self, *, again: bool = False) -> None:
         """As `LocalFolder.fetch_all`."""

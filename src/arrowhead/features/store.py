@@ -163,11 +163,11 @@ class Store:
 
     def shard_names(self) -> list[str]:
         """Names of all shards on the disk, including those left over from an earlier catalog."""
-        names = self.files.names("shards")
-        return sorted(name[:-6] for name in names if name.endswith(".arrow") and name[0] != ".")
+        names = map(Path, self.files.names("shards"))
+        return sorted(one.stem for one in names if one.suffix == ".arrow" and one.name[0] != ".")
 
     def fetch_shards(self, names: Iterable[str]) -> None:
-        """Fetch shards that will be read, several at a time; of a store on a disk: nothing."""
+        """Fetch shards of a store in an object store that will be read."""
         self.files.fetch(self.shard_path(name) for name in names)
 
     def write_shard(self, name: str, rows: ShardRows) -> None:
@@ -265,13 +265,7 @@ class Store:
         if digest is None:
             self._check_content([path] if path.is_file() else [])
         elif f"{path.name} {digest}" not in self._checked or not path.is_file():
-            self.files.fetch([path])
-            try:
-                fileio.check_sha256(path, digest, recorded_in=witness, repair=EXTRACT_AGAIN)
-            except DataError:
-                if not self.files.fetch_again(path):
-                    raise
-                fileio.check_sha256(path, digest, recorded_in=witness, repair=EXTRACT_AGAIN)
+            self.files.check_sha256(path, digest, recorded_in=witness, repair=EXTRACT_AGAIN)
             self._checked.add(f"{path.name} {digest}")
 
     def manifest(self) -> dict[str, Any]:
@@ -309,8 +303,8 @@ class Store:
         Raises DataError if one has changed, since its features would be reused and listed in a new
         manifest. A missing shard is no error: it is extracted again.
         """
-        names = {*self.shard_names()}
-        existing = {name: sha for name, sha in self._manifest_hashes().items() if name in names}
+        there = {*self.shard_names()}
+        existing = {name: sha for name, sha in self._manifest_hashes().items() if name in there}
         self.fetch_shards(existing)
         for name, digest in existing.items():
             self._check_hash(self.shard_path(name), digest)
