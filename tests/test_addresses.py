@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bundled, Command, Tracked
+from conftest import AddMlflowDb, Command, MakeBundle
 from faulty_proxy import FaultyProxy
 from s3_server import s3_bucket, start_s3_server
 
@@ -199,19 +199,19 @@ def test_manifest_that_another_wrote_meanwhile_is_not_replaced(bucket: Any) -> N
 
 
 @pytest.fixture
-def workdir(tracked: Tracked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def workdir(add_mlflow_db: AddMlflowDb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The working directory, with an empty mlflow.db."""
-    monkeypatch.chdir(tracked(tmp_path))
+    monkeypatch.chdir(add_mlflow_db(tmp_path))
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def few(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 images of two classes."""
     folder = tmp_path_factory.mktemp("few")
     for name in ("baskets", "beads"):
         (folder / name).mkdir()
-        for photo in sorted(drawn.glob(f"*/{name}/*.jpg"))[:24]:
+        for photo in sorted(image_folder.glob(f"*/{name}/*.jpg"))[:24]:
             shutil.copy(photo, folder / name / f"{photo.parent.parent.name}-{photo.name}")
     return folder
 
@@ -271,12 +271,12 @@ def test_training_from_a_bucket_to_a_bucket_gives_the_bundle_of_a_disk(
 
 @pytest.mark.slow
 def test_bundle_being_replaced_is_the_old_one_or_the_new_one(
-    bucket: Any, proxy: FaultyProxy, bundled: Bundled, tmp_path: Path
+    bucket: Any, proxy: FaultyProxy, make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
     """The store refuses every write from one on, as if the writer was killed there."""
     address = f"s3://{bucket.name}/bundle"
     folder = mirrors.mirror_of(address)
-    old, new = (bundled(head, name="shufflenet_v2_x0_5") for head in ("linear", "lesson"))
+    old, new = (make_bundle(head) for head in ("linear", "lesson"))
     found = []
     for writes in range(8):
         bucket.objects.all().delete()
