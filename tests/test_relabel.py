@@ -164,6 +164,13 @@ def test_same_table_again_changes_nothing(store, command, fix):
     assert (store / "manifest.json").read_bytes() == manifest
 
 
+def test_only_rows_of_the_table_count_as_unchanged(store, command, fix):
+    in_beads, in_leaves = copies(store)
+    result = command("relabel", store, fix({in_beads: "leaves"}))  # its copy has this label
+    assert (result["labels"], result["unchanged"]) == (1, 0)
+    assert command("relabel", store, fix({in_leaves: "leaves"}))["unchanged"] == 1
+
+
 def test_history_says_who_when_and_why(store, command, fix):
     first, second = train_paths(store, "beads")[:2]
     command("relabel", store, fix({first: "leaves"}), "--by", "Ada", "--reason", "a leaf")

@@ -291,7 +291,7 @@ def train(
     Example: arrowhead train out/store out/bundle --head lesson --epochs 5 --rate 0.01
     """
     from arrowhead.commands import train as commands_train
-    from arrowhead.reporting import extraction
+    from arrowhead.reporting import evaluation, extraction
 
     Store(store := remote_folder.local(store))
     bundle = check_bundle(bundle)
@@ -299,6 +299,7 @@ def train(
     run_file = commands_train.run_file(bundle, store.absolute(), study)
     with run_context("train", launch, tracking, output, run_file, registry) as context:
         extraction.show_store(store, context.screen)
+        evaluation.show_bundle_to_delete(bundle, context)
         result = commands_train.train_bundle(store, bundle, study, context, golden)
         page = _add_report(result, store, bundle, report, context)
         result["files"] = show_written(context.screen, [*bundles(bundle), *page])

@@ -99,7 +99,7 @@ def relabel(
         "change": number if added else None,
         "by": config.author,
         "copies": sum(before.labels[row] != after.labels[row] for row in changes.copies),
-        "unchanged": len(changes.labels) - len(changed),
+        "unchanged": len(changes.labels.keys() - changed - {*changes.copies}),
         "skipped": rows.skipped,
     }
     reporting_corrections.show_relabelled(result, rows.source, before, after, screen)
