@@ -319,6 +319,20 @@ def test_mixture_tells_wrong_labels_from_unsure_predictions():
     assert noisy.wrong[:200].mean() > 3 * noisy.wrong[200:].mean()
 
 
+@pytest.mark.parametrize(("cost", "expected"), [(9.0, [0.0, 0.1, 0.6]), (11.0, [0.0, 0.1, 0.9])])
+def test_a_second_fit_that_finds_fewer_errors_and_explains_the_labels_worse_gives_the_order_alone(
+    cost, expected
+):
+    def noise(cost, wrong):
+        wrong = np.array(wrong)
+        number = {"scale": np.ones(2), "rate": np.ones(1) / 20, "interval": (0.0, 2.0)}
+        return label_noise.LabelNoise(margin=-wrong, wrong=wrong, cost=cost, **number)
+
+    first, again = noise(10.0, [0.9, 0.1, 0.0]), noise(cost, [0.0, 0.1, 0.6])
+    chosen = label_errors._choose_number(first, again)
+    assert chosen.wrong.tolist() == expected
+
+
 def test_surely_right_labels_keep_the_order_of_their_margins():
     margin = np.append(np.linspace(0.5, 8, 50), -6.0)
     wrong = label_noise.fit(margin[:, None]).wrong

@@ -26,7 +26,7 @@ SHARPNESS_PRIOR = 2.0  # power of the mean absolute logit: where the images do n
 MODE_SHARPNESS = 10.0  # mean absolute logit from which on the prior falls with the same power: few
 # images that are told apart without an overlap would be judged the surer the larger the logits
 SCALE_LIMITS = (-7.0, 4.0)  # of the natural logarithm of a scale
-RATE_LIMITS = (-12.0, 1.0)  # of the logit of a rate
+RATE_LIMITS = (-12.0, 0.0)  # of the logit of a rate: a label is more often right than wrong
 STARTS = ((0.0, -2.2), (0.0, -4.6), (-2.0, -2.2), (-2.0, -4.6))  # scale, rate
 DRAWS = 400  # of the parameters, for the interval
 

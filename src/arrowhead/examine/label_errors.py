@@ -4,7 +4,8 @@
       -> copies            held out together; of an image with different labels, one is wrong
       -> OutOfFold         margins of heads and of neighbours that have not seen the label
       -> LabelNoise        the two weighed against each other; how often labels are wrong
-      -> again             with heads and votes from the labels that agree with the prediction
+      -> again             with heads and votes from the labels that agree with the prediction:
+                           the order; how many are wrong, unless it explains the labels worse
       -> LabelErrors       ranked labels, an estimate with an interval, label_errors.csv
 
 bench/label_errors.py compares the ranking with margins of scikit-learn's logistic regressions,
@@ -209,7 +210,8 @@ def _judge(data: Data) -> _Evidence:
     for _ in range(REFITS):
         trust = _trust(noise.margin, judged, label)
         heads = folds.head_margins(trust)
-        noise = _fit(heads, folds.neighbour_margins(trust), judged, present)
+        again = _fit(heads, folds.neighbour_margins(trust), judged, present)
+        noise = _choose_number(noise, again)
     wrong = np.full(entries, np.nan)
     wrong[judged] = noise.wrong
     other = heads.other.reshape(-1) if not data.multilabel else np.full(entries, NO_LABEL)
@@ -238,6 +240,21 @@ def _fit(
         fits[count] = both, label_noise.fit(both, present, interval=False)
     best, _ = min(fits.values(), key=lambda one: one[1].cost)
     return label_noise.fit(best, present)
+
+
+def _choose_number(first: LabelNoise, again: LabelNoise) -> LabelNoise:
+    """Return the second fit, or its order with the probabilities of the first.
+
+    Heads without the labels that contradict them rank better, and are sharper, so they should find
+    no fewer wrong labels. But if many contradictions come from one kind of image (dark photos, one
+    camera), they are surer of that kind than they should be, explain the labels worse than before,
+    and nearly every contradiction passes for a mistake of theirs.
+    """
+    if again.cost <= first.cost or again.wrong.sum() >= first.wrong.sum():
+        return again
+    wrong = np.empty_like(first.wrong)
+    wrong[np.argsort(again.wrong, kind="stable")] = np.sort(first.wrong)
+    return replace(first, wrong=wrong, margin=again.margin)
 
 
 def _trust(

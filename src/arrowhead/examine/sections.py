@@ -47,8 +47,9 @@ class Section:
 
 
 def shown_label_errors(found: LabelErrors) -> list[int]:
-    """The entries of `found` to show: those flagged, and a few more."""
-    count = min(max(found.flagged, MIN_LABEL_CARDS), MAX_LABEL_CARDS, len(found.row))
+    """The entries of `found` to show: as many as are probably wrong, and a few more."""
+    wanted = max(found.flagged, round(found.estimated_errors), MIN_LABEL_CARDS)
+    count = min(wanted, MAX_LABEL_CARDS, len(found.row))
     return [k for k in range(count) if k < found.flagged or found.score[k] >= MIN_LABEL_SCORE]
 
 
@@ -88,6 +89,8 @@ def label_errors_section(
         f"{found.flagged} of {pluralize(images, 'label')} {'are' if found.flagged > 1 else 'is'}"
         " probably wrong."
     )
+    if estimate > found.flagged and found.learnable:
+        text = f"About {estimate} of {pluralize(images, 'label')} are probably wrong."
     return Section(content, [Finding(0.92, text, "labels", "Check and correct")])
 
 
