@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import subprocess
 import sys
@@ -39,6 +40,27 @@ def pixels() -> torch.Tensor:
 
 def _load(weights: Weights, name: str, pool: str = "avg") -> Body:
     return Body(name, weights.state, pool=pool, mean=weights.mean, std=weights.std, size=64)
+
+
+def test_a_body_that_is_no_longer_used_is_freed_without_a_garbage_collection(
+    random_weights: dict[str, Weights],
+) -> None:
+    weights = random_weights["mobilenet_v2"]
+    shapes = {tensor.shape for tensor in weights.state.values() if tensor.numel() > 100_000}
+
+    def count() -> int:
+        tensors = (one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter))
+        return sum(tensor.shape in shapes for tensor in tensors)
+
+    gc.collect()
+    before = count()
+    gc.disable()
+    try:
+        _load(weights, "mobilenet_v2")
+        after = count()
+    finally:
+        gc.enable()
+    assert after == before
 
 
 @pytest.mark.parametrize("name", BACKBONES)

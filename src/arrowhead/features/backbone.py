@@ -312,9 +312,9 @@ def _make_feature_extractor(network: Network, mean: Triple, std: Triple) -> nn.M
         mean: torch.Tensor
         std: torch.Tensor
 
-        def __init__(self) -> None:
+        def __init__(self, network: Network) -> None:
             super().__init__()
-            self.net = network.net
+            self.net, self.pool = network.net, network.pool_output
             self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
             self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -326,6 +326,8 @@ def _make_feature_extractor(network: Network, mean: Triple, std: Triple) -> nn.M
             return scaled.contiguous(memory_format=torch.channels_last)
 
         def pool_output(self, net_output: torch.Tensor) -> torch.Tensor:
-            return network.pool_output(net_output.float())
+            pooled: torch.Tensor = self.pool(net_output.float())
+            return pooled
 
-    return FeatureExtractor().eval()
+    # Its class is a reference cycle: it must not hold the network, as a closure would.
+    return FeatureExtractor(network).eval()

@@ -312,11 +312,20 @@ def _fuse_batch_norms(net: nn.Module) -> nn.Module:
     """
     from torch.fx.experimental.optimization import fuse
 
+    # A trace leaves reference cycles that hold a copy of the network. Python would free it at its
+    # next full collection only, and every command of a session would cost another copy. A
+    # collection of all objects takes half a second, so it does not look at the older ones.
+    older_are_frozen = gc.get_freeze_count() > 0
+    if not older_are_frozen:
+        gc.freeze()
     try:
-        return fuse(net)
+        fused = fuse(net)
+        graph: Any = fused.graph
+        graph.owning_module = None  # or it would be freed late, too
+        return fused
     except Exception:
         return net
     finally:
-        # A trace leaves reference cycles that hold a copy of the network. Python would free it at
-        # its next full collection only, and every command of a session would cost another copy.
         gc.collect()
+        if not older_are_frozen:
+            gc.unfreeze()
