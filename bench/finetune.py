@@ -39,7 +39,7 @@ from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.features.store import Store
 from arrowhead.finetuning import run as finetuning_run
 from arrowhead.finetuning.augmentation import AugmentConfig
-from arrowhead.finetuning.config import FinetuneConfig
+from arrowhead.finetuning.config import FinetuneConfig, resolve_epochs
 from arrowhead.finetuning.network import BODY, HEAD, FinetuneNetwork
 from arrowhead.finetuning.pixel_cache import PixelCache
 from arrowhead.finetuning.run import Request
@@ -136,7 +136,7 @@ def run(
         recipe=store.recipe,
         architecture="linear",
         classes=tuple(cache.classes),
-        config=config,
+        config=resolve_epochs(config, len(train)),
         augment=augment,
         start="",
     )

@@ -91,7 +91,7 @@ def test_the_untrained_network_gives_the_logits_of_the_folded_body_and_its_head(
 
 
 def test_frozen_groups_keep_weights_and_statistics():
-    tuned, config = build(), FinetuneConfig(freeze_to=1, batch_norm="train")
+    tuned, config = build(), FinetuneConfig(epochs=1, freeze_to=1, batch_norm="train")
     before = {name: t.clone() for name, t in tuned.tensors().items()}
     groups = network.prepare(tuned, config)
     network.set_training(tuned, config)

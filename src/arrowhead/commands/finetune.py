@@ -23,6 +23,7 @@ from arrowhead.commands import pixel_cache, precompute, train
 from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.evaluation import metrics as evaluation_metrics
+from arrowhead.examine import figures
 from arrowhead.features import extract, networks
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.feature_config import FeatureConfig
@@ -30,9 +31,9 @@ from arrowhead.features.recipe import Recipe
 from arrowhead.features.store import Store
 from arrowhead.finetuning import run as finetuning_run
 from arrowhead.finetuning.augmentation import AugmentConfig
-from arrowhead.finetuning.config import FinetuneConfig
+from arrowhead.finetuning.config import FinetuneConfig, resolve_epochs
 from arrowhead.finetuning.network import BODY, HEAD
-from arrowhead.finetuning.pixel_cache import PixelCacheConfig
+from arrowhead.finetuning.pixel_cache import PixelCache, PixelCacheConfig
 from arrowhead.finetuning.run import OutOfMemoryRefusal, Request
 from arrowhead.reporting import evaluation, recording, run_context
 from arrowhead.reporting import finetuning as reporting_finetuning
@@ -261,11 +262,12 @@ def make_request(out: Path, base: Base, recipe: Recipe, settings: FinetuneSettin
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{BODY}{name}": t for name, t in base.bundle.body_state.items()}
     tensors |= {f"{HEAD}{name}": t for name, t in base.bundle.head_state.items()}
+    train_images = int((PixelCache(out / "pixels").split == "train").sum())
     return Request(
         recipe=recipe,
         architecture=base.bundle.head,
         classes=tuple(base.bundle.classes),
-        config=settings.config,
+        config=resolve_epochs(settings.config, train_images),
         augment=settings.augment,
         start=finetuning_run.save_start(folder, tensors),
     )
@@ -403,4 +405,5 @@ def _write_tuned(
         "rate": request.config.group_rates[-1],
     }
     with bundle_format.draft(path) as folder:
+        figures.epochs_csv(trained["history"], folder / bundle_format.REPORT_FOLDER / "epochs.csv")
         return train.write_bundle(store, config, head, folder, context, lineage, images.golden)

@@ -32,7 +32,7 @@ class AugmentConfig:
     augment: Literal["side-on", "top-down", "none"] = "side-on"
     """side-on for photos (random crops, mirroring, small rotations, brightness, contrast); top-down
     for satellite or microscope images (also rotations by 90 degrees); none."""
-    crop_area: float = 0.35
+    crop_area: float = 0.7
     """Smallest part of the image's area that a random crop shows, above 0 and up to 1 (the largest
     is the whole image). Without effect with --augment none."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"

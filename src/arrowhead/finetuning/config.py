@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,7 +12,10 @@ from arrowhead.training import schedule
 from arrowhead.training.optimizer_config import OptimizerConfig
 
 DEFAULT_BATCH_SIZE = 32
-DEFAULT_RATES = (1e-4, 3e-4, 1e-3)  # early layers, middle layers, head
+# bench/finetune.py measures these and the other defaults.
+DEFAULT_RATES = (1e-5, 3e-5, 1e-4)  # early layers, middle layers, head
+MIN_STEPS = 20  # what --epochs auto aims at
+MIN_EPOCHS, MAX_EPOCHS = 3, 10
 DEFAULT_LAYER_DECAY = 0.75  # of transformers, as in BEiT (arXiv:2106.08254) and later papers
 
 
@@ -20,8 +23,8 @@ DEFAULT_LAYER_DECAY = 0.75  # of transformers, as in BEiT (arXiv:2106.08254) and
 class FinetuneConfig(OptimizerConfig):
     """How body and head are trained together."""
 
-    epochs: int = 5
-    """Passes over the training split."""
+    epochs: int | Literal["auto"] = "auto"
+    """Passes over the training split; auto: 3, more if there are few images."""
     rates: str = "auto"
     """Peak learning rates of the layer groups, with commas between them: the last one is that of
     the head, the others divide the body's layers from the first to the last into parts of the same
@@ -45,9 +48,9 @@ class FinetuneConfig(OptimizerConfig):
     add up their gradients: needs less memory. Default: all at once."""
     clip: float = 1.0
     """Largest norm of the gradient over all weights; longer ones are shortened. 0: no limit."""
-    ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which then is the result, such as
-    0.999; it begins with a shorter memory. 0: the weights themselves."""
+    ema: float = 0.98
+    """Decay of an exponential moving average of the weights, which then is the result; it begins
+    with a shorter memory. 0: the weights themselves."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs with bf16 units, fp16 with a scaled loss on older ones, fp32 on CPUs."""
     seed: int = 0
@@ -60,10 +63,16 @@ class FinetuneConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         OptimizerConfig.__post_init__(self)
-        schedule.check_cycles(self, self.epochs)
+        if self.epochs != "auto":
+            schedule.check_cycles(self, self.epochs)
         decay, micro = self.layer_decay, self.micro_batch
         for flag, value, valid, wanted in (
-            ("epochs", self.epochs, self.epochs >= 1, "1 or more"),
+            (
+                "epochs",
+                self.epochs,
+                self.epochs == "auto" or self.epochs >= 1,
+                "auto, or 1 or more",
+            ),
             ("layer-decay", decay, decay == "auto" or 0 < decay <= 1, "auto, or above 0, up to 1"),
             (
                 "batch-size",
@@ -111,6 +120,17 @@ class FinetuneConfig(OptimizerConfig):
         return rates
 
     @property
+    def total_epochs(self) -> int:
+        """`epochs` as a number.
+
+        Raises:
+            AssertionError: `epochs` is still auto (see `resolve_epochs`).
+        """
+        if self.epochs == "auto":
+            raise AssertionError("--epochs auto was not resolved")
+        return self.epochs
+
+    @property
     def global_batch(self) -> int:
         """Images per step, over all workers together."""
         return DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
@@ -118,6 +138,18 @@ class FinetuneConfig(OptimizerConfig):
     def parameters(self) -> dict[str, Any]:
         """The settings by name, as a run and a bundle record them."""
         return asdict(self) | {"rates": list(self.group_rates), "batch_size": self.global_batch}
+
+
+def resolve_epochs(config: FinetuneConfig, images: int) -> FinetuneConfig:
+    """Replace `--epochs auto` by a number of epochs for this many training images: MIN_EPOCHS, or
+    more for MIN_STEPS steps, but at most MAX_EPOCHS. With --cycle-len it is rounded up to the end
+    of a cycle.
+    """
+    if config.epochs != "auto":
+        return config
+    steps = max(math.ceil(images / config.global_batch), 1)
+    epochs = min(max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps)), MAX_EPOCHS)
+    return replace(config, epochs=schedule.round_up_to_cycle(config, epochs))
 
 
 def split_in_pairs(count: int, parts: int) -> list[slice]:

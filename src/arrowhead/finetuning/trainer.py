@@ -97,7 +97,7 @@ class Plan:
     ) -> None:
         self._samples, self._config, self._distributed = samples, config, distributed
         self.steps_per_epoch = math.ceil(len(samples.train) / config.global_batch)
-        self.steps = self.steps_per_epoch * config.epochs
+        self.steps = self.steps_per_epoch * config.total_epochs
 
     def parts(self, epoch: int, first_step: int) -> Iterator[Part]:
         """The parts of the steps of an epoch, from `first_step` (of the epoch) on."""
@@ -197,7 +197,7 @@ class Finetuning:
     @property
     def finished(self) -> bool:
         """Whether all steps are done, and the last epoch is validated."""
-        return len(self.history) == self.config.epochs
+        return len(self.history) == self.config.total_epochs
 
     def train(self, after_step: Callable[[Finetuning], None]) -> None:
         """Train until the end of the epoch, and validate; `after_step` is called after each step
@@ -242,7 +242,7 @@ class Finetuning:
             self._sums[1] += part.weight if self._distributed.rank == 0 else 0.0
             if factor is None:
                 progress = part.step / self.plan.steps
-                factor = schedule.lr_factor(progress, self.config, self.config.epochs)
+                factor = schedule.lr_factor(progress, self.config, self.config.total_epochs)
             self._update(factor)
             with torch.no_grad():
                 self._update_average(part.step)
@@ -302,7 +302,7 @@ class Finetuning:
     def rate_factor(self) -> float:
         """The learning rate of the next step as a factor of its peak."""
         progress = min(self.step, self.plan.steps - 1) / self.plan.steps
-        return schedule.lr_factor(progress, self.config, self.config.epochs)
+        return schedule.lr_factor(progress, self.config, self.config.total_epochs)
 
     def _end_epoch(self, epoch: int) -> None:
         line = {"epoch": epoch, "train_loss": self.take_loss()} | self.validate()

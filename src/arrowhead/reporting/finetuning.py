@@ -67,7 +67,7 @@ class FinetuneReporter:
         config = self._request.config
         self._context.screen.print(
             f"fine-tuning {self._request.recipe.body}: weights of the layer groups and their rates:"
-            f" {', '.join(parts)} (head) · {pluralize(config.epochs, 'epoch')} of"
+            f" {', '.join(parts)} (head) · {pluralize(config.total_epochs, 'epoch')} of"
             f" {report['steps_per_epoch']} steps"
         )
 
