@@ -330,6 +330,7 @@ def test_a_lack_of_memory_says_which_flag_helps_or_halves_the_parts(
 # ------------------------------------------------------------------------------- in Python
 
 
+@pytest.mark.slow
 def test_the_lessons_calls_unfreeze_and_train_by_layer_groups(image_folder, tmp_path, monkeypatch):
     from arrowhead import Images, Learner
 
