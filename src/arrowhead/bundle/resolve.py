@@ -49,6 +49,16 @@ def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
     return Path(os.fsdecode(path_text.unescape_path(root))) if "://" in address else Path(address)
 
 
+def folder_here(path: Path) -> Path:
+    """A bundle's folder on the machine of a worker, which may have another mirror of its address
+    than the driver, or none yet.
+    """
+    folder = mirrors.here(path)
+    if folder != path or not path.is_dir():
+        refresh_mirror(folder)
+    return folder
+
+
 def refresh_mirror(path: Path) -> None:
     """Fetch the bundle of a mirror that a command will replace, or remove one that the store does
     not have any more. Does nothing for a path on a disk.

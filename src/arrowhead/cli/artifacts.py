@@ -148,6 +148,8 @@ def scores_verify(
     """
     from arrowhead.inference import verify as inference_verify
 
+    out = remote_folder.local(out)
+    remote_folder.of(out).fetch_all(again=True)
     result = inference_verify.verify(out)
     if output.json:
         print_result(result)

@@ -35,11 +35,11 @@ from arrowhead.cli.options import (
     TrackingStore,
 )
 from arrowhead.cli.screen import Screen
-from arrowhead.data import sources
+from arrowhead.data import remote_folder, sources
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.output_paths import check_output_file, check_output_folder, expand_user
+from arrowhead.output_paths import check_output_file, expand_user
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 
@@ -72,7 +72,7 @@ def score(
     """
     from arrowhead.commands import score as commands_score
 
-    out = check_output_folder(out, "scores")
+    out = remote_folder.check_output(out, "scores")
     resolve.check_exists(bundle)
     sources.check_exists(images)
     with run_context("score", launch, tracking, output) as context:
@@ -114,7 +114,7 @@ def evaluate(
     """
     from arrowhead.commands import score as commands_score
 
-    out = out and check_output_folder(out, "scores")
+    out = out and remote_folder.check_output(out, "scores")
     resolve.check_exists(bundle)
     sources.check_exists(data)
     with run_context("evaluate", launch, tracking, output) as context:

@@ -19,8 +19,9 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle import resolve
 from arrowhead.bundle.format import Bundle
 from arrowhead.commands import chunks
-from arrowhead.data import sources
+from arrowhead.data import mirrors, remote_folder, sources
 from arrowhead.data.catalog import Catalog
+from arrowhead.data.remote_folder import LocalFolder
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.features import extract
 from arrowhead.features.extract import ExtractConfig
@@ -63,7 +64,7 @@ def score(
         drift, seconds by stage.
     """
     with (
-        fileio.locked_output_folder(out, context.screen.print),
+        _output_folder(out, context) as files,
         _local_bundle(str(address), tracking, out) as path,
     ):
         bundle = bundle_format.load(path)
@@ -84,8 +85,9 @@ def score(
             inference_score.write_summary(scores.request, result, bundle)
         elif csv:
             score_request.update_csv_digest(scores.request.output_dir)
-    if context.run:
-        scoring.record_scores(result, scores.summary, out, context.run)
+        if context.run:
+            scoring.record_scores(result, scores.summary, out, context.run)
+        files.publish("score.json")
     return result
 
 
@@ -120,7 +122,7 @@ def evaluate(
         inference_evaluate.default_output_dir(str(address), str(data), catalog), "scores"
     )
     with (
-        fileio.locked_output_folder(out, context.screen.print),
+        _output_folder(out, context) as files,
         _local_bundle(str(address), tracking, out) as path,
     ):
         bundle = bundle_format.load(path)
@@ -139,7 +141,8 @@ def evaluate(
         if scores.changed:
             inference_score.write_summary(scores.request, score_result, bundle)
         inference_evaluate.write_results(out, result)
-    evaluation.report_evaluation(result, bundle, out, context)
+        evaluation.report_evaluation(result, bundle, out, context)
+        files.publish("score.json")
     return result
 
 
@@ -180,6 +183,7 @@ def _score_catalog(
         params |= {f"extract.{k}": v for k, v in asdict(extract_config).items()}
         context.run.params(params | {"bundle": fingerprint, "recipe": bundle.recipe.to_json()})
     extraction.show_damaged_parts(request.damaged_parts, context.screen)
+    request.files.publish()
     unfinished = request.unfinished_parts()
     total = sum(len(request.part_rows[part]) for part in unfinished)
     skipped = len(catalog) - total
@@ -192,6 +196,7 @@ def _score_catalog(
         "score",
         context,
     )
+    request.files.fetch_all()
     totals = summary.summarize(request, bundle)
     work.seconds["wall"] = perf_counter() - start
     counts = _counts(catalog, totals, work, skipped)
@@ -247,10 +252,25 @@ def _result(
 
 
 @contextmanager
+def _output_folder(out: Path, context: RunContext) -> Iterator[LocalFolder]:
+    """Lock the folder of the scores; of one in an object store, fetch what is done already."""
+    files = remote_folder.of(out)
+    with fileio.locked_output_folder(out, context.screen.print), files.lock_objects():
+        files.fetch_all()
+        files.note_version("score.json")
+        yield files
+
+
+@contextmanager
 def _local_bundle(address: str, tracking: TrackingConfig, out: Path) -> Iterator[Path]:
     """The bundle's folder. A remote bundle is downloaded into `out`, which every worker can read,
     and removed at the end.
     """
+    if remote_folder.of(out).is_remote and mirrors.is_address(address):
+        folder = mirrors.mirror_of(address)  # which workers that share no disk have, too
+        resolve.refresh_mirror(folder)
+        yield folder
+        return
     scratch = out / ".bundle"
     try:
         yield resolve.bundle_folder(address, tracking, scratch)

@@ -20,7 +20,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,11 @@ class LocalFolder:
     def upload(self, path: Path) -> None:
         """Write a file that is complete here as an object."""
 
-    def publish(self, marker: str, hashes: Mapping[str, str] = {}) -> None:
+    def lock_objects(self) -> AbstractContextManager[None]:
+        """As `lock`, for a folder that is locked on this disk already."""
+        return nullcontext()
+
+    def publish(self, marker: str = "", hashes: Mapping[str, str] = {}) -> None:
         """Make the store equal to this folder, which is complete here.
 
         The marker, the file that says what the folder is, is written after the files that it needs,
@@ -94,7 +98,7 @@ class LocalFolder:
         before or as it is now.
 
         Args:
-            marker: The name of that file.
+            marker: The name of that file; "" if the folder is not complete yet.
             hashes: sha256 by name of the files that the marker names. Where there is a marker
                 already, new versions of these are first written as `staged_key`, where readers look
                 for a file that does not have the hash that they expect.
@@ -161,7 +165,7 @@ class RemoteFolder(LocalFolder):
         for file in self.path.rglob("*"):
             if file.is_dir():
                 fileio.remove_stale_drafts(file)
-            elif not file.name.startswith(".") and self._key(file) not in keys:
+            elif not _is_hidden(self._key(file)) and self._key(file) not in keys:
                 file.unlink(missing_ok=True)
         paths = [self.path / key for key, etag in keys.items()]
         etags = [] if again else [self._etag_of(path) for path in paths]
@@ -201,7 +205,7 @@ class RemoteFolder(LocalFolder):
         """As `LocalFolder.upload`."""
         self._record(path, object_writes.write(self.uri, self._key(path), path))
 
-    def publish(self, marker: str, hashes: Mapping[str, str] = {}) -> None:
+    def publish(self, marker: str = "", hashes: Mapping[str, str] = {}) -> None:
         """As `LocalFolder.publish`."""
         listed = object_writes.list_folder(self.uri, recursive=True)
         files = [file for file in self.path.rglob("*") if file.is_file()]
@@ -217,7 +221,8 @@ class RemoteFolder(LocalFolder):
             for file in staged:
                 object_writes.write(self.uri, staged_key(hashes[self._key(file)]), file)
             list(pool.map(self.upload, [file for file in changed if file not in staged]))
-            self._write_marker(marker)
+            if marker:
+                self._write_marker(marker)
             for file in staged:
                 object_writes.copy(self.uri, staged_key(hashes[self._key(file)]), self._key(file))
                 self._record(file, object_writes.etag(self.uri, self._key(file)))
@@ -234,12 +239,14 @@ class RemoteFolder(LocalFolder):
         except ConditionFailedError as error:
             raise _changed_error(f"{self.uri}/{marker}") from error
         self._guarded[marker] = etag
+        self._record(self.path / marker, etag)
         self._note(marker, etag)
 
     def note_version(self, marker: str) -> bool:
         """As `LocalFolder.note_version`."""
         etag = object_writes.etag(self.uri, marker)
         self._note(marker, etag)
+        self._guarded[marker] = etag
         return etag != ABSENT
 
     def remove(self, path: Path) -> None:
@@ -252,7 +259,13 @@ class RemoteFolder(LocalFolder):
     def lock(self, warn: Callable[[str], None] = fileio.warn_no_locks) -> Iterator[None]:
         """As `LocalFolder.lock`, also against commands on other machines."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with fileio.folder_lock(self.path, warn), _Lock(self.uri) as lock:
+        with fileio.folder_lock(self.path, warn), self.lock_objects():
+            yield
+
+    @contextmanager
+    def lock_objects(self) -> Iterator[None]:
+        """As `LocalFolder.lock_objects`."""
+        with _Lock(self.uri) as lock:
             self._lock = lock
             try:
                 self.refresh()

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from arrowhead import __version__, fileio, spreadsheet
 from arrowhead.bundle import format as bundle_format
-from arrowhead.bundle import replay
+from arrowhead.bundle import replay, resolve
 from arrowhead.bundle.format import Bundle
 from arrowhead.features import extract
 from arrowhead.features.extract import Chunk, ExtractConfig, FeatureCache, FeaturePipeline
@@ -41,7 +41,9 @@ def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) 
     The bundle's golden images are replayed first and their drift is reported. Raises DataError if
     this machine computes other features or labels for them.
     """
-    config, bundle = request.config, bundle_format.load(request.bundle)
+    request = request.here()
+    config, bundle_dir = request.config, resolve.folder_here(request.bundle)
+    bundle = bundle_format.load(bundle_dir)
     body, head = bundle.make_body(worker.device), bundle.make_head(worker.device)
     if bundle.novelty:
         bundle = replace(bundle, novelty=bundle.novelty.to(worker.device))
@@ -50,7 +52,7 @@ def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) 
     replay.check_drift(drift, config.max_drift)
     metadata = {
         "arrowhead.recipe": bundle.recipe.to_json(),
-        "arrowhead.bundle": bundle_format.fingerprint(request.bundle),
+        "arrowhead.bundle": bundle_format.fingerprint(bundle_dir),
         "arrowhead.run_id": str(bundle.lineage.get("run_id")),
         "arrowhead.version": __version__,
     }
@@ -77,7 +79,9 @@ def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) 
                     rows=len(chunk.paths),
                     faults=chunk.counts()["faults"],
                 )
+                request.files.upload(path)
                 journal.append(part)
+                request.files.upload(journal.path)
             extract.report_chunk(worker, chunk, pipeline.timer.take(), "scores_written")
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from arrowhead import fileio, output_paths
 from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle.format import Bundle
-from arrowhead.data import chunks
+from arrowhead.data import chunks, mirrors, remote_folder
 from arrowhead.data.catalog import Catalog
+from arrowhead.data.remote_folder import LocalFolder
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import catalog_file
 from arrowhead.features.store import Store
@@ -101,6 +102,24 @@ class ScoreRequest:
     """For each part, its rows in inputs.arrow."""
     damaged_parts: list[str] = field(default_factory=list)
     """File names of parts that have changed since they were written; they are scored again."""
+
+    @property
+    def files(self) -> LocalFolder:
+        """Carries the files of scores in an object store."""
+        return remote_folder.of(self.output_dir)
+
+    def here(self) -> ScoreRequest:
+        """This request on the machine of a worker: in its own mirrors, with the images' list."""
+        if not remote_folder.of(self.output_dir).is_remote:
+            return self
+        store = self.config.store and mirrors.here(self.config.store)
+        request = replace(
+            self, output_dir=mirrors.here(self.output_dir), config=replace(self.config, store=store)
+        )
+        request.files.refresh()
+        layout.parts_dir(request.output_dir).mkdir(exist_ok=True)
+        layout.journal_dir(request.output_dir).mkdir(exist_ok=True)
+        return request
 
     def part_path(self, number: int) -> Path:
         """The Parquet file of a part."""

@@ -284,12 +284,12 @@ class Journal:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / f"{secrets.token_hex(8)}.jsonl"
+        self.path = folder / f"{secrets.token_hex(8)}.jsonl"
 
     def append(self, part: Part) -> None:
         """Append a line and flush it to the disk."""
         line = _format_line(part)
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
