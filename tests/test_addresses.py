@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -302,3 +305,75 @@ def test_bundle_being_replaced_is_the_old_one_or_the_new_one(
         assert found[-1] or read == files(old)
     assert not found[0] and found[-1] and sorted(found) == found
     assert contents(bucket, "bundle") == files(new)
+
+
+@pytest.mark.slow
+def test_killed_extraction_is_continued_by_two_workers_on_another_machine(
+    bucket: Any,
+    proxy: FaultyProxy,
+    few: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    workdir: Path,
+) -> None:
+    address = f"s3://{bucket.name}/store"
+    command("precompute", few, "store", *PRECOMPUTE)
+    shards = {name for name in files(workdir / "store") if name.startswith("shards/")}
+    # From the second shard on the store takes ten seconds for each: time to kill the command.
+    seen: list[str] = []
+
+    def rule(method: str, path: str) -> str:
+        if method == "PUT" and "/shards/" in path:
+            seen.append(path)
+            time.sleep(10 * (len(seen) > 1))
+        return ""
+
+    proxy.rule = rule
+    words = [sys.executable, "-m", "arrowhead", "precompute", str(few), address, *PRECOMPUTE]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        while len(seen) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    proxy.rule = lambda method, path: ""
+    done = {name for name in contents(bucket, "store") if name.startswith("shards/")}
+    assert 0 < len(done) < len(shards) and "manifest.json" not in contents(bucket, "store")
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
+    refused = [*PRECOMPUTE[:-2], "--workers", "2"]
+    result = command("precompute", few, address, *refused)
+    assert result["counts"]["skipped"] > 0 < result["counts"]["decoded"]
+    assert contents(bucket, "store") == files(workdir / "store")
+
+
+@pytest.mark.slow
+def test_scores_in_a_bucket_equal_those_on_a_disk_and_are_continued(
+    bucket: Any,
+    proxy: FaultyProxy,
+    few: Path,
+    make_bundle: MakeBundle,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    workdir: Path,
+) -> None:
+    bundle, out = f"s3://{bucket.name}/bundle", f"s3://{bucket.name}/scores"
+    saved = make_bundle("linear")
+    for name, data in files(saved).items():
+        bucket.put_object(Key=f"bundle/{name}", Body=data)
+    score = ["--chunk-size", "16", "--workers", "0"]
+    command("score", saved, few, "scores", *score)
+    proxy.rule = lambda method, path: "403" if "/parts/part-00001" in path else ""
+    command("score", bundle, few, out, *score, code=2)
+    assert f"{out}/parts/part-00001" in command.stderr and "access is denied" in command.stderr
+    assert "score.json" not in contents(bucket, "scores")
+    proxy.rule = once("cut upload", "PUT", "/parts/")
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
+    result = command("score", bundle, few, out, *score)
+    assert result["counts"]["skipped"] > 0 and result["out"] == out
+    ours, theirs = contents(bucket, "scores"), files(workdir / "scores")
+    for name in [name for name in theirs if name.startswith("parts/")] + ["inputs.arrow"]:
+        assert ours[name] == theirs[name]
+    assert command("scores", "verify", out)["problems"] == []
+    bucket.put_object(Key="scores/parts/part-00000.parquet", Body=b"damaged")
+    command("scores", "verify", out, code=4)
+    result = command("evaluate", bundle, few, f"s3://{bucket.name}/evaluation", "--workers", "0")
+    assert "evaluation.json" in contents(bucket, "evaluation") and result["metrics"]

@@ -340,6 +340,7 @@ def register(
     from arrowhead.bundle.format import load
     from arrowhead.tracking.run import register as register_model
 
+    resolve.refresh_mirror(bundle := remote_folder.local(bundle))
     resolve.check_exists(str(bundle))
     load(bundle)  # raises if it is damaged
     screen = Screen(to_stderr=output.json)

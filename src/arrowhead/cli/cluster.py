@@ -242,13 +242,11 @@ def _requirements(call: Call) -> Requirements:
 
 def _local_paths(values: list[Any]) -> list[str]:
     """The values that are paths: no None, no address in an object store or MLflow."""
-    from arrowhead.data import path_text
+    from arrowhead.data import mirrors
 
     paths = [os.fspath(value).removeprefix("file://") for value in values if value is not None]
     models = ("models:/", "runs:/")
-    return [
-        path for path in paths if not path_text.is_store_uri(path) and not path.startswith(models)
-    ]
+    return [path for path in paths if not mirrors.is_address(path) and not path.startswith(models)]
 
 
 def _check_no_secret(uri: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +74,7 @@ def score(
     from arrowhead.commands import score as commands_score
 
     out = remote_folder.check_output(out, "scores")
+    scores = replace(scores, store=scores.store and remote_folder.local(scores.store))
     resolve.check_exists(bundle)
     sources.check_exists(images)
     with run_context("score", launch, tracking, output) as context:

@@ -10,6 +10,7 @@ from arrowhead.cli.app import finish, given_flags, program, show_next_commands
 from arrowhead.cli.options import Change, Fixes, FixesTable, Out, Output, StorePath
 from arrowhead.cli.screen import Screen
 from arrowhead.commands.relabel import ChangeConfig
+from arrowhead.data import remote_folder
 from arrowhead.errors import ConfigError
 from arrowhead.reporting.run_context import SilentScreen
 
@@ -45,7 +46,7 @@ def relabel(
     from arrowhead.commands import relabel as commands_relabel
 
     _check_request(fixes, undo=undo, history=history)
-    screen = Screen(to_stderr=output.json)
+    store, screen = remote_folder.local(store), Screen(to_stderr=output.json)
     if history:
         result = commands_relabel.show_history(store, SilentScreen() if output.json else screen)
         return finish(result, output)

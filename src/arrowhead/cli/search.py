@@ -20,13 +20,13 @@ from arrowhead.cli.options import (
     TrackingStore,
 )
 from arrowhead.cli.screen import Screen
-from arrowhead.data import path_text
+from arrowhead.data import path_text, remote_folder
 from arrowhead.errors import ConfigError
 from arrowhead.examine.search import SearchConfig
 from arrowhead.examine.suggest import SuggestConfig
 from arrowhead.features.feature_config import recipe_flags
 from arrowhead.features.store import Store
-from arrowhead.output_paths import check_output_file, expand_user
+from arrowhead.output_paths import check_output_file
 from arrowhead.wording import pluralize
 
 
@@ -60,7 +60,7 @@ def search(
             f"--csv {csv} does not end in .csv.", "a table to write.", "give e.g. similar.csv."
         )
     screen = Screen(to_stderr=output.json)
-    result = examine_search.search(expand_user(store), images, search)
+    result = examine_search.search(remote_folder.local(store), images, search)
     for note in result["notes"]:
         screen.print(note)
     for query in result["queries"]:
@@ -123,7 +123,7 @@ def suggest(
     from arrowhead.examine import suggest as examine_suggest
 
     suggest = replace(suggest, out=check_output_file(suggest.out))
-    store = expand_user(store)
+    store = remote_folder.local(store)
     Store(store)
     screen = Screen(to_stderr=output.json)
     if bundle:
