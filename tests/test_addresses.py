@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from s3_server import s3_bucket, start_s3_server
 
 from arrowhead import ConfigError
 from arrowhead.bundle import resolve
-from arrowhead.data import mirrors, object_writes, remote_folder
+from arrowhead.data import mirror_space, mirrors, object_writes, remote_folder
 from arrowhead.data.object_writes import ABSENT, ConditionFailedError
 from arrowhead.tracking.client import TrackingConfig
 
@@ -361,9 +362,9 @@ def test_scores_in_a_bucket_equal_those_on_a_disk_and_are_continued(
         bucket.put_object(Key=f"bundle/{name}", Body=data)
     score = ["--chunk-size", "16", "--workers", "0"]
     command("score", saved, few, "scores", *score)
-    proxy.rule = lambda method, path: "403" if "/parts/part-00001" in path else ""
+    proxy.rule = lambda method, path: "403" if "/parts/part-000001" in path else ""
     command("score", bundle, few, out, *score, code=2)
-    assert f"{out}/parts/part-00001" in command.stderr and "access is denied" in command.stderr
+    assert f"{out}/parts/part-000001" in command.stderr and "access is denied" in command.stderr
     assert "score.json" not in contents(bucket, "scores")
     proxy.rule = once("cut upload", "PUT", "/parts/")
     monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
@@ -373,7 +374,27 @@ def test_scores_in_a_bucket_equal_those_on_a_disk_and_are_continued(
     for name in [name for name in theirs if name.startswith("parts/")] + ["inputs.arrow"]:
         assert ours[name] == theirs[name]
     assert command("scores", "verify", out)["problems"] == []
-    bucket.put_object(Key="scores/parts/part-00000.parquet", Body=b"damaged")
+    bucket.put_object(Key="scores/parts/part-000000.parquet", Body=b"damaged")
     command("scores", "verify", out, code=4)
     result = command("evaluate", bundle, few, f"s3://{bucket.name}/evaluation", "--workers", "0")
     assert "evaluation.json" in contents(bucket, "evaluation") and result["metrics"]
+
+
+def test_mirrors_stay_below_their_limit_and_those_in_use_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path))
+    old, new, used = (mirrors.mirror_of(f"s3://bucket/{name}") for name in ("old", "new", "used"))
+    for age, folder in ((1, old), (0, new), (2, used)):
+        (folder / "shards").mkdir(parents=True)
+        (folder / "shards" / "one.arrow").write_bytes(bytes(1000))
+        mark = mirror_space.mark_of(folder)
+        mark.parent.mkdir(parents=True)
+        mark.touch()
+        os.utime(mark, (1e9 - age, 1e9 - age))
+    mirror_space.hold(used)
+    os.utime(mirror_space.mark_of(used), (1, 1))
+    monkeypatch.setenv("ARROWHEAD_MIRROR_GB", str(2000 / 1e9))
+    mirror_space.make_room()
+    here = [folder for folder in (old, new, used) if (folder / "shards" / "one.arrow").exists()]
+    assert here == [new, used]

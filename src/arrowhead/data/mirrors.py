@@ -122,6 +122,13 @@ def here(path: Path) -> Path:
     return path if uri is None else mirror_of(uri)
 
 
+def beside(path: Path, name: str) -> Path:
+    """Where something about a path in a mirror is kept: at its place in a folder beside them."""
+    top, _, rest = str(path).rpartition(f"/{FOLDER}/")
+    endpoint, _, below = rest.partition("/")
+    return Path(top, FOLDER, endpoint, name, below)
+
+
 def show(text: str) -> str:
     """A text for people, with addresses in the place of paths in their mirrors."""
     if FOLDER not in text:

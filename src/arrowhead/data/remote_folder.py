@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from arrowhead import fileio, output_paths
-from arrowhead.data import mirrors, object_writes
+from arrowhead.data import mirror_space, mirrors, object_writes
 from arrowhead.data.object_writes import ABSENT, ConditionFailedError
 from arrowhead.errors import ConfigError
 
@@ -129,6 +129,7 @@ class RemoteFolder(LocalFolder):
         self.uri = uri
         self._lock: _Lock | None = None
         self._guarded = self._noted()
+        mirror_space.hold(path)
 
     def refresh(self, folder: str = "") -> None:
         """As `LocalFolder.refresh`."""
@@ -348,9 +349,7 @@ def _is_hidden(key: str) -> bool:
 
 def _etag_path(path: Path) -> Path:
     """Where the etag of a file in a mirror is kept."""
-    top, _, rest = str(path).rpartition(f"/{mirrors.FOLDER}/")
-    endpoint, _, below = rest.partition("/")
-    return Path(top, mirrors.FOLDER, endpoint, ".etags", below)
+    return mirrors.beside(path, ".etags")
 
 
 def _changed_error(uri: str) -> ConfigError:
@@ -464,7 +463,11 @@ def local(path: Path) -> Path:
     """The folder for a path or address that a user gave, to read from."""
     if not mirrors.is_address(path):
         return output_paths.expand_user(path)
-    return mirrors.mirror_of(path)
+    folder = mirrors.mirror_of(path)
+    if mirrors.uri_of(folder) is not None:
+        mirror_space.hold(folder)
+        mirror_space.make_room()
+    return folder
 
 
 def check_output(path: Path, kind: str) -> Path:
@@ -490,6 +493,8 @@ def check_output(path: Path, kind: str) -> Path:
         trial = f".{secrets.token_hex(4)}.draft"
         object_writes.write(uri, trial, file)
         object_writes.delete(uri, trial)
+    mirror_space.hold(folder)
+    mirror_space.make_room()
     if output_kind.is_replaced:
         of(folder).note_version(output_kind.markers[0])
     else:
