@@ -21,6 +21,7 @@ from s3_server import s3_bucket, start_s3_server
 
 from arrowhead import ConfigError
 from arrowhead.bundle import resolve
+from arrowhead.cli.main import main
 from arrowhead.data import mirror_space, mirrors, object_writes, remote_folder
 from arrowhead.data.object_writes import ABSENT, ConditionFailedError
 from arrowhead.tracking.client import TrackingConfig
@@ -340,8 +341,7 @@ def test_killed_extraction_is_continued_by_two_workers_on_another_machine(
     done = {name for name in contents(bucket, "store") if name.startswith("shards/")}
     assert 0 < len(done) < len(shards) and "manifest.json" not in contents(bucket, "store")
     monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
-    refused = [*PRECOMPUTE[:-2], "--workers", "2"]
-    result = command("precompute", few, address, *refused)
+    result = command("precompute", few, address, *PRECOMPUTE[:-2], "--workers", "2")
     assert result["counts"]["skipped"] > 0 < result["counts"]["decoded"]
     assert contents(bucket, "store") == files(workdir / "store")
 
@@ -353,6 +353,7 @@ def test_scores_in_a_bucket_equal_those_on_a_disk_and_are_continued(
     few: Path,
     make_bundle: MakeBundle,
     command: Command,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     workdir: Path,
 ) -> None:
@@ -363,8 +364,11 @@ def test_scores_in_a_bucket_equal_those_on_a_disk_and_are_continued(
     score = ["--chunk-size", "16", "--workers", "0"]
     command("score", saved, few, "scores", *score)
     proxy.rule = lambda method, path: "403" if "/parts/part-000001" in path else ""
-    command("score", bundle, few, out, *score, code=2)
-    assert f"{out}/parts/part-000001" in command.stderr and "access is denied" in command.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["score", bundle, str(few), out, *score])
+    refusal = capsys.readouterr().err
+    assert ended.value.code == 2 and "access is denied" in refusal
+    assert f"{out}/parts/part-000001" in refusal
     assert "score.json" not in contents(bucket, "scores")
     proxy.rule = once("cut upload", "PUT", "/parts/")
     monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
