@@ -34,7 +34,7 @@ from arrowhead import demo
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data import sources
 from arrowhead.decode.pixels import PixelConfig
-from arrowhead.features import backbone, extract
+from arrowhead.features import backbone, extract, networks
 from arrowhead.features.backbone import Body, BodyConfig
 from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline
 from arrowhead.runtime.worker import Worker
@@ -48,7 +48,7 @@ def loader(folder: Path, images: int) -> DataLoader[Any]:
     They are forked here, before any other library has threads: a later fork may hang.
     """
     steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
-    steps.append(transforms.Normalize(backbone.IMAGENET_MEAN, backbone.IMAGENET_STD))
+    steps.append(transforms.Normalize(networks.IMAGENET_MEAN, networks.IMAGENET_STD))
     data = datasets.ImageFolder(folder, transforms.Compose(steps))
     data.samples = data.samples[:images]
     batches = DataLoader(data, batch_size=32, num_workers=CORES, persistent_workers=True)
