@@ -1,18 +1,18 @@
-"""Compare the images per second of fine-tuning from the pixel cache and of a plain script, in one run.
+"""Compare the images per second of fine-tuning with those of a plain script, in one run.
 
     python bench/finetune_pixels.py [--data FOLDER] [--images N] [--rounds R] [--body NAME]
 
-All alternatives run in turns, round by round, so that a busy machine slows all of them. Each pass is
-one epoch after the first, with augmentation (random crop, mirroring, rotation, brightness and
+All alternatives run in turns, round by round, so that a busy machine slows all of them. Each pass
+is one epoch after the first, with augmentation (random crop, mirroring, rotation, brightness and
 contrast). First without a network:
 
-    torchvision        ImageFolder, DataLoader (one worker process per core), torchvision's transforms
+    torchvision        ImageFolder, DataLoader (one worker process per core), its transforms
     decoded            Arrowhead, but every image is decoded again
     cached             Arrowhead, from the pixel cache
 
 then with forward and backward pass and the optimizer's step, batches of 32:
 
-    plain              torchvision's loader, DistributedDataParallel, network as torchvision builds it
+    plain              that DataLoader, DistributedDataParallel, torchvision's network
     channels-last      the same with network and batches in channels-last memory format
     arrowhead          `arrowhead finetune`: pixel cache, batch norms with frozen statistics
     arrowhead-bn       the same with --batch-norm train, as the plain script
@@ -39,9 +39,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from arrowhead.finetuning.config import FinetuneConfig
-from arrowhead.finetuning.network import FinetuneNetwork
-from arrowhead.finetuning.trainer import Finetuning, Samples
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
@@ -56,8 +53,11 @@ from arrowhead.features.backbone import Body, BodyConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.finetuning import network
 from arrowhead.finetuning.augmentation import AugmentConfig
+from arrowhead.finetuning.config import FinetuneConfig
+from arrowhead.finetuning.network import FinetuneNetwork
 from arrowhead.finetuning.pixel_batches import PixelBatches
 from arrowhead.finetuning.pixel_cache import PixelCache
+from arrowhead.finetuning.trainer import Finetuning, Samples
 from arrowhead.training import heads
 
 CORES = len(os.sched_getaffinity(0))
@@ -156,15 +156,16 @@ class DecodedAgain:
         self._decoder = Decoder(pixels, batch_size=BATCH, threads=CORES)
         self._decoded: dict[int, NDArray[np.uint8]] = {}
 
-    def decode(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Decode the images of a batch; returns `index`."""
-        encoded = [self._files[i].read_bytes() for i in index]
-        images = self._decoder(encoded, [bytes(16)] * len(index)).views[0]
-        self._decoded = dict(zip(index.tolist(), images, strict=True))
-        return index
+    def decoding(self, steps: list[NDArray[np.int64]]) -> Any:
+        """The steps; the images of each are decoded when it is taken."""
+        for index in steps:
+            encoded = [self._files[i].read_bytes() for i in index]
+            images = self._decoder(encoded, [bytes(16)] * len(index)).views[0]
+            self._decoded = dict(zip(index.tolist(), images, strict=True))
+            yield index
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """An image that `decode` has decoded."""
+        """An image of the step."""
         return self._decoded[int(index)]
 
 
@@ -184,14 +185,14 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> dict[str, 
     step = len(cache) // args.images
     rows = np.arange(len(cache))[::step][: args.images]
     steps = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
-    again = DecodedAgain(cache, [file for file in sorted(folder.rglob("*.jpg"))])
+    again = DecodedAgain(cache, sorted(folder.rglob("*.jpg")))
     input_only, decoding = batches(cache), batches(again)
     address = f"tcp://127.0.0.1:{free_port()}"
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     nchw, nhwc = torch.contiguous_format, torch.channels_last
     ways: dict[str, Callable[[], float]] = {
         "torchvision": lambda: count(iter(torch_batches)),
-        "decoded": lambda: count(decoding.augmented(1, map(again.decode, steps))),  # type: ignore[arg-type]
+        "decoded": lambda: count(decoding.augmented(1, again.decoding(steps))),
         "cached": lambda: count(input_only.augmented(1, steps)),
         "plain": Plain(torch_batches, args.body, nchw).epoch,
         "channels-last": Plain(torch_batches, args.body, nhwc).epoch,
