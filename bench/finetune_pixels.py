@@ -17,8 +17,10 @@ then with forward and backward pass and the optimizer's step, batches of 32:
     arrowhead          `arrowhead finetune`: pixel cache, batch norms with frozen statistics
     arrowhead-bn       the same with --batch-norm train, as the plain script
 
-Weights are random, because the speed does not depend on them. Medians and ratios are printed and
-written to bench/results/. Without --data, images are drawn.
+Beside the rates by the clock stand those by the CPU time of this process and its children: on a
+busy machine they are what to compare. Weights are random, because the speed does not depend on
+them. Medians and ratios are printed and written to bench/results/. Without --data, images are
+drawn.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -177,8 +179,18 @@ def count(items: Iterator[Any]) -> float:
     return perf_counter() - start
 
 
-def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> dict[str, list[float]]:
-    """Seconds per epoch of every alternative, for each round."""
+def cpu_seconds() -> float:
+    """CPU time of this process and its running children, in seconds."""
+    ticks = 0
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> dict[str, Any]:
+    """Seconds per epoch of every alternative, for each round: {"wall": {name: […]}, "cpu": …}."""
     torch_batches = loader(folder, args.images)  # before other libraries have threads
     build_pixel_cache(folder, scratch / "pixels", FeatureConfig())
     cache = PixelCache(scratch / "pixels")
@@ -199,12 +211,14 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> dict[str, 
         "arrowhead": Tuning(cache, rows, args.body, "frozen").epoch,
         "arrowhead-bn": Tuning(cache, rows, args.body, "train").epoch,
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, Any] = {clock: {name: [] for name in ways} for clock in ("wall", "cpu")}
     for number in range(args.rounds + 1):
         for name, way in ways.items():
+            before = cpu_seconds()
             seconds = way()
             if number:  # the first round is the first epoch: not counted
-                times[name].append(seconds)
+                times["wall"][name].append(seconds)
+                times["cpu"][name].append((cpu_seconds() - before) / CORES)
     dist.destroy_process_group()
     return times
 
@@ -229,10 +243,17 @@ def main() -> None:
             demo.draw(Path(scratch), per_class=-(-args.images // 2))
         folder = args.data or Path(scratch) / "train"
         times = measure(args, folder, Path(scratch))
-    rates = {name: args.images / statistics.median(taken) for name, taken in times.items()}
-    for name, rate in rates.items():
+    rates = {
+        clock: {name: args.images / statistics.median(taken) for name, taken in part.items()}
+        for clock, part in times.items()
+    }
+    for name in rates["wall"]:
         base = "torchvision" if name in ("torchvision", "decoded", "cached") else "plain"
-        print(f"{name:<14} {rate:7.1f} img/s  {rate / rates[base]:.2f} x {base}")
+        shown = [
+            f"{rate[name]:7.1f} img/s {rate[name] / rate[base]:5.2f} x {base}"
+            for rate in rates.values()
+        ]
+        print(f"{name:<14} {shown[0]}   by CPU time: {shown[1]}")
     result = {
         "command": f"python bench/finetune_pixels.py --images {args.images} --rounds {args.rounds}"
         f" --body {args.body}" + (" --data (real photos)" if args.data else ""),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrowhead import __version__
-from arrowhead.bundle import golden
+from arrowhead.bundle import golden, tta
 from arrowhead.bundle.format import Bundle
 from arrowhead.bundle.known_images import KnownImages
 from arrowhead.data.catalog import Catalog
@@ -73,12 +73,15 @@ def build(
         )
         metrics |= {f"test_{name}": value for name, value in tested.items()}
     train_ids = store.features("train", rows_only=True).image_id
+    by_views = tta.calibrate(head, valid, bundle)
     bundle = dataclasses.replace(
         bundle,
         temperature=calibrated.temperature,
         thresholds=None if calibrated.thresholds is None else calibrated.thresholds.tolist(),
         metrics=metrics,
-        lineage=_lineage(store, config, trained) | lineage,
+        lineage=_lineage(store, config, trained)
+        | ({"tta": by_views} if by_views else {})
+        | lineage,
         novelty=_novelty(store, valid),
         known_images=KnownImages.from_ids(train_ids, valid.image_id),
     )

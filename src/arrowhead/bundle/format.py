@@ -193,13 +193,13 @@ def _damaged(reason: str) -> DataError:
 
 
 def probabilities(
-    head: nn.Module, feature_ND: NDArray[Any], temperature: float, *, multi: bool = False
+    head: nn.Module, feature: NDArray[Any], temperature: float, *, multi: bool = False
 ) -> NDArray[np.float32]:
     """Calibrated probabilities of the classes, float32 (N, C).
 
     Args:
         head: From float32 features (N, D) to logits (N, C).
-        feature_ND: Features of any float type.
+        feature: Features (N, D) of any float type, or (N, V, D) to average the logits of V views.
         temperature: Divides the logits.
         multi: Sigmoid instead of softmax.
     """
@@ -207,7 +207,9 @@ def probabilities(
 
     device = next(head.parameters()).device
     with torch.inference_mode(), single_thread():
-        logit_NC = head(torch.from_numpy(feature_ND.astype(np.float32)).to(device)) / temperature
+        rows = torch.from_numpy(feature.astype(np.float32)).to(device)
+        logit = head(rows.flatten(0, -2)) / temperature
+        logit_NC = logit.unflatten(0, rows.shape[:2]).mean(1) if rows.dim() == 3 else logit
         prob_NC = logit_NC.sigmoid() if multi else logit_NC.softmax(1)
         array_NC: NDArray[np.float32] = prob_NC.cpu().numpy()
     return array_NC

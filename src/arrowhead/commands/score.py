@@ -16,7 +16,7 @@ from typing import Any
 
 from arrowhead import __version__, fileio
 from arrowhead.bundle import format as bundle_format
-from arrowhead.bundle import resolve
+from arrowhead.bundle import resolve, tta
 from arrowhead.bundle.format import Bundle
 from arrowhead.commands import chunks
 from arrowhead.data import mirrors, remote_folder, sources
@@ -119,7 +119,8 @@ def evaluate(
     """
     catalog = inference_evaluate.list_images(data, source)
     out = out or check_output_folder(
-        inference_evaluate.default_output_dir(str(address), str(data), catalog), "scores"
+        inference_evaluate.default_output_dir(str(address), str(data), catalog, config.tta),
+        "scores",
     )
     with (
         _output_folder(out, context) as files,
@@ -129,6 +130,7 @@ def evaluate(
         catalog, notes = inference_evaluate.attach_labels(data, catalog, source, config, bundle)
         for note in (*catalog.notes, *notes):
             context.screen.print(note)
+        bundle = tta.with_views(bundle, config.tta, str(address))
         scores = _score_catalog(
             path, bundle, catalog, out, config.scores, extract_config, context, "evaluation"
         )

@@ -43,6 +43,9 @@ class EvaluateConfig:
     """Evaluate only the images of this split. Default: all."""
     ignore_unknown_classes: bool = False
     """Leave out images of classes that the bundle does not know, instead of an error."""
+    tta: int = 0
+    """Test-time augmentation: average the clean view of an image and this many augmented ones (see
+    `score --tta`)."""
     store: Path | None = None
     """Feature store of the same recipe: images whose features it holds are not decoded."""
     max_drift: float = 0.005
@@ -59,6 +62,7 @@ class EvaluateConfig:
         """The corresponding settings of `score`."""
         return ScoreConfig(
             probabilities=True,
+            tta=self.tta,
             store=self.store,
             max_drift=self.max_drift,
             max_pixels=self.max_pixels,
@@ -235,14 +239,15 @@ def _abbreviate(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + more
 
 
-def default_output_dir(bundle: str, data: str, catalog: Catalog) -> Path:
+def default_output_dir(bundle: str, data: str, catalog: Catalog, tta: int = 0) -> Path:
     """The folder of an evaluation for which none was given.
 
-    It is the same for the same bundle, images and labels, so that a stopped evaluation continues.
+    It is the same for the same bundle, images, labels and --tta, so that a stopped evaluation
+    continues.
     """
     bundle_json = Path(bundle) / "bundle.json"
     bundle_id = fileio.sha256(bundle_json) if bundle_json.is_file() else bundle
-    key = f"{bundle_id} {catalog.digest()}"
+    key = f"{bundle_id} {catalog.digest()}" + (f" {tta}" if tta else "")
     suffix = hashlib.blake2b(key.encode(), digest_size=3).hexdigest()
     stem = (
         Path(data.rstrip("/")).resolve().stem

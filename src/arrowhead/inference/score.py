@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from arrowhead import __version__, fileio, spreadsheet
 from arrowhead.bundle import format as bundle_format
-from arrowhead.bundle import replay, resolve
+from arrowhead.bundle import replay, resolve, tta
 from arrowhead.bundle.format import Bundle
 from arrowhead.features import extract
 from arrowhead.features.extract import Chunk, ExtractConfig, FeatureCache, FeaturePipeline
@@ -56,7 +56,8 @@ def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) 
         "arrowhead.run_id": str(bundle.lineage.get("run_id")),
         "arrowhead.version": __version__,
     }
-    recipe = bundle.recipe.single_view()
+    bundle = tta.with_views(bundle, config.tta, request.bundle)
+    recipe = tta.scoring_recipe(bundle.recipe, config.tta)
     pixels = replace(
         extract.make_pixel_config(recipe), max_pixels=config.max_pixels, max_scans=config.max_scans
     )
@@ -66,9 +67,10 @@ def score(worker: Worker, request: ScoreRequest, extract_config: ExtractConfig) 
     with FeaturePipeline(worker, body, recipe, pixels, extract_config) as pipeline:
         for chunk in pipeline(chunks, cache):
             with pipeline.timer.stage("write"):
+                views = chunk.features
                 temperature = 1.0 if config.raw else bundle.temperature
                 prob_NC = bundle_format.probabilities(
-                    head, chunk.features[:, 0], temperature, multi=bundle.multi
+                    head, views if config.tta else views[:, 0], temperature, multi=bundle.multi
                 )
                 path = request.part_path(chunk.number)
                 scores_io.write_scores(path, make_scores(bundle, chunk, prob_NC, config), metadata)

@@ -13,6 +13,7 @@ from typing import Any
 
 from arrowhead import fileio, output_paths
 from arrowhead.bundle import format as bundle_format
+from arrowhead.bundle import tta
 from arrowhead.bundle.format import Bundle
 from arrowhead.data import chunks, mirrors, remote_folder
 from arrowhead.data.catalog import Catalog
@@ -50,6 +51,10 @@ class ScoreConfig:
     """Also write `novel`: whether the image's novelty is above the threshold of --false-alarms."""
     false_alarms: float = 0.05
     """Share of images like the training images that --flag-novel may mark by mistake, 0 to 1."""
+    tta: int = 0
+    """Test-time augmentation: average the clean view of an image and this many augmented ones. The
+    bundle must be trained on a store with as many (precompute --views), which calibrates it for
+    that."""
     csv: bool = False
     """Also write OUT/scores.csv: path, image_id, label, probability, novelty, fault, and with
     --probabilities a column for every class. A text that a spreadsheet would run as a formula gets
@@ -77,6 +82,8 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ConfigError(f"--top-k is {self.top_k}.", "1 or more.", "give e.g. 5.")
+        if self.tta < 0:
+            raise ConfigError(f"--tta is {self.tta}.", "0 or more.", "give e.g. 3.")
         if not 0 < self.false_alarms < 1:
             raise ConfigError(
                 f"--false-alarms is {self.false_alarms}.",
@@ -219,6 +226,7 @@ def prepare(
         "flag_novel": config.flag_novel,
         "false_alarms": config.false_alarms if config.flag_novel else None,
         "chunk_size": chunk_size,
+        "tta": config.tta or None,  # absent in requests of older versions
     }
     request_path = out / "request.json"
     layout.check_layout(out)
@@ -253,8 +261,10 @@ def _check_config(path: Path, bundle: Bundle, config: ScoreConfig) -> None:
             "a bundle that `fit` or `train` made, for --flag-novel.",
             "leave --flag-novel out, or train again.",
         )
+    tta.with_views(bundle, config.tta, path)
     if config.store:
         store = Store(config.store)
+        tta.require_views(store.recipe, bundle.recipe, config.tta, config.store)
         store_recipe, bundle_recipe = store.recipe.single_view(), bundle.recipe.single_view()
         store_recipe.require_equal(bundle_recipe, str(config.store), str(path))
         store.intact_shards()
