@@ -67,7 +67,7 @@ def images(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def plain_bundle(make_bundle: Callable[..., Path]) -> Path:
     """A bundle that no test changes."""
-    return make_bundle()
+    return make_bundle(name="resnet18")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -454,7 +454,7 @@ def test_an_export_with_other_probabilities_is_refused_and_the_previous_file_kep
 def test_an_export_that_changes_a_label_is_refused_however_small_the_difference(
     make_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, out = make_bundle(multi=True, thresholds=[0.5] * 3), tmp_path / "out"
+    path, out = make_bundle(name="resnet18", multi=True, thresholds=[0.5] * 3), tmp_path / "out"
     loaded = bundle_format.load(path)
     prob_C = loaded.golden[0].probabilities.astype(float)
     label = int(np.abs(prob_C - 0.5).argmax())

@@ -202,7 +202,7 @@ def test_two_workers_stopped_during_training_resume_in_the_same_run(
 
 
 def test_two_workers_stopped_during_scoring_resume(command_folder, image_folder, make_bundle):
-    arguments = ["score", make_bundle(), image_folder, "scores", *CHUNKS]
+    arguments = ["score", make_bundle(name="resnet18"), image_folder, "scores", *CHUNKS]
     parts = command_folder.folder / "scores" / "parts"
     command_folder.stop(
         command_folder.start(*arguments), signal.SIGTERM, lambda: list(parts.glob("part-*"))
