@@ -75,7 +75,7 @@ def _ids(files: Sequence[bytes]) -> list[bytes]:
 
 
 def _rows(pixels: Pixels) -> list[Row]:
-    """The rows of files, without padding."""
+    """The rows of files."""
     return [
         Row(fault, pixels.fallback[row], b"".join(view[row].tobytes() for view in pixels.views))
         for row, fault in enumerate(pixels.faults)

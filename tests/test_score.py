@@ -179,7 +179,7 @@ def test_store_of_another_recipe_is_refused_with_the_differing_field(out, comman
 
 
 def test_raw_probabilities_ignore_the_temperature(command, out, tmp_path, make_bundle):
-    calibrated = make_bundle(temperature=0.5)
+    calibrated = make_bundle(name="resnet18", temperature=0.5)
     command("score", calibrated, "new", out, "--probabilities")
     command("score", calibrated, "new", tmp_path / "raw", "--probabilities", "--raw")
     raw = np.log(read_probabilities(tmp_path / "raw")) / 0.5

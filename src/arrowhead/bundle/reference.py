@@ -79,9 +79,9 @@ def _golden_pixels(bundle: Bundle, path: Path) -> NDArray[np.uint8]:
     """The pixels of the golden images, (B, 3, S, S)."""
     images = [image.data for image in bundle.golden]
     threads = len(os.sched_getaffinity(0))
-    with replay.clean_decoder(bundle.recipe, "cpu", threads, max(16, len(images))) as decode:
+    with replay.clean_decoder(bundle.recipe, "cpu", threads, len(images)) as decode:
         pixels = decode(images, [bytes(16)] * len(images))
-        view_BCHW = pixels.views[0][: len(images)].transpose(0, 3, 1, 2).copy()
+        view_BCHW = pixels.views[0].transpose(0, 3, 1, 2).copy()
     if fault := next((fault for fault in pixels.faults if fault), None):
         raise DataError(
             f"The golden images of {path} cannot be read on this machine: {fault}.",

@@ -104,7 +104,7 @@ def clean_features(
     recipe: Recipe, body: Body, images: Sequence[bytes], device: str, threads: int
 ) -> NDArray[np.float32]:
     """Features of encoded images without augmentation, float32 (N, D); NaN if decoding fails."""
-    with clean_decoder(recipe, device, threads, max(16, len(images))) as decode:
+    with clean_decoder(recipe, device, threads, max(1, len(images))) as decode:
         return features_of_pixels(body, decode(images, [bytes(16)] * len(images)))
 
 
@@ -125,7 +125,7 @@ def features_of_pixels(body: Body, pixels: Pixels) -> NDArray[np.float32]:
     import torch
 
     view_NCHW = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
-    feature_ND = body(view_NCHW)[: len(pixels.faults)].cpu().numpy()
+    feature_ND = body(view_NCHW).cpu().numpy()
     feature_ND = feature_ND.astype(np.float16).astype(np.float32)
     feature_ND[[fault is not None for fault in pixels.faults]] = np.nan
     return feature_ND

@@ -50,7 +50,6 @@ MAX_START_ATTEMPTS = 3
 MAX_KILLS_PER_FILE = 4  # SIGKILLs while the child decodes only this file, before it gets a fault
 MAX_KILLED_FILES = 5  # such files in a row, before the command is refused
 RETRY_DELAY_SECONDS = 0.5  # times the number of failed attempts: memory may become free
-MIN_BATCH_ROWS = 16  # networks give a row bitwise equal features in all batches of 16 or more
 
 
 class EncodedBatch(Protocol):
@@ -101,7 +100,7 @@ class SharedSlot:
 
 
 class SubprocessDecoder:
-    """`decoder.Decoder` in a child process, with the same pixels, in batches of at least 16 rows.
+    """`decoder.Decoder` in a child process, with the same pixels.
 
     Use it as a context manager, or call `close`.
 
@@ -148,7 +147,7 @@ class SubprocessDecoder:
         self.close()
 
     def __call__(self, encoded: Sequence[bytes], image_ids: Sequence[bytes]) -> Pixels:
-        """Decode one batch. Views have at least 16 rows; those after the last file are black."""
+        """Decode one batch."""
         batch = _FileBatch(encoded, image_ids)
         return next(pixels for _, pixels in self.stream([batch]))
 
@@ -271,8 +270,7 @@ class SubprocessDecoder:
     def _blank_pixels(self, count: int, filled: int = 0) -> Pixels:
         """Pixels of `count` files without faults; rows from `filled` on are black."""
         n_views, _, *square = self._shape
-        rows = max(MIN_BATCH_ROWS, count) if count else 0
-        views = [np.empty((rows, *square), np.uint8) for _ in range(n_views)]
+        views = [np.empty((count, *square), np.uint8) for _ in range(n_views)]
         for view in views:
             view[filled:] = 0
         return Pixels(views, [None] * count, [False] * count, [(0, 0)] * count)

@@ -150,7 +150,7 @@ def _explain(
 class _Outputs:
     """The feature maps and logits of a batch, and the heat maps computed from them.
 
-    maps: the body; head: as `Bundle.make_head`; view_BCHW: uint8 pixels, rows may be padding.
+    maps: the body; head: as `Bundle.make_head`; view_BCHW: uint8 pixels.
     """
 
     def __init__(self, maps: FeatureMaps | SplitMaps, head: nn.Module, view_BCHW: Tensor) -> None:

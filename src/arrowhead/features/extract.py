@@ -432,7 +432,7 @@ class FeaturePipeline:
             sizes = np.zeros((len(files), 2), np.int32)
             chunk = Chunk(number, list(files.paths), features, [None] * len(files), sizes)
             batch = Batch([], [], [], chunk, last=False)
-            # Batches of about equal size: a short one is padded with black images.
+            # Batches of about equal size: Body fills a short one up with black images.
             batches = -(-len(files) // self._config.batch_size)
             images_per_batch = -(-len(files) // batches)
             images_per_batch = min(
@@ -514,7 +514,7 @@ class FeaturePipeline:
                 torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
                 for pixels in batch.views:
                     pixels.record_stream(torch.cuda.current_stream(self._device))
-            features = [self._body(pixels)[: len(batch.rows)] for pixels in batch.views]
+            features = [self._body(pixels) for pixels in batch.views]
             if self._device != "cpu":
                 features = [feature.to("cpu", non_blocking=True) for feature in features]
                 batch.ready_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
