@@ -298,6 +298,7 @@ def test_the_run_can_be_read_back_from_mlflow(fitted, workdir):
     assert result == {"lr_finder/lr_finder.png", "lr_finder/lr_finder.csv"}
 
 
+@pytest.mark.slow
 def test_real_photos_are_classified(dogscats, mobilenet, photo_store, command):
     shutil.copytree(photo_store, "real/store")
     result = command("fit", dogscats, "real", *mobilenet)
