@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-# The files that take longest, in this order. They start first, so that the two test processes finish
+# The files that take longest, in this order. They start first, so that both test processes finish
 # at about the same time.
 SLOW_FILES = [
     f"test_{name}.py"
