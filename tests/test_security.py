@@ -32,7 +32,7 @@ from arrowhead.inference import scores_io
 from arrowhead.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--body", "resnet18", "--weights", "random", "--size", "64"]
+SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
 
 # ------------------------------------------------------------------------ source code
 
