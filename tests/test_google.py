@@ -1,7 +1,8 @@
 """gs://: names survive, changes are detected, short outages are retried.
 
-The client is gcsfs. The server is a small one of ours for the three requests of Google's JSON API
-that gcsfs makes (list, get, get with alt=media). Nothing here ran against Google's servers.
+The client is gcsfs. The server is a small one of ours for the requests of Google's JSON API that
+are made (list, get, get with alt=media, upload on a condition, delete). Nothing here ran against
+Google's servers.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
 from arrowhead import ConfigError
-from arrowhead.data import reading, sources
+from arrowhead.data import mirrors, reading, remote_folder, sources
 
 ODD_NAMES = ("a b.jpg", "caf\u00e9 \U0001f415.jpg", "100%25+&.jpg", "q?generation=7.jpg")
 
@@ -42,6 +45,7 @@ class Bucket:
         """The metadata of an object as Google returns it (storage#object)."""
         data, generation = self.objects[name]
         md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return {
             "kind": "storage#object",
             "bucket": "b",
@@ -51,7 +55,8 @@ class Bucket:
             "metageneration": "1",
             "md5Hash": md5,
             "etag": f"e{generation}",
-            "updated": "2026-01-01T00:00:00.000Z",  # the same for all, so that it shows no change
+            # The same for all, so that it shows no change; the age of a lock counts.
+            "updated": now if name.endswith(".lock") else "2026-01-01T00:00:00.000Z",
             "timeCreated": "2026-01-01T00:00:00.000Z",
         }
 
@@ -83,13 +88,45 @@ def _handler(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
                 bucket.torn[name] = bucket.torn.get(name, 0) - 1
                 self._answer(206 if first else 200, part, torn=truncated)
 
+        def do_POST(self) -> None:
+            """An upload of type media, on a condition."""
+            url = urlsplit(self.path)
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            name, wanted = query["name"], query.get("ifGenerationMatch")
+            bucket.asked.append(self.path)
+            if bucket.unavailable.get(name, 0) > 0:
+                bucket.unavailable[name] -= 1
+                self._answer(503, b'{"error": {"code": 503, "message": "again, please"}}')
+            elif wanted not in (None, str(bucket.objects.get(name, (b"", 0))[1])):
+                message = {"code": 412, "message": "conditionNotMet"}
+                self._answer(412, json.dumps({"error": message}).encode())
+            else:
+                bucket.put(name, data)
+                self._answer(200, json.dumps(bucket.resource(name)).encode())
+
+        def do_DELETE(self) -> None:
+            name = unquote(urlsplit(self.path).path.partition("/b/b/o/")[2])
+            found = bucket.objects.pop(name, None)
+            self._answer(404 if found is None else 204, b"")
+
         def _list(self, query: dict[str, str]) -> None:
-            names = sorted(n for n in bucket.objects if n.startswith(query.get("prefix", "")))
+            prefix = query.get("prefix", "")
+            names = sorted(n for n in bucket.objects if n.startswith(prefix))
             start = int(query.get("pageToken", 0))
+            below = []
+            if query.get("delimiter"):
+                below = sorted(
+                    {n[: n.index("/", len(prefix)) + 1] for n in names if "/" in n[len(prefix) :]}
+                )
+                names = [n for n in names if "/" not in n[len(prefix) :]]
             page = [bucket.resource(name) for name in names[start : start + 3]]
             more = {"nextPageToken": str(start + 3)} if start + 3 < len(names) else {}
             self._answer(
-                200, json.dumps({"kind": "storage#objects", "items": page} | more).encode()
+                200,
+                json.dumps(
+                    {"kind": "storage#objects", "items": page, "prefixes": below} | more
+                ).encode(),
             )
 
         def _answer(self, code: int, data: bytes, torn: bool = False) -> None:
@@ -175,3 +212,43 @@ def test_short_outages_of_the_server_are_retried(bucket: Bucket) -> None:
     assert catalog.read_file(0, 9999) == (b"a" * 1000, None)
     assert catalog.read_file(1, 9999) == (b"t" * 1000, None)
     assert bucket.torn["d/torn.jpg"] < 0
+
+
+def test_folder_on_gs_is_written_on_conditions_by_one_writer(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path / "one"))
+    path = remote_folder.check_output(Path("gs://b/pets/store"), "store")
+    bucket.put("pets/store/.lock", b'{"host": "another", "pid": 1}')
+    with (
+        pytest.raises(ConfigError, match="another Arrowhead command"),
+        remote_folder.of(path).lock(),
+    ):
+        pass
+    del bucket.objects["pets/store/.lock"]
+    folder = remote_folder.of(path)
+    with folder.lock():
+        bucket.unavailable = {"pets/store/manifest.json": 2}
+        with folder.atomic_write(path / "manifest.json", guarded=True) as draft:
+            draft.write_text("first")
+        with folder.atomic_write(path / "shards" / "a.arrow") as draft:
+            draft.write_text("a")
+        bucket.put("pets/store/manifest.json", b"of another")
+        with (
+            pytest.raises(ConfigError, match="was written by another command"),
+            folder.atomic_write(path / "manifest.json", guarded=True) as draft,
+        ):
+            draft.write_text("second")
+    assert {name: data for name, (data, _) in bucket.objects.items()} == {
+        "pets/store/manifest.json": b"of another",
+        "pets/store/shards/a.arrow": b"a",
+    }
+    folder.refresh()
+    assert (path / "manifest.json").read_bytes() == b"of another"
+    assert folder.names("shards") == {"a.arrow"} and folder.size() == 11
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path / "another"))
+    other = mirrors.here(path)
+    remote_folder.of(other).fetch_all()
+    assert (other / "shards" / "a.arrow").read_bytes() == b"a"
+    remote_folder.of(other).remove(other / "shards" / "a.arrow")
+    assert "pets/store/shards/a.arrow" not in bucket.objects

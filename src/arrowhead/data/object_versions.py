@@ -48,7 +48,7 @@ def kind_of(error: BaseException) -> str:
             return "credentials"
     if isinstance(error, FileNotFoundError):
         return "bucket" if "bucket" in str(error).lower() else "missing"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or str(error).startswith("Forbidden: "):  # of gcsfs
         return "denied"
     return "passing"
 
@@ -278,7 +278,7 @@ def _upload_google(store: Any, name: str, file: Path, md5: str, replaces: str | 
             **condition,
         )
     except Exception as error:
-        if getattr(error, "code", None) in (412, "412") or "412" in str(error)[:20]:
+        if isinstance(error, FileExistsError) or getattr(error, "code", None) in (412, "412"):
             raise PreconditionError(name) from error
         raise
     if answer.get("md5Hash") not in (None, md5):
