@@ -333,6 +333,13 @@ def test_a_second_fit_that_finds_fewer_errors_and_explains_the_labels_worse_give
     assert chosen.wrong.tolist() == expected
 
 
+def test_labels_that_are_hard_to_predict_do_not_pass_for_wrong():
+    feature, label = clouds(40, 8, distance=0.35)
+    found = rank(make_data(feature, label, 8))
+    assert found.learnable and not found.reliable
+    assert found.flagged == 0
+
+
 def test_surely_right_labels_keep_the_order_of_their_margins():
     margin = np.append(np.linspace(0.5, 8, 50), -6.0)
     wrong = label_noise.fit(margin[:, None]).wrong

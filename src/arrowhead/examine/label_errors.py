@@ -37,6 +37,7 @@ FLAG_SCORE = 0.5  # labels that are more likely wrong than right are flagged
 REFITS = 1  # how often the heads are solved again with trust in each label
 MIN_REFIT_IMAGES = 10  # of a class, for some of them to be left out
 MIN_COPY_PROB = 0.6  # of a label, for it to be suggested to the other copies of the image
+MIN_ACCURACY = 0.75  # of held-out predictions; below, they are wrong more often than labels are
 DEFAULT_RATE = 0.05  # of wrong labels, where none could be estimated
 CSV_HEADER = ("path", "label", "suggested", "score", "new_label")
 MIN_CSV_IMAGES = 100
@@ -89,6 +90,11 @@ class LabelErrors:
     not_judged: int
     multi: bool
 
+    @property
+    def reliable(self) -> bool:
+        """Whether a contradiction speaks against the label rather than against the prediction."""
+        return self.learnable and (self.multi or self.accuracy >= MIN_ACCURACY)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Evidence:
@@ -138,7 +144,9 @@ def rank_labels(
     evidence = _judge(replace(data, key=_merge_copies(data.key, row_N, near_copies)))
     judged = np.isfinite(evidence.wrong)
     copies = _conflicting_copies(data, evidence)
-    score = evidence.wrong if evidence.learnable else np.minimum(evidence.wrong, FLAG_SCORE)
+    reliable = data.multilabel or evidence.accuracy >= MIN_ACCURACY
+    sure = evidence.learnable and reliable
+    score = evidence.wrong if sure else np.minimum(evidence.wrong, FLAG_SCORE)
     score = np.where(copies.conflicting, copies.wrong, np.where(judged, score, 0.0))
     suggested = np.where(copies.conflicting, copies.preferred, evidence.other)
     flag = (score > FLAG_SCORE) | copies.undecided

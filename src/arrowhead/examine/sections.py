@@ -48,7 +48,8 @@ class Section:
 
 def shown_label_errors(found: LabelErrors) -> list[int]:
     """The entries of `found` to show: as many as are probably wrong, and a few more."""
-    wanted = max(found.flagged, round(found.estimated_errors), MIN_LABEL_CARDS)
+    probable = round(found.estimated_errors) if found.reliable else 0
+    wanted = max(found.flagged, probable, MIN_LABEL_CARDS)
     count = min(wanted, MAX_LABEL_CARDS, len(found.row))
     return [k for k in range(count) if k < found.flagged or found.score[k] >= MIN_LABEL_SCORE]
 
@@ -70,6 +71,12 @@ def label_errors_section(
             "The labels cannot be predicted from the features better than by the classes' sizes,"
             " so only copies of an image with different labels are named."
         )
+    elif not found.reliable:
+        sentence = (
+            f"Only {100 * found.accuracy:.0f} % of the labels are predicted by models that were not"
+            " trained on them, so these cannot tell wrong labels from hard ones: only copies of an"
+            " image with different labels are named."
+        )
     elif estimate == 0 and not found.flagged:
         sentence = f"No label of the {pluralize(images, 'image')} is likely to be wrong."
     else:
@@ -89,7 +96,7 @@ def label_errors_section(
         f"{found.flagged} of {pluralize(images, 'label')} {'are' if found.flagged > 1 else 'is'}"
         " probably wrong."
     )
-    if estimate > found.flagged and found.learnable:
+    if estimate > found.flagged and found.reliable:
         text = f"About {estimate} of {pluralize(images, 'label')} are probably wrong."
     return Section(content, [Finding(0.92, text, "labels", "Check and correct")])
 
