@@ -144,8 +144,9 @@ def check_utf8(path: Path) -> None:
 def _refuse_address(path: Path) -> None:
     """Raise ConfigError for s3://bucket, of which `Path` makes a relative folder s3:/bucket."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) and not os.path.lexists(path.parts[0]):
+        address = str(path).replace(":/", "://", 1)
         raise ConfigError(
-            f"{path} is an address; this command writes to a disk only.",
+            f"{address} is an address; this command writes it to a disk only.",
             "the path of a folder or file.",
             "give a path on a disk, and copy the result to the address afterwards.",
         )
