@@ -182,10 +182,6 @@ def _metrics_table(metrics: Mapping[str, Any], *, multi: bool) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else number(value)
-
-
 def _class_table(per_class: Mapping[str, Mapping[str, Any]], classes: int) -> str:
     def f1(name: str) -> float:
         value = per_class[name].get("f1")
