@@ -214,6 +214,7 @@ def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> dict[str, 
     times: dict[str, Any] = {clock: {name: [] for name in ways} for clock in ("wall", "cpu")}
     for number in range(args.rounds + 1):
         for name, way in ways.items():
+            torch.set_num_threads(CORES)  # the same for all: idle threads that wait cost CPU time
             before = cpu_seconds()
             seconds = way()
             if number:  # the first round is the first epoch: not counted
