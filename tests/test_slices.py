@@ -18,7 +18,7 @@ from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.errors import ConfigError
-from arrowhead.examine import image_properties, properties, slices, table_columns, tables
+from arrowhead.examine import image_properties, properties, sections, slices, table_columns, tables
 from arrowhead.examine.image_properties import ImagePropertiesConfig, measure_image
 from arrowhead.examine.properties import Property
 from arrowhead.examine.slices import HeldOutImages, SliceConfig
@@ -228,6 +228,17 @@ def test_the_same_call_gives_the_same_report():
     assert [(s.name, s.adjusted_p) for s in one.slices] == [
         (s.name, s.adjusted_p) for s in two.slices
     ]
+
+
+def test_the_worst_slice_is_told_with_the_column_that_has_much_the_same_images():
+    size = 400
+    blurred_N = np.arange(size) < 60
+    other_N = np.roll(~blurred_N, 2).astype(np.int64)  # all but two of the phone's are blurred
+    camera = Property(name="camera", value=other_N, levels=("phone", "sony"))
+    sharpness = Property(name="sharpness", value=np.arange(size) + 100.0)
+    correct_N = np.where(blurred_N, np.arange(size) % 2, 1.0)
+    worst = slices.find_slices(correct_N, np.arange(size), [sharpness, camera]).worse[0]
+    assert "camera: phone" in sections.slice_sentence(worst)
 
 
 def test_properties_that_select_the_same_images_are_named_once():

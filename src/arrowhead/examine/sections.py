@@ -223,12 +223,7 @@ def slices_section(found: SliceReport, predictions: Predictions, card_of: CardMa
             shown_in.setdefault(row, []).append(f"{number}:{position}")
     findings = []
     if found.worse:
-        worst = found.worse[0]
-        text = (
-            f"Accuracy is lower on images with {worst.name}: {worst.accuracy:.3f} of"
-            f" {worst.images}, against {worst.rest_accuracy:.3f} of all others."
-        )
-        findings.append(Finding(0.9, text, "slices", "See the slices"))
+        findings.append(Finding(0.9, slice_sentence(found.worse[0]), "slices", "See the slices"))
         sentence = (
             f"{pluralize(worse, 'slice')} of {found.tested} examined"
             f" {'are' if worse > 1 else 'is'} significantly worse than the rest, also when the"
@@ -249,6 +244,18 @@ def slices_section(found: SliceReport, predictions: Predictions, card_of: CardMa
         "cards": [card_of(row, galleries=names) for row, names in shown_in.items()],
     }
     return Section(content, findings)
+
+
+def slice_sentence(worst: Slice) -> str:
+    """What is said of the worst slice; with a name such as a camera's, if it has much the same
+    images: that says more than a range of numbers.
+    """
+    name = next((name for name in worst.same_images if ": " in name), "")
+    return (
+        f"Accuracy is lower on images with {worst.name}: {worst.accuracy:.3f} of {worst.images},"
+        f" against {worst.rest_accuracy:.3f} of all others"
+        f"{f' (much the same images: {name})' if name else ''}."
+    )
 
 
 def shown_slice_rows(found: SliceReport, predictions: Predictions) -> list[int]:
