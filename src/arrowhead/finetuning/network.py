@@ -193,10 +193,10 @@ def prepare(network: FinetuneNetwork, config: FinetuneConfig) -> list[RateGroup]
 
     Biases, norms and other vectors get no weight decay.
     """
-    rates = config.group_rates
+    decay = _layer_decay(network, config)
+    rates = _peak_rates(config, decay)
     groups = network.layer_groups(len(rates))
     first = config.freeze_to % len(rates)
-    decay = _layer_decay(network, config)
     names = network.names()
     result: list[RateGroup] = []
     depth = sum(map(len, groups[:-1]))  # how many blocks there are up to the last of the body
@@ -219,6 +219,14 @@ def prepare(network: FinetuneNetwork, config: FinetuneConfig) -> list[RateGroup]
                     wd = config.weight_decay if matrices else 0.0
                     result.append(RateGroup([names[id(p)] for p in chosen], chosen, lr, wd))
     return result
+
+
+def _peak_rates(config: FinetuneConfig, decay: float) -> tuple[float, ...]:
+    """The rate of each group; one for the whole body if its layers differ by the default decay."""
+    rates = config.group_rates
+    if config.layer_decay != "auto" or decay == 1:
+        return rates
+    return (*[rates[-2]] * (len(rates) - 1), rates[-1])
 
 
 def _layer_decay(network: FinetuneNetwork, config: FinetuneConfig) -> float:
@@ -246,7 +254,8 @@ def set_training(network: FinetuneNetwork, config: FinetuneConfig) -> None:
 
 def describe_groups(network: FinetuneNetwork, config: FinetuneConfig) -> list[dict[str, Any]]:
     """Each layer group: blocks, parameters, rate, and whether it is trained."""
-    groups: Sequence[list[Block]] = network.layer_groups(len(config.group_rates))
+    rates = _peak_rates(config, _layer_decay(network, config))
+    groups: Sequence[list[Block]] = network.layer_groups(len(rates))
     first = config.freeze_to % len(groups)
     return [
         {
@@ -254,7 +263,7 @@ def describe_groups(network: FinetuneNetwork, config: FinetuneConfig) -> list[di
             "parameters": sum(p.numel() for block in blocks for p in block.parameters),
             "rate": rate if number >= first else 0.0,
         }
-        for number, (blocks, rate) in enumerate(zip(groups, config.group_rates, strict=True))
+        for number, (blocks, rate) in enumerate(zip(groups, rates, strict=True))
     ]
 
 
