@@ -176,7 +176,7 @@ def test_the_replaced_bundle_is_kept_and_its_accuracy_compared(fitted, command):
     assert re.search(
         rf"in place of the bundle of [^:]+:..: accuracy {previous_accuracy:.4f}", command.stderr
     )
-    assert "the bundle there now" in command.said and "will be deleted" in command.said
+    assert "the bundle there now" in command.stderr and "will be deleted" in command.stderr
 
 
 def test_reports_of_a_training_are_in_its_bundle_and_listed_in_the_result(fitted, command):
