@@ -28,18 +28,13 @@ from arrowhead.cli.options import (
     TunedImages,
     Tuning,
 )
-from arrowhead.cli.train import bundles
+from arrowhead.cli.train import bundles, refuse_flags_of_bundle
 from arrowhead.data import sources
-from arrowhead.errors import ConfigError
 from arrowhead.examine.config import ReportConfig
 from arrowhead.features import backbone
 from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.finetuning.augmentation import AugmentConfig
 from arrowhead.output_paths import check_output_folder
-
-# What a bundle decides: these flags have no effect with --from.
-BODY_FLAGS = {"body", "weights", "mean", "std", "pool", "accept_license"}
-PIXEL_FLAGS = {"size", "resize", "interpolation", "crop_pct"}
 
 
 def finetune(
@@ -127,13 +122,7 @@ def _resolve(request: FeatureConfig, out: Path, base: str | None) -> FeatureConf
         request = complete_from_store(out / "frozen" / "store", request, given_flags())
         backbone.check_config(request.body)
         return request
-    if unused := given_flags() & (BODY_FLAGS | PIXEL_FLAGS):
-        flag = "--" + min(unused).replace("_", "-")
-        raise ConfigError(
-            f"{flag} has no effect with --from: the bundle decides on body and pixels.",
-            "one of the two.",
-            f"leave {flag} out, or --from.",
-        )
+    refuse_flags_of_bundle()
     return request
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +15,7 @@ from arrowhead.bundle import resolve
 from arrowhead.cli.app import (
     finish,
     given_flags,
+    local_bundle,
     open_command,
     program,
     run_context,
@@ -65,6 +69,9 @@ from arrowhead.training.study import Study
 from arrowhead.wording import pluralize
 
 # Flags that have no effect with --unlabelled.
+# What a bundle decides: these flags have no effect with --from.
+BODY_FLAGS = {"body", "weights", "mean", "std", "pool", "accept_license"}
+PIXEL_FLAGS = {"size", "resize", "interpolation", "crop_pct"}
 LABEL_FLAGS = {"valid_share", "label_column", "split_column", "multi_label", "label_separator"}
 
 
@@ -102,7 +109,8 @@ def fit(
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.run_file(out / "bundle", data, images, study)
-    images, catalog = _prepare(data, out / "store", images, Screen(to_stderr=output.json))
+    screen = Screen(to_stderr=output.json)
+    images, catalog = _prepare(data, out / "store", images, screen, given_flags())
     sources.check_can_validate(data, catalog)
     with run_context("fit", launch, tracking, output, run_file, registry) as context:
         result = commands_train.fit(catalog, out, images, study, context)
@@ -130,6 +138,15 @@ def precompute(
     pixels: Pixels = PixelConfig(),
     extract: Extract = ExtractConfig(),
     golden: Golden = GoldenConfig(),
+    base: Annotated[
+        str | None,
+        Parameter(
+            name="--from",
+            help="Compute the features with the body of this bundle, such as a fine-tuned one, and"
+            " show it the images as the bundle does. A folder, a URI, or a model in MLflow.",
+            group="Body",
+        ),
+    ] = None,
     unlabelled: Annotated[
         bool,
         Parameter(
@@ -153,30 +170,79 @@ def precompute(
     store = remote_folder.check_output(store, "store")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     screen = Screen(to_stderr=output.json)
-    images, catalog = _prepare(data, store, images, screen, unlabelled=unlabelled)
-    next_commands = [[program(), "lr-find", store], [program(), "train", store, "BUNDLE"]]
+    with _body_of_bundle(base, images, tracking) as (images, explicit):
+        images, catalog = _prepare(data, store, images, screen, explicit, unlabelled=unlabelled)
+        with run_context("precompute", launch, tracking, output) as context:
+            result = commands_precompute.precompute(catalog, store, images, context)
+            result["files"] = show_written(context.screen, [store])
+            show_next_commands(context.screen, _commands_for(store, unlabelled=unlabelled))
+    return finish(result, output)
+
+
+def _commands_for(store: Path, *, unlabelled: bool) -> list[list[Any]]:
+    """The commands to try next with a new store."""
     if unlabelled:
-        next_commands = [
+        return [
             [program(), "suggest", store],
             [program(), "suggest", store, "BUNDLE"],
             [program(), "search", store, "IMAGE"],
         ]
-    with run_context("precompute", launch, tracking, output) as context:
-        result = commands_precompute.precompute(catalog, store, images, context)
-        result["files"] = show_written(context.screen, [store])
-        show_next_commands(context.screen, next_commands)
-    return finish(result, output)
+    return [[program(), "lr-find", store], [program(), "train", store, "BUNDLE"]]
+
+
+@contextmanager
+def _body_of_bundle(
+    base: str | None, images: FeatureConfig, tracking: TrackingConfig
+) -> Iterator[tuple[FeatureConfig, frozenset[str]]]:
+    """The settings with body and pixels of the bundle `base`, if there is one, and the names of the
+    settings that an existing store must share. The file of the weights exists only inside the
+    block.
+    """
+    from arrowhead.bundle import body_file
+    from arrowhead.bundle import format as bundle_format
+
+    if base is None:
+        yield images, given_flags()
+        return
+    refuse_flags_of_bundle()
+    with (
+        local_bundle(base, tracking) as folder,
+        tempfile.TemporaryDirectory(prefix="arrowhead-body-") as scratch,
+    ):
+        bundle = bundle_format.load(folder)
+        body = body_file.write_body(bundle, Path(scratch) / "body.safetensors")
+        pixels = body_file.pixels_of(bundle, images.pixels)
+        yield replace(images, body=body, pixels=pixels), given_flags() | BODY_FLAGS | PIXEL_FLAGS
+
+
+def refuse_flags_of_bundle() -> None:
+    """Raise ConfigError for a flag that the bundle of --from decides."""
+    if unused := given_flags() & (BODY_FLAGS | PIXEL_FLAGS):
+        flag = "--" + min(unused).replace("_", "-")
+        raise ConfigError(
+            f"{flag} has no effect with --from: the bundle decides on body and pixels.",
+            "one of the two.",
+            f"leave {flag} out, or --from.",
+        )
 
 
 def _prepare(
-    data: str, store: Path, request: FeatureConfig, screen: Screen, *, unlabelled: bool = False
+    data: str,
+    store: Path,
+    request: FeatureConfig,
+    screen: Screen,
+    explicit: frozenset[str],
+    *,
+    unlabelled: bool = False,
 ) -> tuple[FeatureConfig, Catalog]:
     """Check the request, list the images, and take over the settings of an existing store.
+
+    explicit: names of the settings that were given.
 
     Returns:
         The settings, with the store's own where no flag was given, and the images.
     """
-    images = complete_from_store(store, request, given_flags())
+    images = complete_from_store(store, request, explicit)
     backbone.check_config(images.body)
     if unlabelled:
         _check_unlabelled(store)

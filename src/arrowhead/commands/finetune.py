@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arrowhead import fileio
+from arrowhead.bundle import body_file
 from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle.format import Bundle
 from arrowhead.commands import pixel_cache, precompute, train
@@ -183,18 +184,13 @@ def _base_metrics(
     catalog = Catalog(**store.read_catalog())
     if base.bundle.lineage.get("data") == catalog.digest():
         return base.bundle.metrics
-    import safetensors.torch
     import torch
 
     context.screen.print(
         f"{base.path} was trained on other images: its features of these are computed to compare it"
     )
-    weights = out / "frozen" / "body.safetensors"
-    with fileio.atomic_write(weights) as draft:
-        draft.write_bytes(safetensors.torch.save(dict(base.bundle.body_state)))
-    recipe = base.bundle.recipe.single_view()
-    body = BodyConfig(**body_settings(recipe), weights=str(weights), accept_license=True)
-    path = tuned_store(out / "frozen" / "store", body, recipe)
+    body = body_file.write_body(base.bundle, out / "frozen" / "body.safetensors")
+    path = tuned_store(out / "frozen" / "store", body, base.bundle.recipe.single_view())
     with run_context.child_context(context, "frozen") as child:
         precompute.precompute(catalog, path, dataclasses.replace(images, body=body), child)
     valid = Store(path).features("valid")
