@@ -347,6 +347,24 @@ def test_recipes_of_older_stores_keep_their_fingerprint():
     )
 
 
+@pytest.mark.parametrize("size", [64, 96, 128, 224])
+@pytest.mark.parametrize("given", [{}, {"crop_pct": 0.875}, {"resize": "squash", "crop_pct": 1.0}])
+def test_the_same_command_again_has_the_recipe_of_its_store(size, given, tmp_path):
+    """Even where 0.875 and 7/8 of the size round to different pixels (96: 109 and 110)."""
+    config = FeatureConfig(
+        body=BodyConfig(body=BUNDLED_BODY, weights="bundled"),
+        pixels=PixelConfig(size=size, **given),
+    )
+    weights = Weights(
+        state={}, mean=(0.5,) * 3, std=(0.5,) * 3, pixels=PixelConfig(size=224, crop_pct=0.875)
+    )
+    body = dataclasses.replace(config.body, pool="avg")
+    recipe = extract.make_recipe(config.pixels, body, weights, 8)
+    Store.create(tmp_path, recipe, 4)
+    again = complete_from_store(tmp_path, config, {"weights", "size", *given})
+    assert extract.make_recipe(again.pixels, body, weights, 8) == recipe
+
+
 # ------------------------------------------------------------------------ as users meet it
 
 

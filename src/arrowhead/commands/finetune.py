@@ -106,6 +106,7 @@ def finetune(
     origin = origin or _train_frozen(catalog, out / "frozen", images, settings.study, context)
     recipe = origin.bundle.recipe.single_view()
     images = dataclasses.replace(images, pixels=_pixels(recipe, images))
+    context.screen.print(f"images for fine-tuning, decoded once into {out / 'pixels'}:")
     with run_context.child_context(context, "decode") as child:
         decoded = pixel_cache.build_pixel_cache(
             catalog, out / "pixels", images, settings.cache, child
@@ -115,6 +116,7 @@ def finetune(
     body_config = BodyConfig(**body_settings(recipe), weights=str(body), accept_license=True)
     store_path = tuned_store(out / "store", body_config, recipe)
     images = dataclasses.replace(images, body=body_config)
+    context.screen.print("features of the fine-tuned body:")
     with run_context.child_context(context, "extract") as child:
         precompute.precompute(catalog, store_path, images, child)
     result = _choose(out, origin, Store(store_path), (request, trained), images, context)
@@ -307,15 +309,16 @@ def write_body(
 
 
 def _tuned_source(source: str) -> str:
-    prefix = "fine-tuned from "
-    return source if source.startswith(prefix) else prefix + (source or "weights not recorded")
+    if source.startswith(networks.TUNED_PREFIX):
+        return source
+    return networks.TUNED_PREFIX + (source or "weights not recorded")
 
 
 def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
     """Where the features of this body are stored.
 
-    A store of other weights that an earlier fine-tuning left there is replaced; that of a frozen
-    body stays, and the new one lies beside it.
+    A store of other weights or pixels that an earlier fine-tuning left there is replaced; that of
+    a frozen body stays, and the new one lies beside it.
     """
     from arrowhead.features import backbone
 
@@ -325,13 +328,19 @@ def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
         if not (candidate / "store.json").is_file():
             return candidate
         store = Store(candidate)
-        if store.recipe.weights == digest:
+        if store.recipe.weights == digest and _same_pixels(store.recipe, recipe):
             return candidate
         source = (store.weights_origin or {}).get("source", "")
-        if source.startswith("fine-tuned from ") or candidate == beside:
+        if source.startswith(networks.TUNED_PREFIX) or candidate == beside:
             fileio.remove_path(candidate)
             return candidate
     raise AssertionError("the second place is always taken")
+
+
+def _same_pixels(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes, apart from the weights, give one body the same pixels."""
+    names = ("body", "size", "resize", "interpolation", "crop_pct", "mean", "std")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _choose(

@@ -158,8 +158,9 @@ def make_pixel_config(recipe: Recipe) -> PixelConfig:
         augment=recipe.augment,  # type: ignore[arg-type]
         augment_seed=recipe.augment_seed,
     )
-    if recipe.resize != "crop":
+    if recipe.resize != "crop" or recipe.crop_pct is not None:
         return config
+    # Written out, or the default of the weights would take its place.
     return replace(config, crop_pct=config.side / config.resized_side)
 
 

@@ -71,6 +71,8 @@ def complete_from_store(
         stored |= {"augment": pixels.augment, "augment_seed": pixels.augment_seed}
     requested = {f.name: getattr(config.body, f.name) for f in dataclasses.fields(BodyConfig)}
     requested |= {f.name: getattr(config.pixels, f.name) for f in dataclasses.fields(PixelConfig)}
+    if requested["crop_pct"] and _same_crop(pixels, requested["crop_pct"]):
+        requested["crop_pct"] = pixels.crop_pct
     for name, value in stored.items():
         if name in explicit and requested[name] not in (value, None, "auto"):
             flag = "--" + name.replace("_", "-")
@@ -96,6 +98,13 @@ def complete_from_store(
         source = dataclasses.replace(source, drop=str(dropped))
     pixels = dataclasses.replace(pixels, **limits)
     return dataclasses.replace(config, source=source, body=body, pixels=pixels)
+
+
+def _same_crop(pixels: PixelConfig, crop_pct: float) -> bool:
+    """Whether another crop_pct gives the same pixels: resized images have whole pixels."""
+    return pixels.resize != "pad" and (
+        dataclasses.replace(pixels, crop_pct=crop_pct).resized_side == pixels.resized_side
+    )
 
 
 def recipe_flags(store: Store) -> list[str]:

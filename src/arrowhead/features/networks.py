@@ -30,6 +30,7 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")  # a --weights value that end
 PERMISSIVE_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
 TIMM_PREFIX = "timm/"
 ORIGIN_KEY = "arrowhead.origin"  # of the metadata in a .safetensors file
+TUNED_PREFIX = "fine-tuned from "  # of the source of weights, in their origin
 BUNDLED_BODY = "timm/tf_efficientnet_lite0"
 Pool = Literal["auto", "avg", "max", "concat", "cls", "cls+avg"]
 MAP_POOLS, TOKEN_POOLS = ("avg", "max", "concat"), ("cls", "avg", "cls+avg")

@@ -10,7 +10,7 @@ import numpy as np
 
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import DataError
-from arrowhead.features import corrections, extract
+from arrowhead.features import corrections, extract, networks
 from arrowhead.features.store import Store
 from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import Screen
@@ -38,10 +38,9 @@ def show_body(store: Store, screen: Screen) -> None:
     """Show the license of the body's weights, if it is known."""
     origin = store.weights_origin or {}
     if origin.get("license", "unknown") != "unknown":
-        recipe = store.recipe
-        screen.print(
-            f"body {recipe.body}: weights under {origin['license']}, from {origin['source']}"
-        )
+        source = origin["source"]
+        source = source if source.startswith(networks.TUNED_PREFIX) else f"from {source}"
+        screen.print(f"body {store.recipe.body}: weights under {origin['license']}, {source}")
 
 
 def _task(catalog: Catalog) -> str:
