@@ -327,6 +327,29 @@ def test_a_lack_of_memory_says_which_flag_helps_or_halves_the_parts(
     assert "add --micro-batch 8" in capsys.readouterr().err
 
 
+def test_other_classes_are_refused_before_anything_is_decoded(finetuned, image_folder, tmp_path):
+    folder, _ = finetuned
+    rows = [
+        f"{path},other {path.parent.name},{path.parent.parent.name}"
+        for path in sorted(image_folder.glob("[tv]*/*/*"))
+    ]
+    (tmp_path / "others.csv").write_text("\n".join(["path,label,split", *rows]))
+    words = ["finetune", str(tmp_path / "others.csv"), str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as exit_info:
+        main([*words, "--from", str(folder / "out" / "frozen" / "bundle")])
+    assert exit_info.value.code == 2
+    assert not (tmp_path / "out" / "pixels").exists()
+
+
+def test_a_training_that_diverges_is_refused_with_lower_rates(finetuned, image_folder, capsys):
+    folder, _ = finetuned
+    words = ["finetune", str(image_folder), str(folder / "far"), "--epochs", "1", "--rates", "900"]
+    with pytest.raises(SystemExit) as exit_info:
+        main([*words, "--from", str(folder / "out" / "frozen" / "bundle")])
+    assert exit_info.value.code == 2
+    assert "--rates 90" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------- in Python
 
 

@@ -23,6 +23,7 @@ from arrowhead.bundle.format import Bundle
 from arrowhead.commands import pixel_cache, precompute, train
 from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
+from arrowhead.errors import ConfigError
 from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.examine import figures
 from arrowhead.features import extract, networks
@@ -104,6 +105,7 @@ def finetune(
     evaluation.show_bundle_to_delete(out / "bundle", context)
     origin = Base(base, bundle_format.load(base), None) if base else None
     origin = origin or _train_frozen(catalog, out / "frozen", images, settings.study, context)
+    finetuning_run.check_classes(catalog.classes, origin.bundle.classes)
     recipe = origin.bundle.recipe.single_view()
     images = dataclasses.replace(images, pixels=_pixels(recipe, images))
     context.screen.print(f"images for fine-tuning, decoded once into {out / 'pixels'}:")
@@ -118,28 +120,35 @@ def finetune(
     images = dataclasses.replace(images, body=body_config)
     context.screen.print("features of the fine-tuned body:")
     with run_context.child_context(context, "extract") as child:
-        precompute.precompute(catalog, store_path, images, child)
+        extracted = precompute.precompute(catalog, store_path, images, child)
+    _check_finite(extracted, origin, settings.config)
     result = _choose(out, origin, Store(store_path), (request, trained), images, context)
     checkpoint_dir = train.checkpoint_dir_of(out / "bundle")
     checkpoint.remove_finished(checkpoint_dir, trained["key"])
     (checkpoint_dir / finetuning_run.START_FILE).unlink(missing_ok=True)
-    return (
-        {name: decoded[name] for name in ("counts", "faults", "fault_kinds", "too_many_faults")}
-        | {
-            "epochs": trained["history"],
-            "epoch": trained["kept"],
-            "groups": trained["groups"],
-            "steps": trained["steps"],
-            "train_seconds": trained["seconds"],
-            "images_per_second": trained["images_per_second"],
-            "micro_batch": request.config.micro_batch,
-            "classes": list(request.classes),
-            "pixels": str(out / "pixels"),
-            "body": str(body),
-            "run_id": context.run.run_id if context.run else None,
-        }
-        | result
-    )
+    facts = {
+        "classes": list(request.classes),
+        "micro_batch": request.config.micro_batch,
+        "pixels": str(out / "pixels"),
+        "body": str(body),
+        "run_id": context.run.run_id if context.run else None,
+    }
+    return _of_images(decoded) | _of_training(trained) | facts | result
+
+
+def _of_images(decoded: dict[str, Any]) -> dict[str, Any]:
+    return {name: decoded[name] for name in ("counts", "faults", "fault_kinds", "too_many_faults")}
+
+
+def _of_training(trained: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "epochs": trained["history"],
+        "epoch": trained["kept"],
+        "groups": trained["groups"],
+        "steps": trained["steps"],
+        "train_seconds": trained["seconds"],
+        "images_per_second": trained["images_per_second"],
+    }
 
 
 # ------------------------------------------------------------------------------ the base
@@ -306,6 +315,20 @@ def write_body(
     with fileio.atomic_write(path) as draft:
         draft.write_bytes(safetensors.torch.save(body, metadata))
     return path
+
+
+def _check_finite(extracted: dict[str, Any], base: Base, config: FinetuneConfig) -> None:
+    """Raise ConfigError if the tuned body gives no usable features: the training diverged."""
+    broken, usable = extracted["fault_kinds"].get("not finite", 0), extracted["counts"]["features"]
+    if broken > usable:
+        lower = ",".join(f"{rate / 10:g}" for rate in config.group_rates)
+        raise ConfigError(
+            f"The training diverged: the fine-tuned body gives numbers beyond float16 for {broken}"
+            f" of {broken + usable} images.",
+            "learning rates at which the loss falls.",
+            f"give lower ones, such as --rates {lower}. The bundle that this started from,"
+            f" {base.path}, is as it was.",
+        )
 
 
 def _tuned_source(source: str) -> str:

@@ -46,7 +46,7 @@ def build_pixel_cache(
     listed = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
     side = cache.side(images.pixels.side)
     recipe = pixel_cache.pixel_recipe(side)
-    _check_recipe(path, side)
+    _check_recipe(path, side, images.pixels.side)
     _check_space(path, listed, side, cache.cache_bytes)
     store = PixelStore.create(path, recipe, pixel_cache.CHUNK_SIZE)
     limits = {name: getattr(images.pixels, name) for name in ("max_pixels", "max_scans")}
@@ -60,18 +60,21 @@ def build_pixel_cache(
     return result
 
 
-def _check_recipe(path: Path, side: int) -> None:
-    """Raise ConfigError if there is a pixel cache at `path` with images of another size."""
+def _check_recipe(path: Path, side: int, size: int) -> None:
+    """Raise ConfigError if there is a pixel cache at `path` with images of another size.
+
+    size: of the body's input; a cache with smaller images is of no use to it.
+    """
     if not (path / "store.json").is_file():
         return
     existing = PixelStore(path).recipe
     if existing.size != side:
+        reuse = f"give --cache-size {existing.size}, " if existing.size >= size else ""
         raise ConfigError(
             f"{path} holds images of {existing.size} x {existing.size} pixels, and this run needs"
             f" {side} x {side}.",
             "one size in a pixel cache.",
-            f"give --cache-size {existing.size}, write to another folder, or delete {path}: it is"
-            " made again from the images.",
+            f"{reuse}write to another folder, or delete {path}: it is made again from the images.",
         )
 
 
@@ -105,6 +108,8 @@ def _check_space(path: Path, catalog: Catalog, side: int, limit: int) -> None:
 
 def _size(count: int) -> str:
     """A number of bytes for people."""
+    if count < 10**6:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 

@@ -95,8 +95,8 @@ class FinetuneConfig(OptimizerConfig):
                 raise ConfigError(f"--{flag} is {value}.", f"{wanted}.", f"give another --{flag}.")
         if not -len(self.group_rates) <= self.freeze_to < len(self.group_rates):
             raise ConfigError(
-                f"--freeze-to {self.freeze_to} freezes every layer: there are"
-                f" {len(self.group_rates)} layer groups.",
+                f"--freeze-to is {self.freeze_to}, and there are {len(self.group_rates)} layer"
+                " groups.",
                 f"from {-len(self.group_rates)} to {len(self.group_rates) - 1}; -1 trains the head"
                 " alone.",
                 "give another --freeze-to, or as many --rates as groups that you want.",

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -226,13 +226,7 @@ def load_samples(cache: PixelCache, request: Request) -> Samples:
         valid=np.flatnonzero(cache.split == "valid"),
         classes=list(cache.classes),
     ).check_trainable()
-    if tuple(cache.classes) != request.classes:
-        raise ConfigError(
-            f"The images have the classes {', '.join(cache.classes)}, and the head"
-            f" {', '.join(request.classes)}.",
-            "the classes that the bundle was trained on.",
-            "leave --from out: then a head for these classes is trained first.",
-        )
+    check_classes(cache.classes, request.classes)
     choices = ("f1", "f2") if data.multilabel else ("balanced_accuracy",)
     if request.config.best not in ("last", "valid_loss", "accuracy", *choices):
         raise ConfigError(
@@ -254,6 +248,16 @@ def load_samples(cache: PixelCache, request: Request) -> Samples:
         classes=data.classes,
         class_weights=dataset.class_weights(data, trial),
     )
+
+
+def check_classes(images: Sequence[str], head: Sequence[str]) -> None:
+    """Raise ConfigError if the images have other classes than the head."""
+    if tuple(images) != tuple(head):
+        raise ConfigError(
+            f"The images have the classes {', '.join(images)}, and the head {', '.join(head)}.",
+            "the classes that the bundle was trained on.",
+            "leave --from out: then a head for these classes is trained first.",
+        )
 
 
 def _report(worker: Worker, message: dict[str, Any]) -> None:
