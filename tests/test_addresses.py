@@ -187,6 +187,34 @@ def test_second_writer_is_refused_and_a_dead_one_replaced(
     assert contents(bucket, "store") == {}
 
 
+def test_command_that_stood_still_leaves_the_lock_of_its_successor(bucket: Any) -> None:
+    folder = remote_folder.of(mirrors.mirror_of(f"s3://{bucket.name}/store"))
+    with folder.lock():
+        bucket.put_object(Key="store/.lock", Body=b"of another")
+    assert contents(bucket, "store") == {".lock": b"of another"}
+
+
+def test_changed_file_of_an_address_is_fetched_again(bucket: Any) -> None:
+    folder = remote_folder.of(mirrors.mirror_of(f"s3://{bucket.name}/store"))
+    path = folder.path / "body.safetensors"
+    for content in (b"one", b"two"):
+        bucket.put_object(Key="store/body.safetensors", Body=content)
+        folder.fetch_changed(path)
+        assert path.read_bytes() == content
+    bucket.Object("store/body.safetensors").delete()
+    folder.fetch_changed(path)
+    assert not path.exists()
+
+
+def test_cache_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be written(?s:.*)set ARROWHEAD_CACHE_DIR"):
+        mirror_space.hold(mirrors.mirror_of("s3://bucket/store"))
+
+
 def test_manifest_that_another_wrote_meanwhile_is_not_replaced(bucket: Any) -> None:
     folder = remote_folder.of(mirrors.mirror_of(f"s3://{bucket.name}/store"))
     with folder.lock():
@@ -382,6 +410,14 @@ def test_scores_in_a_bucket_equal_those_on_a_disk_and_are_continued(
     command("scores", "verify", out, code=4)
     result = command("evaluate", bundle, few, f"s3://{bucket.name}/evaluation", "--workers", "0")
     assert "evaluation.json" in contents(bucket, "evaluation") and result["metrics"]
+
+
+def test_model_of_mlflow_is_no_address_of_an_object_store(
+    bucket: Any, few: Path, capsys: pytest.CaptureFixture[str], workdir: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["score", "models:/none@champion", str(few), f"s3://{bucket.name}/x", "--workers=0"])
+    assert "models:/none@champion" in capsys.readouterr().err
 
 
 def test_mirrors_stay_below_their_limit_and_those_in_use_stay(

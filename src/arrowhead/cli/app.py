@@ -30,6 +30,7 @@ from cyclopts.config import Toml
 from arrowhead import __version__, fileio
 from arrowhead.cli.options import Output
 from arrowhead.cli.screen import Screen
+from arrowhead.data import mirrors
 from arrowhead.errors import ConfigError
 from arrowhead.output_paths import expand_user
 from arrowhead.runtime import signals, worker_choice
@@ -269,6 +270,13 @@ class _GivenFlags:
                 argument.tokens = [
                     token.evolve(value=str(expand_user(Path(token.value))))
                     if token.value.startswith("~")
+                    else token
+                    for token in argument.tokens
+                ]
+            if argument.name == "--weights":  # of an address: its place in the mirror
+                argument.tokens = [
+                    token.evolve(value=str(mirrors.mirror_of(token.value)))
+                    if token.value
                     else token
                     for token in argument.tokens
                 ]

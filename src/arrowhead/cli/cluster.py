@@ -27,7 +27,7 @@ from arrowhead.cli.app import (
 )
 from arrowhead.cli.options import Out, Output, ToCluster
 from arrowhead.cli.screen import Screen
-from arrowhead.data import drop_list
+from arrowhead.data import drop_list, mirrors
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.errors import ConfigError
 from arrowhead.features import networks
@@ -220,7 +220,7 @@ def _requirements(call: Call) -> Requirements:
         elif isinstance(value, ScoreConfig):
             inputs += [value.base, value.store]
         elif isinstance(value, BodyConfig) and networks.is_weights_file(value.weights):
-            inputs.append(value.weights)
+            inputs.append(mirrors.uri_of(Path(value.weights)) or value.weights)
     env_vars: dict[str, str] = {}
     required_variable = None
     tracking = call.arguments.get("tracking")
@@ -242,8 +242,6 @@ def _requirements(call: Call) -> Requirements:
 
 def _local_paths(values: list[Any]) -> list[str]:
     """The values that are paths: no None, no address in an object store or MLflow."""
-    from arrowhead.data import mirrors
-
     paths = [os.fspath(value).removeprefix("file://") for value in values if value is not None]
     models = ("models:/", "runs:/")
     return [path for path in paths if not mirrors.is_address(path) and not path.startswith(models)]

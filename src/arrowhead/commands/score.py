@@ -268,7 +268,8 @@ def _local_bundle(address: str, tracking: TrackingConfig, out: Path) -> Iterator
     """The bundle's folder. A remote bundle is downloaded into `out`, which every worker can read,
     and removed at the end.
     """
-    if remote_folder.of(out).is_remote and mirrors.is_address(address):
+    is_stored = mirrors.is_address(address) and not address.startswith(("models:/", "runs:/"))
+    if remote_folder.of(out).is_remote and is_stored:
         folder = mirrors.mirror_of(address)  # which workers that share no disk have, too
         resolve.refresh_mirror(folder)
         yield folder

@@ -27,8 +27,15 @@ def hold(folder: Path) -> None:
     if (os.getpid(), folder) in _held:
         return
     mark = mark_of(folder)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigError(
+            f"{mirrors.root().parent} cannot be written: {error.strerror}.",
+            "a folder for the files of addresses.",
+            f"set {mirrors.CACHE_VARIABLE} to a folder on a disk of this machine.",
+        ) from error
     with suppress(OSError):  # no locks on this disk: then nothing is removed, either
         fcntl.flock(handle, fcntl.LOCK_SH)
         os.utime(mark)

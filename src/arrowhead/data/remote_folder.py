@@ -54,6 +54,9 @@ class LocalFolder:
     def fetch(self, paths: Iterable[Path]) -> None:
         """Download those of these files that are not here; those not in the store are left out."""
 
+    def fetch_changed(self, path: Path) -> None:
+        """Download a file if the store has another version of it than is here."""
+
     def check_sha256(self, path: Path, digest: str, *, recorded_in: str, repair: str) -> None:
         """As `fileio.check_sha256`. A file that is missing or damaged here is fetched first."""
         fileio.check_sha256(path, digest, recorded_in=recorded_in, repair=repair)
@@ -151,6 +154,14 @@ class RemoteFolder(LocalFolder):
     def fetch(self, paths: Iterable[Path]) -> None:
         """As `LocalFolder.fetch`."""
         self._download([path for path in paths if not path.is_file()])
+
+    def fetch_changed(self, path: Path) -> None:
+        """As `LocalFolder.fetch_changed`."""
+        etag = object_writes.etag(self.uri, self._key(path))
+        if etag == ABSENT:
+            path.unlink(missing_ok=True)
+        elif etag != self._etag_of(path):
+            self._download([path])
 
     def check_sha256(self, path: Path, digest: str, *, recorded_in: str, repair: str) -> None:
         """As `LocalFolder.check_sha256`."""
@@ -380,8 +391,9 @@ class _Lock:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        if not self._lost:
-            with suppress(ConfigError):  # it is stale soon
+        with suppress(ConfigError):  # it is stale soon
+            # A command that stood still may have lost it since it was renewed last.
+            if not self._lost and object_writes.etag(self._uri, LOCK_NAME) == self._etag:
                 object_writes.delete(self._uri, LOCK_NAME)
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from arrowhead.data import remote_folder
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.errors import ConfigError, DataError
 
@@ -147,7 +148,8 @@ def load_tensors(net: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def require_file(path: Path) -> None:
-    """Raise ConfigError if the file of weights does not exist."""
+    """Raise ConfigError if the file of weights does not exist; of an address, fetch it."""
+    remote_folder.of(path.parent).fetch_changed(path)
     if not path.is_file():
         raise ConfigError(
             f"--weights {path} does not exist.",
