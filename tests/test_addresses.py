@@ -417,7 +417,7 @@ def test_model_of_mlflow_is_no_address_of_an_object_store(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["score", "models:/none@champion", str(few), f"s3://{bucket.name}/x", "--workers=0"])
-    assert "models:/none@champion" in capsys.readouterr().err
+    assert "No model is registered as none" in capsys.readouterr().err
 
 
 def test_mirrors_stay_below_their_limit_and_those_in_use_stay(
