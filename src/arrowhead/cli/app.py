@@ -276,7 +276,7 @@ class _GivenFlags:
             if argument.name == "--weights":  # of an address: its place in the mirror
                 argument.tokens = [
                     token.evolve(value=str(mirrors.mirror_of(token.value)))
-                    if token.value
+                    if token.value.lower().startswith(ADDRESSES)
                     else token
                     for token in argument.tokens
                 ]
@@ -285,6 +285,7 @@ class _GivenFlags:
             check_address_variables()
 
 
+ADDRESSES = tuple(f"{scheme}:/" for scheme in (*mirrors.SCHEMES, "file"))
 PATH_ARGUMENTS = {
     "--data",
     "--source",
