@@ -263,7 +263,7 @@ def draft(path: Path, previous: Path | None = None) -> Iterator[Path]:
         ConfigError: If `path` holds something other than a bundle, or the disk is full.
     """
     check_replaceable(path)
-    replaces = previous if path.exists() else None
+    replaces = previous if (path / "bundle.json").is_file() else None
     with fileio.atomic_folder(path, previous) as folder:
         (folder / REPORT_FOLDER).mkdir()
         yield folder
@@ -272,9 +272,9 @@ def draft(path: Path, previous: Path | None = None) -> Iterator[Path]:
         if not (folder / "bundle.json").is_file():
             raise AssertionError("no bundle was written")
     for one in (replaces, path):
-        if one is not None:
+        if one is not None and (files := remote_folder.of(one)).is_remote:
             content = read_bundle_json(one / "bundle.json", str(one))
-            remote_folder.of(one).publish("bundle.json", content["sha256"])
+            files.publish("bundle.json", content["sha256"])
 
 
 def save(bundle: Bundle, path: Path, previous: Path | None = None) -> str:
