@@ -51,7 +51,8 @@ IMPORTS = """
     torch.fx.experimental.optimization torchvision.models
 """.split()  # noqa: SIM905 - longer as a list
 READ_ON_IMPORT = ("PYTHON", "LC_", "LANG", "OMP_", "LD_")
-READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH"}  # forks always run with the latter
+# Forks always run with PYTHONSAFEPATH; Ray sets PYTHONBREAKPOINT in the process that starts it.
+READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONBREAKPOINT"}
 DEFAULT_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 PR_SET_CHILD_SUBREAPER = 36
 HEADER_BYTES = 8
