@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from arrowhead import ConfigError, DataError, spreadsheet
+from arrowhead.commands import finetune
 from arrowhead.commands import train as commands_train
 from arrowhead.data import label_fixes, splits
 from arrowhead.data.catalog import Catalog
 from arrowhead.features import corrections, inspect
+from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.corrections import Correction
 from arrowhead.features.store import Store
 from arrowhead.training.config import TrainConfig
@@ -153,6 +156,20 @@ def test_labels_change_and_neither_features_nor_splits(store, command, fix):
     assert (result["labels"], result["change"], result["by"]) == (2, 1, "Ada")
     assert result["moves"] == {"beads -> baskets": 1, "beads -> leaves": 1}
     assert not [one for one in inspect.verify(store) if one.damage]
+
+
+def test_fine_tuning_keeps_a_store_whose_labels_were_corrected(store, command, fix, tmp_path):
+    out = tmp_path / "tuned"
+    for name in ("store", "store.tuned"):
+        shutil.copytree(store, out / name)
+    command("relabel", out / "store.tuned", fix({train_paths(store, "beads")[0]: "leaves"}))
+    changed = labels(out / "store.tuned")
+    recipe = dataclasses.replace(Store(store).recipe, size=96)
+    body = BodyConfig(body=recipe.body, weights=str(store / "body.safetensors"))
+    for _ in range(2):
+        assert finetune.tuned_store(out / "store", body, recipe) == out / "store.tuned"
+    assert sorted(path.name for path in out.iterdir()) == ["store", "store.tuned.corrected"]
+    assert labels(out / "store.tuned.corrected") == changed
 
 
 def test_same_table_again_changes_nothing(store, command, fix):

@@ -340,8 +340,9 @@ def _tuned_source(source: str) -> str:
 def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
     """Where the features of this body are stored.
 
-    A store of other weights or pixels that an earlier fine-tuning left there is replaced; that of
-    a frozen body stays, and the new one lies beside it.
+    A store of other weights or pixels that an earlier fine-tuning left there is replaced (one with
+    corrected labels is kept under another name); that of a frozen body stays, and the new one lies
+    beside it.
     """
     from arrowhead.features import backbone
 
@@ -355,9 +356,20 @@ def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
             return candidate
         source = (store.weights_origin or {}).get("source", "")
         if source.startswith(networks.TUNED_PREFIX) or candidate == beside:
-            fileio.remove_path(candidate)
+            _make_way(candidate)
             return candidate
     raise AssertionError("the second place is always taken")
+
+
+def _make_way(path: Path) -> None:
+    """Remove a store, or rename it if somebody corrected labels in it: that work cannot be redone."""
+    if not Store(path).read_corrections():
+        fileio.remove_path(path)
+        return
+    kept, number = path.with_name(f"{path.name}.corrected"), 2
+    while kept.exists():
+        kept, number = path.with_name(f"{path.name}.corrected-{number}"), number + 1
+    path.rename(kept)
 
 
 def _same_pixels(one: Recipe, other: Recipe) -> bool:
