@@ -362,7 +362,7 @@ def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
 
 
 def _make_way(path: Path) -> None:
-    """Remove a store, or rename it if somebody corrected labels in it: that work cannot be redone."""
+    """Remove a store, or rename it if labels in it were corrected: nobody should do that again."""
     if not Store(path).read_corrections():
         fileio.remove_path(path)
         return
