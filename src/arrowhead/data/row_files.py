@@ -303,6 +303,7 @@ class _ParquetReader(_Reader):
         )
         self._source = source
         try:
+            arrow_io.refuse_extension_types(self.location, arrow_io.arrow_schema_of_parquet(source))
             metadata = pq.read_metadata(source)
             kept = (metadata.metadata or {}).get(b"ARROW:schema", b"")
             arrow_io.refuse_extension_types(self.location, base64.b64decode(kept))

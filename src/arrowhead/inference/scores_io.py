@@ -207,6 +207,7 @@ def read_table(path: Path, columns: Sequence[str], digest: str | None = None) ->
         if digest is not None and hashlib.sha256(content).hexdigest() != digest:
             raise _changed_part_error(path)
         source = pa.BufferReader(content)
+        arrow_io.refuse_extension_types(path, arrow_io.arrow_schema_of_parquet(source))
         schema = (pq.read_metadata(source).metadata or {}).get(b"ARROW:schema", b"")
         arrow_io.refuse_extension_types(path, base64.b64decode(schema))
         source.seek(0)
