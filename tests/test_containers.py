@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -668,23 +670,50 @@ def test_file_without_a_column_of_images_is_refused_with_its_columns(write_rows:
         sources.labelled_catalog(write_rows("c", unlabelled))
 
 
-def test_column_of_an_extension_type_is_refused(write_rows: Table) -> None:
-    import pyarrow as pa
+class _RunsCode(pa.ExtensionType):
+    """An extension type that shows whether Arrow made it from a file."""
 
-    field = pa.field("x", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_tensor"})
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__(pa.binary(), "arrowhead.tests.runs_code")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> _RunsCode:
+        cls.made += 1
+        return cls()
+
+
+@pytest.fixture
+def registered_type() -> Iterator[type[_RunsCode]]:
+    """A registered extension type, as importing Ray Train registers those of Ray Data."""
+    pa.register_extension_type(_RunsCode())
+    _RunsCode.made = 0
+    yield _RunsCode
+    pa.unregister_extension_type("arrowhead.tests.runs_code")
+
+
+@pytest.mark.parametrize("name", ["x", "xx", "xxx", "xxxxxx"])  # moves the mark within base64
+def test_column_of_an_extension_type_is_refused_before_arrow_makes_the_type(
+    write_rows: Table, registered_type: type[_RunsCode], name: str
+) -> None:
+    marks = {"ARROW:extension:name": "arrowhead.tests.runs_code", "ARROW:extension:metadata": name}
     columns = {"image": image_column([JPEG] * 2), "label": ["a", "b"]}
-    table = pa.table({**columns, "x": pa.array([b"1", b"2"])})
-    schema = table.schema.set(2, field)
+    table = pa.table({**columns, name: pa.array([b"1", b"2"])})
+    schema = table.schema.set(2, pa.field(name, pa.binary(), metadata=marks))
     path = write_rows("a", columns)
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         pq.write_table(table.cast(schema), path)
     else:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as sink:
             sink.write_table(table.cast(schema))
+    registered_type.made = 0
     with pytest.raises(DataError, match="extension type"):
         sources.labelled_catalog(path)
+    assert registered_type.made == 0
 
 
 def test_changed_rows_file_is_a_fault(write_rows: Table) -> None:

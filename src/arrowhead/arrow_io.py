@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from arrowhead import fileio
 from arrowhead.errors import DataError
+
+EXTENSION_MARK = b"ARROW:extension"  # begins the names of the metadata that make a type of it
 
 
 def write_arrow(path: Path, table: Any) -> None:
@@ -65,7 +66,7 @@ def refuse_extension_types(path: Path, schema: bytes) -> None:
     A registered extension type runs its own code when a file is opened or read. Ray Train registers
     those of Ray Data, which unpickle: such a column could run any code of the file's author.
     """
-    if b"ARROW:extension" in schema:
+    if EXTENSION_MARK in schema:
         raise DataError(
             f"{path} holds columns of an extension type.",
             "plain Arrow types, as Arrowhead writes them: reading others can run code.",
@@ -73,22 +74,33 @@ def refuse_extension_types(path: Path, schema: bytes) -> None:
         )
 
 
-def arrow_schema_of_parquet(source: Any) -> bytes:
-    """The Arrow schema in a Parquet file's footer, b"" if none, without Arrow reading the footer:
-    that already makes registered extension types. source: an open pyarrow file, left at its start.
+def refuse_parquet_extension_types(path: Path, source: Any) -> None:
+    """As `refuse_extension_types`, for a Parquet file: reading its footer already makes registered
+    types. The footer holds the Arrow schema in base64; the mark is looked for in any position, so
+    it does not matter how a hostile file writes the fields around it.
+
+    source: The file, opened with pyarrow; left at its start.
     """
     size = source.size()
     source.seek(max(size - 8, 0))
-    tail = source.read(8)
-    length = int.from_bytes(tail[:4], "little")
-    footer = b""
-    if tail[4:] == b"PAR1" and length <= size - 8:
-        source.seek(size - 8 - length)
-        footer = source.read(length)
+    length = int.from_bytes(source.read(8)[:4], "little")
+    source.seek(max(size - 8 - length, 0))
+    footer = source.read(length)
     source.seek(0)
-    # Thrift: the key, the header of the next string, its length as a varint, the string.
-    found = re.search(rb"ARROW:schema\x18[\x80-\xff]*[\x00-\x7f]([A-Za-z0-9+/=]+)", footer)
-    return base64.b64decode(found[1] + b"==") if found else b""
+    if any(mark in footer for mark in _base64_positions(EXTENSION_MARK)):
+        refuse_extension_types(path, EXTENSION_MARK)
+
+
+def _base64_positions(text: bytes) -> list[bytes]:
+    """What base64 makes of a text inside a longer one, for each position in groups of 3 bytes;
+    without the characters that its neighbours change.
+    """
+    encoded = [base64.b64encode(bytes(shift) + text) for shift in range(3)]
+    ends = [(shift + len(text)) * 8 // 6 for shift in range(3)]
+    return [
+        one[-(-shift * 8 // 6) : end]
+        for shift, (one, end) in enumerate(zip(encoded, ends, strict=True))
+    ]
 
 
 def single_array(column: Any) -> Any:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arrowhead.bundle import body_file
 from arrowhead.bundle import format as bundle_format
 from arrowhead.commands import finetune, pixel_cache, precompute, train
 from arrowhead.commands.finetune import Base, FinetuneSettings
 from arrowhead.data.catalog import Catalog
 from arrowhead.features import extract
-from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.store import Store
 from arrowhead.finetuning import lr_finder
@@ -83,9 +83,7 @@ class Unfrozen:
             recipe = base.bundle.recipe.single_view()
             request, trained = finetune.train_network(self.folder, base, recipe, settings, context)
             body = finetune.write_body(self.folder, base, recipe, request, trained)
-        config = BodyConfig(
-            **finetune.body_settings(recipe), weights=str(body), accept_license=True
-        )
+        config = body_file.body_config(recipe, body)
         path = finetune.tuned_store(self.folder / "store", config, recipe)
         precompute.precompute(catalog, path, dataclasses.replace(images, body=config), context)
         checkpoint.remove_finished(train.checkpoint_dir_of(self.folder / "bundle"), trained["key"])
@@ -130,7 +128,6 @@ class Unfrozen:
         catalog = Catalog(**self.store.read_catalog())
         pixels: Any = extract.make_pixel_config(self.store.recipe.single_view())
         images = FeatureConfig(pixels=pixels)
-        (self.folder / ".bundle.training").mkdir(parents=True, exist_ok=True)
         pixel_cache.build_pixel_cache(
             catalog, self.folder / "pixels", images, settings.cache, context
         )

@@ -1,30 +1,28 @@
-"""A bundle's body as a file for `--weights`, to compute the features of other images with it."""
+"""A bundle's body as a file for `--weights`, and the settings that use it as the bundle does."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
-from arrowhead import fileio
 from arrowhead.bundle.format import Bundle
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.features import extract, networks
 from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.recipe import Recipe
 
 
 def write_body(bundle: Bundle, path: Path) -> BodyConfig:
     """Write the body's weights with their source and license; the settings that use them."""
-    import safetensors.torch
+    networks.write_weights(path, bundle.body_state, bundle.lineage.get("weights") or {})
+    return body_config(bundle.recipe, path)
 
-    origin = bundle.lineage.get("weights") or {}
-    metadata = {networks.ORIGIN_KEY: json.dumps(origin, sort_keys=True)}
-    with fileio.atomic_write(path) as draft:
-        draft.write_bytes(safetensors.torch.save(dict(bundle.body_state), metadata))
-    recipe = bundle.recipe
+
+def body_config(recipe: Recipe, weights: Path) -> BodyConfig:
+    """The settings of a recipe's body with the weights of a file."""
     return BodyConfig(
         body=recipe.body,
-        weights=str(path),
+        weights=str(weights),
         pool="auto" if recipe.pool == "own" else recipe.pool,  # type: ignore[arg-type]
         mean=recipe.mean,
         std=recipe.std,

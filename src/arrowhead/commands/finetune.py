@@ -10,7 +10,6 @@ OUT/frozen        without --from: store and bundle of the frozen body, as `fit` 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.examine import figures
-from arrowhead.features import extract, networks
+from arrowhead.features import networks
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.recipe import Recipe
@@ -103,11 +102,12 @@ def finetune(
     """
     catalog = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
     evaluation.show_bundle_to_delete(out / "bundle", context)
+    _show_unused_corrections(out, context)
     origin = Base(base, bundle_format.load(base), None) if base else None
     origin = origin or _train_frozen(catalog, out / "frozen", images, settings.study, context)
     finetuning_run.check_classes(catalog.classes, origin.bundle.classes)
     recipe = origin.bundle.recipe.single_view()
-    images = dataclasses.replace(images, pixels=_pixels(recipe, images))
+    images = dataclasses.replace(images, pixels=body_file.pixels_of(origin.bundle, images.pixels))
     context.screen.print(f"images for fine-tuning, decoded once into {out / 'pixels'}:")
     with run_context.child_context(context, "decode") as child:
         decoded = pixel_cache.build_pixel_cache(
@@ -115,7 +115,7 @@ def finetune(
         )
     request, trained = train_network(out, origin, recipe, settings, context)
     body = write_body(out, origin, recipe, request, trained)
-    body_config = BodyConfig(**body_settings(recipe), weights=str(body), accept_license=True)
+    body_config = body_file.body_config(recipe, body)
     store_path = tuned_store(out / "store", body_config, recipe)
     images = dataclasses.replace(images, body=body_config)
     context.screen.print("features of the fine-tuned body:")
@@ -134,6 +134,16 @@ def finetune(
         "run_id": context.run.run_id if context.run else None,
     }
     return _of_images(decoded) | _of_training(trained) | facts | result
+
+
+def _show_unused_corrections(out: Path, context: RunContext) -> None:
+    """Say that labels which were corrected in a store of OUT are not those that are trained on."""
+    for path in (out / "store", out / "store.tuned", out / "frozen" / "store"):
+        if (path / "store.json").is_file() and Store(path).read_corrections():
+            context.screen.print(
+                f"labels that were corrected in {path} are not used for fine-tuning, but those of"
+                " the images' source: correct them there"
+            )
 
 
 def _of_images(decoded: dict[str, Any]) -> dict[str, Any]:
@@ -168,22 +178,6 @@ def _train_frozen(
     return Base(bundle, bundle_format.load(bundle), store)
 
 
-def _pixels(recipe: Recipe, images: FeatureConfig) -> Any:
-    """The pixel settings of the base, with the limits of decoding that were asked for."""
-    limits = {name: getattr(images.pixels, name) for name in ("max_pixels", "max_scans")}
-    return dataclasses.replace(extract.make_pixel_config(recipe), **limits)
-
-
-def body_settings(recipe: Recipe) -> dict[str, Any]:
-    """The fields of `BodyConfig` that a recipe decides, besides the weights."""
-    return {
-        "body": recipe.body,
-        "pool": recipe.pool if recipe.pool in (*networks.MAP_POOLS, "cls", "cls+avg") else "auto",
-        "mean": recipe.mean,
-        "std": recipe.std,
-    }
-
-
 def _base_metrics(
     base: Base, store: Store, images: FeatureConfig, out: Path, context: RunContext
 ) -> dict[str, Any]:
@@ -198,7 +192,8 @@ def _base_metrics(
     import torch
 
     context.screen.print(
-        f"{base.path} was trained on other images: its features of these are computed to compare it"
+        f"{base.path} was trained on other images or labels: its features of these are computed to"
+        " compare it"
     )
     body = body_file.write_body(base.bundle, out / "frozen" / "body.safetensors")
     path = tuned_store(out / "frozen" / "store", body, base.bundle.recipe.single_view())
@@ -294,8 +289,6 @@ def write_body(
     out: Path, base: Base, recipe: Recipe, request: Request, trained: dict[str, Any]
 ) -> Path:
     """Write the tuned body with its origin: a file for `--weights`."""
-    import safetensors.torch
-
     folder = train.checkpoint_dir_of(out / "bundle")
     tensors = finetuning_run.result_tensors(folder, trained["key"])
     body = {n.removeprefix(BODY): t for n, t in tensors.items() if n.startswith(BODY)}
@@ -310,10 +303,8 @@ def write_body(
         "base_bundle": base.fingerprint,
         "finetune": request.config.parameters() | dataclasses.asdict(request.augment),
     }
-    metadata = {networks.ORIGIN_KEY: json.dumps(origin, sort_keys=True)}
     path = out / "body.safetensors"
-    with fileio.atomic_write(path) as draft:
-        draft.write_bytes(safetensors.torch.save(body, metadata))
+    networks.write_weights(path, body, origin)
     return path
 
 

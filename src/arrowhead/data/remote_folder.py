@@ -214,7 +214,9 @@ class RemoteFolder(LocalFolder):
         self._guarded[key] = etag
 
     def upload(self, path: Path) -> None:
-        """As `LocalFolder.upload`."""
+        """As `LocalFolder.upload`. ConfigError if another command has taken the lock."""
+        if self._lock:
+            self._lock.check()
         self._record(path, object_writes.write(self.uri, self._key(path), path))
 
     def publish(self, marker: str = "", hashes: Mapping[str, str] = {}) -> None:

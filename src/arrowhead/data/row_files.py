@@ -9,7 +9,6 @@ Arrow file is memory-mapped, or read batch by batch from an object store.
 
 from __future__ import annotations
 
-import base64
 import bisect
 import io
 import itertools
@@ -303,10 +302,8 @@ class _ParquetReader(_Reader):
         )
         self._source = source
         try:
-            arrow_io.refuse_extension_types(self.location, arrow_io.arrow_schema_of_parquet(source))
+            arrow_io.refuse_parquet_extension_types(self.location, source)
             metadata = pq.read_metadata(source)
-            kept = (metadata.metadata or {}).get(b"ARROW:schema", b"")
-            arrow_io.refuse_extension_types(self.location, base64.b64decode(kept))
             self._file = pq.ParquetFile(
                 source, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False
             )

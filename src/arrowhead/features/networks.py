@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from arrowhead import fileio
 from arrowhead.data import remote_folder
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.errors import ConfigError, DataError
@@ -107,6 +108,15 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             "tensors by name: safetensors, or a state dict saved by torch.save.",
             "save it again with safetensors; pickled models are not opened.",
         ) from error
+
+
+def write_weights(path: Path, state: Mapping[str, torch.Tensor], origin: Mapping[str, Any]) -> None:
+    """Write tensors as a .safetensors file for `--weights`, with what `read_origin` reads."""
+    import safetensors.torch
+
+    metadata = {ORIGIN_KEY: json.dumps(origin, sort_keys=True)}
+    with fileio.atomic_write(path) as draft:
+        draft.write_bytes(safetensors.torch.save(dict(state), metadata))
 
 
 def read_origin(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ error but with wrong rows, or crash.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -207,10 +206,7 @@ def read_table(path: Path, columns: Sequence[str], digest: str | None = None) ->
         if digest is not None and hashlib.sha256(content).hexdigest() != digest:
             raise _changed_part_error(path)
         source = pa.BufferReader(content)
-        arrow_io.refuse_extension_types(path, arrow_io.arrow_schema_of_parquet(source))
-        schema = (pq.read_metadata(source).metadata or {}).get(b"ARROW:schema", b"")
-        arrow_io.refuse_extension_types(path, base64.b64decode(schema))
-        source.seek(0)
+        arrow_io.refuse_parquet_extension_types(path, source)
         return pq.read_table(source, columns=list(columns), page_checksum_verification=True)
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise DataError(
