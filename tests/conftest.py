@@ -81,6 +81,12 @@ def _fork_decoder_processes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _forget_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget each test's passwords: in later tests' messages, the word "two" would be redacted."""
+    monkeypatch.setattr("arrowhead.tracking.address._secrets", set())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _trainings_without_reports() -> Iterator[Callable[..., Any]]:
     """Leave out the reports of `fit` and `train` in this process: seconds in hundreds of tests.
