@@ -18,9 +18,11 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.cli.main import main
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine import predictions, thumbnails
+from arrowhead.examine.config import ExamineConfig
 from arrowhead.examine.galleries import ImageRanking, choose_galleries
 from arrowhead.examine.originals import Originals, Wanted, read_pixels
 from arrowhead.examine.predictions import Predictions
+from arrowhead.examine.report import Report
 from arrowhead.features.store import Store
 
 SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
@@ -278,6 +280,26 @@ def test_each_original_is_read_once_before_the_analyses(fitted):
     assert [max(pixels.grey[row].shape) for row in (1, 2, 3)] == [64] * 3
     assert max(pixels.thumbnails[2].width, pixels.thumbnails[2].height) == 64
     assert max(pixels.tiles[5].size) == 16
+
+
+def test_the_next_report_reads_only_the_originals_that_it_shows(fitted, tmp_path, monkeypatch):
+    cache = fitted / "store" / "report_cache.json"
+    cache.unlink(missing_ok=True)
+    reads, read = [], Originals.read
+    monkeypatch.setattr(Originals, "read", lambda self, row: reads.append(row) or read(self, row))
+    config = ExamineConfig(pictures=1, map=False, heatmaps=False, label_errors=False)
+    counts, pages = [], []
+    for name, content in (("first", None), ("again", None), ("damaged", b"{}")):
+        if content:
+            cache.write_bytes(content)
+        before = len(reads)
+        (tmp_path / name).mkdir()
+        Report(fitted / "store", fitted / "bundle", config).write(tmp_path / name)
+        counts.append(len(reads) - before)
+        page = (tmp_path / name / "report.html").read_text()
+        pages.append(re.sub(r"\d\d:\d\d UTC", "", page))
+    assert counts[1] < counts[0] == counts[2]
+    assert len(set(pages)) == 1
 
 
 def test_originals_that_cannot_be_read_give_no_thumbnail(fitted):

@@ -30,6 +30,7 @@ from arrowhead.examine.originals import Pixels
 from arrowhead.examine.outliers import Outliers
 from arrowhead.examine.poor_images import PoorImages, find_poor_images
 from arrowhead.examine.predictions import Predictions
+from arrowhead.examine.report_cache import ReportCache
 from arrowhead.examine.slices import HeldOutImages, SliceReport
 from arrowhead.features.store import Store
 
@@ -92,6 +93,7 @@ def analyze_pixels(
     predictions: Predictions,
     config: ExamineConfig,
     pixels: Pixels,
+    cache: ReportCache,
     on_step: Callable[[str], None],
 ) -> None:
     """Add the analyses that need originals, or what these say; pixels: what was read of them."""
@@ -99,7 +101,9 @@ def analyze_pixels(
         on_step("looking for duplicates")
         read = pixels.grey.__getitem__ if pixels.grey else None
         with _few_threads(store):
-            result.duplicates = examine_duplicates.find_duplicates(store, catalog, read=read)
+            result.duplicates = examine_duplicates.find_duplicates(
+                store, catalog, read=read, near=cache.near_copies()
+            )
     if config.label_errors:  # after the duplicates: near copies must not judge each other
         on_step("looking for wrong labels")
         groups = result.duplicates.groups if result.duplicates else []
@@ -114,6 +118,9 @@ def analyze_pixels(
         result.slices = slices.examine_slices(catalog, images, measured=measured)
     measured = properties_of(catalog, rows_to_measure(predictions), pixels.measured)
     result.poor_images = find_poor_images(measured)
+    # Of a file that could not be read, turned copies were not found.
+    complete = all(grey is not None for grey in pixels.grey.values())
+    cache.write(pixels.measured, result.duplicates if complete else None)
 
 
 @contextmanager

@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from arrowhead import fileio, spreadsheet
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine import near_copies
-from arrowhead.examine.near_copies import Components, DuplicateConfig, DuplicatePair, Reader
+from arrowhead.examine.near_copies import (
+    Components,
+    DuplicateConfig,
+    DuplicatePair,
+    NearCopies,
+    Reader,
+)
 from arrowhead.examine.neighbours import UnitVectors
 from arrowhead.features.store import Store
 from arrowhead.wording import pluralize
@@ -77,6 +83,7 @@ def find_duplicates(
     catalog: Catalog,
     config: DuplicateConfig = DuplicateConfig(),
     read: Reader | None = None,
+    near: NearCopies | None = None,
 ) -> Duplicates:
     """Find exact and near copies within and across splits.
 
@@ -87,17 +94,19 @@ def find_duplicates(
         catalog: Its catalog, with the images at its root.
         config: How alike copies are.
         read: Gives the small grey pixels of a row; None: they are read from the originals.
+        near: The near copies, if they are known (see `report_cache`).
 
     Raises:
         DataError: A file of the store has changed.
     """
     row_M = store.features(rows_only=True).row
     first_M = _first_with_same_id(store.image_ids()[row_M], row_M)
-    distinct = row_M[first_M == row_M]
-    features = UnitVectors(shards=store.mapped_features(), row_M=distinct)
-    near = near_copies.find_near_copies(
-        features, read or near_copies.catalog_reader(catalog), config
-    )
+    if near is None:
+        distinct = row_M[first_M == row_M]
+        features = UnitVectors(shards=store.mapped_features(), row_M=distinct)
+        near = near_copies.find_near_copies(
+            features, read or near_copies.catalog_reader(catalog), config
+        )
     return Duplicates(
         groups=_groups(row_M, first_M, near.pairs),
         pairs=near.pairs,

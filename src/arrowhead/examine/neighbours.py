@@ -7,8 +7,8 @@
       -> pairs                   their cosine similarity with all numbers, at least `min_similarity`
 
 An inverted file with several probes (Jegou et al., "Product Quantization for Nearest Neighbor
-Search", 2011, section 4), without the quantization of the rows. Up to EXACT_ROWS rows there is one
-cell, so every pair is compared. bench/duplicates.py measures time, memory and recall.
+Search", 2011, section 4), without the quantization of the rows. Up to EXACT_ROWS rows all numbers
+of every pair are compared. bench/duplicates.py measures time, memory and recall.
 
 A row in a crowd (thousands of copies of one image) keeps its nearest neighbours only, and one more:
 the first row of the crowd. So a crowd stays one connected group without a pair for each two rows.
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 NEIGHBOURS = 4  # that a row keeps
 CANDIDATES = 8  # nearest rows by the projection, of which these are the nearest
 PROBES = 12  # cells that a row is compared with
-EXACT_ROWS = 16_384  # up to so many, there is one cell
+EXACT_ROWS = 16_384  # up to so many, there is one cell and no projection
 ROWS_PER_CELL = 512
 SAMPLE_ROWS = 65_536  # for the principal components and the cells
-COMPONENTS, EXACT_COMPONENTS = 128, 256  # the latter up to EXACT_ROWS rows
+COMPONENTS = 128
 ROUNDS = 6  # of k-means
 BLOCK_ROWS = 16_384  # of features: with 512 numbers, 32 MB in float32
 BLOCK_PAIRS = 2048  # of rows of features, which then stay in the processor's cache
@@ -150,10 +150,13 @@ def _among_nearest(
 def _project(features: UnitVectors) -> torch.Tensor:
     """The rows on their first principal components, float32 (M, K).
 
-    An orthogonal projection of unit vectors: distances can only shrink.
+    An orthogonal projection of unit vectors: distances can only shrink. Up to EXACT_ROWS rows it
+    would take longer than it saves: their numbers stay as they are.
     """
     import torch
 
+    if len(features) <= EXACT_ROWS:
+        return torch.from_numpy(features.read(slice(None)))
     step = max(1, len(features) // SAMPLE_ROWS)
     moment: NDArray[np.float64] = np.zeros((features.width, features.width))
     sample = np.arange(0, len(features), step)
@@ -161,8 +164,7 @@ def _project(features: UnitVectors) -> torch.Tensor:
         unit = features.read(sample[block])
         moment += (unit.T @ unit).astype(np.float64)
     _, vector_DD = np.linalg.eigh(moment)  # ascending
-    components = COMPONENTS if len(features) > EXACT_ROWS else EXACT_COMPONENTS
-    basis_DK = np.ascontiguousarray(vector_DD[:, ::-1][:, :components], np.float32)
+    basis_DK = np.ascontiguousarray(vector_DD[:, ::-1][:, :COMPONENTS], np.float32)
     point_MK = np.empty((len(features), basis_DK.shape[1]), np.float32)
     for block in _blocks(len(features)):
         point_MK[block] = features.read(block) @ basis_DK

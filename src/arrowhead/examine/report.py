@@ -55,6 +55,7 @@ from arrowhead.examine.map_section import TILE_SIDE, map_section, pictured_rows
 from arrowhead.examine.mistakes import ConfusedPair
 from arrowhead.examine.originals import Originals, Pixels, Wanted, read_pixels
 from arrowhead.examine.predictions import Predictions
+from arrowhead.examine.report_cache import ReportCache
 from arrowhead.features.store import Store
 
 THUMBNAIL_SIDE = 320  # pixels, of the longer side
@@ -127,9 +128,10 @@ class Report:
         )
         analysis = Analysis()
         analyze_features(analysis, self.store, self.config, self._on_step)
-        pixels = self._read_pixels(analysis, [*in_galleries])
+        cache = ReportCache(self.store)
+        pixels = self._read_pixels(analysis, [*in_galleries], cache)
         analyze_pixels(
-            analysis, self.store, self.catalog, predicted, self.config, pixels, self._on_step
+            analysis, self.store, self.catalog, predicted, self.config, pixels, cache, self._on_step
         )
         write_tables(analysis, folder, self.store, self.catalog, self.out)
         card_of = self._make_cards(content, [*in_galleries], analysis, pixels)
@@ -147,20 +149,26 @@ class Report:
         content.first, content.also = findings.rank([*about_model, *said])
         return content
 
-    def _read_pixels(self, analysis: Analysis, in_galleries: list[int]) -> Pixels:
-        """Read the originals once, for all that is known to need them."""
+    def _read_pixels(
+        self, analysis: Analysis, in_galleries: list[int], cache: ReportCache
+    ) -> Pixels:
+        """Read the originals once, for all that needs them and that no earlier report kept."""
         self._on_step("reading the originals")
         config, predicted = self.config, self.predictions
         measured = set(rows_to_measure(predicted).tolist())
         if config.slices:
             measured |= set(rows_to_measure(predicted, predicted.held_out).tolist())
+        known = cache.properties(sorted(measured))
+        compared = config.duplicates and cache.near_copies() is None
         wanted = Wanted(
-            measured=sorted(measured),
-            grey=rows_to_compare(self.store) if config.duplicates else (),
+            measured=sorted(measured - known.keys()),
+            grey=rows_to_compare(self.store) if compared else (),
             thumbnails=[*in_galleries, *analysis.rows_to_show(self.catalog, predicted)],
             tiles=pictured_rows(predicted) if config.map else (),
         )
-        return read_pixels(self.originals, wanted, THUMBNAIL_SIDE, TILE_SIDE)
+        pixels = read_pixels(self.originals, wanted, THUMBNAIL_SIDE, TILE_SIDE)
+        pixels.measured |= known
+        return pixels
 
     def _make_cards(
         self, content: Content, in_galleries: list[int], analysis: Analysis, pixels: Pixels

@@ -17,6 +17,7 @@
       manifest.json        what is complete: catalog, corrections, shards, their hashes; replaced
                            atomically
       catalog.arrow        a copy of the current catalog under a fixed name, for people
+      report_cache.json    what the last report measured of the originals (`examine.report_cache`)
 
 A file gets its name only when it is complete, so the files on the disk show what is done, and a
 stopped run continues without a journal. Readers start at the manifest. The files that it lists
