@@ -78,7 +78,7 @@ def square_details(grey: Thumbnail) -> Grey:
     if is_flat(grey):
         return np.zeros((SQUARE_SIDE, SQUARE_SIDE), np.float32)
     down, across = (_resizing(n, STRETCHED_SIDE, 0.0, float(n)) for n in grey.shape)
-    stretched = down @ grey.astype(np.float32) @ across.T
+    stretched = _product(down, grey.astype(np.float32), across)
     return _normalize(_details(stretched)[MARGIN:-MARGIN, MARGIN:-MARGIN])
 
 
@@ -233,8 +233,7 @@ def _match_middle(image: Thumbnail, template: Thumbnail, scales: Sequence[float]
 def _middle(grey: Grey, scale: float) -> Grey:
     """The middle of an image, resized by `scale`."""
     down, across = (_resizing(n, *_middle_of(n, scale)) for n in grey.shape)
-    middle: Grey = down @ grey @ across.T
-    return middle
+    return _product(down, grey, across)
 
 
 def _middle_of(side: int, scale: float) -> tuple[int, float, float]:
@@ -247,8 +246,13 @@ def _middle_of(side: int, scale: float) -> tuple[int, float, float]:
 def _details(grey: Grey) -> Grey:
     """The details between two sizes: a difference of Gaussians."""
     (fine_down, coarse_down), (fine_across, coarse_across) = map(_smoothing, grey.shape)
-    details: Grey = fine_down @ grey @ fine_across.T - coarse_down @ grey @ coarse_across.T
-    return details
+    return _product(fine_down, grey, fine_across) - _product(coarse_down, grey, coarse_across)
+
+
+def _product(down: Grey, grey: Grey, across: Grey) -> Grey:
+    """Apply one matrix to the columns of pixels and one to their rows."""
+    product: Grey = np.matmul(np.matmul(down, grey), across.T)
+    return product
 
 
 # Resizing and smoothing are linear and treat rows and columns alike, and thumbnails have few
