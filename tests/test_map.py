@@ -89,6 +89,7 @@ ALLOWED_IMPORTERS = {
     "openvino": {"bundle.export_graph"},
     "huggingface_hub": {"bundle.hub", "features.timm_bodies"},
     "cyclopts": {
+        "cli.advise",
         "cli.examine",
         "cli.app",
         "cli.artifacts",

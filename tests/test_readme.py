@@ -37,6 +37,7 @@ PAGES = [
             "backbones",
             "heads",
             "race",
+            "advise",
             "finetune",
             "examine",
             "score",

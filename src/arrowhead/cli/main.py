@@ -16,6 +16,7 @@ from typing import Annotated
 from cyclopts import CycloptsError, Parameter
 
 from arrowhead.cli import (
+    advise,
     artifacts,
     backbones,
     cluster,
@@ -109,6 +110,7 @@ def doctor(*, output: Out = Output()) -> int:
 app.command(train.fit, sort_key=1)
 app.command(train.precompute, sort_key=2)
 app.command(race.race, sort_key=3)
+app.command(advise.advise, sort_key=3)
 app.command(finetune.finetune, sort_key=2)
 app.command(train.lr_find, sort_key=3)
 app.command(train.train, sort_key=4)

@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter
 
 from arrowhead.bundle.export import ExportConfig
 from arrowhead.bundle.publish import PublishConfig
+from arrowhead.commands.advise_config import AdviseConfig
 from arrowhead.commands.fetch import FetchConfig
 from arrowhead.commands.label_changes import TableConfig
 from arrowhead.commands.race_config import RaceConfig
@@ -153,6 +154,7 @@ def _flags(group: str, key: int) -> Any:
 Source = Annotated[SourceConfig, _flags("Labels", 2)]
 LabelSource = Annotated[ReadSource, _flags("Labels", 2)]
 Body = Annotated[BodyConfig, _flags("Body", 3)]
+Advise = Annotated[AdviseConfig, _flags("Advice", 3)]
 Race = Annotated[RaceFlags, _flags("Race", 3)]
 Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
 Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]

@@ -129,7 +129,7 @@ def run_finetune(
     samples = load_samples(cache, request)
     key = request.key(cache)
     saved = checkpoint.newest(folder, key, lambda text: _report(worker, {"warning": text}))
-    with _memory_refusal(worker, request.config):
+    with memory_refusal(worker, request.config):
         tuned = load_network(folder, request, worker.device)
         training = make_training(worker, cache, samples, tuned, request)
         groups = network.describe_groups(tuned, request.config)
@@ -317,7 +317,7 @@ def result_tensors(folder: Path, key: str) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _memory_refusal(worker: Worker, config: FinetuneConfig) -> Iterator[None]:
+def memory_refusal(worker: Worker, config: FinetuneConfig) -> Iterator[None]:
     """Turn a lack of memory into a refusal that says which setting to change, and how."""
     import torch
 

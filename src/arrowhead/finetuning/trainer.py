@@ -333,28 +333,37 @@ class Finetuning:
         """
         import torch
 
-        own = {name: t.clone() for name, t in self.tuned.tensors().items()} if self._ema else {}
-        self.tuned.load(self._ema)
-        self.tuned.module.eval()
         classes, multilabel = len(self.samples.classes), self.samples.multilabel
         sums = torch.zeros(4 if multilabel else 2 + classes, dtype=torch.float64)
-        rank, workers = self._distributed.rank, self._distributed.world_size
-        count = len(self.samples.valid)
-        rows = self.samples.valid[count * rank // workers : count * (rank + 1) // workers]
-        size = max(1, min(self.config.micro_batch or count, self.config.global_batch) // workers)
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        for part, pixels in zip(parts, self._batches.clean(parts), strict=True):
-            with torch.inference_mode(), self._autocast():
-                logit_CB = self.tuned.module(pixels).float().cpu().mT
+        for part, logit_CB in self.predict(self.samples.valid):
             label = self.samples.label[part][None]
             mask = torch.ones(1, len(part), dtype=torch.bool)
             sums += metrics.sum_over_rows(logit_CB[None, None], label, mask, multilabel=multilabel)[
                 0, 0
             ]
-        self.tuned.load(own)
-        network.set_training(self.tuned, self.config)
         label = self.samples.label[self.samples.valid]
         return metrics.from_sums(self._all_reduce(sums), label, classes)
+
+    def predict(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """The clean view of this worker's share of some images under the averaged weights, or the
+        weights: parts of the rows with their logits, float32 (C, b), on the CPU.
+        """
+        import torch
+
+        own = {name: t.clone() for name, t in self.tuned.tensors().items()} if self._ema else {}
+        self.tuned.load(self._ema)
+        self.tuned.module.eval()
+        rank, workers = self._distributed.rank, self._distributed.world_size
+        count = len(rows)
+        rows = rows[count * rank // workers : count * (rank + 1) // workers]
+        size = max(1, min(self.config.micro_batch or count, self.config.global_batch) // workers)
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for part, pixels in zip(parts, self._batches.clean(parts), strict=True):
+            with torch.inference_mode(), self._autocast():
+                logit_CB = self.tuned.module(pixels).float().cpu().mT
+            yield part, logit_CB
+        self.tuned.load(own)
+        network.set_training(self.tuned, self.config)
 
     def result(self) -> dict[str, Tensor]:
         """The tensors of the network to keep, by name: the best or the last, averaged if wanted."""

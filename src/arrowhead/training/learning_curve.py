@@ -34,7 +34,7 @@ def share_trials(data: Data, config: TrainConfig, seeds: int) -> list[tuple[floa
         seeds: The number of heads per share.
     """
     if config.head == "logistic":
-        draws = [_nested_rows(data, draw) for draw in range(seeds)]
+        draws = [nested_rows(data, draw) for draw in range(seeds)]
         return [
             (share, Trial(config=config, lr=0.0, train=rows, valid=data.valid))
             for share in SHARES
@@ -43,14 +43,14 @@ def share_trials(data: Data, config: TrainConfig, seeds: int) -> list[tuple[floa
         ]
     lr = cross_validation.learning_rate(config)
     trials = []
-    for share, rows in _nested_rows(data, 0).items():
+    for share, rows in nested_rows(data, 0).items():
         for seed in range(seeds):
             seeded = replace(config, seed=config.seed + seed)
             trials.append((share, Trial(config=seeded, lr=lr, train=rows, valid=data.valid)))
     return trials
 
 
-def _nested_rows(data: Data, draw: int) -> dict[float, NDArray[np.int64]]:
+def nested_rows(data: Data, draw: int) -> dict[float, NDArray[np.int64]]:
     """Return the rows of each share (see `share_trials`).
 
     Draw 0 orders the images of a class by content; other draws shuffle that order.
