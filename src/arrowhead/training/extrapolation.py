@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead.training import cross_validation, heads, learning_curve, logistic
+from arrowhead.training import cross_validation, learning_curve, logistic
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, InMemoryFeatures, Trial
 from arrowhead.training.trainer import TrainedHead
@@ -76,6 +76,8 @@ def head_logits(
     others.
     """
     import torch
+
+    from arrowhead.training import heads
 
     trial = Trial(config=replace(LOGISTIC, l2=l2), lr=0.0, train=train, valid=test)
     trained = logistic.train(data, [trial])[0]
