@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,30 @@ def test_a_lack_of_memory_says_which_flag_helps_or_halves_the_parts(
         main([*words, "--batch-size", "16"])
     assert exit_info.value.code == 2
     assert "add --micro-batch 8" in capsys.readouterr().err
+
+
+def test_labels_that_were_corrected_are_trained_on_and_recorded(
+    finetuned, image_folder, tmp_path, monkeypatch, capsys
+):
+    folder, _ = finetuned
+    monkeypatch.chdir(folder)
+    frozen = tmp_path / "frozen"
+    shutil.copytree(folder / "out" / "frozen", frozen)
+    wrong = min(path for path in Store(frozen / "store").read_catalog()["paths"] if "beads" in path)
+    (tmp_path / "fixes.csv").write_text(f"path,new_label\n{wrong},leaves\n")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["relabel", str(frozen / "store"), str(tmp_path / "fixes.csv")])
+    assert exit_info.value.code == 0
+    words = ["finetune", str(image_folder), str(tmp_path / "out"), "--epochs", "1"]
+    result = run(folder, [*words, "--from", str(frozen / "bundle")])
+    assert f"corrected in {frozen / 'store'} are used" in capsys.readouterr().err
+    cache = PixelCache(tmp_path / "out" / "pixels")
+    catalog = Store(Path(result["tuned_store"])).read_catalog()
+    row = catalog["paths"].index(wrong)
+    assert catalog["labels"][row] == ("leaves",)
+    assert cache.classes[cache.label[cache.rows.tolist().index(row)]] == "leaves"
+    tuned = bundle_format.load(Path(result["tuned_bundle"]))
+    assert tuned.lineage["corrections"] == [1]
 
 
 def test_other_classes_are_refused_before_anything_is_decoded(finetuned, image_folder, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.examine import figures
-from arrowhead.features import networks
+from arrowhead.features import corrections, networks
 from arrowhead.features.backbone import BodyConfig
+from arrowhead.features.corrections import Correction
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.store import Store
@@ -102,25 +104,28 @@ def finetune(
     """
     catalog = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
     evaluation.show_bundle_to_delete(out / "bundle", context)
-    _show_unused_corrections(out, context)
+    history = find_corrections(out, base, context)
     origin = Base(base, bundle_format.load(base), None) if base else None
-    origin = origin or _train_frozen(catalog, out / "frozen", images, settings.study, context)
-    finetuning_run.check_classes(catalog.classes, origin.bundle.classes)
+    origin = origin or _train_frozen(
+        catalog, out / "frozen", images, settings.study, context, history
+    )
+    if not history:  # else the classes are known when the images have been read
+        finetuning_run.check_classes(catalog.classes, origin.bundle.classes)
     recipe = origin.bundle.recipe.single_view()
     images = dataclasses.replace(images, pixels=body_file.pixels_of(origin.bundle, images.pixels))
     context.screen.print(f"images for fine-tuning, decoded once into {out / 'pixels'}:")
     with run_context.child_context(context, "decode") as child:
         decoded = pixel_cache.build_pixel_cache(
-            catalog, out / "pixels", images, settings.cache, child
+            catalog, out / "pixels", images, settings.cache, child, history
         )
     request, trained = train_network(out, origin, recipe, settings, context)
     body = write_body(out, origin, recipe, request, trained)
     body_config = body_file.body_config(recipe, body)
-    store_path = tuned_store(out / "store", body_config, recipe)
+    store_path = tuned_store(out / "store", body_config, recipe, history)
     images = dataclasses.replace(images, body=body_config)
     context.screen.print("features of the fine-tuned body:")
     with run_context.child_context(context, "extract") as child:
-        extracted = precompute.precompute(catalog, store_path, images, child)
+        extracted = precompute.precompute(catalog, store_path, images, child, history)
     _check_finite(extracted, origin, settings.config)
     result = _choose(out, origin, Store(store_path), (request, trained), images, context)
     checkpoint_dir = train.checkpoint_dir_of(out / "bundle")
@@ -136,14 +141,26 @@ def finetune(
     return _of_images(decoded) | _of_training(trained) | facts | result
 
 
-def _show_unused_corrections(out: Path, context: RunContext) -> None:
-    """Say that labels which were corrected in a store of OUT are not those that are trained on."""
-    for path in (out / "store", out / "store.tuned", out / "frozen" / "store"):
-        if (path / "store.json").is_file() and Store(path).read_corrections():
-            context.screen.print(
-                f"labels that were corrected in {path} are not used for fine-tuning, but those of"
-                " the images' source: correct them there"
-            )
+def find_corrections(out: Path, base: Path | None, context: RunContext) -> list[Correction]:
+    """The corrected labels of these images: those of the store of OUT, or beside the bundle to
+    start from, where a label was corrected, or a correction undone, last.
+    """
+    paths = [out / "store", out / "store.tuned", out / "frozen" / "store"]
+    if base:
+        paths.append(base.with_name("store"))
+    newest, chosen = "", None
+    histories: dict[Path, list[Correction]] = {}
+    for path in paths:
+        if (path / "manifest.json").is_file():
+            histories[path] = corrections.read_history(Store(path))
+            last = max((max(one.when, one.undone or "") for one in histories[path]), default="")
+            if last > newest:
+                newest, chosen = last, path
+    if chosen is None:
+        return []
+    if corrections.active_changes(histories[chosen]):
+        context.screen.print(f"the labels that were corrected in {chosen} are used")
+    return histories[chosen]
 
 
 def _of_images(decoded: dict[str, Any]) -> dict[str, Any]:
@@ -165,13 +182,18 @@ def _of_training(trained: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_frozen(
-    catalog: Catalog, folder: Path, images: FeatureConfig, study: Study, context: RunContext
+    catalog: Catalog,
+    folder: Path,
+    images: FeatureConfig,
+    study: Study,
+    context: RunContext,
+    history: list[Correction],
 ) -> Base:
     """Train a head on the features of the frozen body, as `fit` does."""
     context.screen.print("first a head on the frozen body:")
     store, bundle = folder / "store", folder / "bundle"
     with run_context.child_context(context, "frozen") as child:
-        precompute.precompute(catalog, store, images, child)
+        precompute.precompute(catalog, store, images, child, history)
         result = train.run_study(store, study, child)
         assert result.config is not None
         train.save_bundle(Store(store), result.config, result.winner, bundle, child)
@@ -328,12 +350,14 @@ def _tuned_source(source: str) -> str:
     return networks.TUNED_PREFIX + (source or "weights not recorded")
 
 
-def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
+def tuned_store(
+    path: Path, body: BodyConfig, recipe: Recipe, history: Sequence[Correction] = ()
+) -> Path:
     """Where the features of this body are stored.
 
     A store of other weights or pixels that an earlier fine-tuning left there is replaced (one with
-    corrected labels is kept under another name); that of a frozen body stays, and the new one lies
-    beside it.
+    corrected labels that are not in `history` is kept under another name); that of a frozen body
+    stays, and the new one lies beside it.
     """
     from arrowhead.features import backbone
 
@@ -347,14 +371,14 @@ def tuned_store(path: Path, body: BodyConfig, recipe: Recipe) -> Path:
             return candidate
         source = (store.weights_origin or {}).get("source", "")
         if source.startswith(networks.TUNED_PREFIX) or candidate == beside:
-            _make_way(candidate)
+            _make_way(candidate, history)
             return candidate
     raise AssertionError("the second place is always taken")
 
 
-def _make_way(path: Path) -> None:
+def _make_way(path: Path, history: Sequence[Correction]) -> None:
     """Remove a store, or rename it if labels in it were corrected: nobody should do that again."""
-    if not Store(path).read_corrections():
+    if all(one in history for one in corrections.read_history(Store(path))):
         fileio.remove_path(path)
         return
     kept, number = path.with_name(f"{path.name}.corrected"), 2

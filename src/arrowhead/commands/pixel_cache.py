@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.errors import ConfigError
+from arrowhead.features.corrections import Correction
 from arrowhead.features.feature_config import FeatureConfig
 from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.finetuning import pixel_cache
@@ -25,6 +27,7 @@ def build_pixel_cache(
     images: FeatureConfig,
     cache: PixelCacheConfig = PixelCacheConfig(),
     context: RunContext = RunContext(),
+    history: Sequence[Correction] | None = None,
 ) -> dict[str, Any]:
     """Decode all images into the pixel cache at `path`; skip those that it has already.
 
@@ -34,6 +37,7 @@ def build_pixel_cache(
         images: Labels, size of the body's input, limits of decoding; `PixelCache` opens the result.
         cache: Size of the images and of the cache.
         context: Where to run, show and record.
+        history: Corrected labels, see `precompute`.
 
     Returns:
         As `precompute`.
@@ -55,7 +59,9 @@ def build_pixel_cache(
         pixels=PixelConfig(size=side, resize="squash", interpolation="bicubic", **limits),
         golden=GoldenConfig(golden_images=False),
     )
-    result = precompute.fill_store(listed, store, images, pixel_cache.write_pixels, context)
+    result = precompute.fill_store(
+        listed, store, images, pixel_cache.write_pixels, context, history
+    )
     _delete_unused(store)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -37,6 +37,7 @@ def precompute(
     path: Path,
     images: FeatureConfig,
     context: RunContext = RunContext(),
+    history: Sequence[Correction] | None = None,
 ) -> dict[str, Any]:
     """Compute the features of all images into a store; skip images that it has already.
 
@@ -45,6 +46,7 @@ def precompute(
         path: The folder of the store.
         images: How labels, pixels and features are made.
         context: Where to run, show and record.
+        history: Corrected labels to apply and keep, instead of those of the store.
 
     Returns:
         counts {inputs, features, decoded, looked_up, skipped, reused, fallback, faults, ignored},
@@ -55,7 +57,7 @@ def precompute(
         DataError: If a file of the store has changed.
     """
     store, images = _open_store(path, images, context)
-    return fill_store(data, store, images, extract.extract, context)
+    return fill_store(data, store, images, extract.extract, context, history)
 
 
 def fill_store(
@@ -64,6 +66,7 @@ def fill_store(
     images: FeatureConfig,
     stage: Callable[..., Any],
     context: RunContext,
+    history: Sequence[Correction] | None = None,
 ) -> dict[str, Any]:
     """Write the shards that a store lacks, with the workers' function `stage`, and its manifest.
 
@@ -74,14 +77,15 @@ def fill_store(
     with store.lock(context.screen.print):
         intact = store.intact_shards()
         store.check_unlisted_shards()
-        history = corrections.read_history(store)
+        if history is None:
+            history = corrections.read_history(store)
         extraction.show_source(listed, context.screen)
         extraction.show_store_changes(store, listed, context.screen)
         listed = _count_retries(store, listed, images.extract.max_bytes)
         recipe = store.recipe.to_dict()
         run_context.log_params(context, {f"recipe.{k}": v for k, v in recipe.items()})
         names, missing, work = _extract_missing(store, listed, images, stage, context)
-        manifest, catalog = _commit(store, listed, names, images, intact, history, context)
+        manifest, catalog = _commit(store, listed, names, images, intact, list(history), context)
     work.seconds["wall"] = perf_counter() - start
     skipped = sum(
         shard["files"] - shard["faults"]
