@@ -26,6 +26,7 @@ def body_config(recipe: Recipe, weights: Path) -> BodyConfig:
         pool="auto" if recipe.pool == "own" else recipe.pool,  # type: ignore[arg-type]
         mean=recipe.mean,
         std=recipe.std,
+        body_precision=recipe.body_precision,  # type: ignore[arg-type]
         accept_license=True,  # asked when the bundle was made
     )
 

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,7 +44,7 @@ SUFFIXES = {
 # Of files that people may mean, but of no folder.
 OTHER_SUFFIXES = (".bin", ".engine", ".json", ".pb", ".pt", ".pth", ".tflite", ".txt")
 TOLERANCE = 1e-3  # of a probability
-FLOAT16_TOLERANCE = 1e-2  # likewise, where weights are float16
+FLOAT16_TOLERANCE = 1e-2  # likewise, where the file or the bundle has weights of 16 bits
 RESIZE_RULES = {
     "crop": "shorter side to {side} pixels, then the middle size x size",
     "squash": "both sides to size",
@@ -159,13 +159,15 @@ def _export_graph(
     """Write a file that holds the whole computation; what was written and verified."""
     body, head = bundle.make_body(), bundle.make_head()
     expected = reference.make_reference(bundle, path, body, head)
+    body.make_portable()
+    is_low = {config.precision, bundle.recipe.body_precision} != {"fp32"}
     is_half = config.format == "onnx" and config.precision == "fp16"
     if is_half:
         export_graph.convert_to_half(body.module)
     module = inference_module(bundle, body.module, head)
     if config.format in ("onnx", "openvino"):
         export_graph.check_onnx_size(module)
-    tolerance = FLOAT16_TOLERANCE if config.precision == "fp16" else TOLERANCE
+    tolerance = FLOAT16_TOLERANCE if is_low else TOLERANCE
     with _draft_files(file, config.format) as drafts:
         with export_graph.silence_exporters():
             run = _write_graph(module, bundle.recipe.size, config, metadata_json, drafts)
@@ -218,8 +220,10 @@ def export_weights(
         DataError: If the library gives other logits than the bundle.
     """
     weights = library_weights.make_weights(bundle, library)
+    # The file holds the weights as they were before they were rounded to a lower precision.
+    exact = replace(bundle, recipe=replace(bundle.recipe, body_precision="fp32"))
     expected: Reference = reference.make_reference(
-        bundle, path, bundle.make_body(), bundle.make_head()
+        bundle, path, exact.make_body(), bundle.make_head()
     )
     with fileio.atomic_write(file) as draft:
         library_weights.write(weights, metadata_json, draft)

@@ -164,6 +164,7 @@ class Bundle:
                 mean=recipe.mean,
                 std=recipe.std,
                 size=recipe.size,
+                precision=recipe.body_precision,
                 device=device,
             )
         if body.width != recipe.width:

@@ -42,6 +42,8 @@ class Drift:
     feature: float
     probability: float
     changed: int
+    emulated: str = ""
+    """The precision of the recipe for which this machine has no units; "" if it has."""
 
 
 def check_drift(
@@ -78,8 +80,9 @@ def replay(bundle: Bundle, body: Body, head: nn.Module, device: str, threads: in
 
     An image that cannot be decoded here counts as the largest possible drift.
     """
+    emulated = "" if body.is_native else body.precision
     if not bundle.golden:
-        return Drift(0, 0.0, 0.0, 0)
+        return Drift(0, 0.0, 0.0, 0, emulated)
     images = [image.data for image in bundle.golden]
     feature_ND = clean_features(bundle.recipe, body, images, device, threads)
     prob_NC = bundle_format.probabilities(head, feature_ND, bundle.temperature, multi=bundle.multi)
@@ -97,6 +100,7 @@ def replay(bundle: Bundle, body: Body, head: nn.Module, device: str, threads: in
         feature=float(max(0.0, 1 - cosine_N.min())),
         probability=float(np.abs(prob_NC - stored_NC).max()),
         changed=int(changed_N.sum()),
+        emulated=emulated,
     )
 
 

@@ -28,6 +28,7 @@ from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.golden_images import GoldenConfig
 from arrowhead.features.networks import Pool, Triple  # noqa: F401  cyclopts looks them up here
+from arrowhead.features.precision import Precision  # noqa: F401  likewise
 from arrowhead.finetuning.augmentation import AugmentConfig
 from arrowhead.finetuning.config import FinetuneConfig
 from arrowhead.finetuning.pixel_cache import PixelCacheConfig

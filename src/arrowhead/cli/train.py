@@ -70,7 +70,7 @@ from arrowhead.wording import pluralize
 
 # Flags that have no effect with --unlabelled.
 # What a bundle decides: these flags have no effect with --from.
-BODY_FLAGS = {"body", "weights", "mean", "std", "pool", "accept_license"}
+BODY_FLAGS = {"body", "weights", "mean", "std", "pool", "body_precision", "accept_license"}
 PIXEL_FLAGS = {"size", "resize", "interpolation", "crop_pct"}
 LABEL_FLAGS = {"valid_share", "label_column", "split_column", "multi_label", "label_separator"}
 

@@ -389,7 +389,8 @@ def _make_way(path: Path, history: Sequence[Correction]) -> None:
 
 def _same_pixels(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes, apart from the weights, give one body the same pixels."""
-    names = ("body", "size", "resize", "interpolation", "crop_pct", "mean", "std")
+    names = ["body", "size", "resize", "interpolation", "crop_pct", "mean", "std"]
+    names.append("body_precision")
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 

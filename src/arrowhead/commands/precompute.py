@@ -16,7 +16,7 @@ from arrowhead.commands import chunks
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data import drop_list, sources, splits
 from arrowhead.data.catalog import Catalog
-from arrowhead.features import corrections, extract, golden_images
+from arrowhead.features import backbone, corrections, extract, golden_images
 from arrowhead.features.backbone import Body
 from arrowhead.features.corrections import Correction
 from arrowhead.features.feature_config import FeatureConfig, resolve_weights
@@ -124,6 +124,12 @@ def _open_store(
 
     weights = resolve_weights(path, images.body, images.pixels.size)
     pixels = images.pixels.complete(weights.pixels)
+    exists = (path / "store.json").is_file()
+    precision, line = images.body.body_precision, ""
+    if precision == "auto" and exists:
+        precision = Store(path).recipe.body_precision  # type: ignore[assignment]
+    elif precision == "auto":
+        precision, line = backbone.choose_precision(images.body, weights, pixels.side)
     body = Body(
         images.body.body,
         weights.state,
@@ -132,14 +138,19 @@ def _open_store(
         std=weights.std,
         size=pixels.side,
     )
-    body_config = dataclasses.replace(images.body, pool=body.pool)  # type: ignore[arg-type]
+    body_config = dataclasses.replace(
+        images.body,
+        pool=body.pool,  # type: ignore[arg-type]
+        body_precision=precision,
+    )
     images = dataclasses.replace(images, pixels=pixels, body=body_config)
     recipe = extract.make_recipe(pixels, body_config, weights, body.width)
-    if (path / "store.json").is_file():  # an older store keeps the decoder that it was begun with
+    if exists:  # an older store keeps the decoder that it was begun with
         recipe = dataclasses.replace(recipe, decoder=Store(path).recipe.decoder)
     origin = weights.origin if weights.source else None
     store = Store.create(path, recipe, images.extract.chunk_size, origin)
     extraction.show_body(store, context.screen)
+    extraction.show_precision(store, line, context.screen)
     if not store.weights_path.is_file():
         with store.files.atomic_write(store.weights_path) as draft_file:
             draft_file.write_bytes(safetensors.torch.save(weights.state))

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.errors import ConfigError
 from arrowhead.features import body_table, networks, timm_bodies, torchvision_bodies
+from arrowhead.features import precision as precisions
 from arrowhead.features.networks import BUNDLED_BODY, TIMM_PREFIX, Network, Pool, Published, Triple
+from arrowhead.features.precision import Precision, dtype_of, has_units, round_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +56,10 @@ class BodyConfig:
     """From the last feature map to one row: avg, max, or concat (both, as fast.ai does); from the
     tokens of a timm transformer: cls (class token), avg (of the other tokens), or cls+avg (both, as
     DINOv2 does). auto: what the network does itself."""
+    body_precision: Precision = "auto"
+    """Of the network's products: fp32, bf16 (faster on CPUs and GPUs with units for it) or fp16.
+    auto: bf16 if this machine has such units and the features stay what they are (cosine to fp32 of
+    0.998 or more), else fp32. A store and its bundles keep it on every machine."""
     accept_license: bool = False
     """Use weights whose license restricts their use, such as non-commercial ones or DINOv3's."""
 
@@ -252,7 +258,8 @@ class Body:
     """Computes features on one device: uint8 pixels (B, 3, S, S) -> float32 (B, D); inference only.
 
     module: the torch module, from uint8 pixels to features; width: D; size: S; name: as in the
-    recipe; pool: likewise, with auto resolved; device: where it runs.
+    recipe; pool, precision: likewise, with auto resolved; device: where it runs; is_native: whether
+    the device has units for the precision, see `features.precision`.
     """
 
     def __init__(
@@ -264,11 +271,16 @@ class Body:
         mean: Triple,
         std: Triple,
         size: int = 224,
+        precision: str = "fp32",
         device: str = "cpu",
     ) -> None:
         import torch
 
         _, network = build_network(body, weights, pool=pool, size=size)
+        self.precision = precision
+        self.is_native = has_units(precision, device)
+        if (dtype := dtype_of(precision)) is not None:
+            round_weights(network.net, dtype, keep=self.is_native)
         network.net.to(memory_format=torch.channels_last)
         self.module = _make_feature_extractor(network, mean, std).to(device)
         self.name, self.pool, self.size = body, network.pool, size
@@ -284,7 +296,7 @@ class Body:
             raise networks.size_error(body, size, usual, error) from error
 
     def __call__(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Features of a batch, in the order of its images; with float16 arithmetic on CUDA."""
+        """Features of a batch, in the order of its images."""
         import torch
 
         rows = len(pixels_BCHW)
@@ -296,11 +308,55 @@ class Body:
             out: torch.Tensor = self.module(pixels_BCHW.to(self.device))
             return out[:rows]
 
+    def make_portable(self) -> None:
+        """Compute in float32 from now on, as on a machine without units, to be exported.
+
+        The weights stay rounded to the precision.
+        """
+        self.is_native = False
+        self.module.float()
+
     def autocast(self) -> torch.autocast:
-        """The context in which the module runs: float16 arithmetic on CUDA."""
+        """The context in which the module runs: products in the precision of the recipe."""
         import torch
 
-        return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda")
+        dtype = dtype_of(self.precision) if self.is_native else None
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def choose_precision(config: BodyConfig, weights: Weights, size: int) -> tuple[Precision, str]:
+    """What the precision auto means on this machine, and a line that says why; "" if it is fp32.
+
+    bf16 if there are units for it and the features of pictures then have a cosine of at least
+    MIN_COSINE to those in float32.
+    """
+    from torch.nn.functional import cosine_similarity
+
+    device = precisions.best_device()
+    if not has_units("bf16", device):
+        return "fp32", ""
+    pixels_BCHW = precisions.pictures(ROW_MULTIPLE, size)
+    exact_BD, rounded_BD = (
+        Body(
+            config.body,
+            weights.state,
+            pool=config.pool,
+            mean=weights.mean,
+            std=weights.std,
+            size=size,
+            precision=name,
+            device=device,
+        )(pixels_BCHW)
+        for name in ("fp32", "bf16")
+    )
+    cosine = float(cosine_similarity(rounded_BD, exact_BD).min())
+    if not cosine >= precisions.MIN_COSINE:
+        return "fp32", (
+            f"body precision fp32: in bf16, for which this machine has units, the features of"
+            f" {config.body} would change (cosine {cosine:.4f}, required {precisions.MIN_COSINE})"
+        )
+    line = f"body precision bf16, for which this machine has units (cosine to fp32: {cosine:.5f})"
+    return "bf16", line
 
 
 def _make_feature_extractor(network: Network, mean: Triple, std: Triple) -> nn.Module:

@@ -22,6 +22,7 @@ from arrowhead.errors import ConfigError, DataError
 from arrowhead.features import backbone, body_table, networks, timm_bodies, torchvision_bodies
 from arrowhead.features.backbone import Body, BodyConfig, Weights
 from arrowhead.features.networks import TIMM_PREFIX
+from arrowhead.features.precision import pictures
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def check_backbone(
     loaded = backbone.load(config, size)
     size = size or loaded.pixels.side
     report = BackboneReport(name, size)
-    pixels_BCHW = _pictures(max(BATCHES), size)
+    pixels_BCHW = pictures(max(BATCHES), size)
     with _quiet():
         if weights == "random":
             loaded = _settled(name, loaded, size, pixels_BCHW[:MIN_BATCH])
@@ -137,18 +138,6 @@ def _settled(name: str, loaded: Weights, size: int, pixels_BCHW: torch.Tensor) -
 
 def _make_body(name: str, loaded: Weights, pool: str, size: int) -> Body:
     return Body(name, loaded.state, pool=pool, mean=loaded.mean, std=loaded.std, size=size)
-
-
-def _pictures(count: int, size: int) -> torch.Tensor:
-    """Pictures from coarse blobs to noise, uint8 (B, 3, S, S), the same in every call."""
-    import torch
-    from torch.nn.functional import interpolate
-
-    generator = torch.Generator().manual_seed(0)
-    grids = [torch.rand(1, 3, n % 13 + 2, n % 13 + 2, generator=generator) for n in range(count)]
-    images = torch.cat([interpolate(one, (size, size), mode="bilinear") for one in grids])
-    noise = torch.rand(images.shape, generator=generator) - 0.5
-    return ((images + 0.2 * noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _check_width(report: BackboneReport, feature_BD: torch.Tensor) -> None:

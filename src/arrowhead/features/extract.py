@@ -122,7 +122,8 @@ class StageTimer:
 def make_recipe(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: int) -> Recipe:
     """The recipe of these settings; what they leave open is as the weights were made for.
 
-    Of a network of timm, `body` must name the pooling: `Body.pool` says what auto is for it.
+    Of a network of timm, `body` must name the pooling: `Body.pool` says what auto is for it. The
+    precision auto is fp32 here; `backbone.choose_precision` chooses another.
     """
     pixels = pixels.complete(weights.pixels)
     assert body.pool != "auto" or not body.body.startswith(TIMM_PREFIX)
@@ -141,6 +142,7 @@ def make_recipe(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: 
         augment=pixels.policy,
         augment_seed=pixels.augment_seed if pixels.views > 1 else 0,
         decoder=CROPPED_UPRIGHT,
+        body_precision="fp32" if body.body_precision == "auto" else body.body_precision,
     )
 
 
@@ -219,6 +221,7 @@ def load_body(recipe: Recipe, weights: Path, device: str) -> Body:
         mean=recipe.mean,
         std=recipe.std,
         size=recipe.size,
+        precision=recipe.body_precision,
         device=device,
     )
 

@@ -63,8 +63,8 @@ def complete_from_store(
     store = Store(path)
     recipe = store.recipe
     pixels = features_extract.make_pixel_config(recipe)
-    stored: dict[str, Any] = {"body": recipe.body, "pool": recipe.pool}
-    stored |= {"mean": recipe.mean, "std": recipe.std}
+    names = ("body", "pool", "mean", "std", "body_precision")
+    stored: dict[str, Any] = {name: getattr(recipe, name) for name in names}
     stored |= {"size": pixels.size, "resize": pixels.resize, "views": pixels.views}
     stored |= {"interpolation": pixels.interpolation, "crop_pct": pixels.crop_pct}
     if pixels.views > 1:
@@ -90,6 +90,7 @@ def complete_from_store(
         mean=recipe.mean,
         std=recipe.std,
         pool=recipe.pool,  # type: ignore[arg-type]
+        body_precision=recipe.body_precision,  # type: ignore[arg-type]
         accept_license=has_own or config.body.accept_license,  # asked when the store was made
     )
     limits = {name: getattr(config.pixels, name) for name in ("max_pixels", "max_scans")}
@@ -111,6 +112,7 @@ def recipe_flags(store: Store) -> list[str]:
     """The flags with which another store gets the recipe of this one, apart from its views."""
     recipe = store.recipe
     flags = ["--body", recipe.body, "--weights", str(store.weights_path)]
+    flags += ["--body-precision", recipe.body_precision]
     for name in ("mean", "std"):
         flags += [f"--{name}", *map(str, getattr(recipe, name))]
     is_timm = recipe.body.startswith(TIMM_PREFIX)

@@ -13,6 +13,8 @@ from arrowhead import fileio
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features.store_format import FORMAT, RECIPE_SCHEMA
 
+OPTIONAL_FIELDS = ("crop_pct", "body_precision")  # not written where they have their default
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -47,6 +49,9 @@ class Recipe:
     """Augmentation policy of the other views."""
     augment_seed: int = 0
     dtype: str = "float16"
+    body_precision: str = "fp32"
+    """fp32, bf16 or fp16: of the body's products. fp32 is not written, as in recipes from before
+    there was such a field."""
     decoder: str = "dali"
     """The decoder, and how it crops photos with an EXIF rotation (`DECODER_RULES`)."""
 
@@ -59,6 +64,8 @@ class Recipe:
         fields = dataclasses.asdict(self)
         if self.crop_pct is None:
             del fields["crop_pct"]
+        if self.body_precision == "fp32":
+            del fields["body_precision"]
         return fields
 
     @property
@@ -77,7 +84,7 @@ class Recipe:
         Raises DataError if it has another format.
         """
         field_names = {field.name for field in dataclasses.fields(Recipe)}
-        if fields.get("format") != FORMAT or {*fields, "crop_pct"} != field_names:
+        if fields.get("format") != FORMAT or {*fields, *OPTIONAL_FIELDS} != field_names:
             raise DataError(
                 f"{where} holds a recipe of format {fields.get('format')}.",
                 f"format {FORMAT}, with the fields that this version knows.",

@@ -42,12 +42,12 @@ class SplitMaps:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.rand(EXAMPLES, 3, body.size, body.size, generator=generator) * 255
         noise = self._module.normalize(pixels.to(body.device))
-        with torch.inference_mode():
+        with torch.inference_mode(), body.autocast():
             out = self._net.feature_map(noise)
         self._block = None if _is_map(out) else _last_block(self._net.net)
         if self._block is None and not _is_map(out):
             raise no_map_error(body.name)
-        with torch.no_grad():
+        with torch.no_grad(), body.autocast():
             self._field = _receptive_field(self._net, noise) if _is_map(out) else (0.0, 0.0)
             map_BKhw, feature_BD = self._run(noise)
         average_BK = map_BKhw.mean((2, 3))

@@ -46,6 +46,7 @@ RECIPE_SCHEMA = {
     **dict.fromkeys(("mean", "std"), _three_numbers),
     "antialias": bool,
     "crop_pct?": float,  # absent: 7/8
+    "body_precision?": re.compile("bf16|fp16"),  # absent: fp32
 }
 CORRECTIONS_NAME = re.compile(r"corrections-([0-9a-f]{16})\.arrow")  # the start of its sha256
 IMAGE_ID = re.compile("[0-9a-f]{32}")

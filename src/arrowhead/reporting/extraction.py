@@ -10,7 +10,7 @@ import numpy as np
 
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import DataError
-from arrowhead.features import corrections, extract, networks
+from arrowhead.features import corrections, extract, networks, precision
 from arrowhead.features.store import Store
 from arrowhead.reporting.progress import WorkTotals
 from arrowhead.reporting.run_context import Screen
@@ -41,6 +41,15 @@ def show_body(store: Store, screen: Screen) -> None:
         source = origin["source"]
         source = source if source.startswith(networks.TUNED_PREFIX) else f"from {source}"
         screen.print(f"body {store.recipe.body}: weights under {origin['license']}, {source}")
+
+
+def show_precision(store: Store, chosen: str, screen: Screen) -> None:
+    """Show what precision was chosen, and whether this machine has no units for the store's."""
+    name = store.recipe.body_precision
+    if chosen:
+        screen.print(chosen)
+    if not precision.has_units(name, precision.best_device()):
+        screen.print(precision.emulation_line(name))
 
 
 def _task(catalog: Catalog) -> str:

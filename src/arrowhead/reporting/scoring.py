@@ -11,6 +11,7 @@ from arrowhead.bundle.format import Bundle
 from arrowhead.bundle.replay import NO_GOLDEN_IMAGES
 from arrowhead.evaluation import metrics
 from arrowhead.examine import figures as examine_figures
+from arrowhead.features.precision import emulation_line
 from arrowhead.inference.score_request import ScoreConfig
 from arrowhead.inference.summary import ScoreSummary
 from arrowhead.reporting import evaluation, extraction
@@ -22,6 +23,8 @@ from arrowhead.wording import pluralize
 
 def show_drift(drift: dict[str, Any], screen: Screen) -> None:
     """Show the result of the golden images (see `replay.Drift`)."""
+    if drift["emulated"]:
+        screen.print(emulation_line(drift["emulated"]))
     if not drift["images"]:
         screen.print(NO_GOLDEN_IMAGES)
         return
