@@ -60,8 +60,7 @@ def complete_from_store(
         config = dataclasses.replace(config, body=bundled)
     if not (path / "store.json").is_file():
         return config
-    store = Store(path)
-    recipe = store.recipe
+    recipe = (store := Store(path)).recipe
     pixels = features_extract.make_pixel_config(recipe)
     names = ("body", "pool", "mean", "std", "body_precision")
     stored: dict[str, Any] = {name: getattr(recipe, name) for name in names}
