@@ -16,6 +16,7 @@ from arrowhead.features import precision
 from arrowhead.features.store import Store
 
 SMALL = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
+AUTO = [*SMALL, "--body-precision", "auto"]
 
 
 def machine(patch: pytest.MonkeyPatch, *, bf16: bool) -> None:
@@ -34,13 +35,13 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
 def bf16_results(
     image_folder: Path, tmp_path_factory: pytest.TempPathFactory, add_mlflow_db: AddMlflowDb
 ) -> Path:
-    """A folder with out/store and out/bundle in bf16, fitted without naming a precision."""
+    """A folder with out/store and out/bundle in bf16, fitted with --body-precision auto."""
     folder = add_mlflow_db(tmp_path_factory.mktemp("bf16"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         machine(patch, bf16=True)
         with pytest.raises(SystemExit) as exit_info:
-            main(["fit", str(image_folder), "out", *SMALL])
+            main(["fit", str(image_folder), "out", *AUTO])
         assert exit_info.value.code == 0
     return folder
 
@@ -60,7 +61,7 @@ def test_auto_is_bf16_only_where_the_machine_has_units_for_it(
     for bf16 in (True, False):
         machine(monkeypatch, bf16=bf16)
         store = tmp_path / f"store-{bf16}"
-        code, output = run(capsys, "precompute", image_folder / "valid", store, *SMALL)
+        code, output = run(capsys, "precompute", image_folder / "valid", store, *AUTO)
         assert code == 0
         assert ("body precision bf16" in output) == bf16
         recipe = Store(store).recipe
@@ -83,7 +84,7 @@ def test_auto_is_fp32_if_bf16_would_change_the_features(
 ):
     machine(monkeypatch, bf16=True)
     monkeypatch.setattr(precision, "MIN_COSINE", 1.1)
-    code, output = run(capsys, "precompute", image_folder / "valid", tmp_path / "s", *SMALL)
+    code, output = run(capsys, "precompute", image_folder / "valid", tmp_path / "s", *AUTO)
     assert code == 0
     assert "body precision fp32: in bf16" in output
     assert Store(tmp_path / "s").recipe.body_precision == "fp32"

@@ -56,7 +56,7 @@ class BodyConfig:
     """From the last feature map to one row: avg, max, or concat (both, as fast.ai does); from the
     tokens of a timm transformer: cls (class token), avg (of the other tokens), or cls+avg (both, as
     DINOv2 does). auto: what the network does itself."""
-    body_precision: Precision = "auto"
+    body_precision: Precision = "fp32"
     """Of the network's products: fp32, bf16 (faster on CPUs and GPUs with units for it) or fp16.
     auto: bf16 if this machine has such units and the features stay what they are (cosine to fp32 of
     0.998 or more), else fp32. A store and its bundles keep it on every machine."""

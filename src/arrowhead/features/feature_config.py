@@ -62,12 +62,13 @@ def complete_from_store(
         return config
     recipe = (store := Store(path)).recipe
     pixels = features_extract.make_pixel_config(recipe)
-    names = ("body", "pool", "mean", "std", "body_precision")
+    names = ("body", "pool", "mean", "std")
     stored: dict[str, Any] = {name: getattr(recipe, name) for name in names}
     stored |= {"size": pixels.size, "resize": pixels.resize, "views": pixels.views}
     stored |= {"interpolation": pixels.interpolation, "crop_pct": pixels.crop_pct}
     if pixels.views > 1:
         stored |= {"augment": pixels.augment, "augment_seed": pixels.augment_seed}
+    stored["body_precision"] = recipe.body_precision
     requested = {f.name: getattr(config.body, f.name) for f in dataclasses.fields(BodyConfig)}
     requested |= {f.name: getattr(config.pixels, f.name) for f in dataclasses.fields(PixelConfig)}
     if requested["crop_pct"] and _same_crop(pixels, requested["crop_pct"]):
