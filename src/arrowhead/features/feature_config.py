@@ -62,8 +62,7 @@ def complete_from_store(
         return config
     recipe = (store := Store(path)).recipe
     pixels = features_extract.make_pixel_config(recipe)
-    names = ("body", "pool", "mean", "std")
-    stored: dict[str, Any] = {name: getattr(recipe, name) for name in names}
+    stored: dict[str, Any] = {n: getattr(recipe, n) for n in ("body", "pool", "mean", "std")}
     stored |= {"size": pixels.size, "resize": pixels.resize, "views": pixels.views}
     stored |= {"interpolation": pixels.interpolation, "crop_pct": pixels.crop_pct}
     if pixels.views > 1:
