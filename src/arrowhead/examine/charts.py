@@ -35,6 +35,7 @@ COLORS = {
     "blue": "#2a6fb0",
     "orange": "#c8590b",
 }
+WIDTH = 4.6  # inches: a column of the page, or a phone, with text that can be read
 MAX_CURVES = 6  # classes with a curve of their own
 MAX_NAMED_CLASSES = 60  # on the axes of a confusion matrix
 MIN_IMAGES_PER_BIN = 15
@@ -76,7 +77,7 @@ def reliability_chart(
         raw_confidence_N: The same without the temperature.
         correct_N: Whether the prediction is right.
     """
-    figure = _new_figure(4.6, 4.4)
+    figure = _new_figure(WIDTH, 4.4)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     low = float(min(confidence_N.min(), raw_confidence_N.min(), 0.9))
     axes.plot([0, 1], [0, 1], color=COLORS["muted"], lw=1, ls=":", label="perfect")
@@ -89,7 +90,7 @@ def reliability_chart(
         points = [(values[part].mean(), correct_N[part].mean()) for part in parts]
         axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, color=color, label=name)
     axes.set(ylabel="accuracy", ylim=(-0.03, 1.03))
-    _legend(axes, loc="upper left")
+    _legend(axes, loc="best")
     below.hist(confidence_N, bins=np.linspace(low, 1, 21), color=COLORS["blue"], alpha=0.8)
     below.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     below.set_xlim(low - 0.02, 1.01)
@@ -114,8 +115,8 @@ def curves_chart(prob_MC: NDArray[Any], label: NDArray[Any], classes: Sequence[s
     truth_MC = label > 0 if label.ndim == 2 else label[:, None] == np.arange(len(classes))
     shown = _classes_with_curves(prob_MC, truth_MC, single_label=label.ndim == 1)
     names, text = text_style(classes[index] for index in shown)
-    figure = _new_figure(8.6, 3.9)
-    roc, pr = figure.subplots(1, 2)
+    figure = _new_figure(WIDTH, 7.4)
+    roc, pr = figure.subplots(2, 1)
     styles = [(color, line) for line in ("-", "--", ":") for color in ("blue", "orange")]
     for index, name, (color, line) in zip(shown, names, styles, strict=False):
         truth_M, score_M = truth_MC[:, index], prob_MC[:, index]
@@ -209,8 +210,10 @@ def confusion_order(counts_CC: NDArray[np.int64]) -> list[int]:
 
 def training_chart(epochs: Sequence[Mapping[str, float]], kept: int | None) -> Figure:
     """Plot training loss, validation loss and accuracy by epoch; `kept` marks the saved epoch."""
-    figure = _new_figure(8.6, 3.4)
-    losses, right = figure.subplots(1, 2)
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _new_figure(WIDTH, 5.2)
+    losses, right = figure.subplots(2, 1)
     number = [epoch["epoch"] for epoch in epochs]
     for name, color, style, label in (
         ("train_loss", "orange", "--", "training"),
@@ -224,6 +227,7 @@ def training_chart(epochs: Sequence[Mapping[str, float]], kept: int | None) -> F
     right.set(xlabel="epoch", ylabel="accuracy", title="Validation accuracy")
     for axes in (losses, right):
         _style_axes(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if kept is not None and number[0] < kept < number[-1]:
             axes.axvline(kept, color=COLORS["muted"], lw=1, ls=":")
     _legend(losses)
@@ -235,7 +239,7 @@ def finder_chart(rates: Sequence[float], losses_SR: NDArray[Any], chosen: float 
 
     losses_SR: (seeds, rates), nan where a seed diverged.
     """
-    figure = _new_figure(8.6, 3.4)
+    figure = _new_figure(WIDTH, 3.2)
     axes = figure.add_subplot()
     has_loss = np.isfinite(losses_SR).any(0)
     x, y_SR = np.asarray(rates)[has_loss], losses_SR[:, has_loss]
@@ -257,7 +261,7 @@ def learning_chart(images: Sequence[float], mean: NDArray[Any], std: NDArray[Any
     """Plot a validation metric against the number of training images, with its deviation."""
     from matplotlib.ticker import NullLocator
 
-    figure = _new_figure(8.6, 3.4)
+    figure = _new_figure(WIDTH, 3.2)
     axes = figure.add_subplot()
     axes.fill_between(images, mean - std, mean + std, color=COLORS["blue"], alpha=0.2, lw=0)
     axes.plot(images, mean, "o-", color=COLORS["blue"])

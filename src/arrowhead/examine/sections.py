@@ -33,6 +33,7 @@ MAX_GROUPS, MAX_GROUP_CARDS = 12, 6
 MAX_SLICE_CARDS, MAX_OTHER_SLICE_CARDS, MAX_SAME_SLICES = 12, 6, 3
 MAX_SLICES = LISTED_WITH_ROWS  # that are not worse
 MAX_OUTLIERS, MAX_POOR_IMAGES = 12, 24
+MIN_CLEAN_IMAGES = 10  # without copies in training, of which an accuracy is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,9 @@ def label_errors_section(
         sentence = f"No label of the {pluralize(images, 'image')} is likely to be wrong."
     else:
         sentence = (
-            f"About {estimate} of {pluralize(images, 'label')} {'is' if estimate == 1 else 'are'}"
-            f" probably wrong (95 % interval {low:.0f} to {high:.0f}). The score is the"
-            " probability that a label is wrong, judged by models that were not trained on it."
+            f"About {_wrong_labels(found, estimate)} (95 % interval {low:.0f} to {high:.0f}). The"
+            " score is the probability that a label is wrong, judged by models that were not"
+            " trained on it."
         )
     content = {
         "sentence": sentence,
@@ -92,13 +93,19 @@ def label_errors_section(
     }
     if not found.flagged:
         return Section(content)
-    text = (
-        f"{found.flagged} of {pluralize(images, 'label')} {'are' if found.flagged > 1 else 'is'}"
-        " probably wrong."
-    )
+    text = f"{_wrong_labels(found, found.flagged)}."
     if estimate > found.flagged and found.reliable:
-        text = f"About {estimate} of {pluralize(images, 'label')} are probably wrong."
+        text = f"About {_wrong_labels(found, estimate)}."
     return Section(content, [Finding(0.92, text, "labels", "Check and correct")])
+
+
+def _wrong_labels(found: LabelErrors, count: int) -> str:
+    """How many labels are wrong, in words; with several labels an image may have many of them."""
+    verb, images = "is" if count == 1 else "are", len(found.row)
+    if found.multi:
+        labels = f"{pluralize(count, 'label')} of {pluralize(images, 'image')}"
+        return f"{labels} {verb} probably missing or too many"
+    return f"{count} of {pluralize(images, 'label')} {verb} probably wrong"
 
 
 def _suggested_labels(
@@ -155,7 +162,7 @@ def duplicates_section(
             f" ({exact} exact, {leaked - exact} near)"
         )
         clean_M = predictions.held_out & ~leaked_M
-        if clean_M.any() and not predictions.multi:
+        if clean_M.sum() >= MIN_CLEAN_IMAGES and not predictions.multi:
             correct, total = int(predictions.correct[clean_M].sum()), int(clean_M.sum())
             low, high = wilson_interval(correct, total)
             text += (
