@@ -37,6 +37,7 @@ from arrowhead.data import chunks as data_chunks
 from arrowhead.data import sources as data_sources
 from arrowhead.decode import pillow_images
 from arrowhead.decode import pixels as decode_pixels
+from arrowhead.decode.codecs import CpuCodec
 from arrowhead.decode.decoder import Decoder
 from arrowhead.decode.geometry import draw_augmentation
 from arrowhead.decode.pixels import PixelConfig
@@ -580,9 +581,9 @@ def test_an_image_is_decoded_once_for_all_views(
     photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = {"codec": 0, "Pillow": 0}
-    by_codec, by_pillow = Decoder._decode_batch, pillow_images.decode_with_pillow
+    by_codec, by_pillow = CpuCodec.__call__, pillow_images.decode_with_pillow
 
-    def count_codec(self: Decoder, headers: list) -> list:
+    def count_codec(self: CpuCodec, headers: list) -> list:
         counts["codec"] += len(headers)
         return by_codec(self, headers)
 
@@ -590,7 +591,7 @@ def test_an_image_is_decoded_once_for_all_views(
         counts["Pillow"] += 1
         return by_pillow(data)
 
-    monkeypatch.setattr(Decoder, "_decode_batch", count_codec)
+    monkeypatch.setattr(CpuCodec, "__call__", count_codec)
     monkeypatch.setattr(pillow_images, "decode_with_pillow", count_pillow)
     transparent = encoded(Image.open(io.BytesIO(photos[0])).convert("RGBA"), "PNG")
     engine = Decoder(PixelConfig(size=32, views=5), batch_size=8, threads=1)

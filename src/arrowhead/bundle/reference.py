@@ -81,7 +81,7 @@ def _golden_pixels(bundle: Bundle, path: Path) -> NDArray[np.uint8]:
     threads = len(os.sched_getaffinity(0))
     with replay.clean_decoder(bundle.recipe, "cpu", threads, len(images)) as decode:
         pixels = decode(images, [bytes(16)] * len(images))
-        view_BCHW = pixels.views[0].transpose(0, 3, 1, 2).copy()
+        view_BCHW: NDArray[np.uint8] = pixels.views[0].transpose(0, 3, 1, 2).copy()
     if fault := next((fault for fault in pixels.faults if fault), None):
         raise DataError(
             f"The golden images of {path} cannot be read on this machine: {fault}.",

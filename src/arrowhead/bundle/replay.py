@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle.format import Bundle
-from arrowhead.decode.pixels import Pixels
+from arrowhead.decode.pixels import Pixels, device_of
 from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.errors import DataError
 from arrowhead.features import extract
@@ -114,12 +114,11 @@ def clean_features(
 
 def clean_decoder(recipe: Recipe, device: str, threads: int, batch_size: int) -> SubprocessDecoder:
     """A decoder that gives one view of each image, without the recipe's augmentation."""
-    gpu = int(device.partition(":")[2] or 0) if "cuda" in device else None
     return SubprocessDecoder(
         extract.make_pixel_config(recipe.single_view()),
         batch_size=batch_size,
         threads=threads,
-        device=gpu,
+        device=device_of(device),
         rule=recipe.decoder,
     )
 
@@ -128,7 +127,7 @@ def features_of_pixels(body: Body, pixels: Pixels) -> NDArray[np.float32]:
     """Features of decoded images, float32 (N, D) with float16 precision; NaN at a fault."""
     import torch
 
-    view_NCHW = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
+    view_NCHW = torch.as_tensor(pixels.views[0]).permute(0, 3, 1, 2)
     feature_ND = body(view_NCHW).cpu().numpy()
     feature_ND = feature_ND.astype(np.float16).astype(np.float32)
     feature_ND[[fault is not None for fault in pixels.faults]] = np.nan

@@ -49,8 +49,8 @@ def precompute(
         history: Corrected labels to apply and keep, instead of those of the store.
 
     Returns:
-        counts {inputs, features, decoded, looked_up, skipped, reused, fallback, faults, ignored},
-        the first faults with their paths, faults by kind, seconds by stage, and the store.
+        counts {inputs, features, decoded, looked_up, skipped, reused, fallback, repaired, faults,
+        ignored}, the first faults with their paths, faults by kind, seconds by stage, the store.
 
     Raises:
         ConfigError: If the store has another recipe, or another command is writing it.
@@ -288,6 +288,7 @@ def _counts(catalog: Catalog, faults: int, work: WorkTotals, skipped: int) -> di
         "skipped": skipped,
         "reused": work.looked_up + skipped,
         "fallback": work.fallback,
+        "repaired": work.repaired,
         "faults": faults,
         "ignored": catalog.ignored,
     }

@@ -59,9 +59,9 @@ def score(
         tracking: The tracking store of a bundle in MLflow.
 
     Returns:
-        counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, faults, novel (None
-        without --flag-novel), ignored} with inputs = scored + faults, faults by kind, labels,
-        drift, seconds by stage.
+        counts {inputs, scored, decoded, looked_up, skipped, reused, fallback, repaired, faults,
+        novel (None without --flag-novel), ignored} with inputs = scored + faults, faults by kind,
+        labels, drift, seconds by stage.
     """
     with (
         _output_folder(out, context) as files,
@@ -227,6 +227,7 @@ def _counts(
         "skipped": skipped,
         "reused": skipped + work.looked_up,
         "fallback": work.fallback,
+        "repaired": work.repaired,
         "faults": faults,
         "novel": totals.novel,
         "ignored": catalog.ignored,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,39 +15,42 @@ from arrowhead.decode.pixels import Header, PixelConfig
 def view_region(
     config: PixelConfig, header: Header, mirrored: NDArray[np.bool_] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The region of an image that the clean view shows.
+    """`view_regions` of one image: start and end corner, float32 (y, x) each."""
+    size = np.array([[header.height, header.width]], np.float64)
+    flags = None if mirrored is None else np.asarray(mirrored)[None]
+    start, end = view_regions(config, size, flags)
+    return start[0], end[0]
+
+
+def view_regions(
+    config: PixelConfig, sizes: NDArray[np.float64], mirrored: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The regions of images that the clean view shows.
 
     "crop" gives the same pixels as torchvision's Resize(resized_side), CenterCrop(size), with the
     same rounding, but resizes only the region that it keeps.
 
     Args:
         config: Size and resize mode.
-        header: Height and width of the stored image.
-        mirrored: bool (y, x), which axes the orientation will mirror; their center is rounded
-            from the other end.
+        sizes: (B, 2), height and width of the stored images.
+        mirrored: bool (B, 2) for (y, x), which axes the orientation will mirror; their center is
+            rounded from the other end.
 
     Returns:
-        Start and end corner, float32 (y, x) each, in pixels of the stored image.
+        Start and end corners, float32 (B, 2) each, (y, x) in pixels of the stored image.
     """
-    image_size = np.array([header.height, header.width], np.float64)
     side = config.side
     if config.resize == "pad" or (config.resize == "squash" and config.resized_side == side):
-        return np.zeros(2, np.float32), image_size.astype(np.float32)
+        return np.zeros(sizes.shape, np.float32), sizes.astype(np.float32)
     if config.resize == "squash":
-        resized = np.full(2, float(config.resized_side))
+        resized = np.full(sizes.shape, float(config.resized_side))
     else:
-        resized = np.floor(config.resized_side * image_size / image_size.min())
+        resized = np.floor(config.resized_side * sizes / sizes.min(axis=1, keepdims=True))
     start = np.round((resized - side) / 2)
     if mirrored is not None:
         start = np.where(mirrored, resized - side - start, start)
-    scale = image_size / resized
+    scale = sizes / resized
     return (start * scale).astype(np.float32), ((start + side) * scale).astype(np.float32)
-
-
-def mirrored_axes(orientation: int) -> NDArray[np.bool_]:
-    """Which axes of the stored image `apply_orientation` mirrors: bool (y, x)."""
-    rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
-    return np.array([columns, rows] if orientation >= 5 else [rows, columns])
 
 
 def upright_box(
@@ -68,7 +72,7 @@ def upright_box(
         margin = (size.max() / size - 1) / 2
         start, end = -margin, 1 + margin
     else:
-        mirrored = mirrored_axes(header.orientation) & crops_upright
+        mirrored = MIRRORED_AXES[header.orientation] & crops_upright
         start, end = (corner / size for corner in view_region(config, header, mirrored))
     if header.orientation >= 5:
         start, end = start[::-1], end[::-1]
@@ -124,15 +128,56 @@ def draw_augmentation(config: PixelConfig, image_id: bytes, view: int) -> Augmen
     )
 
 
-def apply_orientation(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Apply the EXIF orientation, 1 to 8, to a square image (TIFF 6.0, tag 274)."""
-    turned = image_HWC.transpose(1, 0, 2) if orientation >= 5 else image_HWC
-    if orientation in (3, 4, 7, 8):
-        turned = turned[::-1]
-    return turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
+# ------------------------------------------------------------------------ symmetries
+#
+# The eight symmetries of a square as numbers: 4 if the image is transposed first, plus 2 if its
+# rows are then reversed, plus 1 if its columns are.
+
+SYMMETRY_OF_ORIENTATION = np.array([0, 0, 1, 3, 2, 4, 5, 7, 6])
+"""By EXIF orientation, 1 to 8 (TIFF 6.0, tag 274)."""
+SYMMETRY_OF_QUARTER_TURNS = np.array([0, 6, 3, 5])
+"""By the number of turns by 90 degrees, counterclockwise as numpy.rot90 counts them."""
+MIRRORED_AXES = np.array(
+    [[n & (1 if n >= 4 else 2), n & (2 if n >= 4 else 1)] for n in SYMMETRY_OF_ORIENTATION], bool
+)
+"""By EXIF orientation: which axes (y, x) of the stored image are mirrored."""
 
 
-def turn_and_mirror(image_HWC: NDArray[np.uint8], augmentation: Augmentation) -> NDArray[np.uint8]:
-    """Apply the part of an augmentation that DALI does not: quarter turns, then mirroring."""
-    turned = np.rot90(image_HWC, augmentation.quarter_turns)
-    return turned[:, ::-1] if augmentation.mirrored else turned
+def symmetry_of_turns(
+    quarter_turns: NDArray[np.int64], mirrored: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """The symmetries that turn images, then mirror some of them left to right."""
+    return np.asarray(SYMMETRY_OF_QUARTER_TURNS[quarter_turns] ^ mirrored)
+
+
+def compose_symmetries(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The symmetries that do the same as `first` and then `second`."""
+    # Transposing an image whose rows are reversed is reversing the columns of the transposed one.
+    flips = np.where(second & 4, (first & 1) << 1 | (first & 2) >> 1, first & 3)
+    return np.asarray((first ^ second) & 4 | (flips ^ second) & 3)
+
+
+def place(
+    images_BSSC: Any, symmetry: NDArray[np.int64], view: Any, rows: NDArray[np.int64]
+) -> None:
+    """Write images into `rows` of a view, each with its symmetry.
+
+    Args:
+        images_BSSC: uint8 (B, S, S, 3), a NumPy array or a torch tensor on any device.
+        symmetry: (B,).
+        view: uint8 (>= rows, S, S, 3), of the same kind and on the same device.
+        rows: (B,), ascending.
+    """
+    if len(rows) == rows[-1] + 1 - rows[0]:
+        view[int(rows[0]) : int(rows[-1]) + 1] = images_BSSC
+    else:
+        view[rows] = images_BSSC
+    for number in np.unique(symmetry[symmetry != 0]).tolist():
+        which = np.flatnonzero(symmetry == number)
+        images = images_BSSC[which]
+        if number & 4:
+            images = images.swapaxes(1, 2)
+        axes = tuple(axis for axis, bit in ((1, 2), (2, 1)) if number & bit)
+        if axes:
+            images = np.flip(images, axes) if isinstance(images, np.ndarray) else images.flip(axes)
+        view[rows[which]] = images

@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from arrowhead.errors import ConfigError
 
 CROPPED_AS_STORED, CROPPED_UPRIGHT = "dali", "dali-upright"
@@ -126,24 +123,41 @@ class PixelConfig:
         return self.augment if self.views > 1 else "none"
 
 
+Device = int | Literal["cpu"] | None
+"""Where to decode: a CUDA device's number; None for the CPU; "cpu" for what runs on a GPU, with the
+checks of its decoder, on the CPU, to test it."""
+
+
+def device_of(name: str) -> Device:
+    """The device for a network that runs on "cpu" or "cuda:K"."""
+    return int(name.partition(":")[2] or 0) if name.startswith("cuda") else None
+
+
+def torch_device(device: int | Literal["cpu"]) -> str:
+    """Torch's name of a device."""
+    return device if isinstance(device, str) else f"cuda:{device}"
+
+
 @dataclass(frozen=True, slots=True)
 class Pixels:
     """The decoded pixels of b files.
 
     Attributes:
         views: One uint8 (rows, S, S, 3) per view, rows >= b; black if faulty or after the last
-            file.
+            file. NumPy arrays, or with a device tensors on it.
         faults: b faults, None for a valid image.
         fallback: b flags, whether Pillow decoded it.
         sizes: Height and width of b upright images, in pixels; (0, 0) if faulty.
         seconds: Decoding time.
+        repaired: How many images the device's decoder got wrong, so that they are the CPU's.
     """
 
-    views: list[NDArray[np.uint8]]
+    views: list[Any]
     faults: list[str | None]
     fallback: list[bool]
     sizes: list[tuple[int, int]]
     seconds: float = 0.0
+    repaired: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
     batches                written to shared memory, two in flight at a time
       -> child process     decode.Decoder; reports when a batch is done
-      -> pixels            copied out of shared memory, in the order of the batches
+      -> pixels            copied out of shared memory, in the order of the batches; on a GPU that
+                           memory is the GPU's, and no pixels pass through the host
 
 If the child crashes or hangs, a new one is started and the files of its batch are decoded one by
 one. A file that crashes a second child gets the fault `decoder_crash`; the others are not affected,
@@ -40,8 +41,17 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from arrowhead.decode.checked_codec import synchronize
 from arrowhead.decode.decoder import MAX_STDERR_BYTES, Decoder
-from arrowhead.decode.pixels import CROPPED_UPRIGHT, PixelConfig, Pixels, check_decoder_rule
+from arrowhead.decode.device_memory import DeviceMemory, DeviceMemoryError
+from arrowhead.decode.pixels import (
+    CROPPED_UPRIGHT,
+    Device,
+    PixelConfig,
+    Pixels,
+    check_decoder_rule,
+    torch_device,
+)
 from arrowhead.errors import ConfigError, LostError
 
 BATCHES_IN_FLIGHT = 2  # the child decodes one while the parent copies the other
@@ -83,20 +93,29 @@ class SharedSlot:
     pixels: int
     pixels_by_view: NDArray[np.uint8]
     """(views, B, S, S, 3): the memory of `pixels`."""
+    on_device: DeviceMemory | None = None
+    """The same on a GPU, if its memory can be shared; then `pixels` is not used."""
 
     @staticmethod
-    def allocate(shape: tuple[int, ...]) -> SharedSlot:
+    def allocate(shape: tuple[int, ...], device: Device) -> SharedSlot:
         """Allocate memory for pixels of this shape; that for encoded bytes grows as needed."""
+        on_device = None
+        if isinstance(device, int):
+            with contextlib.suppress(DeviceMemoryError):
+                on_device = DeviceMemory.allocate(shape, device)
         encoded, pixels = os.memfd_create("ah-encoded"), os.memfd_create("ah-pixels")
         os.ftruncate(pixels, int(np.prod(shape)))
         memory = mmap.mmap(pixels, 0, prot=mmap.PROT_READ)
-        return SharedSlot(encoded, pixels, np.frombuffer(memory, np.uint8).reshape(shape))
+        pixels_by_view = np.frombuffer(memory, np.uint8).reshape(shape)
+        return SharedSlot(encoded, pixels, pixels_by_view, on_device)
 
     def close(self) -> None:
         """Free the memory."""
         self.pixels_by_view = np.empty(0, np.uint8)  # unmaps the memory
         os.close(self.encoded)
         os.close(self.pixels)
+        if self.on_device is not None:
+            self.on_device.close()
 
 
 class SubprocessDecoder:
@@ -108,10 +127,15 @@ class SubprocessDecoder:
         config: Size, views and limits.
         batch_size: Maximal number of files per batch.
         threads: Decoding threads of the child.
-        device: CUDA device number, or None for the CPU.
+        device: Where to decode, see `Device`.
         timeout_seconds: Time for a batch, plus one second per megabyte, before the child counts as
             hung.
         rule: The recipe's `decoder`, one of DECODER_RULES.
+
+    Attributes:
+        deaths: How often the child died or hung.
+        on_device: Whether pixels stay on the GPU. Without memory that two processes can share, the
+            child copies them to the host.
     """
 
     def __init__(
@@ -120,7 +144,7 @@ class SubprocessDecoder:
         *,
         batch_size: int,
         threads: int,
-        device: int | None = None,
+        device: Device = None,
         timeout_seconds: float = 60.0,
         rule: str = CROPPED_UPRIGHT,
     ) -> None:
@@ -134,7 +158,10 @@ class SubprocessDecoder:
             "rule": rule,
         }
         self._timeout_seconds = timeout_seconds
-        self._slots = [SharedSlot.allocate(self._shape) for _ in range(BATCHES_IN_FLIGHT)]
+        self._device = device
+        self._slots = [SharedSlot.allocate(self._shape, device) for _ in range(BATCHES_IN_FLIGHT)]
+        self.on_device = all(slot.on_device for slot in self._slots)
+        self._copy_stream: Any = None
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._killed_files = 0  # in a row
@@ -222,15 +249,25 @@ class SubprocessDecoder:
         except (EOFError, OSError):
             raise self._on_worker_death() from None
         self._killed_files = 0
-        count = len(batch.encoded)
-        blank = self._blank_pixels(count, filled=count)
-        for view, decoded in zip(blank.views, slot.pixels_by_view, strict=True):
-            view[:count] = decoded[:count]
-        return Pixels(blank.views, **reply)
+        return Pixels(self._copy_views(slot, len(batch.encoded)), **reply)
+
+    def _copy_views(self, slot: SharedSlot, count: int) -> list[Any]:
+        """Copies of the first `count` images of each view, after which the slot may be reused."""
+        if not self.on_device or slot.on_device is None:
+            return [view[:count].copy() for view in slot.pixels_by_view]
+        import torch
+
+        if self._copy_stream is None:
+            self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copy_stream):  # not behind the network's work
+            views = [view[:count].clone() for view in slot.on_device.pixels]
+        self._copy_stream.synchronize()
+        return views
 
     def _decode_one_by_one(self, batch: EncodedBatch, slot: SharedSlot) -> Pixels:
         """Decode each file of a batch that crashed the child in a separate batch."""
-        pixels = self._blank_pixels(len(batch.encoded))
+        self._ensure_started()  # which decides where the pixels are
+        pixels, repaired = self._blank_pixels(len(batch.encoded)), 0
         for row, (data, image_id) in enumerate(zip(batch.encoded, batch.image_ids, strict=True)):
             try:
                 decoded = self._decode_single(_FileBatch([data], [image_id]), slot)
@@ -239,9 +276,10 @@ class SubprocessDecoder:
                 continue
             pixels.faults[row], pixels.fallback[row] = decoded.faults[0], decoded.fallback[0]
             pixels.sizes[row] = decoded.sizes[0]
+            repaired += decoded.repaired
             for view, decoded_view in zip(pixels.views, decoded.views, strict=True):
                 view[row] = decoded_view[0]
-        return pixels
+        return dataclasses.replace(pixels, repaired=repaired)
 
     def _decode_single(self, file: _FileBatch, slot: SharedSlot) -> Pixels:
         """Decode one file; WorkerDied if it crashes the child."""
@@ -267,12 +305,14 @@ class SubprocessDecoder:
             " command continues where it stopped.",
         )
 
-    def _blank_pixels(self, count: int, filled: int = 0) -> Pixels:
-        """Pixels of `count` files without faults; rows from `filled` on are black."""
+    def _blank_pixels(self, count: int) -> Pixels:
+        """Black pixels of `count` files without faults."""
         n_views, _, *square = self._shape
-        views = [np.empty((count, *square), np.uint8) for _ in range(n_views)]
-        for view in views:
-            view[filled:] = 0
+        views: list[Any] = [np.zeros((count, *square), np.uint8) for _ in range(n_views)]
+        if self.on_device:
+            import torch
+
+            views = [torch.from_numpy(view).to(f"cuda:{self._device}") for view in views]
         return Pixels(views, [None] * count, [False] * count, [(0, 0)] * count)
 
     # ---- the child
@@ -288,7 +328,7 @@ class SubprocessDecoder:
             try:
                 if not self._connection.poll(STARTUP_TIMEOUT_SECONDS):
                     raise WorkerDied(f"not ready after {STARTUP_TIMEOUT_SECONDS:.0f} s")
-                self._connection.recv_bytes()  # ready
+                self.on_device = json.loads(self._connection.recv_bytes())["on_device"]
                 return
             except (EOFError, OSError):
                 died = self._cause_of_death()
@@ -314,6 +354,11 @@ class SubprocessDecoder:
             "connection": child_end,
             "lifeline": lifeline,
             "slots": descriptors,
+            "device_memory": [
+                slot.on_device.handle.hex()
+                for slot in self._slots
+                if self.on_device and slot.on_device is not None
+            ],
             **self._settings,
         }
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _stop
@@ -417,7 +462,6 @@ def serve() -> None:
     threading.Thread(target=_exit_with_parent, args=(settings["lifeline"],), daemon=True).start()
     connection = Connection(settings["connection"])
     config = PixelConfig(**settings["config"])
-    views, side = config.views, config.side
     decoder = Decoder(
         config,
         batch_size=settings["batch_size"],
@@ -426,11 +470,8 @@ def serve() -> None:
         rule=settings["rule"],
         read_messages=_StderrReader().read_new,
     )
-    pixels_by_view = [
-        np.frombuffer(mmap.mmap(fd, 0), np.uint8).reshape(views, -1, side, side, 3)
-        for fd in settings["slots"][1::2]
-    ]
-    connection.send_bytes(b"ready")
+    host, on_device = _shared_memory(settings)
+    connection.send_bytes(json.dumps({"on_device": bool(on_device)}).encode())
     while True:
         try:
             request = json.loads(connection.recv_bytes())
@@ -440,10 +481,34 @@ def serve() -> None:
         slot = request["slot"]
         ids = [bytes.fromhex(name) for name in request["ids"]]
         files = _read_files(settings["slots"][2 * slot], request["sizes"])
-        pixels = decoder(files, ids, pixels_by_view[slot])
-        reply: dict[str, Any] = {"faults": pixels.faults, "fallback": pixels.fallback}
-        reply["sizes"] = pixels.sizes
+        if settings["device"] is None:
+            pixels = decoder(files, ids, host[slot])
+        elif on_device:
+            pixels = decoder(files, ids, on_device[slot])
+            synchronize(torch_device(settings["device"]))
+        else:
+            pixels = decoder(files, ids)
+            for view, decoded in zip(host[slot], pixels.views, strict=True):
+                view[: len(files)] = decoded.cpu().numpy()
+        reply = {name: getattr(pixels, name) for name in REPLY}
         connection.send_bytes(json.dumps(reply | {"seconds": perf_counter() - start_time}).encode())
+
+
+REPLY = ("faults", "fallback", "sizes", "repaired")
+
+
+def _shared_memory(settings: dict[str, Any]) -> tuple[list[NDArray[np.uint8]], list[Any]]:
+    """The pixels of each slot on the host; and on a GPU, if its memory can be shared."""
+    config = PixelConfig(**settings["config"])
+    shape = config.views, settings["batch_size"], config.side, config.side, 3
+    host = [
+        np.frombuffer(mmap.mmap(fd, 0), np.uint8).reshape(shape) for fd in settings["slots"][1::2]
+    ]
+    handles = [bytes.fromhex(handle) for handle in settings["device_memory"]]
+    with contextlib.suppress(DeviceMemoryError):
+        memories = [DeviceMemory.attach(one, shape, settings["device"]) for one in handles]
+        return host, [memory.pixels for memory in memories]
+    return host, []
 
 
 def _read_files(memory: int, sizes: list[int]) -> list[bytes]:

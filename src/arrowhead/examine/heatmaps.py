@@ -133,7 +133,7 @@ def _explain(
     for first in range(0, len(different), BATCH_SIZE):
         batch = different[first : first + BATCH_SIZE]
         pixels = decode(batch, [bytes(16)] * len(batch))
-        view_BCHW = torch.from_numpy(pixels.views[0]).permute(0, 3, 1, 2)
+        view_BCHW = torch.as_tensor(pixels.views[0]).permute(0, 3, 1, 2)
         outputs = _Outputs(maps, head, view_BCHW)
         usable = [i for i, fault in enumerate(pixels.faults) if not fault and outputs.is_finite(i)]
         boxes = {i: _box(recipe, batch[i]) for i in usable}

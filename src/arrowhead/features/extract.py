@@ -15,14 +15,11 @@ image that crashes or hangs the decoder into a fault of that image and goes on.
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,13 +29,14 @@ from safetensors import SafetensorError
 from arrowhead.data import chunks as data_chunks
 from arrowhead.data import mirrors
 from arrowhead.data.catalog import Catalog
-from arrowhead.decode.pixels import CROPPED_UPRIGHT, Interpolation, PixelConfig
+from arrowhead.decode.pixels import CROPPED_UPRIGHT, Interpolation, PixelConfig, device_of
 from arrowhead.decode.worker_process import SubprocessDecoder
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features.backbone import ROW_MULTIPLE, Body, BodyConfig, Weights
 from arrowhead.features.networks import TIMM_PREFIX
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.shard_file import ShardRows
+from arrowhead.features.stage_timer import StageTimer
 from arrowhead.features.store import Store
 from arrowhead.runtime.worker import Worker
 
@@ -49,6 +47,7 @@ INTERPOLATIONS: dict[Interpolation, str] = {
     "bilinear": "linear",
     "bicubic": "cubic",
 }  # torchvision's names and DALI's
+File = tuple[bytes, str | None, bytes]  # content, fault, image id
 STAGES = ("read", "decode", "forward", "write")
 
 
@@ -89,34 +88,6 @@ class ExtractConfig:
         """Whether this many faults exceed the limit."""
         limit = self.max_faults if self.max_faults >= 1 else self.max_faults * inputs
         return faults > limit
-
-
-class StageTimer:
-    """Adds up the busy seconds of each stage; thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time that the `with` block takes to the stage `name`."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add seconds that were measured elsewhere to the stage `name`."""
-        with self._lock:
-            self._seconds[name] += seconds
-
-    def take(self) -> dict[str, float]:
-        """Return the seconds by stage since the last call, and start again from 0."""
-        with self._lock:
-            seconds, self._seconds = dict(self._seconds), defaultdict(float)
-        return seconds
 
 
 def make_recipe(pixels: PixelConfig, body: BodyConfig, weights: Weights, width: int) -> Recipe:
@@ -205,6 +176,7 @@ def report_chunk(worker: Worker, chunk: Chunk, seconds: dict[str, float], metric
     counts = chunk.counts()
     worker.report(counts | {"seconds": seconds})
     worker.measure("images_decoded", counts["decoded"])
+    worker.measure("images_repaired", counts["repaired"])
     worker.measure(metric, counts["decoded"] + counts["looked_up"])
     for kind, count in counts["faults"].items():
         worker.measure("faults", count, kind=kind)
@@ -338,6 +310,7 @@ class Chunk:
     image_ids: list[bytes] = field(default_factory=list)
     looked_up: int = 0
     fallback: int = 0
+    repaired: int = 0
 
     def rows(self) -> ShardRows:
         """The chunk as rows of a shard."""
@@ -358,7 +331,8 @@ class Chunk:
     def counts(self) -> dict[str, Any]:
         """Counts for a report, where files = decoded + looked_up + faults.
 
-        fallback: images that Pillow decoded; faults: by kind.
+        fallback: images that Pillow decoded; repaired: those that the GPU's decoder got wrong, so
+        that the CPU decoded them again; faults: by kind.
         """
         kinds = Counter(fault.partition(":")[0] for fault in self.faults if fault)
         return {
@@ -367,6 +341,7 @@ class Chunk:
             "decoded": len(self.paths) - self.looked_up - kinds.total(),
             "looked_up": self.looked_up,
             "fallback": self.fallback,
+            "repaired": self.repaired,
             "faults": dict(kinds),
         }
 
@@ -393,7 +368,7 @@ class FeaturePipeline:
             pixels,
             batch_size=config.batch_size,
             threads=worker.threads,
-            device=int(worker.device.partition(":")[2] or 0) if "cuda" in worker.device else None,
+            device=device_of(worker.device),
             timeout_seconds=config.patience,
             rule=recipe.decoder,
         )
@@ -442,8 +417,7 @@ class FeaturePipeline:
             images_per_batch = min(
                 self._config.batch_size, -(-images_per_batch // ROW_MULTIPLE) * ROW_MULTIPLE
             )
-            for row, (data, fault) in enumerate(self._read_files(files, readers)):
-                image_id = hashlib.blake2b(data, digest_size=16).digest()
+            for row, (data, fault, image_id) in enumerate(self._read_files(files, readers)):
                 chunk.image_ids.append(image_id)
                 if fault:
                     chunk.mark_fault(row, fault)
@@ -461,31 +435,31 @@ class FeaturePipeline:
                     batch = Batch([], [], [], chunk, last=False)
             yield replace(batch, last=True)
 
-    def _read_files(
-        self, files: Catalog, readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[bytes, str | None]]:
-        """Contents and faults of files, in order; reads at most two batches ahead."""
+    def _read_files(self, files: Catalog, readers: ThreadPoolExecutor) -> Iterator[File]:
+        """Contents, faults and image ids of files, in order; reads at most two batches ahead."""
         if files.in_order:
             for row in range(len(files)):
                 with self.timer.stage("read"):
-                    content = files.read_file(row, self._config.max_bytes)
+                    (content,) = hashed([files.read_file(row, self._config.max_bytes)])
                 yield content
             return
-        pending: deque[Future[list[tuple[bytes, str | None]]]] = deque()
+
+        def read(rows: Any) -> list[File]:
+            return hashed(files.read_span(rows, self._config.max_bytes))
+
+        pending: deque[Future[list[File]]] = deque()
         ahead = 0  # images that are being read
         for rows in files.spans():
-            pending.append(readers.submit(files.read_span, rows, self._config.max_bytes))
+            pending.append(readers.submit(read, rows))
             ahead += len(rows)
             while ahead > 2 * self._config.batch_size:
-                read = self._wait_for(pending.popleft())
-                ahead -= len(read)
-                yield from read
+                done = self._wait_for(pending.popleft())
+                ahead -= len(done)
+                yield from done
         while pending:
             yield from self._wait_for(pending.popleft())
 
-    def _wait_for(
-        self, future: Future[list[tuple[bytes, str | None]]]
-    ) -> list[tuple[bytes, str | None]]:
+    def _wait_for(self, future: Future[list[File]]) -> list[File]:
         with self.timer.stage("read"):  # only waiting counts, not reading ahead
             return future.result()
 
@@ -495,14 +469,15 @@ class FeaturePipeline:
             batch.views = [self._to_device(view) for view in pixels.views if batch.rows]
             batch.faults, batch.sizes, batch.encoded = pixels.faults, pixels.sizes, []
             batch.chunk.fallback += sum(pixels.fallback)
+            batch.chunk.repaired += pixels.repaired
             yield batch
 
-    def _to_device(self, view_BHWC: NDArray[np.uint8]) -> torch.Tensor:
-        """Pixels on the body's device, uint8 (B, 3, S, S)."""
+    def _to_device(self, view_BHWC: NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
+        """Pixels on the body's device, uint8 (B, 3, S, S). The decoder's may be there already."""
         import torch
 
-        pixels = torch.from_numpy(view_BHWC).permute(0, 3, 1, 2)
-        if self._device == "cpu":
+        pixels = torch.as_tensor(view_BHWC).permute(0, 3, 1, 2)
+        if pixels.device == torch.device(self._device):
             return pixels
         if self._copy_stream is None:
             self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -514,13 +489,14 @@ class FeaturePipeline:
         import torch
 
         with self.timer.stage("forward"):
-            if self._copy_stream is not None:
-                torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
-                for pixels in batch.views:
+            if self._device != "cpu":
+                if self._copy_stream is not None:
+                    torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
+                for pixels in batch.views:  # allocated on another stream
                     pixels.record_stream(torch.cuda.current_stream(self._device))
             features = [self._body(pixels) for pixels in batch.views]
             if self._device != "cpu":
-                features = [feature.to("cpu", non_blocking=True) for feature in features]
+                features = [_copy_to_host(feature) for feature in features]
                 batch.ready_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 batch.ready_event.record()
         batch.views = []
@@ -537,17 +513,31 @@ class FeaturePipeline:
                     features[batch.rows, view] = feature.numpy().astype(features.dtype, copy=False)
         if batch.rows:
             batch.chunk.sizes[batch.rows] = batch.sizes
+            finite = np.isfinite(features[batch.rows]).reshape(len(batch.rows), -1).all(1)
+            for position in np.flatnonzero(~finite):
+                batch.faults[position] = (
+                    batch.faults[position] or "not finite: the body gave a number beyond float16"
+                )
         for row, fault in zip(batch.rows, batch.faults, strict=True):
-            if (
-                fault is None
-                and features.dtype.kind == "f"
-                and not np.isfinite(features[row]).all()
-            ):
-                fault = "not finite: the body gave a number beyond float16"
             if fault:
                 batch.chunk.mark_fault(row, fault)
         if batch.last:
             yield batch.chunk
+
+
+def hashed(contents: Iterable[tuple[bytes, str | None]]) -> list[File]:
+    """Files with their image ids; in the threads that read, since hashing takes as long."""
+    return [
+        (data, fault, hashlib.blake2b(data, digest_size=16).digest()) for data, fault in contents
+    ]
+
+
+def _copy_to_host(features: torch.Tensor) -> torch.Tensor:
+    """Queue a copy from a GPU to pinned memory, without waiting for it."""
+    import torch
+
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    return host.copy_(features, non_blocking=True)
 
 
 def prefetch(items: Iterable[Any], depth: int) -> Iterator[Any]:

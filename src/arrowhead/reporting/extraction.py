@@ -165,6 +165,7 @@ def show_throughput(screen: Screen, counts: dict[str, int], work: WorkTotals) ->
         ("looked_up", "not decoded: an image with the same content was"),
         ("skipped", "skipped: done before"),
         ("fallback", "by the fallback decoder"),
+        ("repaired", "decoded again on the CPU: the GPU's decoder got them wrong"),
     ):
         if counts[name]:
             parts.append(f"{counts[name]} {text}")

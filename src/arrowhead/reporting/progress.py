@@ -21,6 +21,7 @@ class WorkTotals:
     decoded: int = 0
     looked_up: int = 0
     fallback: int = 0
+    repaired: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     workers: int = 1
     drift: dict[str, Any] | None = None
@@ -35,6 +36,7 @@ class WorkTotals:
         self.decoded += report["decoded"]
         self.looked_up += report["looked_up"]
         self.fallback += report["fallback"]
+        self.repaired += report["repaired"]
         for stage, seconds in report["seconds"].items():
             self.seconds[stage] += seconds
 
@@ -66,4 +68,5 @@ class ProgressRecorder:
         seconds = {f"progress.seconds.{k}": work.seconds.get(k, 0.0) for k in extract.STAGES}
         rate = work.files / max(self._last - self._start, 1e-9)
         values = {"images": done, "total": self._total, "faults": work.faults, "rate": rate}
+        values["repaired"] = work.repaired
         self._run.record({f"progress.{k}": v for k, v in values.items()} | seconds, step=done)

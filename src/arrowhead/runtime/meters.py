@@ -6,6 +6,7 @@ from typing import Any
 
 METRICS = {
     "images_decoded": ("counter", "Images decoded.", ()),
+    "images_repaired": ("counter", "Images that the GPU's decoder got wrong.", ()),
     "features_written": ("counter", "Images whose features were written to a shard.", ()),
     "scores_written": ("counter", "Images whose scores were written to a part.", ()),
     "faults": ("counter", "Images that could not be read, by kind of fault.", ("kind",)),
