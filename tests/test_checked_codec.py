@@ -6,6 +6,7 @@ No GPU here: the device is the CPU, and its decoder fails on purpose.
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from arrowhead.decode.codecs import CpuCodec
 from arrowhead.decode.decoder import Decoder
 from arrowhead.decode.device_memory import DeviceMemory, DeviceMemoryError
 from arrowhead.decode.pixels import Header, PixelConfig
-from arrowhead.decode.worker_process import SubprocessDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder, decode_in_turn
+from arrowhead.features.captured_body import CapturedBody
 
 Images = list[torch.Tensor]
 BATCH = 250
@@ -236,6 +238,39 @@ def test_a_batch_of_symmetries_is_the_same_as_turning_one_image_after_another() 
         expected = expected[:, ::-1] if mirror else expected
         assert np.array_equal(by_array[row], expected), (o, quarter_turns, mirror)
     assert np.array_equal(by_array, by_tensor.numpy())
+
+
+def test_two_decoders_in_turn_give_the_batches_in_order_with_the_pixels_of_one() -> None:
+    files, config = drawn_photos(40), PixelConfig(size=16)
+    batches = [
+        SimpleNamespace(encoded=files[n : n + 6], image_ids=[bytes(16)] * len(files[n : n + 6]))
+        for n in range(0, 40, 6)
+    ]
+    make = functools.partial(SubprocessDecoder, config, batch_size=6, threads=1)
+    with make() as one, make() as other:
+        for count in range(len(batches) + 1):
+            done = list(decode_in_turn([one, other], batches[:count]))
+            assert [id(batch) for batch, _ in done] == [id(batch) for batch in batches[:count]]
+        both = np.concatenate([pixels.views[0] for _, pixels in done])
+        alone = np.concatenate([pixels.views[0] for _, pixels in one.stream(batches)])
+    assert np.array_equal(both, alone)
+
+
+def test_a_graph_is_used_only_if_it_gives_the_same_bits() -> None:
+    def body(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().flatten(1)[:, :4] * 0.1
+
+    def stale(network: object, recorded: torch.Tensor) -> object:
+        return lambda pixels: body(recorded)  # ignores its input
+
+    def unable(network: object, recorded: torch.Tensor) -> object:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    for capture, graphs in ((lambda network, _: network, 1), (stale, 0), (unable, 0)):
+        captured = CapturedBody(body, capture)
+        assert all(torch.equal(captured(pixels), body(pixels)) for _ in range(5))
+        assert captured.graphs == graphs
 
 
 def test_shared_memory_of_a_gpu_is_refused_where_there_is_none_and_its_handle_survives(

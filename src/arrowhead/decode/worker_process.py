@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import mmap
 import os
@@ -410,6 +411,31 @@ class SubprocessDecoder:
         if self._connection:
             self._connection.close()
         self._connection = None
+
+
+def decode_in_turn(
+    decoders: Sequence[SubprocessDecoder], batches: Iterable[AnyBatch]
+) -> Iterator[tuple[AnyBatch, Pixels]]:
+    """Like `SubprocessDecoder.stream`, but each decoder takes one batch after another in turn."""
+    source, waiting = iter(batches), [deque[AnyBatch]() for _ in decoders]
+    turns = itertools.cycle(waiting)
+
+    def share(own: deque[AnyBatch]) -> Iterator[AnyBatch]:
+        while True:
+            while not own:
+                try:
+                    batch = next(source)
+                except StopIteration:
+                    return
+                next(turns).append(batch)
+            yield own.popleft()
+
+    streams = [decoder.stream(share(own)) for decoder, own in zip(decoders, waiting, strict=True)]
+    for stream in itertools.cycle(streams):
+        done = next(stream, None)
+        if done is None:
+            return
+        yield done
 
 
 WORKER_PROGRAM = "from arrowhead.decode import worker_process; worker_process.serve()"

@@ -30,9 +30,10 @@ from arrowhead.data import chunks as data_chunks
 from arrowhead.data import mirrors
 from arrowhead.data.catalog import Catalog
 from arrowhead.decode.pixels import CROPPED_UPRIGHT, Interpolation, PixelConfig, device_of
-from arrowhead.decode.worker_process import SubprocessDecoder
+from arrowhead.decode.worker_process import SubprocessDecoder, decode_in_turn
 from arrowhead.errors import ConfigError, DataError
 from arrowhead.features.backbone import ROW_MULTIPLE, Body, BodyConfig, Weights
+from arrowhead.features.captured_body import CapturedBody
 from arrowhead.features.networks import TIMM_PREFIX
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.shard_file import ShardRows
@@ -361,23 +362,31 @@ class FeaturePipeline:
         config: ExtractConfig,
     ) -> None:
         self.timer = StageTimer()
-        self._body, self._recipe, self._config = body, recipe, config
         self._device = worker.device
+        self._body = body if worker.device == "cpu" else CapturedBody(body)
+        self._recipe, self._config = recipe, config
         self._copy_stream: torch.cuda.Stream | None = None
-        self._decoder = SubprocessDecoder(
-            pixels,
-            batch_size=config.batch_size,
-            threads=worker.threads,
-            device=device_of(worker.device),
-            timeout_seconds=config.patience,
-            rule=recipe.decoder,
-        )
+        device = device_of(worker.device)
+        # On a GPU one child prepares a batch in Python while the GPU decodes that of the other.
+        count = 1 if device is None else 2
+        self._decoders = [
+            SubprocessDecoder(
+                pixels,
+                batch_size=config.batch_size,
+                threads=max(1, worker.threads // count),
+                device=device,
+                timeout_seconds=config.patience,
+                rule=recipe.decoder,
+            )
+            for _ in range(count)
+        ]
 
     def __enter__(self) -> FeaturePipeline:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._decoder.close()
+        for decoder in self._decoders:
+            decoder.close()
 
     def __call__(
         self, chunks: Iterable[tuple[int, Catalog]], cache: FeatureCache
@@ -464,7 +473,7 @@ class FeaturePipeline:
             return future.result()
 
     def _decode(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch, pixels in self._decoder.stream(batches):
+        for batch, pixels in decode_in_turn(self._decoders, batches):
             self.timer.add("decode", pixels.seconds)
             batch.views = [self._to_device(view) for view in pixels.views if batch.rows]
             batch.faults, batch.sizes, batch.encoded = pixels.faults, pixels.sizes, []
