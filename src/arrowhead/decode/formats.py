@@ -222,7 +222,7 @@ def _exif_orientation(block: bytes) -> int:
     """The orientation in an EXIF block, 0 if it is missing or corrupt."""
     value = _orientation_of_sound_exif(block)
     if value is not None:
-        return value if value in range(1, 9) else 0
+        return value if value <= 8 else 0
     from PIL import Image
 
     exif = Image.Exif()
@@ -233,7 +233,7 @@ def _exif_orientation(block: bytes) -> int:
             value = exif.get(0x0112)
     except Exception:  # a corrupt block: the image is shown as stored
         return 0
-    return value if value in range(1, 9) else 0
+    return int(value) if value in range(1, 9) else 0  # a float is equal to an integer
 
 
 # Bytes of a value, by its type (TIFF 6.0, section 2; EXIF 2.3).

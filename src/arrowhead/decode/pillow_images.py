@@ -25,7 +25,7 @@ def exif_orientation(image: Any) -> int:
             value = image.getexif().get(0x0112, 1)
     except Exception:
         return 1
-    return value if value in range(1, 9) else 1
+    return int(value) if value in range(1, 9) else 1  # a float is equal to an integer
 
 
 def open_image(data: bytes) -> Any:
