@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from arrowhead import fileio, spreadsheet
 from arrowhead.data.catalog import Catalog
-from arrowhead.examine import near_copies
+from arrowhead.examine import near_copies, originals
 from arrowhead.examine.near_copies import (
     Components,
     DuplicateConfig,
@@ -31,6 +31,7 @@ from arrowhead.examine.near_copies import (
     Reader,
 )
 from arrowhead.examine.neighbours import UnitVectors
+from arrowhead.examine.originals import Originals
 from arrowhead.features.store import Store
 from arrowhead.wording import pluralize
 
@@ -93,7 +94,8 @@ def find_duplicates(
         store: A finished feature store.
         catalog: Its catalog, with the images at its root.
         config: How alike copies are.
-        read: Gives the small grey pixels of a row; None: they are read from the originals.
+        read: Gives the small grey pixels of a row; None: they are read from the originals, whose
+            content must be the one that the store read.
         near: The near copies, if they are known (see `report_cache`).
 
     Raises:
@@ -105,7 +107,7 @@ def find_duplicates(
         distinct = row_M[first_M == row_M]
         features = UnitVectors(shards=store.mapped_features(), row_M=distinct)
         near = near_copies.find_near_copies(
-            features, read or near_copies.catalog_reader(catalog), config
+            features, read or originals.grey_reader(Originals.of(store, catalog)), config
         )
     return Duplicates(
         groups=_groups(row_M, first_M, near.pairs),

@@ -21,13 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
 from arrowhead.examine import image_matching
 from arrowhead.examine.image_matching import Thumbnail
 from arrowhead.examine.neighbours import Pairs, UnitVectors, close_pairs
 
-MAX_BYTES = 2**28  # of a file; a larger one is not compared
 BATCH_PAIRS = 256  # whose files are in memory at a time
 PATTERNS = 4  # by which thumbnails are turned alike
 
@@ -114,19 +112,6 @@ class Components:
 
 
 Reader = Callable[[int], Thumbnail | None]
-
-
-def catalog_reader(catalog: Catalog) -> Reader:
-    """A function that reads the thumbnail of a catalog row; None if the file cannot be read."""
-
-    def read(row: int) -> Thumbnail | None:
-        data, fault = catalog.read_file(row, MAX_BYTES)
-        if fault is not None:
-            return None
-        decoded = image_matching.decode_thumbnail(data)
-        return None if isinstance(decoded, str) else decoded
-
-    return read
 
 
 def find_near_copies(features: UnitVectors, read: Reader, config: DuplicateConfig) -> NearCopies:

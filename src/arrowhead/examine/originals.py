@@ -136,6 +136,16 @@ def read_pixels(originals: Originals, wanted: Wanted, side: int, tile_side: int)
     return pixels
 
 
+def grey_reader(originals: Originals) -> Callable[[int], NDArray[np.uint8] | None]:
+    """A function that reads the small grey pixels of a row; None if it cannot be read."""
+
+    def read(row: int) -> NDArray[np.uint8] | None:
+        data = originals.read(row)
+        return None if data is None else _grey(data)
+
+    return read
+
+
 def _grey(data: bytes) -> NDArray[np.uint8] | None:
     decoded = image_matching.decode_thumbnail(data)
     return None if isinstance(decoded, str) else decoded
