@@ -234,11 +234,17 @@ def _nearest_centres(point_BK: torch.Tensor, centre_CK: torch.Tensor, count: int
     half_square_C = centre_CK.square().sum(1) / 2
     count = min(count, len(centre_CK))
     step = max(1, BLOCK_CELLS // len(centre_CK))
-    parts = [
-        (part @ centre_CK.T - half_square_C).topk(count, dim=1).indices.to(torch.int32)
-        for part in torch.split(point_BK, step)
-    ]
-    return torch.cat(parts)
+    nearest_BP = torch.empty((len(point_BK), count), dtype=torch.int32)
+    # One buffer for all blocks: small results between freed large ones would keep these from being
+    # used again (7 GB for a million rows).
+    buffer = torch.empty((min(step, len(point_BK)), len(centre_CK)))
+    for block in _blocks(len(point_BK), step):
+        part_BK = point_BK[block]
+        close_BC = torch.addmm(
+            half_square_C, part_BK, centre_CK.T, beta=-1, out=buffer[: len(part_BK)]
+        )
+        nearest_BP[block] = close_BC.topk(count, dim=1).indices.to(torch.int32)
+    return nearest_BP
 
 
 def _group(cell_N: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
