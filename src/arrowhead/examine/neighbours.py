@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 NEIGHBOURS = 4  # that a row keeps
-CANDIDATES = 8  # nearest rows by the projection, of which these are the nearest
+CANDIDATES = 12  # nearest rows by the projection, of which these are the nearest
 PROBES = 12  # cells that a row is compared with
 EXACT_ROWS = 16_384  # up to so many, there is one cell and no projection
 ROWS_PER_CELL = 512
