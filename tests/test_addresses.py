@@ -19,7 +19,7 @@ from conftest import AddMlflowDb, Command, MakeBundle
 from faulty_proxy import FaultyProxy
 from s3_server import s3_bucket, start_s3_server
 
-from arrowhead import ConfigError
+from arrowhead import ConfigError, Images, Learner
 from arrowhead.bundle import resolve
 from arrowhead.cli.main import main
 from arrowhead.data import mirror_space, mirrors, object_writes, remote_folder
@@ -300,6 +300,76 @@ def test_training_from_a_bucket_to_a_bucket_gives_the_bundle_of_a_disk(
     assert contents(bucket, "bundle.previous") == ours
     assert {"report.html", "report.json"} <= contents(bucket, "bundle.report").keys()
     command("bundle", "verify", bundle)
+
+
+@pytest.mark.slow
+def test_every_result_of_a_bundle_or_store_can_be_written_to_an_address(
+    bucket: Any, few: Path, command: Command, make_bundle: MakeBundle, workdir: Path
+) -> None:
+    pytest.importorskip("onnx")
+    root, bundle = f"s3://{bucket.name}/x", make_bundle()
+    exported = command("export", bundle, f"{root}/model.onnx")
+    assert exported["file"] == f"{root}/model.onnx" and exported["files"] == [exported["file"]]
+    command("export", bundle, "model.onnx")
+    assert contents(bucket, "x").keys() == {"model.onnx"}
+    for _ in range(2):  # the second one replaces the first
+        command("publish", bundle, f"{root}/published")
+    assert {"arrowhead.json", "README.md", "bundle/bundle.json"} <= contents(
+        bucket, "x/published"
+    ).keys()
+    command("score", f"{root}/published/bundle", few, f"{root}/scores", "--workers", "0")
+    command("precompute", few, f"{root}/store", *PRECOMPUTE, "--unlabelled")
+    photo = next(few.rglob("*.jpg"))
+    csv, page = f"{root}/similar.csv", f"{root}/similar.html"
+    found = command("search", f"{root}/store", photo, "--csv", csv, "--out", page)
+    assert found["files"] == [csv, page]
+    suggest = ["suggest", f"{root}/store", "--count", "4", "--out", f"{root}/label.csv"]
+    assert command(*suggest)["files"] == [f"{root}/label.csv"]
+    # What was filled in on another machine is kept.
+    table = bucket.Object("x/label.csv").get()["Body"].read().decode("utf-8-sig").splitlines()
+    bucket.put_object(Key="x/label.csv", Body="\n".join([table[0], table[1] + "cat"]).encode())
+    assert command(*suggest)["counts"]["kept"] == 1
+    assert {"similar.csv", "similar.html", "label.csv"} <= contents(bucket, "x").keys()
+    with pytest.raises(AssertionError, match="writes it to a disk only"):
+        command("finetune", few, f"{root}/tuned")
+
+
+@pytest.mark.slow
+def test_learner_writes_to_and_loads_from_addresses(
+    bucket: Any, few: Path, monkeypatch: pytest.MonkeyPatch, workdir: Path
+) -> None:
+    root = f"s3://{bucket.name}/python"
+    images = Images.from_folder(few)
+    settings: dict[str, Any] = {"weights": "random", "size": 32, "store": f"{root}/store"}
+    learn = Learner("shufflenet_v2_x0_5", images, **settings)
+    learn.fit(0.01, 1)
+    learn.save(f"{root}/bundle")
+    assert {"store/manifest.json", "bundle/bundle.json"} <= contents(bucket, "python").keys()
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
+    classifier = Learner.load(f"{root}/bundle")
+    (answer,) = classifier.predict(next(few.rglob("*.jpg")))  # type: ignore[arg-type]
+    classifier.close()
+    assert answer.label in images.classes
+    with pytest.raises(ConfigError, match=f"no bundle at {root}/nothing|{root}/nothing"):
+        Learner.load(f"{root}/nothing")
+
+
+@pytest.mark.slow
+def test_race_in_a_bucket_is_continued_by_another_machine(
+    bucket: Any,
+    few: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    workdir: Path,
+) -> None:
+    out = f"s3://{bucket.name}/race"
+    bodies = "shufflenet_v2_x0_5=random,mnasnet0_5=random"
+    race = ["race", few, out, "--bodies", bodies, "--size", "32", "--share", "1", "--workers", "0"]
+    first = command(*race)
+    assert f"{out}/race.json" in first["files"]
+    assert json.loads(contents(bucket, "race")["race.json"])["verdict"] == first["verdict"]
+    monkeypatch.setenv("ARROWHEAD_CACHE_DIR", str(workdir / "another machine"))
+    assert command(*race)["bodies"] == first["bodies"]
 
 
 @pytest.mark.slow

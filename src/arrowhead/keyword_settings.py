@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from arrowhead.data import mirrors
 from arrowhead.errors import ConfigError, Refusal
 
 
@@ -23,7 +24,8 @@ def python_refusals() -> Iterator[None]:
     try:
         yield
     except Refusal as error:
-        parts = map(_flags_to_keywords, (error.found, error.wanted, error.do))
+        parts = (mirrors.show(part) for part in (error.found, error.wanted, error.do))
+        parts = map(_flags_to_keywords, parts)
         raise type(error)(*parts) from None
 
 

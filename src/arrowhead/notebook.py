@@ -29,7 +29,7 @@ from arrowhead.bundle import format as bundle_format
 from arrowhead.bundle import resolve
 from arrowhead.commands import examine as commands_examine
 from arrowhead.commands import precompute, train
-from arrowhead.data import path_text, sources
+from arrowhead.data import path_text, remote_folder, sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
@@ -50,7 +50,6 @@ from arrowhead.keyword_settings import (
     python_refusals,
     replace_fields,
 )
-from arrowhead.output_paths import check_output_folder
 from arrowhead.printable import escape_control_chars
 from arrowhead.reporting import run_context
 from arrowhead.reporting.run_context import PrintingScreen, RunContext
@@ -243,7 +242,7 @@ class Learner:
         digest = hashlib.blake2b(path_text.unescape_path(source), digest_size=4).hexdigest()
         body_name = config.body.body.replace("/", "-")
         name = f"{source.rpartition('/')[2]}-{digest}-{body_name}"
-        folder = Path(store) if store else Path(".arrowhead") / name
+        folder = Path(store or Path(".arrowhead", name))
         self._tracking = (
             TrackingConfig(tracking_uri=tracking_uri) if track or tracking_uri else None
         )
@@ -253,6 +252,7 @@ class Learner:
         self._cached_ranking: ImageRanking | None = None
         self._trained_from: int | None = None  # layer group; None: the body is frozen
         with python_refusals():
+            folder = remote_folder.check_output(folder, "store")
             config = feature_config.complete_from_store(folder, config, given)
             sources.check_can_validate(images.path, images.catalog)
             precompute.precompute(images.path, folder, config, self._context)
@@ -395,7 +395,7 @@ class Learner:
             The bundle's metrics.
         """
         with python_refusals():
-            out = check_output_folder(Path(path), "bundle")
+            out = resolve.check_output(Path(path))
             return train.save_bundle(self.store, self._config, self._fitted(), out, self._context)
 
     # ------------------------------------------------------------------------- looking
@@ -453,7 +453,7 @@ class Learner:
     def report(self, path: str | Path = "report") -> Path:
         """Write the report as `arrowhead examine` does, into the folder PATH; returns the page."""
         with python_refusals(), self._saved_bundle() as bundle:
-            out = check_output_folder(Path(path), "report")
+            out = remote_folder.check_output(Path(path), "report")
             config = ExamineConfig()
             result = commands_examine.examine(self.store.path, bundle, out, config, self._context)
         return Path(result["report"])
@@ -545,8 +545,8 @@ class Classifier:
     """A loaded bundle: predicts labels and probabilities of image files."""
 
     def __init__(self, path: Path) -> None:
-        resolve.check_exists(str(path))
-        self.path, self._predictor = path, Predictor(path)
+        self.path = resolve.local_copy(path)
+        self._predictor = Predictor(self.path)
 
     def __repr__(self) -> str:
         """Body, head, classes and the saved metrics."""

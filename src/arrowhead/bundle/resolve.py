@@ -25,6 +25,30 @@ def check_exists(address: str) -> None:
         raise bundle_format.no_bundle_error(address)
 
 
+def check_output(path: Path) -> Path:
+    """Check where a bundle will be written, and the bundle that it replaces be kept.
+
+    Args:
+        path: A folder or address, as the user gave it.
+
+    Returns:
+        The folder, for an address its mirror.
+    """
+    path = remote_folder.check_output(path, "bundle")
+    previous = remote_folder.check_output(path.with_name(f"{path.name}.previous"), "bundle")
+    for folder in (path, previous):
+        refresh_mirror(folder)
+    return path
+
+
+def local_copy(path: Path) -> Path:
+    """The folder of a bundle that a Python program loads, for an address its mirror."""
+    folder = remote_folder.local(path)
+    refresh_mirror(folder)
+    check_exists(str(folder))
+    return folder
+
+
 def bundle_folder(address: str, config: TrackingConfig, scratch: Path) -> Path:
     """The folder of a bundle, downloaded if it is not local.
 

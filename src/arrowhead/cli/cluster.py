@@ -209,7 +209,10 @@ def _requirements(call: Call) -> Requirements:
     outputs: list[Any] = []
     inputs: list[Any] = []
     for name, value in call.arguments.items():
-        if (call.name, name) in (("precompute", "store"), ("train", "bundle")) or name == "out":
+        if (call.name, name) in (("precompute", "store"), ("train", "bundle")) or name in (
+            "out",
+            "folder",
+        ):
             outputs.append(value)
         elif name in ("data", "store", "bundle", "images"):
             inputs.append(value)

@@ -20,7 +20,9 @@ from arrowhead.tracking.client import TrackingConfig
 def examine(
     store: StorePath,
     bundle: BundleAddress,
-    out: Annotated[Path, Parameter(help="Folder for the report; an existing one is replaced.")],
+    out: Annotated[
+        Path, Parameter(help="Folder or URI for the report; an existing one is replaced.")
+    ],
     *,
     config: Examine = ExamineConfig(),
     tracking: Tracking = TrackingConfig(),

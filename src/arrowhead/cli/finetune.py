@@ -39,7 +39,7 @@ from arrowhead.output_paths import check_output_folder
 
 def finetune(
     data: Data,
-    out: Annotated[Path, Parameter(help="Folder for the results: OUT/bundle, OUT/store and more.")],
+    out: Annotated[Path, Parameter(help="Folder on a disk for the results: OUT/bundle, …")],
     *,
     base: Annotated[
         str | None,

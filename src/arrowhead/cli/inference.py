@@ -36,11 +36,11 @@ from arrowhead.cli.options import (
     TrackingStore,
 )
 from arrowhead.cli.screen import Screen
-from arrowhead.data import remote_folder, sources
+from arrowhead.data import mirrors, remote_folder, sources
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.inference.evaluate import EvaluateConfig
 from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.output_paths import check_output_file, expand_user
+from arrowhead.output_paths import expand_user
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 
@@ -55,7 +55,7 @@ def score(
             " with images, or a folder of them."
         ),
     ],
-    out: Annotated[Path, Parameter(help="Folder for the Parquet parts and score.json.")],
+    out: Annotated[Path, Parameter(help="Folder or URI for the Parquet parts and score.json.")],
     *,
     scores: Scores = ScoreConfig(),
     extract: Extract = ExtractConfig(),
@@ -96,7 +96,9 @@ def evaluate(
     data: Data,
     out: Annotated[
         Path | None,
-        Parameter(help="Folder for the results. Default: evaluation-… in the current folder."),
+        Parameter(
+            help="Folder or URI for the results. Default: evaluation-… in the current folder."
+        ),
     ] = None,
     *,
     evaluation: Evaluate = EvaluateConfig(),
@@ -136,7 +138,7 @@ def export(
         Path,
         Parameter(
             help="File ending in .onnx, .xml (OpenVINO), .pt2 or .safetensors, as --format says; or"
-            " a folder for a file called model."
+            " a folder for a file called model; or the URI of either."
         ),
     ],
     *,
@@ -156,8 +158,8 @@ def export(
     """
     from arrowhead.bundle import export as bundle_export
 
-    out = expand_user(out)
-    check_output_file(bundle_export.output_file(out, options.format))
+    out = bundle_export.output_file(mirrors.mirror_of(expand_user(out)), options.format)
+    out = remote_folder.check_output_file(out)
     resolve.check_exists(bundle)
     with local_bundle(bundle, tracking) as folder:
         result = bundle_export.export(folder, out, options) | {"bundle": bundle}
@@ -169,8 +171,9 @@ def export(
         f" {result['compared']} {result['largest_difference']:.2g} (allowed"
         f" {result['tolerance']:g})"
     )
-    weights = [Path(result["file"]).with_suffix(".bin")] if options.format == "openvino" else []
-    result["files"] = show_written(screen, [result["file"], *weights])
+    weights = [out.with_suffix(".bin")] if options.format == "openvino" else []
+    remote_folder.send_files([*weights, out])
+    result["files"] = show_written(screen, [out, *weights])
     code = _loading_code(result)
     show_next_commands(screen, [[sibling_program("python"), "-P", "-c", code]])
     return finish(result, output)

@@ -133,11 +133,13 @@ Data = Annotated[
 ]
 StorePath = Annotated[
     Path,
-    Parameter(help="Feature store: a folder written by `precompute`, or OUT/store of `fit`."),
+    Parameter(
+        help="Feature store: a folder (or its URI) written by `precompute`, or OUT/store of `fit`."
+    ),
 ]
 BundlePath = Annotated[
     Path,
-    Parameter(help="Folder for the bundle; an existing bundle is kept as BUNDLE.previous."),
+    Parameter(help="Folder or URI for the bundle; an existing one is kept as BUNDLE.previous."),
 ]
 BundleAddress = Annotated[
     str,

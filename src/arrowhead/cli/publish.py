@@ -18,13 +18,13 @@ from arrowhead.cli.app import (
 )
 from arrowhead.cli.options import BundleAddress, Models, Out, Output, Publish, TrackingStore
 from arrowhead.cli.screen import Screen
-from arrowhead.output_paths import check_output_folder
+from arrowhead.data import remote_folder
 
 
 def publish(
     bundle: BundleAddress,
     folder: Annotated[
-        Path, Parameter(help="New folder to write; a folder published before is replaced.")
+        Path, Parameter(help="New folder or URI to write; one published before is replaced.")
     ],
     *,
     options: Publish = PublishConfig(),
@@ -43,10 +43,11 @@ def publish(
     from arrowhead.bundle import hub
     from arrowhead.bundle import publish as bundle_publish
 
-    folder = check_output_folder(folder, "publication")
+    folder = remote_folder.check_output(folder, "publication")
     resolve.check_exists(bundle)
     with local_bundle(bundle, tracking) as local:
         result = bundle_publish.publish(local, folder, options) | {"bundle": bundle}
+    remote_folder.of(folder).publish("arrowhead.json")
     screen = Screen(to_stderr=output.json)
     if result["why_onnx"]:
         screen.print(f"model.onnx instead of model.safetensors: {result['why_onnx']}")

@@ -20,12 +20,11 @@ from arrowhead.cli.options import (
     Tracking,
 )
 from arrowhead.commands import race_config
-from arrowhead.data import sample, sources
+from arrowhead.data import remote_folder, sample, sources
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.decode.pixels import PixelConfig
 from arrowhead.features import backbone
 from arrowhead.features.feature_config import FeatureConfig
-from arrowhead.output_paths import check_output_folder
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.wording import pluralize
@@ -36,7 +35,9 @@ MIN_IMAGES = 200  # fewer say little; so few images need no sample
 
 def race(
     data: Data,
-    out: Annotated[Path, Parameter(help="Folder for the results: OUT/BODY/store, race.json.")],
+    out: Annotated[
+        Path, Parameter(help="Folder or URI for the results: OUT/BODY/store, race.json.")
+    ],
     *,
     race: Race = RaceFlags(),
     source: Source = SourceConfig(),
@@ -55,11 +56,11 @@ def race(
     """
     from arrowhead.commands import race as commands_race
 
-    out = check_output_folder(out, "results")
+    out = remote_folder.check_output(out, "results")
     entries = race_config.entries(race, out)
     for entry in entries:
         backbone.check_config(entry.config)
-        check_output_folder(entry.store, "store")
+        remote_folder.check_output(entry.store, "store")
     images = FeatureConfig(source=source, pixels=pixels)
     catalog = sources.labelled_catalog(data, source)
     sources.check_can_validate(data, catalog)

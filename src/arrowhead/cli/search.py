@@ -26,7 +26,6 @@ from arrowhead.examine.search import SearchConfig
 from arrowhead.examine.suggest import SuggestConfig
 from arrowhead.features.feature_config import recipe_flags
 from arrowhead.features.store import Store
-from arrowhead.output_paths import check_output_file
 from arrowhead.wording import pluralize
 
 
@@ -53,7 +52,9 @@ def search(
     from arrowhead.examine import search as examine_search
     from arrowhead.examine import search_page
 
-    csv, page = (file and check_output_file(file) for file in (search.csv, search.out))
+    csv, page = (
+        file and remote_folder.check_output_file(file) for file in (search.csv, search.out)
+    )
     search = replace(search, csv=csv, out=page)
     if csv and csv.suffix.lower() not in (".csv", ".tsv"):
         raise ConfigError(
@@ -67,8 +68,9 @@ def search(
         _show_query(screen, query)
     if page:
         search_page.write_page(page, result)
-    if csv or page:
-        result["files"] = show_written(screen, [file for file in (csv, page) if file])
+    if files := [file for file in (csv, page) if file]:
+        remote_folder.send_files(files)
+        result["files"] = show_written(screen, files)
     finish(result, output)
     counts = result["counts"]
     if not counts["faults"]:
@@ -122,7 +124,7 @@ def suggest(
     from arrowhead.bundle import resolve
     from arrowhead.examine import suggest as examine_suggest
 
-    suggest = replace(suggest, out=check_output_file(suggest.out))
+    suggest = replace(suggest, out=remote_folder.check_output_file(suggest.out))
     store = remote_folder.local(store)
     Store(store)
     screen = Screen(to_stderr=output.json)
@@ -135,6 +137,7 @@ def suggest(
     _show_suggestions(screen, result)
     if not result["counts"]["suggested"]:
         return finish(result, output)
+    remote_folder.send_files([suggest.out])
     result["files"] = show_written(screen, [suggest.out])
     root = os.fsdecode(path_text.unescape_path(result["root"]))
     table = [program(), "fit", suggest.out, "OUT", "--images", root, "--label-column", "new_label"]

@@ -77,7 +77,9 @@ LABEL_FLAGS = {"valid_share", "label_column", "split_column", "multi_label", "la
 
 def fit(
     data: Data,
-    out: Annotated[Path, Parameter(help="Folder for the results, OUT/store and OUT/bundle.")],
+    out: Annotated[
+        Path, Parameter(help="Folder or URI for the results, OUT/store and OUT/bundle.")
+    ],
     *,
     source: Source = SourceConfig(),
     body: Body = BodyConfig(),
@@ -105,7 +107,7 @@ def fit(
 
     out = remote_folder.check_output(out, "results")
     remote_folder.check_output(out / "store", "store")
-    check_bundle(out / "bundle")
+    resolve.check_output(out / "bundle")
     images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.run_file(out / "bundle", data, images, study)
@@ -128,8 +130,8 @@ def precompute(
     store: Annotated[
         Path,
         Parameter(
-            help="Folder for the feature store. If it exists, only new and changed images are"
-            " decoded."
+            help="Folder or URI for the feature store. If it exists, only new and changed images"
+            " are decoded."
         ),
     ],
     *,
@@ -360,7 +362,7 @@ def train(
     from arrowhead.reporting import evaluation, extraction
 
     Store(store := remote_folder.local(store))
-    bundle = check_bundle(bundle)
+    bundle = resolve.check_output(bundle)
     study = Study(head=head, finder=finder, sweep=sweep)
     run_file = commands_train.run_file(bundle, store.absolute(), study)
     with run_context("train", launch, tracking, output, run_file, registry) as context:
@@ -384,15 +386,6 @@ def _add_report(
     if report.report:
         result["report"] = commands_examine.report_of_training(store, bundle, context)
     return [Path(result["report"])] if result["report"] else []
-
-
-def check_bundle(path: Path) -> Path:
-    """Check where a bundle will be written, and the bundle that it replaces be kept."""
-    path, previous = bundles(remote_folder.check_output(path, "bundle"))
-    remote_folder.check_output(previous, "bundle")
-    for folder in (path, previous):
-        resolve.refresh_mirror(folder)
-    return path
 
 
 def bundles(path: Path) -> list[Path]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from arrowhead import fileio
 from arrowhead.commands import precompute
 from arrowhead.commands.race_config import Entry
+from arrowhead.data import remote_folder
 from arrowhead.data.catalog import Catalog
 from arrowhead.features.feature_config import FeatureConfig, resolve_weights
 from arrowhead.features.store import Store
@@ -67,7 +67,7 @@ def race(
         lines[i] |= {"behind_points": one.points, "behind_half_width": one.half_width, "p": one.p}
     ranked = [lines[i] for i in order]
     summary = {"images": len(sample), "bodies": ranked, "verdict": verdict(ranked, differences)}
-    with fileio.atomic_write(out / RESULT) as draft:
+    with remote_folder.of(out).atomic_write(out / RESULT) as draft:
         draft.write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

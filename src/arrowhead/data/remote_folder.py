@@ -484,6 +484,32 @@ def local(path: Path) -> Path:
     return folder
 
 
+def check_output_file(path: Path) -> Path:
+    """As `output_paths.check_output_file`, also for an address: then its place in the mirror.
+
+    A file that is there already is fetched. `send_files` sends what was written there.
+
+    Raises:
+        ConfigError: Also if the address cannot be written.
+    """
+    file = mirrors.mirror_of(path)
+    if mirrors.uri_of(file) is None:
+        return output_paths.check_output_file(file)
+    files = of(file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _try_to_write(f"{mirrors.uri_of(file.parent)}")
+    mirror_space.make_room()
+    files.fetch_changed(file)
+    return file
+
+
+def send_files(paths: Iterable[Path]) -> None:
+    """Upload files that were written in a mirror; of others nothing."""
+    for path in paths:
+        if path.is_file():
+            of(path.parent).upload(path)
+
+
 def check_output(path: Path, kind: str) -> Path:
     """As `output_paths.check_output_folder`, also for an address: then of its mirror.
 
@@ -503,10 +529,7 @@ def check_output(path: Path, kind: str) -> Path:
             f"a prefix that holds nothing, or {description} that Arrowhead wrote.",
             "give another address.",
         )
-    with _scratch_file("") as file:
-        trial = f".{secrets.token_hex(4)}.draft"
-        object_writes.write(uri, trial, file)
-        object_writes.delete(uri, trial)
+    _try_to_write(uri)
     mirror_space.hold(folder)
     mirror_space.make_room()
     if output_kind.is_replaced:
@@ -514,3 +537,11 @@ def check_output(path: Path, kind: str) -> Path:
     else:
         of(folder).refresh()
     return folder
+
+
+def _try_to_write(uri: str) -> None:
+    """Write and delete an object below a URI; ConfigError if that cannot be done."""
+    with _scratch_file("") as file:
+        trial = f".{secrets.token_hex(4)}.draft"
+        object_writes.write(uri, trial, file)
+        object_writes.delete(uri, trial)

@@ -47,9 +47,9 @@ class SearchConfig:
     top: int = 20
     """Number of images to find for each query."""
     csv: Path | None = None
-    """File for the result as CSV."""
+    """File or URI for the result as CSV."""
     out: Path | None = None
-    """File for the result as a page with pictures (.html)."""
+    """File or URI for the result as a page with pictures (.html)."""
 
     def __post_init__(self) -> None:
         if self.top < 1:

@@ -47,8 +47,9 @@ class SuggestConfig:
     count: int = 20
     """Number of images to suggest."""
     out: Path = Path("suggest.csv")
-    """Table of the suggestions (path, predicted, probability, why, new_label). If it exists, the
-    rows in which you have filled in new_label are kept, and their images count as labelled."""
+    """File or URI for the table of suggestions (path, predicted, probability, why, new_label). If
+    it exists, the rows in which you have filled in new_label are kept, and their images count as
+    labelled."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
