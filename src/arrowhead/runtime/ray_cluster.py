@@ -115,7 +115,8 @@ def connect(config: LaunchConfig) -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # inherited by all of Ray's processes
     try:
         # Interrupted half way, Ray aborts this process or leaves its agents for a minute.
-        with signals.deferred(STARTUP_TIMEOUT_SECONDS), signals.keep_handlers():
+        lean = contextlib.nullcontext() if address else ray_private.few_processes()
+        with signals.deferred(STARTUP_TIMEOUT_SECONDS), signals.keep_handlers(), lean:
             ray.init(
                 address=address or "local",
                 job_config=ray_private.job_config_without_cwd(),

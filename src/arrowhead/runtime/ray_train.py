@@ -7,7 +7,6 @@ leaves half a checkpoint when its copy is killed; so Arrowhead has a loop of its
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import shutil
@@ -168,6 +167,7 @@ def _train_function(
         import ray
         import ray.train
         import ray.train.collective
+        import ray.train.torch
         import torch
 
         context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
@@ -267,7 +267,6 @@ def _fit(
     import logging
 
     import ray.train
-    import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     minimum = workers if isinstance(workers, int) else workers[0]
@@ -281,7 +280,7 @@ def _fit(
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": 1} | ({"GPU": 1} if use_gpu else {}),
             ),
-            torch_config=_torch_config("nccl" if use_gpu else "gloo"),
+            backend_config=ray_private.torch_backend("nccl" if use_gpu else "gloo"),
             # Ray keeps all checkpoints: if it deleted some, its controller would fail on those that
             # `checkpoint.prune` has already removed.
             run_config=ray.train.RunConfig(
@@ -299,38 +298,6 @@ def _fit(
         return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
-
-
-def _torch_config(backend: str) -> Any:
-    """Ray's TorchConfig, with the network interface for gloo chosen on each worker.
-
-    By default gloo uses the address that the machine's name resolves to, often 127.0.1.1: workers
-    on two hosts would not find each other.
-    """
-    import ray.train.torch
-
-    base: Any = ray.train.torch.TorchConfig
-
-    class Backend(base(backend).backend_cls):  # type: ignore[misc]
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_choose_network_interface)
-            super().on_start(worker_group, backend_config)
-
-    class Config(base):  # type: ignore[misc]
-        backend_cls = Backend
-
-    return Config(backend)
-
-
-def _choose_network_interface() -> None:
-    """Make gloo use the network interface that has Ray's address of this machine."""
-    import psutil
-    import ray
-
-    address = ray.util.get_node_ip_address()
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(one.address == address for one in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 class _WorkerLostError(RuntimeError):
