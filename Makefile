@@ -9,7 +9,7 @@ READY := .venv/ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos lint docs audit bench lock clean
+.PHONY: help setup demo test test-slow bodies chaos lint docs audit bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,7 +37,10 @@ test: $(READY)  ## run the tests that need one machine and no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## test clusters, several hosts, spot machines, kills, services, installations
-	$(BIN)/python -m pytest -m 'slow and not chaos' -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'slow and not chaos and not bodies' -n 2 --dist loadfile --no-loadscope-reorder
+
+bodies: $(READY)  ## check that every backbone of torchvision and 100 of timm keep the contract
+	$(BIN)/python -m pytest -m slow -n 2 tests/test_many_backbones.py
 
 chaos: $(READY)  ## test kills and flipped bits at random moments and places (an hour)
 	$(BIN)/python -m pytest -m chaos -s tests/test_kills.py tests/test_study.py tests/test_flips.py

@@ -107,6 +107,9 @@ def connect(config: LaunchConfig) -> None:
         _check_reachable(address)
     else:  # nobody preempts this machine, and the process that watches for it takes seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Ray runs workers at nice 15: on a busy machine they would start, and work, much slower
+        # than the same command without workers.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     private_ray = {
         "num_cpus": max(config.max_workers, os.cpu_count() or 1),
         "include_dashboard": False,
