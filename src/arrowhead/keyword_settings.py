@@ -24,8 +24,8 @@ def python_refusals() -> Iterator[None]:
     try:
         yield
     except Refusal as error:
-        parts = (mirrors.show(part) for part in (error.found, error.wanted, error.do))
-        parts = map(_flags_to_keywords, parts)
+        shown = map(mirrors.show, (error.found, error.wanted, error.do))
+        parts = map(_flags_to_keywords, shown)
         raise type(error)(*parts) from None
 
 
