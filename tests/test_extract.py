@@ -217,7 +217,8 @@ def test_a_second_run_with_a_feature_cache_decodes_nothing_and_gives_equal_featu
     def fail(*args: object) -> None:
         raise AssertionError("an image that was known was decoded again")
 
-    monkeypatch.setattr(pipeline._decoder, "_ensure_started", fail)
+    for decoder in pipeline._decoders:
+        monkeypatch.setattr(decoder, "_ensure_started", fail)
     second = _run_pipeline(
         pipeline,
         sources.unlabelled_catalog(renamed),

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from conftest import AddMlflowDb
 
+from arrowhead.features.store import Store
+
 pytestmark = pytest.mark.slow
 
 # Long enough to be killed in the middle: tens of chunks of tenths of a second.
@@ -213,7 +215,10 @@ def test_two_workers_write_the_same_shards_as_one_even_if_one_is_killed(pair):
     # What the killed worker had written and not yet reported (a chunk) is found again by content.
     once, twice = dict(pair.alone["counts"]), dict(pair.group["counts"])
     result = twice.pop("looked_up")
-    assert (once.pop("looked_up"), result) in ((0, 0), (0, 8))
+    shards = Store(pair.folder / "alone" / "store").manifest()["shards"]
+    chunk_sizes = {shard["files"] for shard in shards}  # 8 images or about as many
+    assert once.pop("looked_up") == 0
+    assert result in {0, *chunk_sizes}
     assert twice.pop("reused") - once.pop("reused") == result
     assert once.pop("decoded") - twice.pop("decoded") == result
     assert twice == once

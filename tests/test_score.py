@@ -528,6 +528,8 @@ def test_all_zero_features_count_as_no_drift(workdir):
     blank = [dataclasses.replace(b, probabilities=c) for b, c in zip(blank, prob, strict=True)]
 
     class ConstantFeatures:
+        is_native = True
+
         def __call__(self, pixels: Any) -> Any:
             return pixels.new_zeros((len(pixels), 512)).float()
 
