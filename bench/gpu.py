@@ -1,9 +1,12 @@
 """Measure a CUDA machine in one command: its limits, Arrowhead's rate, correctness.
 
     python bench/gpu.py [--data FOLDER] [--images N] [--body resnet34] [--weights FILE|random]
-                        [--size 224] [--out DIR] [--seconds 450] [--cpu]
+                        [--size 224] [--out DIR] [--seconds 580] [--only SECTION,SECTION]
+                        [--decodes 100000] [--minute 60] [--price DOLLARS_PER_HOUR] [--cpu]
 
     machine      versions, the GPU, and whether it has a hardware JPEG engine
+    truth        --decodes decodes by each path, every image compared with the CPU's
+    sustained    the whole extraction of 500 x 375 JPEGs for a minute: rate, CPU, cost of a million
     decode       only decoding: nvImageCodec and DALI, by load of the hardware engine and by threads
     forward      only the body: as Arrowhead builds it, and torchvision's network, compiled
     copies       only copies: pixels to the device, features back
@@ -52,6 +55,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "src"))  # measure this checkout, not an installed package
 
 MIN_COSINE = 0.999  # between the features of two back ends
+MIN_RATE = 12_000  # images per second, sustained, with ResNet34 on one H100
+MIN_SHARE = 0.9  # of the slower of decoding alone and the body alone
 LOAD_HINTS = (0.0, 0.5, 0.75, 1.0)
 LEFT_OUT = {
     "Ray": "extraction is measured in one process; starting workers does not depend on the GPU",
@@ -62,6 +67,8 @@ LEFT_OUT = {
 # Seconds that a section may take, in the order in which the sections run: most important first.
 LIMIT_SECONDS = {
     "machine": 90,
+    "truth": 240,
+    "sustained": 180,
     "correctness": 120,
     "hostile": 150,
     "pipeline": 120,
@@ -69,7 +76,10 @@ LIMIT_SECONDS = {
     "copies": 60,
     "forward": 180,
 }
-REPORTED = ("machine", "decode", "forward", "copies", "pipeline", "correctness", "hostile")
+REPORTED = (
+    *("machine", "truth", "sustained", "decode", "forward", "copies", "pipeline"),
+    *("correctness", "hostile"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +97,9 @@ class Settings:
     gpu: bool
     cores: int
     engine: bool = False
+    decodes: int = 100_000
+    minute: float = 60.0
+    price: float = 1.0
 
     @property
     def threads(self) -> int:
@@ -294,6 +307,183 @@ def engine(settings: Settings) -> tuple[str, str]:
     return ("present" if present else "absent"), (messages or output.split("\n"))[-1][-150:]
 
 
+def small_jpegs(settings: Settings, count: int) -> list[bytes]:
+    """Photos of 500 x 375 pixels, quality 90, made from the first photos of the folder."""
+    from PIL import Image
+
+    files = []
+    for photo in jpegs(settings, count):
+        out = io.BytesIO()
+        Image.open(io.BytesIO(photo)).convert("RGB").resize((500, 375)).save(
+            out, "JPEG", quality=90
+        )
+        files.append(out.getvalue())
+    return files
+
+
+def truth(sheet: Sheet) -> None:
+    """Decode photos again and again by each path; every image is compared with the CPU's."""
+    settings = sheet.settings
+    paths = {
+        "as Arrowhead asks": ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU", "CPU_ONLY"),
+        "hardware engine alone": ("HW_GPU_ONLY",),
+        "CUDA alone": ("GPU_ONLY",),
+        "CPU and CUDA": ("HYBRID_CPU_GPU",),
+    }
+    for name, kinds in paths.items():
+        if settings.gpu and kinds == ("HW_GPU_ONLY",) and not settings.engine:
+            sheet.row(f"{name}: wrong images", None, on="GPU", note="no hardware JPEG engine")
+            continue
+        report_truth(sheet, name, "GPU", kinds)
+    if not settings.gpu:
+        report_truth(sheet, "CPU back end", "CPU", ())
+
+
+def report_truth(sheet: Sheet, name: str, on: str, kinds: Sequence[str]) -> None:
+    """Record how many images a path gets wrong, and how many of them the check misses."""
+    what = f"{name}: wrong images", f"{name}: wrong images that the check missed"
+    if on == "GPU" and not sheet.settings.gpu:
+        for title in what:
+            sheet.row(title, None, on=on)
+        return
+    log(f"  {name}")
+    try:
+        count, wrong, missed, refused = judge_path(sheet.settings, kinds)
+    except Exception as error:
+        sheet.fail(name, error, on=on)
+        return
+    note = f"of {count} decodes; {refused} refused, and decoded on the CPU; target 0"
+    sheet.row(what[0], wrong + missed, "images", on=on, note=note, passed=wrong + missed == 0)
+    sheet.row(what[1], missed, "images", on=on, note="target 0", passed=missed == 0)
+
+
+def judge_path(settings: Settings, kinds: Sequence[str]) -> tuple[int, int, int, int]:
+    """Decodes of a path; how many were found wrong, were wrong but not found, and were refused."""
+    import torch
+
+    from arrowhead.decode import checked_codec, headers
+    from arrowhead.decode.codecs import CpuCodec, GpuCodec
+    from arrowhead.decode.pixels import PixelConfig
+
+    device, batch = ("cuda:0", 256) if settings.gpu else ("cpu", 16)
+    cpu = CpuCodec(settings.threads)
+    codec = GpuCodec(settings.threads, 0, kinds) if kinds else CpuCodec(1).decode_into
+    refused = 0
+
+    def counting(some: Any, images: Any) -> Any:
+        nonlocal refused
+        claimed = codec(some, images)
+        refused += len(some) - sum(claimed)
+        return claimed
+
+    checked = checked_codec.CheckedCodec(counting, cpu, device)
+    files = small_jpegs(settings, 512 if settings.gpu else 24)
+    parsed: list[Any] = [headers.read_header(file, PixelConfig()) for file in files]
+    y, x = (torch.arange(5, extent, 10) for extent in (375, 500))
+    expected = torch.stack(
+        [torch.from_numpy(image)[y][:, x] for image in cpu(parsed) if image is not None]
+    ).float()
+    rng, done, wrong, missed = np.random.default_rng(0), 0, 0, 0
+    total = settings.decodes if settings.gpu else 2 * batch
+    while done < total:
+        rows = rng.integers(0, len(files), batch)
+        before = refused
+        result = checked([parsed[row] for row in rows], [b"\1" * 16] * batch)
+        wrong += max(0, int(result.wrong.sum()) - (refused - before))
+        given = torch.stack([image[y][:, x] for image in result.images]).cpu().float()
+        difference = (given - expected[rows]).abs().mean((1, 2, 3))
+        missed += int((difference > 8).sum())  # grey levels; two photos differ by tens
+        done += batch
+    return done, wrong, missed, refused
+
+
+def sustained(sheet: Sheet) -> None:
+    """Measure the whole extraction for a while, against its two limits on the same photos."""
+    settings = sheet.settings
+    on, batch = ("GPU", 256) if settings.gpu else ("CPU", 16)
+    titles = ["extraction", "CPU time", "cost of a million images", "share of the lower limit"]
+    if not settings.gpu:
+        for title in titles:
+            sheet.row(title, None, on="GPU")
+    log(f"  {settings.minute:.0f} s of extraction" if settings.gpu else "  a few images")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, file in enumerate(small_jpegs(settings, 512 if settings.gpu else 16)):
+            (Path(folder) / f"{number:04}.jpg").write_bytes(file)
+        there = dataclasses.replace(settings, data=folder)
+        try:
+            pixels_on, images, seconds, cpu = extract_for(there, batch)
+        except Exception as error:
+            sheet.fail("extraction", error, on=on)
+            return
+        rate_reached = images / seconds
+        note = (
+            f"{images} images of 500 x 375, {settings.body}, in {seconds:.1f} s; pixels {pixels_on}"
+        )
+        passed = rate_reached >= MIN_RATE if settings.gpu and settings.body == "resnet34" else None
+        if settings.gpu:
+            note += f"; target {MIN_RATE:,}"
+        sheet.row(titles[0], rate_reached, "img/s", on=on, note=note, passed=passed)
+        share = 100 * cpu / (seconds * settings.cores)
+        note = f"{share:.0f} % of {settings.cores} cores"
+        sheet.row(titles[1], 1e6 * cpu / images, "µs per image", on=on, note=note)
+        cost = settings.price / 3600 * 1e6 / rate_reached
+        note = f"at {settings.price:g} dollars an hour (--price)"
+        sheet.row(titles[2], cost, "dollars", on=on, note=note)
+        try:
+            backends = gpu_backends(1.0) if settings.gpu else [("CPU_ONLY", 1.0)]
+            decoding, _ = codec_rate(there, backends, settings.threads)
+            body = body_rate(there, "cuda:0" if settings.gpu else "cpu", batch)
+        except Exception as error:
+            sheet.fail(titles[3], error, on=on)
+            return
+        share = rate_reached / min(decoding, body)
+        note = f"decoding alone {decoding:,.0f} img/s, the body alone {body:,.0f}"
+        passed = share >= MIN_SHARE if settings.gpu else None
+        sheet.row(titles[3], share, "", on=on, note=note + f"; target {MIN_SHARE}", passed=passed)
+
+
+def extract_for(settings: Settings, batch: int) -> tuple[str, int, float, float]:
+    """Extract for `settings.minute` seconds, or a few chunks without a GPU.
+
+    Returns:
+        Where the decoder leaves its pixels; images, seconds and CPU seconds after a warm-up.
+    """
+    from arrowhead.data import sources
+    from arrowhead.features.extract import FeatureCache
+
+    listed = sources.unlabelled_catalog(Path(settings.data))
+    chunk = repeated(listed, 16 * batch if settings.gpu else 2 * batch)
+    until = float("inf")
+
+    def chunks() -> Any:
+        for number in itertools.count():
+            if perf_counter() > until or (not settings.gpu and number == 4):
+                return
+            yield number, chunk
+
+    with open_pump(settings, "cuda:0" if settings.gpu else "cpu", batch) as pump:
+        images, start, cpu, warm_up = 0, 0.0, 0.0, 3 if settings.gpu else 1
+        for done in pump(chunks(), FeatureCache()):
+            pids = [os.getpid(), *(one._child.pid for one in pump._decoders if one._child)]
+            if done.number == warm_up - 1:
+                start, cpu = perf_counter(), cpu_seconds(pids)
+                until = start + settings.minute
+            elif done.number >= warm_up:
+                images += sum(fault is None for fault in done.faults)
+                seconds, used = perf_counter() - start, cpu_seconds(pids) - cpu
+        pixels_on = "on the GPU" if all(one.on_device for one in pump._decoders) else "on the host"
+    return pixels_on, images, seconds, used
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU time of these processes so far."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def decode(sheet: Sheet) -> None:
     """Measure only decoding: JPEGs to pixels."""
     settings = sheet.settings
@@ -400,8 +590,10 @@ def forward(sheet: Sheet) -> None:
     settings = sheet.settings
     for batch in (256, 512):
         work = partial(body_rate, settings, "cuda:0", batch)
-        what = f"model.Body as built (float16), batch {batch}"
+        what = f"model.Body as built (bf16), batch {batch}"
         sheet.measure(what, "img/s", work, on="GPU", ceiling="forward")
+        work = partial(body_rate, settings, "cuda:0", batch, captured=True)
+        sheet.measure(f"the same, CUDA graph, batch {batch}", "img/s", work, on="GPU")
     for batch in (256, 512):
         for compiled in (False, True):
             how = "compiled" if compiled else "eager"
@@ -428,21 +620,36 @@ def body_of(settings: Settings, device: str, weights: Any = None) -> Any:
 
     weights = weights or weights_of(settings)
     about = {"pool": "avg", "mean": weights.mean, "std": weights.std, "size": settings.size}
-    return Body(settings.body, weights.state, **about, device=device)
+    precision = precision_of(device)
+    return Body(settings.body, weights.state, **about, precision=precision, device=device)
 
 
-def body_rate(settings: Settings, device: str, batch: int) -> float:
-    """Images per second of Arrowhead's body, with the pixels already on its device."""
+def precision_of(device: str) -> Any:
+    """The precision that auto chooses on an H100."""
+    return "bf16" if "cuda" in device else "fp32"
+
+
+def body_rate(settings: Settings, device: str, batch: int, *, captured: bool = False) -> Any:
+    """Images per second of Arrowhead's body, with the pixels already on its device; `captured`: and
+    whether a CUDA graph was used.
+    """
     import torch
 
+    from arrowhead.features.captured_body import CapturedBody
+
     body, side = body_of(settings, device), settings.size
+    if captured:
+        body = CapturedBody(body)
     pixels = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, device=device)
     pixels = pixels.permute(0, 3, 1, 2)
 
     def step() -> int:
         return len(body(pixels))
 
-    return rate(step, settings)
+    reached = rate(step, settings)
+    if not captured:
+        return reached
+    return reached, "replayed from a graph" if body.graphs else "no graph: it gave other bits"
 
 
 def plain_rate(settings: Settings, device: str, batch: int, compiled: bool) -> float:
@@ -540,25 +747,16 @@ def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float
     """Images per second of the extraction with a warm decoder; seconds by stage, bottleneck."""
     from arrowhead.data import chunks as data_chunks
     from arrowhead.data import sources
-    from arrowhead.decode.pixels import PixelConfig
     from arrowhead.features import extract
-    from arrowhead.features.backbone import BodyConfig
-    from arrowhead.features.extract import ExtractConfig, FeatureCache, FeaturePipeline
-    from arrowhead.runtime.worker import Worker
+    from arrowhead.features.extract import FeatureCache
 
     settings = sheet.settings
-    weights, pixels = weights_of(settings), PixelConfig(size=settings.size)
-    body = body_of(settings, device, weights)
-    about = BodyConfig(body=settings.body, weights=settings.weights)
-    recipe = extract.make_recipe(pixels, about, weights, body.width)
-    worker = Worker(0, 1, device, settings.threads, lambda: None, lambda report: None)
-    config = ExtractConfig(batch_size=batch, chunk_size=8 * batch)
     listed = sources.unlabelled_catalog(Path(settings.data))
-    with FeaturePipeline(worker, body, recipe, pixels, config) as pump:
+    with open_pump(settings, device, batch) as pump:
 
         def extract_rows(rows: int) -> list[Any]:
             catalog = repeated(listed, rows)
-            runs = data_chunks.split_into_chunks(catalog.paths, config.chunk_size)
+            runs = data_chunks.split_into_chunks(catalog.paths, 8 * batch)
             chunks = [(at, catalog.subset(rows)) for at, rows in enumerate(runs)]
             return list(pump(chunks, FeatureCache()))
 
@@ -572,6 +770,25 @@ def pump_rate(sheet: Sheet, device: str, batch: int, images: int) -> tuple[float
     parts = " · ".join(f"{stage} {busy[stage]:.2f} s" for stage in extract.STAGES if stage in busy)
     note = f"{images} images in {elapsed:.2f} s: {parts}; bottleneck: {extract.bottleneck(busy)}"
     return images / elapsed, note + (f"; {faults} faults" if faults else "")
+
+
+def open_pump(settings: Settings, device: str, batch: int) -> Any:
+    """The extraction of one worker, as Arrowhead builds it."""
+    from arrowhead.decode.pixels import PixelConfig
+    from arrowhead.features import extract
+    from arrowhead.features.backbone import BodyConfig
+    from arrowhead.features.extract import ExtractConfig, FeaturePipeline
+    from arrowhead.runtime.worker import Worker
+
+    weights, pixels = weights_of(settings), PixelConfig(size=settings.size)
+    body = body_of(settings, device, weights)
+    about = BodyConfig(
+        body=settings.body, weights=settings.weights, body_precision=precision_of(device)
+    )
+    recipe = extract.make_recipe(pixels, about, weights, body.width)
+    worker = Worker(0, 1, device, settings.threads, lambda: None, lambda report: None)
+    config = ExtractConfig(batch_size=batch, chunk_size=8 * batch)
+    return FeaturePipeline(worker, body, recipe, pixels, config)
 
 
 def decoder_rate(settings: Settings, device: int | None, batch: int) -> float:
@@ -1028,7 +1245,11 @@ def main() -> int:
     parser.add_argument("--weights", default="random", help="a file, or random (as fast)")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--out", type=Path, help="default with a GPU: bench/results")
-    parser.add_argument("--seconds", type=float, default=450, help="time limit")
+    parser.add_argument("--seconds", type=float, default=580, help="time limit")
+    parser.add_argument("--only", default=",".join(LIMIT_SECONDS), help="sections, with commas")
+    parser.add_argument("--decodes", type=int, default=100_000, help="per path, of truth")
+    parser.add_argument("--minute", type=float, default=60.0, help="seconds of sustained")
+    parser.add_argument("--price", type=float, default=1.0, help="dollars an hour of this machine")
     parser.add_argument("--cpu", action="store_true", help="use no GPU, even if there is one")
     parser.add_argument("--sections", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -1047,9 +1268,13 @@ def main() -> int:
             size=args.size,
             gpu=not args.cpu,
             cores=len(os.sched_getaffinity(0)),
+            decodes=args.decodes,
+            minute=args.minute,
+            price=args.price,
         )
         facts: dict[str, Any] = {"gpu": False, "engine": False}
-        waiting = [[section] for section in LIMIT_SECONDS]
+        only = {"machine", *args.only.split(",")}
+        waiting = [[section] for section in LIMIT_SECONDS if section in only]
         while waiting:
             sections = waiting.pop(0)
             left = args.seconds - (perf_counter() - start)

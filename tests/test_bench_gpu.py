@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).resolve().parents[1] / "bench" / "gpu.py"
-SECTIONS = {"machine", "decode", "forward", "copies", "pipeline", "correctness", "hostile"}
+SECTIONS = {
+    *("machine", "truth", "sustained", "decode", "forward", "copies", "pipeline"),
+    *("correctness", "hostile"),
+}
 
 
 spec = importlib.util.spec_from_file_location("bench_gpu", PROGRAM)
@@ -84,6 +87,8 @@ def test_all_thresholds_that_need_no_gpu_are_passed(run):
     marked = {row["what"]: row for row in result["rows"] if row["passed"] is not None}
     assert all(row["passed"] for row in marked.values())
     assert "features against the CPU's in smaller batches, least" in marked
+    assert marked["CPU back end: wrong images"]["value"] == 0
+    assert "of 32 decodes; 0 refused" in marked["CPU back end: wrong images"]["note"]
     rows = marked["hostile files made here: rows accounted for"]
     assert rows["value"] == 128, rows["note"]
 

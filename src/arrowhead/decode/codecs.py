@@ -87,15 +87,18 @@ class CpuCodec:
 
 
 class GpuCodec:
-    """The decoder of nvImageCodec on a GPU, with its hardware JPEG engine if there is one."""
+    """The decoder of nvImageCodec on a GPU, with its hardware JPEG engine if there is one.
 
-    def __init__(self, threads: int, device: int) -> None:
+    kinds: nvImageCodec's names of the back ends that it may use, preferred ones first.
+    """
+
+    KINDS = ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU", "CPU_ONLY")
+
+    def __init__(self, threads: int, device: int, kinds: Sequence[str] = KINDS) -> None:
         from nvidia import nvimgcodec as nv
 
         # With a load hint below 1, the choice of an image's decoder would depend on the batch.
-        hardware = nv.Backend(nv.HW_GPU_ONLY, load_hint=1.0)
-        others = (nv.GPU_ONLY, nv.HYBRID_CPU_GPU, nv.CPU_ONLY)
-        backends = [hardware, *(nv.Backend(kind) for kind in others)]
+        backends = [nv.Backend(getattr(nv, kind), load_hint=1.0) for kind in kinds]
         self._decoder = nv.Decoder(device, threads, backends, DECODER_OPTIONS)
 
     def __call__(self, headers: list[Header], images: list[torch.Tensor]) -> list[bool]:
