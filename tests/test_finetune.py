@@ -31,7 +31,7 @@ from arrowhead.finetuning.pixel_cache import PixelCache
 from arrowhead.finetuning.run import Request
 from arrowhead.finetuning.trainer import Finetuning, Plan, Samples
 from arrowhead.runtime.worker import Worker
-from arrowhead.training import heads
+from arrowhead.training import comparison, heads
 from arrowhead.training.batches import DistributedContext
 
 BODY_FLAGS = ["--body", "shufflenet_v2_x0_5", "--weights", "random", "--size", "64"]
@@ -183,9 +183,14 @@ def test_workers_drop_what_one_worker_drops():
 def finetuned(image_folder, add_mlflow_db, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The folder of a command that fine-tuned a small network on drawn images, and its result."""
     folder = add_mlflow_db(tmp_path_factory.mktemp("finetuned"))
+    return folder, run(folder, result_words(image_folder, folder))
+
+
+def result_words(image_folder: Path, folder: Path) -> list[str]:
+    """The command of `finetuned`."""
     words = ["finetune", str(image_folder), str(folder / "out"), *BODY_FLAGS, "--epochs", "2"]
     words += ["--rates", "1e-6,1e-5,1e-3", "--batch-size", "16", "--ema", "0.9"]
-    return folder, run(folder, words)
+    return [*words, "--views", "2", "--no-report"]
 
 
 def run(folder: Path, words: list[str]) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_info:
-            main([*words, "--json", "--no-report"])
+            main([*words, "--json"])
     finally:
         os.chdir(before)
     assert exit_info.value.code == 0
@@ -209,15 +214,67 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
 def test_the_better_bundle_is_kept_and_both_figures_are_given(finetuned):
     folder, result = finetuned
     kept = bundle_format.load(folder / "out" / "bundle")
-    assert kept.metrics["accuracy"] == max(
-        result[which]["accuracy"] for which in ("frozen", "tuned")
-    )
-    assert result["better"] in ("frozen", "tuned")
+    assert kept.metrics["accuracy"] == result[result["better"]]["accuracy"]
+    brier = result["brier"]
+    assert brier["gain"] == pytest.approx(brier["frozen"] - brier["tuned"])
+    assert (result["better"] == "tuned") == (brier["gain"] > 0 and brier["p"] < 0.05)
     tuned = bundle_format.load(Path(result["tuned_bundle"]))
     assert tuned.metrics["accuracy"] == result["tuned"]["accuracy"]
     assert tuned.lineage["training"]["rates"] == [1e-6, 1e-5, 1e-3]
     assert len(result["epochs"]) == 2
     assert not list((folder / "out" / ".bundle.training").glob("finetune-*"))
+
+
+def test_the_same_command_after_success_trains_nothing(finetuned, image_folder):
+    folder, result = finetuned
+    weights = Path(result["body"]).stat().st_mtime_ns
+    again = run(folder, result_words(image_folder, folder))
+    assert again["done_before"] and again["tuned"] == result["tuned"]
+    assert Path(result["body"]).stat().st_mtime_ns == weights
+
+
+def test_augmented_views_of_the_tuned_body_are_calibrated_and_averaged(finetuned, image_folder):
+    folder, result = finetuned
+    tuned = bundle_format.load(Path(result["tuned_bundle"]))
+    assert [entry["views"] for entry in tuned.lineage["tta"]] == [1]
+    words = ["evaluate", result["tuned_bundle"], str(image_folder), "checked", "--tta", "1"]
+    checked = run(folder, [*words, "--split", "valid"])
+    expected = tuned.lineage["tta"][0]["metrics"]
+    assert checked["metrics"]["accuracy"] == pytest.approx(expected["accuracy"])
+
+
+def test_a_pixel_cache_that_will_not_fit_is_refused_before_a_head_is_trained(
+    image_folder, tmp_path, capsys
+):
+    words = ["finetune", str(image_folder), str(tmp_path / "out"), *BODY_FLAGS]
+    with pytest.raises(SystemExit) as exit_info:
+        main([*words, "--cache-bytes", "1000"])
+    assert exit_info.value.code == 2
+    assert "--cache-bytes" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "frozen").exists()
+
+
+def test_certain_gains_are_told_from_chance_image_by_image():
+    label = np.arange(60) % 3
+    prob = np.full((60, 3), 0.2)
+    prob[np.arange(60), label] = 0.6
+    better = prob.copy()
+    better[np.arange(60), label] += 0.05 * np.where(np.arange(60) % 10 < 7, 1, -1)
+    gain = comparison.brier_by_image(prob, label) - comparison.brier_by_image(better, label)
+    assert gain.mean() > 0 and comparison.paired_p_value(gain) < 0.05
+    assert comparison.paired_p_value(gain[:8]) > 0.05
+
+
+@pytest.mark.slow
+def test_fit_with_finetune_is_fit_and_then_finetune_in_one_run(finetuned, image_folder, tmp_path):
+    folder, _ = finetuned
+    words = ["fit", str(image_folder), str(tmp_path / "out"), *BODY_FLAGS, "--finetune"]
+    words += ["--no-report"]
+    result = run(folder, words)
+    assert Path(result["tuned_store"]) == tmp_path / "out" / "store.tuned"
+    assert (tmp_path / "out" / "store" / "manifest.json").is_file()
+    assert bundle_format.load(tmp_path / "out" / "bundle").metrics == result["metrics"]
+    assert run(folder, words)["done_before"]
 
 
 def test_the_tuned_body_is_a_file_of_weights_with_its_origin(finetuned):
@@ -230,7 +287,7 @@ def test_the_tuned_body_is_a_file_of_weights_with_its_origin(finetuned):
     assert store.recipe.weights == weights.sha256 != frozen.recipe.weights
     assert networks.read_origin(body)["base_weights"] == frozen.recipe.weights
     assert store.weights_origin["source"].startswith("fine-tuned from ")
-    assert dataclasses.replace(store.recipe, weights="") == dataclasses.replace(
+    assert dataclasses.replace(store.recipe.single_view(), weights="") == dataclasses.replace(
         frozen.recipe, weights=""
     )
 
@@ -315,7 +372,7 @@ def test_a_lack_of_memory_says_which_flag_helps_or_halves_the_parts(
 
     monkeypatch.setattr(FinetuneNetwork, "__init__", with_little_memory)
     words = ["finetune", str(image_folder), "again", "--from", "out/frozen/bundle", "--epochs", "1"]
-    words += ["--rates", "1e-5"]
+    words += ["--rates", "1e-5", "--no-report"]
     result = run(folder, words)
     said = capsys.readouterr().err
     assert result["micro_batch"] == 8
@@ -340,7 +397,7 @@ def test_labels_that_were_corrected_are_trained_on_and_recorded(
     with pytest.raises(SystemExit) as exit_info:
         main(["relabel", str(frozen / "store"), str(tmp_path / "fixes.csv")])
     assert exit_info.value.code == 0
-    words = ["finetune", str(image_folder), str(tmp_path / "out"), "--epochs", "1"]
+    words = ["finetune", str(image_folder), str(tmp_path / "out"), "--epochs", "1", "--no-report"]
     result = run(folder, [*words, "--from", str(frozen / "bundle")])
     assert f"corrected in {frozen / 'store'} are used" in capsys.readouterr().err
     cache = PixelCache(tmp_path / "out" / "pixels")

@@ -17,7 +17,8 @@ from typing import Any
 from arrowhead.bundle import body_file
 from arrowhead.bundle import format as bundle_format
 from arrowhead.commands import finetune, pixel_cache, precompute, train
-from arrowhead.commands.finetune import Base, FinetuneSettings
+from arrowhead.commands.finetune import FinetuneSettings
+from arrowhead.commands.tuned_choice import Base
 from arrowhead.data.catalog import Catalog
 from arrowhead.features import extract
 from arrowhead.features.feature_config import FeatureConfig

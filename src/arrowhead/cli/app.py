@@ -194,6 +194,11 @@ def show_written(screen: Any, paths: Sequence[str | Path]) -> list[str]:
     return written
 
 
+def bundles(path: Path) -> list[Path]:
+    """The folders of a bundle and of the bundle that it replaces."""
+    return [path, path.with_name(f"{path.name}.previous")]
+
+
 def finish(result: dict[str, Any], output: Output, *, faults_flag: str = "--max-faults") -> int:
     """Print the result if --json is given; the exit code.
 

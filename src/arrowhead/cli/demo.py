@@ -10,8 +10,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from arrowhead.cli import train
 from arrowhead.cli.app import (
+    bundles,
     finish,
     program,
     run_context,
@@ -75,7 +75,7 @@ def demo(
             )
         counts = " · ".join(f"{name} {count}" for name, count in scored["labels"].items())
         context.screen.print(f"labels of the images in {images / 'new'}: {counts}")
-        written = [images, fitted / "store", *train.bundles(bundle), scores]
+        written = [images, fitted / "store", *bundles(bundle), scores]
         result["files"] = show_written(context.screen, written)
         flags = ["--head", "lesson", "--epochs", "5"]
         train_command = [program(), "train", fitted / "store", out / "lesson", *flags]

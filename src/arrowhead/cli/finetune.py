@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from arrowhead.cli.app import (
-    finish,
-    given_flags,
-    local_bundle,
-    open_command,
-    program,
-    run_context,
-    show_next_commands,
-    show_written,
-    ui_command,
-)
+from arrowhead.cli import tuned_output
+from arrowhead.cli.app import given_flags
 from arrowhead.cli.options import (
     Data,
     Out,
@@ -28,13 +19,14 @@ from arrowhead.cli.options import (
     TunedImages,
     Tuning,
 )
-from arrowhead.cli.train import bundles, refuse_flags_of_bundle
+from arrowhead.cli.train import refuse_flags_of_bundle
+from arrowhead.cli.tuned_output import Done
 from arrowhead.data import sources
+from arrowhead.errors import ConfigError
 from arrowhead.examine.config import ReportConfig
 from arrowhead.features import backbone
 from arrowhead.features.feature_config import FeatureConfig, complete_from_store
 from arrowhead.finetuning.augmentation import AugmentConfig
-from arrowhead.output_paths import check_output_folder
 
 
 def finetune(
@@ -65,7 +57,7 @@ def finetune(
     from arrowhead.commands import finetune as commands_finetune
     from arrowhead.commands import train as commands_train
 
-    out = _check_out(out)
+    out = tuned_output.check_out(out)
     request = _images(images)
     augment = {f.name: getattr(tuning.augment, f.name) for f in dataclasses.fields(AugmentConfig)}
     settings = commands_finetune.FinetuneSettings(
@@ -73,37 +65,28 @@ def finetune(
         augment=AugmentConfig(**augment | {"seed": tuning.config.seed}),
         cache=tuning.cache,
     )
+    request = _augmented_views(request, settings.augment)
     run_file = commands_train.run_file(out / "bundle", data, base, request, settings)
-    request = _resolve(request, out, base)
     catalog = sources.labelled_catalog(data, request.source)
     sources.check_can_validate(data, catalog)
-    tracking = run.tracking
-    with run_context("finetune", run.launch, tracking, output, run_file, run.registry) as context:
-        if base is None:
-            result = commands_finetune.finetune(catalog, out, None, request, settings, context)
-        else:
-            with local_bundle(base, tracking) as folder:
-                result = commands_finetune.finetune(
-                    catalog, out, folder, request, settings, context
-                )
-        page = _add_report(result, report, context)
-        tuned = [] if result["better"] == "tuned" else [out / "bundle.tuned"]
-        written = [out / "pixels", result["body"], result["tuned_store"], *bundles(out / "bundle")]
-        result["files"] = show_written(context.screen, [*written, *tuned, *page])
-        score_command = [program(), "score", result["bundle"], "IMAGES", "SCORES"]
-        show_next_commands(
-            context.screen, [*map(open_command, page), score_command, ui_command(tracking)]
+    done = Done(out, catalog, base, request, settings)
+    request = _resolve(request, out, base)
+    return tuned_output.fine_tune("finetune", done, request, run_file, run, report, output)
+
+
+def _augmented_views(request: FeatureConfig, augment: AugmentConfig) -> FeatureConfig:
+    """The settings with views that are augmented as the training images are."""
+    if request.pixels.views == 1:
+        return request
+    if augment.augment == "none":
+        raise ConfigError(
+            f"--views {request.pixels.views} has no effect with --augment none: all views would be"
+            " the same.",
+            "views that differ.",
+            "leave --views out, or give --augment side-on or top-down.",
         )
-    return finish(result, output, faults_flag="--extract.max-faults")
-
-
-def _check_out(out: Path) -> Path:
-    out = check_output_folder(out, "results")
-    for store in (out / "store", out / "pixels", out / "frozen" / "store"):
-        check_output_folder(store, "store")
-    for name in ("bundle", "bundle.previous", "bundle.tuned"):
-        check_output_folder(out / name, "bundle")
-    return out
+    pixels = dataclasses.replace(request.pixels, augment=augment.augment)
+    return dataclasses.replace(request, pixels=pixels)
 
 
 def _images(images: TunedImages) -> FeatureConfig:
@@ -119,20 +102,11 @@ def _images(images: TunedImages) -> FeatureConfig:
 def _resolve(request: FeatureConfig, out: Path, base: str | None) -> FeatureConfig:
     """Check the body; with --from refuse the flags that the bundle decides."""
     if base is None:
-        request = complete_from_store(out / "frozen" / "store", request, given_flags())
+        views = {name: getattr(request.pixels, name) for name in ("views", "augment")}
+        store = out / "frozen" / "store"
+        request = complete_from_store(store, request, given_flags() - views.keys())
         backbone.check_config(request.body)
-        return request
+        pixels = dataclasses.replace(request.pixels, **views)
+        return dataclasses.replace(request, pixels=pixels)
     refuse_flags_of_bundle()
     return request
-
-
-def _add_report(result: dict[str, Any], report: ReportConfig, context: Any) -> list[Path]:
-    """Write the report of the better bundle if it is wanted; the page, or nothing."""
-    from arrowhead.commands import examine as commands_examine
-
-    result["report"] = None
-    if report.report and result["store"]:
-        result["report"] = commands_examine.report_of_training(
-            Path(result["store"]), Path(result["bundle"]), context
-        )
-    return [Path(result["report"])] if result["report"] else []

@@ -103,7 +103,9 @@ class TrackingStore(WatchedTracking):
 class PlainPixels(PixelConfig):
     """How a file becomes the body's input, where a network is trained on augmented pixels."""
 
-    views: Annotated[int, Parameter(parse=False)] = 1
+    views: int = 1
+    """Views of each image in the store of the tuned body, the first one not augmented: the bundle
+    is then calibrated for `--tta` with up to all others. Each costs a pass of the body."""
     augment: Annotated[Literal["side-on", "top-down", "none"], Parameter(parse=False)] = "side-on"
     augment_seed: Annotated[int, Parameter(parse=False)] = 0
 
@@ -222,6 +224,8 @@ class RunFlags:
     launch: Launch = LaunchConfig()
     tracking: Tracking = TrackingConfig()
     registry: Registry = RegistryConfig()
+    again: bool = False
+    """Train again although the same command has finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from arrowhead.bundle import resolve
+from arrowhead.cli import tuned_output
 from arrowhead.cli.app import (
+    bundles,
     finish,
     given_flags,
     local_bundle,
@@ -41,6 +43,7 @@ from arrowhead.cli.options import (
     Pixels,
     Registry,
     Report,
+    RunFlags,
     Source,
     StorePath,
     Sweep,
@@ -89,6 +92,14 @@ def fit(
     golden: Golden = GoldenConfig(),
     finder: NamedFinder = FinderConfig(),
     sweep: Sweep = SweepConfig(),
+    finetune: Annotated[
+        bool,
+        Parameter(
+            help="Then train body and head together, as `finetune` does by default; the better of"
+            " the two becomes OUT/bundle.",
+            group="Training",
+        ),
+    ] = False,
     launch: Launch = LaunchConfig(),
     tracking: Tracking = TrackingConfig(),
     registry: Registry = RegistryConfig(),
@@ -105,15 +116,19 @@ def fit(
     """
     from arrowhead.commands import train as commands_train
 
-    out = remote_folder.check_output(out, "results")
+    out = tuned_output.check_out(out) if finetune else remote_folder.check_output(out, "results")
     remote_folder.check_output(out / "store", "store")
     resolve.check_output(out / "bundle")
-    images = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
+    request = FeatureConfig(source=source, body=body, pixels=pixels, extract=extract, golden=golden)
     study = Study(head=head, finder=finder, sweep=sweep)
-    run_file = commands_train.run_file(out / "bundle", data, images, study)
+    run_file = commands_train.run_file(out / "bundle", data, request, study)
     screen = Screen(to_stderr=output.json)
-    images, catalog = _prepare(data, out / "store", images, screen, given_flags())
+    images, catalog = _prepare(data, out / "store", request, screen, given_flags())
     sources.check_can_validate(data, catalog)
+    if finetune:
+        run = RunFlags(launch=launch, tracking=tracking, registry=registry)
+        done = _tuned_request(out, catalog, request, study)
+        return tuned_output.fine_tune("fit", done, images, run_file, run, report, output)
     with run_context("fit", launch, tracking, output, run_file, registry) as context:
         result = commands_train.fit(catalog, out, images, study, context)
         page = _add_report(result, out / "store", out / "bundle", report, context)
@@ -123,6 +138,16 @@ def fit(
         commands = [*map(open_command, page), score_command, ui_command(tracking)]
         show_next_commands(context.screen, commands)
     return finish(result, output, faults_flag="--extract.max-faults")
+
+
+def _tuned_request(
+    out: Path, catalog: Catalog, request: FeatureConfig, study: Study
+) -> tuned_output.Done:
+    """The request of `fit --finetune`: the head is trained on OUT/store, as without the flag."""
+    from arrowhead.commands.finetune import FinetuneSettings
+
+    settings = FinetuneSettings(study=study, store=out / "store")
+    return tuned_output.Done(out, catalog, None, request, settings)
 
 
 def precompute(
@@ -388,6 +413,3 @@ def _add_report(
     return [Path(result["report"])] if result["report"] else []
 
 
-def bundles(path: Path) -> list[Path]:
-    """The folders of a bundle and of the bundle that it replaces."""
-    return [path, path.with_name(f"{path.name}.previous")]

@@ -5,31 +5,35 @@ OUT/frozen        without --from: store and bundle of the frozen body, as `fit` 
     OUT/body.safetensors, OUT/store   the tuned body, and the features that it gives
     OUT/bundle        the better one of the frozen and the fine-tuned bundle
     OUT/bundle.tuned  the fine-tuned one, if it is not the better one
+    OUT/finetune.json the request and its result: the same command does not train again
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arrowhead import fileio
+import numpy as np
+
+from arrowhead import __version__, fileio
 from arrowhead.bundle import body_file
 from arrowhead.bundle import format as bundle_format
-from arrowhead.bundle.format import Bundle
-from arrowhead.commands import pixel_cache, precompute, train
+from arrowhead.commands import pixel_cache, precompute, train, tuned_choice
+from arrowhead.commands.tuned_choice import Base
 from arrowhead.data import sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError
-from arrowhead.evaluation import metrics as evaluation_metrics
 from arrowhead.examine import figures
 from arrowhead.features import corrections, networks
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.corrections import Correction
-from arrowhead.features.feature_config import FeatureConfig
+from arrowhead.features.feature_config import FeatureConfig, resolve_weights
 from arrowhead.features.recipe import Recipe
 from arrowhead.features.store import Store
 from arrowhead.finetuning import run as finetuning_run
@@ -48,6 +52,8 @@ from arrowhead.training.config import TrainConfig
 from arrowhead.training.study import Study
 from arrowhead.training.trainer import TrainedHead
 
+FINISHED = "finetune.json"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSettings:
@@ -58,26 +64,14 @@ class FinetuneSettings:
         augment: The augmentation of training images.
         cache: The cache of decoded pixels.
         study: How the frozen head is trained, without a bundle to start from.
+        store: Where the features of the frozen body are then; None: OUT/frozen/store.
     """
 
     config: FinetuneConfig = FinetuneConfig()
     augment: AugmentConfig = AugmentConfig()
     cache: PixelCacheConfig = PixelCacheConfig()
     study: Study = Study()
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The bundle to start from: its folder and content, and its store if there is one."""
-
-    path: Path
-    bundle: Bundle
-    store: Path | None
-
-    @property
-    def fingerprint(self) -> str:
-        """See `bundle_format.fingerprint`."""
-        return bundle_format.fingerprint(self.path)
+    store: Path | None = None
 
 
 def finetune(
@@ -106,31 +100,31 @@ def finetune(
     evaluation.show_bundle_to_delete(out / "bundle", context)
     history = find_corrections(out, base, context)
     origin = Base(base, bundle_format.load(base), None) if base else None
-    origin = origin or _train_frozen(
-        catalog, out / "frozen", images, settings.study, context, history
-    )
+    _check_cache(out, catalog, origin, images, settings)
+    origin = origin or _train_frozen(catalog, out / "frozen", images, settings, context, history)
     if not history:  # else the classes are known when the images have been read
         finetuning_run.check_classes(catalog.classes, origin.bundle.classes)
     recipe = origin.bundle.recipe.single_view()
     images = dataclasses.replace(images, pixels=body_file.pixels_of(origin.bundle, images.pixels))
+    if base is None:
+        context = dataclasses.replace(context, source_shown=True)
     context.screen.print(f"images for fine-tuning, decoded once into {out / 'pixels'}:")
     with run_context.child_context(context, "decode") as child:
         decoded = pixel_cache.build_pixel_cache(
             catalog, out / "pixels", images, settings.cache, child, history
         )
+    context = dataclasses.replace(context, source_shown=True)
     request, trained = train_network(out, origin, recipe, settings, context)
     body = write_body(out, origin, recipe, request, trained)
     body_config = body_file.body_config(recipe, body)
-    store_path = tuned_store(out / "store", body_config, recipe, history)
+    store_path = tuned_store(out / "store", body_config, _with_views(recipe, images), history)
     images = dataclasses.replace(images, body=body_config)
     context.screen.print("features of the fine-tuned body:")
     with run_context.child_context(context, "extract") as child:
         extracted = precompute.precompute(catalog, store_path, images, child, history)
     _check_finite(extracted, origin, settings.config)
     result = _choose(out, origin, Store(store_path), (request, trained), images, context)
-    checkpoint_dir = train.checkpoint_dir_of(out / "bundle")
-    checkpoint.remove_finished(checkpoint_dir, trained["key"])
-    (checkpoint_dir / finetuning_run.START_FILE).unlink(missing_ok=True)
+    _remove_checkpoints(out, trained["key"])
     facts = {
         "classes": list(request.classes),
         "micro_batch": request.config.micro_batch,
@@ -139,6 +133,77 @@ def finetune(
         "run_id": context.run.run_id if context.run else None,
     }
     return _of_images(decoded) | _of_training(trained) | facts | result
+
+
+def _remove_checkpoints(out: Path, key: str) -> None:
+    folder = train.checkpoint_dir_of(out / "bundle")
+    checkpoint.remove_finished(folder, key)
+    (folder / finetuning_run.START_FILE).unlink(missing_ok=True)
+
+
+def request_key(
+    catalog: Catalog,
+    out: Path,
+    base: Path | None,
+    images: FeatureConfig,
+    settings: FinetuneSettings,
+) -> str:
+    """A hash of the images, their labels, and all settings but the base; see `finished`."""
+    history = find_corrections(out, base, RunContext())
+    parts = catalog.paths, catalog.labels, catalog.splits, history, images, settings
+    digest = hashlib.sha256(repr((__version__, parts)).encode("utf-8", "surrogatepass"))
+    for array in (catalog.sizes, catalog.stamps):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def finished(out: Path, key: str, base: str | None) -> dict[str, Any] | None:
+    """The result of the same request, if it has finished and its bundle is still there.
+
+    base: the fingerprint of the bundle to start from. It may also be the one that was kept.
+    """
+    try:
+        saved: dict[str, Any] = json.loads((out / FINISHED).read_text())
+        bundle = bundle_format.fingerprint(out / "bundle")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(saved, dict) or (saved.get("key"), saved.get("bundle")) != (key, bundle):
+        return None
+    result: dict[str, Any] = saved["result"]
+    return result if base in (saved["base"], *([bundle] if base else [])) else None
+
+
+def remember(out: Path, key: str, base: str | None, result: dict[str, Any]) -> None:
+    """Note that a request has finished, for `finished`."""
+    saved = {"key": key, "base": base, "bundle": bundle_format.fingerprint(out / "bundle")}
+    with fileio.atomic_write(out / FINISHED) as draft:
+        draft.write_text(json.dumps(fileio.jsonable(saved | {"result": result})) + "\n")
+
+
+def _check_cache(
+    out: Path,
+    catalog: Catalog,
+    base: Base | None,
+    images: FeatureConfig,
+    settings: FinetuneSettings,
+) -> None:
+    """Raise ConfigError if the pixel cache will not fit, before anything is trained."""
+    if base:
+        size = base.bundle.recipe.size
+    else:
+        store = settings.store or out / "frozen" / "store"
+        weights = resolve_weights(store, images.body, images.pixels.size)
+        size = images.pixels.complete(weights.pixels).side
+    pixel_cache.check_cache(out / "pixels", catalog, size, settings.cache)
+
+
+def _with_views(recipe: Recipe, images: FeatureConfig) -> Recipe:
+    """The recipe of a store with the augmented views of these settings."""
+    pixels = images.pixels
+    if pixels.views == 1:
+        return recipe
+    seed = pixels.augment_seed
+    return dataclasses.replace(recipe, views=pixels.views, augment=pixels.policy, augment_seed=seed)
 
 
 def find_corrections(out: Path, base: Path | None, context: RunContext) -> list[Correction]:
@@ -185,56 +250,21 @@ def _train_frozen(
     catalog: Catalog,
     folder: Path,
     images: FeatureConfig,
-    study: Study,
+    settings: FinetuneSettings,
     context: RunContext,
     history: list[Correction],
 ) -> Base:
     """Train a head on the features of the frozen body, as `fit` does."""
+    if settings.store is None:
+        images = dataclasses.replace(images, pixels=dataclasses.replace(images.pixels, views=1))
     context.screen.print("first a head on the frozen body:")
-    store, bundle = folder / "store", folder / "bundle"
+    store, bundle = settings.store or folder / "store", folder / "bundle"
     with run_context.child_context(context, "frozen") as child:
         precompute.precompute(catalog, store, images, child, history)
-        result = train.run_study(store, study, child)
+        result = train.run_study(store, settings.study, child)
         assert result.config is not None
         train.save_bundle(Store(store), result.config, result.winner, bundle, child)
     return Base(bundle, bundle_format.load(bundle), store)
-
-
-def _base_metrics(
-    base: Base, store: Store, images: FeatureConfig, out: Path, context: RunContext
-) -> dict[str, Any]:
-    """The metrics of the base on the validation images of `store`.
-
-    They are in the base if it was validated on the same images; else its features of these images
-    are computed, in OUT/frozen.
-    """
-    catalog = Catalog(**store.read_catalog())
-    if base.bundle.lineage.get("data") == catalog.digest():
-        return base.bundle.metrics
-    import torch
-
-    context.screen.print(
-        f"{base.path} was trained on other images or labels: its features of these are computed to"
-        " compare it"
-    )
-    body = body_file.write_body(base.bundle, out / "frozen" / "body.safetensors")
-    path = tuned_store(out / "frozen" / "store", body, base.bundle.recipe.single_view())
-    with run_context.child_context(context, "frozen") as child:
-        precompute.precompute(catalog, path, dataclasses.replace(images, body=body), child)
-    valid = Store(path).features("valid")
-    with torch.inference_mode():
-        feature = torch.from_numpy(valid.feature[:, 0]).float()
-        logit_NC = base.bundle.make_head()(feature).numpy()
-    import numpy as np
-
-    thresholds = base.bundle.thresholds
-    return evaluation_metrics.evaluate(
-        logit_NC,
-        valid.label,
-        base.bundle.classes,
-        temperature=base.bundle.temperature,
-        thresholds=None if thresholds is None else np.array(thresholds),
-    )
 
 
 # ---------------------------------------------------------------------------- the training
@@ -389,9 +419,9 @@ def _make_way(path: Path, history: Sequence[Correction]) -> None:
 
 def _same_pixels(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes, apart from the weights, give one body the same pixels."""
-    names = ["body", "size", "resize", "interpolation", "crop_pct", "mean", "std"]
-    names.append("body_precision")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+    return dataclasses.replace(one, weights="", decoder=other.decoder) == dataclasses.replace(
+        other, weights=""
+    )
 
 
 def _choose(
@@ -405,10 +435,14 @@ def _choose(
     """Write the fine-tuned bundle, compare it with the base, and make the better one OUT/bundle."""
     tuned_path, bundle_path = out / "bundle.tuned", out / "bundle"
     tuned = _write_tuned(tuned_path, base, store, work, images, context)
-    frozen = _base_metrics(base, store, images, out, context)
+    valid = store.features("valid")
+    feature_ND = tuned_choice.frozen_features(base, valid, store, images, context)
+    frozen = tuned_choice.frozen_metrics(base, store, feature_ND)
+    tuned_bundle = bundle_format.load(tuned_path)
+    judgement = tuned_choice.judge(base.bundle, tuned_bundle, valid, feature_ND)
+    is_better = judgement.is_better
     name = "f2_samples" if "f2_samples" in tuned else "accuracy"
-    is_better = _rank(tuned, name) > _rank(frozen, name)
-    reporting_finetuning.show_comparison(frozen, tuned, name, is_better, context.screen)
+    reporting_finetuning.show_comparison(frozen, tuned, name, judgement, context.screen)
     previous = evaluation.previous_bundle(bundle_path, context)
     bundle_format.check_replaceable(bundle_path)
     if is_better:
@@ -427,6 +461,7 @@ def _choose(
         "frozen": frozen,
         "tuned": tuned,
         "metrics": metrics,
+        "brier": dataclasses.asdict(judgement),
         "better": "tuned" if is_better else "frozen",
         "bundle": str(bundle_path),
         "tuned_bundle": str(bundle_path if is_better else tuned_path),
@@ -434,12 +469,6 @@ def _choose(
         "tuned_store": str(store.path),
         "registered": registered,
     }
-
-
-def _rank(metrics: dict[str, Any], name: str) -> tuple[float, float]:
-    """What the better bundle has more of: the metric, then the lower loss."""
-    loss = metrics.get("loss")
-    return metrics.get(name) or 0.0, -loss if loss is not None else float("-inf")
 
 
 def _write_tuned(

@@ -48,10 +48,8 @@ def build_pixel_cache(
         DataError: A file of the cache has changed.
     """
     listed = data if isinstance(data, Catalog) else sources.labelled_catalog(data, images.source)
-    side = cache.side(images.pixels.side)
+    side = check_cache(path, listed, images.pixels.side, cache)
     recipe = pixel_cache.pixel_recipe(side)
-    _check_recipe(path, side, images.pixels.side)
-    _check_space(path, listed, side, cache.cache_bytes)
     store = PixelStore.create(path, recipe, pixel_cache.CHUNK_SIZE)
     limits = {name: getattr(images.pixels, name) for name in ("max_pixels", "max_scans")}
     images = dataclasses.replace(
@@ -64,6 +62,18 @@ def build_pixel_cache(
     )
     _delete_unused(store)
     return result
+
+
+def check_cache(path: Path, catalog: Catalog, size: int, cache: PixelCacheConfig) -> int:
+    """The side of the cached images of a body with inputs of `size` pixels.
+
+    Raises:
+        ConfigError: The cache has another recipe, or would take too much disk space.
+    """
+    side = cache.side(size)
+    _check_recipe(path, side, size)
+    _check_space(path, catalog, side, cache.cache_bytes)
+    return side
 
 
 def _check_recipe(path: Path, side: int, size: int) -> None:

@@ -79,7 +79,8 @@ def fill_store(
         store.check_unlisted_shards()
         if history is None:
             history = corrections.read_history(store)
-        extraction.show_source(listed, context.screen)
+        if not context.source_shown:
+            extraction.show_source(listed, context.screen)
         extraction.show_store_changes(store, listed, context.screen)
         listed = _count_retries(store, listed, images.extract.max_bytes)
         recipe = store.recipe.to_dict()
@@ -269,7 +270,8 @@ def _commit(
         names, catalog.columns(), intact, golden, corrections.history_columns(history)
     )
     store.delete_pending()
-    extraction.show_split(listed, catalog, context.screen)
+    if not context.source_shown:
+        extraction.show_split(listed, catalog, context.screen)
     return manifest, catalog
 
 

@@ -95,16 +95,33 @@ def _millions(count: int) -> str:
 
 
 def show_comparison(
-    frozen: Mapping[str, Any], tuned: Mapping[str, Any], name: str, is_better: bool, screen: Screen
+    frozen: Mapping[str, Any],
+    tuned: Mapping[str, Any],
+    name: str,
+    judgement: Any,
+    screen: Screen,
 ) -> None:
-    """Show which of the two bundles is better on the validation images, with both figures."""
+    """Show both bundles' figures on the validation images, and which is kept for what reason.
+
+    judgement: see `tuned_choice.Judgement`.
+    """
     what = "F2" if name == "f2_samples" else name
     figures = []
     for metrics in (tuned, frozen):
         loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         figures.append(f"{what} {metrics[name]:.4f}, loss {loss}")
-    kept = "the fine-tuned bundle is kept" if is_better else "the frozen one is kept"
     screen.print(
         f"fine-tuned: {figures[0]} · frozen head: {figures[1]} (same"
-        f" {tuned['images']} validation images): {kept}"
+        f" {tuned['images']} validation images)"
+    )
+    change = f"{-judgement.gain:+.4f} ± {judgement.half_width:.4f}, p = {judgement.p:.2g}"
+    if judgement.is_better:
+        kept = "the fine-tuned bundle is kept"
+    elif judgement.gain > 0:
+        kept = "not certainly better (p < 0.05): the frozen one is kept"
+    else:
+        kept = "the frozen one is kept"
+    screen.print(
+        f"Brier score {judgement.tuned:.4f} fine-tuned, {judgement.frozen:.4f} frozen ({change},"
+        f" paired by image): {kept}"
     )

@@ -64,6 +64,8 @@ class RunContext:
     run: Run | None = None
     parent: Run | None = None
     """The run above `run`, which records what belongs to the whole command."""
+    source_shown: bool = False
+    """Whether the screen has shown already how these images were read and split."""
 
     @property
     def root_run(self) -> Run | None:

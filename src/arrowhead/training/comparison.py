@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,6 +150,18 @@ def paired_p_value(difference_N: NDArray[np.float64]) -> float:
         sign = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
         return float((np.abs((2 * sign - 1) @ size) >= total * (1 - 1e-9)).mean())
     return math.erfc(total / math.sqrt(2 * float(np.square(differing).sum())))
+
+
+def brier_by_image(prob_NC: NDArray[Any], label: NDArray[Any]) -> NDArray[np.float64]:
+    """The Brier score of each image: the summed squared error of its probabilities, 0 to 2; with
+    several labels per image the mean over labels (Brier 1950).
+    """
+    if label.ndim == 2:
+        score: NDArray[np.float64] = np.square(prob_NC - label, dtype=np.float64).mean(1)
+        return score
+    target = np.eye(prob_NC.shape[1])[label]
+    total: NDArray[np.float64] = np.square(prob_NC - target).sum(1)
+    return total
 
 
 def test_name(value_SN: NDArray[np.float64]) -> str:
