@@ -411,5 +411,3 @@ def _add_report(
     if report.report:
         result["report"] = commands_examine.report_of_training(store, bundle, context)
     return [Path(result["report"])] if result["report"] else []
-
-
