@@ -8,16 +8,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from arrowhead.cli.app import finish, program, run_context, show_next_commands, show_written
-from arrowhead.cli.options import (
-    Advise,
-    LabelSource,
-    Launch,
-    Out,
-    Output,
-    ReadSource,
-    StorePath,
-    Tracking,
-)
+from arrowhead.cli.options import Launch, Out, Output, StorePath, Tracking
+from arrowhead.cli.stage_options import Advise, LabelSource, ReadSource
 from arrowhead.commands.advise_config import AdviseConfig
 from arrowhead.data import remote_folder, sources
 from arrowhead.features.store import Store

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import (
     App,
@@ -28,17 +28,18 @@ from cyclopts import (
 from cyclopts.config import Toml
 
 from arrowhead import __version__, fileio
-from arrowhead.cli.options import Output
-from arrowhead.cli.screen import Screen
 from arrowhead.data import mirrors
 from arrowhead.errors import ConfigError
 from arrowhead.output_paths import expand_user
-from arrowhead.runtime import signals, worker_choice
-from arrowhead.runtime.ray_cluster import LaunchConfig
+from arrowhead.runtime import signals
 from arrowhead.tracking.address import redacted, secrets_of, without_secrets
-from arrowhead.tracking.client import TrackingConfig, check_address_variables
-from arrowhead.tracking.registry import RegistryConfig
 from arrowhead.wording import shell_command
+
+if TYPE_CHECKING:
+    from arrowhead.cli.options import Output
+    from arrowhead.runtime.ray_cluster import LaunchConfig
+    from arrowhead.tracking.client import TrackingConfig
+    from arrowhead.tracking.registry import RegistryConfig
 
 app = App(
     name="arrowhead",
@@ -74,7 +75,7 @@ def run_context(
     tracking: TrackingConfig,
     output: Output,
     run_file: Path | None = None,
-    registry: RegistryConfig = RegistryConfig(),
+    registry: RegistryConfig | None = None,
 ) -> Iterator[Any]:
     """The RunContext of a command; its MLflow run is open inside the block.
 
@@ -85,11 +86,15 @@ def run_context(
         output: How to print the result.
         run_file: A file that remembers the unfinished run, in the folder of its checkpoints.
             Removed when the run has finished.
-        registry: Where the bundle will be registered.
+        registry: Where the bundle will be registered. Default: RegistryConfig().
     """
+    from arrowhead.cli.screen import Screen
     from arrowhead.reporting.run_context import RunContext
+    from arrowhead.runtime import worker_choice
+    from arrowhead.tracking.registry import RegistryConfig
     from arrowhead.tracking.run import start
 
+    registry = registry or RegistryConfig()
     screen = Screen(to_stderr=output.json)
     launch, line = worker_choice.choose_workers(launch, name)
     if line:
@@ -211,6 +216,8 @@ def finish(result: dict[str, Any], output: Output, *, faults_flag: str = "--max-
         print_result(result)
     if not result.get("too_many_faults"):
         return 0
+    from arrowhead.cli.screen import Screen
+
     counts = result["counts"]
     Screen(to_stderr=True).print(
         f"arrowhead: {counts['faults']} of {counts['inputs']} images could not be read, more than"
@@ -226,6 +233,8 @@ def print_result(result: dict[str, Any]) -> None:
         ConfigError: It could not be written, for example to a full disk. Not if the reader has
             gone, because then nobody wants the result.
     """
+    from arrowhead.cli.screen import Screen
+
     Screen(to_stderr=False).print_raw(json.dumps(fileio.jsonable(result), allow_nan=False))
     check_output_written()
 
@@ -287,6 +296,8 @@ class _GivenFlags:
                 ]
         tracked = any(argument.name == "--tracking-uri" for argument in arguments)
         if tracked and "tracking_uri" not in self.names:  # then MLflow's variables count
+            from arrowhead.tracking.client import check_address_variables
+
             check_address_variables()
 
 
@@ -459,6 +470,8 @@ def _type_text(hint: Any) -> str:
 
 def show_refusal(found: str, wanted: str, do: str) -> None:
     """Show the three parts of a refusal on standard error."""
+    from arrowhead.cli.screen import Screen
+
     for label, text in (("arrowhead: ", found), ("  wanted  ", wanted), ("  do      ", do)):
         Screen(to_stderr=True).print(redacted(label + " ".join(text.strip().splitlines())))
 

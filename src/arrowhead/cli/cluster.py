@@ -16,7 +16,6 @@ from cyclopts.config import Toml
 
 from arrowhead.cli.app import (
     app,
-    command_group,
     configure,
     entry,
     finish,
@@ -25,8 +24,9 @@ from arrowhead.cli.app import (
     program,
     show_next_commands,
 )
-from arrowhead.cli.options import Out, Output, ToCluster
+from arrowhead.cli.options import Out, Output
 from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import ToCluster
 from arrowhead.data import drop_list, mirrors
 from arrowhead.data.source_config import SourceConfig
 from arrowhead.errors import ConfigError
@@ -330,13 +330,11 @@ def _follow(
     return code
 
 
-jobs_app = command_group("jobs", "List the jobs of a cluster, read their logs, stop them.", 9)
 JobId = Annotated[
     str, Parameter(name="id", help="The job's id, as `submit` and `jobs list` show it.")
 ]
 
 
-@jobs_app.command(name="list")
 def jobs_list(*, cluster: ToCluster = ClusterConfig(), output: Out = Output()) -> int:
     """List the jobs of a cluster, oldest first.
 
@@ -359,7 +357,6 @@ def jobs_list(*, cluster: ToCluster = ClusterConfig(), output: Out = Output()) -
     return 0
 
 
-@jobs_app.command(name="logs")
 def jobs_logs(
     job_id: JobId,
     *,
@@ -387,7 +384,6 @@ def jobs_logs(
     return 0
 
 
-@jobs_app.command(name="stop")
 def jobs_stop(
     job_id: JobId, *, cluster: ToCluster = ClusterConfig(), output: Out = Output()
 ) -> int:

@@ -19,7 +19,8 @@ from arrowhead.cli.app import (
     show_written,
     ui_command,
 )
-from arrowhead.cli.options import Head, Launch, Out, Output, Tracking
+from arrowhead.cli.options import Launch, Out, Output, Tracking
+from arrowhead.cli.stage_options import Head
 from arrowhead.features.backbone import BodyConfig
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.features.feature_config import FeatureConfig

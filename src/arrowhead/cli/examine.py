@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from arrowhead.bundle import resolve
 from arrowhead.cli.app import finish, run_context, show_written
-from arrowhead.cli.options import BundleAddress, Examine, Out, Output, StorePath, Tracking
+from arrowhead.cli.options import BundleAddress, Out, Output, StorePath, Tracking
+from arrowhead.cli.stage_options import Examine
 from arrowhead.data import remote_folder
 from arrowhead.examine.config import ExamineConfig
 from arrowhead.features.store import Store

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from arrowhead.cli.app import finish, program, show_next_commands
-from arrowhead.cli.options import Fetch, Out, Output
+from arrowhead.cli.options import Out, Output
 from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import Fetch
 from arrowhead.commands.fetch import FetchConfig
 from arrowhead.data.known_datasets import DATASETS
 from arrowhead.errors import ConfigError

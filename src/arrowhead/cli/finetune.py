@@ -10,15 +10,8 @@ from cyclopts import Parameter
 
 from arrowhead.cli import tuned_output
 from arrowhead.cli.app import given_flags
-from arrowhead.cli.options import (
-    Data,
-    Out,
-    Output,
-    Report,
-    RunFlags,
-    TunedImages,
-    Tuning,
-)
+from arrowhead.cli.options import Data, Out, Output
+from arrowhead.cli.stage_options import Report, RunFlags, TunedImages, Tuning
 from arrowhead.cli.train import refuse_flags_of_bundle
 from arrowhead.cli.tuned_output import Done
 from arrowhead.data import sources

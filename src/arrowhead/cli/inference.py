@@ -22,20 +22,15 @@ from arrowhead.cli.app import (
 from arrowhead.cli.options import (
     BundleAddress,
     Data,
-    Evaluate,
-    Export,
-    Extract,
-    LabelSource,
     Launch,
     Models,
     Out,
     Output,
-    ReadSource,
-    Scores,
     Tracking,
     TrackingStore,
 )
 from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import Evaluate, Export, Extract, LabelSource, ReadSource, Scores
 from arrowhead.data import mirrors, remote_folder, sources
 from arrowhead.features.extract import ExtractConfig
 from arrowhead.inference.evaluate import EvaluateConfig

@@ -3,135 +3,118 @@
 Every flag is a field of the dataclass that uses it; `--config FILE.toml` sets the same fields in
 a table named after the command. Exit codes: 0 done, 1 a bug in Arrowhead (with a traceback), 2 bad
 request, 3 too many faults, 4 bad data, 130 interrupted (run the same command to continue).
+
+A command imports only its own module: with all of them, `arrowhead --help` took a second.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 import traceback
-from time import sleep
-from typing import Annotated
+from importlib.util import find_spec
 
-from cyclopts import CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group
 
-from arrowhead.cli import (
-    advise,
-    artifacts,
-    backbones,
-    cluster,
-    demo,
-    examine,
-    fetch,
-    finetune,
-    inference,
-    publish,
-    race,
-    relabel,
-    search,
-    train,
-)
 from arrowhead.cli.app import (
     app,
     check_output_written,
-    finish,
-    given_flags,
+    command_group,
     parse_refusal,
-    print_result,
     show_refusal,
 )
-from arrowhead.cli.options import Out, Output, Watched, WatchedTracking
-from arrowhead.cli.screen import Screen
-from arrowhead.errors import ConfigError, DataError, LostError, Refusal
+from arrowhead.errors import DataError, LostError, Refusal
 from arrowhead.printable import escape_unencodable_output
 from arrowhead.runtime import environment, signals
 from arrowhead.tracking.address import redacted, without_secrets
 
+# Each command: its function in a module of this package, and its place in the list of commands.
+COMMANDS: dict[str, tuple[str, int]] = {
+    "fit": ("train:fit", 1),
+    "precompute": ("train:precompute", 2),
+    "race": ("race:race", 3),
+    "advise": ("advise:advise", 3),
+    "finetune": ("finetune:finetune", 2),
+    "lr-find": ("train:lr_find", 3),
+    "train": ("train:train", 4),
+    "score": ("inference:score", 5),
+    "evaluate": ("inference:evaluate", 5),
+    "examine": ("examine:examine", 6),
+    "relabel": ("relabel:relabel", 5),
+    "export": ("inference:export", 6),
+    "publish": ("publish:publish", 6),
+    "search": ("search:search", 5),
+    "suggest": ("search:suggest", 5),
+    "demo": ("demo:demo", 0),
+    "fetch": ("fetch:fetch", 0),
+    "backbones": ("backbones:backbones", 6),
+    "watch": ("watch:watch", 7),
+    "doctor": ("doctor:doctor", 7),
+    "features info": ("artifacts:info", 0),
+    "features verify": ("artifacts:verify", 0),
+    "features gc": ("artifacts:gc", 0),
+    "bundle info": ("bundles:bundle_info", 0),
+    "bundle verify": ("bundles:bundle_verify", 0),
+    "bundle register": ("bundles:register", 0),
+    "scores verify": ("artifacts:scores_verify", 0),
+    "submit": ("cluster:submit", 9),
+    "jobs list": ("cluster:jobs_list", 0),
+    "jobs logs": ("cluster:jobs_logs", 0),
+    "jobs stop": ("cluster:jobs_stop", 0),
+}
+GROUPS = {
+    "bundle": ("Inspect a bundle, check it, register it.", 8),
+    "features": ("Inspect a feature store, check it, clean it up.", 8),
+    "scores": ("Check the output of `score`.", 8),
+    "jobs": ("List the jobs of a cluster, read their logs, stop them.", 9),
+}
 
-def watch(
-    run: Annotated[
-        str | None,
-        Parameter(help="The run's id, the start of its id, or its name. Default: the newest run."),
-    ] = None,
-    *,
-    follow: Annotated[
-        bool,
-        Parameter(negative="--no-follow", help="Watch until the run ends, or show it once."),
-    ] = True,
-    every: Annotated[float, Parameter(help="Seconds between two updates.")] = 2.0,
-    tracking: Watched = WatchedTracking(),
-    output: Out = Output(),
-) -> int:
-    """Watch a run from another terminal or machine.
 
-    Shows the progress of each stage and what limits its speed, the epochs, and the load of the
-    machine, as recorded in MLflow. The exit code is 0 if the run has finished, 130 if it was
-    interrupted, 1 if it failed. Ctrl-C stops watching, never the run.
+def register_commands(*, with_help: bool) -> None:
+    """Tell the app its commands, without importing them.
 
-    Example: arrowhead watch --tracking-uri http://127.0.0.1:5000
+    Args:
+        with_help: Read the help texts from the source files, for a list of commands.
     """
-    from arrowhead.tracking import watch as tracking_watch
-    from arrowhead.tracking.watch import Watch
-
-    if "every" in given_flags() and not follow:
-        raise ConfigError(
-            "--every has no effect with --no-follow.", "one of the two.", "leave one out."
+    parents: dict[str, App] = {"": app}
+    docstrings = _docstrings() if with_help else {}
+    for words, (target, sort_key) in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        if group not in parents:
+            if group in app:
+                del app[group]
+            parents[group] = command_group(group, *GROUPS[group])
+            app.command(parents[group])
+        if name in parents[group]:
+            del parents[group][name]
+        parents[group].command(
+            f"{__package__}.{target}",
+            name=name,
+            sort_key=sort_key,
+            help=docstrings.get(target),
+            group_parameters=Group.create_default_parameters(),  # else that of --config
         )
-    if not every > 0:
-        raise ConfigError(f"--every is {every}.", "more than 0 seconds.", "give e.g. 2.")
-    screen = Screen(to_stderr=output.json)
-    with Watch(tracking, run) as watched, screen.live() as show:
-        view = watched.look()
-        show(tracking_watch.lines(view))
-        while follow and view.running:
-            sleep(every)
-            view = watched.look()
-            show(tracking_watch.lines(view))
-    finish(view.plain(), output)
-    return 0 if not follow else view.code
 
 
-def doctor(*, output: Out = Output()) -> int:
-    """Check this machine: what is installed, what it can do, and what to fix.
-
-    The exit code is 1 if something that Arrowhead needs is missing.
-    """
-    from arrowhead import doctor as arrowhead_doctor
-
-    checks = arrowhead_doctor.checks()
-    if output.json:
-        print_result({"checks": [check.plain() for check in checks]})
-    else:
-        for check in checks:
-            Screen(to_stderr=False).print(check.line())
-    return 1 if any(check.state == "missing" for check in checks) else 0
+def _docstrings() -> dict[str, str | None]:
+    """The docstring of every command's function, by module and name."""
+    found = {}
+    for module in sorted({target.partition(":")[0] for target, _ in COMMANDS.values()}):
+        spec = find_spec(f"{__package__}.{module}")
+        source = spec.loader.get_source(spec.name) if spec and spec.loader else ""  # type: ignore[attr-defined]
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef):
+                found[f"{module}:{node.name}"] = ast.get_docstring(node)
+    return found
 
 
-app.command(train.fit, sort_key=1)
-app.command(train.precompute, sort_key=2)
-app.command(race.race, sort_key=3)
-app.command(advise.advise, sort_key=3)
-app.command(finetune.finetune, sort_key=2)
-app.command(train.lr_find, sort_key=3)
-app.command(train.train, sort_key=4)
-app.command(inference.score, sort_key=5)
-app.command(inference.evaluate, sort_key=5)
-app.command(examine.examine, sort_key=6)
-app.command(relabel.relabel, sort_key=5)
-app.command(inference.export, sort_key=6)
-app.command(publish.publish, sort_key=6)
-app.command(search.search, sort_key=5)
-app.command(search.suggest, sort_key=5)
-app.command(demo.demo, sort_key=0)
-app.command(fetch.fetch, sort_key=0)
-app.command(backbones.backbones, sort_key=6)
-app.command(watch, sort_key=7)
-app.command(doctor, sort_key=7)
-app.command(artifacts.features)
-app.command(artifacts.bundles)
-app.command(artifacts.scores_app)
-app.command(cluster.submit, sort_key=9)
-app.command(cluster.jobs_app)
+def is_command(words: list[str]) -> bool:
+    """Whether a command line begins with a command: then no list of commands is shown."""
+    return bool(words) and (words[0] in COMMANDS or " ".join(words[:2]) in COMMANDS)
+
+
+register_commands(with_help=False)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -151,7 +134,9 @@ PRINTING_COMMANDS = ("backbones", "features", "scores", "bundle", "jobs", "docto
 
 def _run(words: list[str]) -> int:
     """Run a command; show what went wrong; the exit code."""
-    words = artifacts.expand_score_verify(words)
+    words = expand_score_verify(words)
+    if not is_command(words):
+        register_commands(with_help=True)
     app.config = ()  # forget an earlier call in this process
     escape_unencodable_output()
     try:
@@ -173,6 +158,8 @@ def _run(words: list[str]) -> int:
         show_refusal(error.found, error.wanted, error.do)
         code = 4 if isinstance(error, DataError) else 2
     except KeyboardInterrupt as error:
+        from arrowhead.cli.screen import Screen
+
         signals.mark_handled()
         by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
         screen = Screen(to_stderr=True)
@@ -186,3 +173,12 @@ def _run(words: list[str]) -> int:
         sys.stderr.write(redacted(text))  # without the password of the tracking store
         code = 1
     return code if isinstance(code, int) else 0
+
+
+def expand_score_verify(words: list[str]) -> list[str]:
+    """Turn `score verify OUT` into `scores verify OUT`.
+
+    `score` takes three positional arguments, so this cannot mean a bundle called verify.
+    """
+    names = [word for word in words if not word.startswith("-")]
+    return ["scores", *words[1:]] if words[:2] == ["score", "verify"] and len(names) == 3 else words

@@ -1,46 +1,16 @@
-"""The flags of the commands: each is a field of the dataclass that uses it."""
+"""The flags that commands share, and how flags are made of dataclasses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from arrowhead.bundle.export import ExportConfig
-from arrowhead.bundle.publish import PublishConfig
-from arrowhead.commands.advise_config import AdviseConfig
-from arrowhead.commands.fetch import FetchConfig
-from arrowhead.commands.label_changes import TableConfig
-from arrowhead.commands.race_config import RaceConfig
-from arrowhead.commands.relabel import ChangeConfig
-from arrowhead.data.source_config import SourceConfig
-from arrowhead.decode.pixels import (  # cyclopts looks the two up here
-    Interpolation,  # noqa: F401
-    PixelConfig,
-    Resize,  # noqa: F401
-)
-from arrowhead.examine.config import ExamineConfig, ReportConfig
-from arrowhead.examine.search import SearchConfig
-from arrowhead.examine.suggest import SuggestConfig
-from arrowhead.features.backbone import BodyConfig
-from arrowhead.features.extract import ExtractConfig
-from arrowhead.features.golden_images import GoldenConfig
-from arrowhead.features.networks import Pool, Triple  # noqa: F401  cyclopts looks them up here
-from arrowhead.features.precision import Precision  # noqa: F401  likewise
-from arrowhead.finetuning.augmentation import AugmentConfig
-from arrowhead.finetuning.config import FinetuneConfig
-from arrowhead.finetuning.pixel_cache import PixelCacheConfig
-from arrowhead.inference.evaluate import EvaluateConfig
-from arrowhead.inference.score_request import ScoreConfig
-from arrowhead.runtime.jobs import ClusterConfig
 from arrowhead.runtime.ray_cluster import LaunchConfig
 from arrowhead.tracking.client import TrackingConfig
 from arrowhead.tracking.registry import RegistryConfig
-from arrowhead.training.config import TrainConfig
-from arrowhead.training.grid import SweepConfig
-from arrowhead.training.lr_finder import FinderConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,35 +26,6 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinderHead(TrainConfig):
-    """The training settings on which the learning rate depends."""
-
-    l2: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
-    rate: Annotated[float | Literal["auto"], Parameter(parse=False)] = "auto"
-    best: Annotated[
-        Literal["last", "valid_loss", "accuracy", "balanced_accuracy", "f1", "f2"],
-        Parameter(parse=False),
-    ] = "last"
-    patience: Annotated[int, Parameter(parse=False)] = 0
-    checkpoint_seconds: Annotated[float, Parameter(parse=False)] = 5.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RaceFlags(RaceConfig):
-    """The settings of a race: --bodies instead of --body."""
-
-    body: Annotated[str, Parameter(parse=False)] = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadSource(SourceConfig):
-    """How labels are read if no images are held out or left out."""
-
-    valid_share: Annotated[float, Parameter(parse=False)] = 0.2
-    drop: Annotated[str | None, Parameter(parse=False)] = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class WatchedTracking(TrackingConfig):
     """Where to find runs."""
 
@@ -97,32 +38,6 @@ class TrackingStore(WatchedTracking):
     """The tracking store from which models are read."""
 
     experiment: Annotated[str, Parameter(parse=False)] = "arrowhead"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlainPixels(PixelConfig):
-    """How a file becomes the body's input, where a network is trained on augmented pixels."""
-
-    views: int = 1
-    """Views of each image in the store of the tuned body, the first one not augmented: the bundle
-    is then calibrated for `--tta` with up to all others. Each costs a pass of the body."""
-    augment: Annotated[Literal["side-on", "top-down", "none"], Parameter(parse=False)] = "side-on"
-    augment_seed: Annotated[int, Parameter(parse=False)] = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentFlags(AugmentConfig):
-    """How training images are augmented; --seed is that of the training."""
-
-    seed: Annotated[int, Parameter(parse=False)] = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FixesTable(TableConfig):
-    """How a table of new labels is read; only the flag that is true by default has a --no- flag."""
-
-    copies: Annotated[bool, Parameter(negative="--no-copies")] = True
-    """Also relabel exact copies of an image (files with the same bytes)."""
 
 
 Data = Annotated[
@@ -152,86 +67,16 @@ BundleAddress = Annotated[
 ]
 
 
-def _flags(group: str, key: int) -> Any:
+def flags(group: str, key: int) -> Any:
+    """The fields of a dataclass as flags, under this heading of the help."""
     return Parameter(name="*", group=Group(group, sort_key=key))
 
 
-Source = Annotated[SourceConfig, _flags("Labels", 2)]
-LabelSource = Annotated[ReadSource, _flags("Labels", 2)]
-Body = Annotated[BodyConfig, _flags("Body", 3)]
-Advise = Annotated[AdviseConfig, _flags("Advice", 3)]
-Race = Annotated[RaceFlags, _flags("Race", 3)]
-Pixels = Annotated[PixelConfig, _flags("Pixels", 4)]
-Extract = Annotated[ExtractConfig, _flags("Extraction", 5)]
-NamedExtract = Annotated[
-    ExtractConfig, Parameter(name="extract", group=Group("Extraction", sort_key=5))
-]
-Golden = Annotated[
-    GoldenConfig,
-    Parameter(
-        name="*", group=Group("Golden images", sort_key=6), negative_bool="no-", negative=None
-    ),
-]
-Head = Annotated[TrainConfig, _flags("Training", 6)]
-HeadOfFinder = Annotated[FinderHead, _flags("Training", 6)]
-Finder = Annotated[FinderConfig, _flags("LR finder", 7)]
-NamedFinder = Annotated[
-    FinderConfig, Parameter(name="lr-find", group=Group("LR finder", sort_key=7))
-]
-Sweep = Annotated[SweepConfig, _flags("Many heads in one pass", 7)]
-Finetune = Annotated[FinetuneConfig, _flags("Fine-tuning", 6)]
-Augment = Annotated[AugmentFlags, _flags("Augmentation", 6)]
-PixelCacheFlags = Annotated[PixelCacheConfig, _flags("Pixel cache", 7)]
-Squares = Annotated[PlainPixels, _flags("Pixels", 4)]
-Scores = Annotated[ScoreConfig, _flags("Scores", 6)]
-Evaluate = Annotated[EvaluateConfig, _flags("Evaluation", 6)]
-_REPORT = Parameter(name="*", group=Group("Report", sort_key=8), negative_bool="no-", negative=None)
-Examine = Annotated[ExamineConfig, _REPORT]
-Report = Annotated[ReportConfig, _REPORT]
-Export = Annotated[ExportConfig, _flags("Export", 6)]
-Publish = Annotated[PublishConfig, _flags("Publication", 6)]
-Search = Annotated[SearchConfig, _flags("Search", 6)]
-Suggest = Annotated[SuggestConfig, _flags("Suggestions", 6)]
-Fetch = Annotated[FetchConfig, _flags("Download", 6)]
-Fixes = Annotated[FixesTable, _flags("Table", 2)]
-Change = Annotated[ChangeConfig, _flags("Change", 3)]
-Launch = Annotated[LaunchConfig, _flags("Workers", 8)]
+Launch = Annotated[LaunchConfig, flags("Workers", 8)]
 # negative: booleans that are true by default get a --no- flag.
 _TRACKING = Parameter(name="*", negative=None, group=Group("Tracking", sort_key=9))
 Tracking = Annotated[TrackingConfig, _TRACKING]
 Watched = Annotated[WatchedTracking, _TRACKING]
 Models = Annotated[TrackingStore, _TRACKING]
 Registry = Annotated[RegistryConfig, _TRACKING]
-ToCluster = Annotated[ClusterConfig, _flags("Cluster", 8)]
-Out = Annotated[Output, _flags("Output", 10)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TunedImages:
-    """The flags of a fine-tuning that say which images and which body."""
-
-    source: Source = SourceConfig()
-    body: Body = BodyConfig()
-    pixels: Squares = PlainPixels()
-    extract: NamedExtract = ExtractConfig()
-    golden: Golden = GoldenConfig()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFlags:
-    """The flags that say where a command runs, and where its run and model are recorded."""
-
-    launch: Launch = LaunchConfig()
-    tracking: Tracking = TrackingConfig()
-    registry: Registry = RegistryConfig()
-    again: bool = False
-    """Train again although the same command has finished."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tuning:
-    """The flags of a fine-tuning that say how it trains."""
-
-    config: Finetune = FinetuneConfig()
-    augment: Augment = AugmentFlags()
-    cache: PixelCacheFlags = PixelCacheConfig()
+Out = Annotated[Output, flags("Output", 10)]

@@ -16,8 +16,9 @@ from arrowhead.cli.app import (
     show_next_commands,
     show_written,
 )
-from arrowhead.cli.options import BundleAddress, Models, Out, Output, Publish, TrackingStore
+from arrowhead.cli.options import BundleAddress, Models, Out, Output, TrackingStore
 from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import Publish
 from arrowhead.data import remote_folder
 
 

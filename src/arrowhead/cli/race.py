@@ -8,17 +8,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from arrowhead.cli.app import finish, program, run_context, show_next_commands, show_written
-from arrowhead.cli.options import (
-    Data,
-    Launch,
-    Out,
-    Output,
-    Pixels,
-    Race,
-    RaceFlags,
-    Source,
-    Tracking,
-)
+from arrowhead.cli.options import Data, Launch, Out, Output, Tracking
+from arrowhead.cli.stage_options import Pixels, Race, RaceFlags, Source
 from arrowhead.commands import race_config
 from arrowhead.data import remote_folder, sample, sources
 from arrowhead.data.source_config import SourceConfig

@@ -7,8 +7,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from arrowhead.cli.app import finish, given_flags, program, show_next_commands
-from arrowhead.cli.options import Change, Fixes, FixesTable, Out, Output, StorePath
+from arrowhead.cli.options import Out, Output, StorePath
 from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import Change, Fixes, FixesTable
 from arrowhead.commands.relabel import ChangeConfig
 from arrowhead.data import remote_folder
 from arrowhead.errors import ConfigError

@@ -9,17 +9,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from arrowhead.cli.app import finish, local_bundle, program, show_next_commands, show_written
-from arrowhead.cli.options import (
-    BundleAddress,
-    Models,
-    Out,
-    Output,
-    Search,
-    StorePath,
-    Suggest,
-    TrackingStore,
-)
+from arrowhead.cli.options import BundleAddress, Models, Out, Output, StorePath, TrackingStore
 from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import Search, Suggest
 from arrowhead.data import path_text, remote_folder
 from arrowhead.errors import ConfigError
 from arrowhead.examine.search import SearchConfig

@@ -26,30 +26,32 @@ from arrowhead.cli.app import (
     ui_command,
 )
 from arrowhead.cli.options import (
-    Body,
     BundlePath,
     Data,
+    Launch,
+    Out,
+    Output,
+    Registry,
+    StorePath,
+    Tracking,
+)
+from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import (
+    Body,
     Extract,
     Finder,
     FinderHead,
     Golden,
     Head,
     HeadOfFinder,
-    Launch,
     NamedExtract,
     NamedFinder,
-    Out,
-    Output,
     Pixels,
-    Registry,
     Report,
     RunFlags,
     Source,
-    StorePath,
     Sweep,
-    Tracking,
 )
-from arrowhead.cli.screen import Screen
 from arrowhead.data import remote_folder, sources
 from arrowhead.data.catalog import Catalog
 from arrowhead.data.source_config import SourceConfig

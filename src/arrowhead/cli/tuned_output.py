@@ -16,8 +16,9 @@ from arrowhead.cli.app import (
     show_written,
     ui_command,
 )
-from arrowhead.cli.options import Output, RunFlags
+from arrowhead.cli.options import Output
 from arrowhead.cli.screen import Screen
+from arrowhead.cli.stage_options import RunFlags
 from arrowhead.data.catalog import Catalog
 from arrowhead.examine.config import ReportConfig
 from arrowhead.features.feature_config import FeatureConfig

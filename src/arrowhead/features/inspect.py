@@ -19,7 +19,7 @@ from arrowhead import fileio
 from arrowhead.data import chunks
 from arrowhead.data.catalog import Catalog
 from arrowhead.errors import ConfigError, DataError
-from arrowhead.features import corrections, extract, store_format
+from arrowhead.features import corrections, store_format
 from arrowhead.features.store import Store
 from arrowhead.wording import pluralize
 
@@ -133,6 +133,8 @@ def _check_files(store: Store) -> Iterator[Finding]:
             words = "its bytes have changed. Do: delete it and run precompute again"
             yield Finding("changed", str(file), words)
     try:
+        from arrowhead.features import extract
+
         extract.load_weights(store.recipe, store.weights_path)
     except DataError as error:
         kind = "changed" if store.weights_path.is_file() else "missing"
