@@ -100,6 +100,7 @@ ALLOWED_IMPORTERS = {
         "cli.app",
         "cli.artifacts",
         "cli.backbones",
+        "cli.bundles",
         "cli.cluster",
         "cli.demo",
         "cli.fetch",
@@ -111,7 +112,9 @@ ALLOWED_IMPORTERS = {
         "cli.race",
         "cli.search",
         "cli.relabel",
+        "cli.stage_options",
         "cli.train",
+        "cli.watch",
     },
     "rich": {"cli.screen"},
 }

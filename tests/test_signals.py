@@ -356,7 +356,7 @@ def test_interrupt_during_the_imports_ends_with_130_and_one_line(module):
         f"        if name == {module!r}:\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, PressCtrlC())\n"
-        "sys.argv = ['arrowhead', 'doctor']\n"
+        "sys.argv = ['arrowhead', 'train']\n"
         "from arrowhead.__main__ import main; main()\n"
     )
     completed = subprocess.run(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,32 @@ def write_arrow(path: Path, table: Any) -> None:
         pa.ipc.new_file(file, table.schema) as sink,
     ):
         sink.write_table(table.combine_chunks())
+
+
+class _NoPandas:
+    """An import hook that says that there is no pandas."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        """Refuse pandas; leave the other modules to the other hooks."""
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is left out", name=name)
+
+
+def leave_out_pandas() -> None:
+    """Let pyarrow work without pandas, which its first array imports if it can (0.4 s).
+
+    For a process that uses no pandas, or only after this: `to_pandas` imports it then.
+    """
+    if "pandas" in sys.modules or threading.active_count() > 1:
+        return
+    sys.meta_path.insert(0, _NoPandas)
+    try:
+        import pyarrow as pa
+
+        pa.array([0])
+    finally:
+        sys.meta_path.remove(_NoPandas)
 
 
 def read_arrow(path: Path) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from arrowhead import arrow_io
 from arrowhead.cli.app import (
     print_result,
     program,
@@ -31,6 +32,7 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
     """
     from arrowhead.features import inspect
 
+    arrow_io.leave_out_pandas()
     facts = inspect.info(store := remote_folder.local(store))
     if output.json:
         print_result(facts)
@@ -71,6 +73,7 @@ def verify(store: StorePath, *, output: Out = Output()) -> int:
     """
     from arrowhead.features import inspect
 
+    arrow_io.leave_out_pandas()
     findings = inspect.verify(store := remote_folder.local(store))
     _show_findings(findings, output)
     damaged = any(finding.damage for finding in findings)
@@ -94,6 +97,7 @@ def gc(
     """
     from arrowhead.features import inspect
 
+    arrow_io.leave_out_pandas()
     findings = inspect.gc(remote_folder.local(store), remove=yes)
     _show_findings(findings, output)
     if not output.json:
@@ -129,6 +133,7 @@ def scores_verify(
     """
     from arrowhead.inference import verify as inference_verify
 
+    arrow_io.leave_out_pandas()
     out = remote_folder.local(out)
     remote_folder.of(out).fetch_all(again=True)
     result = inference_verify.verify(out)

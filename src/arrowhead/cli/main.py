@@ -13,6 +13,7 @@ import ast
 import os
 import sys
 import traceback
+from importlib import import_module
 from importlib.util import find_spec
 
 from cyclopts import App, CycloptsError, Group
@@ -112,6 +113,13 @@ def _docstrings() -> dict[str, str | None]:
 def is_command(words: list[str]) -> bool:
     """Whether a command line begins with a command: then no list of commands is shown."""
     return bool(words) and (words[0] in COMMANDS or " ".join(words[:2]) in COMMANDS)
+
+
+def import_command(words: list[str]) -> None:
+    """Import the module of the command that a command line begins with, if it begins with one."""
+    command = COMMANDS.get(" ".join(words[:2])) or COMMANDS.get(words[0] if words else "")
+    if command:
+        import_module(f"{__package__}.{command[0].partition(':')[0]}")
 
 
 register_commands(with_help=False)

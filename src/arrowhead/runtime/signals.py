@@ -5,6 +5,7 @@
     keep_handlers          a library cannot replace the handlers inside the block
     mark_handled           the interrupt was caught on purpose
     exit_on_signals        the command is over: any further signal ends the process at once
+    exit_without_teardown  the command is over: end the process, without freeing its memory
     make_output_lossy      a closed pipe or a full disk under the log loses log lines, not the work
 
 Kubernetes, SLURM, systemd and Ray's `jobs stop` send SIGTERM and kill after some seconds; a closing
@@ -20,7 +21,9 @@ nor Ray's promise this, and Ray replaces the SIGTERM handler of its driver.
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextlib
+import ctypes
 import errno
 import io
 import math
@@ -246,6 +249,26 @@ def exit_on_signals(code: int) -> None:
     for number, default in DEFAULT_HANDLERS.items():
         if signal.getsignal(number) is default:
             signal.signal(number, lambda *_: os._exit(code))
+
+
+def exit_without_teardown(code: int) -> None:
+    """End the process as Python does, but leave it to the system to free the memory.
+
+    Threads that are not daemons are joined, everything that was registered with `atexit` runs (the
+    last log lines, temporary folders, child processes), and buffers are flushed. Freeing the
+    objects of torch and MLflow one by one would take most of a second more. Does nothing where Ray
+    was used: its C++ code ends its part in the static destructors that this skips.
+    """
+    if "ray" in sys.modules:
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    os._exit(code)
 
 
 # ----------------------------------------------------------------------------------- output

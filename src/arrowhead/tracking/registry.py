@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -278,21 +278,42 @@ def write_model(bundle: Path, draft: Path, logged: Any, run_id: str) -> None:
         run_id=run_id,
         model_id=logged.model_id,
     )
-    save_model(
-        str(target),
-        python_model=str(here / "inference" / "mlflow_model.py"),
-        artifacts={"bundle": str(bundle.absolute())},
-        # With Arrowhead's own source, the model gives the same where another version, or none,
-        # is installed.
-        code_paths=[str(here)],
-        signature=ModelSignature(Schema(either), Schema(answer)),
-        input_example=example,
-        pip_requirements=_requirements(),
-        metadata={"classes": content["classes"], "recipe": content["recipe_fingerprint"]},
-        mlflow_model=about,
-    )
+    with _requirements_trusted():
+        save_model(
+            str(target),
+            python_model=str(here / "inference" / "mlflow_model.py"),
+            artifacts={"bundle": str(bundle.absolute())},
+            # With Arrowhead's own source, the model gives the same where another version, or none,
+            # is installed.
+            code_paths=[str(here)],
+            signature=ModelSignature(Schema(either), Schema(answer)),
+            input_example=example,
+            pip_requirements=_requirements(),
+            metadata={"classes": content["classes"], "recipe": content["recipe_fingerprint"]},
+            mlflow_model=about,
+        )
     for unneeded in [*target.rglob("__pycache__"), *target.glob("artifacts/*/report")]:
         shutil.rmtree(unneeded, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _requirements_trusted() -> Iterator[None]:
+    """MLflow does not compare the requirements with what is installed inside the block.
+
+    They are what is installed, and the comparison lists the modules of every package: a second.
+    """
+    from mlflow.utils import environment
+
+    name = "warn_dependency_requirement_mismatches"
+    before = getattr(environment, name, None)
+    if before is None:  # in this version of MLflow it is elsewhere, and is not skipped
+        yield
+        return
+    setattr(environment, name, lambda requirements: None)
+    try:
+        yield
+    finally:
+        setattr(environment, name, before)
 
 
 def _drawn_image() -> bytes:
