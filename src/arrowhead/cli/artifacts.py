@@ -32,8 +32,7 @@ def info(store: StorePath, *, output: Out = Output()) -> int:
     """
     from arrowhead.features import inspect
 
-    arrow_io.leave_out_pandas()
-    facts = inspect.info(store := remote_folder.local(store))
+    facts = inspect.info(store := _opened(store))
     if output.json:
         print_result(facts)
         return 0
@@ -73,8 +72,7 @@ def verify(store: StorePath, *, output: Out = Output()) -> int:
     """
     from arrowhead.features import inspect
 
-    arrow_io.leave_out_pandas()
-    findings = inspect.verify(store := remote_folder.local(store))
+    findings = inspect.verify(store := _opened(store))
     _show_findings(findings, output)
     damaged = any(finding.damage for finding in findings)
     if not output.json:
@@ -97,8 +95,7 @@ def gc(
     """
     from arrowhead.features import inspect
 
-    arrow_io.leave_out_pandas()
-    findings = inspect.gc(remote_folder.local(store), remove=yes)
+    findings = inspect.gc(_opened(store), remove=yes)
     _show_findings(findings, output)
     if not output.json:
         files = pluralize(len(findings), "file")
@@ -106,6 +103,15 @@ def gc(
         summary = f"{files} removed" if yes else f"{files} found; --yes removes {them}"
         Screen(to_stderr=False).print(summary if findings else "nothing to remove")
     return 0
+
+
+def _opened(store: Path) -> Path:
+    """The local folder of a store. A path that is none is refused before pyarrow is imported."""
+    from arrowhead.features.store import Store
+
+    store = Store(remote_folder.local(store)).path
+    arrow_io.leave_out_pandas()
+    return store
 
 
 def _show_findings(findings: list[Any], output: Output) -> None:
