@@ -187,7 +187,7 @@ class Forecast:
     Attributes:
         images: That number.
         accuracy: Expected.
-        gain: Over the largest measured number, in accuracy.
+        gain: Over the first number that was asked for, in accuracy.
         low, high: The 95 % interval of the gain.
     """
 
@@ -219,13 +219,14 @@ def extrapolate(curve: MeasuredCurve, images: Sequence[int], seed: int = 0) -> l
     error_BS = np.vstack([error_S, (error_S + noise_RS).clip(0, 1)])
     wanted = np.array([sizes[-1], *images], float)
     fitted_BM = _fit_power_law(sizes, error_BS, wanted, count)
-    gain_BM = fitted_BM[:, :1] - fitted_BM[:, 1:]
+    better_BM = fitted_BM[:, :1] - fitted_BM[:, 1:]  # than at the largest measured number
+    gain_BM = better_BM - better_BM[:, :1]
     low, high = np.quantile(gain_BM[1:], (0.025, 0.975), axis=0)
     now = 1 - float(error_BS[0, -1])
     return [
         Forecast(
             int(number),
-            min(now + float(gain_BM[0, i]), 1.0),
+            min(now + float(better_BM[0, i]), 1.0),
             float(gain_BM[0, i]),
             float(low[i]),
             float(high[i]),
