@@ -255,12 +255,10 @@ def exit_without_teardown(code: int) -> None:
     """End the process as Python does, but leave it to the system to free the memory.
 
     Threads that are not daemons are joined, everything that was registered with `atexit` runs (the
-    last log lines, temporary folders, child processes), and buffers are flushed. Freeing the
-    objects of torch and MLflow one by one would take most of a second more. Does nothing where Ray
-    was used: its C++ code ends its part in the static destructors that this skips.
+    last log lines, temporary folders, child processes, Ray), and buffers are flushed. Freeing the
+    objects of torch and MLflow one by one would take most of a second more, and the destructors of
+    Ray's C++ code sometimes crash after an interrupt.
     """
-    if "ray" in sys.modules:
-        return
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
