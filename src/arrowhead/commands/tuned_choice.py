@@ -4,8 +4,8 @@ validation images   -> frozen_features   those of the frozen body, from a store 
 both bundles        -> judge             calibrated probabilities, the Brier score of each image
                     -> Judgement         the fine-tuned one only if its score is certainly lower
 
-The Brier score is compared image by image. Accuracy alone decides little: of 200 images the two
-differ in about five. Where there is no evidence, the frozen bundle is kept.
+The Brier score is compared image by image. Accuracy alone decides little, because the two differ in
+few of a few hundred images. Where there is no evidence, the frozen bundle is kept.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from arrowhead.features.store import Features, Store
 from arrowhead.reporting import run_context
 from arrowhead.reporting.run_context import RunContext
 from arrowhead.training import comparison
-
-Z_95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +84,11 @@ def judge(
     first = np.unique(valid.image_id, return_index=True)[1]  # copies are no further evidence
     frozen_N, tuned_N = (one[first] for one in briers)
     gain_N = frozen_N - tuned_N
-    spread = gain_N.std(ddof=1) if len(gain_N) > 1 else np.inf
     return Judgement(
         frozen=float(frozen_N.mean()),
         tuned=float(tuned_N.mean()),
         gain=float(gain_N.mean()),
-        half_width=float(Z_95 * spread / np.sqrt(len(gain_N))),
+        half_width=comparison.half_width(gain_N),
         p=comparison.paired_p_value(gain_N),
         images=len(gain_N),
     )

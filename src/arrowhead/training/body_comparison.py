@@ -19,8 +19,6 @@ from arrowhead.training import comparison
 from arrowhead.training.dataset import Data, InMemoryFeatures
 from arrowhead.training.out_of_fold import OutOfFold
 
-Z_95 = 1.959964
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
@@ -43,7 +41,7 @@ class HeldOut:
     @property
     def half_width(self) -> float:
         """Half of the 95 % confidence interval of the accuracy, by the normal approximation."""
-        return _half_width(self.correct)
+        return comparison.half_width(self.correct)
 
 
 def held_out_accuracy(data: Data, rows: NDArray[np.int64]) -> HeldOut:
@@ -112,14 +110,8 @@ def compare(best: HeldOut, others: Sequence[HeldOut]) -> list[Difference]:
     return [
         Difference(
             points=100 * float(one.mean()),
-            half_width=100 * _half_width(one),
+            half_width=100 * comparison.half_width(one),
             p=float(corrected),
         )
         for one, corrected in zip(differences, p, strict=True)
     ]
-
-
-def _half_width(value: NDArray[np.float64]) -> float:
-    if len(value) < 2:
-        return float("nan")
-    return float(Z_95 * value.std(ddof=1) / np.sqrt(len(value)))

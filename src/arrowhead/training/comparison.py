@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from arrowhead.training.heads import Stack
 
 SIGNIFICANCE_LEVEL = 0.05
+Z_95 = 1.959964  # standard errors on each side of a 95 % interval
 MAX_EXACT_IMAGES = 16  # up to this many differing images all 65,536 sign flips are computed
 
 
@@ -124,6 +125,13 @@ def _merge_copies(value_SN: NDArray[np.float64], key_N: NDArray[np.uint64]) -> N
     sums: NDArray[np.float64] = np.stack([np.bincount(column, value_N) for value_N in value_SN])
     sums *= len(different) / len(key_N)
     return sums
+
+
+def half_width(value_N: NDArray[np.float64]) -> float:
+    """Half of the 95 % interval of a mean, by the normal approximation; nan for one value."""
+    if len(value_N) < 2:
+        return float("nan")
+    return float(Z_95 * value_N.std(ddof=1) / np.sqrt(len(value_N)))
 
 
 def paired_p_value(difference_N: NDArray[np.float64]) -> float:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from arrowhead.training import cross_validation, learning_curve, logistic
+from arrowhead.training import comparison, cross_validation, learning_curve, logistic
 from arrowhead.training.config import TrainConfig
 from arrowhead.training.dataset import Data, InMemoryFeatures, Trial
 from arrowhead.training.trainer import TrainedHead
@@ -28,7 +28,6 @@ MIN_PER_CLASS = 3  # on average, in the smallest share
 MAX_WORK = 1 << 33  # images x width x classes x heads; above, fewer repeats, then a sample
 EXPONENTS = np.linspace(0.1, 2.0, 39)
 RESAMPLES = 2000
-Z_95 = 1.959964
 LOGISTIC = TrainConfig(head="logistic", class_weights="none")
 
 
@@ -52,18 +51,11 @@ class MeasuredCurve:
             {
                 "images": round(float(images)),
                 "accuracy": float(correct.mean()),
-                "half_width": half_width(correct),
+                "half_width": comparison.half_width(correct),
                 "spread": float(draws.std(ddof=1)) if len(draws) > 1 else 0.0,
             }
             for images, correct, draws in zip(self.images, self.correct, self.draws, strict=True)
         ]
-
-
-def half_width(value_N: NDArray[np.float64]) -> float:
-    """Half of the 95 % interval of a mean, by the normal approximation."""
-    if len(value_N) < 2:
-        return float("nan")
-    return float(Z_95 * value_N.std(ddof=1) / np.sqrt(len(value_N)))
 
 
 def head_logits(
